@@ -1,0 +1,32 @@
+"""Recipes: dataclasses documented field by field, read from YAML with dotted overrides."""
+
+from megatron_vita.config.checkpoint import CheckpointConfig
+from megatron_vita.config.data import DataConfig, DatasetConfig
+from megatron_vita.config.help import describe_fields
+from megatron_vita.config.load import load_recipe, recipe_from_dict
+from megatron_vita.config.media import MediaConfig
+from megatron_vita.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_vita.config.optimizer import OptimizerConfig
+from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.recipe import Recipe
+from megatron_vita.config.text import TextConfig
+from megatron_vita.config.training import TrainingConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "LanguageConfig",
+    "MediaConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ProjectorConfig",
+    "Recipe",
+    "TextConfig",
+    "TrainingConfig",
+    "VisionConfig",
+    "describe_fields",
+    "load_recipe",
+    "recipe_from_dict",
+]

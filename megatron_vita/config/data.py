@@ -1,0 +1,41 @@
+"""What a run reads."""
+
+from dataclasses import dataclass
+
+from megatron_vita.config.fields import described, require
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """One source of samples."""
+
+    name: str = described(doc="Name under which its loss is reported.")
+    shards: str = described(doc="Glob of its .tar shards; each has its index beside it.")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Datasets, packing and reading."""
+
+    train: list[DatasetConfig] = described([], "Datasets to train on.")
+    validation: list[DatasetConfig] = described([], "Held-out datasets for the validation loss.")
+    plan: str = described("", "Folder of the pack plan that `data_tools plan` writes and training reads.")
+    seq_length: int = described(4096, "Tokens of a pack, the same for every pack of a run (T).")
+    document_alignment: int = described(16, "Each document is padded at its end to a multiple of this many tokens.")
+    shuffle_window: int = described(4096, "Samples shuffled and packed together; reads stay within a window.")
+    epochs: int = described(1, "Times that the plan goes through the training data.")
+    seed: int = described(1234, "Seed of the plan's order.")
+    num_workers: int = described(1, "Loader processes of each rank; 0 reads in the training process.")
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "document_alignment", "shuffle_window", "epochs"):
+            require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}: it must be at least 1")
+        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: it must not be negative")
+        require(
+            self.seq_length % self.document_alignment == 0,
+            f"data.seq_length {self.seq_length} is not a multiple of data.document_alignment "
+            f"{self.document_alignment}; the nearest that is: "
+            f"{self.seq_length // self.document_alignment * self.document_alignment or self.document_alignment}",
+        )
+        names = [dataset.name for dataset in self.train]
+        require(len(set(names)) == len(names), f"data.train names a dataset twice: {names}")

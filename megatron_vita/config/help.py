@@ -1,0 +1,35 @@
+"""The text of `--help`: every field with its type, its default and one line."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+
+from megatron_vita.config.recipe import Recipe
+
+
+def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
+    """One line for each field of a recipe: `group.field: type = default  documentation`."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield f"\n{prefix}{field.name}: {field.metadata['doc']}"
+            yield from describe_fields(typing.cast(type, hint), f"{prefix}{field.name}.")
+            continue
+        type_name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+        yield f"  {prefix}{field.name}: {_short(type_name)} = {_default(field)}\n      {field.metadata['doc']}"
+        for item in typing.get_args(hint):
+            if dataclasses.is_dataclass(item):
+                yield from describe_fields(typing.cast(type, item), f"{prefix}{field.name}[].")
+
+
+def _short(type_name: str) -> str:
+    return type_name.replace("megatron_vita.config.data.", "").replace("<class '", "").replace("'>", "")
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return "(required)"

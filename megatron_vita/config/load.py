@@ -1,0 +1,102 @@
+"""Recipes from YAML and dotted overrides (`optimizer.lr=3e-4`), with unknown names refused."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vita.config.recipe import Recipe
+from megatron_vita.errors import ConfigError
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe file and applies `group.field=value` overrides, whose values are YAML.
+
+    Raises ConfigError for a missing file, bad YAML, an unknown field (naming the nearest known one) or a bad value.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of groups, this is {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return recipe_from_dict(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def recipe_from_dict(tree: dict[str, Any]) -> Recipe:
+    """A Recipe from nested plain values, as `dataclasses.asdict` gives them."""
+    return _build(Recipe, tree, "")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ConfigError(f"override {override!r} is not of the form group.field=value")
+    *groups, field = name.split(".")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {group} is not a group of fields")
+    tree[field] = yaml.safe_load(text)
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path or 'the recipe'} is {tree!r}: a group of fields is needed")
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for name in tree:
+        if name not in known:
+            raise ConfigError(_unknown(f"{path}{name}", name, known))
+    values = {name: _convert(hints[name], value, f"{path}{name}") for name, value in tree.items()}
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{path}{missing[0]} is missing")
+    return cls(**values)
+
+
+def _unknown(full_name: str, name: str, known: dict[str, Any]) -> str:
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {full_name[: -len(str(name))]}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    return f"unknown field {full_name}; {hint}"
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{path}.")
+    origin = typing.get_origin(hint)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{path} is {value!r}: a list is needed")
+        (item,) = typing.get_args(hint)
+        return [_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
+    return _convert_scalar(hint, value, path)
+
+
+def _convert_scalar(hint: type, value: Any, path: str) -> Any:
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{path} is {value!r}: {hint.__name__} is needed")

@@ -1,0 +1,95 @@
+"""Shapes of the vision tower, the projector and the language model. Defaults are Long-VITA-14B's."""
+
+from dataclasses import dataclass
+
+from megatron_vita.config.fields import described, require
+
+PROJECTORS = ("long_vita", "internvl")
+
+
+@dataclass(kw_only=True)
+class VisionConfig:
+    """InternViT. Defaults: InternViT-300M-448px."""
+
+    image_size: int = described(448, "Side of a tile in pixels.")
+    patch_size: int = described(14, "Side of a patch in pixels.")
+    num_layers: int = described(24, "Transformer layers.")
+    hidden_size: int = described(1024, "Width.")
+    ffn_hidden_size: int = described(4096, "Width of the MLP.")
+    num_attention_heads: int = described(16, "Attention heads.")
+    layernorm_epsilon: float = described(1e-6, "Epsilon of LayerNorm.")
+    layer_scale_init: float = described(0.1, "First value of the LayerScale vectors of a tower trained from scratch.")
+    init_method_std: float = described(0.02, "Standard deviation of first weights.")
+
+    def __post_init__(self) -> None:
+        require(
+            self.image_size % (2 * self.patch_size) == 0,
+            f"model.vision.image_size {self.image_size} is not a multiple of twice patch_size {self.patch_size}: "
+            "the pixel shuffle joins patches two by two",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"model.vision.hidden_size {self.hidden_size} is not a multiple of "
+            f"num_attention_heads {self.num_attention_heads}",
+        )
+
+    @property
+    def patches(self) -> int:
+        """Patches of a tile, the class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_token_length(self) -> int:
+        """Feature rows of a tile after the pixel shuffle: placeholders in the sequence."""
+        return self.patches // 4
+
+
+@dataclass(kw_only=True)
+class ProjectorConfig:
+    """From vision features to the language model's width."""
+
+    kind: str = described(
+        "long_vita", "long_vita (hidden layer of vision width, no biases) or internvl (of LLM width, biased)."
+    )
+    init_method_std: float = described(0.02, "Standard deviation of first weights.")
+
+    def __post_init__(self) -> None:
+        require(self.kind in PROJECTORS, f"model.projector.kind is {self.kind!r}; known: {', '.join(PROJECTORS)}")
+
+
+@dataclass(kw_only=True)
+class LanguageConfig:
+    """A Qwen2- or Llama-shaped decoder (Llama: add_qkv_bias false). Defaults: Qwen2.5-14B."""
+
+    num_layers: int = described(48, "Transformer layers.")
+    hidden_size: int = described(5120, "Width.")
+    ffn_hidden_size: int = described(13824, "Width of the SwiGLU MLP.")
+    num_attention_heads: int = described(40, "Query heads.")
+    num_query_groups: int = described(8, "Key and value heads.")
+    kv_channels: int = described(128, "Width of a head.")
+    vocab_size: int = described(152064, "Rows of the embedding matrix: at least the tokenizer's entries.")
+    layernorm_epsilon: float = described(1e-6, "Epsilon of RMSNorm.")
+    rotary_base: float = described(1e6, "Base of the rotary positions.")
+    add_qkv_bias: bool = described(True, "Biases on query, key and value: Qwen2 has them, Llama has not.")
+    untie_embeddings_and_output_weights: bool = described(True, "Whether the output layer has weights of its own.")
+    init_method_std: float = described(0.02, "Standard deviation of first weights.")
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_attention_heads % self.num_query_groups == 0,
+            f"model.language.num_attention_heads {self.num_attention_heads} is not a multiple of "
+            f"num_query_groups {self.num_query_groups}",
+        )
+        require(
+            self.kv_channels % 2 == 0,
+            f"model.language.kv_channels is {self.kv_channels}: rotary positions need an even number",
+        )
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The whole model."""
+
+    vision: VisionConfig = described(VisionConfig, "Vision tower.")
+    projector: ProjectorConfig = described(ProjectorConfig, "Projector.")
+    language: LanguageConfig = described(LanguageConfig, "Language model.")

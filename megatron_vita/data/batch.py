@@ -1,0 +1,77 @@
+"""`Batch`: one pack as tensors, what `data` hands to `training`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_vita.data.documents import NO_LOSS, Document
+
+TAIL_SOURCE = -1
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One pack of T tokens, D documents and N tiles, of which this rank holds n.
+
+    A document is padded at its end with ordinary pad tokens without loss. Room left at the end of the pack is one last
+    document of pad tokens, so that `cu_seqlens[-1]` is T always.
+    """
+
+    pack_id: int
+    input_ids: torch.Tensor  # [T] int64
+    labels: torch.Tensor  # [T] int64, shifted inside each document, -100 = no loss
+    document_starts: torch.Tensor  # [D+1] int32: bounds for labels and metrics
+    cu_seqlens: torch.Tensor  # [D+1] int32: bounds for attention and rotary positions
+    document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
+    tiles: torch.Tensor  # [n,3,S,S] uint8: tiles `tile_range` of the pack
+    tile_range: range
+    placements: torch.Tensor  # [N] int64: position of the first placeholder of each tile of the pack
+    num_tokens: int  # padding not counted
+    sample_keys: list[str]
+
+
+def padded_length[Tokens: (int, np.ndarray)](tokens: Tokens, alignment: int) -> Tokens:
+    """Tokens of a document in a pack: rounded up to a multiple of `alignment`."""
+    return -(-tokens // alignment) * alignment
+
+
+def collate(
+    documents: Sequence[Document],
+    *,
+    pack_id: int,
+    sources: Sequence[int],
+    seq_length: int,
+    alignment: int,
+    pad_id: int,
+    tiles: torch.Tensor,
+    tile_range: range,
+) -> Batch:
+    """Lays documents one after another in a pack of `seq_length` tokens. They must fit: the plan saw to it."""
+    input_ids = np.full(seq_length, pad_id, dtype=np.int64)
+    labels = np.full(seq_length, NO_LOSS, dtype=np.int64)
+    starts = np.cumsum([0, *(padded_length(len(document), alignment) for document in documents)])
+    assert starts[-1] <= seq_length, f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"
+    for start, document in zip(starts, documents, strict=False):
+        input_ids[start : start + len(document)] = document.input_ids
+        labels[start : start + len(document)] = document.labels
+    placements = [start + document.placements for start, document in zip(starts, documents, strict=False)]
+    all_sources = list(sources)
+    if starts[-1] < seq_length:
+        starts = np.append(starts, seq_length)
+        all_sources.append(TAIL_SOURCE)
+    bounds = torch.tensor(starts, dtype=torch.int32)
+    return Batch(
+        pack_id=pack_id,
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        document_starts=bounds,
+        cu_seqlens=bounds,
+        document_sources=torch.tensor(all_sources, dtype=torch.int64),
+        tiles=tiles,
+        tile_range=tile_range,
+        placements=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *placements])),
+        num_tokens=sum(map(len, documents)),
+        sample_keys=[document.key for document in documents],
+    )

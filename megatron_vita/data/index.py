@@ -1,0 +1,215 @@
+"""The index beside each shard: all that plans and readers need, so that no tar is ever scanned in training.
+
+`train-000000.tar` has `train-000000.index.parquet`, a row for each sample in shard order. It does not depend on how
+images are tiled or frames sampled, only on the tokenizer and the template, whose fingerprints it carries.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_vita.data.shards import Member, ShardReader, parse_record, scan_shard
+from megatron_vita.errors import DataError
+from megatron_vita.media.images import image_size
+from megatron_vita.media.video import VideoInfo, probe_video
+from megatron_vita.text.conversation import check_messages
+from megatron_vita.text.template import TextPiece, encode_turns, template_fingerprint
+from megatron_vita.text.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("turn_tokens", pa.list_(pa.int32())),
+        ("image_widths", pa.list_(pa.int32())),
+        ("image_heights", pa.list_(pa.int32())),
+        ("video_durations", pa.list_(pa.float64())),
+        ("video_fps", pa.list_(pa.float64())),
+        ("video_frames", pa.list_(pa.int64())),
+        ("member_names", pa.list_(pa.string())),
+        ("member_offsets", pa.list_(pa.int64())),
+        ("member_sizes", pa.list_(pa.int64())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexHeader:
+    """What an index says of itself, read from its footer alone."""
+
+    shard_size: int
+    samples: int
+    tokenizer: str
+    template: str
+    content: str
+    format_version: int = FORMAT_VERSION
+
+
+class SampleRow(NamedTuple):
+    """A sample's metadata: text tokens of each turn, (width, height) of each image after EXIF rotation, videos, files."""
+
+    key: str
+    turn_tokens: list[int]
+    image_sizes: list[tuple[int, int]]
+    videos: list[VideoInfo]
+    members: dict[str, Member]
+
+
+class SampleIndex:
+    """The index of one shard."""
+
+    def __init__(self, table: pa.Table, *, header: IndexHeader) -> None:
+        self._table = table
+        self.header = header
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def row(self, row: int) -> SampleRow:
+        """The metadata of one sample."""
+        values = self._table.slice(row, 1).to_pylist()[0]
+        members = zip(values["member_names"], values["member_offsets"], values["member_sizes"], strict=True)
+        return SampleRow(
+            key=values["key"],
+            turn_tokens=values["turn_tokens"],
+            image_sizes=list(zip(values["image_widths"], values["image_heights"], strict=True)),
+            videos=_videos(values),
+            members={member[0]: Member(*member) for member in members},
+        )
+
+    def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A list column as (values of all samples, number of values of each sample)."""
+        column = self._table[name].combine_chunks()
+        return column.flatten().to_numpy(zero_copy_only=False), np.diff(column.offsets.to_numpy())
+
+    def keys(self) -> list[str]:
+        """The key of each sample."""
+        return self._table["key"].to_pylist()
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of a shard lies."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.parquet")
+
+
+def text_stamp(tokenizer: Tokenizer, template: str) -> dict[str, str]:
+    """The fingerprints that token counts depend on."""
+    return {"tokenizer": tokenizer.fingerprint, "template": template_fingerprint(template)}
+
+
+def build_index(shard: Path, tokenizer: Tokenizer, template: str) -> SampleIndex:
+    """Scans a shard once and gives its index. DataError naming shard and key for a sample that cannot be read."""
+    reader, size = ShardReader(), shard.stat().st_size
+    rows = [
+        _sample_columns(shard, key, members, reader=reader, size=size, tokenizer=tokenizer, template=template)
+        for key, members in scan_shard(shard)
+    ]
+    reader.close()
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    text = text_stamp(tokenizer, template)
+    header = IndexHeader(
+        shard_size=size, samples=len(rows), content=content, tokenizer=text["tokenizer"], template=text["template"]
+    )
+    return SampleIndex(table, header=header)
+
+
+def write_index(index: SampleIndex, path: Path) -> None:
+    """Writes an index under a temporary name, then renames it."""
+    metadata = {"index": json.dumps(vars(index.header), sort_keys=True)}
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(index._table.replace_schema_metadata(metadata), partial)
+    os.replace(partial, path)
+
+
+def read_header(path: Path, text: dict[str, str] | None = None) -> IndexHeader:
+    """Reads an index's footer. DataError if there is none, or it was made with another tokenizer or template.
+
+    `text` is what `text_stamp` gives for the tokenizer and template in use; None checks neither.
+    """
+    try:
+        with pq.ParquetFile(path, memory_map=False) as file:
+            return _header(file.schema_arrow, path, text)
+    except FileNotFoundError:
+        raise DataError(f"{path}: the shard has no index; make it: python -m data_tools index RECIPE") from None
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not an index: {error}; make it again with data_tools index") from error
+
+
+def read_index(path: Path, text: dict[str, str] | None = None) -> SampleIndex:
+    """Reads an index, never the shard. Raises as `read_header` does."""
+    header = read_header(path, text)
+    try:
+        return SampleIndex(pq.read_table(path, use_threads=False, memory_map=False), header=header)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: the index is damaged: {error}; make it again with data_tools index") from error
+
+
+def _header(schema: pa.Schema, path: Path, text: dict[str, str] | None) -> IndexHeader:
+    try:
+        header = IndexHeader(**json.loads((schema.metadata or {})[b"index"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a sample index; make it again with data_tools index") from error
+    if header.format_version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: index format {header.format_version}, this version reads {FORMAT_VERSION}; "
+            "make it again with data_tools index"
+        )
+    for field, now in (text or {}).items():
+        if (then := getattr(header, field)) != now:
+            raise DataError(
+                f"{path}: token counts were made with {field} {then}, the recipe's {field} is {now}; "
+                "make the index again with data_tools index"
+            )
+    return header
+
+
+def _sample_columns(
+    shard: Path,
+    key: str,
+    members: dict[str, Member],
+    *,
+    reader: ShardReader,
+    size: int,
+    tokenizer: Tokenizer,
+    template: str,
+) -> dict[str, Any]:
+    name = f"{shard} sample {key}"
+    if f"{key}.json" not in members:
+        raise DataError(f"{name}: there is no {key}.json")
+    record = parse_record(reader.read(shard, member=members[f"{key}.json"], shard_size=size), name)
+    turns = encode_turns(check_messages(record), tokenizer, template)
+
+    def read_all(field: str) -> Iterator[tuple[str, bytes]]:
+        for member in record[field]:
+            if member not in members:
+                raise DataError(f"{name}: {field} names {member}, which the shard does not hold")
+            yield f"{shard} {member}", reader.read(shard, member=members[member], shard_size=size)
+
+    sizes = [image_size(data, where) for where, data in read_all("images")]
+    videos = [probe_video(data, where) for where, data in read_all("videos")]
+    return {
+        "key": key,
+        "turn_tokens": [sum(len(piece.ids) for piece in turn if isinstance(piece, TextPiece)) for turn in turns],
+        "image_widths": [width for width, _ in sizes],
+        "image_heights": [height for _, height in sizes],
+        "video_durations": [video.duration for video in videos],
+        "video_fps": [video.fps for video in videos],
+        "video_frames": [video.frames for video in videos],
+        "member_names": list(members),
+        "member_offsets": [member.offset for member in members.values()],
+        "member_sizes": [member.size for member in members.values()],
+    }
+
+
+def _videos(values: dict[str, list]) -> list[VideoInfo]:
+    columns = zip(values["video_durations"], values["video_fps"], values["video_frames"], strict=True)
+    return [VideoInfo(duration=duration, fps=fps, frames=frames) for duration, fps, frames in columns]

@@ -1,0 +1,131 @@
+"""`PackStream`: from a pack's number to its Batch, reading only that pack and decoding only this rank's tiles."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from megatron_vita.config import DataConfig
+from megatron_vita.data.batch import Batch, collate
+from megatron_vita.data.documents import Document, DocumentFormat, build_document, check_length, decode_tiles
+from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_index, text_stamp
+from megatron_vita.data.plan import DocumentEntry, PackPlan
+from megatron_vita.data.shards import ShardReader, parse_record
+from megatron_vita.errors import DataError, VitaError
+from megatron_vita.layout.dealing import deal
+
+OPEN_INDEXES = 64
+
+
+class PackStream(Dataset):
+    """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
+
+    `shards[dataset][shard]` are the files that the plan's entries count in. `tile_share` is (rank, ranks) of the ranks
+    that share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
+    """
+
+    def __init__(
+        self,
+        plan: PackPlan,
+        *,
+        shards: Sequence[Sequence[Path]],
+        data: DataConfig,
+        form: DocumentFormat,
+        tile_share: tuple[int, int] | None,
+    ) -> None:
+        self.plan = plan
+        self.form = form
+        self._shards = shards
+        self._data = data
+        self._tile_share = tile_share
+        self._text = text_stamp(form.tokenizer, form.template)
+        self._open_caches()
+
+    def __len__(self) -> int:
+        return self.plan.num_packs
+
+    def __getitem__(self, pack_id: int) -> Batch:
+        """Reads one pack. DataError naming shard and key of a sample that cannot be read."""
+        entries = self.plan.pack(pack_id)
+        rows = [self._index(self._shard(entry)).row(entry.row) for entry in entries]
+        documents = [self._document(entry, row) for entry, row in zip(entries, rows, strict=True)]
+        tile_range = self.tile_range(pack_id)
+        return collate(
+            documents,
+            pack_id=pack_id,
+            sources=[entry.dataset for entry in entries],
+            seq_length=self._data.seq_length,
+            alignment=self._data.document_alignment,
+            pad_id=self.form.tokenizer.pad_id,
+            tiles=self._tiles(entries, rows, documents, tile_range),
+            tile_range=tile_range,
+        )
+
+    def tile_range(self, pack_id: int) -> range:
+        """The tiles of a pack that this rank decodes."""
+        if self._tile_share is None:
+            return range(0)
+        rank, ranks = self._tile_share
+        return deal(self.plan.tiles_of(pack_id), ranks)[rank]
+
+    def _document(self, entry: DocumentEntry, row: SampleRow) -> Document:
+        name = f"{self._shard(entry)} sample {row.key}"
+        record = parse_record(self._read(entry, row, f"{row.key}.json"), name)
+        try:
+            document = build_document(record, row, form=self.form)
+        except VitaError as error:
+            raise DataError(f"{name}: {error}") from error
+        check_length(document, name=name, tokens=entry.tokens, tiles=entry.tiles)
+        return document
+
+    def _tiles(
+        self,
+        entries: list[DocumentEntry],
+        rows: list[SampleRow],
+        documents: list[Document],
+        wanted: range,
+    ) -> torch.Tensor:
+        side = self.form.vision.image_size
+        decoded = [np.zeros((0, 3, side, side), dtype=np.uint8)]
+        first = 0
+        for entry, row, document in zip(entries, rows, documents, strict=True):
+            for medium in document.media:
+                mine = range(max(wanted.start - first, 0), min(wanted.stop - first, medium.num_tiles))
+                first += medium.num_tiles
+                if not mine:
+                    continue
+                data = self._read(entry, row, medium.member)
+                name = f"{self._shard(entry)} {medium.member}"
+                decoded.append(decode_tiles(medium, data, name=name, tiles=mine, form=self.form))
+        return torch.from_numpy(np.concatenate(decoded))
+
+    def _read(self, entry: DocumentEntry, row: SampleRow, member: str) -> bytes:
+        shard = self._shard(entry)
+        if member not in row.members:
+            raise DataError(f"{shard} sample {row.key}: the index has no member {member}")
+        size = self._index(shard).header.shard_size
+        try:
+            return self._reader.read(shard, member=row.members[member], shard_size=size)
+        except OSError as error:
+            raise DataError(f"{shard} sample {row.key}: cannot read {member}: {error.strerror}") from error
+
+    def _shard(self, entry: DocumentEntry) -> Path:
+        return self._shards[entry.dataset][entry.shard]
+
+    def _open_caches(self) -> None:
+        self._reader = ShardReader()
+        self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
+
+    def _read_index(self, shard: Path) -> SampleIndex:
+        return read_index(index_path(shard), self._text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_reader", "_index")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_caches()

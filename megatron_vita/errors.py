@@ -1,0 +1,21 @@
+"""What a user can cause, as exceptions. Every message names the file, sample or field, the value, and what would be right."""
+
+
+class VitaError(Exception):
+    """Base of all errors that a user can cause and mend."""
+
+
+class ConfigError(VitaError, ValueError):
+    """A recipe, an override or an argument is wrong."""
+
+
+class DataError(VitaError, ValueError):
+    """A sample, a shard, an index or a plan is damaged or does not fit."""
+
+
+class CheckpointError(VitaError, ValueError):
+    """A checkpoint is missing, incomplete or of another model."""
+
+
+class PlatformError(VitaError, RuntimeError):
+    """The machine or its packages cannot run what was asked."""

@@ -1,0 +1,114 @@
+"""A rank's part of a pack: its tokens and labels, the way of the feature rows, and the rows that carry loss.
+
+All of it follows from the pack's metadata, which every rank of a replica has; nothing here communicates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.zigzag import owners
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayout:
+    """Where a rank stands in its replica. Exchange ranks count TP fastest, then CP."""
+
+    tp_size: int = 1
+    tp_rank: int = 0
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share the tiles of a pack."""
+        return self.tp_size * self.cp_size
+
+    @property
+    def exchange_rank(self) -> int:
+        """This rank among them."""
+        return self.cp_rank * self.tp_size + self.tp_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRoute:
+    """How feature rows travel from the rank that encoded their tile to the rank that holds their placeholder."""
+
+    send_order: Tensor  # [n * rows_per_tile] this rank's feature rows, sorted by the rank they go to
+    send_counts: list[int]  # rows to each exchange rank
+    receive_counts: list[int]  # rows from each exchange rank
+    target_rows: Tensor  # [m] row of this rank's sequence share that each received row overwrites
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSlice:
+    """What one rank computes of a pack; t = T / CP. Sequence shares are the t / TP rows of each TP rank."""
+
+    input_ids: Tensor  # [t]
+    labels: Tensor  # [t], -100 where there is no loss
+    cu_seqlens: Tensor  # [D+1] bounds of the documents in the whole pack
+    route: FeatureRoute
+
+    @property
+    def loss_rows(self) -> Tensor:
+        """Rows of the slice that predict a scored token: [L]."""
+        return (self.labels != IGNORED_LABEL).nonzero().squeeze(1)
+
+
+def slice_pack(
+    input_ids: Tensor,
+    *,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    placements: Tensor,
+    rows_per_tile: int,
+    layout: RankLayout,
+) -> PackSlice:
+    """The part of a pack that the rank at `layout` computes.
+
+    `input_ids`, `labels` [T]; `cu_seqlens` [D+1]; `placements` [N] position of each tile's first placeholder.
+    """
+    owner = owners(cu_seqlens, layout.cp_size)
+    positions = (owner == layout.cp_rank).nonzero().squeeze(1)
+    return PackSlice(
+        input_ids=input_ids[positions],
+        labels=labels[positions],
+        cu_seqlens=cu_seqlens,
+        route=route_features(owner, placements=placements, rows_per_tile=rows_per_tile, layout=layout),
+    )
+
+
+def route_features(owner: Tensor, *, placements: Tensor, rows_per_tile: int, layout: RankLayout) -> FeatureRoute:
+    """The way of every feature row of a pack, seen from the rank at `layout`.
+
+    Tiles are dealt to ranks in contiguous runs (`deal`). Rows arrive ordered by source rank and, within one, by tile,
+    which is the order of the tiles in the pack.
+    """
+    destination, share_row = _holders(owner, layout)
+    position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # [N * rows_per_tile]
+    destination, share_row = destination[position], share_row[position]
+    runs = deal(len(placements), layout.ranks)
+    me = layout.exchange_rank
+    mine = destination[runs[me].start * rows_per_tile : runs[me].stop * rows_per_tile]
+    for_me = destination == me
+    received = [for_me[run.start * rows_per_tile : run.stop * rows_per_tile].sum().item() for run in runs]
+    return FeatureRoute(
+        send_order=torch.argsort(mine, stable=True),
+        send_counts=torch.bincount(mine, minlength=layout.ranks).tolist(),
+        receive_counts=[int(count) for count in received],
+        target_rows=share_row[for_me],
+    )
+
+
+def _holders(owner: Tensor, layout: RankLayout) -> tuple[Tensor, Tensor]:
+    """For each position of the pack: the exchange rank whose sequence share holds it, and its row in that share."""
+    share = len(owner) // layout.ranks
+    row = torch.empty_like(owner)
+    for cp_rank in range(layout.cp_size):
+        held = owner == cp_rank
+        row[held] = torch.arange(int(held.sum()))
+    return owner * layout.tp_size + row // share, row % share

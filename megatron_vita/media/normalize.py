@@ -1,0 +1,32 @@
+"""Normalisation of pixel values."""
+
+import torch
+
+from megatron_vita.errors import ConfigError
+
+Color = tuple[float, float, float]
+
+NORMALIZATION: dict[str, tuple[Color, Color]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation of red, green and blue, on a scale of 0 to 1."""
+
+
+def normalize(tiles: torch.Tensor, kind: str) -> torch.Tensor:
+    """uint8 `[n, 3, S, S]` as float32 of the same shape: `(tiles / 255 - mean) / std`, on the device of `tiles`."""
+    mean, std = (torch.tensor(color, device=tiles.device).view(3, 1, 1) for color in _constants(kind))
+    return (tiles.to(torch.float32) / 255 - mean) / std
+
+
+def mean_color(kind: str) -> tuple[int, int, int]:
+    """The mean as an 8-bit colour (rounded down): what letterboxed frames are padded with."""
+    red, green, blue = (int(value * 255) for value in _constants(kind)[0])
+    return red, green, blue
+
+
+def _constants(kind: str) -> tuple[Color, Color]:
+    if kind not in NORMALIZATION:
+        raise ConfigError(f"normalization is {kind!r}; known: {', '.join(NORMALIZATION)}")
+    return NORMALIZATION[kind]

@@ -1,0 +1,81 @@
+"""From a recipe to a model on this rank."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+from megatron_vita import platform
+from megatron_vita.config import Recipe
+from megatron_vita.model.backends import TransformerEngineBackend, choose_backend
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+
+
+def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
+    """megatron-core's view of the language model; `fused` takes kernels that need Transformer Engine."""
+    shape, parallel = recipe.model.language, recipe.parallel
+    dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        layernorm_epsilon=shape.layernorm_epsilon,
+        init_method_std=shape.init_method_std,
+        add_qkv_bias=shape.add_qkv_bias,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=recipe.training.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not platform.on_cuda(),
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(recipe: Recipe, *, backend_name: str | None = None) -> VitaModel:
+    """This rank's stage of the model with first weights from `training.seed`. Groups must be initialized."""
+    backend = choose_backend(backend_name or recipe.parallel.attention_backend)
+    config = transformer_config(recipe, fused=isinstance(backend, TransformerEngineBackend))
+    seed = recipe.training.seed + 100 * groups.pipeline_rank()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    model = VitaModel(
+        config,
+        shapes=recipe.model,
+        backend=backend,
+        pre_process=groups.is_first_stage(),
+        post_process=groups.is_last_stage(),
+    )
+    model.initialize_vision(recipe.training.seed)
+    model.to(platform.device())
+    return model.bfloat16() if recipe.training.bf16 else model
+
+
+def freeze_parts(model: VitaModel, recipe: Recipe) -> None:
+    """Stops the gradients of the parts that the recipe freezes."""
+    frozen = {
+        "vision_model": recipe.training.freeze_vision_model,
+        "projector": recipe.training.freeze_projector,
+        "language_model": recipe.training.freeze_language_model,
+    }
+    for name, freeze in frozen.items():
+        if freeze and hasattr(model, name):
+            getattr(model, name).requires_grad_(False)

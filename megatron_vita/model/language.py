@@ -1,0 +1,104 @@
+"""The language model: a thin composition of megatron-core's embedding, transformer block and output layer.
+
+megatron-core's GPTModel is deprecated and its successor has no hook at the output, so its parts are put together here,
+where positions and rows are explicit. This is the one file that knows which parts those are. Names of parameters are
+GPTModel's, so checkpoints of either fit the other.
+"""
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.config import LanguageConfig
+from megatron_vita.model.backends import AttentionBackend
+
+
+class LanguageModel(LanguageModule):
+    """A pipeline stage of a Qwen2- or Llama-shaped decoder."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        shape: LanguageConfig,
+        backend: AttentionBackend,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        super().__init__(config=config)
+        self.backend = backend
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
+        exponents = torch.arange(0, shape.kv_channels, 2, device=platform.device()).float() / shape.kv_channels
+        self.inverse_frequencies = 1.0 / shape.rotary_base**exponents  # no buffer: it must stay fp32
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, vocab_size=shape.vocab_size, max_sequence_length=0, position_embedding_type="rope"
+            )
+        stages = config.pipeline_model_parallel_size
+        self.decoder = TransformerBlock(
+            config,
+            spec=backend.block_spec(shape.num_layers // stages),
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        if post_process:
+            self.output_layer = self._make_output_layer(shape.vocab_size)
+        self.setup_embeddings_and_output_layer()
+
+    def _make_output_layer(self, vocab_size: int) -> ColumnParallelLinear:
+        layer = ColumnParallelLinear(
+            self.config.hidden_size,
+            vocab_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+        )
+        # It is given whole rows, gathered before it, also under sequence parallelism.
+        layer.sequence_parallel = False
+        layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
+        return layer
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Takes the previous stage's output, as megatron-core's schedules give it."""
+        tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        self.decoder.set_input_tensor(tensors[0])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings of this rank's share of the sequence: ids [t] -> [t / TP, H], also without SP."""
+        x = self.embedding(input_ids[None], None)
+        if not self.config.sequence_parallel:
+            x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
+        return x.squeeze(1)
+
+    def decode(self, share: Tensor | None, *, cu_seqlens: Tensor) -> Tensor:
+        """Runs this stage's layers.
+
+        `share` [t / TP, H] on the first stage, None after it; returns [t / TP, 1, H] with SP and [t, 1, H] without.
+        """
+        if share is not None:
+            share = share.unsqueeze(1)
+            if not self.config.sequence_parallel:
+                share = gather_from_sequence_parallel_region(
+                    share, tensor_parallel_output_grad=False, group=self.tp_group
+                )
+        documents, angles = self.backend.describe(cu_seqlens, inverse_frequencies=self.inverse_frequencies)
+        return self.decoder(
+            hidden_states=share, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=documents
+        )
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Logits over this rank's vocabulary shard: rows [L, H], the same on all TP ranks -> [L, v]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(rows, weight=weight)[0]

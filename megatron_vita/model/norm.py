@@ -1,0 +1,21 @@
+"""RMSNorm for the `torch` backend."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, whose gradient each
+    tensor-parallel rank then has for its rows only."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,113 @@
+"""VitaModel: tiles and tokens in, losses of the scored rows out."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_vita.config import ModelConfig
+from megatron_vita.layout.slicing import PackSlice
+from megatron_vita.model.backends import AttentionBackend
+from megatron_vita.model.language import LanguageModel
+from megatron_vita.model.output import row_logits, row_losses, select_rows
+from megatron_vita.model.projector import Projector
+from megatron_vita.model.vision import VisionTower
+from megatron_vita.parallel import groups
+from megatron_vita.parallel.collectives import exchange_rows
+
+
+class VitaModel(MegatronModule):
+    """A pipeline stage of the whole model; the first stage also holds the vision tower and the projector."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        shapes: ModelConfig,
+        backend: AttentionBackend,
+        pre_process: bool,
+        post_process: bool,
+    ) -> None:
+        super().__init__(config=config)
+        self.shapes = shapes
+        self.pre_process, self.post_process = pre_process, post_process
+        if pre_process:
+            self.vision_model = VisionTower(shapes.vision)
+            self.projector = Projector(shapes)
+        self.language_model = LanguageModel(
+            config, shape=shapes.language, backend=backend, pre_process=pre_process, post_process=post_process
+        )
+        self.share_embeddings_and_output_weights = self.language_model.share_embeddings_and_output_weights
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Takes the previous stage's output, as megatron-core's schedules give it."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The word embedding that first and last stage share, for megatron-core's gradient reduction."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def vision_parts(self) -> list[nn.Module]:
+        """The parts that are replicated over TP ranks, each of which sees its own tiles only."""
+        return [self.vision_model, self.projector] if self.pre_process else []
+
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H]."""
+        return self.projector(self.vision_model(tiles))
+
+    def forward(
+        self,
+        tiles: Tensor,
+        pack: PackSlice,
+        *,
+        features: Tensor | None = None,
+        wanted_rows: Tensor | None = None,
+    ) -> Tensor:
+        """One pack.
+
+        tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored after the first stage.
+        features: feature rows of those tiles where they were encoded before [n, rows per tile, H].
+        wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
+
+        Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`, or the logits
+        [rows, V] of `wanted_rows` where those are given.
+        """
+        share = None
+        if self.pre_process:
+            features = self.encode(tiles) if features is None else features
+            share = self._write_features(self.language_model.embed(pack.input_ids), features, pack)
+        hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
+        if not self.post_process:
+            return hidden
+        if wanted_rows is not None:
+            return row_logits(select_rows(hidden, rows=wanted_rows, model=self.language_model), model=self.language_model)
+        scored = pack.loss_rows
+        rows = select_rows(hidden, rows=scored, model=self.language_model)
+        return row_losses(rows, labels=pack.labels[scored].to(rows.device), model=self.language_model)
+
+    def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
+        """Overwrites placeholder rows with features, which travel to the ranks that hold the placeholders."""
+        device, route = embeddings.device, pack.route
+        rows = features.flatten(0, 1)[route.send_order.to(device)]
+        rows = exchange_rows(
+            rows,
+            send_counts=route.send_counts,
+            receive_counts=route.receive_counts,
+            group=groups.exchange_group(),
+        )
+        return embeddings.index_copy(0, route.target_rows.to(device), rows.to(embeddings.dtype))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded state of all parts, for megatron-core's distributed checkpoints."""
+        assert not sharded_offsets
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+    def initialize_vision(self, seed: int) -> None:
+        """First weights of tower and projector, the same on every rank."""
+        generator = torch.Generator().manual_seed(seed)
+        for part in (self.vision_model, self.projector) if self.pre_process else ():
+            part.initialize(generator)

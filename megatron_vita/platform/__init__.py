@@ -1,0 +1,64 @@
+"""The door to the machine: device, backend, seeds. Importing it on a machine without CUDA makes megatron-core run there.
+
+Every room that imports megatron-core imports this one first, in its `__init__`.
+"""
+
+import datetime
+import logging
+import os
+
+import torch
+
+from megatron_vita.platform.packages import has_transformer_engine, refuse_unrelated_apex
+
+refuse_unrelated_apex()
+if not torch.cuda.is_available():
+    from megatron_vita.platform.cpu import adapt_to_cpu
+
+    undo_adaptation = adapt_to_cpu()
+
+__all__ = ["device", "has_transformer_engine", "initialize_process", "on_cuda", "set_up_logging"]
+
+
+def on_cuda() -> bool:
+    """Whether this machine computes on CUDA."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: one GPU of the machine, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def initialize_process(timeout_minutes: float = 30) -> None:
+    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU), or a world of one."""
+    if torch.distributed.is_initialized():
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if on_cuda():
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    store = None
+    if "RANK" not in os.environ:
+        store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(
+        "nccl" if on_cuda() else "gloo",
+        store=store,
+        rank=0 if store else -1,
+        world_size=1 if store else -1,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+
+
+def set_up_logging(rank: int) -> None:
+    """Rank 0 logs everything from INFO up; other ranks only warnings and errors, prefixed with their rank."""
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s {prefix}%(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for noisy in ("megatron.core", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,0 +1,163 @@
+"""What megatron-core 0.19.2 needs in order to run without CUDA.
+
+It calls CUDA unconditionally: for the current device, for buffers, streams and random states. Each such entry point of
+torch is answered here by its CPU counterpart. Plain wrappers are used and not a TorchFunctionMode, because a mode is
+not active inside autograd's backward pass, where recomputed activations need it. `torch.cuda.is_available` stays
+false. Nothing of this is ever active on a machine with CUDA.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
+
+
+class _Stream:
+    """A CUDA stream on a machine where everything runs in order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_stream(self, _: Any) -> None: ...
+    def wait_event(self, _: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class _Event:
+    """A CUDA event on a machine where everything runs in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+_STREAM = _Stream()
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or getattr(device, "type", None) == "cuda"
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    """`factory` with a CUDA device and pinned memory read as CPU and ordinary memory."""
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _to_cpu(to: Callable) -> Callable:
+    """`Tensor.to` with a CUDA device read as CPU."""
+
+    @functools.wraps(to)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _cuda_type_names(type_of: Callable) -> Callable:
+    """`Tensor.type` that tells megatron-core, and only it, names of CUDA tensor types."""
+
+    @functools.wraps(type_of)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_of(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(answer, str) and caller.startswith("megatron.core"):
+            return answer.replace("torch.", "torch.cuda.")
+        return answer
+
+    return wrapper
+
+
+def _itself(self: Any, *_: Any, **__: Any) -> Any:
+    return self
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _torch_patches() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, replacement), grouped by the reason for which megatron-core needs it."""
+    cuda = torch.cuda
+    device = [  # "which device is mine": rotary positions, collectives, pipeline messages, gradient buffers
+        (cuda, "current_device", lambda: CPU),
+        (cuda, "device_count", lambda: 1),
+        (cuda, "set_device", _nothing),
+    ]
+    order = [  # "wait for the device", side streams of overlapped communication and of checkpointing
+        (cuda, "synchronize", _nothing),
+        (cuda, "empty_cache", _nothing),
+        (cuda, "current_stream", lambda *_, **__: _STREAM),
+        (cuda, "default_stream", lambda *_, **__: _STREAM),
+        (cuda, "stream", lambda _: contextlib.nullcontext()),
+        (cuda, "Stream", _Stream),
+        (cuda, "Event", _Event),
+        (torch.Tensor, "record_stream", _nothing),
+    ]
+    random = [  # the tensor-parallel random state tracker
+        (cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (cuda, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        (cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)),
+    ]
+    placement = [  # buffers made with device="cuda" or moved there: schedules, masks, clipping, the optimizer
+        *((torch, name, _on_cpu(getattr(torch, name))) for name in _FACTORIES),
+        (torch.Tensor, "to", _to_cpu(torch.Tensor.to)),
+        (torch.Tensor, "cuda", _itself),
+        (torch.Tensor, "pin_memory", _itself),
+        (torch.nn.Module, "cuda", _itself),
+    ]
+    names = [  # clip_grads.py and distrib_optimizer.py compare type names with "torch.cuda.FloatTensor"
+        (torch.Tensor, "type", _cuda_type_names(torch.Tensor.type)),
+    ]
+    return device + order + random + placement + names
+
+
+def _megatron_patches() -> list[tuple[Any, str, Any]]:
+    """Patches of megatron-core itself; imports it, so torch must be adapted before."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel import random
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        """torch's Adam keeps a `step` tensor that the sharded state does not carry: fused Adam has none."""
+        with torch.no_grad():
+            return set_states(self, model_param, {"step": None, **tensors})
+
+    return [
+        # the tracker of random states asks torch._C for CUDA generators
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
+        # resuming the distributed optimizer with torch's Adam
+        (DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states_with_step),
+    ]
+
+
+def adapt_to_cpu() -> Callable[[], None]:
+    """Adapts torch, then megatron-core, to a machine without CUDA; returns a function that undoes all of it."""
+    assert not torch.cuda.is_available(), "never on a machine with CUDA"
+    undo = contextlib.ExitStack()
+    for patches in (_torch_patches, _megatron_patches):
+        for owner, name, replacement in patches():
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+    return undo.close

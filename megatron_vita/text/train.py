@@ -1,0 +1,61 @@
+"""Training of SentencePiece models."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_vita.errors import DataError
+from megatron_vita.text.tokenizer import SPECIAL_TOKENS
+
+
+def train_sentencepiece(
+    lines: Iterable[str], model_path: str | Path, *, vocab_size: int, model_type: str = "bpe"
+) -> None:
+    """Trains a model of `vocab_size` pieces ("bpe" or "unigram") on `lines` and writes it to `model_path`.
+
+    Text comes back from it unchanged, line breaks and runs of spaces included, except that U+2581 becomes a space (it is
+    SentencePiece's own mark of one). Digits are single pieces, a line break is one token, and characters that no piece
+    covers become bytes. The special tokens are control symbols. Same lines, same bytes.
+
+    Raises DataError if there is no text or if it does not suit `vocab_size`, saying which size does.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_single_lines(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            control_symbols=list(SPECIAL_TOKENS),
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=2**30,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(_advice(str(error), vocab_size)) from error
+    model_path = Path(model_path)
+    model_path.parent.mkdir(parents=True, exist_ok=True)
+    model_path.write_bytes(model.getvalue())
+
+
+def _single_lines(lines: Iterable[str]) -> Iterator[str]:
+    """What stands between line breaks, so that no piece holds one."""
+    for text in lines:
+        yield from filter(None, text.split("\n"))
+
+
+def _advice(message: str, vocab_size: int) -> str:
+    return message

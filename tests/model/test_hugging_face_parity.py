@@ -1,0 +1,132 @@
+"""Logits and gradients equal those of Hugging Face's models with the same weights, in fp32."""
+
+import pytest
+import torch
+from hf_weights import copy_into, language_tensors, randomize, vision_tensors
+from torch import Tensor
+from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_vita import platform
+from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, Recipe, VisionConfig
+from megatron_vita.layout.slicing import PackSlice, slice_pack
+from megatron_vita.model.build import build_model
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+
+VOCAB, IMAGE_TOKEN, ROWS = 96, 90, 4
+LENGTH = 32
+CASES = {
+    "one image of one tile": [3],
+    "one image of several tiles": [2, 7, 13],
+    "two images": [1, 20],
+    "text only": [],
+}
+
+
+def shapes() -> ModelConfig:
+    return ModelConfig(
+        vision=VisionConfig(
+            image_size=56, patch_size=14, num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4
+        ),
+        projector=ProjectorConfig(kind="internvl"),
+        language=LanguageConfig(
+            num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
+            kv_channels=8, vocab_size=VOCAB,
+        ),
+    )  # fmt: skip
+
+
+def qwen2_config() -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ours() -> VitaModel:
+    platform.initialize_process()
+    recipe = Recipe(model=shapes(), data=DataConfig(seq_length=LENGTH))
+    groups.initialize_groups(recipe.parallel)
+    return build_model(recipe)
+
+
+def one_document(ids: Tensor, placements: list[int]) -> PackSlice:
+    return slice_pack(
+        ids,
+        labels=ids.roll(-1),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        placements=torch.tensor(placements, dtype=torch.int64),
+        rows_per_tile=ROWS,
+        layout=groups.rank_layout(),
+    )
+
+
+def assert_same_gradients(model: VitaModel, expected: dict[str, Tensor]) -> None:
+    actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    total = torch.stack([g.norm() for g in expected.values()]).norm()
+    assert set(expected) == set(actual)
+    for name, grad in expected.items():
+        allowed = 1e-5 * grad.norm() + 1e-8 * total
+        assert (actual[name] - grad).norm() <= allowed, f"{name}: {(actual[name] - grad).norm()} > {allowed}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str) -> None:
+    theirs = InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config={
+                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+                "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True, "layer_norm_eps": 1e-6,
+            },
+            text_config=qwen2_config().to_dict(),
+            image_token_id=IMAGE_TOKEN, image_seq_length=ROWS, downsample_ratio=0.5, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    randomize(theirs)
+    weights = theirs.state_dict()
+    ours.zero_grad()
+    copy_into(ours, _named(weights.__getitem__))
+    placements = CASES[case]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, IMAGE_TOKEN, (LENGTH,), generator=generator)
+    for start in placements:
+        ids[start : start + ROWS] = IMAGE_TOKEN
+    tiles = torch.randn(len(placements), 3, 56, 56, generator=generator)
+    target = torch.randn(LENGTH, VOCAB, generator=generator)
+    expected = theirs(input_ids=ids[None], pixel_values=tiles if placements else None).logits[0]
+    actual = ours(tiles, one_document(ids, placements), wanted_rows=torch.arange(LENGTH))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for logits in (actual, expected):
+        (logits * target).sum().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    zero = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
+    assert_same_gradients(ours, _named(lambda name: zero[name] if grads[name] is None else grads[name]))
+
+
+def _named(get) -> dict[str, Tensor]:  # noqa: ANN001
+    language = language_tensors(
+        get, prefix="model.language_model.", head="lm_head.weight", layers=2, groups=2, head_dim=8
+    )
+    return language | vision_tensors(get, layers=2)
+
+
+def test_qwen2_gives_the_same_logits_and_gradients(ours: VitaModel) -> None:
+    theirs = Qwen2ForCausalLM(qwen2_config())
+    randomize(theirs)
+
+    def named(get) -> dict[str, Tensor]:  # noqa: ANN001
+        return language_tensors(get, prefix="model.", head="lm_head.weight", layers=2, groups=2, head_dim=8)
+
+    ours.zero_grad()
+    copy_into(ours, named(theirs.state_dict().__getitem__))
+    ids = torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(2))
+    expected = theirs(input_ids=ids[None]).logits[0]
+    actual = ours(torch.zeros(0, 3, 56, 56), one_document(ids, []), wanted_rows=torch.arange(LENGTH))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    actual.square().mean().backward()
+    expected.square().mean().backward()
+    grads = dict(theirs.named_parameters())
+    vision = {name: torch.zeros_like(p) for name, p in ours.named_parameters() if "language" not in name}
+    assert_same_gradients(ours, named(lambda name: grads[name].grad) | vision)
