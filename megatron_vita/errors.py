@@ -1,4 +1,7 @@
-"""What a user can cause, as exceptions. Every message names the file, sample or field, the value, and what would be right."""
+"""What a user can cause, as exceptions.
+
+Every message names the file, sample or field, the value, and what would be right.
+"""
 
 
 class VitaError(Exception):

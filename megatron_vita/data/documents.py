@@ -27,7 +27,7 @@ NO_LOSS = -100
 
 
 class Medium(NamedTuple):
-    """An image or video of a document, in file `member`. A video has no grid, an image no times (of frames, seconds)."""
+    """An image or video of a document, in file `member`. A video has no grid, an image no frame times (seconds)."""
 
     member: str
     num_tiles: int
@@ -136,7 +136,7 @@ def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentForm
 
 
 def decode_tiles(medium: Medium, data: bytes, *, name: str, tiles: range, form: DocumentFormat) -> np.ndarray:
-    """Tiles `tiles` of a medium, uint8 [n,3,S,S]; of a video, only these frames are decoded. DataError naming `name`."""
+    """Tiles `tiles` of a medium, uint8 [n,3,S,S]; of a video only these frames are decoded. DataError by `name`."""
     size = form.vision.image_size
     if medium.grid is None:
         times = medium.times[tiles.start : tiles.stop]

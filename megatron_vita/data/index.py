@@ -54,7 +54,7 @@ class IndexHeader:
 
 
 class SampleRow(NamedTuple):
-    """A sample's metadata: text tokens of each turn, (width, height) of each image after EXIF rotation, videos, files."""
+    """A sample's metadata: text tokens of each turn, (width, height) of images after EXIF rotation, videos, files."""
 
     key: str
     turn_tokens: list[int]

@@ -22,7 +22,7 @@ REMEDY = "make the plan again: python -m data_tools plan RECIPE"
 
 
 class DocumentEntry(NamedTuple):
-    """A document of a pack: `dataset` of the recipe, `shard` of the dataset's sorted shards, `row` of the shard's index."""
+    """A document of a pack: `dataset` of the recipe, `shard` of the dataset's sorted shards, `row` of its index."""
 
     dataset: int
     shard: int
@@ -80,7 +80,7 @@ def write_plan(plan: PackPlan, path: Path) -> None:
 
 
 def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackPlan:
-    """Reads a plan. DataError if it is missing, or made of other inputs than `expected_stamp`, naming field and values."""
+    """Reads a plan. DataError if it is missing, or of other inputs than `expected_stamp`, naming field and values."""
     if not path.exists():
         raise DataError(f"{path}: there is no plan; {REMEDY}")
     try:

@@ -104,7 +104,7 @@ class ShardReader:
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, *, member: Member, shard_size: int) -> bytes:
-        """The bytes of `member`. DataError if the shard is gone or does not have the `shard_size` bytes of its index."""
+        """The bytes of `member`. DataError if the shard is gone or has not the `shard_size` bytes of its index."""
         descriptor = self._open(path, shard_size)
         data = os.pread(descriptor, member.size, member.offset)
         if len(data) != member.size:

@@ -3,7 +3,7 @@
 All of it follows from the pack's metadata, which every rank of a replica has; nothing here communicates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,10 +48,15 @@ class FeatureRoute:
 class PackSlice:
     """What one rank computes of a pack; t = T / CP. Sequence shares are the t / TP rows of each TP rank."""
 
-    input_ids: Tensor  # [t]
-    labels: Tensor  # [t], -100 where there is no loss
+    positions: Tensor  # [t] positions of the pack that this CP rank holds
+    input_ids: Tensor  # [t], on the device
+    labels: Tensor  # [t] on the host, -100 where there is no loss
     cu_seqlens: Tensor  # [D+1] bounds of the documents in the whole pack
     route: FeatureRoute
+
+    def to(self, device: torch.device) -> "PackSlice":
+        """The same with its input ids on `device`; what only decides shapes and routes stays on the host."""
+        return replace(self, input_ids=self.input_ids.to(device))
 
     @property
     def loss_rows(self) -> Tensor:
@@ -75,6 +80,7 @@ def slice_pack(
     owner = owners(cu_seqlens, layout.cp_size)
     positions = (owner == layout.cp_rank).nonzero().squeeze(1)
     return PackSlice(
+        positions=positions,
         input_ids=input_ids[positions],
         labels=labels[positions],
         cu_seqlens=cu_seqlens,

@@ -1,4 +1,4 @@
-"""Dynamic tiling: which grid an image is cut into, and the cutting. Rules of InternVL 1.5 (arXiv 2404.16821, section 3.3)."""
+"""Dynamic tiling: which grid an image is cut into, and the cutting. Rules of InternVL 1.5 (arXiv 2404.16821)."""
 
 import functools
 from typing import NamedTuple
@@ -39,7 +39,7 @@ def choose_grid(size: tuple[int, int], *, tile_size: int, min_tiles: int, max_ti
 
 
 def num_tiles(grid: tuple[int, int]) -> int:
-    """Tiles that an image cut into `grid` yields: one for each cell, and the thumbnail if there is more than one cell."""
+    """Tiles that an image cut into `grid` yields: one for each cell, and a thumbnail if there is more than one cell."""
     cells = grid[0] * grid[1]
     return cells + 1 if cells > 1 else 1
 

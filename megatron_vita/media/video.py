@@ -7,9 +7,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.stream import Disposition
 from PIL import Image
 
@@ -65,9 +67,9 @@ def decode_frames(
 ) -> np.ndarray:
     """The frames shown at `times` (ascending, in seconds from the first frame) as uint8 `[len(times), 3, S, S]`.
 
-    Each is turned upright, padded to a square with the mean colour of `normalization` and resized, bicubic. Packets that
-    cannot be decoded are passed over: the frame before (at the start, the one after) stands for what they held. Only the
-    parts that `times` touch are decoded, each from its key frame on.
+    Each is turned upright, padded to a square with the mean colour of `normalization` and resized, bicubic. Packets
+    that cannot be decoded are passed over: the frame before (at the start, the one after) stands for what they held.
+    Only the parts that `times` touch are decoded, each from its key frame on.
 
     Raises DataError, which names the video by `name`, if no frame can be decoded.
     """
@@ -140,10 +142,11 @@ class _Clip:
         self._codec = stream.codec_context
         self._unit = float(stream.time_base or 0)
         stamps = [packet.dts if packet.pts is None else packet.pts for packet in self.packets]
-        # Without times in the container (raw streams), or with those of decoding only (AVI), frames are counted.
-        self._counts = None in stamps or (self._codec.has_b_frames and stamps == sorted(stamps))
-        step = 1 / (self.rate or 25)
-        self.times = [index * step if None in stamps else stamp * self._unit for index, stamp in enumerate(stamps)]
+        known = [stamp * self._unit for stamp in stamps if stamp is not None]
+        timeless = len(known) < len(stamps)
+        # Where a container has no times (raw streams), or those of decoding only (AVI), frames are counted.
+        self._counts = timeless or (self._codec.has_b_frames and known == sorted(known))
+        self.times = [index / (self.rate or 25) for index in range(len(stamps))] if timeless else known
         self.origin = min(
             (time for time, packet in zip(self.times, self.packets, strict=True) if not packet.is_discard),
             default=self.times[0],
@@ -161,7 +164,7 @@ class _Clip:
         return self._keyframes[place - 1] if place else 0
 
     def play(self, sampler: _Sampler, starts: list[int]) -> None:
-        """Offers frames until the sampler is done, jumping ahead to `starts[i]` where only moment i and later are left."""
+        """Offers frames until the sampler is done, jumping to `starts[i]` where only moments i and later are left."""
         self._codec.flush_buffers()
         index, failed = starts[0], 0
         first, shown = index, 0
@@ -205,8 +208,9 @@ def _opened(data: bytes, name: str) -> Iterator[av.VideoStream]:
 
 def _packets(stream: av.VideoStream) -> Iterator[av.Packet]:
     """Packets in the order of the file, up to its end or to where it cannot be read on."""
+    container = cast(InputContainer, stream.container)
     try:
-        yield from (packet for packet in stream.container.demux(stream) if packet.size)
+        yield from (packet for packet in container.demux(stream) if packet.size)
     except av.FFmpegError as error:
         logger.warning("%s", error)
 

@@ -26,4 +26,3 @@ class DocumentAttention(nn.Module):
         """query [t, 1, heads, d], key and value [t, 1, groups, d] -> [t, 1, heads * d]."""
         rows = packed_seq_params.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0])
         return rows.flatten(1).unsqueeze(1)
-

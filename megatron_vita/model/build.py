@@ -56,7 +56,7 @@ def build_model(recipe: Recipe, *, backend_name: str | None = None) -> VitaModel
     config = transformer_config(recipe, fused=isinstance(backend, TransformerEngineBackend))
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     model = VitaModel(
         config,
         shapes=recipe.model,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class VitaModel(MegatronModule):
         post_process: bool,
     ) -> None:
         super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder  # which pipeline schedule megatron-core takes
         self.shapes = shapes
         self.pre_process, self.post_process = pre_process, post_process
         if pre_process:
@@ -82,7 +84,9 @@ class VitaModel(MegatronModule):
         if not self.post_process:
             return hidden
         if wanted_rows is not None:
-            return row_logits(select_rows(hidden, rows=wanted_rows, model=self.language_model), model=self.language_model)
+            return row_logits(
+                select_rows(hidden, rows=wanted_rows, model=self.language_model), model=self.language_model
+            )
         scored = pack.loss_rows
         rows = select_rows(hidden, rows=scored, model=self.language_model)
         return row_losses(rows, labels=pack.labels[scored].to(rows.device), model=self.language_model)

@@ -15,7 +15,6 @@ def initialize_groups(parallel: ParallelConfig) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=False,
     )
     layout = rank_layout()
     assert exchange_group().rank() == layout.exchange_rank, "exchange ranks count TP fastest, then CP"
@@ -64,3 +63,9 @@ def is_last_stage() -> bool:
 def pipeline_rank() -> int:
     """This rank's pipeline stage, from 0."""
     return parallel_state.get_pipeline_model_parallel_rank()
+
+
+def is_reporting_rank() -> bool:
+    """Whether this rank speaks for its replica: the first of TP and CP on the last stage."""
+    layout = rank_layout()
+    return is_last_stage() and layout.tp_rank == 0 and layout.cp_rank == 0

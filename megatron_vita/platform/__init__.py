@@ -1,6 +1,6 @@
-"""The door to the machine: device, backend, seeds. Importing it on a machine without CUDA makes megatron-core run there.
+"""The door to the machine: device, backend, logging.
 
-Every room that imports megatron-core imports this one first, in its `__init__`.
+Importing it on a machine without CUDA makes megatron-core run there. Every room that imports megatron-core imports this one first, in its `__init__`.
 """
 
 import datetime

@@ -86,7 +86,7 @@ def _turn(message: Any, field: str) -> Turn:
     role = ROLES[message["role"]]
     content = message["content"]
     if isinstance(content, str):
-        parts = [TextPart(content)] if role == "assistant" else _tagged_parts(content)
+        parts: list[TextPart | MediaPart] = [TextPart(content)] if role == "assistant" else _tagged_parts(content)
     elif isinstance(content, list):
         parts = [_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
     else:

@@ -1,4 +1,4 @@
-"""Tokenizers: a Hugging Face folder or a SentencePiece model behind one face, with the special tokens of this project."""
+"""Tokenizers: a Hugging Face folder or a SentencePiece model behind one face, with this project's special tokens."""
 
 import hashlib
 import itertools
@@ -28,8 +28,8 @@ PAD = "<|endoftext|>"
 SPECIAL_TOKENS = (*MEDIA_TOKENS, "<|im_start|>", END_OF_TURN, PAD)
 """Special tokens that every tokenizer has after loading: those it lacks are appended in this order."""
 
-# A ModelProto's field 3 (normalizer_spec) with add_dummy_prefix and remove_extra_whitespaces false. Protocol buffers merge
-# a repeated singular message into the first one, so that appending these bytes to a model changes these two fields.
+# A ModelProto's field 3 (normalizer_spec) with add_dummy_prefix and remove_extra_whitespaces false. Protocol buffers
+# merge a repeated singular message into the first, so that appending these bytes to a model changes just these fields.
 _KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
@@ -85,13 +85,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a Hugging Face tokenizer folder or a SentencePiece `.model` file. Nothing is downloaded.
 
     Special tokens that are missing get the ids after the last one (of Qwen2.5: 151665 and on).
-    Raises ConfigError if there is no such tokenizer or if it puts spaces between texts that are encoded one by one.
+    Raises ConfigError if there is no such tokenizer, if it puts spaces between texts that are encoded one by one, or if
+    it is a SentencePiece model that loses line breaks.
     """
     path = Path(path)
     if path.is_dir():
         tokenizer: Tokenizer = HuggingFaceTokenizer(_read_folder(path))
     elif path.suffix == ".model" and path.is_file():
-        tokenizer = SentencePieceTokenizer(_read_sentencepiece(path))
+        tokenizer = _read_sentencepiece(path)
     else:
         raise ConfigError(f"{path} is neither a Hugging Face tokenizer folder nor a SentencePiece .model file")
     joined = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
@@ -197,10 +198,15 @@ def _read_folder(path: Path) -> str:
     return tokenizer.backend_tokenizer.to_str()
 
 
-def _read_sentencepiece(path: Path) -> bytes:
+def _read_sentencepiece(path: Path) -> SentencePieceTokenizer:
     model = path.read_bytes()
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=model)
+        tokenizer = SentencePieceTokenizer(model)
     except RuntimeError as error:
         raise ConfigError(f"{path}: not a SentencePiece model: {error}") from error
-    return model
+    if tokenizer.decode(tokenizer.encode("\n")) != "\n":
+        raise ConfigError(
+            f"{path}: a line break does not come back from this model; it must be trained with "
+            "normalization_rule_name=identity and byte_fallback=true"
+        )
+    return tokenizer

@@ -16,9 +16,9 @@ def train_sentencepiece(
 ) -> None:
     """Trains a model of `vocab_size` pieces ("bpe" or "unigram") on `lines` and writes it to `model_path`.
 
-    Text comes back from it unchanged, line breaks and runs of spaces included, except that U+2581 becomes a space (it is
-    SentencePiece's own mark of one). Digits are single pieces, a line break is one token, and characters that no piece
-    covers become bytes. The special tokens are control symbols. Same lines, same bytes.
+    Text comes back from it unchanged, line breaks and runs of spaces included, except that U+2581 becomes a space (it
+    is SentencePiece's own mark of one). Digits are single pieces, a line break is one token, and characters that no
+    piece covers become bytes. The special tokens are control symbols. Same lines, same bytes.
 
     Raises DataError if there is no text or if it does not suit `vocab_size`, saying which size does.
     """
@@ -45,7 +45,7 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(_advice(str(error), vocab_size)) from error
+        raise _explained(str(error), vocab_size) from error
     model_path = Path(model_path)
     model_path.parent.mkdir(parents=True, exist_ok=True)
     model_path.write_bytes(model.getvalue())
@@ -57,5 +57,14 @@ def _single_lines(lines: Iterable[str]) -> Iterator[str]:
         yield from filter(None, text.split("\n"))
 
 
-def _advice(message: str, vocab_size: int) -> str:
-    return message
+def _explained(message: str, vocab_size: int) -> DataError:
+    if "sentences_.empty()" in message:
+        return DataError("there is no text to train a tokenizer on")
+    if high := re.search(r"size too high .* <= (\d+)", message):
+        return DataError(f"vocab_size {vocab_size} is too large for this little text: at most {high[1]} works")
+    if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+        return DataError(
+            f"vocab_size {vocab_size} is too small: the special tokens, 256 bytes and the characters of this text "
+            f"take {low[1]}, so more than that is needed"
+        )
+    return DataError(f"training a tokenizer of vocab_size {vocab_size} failed: {message}")

@@ -10,7 +10,9 @@ from megatron_vita.model.vita import VitaModel
 Names = Callable[[str], Tensor]
 
 
-def language_tensors(get: Names, *, prefix: str, head: str, layers: int, groups: int, head_dim: int) -> dict[str, Tensor]:
+def language_tensors(
+    get: Names, *, prefix: str, head: str, layers: int, groups: int, head_dim: int
+) -> dict[str, Tensor]:
     """Our `language_model` tensors from a Qwen2 model's; `get` gives a tensor (or gradient) by their name."""
     ours = {
         "embedding.word_embeddings.weight": get(f"{prefix}embed_tokens.weight"),

@@ -105,7 +105,7 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
     assert_same_gradients(ours, _named(lambda name: zero[name] if grads[name] is None else grads[name]))
 
 
-def _named(get) -> dict[str, Tensor]:  # noqa: ANN001
+def _named(get) -> dict[str, Tensor]:
     language = language_tensors(
         get, prefix="model.language_model.", head="lm_head.weight", layers=2, groups=2, head_dim=8
     )
@@ -116,7 +116,7 @@ def test_qwen2_gives_the_same_logits_and_gradients(ours: VitaModel) -> None:
     theirs = Qwen2ForCausalLM(qwen2_config())
     randomize(theirs)
 
-    def named(get) -> dict[str, Tensor]:  # noqa: ANN001
+    def named(get) -> dict[str, Tensor]:
         return language_tensors(get, prefix="model.", head="lm_head.weight", layers=2, groups=2, head_dim=8)
 
     ours.zero_grad()

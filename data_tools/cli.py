@@ -1,0 +1,95 @@
+"""The commands. What a user can cause is one line on stderr, `error: ...`, and exit code 1."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.inspection import inspect_pack, inspect_sample
+from data_tools.planning import index_shards, write_plans
+from data_tools.sharding import REJECTED, ShardJob, make_shards
+from data_tools.vocabulary import train_tokenizer
+from megatron_vita.config import load_recipe
+from megatron_vita.errors import VitaError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="From JSONL files of conversations to shards, their indexes and a pack plan.",
+)
+
+Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
+RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")]
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and gives its exit code."""
+    try:
+        return int(app(arguments, prog_name="data_tools", standalone_mode=False) or 0)
+    except VitaError as error:
+        message = str(error)
+    except typer.TyperException as error:
+        message = getattr(error, "format_message", error.__str__)()
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 1
+
+
+@app.command()
+def tokenizer(
+    files: Jsonl,
+    out: Annotated[Path, typer.Option(help="Model to write, NAME.model.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces, special tokens included.")] = 8192,
+) -> None:
+    """Train a SentencePiece tokenizer on the text of samples."""
+    texts = train_tokenizer(files, out=out, vocab_size=vocab_size)
+    typer.echo(f"{out}: {vocab_size} pieces from {texts} texts")
+
+
+@app.command()
+def shard(
+    files: Jsonl,
+    out: Annotated[Path, typer.Option(help="Folder of the dataset: its shards, progress and rejected samples.")],
+    media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
+    samples_per_shard: Annotated[int, typer.Option(help="Lines that become one shard.")] = 1000,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
+) -> None:
+    """Check samples and write them into shards; run again to finish an interrupted run."""
+    job = ShardJob(files=files, media_root=media, out=out, samples_per_shard=samples_per_shard, strict=strict)
+    count = make_shards(job)
+    rejected = f"; {len(count.rejected)} rejected, listed in {out / REJECTED}" if count.rejected else ""
+    typer.echo(f"{out}: {count.samples} samples{rejected}")
+
+
+@app.command()
+def index(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
+    written, current = index_shards(load_recipe(recipe, overrides or []))
+    typer.echo(f"{written} indexes written, {current} were current")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that is longer than a pack.")] = False,
+) -> None:
+    """Plan the packs of a recipe's training and validation data."""
+    for line in write_plans(load_recipe(recipe, overrides or []), strict=strict):
+        typer.echo(line)
+
+
+@app.command()
+def inspect(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    pack: Annotated[int, typer.Option(help="Number of a pack of the plan.")] = 0,
+    sample: Annotated[str, typer.Option(help="Show this sample alone, SHARD.tar:KEY; needs no plan.")] = "",
+    png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,
+) -> None:
+    """Show a pack or a sample as the model sees it: text, loss, tiles."""
+    loaded = load_recipe(recipe, overrides or [])
+    text = inspect_sample(loaded, sample, png=png) if sample else inspect_pack(loaded, split, pack, png=png)
+    typer.echo(text)

@@ -1,0 +1,165 @@
+"""A pack as a picture: a strip of the whole pack, then each document's text, loss marked, beside its tiles in order."""
+
+import re
+from collections.abc import Iterator
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data_tools.view import DocumentView, PackView, Run, heading
+
+WIDTH, MARGIN, STRIP = 1200, 16, 36
+TEXT_SIZE, LINE = 15, 22
+THUMBNAIL, GAP, CAPTION, COLUMNS = 128, 8, 18, 4
+TEXT_EDGE = WIDTH - MARGIN - COLUMNS * (THUMBNAIL + GAP) - GAP
+MAX_TILES, MAX_CHARACTERS = 96, 1500
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
+INK, PAPER, FAINT = "#1c1c1c", "#ffffff", "#8a8a8a"
+COLORS = {"text": "#e6e6e6", "loss": "#a6dba0", "tile": "#9ecae1", "padding": "#c9a7a7"}
+LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "padding": "padding"}
+
+
+def draw_sheet(view: PackView) -> Image.Image:
+    """The contact sheet. Long texts are cut in the middle, and of many tiles of a document the first are shown."""
+    sheet = _Sheet()
+    sheet.line(view.title, INK)
+    sheet.legend()
+    sheet.strip(view)
+    for document in view.documents:
+        sheet.skip(GAP)
+        sheet.line(heading(document), INK, rule=True)
+        sheet.document(view, document)
+    return sheet.finish()
+
+
+class _Sheet:
+    """A canvas that is filled from top to bottom and grows as needed."""
+
+    def __init__(self) -> None:
+        self._font = _font(TEXT_SIZE)
+        self._small = _font(TEXT_SIZE - 4)
+        self._y = MARGIN
+        self._canvas = Image.new("RGB", (WIDTH, 1000), PAPER)
+        self._draw = ImageDraw.Draw(self._canvas)
+
+    def skip(self, pixels: int) -> None:
+        """Moves down; room for a row of tiles is always left below."""
+        self._y += pixels
+        if self._y + 2 * THUMBNAIL > self._canvas.height:
+            taller = Image.new("RGB", (WIDTH, 2 * self._canvas.height), PAPER)
+            taller.paste(self._canvas)
+            self._canvas, self._draw = taller, ImageDraw.Draw(taller)
+
+    def finish(self) -> Image.Image:
+        return self._canvas.crop((0, 0, WIDTH, self._y + MARGIN))
+
+    def line(self, text: str, color: str, *, rule: bool = False) -> None:
+        if rule:
+            self._draw.line([(MARGIN, self._y), (WIDTH - MARGIN, self._y)], fill=FAINT)
+            self.skip(4)
+        for piece in self._wrapped(text):
+            self._draw.text((MARGIN, self._y), piece, fill=color, font=self._font)
+            self.skip(LINE)
+
+    def legend(self) -> None:
+        x = MARGIN
+        for kind, name in LEGEND.items():
+            self._draw.rectangle([x, self._y + 2, x + 16, self._y + 18], fill=COLORS[kind])
+            self._draw.text((x + 22, self._y), name, fill=INK, font=self._font)
+            x += 110
+        self.skip(LINE + 4)
+
+    def strip(self, view: PackView) -> None:
+        """The pack from its first token to its last, with a mark where a document begins."""
+        scale = (WIDTH - 2 * MARGIN) / view.seq_length
+        for document in view.documents:
+            position = document.start
+            for run in document.runs:
+                left, right = MARGIN + position * scale, MARGIN + (position + run.tokens) * scale
+                self._draw.rectangle([left, self._y, max(left, right - 1), self._y + STRIP], fill=COLORS[run.kind])
+                position += run.tokens
+        for document in view.documents:
+            x = MARGIN + document.start * scale
+            self._draw.line([(x, self._y - 3), (x, self._y + STRIP + 3)], fill=INK)
+        self.skip(STRIP + GAP)
+
+    def document(self, view: PackView, document: DocumentView) -> None:
+        """Text on the left, tiles on the right; text alone takes the whole width."""
+        top = self._y
+        self._runs([_shortened(run) for run in document.runs], TEXT_EDGE if document.tiles else WIDTH - MARGIN)
+        bottom, self._y = self._y, top
+        self._tiles(view, document)
+        self._y = max(self._y, bottom)
+
+    def _runs(self, runs: list[Run], edge: int) -> None:
+        """Flows the runs' words over lines, each on its kind's colour; a line break of the text breaks the line."""
+        x = MARGIN
+        for run in runs:
+            for word in re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text):
+                shown = "\u21b5" if word == "\n" else word
+                for part in self._fitting(shown, edge - MARGIN):
+                    width = int(self._font.getlength(part)) + 1
+                    if x + width > edge:
+                        self.skip(LINE)
+                        x = MARGIN
+                    self._draw.rectangle([x, self._y, x + width, self._y + LINE - 3], fill=COLORS[run.kind])
+                    self._draw.text((x, self._y + 1), part, fill=INK, font=self._font)
+                    x += width
+                if word == "\n":
+                    self.skip(LINE)
+                    x = MARGIN
+        self.skip(LINE + GAP if x > MARGIN else GAP)
+
+    def _tiles(self, view: PackView, document: DocumentView) -> None:
+        """The document's tiles from left to right, each with its number in the pack."""
+        step = THUMBNAIL + GAP
+        shown = document.tiles[:MAX_TILES]
+        for place, tile in enumerate(shown):
+            if place and place % COLUMNS == 0:
+                self.skip(step + CAPTION)
+            x = TEXT_EDGE + 2 * GAP + place % COLUMNS * step
+            image = Image.fromarray(view.tiles[tile].transpose(1, 2, 0)).resize((THUMBNAIL, THUMBNAIL))
+            self._draw.rectangle([x - 1, self._y - 1, x + THUMBNAIL, self._y + THUMBNAIL], outline=FAINT)
+            self._canvas.paste(image, (x, self._y))
+            self._draw.text((x, self._y + THUMBNAIL + 2), f"tile {tile}", fill=INK, font=self._small)
+        if shown:
+            self.skip(step + CAPTION)
+        if len(document.tiles) > len(shown):
+            left = f"and {len(document.tiles) - len(shown)} more tiles"
+            self._draw.text((TEXT_EDGE + 2 * GAP, self._y), left, fill=FAINT, font=self._font)
+            self.skip(LINE)
+
+    def _wrapped(self, text: str) -> Iterator[str]:
+        line = ""
+        for word in text.split(" "):
+            if line and self._font.getlength(f"{line} {word}") > WIDTH - 2 * MARGIN:
+                yield line
+                line = word
+            else:
+                line = f"{line} {word}" if line else word
+        yield line
+
+    def _fitting(self, word: str, width: int) -> Iterator[str]:
+        """A word in parts of at most `width` pixels; texts without spaces would leave the sheet."""
+        while self._font.getlength(word) > width:
+            cut = next(i for i in range(len(word), 0, -1) if i == 1 or self._font.getlength(word[:i]) <= width)
+            yield word[:cut]
+            word = word[cut:]
+        yield word
+
+
+def _shortened(run: Run) -> Run:
+    excess = len(run.text) - MAX_CHARACTERS
+    if excess <= 0:
+        return run
+    half = MAX_CHARACTERS // 2
+    return run._replace(text=f"{run.text[:half]} [... {excess} characters ...] {run.text[-half:]}")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The first of FONTS that the system has; else the one inside Pillow, which knows Latin letters only."""
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)

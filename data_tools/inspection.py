@@ -1,0 +1,74 @@
+"""Packs and samples shown as the model sees them, in words and as a picture."""
+
+import dataclasses
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+
+from data_tools.contact_sheet import draw_sheet
+from data_tools.planning import load_recipe_tokenizer
+from data_tools.view import PackView, describe, view_batch
+from megatron_vita.config import Recipe
+from megatron_vita.data.batch import padded_length
+from megatron_vita.data.documents import document_lengths, newline_length
+from megatron_vita.data.index import index_path, read_index, text_stamp
+from megatron_vita.data.plan import COLUMNS, PackPlan
+from megatron_vita.data.split import Split, document_format, open_split
+from megatron_vita.data.stream import PackStream
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.text.tokenizer import Tokenizer
+
+
+def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> str:
+    """Describes pack number `pack` of a split's plan, and draws it if `png` names a file."""
+    if split not in get_args(Split):
+        raise ConfigError(f"--split is {split!r}; known: {', '.join(get_args(Split))}")
+    tokenizer = load_recipe_tokenizer(recipe)
+    stream = open_split(recipe, split=cast(Split, split), tokenizer=tokenizer, tile_share=(0, 1))
+    if not 0 <= pack < len(stream):
+        raise ConfigError(f"--pack is {pack}; the {split} plan has packs 0 to {len(stream) - 1}")
+    names = [dataset.name for dataset in getattr(recipe.data, split)]
+    view = view_batch(stream[pack], recipe=recipe, tokenizer=tokenizer, names=names, title=f"{split} pack {pack}")
+    return _show(view, png)
+
+
+def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
+    """Describes one sample, named SHARD.tar:KEY, as a pack of its own."""
+    shard, separator, key = sample.rpartition(":")
+    if not separator:
+        raise ConfigError(f"--sample is {sample!r}: SHARD.tar:KEY is needed")
+    tokenizer = load_recipe_tokenizer(recipe)
+    stream = _stream_of_sample(recipe, Path(shard), key, tokenizer=tokenizer)
+    view = view_batch(stream[0], recipe=recipe, tokenizer=tokenizer, names=[shard], title=f"sample {key}")
+    return _show(view, png)
+
+
+def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Tokenizer) -> PackStream:
+    index = read_index(index_path(shard), text_stamp(tokenizer, recipe.text.template))
+    keys = index.keys()
+    if key not in keys:
+        raise DataError(f"{shard}: no sample {key!r} among {len(keys)}, the first of which is {keys[:1]}")
+    row = keys.index(key)
+    tokens, tiles = document_lengths(
+        index, media=recipe.media, vision=recipe.model.vision, newline_length=newline_length(tokenizer)
+    )
+    entry = (0, 0, 0, row, tokens[row], tiles[row])
+    plan = PackPlan({name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={})
+    length = padded_length(int(tokens[row]), recipe.data.document_alignment)
+    return PackStream(
+        plan,
+        shards=[[shard]],
+        data=dataclasses.replace(recipe.data, seq_length=length),
+        form=document_format(recipe, tokenizer),
+        tile_share=(0, 1),
+    )
+
+
+def _show(view: PackView, png: Path | None) -> str:
+    text = "\n".join(describe(view))
+    if png is None:
+        return text
+    png.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(view).save(png)
+    return f"{text}\ncontact sheet: {png}"

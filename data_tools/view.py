@@ -1,0 +1,113 @@
+"""A batch taken apart again: its documents, and their tokens in runs of one kind."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_vita.config import Recipe
+from megatron_vita.data.batch import TAIL_SOURCE, Batch
+from megatron_vita.data.documents import NO_LOSS
+from megatron_vita.text.tokenizer import Tokenizer
+
+
+class Run(NamedTuple):
+    """Tokens of one kind that follow one another: "text", "loss", "tile" (with its wrapping tokens) or "padding"."""
+
+    kind: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentView:
+    """A document of a batch: its bounds in the pack, padding included, and its tiles, counted in the pack."""
+
+    title: str
+    start: int
+    stop: int
+    runs: list[Run]
+    tiles: range
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackView:
+    """A batch, with all its tiles, ready to be shown."""
+
+    title: str
+    seq_length: int
+    documents: list[DocumentView]
+    tiles: np.ndarray  # [N,3,S,S] uint8
+
+
+def view_batch(batch: Batch, *, recipe: Recipe, tokenizer: Tokenizer, names: list[str], title: str) -> PackView:
+    """Takes a batch apart again. `names` are the datasets'."""
+    runs = _Runs(batch, tile_tokens=recipe.model.vision.image_token_length, tokenizer=tokenizer)
+    documents, placements = [], batch.placements.numpy()
+    for i, (start, stop) in enumerate(itertools.pairwise(batch.document_starts.tolist())):
+        source = int(batch.document_sources[i])
+        name = "tail" if source == TAIL_SOURCE else f"document {i}: {batch.sample_keys[i]} from {names[source]}"
+        tiles = range(*np.searchsorted(placements, (start, stop)).tolist())
+        documents.append(
+            DocumentView(title=name, start=start, stop=stop, runs=list(runs.between(start, stop)), tiles=tiles)
+        )
+    length = len(batch.input_ids)
+    rows = int((batch.labels != NO_LOSS).sum())
+    summary = (
+        f"{title}: {len(batch.sample_keys)} documents, {batch.num_tokens} of {length} tokens "
+        f"({batch.num_tokens / length:.1%}), {rows} loss rows, {len(placements)} tiles"
+    )
+    return PackView(title=summary, seq_length=length, documents=documents, tiles=batch.tiles.numpy())
+
+
+def describe(view: PackView) -> Iterator[str]:
+    """Lines of text: for each document its text with tiles as [tile N], and what carries the loss marked `loss|`."""
+    yield view.title
+    for document in view.documents:
+        yield heading(document)
+        for is_loss, runs in itertools.groupby(document.runs, key=lambda run: run.kind == "loss"):
+            yield ("  loss| " if is_loss else "      | ") + "".join(run.text for run in runs).replace("\n", "\\n")
+
+
+def heading(document: DocumentView) -> str:
+    """A document's title with its counts."""
+    counts = {kind: sum(run.tokens for run in document.runs if run.kind == kind) for kind in ("loss", "padding")}
+    tiles = f", tiles {document.tiles.start} to {document.tiles.stop - 1}" if document.tiles else ""
+    return (
+        f"{document.title}: tokens {document.start} to {document.stop - 1}, "
+        f"{counts['loss']} with loss, {counts['padding']} padding{tiles}"
+    )
+
+
+class _Runs:
+    """Groups a batch's tokens into runs."""
+
+    def __init__(self, batch: Batch, *, tile_tokens: int, tokenizer: Tokenizer) -> None:
+        self._ids = batch.input_ids.numpy()
+        self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])  # is this token predicted?
+        self._tokenizer = tokenizer
+        self._tile = np.full(len(self._ids), -1)
+        for tile, place in enumerate(batch.placements.tolist()):
+            self._tile[place - 1 : place + tile_tokens + 1] = tile
+
+    def between(self, start: int, stop: int) -> Iterator[Run]:
+        end = self._unpadded_end(start, stop)
+        kinds = [
+            (f"tile {self._tile[i]}" if self._tile[i] >= 0 else "loss" if self._loss[i] else "text", i)
+            for i in range(start, end)
+        ]
+        for kind, group in itertools.groupby(kinds, key=lambda item: item[0]):
+            ids = [int(self._ids[i]) for _, i in group]
+            if kind.startswith("tile"):
+                yield Run("tile", f"[{kind}]", len(ids))
+            else:
+                yield Run(kind, self._tokenizer.decode(ids, skip_special=False), len(ids))
+        if stop > end:
+            yield Run("padding", f"[padding {stop - end}]", stop - end)
+
+    def _unpadded_end(self, start: int, stop: int) -> int:
+        while stop > start and self._ids[stop - 1] == self._tokenizer.pad_id and not self._loss[stop - 1]:
+            stop -= 1
+        return stop

@@ -1,0 +1,138 @@
+"""A folder of checkpoints, each written under a temporary name and renamed when complete.
+
+<folder>/step_00000500/   distributed tensors, manifest.json
+<folder>/latest           name of the newest complete checkpoint; moves last
+"""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_vita.errors import CheckpointError
+from megatron_vita.parallel import groups
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """What megatron-core's modules and optimizers ask for in order to describe their shards.
+
+    Optimizer state is written so that any layout can read it.
+    """
+    return {
+        "dp_cp_group": groups.data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    }
+
+
+def save_checkpoint(
+    folder: str | Path, *, step: int, state: dict[str, Any], manifest: dict[str, Any], keep: int
+) -> Path:
+    """Writes a sharded `state` and its `manifest` (plain values) as the newest checkpoint; keeps the `keep` newest.
+
+    Collective. A kill at any moment leaves the last complete checkpoint as the latest.
+    """
+    folder = Path(folder)
+    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
+    if _first():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(temporary), async_strategy="mcore")
+    dist.barrier()
+    if _first():
+        _write_text(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _write_text(folder / "latest", final.name)
+        _prune(folder, keep)
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None if there is none."""
+    pointer = Path(folder) / "latest"
+    if not pointer.exists():
+        return None
+    path = Path(folder) / pointer.read_text().strip()
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(f"{pointer} names {path.name}, which is missing or incomplete")
+    return path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest in it; CheckpointError if there is none."""
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return path
+    newest = latest_checkpoint(path)
+    if newest is None:
+        raise CheckpointError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a folder of checkpoints (no `latest`)")
+    return newest
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; CheckpointError if it cannot be read or is of another format version."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: cannot be read: {error}") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{checkpoint}: format version {version}; this version reads {FORMAT_VERSION}")
+    return manifest
+
+
+def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
+    """CheckpointError, naming the first field that differs, unless the checkpoint is of the same model shapes."""
+    found = _flatten(read_manifest(checkpoint)["recipe"]["model"])
+    for name, value in _flatten(model).items():
+        if not name.endswith(("init", "init_method_std")) and found.get(name) != value:
+            raise CheckpointError(
+                f"{checkpoint}: is of another model: model.{name} is {found.get(name)} there and {value} in the recipe"
+            )
+
+
+def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Fills a sharded `state` from a checkpoint, whatever layout wrote it. Collective."""
+    try:
+        return dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
+
+
+def _first() -> bool:
+    return dist.get_rank() == 0
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Writes and moves into place, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.incomplete")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

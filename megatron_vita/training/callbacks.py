@@ -1,0 +1,128 @@
+"""Side features of the loop: logging, TensorBoard, validation, saving. Each runs on every rank after every step."""
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run, save_run, validation_batches
+from megatron_vita.training.step import validate
+
+logger = logging.getLogger(__name__)
+
+
+class Callback(Protocol):
+    """What the loop calls."""
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Called on every rank once the weights are updated."""
+
+
+class LogCallback:
+    """One line every `log_interval` steps, with the time that is left."""
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Logs the step."""
+        training = run.recipe.training
+        if run.step % training.log_interval and run.step != training.train_iters:
+            return
+        left = (training.train_iters - run.step) * metrics.seconds
+        logger.info(
+            "step %d/%d | loss %.6f | grad norm %.4f | lr %.3e | %.0f tokens/s | %.1f tiles/s | "
+            "%d loss rows | fill %.1f %% | %.2f s | left %s",
+            run.step,
+            training.train_iters,
+            metrics.loss,
+            metrics.grad_norm,
+            metrics.lr,
+            metrics.tokens_per_second,
+            metrics.tiles_per_second,
+            metrics.loss_rows,
+            100 * metrics.fill,
+            metrics.seconds,
+            _clock(left),
+        )
+
+
+class TensorBoardCallback:
+    """Scalars of each step, and the loss of each source."""
+
+    def __init__(self, folder: str) -> None:
+        self.writer = SummaryWriter(folder) if dist.get_rank() == 0 else None
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Writes on rank 0."""
+        if self.writer is None:
+            return
+        scalars = {
+            "train/loss": metrics.loss,
+            "train/grad_norm": metrics.grad_norm,
+            "train/lr": metrics.lr,
+            "speed/tokens_per_second": metrics.tokens_per_second,
+            "speed/tiles_per_second": metrics.tiles_per_second,
+            "data/loss_rows": metrics.loss_rows,
+            "data/fill": metrics.fill,
+        }
+        scalars |= {f"train/loss/{source}": loss for source, loss in metrics.source_losses.items()}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, run.step)
+
+    def add_validation(self, metrics: StepMetrics) -> None:
+        """Writes the held-out loss, and that of each source."""
+        if self.writer is not None:
+            self.writer.add_scalar("validation/loss", metrics.loss, metrics.step)
+            for source, loss in metrics.source_losses.items():
+                self.writer.add_scalar(f"validation/loss/{source}", loss, metrics.step)
+
+
+class ValidationCallback:
+    """Loss on held-out packs every `eval_interval` steps and after the last."""
+
+    def __init__(self, tensorboard: TensorBoardCallback | None) -> None:
+        self.tensorboard = tensorboard
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Validates and logs."""
+        training = run.recipe.training
+        if run.step % training.eval_interval and run.step != training.train_iters:
+            return
+        batches, count = validation_batches(run)
+        result = validate(run, batches, num_microbatches=count)
+        sources = ", ".join(f"{name} {loss:.6f}" for name, loss in result.source_losses.items())
+        logger.info("validation at step %d | loss %.6f | %s", run.step, result.loss, sources)
+        if self.tensorboard is not None:
+            self.tensorboard.add_validation(result)
+
+
+class SaveCallback:
+    """A checkpoint every `save_interval` steps and after the last."""
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Saves on all ranks."""
+        if run.step % run.recipe.checkpoint.save_interval and run.step != run.recipe.training.train_iters:
+            return
+        path: Path = save_run(run)
+        logger.info("saved %s", path)
+
+
+def build_callbacks(run: Run) -> list[Callback]:
+    """The callbacks that a recipe asks for, in the order in which they run."""
+    recipe = run.recipe
+    callbacks: list[Callback] = [LogCallback()]
+    tensorboard = TensorBoardCallback(recipe.training.tensorboard_dir) if recipe.training.tensorboard_dir else None
+    if tensorboard is not None:
+        callbacks.append(tensorboard)
+    if run.validation_stream is not None:
+        callbacks.append(ValidationCallback(tensorboard))
+    if recipe.checkpoint.save:
+        callbacks.append(SaveCallback())
+    return callbacks
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

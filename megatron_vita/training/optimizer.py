@@ -1,0 +1,103 @@
+"""Optimizer and schedule, both megatron-core's, from a recipe; gradients of the replicated vision parts."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_vita.config import Recipe
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+
+
+def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataParallel:
+    """The model with gradient buffers that are reduced over data- and context-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = DistributedDataParallel(model.config, config, model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(
+    model: DistributedDataParallel, recipe: Recipe
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over what is trainable, and its learning rate schedule in steps."""
+    optimizer, training = recipe.optimizer, recipe.training
+    config = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=training.bf16,
+        params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
+        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+    )
+    built = get_megatron_optimizer(config, [model])
+    schedule = OptimizerParamScheduler(
+        built,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=int(optimizer.lr_warmup_fraction * training.train_iters),
+        lr_decay_steps=training.train_iters,
+        lr_decay_style="cosine",
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=training.train_iters,
+        wd_incr_style="constant",
+    )
+    model.config.grad_scale_func = built.scale_loss
+    model.config.finalize_model_grads_func = finalize_gradients
+    return built, schedule
+
+
+def finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+    """megatron-core's reduction and scaling, then the sum over TP ranks of what each has from its own tiles.
+
+    megatron-core sums replicated gradients over TP only under sequence parallelism, and not for plain modules. All of
+    it is linear, so the order does not matter.
+    """
+    finalize_model_grads(model, num_tokens, *args, **kwargs)
+    group = groups.tensor_group()
+    if group.size() == 1:
+        return
+    for chunk in model:
+        for part in chunk.module.vision_parts():
+            grads = [p.main_grad for p in part.parameters() if p.requires_grad]
+            if grads:
+                flat = torch.cat([grad.flatten() for grad in grads])
+                dist.all_reduce(flat, group=group)
+                for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                    grad.copy_(summed.view_as(grad))
+
+
+def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Gives torch's Adam its state tensors before the first step, so that a checkpoint can be loaded into them.
+
+    Fused Adam allocates its own.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }

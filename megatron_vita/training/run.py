@@ -1,0 +1,190 @@
+"""A run's parts and its position, from a recipe; saving and resuming them."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_vita.checkpoint import store
+from megatron_vita.config import Recipe
+from megatron_vita.data.batch import Batch
+from megatron_vita.data.loader import pack_loader
+from megatron_vita.data.split import open_split
+from megatron_vita.data.stream import PackStream
+from megatron_vita.errors import ConfigError
+from megatron_vita.model.build import build_model, freeze_parts
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.training.optimizer import allocate_adam_state, build_optimizer, wrap_for_data_parallel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """Everything that a training run holds on this rank, and where it stands."""
+
+    recipe: Recipe
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    microbatches: int
+    train_stream: PackStream | None = None
+    validation_stream: PackStream | None = None
+    step: int = 0
+    consumed_packs: int = 0
+
+    @property
+    def core(self) -> VitaModel:
+        """The model without its data-parallel wrapping."""
+        return self.model.module
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Feature rows of a tile."""
+        return self.recipe.model.vision.image_token_length
+
+    @property
+    def train_sources(self) -> list[str]:
+        """Names of the training datasets."""
+        return [dataset.name for dataset in self.recipe.data.train]
+
+    @property
+    def validation_sources(self) -> list[str]:
+        """Names of the held-out datasets."""
+        return [dataset.name for dataset in self.recipe.data.validation]
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
+    recipe.data_parallel_size(dist.get_world_size())
+    groups.initialize_groups(recipe.parallel)
+    train_stream, validation_stream = _open_streams(recipe)
+    run = assemble_run(recipe)
+    run.train_stream, run.validation_stream = train_stream, validation_stream
+    take_up(run)
+    return run
+
+
+def assemble_run(recipe: Recipe) -> Run:
+    """The parts of a run that need no data, with first weights. Groups must be initialized."""
+    model = build_model(recipe)
+    freeze_parts(model, recipe)
+    wrapped = wrap_for_data_parallel(model, recipe)
+    optimizer, schedule = build_optimizer(wrapped, recipe)
+    return Run(
+        recipe=recipe,
+        model=wrapped,
+        optimizer=optimizer,
+        schedule=schedule,
+        microbatches=recipe.training.global_batch_size // groups.data_parallel_group().size(),
+    )
+
+
+def _open_streams(recipe: Recipe) -> tuple[PackStream, PackStream | None]:
+    tokenizer = load_tokenizer(recipe.text.tokenizer)
+    if tokenizer.vocab_size > recipe.model.language.vocab_size:
+        raise ConfigError(
+            f"model.language.vocab_size is {recipe.model.language.vocab_size}, but the tokenizer "
+            f"{recipe.text.tokenizer} has {tokenizer.vocab_size} entries"
+        )
+    layout = groups.rank_layout()
+    share = (layout.exchange_rank, layout.ranks) if groups.is_first_stage() else None
+    train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=share)
+    needed = recipe.training.train_iters * recipe.training.global_batch_size
+    if needed > len(train):
+        raise ConfigError(
+            f"training.train_iters {recipe.training.train_iters} x global_batch_size "
+            f"{recipe.training.global_batch_size} needs {needed} packs, but the plan {recipe.data.plan} holds "
+            f"{len(train)}: raise data.epochs and plan again, or lower train_iters to "
+            f"{len(train) // recipe.training.global_batch_size}"
+        )
+    if not recipe.training.eval_interval:
+        return train, None
+    return train, open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=share)
+
+
+def train_batches(run: Run) -> Iterator[Batch]:
+    """This rank's packs of all remaining steps, in order."""
+    assert run.train_stream is not None
+    size = run.recipe.training.global_batch_size
+    rank = groups.data_parallel_group().rank()
+    first = rank * run.microbatches
+    ids = [
+        step * size + first + i
+        for step in range(run.step, run.recipe.training.train_iters)
+        for i in range(run.microbatches)
+    ]
+    return pack_loader(run.train_stream, ids, num_workers=run.recipe.data.num_workers)
+
+
+def validation_batches(run: Run) -> tuple[Iterator[Batch], int]:
+    """This rank's packs of one validation, and how many: the first of the held-out plan, the same each time."""
+    assert run.validation_stream is not None
+    ranks = groups.data_parallel_group().size()
+    wanted = run.recipe.training.eval_iters * run.recipe.training.global_batch_size
+    count = min(wanted, len(run.validation_stream)) // ranks
+    first = groups.data_parallel_group().rank() * count
+    ids = list(range(first, first + count))
+    return pack_loader(run.validation_stream, ids, num_workers=0), count
+
+
+def save_run(run: Run) -> Path:
+    """Writes the run's state to `checkpoint.save`. Collective."""
+    return store.save_checkpoint(
+        run.recipe.checkpoint.save,
+        step=run.step,
+        state=_state(run, loading=False),
+        manifest={"consumed_packs": run.consumed_packs, "recipe": dataclasses.asdict(run.recipe)},
+        keep=run.recipe.checkpoint.keep,
+    )
+
+
+def _state(run: Run, *, loading: bool) -> dict[str, Any]:
+    metadata = store.sharding_metadata()
+    model = run.core.sharded_state_dict(metadata=metadata)
+    if loading:
+        allocate_adam_state(run.optimizer)
+    optimizer = run.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
+
+
+def take_up(run: Run) -> None:
+    """Resumes from the latest checkpoint of this run, or takes the weights that the recipe starts from. Collective."""
+    settings = run.recipe.checkpoint
+    newest = store.latest_checkpoint(settings.save) if settings.save else None
+    if newest is not None:
+        _resume(run, newest)
+    elif settings.load:
+        _start_from(run, store.find_checkpoint(settings.load))
+
+
+def _resume(run: Run, checkpoint: Path) -> None:
+    store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
+    manifest = store.read_manifest(checkpoint)
+    state = store.load_state(checkpoint, _state(run, loading=True))
+    run.core.load_state_dict(state["model"], strict=False)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
+    logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
+
+
+def _start_from(run: Run, checkpoint: Path) -> None:
+    store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
+    load_weights(run.core, checkpoint)
+    run.optimizer.reload_model_params()
+    logger.info("weights from %s", checkpoint)
+
+
+def load_weights(model: VitaModel, checkpoint: Path) -> None:
+    """Sets a model's weights from a checkpoint of any layout. Collective."""
+    state = store.load_state(checkpoint, {"model": model.sharded_state_dict(metadata=store.sharding_metadata())})
+    model.load_state_dict(state["model"], strict=False)

@@ -1,0 +1,93 @@
+"""One optimizer step, and one validation, through megatron-core's schedules."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.data.batch import Batch
+from megatron_vita.errors import VitaError
+from megatron_vita.layout.slicing import PackSlice, slice_pack
+from megatron_vita.media.normalize import normalize
+from megatron_vita.parallel import groups
+from megatron_vita.training.metrics import Meter, StepMetrics
+from megatron_vita.training.run import Run
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
+    """Takes this rank's packs of one global batch, updates the weights, and reports. Collective."""
+    run.model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    meter = Meter(run.train_sources)
+    _run_schedule(run, batches, meter=meter, num_microbatches=run.microbatches, forward_only=False)
+    _, grad_norm, _ = run.optimizer.step()
+    metrics = meter.reduce(run.step + 1)
+    metrics.grad_norm, metrics.lr = float(grad_norm), run.optimizer.param_groups[0]["lr"]
+    if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
+        raise VitaError(
+            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run diverged in packs "
+            f"{run.consumed_packs} to {run.consumed_packs + run.recipe.training.global_batch_size - 1}; "
+            "resume from the last checkpoint with a smaller optimizer.lr"
+        )
+    run.schedule.step(1)
+    run.step += 1
+    run.consumed_packs += run.recipe.training.global_batch_size
+    return metrics
+
+
+@torch.no_grad()
+def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> StepMetrics:
+    """Loss of this rank's `num_microbatches` held-out packs and those of all other replicas. Collective."""
+    meter = Meter(run.validation_sources)
+    run.model.eval()
+    _run_schedule(run, batches, meter=meter, num_microbatches=num_microbatches, forward_only=True)
+    run.model.train()
+    return meter.reduce(run.step)
+
+
+def _run_schedule(
+    run: Run, batches: Iterator[Batch], *, meter: Meter, num_microbatches: int, forward_only: bool
+) -> None:
+    get_forward_backward_func()(
+        forward_step_func=partial(forward_step, rows_per_tile=run.rows_per_tile, meter=meter, run=run),
+        data_iterator=batches,
+        model=[run.model],
+        num_microbatches=num_microbatches,
+        seq_length=run.recipe.data.seq_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def forward_step(
+    batches: Iterator[Batch], model: Any, *, rows_per_tile: int, meter: Meter, run: Run
+) -> tuple[Tensor, Any]:
+    """One pack through this stage; returns its output and the function that sums the losses."""
+    batch = next(batches)
+    meter.add_batch(batch)
+    pack = slice_pack(
+        batch.input_ids,
+        labels=batch.labels,
+        cu_seqlens=batch.cu_seqlens,
+        placements=batch.placements,
+        rows_per_tile=rows_per_tile,
+        layout=groups.rank_layout(),
+    )
+    output = model(prepare_tiles(batch.tiles, run), pack.to(platform.device()))
+    return output, partial(sum_losses, batch=batch, pack=pack, meter=meter)
+
+
+def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
+    """Tiles [n, 3, S, S] uint8, normalised in the model's precision on its device."""
+    normalized = normalize(tiles.to(platform.device()), run.recipe.media.normalization)
+    return normalized.bfloat16() if run.recipe.training.bf16 else normalized
+
+
+def sum_losses(losses: Tensor, *, batch: Batch, pack: PackSlice, meter: Meter) -> tuple[Tensor, Tensor, dict]:
+    """Sum and number of losses [L], which megatron-core divides over the whole global batch."""
+    meter.add_losses(losses, batch=batch, pack=pack)
+    return losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), {}

@@ -1,0 +1,37 @@
+"""Trains a stage: torchrun --nproc_per_node GPUS pretrain_vita.py RECIPE.yaml [group.field=value ...]"""
+
+import argparse
+import logging
+import sys
+
+from megatron_vita.config import describe_fields, load_recipe
+from megatron_vita.errors import VitaError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--help` lists every field of a recipe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Fields of a recipe:\n" + "\n".join(describe_fields()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="the stage's recipe, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="fields that replace the recipe's")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Reads the recipe and trains; a user's error is one line and exit code 1."""
+    arguments = parse_arguments()
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        from megatron_vita.training.loop import train  # imports torch: after the recipe has been checked
+
+        train(recipe)
+    except VitaError as error:
+        logging.getLogger("megatron_vita").error("%s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Run by torchrun: two optimizer steps at each layout; gradients and weights go to checkpoints that any layout reads."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from synthetic import make_step, share_of, tiny_recipe
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import store
+from megatron_vita.parallel import groups
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run, assemble_run, load_weights
+from megatron_vita.training.step import train_step
+
+
+def my_batches(run: Run, step: int) -> list:
+    """This rank's packs of a step."""
+    first = groups.data_parallel_group().rank() * run.microbatches
+    packs = make_step(step)[first : first + run.microbatches]
+    return [share_of(pack, groups.rank_layout(), first_stage=groups.is_first_stage()) for pack in packs]
+
+
+def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
+    """Reduced gradients of this rank's parameters; shards of the distributed optimizer are gathered."""
+    group = groups.data_parallel_group(with_context_parallel=True)
+    if run.recipe.parallel.use_distributed_optimizer and group.size() > 1:
+        for buffer in run.model.buffers:
+            for bucket in buffer.buckets:
+                mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    return {name: p.main_grad.clone() for name, p in run.core.named_parameters()}
+
+
+def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes the model's weights, or `tensors` in their place."""
+    with torch.no_grad():
+        weights = {name: p.clone() for name, p in run.core.named_parameters()}
+        for name, p in run.core.named_parameters():
+            p.copy_((tensors or weights)[name])
+        state = {"model": run.core.sharded_state_dict(metadata=store.sharding_metadata())}
+        store.save_checkpoint(folder, step=0, state=state, manifest={}, keep=1)
+        for name, p in run.core.named_parameters():
+            p.copy_(weights[name])
+
+
+def open_layout(parallel: dict, start: Path) -> Run:
+    """A run at a layout with the reference's first weights."""
+    recipe = tiny_recipe(**parallel)
+    groups.initialize_groups(recipe.parallel)
+    run = assemble_run(recipe)
+    load_weights(run.core, store.find_checkpoint(start))
+    run.optimizer.reload_model_params()
+    return run
+
+
+def two_steps(run: Run, folder: Path) -> list[StepMetrics]:
+    """Two optimizer steps; gradients of the first and weights after the second are written."""
+    run.recipe.data.train = []
+    Run.train_sources = property(lambda _: ["random"])  # type: ignore[assignment, method-assign]
+    first = train_step(run, iter(my_batches(run, 0)))
+    save_tensors(run, folder / "gradients", whole_gradients(run))
+    second = train_step(run, iter(my_batches(run, 1)))
+    save_tensors(run, folder / "weights")
+    return [first, second]
+
+
+def main() -> None:
+    """Arguments: folder, JSON of {layout name: fields of parallel}."""
+    folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    platform.initialize_process()
+    platform.set_up_logging(dist.get_rank())
+    for name, parallel in layouts.items():
+        metrics = two_steps(open_layout(parallel, folder / "start"), folder / name)
+        if dist.get_rank() == 0:
+            rows = [{"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles} for m in metrics]
+            (folder / f"{name}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

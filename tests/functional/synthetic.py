@@ -1,0 +1,93 @@
+"""A tiny model and packs of random documents, the same on every rank."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, OptimizerConfig, Recipe, TrainingConfig
+from megatron_vita.config import VisionConfig as Vision
+from megatron_vita.data.batch import Batch
+from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.slicing import RankLayout
+
+LENGTH, VOCAB, ROWS = 128, 96, 4
+IGNORED = -100
+
+
+def tiny_recipe(**parallel: object) -> Recipe:
+    """A recipe of the tiny model; keyword arguments are fields of `parallel`."""
+    recipe = Recipe(
+        model=ModelConfig(
+            vision=Vision(image_size=16, patch_size=4, num_layers=2, hidden_size=32, ffn_hidden_size=64,
+                          num_attention_heads=4, layer_scale_init=1.0, init_method_std=0.2),
+            language=LanguageConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
+                                    num_query_groups=2, kv_channels=8, vocab_size=VOCAB, init_method_std=0.2),
+        ),
+        data=DataConfig(seq_length=LENGTH),
+        # Elements whose true gradient is zero (InternViT's key bias) hold rounding noise of 1e-10; an epsilon above it
+        # keeps Adam from blowing that noise up to whole steps, which no two orders of summation could agree on.
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-6),
+        training=TrainingConfig(global_batch_size=4, train_iters=10),
+    )  # fmt: skip
+    for name, value in parallel.items():
+        setattr(recipe.parallel, name, value)
+    recipe.__post_init__()
+    return recipe
+
+
+def random_document(tokens: int, *, tiles: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Ids, shifted labels and placements of one document, padded to a multiple of 16."""
+    padded = -(-tokens // 16) * 16
+    ids = torch.zeros(padded, dtype=torch.int64)
+    ids[:tokens] = torch.randint(1, VOCAB, (tokens,), generator=generator)
+    scored = torch.rand(tokens, generator=generator) < 0.4
+    placements = torch.arange(tiles) * (ROWS + 1) + 1
+    for start in placements.tolist():
+        scored[start : start + ROWS] = False
+    labels = torch.full((padded,), IGNORED)
+    target = torch.where(scored, ids[:tokens], IGNORED)
+    labels[: tokens - 1] = target[1:]
+    return ids, labels, placements
+
+
+def make_pack(lengths: list[tuple[int, int]], *, seed: int) -> Batch:
+    """A pack of documents given as (tokens, tiles), all of whose tiles it holds; the tail is one last document."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = [random_document(tokens, tiles=tiles, generator=generator) for tokens, tiles in lengths]
+    starts = [0]
+    for ids, _, _ in documents:
+        starts.append(starts[-1] + len(ids))
+    tail = LENGTH - starts[-1]
+    sources = torch.zeros(len(documents), dtype=torch.int64)
+    if tail:
+        documents.append((torch.zeros(tail, dtype=torch.int64), torch.full((tail,), IGNORED), torch.tensor([]).long()))
+        starts.append(LENGTH)
+        sources = torch.cat([sources, torch.tensor([-1])])
+    bounds = torch.tensor(starts, dtype=torch.int32)
+    placements = torch.cat([p + start for (_, _, p), start in zip(documents, starts, strict=False)]).long()
+    tiles = torch.randint(0, 256, (len(placements), 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return Batch(
+        pack_id=seed, input_ids=torch.cat([d[0] for d in documents]), labels=torch.cat([d[1] for d in documents]),
+        document_starts=bounds, cu_seqlens=bounds, document_sources=sources, tiles=tiles,
+        tile_range=range(len(tiles)), placements=placements, num_tokens=sum(t for t, _ in lengths), sample_keys=[],
+    )  # fmt: skip
+
+
+def make_step(step: int) -> list[Batch]:
+    """The four packs of a step: mixed documents with odd lengths and a tail, text only, media in one slice, one tile."""
+    seed = 10 * step
+    no_loss = make_pack([(64, 1), (64, 0)], seed=seed + 4)
+    no_loss.labels[:] = IGNORED
+    no_loss.labels[70] = 5  # a single row on a single rank
+    return [
+        make_pack([(31, 2), (1, 0), (45, 5), (16, 0)], seed=seed + 1),
+        make_pack([(47, 0), (80, 0)], seed=seed + 2),
+        make_pack([(111, 7)], seed=seed + 3),
+        no_loss,
+    ]
+
+
+def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:
+    """The batch as the rank at `layout` would read it, with its own tiles only."""
+    run = deal(len(batch.tiles), layout.ranks)[layout.exchange_rank] if first_stage else range(0)
+    return replace(batch, tiles=batch.tiles[run.start : run.stop], tile_range=run)

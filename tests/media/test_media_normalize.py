@@ -1,0 +1,37 @@
+"""Pixel values as the vision tower wants them."""
+
+import pytest
+import torch
+
+from megatron_vita.config.media import NORMALIZATIONS
+from megatron_vita.errors import ConfigError
+from megatron_vita.media.normalize import NORMALIZATION, mean_color, normalize
+
+
+def test_recipes_and_constants_know_the_same_kinds() -> None:
+    assert tuple(NORMALIZATION) == NORMALIZATIONS
+
+
+@pytest.mark.parametrize("kind", NORMALIZATION)
+def test_values_are_scaled_and_then_standardised_channel_by_channel(kind: str) -> None:
+    tiles = torch.randint(0, 256, (3, 3, 5, 5), dtype=torch.uint8)
+    normalized = normalize(tiles, kind)
+    assert normalized.dtype == torch.float32
+    mean, std = NORMALIZATION[kind]
+    for channel in range(3):
+        expected = (tiles[:, channel].double() / 255 - mean[channel]) / std[channel]
+        torch.testing.assert_close(normalized[:, channel].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_tiles_stay_no_tiles() -> None:
+    assert normalize(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), "clip").shape == (0, 3, 4, 4)
+
+
+def test_the_mean_colour_is_rounded_down() -> None:
+    assert mean_color("imagenet") == (123, 116, 103)
+    assert mean_color("siglip") == (127, 127, 127)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'imagnet'; known: imagenet"):
+        normalize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "imagnet")

@@ -1,0 +1,222 @@
+"""Videos: which moments are looked at, and that the frame of each is the right one."""
+
+import io
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from megatron_vita.errors import DataError
+from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, num_frames, probe_video
+
+SIZE = 16
+FORMATS = [
+    ("mp4", "libx264", {}),
+    ("mp4", "libx264", {"x264-params": "open-gop=1"}),
+    ("mp4", "libx264", {"x264-params": "intra-refresh=1"}),
+    ("matroska", "libx264", {}),
+    ("mpegts", "libx264", {}),
+    ("avi", "libx264", {}),
+    ("h264", "libx264", {}),
+    ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+    ("avi", "mpeg4", {"qscale": "1"}),
+    ("avi", "mjpeg", {}),
+]
+
+
+def clip(
+    file_format: str = "mp4",
+    codec: str = "libx264",
+    *,
+    frames: int = 60,
+    size: tuple[int, int] = (64, 64),
+    stamps: Callable[[int], int] = lambda index: index,
+    **options: Any,
+) -> bytes:
+    """A video of 25 frames a second with a key frame every 10: frame i has brightness 4 * i."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=file_format) as container:
+        stream = container.add_stream(codec, rate=25, options=options.pop("options", {}))
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.gop_size = 10
+        if rotation := options.get("rotation"):
+            stream.set_display_rotation(rotation)
+        for index in range(frames):
+            picture = np.full((size[1], size[0], 3), index * 4 % 256, np.uint8)
+            if paint := options.get("paint"):
+                paint(picture)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = stamps(index)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def numbers(data: bytes, times: list[float]) -> list[int]:
+    """The frame numbers that brightness tells."""
+    frames = decode_frames(data, "clip", times=times, tile_size=SIZE)
+    assert frames.shape == (len(times), 3, SIZE, SIZE)
+    assert frames.dtype == np.uint8
+    return [round(float(frame[:, 4:-4, 4:-4].mean()) / 4) for frame in frames]
+
+
+def damage(data: bytes, which: range) -> bytes:
+    """Overwrites what some packets hold, not the container's own words around them."""
+    damaged = bytearray(data)
+    with av.open(io.BytesIO(data)) as container:
+        contents = [(packet.pos or 0, bytes(packet)) for packet in container.demux(video=0) if packet.size]
+    for position, content in contents[which.start : which.stop]:
+        start = data.index(content, position)
+        damaged[start : start + len(content)] = b"\xff" * len(content)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(("file_format", "codec", "options"), FORMATS)
+def test_every_frame_is_found_at_its_time_in_every_kind_of_file(file_format: str, codec: str, options: dict) -> None:
+    data = clip(file_format, codec, options=options)
+    assert probe_video(data, "clip") == VideoInfo(pytest.approx(2.4), pytest.approx(25), 60)
+    times = [index / 25 for index in range(60)]
+    slack = 1 if codec == "mpeg4" else 0  # coarse brightness
+    assert np.abs(np.subtract(numbers(data, times), range(60))).max() <= slack
+    alone = [numbers(data, [time])[0] for time in times[::7]]
+    assert np.abs(np.subtract(alone, range(0, 60, 7))).max() <= slack
+    assert np.abs(np.subtract(numbers(data, [0.31, 0.33, 1.21, 2.39]), [7, 8, 30, 59])).max() <= slack
+
+
+def test_any_part_of_the_times_gives_the_same_pixels_as_all() -> None:
+    data = clip()
+    times = frame_times(probe_video(data, "clip"), max_fps=5, max_frames=100)
+    whole = decode_frames(data, "clip", times=times, tile_size=SIZE)
+    for start, stop in [(0, 5), (5, 6), (4, 12), (11, 12)]:
+        assert (decode_frames(data, "clip", times=times[start:stop], tile_size=SIZE) == whole[start:stop]).all()
+
+
+def test_frames_of_uneven_duration_are_found_by_time() -> None:
+    data = clip("matroska", stamps=lambda index: index if index < 20 else 20 + 5 * (index - 20), frames=40)
+    assert probe_video(data, "clip").frames == 40
+    assert numbers(data, [0.5, 0.99, 1.21, 2.0]) == [12, 20, 22, 26]
+
+
+def test_times_outside_the_video_give_its_first_and_last_frame() -> None:
+    assert numbers(clip(), [-1.0, 99.0]) == [0, 59]
+
+
+def test_no_times_give_no_frames() -> None:
+    assert decode_frames(b"", "clip", times=[], tile_size=SIZE).shape == (0, 3, SIZE, SIZE)
+
+
+def test_samples_are_the_middles_of_equal_parts_of_the_whole_video() -> None:
+    info = VideoInfo(duration=10.0, fps=25.0, frames=250)
+    assert frame_times(info, max_fps=1, max_frames=128) == pytest.approx([index + 0.5 for index in range(10)])
+    assert frame_times(info, max_fps=1, max_frames=4) == pytest.approx([1.25, 3.75, 6.25, 8.75])
+
+
+@pytest.mark.parametrize(
+    ("info", "max_fps", "max_frames", "expected"),
+    [
+        (VideoInfo(10.0, 25.0, 250), 1.0, 128, 10),
+        (VideoInfo(10.9, 25.0, 272), 1.0, 128, 10),
+        (VideoInfo(10.0, 25.0, 250), 0.5, 128, 5),
+        (VideoInfo(10.0, 25.0, 250), 1.0, 3, 3),
+        (VideoInfo(10.0, 25.0, 250), 100.0, 999, 250),
+        (VideoInfo(0.3, 25.0, 8), 1.0, 128, 1),
+        (VideoInfo(0.0, 0.0, 1), 1.0, 128, 1),
+        (VideoInfo(0.1 * 3, 10.0, 3), 10.0, 128, 3),  # 0.1 * 3 is a little more than 0.3, 2.9999 as much
+    ],
+)
+def test_frames_keep_every_limit_and_are_at_least_one(
+    info: VideoInfo, max_fps: float, max_frames: int, expected: int
+) -> None:
+    assert num_frames(info, max_fps=max_fps, max_frames=max_frames) == expected
+    assert len(frame_times(info, max_fps=max_fps, max_frames=max_frames)) == expected
+
+
+def test_frames_are_padded_to_a_square_with_the_mean_colour() -> None:
+    data = clip(size=(64, 32), frames=1)
+    for kind in ("imagenet", "siglip"):
+        (frame,) = decode_frames(data, "clip", times=[0.0], tile_size=SIZE, normalization=kind)
+        assert (frame[:, :2] == np.array(mean_color(kind))[:, None, None]).all()
+        assert (frame[:, -2:] == np.array(mean_color(kind))[:, None, None]).all()
+        assert frame[:, 6:10].max() <= 8
+
+
+@pytest.mark.parametrize(("rotation", "side"), [(90, "left"), (180, "bottom"), (-90, "right")])
+def test_a_rotated_recording_comes_out_upright(rotation: int, side: str) -> None:
+    def white_top(picture: np.ndarray) -> None:
+        picture[:32] = 255
+
+    (frame,) = decode_frames(clip(paint=white_top, frames=1, rotation=rotation), "clip", times=[0.0], tile_size=SIZE)
+    halves = {"left": frame[:, :, :7], "right": frame[:, :, 9:], "bottom": frame[:, 9:], "top": frame[:, :7]}
+    assert max(halves, key=lambda name: halves[name].mean()) == side
+
+
+def test_a_truncated_video_counts_and_repeats_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    data = clip(options={"movflags": "faststart"}, file_format="mpegts")
+    half = data[: len(data) // 2]
+    info = probe_video(half, "half")
+    assert 10 < info.frames < 50
+    assert info.duration == pytest.approx(info.frames / 25, abs=0.2)
+    last = numbers(half, [info.duration, 2.4])
+    assert last[0] == last[1]
+    assert last[0] == pytest.approx(info.frames, abs=4)
+
+
+def test_lost_packets_repeat_the_frame_before_and_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    data = damage(clip("matroska", "mjpeg"), range(20, 30))
+    with caplog.at_level(logging.WARNING):
+        assert numbers(data, [0.7, 0.8, 1.0, 1.16, 1.2]) == [17, 19, 19, 19, 30]
+    assert "clip: 10 of 60 packets" in caplog.text
+
+
+def test_a_lost_beginning_is_filled_with_the_first_frame_there_is() -> None:
+    data = damage(clip("matroska", "mjpeg"), range(0, 5))
+    assert numbers(data, [0.0, 0.1, 0.2, 0.24]) == [5, 5, 5, 6]
+
+
+def test_a_lost_part_is_filled_from_the_part_before_even_when_asked_alone() -> None:
+    data = damage(clip("matroska", "libvpx-vp9"), range(20, 30))
+    assert numbers(data, [1.0]) == [19]
+    assert numbers(data, [0.2, 1.0, 1.2]) == [5, 19, 30]
+
+
+def test_what_holds_no_video_is_refused_by_name() -> None:
+    audio = io.BytesIO()
+    with av.open(audio, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        sound.rate = 8000
+        container.mux(stream.encode(sound))
+    for data in (b"", b"not a video at all", clip()[:200], audio.getvalue()):
+        with pytest.raises(DataError, match=r"odd\.mp4"):
+            probe_video(data, "odd.mp4")
+        with pytest.raises(DataError, match=r"odd\.mp4"):
+            decode_frames(data, "odd.mp4", times=[0.0], tile_size=SIZE)
+
+
+def test_a_video_without_a_frame_that_can_be_decoded_is_refused_by_name() -> None:
+    data = damage(clip("matroska", "mjpeg"), range(60))
+    with pytest.raises(DataError, match=r"clip.mkv: none of the 60 packets"):
+        decode_frames(data, "clip.mkv", times=[0.0, 1.0], tile_size=SIZE)
+
+
+@pytest.mark.parametrize("file_format", ["mp4", "matroska", "mpegts"])
+def test_damaged_bytes_raise_nothing_but_data_errors(file_format: str) -> None:
+    data = clip(file_format, frames=20)
+    generator = np.random.default_rng(0)
+    messages = []
+    for _ in range(25):
+        damaged = bytearray(data)
+        for place in generator.integers(0, len(data), 8):
+            damaged[place] = generator.integers(0, 256)
+        try:
+            info = probe_video(bytes(damaged), "clip")
+            assert np.isfinite([info.duration, info.fps]).all()
+            decode_frames(bytes(damaged), "clip", times=[0.0, 0.3, 0.7], tile_size=8)
+        except DataError as error:
+            messages.append(str(error))
+    assert all(message.startswith("clip: ") for message in messages)
