@@ -94,7 +94,8 @@ class _Sheet:
         """Flows the runs' words over lines, each on its kind's colour; a line break of the text breaks the line."""
         x = MARGIN
         for run in runs:
-            for word in re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text):
+            is_words = run.kind in ("text", "loss")
+            for word in re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text) if is_words else [run.text]:
                 shown = "\u21b5" if word == "\n" else word
                 for part in self._fitting(shown, edge - MARGIN):
                     width = int(self._font.getlength(part)) + 1

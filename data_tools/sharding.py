@@ -107,7 +107,7 @@ def _read_progress(job: ShardJob) -> dict[int, ShardCount]:
     if len(entries) > 1 and entries[0] != stamp:
         field = next(name for name in stamp if entries[0].get(name) != stamp[name])
         raise ConfigError(
-            f"{path}: this folder holds shards made with another {field} ({entries[0].get(field)}, now {stamp[field]}); "
+            f"{path}: it holds shards made with another {field} ({entries[0].get(field)}, now {stamp[field]}); "
             "choose another folder or delete this one"
         )
     entries = entries if len(entries) > 1 else [stamp]

@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from megatron_vita.errors import CheckpointError
+from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
 FORMAT_VERSION = 1
@@ -110,6 +111,12 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
     except Exception as error:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
+
+
+def load_weights(model: VitaModel, checkpoint: Path) -> None:
+    """Sets a model's weights from a checkpoint of any layout. Collective."""
+    state = load_state(checkpoint, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
+    model.load_state_dict(state["model"], strict=False)
 
 
 def _first() -> bool:

@@ -1,8 +1,9 @@
 """From a sample to a document: token ids, labels, and which tiles go where; and its length from the index alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,9 @@ from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.tiling import Grid, choose_grid, cut_tiles, num_tiles
 from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, num_frames
-from megatron_vita.text.conversation import check_messages
+from megatron_vita.text.conversation import Turn, check_messages
 from megatron_vita.text.media_tokens import (
+    MediaTokens,
     count_image_tokens,
     count_video_tokens,
     image_tokens,
@@ -101,38 +103,48 @@ def document_lengths(
 def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentFormat) -> Document:
     """The document of a sample: its JSON `record` and its `row` of the index.
 
-    Layout: the turns' tokens in order, each tag replaced by its placeholder sequence (Long-VITA, arXiv 2502.05177).
     DataError if the tags do not fit the media.
     """
-    length = form.vision.image_token_length
-    media = {"image": _images(record, row, form), "video": _videos(record, row, form)}
+    images = image_media(zip(record["images"], row.image_sizes, strict=True), form=form)
+    videos = video_media(zip(record["videos"], row.videos, strict=True), form=form)
+    return assemble_document(check_messages(record), key=row.key, images=images, videos=videos, form=form)
+
+
+def assemble_document(
+    turns: Iterable[Turn], *, key: str, images: Iterable[Medium], videos: Iterable[Medium], form: DocumentFormat
+) -> Document:
+    """The turns' tokens in order, each tag replaced by its placeholder sequence (Long-VITA, arXiv 2502.05177)."""
+    media = {"image": iter(images), "video": iter(videos)}
     ids: list[int] = []
     loss: list[bool] = []
     used: list[Medium] = []
     placements: list[int] = []
-    for turn in encode_turns(check_messages(record), form.tokenizer, form.template):
-        for piece in turn:
-            if not isinstance(piece, MediaPiece):
-                ids += piece.ids
-                loss += [piece.loss] * len(piece.ids)
-                continue
-            medium = next(media[piece.kind])
-            used.append(medium)
-            if medium.grid is not None:
-                sequence = image_tokens(medium.grid, image_token_length=length, tokenizer=form.tokenizer)
-            else:
-                sequence = video_tokens(medium.num_tiles, image_token_length=length, tokenizer=form.tokenizer)
-            placements += [len(ids) + offset for offset in sequence.offsets]
-            ids += sequence.ids
-            loss += [False] * len(sequence.ids)
+    for piece in chain.from_iterable(encode_turns(turns, form.tokenizer, form.template)):
+        if not isinstance(piece, MediaPiece):
+            ids += piece.ids
+            loss += [piece.loss] * len(piece.ids)
+            continue
+        medium = next(media[piece.kind])
+        used.append(medium)
+        sequence = _placeholders(medium, form)
+        placements += [len(ids) + offset for offset in sequence.offsets]
+        ids += sequence.ids
+        loss += [False] * len(sequence.ids)
     input_ids = np.array(ids, dtype=np.int64)
     return Document(
-        key=row.key,
+        key=key,
         input_ids=input_ids,
         labels=_shifted_labels(input_ids, np.array(loss, dtype=bool)),
         placements=np.array(placements, dtype=np.int64),
         media=used,
     )
+
+
+def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
+    length = form.vision.image_token_length
+    if medium.grid is not None:
+        return image_tokens(medium.grid, image_token_length=length, tokenizer=form.tokenizer)
+    return video_tokens(medium.num_tiles, image_token_length=length, tokenizer=form.tokenizer)
 
 
 def decode_tiles(medium: Medium, data: bytes, *, name: str, tiles: range, form: DocumentFormat) -> np.ndarray:
@@ -154,14 +166,16 @@ def _grid(size: tuple[int, int], media: MediaConfig, vision: VisionConfig) -> Gr
     return choose_grid(size, tile_size=vision.image_size, min_tiles=media.min_tiles, max_tiles=media.max_tiles)
 
 
-def _images(record: dict[str, Any], row: SampleRow, form: DocumentFormat) -> Iterator[Medium]:
-    for member, size in zip(record["images"], row.image_sizes, strict=True):
+def image_media(images: Iterable[tuple[str, tuple[int, int]]], *, form: DocumentFormat) -> Iterator[Medium]:
+    """Images given as (member, (width, height)), each with the grid it is cut by."""
+    for member, size in images:
         grid = _grid(size, form.media, form.vision)
         yield Medium(member, num_tiles(grid), grid, [])
 
 
-def _videos(record: dict[str, Any], row: SampleRow, form: DocumentFormat) -> Iterator[Medium]:
-    for member, info in zip(record["videos"], row.videos, strict=True):
+def video_media(videos: Iterable[tuple[str, VideoInfo]], *, form: DocumentFormat) -> Iterator[Medium]:
+    """Videos given as (member, info), each with the times of its frames."""
+    for member, info in videos:
         times = frame_times(info, max_fps=form.media.max_fps, max_frames=form.media.max_frames)
         yield Medium(member, len(times), None, list(times))
 

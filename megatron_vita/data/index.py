@@ -186,7 +186,10 @@ def _sample_columns(
     if f"{key}.json" not in members:
         raise DataError(f"{name}: there is no {key}.json")
     record = parse_record(reader.read(shard, member=members[f"{key}.json"], shard_size=size), name)
-    turns = encode_turns(check_messages(record), tokenizer, template)
+    try:
+        turns = encode_turns(check_messages(record), tokenizer, template)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
     def read_all(field: str) -> Iterator[tuple[str, bytes]]:
         for member in record[field]:

@@ -69,6 +69,7 @@ class SampleWriter:
 def scan_shard(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """Each sample's key and members by name, in file order, from the tar headers. DataError if the tar is damaged."""
     key, members = "", dict[str, Member]()
+    _check_end(path)
     try:
         with tarfile.open(path, mode="r:") as tar:
             for info in tar:
@@ -81,6 +82,19 @@ def scan_shard(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
         raise DataError(f"{path}: not a readable .tar shard: {error}; write it again with data_tools shard") from error
     if members:
         yield key, members
+
+
+def _check_end(path: Path) -> None:
+    """DataError unless the file ends as a tar does, with 1024 zero bytes: tarfile takes a cut one for a shorter one."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1024, 0))
+            whole = file.read() == bytes(1024)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
+    if not whole:
+        raise DataError(f"{path}: not a readable .tar shard: it is cut short; write it again with data_tools shard")
 
 
 def parse_record(data: bytes, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.model.backends import TransformerEngineBackend, choose_backend
+from megatron_vita.model.backends import AttentionBackend, TransformerEngineBackend, choose_backend
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -50,9 +50,12 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
     )
 
 
-def build_model(recipe: Recipe, *, backend_name: str | None = None) -> VitaModel:
-    """This rank's stage of the model with first weights from `training.seed`. Groups must be initialized."""
-    backend = choose_backend(backend_name or recipe.parallel.attention_backend)
+def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> VitaModel:
+    """This rank's stage of the model with first weights from `training.seed`. Groups must be initialized.
+
+    `backend` replaces the one that the recipe names.
+    """
+    backend = backend or choose_backend(recipe.parallel.attention_backend)
     config = transformer_config(recipe, fused=isinstance(backend, TransformerEngineBackend))
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)

@@ -1,17 +1,21 @@
 """The door to the machine: device, backend, logging.
 
-Importing it on a machine without CUDA makes megatron-core run there. Every room that imports megatron-core imports this one first, in its `__init__`.
+Importing it on a machine without CUDA makes megatron-core run there. Every room that imports megatron-core imports this
+one first, in its `__init__`.
 """
 
 import datetime
 import logging
 import os
+import warnings
 
 import torch
 
 from megatron_vita.platform.packages import has_transformer_engine, refuse_unrelated_apex
 
 refuse_unrelated_apex()
+# Its warnings speak of its own deprecations and of packages that are optional here.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 if not torch.cuda.is_available():
     from megatron_vita.platform.cpu import adapt_to_cpu
 

@@ -179,12 +179,6 @@ def _resume(run: Run, checkpoint: Path) -> None:
 
 def _start_from(run: Run, checkpoint: Path) -> None:
     store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
-    load_weights(run.core, checkpoint)
+    store.load_weights(run.core, checkpoint)
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)
-
-
-def load_weights(model: VitaModel, checkpoint: Path) -> None:
-    """Sets a model's weights from a checkpoint of any layout. Collective."""
-    state = store.load_state(checkpoint, {"model": model.sharded_state_dict(metadata=store.sharding_metadata())})
-    model.load_state_dict(state["model"], strict=False)

@@ -11,7 +11,11 @@ HERE = Path(__file__).parent
 def torchrun(script: str | Path, *arguments: str, processes: int, check: bool = True) -> subprocess.CompletedProcess:
     """Runs a script (one of this folder, or a path) in `processes` processes on one thread each."""
     path = HERE / script
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE.parents[1]}:{HERE}",
+        "PYTHONWARNINGS": "ignore",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run([*command, str(path), *arguments], env=environment, capture_output=True, text=True)
     assert not check or result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]

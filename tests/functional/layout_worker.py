@@ -10,9 +10,10 @@ from synthetic import make_step, share_of, tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.parallel import groups
 from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, assemble_run, load_weights
+from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step
 
 

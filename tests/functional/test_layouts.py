@@ -14,8 +14,9 @@ from synthetic import tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.parallel import groups
-from megatron_vita.training.run import Run, assemble_run, load_weights
+from megatron_vita.training.run import Run, assemble_run
 
 TP, CP, PP = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
 ON_TWO = {
@@ -26,7 +27,11 @@ ON_TWO = {
     "dp2": {},
     "dp2_replicated_optimizer": {"use_distributed_optimizer": False},
 }
-ON_FOUR = {"tp2_cp2": TP | CP, "tp2_sp_cp2": TP | CP | {"sequence_parallel": True}, "tp2_sp_pp2": TP | PP | {"sequence_parallel": True}}
+ON_FOUR = {
+    "tp2_cp2": TP | CP,
+    "tp2_sp_cp2": TP | CP | {"sequence_parallel": True},
+    "tp2_sp_pp2": TP | PP | {"sequence_parallel": True},
+}
 
 
 @pytest.fixture(scope="module")

@@ -206,3 +206,8 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     for name in ("missing.model", "bad.model", "empty", "missing"):
         with pytest.raises(ConfigError, match=name):
             load_tokenizer(tmp_path / name)
+
+
+def test_names_of_special_tokens_are_encoded_as_if_they_were_none(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_folder(tmp_path, byte_level("quick")))
+    assert tokenizer.encode("the quick fox") == byte_level().encode("the quick fox").ids

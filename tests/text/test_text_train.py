@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from megatron_vita.errors import DataError
 from megatron_vita.text.tokenizer import load_tokenizer
@@ -66,3 +67,15 @@ def test_an_impossible_size_is_refused_with_the_nearest_that_works(
 def test_no_text_is_refused(tmp_path: Path, lines: list[str]) -> None:
     with pytest.raises(DataError, match="no text"):
         train_sentencepiece(lines, tmp_path / "small.model", vocab_size=300)
+
+
+def test_a_line_break_is_one_token_though_the_corpus_has_many_in_a_row(tmp_path: Path) -> None:
+    train_sentencepiece(["yes\n\nno\n\n"] * 200 + corpus(), tmp_path / "small.model", vocab_size=340)
+    tokenizer = load_tokenizer(tmp_path / "small.model")
+    assert tokenizer.encode("\n\n") == tokenizer.encode("\n") * 2
+
+
+def test_the_model_file_keeps_spaces_for_other_readers_too(tmp_path: Path) -> None:
+    train_sentencepiece(corpus(), tmp_path / "small.model", vocab_size=340)
+    reader = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "small.model"))
+    assert reader.decode(reader.encode("  red  blue ")) == "  red  blue "

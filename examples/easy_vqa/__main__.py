@@ -1,0 +1,103 @@
+"""python -m examples.easy_vqa: the whole demo. Started again after an interruption, it goes on where it stopped."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+RUN = Path("runs/demo")
+DATASETS = ("captions-train", "captions-validation", "questions-train", "questions-validation")
+VOCABULARY = 400
+PROCESSES = 2
+STEP = re.compile(r"step (\d+)/(\d+) \| loss ([\d.]+)")
+
+
+def run(*command: str) -> None:
+    """Runs a command of this environment's Python, and stops the demo if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if subprocess.run([sys.executable, *command], env=environment).returncode:
+        sys.exit(f"the demo stops: `{' '.join(command)}` failed; its message stands above")
+
+
+def prepare_data() -> None:
+    """JSONL, tokenizer, shards, indexes and plans; each tool leaves alone what is there already."""
+    run("-m", "examples.easy_vqa.prepare", str(RUN / "jsonl"))
+    if not (RUN / "tokenizer.model").exists():
+        texts = [str(RUN / "jsonl" / f"{name}.jsonl") for name in DATASETS if name.endswith("train")]
+        run(
+            "-m",
+            "data_tools",
+            "tokenizer",
+            *texts,
+            "--out",
+            str(RUN / "tokenizer.model"),
+            "--vocab-size",
+            str(VOCABULARY),
+        )
+    for name in DATASETS:
+        source, out = str(RUN / "jsonl" / f"{name}.jsonl"), str(RUN / "shards" / name)
+        run("-m", "data_tools", "shard", source, "--out", out, "--media", "/")
+    for stage in (1, 2):
+        recipe = str(HERE / f"stage{stage}.yaml")
+        run("-m", "data_tools", "index", recipe)
+        run("-m", "data_tools", "plan", recipe)
+
+
+def train_stage(stage: int) -> None:
+    """Trains a stage with torchrun on two processes; the log goes to a file, its progress to a bar."""
+    log = RUN / "logs" / f"stage{stage}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    process = subprocess.Popen(
+        [sys.executable, *torchrun, "pretrain_vita.py", str(HERE / f"stage{stage}.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    with log.open("a") as file, tqdm(desc=f"stage {stage}", unit="step") as bar:
+        for line in process.stdout:
+            file.write(line)
+            if found := STEP.search(line):
+                bar.total = int(found[2])
+                bar.set_postfix_str(f"loss {found[3]}", refresh=False)
+                bar.update(int(found[1]) - bar.n)
+    if process.wait():
+        sys.exit(f"the demo stops: stage {stage} failed:\n" + "".join(log.read_text().splitlines(True)[-20:]))
+
+
+def grade_and_report() -> Path:
+    """Answers the test split and writes the report."""
+    from examples.easy_vqa.grade import accuracy, grade
+    from examples.easy_vqa.report import write_report
+    from megatron_vita.checkpoint.store import find_checkpoint
+
+    checkpoint = find_checkpoint(RUN / "checkpoints" / "stage2")
+    graded, parameters = grade(checkpoint, RUN / "answers")
+    report = RUN / "report.html"
+    logs = [RUN / "tensorboard" / f"stage{stage}" for stage in (1, 2)]
+    write_report(report, graded=graded, logs=logs, parameters=parameters)
+    for name, rows in graded.items():
+        shares = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in accuracy(rows).items())
+        tqdm.write(f"{name:>8}: {shares}")
+    return report
+
+
+def main() -> None:
+    """All steps in order."""
+    started = time.perf_counter()
+    prepare_data()
+    for stage in (1, 2):
+        train_stage(stage)
+    report = grade_and_report()
+    tqdm.write(f"done in {(time.perf_counter() - started) / 60:.1f} minutes; the report is {report.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

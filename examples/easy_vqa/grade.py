@@ -1,0 +1,111 @@
+"""Answers the published test questions, and what they would score without a model or with the wrong images."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from examples.easy_vqa.prepare import Question, image_path, read_questions
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.sampling import Sampling
+
+QUESTIONS_AT_ONCE = 96
+LONGEST_ANSWER = 8  # tokens
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One test question with what was answered."""
+
+    text: str
+    image: int
+    kind: str
+    right: str
+    answer: str
+
+
+def swap_images(questions: list[Question]) -> dict[int, int]:
+    """A derangement of the test images: each image number to another one, half the list further on."""
+    images = sorted({question.image for question in questions})
+    half = len(images) // 2
+    return dict(zip(images, images[half:] + images[:half], strict=True))
+
+
+def answer_all(
+    engine: Engine, questions: list[Question], *, path: Path, shown: Callable[[int], int], title: str
+) -> list[Graded]:
+    """Answers every question on the image `shown` for its own, keeping finished ones in `path` for a restart."""
+    graded = list(_read(path)) if path.exists() else []
+    bar = tqdm(total=len(questions), initial=len(graded), desc=title, unit="question")
+    with path.open("a") as file, bar:
+        while len(graded) < len(questions):
+            batch = questions[len(graded) : len(graded) + QUESTIONS_AT_ONCE]
+            prompts = [Prompt.ask(q.text, images=[MediaFile.read(image_path("test", shown(q.image)))]) for q in batch]
+            answers = engine.generate(prompts, sampling=Sampling(max_new_tokens=LONGEST_ANSWER))
+            rows = [
+                Graded(q.text, q.image, q.kind, q.answer, a.text.strip()) for q, a in zip(batch, answers, strict=True)
+            ]
+            file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+            file.flush()
+            graded += rows
+            bar.update(len(rows))
+    return graded
+
+
+def _read(path: Path) -> Iterator[Graded]:
+    """Graded questions of an earlier run; a last line that a kill cut short is dropped from the file."""
+    lines = path.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    if whole != lines:
+        path.write_text("".join(whole))
+    for line in whole:
+        yield Graded(**json.loads(line))
+
+
+def answer_blindly(test: list[Question], train: list[Question]) -> tuple[list[Graded], list[Graded]]:
+    """What needs no image: always the majority answer, and each question text's most frequent training answer."""
+    majority = Counter(q.answer for q in train).most_common(1)[0][0]
+    by_text: dict[str, Counter] = defaultdict(Counter)
+    for question in train:
+        by_text[question.text][question.answer] += 1
+    lookup = {text: answers.most_common(1)[0][0] for text, answers in by_text.items()}
+
+    def graded(answer: Callable[[Question], str]) -> list[Graded]:
+        return [Graded(q.text, q.image, q.kind, q.answer, answer(q)) for q in test]
+
+    return graded(lambda _: majority), graded(lambda q: lookup.get(q.text, majority))
+
+
+def accuracy(graded: list[Graded]) -> dict[str, float]:
+    """Share of right answers: over all questions and for each kind."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for row in graded:
+        for name in ("all", row.kind):
+            groups[name].append(row.answer == row.right)
+    return {name: sum(rights) / len(rights) for name, rights in groups.items()}
+
+
+def grade(checkpoint: Path, folder: Path) -> tuple[dict[str, list[Graded]], int]:
+    """All four columns of the report: model, model with images swapped, image-blind lookup, majority answer.
+
+    Also the number of the model's parameters. Answers are kept in a folder of the checkpoint's name.
+    """
+    test, train = read_questions("test"), read_questions("train")
+    folder = folder / checkpoint.name
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = Engine.from_checkpoint(checkpoint)
+    swapped = swap_images(test)
+    majority, lookup = answer_blindly(test, train)
+    columns = {
+        "model": answer_all(engine, test, path=folder / "answers.jsonl", shown=int, title="answering the test"),
+        "swapped": answer_all(
+            engine, test, path=folder / "answers-swapped.jsonl", shown=swapped.__getitem__, title="with images swapped"
+        ),
+        "lookup": lookup,
+        "majority": majority,
+    }
+    return columns, sum(p.numel() for p in engine.model.parameters())

@@ -1,0 +1,95 @@
+"""Writes easy-VQA (PyPI package `easy-vqa`, MIT licence) as chat JSONL: captions for stage 1, questions for stage 2.
+
+    python -m examples.easy_vqa.prepare FOLDER
+
+Captions such as "a red triangle" are made from the training questions and answers alone. A hundred training images are
+held out for the validation loss; the published test split is not touched.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import easy_vqa
+
+PACKAGE = Path(easy_vqa.__file__).parent / "data"
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+HELD_OUT_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Question:
+    """A published question with its answer; `image` is the number of its picture."""
+
+    text: str
+    answer: str
+    image: int
+
+    @property
+    def kind(self) -> str:
+        """What is asked: yes/no, color or shape."""
+        if self.answer in ("yes", "no"):
+            return "yes/no"
+        return "color" if self.answer in COLORS else "shape"
+
+
+def read_questions(split: str) -> list[Question]:
+    """All questions of the `train` or `test` split, in published order."""
+    return [Question(*row) for row in json.loads((PACKAGE / split / "questions.json").read_text())]
+
+
+def image_path(split: str, image: int) -> Path:
+    """The picture of a question."""
+    return PACKAGE / split / "images" / f"{image}.png"
+
+
+def caption(questions: Iterable[Question]) -> str:
+    """What an image's questions and answers say of it, such as "a red triangle"; "a red shape" if no more is said."""
+    true_words = set()
+    for question in questions:
+        if question.kind != "yes/no":
+            true_words.add(question.answer)
+        negated = {"not", "no"} & set(question.text.split())
+        if question.kind != "yes/no" or (question.answer == "yes") != bool(negated):
+            true_words |= set(question.text.rstrip("?").split())
+    color = next((word for word in COLORS if word in true_words), "")
+    shape = next((word for word in SHAPES if word in true_words), "shape")
+    return " ".join(filter(None, ("a", color, shape)))
+
+
+def question_sample(question: Question, split: str) -> dict:
+    """One question as a conversation."""
+    return _sample(f"<image>\n{question.text}", question.answer, image_path(split, question.image))
+
+
+def write_jsonl(samples: Iterable[dict], path: Path) -> None:
+    """One sample a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def prepare(folder: Path) -> None:
+    """Writes {captions,questions}-{train,validation}.jsonl."""
+    by_image: dict[int, list[Question]] = {}
+    for question in read_questions("train"):
+        by_image.setdefault(question.image, []).append(question)
+    images = sorted(by_image)
+    for split, chosen in (("validation", images[:HELD_OUT_IMAGES]), ("train", images[HELD_OUT_IMAGES:])):
+        captions = (_sample("<image>", caption(by_image[i]), image_path("train", i)) for i in chosen)
+        write_jsonl(captions, folder / f"captions-{split}.jsonl")
+        questions = (question_sample(question, "train") for i in chosen for question in by_image[i])
+        write_jsonl(questions, folder / f"questions-{split}.jsonl")
+
+
+def _sample(user: str, assistant: str, image: Path) -> dict:
+    return {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
+        "images": [str(image)],
+    }
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))

@@ -1,0 +1,96 @@
+"""The index: all metadata, never the shard; refused where it does not fit."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from toy_data import clip, picture, talk, write_shard
+
+from megatron_vita.data.index import build_index, index_path, read_header, read_index, text_stamp, write_index
+from megatron_vita.data.shards import MediaFile, SampleWriter
+from megatron_vita.errors import DataError
+
+
+def indexed(shard: Path, tokenizer) -> Path:
+    write_index(build_index(shard, tokenizer, "chatml"), index_path(shard))
+    return index_path(shard)
+
+
+def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
+    shard = write_shard(tmp_path / "a.tar", range(10))
+    path, size = indexed(shard, tokenizer), shard.stat().st_size
+    shard.unlink()
+    index = read_index(path, text_stamp(tokenizer, "chatml"))
+    assert (len(index), index.header.shard_size, index.keys()[3]) == (10, size, "s0003")
+    row = index.row(1)
+    assert row.image_sizes == [(200, 100), (90, 30)]
+    assert (row.videos[0].frames, row.videos[0].duration, row.videos[0].fps) == (16, 2.0, 8.0)
+    assert list(row.members) == ["s0001.image0.png", "s0001.image1.jpg", "s0001.json", "s0001.video0.mp4"]
+    assert len(row.turn_tokens) == 4
+
+
+def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer) -> None:
+    exif = (
+        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
+    )
+    with SampleWriter(tmp_path / "a.tar") as writer:
+        image = MediaFile(".jpg", picture((120, 40), "red", format="JPEG", exif=exif))
+        writer.write("k", record=talk("<image>", "b"), media={"image": [image]})
+    assert build_index(tmp_path / "a.tar", tokenizer, "chatml").row(0).image_sizes == [(40, 120)]
+
+
+def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(tmp_path: Path, tokenizer) -> None:
+    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    with pytest.raises(DataError, match=f"made with tokenizer {tokenizer.fingerprint}, the recipe's tokenizer is 123"):
+        read_index(path, {"tokenizer": "123"})
+
+
+def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer) -> None:
+    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    with pytest.raises(DataError, match="made with template"):
+        read_header(path, text_stamp(tokenizer, "plain"))
+
+
+def test_a_missing_index_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.index\.parquet: the shard has no index.*data_tools index"):
+        read_index(index_path(tmp_path / "a.tar"))
+
+
+def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.index.parquet"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="not an index"):
+        read_index(path)
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(DataError, match="not a sample index"):
+        read_index(path)
+
+
+def test_a_shard_without_samples_has_an_index(tmp_path: Path, tokenizer) -> None:
+    path = indexed(write_shard(tmp_path / "a.tar", range(0)), tokenizer)
+    assert len(read_index(path)) == 0
+
+
+def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer) -> None:
+    contents = set()
+    for image in (picture((40, 40), "red"), picture((40, 44), "red")):
+        with SampleWriter(tmp_path / "a.tar") as writer:
+            writer.write("k", record=talk("<image>", "b"), media={"image": [MediaFile(".png", image)]})
+        contents.add(build_index(tmp_path / "a.tar", tokenizer, "chatml").header.content)
+    assert len(contents) == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "media", "names"),
+    [
+        (talk("<image>", "b"), {}, "sample k: .*1 places for images"),
+        (talk("<image>", "b"), {"image": [MediaFile(".png", b"no")]}, r"k\.image0\.png"),
+        (talk("<video>", "b"), {"video": [MediaFile(".mp4", clip()[:90])]}, r"k\.video0\.mp4"),
+    ],
+)
+def test_a_bad_sample_is_named_by_shard_and_key(tmp_path: Path, tokenizer, record, media, names: str) -> None:
+    with SampleWriter(tmp_path / "a.tar") as writer:
+        writer.write("k", record=record, media=media)
+    with pytest.raises(DataError, match=rf"a\.tar {names}"):
+        build_index(tmp_path / "a.tar", tokenizer, "chatml")

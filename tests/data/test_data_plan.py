@@ -1,0 +1,179 @@
+"""The plan: a pure function of indexes, recipe and seed, refused where it does not fit, nothing lost silently."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_data import make_world, toy_recipe, write_shard
+
+from megatron_vita.config import recipe_from_dict
+from megatron_vita.data.index import build_index, index_path, write_index
+from megatron_vita.data.plan import read_plan, write_plan
+from megatron_vita.data.planner import make_plan
+from megatron_vita.data.split import open_split, plan_path
+from megatron_vita.errors import ConfigError, DataError
+
+
+def changed(recipe, **groups):
+    tree = dataclasses.asdict(recipe)
+    for group, fields in groups.items():
+        tree[group] |= fields
+    return recipe_from_dict(tree)
+
+
+def samples_of(plan):
+    return list(zip(*(plan.columns[name].tolist() for name in ("dataset", "shard", "row")), strict=True))
+
+
+def test_same_inputs_give_same_bytes_wherever_they_lie(world, tmp_path: Path) -> None:
+    recipe = make_world(tmp_path / "elsewhere", world.tokenizer)
+    for split in ("train", "validation"):
+        assert plan_path(world.recipe, split).read_bytes() == plan_path(recipe, split).read_bytes()
+
+
+def test_layout_and_workers_do_not_change_the_plan(world, tmp_path: Path) -> None:
+    parallel = {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}
+    recipe = changed(world.recipe, parallel=parallel, data={"num_workers": 5}, training={"global_batch_size": 64})
+    plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    write_plan(plan, tmp_path / "train.parquet")
+    assert (tmp_path / "train.parquet").read_bytes() == plan_path(world.recipe, "train").read_bytes()
+
+
+def test_each_epoch_has_every_sample_once_in_its_own_order(world) -> None:
+    recipe = changed(world.recipe, data={"epochs": 3})
+    plan, rejected = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    samples = samples_of(plan)
+    epochs = [samples[i : i + 40] for i in range(0, 120, 40)]
+    assert rejected == []
+    assert plan.num_documents == 120
+    assert all(len(set(epoch)) == 40 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    once, _ = make_plan(world.recipe, "train", tokenizer=world.tokenizer)
+    assert samples_of(once) == epochs[0]
+    packs = plan.columns["pack"]
+    assert packs[39] < packs[40]
+    assert packs[79] < packs[80]
+
+
+def test_another_seed_gives_another_training_plan_and_the_same_validation_plan(world) -> None:
+    recipe = changed(world.recipe, data={"seed": 5, "epochs": 2})
+    train, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    assert samples_of(train)[:40] != samples_of(read_plan(plan_path(world.recipe, "train")))
+    validation, _ = make_plan(recipe, "validation", tokenizer=world.tokenizer)
+    planned = read_plan(plan_path(world.recipe, "validation"))
+    assert validation.stamp == planned.stamp
+    assert samples_of(validation) == samples_of(planned)
+
+
+def test_packs_hold_what_fits(world) -> None:
+    plan = read_plan(plan_path(world.recipe, "train"))
+    for pack in range(plan.num_packs):
+        entries = plan.pack(pack)
+        assert sum(-(-entry.tokens // 16) * 16 for entry in entries) <= 256
+        assert plan.tiles_of(pack) == sum(entry.tiles for entry in entries)
+    assert sum(len(plan.pack(i)) for i in range(plan.num_packs)) == plan.num_documents
+    with pytest.raises(IndexError, match="pack 999"):
+        plan.pack(999)
+
+
+def test_every_window_mixes_the_datasets(world) -> None:
+    samples = samples_of(read_plan(plan_path(world.recipe, "train")))
+    windows = [samples[i : i + 16] for i in range(0, 40, 16)]
+    assert [sum(dataset for dataset, _, _ in window) for window in windows] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"data": {"seq_length": 512}}, "data.seq_length is 256 in the plan and 512 now"),
+        ({"data": {"seed": 7}}, "data.seed is 1234 in the plan and 7 now"),
+        ({"data": {"document_alignment": 32}}, "data.document_alignment is 16 in the plan and 32 now"),
+        ({"data": {"shuffle_window": 9}}, "data.shuffle_window is 16 in the plan and 9 now"),
+        ({"data": {"epochs": 2}}, "data.epochs is 1 in the plan and 2 now"),
+        ({"media": {"max_tiles": 6}}, "media.max_tiles is 4 in the plan and 6 now"),
+        ({"media": {"max_fps": 1.0}}, "media.max_fps is 4.0 in the plan and 1.0 now"),
+    ],
+)
+def test_a_plan_of_another_recipe_is_refused_by_field_and_values(world, groups, message: str) -> None:
+    recipe = changed(world.recipe, **groups)
+    with pytest.raises(DataError, match=message.replace(".", r"\.")) as error:
+        open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
+    assert "python -m data_tools plan RECIPE" in str(error.value)
+
+
+def test_a_plan_of_other_samples_is_refused(own_world) -> None:
+    shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
+    write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.index_hash is"):
+        open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
+
+
+def test_a_plan_of_fewer_shards_is_refused(own_world) -> None:
+    shutil.copy(own_world.root / "more-000000.tar", own_world.root / "more-000001.tar")
+    shutil.copy(own_world.root / "more-000000.index.parquet", own_world.root / "more-000001.index.parquet")
+    with pytest.raises(DataError, match=r"data\.train\[1\]\.shards has 1 entries in the plan and 2 now"):
+        open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
+
+
+def test_a_missing_plan_says_what_to_run(world) -> None:
+    recipe = changed(world.recipe, data={"plan": "/nowhere"})
+    with pytest.raises(DataError, match=r"/nowhere/train\.parquet: there is no plan; .*data_tools plan RECIPE"):
+        open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "split", "message"),
+    [
+        ({"plan": ""}, "train", r"data\.plan is empty"),
+        ({"validation": []}, "validation", r"data\.validation is empty"),
+        ({"train": [{"name": "x", "shards": "/no/*.tar"}]}, "train", r"/no/\*\.tar finds no shards"),
+        ({"train": [{"name": "x", "shards": "/dev/null"}]}, "train", "null, which is not a .tar shard"),
+    ],
+)
+def test_a_recipe_without_data_is_refused(world, fields, split, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_split(changed(world.recipe, data=fields), split=split, tokenizer=world.tokenizer, tile_share=None)
+
+
+def test_two_shards_of_one_name_are_refused(own_world) -> None:
+    write_shard(own_world.root / "copy" / "more-000000.tar", range(2))
+    data = {"train": [{"name": "x", "shards": f"{own_world.root}/**/more-*.tar"}]}
+    recipe = changed(own_world.recipe, data=data)
+    with pytest.raises(ConfigError, match="two shards are called"):
+        make_plan(recipe, "train", tokenizer=own_world.tokenizer)
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"no")
+    with pytest.raises(DataError, match="not a pack plan"):
+        read_plan(tmp_path / "train.parquet")
+
+
+def test_samples_longer_than_a_pack_are_left_out_and_listed(world) -> None:
+    recipe = toy_recipe(world.root, seq_length=128)
+    plan, rejected = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    whole = read_plan(plan_path(world.recipe, "train"))
+    too_long = [key for key in zip(samples_of(whole), whole.columns["tokens"].tolist(), strict=True) if key[1] > 128]
+    assert len(rejected) == len(too_long) == 40 - plan.num_documents > 0
+    tokens = {int(entry.reason.split()[0]) for entry in rejected}
+    assert tokens == {length for _, length in too_long}
+    assert rejected[0].reason.endswith("tokens do not fit data.seq_length 128")
+    assert (rejected[0].split, rejected[0].dataset) == ("train", "shapes")
+
+
+def test_a_strict_plan_stops_at_a_sample_longer_than_a_pack(world) -> None:
+    with pytest.raises(DataError, match=r"shapes-000000\.tar sample s\d+: \d+ tokens do not fit data.seq_length 128"):
+        make_plan(toy_recipe(world.root, seq_length=128), "train", tokenizer=world.tokenizer, strict=True)
+
+
+def test_a_plan_without_any_sample_is_refused(world) -> None:
+    with pytest.raises(DataError, match=r"none of its 40 samples fits data\.seq_length 16"):
+        make_plan(toy_recipe(world.root, seq_length=16), "train", tokenizer=world.tokenizer)
+
+
+def test_counts_of_a_plan_are_those_of_its_columns(world) -> None:
+    plan = read_plan(plan_path(world.recipe, "validation"))
+    assert plan.num_tokens == np.sum(plan.columns["tokens"])
+    assert plan.columns["tokens"].dtype == np.int32

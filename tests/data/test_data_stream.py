@@ -1,0 +1,207 @@
+"""The stream: a pack's number gives its Batch, the same for any share of tiles and any number of workers."""
+
+import multiprocessing
+import pickle
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from toy_data import COLORS
+
+from megatron_vita.data import Batch, open_split, pack_loader
+from megatron_vita.data import stream as stream_module
+from megatron_vita.data.documents import NO_LOSS
+from megatron_vita.data.index import index_path, read_index
+from megatron_vita.data.stream import PackStream
+from megatron_vita.errors import DataError
+
+
+def train_stream(world, tile_share=(0, 1)) -> PackStream:
+    return open_split(world.recipe, split="train", tokenizer=world.tokenizer, tile_share=tile_share)
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for name, value in vars(first).items():
+        other = getattr(second, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+
+
+def test_a_pack_is_always_full_length_and_its_documents_tile_it(world) -> None:
+    stream = train_stream(world)
+    keys = []
+    for pack in range(len(stream)):
+        batch = stream[pack]
+        starts = batch.cu_seqlens
+        assert batch.pack_id == pack
+        assert batch.input_ids.shape == batch.labels.shape == (256,)
+        assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+        assert (starts.dtype, starts[0], starts[-1]) == (torch.int32, 0, 256)
+        assert (starts % 16 == 0).all()
+        assert (starts.diff() > 0).all()
+        assert torch.equal(starts, batch.document_starts)
+        assert len(batch.document_sources) == len(starts) - 1
+        assert len(batch.sample_keys) == (batch.document_sources >= 0).sum()
+        assert batch.tiles.dtype == torch.uint8
+        assert batch.tiles.shape == (len(batch.placements), 3, 28, 28)
+        assert batch.num_tokens == sum(entry.tokens for entry in stream.plan.pack(pack))
+        keys += batch.sample_keys
+    assert sorted(keys) == [f"s{i:04d}" for i in range(40)]
+
+
+def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) -> None:
+    stream = train_stream(world)
+    tails = 0
+    for pack in range(len(stream)):
+        batch, entries = stream[pack], stream.plan.pack(pack)
+        for i, (start, stop) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
+            used = entries[i].tokens if i < len(entries) else 0
+            assert (batch.labels[start + max(used - 1, 0) : stop] == NO_LOSS).all()
+            assert (batch.input_ids[start + used : stop] == world.tokenizer.pad_id).all()
+            tails += i == len(entries)
+        assert batch.document_sources.tolist()[: len(entries)] == [entry.dataset for entry in entries]
+        assert batch.document_sources.tolist()[len(entries) :] in ([], [-1])
+    assert tails
+
+
+def test_placements_count_from_the_start_of_the_pack(world) -> None:
+    stream = train_stream(world)
+    special = world.tokenizer.special_id
+    for pack in range(len(stream)):
+        batch = stream[pack]
+        opening = torch.isin(batch.input_ids, torch.tensor([special(f"<{kind}>") for kind in ("img", "vid", "patch")]))
+        assert torch.equal(torch.nonzero(opening)[:, 0] + 1, batch.placements)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_the_ranks_tiles_joined_are_all_tiles(world, ranks: int) -> None:
+    whole = train_stream(world)
+    shares = [train_stream(world, (rank, ranks)) for rank in range(ranks)]
+    for pack in range(len(whole)):
+        batches = [share[pack] for share in shares]
+        assert torch.equal(torch.cat([batch.tiles for batch in batches]), whole[pack].tiles)
+        for batch in batches:
+            assert len(batch.tile_range) == len(batch.tiles)
+            assert torch.equal(batch.placements, whole[pack].placements)
+            assert torch.equal(batch.input_ids, whole[pack].input_ids)
+
+
+def test_tiles_are_those_of_their_placeholders(world) -> None:
+    stream = train_stream(world)
+    colors = dict(zip(COLORS, [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 165, 0), (128, 0, 128)], strict=True))
+    checked = 0
+    for pack in range(len(stream)):
+        batch = stream[pack]
+        for key, start in zip(batch.sample_keys, batch.document_starts.tolist(), strict=False):
+            number = int(key[1:])
+            if number % 4 == 3 or number % 5 == 1:
+                continue
+            tile = torch.searchsorted(batch.placements, start)
+            corner = batch.tiles[tile, :, -1, -1].tolist()
+            assert np.allclose(corner, colors[COLORS[number % 5]], atol=2)
+            checked += 1
+    assert checked > 15
+
+
+def test_a_rank_without_a_vision_tower_decodes_nothing(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "decode_tiles", None)
+    stream = train_stream(world, None)
+    batches = [stream[pack] for pack in range(len(stream))]
+    assert all(batch.tiles.shape == (0, 3, 28, 28) for batch in batches)
+    assert sum(len(batch.placements) for batch in batches) == stream.plan.columns["tiles"].sum()
+
+
+def test_few_media_are_opened_by_two_ranks(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    decode = stream_module.decode_tiles
+
+    def counting(medium, data, *, name, tiles, form):
+        opened.append(name)
+        assert tiles
+        return decode(medium, data, name=name, tiles=tiles, form=form)
+
+    monkeypatch.setattr(stream_module, "decode_tiles", counting)
+    shares = [train_stream(world, (rank, 3)) for rank in range(3)]
+    for pack in range(len(shares[0])):
+        opened.clear()
+        for share in shares:
+            share[pack]
+        assert len(opened) - len(set(opened)) <= 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_order_and_content_do_not_depend_on_workers(world, num_workers: int) -> None:
+    stream = train_stream(world, (1, 2))
+    ids = [3, 0, 2, 1, 3]
+    batches = list(pack_loader(stream, ids, num_workers=num_workers))
+    assert [batch.pack_id for batch in batches] == ids
+    for batch in batches:
+        assert_same(batch, stream[batch.pack_id])
+
+
+def test_the_loader_takes_endless_ids(world) -> None:
+    def endless() -> Iterable[int]:
+        while True:
+            yield 1
+
+    loader = pack_loader(train_stream(world), endless(), num_workers=1)
+    assert [next(loader).pack_id for _ in range(3)] == [1, 1, 1]
+    loader.close()
+
+
+def damage(world, suffix: str = ".png") -> str:
+    """Overwrites an image of `more` inside its shard; gives the member's name."""
+    shard = world.root / "more-000000.tar"
+    index = read_index(index_path(shard))
+    members = [member for i in range(len(index)) for member in index.row(i).members.values()]
+    member = next(member for member in members if member.name.endswith(suffix))
+    with open(shard, "r+b") as file:
+        file.seek(member.offset + member.size // 3)
+        file.write(b"\0" * (member.size - member.size // 3))
+    return member.name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("suffix", [".png", ".json", ".mp4"])
+def test_a_damaged_sample_is_named_by_shard_and_key(own_world, num_workers: int, suffix: str) -> None:
+    name = damage(own_world, suffix)
+    stream = train_stream(own_world)
+    key = name.split(".")[0]
+    with pytest.raises(DataError, match=rf"more-000000\.tar.*{key}") as error:
+        list(pack_loader(stream, range(len(stream)), num_workers=num_workers))
+    assert "Traceback" not in str(error.value)
+    assert not multiprocessing.active_children()
+
+
+def test_a_vanished_shard_is_named(own_world) -> None:
+    stream = train_stream(own_world)
+    (own_world.root / "more-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"more-000000\.tar: cannot open the shard"):
+        list(pack_loader(stream, range(len(stream)), num_workers=1))
+
+
+def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world) -> None:
+    stream = train_stream(world)
+    tokens = stream.plan.pack(0)[0].tokens
+    stream.plan.columns["tokens"][0] += 3
+    with pytest.raises(DataError, match=rf"\.tar sample s\d+: .*has {tokens} tokens .*counted {tokens + 3}"):
+        stream[0]
+
+
+def test_workers_end_with_the_loader(world) -> None:
+    loader = pack_loader(train_stream(world), [0, 1, 2, 3] * 50, num_workers=2)
+    next(loader)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    loader.close()
+    deadline = time.monotonic() + 10
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_stream_can_be_sent_to_another_process(world) -> None:
+    stream = train_stream(world, (0, 2))
+    stream[0]
+    assert_same(pickle.loads(pickle.dumps(stream))[1], stream[1])
