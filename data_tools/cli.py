@@ -32,8 +32,6 @@ def main(arguments: list[str]) -> int:
         message = str(error)
     except typer.TyperException as error:
         message = getattr(error, "format_message", error.__str__)()
-    except typer.Abort:
-        message = "interrupted"
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     return 1
 

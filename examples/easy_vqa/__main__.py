@@ -69,7 +69,9 @@ def train_stage(stage: int) -> None:
                 bar.set_postfix_str(f"loss {found[3]}", refresh=False)
                 bar.update(int(found[1]) - bar.n)
     if process.wait():
-        sys.exit(f"the demo stops: stage {stage} failed:\n" + "".join(log.read_text().splitlines(True)[-20:]))
+        lines = log.read_text().splitlines(keepends=True)
+        told = [line for line in lines if " ERROR " in line] or lines
+        sys.exit(f"the demo stops: stage {stage} failed; its log is {log}\n" + "".join(told[-20:]))
 
 
 def grade_and_report() -> Path:

@@ -46,8 +46,8 @@ def image_path(split: str, image: int) -> Path:
     return PACKAGE / split / "images" / f"{image}.png"
 
 
-def caption(questions: Iterable[Question]) -> str:
-    """What an image's questions and answers say of it, such as "a red triangle"; "a red shape" if no more is said."""
+def caption(questions: Iterable[Question]) -> str | None:
+    """What an image's questions and answers say of it, such as "a red triangle"; None if they do not tell both."""
     true_words = set()
     for question in questions:
         if question.kind != "yes/no":
@@ -55,9 +55,8 @@ def caption(questions: Iterable[Question]) -> str:
         negated = {"not", "no"} & set(question.text.split())
         if question.kind != "yes/no" or (question.answer == "yes") != bool(negated):
             true_words |= set(question.text.rstrip("?").split())
-    color = next((word for word in COLORS if word in true_words), "")
-    shape = next((word for word in SHAPES if word in true_words), "shape")
-    return " ".join(filter(None, ("a", color, shape)))
+    colors, shapes = true_words.intersection(COLORS), true_words.intersection(SHAPES)
+    return f"a {colors.pop()} {shapes.pop()}" if colors and shapes else None
 
 
 def question_sample(question: Question, split: str) -> dict:
@@ -78,8 +77,9 @@ def prepare(folder: Path) -> None:
         by_image.setdefault(question.image, []).append(question)
     images = sorted(by_image)
     for split, chosen in (("validation", images[:HELD_OUT_IMAGES]), ("train", images[HELD_OUT_IMAGES:])):
-        captions = (_sample("<image>", caption(by_image[i]), image_path("train", i)) for i in chosen)
-        write_jsonl(captions, folder / f"captions-{split}.jsonl")
+        captions = ((i, caption(by_image[i])) for i in chosen)
+        samples = (_sample("<image>", said, image_path("train", i)) for i, said in captions if said)
+        write_jsonl(samples, folder / f"captions-{split}.jsonl")
         questions = (question_sample(question, "train") for i in chosen for question in by_image[i])
         write_jsonl(questions, folder / f"questions-{split}.jsonl")
 

@@ -1,6 +1,8 @@
 """Reads packs ahead in worker processes, in the order asked for."""
 
+import multiprocessing
 from collections.abc import Iterable, Iterator
+from multiprocessing.context import BaseContext
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,12 +27,28 @@ class _Guarded(Dataset):
             return error.with_traceback(None)
 
 
+def _clean_processes() -> BaseContext:
+    """Workers start from a process that has done nothing: a fork of this one could inherit a lock that a thread holds.
+
+    (A fork hangs for good, for instance, where this process has met a damaged video before.)
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def pack_loader(stream: PackStream, pack_ids: Iterable[int], *, num_workers: int) -> Iterator[Batch]:
     """The Batches of `pack_ids` in that order, read by `num_workers` processes (0: by this one).
 
     An error of a worker is raised here as it was there. Closing or dropping the iterator ends the workers.
     """
-    loader = DataLoader(_Guarded(stream), batch_size=None, sampler=pack_ids, num_workers=num_workers)
+    loader = DataLoader(
+        _Guarded(stream),
+        batch_size=None,
+        sampler=pack_ids,
+        num_workers=num_workers,
+        multiprocessing_context=_clean_processes() if num_workers else None,
+    )
     batches = iter(loader)
     try:
         for batch in batches:

@@ -85,14 +85,19 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
 
     def initialize(self, generator: torch.Generator) -> None:
-        """First weights for training from scratch, the same on every rank for the same generator."""
+        """First weights for training from scratch, the same on every rank for the same generator.
+
+        The patch embedding sees pixels of unit deviation, whatever the patch's size: its deviation is 1 / sqrt(fan in).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith(("scale1", "scale2")):
                 nn.init.constant_(parameter, self.config.layer_scale_init)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
-                nn.init.normal_(parameter, std=self.config.init_method_std, generator=generator)
+                fan_in = parameter[0].numel()
+                std = fan_in**-0.5 if name == "embeddings.patch_embedding.weight" else self.config.init_method_std
+                nn.init.normal_(parameter, std=std, generator=generator)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Normalised tiles [n, 3, S, S] -> features [n, patches / 4, 4 * H]; the class token is dropped."""

@@ -74,7 +74,7 @@ def test_placements_count_from_the_start_of_the_pack(world) -> None:
         assert torch.equal(torch.nonzero(opening)[:, 0] + 1, batch.placements)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [2, 5])
 def test_the_ranks_tiles_joined_are_all_tiles(world, ranks: int) -> None:
     whole = train_stream(world)
     shares = [train_stream(world, (rank, ranks)) for rank in range(ranks)]
@@ -184,7 +184,7 @@ def test_a_vanished_shard_is_named(own_world) -> None:
 def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world) -> None:
     stream = train_stream(world)
     tokens = stream.plan.pack(0)[0].tokens
-    stream.plan.columns["tokens"][0] += 3
+    stream.plan.columns["tokens"] = stream.plan.columns["tokens"] + 3
     with pytest.raises(DataError, match=rf"\.tar sample s\d+: .*has {tokens} tokens .*counted {tokens + 3}"):
         stream[0]
 

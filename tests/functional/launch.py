@@ -17,6 +17,7 @@ def torchrun(script: str | Path, *arguments: str, processes: int, check: bool = 
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    result = subprocess.run([*command, str(path), *arguments], env=environment, capture_output=True, text=True)
+    command += [str(path), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert not check or result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
     return result

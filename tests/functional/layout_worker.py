@@ -1,4 +1,4 @@
-"""Run by torchrun: two optimizer steps at each layout; gradients and weights go to checkpoints that any layout reads."""
+"""Run by torchrun: two steps at each layout; gradients and weights go to checkpoints that any layout reads."""
 
 import json
 import sys

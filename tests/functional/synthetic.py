@@ -51,7 +51,7 @@ def random_document(tokens: int, *, tiles: int, generator: torch.Generator) -> t
 
 
 def make_pack(lengths: list[tuple[int, int]], *, seed: int) -> Batch:
-    """A pack of documents given as (tokens, tiles), all of whose tiles it holds; the tail is one last document."""
+    """A pack of documents given as (tokens, tiles), with all its tiles; the tail is one last document."""
     generator = torch.Generator().manual_seed(seed)
     documents = [random_document(tokens, tiles=tiles, generator=generator) for tokens, tiles in lengths]
     starts = [0]
@@ -74,7 +74,7 @@ def make_pack(lengths: list[tuple[int, int]], *, seed: int) -> Batch:
 
 
 def make_step(step: int) -> list[Batch]:
-    """The four packs of a step: mixed documents with odd lengths and a tail, text only, media in one slice, one tile."""
+    """The four packs of a step: odd lengths and a tail, text only, media at the start alone, a single loss row."""
     seed = 10 * step
     no_loss = make_pack([(64, 1), (64, 0)], seed=seed + 4)
     no_loss.labels[:] = IGNORED

@@ -153,7 +153,7 @@ def test_wrong_sampling_is_refused_by_name(wrong: dict) -> None:
 def test_a_damaged_image_is_refused_by_name(engine: Engine) -> None:
     whole = picture(3).data
     broken = MediaFile(name="broken.png", data=whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="broken.png"):
+    with pytest.raises(DataError, match=r"broken\.png"):
         engine.generate([Prompt.ask("what color", images=[broken])], sampling=Sampling())
-    with pytest.raises(DataError, match="missing.png"):
+    with pytest.raises(DataError, match=r"missing\.png"):
         MediaFile.read(Path("missing.png"))

@@ -1,0 +1,135 @@
+"""Recipes are read strictly: unknown names, wrong types and sizes that do not divide are refused by name."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vita.config import Recipe, describe_fields, load_recipe, recipe_from_dict
+from megatron_vita.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_values_of_the_file_and_then_of_overrides_replace_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "optimizer: {lr: 3e-4}\nparallel: {tensor_model_parallel_size: 4}\n")
+    recipe = load_recipe(path, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"])
+    assert recipe.optimizer.lr == 3e-4
+    assert recipe.parallel.tensor_model_parallel_size == 2
+    assert recipe.parallel.sequence_parallel is True
+    assert recipe.optimizer.clip_grad == 1.0
+
+
+def test_a_recipe_survives_the_way_through_plain_values() -> None:
+    recipe = Recipe()
+    assert recipe_from_dict(dataclasses.asdict(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {learning_rate: 1}", "unknown field optimizer.learning_rate"),
+        ("optimiser: {lr: 1}", "unknown field optimiser; did you mean optimizer"),
+        ("parallel: {tensor_model_parallel: 2}", "did you mean parallel.tensor_model_parallel_size"),
+        ("training: {train_iters: many}", "training.train_iters is 'many': int is needed"),
+        ("training: {bf16: 1}", "training.bf16 is 1: bool is needed"),
+        ("data: {train: {name: x}}", "data.train is .*: a list is needed"),
+        ("data: {train: [{name: x}]}", r"data.train\[0\].shards is missing"),
+        ("model: 3", "model. is 3: a group of fields is needed"),
+        ("[1, 2]", "a recipe is a mapping"),
+        ("a: [", "not YAML"),
+        ("format_version: 99", "format_version is 99"),
+    ],
+)
+def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_recipe(write(tmp_path, text))
+    assert "recipe.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor_model_parallel_size=3", "num_attention_heads 40 is not a multiple of .* 3"),
+        ("parallel.pipeline_model_parallel_size=5", "num_layers 48 is not a multiple of .* 5"),
+        ("parallel.context_parallel_size=3", "document_alignment 16 is not a multiple of 6"),
+        ("parallel.context_parallel_size=0", "context_parallel_size is 0: it must be at least 1"),
+        ("parallel.sequence_parallel=true", "sequence_parallel needs tensor_model_parallel_size of at least 2"),
+        ("parallel.attention_backend=flash", "attention_backend is 'flash'; known: auto, torch, te"),
+        ("data.seq_length=1000", "seq_length 1000 is not a multiple of .*16; the nearest that is: 992"),
+        ("model.vision.image_size=450", "image_size 450 is not a multiple of twice patch_size 14"),
+        ("model.vision.num_attention_heads=15", "hidden_size 1024 is not a multiple of .* 15"),
+        ("model.language.num_query_groups=7", "num_attention_heads 40 is not a multiple of num_query_groups 7"),
+        ("model.language.kv_channels=127", "kv_channels is 127"),
+        ("model.projector.kind=linear", "kind is 'linear'; known: long_vita, internvl"),
+        ("media.max_tiles=0", "min_tiles <= max_tiles is needed"),
+        ("media.max_fps=0", "max_fps is 0.0: it must be positive"),
+        ("media.normalization=zeros", "normalization is 'zeros'; known: imagenet, clip, siglip"),
+        ("text.template=alpaca", "template is 'alpaca'; known templates: chatml, plain"),
+        ("optimizer.min_lr=1", "0 <= min_lr <= lr is needed"),
+        ("optimizer.lr_warmup_fraction=1.0", "lr_warmup_fraction is 1.0"),
+        ("training.global_batch_size=0", "global_batch_size is 0: it must be at least 1"),
+        ("checkpoint.keep=0", "checkpoint.keep is 0"),
+        ("nothing", "override 'nothing' is not of the form"),
+        ("format_version.x=1", "format_version is not a group"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_with_what_would(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, "format_version: 1"), [override])
+
+
+def test_freezing_everything_is_refused(tmp_path: Path) -> None:
+    parts = [f"training.freeze_{part}=true" for part in ("vision_model", "projector", "language_model")]
+    with pytest.raises(ConfigError, match="nothing is left to train"):
+        load_recipe(write(tmp_path, "format_version: 1"), parts)
+
+
+def test_a_world_that_does_not_divide_is_refused() -> None:
+    recipe = Recipe()
+    recipe.parallel.tensor_model_parallel_size = 4
+    with pytest.raises(ConfigError, match="6 ranks are not a multiple of 4"):
+        recipe.data_parallel_size(6)
+    with pytest.raises(ConfigError, match="global_batch_size 8 is not a multiple of the 3"):
+        recipe.data_parallel_size(12)
+    assert recipe.data_parallel_size(8) == 2
+
+
+def test_help_lists_every_field_with_type_default_and_a_line() -> None:
+    text = "\n".join(describe_fields())
+    assert "optimizer.lr: float = 0.0001\n      Peak learning rate." in text
+
+    def leaves(cls: type, prefix: str = "") -> list[str]:
+        names = []
+        for field in dataclasses.fields(cls):
+            owner = field.default_factory
+            inner = isinstance(owner, type) and dataclasses.is_dataclass(owner)
+            assert field.metadata["doc"], field.name
+            names += leaves(owner, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+        return names
+
+    for name in leaves(Recipe):
+        assert f"  {name}: " in text
+
+
+def test_the_entry_prints_help_and_fails_in_one_line(tmp_path: Path) -> None:
+    def entry(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "pretrain_vita.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+
+    shown = entry("--help")
+    assert shown.returncode == 0
+    assert "parallel.context_parallel_size: int = 1" in shown.stdout
+    failed = entry(str(tmp_path / "none.yaml"))
+    assert failed.returncode == 1
+    assert failed.stderr.strip().endswith("cannot read the recipe: No such file or directory")
+    assert len(failed.stderr.strip().splitlines()) == 1

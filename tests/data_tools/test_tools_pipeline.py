@@ -1,0 +1,105 @@
+"""From JSONL to a plan and a picture of a pack, by the commands alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from toy_jsonl import write_world
+
+from data_tools import contact_sheet
+from data_tools.cli import main
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    path = write_world(tmp_path)
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert main(["index", str(tmp_path / "recipe.yaml")]) == 0
+    return tmp_path
+
+
+def test_indexes_are_made_again_only_where_the_shard_is_newer(world: Path, capsys) -> None:
+    recipe = str(world / "recipe.yaml")
+    capsys.readouterr()
+    main(["index", recipe])
+    assert capsys.readouterr().out == "0 indexes written, 1 were current\n"
+    (world / "toy/toy-000000.tar").touch()
+    main(["index", recipe])
+    assert capsys.readouterr().out == "1 indexes written, 0 were current\n"
+    main(["index", recipe, "text.template=plain"])
+    assert capsys.readouterr().out == "1 indexes written, 0 were current\n"
+
+
+def test_a_plan_names_samples_longer_than_a_pack(world: Path, capsys) -> None:
+    recipe = str(world / "recipe.yaml")
+    assert main(["plan", recipe, "data.seq_length=80"]) == 0
+    assert "6 samples longer than a pack" in capsys.readouterr().out
+    entries = [json.loads(line) for line in (world / "plan/rejected.jsonl").read_text().splitlines()]
+    assert len(entries) == 6
+    assert entries[0]["key"] == "toy-00000001"
+    assert main(["plan", recipe, "data.seq_length=80", "--strict"]) == 1
+    assert "toy-000000.tar sample toy-00000001: " in capsys.readouterr().err
+    assert main(["plan", recipe]) == 0
+    assert (world / "plan/rejected.jsonl").read_text() == ""
+
+
+def test_inspect_shows_text_loss_and_tiles_of_a_pack(world: Path, capsys) -> None:
+    assert main(["plan", str(world / "recipe.yaml")]) == 0
+    png = world / "sheets/pack.png"
+    assert main(["inspect", str(world / "recipe.yaml"), "--pack", "0", "--png", str(png)]) == 0
+    text = capsys.readouterr().out
+    assert "train pack 0: " in text
+    assert "from toy: tokens 0 to " in text
+    assert r"|im_start|>user\n[tile 0]" in text
+    assert "  loss| It is number " in text
+    assert r"<|im_end|>\n" in text
+    assert Image.open(png).width == contact_sheet.WIDTH
+
+
+def test_a_sheet_shows_tiles_in_order_beside_the_text(world: Path, capsys) -> None:
+    sample = f"{world}/toy/toy-000000.tar:toy-00000002"
+    png = world / "sample.png"
+    assert main(["inspect", str(world / "recipe.yaml"), "--sample", sample, "--png", str(png)]) == 0
+    assert r"[tile 0]\n[tile 1][tile 2]\nWhich" in capsys.readouterr().out
+    sheet = Image.open(png)
+    colors = [color for _, color in sheet.getcolors(maxcolors=1 << 20)]
+    assert (20, 90, 160) in colors
+    row = [sheet.getpixel((x, 200)) == (20, 90, 160) for x in range(sheet.width)]
+    assert sum(row) == 3 * contact_sheet.THUMBNAIL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pack", "0"], "there is no plan"),
+        (["--split", "test"], "--split is 'test'; known: train, validation"),
+        (["--sample", "nonsense"], "SHARD.tar:KEY is needed"),
+        (["--sample", "{world}/toy/toy-000000.tar:none"], "no sample 'none' among 12"),
+    ],
+)
+def test_inspect_refuses_what_is_not_there(world: Path, capsys, arguments: list[str], message: str) -> None:
+    arguments = [argument.replace("{world}", str(world)) for argument in arguments]
+    assert main(["inspect", str(world / "recipe.yaml"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_pack_past_the_last_is_refused(world: Path, capsys) -> None:
+    assert main(["plan", str(world / "recipe.yaml")]) == 0
+    assert main(["inspect", str(world / "recipe.yaml"), "--pack", "99"]) == 1
+    assert "--pack is 99; the train plan has packs 0 to" in capsys.readouterr().err
+
+
+def test_a_tokenizer_too_large_for_its_text_is_refused(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path)
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "x.model"), "--vocab-size", "9000"]) == 1
+    assert "at most" in capsys.readouterr().err
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "x.txt")]) == 1
+    assert "must end in .model" in capsys.readouterr().err
+
+
+def test_a_bad_line_is_named_when_a_tokenizer_is_trained(tmp_path: Path, capsys) -> None:
+    (tmp_path / "bad.jsonl").write_text('\n{"messages": []}\n')
+    assert main(["tokenizer", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "x.model")]) == 1
+    assert f"error: {tmp_path}/bad.jsonl:2: messages is an empty list" in capsys.readouterr().err

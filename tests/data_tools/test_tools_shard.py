@@ -1,0 +1,170 @@
+"""`shard`: bad samples are listed or stop it, by file and line; an interrupted run goes on to the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from toy_jsonl import sample, write_world
+
+from data_tools import sharding
+from data_tools.cli import main
+
+BAD = {
+    "malformed JSON": ('{"messages": [', "not JSON"),
+    "not an object": ("[1, 2]", "not a JSON object"),
+    "missing image": (json.dumps(sample(0) | {"images": ["none.png"]}), "cannot read"),
+    "outside image": (json.dumps(sample(0) | {"images": ["../toy.jsonl"]}), "outside the media folder"),
+    "truncated JPEG": (json.dumps(sample(0) | {"images": ["cut.jpg"]}), "truncated"),
+    "tag count": (json.dumps(sample(0) | {"images": []}), "1 places for images (<image>) and images lists 0"),
+    "empty conversation": (json.dumps({"messages": []}), "messages is an empty list"),
+    "path is no text": (json.dumps(sample(0) | {"images": [7]}), "images[0] is 7"),
+    "broken video": (
+        json.dumps(
+            {"messages": [{"role": "user", "content": "<video>"}, *sample(0)["messages"][1:]], "videos": ["no.mp4"]}
+        ),
+        "videos[0] no.mp4",
+    ),
+}
+
+
+def shard(path: Path, *options: str) -> int:
+    return main(
+        ["shard", str(path), "--media", str(path.parent / "media"), "--out", str(path.parent / "toy"), *options]
+    )
+
+
+def tars(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((root / "toy").glob("*.tar"))}
+
+
+def insert_bad(path: Path, text: str) -> None:
+    image = path.parent / "media/cut.jpg"
+    Image.effect_noise((200, 200), 80).save(image)
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    (path.parent / "media/no.mp4").write_bytes(b"no video")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:4], text + "\n", *lines[4:]]))
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_sample_is_listed_and_the_others_go_on(tmp_path: Path, capsys, bad: str) -> None:
+    path = write_world(tmp_path)
+    text, reason = BAD[bad]
+    insert_bad(path, text)
+    assert shard(path, "--samples-per-shard", "5") == 0
+    assert "12 samples; 1 rejected" in capsys.readouterr().out
+    (entry,) = map(json.loads, (tmp_path / "toy/rejected.jsonl").read_text().splitlines())
+    assert (entry["file"], entry["line"]) == (str(path), 5)
+    assert reason in entry["reason"]
+    assert len(tars(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_strict_stops_at_a_bad_sample_by_file_and_line(tmp_path: Path, capsys, bad: str) -> None:
+    path = write_world(tmp_path)
+    text, reason = BAD[bad]
+    insert_bad(path, text)
+    assert shard(path, "--samples-per-shard", "3", "--strict") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}:5: ")
+    assert reason in error
+    assert list(tars(tmp_path)) == ["toy-000000.tar"]
+
+
+def test_strict_also_stops_at_a_sample_that_an_earlier_run_left_out(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path)
+    insert_bad(path, "{")
+    assert shard(path) == 0
+    assert shard(path, "--strict") == 1
+    assert f"error: {path}:5: not JSON" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+    whole, path = write_world(tmp_path / "a"), write_world(tmp_path / "b")
+    for world in (whole, path):
+        insert_bad(world, "{")
+    assert shard(whole, "--samples-per-shard", "3") == 0
+    check, seen = sharding.check_line, []
+
+    def failing(line, *, media_root):
+        seen.append(line.number)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return check(line, media_root=media_root)
+
+    monkeypatch.setattr(sharding, "check_line", failing)
+    assert shard(path, "--samples-per-shard", "3") == 130
+    assert list(tars(tmp_path / "b")) == ["toy-000000.tar", "toy-000001.tar"]
+    with open(tmp_path / "b/toy/progress.jsonl", "a") as file:
+        file.write('{"shard": 2, "sam')
+    assert shard(path, "--samples-per-shard", "3") == 0
+    assert seen[8:] == list(range(7, 14))
+    assert tars(tmp_path / "a") == tars(tmp_path / "b")
+    rejected = [json.loads((tmp_path / name / "toy/rejected.jsonl").read_text()) for name in "ab"]
+    assert [entry["line"] for entry in rejected] == [5, 5]
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    path = write_world(tmp_path, count=400)
+    command = [sys.executable, "-m", "data_tools", "shard", str(path), "--media", str(tmp_path / "media")]
+    command += ["--out", str(tmp_path / "toy"), "--samples-per-shard", "4"]
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("toy/toy-000003.tar")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    finished = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "toy").glob("*.tar"))[:3]}
+    assert shard(path, "--samples-per-shard", "4") == 0
+    assert len(tars(tmp_path)) == 100
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert not list((tmp_path / "toy").glob("*.partial"))
+
+
+def test_a_folder_of_other_inputs_is_refused(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path)
+    assert shard(path, "--samples-per-shard", "5") == 0
+    assert shard(path, "--samples-per-shard", "6") == 1
+    assert "another samples_per_shard (5, now 6)" in capsys.readouterr().err
+    path.write_text(path.read_text() + json.dumps(sample(3)) + "\n")
+    assert shard(path, "--samples-per-shard", "5") == 1
+    assert "another files" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
+    first, second = write_world(tmp_path / "a"), write_world(tmp_path / "b")
+    assert main(["shard", str(first), str(second), "--out", str(tmp_path / "toy")]) == 1
+    assert "must differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shard", "/no.jsonl", "--out", "/tmp/nowhere-toy"], "/no.jsonl: cannot read it"),
+        (["shard", "x.jsonl", "--out", "x", "--media", "/no"], "--media /no is not a folder"),
+        (["shard", "x.jsonl"], "Missing option '--out'"),
+        (["shard", "x.jsonl", "--out", "x", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
+        (["index", "/no.yaml"], "/no.yaml: cannot read the recipe"),
+        (["nothing"], "No such command 'nothing'"),
+    ],
+)
+def test_user_errors_are_one_line_and_code_1(tmp_path: Path, capsys, monkeypatch, arguments, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_the_command_line_gives_its_code_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_tools", "plan", str(tmp_path / "none.yaml")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: ")

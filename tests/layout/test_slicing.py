@@ -1,0 +1,69 @@
+"""Slices of a pack cover it exactly, balance causal work, and features find their placeholders."""
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.slicing import RankLayout, slice_pack
+from megatron_vita.layout.zigzag import offsets_in_document, owners, positions_of_rank
+
+LENGTHS = [16, 64, 0, 16, 32]
+BOUNDS = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+TOTAL = sum(LENGTHS)
+
+
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_every_position_is_held_once(cp: int) -> None:
+    held = [positions_of_rank(BOUNDS, cp_size=cp, cp_rank=rank) for rank in range(cp)]
+    assert sorted(torch.cat(held).tolist()) == list(range(TOTAL))
+    assert {len(positions) for positions in held} == {TOTAL // cp}
+
+
+def test_rank_holds_chunks_r_and_its_mirror_of_each_document() -> None:
+    assert positions_of_rank(torch.tensor([0, 8, 16]), cp_size=2, cp_rank=0).tolist() == [0, 1, 6, 7, 8, 9, 14, 15]
+    assert positions_of_rank(torch.tensor([0, 8, 16]), cp_size=2, cp_rank=1).tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+def test_causal_work_is_the_same_for_every_rank(cp: int) -> None:
+    owner, offset = owners(BOUNDS, cp), offsets_in_document(BOUNDS)
+    work = torch.zeros(cp, dtype=torch.int64).index_add_(0, owner, offset + 1)
+    assert len(set(work.tolist())) == 1
+
+
+def test_positions_restart_at_each_document() -> None:
+    assert offsets_in_document(torch.tensor([0, 3, 5])).tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(("tiles", "ranks"), [(0, 4), (3, 4), (10, 4), (64, 1), (7, 2)])
+def test_tiles_are_dealt_in_contiguous_runs_that_differ_by_one_at_most(tiles: int, ranks: int) -> None:
+    runs = deal(tiles, ranks)
+    assert [tile for run in runs for tile in run] == list(range(tiles))
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
+def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: int) -> None:
+    rows_per_tile = 4
+    placements = torch.tensor([1, 6, 20, 30, 75, 81, 110])
+    ids, labels = torch.arange(TOTAL), torch.full((TOTAL,), -100)
+    layouts = [RankLayout(tp_size=tp, tp_rank=t, cp_size=cp, cp_rank=c) for c in range(cp) for t in range(tp)]
+    slices = [
+        slice_pack(ids, labels=labels, cu_seqlens=BOUNDS, placements=placements, rows_per_tile=4, layout=layout)
+        for layout in layouts
+    ]
+    position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # stands for the feature row's content
+    outgoing = []
+    for layout, part in zip(layouts, slices, strict=True):
+        run = deal(len(placements), layout.ranks)[layout.exchange_rank]
+        mine = position[run.start * rows_per_tile : run.stop * rows_per_tile][part.route.send_order]
+        outgoing.append(mine.split(part.route.send_counts))
+    for layout, part in zip(layouts, slices, strict=True):
+        received = torch.cat([sent[layout.exchange_rank] for sent in outgoing])
+        assert [len(sent[layout.exchange_rank]) for sent in outgoing] == part.route.receive_counts
+        share = part.input_ids.unflatten(0, (tp, -1))[layout.tp_rank]
+        assert share[part.route.target_rows].tolist() == received.tolist()
+    reached = torch.cat([part.route.target_rows for part in slices])
+    assert len(reached) == len(position)
