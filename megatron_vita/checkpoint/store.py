@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
@@ -109,8 +110,9 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Fills a sharded `state` from a checkpoint, whatever layout wrote it. Collective."""
     try:
         return dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint}: cannot be loaded: {error}") from error
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise CheckpointError(f"{checkpoint}: cannot be loaded: {reason[0]}") from error
 
 
 def load_weights(model: VitaModel, checkpoint: Path) -> None:

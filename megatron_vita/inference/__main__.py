@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 keeps all tokens")
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # the question may follow the options
 
 
 def answer(arguments: argparse.Namespace) -> None:

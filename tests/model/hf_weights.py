@@ -11,7 +11,7 @@ Names = Callable[[str], Tensor]
 
 
 def language_tensors(
-    get: Names, *, prefix: str, head: str, layers: int, groups: int, head_dim: int
+    get: Names, *, prefix: str, head: str, layers: int, groups: int, biased: bool = True
 ) -> dict[str, Tensor]:
     """Our `language_model` tensors from a Qwen2 model's; `get` gives a tensor (or gradient) by their name."""
     ours = {
@@ -21,7 +21,7 @@ def language_tensors(
     }
     for i in range(layers):
         theirs, mine = f"{prefix}layers.{i}.", f"decoder.layers.{i}."
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias") if biased else ("weight",):
             parts = [get(f"{theirs}self_attn.{x}_proj.{kind}").unflatten(0, (groups, -1)) for x in "qkv"]
             ours[f"{mine}self_attention.linear_qkv.{kind}"] = torch.cat(parts, dim=1).flatten(0, 1)
         ours |= {

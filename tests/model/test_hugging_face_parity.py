@@ -4,12 +4,21 @@ import pytest
 import torch
 from hf_weights import copy_into, language_tensors, randomize, vision_tensors
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from megatron_vita import platform
 from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, Recipe, VisionConfig
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.model.build import build_model
+from megatron_vita.model.projector import Projector
+from megatron_vita.model.vision import pixel_shuffle
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -106,20 +115,34 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
 
 
 def _named(get) -> dict[str, Tensor]:
-    language = language_tensors(
-        get, prefix="model.language_model.", head="lm_head.weight", layers=2, groups=2, head_dim=8
-    )
+    language = language_tensors(get, prefix="model.language_model.", head="lm_head.weight", layers=2, groups=2)
     return language | vision_tensors(get, layers=2)
 
 
-def test_qwen2_gives_the_same_logits_and_gradients(ours: VitaModel) -> None:
-    theirs = Qwen2ForCausalLM(qwen2_config())
+def llama_config() -> LlamaConfig:
+    shared = {name: value for name, value in qwen2_config().to_dict().items() if name in LLAMA_FIELDS}
+    return LlamaConfig(**shared, attention_bias=False, mlp_bias=False)
+
+
+LLAMA_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_language_models_give_the_same_logits_and_gradients(family: str) -> None:
+    platform.initialize_process()
+    recipe = Recipe(model=shapes(), data=DataConfig(seq_length=LENGTH))
+    recipe.model.language.add_qkv_bias = biased = family == "qwen2"
+    groups.initialize_groups(recipe.parallel)
+    ours = build_model(recipe)
+    theirs = Qwen2ForCausalLM(qwen2_config()) if biased else LlamaForCausalLM(llama_config())
     randomize(theirs)
 
     def named(get) -> dict[str, Tensor]:
-        return language_tensors(get, prefix="model.", head="lm_head.weight", layers=2, groups=2, head_dim=8)
+        return language_tensors(get, prefix="model.", head="lm_head.weight", layers=2, groups=2, biased=biased)
 
-    ours.zero_grad()
     copy_into(ours, named(theirs.state_dict().__getitem__))
     ids = torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(2))
     expected = theirs(input_ids=ids[None]).logits[0]
@@ -130,3 +153,34 @@ def test_qwen2_gives_the_same_logits_and_gradients(ours: VitaModel) -> None:
     grads = dict(theirs.named_parameters())
     vision = {name: torch.zeros_like(p) for name, p in ours.named_parameters() if "language" not in name}
     assert_same_gradients(ours, named(lambda name: grads[name].grad) | vision)
+
+
+def test_long_vita_projector_is_norm_linear_gelu_linear_without_biases() -> None:
+    config = shapes()
+    config.projector.kind = "long_vita"
+    projector = Projector(config)
+    assert {name for name, _ in projector.named_parameters()} == {
+        "norm.weight",
+        "norm.bias",
+        "fc1.weight",
+        "fc2.weight",
+    }
+    assert projector.fc1.weight.shape == (config.vision.hidden_size, 4 * config.vision.hidden_size)
+    assert projector.fc2.weight.shape == (config.language.hidden_size, config.vision.hidden_size)
+    randomize(projector)
+    x = torch.randn(3, ROWS, 4 * config.vision.hidden_size)
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * projector.norm.weight
+    hidden = (normed + projector.norm.bias) @ projector.fc1.weight.T
+    expected = (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))) @ projector.fc2.weight.T
+    torch.testing.assert_close(projector(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pixel_shuffle_joins_neighbouring_patches_two_by_two() -> None:
+    side, channels = 4, 2
+    patches = torch.arange(side * side * channels).view(1, side * side, channels)
+    grid = patches.view(side, side, channels)
+    cells = [
+        torch.cat([grid[r, c], grid[r, c + 1], grid[r + 1, c], grid[r + 1, c + 1]]) for r in (0, 2) for c in (0, 2)
+    ]
+    assert torch.equal(pixel_shuffle(patches)[0], torch.stack(cells))

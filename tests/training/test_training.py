@@ -1,0 +1,189 @@
+"""What a run trains, reports and refuses."""
+
+import dataclasses
+import logging
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
+from toy_run import data_tools, make_toy_run
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import store
+from megatron_vita.config import Recipe, load_recipe
+from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
+from megatron_vita.training import loop
+from megatron_vita.training.loop import train
+from megatron_vita.training.run import open_run
+
+PARTS = ("vision_model", "projector", "language_model")
+FAST = ["data.num_workers=0", "training.eval_interval=0", "checkpoint.save=''", "training.train_iters=2"]
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    platform.initialize_process()
+    return make_toy_run(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def trained(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run of twelve steps with checkpoints, validation and TensorBoard."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = load_recipe(
+        recipe_path, [f"checkpoint.save={folder / 'checkpoints'}", f"training.tensorboard_dir={folder / 'tensorboard'}"]
+    )
+    train(recipe)
+    return recipe
+
+
+def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Path) -> None:
+    for frozen in PARTS:
+        run = None
+
+        def keep(recipe: Recipe) -> object:
+            nonlocal run
+            run = open_run(recipe)
+            return run
+
+        recipe = load_recipe(recipe_path, [*FAST, f"training.freeze_{frozen}=true"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "open_run", keep)
+            before = {name: p.clone() for name, p in open_run(recipe).core.named_parameters()}
+            train(recipe)
+        for name, parameter in run.core.named_parameters():  # type: ignore[attr-defined]
+            assert torch.equal(before[name], parameter) == name.startswith(frozen), name
+
+
+def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -> None:
+    recipe = load_recipe(recipe_path, [*FAST, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.2"])
+    recipe.optimizer.min_lr = 1e-4
+    run = open_run(recipe)
+    rates = []
+    for _ in range(10):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.schedule.step(1)
+    peak, low = recipe.optimizer.lr, recipe.optimizer.min_lr
+    cosine = [low + (peak - low) * (1 + math.cos(math.pi * (step - 2) / 8)) / 2 for step in range(2, 10)]
+    assert rates == pytest.approx([0.0, peak / 2, *cosine])
+
+
+def test_tensorboard_holds_losses_of_sources_and_of_held_out_packs(trained: Recipe) -> None:
+    events = EventAccumulator(trained.training.tensorboard_dir)
+    events.Reload()
+    for tag in ("train/loss", "train/loss/colors", "train/grad_norm", "train/lr", "data/fill", "data/loss_rows"):
+        assert [event.step for event in events.Scalars(tag)] == list(range(1, 13)), tag
+    for tag in ("validation/loss", "validation/loss/held"):
+        assert [event.step for event in events.Scalars(tag)] == [6, 12], tag
+    first, last = events.Scalars("validation/loss")
+    assert last.value < first.value
+    fills = [event.value for event in events.Scalars("data/fill")]
+    assert all(0.5 < fill <= 1 for fill in fills)
+
+
+def test_the_newest_checkpoints_are_kept_and_latest_names_the_last(trained: Recipe) -> None:
+    folder = Path(trained.checkpoint.save)
+    assert sorted(path.name for path in folder.glob("*step*")) == ["step_00000008", "step_00000012"]
+    newest = store.latest_checkpoint(folder)
+    assert newest == folder / "step_00000012"
+    manifest = store.read_manifest(newest)
+    assert manifest["consumed_packs"] == 48
+    assert manifest["recipe"] == dataclasses.asdict(trained)
+
+
+def test_a_finished_run_has_nothing_to_do(trained: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("trained on"))
+    train(trained)
+
+
+def test_a_log_line_shows_all_that_is_promised(recipe_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr("megatron_vita.platform.set_up_logging", lambda _: None)
+        train(load_recipe(recipe_path, FAST))
+    (line,) = [record.getMessage() for record in caplog.records if "step 2/2" in record.getMessage()]
+    for part in ("loss", "grad norm", "lr", "tokens/s", "tiles/s", "loss rows", "fill", "left"):
+        assert part in line
+
+
+def test_a_stage_starts_from_the_weights_of_another_run_at_step_0(trained: Recipe, recipe_path: Path) -> None:
+    run = open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={trained.checkpoint.save}"]))
+    assert (run.step, run.consumed_packs) == (0, 0)
+    fresh = open_run(load_recipe(recipe_path, FAST))
+    differ = [not torch.equal(p, q) for p, q in zip(run.core.parameters(), fresh.core.parameters(), strict=True)]
+    assert all(differ)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_field(trained: Recipe, recipe_path: Path) -> None:
+    overrides = [*FAST, f"checkpoint.load={trained.checkpoint.save}", "model.language.num_layers=4"]
+    with pytest.raises(CheckpointError, match=r"model.language.num_layers is 2 there and 4 in the recipe"):
+        open_run(load_recipe(recipe_path, overrides))
+
+
+def test_a_missing_or_torn_checkpoint_is_refused_by_path(recipe_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={tmp_path}"]))
+    (tmp_path / "latest").write_text("step_00000004")
+    with pytest.raises(CheckpointError, match="step_00000004, which is missing or incomplete"):
+        open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path}"]))
+
+
+def test_a_checkpoint_with_a_missing_file_is_refused(trained: Recipe, recipe_path: Path, tmp_path: Path) -> None:
+    source = store.find_checkpoint(trained.checkpoint.save)
+    copy = tmp_path / source.name
+    copy.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".distcp":
+            (copy / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=f"{source.name}: cannot be loaded"):
+        open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={copy}"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.train_iters=1000", "needs 4000 packs, but the plan .* holds"),
+        ("model.language.vocab_size=64", "vocab_size is 64, but the tokenizer .* has"),
+        ("data.plan=/nowhere", "python -m data_tools plan"),
+        ("data.seq_length=512", "seq_length"),
+        ("data.seed=99", "seed"),
+        ("media.max_tiles=2", "max_tiles"),
+        ("data.train=[{name: other, shards: /nowhere/*.tar}]", "/nowhere"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_data_is_refused(recipe_path: Path, override: str, message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        open_run(load_recipe(recipe_path, [*FAST, override]))
+
+
+def test_a_run_that_diverges_stops_and_names_step_and_packs(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vita.training.step.normalize", lambda tiles, _: tiles.float() * float("nan"))
+    with pytest.raises(VitaError, match=r"step 1: loss nan.*packs 0 to 3"):
+        train(load_recipe(recipe_path, FAST))
+
+
+def test_a_damaged_sample_stops_the_run_by_shard_and_key(tmp_path: Path) -> None:
+    path = make_toy_run(tmp_path, samples=30)
+    shard = next((tmp_path / "shards").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"IDAT")
+    data[at + 4 : at + 40] = bytes(36)
+    shard.write_bytes(bytes(data))
+    with pytest.raises(DataError, match=rf"{shard.name}.*image0"):
+        train(load_recipe(path, [*FAST, "training.train_iters=1"]))
+
+
+def test_several_datasets_report_their_own_losses(tmp_path: Path) -> None:
+    path = make_toy_run(tmp_path, samples=30)
+    shards = tmp_path / "shards" / "*.tar"
+    both = f"data.train=[{{name: one, shards: {shards}}}, {{name: two, shards: {shards}}}]"
+    overrides = [*FAST, both, f"training.tensorboard_dir={tmp_path / 'tb'}"]
+    data_tools("plan", path, *overrides)
+    train(load_recipe(path, overrides))
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert {"train/loss/one", "train/loss/two"} <= set(events.Tags()["scalars"])
