@@ -10,10 +10,10 @@ demo: $(VENV)
 	$(RUN) -m examples.easy_vqa
 
 test: lint
-	$(RUN) -m pytest -q -m "not gpu and not full"
+	$(RUN) -m pytest -q
 
 test-all: lint
-	VITA_TEST_ALL=1 $(RUN) -m pytest -q -m "not gpu"
+	VITA_TEST_ALL=1 $(RUN) -m pytest -q
 
 lint: $(VENV)
 	$(RUN) -m ruff check .

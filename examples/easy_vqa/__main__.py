@@ -61,15 +61,16 @@ def train_stage(stage: int) -> None:
         text=True,
     )
     assert process.stdout is not None
+    lines = []
     with log.open("a") as file, tqdm(desc=f"stage {stage}", unit="step") as bar:
         for line in process.stdout:
+            lines.append(line)
             file.write(line)
             if found := STEP.search(line):
                 bar.total = int(found[2])
                 bar.set_postfix_str(f"loss {found[3]}", refresh=False)
                 bar.update(int(found[1]) - bar.n)
     if process.wait():
-        lines = log.read_text().splitlines(keepends=True)
         told = [line for line in lines if " ERROR " in line] or lines
         sys.exit(f"the demo stops: stage {stage} failed; its log is {log}\n" + "".join(told[-20:]))
 

@@ -89,15 +89,27 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
 
     Fused Adam allocates its own.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+    for inner in _torch_adams(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Loads an optimizer's state.
+
+    megatron-core gives one `step` tensor to all parameters of torch's Adam, which would then count once for each.
+    """
+    optimizer.load_state_dict(state)
+    for inner in _torch_adams(optimizer):
+        for values in inner.state.values():
+            values["step"] = values["step"].clone()
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    parts = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [part for part in parts if isinstance(part, torch.optim.Adam | torch.optim.AdamW)]

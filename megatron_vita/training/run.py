@@ -22,7 +22,12 @@ from megatron_vita.model.build import build_model, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.text.tokenizer import load_tokenizer
-from megatron_vita.training.optimizer import allocate_adam_state, build_optimizer, wrap_for_data_parallel
+from megatron_vita.training.optimizer import (
+    allocate_adam_state,
+    build_optimizer,
+    load_optimizer_state,
+    wrap_for_data_parallel,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +176,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     manifest = store.read_manifest(checkpoint)
     state = store.load_state(checkpoint, _state(run, loading=True))
     run.core.load_state_dict(state["model"], strict=False)
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(run.optimizer, state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
     logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
