@@ -25,9 +25,11 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        from megatron_vita.training.loop import train  # imports torch: after the recipe has been checked
+        from megatron_vita import platform  # imports torch: after the recipe has been checked
+        from megatron_vita.training.loop import train
 
         train(recipe)
+        platform.leave_process()
     except VitaError as error:
         logging.getLogger("megatron_vita").error("%s", error)
         sys.exit(1)

@@ -48,6 +48,7 @@ def answer(arguments: argparse.Namespace) -> None:
     for question in [arguments.question] if arguments.question is not None else map(str.strip, sys.stdin):
         prompt = Prompt.ask(question, images=images, videos=videos)
         sys.stdout.write(engine.generate([prompt], sampling=sampling)[0].text + "\n")
+    platform.leave_process()
 
 
 def main() -> None:

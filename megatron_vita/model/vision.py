@@ -40,7 +40,7 @@ class VisionAttention(nn.Module):
         """[n, s, H] -> [n, s, H]."""
         n, s, width = x.shape
         q, k, v = self.qkv(x).view(n, s, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(q, k, v) if n else v  # on CUDA it gives None for no tiles
         return self.projection(attended.transpose(1, 2).reshape(n, s, width))
 
 

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
     undo_adaptation = adapt_to_cpu()
 
-__all__ = ["device", "has_transformer_engine", "initialize_process", "on_cuda", "set_up_logging"]
+__all__ = ["device", "has_transformer_engine", "initialize_process", "leave_process", "on_cuda", "set_up_logging"]
 
 
 def on_cuda() -> bool:
@@ -52,7 +52,14 @@ def initialize_process(timeout_minutes: float = 30) -> None:
         rank=0 if store else -1,
         world_size=1 if store else -1,
         timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=torch.device("cuda", local_rank) if on_cuda() else None,
     )
+
+
+def leave_process() -> None:
+    """Leaves the process group, if it was joined: a process does so before it ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def set_up_logging(rank: int) -> None:

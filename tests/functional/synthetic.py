@@ -50,18 +50,18 @@ def random_document(tokens: int, *, tiles: int, generator: torch.Generator) -> t
     return ids, labels, placements
 
 
-def make_pack(lengths: list[tuple[int, int]], *, seed: int) -> Batch:
+def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH) -> Batch:
     """A pack of documents given as (tokens, tiles), with all its tiles; the tail is one last document."""
     generator = torch.Generator().manual_seed(seed)
     documents = [random_document(tokens, tiles=tiles, generator=generator) for tokens, tiles in lengths]
     starts = [0]
     for ids, _, _ in documents:
         starts.append(starts[-1] + len(ids))
-    tail = LENGTH - starts[-1]
+    tail = length - starts[-1]
     sources = torch.zeros(len(documents), dtype=torch.int64)
     if tail:
         documents.append((torch.zeros(tail, dtype=torch.int64), torch.full((tail,), IGNORED), torch.tensor([]).long()))
-        starts.append(LENGTH)
+        starts.append(length)
         sources = torch.cat([sources, torch.tensor([-1])])
     bounds = torch.tensor(starts, dtype=torch.int32)
     placements = torch.cat([p + start for (_, _, p), start in zip(documents, starts, strict=False)]).long()
