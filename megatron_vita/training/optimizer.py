@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_vita.config import Recipe
 from megatron_vita.model.vita import VitaModel
@@ -45,7 +46,8 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
     )
-    built = get_megatron_optimizer(config, [model])
+    overrides = get_standard_config_overrides(config) | vision_rates(recipe)
+    built = get_megatron_optimizer(config, [model], config_overrides=overrides)
     schedule = OptimizerParamScheduler(
         built,
         init_lr=0.0,
@@ -62,6 +64,26 @@ def build_optimizer(
     model.config.grad_scale_func = built.scale_loss
     model.config.finalize_model_grads_func = finalize_gradients
     return built, schedule
+
+
+def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
+    """Learning rates of the vision tower's layers, where they differ from the rest.
+
+    Depth counts from 0 (patches, positions and class token) over 1 (first layer) to the number of layers; the factor is
+    vision_lr_mult * vision_lr_decay ** (layers + 1 - depth), as in Long-VITA's layer-wise decay.
+    """
+    optimizer, layers = recipe.optimizer, recipe.model.vision.num_layers
+    if optimizer.vision_lr_mult == optimizer.vision_lr_decay == 1.0:
+        return {}
+    rates: dict[ParamKey, ParamGroupOverride] = {}
+    for depth in range(layers + 1):
+        factor = optimizer.vision_lr_mult * optimizer.vision_lr_decay ** (layers + 1 - depth)
+        part = f"vision_model.layers.{depth - 1}." if depth else "vision_model.embeddings."
+        predicate = ParamWithNamePredicate(name=part, fn=lambda _, name, part=part: part in name)
+        rates[ParamKey(with_name_predicate=predicate)] = ParamGroupOverride(
+            max_lr=factor * optimizer.lr, min_lr=factor * optimizer.min_lr
+        )
+    return rates
 
 
 def finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     _run_schedule(run, batches, meter=meter, num_microbatches=run.microbatches, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
     metrics = meter.reduce(run.step + 1)
-    metrics.grad_norm, metrics.lr = float(grad_norm), run.optimizer.param_groups[0]["lr"]
+    metrics.grad_norm, metrics.lr = float(grad_norm), get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
         raise VitaError(
             f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run diverged in packs "

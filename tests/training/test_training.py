@@ -73,6 +73,32 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -
     assert rates == pytest.approx([0.0, peak / 2, *cosine])
 
 
+def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_path: Path) -> None:
+    overrides = [*FAST, "optimizer.vision_lr_mult=0.1", "optimizer.vision_lr_decay=0.9", "model.vision.num_layers=3"]
+    run = open_run(
+        load_recipe(recipe_path, [*overrides, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.1"])
+    )
+    run.schedule.step(1)
+    rates = {}
+    for group in run.optimizer.param_groups:
+        for parameter in group["params"]:
+            rates.setdefault(round(group["lr"] / run.recipe.optimizer.lr, 6), 0)
+            rates[round(group["lr"] / run.recipe.optimizer.lr, 6)] += parameter.numel()
+
+    def size(part: str) -> int:
+        return sum(p.numel() for name, p in run.core.named_parameters() if name.startswith(part))
+
+    depths = ["embeddings.", "layers.0.", "layers.1.", "layers.2."]
+    expected = {round(0.1 * 0.9 ** (4 - i), 6): size(f"vision_model.{part}") for i, part in enumerate(depths)}
+    assert rates == expected | {1.0: size("projector") + size("language_model")}
+
+
+def test_vectors_and_biases_are_spared_weight_decay(recipe_path: Path) -> None:
+    run = open_run(load_recipe(recipe_path, [*FAST, "optimizer.weight_decay=0.1"]))
+    spared = sum(p.numel() for g in run.optimizer.param_groups if g["wd_mult"] == 0 for p in g["params"])
+    assert spared == sum(p.numel() for p in run.core.parameters() if p.dim() == 1)
+
+
 def test_tensorboard_holds_losses_of_sources_and_of_held_out_packs(trained: Recipe) -> None:
     events = EventAccumulator(trained.training.tensorboard_dir)
     events.Reload()
