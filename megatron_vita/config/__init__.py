@@ -7,6 +7,7 @@ from megatron_vita.config.load import load_recipe, recipe_from_dict
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.config.optimizer import OptimizerConfig
+from megatron_vita.config.output import OutputConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.recipe import Recipe
 from megatron_vita.config.text import TextConfig
@@ -20,6 +21,7 @@ __all__ = [
     "MediaConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "OutputConfig",
     "ParallelConfig",
     "ProjectorConfig",
     "Recipe",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_vita.config.fields import described, require
+from megatron_vita.config.output import OutputConfig
 
 PROJECTORS = ("long_vita", "internvl")
 
@@ -93,3 +94,4 @@ class ModelConfig:
     vision: VisionConfig = described(VisionConfig, "Vision tower.")
     projector: ProjectorConfig = described(ProjectorConfig, "Projector.")
     language: LanguageConfig = described(LanguageConfig, "Language model.")
+    output: OutputConfig = described(OutputConfig, "Output layer and loss.")

@@ -15,6 +15,10 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = described(1, "Ranks that share the layers in sequence (PP).")
     context_parallel_size: int = described(1, "Ranks that share each document's tokens (CP).")
     sequence_parallel: bool = described(False, "Split activations between layers along the sequence over TP.")
+    num_layers_in_first_pipeline_stage: int = described(0, "Its layers, fewer since it has the vision tower; 0: even.")
+    num_layers_in_last_pipeline_stage: int = described(0, "Its layers, fewer since it has the output layer; 0: even.")
+    overlap_grad_reduce: bool = described(False, "Reduce gradients while the backward pass goes on.")
+    overlap_param_gather: bool = described(False, "Gather updated weights while the forward pass goes on.")
     use_distributed_optimizer: bool = described(True, "Split optimizer state over data-parallel ranks.")
     attention_backend: str = described("auto", "torch, te (Transformer Engine), or auto: te on CUDA, torch on CPU.")
 
@@ -26,9 +30,30 @@ class ParallelConfig:
             f"parallel.attention_backend is {self.attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}",
         )
         require(
+            not self.overlap_param_gather or (self.overlap_grad_reduce and self.use_distributed_optimizer),
+            "parallel.overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
+        )
+        require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel needs tensor_model_parallel_size of at least 2, which is 1",
         )
+
+    def layers_of_stages(self, num_layers: int) -> list[int]:
+        """Layers of each pipeline stage; ConfigError if they do not divide."""
+        stages = self.pipeline_model_parallel_size
+        first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        require(
+            stages > 1 or not (first or last),
+            "parallel.num_layers_in_..._pipeline_stage is set, but there is one stage",
+        )
+        given = {stage: layers for stage, layers in ((0, first), (stages - 1, last)) if layers}
+        rest, left = stages - len(given), num_layers - sum(given.values())
+        require(
+            left % rest == 0 and left >= rest if rest else left == 0,
+            f"{num_layers} layers do not divide over {stages} pipeline stages"
+            + (f" of which {given} hold given numbers of layers (counted from 0)" if given else ""),
+        )
+        return [given.get(stage) or left // rest for stage in range(stages)]
 
     @property
     def replica_size(self) -> int:

@@ -40,7 +40,7 @@ class Recipe:
 
     def _check_tensor_parallel(self) -> None:
         tp, language = self.parallel.tensor_model_parallel_size, self.model.language
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
             value = getattr(language, name)
             require(
                 value % tp == 0,
@@ -48,11 +48,7 @@ class Recipe:
             )
 
     def _check_pipeline(self) -> None:
-        pp, layers = self.parallel.pipeline_model_parallel_size, self.model.language.num_layers
-        require(
-            layers % pp == 0,
-            f"model.language.num_layers {layers} is not a multiple of parallel.pipeline_model_parallel_size {pp}",
-        )
+        self.parallel.layers_of_stages(self.model.language.num_layers)
 
     def _check_sequence(self) -> None:
         tp, cp = self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size

@@ -1,5 +1,7 @@
 """From a recipe to a model on this rank."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -39,6 +41,9 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         bf16=recipe.training.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage or None,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
+        **_recomputation(recipe),
         calculate_per_token_loss=True,
         use_cpu_initialization=not platform.on_cuda(),
         apply_rope_fusion=fused,
@@ -48,6 +53,21 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
     )
+
+
+def _recomputation(recipe: Recipe) -> dict[str, Any]:
+    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what attention makes inside."""
+    training = recipe.training
+    if training.recompute_granularity == "none":
+        return {}
+    if training.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    layers = max(recipe.parallel.layers_of_stages(recipe.model.language.num_layers))
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": training.recompute_num_layers or layers,
+    }
 
 
 def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> VitaModel:
@@ -68,6 +88,8 @@ def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> V
         post_process=groups.is_last_stage(),
     )
     model.initialize_vision(recipe.training.seed)
+    if model.pre_process:
+        model.vision_model.recompute = recipe.training.recompute_vision
     model.to(platform.device())
     return model.bfloat16() if recipe.training.bf16 else model
 

@@ -9,17 +9,17 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_vita import platform
-from megatron_vita.config import LanguageConfig
+from megatron_vita.config import LanguageConfig, OutputConfig
 from megatron_vita.model.backends import AttentionBackend
+from megatron_vita.model.output import OutputLayer, padded_vocabulary
 
 
 class LanguageModel(LanguageModule):
@@ -30,6 +30,7 @@ class LanguageModel(LanguageModule):
         config: TransformerConfig,
         *,
         shape: LanguageConfig,
+        output: OutputConfig,
         backend: AttentionBackend,
         pre_process: bool,
         post_process: bool,
@@ -42,33 +43,25 @@ class LanguageModel(LanguageModule):
         self.inverse_frequencies = 1.0 / shape.rotary_base**exponents  # no buffer: it must stay fp32
         if pre_process:
             self.embedding = LanguageModelEmbedding(
-                config, vocab_size=shape.vocab_size, max_sequence_length=0, position_embedding_type="rope"
+                config,
+                vocab_size=padded_vocabulary(shape.vocab_size, config.tensor_model_parallel_size),
+                max_sequence_length=0,
+                position_embedding_type="rope",
             )
-        stages = config.pipeline_model_parallel_size
         self.decoder = TransformerBlock(
             config,
-            spec=backend.block_spec(shape.num_layers // stages),
+            spec=backend.block_spec(get_num_layers_to_build(config)),
             pre_process=pre_process,
             post_process=post_process,
         )
         if post_process:
-            self.output_layer = self._make_output_layer(shape.vocab_size)
+            self.output_layer = OutputLayer(
+                config,
+                vocab_size=shape.vocab_size,
+                options=output,
+                owns_weight=not (pre_process and self.share_embeddings_and_output_weights),
+            )
         self.setup_embeddings_and_output_layer()
-
-    def _make_output_layer(self, vocab_size: int) -> ColumnParallelLinear:
-        layer = ColumnParallelLinear(
-            self.config.hidden_size,
-            vocab_size,
-            config=self.config,
-            init_method=self.config.init_method,
-            bias=False,
-            gather_output=False,
-            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
-        )
-        # It is given whole rows, gathered before it, also under sequence parallelism.
-        layer.sequence_parallel = False
-        layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
-        return layer
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the previous stage's output, as megatron-core's schedules give it."""
@@ -98,7 +91,9 @@ class LanguageModel(LanguageModule):
             hidden_states=share, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=documents
         )
 
-    def project(self, rows: Tensor) -> Tensor:
-        """Logits over this rank's vocabulary shard: rows [L, H], the same on all TP ranks -> [L, v]."""
+    def output(
+        self, hidden: Tensor, *, rows: Tensor, labels: Tensor | None = None, row_scale: float | Tensor = 1.0
+    ) -> Tensor:
+        """Losses [L] or logits [L, V] of rows of the slice; see `OutputLayer.forward`."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(rows, weight=weight)[0]
+        return self.output_layer(hidden, rows=rows, labels=labels, row_scale=row_scale, weight=weight)

@@ -1,37 +1,148 @@
-"""The masked output layer: only rows that predict a scored token are gathered, projected and scored."""
+"""The output layer, for training and serving: work and memory only for the rows that matter."""
+
+from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_vita.model.language import LanguageModel
-from megatron_vita.parallel.collectives import gather_rows
+from megatron_vita.config import OutputConfig
+from megatron_vita.errors import VitaError
+from megatron_vita.model.row_losses import Scoring, score_rows
+from megatron_vita.model.row_selection import SelectedRows, locate_rows, select_rows
+from megatron_vita.model.softmax import LossForm, Shard
+from megatron_vita.model.weight_gradient import GradientLedger
 
 
-def select_rows(hidden: Tensor, *, rows: Tensor, model: LanguageModel) -> Tensor:
-    """The `rows` [L] of this CP rank's slice, in full on every TP rank: [L, H].
+def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding and of the output layer over all TP ranks: the next multiple of their number."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
-    `hidden` is [t / TP, 1, H] under sequence parallelism, where each rank picks its own rows and only those cross the
-    TP group, and [t, 1, H] without. `rows` is ascending and on the host.
+
+class OutputLayer(ColumnParallelLinear):
+    """Projection onto a vocabulary shard, with the loss.
+
+    Call it, and do not read `.weight` from outside: hooks on its forward wait for weights that are still on their way
+    (megatron-core's `overlap_param_gather`).
     """
-    hidden = hidden.squeeze(1)
-    if not model.config.sequence_parallel:
-        return hidden[rows.to(hidden.device)]
-    share = len(hidden)
-    holder = rows // share
-    mine = rows[holder == model.tp_group.rank()] % share
-    counts = torch.bincount(holder, minlength=model.tp_group.size()).tolist()
-    return gather_rows(hidden[mine.to(hidden.device)], counts=counts, group=model.tp_group)
 
+    def __init__(self, config: TransformerConfig, *, vocab_size: int, options: OutputConfig, owns_weight: bool) -> None:
+        super().__init__(
+            config.hidden_size,
+            padded_vocabulary(vocab_size, config.tensor_model_parallel_size),
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=not owns_weight,
+        )
+        # The projection is given whole rows, gathered before it, also under sequence parallelism.
+        self.sequence_parallel = False
+        self.allreduce_dgrad = config.tensor_model_parallel_size > 1
+        self.full_logits = options.full_logits
+        self.chunk_bytes = options.chunk_mib << 20
+        self.form = LossForm(vocab_size=vocab_size, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+        width = self.output_size_per_partition
+        start = self.tp_group.rank() * width
+        columns = min(max(vocab_size - start, 0), width)
+        self.shard = Shard(start=start, columns=columns, group=self.tp_group)
+        self.ledger = GradientLedger()
 
-def row_losses(rows: Tensor, *, labels: Tensor, model: LanguageModel) -> Tensor:
-    """Cross entropy of each row in fp32: rows [L, H], labels [L] -> [L]."""
-    logits = model.project(rows).float()
-    if len(rows) == 0:
-        return logits.sum(dim=-1)  # nothing to score, but the graph reaches every parameter
-    return vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1), tp_group=model.tp_group).squeeze(1)
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        *,
+        rows: Tensor,
+        labels: Tensor | None = None,
+        row_scale: float | Tensor = 1.0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Losses [L] in fp32 where `labels` are given, else logits [L, V] on every TP rank.
 
+        hidden: [t / TP, 1, H] under sequence parallelism, else [t, 1, H].
+        rows, labels: [L], rows of the slice, ascending, and their target tokens; both on the host.
+        row_scale: the gradient of each loss that will arrive in backward, one number or [L]: gradients are made for it
+            in the forward, so they precede any loss scale. Backward checks it.
+        weight: the word embedding, where the layer has no weight of its own.
+        """
+        weight = self.weight if weight is None else weight
+        hidden = hidden.squeeze(1)
+        selected = locate_rows(
+            rows, hidden=hidden, sequence_parallel=self.config.sequence_parallel, group=self.tp_group
+        )
+        if labels is None:
+            return self._row_logits(hidden, rows=rows, selected=selected, weight=weight)
+        self._check_labels(labels)
+        if self.full_logits:
+            return self._losses_of_full_logits(hidden, rows=rows, labels=labels, weight=weight)
+        scoring = Scoring(
+            rows=selected,
+            targets=(labels - self.shard.start).to(hidden.device, non_blocking=True),
+            scale=torch.as_tensor(row_scale, dtype=torch.float32).to(hidden.device).view(-1),
+            form=self.form,
+            shard=self.shard,
+            chunk_bytes=self.chunk_bytes,
+            ledger=self.ledger,
+            training=self.training,
+        )
+        return score_rows(hidden, weight, scoring)
 
-def row_logits(rows: Tensor, *, model: LanguageModel) -> Tensor:
-    """Logits of each row over the whole vocabulary, on every TP rank: rows [L, H] -> [L, V]."""
-    return gather_from_tensor_model_parallel_region(model.project(rows), group=model.tp_group)
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.form.vocab_size):
+            raise VitaError(
+                f"labels go from {labels.min()} to {labels.max()}, but tokens from 0 to {self.form.vocab_size - 1}"
+            )
+
+    def _project(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Rows [L, H], the same on all TP ranks -> logits of this shard [L, v]."""
+        return super().forward(rows, weight=weight)[0]
+
+    def _all_rows(self, hidden: Tensor) -> Tensor:
+        """The whole slice on every TP rank [t, H]."""
+        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+        every = locate_rows(
+            torch.arange(len(hidden) * ranks),
+            hidden=hidden,
+            sequence_parallel=self.config.sequence_parallel,
+            group=self.tp_group,
+        )
+        return select_rows(hidden, rows=every)
+
+    def _row_logits(self, hidden: Tensor, *, rows: Tensor, selected: SelectedRows, weight: Tensor) -> Tensor:
+        taken = self._all_rows(hidden) if self.full_logits else select_rows(hidden, rows=selected)
+        logits = gather_from_tensor_model_parallel_region(self._project(taken, weight), group=self.tp_group)
+        logits = logits[:, : self.form.vocab_size]
+        return logits[rows.to(logits.device)] if self.full_logits else logits
+
+    def _losses_of_full_logits(self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        """The yardstick: fp32 logits of every position of the slice, by megatron-core's cross entropy."""
+        columns, group = self.shard.columns, self.tp_group
+        logits = self._project(self._all_rows(hidden), weight).float()  # [t, v]
+        targets = torch.zeros(len(logits), dtype=labels.dtype).index_copy(0, rows, labels).to(logits.device)
+        here = (targets >= self.shard.start) & (targets < self.shard.start + columns)
+        column = (targets - self.shard.start).where(here, 0)
+        target = logits.gather(1, column[:, None]).squeeze(1).where(here, 0.0)
+        target = reduce_from_tensor_model_parallel_region(target, group=group)
+        total = reduce_from_tensor_model_parallel_region(logits[:, :columns].sum(1), group=group)
+        padding = torch.arange(logits.shape[1], device=logits.device) >= columns
+        logits = logits.masked_fill(padding, -torch.inf)  # a copy, which cross entropy may overwrite
+        entropy = vocab_parallel_cross_entropy(logits[:, None], targets[:, None], tp_group=group).squeeze(1)
+        log_sum, smoothing = entropy + target, self.form.label_smoothing
+        losses = (1 - smoothing) * entropy + smoothing * (log_sum - total / self.form.vocab_size)
+        losses = losses + self.form.z_loss * log_sum.square()
+        return losses[rows.to(losses.device)]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As the parent's, but rows of padding may differ between layouts."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.weight is not None:
+            state[f"{prefix}weight"].allow_shape_mismatch = True
+        return state

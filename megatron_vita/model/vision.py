@@ -7,6 +7,7 @@ replicated over tensor-parallel ranks; the work is shared by dealing tiles, so p
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vita.config import VisionConfig
 
@@ -83,6 +84,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.embeddings = VisionEmbeddings(config)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
+        self.recompute = False  # keep only the inputs of layers for the backward pass
 
     def initialize(self, generator: torch.Generator) -> None:
         """First weights for training from scratch, the same on every rank for the same generator.
@@ -103,7 +105,8 @@ class VisionTower(nn.Module):
         """Normalised tiles [n, 3, S, S] -> features [n, patches / 4, 4 * H]; the class token is dropped."""
         x = self.embeddings(tiles)
         for layer in self.layers:
-            x = layer(x)
+            # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
+            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
         return pixel_shuffle(x[:, 1:])
 
 

@@ -12,7 +12,6 @@ from megatron_vita.config import ModelConfig
 from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.model.backends import AttentionBackend
 from megatron_vita.model.language import LanguageModel
-from megatron_vita.model.output import row_logits, row_losses, select_rows
 from megatron_vita.model.projector import Projector
 from megatron_vita.model.vision import VisionTower
 from megatron_vita.parallel import groups
@@ -39,7 +38,12 @@ class VitaModel(MegatronModule):
             self.vision_model = VisionTower(shapes.vision)
             self.projector = Projector(shapes)
         self.language_model = LanguageModel(
-            config, shape=shapes.language, backend=backend, pre_process=pre_process, post_process=post_process
+            config,
+            shape=shapes.language,
+            output=shapes.output,
+            backend=backend,
+            pre_process=pre_process,
+            post_process=post_process,
         )
         self.share_embeddings_and_output_weights = self.language_model.share_embeddings_and_output_weights
 
@@ -66,12 +70,14 @@ class VitaModel(MegatronModule):
         *,
         features: Tensor | None = None,
         wanted_rows: Tensor | None = None,
+        row_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """One pack.
 
         tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored after the first stage.
         features: feature rows of those tiles where they were encoded before [n, rows per tile, H].
         wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
+        row_scale: the gradient that backward will bring to each loss (a loss scale, or weights [L]).
 
         Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`, or the logits
         [rows, V] of `wanted_rows` where those are given.
@@ -84,12 +90,9 @@ class VitaModel(MegatronModule):
         if not self.post_process:
             return hidden
         if wanted_rows is not None:
-            return row_logits(
-                select_rows(hidden, rows=wanted_rows, model=self.language_model), model=self.language_model
-            )
+            return self.language_model.output(hidden, rows=wanted_rows)
         scored = pack.loss_rows
-        rows = select_rows(hidden, rows=scored, model=self.language_model)
-        return row_losses(rows, labels=pack.labels[scored].to(rows.device), model=self.language_model)
+        return self.language_model.output(hidden, rows=scored, labels=pack.labels[scored], row_scale=row_scale)
 
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
         """Overwrites placeholder rows with features, which travel to the ranks that hold the placeholders."""
@@ -106,9 +109,13 @@ class VitaModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Sharded state of all parts, for megatron-core's distributed checkpoints."""
+        """Sharded state of all parts, for megatron-core's distributed checkpoints, the same for every backend.
+
+        Transformer Engine's `_extra_state` holds scales of 8-bit formats, which are not used.
+        """
         assert not sharded_offsets
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
     def initialize_vision(self, seed: int) -> None:
         """First weights of tower and projector, the same on every rank."""

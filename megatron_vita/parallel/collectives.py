@@ -35,17 +35,28 @@ def exchange_rows(rows: Tensor, *, send_counts: list[int], receive_counts: list[
     return _ExchangeRows.apply(rows, send_counts, receive_counts, group)
 
 
+def concatenate_rows(rows: Tensor, *, counts: list[int], group: ProcessGroup) -> Tensor:
+    """All ranks' `rows` [counts[rank], ...] one after another, on every rank, with no second copy. Not recorded."""
+    gathered = rows.new_empty(sum(counts), *rows.shape[1:])
+    if len(set(counts)) == 1:
+        dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+        return gathered
+    parts = gathered.split(counts)
+    parts[group.rank()].copy_(rows)
+    works = [
+        dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts) if len(part)
+    ]
+    for work in works:
+        work.wait()
+    return gathered
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: ProcessGroup) -> Tensor:
         ctx.start = sum(counts[: group.rank()])
         ctx.count = len(rows)
-        largest = max(counts)
-        padded = rows.new_zeros(largest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return concatenate_rows(rows, counts=counts, group=group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,8 @@ def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataP
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
         check_for_nan_in_grad=False,
     )
     wrapped = DistributedDataParallel(model.config, config, model)
@@ -45,6 +46,7 @@ def build_optimizer(
         bf16=training.bf16,
         params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(config) | vision_rates(recipe)
     built = get_megatron_optimizer(config, [model], config_overrides=overrides)
@@ -63,6 +65,7 @@ def build_optimizer(
     )
     model.config.grad_scale_func = built.scale_loss
     model.config.finalize_model_grads_func = finalize_gradients
+    model.config.no_sync_func = model.no_sync if recipe.parallel.overlap_grad_reduce else None
     return built, schedule
 
 

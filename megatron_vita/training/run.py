@@ -143,6 +143,7 @@ def validation_batches(run: Run) -> tuple[Iterator[Batch], int]:
 
 def save_run(run: Run) -> Path:
     """Writes the run's state to `checkpoint.save`. Collective."""
+    settle_weights(run)
     return store.save_checkpoint(
         run.recipe.checkpoint.save,
         step=run.step,
@@ -150,6 +151,13 @@ def save_run(run: Run) -> Path:
         manifest={"consumed_packs": run.consumed_packs, "recipe": dataclasses.asdict(run.recipe)},
         keep=run.recipe.checkpoint.keep,
     )
+
+
+def settle_weights(run: Run) -> None:
+    """Waits for updated weights that are still being gathered beside the next forward pass. Collective."""
+    if run.recipe.parallel.overlap_param_gather:
+        run.model.disable_forward_pre_hook(param_sync=True)
+        run.model.enable_forward_pre_hook()
 
 
 def _state(run: Run, *, loading: bool) -> dict[str, Any]:

@@ -59,7 +59,12 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
     ("override", "message"),
     [
         ("parallel.tensor_model_parallel_size=3", "num_attention_heads 40 is not a multiple of .* 3"),
-        ("parallel.pipeline_model_parallel_size=5", "num_layers 48 is not a multiple of .* 5"),
+        ("parallel.pipeline_model_parallel_size=5", "48 layers do not divide over 5 pipeline stages"),
+        ("parallel.num_layers_in_first_pipeline_stage=2", "is set, but there is one stage"),
+        ("parallel.overlap_param_gather=true", "overlap_param_gather needs overlap_grad_reduce"),
+        ("training.recompute_granularity=all", "recompute_granularity is 'all'; known: none, full, selective"),
+        ("training.recompute_num_layers=2", "recompute_num_layers is 2, which needs recompute_granularity full"),
+        ("optimizer.vision_lr_mult=0", "vision_lr_mult is 0.0: it must be positive"),
         ("parallel.context_parallel_size=3", "document_alignment 16 is not a multiple of 6"),
         ("parallel.context_parallel_size=0", "context_parallel_size is 0: it must be at least 1"),
         ("parallel.sequence_parallel=true", "sequence_parallel needs tensor_model_parallel_size of at least 2"),
@@ -85,6 +90,15 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
 def test_values_that_cannot_work_are_refused_with_what_would(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, "format_version: 1"), [override])
+
+
+def test_uneven_first_and_last_stages_share_the_layers_that_are_left(tmp_path: Path) -> None:
+    first, last = "parallel.num_layers_in_first_pipeline_stage=10", "parallel.num_layers_in_last_pipeline_stage=14"
+    path = write(tmp_path, "parallel: {pipeline_model_parallel_size: 4}")
+    assert load_recipe(path, [first, last]).parallel.layers_of_stages(48) == [10, 12, 12, 14]
+    assert load_recipe(path).parallel.layers_of_stages(48) == [12, 12, 12, 12]
+    with pytest.raises(ConfigError, match=r"48 layers do not divide over 4 pipeline stages of which \{0: 10\}"):
+        load_recipe(path, [first])
 
 
 def test_freezing_everything_is_refused(tmp_path: Path) -> None:

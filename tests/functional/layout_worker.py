@@ -13,7 +13,7 @@ from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.parallel import groups
 from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.run import Run, assemble_run, settle_weights
 from megatron_vita.training.step import train_step
 
 
@@ -37,6 +37,7 @@ def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
 
 def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Writes the model's weights, or `tensors` in their place."""
+    settle_weights(run)
     with torch.no_grad():
         weights = {name: p.clone() for name, p in run.core.named_parameters()}
         for name, p in run.core.named_parameters():

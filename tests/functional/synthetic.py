@@ -14,8 +14,8 @@ LENGTH, VOCAB, ROWS = 128, 96, 4
 IGNORED = -100
 
 
-def tiny_recipe(**parallel: object) -> Recipe:
-    """A recipe of the tiny model; keyword arguments are fields of `parallel`."""
+def tiny_recipe(**layout: object) -> Recipe:
+    """A recipe of the tiny model; keyword arguments are fields of `parallel` or `training`."""
     recipe = Recipe(
         model=ModelConfig(
             vision=Vision(image_size=16, patch_size=4, num_layers=2, hidden_size=32, ffn_hidden_size=64,
@@ -29,9 +29,10 @@ def tiny_recipe(**parallel: object) -> Recipe:
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-6),
         training=TrainingConfig(global_batch_size=4, train_iters=10),
     )  # fmt: skip
-    for name, value in parallel.items():
-        setattr(recipe.parallel, name, value)
-    recipe.__post_init__()
+    for name, value in layout.items():
+        setattr(recipe.parallel if hasattr(recipe.parallel, name) else recipe.training, name, value)
+    for part in (recipe.parallel, recipe.training, recipe):
+        part.__post_init__()
     return recipe
 
 

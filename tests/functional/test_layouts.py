@@ -19,18 +19,31 @@ from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
 
 TP, CP, PP = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
+SP = TP | {"sequence_parallel": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_vision": True}
 ON_TWO = {
     "tp2": TP,
-    "tp2_sp": TP | {"sequence_parallel": True},
+    "tp2_sp": SP,
     "cp2": CP,
     "pp2": PP,
     "dp2": {},
     "dp2_replicated_optimizer": {"use_distributed_optimizer": False},
+    "dp2_overlap": OVERLAP,
+    "cp2_overlap_recompute": CP | OVERLAP | RECOMPUTE,
+    "pp2_uneven_recompute_one_layer": PP
+    | {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}
+    | RECOMPUTE
+    | {"recompute_num_layers": 1},
+    "tp2_sp_recompute_attention": SP | {"recompute_granularity": "selective"},
 }
 ON_FOUR = {
     "tp2_cp2": TP | CP,
-    "tp2_sp_cp2": TP | CP | {"sequence_parallel": True},
-    "tp2_sp_pp2": TP | PP | {"sequence_parallel": True},
+    "tp2_sp_cp2": SP | CP,
+    "tp2_sp_pp2_recompute": SP | PP | RECOMPUTE,
+    "tp2_sp_dp2_overlap": SP | OVERLAP,
+    "cp2_pp2": CP | PP,
+    "pp2_dp2_overlap": PP | OVERLAP,
 }
 
 

@@ -1,0 +1,130 @@
+"""Losses of selected rows in chunks, with their gradients made in the same pass: no logits are kept for backward."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vita.errors import VitaError
+from megatron_vita.model.row_selection import SelectedRows
+from megatron_vita.model.softmax import LossForm, Shard, summarize, write_gradient
+from megatron_vita.model.weight_gradient import GradientLedger, WeightGradient
+
+_ROW_MULTIPLE = 64  # of chunks, for the matrix units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is asked of one forward, but for the tensors that autograd follows."""
+
+    rows: SelectedRows
+    targets: Tensor  # [L], counted from the shard's first column
+    scale: Tensor  # [L] or [1], fp32: the gradient that will arrive for each loss
+    form: LossForm
+    shard: Shard
+    chunk_bytes: int
+    ledger: GradientLedger
+    training: bool
+
+
+def score_rows(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
+    """Losses [L] in fp32: hidden [length, H], weight [v, H]. Collective over the shard's group."""
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _RowLosses.apply(hidden, weight, scoring)
+    chunks = _Chunks(scoring.rows.gather(hidden), weight, scoring)
+    return chunks.run(weight_gradient=None, row_gradients=None)
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
+        ctx.scoring = scoring
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        rows = scoring.rows.gather(hidden)
+        # A copy of the selected rows is ours: their gradients take its place.
+        ctx.row_gradients = None if not wants_hidden else rows if rows is not hidden else torch.empty_like(rows)
+        ctx.weight_gradient = scoring.ledger.open(weight, training=scoring.training) if wants_weight else None
+        chunks = _Chunks(rows, weight, scoring)
+        return chunks.run(weight_gradient=ctx.weight_gradient, row_gradients=ctx.row_gradients)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scoring = ctx.scoring
+        _check_arriving(grads[0], scoring.scale)
+        rows, ctx.row_gradients = ctx.row_gradients, None
+        gradient, ctx.weight_gradient = ctx.weight_gradient, None
+        grad_weight = None
+        if gradient is not None:
+            grad_weight = gradient.settle()
+            scoring.ledger.close(gradient)
+        return None if rows is None else scoring.rows.spread(rows), grad_weight, None
+
+
+def _check_arriving(grad: Tensor, scale: Tensor) -> None:
+    """VitaError unless the gradient of each loss is what the forward assumed; on CUDA an assertion on the device."""
+    right = torch.isclose(grad, scale, rtol=1e-5, atol=0.0).all()
+    message = "a gradient other than row_scale arrived at the output layer, which made its gradients for row_scale"
+    if grad.is_cuda:
+        torch._assert_async(right, message)  # no wait for the device
+    elif not right:
+        raise VitaError(f"{message}: {grad.tolist()[:4]} ... for {scale.tolist()[:4]} ...")
+
+
+class _Chunks:
+    """The rows [L, H] of one forward, taken a chunk at a time through one buffer of logits."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, scoring: Scoring) -> None:
+        self.rows, self.weight, self.scoring = rows, weight, scoring
+        self.scale = scoring.scale.expand(len(rows))
+
+    def run(self, *, weight_gradient: WeightGradient | None, row_gradients: Tensor | None) -> Tensor:
+        """Losses [L]; adds to `weight_gradient` and fills `row_gradients` [L, H], which may be the rows themselves."""
+        losses = self.rows.new_empty(len(self.rows), dtype=torch.float32)
+        reductions = []
+        for chunk, logits in self._logits():
+            part, targets = self.rows[chunk], self.scoring.targets[chunk]
+            summary = summarize(logits, targets=targets, shard=self.scoring.shard)
+            losses[chunk] = self.scoring.form.losses(summary)
+            if weight_gradient is None and row_gradients is None:
+                continue
+            write_gradient(
+                logits,
+                targets=targets,
+                shard=self.scoring.shard,
+                summary=summary,
+                scale=self.scale[chunk],
+                form=self.scoring.form,
+            )
+            if weight_gradient is not None:
+                weight_gradient.add(logits, part)
+            if row_gradients is not None:
+                torch.mm(logits, self.weight, out=row_gradients[chunk])  # last: it may overwrite `part`
+                reductions.append(self._reduce(row_gradients[chunk]))
+        for reduction in reductions:
+            if reduction is not None:
+                reduction.wait()
+        return losses
+
+    def _logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk with its logits [r, v], which the next overwrite."""
+        total, width = len(self.rows), len(self.weight)
+        if total == 0:
+            return
+        most = max(1, self.scoring.chunk_bytes // (width * self.rows.element_size()))
+        size = -(-total // -(-total // most))  # as many chunks as must be, of nearly equal size
+        size = min(most, -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, total)
+        buffer = self.rows.new_empty(size, width)
+        for start in range(0, total, size):
+            chunk = slice(start, min(start + size, total))
+            logits = buffer[: chunk.stop - start]
+            torch.mm(self.rows[chunk], self.weight.t(), out=logits)
+            yield chunk, logits
+
+    def _reduce(self, gradients: Tensor) -> dist.Work | None:
+        """Sums a chunk of row gradients over the vocabulary shards, beside the next chunk's computation."""
+        group = self.scoring.shard.group
+        return dist.all_reduce(gradients, group=group, async_op=True) if group.size() > 1 else None

@@ -1,0 +1,100 @@
+"""Cross entropy of logits that lie on TP ranks by vocabulary shard, and its gradient, for a chunk of rows.
+
+A shard is summed up in four numbers a row; those of all shards, in one collective, give the loss and all that the
+gradient needs. The gradient is written over the logits. Plain torch on CPU, Triton on CUDA.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+LOWEST = -1e30  # the largest logit of a shard without columns; finite, so that differences are no NaN
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossForm:
+    """Cross entropy with label smoothing (as torch's `cross_entropy` has it) and z-loss (PaLM, section 5).
+
+    For a row with logits x, log-sum-exp Z and target y over V tokens:
+    loss = Z - (1 - smoothing) x[y] - smoothing mean(x) + z_loss Z^2.
+    """
+
+    vocab_size: int  # V, rows of padding not counted
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def losses(self, summary: "Summary") -> Tensor:
+        """[r]"""
+        smoothing = self.label_smoothing
+        loss = summary.log_sum - (1 - smoothing) * summary.target
+        if smoothing:
+            loss = loss - smoothing / self.vocab_size * summary.total
+        return loss + self.z_loss * summary.log_sum.square() if self.z_loss else loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The columns of a TP rank."""
+
+    start: int  # token of the first column
+    columns: int  # columns that stand for a token; those after them are padding
+    group: ProcessGroup
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a row's loss and gradient need to know of all its logits: [r] each, fp32."""
+
+    log_sum: Tensor
+    target: Tensor
+    total: Tensor  # sum of the logits
+
+
+def summarize(logits: Tensor, *, targets: Tensor, shard: Shard) -> Summary:
+    """Of logits [r, v], with targets [r] counted from the shard's first column. Collective over the shard's group."""
+    parts = _summarize_shard(logits, targets=targets, columns=shard.columns)[None]  # [1, 4, r]
+    if shard.group.size() > 1:
+        gathered = parts.new_empty(shard.group.size(), *parts.shape[1:])
+        dist.all_gather_into_tensor(gathered, parts, group=shard.group)
+        parts = gathered
+    largest, exponentials, target, total = parts.unbind(1)  # [TP, r] each
+    peak = largest.amax(0)
+    log_sum = peak + (exponentials * (largest - peak).exp()).sum(0).log()
+    return Summary(log_sum, target.sum(0), total.sum(0))
+
+
+def _summarize_shard(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor:
+    """Largest logit, sum of exponentials relative to it, the target's logit (or 0) and the sum of logits: [4, r]."""
+    if logits.is_cuda:
+        from megatron_vita.model.softmax_triton import summarize_on_cuda
+
+        return summarize_on_cuda(logits, targets=targets, columns=columns)
+    x = logits[:, :columns].float()
+    largest = x.amax(1) if columns else x.new_full((len(x),), LOWEST)
+    here = (targets >= 0) & (targets < columns)
+    target = torch.zeros_like(largest)
+    target[here] = x[here, targets[here]]
+    return torch.stack([largest, (x - largest[:, None]).exp().sum(1), target, x.sum(1)])
+
+
+def write_gradient(
+    logits: Tensor, *, targets: Tensor, shard: Shard, summary: Summary, scale: Tensor, form: LossForm
+) -> None:
+    """Overwrites logits [r, v] by the gradient of the sum of `scale` [r] times the losses."""
+    slope = scale * (1 + 2 * form.z_loss * summary.log_sum)
+    aim, floor = scale * (1 - form.label_smoothing), scale * (form.label_smoothing / form.vocab_size)
+    if logits.is_cuda:
+        from megatron_vita.model.softmax_triton import write_gradient_on_cuda
+
+        factors = torch.stack([summary.log_sum, slope, aim, floor])
+        write_gradient_on_cuda(logits, targets=targets, columns=shard.columns, factors=factors)
+        return
+    gradient = (logits[:, : shard.columns].float() - summary.log_sum[:, None]).exp_()
+    gradient.mul_(slope[:, None]).sub_(floor[:, None])
+    here = (targets >= 0) & (targets < shard.columns)
+    gradient[here, targets[here]] -= aim[here]
+    logits[:, : shard.columns] = gradient
+    logits[:, shard.columns :] = 0

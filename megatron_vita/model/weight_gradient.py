@@ -1,0 +1,102 @@
+"""Where the weight gradient goes that the output layer makes in its forward pass.
+
+Where megatron-core has given the weight an fp32 `main_grad`, chunks are added to it at once, as megatron-core's own
+fused layers do in backward. This is right only for a forward whose backward follows. So a forward in evaluation, or
+while an earlier one still awaits its backward (activation recomputation runs a layer twice), holds its gradient until
+its own backward; and one that was dropped without a backward is refused by the next.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from megatron_vita.errors import VitaError
+
+_BLOCK_ROWS = 4096
+
+
+class WeightGradient:
+    """Of one forward. `settle` belongs into its backward."""
+
+    def __init__(self, weight: Tensor, *, direct: bool) -> None:
+        self.weight, self.direct = weight, direct
+        self._total: Tensor | None = getattr(weight, "main_grad", None) if direct else None
+
+    def add(self, grad_logits: Tensor, rows: Tensor) -> None:
+        """Adds a chunk: grad_logits [r, v], rows [r, H]."""
+        if self._total is None:
+            self._total = torch.mm(grad_logits.t(), rows)
+        else:
+            add_product(self._total, grad_logits.t(), rows)
+
+    def settle(self) -> Tensor | None:
+        """The gradient that backward returns for the weight; None where it is in `main_grad`."""
+        total, self._total = self._total, None
+        if not hasattr(self.weight, "main_grad"):
+            return torch.zeros_like(self.weight) if total is None else total
+        if not self.direct and total is not None:
+            self.weight.main_grad.add_(total)
+        _mark_as_added(self.weight)
+        return None
+
+
+def _mark_as_added(weight: Tensor) -> None:
+    """Tells megatron-core's hook that `main_grad` is complete.
+
+    Under overlapped reduction the hook wants to see some `.grad`. megatron-core's layers allocate one of full size; a
+    single zero, expanded, will do, but where another layer shares the weight (`zero_out_wgrad`) and will add its own.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return
+    weight.grad_added_to_main_grad = True
+    if weight.grad is None and not getattr(weight, "zero_out_wgrad", False):
+        weight.grad = weight.new_zeros(()).expand_as(weight)
+
+
+class GradientLedger:
+    """The output layer's memory of the last forward that added to `main_grad` directly."""
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[WeightGradient] | None = None
+
+    def open(self, weight: Tensor, *, training: bool) -> WeightGradient:
+        """For a new forward. VitaError if the last one's backward never ran, since its gradient is in `main_grad`."""
+        direct = training and hasattr(weight, "main_grad") and not self._is_awaiting_backward(weight)
+        gradient = WeightGradient(weight, direct=direct)
+        if direct:
+            self._last = weakref.ref(gradient)
+            if hasattr(weight, "grad_added_to_main_grad"):
+                weight.grad_added_to_main_grad = True  # zero_grad_buffer resets it
+        return gradient
+
+    def close(self, gradient: WeightGradient) -> None:
+        """After a backward."""
+        if gradient.direct:
+            self._last = None
+
+    def _is_awaiting_backward(self, weight: Tensor) -> bool:
+        if self._last is None:
+            return False
+        if self._last() is not None:
+            return True
+        if getattr(weight, "grad_added_to_main_grad", True):
+            raise VitaError(
+                "a forward of the output layer in training mode was dropped without its backward, but its weight "
+                "gradient is in main_grad already; evaluate under torch.no_grad() or in eval mode, and zero the "
+                "gradients before going on"
+            )
+        self._last = None  # gradients were zeroed since
+        return False
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [v, H] += left [v, r] @ right [r, H], without a temporary of the size of `total`."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        right = right.to(total.dtype)
+        for part, block in zip(total.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS), strict=True):
+            part.addmm_(block.to(total.dtype), right)

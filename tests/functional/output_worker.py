@@ -1,0 +1,122 @@
+"""Run by torchrun on two ranks: the output layer over vocabulary shards, in every layout, and under overlapped DDP.
+
+Writes {check: {case: error}}, and reduced gradients as checkpoints.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from layout_worker import my_batches, save_tensors, whole_gradients
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from shard_checks import vocabulary_shards
+from synthetic import tiny_recipe
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.store import load_weights
+from megatron_vita.config import Recipe
+from megatron_vita.model import output
+from megatron_vita.model.build import build_model
+from megatron_vita.model.row_losses import Scoring, score_rows
+from megatron_vita.parallel import groups
+from megatron_vita.training.optimizer import build_optimizer
+from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.step import train_step
+
+TIED = {"language": {"untie_embeddings_and_output_weights": False}}
+
+
+def tiny_recipe_of(case: dict) -> Recipe:
+    """`case` has fields of `parallel`, `model.language`, `model.output` and `training`."""
+    recipe = tiny_recipe(**case.get("parallel", {}))
+    parts = {"language": recipe.model.language, "output": recipe.model.output, "training": recipe.training}
+    for part, fields in parts.items():
+        for name, value in case.get(part, {}).items():
+            setattr(fields, name, value)
+    return recipe
+
+
+def open_case(case: dict, start: Path | None) -> Run:
+    """A run with the weights at `start`, or with first weights."""
+    recipe = tiny_recipe_of(case)
+    groups.initialize_groups(recipe.parallel)
+    run = assemble_run(recipe)
+    if start is not None:
+        load_weights(run.core, store.find_checkpoint(start))
+        run.optimizer.reload_model_params()
+    Run.train_sources = property(lambda _: ["random"])  # type: ignore[assignment, method-assign]
+    return run
+
+
+def step_of_case(case: dict, folder: Path, *, start: Path) -> float:
+    """One step; its reduced gradients are written to `folder`. Returns the loss."""
+    run = open_case(case, start)
+    head = getattr(run.core.language_model, "output_layer", None)
+    if head is not None:
+        head.chunk_bytes = 5 * 4 * head.output_size_per_partition
+    metrics = train_step(run, iter(my_batches(run, 0)))
+    for parameter in run.core.parameters():
+        if not parameter.requires_grad:
+            parameter.main_grad = torch.zeros_like(parameter)
+    save_tensors(run, folder, whole_gradients(run))
+    return metrics.loss
+
+
+def overlapped_run(recipe: Recipe, start: Path) -> Run:
+    """Gradients are reduced while backward runs; weights are gathered while the next forward runs."""
+    groups.initialize_groups(recipe.parallel)
+    model = build_model(recipe)
+    load_weights(model, store.find_checkpoint(start))
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True,
+        bucket_size=3000,
+    )  # fmt: skip
+    wrapped = DistributedDataParallel(model.config, config, model)
+    model.config.no_sync_func = wrapped.no_sync
+    optimizer, schedule = build_optimizer(wrapped, recipe)
+    optimizer.config.overlap_param_gather = True
+    return Run(recipe=recipe, model=wrapped, optimizer=optimizer, schedule=schedule, microbatches=2)
+
+
+def overlap(start: Path, case: dict) -> dict[str, float]:
+    """Difference of losses and weights over 3 steps between overlapped and plain communication, on DP2."""
+    found = {"weights that were used while on their way": 0.0}
+    plain, overlapped = open_case(case, start), overlapped_run(tiny_recipe_of(case), start)
+
+    def watched(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
+        group = overlapped.model.param_to_bucket_group.get(weight)
+        if group is not None and (group.param_gather_handle is not None or not group.param_gather_dispatched):
+            found["weights that were used while on their way"] += 1
+        return score_rows(hidden, weight, scoring)
+
+    output.score_rows = watched
+    for step in range(3):
+        losses = [train_step(run, iter(my_batches(run, step))).loss for run in (plain, overlapped)]
+        found[f"loss of step {step}"] = abs(losses[1] - losses[0]) / losses[0]
+    output.score_rows = score_rows
+    overlapped.model.start_param_sync(force_sync=True)
+    for (name, expected), actual in zip(plain.core.named_parameters(), overlapped.core.parameters(), strict=True):
+        found[name] = (actual - expected).abs().max().item()
+    return found
+
+
+def main() -> None:
+    """Arguments: folder, JSON of {name: (shape, case)}; weights to start from are in the folder, by shape."""
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    platform.initialize_process()
+    platform.set_up_logging(dist.get_rank())
+    found = {"shards": vocabulary_shards(), "losses": {}}
+    for name, (shape, case) in cases.items():
+        found["losses"][name] = step_of_case(case, folder / name, start=folder / shape / "start")
+    found["overlap"] = overlap(folder / "untied" / "start", {})
+    found["overlap, tied"] = overlap(folder / "tied" / "start", TIED)
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
