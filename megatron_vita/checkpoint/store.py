@@ -115,10 +115,21 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {reason[0]}") from error
 
 
-def load_weights(model: VitaModel, checkpoint: Path) -> None:
+def model_state(chunks: list[VitaModel]) -> dict[str, Any]:
+    """The sharded state of a rank's chunks of the model."""
+    return {str(i): chunk.sharded_state_dict(metadata=sharding_metadata()) for i, chunk in enumerate(chunks)}
+
+
+def set_model_state(chunks: list[VitaModel], state: dict[str, Any]) -> None:
+    """Sets the weights of a rank's chunks from a loaded state."""
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[str(i)], strict=False)
+
+
+def load_weights(chunks: list[VitaModel], checkpoint: Path) -> None:
     """Sets a model's weights from a checkpoint of any layout. Collective."""
-    state = load_state(checkpoint, {"model": model.sharded_state_dict(metadata=sharding_metadata())})
-    model.load_state_dict(state["model"], strict=False)
+    state = load_state(checkpoint, {"model": model_state(chunks)})
+    set_model_state(chunks, state["model"])
 
 
 def _first() -> bool:

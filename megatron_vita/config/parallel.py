@@ -15,6 +15,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = described(1, "Ranks that share the layers in sequence (PP).")
     context_parallel_size: int = described(1, "Ranks that share each document's tokens (CP).")
     sequence_parallel: bool = described(False, "Split activations between layers along the sequence over TP.")
+    virtual_pipeline_model_parallel_size: int = described(1, "Chunks of layers of each stage, interleaved (VPP).")
     num_layers_in_first_pipeline_stage: int = described(0, "Its layers, fewer since it has the vision tower; 0: even.")
     num_layers_in_last_pipeline_stage: int = described(0, "Its layers, fewer since it has the output layer; 0: even.")
     overlap_grad_reduce: bool = described(False, "Reduce gradients while the backward pass goes on.")
@@ -23,7 +24,8 @@ class ParallelConfig:
     attention_backend: str = described("auto", "torch, te (Transformer Engine), or auto: te on CUDA, torch on CPU.")
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        sizes = [f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline")]
+        for name in (*sizes, "context_parallel_size"):
             require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}: it must be at least 1")
         require(
             self.attention_backend in ATTENTION_BACKENDS,
@@ -38,6 +40,12 @@ class ParallelConfig:
             "parallel.sequence_parallel needs tensor_model_parallel_size of at least 2, which is 1",
         )
 
+    @property
+    def virtual_size(self) -> int | None:
+        """Chunks of a stage as megatron-core wants it: None where there is one."""
+        chunks = self.virtual_pipeline_model_parallel_size
+        return chunks if chunks > 1 else None
+
     def layers_of_stages(self, num_layers: int) -> list[int]:
         """Layers of each pipeline stage; ConfigError if they do not divide."""
         stages = self.pipeline_model_parallel_size
@@ -47,6 +55,12 @@ class ParallelConfig:
             "parallel.num_layers_in_..._pipeline_stage is set, but there is one stage",
         )
         given = {stage: layers for stage, layers in ((0, first), (stages - 1, last)) if layers}
+        chunks = self.virtual_pipeline_model_parallel_size
+        require(
+            chunks == 1 or (stages > 1 and not given and num_layers % (stages * chunks) == 0),
+            f"parallel.virtual_pipeline_model_parallel_size {chunks} needs several pipeline stages without given "
+            f"numbers of layers, and layers ({num_layers}) that divide by stages ({stages}) x chunks",
+        )
         rest, left = stages - len(given), num_layers - sum(given.values())
         require(
             left % rest == 0 and left >= rest if rest else left == 0,

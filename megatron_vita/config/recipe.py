@@ -79,4 +79,11 @@ class Recipe:
             f"training.global_batch_size {self.training.global_batch_size} is not a multiple of the "
             f"{data_parallel} data-parallel replicas",
         )
+        microbatches = self.training.global_batch_size // data_parallel
+        require(
+            self.parallel.virtual_size is None or microbatches % self.parallel.pipeline_model_parallel_size == 0,
+            f"training.global_batch_size {self.training.global_batch_size} gives {microbatches} packs to each of "
+            f"{data_parallel} replicas; interleaved stages need a multiple of pipeline_model_parallel_size "
+            f"{self.parallel.pipeline_model_parallel_size}",
+        )
         return data_parallel

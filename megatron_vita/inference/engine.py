@@ -58,7 +58,7 @@ class Engine:
         if tokenizer is not None:
             recipe.text.tokenizer = tokenizer
         engine = cls(recipe)
-        store.load_weights(engine.model, checkpoint)
+        store.load_weights([engine.model], checkpoint)
         logger.info("weights from %s", checkpoint)
         return engine
 

@@ -36,6 +36,10 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_size,
+        # With two stages, batched messages between chunks are silently mixed up.
+        overlap_p2p_comm=parallel.virtual_size is not None,
+        batch_p2p_comm=parallel.virtual_size is None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         bf16=recipe.training.bf16,
@@ -71,7 +75,13 @@ def _recomputation(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> VitaModel:
-    """This rank's stage of the model with first weights from `training.seed`. Groups must be initialized.
+    """This rank's stage of the model, which is one chunk, with first weights. See `build_chunks`."""
+    (model,) = build_chunks(recipe, backend=backend)
+    return model
+
+
+def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> list[VitaModel]:
+    """This rank's chunks of the model with first weights from `training.seed`. Groups must be initialized.
 
     `backend` replaces the one that the recipe names.
     """
@@ -80,12 +90,19 @@ def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> V
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    chunks = range(recipe.parallel.virtual_pipeline_model_parallel_size)
+    return [_build_chunk(recipe, config=config, backend=backend, chunk=chunk) for chunk in chunks]
+
+
+def _build_chunk(recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int) -> VitaModel:
+    virtual = recipe.parallel.virtual_size is not None
     model = VitaModel(
         config,
         shapes=recipe.model,
         backend=backend,
-        pre_process=groups.is_first_stage(),
-        post_process=groups.is_last_stage(),
+        pre_process=groups.is_first_stage(chunk),
+        post_process=groups.is_last_stage() and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
+        vp_stage=chunk if virtual else None,
     )
     model.initialize_vision(recipe.training.seed)
     if model.pre_process:

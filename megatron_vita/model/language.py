@@ -34,9 +34,10 @@ class LanguageModel(LanguageModule):
         backend: AttentionBackend,
         pre_process: bool,
         post_process: bool,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.backend = backend
+        self.backend, self.vp_stage = backend, vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
         exponents = torch.arange(0, shape.kv_channels, 2, device=platform.device()).float() / shape.kv_channels
@@ -50,9 +51,10 @@ class LanguageModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config,
-            spec=backend.block_spec(get_num_layers_to_build(config)),
+            spec=backend.block_spec(get_num_layers_to_build(config, vp_stage=vp_stage)),
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
         if post_process:
             self.output_layer = OutputLayer(

@@ -29,10 +29,12 @@ class VitaModel(MegatronModule):
         backend: AttentionBackend,
         pre_process: bool,
         post_process: bool,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # which pipeline schedule megatron-core takes
         self.shapes = shapes
+        self.vp_stage = vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         if pre_process:
             self.vision_model = VisionTower(shapes.vision)
@@ -44,6 +46,7 @@ class VitaModel(MegatronModule):
             backend=backend,
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
         self.share_embeddings_and_output_weights = self.language_model.share_embeddings_and_output_weights
 

@@ -14,6 +14,7 @@ def initialize_groups(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_size,
         context_parallel_size=parallel.context_parallel_size,
     )
     layout = rank_layout()
@@ -50,13 +51,13 @@ def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=with_context_parallel)
 
 
-def is_first_stage() -> bool:
-    """Whether this rank is on the first pipeline stage, which encodes tiles."""
-    return parallel_state.is_pipeline_first_stage()
+def is_first_stage(chunk: int = 0) -> bool:
+    """Whether `chunk` of this rank's layers is the first of the pipeline, which encodes tiles."""
+    return parallel_state.is_pipeline_first_stage() and chunk == 0
 
 
 def is_last_stage() -> bool:
-    """Whether this rank is on the last pipeline stage, which computes losses."""
+    """Whether this rank is on the last pipeline stage, whose last chunk of layers computes losses."""
     return parallel_state.is_pipeline_last_stage()
 
 

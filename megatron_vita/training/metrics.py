@@ -52,7 +52,7 @@ class Meter:
         self.losses = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64)  # last row: the tail
 
     def add_batch(self, batch: Batch) -> None:
-        """Counts a pack once for its whole replica."""
+        """Counts a pack once for its whole replica; called where its losses are computed."""
         if groups.is_reporting_rank():
             self.tokens += batch.num_tokens
             self.positions += len(batch.input_ids)

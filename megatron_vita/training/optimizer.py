@@ -30,7 +30,7 @@ def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataP
 
 
 def build_optimizer(
-    model: DistributedDataParallel, recipe: Recipe
+    chunks: list[DistributedDataParallel], recipe: Recipe
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over what is trainable, and its learning rate schedule in steps."""
     optimizer, training = recipe.optimizer, recipe.training
@@ -49,7 +49,7 @@ def build_optimizer(
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(config) | vision_rates(recipe)
-    built = get_megatron_optimizer(config, [model], config_overrides=overrides)
+    built = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     schedule = OptimizerParamScheduler(
         built,
         init_lr=0.0,
@@ -63,9 +63,12 @@ def build_optimizer(
         wd_incr_steps=training.train_iters,
         wd_incr_style="constant",
     )
-    model.config.grad_scale_func = built.scale_loss
-    model.config.finalize_model_grads_func = finalize_gradients
-    model.config.no_sync_func = model.no_sync if recipe.parallel.overlap_grad_reduce else None
+    core = chunks[0].config  # one object for all chunks
+    core.grad_scale_func = built.scale_loss
+    core.finalize_model_grads_func = finalize_gradients
+    if recipe.parallel.overlap_grad_reduce:
+        waits = [chunk.no_sync for chunk in chunks]
+        core.no_sync_func = waits if len(waits) > 1 else waits[0]
     return built, schedule
 
 

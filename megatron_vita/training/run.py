@@ -18,7 +18,7 @@ from megatron_vita.data.loader import pack_loader
 from megatron_vita.data.split import open_split
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import ConfigError
-from megatron_vita.model.build import build_model, freeze_parts
+from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.text.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ class Run:
     """Everything that a training run holds on this rank, and where it stands."""
 
     recipe: Recipe
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]  # this rank's, one but for interleaved pipelines
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     microbatches: int
@@ -47,9 +47,15 @@ class Run:
     consumed_packs: int = 0
 
     @property
+    def cores(self) -> list[VitaModel]:
+        """The chunks without their data-parallel wrapping."""
+        return [chunk.module for chunk in self.chunks]
+
+    @property
     def core(self) -> VitaModel:
-        """The model without its data-parallel wrapping."""
-        return self.model.module
+        """The one chunk of a rank without interleaving."""
+        (core,) = self.cores
+        return core
 
     @property
     def rows_per_tile(self) -> int:
@@ -80,13 +86,14 @@ def open_run(recipe: Recipe) -> Run:
 
 def assemble_run(recipe: Recipe) -> Run:
     """The parts of a run that need no data, with first weights. Groups must be initialized."""
-    model = build_model(recipe)
-    freeze_parts(model, recipe)
-    wrapped = wrap_for_data_parallel(model, recipe)
-    optimizer, schedule = build_optimizer(wrapped, recipe)
+    models = build_chunks(recipe)
+    for model in models:
+        freeze_parts(model, recipe)
+    chunks = [wrap_for_data_parallel(model, recipe) for model in models]
+    optimizer, schedule = build_optimizer(chunks, recipe)
     return Run(
         recipe=recipe,
-        model=wrapped,
+        chunks=chunks,
         optimizer=optimizer,
         schedule=schedule,
         microbatches=recipe.training.global_batch_size // groups.data_parallel_group().size(),
@@ -136,6 +143,8 @@ def validation_batches(run: Run) -> tuple[Iterator[Batch], int]:
     ranks = groups.data_parallel_group().size()
     wanted = run.recipe.training.eval_iters * run.recipe.training.global_batch_size
     count = min(wanted, len(run.validation_stream)) // ranks
+    if run.recipe.parallel.virtual_size is not None:
+        count -= count % run.recipe.parallel.pipeline_model_parallel_size
     first = groups.data_parallel_group().rank() * count
     ids = list(range(first, first + count))
     return pack_loader(run.validation_stream, ids, num_workers=0), count
@@ -156,13 +165,14 @@ def save_run(run: Run) -> Path:
 def settle_weights(run: Run) -> None:
     """Waits for updated weights that are still being gathered beside the next forward pass. Collective."""
     if run.recipe.parallel.overlap_param_gather:
-        run.model.disable_forward_pre_hook(param_sync=True)
-        run.model.enable_forward_pre_hook()
+        for chunk in run.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
 
 
 def _state(run: Run, *, loading: bool) -> dict[str, Any]:
     metadata = store.sharding_metadata()
-    model = run.core.sharded_state_dict(metadata=metadata)
+    model = store.model_state(run.cores)
     if loading:
         allocate_adam_state(run.optimizer)
     optimizer = run.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
@@ -183,7 +193,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
     manifest = store.read_manifest(checkpoint)
     state = store.load_state(checkpoint, _state(run, loading=True))
-    run.core.load_state_dict(state["model"], strict=False)
+    store.set_model_state(run.cores, state["model"])
     load_optimizer_state(run.optimizer, state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
@@ -192,6 +202,6 @@ def _resume(run: Run, checkpoint: Path) -> None:
 
 def _start_from(run: Run, checkpoint: Path) -> None:
     store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
-    store.load_weights(run.core, checkpoint)
+    store.load_weights(run.cores, checkpoint)
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)

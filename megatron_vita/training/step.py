@@ -21,7 +21,8 @@ from megatron_vita.training.run import Run
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     """Takes this rank's packs of one global batch, updates the weights, and reports. Collective."""
-    run.model.zero_grad_buffer()
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     meter = Meter(run.train_sources)
     _run_schedule(run, batches, meter=meter, num_microbatches=run.microbatches, forward_only=False)
@@ -44,19 +45,25 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
 def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> StepMetrics:
     """Loss of this rank's `num_microbatches` held-out packs and those of all other replicas. Collective."""
     meter = Meter(run.validation_sources)
-    run.model.eval()
+    for chunk in run.chunks:
+        chunk.eval()
     _run_schedule(run, batches, meter=meter, num_microbatches=num_microbatches, forward_only=True)
-    run.model.train()
+    for chunk in run.chunks:
+        chunk.train()
     return meter.reduce(run.step)
 
 
 def _run_schedule(
     run: Run, batches: Iterator[Batch], *, meter: Meter, num_microbatches: int, forward_only: bool
 ) -> None:
+    packs: Any = batches
+    if len(run.chunks) > 1:  # each chunk asks for the same packs
+        taken = [next(batches) for _ in range(num_microbatches)]
+        packs = [iter(taken) for _ in run.chunks]
     get_forward_backward_func()(
         forward_step_func=partial(forward_step, rows_per_tile=run.rows_per_tile, meter=meter, run=run),
-        data_iterator=batches,
-        model=[run.model],
+        data_iterator=packs,
+        model=run.chunks,
         num_microbatches=num_microbatches,
         seq_length=run.recipe.data.seq_length,
         micro_batch_size=1,
@@ -69,7 +76,8 @@ def forward_step(
 ) -> tuple[Tensor, Any]:
     """One pack through this stage; returns its output and the function that sums the losses."""
     batch = next(batches)
-    meter.add_batch(batch)
+    if model.module.post_process:
+        meter.add_batch(batch)
     pack = slice_pack(
         batch.input_ids,
         labels=batch.labels,

@@ -61,6 +61,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
         ("parallel.tensor_model_parallel_size=3", "num_attention_heads 40 is not a multiple of .* 3"),
         ("parallel.pipeline_model_parallel_size=5", "48 layers do not divide over 5 pipeline stages"),
         ("parallel.num_layers_in_first_pipeline_stage=2", "is set, but there is one stage"),
+        ("parallel.virtual_pipeline_model_parallel_size=2", "2 needs several pipeline stages"),
         ("parallel.overlap_param_gather=true", "overlap_param_gather needs overlap_grad_reduce"),
         ("training.recompute_granularity=all", "recompute_granularity is 'all'; known: none, full, selective"),
         ("training.recompute_num_layers=2", "recompute_num_layers is 2, which needs recompute_granularity full"),
@@ -115,6 +116,16 @@ def test_a_world_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="global_batch_size 8 is not a multiple of the 3"):
         recipe.data_parallel_size(12)
     assert recipe.data_parallel_size(8) == 2
+
+
+def test_interleaved_stages_need_packs_in_multiples_of_their_number() -> None:
+    recipe = Recipe()
+    recipe.parallel.pipeline_model_parallel_size = 3
+    recipe.parallel.virtual_pipeline_model_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"gives 8 packs to each of 1 replicas; .* multiple of .* 3"):
+        recipe.data_parallel_size(3)
+    recipe.training.global_batch_size = 9
+    assert recipe.data_parallel_size(3) == 1
 
 
 def test_help_lists_every_field_with_type_default_and_a_line() -> None:

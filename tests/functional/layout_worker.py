@@ -28,23 +28,28 @@ def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
     """Reduced gradients of this rank's parameters; shards of the distributed optimizer are gathered."""
     group = groups.data_parallel_group(with_context_parallel=True)
     if run.recipe.parallel.use_distributed_optimizer and group.size() > 1:
-        for buffer in run.model.buffers:
+        for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    return {name: p.main_grad.clone() for name, p in run.core.named_parameters()}
+    return {name: p.main_grad.clone() for name, p in named_parameters(run)}
+
+
+def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters of all chunks, under names that say which chunk's they are."""
+    return [(f"{i}.{name}", p) for i, core in enumerate(run.cores) for name, p in core.named_parameters()]
 
 
 def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Writes the model's weights, or `tensors` in their place."""
     settle_weights(run)
     with torch.no_grad():
-        weights = {name: p.clone() for name, p in run.core.named_parameters()}
-        for name, p in run.core.named_parameters():
+        weights = {name: p.clone() for name, p in named_parameters(run)}
+        for name, p in named_parameters(run):
             p.copy_((tensors or weights)[name])
-        state = {"model": run.core.sharded_state_dict(metadata=store.sharding_metadata())}
+        state = {"model": store.model_state(run.cores)}
         store.save_checkpoint(folder, step=0, state=state, manifest={}, keep=1)
-        for name, p in run.core.named_parameters():
+        for name, p in named_parameters(run):
             p.copy_(weights[name])
 
 
@@ -53,7 +58,7 @@ def open_layout(parallel: dict, start: Path) -> Run:
     recipe = tiny_recipe(**parallel)
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
-    load_weights(run.core, store.find_checkpoint(start))
+    load_weights(run.cores, store.find_checkpoint(start))
     run.optimizer.reload_model_params()
     return run
 

@@ -46,7 +46,7 @@ def open_case(case: dict, start: Path | None) -> Run:
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     if start is not None:
-        load_weights(run.core, store.find_checkpoint(start))
+        load_weights(run.cores, store.find_checkpoint(start))
         run.optimizer.reload_model_params()
     Run.train_sources = property(lambda _: ["random"])  # type: ignore[assignment, method-assign]
     return run
@@ -70,7 +70,7 @@ def overlapped_run(recipe: Recipe, start: Path) -> Run:
     """Gradients are reduced while backward runs; weights are gathered while the next forward runs."""
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)
-    load_weights(model, store.find_checkpoint(start))
+    load_weights([model], store.find_checkpoint(start))
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True,
         bucket_size=3000,

@@ -22,6 +22,7 @@ TP, CP, PP = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context
 SP = TP | {"sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_vision": True}
+INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2}
 ON_TWO = {
     "tp2": TP,
     "tp2_sp": SP,
@@ -36,6 +37,7 @@ ON_TWO = {
     | RECOMPUTE
     | {"recompute_num_layers": 1},
     "tp2_sp_recompute_attention": SP | {"recompute_granularity": "selective"},
+    "pp2_interleaved": PP | INTERLEAVED,
 }
 ON_FOUR = {
     "tp2_cp2": TP | CP,
@@ -44,6 +46,7 @@ ON_FOUR = {
     "tp2_sp_dp2_overlap": SP | OVERLAP,
     "cp2_pp2": CP | PP,
     "pp2_dp2_overlap": PP | OVERLAP,
+    "tp2_sp_pp2_interleaved": SP | PP | INTERLEAVED,
 }
 
 
@@ -70,7 +73,7 @@ def reader(results: Path) -> Run:
 
 
 def tensors(reader: Run, folder: Path) -> dict[str, torch.Tensor]:
-    load_weights(reader.core, store.find_checkpoint(folder))
+    load_weights(reader.cores, store.find_checkpoint(folder))
     return {name: p.detach().clone() for name, p in reader.core.named_parameters()}
 
 

@@ -88,10 +88,10 @@ def check_layout(name: str, folder: Path, backend: str) -> dict[str, float]:
     reference_recipe = make_recipe(LAYOUTS[name], "torch")
     groups.initialize_groups(reference_recipe.parallel)
     reference = build_model(reference_recipe)
-    state = {"model": reference.sharded_state_dict(metadata=store.sharding_metadata())}
+    state = {"model": store.model_state([reference])}
     path = store.save_checkpoint(folder / name, step=0, state=state, manifest={}, keep=1)
     model = build_model(make_recipe(LAYOUTS[name], backend))
-    store.load_weights(model, path)
+    store.load_weights([model], path)
     batch = make_pack(DOCUMENTS, seed=5, length=LENGTH)
     expected, actual = whole(losses_by_position(reference, batch)), whole(losses_by_position(model, batch))
     one, other = gradients(reference, batch), gradients(model, batch)
