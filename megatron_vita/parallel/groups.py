@@ -8,8 +8,10 @@ from megatron_vita.layout.slicing import RankLayout
 
 
 def initialize_groups(parallel: ParallelConfig) -> None:
-    """Makes the groups of `parallel`, replacing any made before. The process group must exist."""
+    """Makes the groups of `parallel`, replacing others made before. The process group must exist."""
     if parallel_state.is_initialized():
+        if _are_current(parallel):
+            return  # each group costs threads that outlive it
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -19,6 +21,21 @@ def initialize_groups(parallel: ParallelConfig) -> None:
     )
     layout = rank_layout()
     assert exchange_group().rank() == layout.exchange_rank, "exchange ranks count TP fastest, then CP"
+
+
+def _are_current(parallel: ParallelConfig) -> bool:
+    found = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    )
+    return found == (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.virtual_size,
+    )
 
 
 def rank_layout() -> RankLayout:
