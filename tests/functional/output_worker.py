@@ -48,7 +48,6 @@ def open_case(case: dict, start: Path | None) -> Run:
     if start is not None:
         load_weights(run.cores, store.find_checkpoint(start))
         run.optimizer.reload_model_params()
-    Run.train_sources = property(lambda _: ["random"])  # type: ignore[assignment, method-assign]
     return run
 
 
@@ -76,10 +75,10 @@ def overlapped_run(recipe: Recipe, start: Path) -> Run:
         bucket_size=3000,
     )  # fmt: skip
     wrapped = DistributedDataParallel(model.config, config, model)
+    optimizer, schedule = build_optimizer([wrapped], recipe)
     model.config.no_sync_func = wrapped.no_sync
-    optimizer, schedule = build_optimizer(wrapped, recipe)
     optimizer.config.overlap_param_gather = True
-    return Run(recipe=recipe, model=wrapped, optimizer=optimizer, schedule=schedule, microbatches=2)
+    return Run(recipe=recipe, chunks=[wrapped], optimizer=optimizer, schedule=schedule, microbatches=2)
 
 
 def overlap(start: Path, case: dict) -> dict[str, float]:
@@ -88,7 +87,7 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
     plain, overlapped = open_case(case, start), overlapped_run(tiny_recipe_of(case), start)
 
     def watched(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
-        group = overlapped.model.param_to_bucket_group.get(weight)
+        group = overlapped.chunks[0].param_to_bucket_group.get(weight)
         if group is not None and (group.param_gather_handle is not None or not group.param_gather_dispatched):
             found["weights that were used while on their way"] += 1
         return score_rows(hidden, weight, scoring)
@@ -98,7 +97,7 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
         losses = [train_step(run, iter(my_batches(run, step))).loss for run in (plain, overlapped)]
         found[f"loss of step {step}"] = abs(losses[1] - losses[0]) / losses[0]
     output.score_rows = score_rows
-    overlapped.model.start_param_sync(force_sync=True)
+    overlapped.chunks[0].start_param_sync(force_sync=True)
     for (name, expected), actual in zip(plain.core.named_parameters(), overlapped.core.parameters(), strict=True):
         found[name] = (actual - expected).abs().max().item()
     return found

@@ -4,7 +4,15 @@ from dataclasses import replace
 
 import torch
 
-from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, OptimizerConfig, Recipe, TrainingConfig
+from megatron_vita.config import (
+    DataConfig,
+    DatasetConfig,
+    LanguageConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainingConfig,
+)
 from megatron_vita.config import VisionConfig as Vision
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.dealing import deal
@@ -23,7 +31,7 @@ def tiny_recipe(**layout: object) -> Recipe:
             language=LanguageConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
                                     num_query_groups=2, kv_channels=8, vocab_size=VOCAB, init_method_std=0.2),
         ),
-        data=DataConfig(seq_length=LENGTH),
+        data=DataConfig(seq_length=LENGTH, train=[DatasetConfig(name="random", shards="none")]),
         # Elements whose true gradient is zero (InternViT's key bias) hold rounding noise of 1e-10; an epsilon above it
         # keeps Adam from blowing that noise up to whole steps, which no two orders of summation could agree on.
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-6),
