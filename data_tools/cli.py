@@ -73,7 +73,7 @@ def index(recipe: RecipePath, overrides: Overrides = None) -> None:
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that is longer than a pack.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be used.")] = False,
 ) -> None:
     """Plan the packs of a recipe's training and validation data."""
     for line in write_plans(load_recipe(recipe, overrides or []), strict=strict):

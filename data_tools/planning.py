@@ -53,7 +53,7 @@ def write_plans(recipe: Recipe, *, strict: bool) -> Iterator[str]:
     path = Path(recipe.data.plan) / REJECTED
     path.write_text("".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in rejected))
     if rejected:
-        yield f"{len(rejected)} samples longer than a pack, listed in {path}"
+        yield f"{len(rejected)} samples that cannot be used, listed in {path}"
 
 
 def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:

@@ -20,7 +20,7 @@ from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,11 @@ class DataConfig:
     plan: str = described("", "Folder of the pack plan that `data_tools plan` writes and training reads.")
     seq_length: int = described(4096, "Tokens of a pack, the same for every pack of a run (T).")
     document_alignment: int = described(16, "Each document is padded at its end to a multiple of this many tokens.")
+    isolate_documents: bool = described(
+        True,
+        "Documents of a pack do not see each other and their positions start at 0; false: a document sees those before "
+        "it, positions run on through the pack, and nothing but its end is padded.",
+    )
     shuffle_window: int = described(4096, "Samples shuffled and packed together; reads stay within a window.")
     epochs: int = described(1, "Times that the plan goes through the training data.")
     seed: int = described(1234, "Seed of the plan's order.")
@@ -39,3 +44,8 @@ class DataConfig:
         )
         names = [dataset.name for dataset in self.train]
         require(len(set(names)) == len(names), f"data.train names a dataset twice: {names}")
+
+    @property
+    def padding_multiple(self) -> int:
+        """The tokens of each document are padded to a multiple of this."""
+        return self.document_alignment if self.isolate_documents else 1

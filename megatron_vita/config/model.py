@@ -6,11 +6,12 @@ from megatron_vita.config.fields import described, require
 from megatron_vita.config.output import OutputConfig
 
 PROJECTORS = ("long_vita", "internvl")
+NORMS = ("LayerNorm", "RMSNorm")
 
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """InternViT. Defaults: InternViT-300M-448px."""
+    """InternViT. Defaults: InternViT-300M-448px. InternViT-6B: RMSNorm, qk_layernorm, no add_qkv_bias."""
 
     image_size: int = described(448, "Side of a tile in pixels.")
     patch_size: int = described(14, "Side of a patch in pixels.")
@@ -18,7 +19,10 @@ class VisionConfig:
     hidden_size: int = described(1024, "Width.")
     ffn_hidden_size: int = described(4096, "Width of the MLP.")
     num_attention_heads: int = described(16, "Attention heads.")
-    layernorm_epsilon: float = described(1e-6, "Epsilon of LayerNorm.")
+    normalization: str = described("LayerNorm", "LayerNorm or RMSNorm.")
+    layernorm_epsilon: float = described(1e-6, "Epsilon of the norms.")
+    qk_layernorm: bool = described(False, "RMSNorm of queries and keys over all heads together.")
+    add_qkv_bias: bool = described(True, "Biases on query, key and value.")
     layer_scale_init: float = described(0.1, "First value of the LayerScale vectors of a tower trained from scratch.")
     init_method_std: float = described(0.02, "Standard deviation of first weights.")
 
@@ -32,6 +36,10 @@ class VisionConfig:
             self.hidden_size % self.num_attention_heads == 0,
             f"model.vision.hidden_size {self.hidden_size} is not a multiple of "
             f"num_attention_heads {self.num_attention_heads}",
+        )
+        require(
+            self.normalization in NORMS,
+            f"model.vision.normalization is {self.normalization!r}; known: {', '.join(NORMS)}",
         )
 
     @property
@@ -91,6 +99,7 @@ class LanguageConfig:
 class ModelConfig:
     """The whole model."""
 
+    text_only: bool = described(False, "Only the language model: no vision tower, no projector, no media in the data.")
     vision: VisionConfig = described(VisionConfig, "Vision tower.")
     projector: ProjectorConfig = described(ProjectorConfig, "Projector.")
     language: LanguageConfig = described(LanguageConfig, "Language model.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_vita.config.fields import described, require
 
 ATTENTION_BACKENDS = ("auto", "torch", "te")
+CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 @dataclass(kw_only=True)
@@ -15,6 +16,15 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = described(1, "Ranks that share the layers in sequence (PP).")
     context_parallel_size: int = described(1, "Ranks that share each document's tokens (CP).")
     sequence_parallel: bool = described(False, "Split activations between layers along the sequence over TP.")
+    cp_comm_type: str = described(
+        "p2p", "How te attends over CP: p2p (ring), all_gather, a2a (by heads), a2a+p2p. torch always gathers keys."
+    )
+    hierarchical_context_parallel_sizes: list[int] = described(
+        [], "For a2a+p2p: ranks that exchange heads, then ranks in the ring; their product is context_parallel_size."
+    )
+    vision_tensor_parallel: bool = described(
+        False, "Split the vision tower over TP, for one too large for each rank; tiles are then dealt over CP alone."
+    )
     virtual_pipeline_model_parallel_size: int = described(1, "Chunks of layers of each stage, interleaved (VPP).")
     num_layers_in_first_pipeline_stage: int = described(0, "Its layers, fewer since it has the vision tower; 0: even.")
     num_layers_in_last_pipeline_stage: int = described(0, "Its layers, fewer since it has the output layer; 0: even.")
@@ -32,6 +42,15 @@ class ParallelConfig:
             f"parallel.attention_backend is {self.attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}",
         )
         require(
+            self.cp_comm_type in CP_COMM_TYPES,
+            f"parallel.cp_comm_type is {self.cp_comm_type!r}; known: {', '.join(CP_COMM_TYPES)}",
+        )
+        self._check_hierarchy()
+        require(
+            not self.vision_tensor_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.vision_tensor_parallel needs tensor_model_parallel_size of at least 2, which is 1",
+        )
+        require(
             not self.overlap_param_gather or (self.overlap_grad_reduce and self.use_distributed_optimizer),
             "parallel.overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
         )
@@ -39,6 +58,28 @@ class ParallelConfig:
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel needs tensor_model_parallel_size of at least 2, which is 1",
         )
+
+    def _check_hierarchy(self) -> None:
+        sizes, cp = self.hierarchical_context_parallel_sizes, self.context_parallel_size
+        if self.cp_comm_type != "a2a+p2p":
+            require(
+                not sizes,
+                f"parallel.hierarchical_context_parallel_sizes is {sizes}, which needs cp_comm_type a2a+p2p; "
+                f"it is {self.cp_comm_type}",
+            )
+            return
+        require(
+            len(sizes) == 2 and min(sizes) >= 2 and sizes[0] * sizes[1] == cp,
+            f"parallel.cp_comm_type a2a+p2p needs hierarchical_context_parallel_sizes [heads, ring], both at least 2, "
+            f"whose product is context_parallel_size {cp}; it is {sizes}",
+        )
+
+    @property
+    def head_exchange_size(self) -> int:
+        """CP ranks over which Transformer Engine splits heads: 1 but for the a2a schemes."""
+        if self.cp_comm_type == "a2a+p2p":
+            return self.hierarchical_context_parallel_sizes[0]
+        return self.context_parallel_size if self.cp_comm_type == "a2a" else 1
 
     @property
     def virtual_size(self) -> int | None:

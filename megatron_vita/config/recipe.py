@@ -35,8 +35,11 @@ class Recipe:
             f"format_version is {self.format_version}; this version reads {FORMAT_VERSION}",
         )
         self._check_tensor_parallel()
-        self._check_pipeline()
+        self._check_context_parallel()
+        self._check_backend()
+        self._check_layers()
         self._check_sequence()
+        self._check_parts()
 
     def _check_tensor_parallel(self) -> None:
         tp, language = self.parallel.tensor_model_parallel_size, self.model.language
@@ -47,21 +50,75 @@ class Recipe:
                 f"model.language.{name} {value} is not a multiple of parallel.tensor_model_parallel_size {tp}",
             )
 
-    def _check_pipeline(self) -> None:
-        self.parallel.layers_of_stages(self.model.language.num_layers)
+        width = self.model.vision.ffn_hidden_size
+        require(
+            not self.parallel.vision_tensor_parallel or width % tp == 0,
+            f"model.vision.ffn_hidden_size {width} is not a multiple of parallel.tensor_model_parallel_size {tp}, "
+            "which parallel.vision_tensor_parallel needs",
+        )
+
+    def _check_context_parallel(self) -> None:
+        ranks, tp = self.parallel.head_exchange_size, self.parallel.tensor_model_parallel_size
+        if ranks == 1:
+            return
+        for name in ("num_attention_heads", "num_query_groups"):
+            heads = getattr(self.model.language, name) // tp
+            require(
+                heads % ranks == 0,
+                f"parallel.cp_comm_type {self.parallel.cp_comm_type} splits model.language.{name} over {ranks} ranks, "
+                f"but a TP rank has {heads}; use p2p or all_gather, or a smaller tensor_model_parallel_size",
+            )
+
+    def _check_backend(self) -> None:
+        if self.parallel.attention_backend != "te":
+            return
+        require(
+            self.training.bf16,
+            "parallel.attention_backend te needs training.bf16: its fused attention takes no fp32; or use torch",
+        )
+        width = self.model.language.kv_channels
+        require(
+            width % 8 == 0 and width <= 128,
+            f"model.language.kv_channels is {width}: Transformer Engine's fused attention takes multiples of 8 up to "
+            "128; or use parallel.attention_backend torch",
+        )
+
+    def _check_layers(self) -> None:
+        """Layers over pipeline stages, and how many of them are recomputed."""
+        chunks = self.parallel.virtual_pipeline_model_parallel_size
+        layers = max(self.parallel.layers_of_stages(self.model.language.num_layers)) // chunks
+        number = self.training.recompute_num_layers
+        require(
+            number <= layers,
+            f"training.recompute_num_layers is {number}, but no rank has more than {layers} layers at once",
+        )
 
     def _check_sequence(self) -> None:
         tp, cp = self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
         alignment, length = self.data.document_alignment, self.data.seq_length
+        chunked, name = (alignment, "document_alignment") if self.data.isolate_documents else (length, "seq_length")
         require(
-            cp == 1 or alignment % (2 * cp) == 0,
-            f"data.document_alignment {alignment} is not a multiple of {2 * cp}, twice "
-            f"parallel.context_parallel_size {cp}: each document is split into that many chunks",
+            cp == 1 or chunked % (2 * cp) == 0,
+            f"data.{name} {chunked} is not a multiple of {2 * cp}, twice parallel.context_parallel_size {cp}: "
+            f"each {'document' if self.data.isolate_documents else 'pack'} is split into that many chunks",
         )
         require(
             length % (tp * cp) == 0,
             f"data.seq_length {length} is not a multiple of {tp * cp}, tensor_model_parallel_size {tp} times "
             f"context_parallel_size {cp}",
+        )
+
+    def _check_parts(self) -> None:
+        training = self.training
+        frozen = {
+            "vision model": training.freeze_vision_model or self.model.text_only,
+            "projector": training.freeze_projector or self.model.text_only,
+            "language model": training.freeze_language_model,
+        }
+        require(
+            not all(frozen.values()),
+            "training freezes the vision model, the projector and the language model, or model.text_only has none of "
+            "the first two: nothing is left to train",
         )
 
     def data_parallel_size(self, world_size: int) -> int:

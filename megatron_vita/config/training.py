@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from megatron_vita.config.fields import described, require
 
 RECOMPUTE = ("none", "full", "selective")
+RECOMPUTE_METHODS = ("block", "uniform")
+RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 
 @dataclass(kw_only=True)
@@ -18,26 +20,48 @@ class TrainingConfig:
     freeze_vision_model: bool = described(False, "Leave the vision tower as it is.")
     freeze_projector: bool = described(False, "Leave the projector as it is.")
     freeze_language_model: bool = described(False, "Leave the language model as it is.")
-    recompute_granularity: str = described("none", "none, full (whole layers) or selective (attention alone).")
-    recompute_num_layers: int = described(0, "Layers of each stage recomputed by full; 0: all.")
+    recompute_granularity: str = described("none", "none, full (whole layers) or selective (parts of each layer).")
+    recompute_method: str = described(
+        "block", "Of full: block (the first layers of each stage, one by one) or uniform (all, in groups)."
+    )
+    recompute_num_layers: int = described(
+        0, "Of full: layers of each stage that block recomputes, 0 for all; layers of a group of uniform, 0 for 1."
+    )
+    recompute_modules: list[str] = described(["core_attn"], "Of selective: core_attn, mlp.")
     recompute_vision: bool = described(False, "Recompute the layers of the vision tower.")
+    vision_tiles_at_once: int = described(64, "Tiles that a rank encodes at once; more go through the tower in turns.")
     eval_interval: int = described(0, "Steps between validations; 0 never validates.")
     eval_iters: int = described(8, "Batches of global_batch_size packs that one validation reads.")
     log_interval: int = described(1, "Steps between log lines.")
     tensorboard_dir: str = described("", "Folder for TensorBoard; empty writes none.")
 
     def __post_init__(self) -> None:
-        for name in ("train_iters", "global_batch_size", "eval_iters", "log_interval"):
+        for name in ("train_iters", "global_batch_size", "eval_iters", "log_interval", "vision_tiles_at_once"):
             require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        granularity = self.recompute_granularity
         require(
-            self.recompute_granularity in RECOMPUTE,
-            f"training.recompute_granularity is {self.recompute_granularity!r}; known: {', '.join(RECOMPUTE)}",
+            granularity in RECOMPUTE,
+            f"training.recompute_granularity is {granularity!r}; known: {', '.join(RECOMPUTE)}",
         )
         require(
-            not self.recompute_num_layers or self.recompute_granularity == "full",
-            f"training.recompute_num_layers is {self.recompute_num_layers}, which needs recompute_granularity full",
+            self.recompute_method in RECOMPUTE_METHODS,
+            f"training.recompute_method is {self.recompute_method!r}; known: {', '.join(RECOMPUTE_METHODS)}",
+        )
+        for name, idle in (("recompute_num_layers", 0), ("recompute_method", "block")):
+            value = getattr(self, name)
+            require(
+                value == idle or granularity == "full",
+                f"training.{name} is {value}, which needs recompute_granularity full; it is {granularity}",
+            )
+        require(
+            bool(self.recompute_modules) and set(self.recompute_modules) <= set(RECOMPUTE_MODULES),
+            f"training.recompute_modules is {self.recompute_modules}; known: {', '.join(RECOMPUTE_MODULES)}",
         )
         require(
-            not (self.freeze_vision_model and self.freeze_projector and self.freeze_language_model),
-            "training freezes the vision model, the projector and the language model: nothing is left to train",
+            self.recompute_modules == ["core_attn"] or granularity == "selective",
+            f"training.recompute_modules is {self.recompute_modules}, which needs recompute_granularity selective; "
+            f"it is {granularity}",
         )

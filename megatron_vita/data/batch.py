@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_vita.config import DataConfig
 from megatron_vita.data.documents import NO_LOSS, Document
 
 TAIL_SOURCE = -1
@@ -16,14 +17,15 @@ class Batch:
     """One pack of T tokens, D documents and N tiles, of which this rank holds n.
 
     A document is padded at its end with ordinary pad tokens without loss. Room left at the end of the pack is one last
-    document of pad tokens, so that `cu_seqlens[-1]` is T always.
+    document of pad tokens, so that `cu_seqlens[-1]` is T always. Where documents see earlier ones, nothing but the end
+    of the pack is padded, and `cu_seqlens` is one segment.
     """
 
     pack_id: int
     input_ids: torch.Tensor  # [T] int64
     labels: torch.Tensor  # [T] int64, shifted inside each document, -100 = no loss
     document_starts: torch.Tensor  # [D+1] int32: bounds for labels and metrics
-    cu_seqlens: torch.Tensor  # [D+1] int32: bounds for attention and rotary positions
+    cu_seqlens: torch.Tensor  # [D+1] or [2] int32: bounds for attention and rotary positions
     document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
     tiles: torch.Tensor  # [n,3,S,S] uint8: tiles `tile_range` of the pack
     tile_range: range
@@ -42,16 +44,16 @@ def collate(
     *,
     pack_id: int,
     sources: Sequence[int],
-    seq_length: int,
-    alignment: int,
+    data: DataConfig,
     pad_id: int,
     tiles: torch.Tensor,
     tile_range: range,
 ) -> Batch:
-    """Lays documents one after another in a pack of `seq_length` tokens. They must fit: the plan saw to it."""
+    """Lays documents one after another in a pack of `data.seq_length` tokens. They must fit: the plan saw to it."""
+    seq_length = data.seq_length
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, NO_LOSS, dtype=np.int64)
-    starts = np.cumsum([0, *(padded_length(len(document), alignment) for document in documents)])
+    starts = np.cumsum([0, *(padded_length(len(document), data.padding_multiple) for document in documents)])
     assert starts[-1] <= seq_length, f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"
     for start, document in zip(starts, documents, strict=False):
         input_ids[start : start + len(document)] = document.input_ids
@@ -67,7 +69,7 @@ def collate(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         document_starts=bounds,
-        cu_seqlens=bounds,
+        cu_seqlens=bounds if data.isolate_documents else torch.tensor([0, seq_length], dtype=torch.int32),
         document_sources=torch.tensor(all_sources, dtype=torch.int64),
         tiles=tiles,
         tile_range=tile_range,

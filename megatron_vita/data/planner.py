@@ -30,24 +30,26 @@ def make_plan(
 ) -> tuple[PackPlan, list[Rejected]]:
     """Plans a split: `data.epochs` shuffled epochs of the training data, one of the validation data as it lies.
 
-    Gives also the samples left out because they are longer than a pack; with `strict` the first of them is a DataError.
-    DataError if none is left.
+    Gives also the samples left out because they are longer than a pack, or have media that a text-only model cannot
+    take; with `strict` the first of them is a DataError. DataError if none is left.
     """
     sources = find_sources(recipe, split, tokenizer=tokenizer)
     documents = _document_table(recipe, sources, tokenizer)
     data = recipe.data
-    lengths = padded_length(documents["tokens"], data.document_alignment)
-    fits = lengths <= data.seq_length
-    rejected = _rejected(split, sources, documents, fits=fits, seq_length=data.seq_length)
+    lengths = padded_length(documents["tokens"], data.padding_multiple)
+    usable = lengths <= data.seq_length
+    if recipe.model.text_only:
+        usable &= documents["tiles"] == 0
+    rejected = _rejected(split, sources, documents, usable=usable, seq_length=data.seq_length)
+    first = f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}" if rejected else ""
     if strict and rejected:
-        first = rejected[0]
-        raise DataError(f"{first.shard} sample {first.key}: {first.reason}")
-    if not fits.any():
-        raise DataError(f"data.{split}: none of its {len(fits)} samples fits data.seq_length {data.seq_length}")
+        raise DataError(first)
+    if not usable.any():
+        raise DataError(f"data.{split}: none of its {len(usable)} samples can be used. {first}")
     parts: list[dict[str, np.ndarray]] = []
     for epoch in range(data.epochs if split == "train" else 1):
         shuffler = Shuffler((data.seed, epoch) if split == "train" else None)
-        order, packs = _pack_epoch(sources, lengths, data=data, shuffler=shuffler)
+        order, packs = _pack_epoch(sources, lengths, usable=usable, data=data, shuffler=shuffler)
         first_pack = int(parts[-1]["pack"][-1]) + 1 if parts else 0
         parts.append({"pack": first_pack + packs} | {name: documents[name][order] for name in COLUMNS[1:]})
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
@@ -56,12 +58,12 @@ def make_plan(
 
 
 def _pack_epoch(
-    sources: list[Source], lengths: np.ndarray, *, data: DataConfig, shuffler: Shuffler
+    sources: list[Source], lengths: np.ndarray, *, usable: np.ndarray, data: DataConfig, shuffler: Shuffler
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One epoch's samples in pack order, those too long left out, and the pack of each, from 0."""
+    """One epoch's usable samples in pack order, and the pack of each, from 0."""
     sizes = [[header.samples for header in source.headers] for source in sources]
     samples = sample_order(sizes, shuffler=shuffler)
-    samples = samples[lengths[samples] <= data.seq_length]
+    samples = samples[usable[samples]]
     order, packs = pack_windows(
         lengths[samples], capacity=data.seq_length, window=data.shuffle_window, shuffler=shuffler
     )
@@ -86,13 +88,16 @@ def _document_table(recipe: Recipe, sources: list[Source], tokenizer: Tokenizer)
 
 
 def _rejected(
-    split: str, sources: list[Source], documents: dict[str, np.ndarray], *, fits: np.ndarray, seq_length: int
+    split: str, sources: list[Source], documents: dict[str, np.ndarray], *, usable: np.ndarray, seq_length: int
 ) -> list[Rejected]:
     rejected = []
-    for sample in np.flatnonzero(~fits):
+    for sample in np.flatnonzero(~usable):
         source = sources[documents["dataset"][sample]]
         path = source.shards[documents["shard"][sample]]
         key = read_index(index_path(path)).row(int(documents["row"][sample])).key
-        reason = f"{documents['tokens'][sample]} tokens do not fit data.seq_length {seq_length}"
+        tokens, tiles = documents["tokens"][sample], documents["tiles"][sample]
+        reason = f"{tokens} tokens do not fit data.seq_length {seq_length}"
+        if tokens <= seq_length:
+            reason = f"has images or videos ({tiles} tiles), which model.text_only cannot take"
         rejected.append(Rejected(split, source.name, str(path), key, reason))
     return rejected

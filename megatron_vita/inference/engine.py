@@ -22,7 +22,6 @@ from megatron_vita.parallel import groups
 from megatron_vita.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
-TILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +129,7 @@ class Engine:
         return pack.to(platform.device())
 
     def _encode(self, prompts: Sequence[Prompt], documents: list[Document]) -> Tensor:
-        """Features of all tiles [N, rows, H], encoded in chunks; media that prompts share are encoded once."""
+        """Features of all tiles [N, rows, H], media that prompts share are encoded once."""
         encoded: dict[tuple[bytes, ...], Tensor] = {}
         parts = []
         for prompt, document in zip(prompts, documents, strict=True):
@@ -141,9 +140,5 @@ class Engine:
         return torch.cat(parts)
 
     def _encode_tiles(self, tiles: Tensor) -> Tensor:
-        chunks = tiles.split(TILES_AT_ONCE) if len(tiles) else [tiles]
         dtype = self.model.config.params_dtype
-        normalization = self.recipe.media.normalization
-        return torch.cat(
-            [self.model.encode(normalize(x.to(platform.device()), normalization).to(dtype)) for x in chunks]
-        )
+        return self.model.encode(normalize(tiles.to(platform.device()), self.recipe.media.normalization, dtype=dtype))

@@ -12,35 +12,37 @@ from megatron_vita.layout.dealing import deal
 from megatron_vita.layout.zigzag import owners
 
 IGNORED_LABEL = -100
+ELSEWHERE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
-    """Where a rank stands in its replica. Exchange ranks count TP fastest, then CP."""
+    """Where a rank stands in its replica, and whether TP ranks encode tiles together or each its own."""
 
     tp_size: int = 1
     tp_rank: int = 0
     cp_size: int = 1
     cp_rank: int = 0
+    vision_tensor_parallel: bool = False
 
     @property
-    def ranks(self) -> int:
-        """Ranks that share the tiles of a pack."""
-        return self.tp_size * self.cp_size
+    def tile_ranks(self) -> int:
+        """Ranks that share the tiles of a pack: TP x CP, TP fastest; CP alone where TP ranks encode together."""
+        return self.cp_size if self.vision_tensor_parallel else self.tp_size * self.cp_size
 
     @property
-    def exchange_rank(self) -> int:
+    def tile_rank(self) -> int:
         """This rank among them."""
-        return self.cp_rank * self.tp_size + self.tp_rank
+        return self.cp_rank if self.vision_tensor_parallel else self.cp_rank * self.tp_size + self.tp_rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRoute:
     """How feature rows travel from the rank that encoded their tile to the rank that holds their placeholder."""
 
-    send_order: Tensor  # [n * rows_per_tile] this rank's feature rows, sorted by the rank they go to
-    send_counts: list[int]  # rows to each exchange rank
-    receive_counts: list[int]  # rows from each exchange rank
+    send_order: Tensor  # this rank's feature rows, sorted by the rank they go to
+    send_counts: list[int]  # rows to each tile rank
+    receive_counts: list[int]  # rows from each tile rank
     target_rows: Tensor  # [m] row of this rank's sequence share that each received row overwrites
 
 
@@ -92,29 +94,35 @@ def route_features(owner: Tensor, *, placements: Tensor, rows_per_tile: int, lay
     """The way of every feature row of a pack, seen from the rank at `layout`.
 
     Tiles are dealt to ranks in contiguous runs (`deal`). Rows arrive ordered by source rank and, within one, by tile,
-    which is the order of the tiles in the pack.
+    which is the order of the tiles in the pack. Where TP ranks encode together, each has all rows of its tiles and
+    sends those for its own sequence share and for those of equal TP rank.
     """
     destination, share_row = _holders(owner, layout)
     position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # [N * rows_per_tile]
     destination, share_row = destination[position], share_row[position]
-    runs = deal(len(placements), layout.ranks)
-    me = layout.exchange_rank
-    mine = destination[runs[me].start * rows_per_tile : runs[me].stop * rows_per_tile]
-    for_me = destination == me
-    received = [for_me[run.start * rows_per_tile : run.stop * rows_per_tile].sum().item() for run in runs]
+    runs = [slice(run.start * rows_per_tile, run.stop * rows_per_tile) for run in deal(len(placements), layout.tile_ranks)]
+    mine = destination[runs[layout.tile_rank]]
+    for_me = destination == layout.tile_rank
+    order = torch.argsort(mine, stable=True)
     return FeatureRoute(
-        send_order=torch.argsort(mine, stable=True),
-        send_counts=torch.bincount(mine, minlength=layout.ranks).tolist(),
-        receive_counts=[int(count) for count in received],
+        send_order=order[mine[order] != ELSEWHERE],
+        send_counts=torch.bincount(mine[mine != ELSEWHERE], minlength=layout.tile_ranks).tolist(),
+        receive_counts=[int(for_me[run].sum()) for run in runs],
         target_rows=share_row[for_me],
     )
 
 
 def _holders(owner: Tensor, layout: RankLayout) -> tuple[Tensor, Tensor]:
-    """For each position of the pack: the exchange rank whose sequence share holds it, and its row in that share."""
-    share = len(owner) // layout.ranks
+    """For each position of the pack: the tile rank whose sequence share holds it, and its row in that share.
+
+    Where TP ranks encode together, ELSEWHERE stands for shares of another TP rank.
+    """
+    share = len(owner) // (layout.tp_size * layout.cp_size)
     row = torch.empty_like(owner)
     for cp_rank in range(layout.cp_size):
         held = owner == cp_rank
         row[held] = torch.arange(int(held.sum()))
-    return owner * layout.tp_size + row // share, row % share
+    tp_rank = row // share
+    if layout.vision_tensor_parallel:
+        return owner.where(tp_rank == layout.tp_rank, ELSEWHERE), row % share
+    return owner * layout.tp_size + tp_rank, row % share

@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.model.backends import AttentionBackend, TransformerEngineBackend, choose_backend
-from megatron_vita.model.vita import VitaModel
+from megatron_vita.model.vita import VisionWork, VitaModel
 from megatron_vita.parallel import groups
 
 
@@ -41,6 +41,8 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         overlap_p2p_comm=parallel.virtual_size is not None,
         batch_p2p_comm=parallel.virtual_size is None,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes or None,
         sequence_parallel=parallel.sequence_parallel,
         bf16=recipe.training.bf16,
         params_dtype=dtype,
@@ -60,17 +62,18 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 
 def _recomputation(recipe: Recipe) -> dict[str, Any]:
-    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what attention makes inside."""
+    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what the given parts make inside."""
     training = recipe.training
     if training.recompute_granularity == "none":
         return {}
     if training.recompute_granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    layers = max(recipe.parallel.layers_of_stages(recipe.model.language.num_layers))
+        return {"recompute_granularity": "selective", "recompute_modules": training.recompute_modules}
+    every = max(recipe.parallel.layers_of_stages(recipe.model.language.num_layers))
+    number = training.recompute_num_layers or (every if training.recompute_method == "block" else 1)
     return {
         "recompute_granularity": "full",
-        "recompute_method": "block",
-        "recompute_num_layers": training.recompute_num_layers or layers,
+        "recompute_method": training.recompute_method,
+        "recompute_num_layers": number,
     }
 
 
@@ -100,13 +103,16 @@ def _build_chunk(recipe: Recipe, *, config: TransformerConfig, backend: Attentio
         config,
         shapes=recipe.model,
         backend=backend,
+        vision_work=VisionWork(
+            tensor_parallel=recipe.parallel.vision_tensor_parallel,
+            tiles_at_once=recipe.training.vision_tiles_at_once,
+            recompute=recipe.training.recompute_vision,
+        ),
         pre_process=groups.is_first_stage(chunk),
         post_process=groups.is_last_stage() and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
         vp_stage=chunk if virtual else None,
     )
     model.initialize_vision(recipe.training.seed)
-    if model.pre_process:
-        model.vision_model.recompute = recipe.training.recompute_vision
     model.to(platform.device())
     return model.bfloat16() if recipe.training.bf16 else model
 

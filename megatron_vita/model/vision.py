@@ -1,15 +1,21 @@
 """InternViT: a plain vision transformer with LayerScale, a class token and no final norm.
 
-Shapes and order of operations follow InternViT-300M-448px (long form: the InternVL 2.5 model card). Parameters are
-replicated over tensor-parallel ranks; the work is shared by dealing tiles, so plain torch modules are used.
+Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form: the InternVL 2.5 model
+cards). Every rank holds the whole tower and encodes tiles of its own, unless the tower is split over a tensor-parallel
+group (`vision_parts.py`), whose ranks then encode the same tiles together.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vita.config import VisionConfig
+from megatron_vita.model.vision_parts import Split, VisionAttention, VisionMLP, build_norm
+from megatron_vita.parallel import groups
 
 
 class VisionEmbeddings(nn.Module):
@@ -28,46 +34,16 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([class_token, patches], dim=1) + self.position_embedding
 
 
-class VisionAttention(nn.Module):
-    """Bidirectional attention over the patches of one tile."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, s, H] -> [n, s, H]."""
-        n, s, width = x.shape
-        q, k, v = self.qkv(x).view(n, s, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v) if n else v  # on CUDA it gives None for no tiles
-        return self.projection(attended.transpose(1, 2).reshape(n, s, width))
-
-
-class VisionMLP(nn.Module):
-    """Plain MLP with exact GELU."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, s, H] -> [n, s, H]."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class VisionLayer(nn.Module):
     """Pre-norm layer; LayerScale multiplies each branch, its bias included."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.attention = VisionAttention(config)
+        self.norm1 = build_norm(config)
+        self.attention = VisionAttention(config, split)
         self.scale1 = nn.Parameter(torch.empty(config.hidden_size))
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.mlp = VisionMLP(config)
+        self.norm2 = build_norm(config)
+        self.mlp = VisionMLP(config, split)
         self.scale2 = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,15 +55,19 @@ class VisionLayer(nn.Module):
 class VisionTower(nn.Module):
     """Tiles to features, four patches joined into each feature row."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, *, tp_group: ProcessGroup | None = None) -> None:
+        """`tp_group`: the ranks that the tower is split over; None where each rank holds all of it."""
         super().__init__()
         self.config = config
+        self.split = Split(tp_group)
         self.embeddings = VisionEmbeddings(config)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(VisionLayer(config, self.split) for _ in range(config.num_layers))
         self.recompute = False  # keep only the inputs of layers for the backward pass
+        for name, parameter in self.named_parameters():
+            parameter.tensor_model_parallel = self.split.axis_of(name) is not None  # type: ignore[attr-defined]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """First weights for training from scratch, the same on every rank for the same generator.
+        """First weights for training from scratch, the same on every rank for the same generator, however split.
 
         The patch embedding sees pixels of unit deviation, whatever the patch's size: its deviation is 1 / sqrt(fan in).
         """
@@ -99,7 +79,16 @@ class VisionTower(nn.Module):
             elif parameter.dim() > 1:
                 fan_in = parameter[0].numel()
                 std = fan_in**-0.5 if name == "embeddings.patch_embedding.weight" else self.config.init_method_std
-                nn.init.normal_(parameter, std=std, generator=generator)
+                whole = torch.empty(self._whole_shape(name, parameter))
+                nn.init.normal_(whole, std=std, generator=generator)
+                with torch.no_grad():
+                    parameter.copy_(self.split.part_of(whole, name=name, size=parameter.shape))
+
+    def _whole_shape(self, name: str, parameter: Tensor) -> list[int]:
+        shape, axis = list(parameter.shape), self.split.axis_of(name)
+        if axis is not None:
+            shape[axis] = self.config.ffn_hidden_size if ".mlp." in name else self.config.hidden_size
+        return shape
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Normalised tiles [n, 3, S, S] -> features [n, patches / 4, 4 * H]; the class token is dropped."""
@@ -108,6 +97,20 @@ class VisionTower(nn.Module):
             # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
             x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
         return pixel_shuffle(x[:, 1:])
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Sharded state, the same for a whole tower and for one split over any number of ranks."""
+        assert not sharded_offsets
+        state = self.state_dict(prefix="", keep_vars=True)
+        axes = {name: axis for name in state if (axis := self.split.axis_of(name)) is not None}
+        groups_of_state = {"tp_group": groups.tensor_group(), "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        sharded = make_sharded_tensors_for_checkpoint(state, prefix, axes, **groups_of_state)
+        for name in self.split.padded:
+            for key in (key for key in sharded if key.endswith(name)):
+                sharded[key].allow_shape_mismatch = True  # heads of padding differ between layouts
+        return sharded
 
 
 def pixel_shuffle(patches: Tensor) -> Tensor:

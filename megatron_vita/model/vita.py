@@ -1,9 +1,11 @@
 """VitaModel: tiles and tokens in, losses of the scored rows out."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -18,6 +20,15 @@ from megatron_vita.parallel import groups
 from megatron_vita.parallel.collectives import exchange_rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class VisionWork:
+    """How tiles are encoded."""
+
+    tensor_parallel: bool = False  # the tower is split over TP; else each TP rank encodes tiles of its own
+    tiles_at_once: int = 64
+    recompute: bool = False
+
+
 class VitaModel(MegatronModule):
     """A pipeline stage of the whole model; the first stage also holds the vision tower and the projector."""
 
@@ -27,6 +38,7 @@ class VitaModel(MegatronModule):
         *,
         shapes: ModelConfig,
         backend: AttentionBackend,
+        vision_work: VisionWork,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -36,8 +48,13 @@ class VitaModel(MegatronModule):
         self.shapes = shapes
         self.vp_stage = vp_stage
         self.pre_process, self.post_process = pre_process, post_process
-        if pre_process:
-            self.vision_model = VisionTower(shapes.vision)
+        self.vision_work = vision_work
+        self.encodes = pre_process and not shapes.text_only
+        if self.encodes:
+            self.vision_model = VisionTower(
+                shapes.vision, tp_group=groups.tensor_group() if vision_work.tensor_parallel else None
+            )
+            self.vision_model.recompute = vision_work.recompute
             self.projector = Projector(shapes)
         self.language_model = LanguageModel(
             config,
@@ -58,13 +75,18 @@ class VitaModel(MegatronModule):
         """The word embedding that first and last stage share, for megatron-core's gradient reduction."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def vision_parts(self) -> list[nn.Module]:
-        """The parts that are replicated over TP ranks, each of which sees its own tiles only."""
-        return [self.vision_model, self.projector] if self.pre_process else []
+    def parts_with_partial_gradients(self) -> list[nn.Module]:
+        """The parts whose gradient each TP rank has for its own tiles only: their sum over TP is the gradient."""
+        dealt = self.encodes and not self.vision_work.tensor_parallel
+        return [self.vision_model, self.projector] if dealt else []
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H]."""
-        return self.projector(self.vision_model(tiles))
+        """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H], a bounded number of tiles at once."""
+        turns = tiles.split(self.vision_work.tiles_at_once) if len(tiles) else [tiles]
+        features = torch.cat([self.projector(self.vision_model(turn)) for turn in turns])
+        if self.vision_work.tensor_parallel:  # each TP rank takes other rows of them
+            features = copy_to_tensor_model_parallel_region(features, group=groups.tensor_group())
+        return features
 
     def forward(
         self,
@@ -77,7 +99,7 @@ class VitaModel(MegatronModule):
     ) -> Tensor:
         """One pack.
 
-        tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored after the first stage.
+        tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored where there is no tower.
         features: feature rows of those tiles where they were encoded before [n, rows per tile, H].
         wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
         row_scale: the gradient that backward will bring to each loss (a loss scale, or weights [L]).
@@ -85,10 +107,10 @@ class VitaModel(MegatronModule):
         Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`, or the logits
         [rows, V] of `wanted_rows` where those are given.
         """
-        share = None
-        if self.pre_process:
+        share = self.language_model.embed(pack.input_ids) if self.pre_process else None
+        if self.encodes:
             features = self.encode(tiles) if features is None else features
-            share = self._write_features(self.language_model.embed(pack.input_ids), features, pack)
+            share = self._write_features(share, features, pack)
         hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
         if not self.post_process:
             return hidden
@@ -105,7 +127,7 @@ class VitaModel(MegatronModule):
             rows,
             send_counts=route.send_counts,
             receive_counts=route.receive_counts,
-            group=groups.exchange_group(),
+            group=groups.tile_group(),
         )
         return embeddings.index_copy(0, route.target_rows.to(device), rows.to(embeddings.dtype))
 
@@ -123,5 +145,5 @@ class VitaModel(MegatronModule):
     def initialize_vision(self, seed: int) -> None:
         """First weights of tower and projector, the same on every rank."""
         generator = torch.Generator().manual_seed(seed)
-        for part in (self.vision_model, self.projector) if self.pre_process else ():
+        for part in (self.vision_model, self.projector) if self.encodes else ():
             part.initialize(generator)

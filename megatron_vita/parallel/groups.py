@@ -1,5 +1,7 @@
 """megatron-core's process groups, made from a recipe."""
 
+import copy
+
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
@@ -7,10 +9,25 @@ from megatron_vita.config import ParallelConfig
 from megatron_vita.layout.slicing import RankLayout
 
 
-def initialize_groups(parallel: ParallelConfig) -> None:
-    """Makes the groups of `parallel`, replacing others made before. The process group must exist."""
+_GROUP_FIELDS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "hierarchical_context_parallel_sizes",
+)
+_current = ParallelConfig()  # what the groups were made for, beside megatron-core's own global state
+
+
+def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> None:
+    """Makes the groups of `parallel`, replacing others made before. The process group must exist.
+
+    `with_gloo`: also those for the host, which saving needs.
+    """
+    global _current
+    previous, _current = _current, copy.deepcopy(parallel)
     if parallel_state.is_initialized():
-        if _are_current(parallel):
+        if all(getattr(previous, name) == getattr(parallel, name) for name in _GROUP_FIELDS):
             return  # each group costs threads that outlive it
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -18,24 +35,10 @@ def initialize_groups(parallel: ParallelConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_size,
         context_parallel_size=parallel.context_parallel_size,
+        hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes or None,
+        create_gloo_process_groups=with_gloo,
     )
-    layout = rank_layout()
-    assert exchange_group().rank() == layout.exchange_rank, "exchange ranks count TP fastest, then CP"
-
-
-def _are_current(parallel: ParallelConfig) -> bool:
-    found = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_context_parallel_world_size(),
-        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
-    )
-    return found == (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.virtual_size,
-    )
+    assert tile_group().rank() == rank_layout().tile_rank, "tile ranks count TP fastest, then CP"
 
 
 def rank_layout() -> RankLayout:
@@ -45,12 +48,13 @@ def rank_layout() -> RankLayout:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
+        vision_tensor_parallel=_current.vision_tensor_parallel,
     )
 
 
-def exchange_group() -> ProcessGroup:
-    """The TP x CP ranks of a pipeline stage, which share its tiles."""
-    return parallel_state.get_tensor_and_context_parallel_group()
+def tile_group() -> ProcessGroup:
+    """The ranks of a pipeline stage that share a pack's tiles: TP x CP, or CP where TP ranks encode together."""
+    return context_group() if _current.vision_tensor_parallel else parallel_state.get_tensor_and_context_parallel_group()
 
 
 def tensor_group() -> ProcessGroup:

@@ -102,14 +102,10 @@ def finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None = None,
     group = groups.tensor_group()
     if group.size() == 1:
         return
-    for chunk in model:
-        for part in chunk.module.vision_parts():
-            grads = [p.main_grad for p in part.parameters() if p.requires_grad]
-            if grads:
-                flat = torch.cat([grad.flatten() for grad in grads])
-                dist.all_reduce(flat, group=group)
-                for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                    grad.copy_(summed.view_as(grad))
+    parts = [part for chunk in model for part in chunk.module.parts_with_partial_gradients()]
+    grads = [p.main_grad for part in parts for p in part.parameters() if p.requires_grad]
+    for work in [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]:
+        work.wait()
 
 
 def allocate_adam_state(optimizer: MegatronOptimizer) -> None:

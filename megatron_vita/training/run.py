@@ -108,7 +108,7 @@ def _open_streams(recipe: Recipe) -> tuple[PackStream, PackStream | None]:
             f"{recipe.text.tokenizer} has {tokenizer.vocab_size} entries"
         )
     layout = groups.rank_layout()
-    share = (layout.exchange_rank, layout.ranks) if groups.is_first_stage() else None
+    share = (layout.tile_rank, layout.tile_ranks) if groups.is_first_stage() else None
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=share)
     needed = recipe.training.train_iters * recipe.training.global_batch_size
     if needed > len(train):

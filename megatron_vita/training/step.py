@@ -92,8 +92,8 @@ def forward_step(
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
     """Tiles [n, 3, S, S] uint8, normalised in the model's precision on its device."""
-    normalized = normalize(tiles.to(platform.device()), run.recipe.media.normalization)
-    return normalized.bfloat16() if run.recipe.training.bf16 else normalized
+    dtype = torch.bfloat16 if run.recipe.training.bf16 else torch.float32
+    return normalize(tiles.to(platform.device()), run.recipe.media.normalization, dtype=dtype)
 
 
 def sum_losses(losses: Tensor, *, batch: Batch, pack: PackSlice, meter: Meter) -> tuple[Tensor, Tensor, dict]:

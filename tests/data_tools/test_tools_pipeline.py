@@ -35,7 +35,7 @@ def test_indexes_are_made_again_only_where_the_shard_is_newer(world: Path, capsy
 def test_a_plan_names_samples_longer_than_a_pack(world: Path, capsys) -> None:
     recipe = str(world / "recipe.yaml")
     assert main(["plan", recipe, "data.seq_length=80"]) == 0
-    assert "6 samples longer than a pack" in capsys.readouterr().out
+    assert "6 samples that cannot be used" in capsys.readouterr().out
     entries = [json.loads(line) for line in (world / "plan/rejected.jsonl").read_text().splitlines()]
     assert len(entries) == 6
     assert entries[0]["key"] == "toy-00000001"

@@ -98,5 +98,5 @@ def make_step(step: int) -> list[Batch]:
 
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:
     """The batch as the rank at `layout` would read it, with its own tiles only."""
-    run = deal(len(batch.tiles), layout.ranks)[layout.exchange_rank] if first_stage else range(0)
+    run = deal(len(batch.tiles), layout.tile_ranks)[layout.tile_rank] if first_stage else range(0)
     return replace(batch, tiles=batch.tiles[run.start : run.stop], tile_range=run)

@@ -57,12 +57,12 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: i
     position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # stands for the feature row's content
     outgoing = []
     for layout, part in zip(layouts, slices, strict=True):
-        run = deal(len(placements), layout.ranks)[layout.exchange_rank]
+        run = deal(len(placements), layout.tile_ranks)[layout.tile_rank]
         mine = position[run.start * rows_per_tile : run.stop * rows_per_tile][part.route.send_order]
         outgoing.append(mine.split(part.route.send_counts))
     for layout, part in zip(layouts, slices, strict=True):
-        received = torch.cat([sent[layout.exchange_rank] for sent in outgoing])
-        assert [len(sent[layout.exchange_rank]) for sent in outgoing] == part.route.receive_counts
+        received = torch.cat([sent[layout.tile_rank] for sent in outgoing])
+        assert [len(sent[layout.tile_rank]) for sent in outgoing] == part.route.receive_counts
         share = part.input_ids.unflatten(0, (tp, -1))[layout.tp_rank]
         assert share[part.route.target_rows].tolist() == received.tolist()
     reached = torch.cat([part.route.target_rows for part in slices])

@@ -51,7 +51,7 @@ def vision_tensors(get: Names, *, layers: int) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             qkv = [get(f"{theirs}attention.{x}_proj.{kind}") for x in "qkv"]
             ours |= {
-                f"{mine}attention.qkv.{kind}": torch.cat(qkv),
+                f"{mine}attention.qkv.{kind}": torch.stack(qkv),
                 f"{mine}attention.projection.{kind}": get(f"{theirs}attention.projection_layer.{kind}"),
                 f"{mine}norm1.{kind}": get(f"{theirs}layernorm_before.{kind}"),
                 f"{mine}norm2.{kind}": get(f"{theirs}layernorm_after.{kind}"),

@@ -1,0 +1,154 @@
+"""Parts of a vision layer that can be split over a tensor-parallel group: attention by heads, the MLP by width.
+
+Heads that do not divide are padded by heads of zeros, which stay zero: their output is zero, so no gradient reaches
+them. All sums over the group are megatron-core's; without a group they are left out.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_vita.config import VisionConfig
+
+_AXES = {
+    "attention.qkv.weight": 1,
+    "attention.qkv.bias": 1,
+    "attention.q_norm.weight": 0,
+    "attention.k_norm.weight": 0,
+    "attention.projection.weight": 1,
+    "mlp.fc1.weight": 0,
+    "mlp.fc1.bias": 0,
+    "mlp.fc2.weight": 1,
+}
+
+
+class Split:
+    """How the tower is split over a group; None: not at all."""
+
+    padded = tuple(name for name in _AXES if name.startswith("attention."))
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+        self.ranks, self.rank = (1, 0) if group is None else (group.size(), group.rank())
+
+    def axis_of(self, name: str) -> int | None:
+        """The axis along which the parameter `name` of the tower is split; None if each rank holds all of it."""
+        if self.group is None:
+            return None
+        return next((axis for ending, axis in _AXES.items() if name.endswith(ending)), None)
+
+    def part_of(self, whole: Tensor, *, name: str, size: torch.Size) -> Tensor:
+        """This rank's part of a parameter, with zeros where it reaches beyond the whole one."""
+        axis = self.axis_of(name)
+        if axis is None:
+            return whole
+        start, length = self.rank * size[axis], size[axis]
+        stop = min(start + length, whole.shape[axis])
+        part = whole.new_zeros(size)
+        if start < stop:
+            part.narrow(axis, 0, stop - start).copy_(whole.narrow(axis, start, stop - start))
+        return part
+
+    def share(self, x: Tensor) -> Tensor:
+        """`x`, the same on all ranks, as the input of work that is split: gradients are summed on the way back."""
+        return x if self.group is None else copy_to_tensor_model_parallel_region(x, group=self.group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, on each of them; all receive the same gradient."""
+        return x if self.group is None else reduce_from_tensor_model_parallel_region(x, group=self.group)
+
+
+def build_norm(config: VisionConfig) -> nn.Module:
+    """A norm over the tower's width."""
+    norm = nn.LayerNorm if config.normalization == "LayerNorm" else nn.RMSNorm
+    return norm(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class HeadsNorm(nn.Module):
+    """RMSNorm over all heads together, of which this rank has some (InternViT-6B's norm of queries and keys)."""
+
+    def __init__(self, config: VisionConfig, split: Split, width: int) -> None:
+        super().__init__()
+        self.total, self.eps, self.split = config.hidden_size, config.layernorm_epsilon, split
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        squares = x.float().square().sum(-1, keepdim=True)
+        # Each rank's part of the gradient of the sum comes from its own heads: summed on the way back, too.
+        mean = self.split.share(self.split.sum(squares)) / self.total
+        return (x.float() * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight
+
+
+class QueryKeyValue(nn.Module):
+    """The three input projections: weight [3, width, H]."""
+
+    def __init__(self, config: VisionConfig, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, width, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(3, width)) if config.add_qkv_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, s, H] -> [n, s, 3 * width]."""
+        return F.linear(x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten())
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention over the patches of one tile."""
+
+    def __init__(self, config: VisionConfig, split: Split) -> None:
+        super().__init__()
+        self.split = split
+        self.heads = -(-config.num_attention_heads // split.ranks)
+        self.head_width = config.hidden_size // config.num_attention_heads
+        width = self.heads * self.head_width
+        self.qkv = QueryKeyValue(config, width)
+        self.q_norm = HeadsNorm(config, split, width) if config.qk_layernorm else None
+        self.k_norm = HeadsNorm(config, split, width) if config.qk_layernorm else None
+        self.projection = RowLinear(width, config.hidden_size, split)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, s, H] -> [n, s, H]."""
+        n, s, _ = x.shape
+        q, k, v = self.qkv(self.split.share(x)).chunk(3, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.view(n, s, self.heads, self.head_width).transpose(1, 2) for y in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v) if n else v  # on CUDA it gives None for no tiles
+        return self.projection(attended.transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """Plain MLP with exact GELU."""
+
+    def __init__(self, config: VisionConfig, split: Split) -> None:
+        super().__init__()
+        self.split = split
+        width = config.ffn_hidden_size // split.ranks
+        self.fc1 = nn.Linear(config.hidden_size, width)
+        self.fc2 = RowLinear(width, config.hidden_size, split)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, s, H] -> [n, s, H]."""
+        return self.fc2(F.gelu(self.fc1(self.split.share(x))))
+
+
+class RowLinear(nn.Module):
+    """A linear layer whose input is split over the ranks; its bias is added once."""
+
+    def __init__(self, width: int, hidden_size: int, split: Split) -> None:
+        super().__init__()
+        self.split = split
+        self.weight = nn.Parameter(torch.empty(hidden_size, width))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, s, width] -> [n, s, H]."""
+        if self.split.group is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.split.sum(F.linear(x, self.weight)) + self.bias
