@@ -97,10 +97,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
-    """CheckpointError, naming the first field that differs, unless the checkpoint is of the same model shapes."""
+    """CheckpointError, naming the first field that differs, unless the checkpoint is of the same model shapes.
+
+    A text-only model may be the language model of a whole one.
+    """
     found = _flatten(read_manifest(checkpoint)["recipe"]["model"])
+    free = ("text_only", "vision.", "projector.") if model["text_only"] else ()
     for name, value in _flatten(model).items():
-        if not name.endswith(("init", "init_method_std")) and found.get(name) != value:
+        if name.startswith(free) or name.endswith(("init", "init_method_std")):
+            continue
+        if found.get(name) != value:
             raise CheckpointError(
                 f"{checkpoint}: is of another model: model.{name} is {found.get(name)} there and {value} in the recipe"
             )

@@ -63,6 +63,7 @@ class DocumentFormat:
     template: str
     media: MediaConfig
     vision: VisionConfig
+    text_only: bool = False
 
 
 def newline_length(tokenizer: Tokenizer) -> int:
@@ -113,7 +114,10 @@ def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentForm
 def assemble_document(
     turns: Iterable[Turn], *, key: str, images: Iterable[Medium], videos: Iterable[Medium], form: DocumentFormat
 ) -> Document:
-    """The turns' tokens in order, each tag replaced by its placeholder sequence (Long-VITA, arXiv 2502.05177)."""
+    """The turns' tokens in order, each tag replaced by its placeholder sequence (Long-VITA, arXiv 2502.05177).
+
+    DataError for media where the model is text-only.
+    """
     media = {"image": iter(images), "video": iter(videos)}
     ids: list[int] = []
     loss: list[bool] = []
@@ -125,6 +129,8 @@ def assemble_document(
             loss += [piece.loss] * len(piece.ids)
             continue
         medium = next(media[piece.kind])
+        if form.text_only:
+            raise DataError(f"{medium.member}: the model takes no {piece.kind}s, since model.text_only is true")
         used.append(medium)
         sequence = _placeholders(medium, form)
         placements += [len(ids) + offset for offset in sequence.offsets]

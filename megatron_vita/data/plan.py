@@ -58,6 +58,10 @@ class PackPlan:
         values = (self.columns[name][rows].tolist() for name in COLUMNS[1:])
         return [DocumentEntry(*entry) for entry in zip(*values, strict=True)]
 
+    def lengths_of(self, pack_id: int) -> np.ndarray:
+        """Tokens of a pack's documents: [D] int32."""
+        return self.columns["tokens"][self._rows(pack_id)]
+
     def tiles_of(self, pack_id: int) -> int:
         """Tiles and frames of a pack."""
         rows = self._rows(pack_id)

@@ -57,7 +57,11 @@ def plan_path(recipe: Recipe, split: Split) -> Path:
 def document_format(recipe: Recipe, tokenizer: Tokenizer) -> DocumentFormat:
     """What a recipe says about turning samples into documents."""
     return DocumentFormat(
-        tokenizer=tokenizer, template=recipe.text.template, media=recipe.media, vision=recipe.model.vision
+        tokenizer=tokenizer,
+        template=recipe.text.template,
+        media=recipe.media,
+        vision=recipe.model.vision,
+        text_only=recipe.model.text_only,
     )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
-from megatron_vita.data.documents import Document, DocumentFormat
+from megatron_vita.data.documents import Document
+from megatron_vita.data.split import document_format
 from megatron_vita.inference.cache import CachingBackend, KeyValueCache
 from megatron_vita.inference.prompt import Prompt, lay_out_prompt, prompt_tiles
 from megatron_vita.inference.sampling import Sampling, next_tokens
@@ -43,9 +44,7 @@ class Engine:
         self.tokenizer = load_tokenizer(recipe.text.tokenizer)
         self.backend = CachingBackend()
         self.model = build_model(recipe, backend=self.backend).eval()
-        self.form = DocumentFormat(
-            tokenizer=self.tokenizer, template=recipe.text.template, media=recipe.media, vision=recipe.model.vision
-        )
+        self.form = document_format(recipe, self.tokenizer)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, tokenizer: str | None = None) -> "Engine":
@@ -129,7 +128,7 @@ class Engine:
         return pack.to(platform.device())
 
     def _encode(self, prompts: Sequence[Prompt], documents: list[Document]) -> Tensor:
-        """Features of all tiles [N, rows, H], media that prompts share are encoded once."""
+        """Features of all tiles [N, rows, H]; media that prompts share are encoded once."""
         encoded: dict[tuple[bytes, ...], Tensor] = {}
         parts = []
         for prompt, document in zip(prompts, documents, strict=True):
@@ -141,4 +140,6 @@ class Engine:
 
     def _encode_tiles(self, tiles: Tensor) -> Tensor:
         dtype = self.model.config.params_dtype
+        if not self.model.encodes:
+            return torch.empty(0, dtype=dtype)
         return self.model.encode(normalize(tiles.to(platform.device()), self.recipe.media.normalization, dtype=dtype))

@@ -1,6 +1,9 @@
-"""Which tiles of a pack each rank of a replica decodes and encodes."""
+"""Who works on what: the tiles of a pack that each rank of a replica encodes, the packs of a step that each replica takes."""
 
 import itertools
+from collections.abc import Sequence
+
+import numpy as np
 
 
 def deal(num_tiles: int, ranks: int) -> list[range]:
@@ -10,3 +13,46 @@ def deal(num_tiles: int, ranks: int) -> list[range]:
     """
     bounds = [num_tiles * rank // ranks for rank in range(ranks + 1)]
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def deal_packs(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """The packs of a step for each of `ranks` replicas: equally many, in ascending order, of nearly equal cost.
+
+    The dearest pack goes first, each to the replica with the least cost that has room; then packs are exchanged with
+    the dearest replica as long as that makes it cheaper. `len(costs)` must be a multiple of `ranks`.
+    """
+    room = len(costs) // ranks
+    assert room * ranks == len(costs), f"{len(costs)} packs over {ranks} replicas"
+    cost = np.asarray(costs, dtype=np.float64)
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    sums = np.zeros(ranks)
+    for pack in np.argsort(-cost, kind="stable").tolist():
+        rank = int(np.argmin(np.where([len(hand) < room for hand in hands], sums, np.inf)))
+        hands[rank].append(pack)
+        sums[rank] += cost[pack]
+    for _ in range(len(costs)):
+        if not _lower_the_dearest(hands, sums, cost):
+            break
+    return [sorted(hand) for hand in hands]
+
+
+def _lower_the_dearest(hands: list[list[int]], sums: np.ndarray, cost: np.ndarray) -> bool:
+    """Exchanges one pack of the dearest replica so that the dearer of the two becomes as cheap as can be."""
+    dearest = int(np.argmax(sums))
+    best, exchange = sums[dearest] * (1 - 1e-9), None
+    for other in range(len(hands)):
+        if other == dearest:
+            continue
+        gain = cost[hands[dearest]][:, None] - cost[hands[other]][None, :]
+        result = np.maximum(sums[dearest] - gain, sums[other] + gain)
+        mine, theirs = divmod(int(np.argmin(result)), result.shape[1])
+        if result[mine, theirs] < best:
+            best, exchange = result[mine, theirs], (other, mine, theirs)
+    if exchange is None:
+        return False
+    other, mine, theirs = exchange
+    given, taken = hands[dearest][mine], hands[other][theirs]
+    hands[dearest][mine], hands[other][theirs] = taken, given
+    sums[dearest] += cost[taken] - cost[given]
+    sums[other] += cost[given] - cost[taken]
+    return True

@@ -100,7 +100,9 @@ def route_features(owner: Tensor, *, placements: Tensor, rows_per_tile: int, lay
     destination, share_row = _holders(owner, layout)
     position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # [N * rows_per_tile]
     destination, share_row = destination[position], share_row[position]
-    runs = [slice(run.start * rows_per_tile, run.stop * rows_per_tile) for run in deal(len(placements), layout.tile_ranks)]
+    runs = [
+        slice(run.start * rows_per_tile, run.stop * rows_per_tile) for run in deal(len(placements), layout.tile_ranks)
+    ]
     mine = destination[runs[layout.tile_rank]]
     for_me = destination == layout.tile_rank
     order = torch.argsort(mine, stable=True)

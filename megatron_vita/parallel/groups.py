@@ -54,7 +54,9 @@ def rank_layout() -> RankLayout:
 
 def tile_group() -> ProcessGroup:
     """The ranks of a pipeline stage that share a pack's tiles: TP x CP, or CP where TP ranks encode together."""
-    return context_group() if _current.vision_tensor_parallel else parallel_state.get_tensor_and_context_parallel_group()
+    return (
+        context_group() if _current.vision_tensor_parallel else parallel_state.get_tensor_and_context_parallel_group()
+    )
 
 
 def tensor_group() -> ProcessGroup:

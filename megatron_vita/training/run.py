@@ -1,6 +1,7 @@
 """A run's parts and its position, from a recipe; saving and resuming them."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ from megatron_vita.data.loader import pack_loader
 from megatron_vita.data.split import open_split
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import ConfigError
+from megatron_vita.layout.dealing import deal_packs
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.planning.flops import variable_cost
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.training.optimizer import (
     allocate_adam_state,
@@ -108,7 +111,8 @@ def _open_streams(recipe: Recipe) -> tuple[PackStream, PackStream | None]:
             f"{recipe.text.tokenizer} has {tokenizer.vocab_size} entries"
         )
     layout = groups.rank_layout()
-    share = (layout.tile_rank, layout.tile_ranks) if groups.is_first_stage() else None
+    encodes = groups.is_first_stage() and not recipe.model.text_only
+    share = (layout.tile_rank, layout.tile_ranks) if encodes else None
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=share)
     needed = recipe.training.train_iters * recipe.training.global_batch_size
     if needed > len(train):
@@ -124,17 +128,20 @@ def _open_streams(recipe: Recipe) -> tuple[PackStream, PackStream | None]:
 
 
 def train_batches(run: Run) -> Iterator[Batch]:
-    """This rank's packs of all remaining steps, in order."""
+    """This rank's packs of all remaining steps, in order; each step's packs are dealt to the replicas by cost."""
     assert run.train_stream is not None
-    size = run.recipe.training.global_batch_size
-    rank = groups.data_parallel_group().rank()
-    first = rank * run.microbatches
-    ids = [
-        step * size + first + i
-        for step in range(run.step, run.recipe.training.train_iters)
-        for i in range(run.microbatches)
-    ]
+    steps = range(run.step, run.recipe.training.train_iters)
+    ids = itertools.chain.from_iterable(_packs_of_step(run, step) for step in steps)
     return pack_loader(run.train_stream, ids, num_workers=run.recipe.data.num_workers)
+
+
+def _packs_of_step(run: Run, step: int) -> list[int]:
+    assert run.train_stream is not None
+    plan, size = run.train_stream.plan, run.recipe.training.global_batch_size
+    packs = range(step * size, (step + 1) * size)
+    costs = [variable_cost(run.recipe, plan.lengths_of(pack), tiles=plan.tiles_of(pack)) for pack in packs]
+    group = groups.data_parallel_group()
+    return [packs[i] for i in deal_packs(costs, group.size())[group.rank()]]
 
 
 def validation_batches(run: Run) -> tuple[Iterator[Batch], int]:

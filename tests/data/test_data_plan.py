@@ -169,7 +169,9 @@ def test_a_strict_plan_stops_at_a_sample_longer_than_a_pack(world) -> None:
 
 
 def test_a_plan_without_any_sample_is_refused(world) -> None:
-    with pytest.raises(DataError, match=r"none of its 40 samples can be used\. .* 48 tokens do not fit data\.seq_length 16"):
+    with pytest.raises(
+        DataError, match=r"none of its 40 samples can be used\. .* 48 tokens do not fit data\.seq_length 16"
+    ):
         make_plan(toy_recipe(world.root, seq_length=16), "train", tokenizer=world.tokenizer)
 
 

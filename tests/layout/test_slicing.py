@@ -37,19 +37,17 @@ def test_positions_restart_at_each_document() -> None:
     assert offsets_in_document(torch.tensor([0, 3, 5])).tolist() == [0, 1, 2, 0, 1]
 
 
-@pytest.mark.parametrize(("tiles", "ranks"), [(0, 4), (3, 4), (10, 4), (64, 1), (7, 2)])
-def test_tiles_are_dealt_in_contiguous_runs_that_differ_by_one_at_most(tiles: int, ranks: int) -> None:
-    runs = deal(tiles, ranks)
-    assert [tile for run in runs for tile in run] == list(range(tiles))
-    assert max(map(len, runs)) - min(map(len, runs)) <= 1
-
-
+@pytest.mark.parametrize("together", [False, True], ids=["own tiles", "tiles together over TP"])
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
-def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: int) -> None:
+def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: int, together: bool) -> None:
     rows_per_tile = 4
     placements = torch.tensor([1, 6, 20, 30, 75, 81, 110])
     ids, labels = torch.arange(TOTAL), torch.full((TOTAL,), -100)
-    layouts = [RankLayout(tp_size=tp, tp_rank=t, cp_size=cp, cp_rank=c) for c in range(cp) for t in range(tp)]
+    layouts = [
+        RankLayout(tp_size=tp, tp_rank=t, cp_size=cp, cp_rank=c, vision_tensor_parallel=together)
+        for c in range(cp)
+        for t in range(tp)
+    ]
     slices = [
         slice_pack(ids, labels=labels, cu_seqlens=BOUNDS, placements=placements, rows_per_tile=4, layout=layout)
         for layout in layouts
@@ -61,8 +59,10 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: i
         mine = position[run.start * rows_per_tile : run.stop * rows_per_tile][part.route.send_order]
         outgoing.append(mine.split(part.route.send_counts))
     for layout, part in zip(layouts, slices, strict=True):
-        received = torch.cat([sent[layout.tile_rank] for sent in outgoing])
-        assert [len(sent[layout.tile_rank]) for sent in outgoing] == part.route.receive_counts
+        peers = [i for i, other in enumerate(layouts) if not together or other.tp_rank == layout.tp_rank]
+        sent = [outgoing[peer][layout.tile_rank] for peer in peers]
+        assert list(map(len, sent)) == part.route.receive_counts
+        received = torch.cat(sent)
         share = part.input_ids.unflatten(0, (tp, -1))[layout.tp_rank]
         assert share[part.route.target_rows].tolist() == received.tolist()
     reached = torch.cat([part.route.target_rows for part in slices])

@@ -60,6 +60,23 @@ def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Pat
             assert torch.equal(before[name], parameter) == name.startswith(frozen), name
 
 
+def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_model(
+    recipe_path: Path, trained: Recipe, tmp_path: Path
+) -> None:
+    text_only = ["model.text_only=true", f"data.plan={tmp_path / 'plan'}", "data.epochs=8"]
+    data_tools("plan", recipe_path, *text_only)
+    rejected = (tmp_path / "plan" / "rejected.jsonl").read_text().splitlines()
+    assert len(rejected) == 2 * 60  # of training and held-out data, two of three samples have an image
+    assert "has images or videos (" in rejected[0]
+    recipe = load_recipe(recipe_path, [*FAST, *text_only, f"checkpoint.load={trained.checkpoint.save}"])
+    run = open_run(recipe)
+    assert {name.split(".")[0] for name, _ in run.core.named_parameters()} == {"language_model"}
+    whole = open_run(load_recipe(recipe_path, [f"checkpoint.save={trained.checkpoint.save}"])).core
+    for name, parameter in run.core.named_parameters():
+        assert torch.equal(parameter, whole.get_parameter(name)), name
+    train(recipe)
+
+
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -> None:
     recipe = load_recipe(recipe_path, [*FAST, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.2"])
     recipe.optimizer.min_lr = 1e-4
@@ -96,7 +113,8 @@ def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_pa
 def test_vectors_and_biases_are_spared_weight_decay(recipe_path: Path) -> None:
     run = open_run(load_recipe(recipe_path, [*FAST, "optimizer.weight_decay=0.1"]))
     spared = sum(p.numel() for g in run.optimizer.param_groups if g["wd_mult"] == 0 for p in g["params"])
-    assert spared == sum(p.numel() for p in run.core.parameters() if p.dim() == 1)
+    named = run.core.named_parameters()
+    assert spared == sum(p.numel() for name, p in named if p.dim() == 1 or name.endswith("bias"))
 
 
 def test_tensorboard_holds_losses_of_sources_and_of_held_out_packs(trained: Recipe) -> None:
@@ -187,7 +205,7 @@ def test_a_recipe_that_does_not_fit_its_data_is_refused(recipe_path: Path, overr
 
 
 def test_a_run_that_diverges_stops_and_names_step_and_packs(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vita.training.step.normalize", lambda tiles, _: tiles.float() * float("nan"))
+    monkeypatch.setattr("megatron_vita.training.step.normalize", lambda tiles, *_, **__: tiles.float() * float("nan"))
     with pytest.raises(VitaError, match=r"step 1: loss nan.*packs 0 to 3"):
         train(load_recipe(recipe_path, FAST))
 

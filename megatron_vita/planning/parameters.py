@@ -1,0 +1,115 @@
+"""Numbers of parameters, part by part."""
+
+from dataclasses import dataclass
+
+from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """A language model layer on one TP rank: parameters that are split over TP, and those that each rank has."""
+
+    split: int
+    whole: int
+
+
+def language_layer(language: LanguageConfig) -> LayerShape:
+    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the two norms included."""
+    width, heads = language.hidden_size, language.num_attention_heads * language.kv_channels
+    inner = heads + 2 * language.num_query_groups * language.kv_channels
+    attention = inner * width + heads * width + (inner if language.add_qkv_bias else 0)
+    return LayerShape(split=attention + 3 * language.ffn_hidden_size * width, whole=2 * width)
+
+
+def vision_tower(vision: VisionConfig) -> LayerShape:
+    """Of the whole tower; `split` is what a TP group divides where the tower is split over it, heads not padded."""
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size
+    norms = 2 * width * (2 if vision.normalization == "LayerNorm" else 1)
+    split = 4 * width * width + 2 * ffn * width + ffn
+    split += (3 * width if vision.add_qkv_bias else 0) + (2 * width if vision.qk_layernorm else 0)
+    embeddings = 3 * vision.patch_size**2 * width + width + width + (vision.patches + 1) * width
+    return LayerShape(
+        split=vision.num_layers * split,
+        whole=vision.num_layers * (norms + 2 * width + 2 * width) + embeddings,
+    )
+
+
+def projector(model: ModelConfig) -> int:
+    """All of it is on every rank of the first stage."""
+    joined, wide = 4 * model.vision.hidden_size, model.language.hidden_size
+    biased = model.projector.kind == "internvl"
+    hidden = wide if biased else model.vision.hidden_size
+    return 2 * joined + joined * hidden + hidden * wide + (hidden + wide if biased else 0)
+
+
+def word_embedding(language: LanguageConfig) -> int:
+    """Also those of an output layer with weights of its own. Rows that pad the vocabulary for TP are not counted."""
+    return language.vocab_size * language.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageParameters:
+    """Parameters on one rank of a pipeline stage, by part."""
+
+    vision: int = 0
+    projector: int = 0
+    embedding: int = 0
+    layers: int = 0
+    output: int = 0
+
+    @property
+    def language(self) -> int:
+        """Of the language model."""
+        return self.embedding + self.layers + self.output
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return self.vision + self.projector + self.language
+
+    def trainable(self, recipe: Recipe) -> int:
+        """Those that the recipe does not freeze."""
+        training = recipe.training
+        vision = 0 if training.freeze_vision_model else self.vision
+        joint = 0 if training.freeze_projector else self.projector
+        return vision + joint + (0 if training.freeze_language_model else self.language)
+
+
+def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
+    """Parameters on one rank of pipeline stage `stage`, as the recipe lays the model out."""
+    model, parallel = recipe.model, recipe.parallel
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layer, layers = language_layer(model.language), parallel.layers_of_stages(model.language.num_layers)[stage]
+    first, last = stage == 0, stage == stages - 1
+    encodes = first and not model.text_only
+    vocabulary = -(-model.language.vocab_size // tp) * model.language.hidden_size
+    tied = not model.language.untie_embeddings_and_output_weights
+    return StageParameters(
+        vision=_vision(recipe) if encodes else 0,
+        projector=projector(model) if encodes else 0,
+        embedding=vocabulary if first else 0,
+        layers=layers * (layer.split // tp + layer.whole) + (model.language.hidden_size if last else 0),
+        output=vocabulary if last and not (first and tied) else 0,
+    )
+
+
+def _vision(recipe: Recipe) -> int:
+    """On one rank. Where the tower is split, heads that do not divide are padded."""
+    vision, tp = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
+    tower = vision_tower(vision)
+    if not recipe.parallel.vision_tensor_parallel:
+        return tower.split + tower.whole
+    width, heads = vision.hidden_size, vision.num_attention_heads
+    mine = -(-heads // tp) * (width // heads)
+    attention = 4 * width * mine + (3 * mine if vision.add_qkv_bias else 0) + (2 * mine if vision.qk_layernorm else 0)
+    mlp = (2 * width + 1) * vision.ffn_hidden_size // tp
+    return vision.num_layers * (attention + mlp) + tower.whole
+
+
+def model_parameters(model: ModelConfig) -> int:
+    """Of the whole model, each counted once."""
+    layer, tower = language_layer(model.language), vision_tower(model.vision)
+    copies = 2 if model.language.untie_embeddings_and_output_weights else 1
+    language = model.language.num_layers * (layer.split + layer.whole) + model.language.hidden_size
+    language += copies * word_embedding(model.language)
+    return language if model.text_only else language + tower.split + tower.whole + projector(model)

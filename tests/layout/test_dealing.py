@@ -1,0 +1,55 @@
+"""Tiles are dealt in contiguous, equal runs; packs of a step to replicas by cost."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_vita.layout.dealing import deal, deal_packs
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("tiles", [0, 1, 7, 63, 4064])
+def test_runs_cover_all_tiles_in_order_and_differ_by_at_most_one(tiles: int, ranks: int) -> None:
+    runs = deal(tiles, ranks)
+    assert list(itertools.chain.from_iterable(runs)) == list(range(tiles))
+    assert len(runs) == ranks
+    assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+def test_at_most_one_image_less_than_ranks_is_opened_by_two_ranks() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(100):
+        image_of_tile = np.repeat(np.arange(40), generator.integers(1, 14, 40))
+        opened = [set(image_of_tile[run.start : run.stop]) for run in deal(len(image_of_tile), 8)]
+        assert sum(map(len, opened)) - len(set.union(*opened)) <= 8 - 1
+
+
+@pytest.mark.parametrize(("packs", "ranks"), [(8, 1), (8, 8), (64, 8), (512, 64), (12, 3)])
+def test_each_pack_is_dealt_once_and_replicas_have_equally_many(packs: int, ranks: int) -> None:
+    costs = np.random.default_rng(packs).lognormal(0, 1, packs)
+    hands = deal_packs(costs, ranks)
+    assert sorted(itertools.chain.from_iterable(hands)) == list(range(packs))
+    assert {len(hand) for hand in hands} == {packs // ranks}
+    assert hands == deal_packs(list(costs), ranks)
+
+
+def test_the_best_deal_of_few_packs_is_found() -> None:
+    """Checked against all ways of dealing."""
+    generator = np.random.default_rng(1)
+    for _ in range(50):
+        costs = generator.integers(1, 100, 8)
+        found = max(costs[hand].sum() for hand in deal_packs(costs, 2))
+        best = min(
+            max(costs[list(h)].sum(), costs.sum() - costs[list(h)].sum()) for h in itertools.combinations(range(8), 4)
+        )
+        assert found <= best * 1.05
+
+
+def test_cost_per_replica_differs_by_less_than_three_percent_at_eight_packs_each() -> None:
+    """Costs as packs of 128K tokens have them: from many short documents to one long one, with few or many tiles."""
+    generator = np.random.default_rng(2)
+    for _ in range(20):
+        costs = generator.lognormal(0, 0.5, 64)
+        sums = [costs[hand].sum() for hand in deal_packs(costs, 8)]
+        assert max(sums) / np.mean(sums) <= 1.03
