@@ -1,4 +1,4 @@
-"""Who works on what: the tiles of a pack that each rank of a replica encodes, the packs of a step that each replica takes."""
+"""Who works on what: the tiles of a pack that each rank encodes, the packs of a step that each replica takes."""
 
 import itertools
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 
 def _recomputation(recipe: Recipe) -> dict[str, Any]:
-    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what the given parts make inside."""
+    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what given parts make inside."""
     training = recipe.training
     if training.recompute_granularity == "none":
         return {}

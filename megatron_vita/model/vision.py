@@ -1,8 +1,8 @@
 """InternViT: a plain vision transformer with LayerScale, a class token and no final norm.
 
-Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form: the InternVL 2.5 model
-cards). Every rank holds the whole tower and encodes tiles of its own, unless the tower is split over a tensor-parallel
-group (`vision_parts.py`), whose ranks then encode the same tiles together.
+Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form: the InternVL 2.5
+model cards). Every rank holds the whole tower and encodes tiles of its own, unless the tower is split over a
+tensor-parallel group (`vision_parts.py`), whose ranks then encode the same tiles together.
 """
 
 from typing import Any

@@ -8,7 +8,6 @@ from torch.distributed import ProcessGroup
 from megatron_vita.config import ParallelConfig
 from megatron_vita.layout.slicing import RankLayout
 
-
 _GROUP_FIELDS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
