@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vita import platform
+from megatron_vita.config import Recipe
 from megatron_vita.errors import PlatformError
 from megatron_vita.model.attention import DocumentAttention
 from megatron_vita.model.documents import pack_documents
@@ -71,8 +72,12 @@ class TransformerEngineBackend:
     """Transformer Engine's layers in THD layout."""
 
     def block_spec(self, num_layers: int) -> ModuleSpec:
-        """megatron-core's Transformer Engine layer."""
-        return get_gpt_layer_with_transformer_engine_spec()
+        """megatron-core's Transformer Engine layer, whose attention refuses to run unfused."""
+        from megatron_vita.model.fused_attention import FusedAttention
+
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer.submodules.self_attention.submodules.core_attention = FusedAttention
+        return layer
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
         """One tensor as padded and unpadded bounds; angles of the longest document, which each document restarts."""
@@ -87,18 +92,36 @@ class TransformerEngineBackend:
             cu_seqlens_kv_padded=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            pad_between_seqs=False,  # else Transformer Engine compares the two tensors on the device, every layer
         )
         return packed, rotary_angles(torch.arange(longest, device=device), inverse_frequencies)
 
 
-def choose_backend(name: str) -> AttentionBackend:
-    """The backend that a recipe names; `auto` takes Transformer Engine where it and CUDA are present."""
+def choose_backend(recipe: Recipe) -> AttentionBackend:
+    """The backend that a recipe names; `auto` takes Transformer Engine where it and CUDA are present, in bf16.
+
+    PlatformError if Transformer Engine is missing or finds no fused attention.
+    """
+    name = recipe.parallel.attention_backend
     usable = platform.on_cuda() and platform.has_transformer_engine()
     if name == "te" and not usable:
         missing = "Transformer Engine" if platform.on_cuda() else "CUDA"
         raise PlatformError(f"parallel.attention_backend is te, but {missing} is not present; use torch or auto")
-    if name == "te" or (name == "auto" and usable):
+    if name == "te" or (name == "auto" and usable and recipe.training.bf16):
+        _check_fused_attention(recipe)
         return TransformerEngineBackend()
-    if platform.on_cuda() and name == "auto":
+    if platform.on_cuda() and name == "auto" and not usable:
         logger.warning("Transformer Engine is not installed: the slower torch attention backend is used")
     return TorchBackend()
+
+
+def _check_fused_attention(recipe: Recipe) -> None:
+    from megatron_vita.model.fused_attention import check_fused_attention
+
+    language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
+    check_fused_attention(
+        heads=language.num_attention_heads // tp,
+        query_groups=language.num_query_groups // tp,
+        width=language.kv_channels,
+        dtype=torch.bfloat16,
+    )

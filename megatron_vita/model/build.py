@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
@@ -51,6 +52,7 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
         **_recomputation(recipe),
         calculate_per_token_loss=True,
+        attention_backend=AttnBackend.fused,  # keeps Transformer Engine from falling back to unfused attention
         use_cpu_initialization=not platform.on_cuda(),
         apply_rope_fusion=fused,
         bias_activation_fusion=fused,
@@ -88,7 +90,7 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
 
     `backend` replaces the one that the recipe names.
     """
-    backend = backend or choose_backend(recipe.parallel.attention_backend)
+    backend = backend or choose_backend(recipe)
     config = transformer_config(recipe, fused=isinstance(backend, TransformerEngineBackend))
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)

@@ -107,10 +107,7 @@ class VitaModel(MegatronModule):
         Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`, or the logits
         [rows, V] of `wanted_rows` where those are given.
         """
-        share = self.language_model.embed(pack.input_ids) if self.pre_process else None
-        if self.encodes:
-            features = self.encode(tiles) if features is None else features
-            share = self._write_features(share, features, pack)
+        share = self._embed(tiles, pack, features) if self.pre_process else None
         hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
         if not self.post_process:
             return hidden
@@ -118,6 +115,13 @@ class VitaModel(MegatronModule):
             return self.language_model.output(hidden, rows=wanted_rows)
         scored = pack.loss_rows
         return self.language_model.output(hidden, rows=scored, labels=pack.labels[scored], row_scale=row_scale)
+
+    def _embed(self, tiles: Tensor, pack: PackSlice, features: Tensor | None) -> Tensor:
+        """This rank's share of the sequence [t / TP, H]: word embeddings and feature rows."""
+        share = self.language_model.embed(pack.input_ids)
+        if not self.encodes:
+            return share
+        return self._write_features(share, self.encode(tiles) if features is None else features, pack)
 
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
         """Overwrites placeholder rows with features, which travel to the ranks that hold the placeholders."""

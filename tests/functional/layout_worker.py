@@ -1,4 +1,4 @@
-"""Run by torchrun: two steps at each layout; gradients and weights go to checkpoints that any layout reads."""
+"""Run by torchrun: three steps at each layout; gradients and weights go to checkpoints that any layout reads."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from layouts import Layout
 from synthetic import make_step, share_of, tiny_recipe
 
 from megatron_vita import platform
@@ -16,23 +17,25 @@ from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, assemble_run, settle_weights
 from megatron_vita.training.step import train_step
 
+STEPS = 3
+
 
 def my_batches(run: Run, step: int) -> list:
     """This rank's packs of a step."""
     first = groups.data_parallel_group().rank() * run.microbatches
-    packs = make_step(step)[first : first + run.microbatches]
+    packs = make_step(step, run.recipe)[first : first + run.microbatches]
     return [share_of(pack, groups.rank_layout(), first_stage=groups.is_first_stage()) for pack in packs]
 
 
 def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
-    """Reduced gradients of this rank's parameters; shards of the distributed optimizer are gathered."""
+    """Reduced gradients of this rank's parameters, zeros for frozen ones; shards of the optimizer are gathered."""
     group = groups.data_parallel_group(with_context_parallel=True)
     if run.recipe.parallel.use_distributed_optimizer and group.size() > 1:
         for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    return {name: p.main_grad.clone() for name, p in named_parameters(run)}
+    return {name: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for name, p in named_parameters(run)}
 
 
 def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
@@ -53,35 +56,46 @@ def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None
             p.copy_(weights[name])
 
 
-def open_layout(parallel: dict, start: Path) -> Run:
-    """A run at a layout with the reference's first weights."""
-    recipe = tiny_recipe(**parallel)
+def open_layout(fields: dict, start: Path | None) -> Run:
+    """A run at a layout, with the weights at `start` or with first weights."""
+    recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
-    load_weights(run.cores, store.find_checkpoint(start))
-    run.optimizer.reload_model_params()
+    if start is not None:
+        load_weights(run.cores, store.find_checkpoint(start))
+        run.optimizer.reload_model_params()
     return run
 
 
-def two_steps(run: Run, folder: Path) -> list[StepMetrics]:
-    """Two optimizer steps; gradients of the first and weights after the second are written."""
-    first = train_step(run, iter(my_batches(run, 0)))
-    save_tensors(run, folder / "gradients", whole_gradients(run))
-    second = train_step(run, iter(my_batches(run, 1)))
-    save_tensors(run, folder / "weights")
-    return [first, second]
+def run_steps(layout: Layout, folder: Path) -> list[StepMetrics]:
+    """Optimizer steps of a layout; gradients of the first and weights after the last are written."""
+    kind = "tied" if layout.value("model") == "tied" else "untied"
+    run = open_layout(layout.fields, folder / f"start_{kind}")
+    metrics = [train_step(run, iter(my_batches(run, 0)))]
+    save_tensors(run, folder / layout.name / "gradients", whole_gradients(run))
+    metrics += [train_step(run, iter(my_batches(run, step))) for step in range(1, STEPS)]
+    save_tensors(run, folder / layout.name / "weights")
+    return metrics
+
+
+def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
+    """What is compared of each step."""
+    rows = [{"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles} for m in metrics]
+    path.write_text(json.dumps(rows))
 
 
 def main() -> None:
-    """Arguments: folder, JSON of {layout name: fields of parallel}."""
-    folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    """Arguments: folder, JSON list of layouts' values."""
+    folder, layouts = Path(sys.argv[1]), [Layout(tuple(values)) for values in json.loads(sys.argv[2])]
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    for name, parallel in layouts.items():
-        metrics = two_steps(open_layout(parallel, folder / "start"), folder / name)
+    for layout in layouts:
+        try:
+            metrics = run_steps(layout, folder)
+        except Exception as error:
+            raise RuntimeError(f"layout {layout.name}") from error
         if dist.get_rank() == 0:
-            rows = [{"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles} for m in metrics]
-            (folder / f"{name}.json").write_text(json.dumps(rows))
+            write_metrics(metrics, folder / f"{layout.name}.json")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from layout_worker import my_batches, save_tensors, whole_gradients
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -58,9 +57,6 @@ def step_of_case(case: dict, folder: Path, *, start: Path) -> float:
     if head is not None:
         head.chunk_bytes = 5 * 4 * head.output_size_per_partition
     metrics = train_step(run, iter(my_batches(run, 0)))
-    for parameter in run.core.parameters():
-        if not parameter.requires_grad:
-            parameter.main_grad = torch.zeros_like(parameter)
     save_tensors(run, folder, whole_gradients(run))
     return metrics.loss
 

@@ -10,6 +10,7 @@ from megatron_vita.config import (
     LanguageConfig,
     ModelConfig,
     OptimizerConfig,
+    ProjectorConfig,
     Recipe,
     TrainingConfig,
 )
@@ -23,11 +24,13 @@ IGNORED = -100
 
 
 def tiny_recipe(**layout: object) -> Recipe:
-    """A recipe of the tiny model; keyword arguments are fields of `parallel` or `training`."""
+    """A recipe of the tiny model; keyword arguments are fields of its groups."""
     recipe = Recipe(
         model=ModelConfig(
             vision=Vision(image_size=16, patch_size=4, num_layers=2, hidden_size=32, ffn_hidden_size=64,
                           num_attention_heads=4, layer_scale_init=1.0, init_method_std=0.2),
+            # Features as large as word embeddings: the first norm would blow up the rounding of smaller ones.
+            projector=ProjectorConfig(init_method_std=0.2),
             language=LanguageConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
                                     num_query_groups=2, kv_channels=8, vocab_size=VOCAB, init_method_std=0.2),
         ),
@@ -37,16 +40,19 @@ def tiny_recipe(**layout: object) -> Recipe:
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-6),
         training=TrainingConfig(global_batch_size=4, train_iters=10),
     )  # fmt: skip
+    groups = (recipe.parallel, recipe.training, recipe.data, recipe.model, recipe.model.language)
     for name, value in layout.items():
-        setattr(recipe.parallel if hasattr(recipe.parallel, name) else recipe.training, name, value)
-    for part in (recipe.parallel, recipe.training, recipe):
-        part.__post_init__()
+        setattr(next(group for group in groups if hasattr(group, name)), name, value)
+    for part in (*groups, recipe):
+        part.__post_init__() if hasattr(part, "__post_init__") else None
     return recipe
 
 
-def random_document(tokens: int, *, tiles: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Ids, shifted labels and placements of one document, padded to a multiple of 16."""
-    padded = -(-tokens // 16) * 16
+def random_document(
+    tokens: int, *, tiles: int, generator: torch.Generator, alignment: int = 16
+) -> tuple[torch.Tensor, ...]:
+    """Ids, shifted labels and placements of one document, padded to a multiple of `alignment`."""
+    padded = -(-tokens // alignment) * alignment
     ids = torch.zeros(padded, dtype=torch.int64)
     ids[:tokens] = torch.randint(1, VOCAB, (tokens,), generator=generator)
     scored = torch.rand(tokens, generator=generator) < 0.4
@@ -59,10 +65,16 @@ def random_document(tokens: int, *, tiles: int, generator: torch.Generator) -> t
     return ids, labels, placements
 
 
-def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH) -> Batch:
-    """A pack of documents given as (tokens, tiles), with all its tiles; the tail is one last document."""
+def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH, joined: bool = False) -> Batch:
+    """A pack of documents given as (tokens, tiles), with all its tiles; the tail is one last document.
+
+    `joined`: without padding between documents, which see those before them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    documents = [random_document(tokens, tiles=tiles, generator=generator) for tokens, tiles in lengths]
+    documents = [
+        random_document(tokens, tiles=tiles, generator=generator, alignment=1 if joined else 16)
+        for tokens, tiles in lengths
+    ]
     starts = [0]
     for ids, _, _ in documents:
         starts.append(starts[-1] + len(ids))
@@ -75,25 +87,27 @@ def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH
     bounds = torch.tensor(starts, dtype=torch.int32)
     placements = torch.cat([p + start for (_, _, p), start in zip(documents, starts, strict=False)]).long()
     tiles = torch.randint(0, 256, (len(placements), 3, 16, 16), generator=generator, dtype=torch.uint8)
+    segments = torch.tensor([0, length], dtype=torch.int32) if joined else bounds
     return Batch(
         pack_id=seed, input_ids=torch.cat([d[0] for d in documents]), labels=torch.cat([d[1] for d in documents]),
-        document_starts=bounds, cu_seqlens=bounds, document_sources=sources, tiles=tiles,
+        document_starts=bounds, cu_seqlens=segments, document_sources=sources, tiles=tiles,
         tile_range=range(len(tiles)), placements=placements, num_tokens=sum(t for t, _ in lengths), sample_keys=[],
     )  # fmt: skip
 
 
-def make_step(step: int) -> list[Batch]:
-    """The four packs of a step: odd lengths and a tail, text only, media at the start alone, a single loss row."""
-    seed = 10 * step
-    no_loss = make_pack([(64, 1), (64, 0)], seed=seed + 4)
-    no_loss.labels[:] = IGNORED
-    no_loss.labels[70] = 5  # a single row on a single rank
-    return [
-        make_pack([(31, 2), (1, 0), (45, 5), (16, 0)], seed=seed + 1),
-        make_pack([(47, 0), (80, 0)], seed=seed + 2),
-        make_pack([(111, 7)], seed=seed + 3),
-        no_loss,
-    ]
+def make_step(step: int, recipe: Recipe) -> list[Batch]:
+    """The four packs of a step, with numbers of tiles that grow and shrink from pack to pack and step to step: odd
+    lengths and a tail, text only, media at the start alone, and a single loss row or none.
+    """
+    seed, joined = 10 * step, not recipe.data.isolate_documents
+    shapes = [[(31, 2), (1, 0), (45, 5 - step), (16, 0)], [(47, 0), (80, 0)], [(111, 7 + step)], [(64, 1), (64, 0)]]
+    if recipe.model.text_only:
+        shapes = [[(tokens, 0) for tokens, _ in shape] for shape in shapes]
+    packs = [make_pack(shape, seed=seed + i + 1, joined=joined) for i, shape in enumerate(shapes)]
+    packs[3].labels[:] = IGNORED
+    if step == 0:
+        packs[3].labels[70] = 5  # a single row on a single rank
+    return packs
 
 
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:

@@ -1,6 +1,11 @@
-"""Every layout gives the losses, gradients and weights of a single process."""
+"""Every layout gives the losses, gradients and weights of a single process.
+
+`make test` takes a seeded sample, `make test-all` all of the layouts in which each pair of features meets.
+"""
 
 import json
+import os
+import random
 import sys
 from pathlib import Path
 
@@ -9,67 +14,48 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launch import torchrun
-from layout_worker import open_layout, save_tensors, two_steps
-from synthetic import tiny_recipe
+from layout_worker import open_layout, run_steps, save_tensors, write_metrics
+from layouts import FEATURES, Layout, covering_layouts, layout_of
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
-from megatron_vita.parallel import groups
-from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.run import Run
 
-TP, CP, PP = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
-SP = TP | {"sequence_parallel": True}
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
-RECOMPUTE = {"recompute_granularity": "full", "recompute_vision": True}
-INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2}
-ON_TWO = {
-    "tp2": TP,
-    "tp2_sp": SP,
-    "cp2": CP,
-    "pp2": PP,
-    "dp2": {},
-    "dp2_replicated_optimizer": {"use_distributed_optimizer": False},
-    "dp2_overlap": OVERLAP,
-    "cp2_overlap_recompute": CP | OVERLAP | RECOMPUTE,
-    "pp2_uneven_recompute_one_layer": PP
-    | {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3}
-    | RECOMPUTE
-    | {"recompute_num_layers": 1},
-    "tp2_sp_recompute_attention": SP | {"recompute_granularity": "selective"},
-    "pp2_interleaved": PP | INTERLEAVED,
-}
-ON_FOUR = {
-    "tp2_cp2": TP | CP,
-    "tp2_sp_cp2": SP | CP,
-    "tp2_sp_pp2_recompute": SP | PP | RECOMPUTE,
-    "tp2_sp_dp2_overlap": SP | OVERLAP,
-    "cp2_pp2": CP | PP,
-    "pp2_dp2_overlap": PP | OVERLAP,
-    "tp2_sp_pp2_interleaved": SP | PP | INTERLEAVED,
-}
+ALL = bool(os.environ.get("VITA_TEST_ALL"))
+PLAIN = [
+    layout_of(*values)
+    for values in (("tp2",), ("tp2sp",), ("cp2",), ("pp2",), ("pp2vpp2",), ("dp2", "overlapped"), ("tp2", "cp2"))
+]
+COVERING = covering_layouts()
+EIGHT = [layout_of("tp2sp", "cp2", "pp2", "overlapped", "full")]
+LAYOUTS = [*PLAIN, *COVERING, *EIGHT] if ALL else [*PLAIN, *random.Random(2026).sample(COVERING, 6)]
+
+
+def run_references(folder: Path, layouts: list[Layout]) -> None:
+    """The single process that each layout is compared with; all start from the same weights."""
+    platform.initialize_process()
+    for kind in ("untied", "tied"):
+        save_tensors(open_layout(layout_of(kind).fields, None), folder / f"start_{kind}")
+    for reference in dict.fromkeys(layout.reference for layout in layouts):
+        write_metrics(run_steps(reference, folder), folder / f"{reference.name}.json")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps at every layout, the single process first, whose first weights all start from."""
+    """Three steps at every layout and at the single processes that they are compared with."""
     folder = tmp_path_factory.mktemp("layouts")
-    platform.initialize_process()
-    recipe = tiny_recipe()
-    groups.initialize_groups(recipe.parallel)
-    save_tensors(assemble_run(recipe), folder / "start")
-    metrics = two_steps(open_layout({}, folder / "start"), folder / "single")
-    rows = [{"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles} for m in metrics]
-    (folder / "single.json").write_text(json.dumps(rows))
-    torchrun("layout_worker.py", str(folder), json.dumps(ON_TWO), processes=2)
-    torchrun("layout_worker.py", str(folder), json.dumps(ON_FOUR), processes=4)
+    run_references(folder, LAYOUTS)
+    for world in sorted({layout.world for layout in LAYOUTS}):
+        values = [layout.values for layout in LAYOUTS if layout.world == world]
+        torchrun("layout_worker.py", str(folder), json.dumps(values), processes=world)
     return folder
 
 
 @pytest.fixture(scope="module")
-def reader(results: Path) -> Run:
-    groups.initialize_groups(tiny_recipe().parallel)
-    return assemble_run(tiny_recipe())
+def readers(results: Path) -> dict[str, Run]:
+    """Runs of a single process that read the gradients and weights of any layout, by kind of model."""
+    return {kind: open_layout(layout_of(kind).fields, None) for kind in ("untied", "tied", "text_only")}
 
 
 def tensors(reader: Run, folder: Path) -> dict[str, torch.Tensor]:
@@ -77,19 +63,46 @@ def tensors(reader: Run, folder: Path) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in reader.core.named_parameters()}
 
 
-@pytest.mark.parametrize("layout", [*ON_TWO, *ON_FOUR])
-def test_layout_equals_a_single_process(results: Path, reader: Run, layout: str) -> None:
-    expected, actual = (json.loads((results / f"{name}.json").read_text()) for name in ("single", layout))
-    for step in (0, 1):
-        assert actual[step]["rows"] == expected[step]["rows"]
-        assert actual[step]["tiles"] == expected[step]["tiles"]
-        assert actual[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-6)
-        assert actual[step]["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-5)
-    gradients = tensors(reader, results / "single" / "gradients")
-    total = torch.stack([g.norm() for g in gradients.values()]).norm()
-    for name, grad in tensors(reader, results / layout / "gradients").items():
-        difference = (grad - gradients[name]).norm()
-        assert difference <= 1e-5 * gradients[name].norm() + 1e-8 * total, name
-    weights = tensors(reader, results / "single" / "weights")
-    for name, weight in tensors(reader, results / layout / "weights").items():
-        torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=0, msg=name)
+def assert_equal_metrics(results: Path, layout: Layout) -> None:
+    names = (layout.reference.name, layout.name)
+    expected, actual = (json.loads((results / f"{name}.json").read_text()) for name in names)
+    for before, after in zip(expected, actual, strict=True):
+        assert (after["rows"], after["tiles"]) == (before["rows"], before["tiles"])
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5)
+
+
+def assert_equal_gradients(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
+    total = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    assert total > 0
+    for name, grad in actual.items():
+        difference = (grad - expected[name]).norm()
+        assert difference <= 1e-5 * expected[name].norm() + 1e-8 * total, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layout_equals_a_single_process(results: Path, readers: dict[str, Run], layout: Layout) -> None:
+    assert_equal_metrics(results, layout)
+    reader = readers[layout.value("model")]
+    folders = (results / layout.reference.name, results / layout.name)
+    assert_equal_gradients(*(tensors(reader, folder / "gradients") for folder in folders))
+    expected, actual = (tensors(reader, folder / "weights") for folder in folders)
+    for name, weight in actual.items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_each_pair_of_features_meets() -> None:
+    """Counted anew: values that can meet in any layout of 2 or 4 processes do in one of those that are run."""
+    assert len(COVERING) >= 24
+    together = {frozenset(pair) for layout in COVERING for pair in _pairs(layout)}
+    for first, second in (("tp2sp", "together"), ("pp2vpp2", "overlapped"), ("cp2", "joined"), ("dp2", "recomputed")):
+        assert frozenset((first, second)) in together
+    draw = random.Random(1)
+    for _ in range(2000):
+        values = tuple(draw.choice(list(known)) for known in FEATURES.values())
+        if Layout(values).is_possible:
+            assert {frozenset(pair) for pair in _pairs(Layout(values))} <= together
+
+
+def _pairs(layout: Layout) -> list[tuple[str, str]]:
+    return [(a, b) for i, a in enumerate(layout.values) for b in layout.values[i + 1 :]]

@@ -11,7 +11,7 @@ QWEN_7B = LanguageConfig(
 
 
 def test_published_sizes_are_met() -> None:
-    """Qwen2.5's model cards (7.62 B and 14.77 B), InternViT-300M (304 M) and -6B-V2.5 (5.54 B), Long-VITA's projector."""
+    """Qwen2.5 (7.62 B, 14.77 B), InternViT-300M (304 M) and -6B-V2.5 (5.54 B) by their cards; Long-VITA's projector."""
     assert model_parameters(ModelConfig(text_only=True)) == pytest.approx(14.77e9, rel=1e-3)
     assert model_parameters(ModelConfig(text_only=True, language=QWEN_7B)) == pytest.approx(7.62e9, rel=1e-3)
     small = vision_tower(VisionConfig())

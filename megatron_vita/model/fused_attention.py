@@ -1,0 +1,50 @@
+"""Transformer Engine's attention, fused or not at all: unfused attention holds all scores, and is an error here.
+
+Imported only where Transformer Engine is used.
+"""
+
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.errors import PlatformError
+
+
+class FusedAttention(TEDotProductAttention):
+    """megatron-core's wrapper; the language model has switched unfused attention off (`NVTE_UNFUSED_ATTN`)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the parent's. PlatformError where only unfused attention would do."""
+        try:
+            return super().forward(*args, **kwargs)
+        except ValueError as error:
+            raise _refusal(error) from error
+
+
+def check_fused_attention(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> None:
+    """Runs attention once, forward and backward, on two short documents; PlatformError if it is not fused."""
+    shape = (32, heads, width)
+    query = torch.randn(shape, device=platform.device(), dtype=dtype, requires_grad=True)
+    key, value = torch.randn(2, 32, query_groups, width, device=platform.device(), dtype=dtype)
+    bounds = torch.tensor([0, 16, 32], device=platform.device(), dtype=torch.int32)
+    attention = te.DotProductAttention(
+        heads, width, num_gqa_groups=query_groups, attention_dropout=0.0, qkv_format="thd"
+    )
+    lengths: dict[str, Any] = {"max_seqlen_q": 16, "max_seqlen_kv": 16}
+    lengths |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv"), bounds)
+    try:
+        attention(query, key, value, attn_mask_type="padding_causal", **lengths).sum().backward()
+    except ValueError as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: ValueError) -> PlatformError:
+    return PlatformError(
+        f"Transformer Engine has no fused attention for this run: {error}. Most often it has found an older cuDNN than "
+        "torch's own: set CUDNN_HOME to site-packages/nvidia/cudnn and put its lib first in LD_LIBRARY_PATH "
+        "(NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows its reasons); or use parallel.attention_backend torch"
+    )
