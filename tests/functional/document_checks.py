@@ -1,9 +1,14 @@
-"""What must hold of documents at CP1 (in pytest) and CP2 (under torchrun): isolation, and the exact rows trained."""
+"""What must hold of documents at every layout: who sees whom, where positions start, and the exact rows trained.
+
+Run in pytest for one process, and under torchrun for more: arguments are a file for what was found and JSON of
+{name: fields of the recipe}.
+"""
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,77 +16,109 @@ import torch.nn.functional as F
 from synthetic import IGNORED, VOCAB, make_pack, share_of, tiny_recipe
 
 from megatron_vita import platform
+from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch
-from megatron_vita.layout.slicing import slice_pack
+from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
-LENGTHS = [(31, 2), (1, 0), (45, 4), (7, 0)]  # odd lengths and a tail
-NOISE_SEEDS = (11, 12)
+LENGTHS = [(31, 2), (1, 0), (45, 4), (7, 0)]  # odd, prime, a single token; and a tail
 
 
-def losses_by_position(model: VitaModel, batch: Batch) -> torch.Tensor:
-    """Loss of every position of the pack that has one, 0 elsewhere: [T], summed over context-parallel ranks."""
+@dataclass
+class Outcome:
+    """Of one forward and backward of a pack, on every rank: rows of the whole pack."""
+
+    losses: torch.Tensor  # [T], 0 where nothing is scored
+    input_gradients: torch.Tensor  # [T, H] of the first layer's input
+
+    def change(self, other: "Outcome", rows: slice) -> dict[str, float]:
+        """Largest differences in `rows`."""
+        pairs = ((self.losses, other.losses), (self.input_gradients, other.input_gradients))
+        loss, gradient = ((a[rows] - b[rows]).abs().max().item() for a, b in pairs)
+        return {"loss": loss, "gradient": gradient}
+
+
+def run_pack(model: VitaModel, batch: Batch) -> Outcome:
+    """Losses and input gradients of a pack whose losses are summed."""
+    layout = groups.rank_layout()
     pack = slice_pack(
         batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, placements=batch.placements,
-        rows_per_tile=4, layout=groups.rank_layout(),
-    )  # fmt: skip
-    mine = share_of(batch, groups.rank_layout(), first_stage=True)
-    losses = model(normalize(mine.tiles, "imagenet"), pack)
-    return torch.zeros(len(batch.input_ids)).index_copy(0, pack.positions[pack.loss_rows], losses)
+        rows_per_tile=4, layout=layout,
+    ).to(platform.device())  # fmt: skip
+    tiles = share_of(batch, layout, first_stage=True).tiles.to(platform.device())
+    inputs: list[torch.Tensor] = []
 
+    def keep_input(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs["hidden_states"].retain_grad()
+        inputs.append(kwargs["hidden_states"])
 
-def gradients(model: VitaModel, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of the sum of `losses`, summed over context-parallel ranks."""
+    hook = model.language_model.decoder.register_forward_pre_hook(keep_input, with_kwargs=True)
+    losses = model(normalize(tiles, "imagenet", dtype=model.config.params_dtype), pack)
+    hook.remove()
     model.zero_grad()
     losses.sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    for grad in grads.values():
-        dist.all_reduce(grad)
-    return grads
+    scored = losses.new_zeros(len(batch.input_ids))
+    scored[pack.positions[pack.loss_rows].to(losses.device)] = losses.detach()
+    return Outcome(_whole(scored, over=groups.context_group()), _input_gradients(inputs[0], pack, model))
 
 
-def only_document(batch: Batch, document: int) -> Batch:
-    """The batch with loss on one document alone."""
-    start, stop = batch.document_starts[document : document + 2].tolist()
-    labels = torch.full_like(batch.labels, IGNORED)
-    labels[start:stop] = batch.labels[start:stop]
-    return replace(batch, labels=labels)
+def _input_gradients(hidden: torch.Tensor, pack: PackSlice, model: VitaModel) -> torch.Tensor:
+    """Gradients [T, H] from the rows that this rank holds of the pack, or of its sequence share."""
+    layout, shared = groups.rank_layout(), model.config.sequence_parallel
+    rows = pack.positions.chunk(layout.tp_size)[layout.tp_rank] if shared else pack.positions
+    assert hidden.grad is not None
+    whole = torch.zeros(int(pack.cu_seqlens[-1]), hidden.shape[-1], device=hidden.device)
+    whole[rows.to(hidden.device)] = hidden.grad.squeeze(1).float()
+    return _whole(whole, over=groups.tile_group() if shared else groups.context_group())
 
 
-def with_noise(batch: Batch, keep: int, *, seed: int) -> Batch:
-    """The batch with every token and pixel outside document `keep` replaced by noise."""
+def _whole(rows: torch.Tensor, *, over: dist.ProcessGroup) -> torch.Tensor:
+    """Rows of all ranks, each of which holds zeros for those of the others: the sum is exact."""
+    dist.all_reduce(rows, group=over)
+    return rows.cpu()
+
+
+def with_noise(batch: Batch, document: int, *, seed: int) -> Batch:
+    """The batch with every token and pixel of one document replaced by noise."""
     generator = torch.Generator().manual_seed(seed)
-    start, stop = batch.document_starts[keep : keep + 2].tolist()
-    ids = torch.randint(0, VOCAB, batch.input_ids.shape, generator=generator)
-    ids[start:stop] = batch.input_ids[start:stop]
-    tiles = torch.randint(0, 256, batch.tiles.shape, generator=generator, dtype=torch.uint8)
+    start, stop = batch.document_starts[document : document + 2].tolist()
+    ids, tiles = batch.input_ids.clone(), batch.tiles.clone()
+    ids[start:stop] = torch.randint(0, VOCAB, (stop - start,), generator=generator)
     own = (batch.placements >= start) & (batch.placements < stop)
-    tiles[own] = batch.tiles[own]
+    tiles[own] = torch.randint(0, 256, tiles[own].shape, generator=generator, dtype=torch.uint8)
     return replace(batch, input_ids=ids, tiles=tiles)
 
 
-def isolation(model: VitaModel) -> dict[str, float]:
-    """Largest change of a document's losses and gradients when all others become noise."""
-    batch = make_pack(LENGTHS, seed=3)
-    worst = {"loss": 0.0, "gradient": 0.0}
-    for document in (0, 2, 3):
-        alone = only_document(batch, document)
-        losses = losses_by_position(model, alone)
-        grads = gradients(model, losses)
-        for seed in NOISE_SEEDS:
-            noisy = losses_by_position(model, with_noise(alone, document, seed=seed))
-            worst["loss"] = max(worst["loss"], (noisy - losses).abs().max().item())
-            after = gradients(model, noisy)
-            total = torch.stack([g.norm() for g in grads.values()]).norm()
-            change = max((after[name] - grads[name]).norm() / total for name in grads)
-            worst["gradient"] = max(worst["gradient"], change.item())
+def poison(model: VitaModel, batch: Batch) -> dict[str, dict[str, float]]:
+    """Noise in one document after the other: largest changes of the documents before it, after it and of itself."""
+    clean, bounds = run_pack(model, batch), batch.document_starts.tolist()
+    worst = {place: {"loss": 0.0, "gradient": 0.0} for place in ("before", "after", "itself")}
+    for poisoned in range(len(bounds) - 1):
+        noisy = run_pack(model, with_noise(batch, poisoned, seed=poisoned))
+        for document in range(len(bounds) - 1):
+            place = "itself" if document == poisoned else "before" if document < poisoned else "after"
+            change = clean.change(noisy, slice(bounds[document], bounds[document + 1]))
+            worst[place] = {what: max(worst[place][what], change[what]) for what in change}
     return worst
 
 
-def several_turns() -> tuple[Batch, list[list[int]], list[list[int]]]:
+def position_of_documents(model: VitaModel, *, joined: bool) -> float:
+    """Difference of a document's losses when it comes second in its pack and when it comes first."""
+    documents = [[(45, 4), (31, 0)], [(31, 0), (45, 4)]]
+    outcomes = []
+    for lengths in documents:
+        batch = make_pack(lengths, seed=6, joined=joined)
+        text = make_pack([(31, 0)], seed=7)
+        start = 0 if lengths[0][0] == 31 else int(batch.document_starts[1])
+        batch.input_ids[start : start + 31], batch.labels[start : start + 31] = text.input_ids[:31], text.labels[:31]
+        outcomes.append(run_pack(model, batch).losses[start : start + 31])
+    return (outcomes[0] - outcomes[1]).abs().max().item()
+
+
+def several_turns(*, joined: bool) -> tuple[Batch, list[list[int]], list[list[int]]]:
     """A pack of two conversations of one-token answers; also each document's ids and its scored token indices."""
     generator = torch.Generator().manual_seed(9)
     documents, scored = [], []
@@ -96,7 +133,7 @@ def several_turns() -> tuple[Batch, list[list[int]], list[list[int]]]:
             ids += [int(torch.randint(5, VOCAB, (1,), generator=generator)), 3]
         documents.append(ids)
         scored.append(answers)
-    batch = make_pack([(len(ids), 0) for ids in documents], seed=1)
+    batch = make_pack([(len(ids), 0) for ids in documents], seed=1, joined=joined)
     labels = torch.full_like(batch.labels, IGNORED)
     for start, ids, answers in zip(batch.document_starts.tolist(), documents, scored, strict=False):
         batch.input_ids[start : start + len(ids)] = torch.tensor(ids)
@@ -136,31 +173,43 @@ def plain_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tens
     return norm(x, "decoder.final_layernorm.weight") @ weights["output_layer.weight"].T
 
 
-def exact_rows(model: VitaModel) -> dict[str, float]:
+def exact_rows(model: VitaModel, *, joined: bool) -> dict[str, float]:
     """Our mean loss on several turns with one-token answers, and that of plain PyTorch on full logits."""
-    batch, documents, scored = several_turns()
-    with torch.no_grad():
-        total = losses_by_position(model, batch).sum()
-        dist.all_reduce(total)
-        weights = {n.removeprefix("language_model."): p for n, p in model.named_parameters()}
-        plain = 0.0
-        for ids, answers in zip(documents, scored, strict=True):
-            log_p = plain_logits(weights, ids).log_softmax(-1)
-            plain -= sum(log_p[index - 1, ids[index]].item() for index in answers)
+    batch, documents, scored = several_turns(joined=joined)
+    total = run_pack(model, batch).losses.sum().item()
+    weights = {n.removeprefix("language_model."): p.detach() for n, p in model.named_parameters()}
+    if joined:
+        starts = batch.document_starts.tolist()
+        scored = [[start + index for start, answers in zip(starts, scored, strict=False) for index in answers]]
+        documents = [[token for ids in documents for token in ids]]
+    plain = 0.0
+    for ids, answers in zip(documents, scored, strict=True):
+        log_p = plain_logits(weights, ids).log_softmax(-1)
+        plain -= sum(log_p[index - 1, ids[index]].item() for index in answers)
     rows = sum(len(answers) for answers in scored)
-    return {"ours": total.item() / rows, "plain": plain / rows}
+    return {"ours": total / rows, "plain": plain / rows}
 
 
-def run_checks(context_parallel_size: int) -> dict[str, dict[str, float]]:
-    """All checks at a context-parallel size that fills the world."""
+def run_checks(recipe: Recipe) -> dict[str, Any]:
+    """All checks at a layout that fills the world."""
     platform.initialize_process()
-    recipe = tiny_recipe(context_parallel_size=context_parallel_size)
     groups.initialize_groups(recipe.parallel)
-    model = build_model(recipe)
-    return {"isolation": isolation(model), "exact_rows": exact_rows(model)}
+    model, joined = build_model(recipe), not recipe.data.isolate_documents
+    found: dict[str, Any] = {
+        "poison": poison(model, make_pack(LENGTHS, seed=3, joined=joined)),
+        "position": position_of_documents(model, joined=joined),
+    }
+    if recipe.parallel.tensor_model_parallel_size == 1:  # plain PyTorch takes whole weights
+        found["exact_rows"] = exact_rows(model, joined=joined)
+    return found
+
+
+def main() -> None:
+    """Arguments: file, JSON of fields by name."""
+    found = {name: run_checks(tiny_recipe(**fields)) for name, fields in json.loads(sys.argv[2]).items()}
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    found = run_checks(2)
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+    main()

@@ -1,6 +1,7 @@
 """A tiny model and packs of random documents, the same on every rank."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -23,8 +24,8 @@ LENGTH, VOCAB, ROWS = 128, 96, 4
 IGNORED = -100
 
 
-def tiny_recipe(**layout: object) -> Recipe:
-    """A recipe of the tiny model; keyword arguments are fields of its groups."""
+def tiny_recipe(**layout: Any) -> Recipe:
+    """A recipe of the tiny model; keyword arguments are fields of its groups, `vision` holds fields of the tower."""
     recipe = Recipe(
         model=ModelConfig(
             vision=Vision(image_size=16, patch_size=4, num_layers=2, hidden_size=32, ffn_hidden_size=64,
@@ -40,6 +41,8 @@ def tiny_recipe(**layout: object) -> Recipe:
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-6),
         training=TrainingConfig(global_batch_size=4, train_iters=10),
     )  # fmt: skip
+    for name, value in layout.pop("vision", {}).items():
+        setattr(recipe.model.vision, name, value)
     groups = (recipe.parallel, recipe.training, recipe.data, recipe.model, recipe.model.language)
     for name, value in layout.items():
         setattr(next(group for group in groups if hasattr(group, name)), name, value)

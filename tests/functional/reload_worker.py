@@ -1,0 +1,67 @@
+"""Run by torchrun: a step at each layout, saved; then the next step at each layout from what others saved.
+
+Arguments: folder, JSON of {name: fields of the recipe}, JSON of [saved by, taken up by] pairs.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from layout_worker import my_batches, save_tensors
+from synthetic import tiny_recipe
+
+from megatron_vita import platform
+from megatron_vita.checkpoint.store import find_checkpoint, load_weights
+from megatron_vita.parallel import groups
+from megatron_vita.training.run import Run, assemble_run, save_run, take_up
+from megatron_vita.training.step import train_step
+
+
+def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
+    """A run at a layout that takes up what `folder` holds, or else starts from the weights at `start`."""
+    recipe = tiny_recipe(**fields)
+    recipe.checkpoint.save = str(folder)
+    groups.initialize_groups(recipe.parallel)
+    run = assemble_run(recipe)
+    if folder.exists():
+        take_up(run)
+    else:
+        load_weights(run.cores, find_checkpoint(start))
+        run.optimizer.reload_model_params()
+    return run
+
+
+def first_step(fields: dict, folder: Path, *, start: Path) -> None:
+    """A step from the start, saved with the optimizer's state."""
+    run = open_run_at(fields, folder, start=start)
+    train_step(run, iter(my_batches(run, 0)))
+    save_run(run)
+
+
+def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, float]:
+    """Loss and gradient norm of the step that follows the one in `folder`; writes the weights after it."""
+    run = open_run_at(fields, folder, start=folder)
+    assert run.step == 1
+    metrics = train_step(run, iter(my_batches(run, 1)))
+    save_tensors(run, weights)
+    return metrics.loss, metrics.grad_norm
+
+
+def main() -> None:
+    """Saves at each layout, then takes up each pair."""
+    folder, layouts, pairs = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    platform.initialize_process()
+    platform.set_up_logging(dist.get_rank())
+    for name, fields in layouts.items():
+        first_step(fields, folder / name, start=folder / "start")
+    found = {}
+    for saved_by, taken_up_by in pairs:
+        key = f"{saved_by} to {taken_up_by}"
+        found[key] = second_step(layouts[taken_up_by], folder / saved_by, weights=folder / "weights" / key)
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

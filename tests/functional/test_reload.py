@@ -1,0 +1,65 @@
+"""A checkpoint of any layout is taken up by any other: the next step gives the same loss, gradients and weights.
+
+The model has a vocabulary and vision heads that the tensor-parallel ranks do not divide, so that both are padded.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launch import torchrun
+from layout_worker import open_layout, save_tensors
+from reload_worker import first_step, second_step
+
+from megatron_vita import platform
+from megatron_vita.checkpoint.store import find_checkpoint, load_weights
+
+ODD = {
+    "vocab_size": 97,
+    "vision": {"hidden_size": 40, "num_attention_heads": 5, "qk_layernorm": True, "init_method_std": 0.1},
+}
+TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+LAYOUTS = {
+    "tp2sp": TP | {"sequence_parallel": True},
+    "tp2together": TP | {"vision_tensor_parallel": True},
+    "cp2": {"context_parallel_size": 2},
+    "pp2first1": PP | {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+    "pp2vpp2": PP | {"virtual_pipeline_model_parallel_size": 2},
+    "dp2overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+NAMES = list(LAYOUTS)
+CYCLE = list(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))
+PAIRS = [(a, b) for a in NAMES for b in NAMES] if os.environ.get("VITA_TEST_ALL") else CYCLE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of a single process, and of two processes that change layout in between."""
+    platform.initialize_process()
+    folder = tmp_path_factory.mktemp("reload")
+    save_tensors(open_layout(dict(ODD), None), folder / "start")
+    first_step(dict(ODD), folder / "single", start=folder / "start")
+    single = second_step(dict(ODD), folder / "single", weights=folder / "weights" / "single")
+    cases = {name: ODD | fields for name, fields in LAYOUTS.items()}
+    torchrun("reload_worker.py", str(folder), json.dumps(cases), json.dumps(PAIRS), processes=2)
+    found = json.loads((folder / "found.json").read_text()) | {"single": single}
+    (folder / "found.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" to ".join)
+def test_the_next_step_is_the_same_at_any_layout(folder: Path, pair: tuple[str, str]) -> None:
+    found = json.loads((folder / "found.json").read_text())
+    loss, grad_norm = found[" to ".join(pair)]
+    assert loss == pytest.approx(found["single"][0], rel=1e-6)
+    assert grad_norm == pytest.approx(found["single"][1], rel=1e-5)
+    run = open_layout(dict(ODD), folder / "weights" / "single")
+    expected = {name: p.detach().clone() for name, p in run.core.named_parameters()}
+    load_weights(run.cores, find_checkpoint(folder / "weights" / " to ".join(pair)))
+    for name, parameter in run.core.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-5, rtol=0, msg=name)
