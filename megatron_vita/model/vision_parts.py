@@ -119,7 +119,8 @@ class VisionAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.view(n, s, self.heads, self.head_width).transpose(1, 2) for y in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v) if n else v  # on CUDA it gives None for no tiles
+        # On CUDA it gives None for no tiles; the sum keeps every parameter in the graph.
+        attended = F.scaled_dot_product_attention(q, k, v) if n else q + k + v
         return self.projection(attended.transpose(1, 2).flatten(2))
 
 

@@ -34,8 +34,8 @@ def language_tensors(
     return {f"language_model.{name}": tensor for name, tensor in ours.items()}
 
 
-def vision_tensors(get: Names, *, layers: int) -> dict[str, Tensor]:
-    """Our vision tower's and projector's tensors from an InternVL model's."""
+def vision_tensors(get: Names, *, layers: int, large: bool = False) -> dict[str, Tensor]:
+    """Our vision tower's and projector's tensors from an InternVL model's; `large`: with InternViT-6B's norms."""
     theirs = "model.vision_tower.embeddings."
     ours = {
         "vision_model.embeddings.class_token": get(f"{theirs}cls_token"),
@@ -48,13 +48,18 @@ def vision_tensors(get: Names, *, layers: int) -> dict[str, Tensor]:
     for i in range(layers):
         theirs, mine = f"model.vision_tower.encoder.layer.{i}.", f"vision_model.layers.{i}."
         ours[f"{mine}scale1"], ours[f"{mine}scale2"] = get(f"{theirs}lambda_1"), get(f"{theirs}lambda_2")
-        for kind in ("weight", "bias"):
+        for kind in ("weight",) if large else ("weight", "bias"):
             qkv = [get(f"{theirs}attention.{x}_proj.{kind}") for x in "qkv"]
             ours |= {
                 f"{mine}attention.qkv.{kind}": torch.stack(qkv),
-                f"{mine}attention.projection.{kind}": get(f"{theirs}attention.projection_layer.{kind}"),
                 f"{mine}norm1.{kind}": get(f"{theirs}layernorm_before.{kind}"),
                 f"{mine}norm2.{kind}": get(f"{theirs}layernorm_after.{kind}"),
+            }
+        for x in "qk" if large else "":
+            ours[f"{mine}attention.{x}_norm.weight"] = get(f"{theirs}attention.{x}_norm.weight")
+        for kind in ("weight", "bias"):
+            ours |= {
+                f"{mine}attention.projection.{kind}": get(f"{theirs}attention.projection_layer.{kind}"),
                 f"{mine}mlp.fc1.{kind}": get(f"{theirs}mlp.fc1.{kind}"),
                 f"{mine}mlp.fc2.{kind}": get(f"{theirs}mlp.fc2.{kind}"),
             }

@@ -53,10 +53,13 @@ def qwen2_config() -> Qwen2Config:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ours() -> VitaModel:
+@pytest.fixture(scope="module", params=["InternViT-300M", "InternViT-6B"])
+def ours(request: pytest.FixtureRequest) -> VitaModel:
     platform.initialize_process()
     recipe = Recipe(model=shapes(), data=DataConfig(seq_length=LENGTH))
+    vision = recipe.model.vision
+    if request.param == "InternViT-6B":
+        vision.normalization, vision.qk_layernorm, vision.add_qkv_bias = "RMSNorm", True, False
     groups.initialize_groups(recipe.parallel)
     return build_model(recipe)
 
@@ -83,11 +86,13 @@ def assert_same_gradients(model: VitaModel, expected: dict[str, Tensor]) -> None
 
 @pytest.mark.parametrize("case", CASES)
 def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str) -> None:
+    large = ours.shapes.vision.qk_layernorm
     theirs = InternVLForConditionalGeneration(
         InternVLConfig(
             vision_config={
                 "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-                "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True, "layer_norm_eps": 1e-6,
+                "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": not large, "layer_norm_eps": 1e-6,
+                "norm_type": "rms_norm" if large else "layer_norm", "use_qk_norm": large,
             },
             text_config=qwen2_config().to_dict(),
             image_token_id=IMAGE_TOKEN, image_seq_length=ROWS, downsample_ratio=0.5, tie_word_embeddings=False,
@@ -96,7 +101,7 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
     randomize(theirs)
     weights = theirs.state_dict()
     ours.zero_grad()
-    copy_into(ours, _named(weights.__getitem__))
+    copy_into(ours, _named(weights.__getitem__, large=large))
     placements = CASES[case]
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, IMAGE_TOKEN, (LENGTH,), generator=generator)
@@ -111,12 +116,12 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
         (logits * target).sum().backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
-    assert_same_gradients(ours, _named(lambda name: zero[name] if grads[name] is None else grads[name]))
+    assert_same_gradients(ours, _named(lambda n: zero[n] if grads[n] is None else grads[n], large=large))
 
 
-def _named(get) -> dict[str, Tensor]:
+def _named(get, *, large: bool) -> dict[str, Tensor]:
     language = language_tensors(get, prefix="model.language_model.", head="lm_head.weight", layers=2, groups=2)
-    return language | vision_tensors(get, layers=2)
+    return language | vision_tensors(get, layers=2, large=large)
 
 
 def llama_config() -> LlamaConfig:
