@@ -11,6 +11,10 @@ class DatasetConfig:
 
     name: str = described(doc="Name under which its loss is reported.")
     shards: str = described(doc="Glob of its .tar shards; each has its index beside it.")
+    ratio: float = described(1.0, "Share of its samples that an epoch takes; above 1 it goes through them again.")
+
+    def __post_init__(self) -> None:
+        require(self.ratio > 0, f"dataset {self.name}: ratio is {self.ratio}: it must be positive")
 
 
 @dataclass(kw_only=True)

@@ -16,23 +16,49 @@ from megatron_vita.errors import ConfigError
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe file and applies `group.field=value` overrides, whose values are YAML.
 
+    A file may name others that it builds on: `base: [stage.yaml, model.yaml]`, relative to itself. Later ones replace
+    fields of earlier ones, and its own fields replace all of theirs.
+
     Raises ConfigError for a missing file, bad YAML, an unknown field (naming the nearest known one) or a bad value.
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of groups, this is {type(tree).__name__}")
+    tree = _read_tree(Path(path))
     for override in overrides:
         _apply_override(tree, override)
     try:
         return recipe_from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file as plain values, with those of its bases; `readers` are the files that led to it."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of groups, this is {type(tree).__name__}")
+    bases = tree.pop("base", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base is {bases!r}: a list of recipe files is needed")
+    readers = (*readers, path.resolve())
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if (file := path.parent / base).resolve() in readers:
+            raise ConfigError(f"{path}: its base {base} builds on it in turn")
+        _merge(merged, _read_tree(file, readers))
+    _merge(merged, tree)
+    return merged
+
+
+def _merge(tree: dict[str, Any], later: dict[str, Any]) -> None:
+    for name, value in later.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
 
 
 def recipe_from_dict(tree: dict[str, Any]) -> Recipe:

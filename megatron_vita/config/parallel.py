@@ -111,6 +111,12 @@ class ParallelConfig:
         return [given.get(stage) or left // rest for stage in range(stages)]
 
     @property
+    def tile_ranks(self) -> int:
+        """Ranks that share the tiles of a pack."""
+        cp = self.context_parallel_size
+        return cp if self.vision_tensor_parallel else self.tensor_model_parallel_size * cp
+
+    @property
     def replica_size(self) -> int:
         """Ranks that hold one copy of the model (TP x CP x PP)."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

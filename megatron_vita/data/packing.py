@@ -23,20 +23,22 @@ class Shuffler:
         return np.argsort(self._bits.random_raw(length), kind="stable")
 
 
-def sample_order(shard_sizes: list[list[int]], *, shuffler: Shuffler) -> np.ndarray:
+def sample_order(shard_sizes: list[list[int]], *, ratios: Sequence[float], shuffler: Shuffler) -> np.ndarray:
     """An epoch's order of samples, as positions in the datasets' shards laid end to end.
 
-    `shard_sizes` holds the samples of each shard of each dataset. In each dataset shards are shuffled, then samples
+    `shard_sizes` holds the samples of each shard of each dataset, of which an epoch takes the share `ratios`, the first
+    of its order, or goes round again. In each dataset shards are shuffled, then samples
     inside each shard, so that neighbours come from few files. Datasets are then interleaved evenly: each is spread over
     the epoch in proportion to its size, and every window sees the epoch's mix.
     """
     orders, places = [], []
     first = 0
-    for sizes in shard_sizes:
+    for sizes, ratio in zip(shard_sizes, ratios, strict=True):
         bounds = np.cumsum([first, *sizes])
         order = [bounds[shard] + shuffler.permutation(sizes[shard]) for shard in shuffler.permutation(len(sizes))]
-        orders += order
-        places.append((np.arange(sum(sizes)) + 0.5) / max(sum(sizes), 1))
+        taken = int(sum(sizes) * ratio)
+        orders.append(np.resize(np.concatenate([np.zeros(0, np.int64), *order]), taken))
+        places.append((np.arange(taken) + 0.5) / max(taken, 1))
         first = int(bounds[-1])
     if not orders:
         return np.zeros(0, dtype=np.int64)

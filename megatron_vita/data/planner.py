@@ -62,7 +62,7 @@ def _pack_epoch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One epoch's usable samples in pack order, and the pack of each, from 0."""
     sizes = [[header.samples for header in source.headers] for source in sources]
-    samples = sample_order(sizes, shuffler=shuffler)
+    samples = sample_order(sizes, ratios=[source.ratio for source in sources], shuffler=shuffler)
     samples = samples[usable[samples]]
     order, packs = pack_windows(
         lengths[samples], capacity=data.seq_length, window=data.shuffle_window, shuffler=shuffler

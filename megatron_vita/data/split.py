@@ -24,6 +24,7 @@ class Source:
     """A dataset's shards, in the order of their names, with the headers of their indexes."""
 
     name: str
+    ratio: float
     shards: list[Path]
     headers: list[IndexHeader]
 
@@ -79,7 +80,7 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
     for dataset in datasets:
         shards = find_shards(dataset)
         headers = [read_header(index_path(shard), text) for shard in shards]
-        sources.append(Source(name=dataset.name, shards=shards, headers=headers))
+        sources.append(Source(name=dataset.name, ratio=dataset.ratio, shards=shards, headers=headers))
     return sources
 
 
@@ -130,4 +131,5 @@ def _fingerprints(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str]:
 
 def _source_stamp(source: Source) -> dict[str, Any]:
     content = hashlib.sha256("".join(header.content for header in source.headers).encode()).hexdigest()
-    return {"name": source.name, "shards": [shard.name for shard in source.shards], "index_hash": content}
+    shards = [shard.name for shard in source.shards]
+    return {"name": source.name, "ratio": source.ratio, "shards": shards, "index_hash": content}

@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.model.backends import AttentionBackend, TransformerEngineBackend, choose_backend
+from megatron_vita.model.backends import AttentionBackend, TorchBackend, TransformerEngineBackend, choose_backend
 from megatron_vita.model.vita import VisionWork, VitaModel
 from megatron_vita.parallel import groups
 
@@ -85,6 +85,15 @@ def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> V
     return model
 
 
+def build_on_meta(recipe: Recipe) -> list[VitaModel]:
+    """This rank's chunks of the model without memory for weights. Groups must be initialized."""
+    backend = TorchBackend()
+    config = transformer_config(recipe, fused=False)
+    config.use_cpu_initialization = True  # its other way names a CUDA device
+    with torch.device("meta"):
+        return [_assemble_chunk(recipe, config=config, backend=backend, chunk=chunk) for chunk in _chunks(recipe)]
+
+
 def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> list[VitaModel]:
     """This rank's chunks of the model with first weights from `training.seed`. Groups must be initialized.
 
@@ -95,13 +104,23 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    chunks = range(recipe.parallel.virtual_pipeline_model_parallel_size)
-    return [_build_chunk(recipe, config=config, backend=backend, chunk=chunk) for chunk in chunks]
+    return [_build_chunk(recipe, config=config, backend=backend, chunk=chunk) for chunk in _chunks(recipe)]
+
+
+def _chunks(recipe: Recipe) -> range:
+    return range(recipe.parallel.virtual_pipeline_model_parallel_size)
 
 
 def _build_chunk(recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int) -> VitaModel:
+    model = _assemble_chunk(recipe, config=config, backend=backend, chunk=chunk)
+    model.initialize_vision(recipe.training.seed)
+    model.to(platform.device())
+    return model.bfloat16() if recipe.training.bf16 else model
+
+
+def _assemble_chunk(recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int) -> VitaModel:
     virtual = recipe.parallel.virtual_size is not None
-    model = VitaModel(
+    return VitaModel(
         config,
         shapes=recipe.model,
         backend=backend,
@@ -114,9 +133,6 @@ def _build_chunk(recipe: Recipe, *, config: TransformerConfig, backend: Attentio
         post_process=groups.is_last_stage() and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
         vp_stage=chunk if virtual else None,
     )
-    model.initialize_vision(recipe.training.seed)
-    model.to(platform.device())
-    return model.bfloat16() if recipe.training.bf16 else model
 
 
 def freeze_parts(model: VitaModel, recipe: Recipe) -> None:

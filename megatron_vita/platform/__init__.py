@@ -16,6 +16,8 @@ from megatron_vita.platform.packages import has_transformer_engine, refuse_unrel
 refuse_unrelated_apex()
 # Its warnings speak of its own deprecations and of packages that are optional here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA, where there is none
 if not torch.cuda.is_available():
     from megatron_vita.platform.cpu import adapt_to_cpu
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
@@ -155,6 +156,7 @@ def _megatron_patches() -> list[tuple[Any, str, Any]]:
 def adapt_to_cpu() -> Callable[[], None]:
     """Adapts torch, then megatron-core, to a machine without CUDA; returns a function that undoes all of it."""
     assert not torch.cuda.is_available(), "never on a machine with CUDA"
+    _device_constructors()  # remembers the factories by which `with torch.device(...)` knows them, before they change
     undo = contextlib.ExitStack()
     for patches in (_torch_patches, _megatron_patches):
         for owner, name, replacement in patches():

@@ -16,21 +16,17 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch
 from megatron_vita.data.loader import pack_loader
-from megatron_vita.data.split import open_split
 from megatron_vita.data.stream import PackStream
-from megatron_vita.errors import ConfigError
-from megatron_vita.layout.dealing import deal_packs
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
-from megatron_vita.planning.flops import variable_cost
-from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.training.optimizer import (
     allocate_adam_state,
     build_optimizer,
     load_optimizer_state,
     wrap_for_data_parallel,
 )
+from megatron_vita.training.streams import open_streams, packs_of_replicas
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +76,10 @@ def open_run(recipe: Recipe) -> Run:
     """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
     recipe.data_parallel_size(dist.get_world_size())
     groups.initialize_groups(recipe.parallel)
-    train_stream, validation_stream = _open_streams(recipe)
+    layout = groups.rank_layout()
+    encodes = groups.is_first_stage() and not recipe.model.text_only
+    share = (layout.tile_rank, layout.tile_ranks) if encodes else None
+    train_stream, validation_stream = open_streams(recipe, tile_share=share)
     run = assemble_run(recipe)
     run.train_stream, run.validation_stream = train_stream, validation_stream
     take_up(run)
@@ -103,45 +102,15 @@ def assemble_run(recipe: Recipe) -> Run:
     )
 
 
-def _open_streams(recipe: Recipe) -> tuple[PackStream, PackStream | None]:
-    tokenizer = load_tokenizer(recipe.text.tokenizer)
-    if tokenizer.vocab_size > recipe.model.language.vocab_size:
-        raise ConfigError(
-            f"model.language.vocab_size is {recipe.model.language.vocab_size}, but the tokenizer "
-            f"{recipe.text.tokenizer} has {tokenizer.vocab_size} entries"
-        )
-    layout = groups.rank_layout()
-    encodes = groups.is_first_stage() and not recipe.model.text_only
-    share = (layout.tile_rank, layout.tile_ranks) if encodes else None
-    train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=share)
-    needed = recipe.training.train_iters * recipe.training.global_batch_size
-    if needed > len(train):
-        raise ConfigError(
-            f"training.train_iters {recipe.training.train_iters} x global_batch_size "
-            f"{recipe.training.global_batch_size} needs {needed} packs, but the plan {recipe.data.plan} holds "
-            f"{len(train)}: raise data.epochs and plan again, or lower train_iters to "
-            f"{len(train) // recipe.training.global_batch_size}"
-        )
-    if not recipe.training.eval_interval:
-        return train, None
-    return train, open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=share)
-
-
 def train_batches(run: Run) -> Iterator[Batch]:
     """This rank's packs of all remaining steps, in order; each step's packs are dealt to the replicas by cost."""
     assert run.train_stream is not None
     steps = range(run.step, run.recipe.training.train_iters)
-    ids = itertools.chain.from_iterable(_packs_of_step(run, step) for step in steps)
+    plan, group = run.train_stream.plan, groups.data_parallel_group()
+    ids = itertools.chain.from_iterable(
+        packs_of_replicas(run.recipe, plan, step=step, replicas=group.size())[group.rank()] for step in steps
+    )
     return pack_loader(run.train_stream, ids, num_workers=run.recipe.data.num_workers)
-
-
-def _packs_of_step(run: Run, step: int) -> list[int]:
-    assert run.train_stream is not None
-    plan, size = run.train_stream.plan, run.recipe.training.global_batch_size
-    packs = range(step * size, (step + 1) * size)
-    costs = [variable_cost(run.recipe, plan.lengths_of(pack), tiles=plan.tiles_of(pack)) for pack in packs]
-    group = groups.data_parallel_group()
-    return [packs[i] for i in deal_packs(costs, group.size())[group.rank()]]
 
 
 def validation_batches(run: Run) -> tuple[Iterator[Batch], int]:

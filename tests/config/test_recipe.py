@@ -28,6 +28,30 @@ def test_values_of_the_file_and_then_of_overrides_replace_defaults(tmp_path: Pat
     assert recipe.optimizer.clip_grad == 1.0
 
 
+def test_a_recipe_builds_on_others_in_order_and_its_own_fields_win(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts", "optimizer: {lr: 1e-3, clip_grad: 2.0}\ntraining: {seed: 1}\n").rename(
+        tmp_path / "a.yaml"
+    )
+    write(tmp_path / "parts", "base: [../a.yaml]\noptimizer: {lr: 2e-3}\n")
+    recipe = load_recipe(write(tmp_path, "base: [a.yaml, parts/recipe.yaml]\noptimizer: {min_lr: 1e-4}\n"))
+    assert (recipe.optimizer.lr, recipe.optimizer.clip_grad, recipe.optimizer.min_lr) == (2e-3, 2.0, 1e-4)
+    assert recipe.training.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("recipe.yaml", "base is 'recipe.yaml': a list of recipe files is needed"),
+        ("[none.yaml]", "none.yaml: cannot read the recipe"),
+        ("[recipe.yaml]", "its base recipe.yaml builds on it in turn"),
+    ],
+)
+def test_wrong_bases_are_refused(tmp_path: Path, base: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, f"base: {base}"))
+
+
 def test_a_recipe_survives_the_way_through_plain_values() -> None:
     recipe = Recipe()
     assert recipe_from_dict(dataclasses.asdict(recipe)) == recipe

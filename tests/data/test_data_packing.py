@@ -27,12 +27,12 @@ def test_permutations_are_those_of_every_numpy() -> None:
 
 
 def test_every_sample_comes_once() -> None:
-    order = sample_order([[3, 0, 5], [4], []], shuffler=Shuffler((1, 0)))
+    order = sample_order([[3, 0, 5], [4], []], ratios=[1, 1, 1], shuffler=Shuffler((1, 0)))
     assert sorted(order) == list(range(12))
 
 
 def test_samples_of_a_shard_stay_together() -> None:
-    order = sample_order([[50] * 10], shuffler=Shuffler((1, 0)))
+    order = sample_order([[50] * 10], ratios=[1], shuffler=Shuffler((1, 0)))
     shards = order // 50
     assert (np.diff(shards) != 0).sum() == 9
     assert len(set(shards[::50])) == 10
@@ -40,9 +40,18 @@ def test_samples_of_a_shard_stay_together() -> None:
 
 
 def test_datasets_are_mixed_in_proportion_everywhere() -> None:
-    order = sample_order([[100] * 9, [10] * 30], shuffler=Shuffler((1, 0)))
+    order = sample_order([[100] * 9, [10] * 30], ratios=[1, 1], shuffler=Shuffler((1, 0)))
     second = (order >= 900).reshape(-1, 40).sum(axis=1)
     assert (np.abs(second - 10) <= 1).all()
+
+
+def test_a_ratio_takes_a_share_or_goes_round_again() -> None:
+    order = sample_order([[60, 40], [10]], ratios=[0.1, 2.5], shuffler=Shuffler((1, 0)))
+    counts = np.bincount(order, minlength=110)
+    assert (counts[:100].sum(), counts[:100].max()) == (10, 1)
+    assert sorted(counts[100:]) == [2] * 5 + [3] * 5
+    second = (order >= 100).reshape(-1, 7).sum(axis=1)
+    assert (np.abs(second - 5) <= 1).all()
 
 
 def test_packs_do_not_cross_windows() -> None:

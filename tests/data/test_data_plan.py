@@ -78,6 +78,17 @@ def test_packs_hold_what_fits(world) -> None:
         plan.pack(999)
 
 
+def test_joined_documents_are_packed_without_padding(world) -> None:
+    recipe = changed(world.recipe, data={"isolate_documents": False})
+    plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    odd = 0
+    for pack in range(plan.num_packs):
+        total = int(plan.lengths_of(pack).sum())
+        assert total <= 256
+        odd += total % 16 != 0
+    assert odd > 0
+
+
 def test_every_window_mixes_the_datasets(world) -> None:
     samples = samples_of(read_plan(plan_path(world.recipe, "train")))
     windows = [samples[i : i + 16] for i in range(0, 40, 16)]
@@ -91,6 +102,8 @@ def test_every_window_mixes_the_datasets(world) -> None:
         ({"data": {"seed": 7}}, "data.seed is 1234 in the plan and 7 now"),
         ({"data": {"document_alignment": 32}}, "data.document_alignment is 16 in the plan and 32 now"),
         ({"data": {"shuffle_window": 9}}, "data.shuffle_window is 16 in the plan and 9 now"),
+        ({"data": {"isolate_documents": False}}, "data.isolate_documents is True in the plan and False now"),
+        ({"model": {"text_only": True}}, "model.text_only is False in the plan and True now"),
         ({"data": {"epochs": 2}}, "data.epochs is 1 in the plan and 2 now"),
         ({"media": {"max_tiles": 6}}, "media.max_tiles is 4 in the plan and 6 now"),
         ({"media": {"max_fps": 1.0}}, "media.max_fps is 4.0 in the plan and 1.0 now"),

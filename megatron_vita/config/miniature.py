@@ -1,0 +1,103 @@
+"""A recipe's miniature: the same stage with everything large made small, for few processes and made-up data."""
+
+import copy
+from pathlib import Path
+
+from megatron_vita.config.data import DatasetConfig
+from megatron_vita.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_vita.config.parallel import ParallelConfig
+from megatron_vita.config.recipe import Recipe
+from megatron_vita.config.text import TextConfig
+
+LENGTH_FACTOR = 64
+LONGEST = 4096
+FRAMES_FACTOR = 16
+LAYERS = 4
+STEPS = 4
+SUFFIX = "-tiny"
+VOCABULARY = 512  # of the made-up tokenizer, with room for special tokens
+
+
+def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe:
+    """The miniature for `world_size` ranks, with data and tokenizer in the folder `data`.
+
+    What a stage is stays: what is frozen and recomputed, which documents see which, rates, datasets and their ratios,
+    kinds of parallelism as far as the ranks reach. Its plan and checkpoints are those of the recipe with `-tiny` added.
+    """
+    tiny = copy.deepcopy(recipe)
+    tiny.parallel = _shrink_parallel(recipe.parallel, world_size)
+    tiny.model = _shrink_model(recipe.model, tiny.parallel)
+    tiny.text = TextConfig(tokenizer=str(data / "tokenizer.model"), template=recipe.text.template)
+    tiny.media.max_frames = max(2, recipe.media.max_frames // FRAMES_FACTOR)
+    tiny.data.seq_length = min(max(256, recipe.data.seq_length // LENGTH_FACTOR), LONGEST)
+    tiny.data.train, tiny.data.validation = (
+        [DatasetConfig(name=d.name, shards=str(data / d.name / "*.tar"), ratio=d.ratio) for d in datasets]
+        for datasets in (recipe.data.train, recipe.data.validation)
+    )
+    tiny.data.epochs, tiny.data.num_workers = 64, min(recipe.data.num_workers, 1)
+    _shrink_training(tiny, world_size=world_size, bf16=bf16)
+    tiny.data.plan = recipe.data.plan + SUFFIX
+    for place in ("save", "load"):
+        if folder := getattr(recipe.checkpoint, place):
+            setattr(tiny.checkpoint, place, folder + SUFFIX)
+    tiny.checkpoint.save_interval = STEPS // 2
+    for part in (tiny.parallel, tiny.training, tiny.data, tiny):
+        part.__post_init__()
+    return tiny
+
+
+def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
+    """Sizes halved, the largest first, until a replica fits; what needs a size that is gone goes with it."""
+    tiny = copy.deepcopy(parallel)
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"]
+    while tiny.replica_size > world_size or world_size % tiny.replica_size:
+        largest = max(names, key=lambda name: getattr(tiny, name))
+        setattr(tiny, largest, getattr(tiny, largest) // 2)
+    tiny.num_layers_in_first_pipeline_stage = tiny.num_layers_in_last_pipeline_stage = 0
+    if tiny.pipeline_model_parallel_size == 1:
+        tiny.virtual_pipeline_model_parallel_size = 1
+    if tiny.tensor_model_parallel_size == 1:
+        tiny.sequence_parallel = tiny.vision_tensor_parallel = False
+    if tiny.context_parallel_size != parallel.context_parallel_size and tiny.cp_comm_type == "a2a+p2p":
+        tiny.cp_comm_type, tiny.hierarchical_context_parallel_sizes = "p2p", []
+    return tiny
+
+
+def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
+    tiny = copy.deepcopy(model)
+    chunks = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    tiny.language = LanguageConfig(
+        num_layers=LAYERS if LAYERS % chunks == 0 else chunks,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=8,
+        vocab_size=VOCABULARY,
+        rotary_base=model.language.rotary_base,
+        add_qkv_bias=model.language.add_qkv_bias,
+        untie_embeddings_and_output_weights=model.language.untie_embeddings_and_output_weights,
+    )
+    tiny.vision = VisionConfig(
+        image_size=56,
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        normalization=model.vision.normalization,
+        qk_layernorm=model.vision.qk_layernorm,
+        add_qkv_bias=model.vision.add_qkv_bias,
+    )
+    return tiny
+
+
+def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
+    training, parallel = tiny.training, tiny.parallel
+    replicas = world_size // parallel.replica_size
+    training.train_iters, training.log_interval = STEPS, 1
+    training.global_batch_size = 2 * replicas * parallel.pipeline_model_parallel_size
+    training.recompute_num_layers = min(training.recompute_num_layers, 1)
+    training.eval_interval, training.eval_iters = min(training.eval_interval, STEPS // 2), 1
+    training.bf16 = training.bf16 and bf16
+    if training.tensorboard_dir:
+        training.tensorboard_dir += SUFFIX

@@ -1,0 +1,142 @@
+"""The text of a dry run."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_vita.config import Recipe
+from megatron_vita.errors import ConfigError
+from megatron_vita.planning.memory import GIB
+from megatron_vita.planning.parameters import model_parameters
+from megatron_vita.training.dry_run import DryRun, PackReport
+
+Row = Sequence[str]
+
+
+def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
+    """All sections, one after another."""
+    sections = (
+        _layout(recipe, report, ranks_per_node),
+        _stages(recipe, report),
+        _memory(report),
+        _packs(report),
+        _balance(recipe, report),
+    )
+    return "\n\n".join("\n".join(section) for section in map(list, sections) if section)
+
+
+def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
+    parallel = recipe.parallel
+    tp, cp, pp = (
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    sizes = f"TP {tp} x CP {cp} x DP {report.data_parallel} x PP {pp}"
+    extras = [f"{parallel.virtual_pipeline_model_parallel_size} chunks a stage"] * (parallel.virtual_size is not None)
+    extras += ["sequence parallel"] * parallel.sequence_parallel
+    extras += [f"CP by {parallel.cp_comm_type}"] * (cp > 1) + [
+        "distributed optimizer"
+    ] * parallel.use_distributed_optimizer
+    yield f"layout of {report.world_size} ranks: {', '.join([sizes, *extras])}"
+    yield "  rank = ((stage x DP + replica) x CP + context) x TP + tensor"
+    for i, stage in enumerate(report.stages):
+        yield f"  stage {i} of replica 0: ranks {_span(stage.ranks)}"
+    if report.data_parallel > 1:
+        yield f"  replica r of a stage: r x {tp * cp} further on"
+    for name, ranks in (("TP", tp), ("TP x CP", tp * cp)):
+        nodes = -(-ranks // ranks_per_node)
+        where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
+        yield f"  {name} groups lie {where}, with {ranks_per_node} ranks a node"
+
+
+def _span(ranks: range) -> str:
+    return f"{ranks.start}" if len(ranks) == 1 else f"{ranks.start} to {ranks.stop - 1}"
+
+
+def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
+    whole = model_parameters(recipe.model)
+    yield f"parameters of the model: {_count(whole)}; on a rank of each stage:"
+    names = ("vision", "projector", "embedding", "layers", "output", "total")
+    rows: list[Row] = [("stage", "layers held", *names, "trained", "FLOPs")]
+    total = sum(stage.flops for stage in report.stages)
+    for i, stage in enumerate(report.stages):
+        counts = [_count(getattr(stage.parameters, name)) for name in names]
+        rows.append((str(i), str(stage.layers), *counts, _count(stage.trained), f"{stage.flops / total:.1%}"))
+    yield from _table(rows)
+
+
+def _memory(report: DryRun) -> Iterator[str]:
+    yield "memory of a rank in GiB, estimated, libraries' own (2 to 4) not counted:"
+    names = ("weights", "gradients", "optimizer", "activations", "vision", "output", "total")
+    rows: list[Row] = [("stage", *names)]
+    for i, stage in enumerate(report.stages):
+        rows.append((str(i), *(f"{getattr(stage.memory, name) / GIB:.1f}" for name in names)))
+    yield from _table(rows)
+
+
+def _packs(report: DryRun) -> Iterator[str]:
+    if not report.packs:
+        yield "packs: not read; taken to be full of tiles, with every eighth token scored"
+        return
+    yield "first packs, least to most over the ranks that share them:"
+    rows: list[Row] = [("pack", "documents", "tokens", "a CP rank", "tiles", "a rank", "loss rows", "a TP x CP rank")]
+    rows += [_pack(pack) for pack in report.packs]
+    yield from _table(rows)
+
+
+def _pack(pack: PackReport) -> Row:
+    values = [str(pack.pack_id), str(len(pack.lengths))]
+    for counts in (pack.tokens, pack.tiles, pack.rows):
+        values += [f"{counts.sum():,}", f"{counts.min():,} to {counts.max():,}"]
+    return values
+
+
+def _balance(recipe: Recipe, report: DryRun) -> Iterator[str]:
+    costs = np.array(report.step_costs)
+    if len(costs) > 1:
+        ratio = costs.max() / max(costs.mean(), 1)
+        yield f"packs of the first step over {len(costs)} replicas: dearest over mean {ratio:.3f}"
+    if report.better_ends is not None:
+        first, last = report.better_ends
+        yield (
+            "stages would be loaded more evenly with parallel.num_layers_in_first_pipeline_stage="
+            f"{first} parallel.num_layers_in_last_pipeline_stage={last}"
+        )
+    if len(report.stages) > 1 and recipe.training.global_batch_size // report.data_parallel < len(report.stages):
+        yield "fewer packs to a replica than pipeline stages: some stages always wait"
+
+
+_REMEDIES = {
+    "weights": "a larger tensor or pipeline parallel size",
+    "gradients": "a larger tensor or pipeline parallel size",
+    "optimizer": "parallel.use_distributed_optimizer=true or more data-parallel ranks",
+    "activations": "training.recompute_granularity=full or a larger context parallel size",
+    "vision": "training.recompute_vision=true or a larger context parallel size",
+    "output": "a smaller model.output.chunk_mib",
+}
+
+
+def check_memory(report: DryRun, device_gib: float) -> None:
+    """ConfigError, with what takes the most and what helps, if a rank is estimated to need more than a device has."""
+    stage, memory = max(((i, stage.memory) for i, stage in enumerate(report.stages)), key=lambda item: item[1].total)
+    if memory.total <= device_gib * GIB:
+        return
+    largest = max(_REMEDIES, key=lambda name: getattr(memory, name))
+    raise ConfigError(
+        f"a rank of stage {stage} needs about {memory.total / GIB:.1f} GiB and a device has {device_gib:.1f}; the most "
+        f"is for {largest} ({getattr(memory, largest) / GIB:.1f} GiB): try {_REMEDIES[largest]}"
+    )
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  " + " | ".join(value.rjust(width) for value, width in zip(row, widths, strict=True))

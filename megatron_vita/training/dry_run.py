@@ -1,0 +1,160 @@
+"""What a run would be, without its cluster: stages on the meta device in a fake world, memory, first packs."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_vita.config import Recipe
+from megatron_vita.data.stream import PackStream
+from megatron_vita.layout.counts import count_by_rank
+from megatron_vita.layout.dealing import deal, deal_packs
+from megatron_vita.layout.slicing import IGNORED_LABEL
+from megatron_vita.model.build import build_on_meta
+from megatron_vita.parallel import groups
+from megatron_vita.planning.memory import PackLoad, RankMemory, rank_memory
+from megatron_vita.planning.parameters import StageParameters, stage_parameters
+from megatron_vita.planning.stages import even_ends, stage_flops
+from megatron_vita.training.streams import open_streams, pack_costs
+
+PACKS_SHOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """A pack of the plan, over the ranks that share it."""
+
+    pack_id: int
+    lengths: list[int]  # tokens of its documents
+    tokens: np.ndarray  # [CP] padding not counted
+    tiles: np.ndarray  # [tile ranks]
+    rows: np.ndarray  # [CP, TP] loss rows in each sequence share
+
+    @property
+    def load(self) -> PackLoad:
+        """Its tiles and loss rows."""
+        return PackLoad(tiles=int(self.tiles.sum()), rows=int(self.rows.sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """A pipeline stage, seen from one of its ranks."""
+
+    ranks: range  # of the first replica
+    layers: int
+    parameters: StageParameters
+    trained: int
+    memory: RankMemory
+    flops: int  # for the first pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """All that a dry run finds."""
+
+    world_size: int
+    data_parallel: int
+    stages: list[StageReport]
+    packs: list[PackReport]
+    step_costs: list[int]  # of each replica's packs of the first step; empty without data
+    better_ends: tuple[int, int] | None  # layers of first and last stage that would load the stages more evenly
+
+
+def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRun:
+    """Builds every pipeline stage and reads the first packs. VitaError for what would stop the run at its start.
+
+    Without data, packs are taken to be full of tiles, with every eighth token scored.
+    """
+    data_parallel = recipe.data_parallel_size(world_size)
+    stream = open_streams(recipe, tile_share=None)[0] if with_data else None
+    packs = [_report_pack(recipe, stream, i) for i in range(min(PACKS_SHOWN, len(stream)))] if stream else []
+    load, lengths = _heaviest(recipe, packs)
+    flops = stage_flops(recipe, load, lengths=lengths)
+    stages = [
+        _report_stage(recipe, stage, world_size=world_size, load=load, flops=flops[stage])
+        for stage in range(recipe.parallel.pipeline_model_parallel_size)
+    ]
+    return DryRun(
+        world_size=world_size,
+        data_parallel=data_parallel,
+        stages=stages,
+        packs=packs,
+        step_costs=_step_costs(recipe, stream, data_parallel) if stream else [],
+        better_ends=_better_ends(recipe, load, lengths),
+    )
+
+
+def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport:
+    batch, parallel = stream[pack_id], recipe.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    lengths = stream.plan.lengths_of(pack_id).tolist()
+    is_token = torch.zeros(len(batch.input_ids), dtype=torch.bool)
+    for start, length in zip(batch.document_starts.tolist(), lengths, strict=False):
+        is_token[start : start + length] = True
+    return PackReport(
+        pack_id=pack_id,
+        lengths=lengths,
+        tokens=count_by_rank(is_token, batch.cu_seqlens, tp_size=1, cp_size=cp).flatten().numpy(),
+        tiles=np.array([len(run) for run in deal(len(batch.placements), parallel.tile_ranks)]),
+        rows=count_by_rank(batch.labels != IGNORED_LABEL, batch.cu_seqlens, tp_size=tp, cp_size=cp).numpy(),
+    )
+
+
+def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[int]]:
+    """The most tiles and loss rows of the packs read, and the documents of the first."""
+    length = recipe.data.seq_length
+    if not packs:
+        tiles = 0 if recipe.model.text_only else length // (recipe.model.vision.image_token_length + 2)
+        return PackLoad(tiles=tiles, rows=length // 8), [length]
+    loads = [pack.load for pack in packs]
+    heaviest = PackLoad(tiles=max(load.tiles for load in loads), rows=max(load.rows for load in loads))
+    return heaviest, packs[0].lengths
+
+
+def _report_stage(recipe: Recipe, stage: int, *, world_size: int, load: PackLoad, flops: int) -> StageReport:
+    parallel = recipe.parallel
+    ranks = world_size // parallel.pipeline_model_parallel_size
+    parameters, first = stage_parameters(recipe, stage), stage * ranks
+    with _fake_world(recipe, rank=first, world_size=world_size):
+        built = sum(p.numel() for chunk in build_on_meta(recipe) for p in chunk.parameters())
+    assert built == parameters.total, f"stage {stage}: {built} parameters were built, {parameters.total} planned"
+    data_parallel = world_size // parallel.replica_size
+    return StageReport(
+        ranks=range(first, first + parallel.tensor_model_parallel_size * parallel.context_parallel_size),
+        layers=parallel.layers_of_stages(recipe.model.language.num_layers)[stage],
+        parameters=parameters,
+        trained=parameters.trainable(recipe),
+        memory=rank_memory(recipe, stage, data_parallel=data_parallel, load=load),
+        flops=flops,
+    )
+
+
+@contextlib.contextmanager
+def _fake_world(recipe: Recipe, *, rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank of a world in which nothing is sent."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        groups.initialize_groups(recipe.parallel, with_gloo=False)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int) -> list[int]:
+    costs = pack_costs(recipe, stream.plan, step=0)
+    return [sum(costs[pack] for pack in hand) for hand in deal_packs(costs, data_parallel)]
+
+
+def _better_ends(recipe: Recipe, load: PackLoad, lengths: list[int]) -> tuple[int, int] | None:
+    parallel = recipe.parallel
+    if parallel.pipeline_model_parallel_size == 1 or parallel.virtual_size is not None:
+        return None
+    now = parallel.layers_of_stages(recipe.model.language.num_layers)
+    better = even_ends(recipe, load, lengths=lengths)
+    return None if better == (now[0], now[-1]) else better
