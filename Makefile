@@ -4,7 +4,7 @@ VENV := .venv/.installed
 RUN := .venv/bin/python
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-gpu lint clean
 
 demo: $(VENV)
 	$(RUN) -m examples.easy_vqa
@@ -14,6 +14,10 @@ test: lint
 
 test-all: lint
 	VITA_TEST_ALL=1 $(RUN) -m pytest -q
+
+# On a machine with GPUs and Transformer Engine (requirements-gpu.txt); RUN=python3 takes the python that has them.
+test-gpu:
+	$(RUN) -m pytest -q -rs tests/gpu tests/functional tests/examples/test_long_vita.py
 
 lint: $(VENV)
 	$(RUN) -m ruff check .

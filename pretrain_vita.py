@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks of a node")
     dry.add_argument("--device-memory-gib", type=float, default=0, help="refuse a run estimated to need more")
     dry.add_argument("--without-data", action="store_true", help="leave the plan and its packs unread")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may follow options
 
 
 def show_dry_run(recipe: Recipe, world_size: int, arguments: argparse.Namespace) -> None:

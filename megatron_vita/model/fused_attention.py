@@ -3,6 +3,7 @@
 Imported only where Transformer Engine is used.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class FusedAttention(TEDotProductAttention):
 
 def check_fused_attention(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> None:
     """Runs attention once, forward and backward, on two short documents; PlatformError if it is not fused."""
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # as megatron-core sets it later for the layers
     shape = (32, heads, width)
     query = torch.randn(shape, device=platform.device(), dtype=dtype, requires_grad=True)
     key, value = torch.randn(2, 32, query_groups, width, device=platform.device(), dtype=dtype)

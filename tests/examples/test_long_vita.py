@@ -1,4 +1,4 @@
-"""The stages' recipes run dry at their real sizes, and as miniatures one after another; launchers start them anywhere."""
+"""The stages run dry at their real sizes, and as miniatures one after another; launchers start them anywhere."""
 
 import json
 import os
@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "long_vita").glob("*b/stage*.yaml"))
 LAUNCHERS = sorted((ROOT / "examples" / "launch").iterdir())
 SIZES = ["7b", "14b", "72b"] if os.environ.get("VITA_TEST_ALL") else ["14b"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def _start_node(rank: int, *, name: str, device: str, folder: Path) -> subproces
     environment = ENVIRONMENT | settings | {"GLOO_SOCKET_IFNAME": device}
     launcher = str(ROOT / "examples/launch/many_nodes.sh")
     recipe = str(ROOT / "examples/long_vita/14b/stage2.yaml")
-    places = [f"checkpoint.save={folder / 'save'}", f"data.plan={folder / 'plan'}"]
+    places = [f"checkpoint.save={folder / 'save'}", "checkpoint.load=''", f"data.plan={folder / 'plan'}"]
     return subprocess.Popen(
         ["ip", "netns", "exec", name, launcher, recipe, "--scale", "tiny", *places],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -24,7 +24,11 @@ from megatron_vita.model.build import build_model
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
-LENGTHS = [(31, 2), (1, 0), (45, 4), (7, 0)]  # odd, prime, a single token; and a tail
+# Tokens and tiles of documents, by pack length: odd, prime, a single token; and a tail.
+LENGTHS = {
+    128: [(31, 2), (1, 0), (45, 4), (7, 0)],
+    2048: [(301, 4), (1, 0), (645, 9), (97, 0), (800, 20)],
+}
 
 
 @dataclass
@@ -105,13 +109,13 @@ def poison(model: VitaModel, batch: Batch) -> dict[str, dict[str, float]]:
     return worst
 
 
-def position_of_documents(model: VitaModel, *, joined: bool) -> float:
+def position_of_documents(model: VitaModel, *, length: int, joined: bool) -> float:
     """Difference of a document's losses when it comes second in its pack and when it comes first."""
     documents = [[(45, 4), (31, 0)], [(31, 0), (45, 4)]]
     outcomes = []
     for lengths in documents:
-        batch = make_pack(lengths, seed=6, joined=joined)
-        text = make_pack([(31, 0)], seed=7)
+        batch = make_pack(lengths, seed=6, length=length, joined=joined)
+        text = make_pack([(31, 0)], seed=7, length=length)
         start = 0 if lengths[0][0] == 31 else int(batch.document_starts[1])
         batch.input_ids[start : start + 31], batch.labels[start : start + 31] = text.input_ids[:31], text.labels[:31]
         outcomes.append(run_pack(model, batch).losses[start : start + 31])
@@ -195,11 +199,12 @@ def run_checks(recipe: Recipe) -> dict[str, Any]:
     platform.initialize_process()
     groups.initialize_groups(recipe.parallel)
     model, joined = build_model(recipe), not recipe.data.isolate_documents
+    length = recipe.data.seq_length
     found: dict[str, Any] = {
-        "poison": poison(model, make_pack(LENGTHS, seed=3, joined=joined)),
-        "position": position_of_documents(model, joined=joined),
+        "poison": poison(model, make_pack(LENGTHS[length], seed=3, length=length, joined=joined)),
+        "position": position_of_documents(model, length=length, joined=joined),
     }
-    if recipe.parallel.tensor_model_parallel_size == 1:  # plain PyTorch takes whole weights
+    if recipe.parallel.tensor_model_parallel_size == 1 and not recipe.training.bf16:  # plain PyTorch, whole weights
         found["exact_rows"] = exact_rows(model, joined=joined)
     return found
 

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
+MOST_PROCESSES = torch.cuda.device_count() if torch.cuda.is_available() else 8
 
 
 def torchrun(script: str | Path, *arguments: str, processes: int, check: bool = True) -> subprocess.CompletedProcess:
@@ -13,7 +16,7 @@ def torchrun(script: str | Path, *arguments: str, processes: int, check: bool = 
     path = HERE / script
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{HERE.parents[1]}:{HERE}",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

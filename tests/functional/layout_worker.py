@@ -1,4 +1,7 @@
-"""Run by torchrun: three steps at each layout; gradients and weights go to checkpoints that any layout reads."""
+"""Run by torchrun: three steps at each layout; gradients and weights go to checkpoints that any layout reads.
+
+Arguments: folder, JSON list of layouts' values, JSON of fields that all of them have beside their own.
+"""
 
 import json
 import sys
@@ -67,14 +70,22 @@ def open_layout(fields: dict, start: Path | None) -> Run:
     return run
 
 
-def run_steps(layout: Layout, folder: Path) -> list[StepMetrics]:
-    """Optimizer steps of a layout; gradients of the first and weights after the last are written."""
+def run_steps(
+    layout: Layout, folder: Path, *, fields: dict | None = None, out: str = "", order: tuple[int, ...] | None = None
+) -> list[StepMetrics]:
+    """Optimizer steps of a layout; gradients of the first and weights after the last are written.
+
+    `fields` are added to the layout's; `out` replaces its name; `order` is that of each step's packs.
+    """
     kind = "tied" if layout.value("model") == "tied" else "untied"
-    run = open_layout(layout.fields, folder / f"start_{kind}")
-    metrics = [train_step(run, iter(my_batches(run, 0)))]
-    save_tensors(run, folder / layout.name / "gradients", whole_gradients(run))
-    metrics += [train_step(run, iter(my_batches(run, step))) for step in range(1, STEPS)]
-    save_tensors(run, folder / layout.name / "weights")
+    run = open_layout(layout.fields | (fields or {}), folder / f"start_{kind}")
+    metrics, place = [], folder / (out or layout.name)
+    for step in range(STEPS):
+        packs = my_batches(run, step)
+        metrics.append(train_step(run, iter([packs[i] for i in order] if order else packs)))
+        if step == 0:
+            save_tensors(run, place / "gradients", whole_gradients(run))
+    save_tensors(run, place / "weights")
     return metrics
 
 
@@ -85,13 +96,14 @@ def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
 
 
 def main() -> None:
-    """Arguments: folder, JSON list of layouts' values."""
+    """Arguments: see above."""
     folder, layouts = Path(sys.argv[1]), [Layout(tuple(values)) for values in json.loads(sys.argv[2])]
+    fields = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     for layout in layouts:
         try:
-            metrics = run_steps(layout, folder)
+            metrics = run_steps(layout, folder, fields=fields)
         except Exception as error:
             raise RuntimeError(f"layout {layout.name}") from error
         if dist.get_rank() == 0:

@@ -1,17 +1,13 @@
 """On two GPUs: the output layer over vocabulary shards equals plain PyTorch."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 from launch import torchrun
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_vocabulary_shards_equal_one_vocabulary(tmp_path: Path) -> None:
     torchrun("shard_checks.py", str(tmp_path / "found.json"), processes=2)

@@ -1,0 +1,38 @@
+"""What the GPU tests add to a tiny recipe: bf16, and sizes that fused kernels take."""
+
+import torch
+
+SIZES = {
+    "hidden_size": 512,
+    "ffn_hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 64,
+    "init_method_std": 0.05,
+    "bf16": True,
+}
+TE = SIZES | {"attention_backend": "te"}
+TORCH = SIZES | {"attention_backend": "torch"}
+GPUS = torch.cuda.device_count()
+TP, CP = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+SP = TP | {"sequence_parallel": True}
+
+
+def te_layouts() -> dict[str, dict]:
+    """Layouts of all GPUs but for one of a single GPU, with each CP scheme of Transformer Engine that they reach."""
+    layouts = {"te": {}}
+    if GPUS >= 2:
+        layouts |= {"te tp2sp": SP} | {f"te cp2 {kind}": CP | {"cp_comm_type": kind} for kind in SCHEMES}
+    if GPUS >= 4:
+        hierarchy = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
+        layouts |= {"te cp4 a2a+p2p": {"context_parallel_size": 4} | hierarchy}
+        layouts |= {f"te tp2sp-cp2 {kind}": SP | CP | {"cp_comm_type": kind} for kind in SCHEMES}
+    return layouts
+
+
+SCHEMES = ("p2p", "all_gather", "a2a")
+
+
+def world_of(fields: dict) -> int:
+    """Processes of a layout."""
+    return fields.get("tensor_model_parallel_size", 1) * fields.get("context_parallel_size", 1)
