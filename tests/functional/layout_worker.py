@@ -70,22 +70,17 @@ def open_layout(fields: dict, start: Path | None) -> Run:
     return run
 
 
-def run_steps(
-    layout: Layout, folder: Path, *, fields: dict | None = None, out: str = "", order: tuple[int, ...] | None = None
-) -> list[StepMetrics]:
+def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> list[StepMetrics]:
     """Optimizer steps of a layout; gradients of the first and weights after the last are written.
 
-    `fields` are added to the layout's; `out` replaces its name; `order` is that of each step's packs.
+    `fields` are added to the layout's.
     """
     kind = "tied" if layout.value("model") == "tied" else "untied"
     run = open_layout(layout.fields | (fields or {}), folder / f"start_{kind}")
-    metrics, place = [], folder / (out or layout.name)
-    for step in range(STEPS):
-        packs = my_batches(run, step)
-        metrics.append(train_step(run, iter([packs[i] for i in order] if order else packs)))
-        if step == 0:
-            save_tensors(run, place / "gradients", whole_gradients(run))
-    save_tensors(run, place / "weights")
+    metrics = [train_step(run, iter(my_batches(run, 0)))]
+    save_tensors(run, folder / layout.name / "gradients", whole_gradients(run))
+    metrics += [train_step(run, iter(my_batches(run, step))) for step in range(1, STEPS)]
+    save_tensors(run, folder / layout.name / "weights")
     return metrics
 
 
@@ -101,7 +96,7 @@ def main() -> None:
     fields = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    for layout in layouts:
+    for layout in sorted(layouts, key=lambda layout: layout.values[:4]):  # those with the same groups together
         try:
             metrics = run_steps(layout, folder, fields=fields)
         except Exception as error:

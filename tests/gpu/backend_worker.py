@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 from document_checks import LENGTHS, Outcome, run_pack
+from fields import canonical
 from synthetic import make_pack, tiny_recipe
 
 from megatron_vita import platform
@@ -30,15 +31,8 @@ def run_backend(fields: dict, *, weights: Path | None) -> tuple[VitaModel, Outco
         store.load_weights([model], store.find_checkpoint(weights))
     length = recipe.data.seq_length
     outcome = run_pack(model, make_pack(LENGTHS[length], seed=5, length=length))
-    by_name = {_canonical(name): p.grad.float().flatten() for name, p in model.named_parameters()}
+    by_name = {canonical(name): p.grad.float().flatten() for name, p in model.named_parameters()}
     return model, outcome, torch.cat([by_name[name] for name in sorted(by_name)])
-
-
-def _canonical(name: str) -> str:
-    """One name for the norm weights that Transformer Engine holds inside its linear layers."""
-    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
-        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-    )
 
 
 def compare(name: str, fields: dict, folder: Path) -> dict[str, float]:

@@ -33,6 +33,13 @@ def te_layouts() -> dict[str, dict]:
 SCHEMES = ("p2p", "all_gather", "a2a")
 
 
+def canonical(name: str) -> str:
+    """One name for the norm weights that Transformer Engine holds inside its linear layers."""
+    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
+        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+    )
+
+
 def world_of(fields: dict) -> int:
     """Processes of a layout."""
     return fields.get("tensor_model_parallel_size", 1) * fields.get("context_parallel_size", 1)
