@@ -1,6 +1,6 @@
 """Run by torchrun: three steps at each layout; gradients and weights go to checkpoints that any layout reads.
 
-Arguments: folder, JSON list of layouts' values, JSON of fields that all of them have beside their own.
+Arguments: folder, JSON list of layouts' values, JSON of fields that layouts have beside their own, by layout's name.
 """
 
 import json
@@ -98,7 +98,7 @@ def main() -> None:
     platform.set_up_logging(dist.get_rank())
     for layout in sorted(layouts, key=lambda layout: layout.values[:4]):  # those with the same groups together
         try:
-            metrics = run_steps(layout, folder, fields=fields)
+            metrics = run_steps(layout, folder, fields=fields.get(layout.name))
         except Exception as error:
             raise RuntimeError(f"layout {layout.name}") from error
         if dist.get_rank() == 0:

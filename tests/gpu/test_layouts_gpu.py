@@ -54,10 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("untied", "tied"):
         save_tensors(open_layout(layout_of(kind).fields | TE, None), folder / f"start_{kind}")
     for world in sorted({layout.world for layout in LAYOUTS}):
-        for scheme in SCHEMES:
-            chosen = [layout for layout in LAYOUTS if layout.world == world and _scheme(layout) == scheme]
-            values, fields = json.dumps([layout.values for layout in chosen]), json.dumps(TE | {"cp_comm_type": scheme})
-            torchrun("layout_worker.py", str(folder), values, fields, processes=world)
+        chosen = [layout for layout in LAYOUTS if layout.world == world]
+        fields = {layout.name: TE | {"cp_comm_type": _scheme(layout)} for layout in chosen}
+        values = [layout.values for layout in chosen]
+        torchrun("layout_worker.py", str(folder), json.dumps(values), json.dumps(fields), processes=world)
     return folder
 
 
