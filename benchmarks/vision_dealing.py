@@ -33,7 +33,7 @@ from megatron_vita.config import (
     VisionConfig,
 )
 from megatron_vita.data.batch import Batch
-from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import collectives, groups
 from megatron_vita.planning.flops import pack_flops
@@ -95,7 +95,8 @@ def make_pack(recipe: Recipe, *, seed: int) -> Batch:
     tiles = torch.randint(0, 256, (len(placements), 3, side, side), dtype=torch.uint8, generator=generator)
     return Batch(
         pack_id=seed, input_ids=ids, labels=labels, document_starts=bounds, cu_seqlens=bounds,
-        document_sources=torch.zeros(DOCUMENTS, dtype=torch.int64), tiles=tiles, tile_range=range(len(tiles)),
+        document_sources=torch.zeros(DOCUMENTS, dtype=torch.int64), tiles=tiles,
+        tile_ids=torch.arange(len(tiles)), frames=torch.ones(len(tiles), dtype=torch.bool),
         placements=placements, num_tokens=length, sample_keys=[],
     )  # fmt: skip
 
@@ -174,9 +175,9 @@ def watched_exchange(clock: Clock, sent: list[int]) -> Iterator[None]:
 def duplicate_vision(model: VitaModel, pack: Batch) -> None:
     """Every rank encodes all tiles, and keeps what it would have been dealt: the work that dealing spares."""
     layout = groups.rank_layout()
-    run = deal(len(pack.tiles), layout.tile_ranks)[layout.tile_rank]
+    dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
     encode = model.encode
-    model.encode = lambda tiles: encode(tiles)[run.start : run.stop]  # type: ignore[method-assign]
+    model.encode = lambda tiles: encode(tiles)[dealt.to(tiles.device)]  # type: ignore[method-assign]
 
 
 def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]:
@@ -212,8 +213,8 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
 
 def _dealt(pack: Batch) -> Batch:
     layout = groups.rank_layout()
-    run = deal(len(pack.tiles), layout.tile_ranks)[layout.tile_rank]
-    return dataclasses.replace(pack, tiles=pack.tiles[run.start : run.stop], tile_range=run)
+    dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
+    return dataclasses.replace(pack, tiles=pack.tiles[dealt], tile_ids=dealt)
 
 
 def _timed_step(run: Run, batch: Batch, clock: Clock) -> dict[str, float]:

@@ -27,9 +27,10 @@ class Batch:
     document_starts: torch.Tensor  # [D+1] int32: bounds for labels and metrics
     cu_seqlens: torch.Tensor  # [D+1] or [2] int32: bounds for attention and rotary positions
     document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
-    tiles: torch.Tensor  # [n,3,S,S] uint8: tiles `tile_range` of the pack
-    tile_range: range
+    tiles: torch.Tensor  # [n,3,S,S] uint8: this rank's
+    tile_ids: torch.Tensor  # [n] int64: which of the pack's they are, ascending
     placements: torch.Tensor  # [N] int64: position of the first placeholder of each tile of the pack
+    frames: torch.Tensor  # [N] bool: whether it is of a video
     num_tokens: int  # padding not counted
     sample_keys: list[str]
 
@@ -37,6 +38,13 @@ class Batch:
 def padded_length[Tokens: (int, np.ndarray)](tokens: Tokens, alignment: int) -> Tokens:
     """Tokens of a document in a pack: rounded up to a multiple of `alignment`."""
     return -(-tokens // alignment) * alignment
+
+
+def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
+    """Whether each tile of a pack is of a video: [N] bool."""
+    media = [medium for document in documents for medium in document.media]
+    counts = torch.tensor([medium.num_tiles for medium in media], dtype=torch.int64)
+    return torch.tensor([medium.grid is None for medium in media], dtype=torch.bool).repeat_interleave(counts)
 
 
 def collate(
@@ -47,7 +55,7 @@ def collate(
     data: DataConfig,
     pad_id: int,
     tiles: torch.Tensor,
-    tile_range: range,
+    tile_ids: torch.Tensor,
 ) -> Batch:
     """Lays documents one after another in a pack of `data.seq_length` tokens. They must fit: the plan saw to it."""
     seq_length = data.seq_length
@@ -72,8 +80,9 @@ def collate(
         cu_seqlens=bounds if data.isolate_documents else torch.tensor([0, seq_length], dtype=torch.int32),
         document_sources=torch.tensor(all_sources, dtype=torch.int64),
         tiles=tiles,
-        tile_range=tile_range,
+        tile_ids=tile_ids,
         placements=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *placements])),
+        frames=mark_frames(documents),
         num_tokens=sum(map(len, documents)),
         sample_keys=[document.key for document in documents],
     )

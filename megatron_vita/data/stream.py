@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_vita.config import DataConfig
-from megatron_vita.data.batch import Batch, collate
+from megatron_vita.data.batch import Batch, collate, mark_frames
 from megatron_vita.data.documents import Document, DocumentFormat, build_document, check_length, decode_tiles
 from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_index, text_stamp
 from megatron_vita.data.plan import DocumentEntry, PackPlan
 from megatron_vita.data.shards import ShardReader, parse_record
 from megatron_vita.errors import DataError, VitaError
-from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.dealing import deal_tiles
 
 OPEN_INDEXES = 64
 
@@ -53,23 +53,23 @@ class PackStream(Dataset):
         entries = self.plan.pack(pack_id)
         rows = [self._index(self._shard(entry)).row(entry.row) for entry in entries]
         documents = [self._document(entry, row) for entry, row in zip(entries, rows, strict=True)]
-        tile_range = self.tile_range(pack_id)
+        tile_ids = self._dealt(mark_frames(documents))
         return collate(
             documents,
             pack_id=pack_id,
             sources=[entry.dataset for entry in entries],
             data=self._data,
             pad_id=self.form.tokenizer.pad_id,
-            tiles=self._tiles(entries, rows, documents, tile_range),
-            tile_range=tile_range,
+            tiles=self._tiles(entries, rows, documents, tile_ids.numpy()),
+            tile_ids=tile_ids,
         )
 
-    def tile_range(self, pack_id: int) -> range:
+    def _dealt(self, frames: torch.Tensor) -> torch.Tensor:
         """The tiles of a pack that this rank decodes."""
         if self._tile_share is None:
-            return range(0)
+            return torch.zeros(0, dtype=torch.int64)
         rank, ranks = self._tile_share
-        return deal(self.plan.tiles_of(pack_id), ranks)[rank]
+        return deal_tiles(frames, ranks)[rank]
 
     def _document(self, entry: DocumentEntry, row: SampleRow) -> Document:
         name = f"{self._shard(entry)} sample {row.key}"
@@ -86,20 +86,23 @@ class PackStream(Dataset):
         entries: list[DocumentEntry],
         rows: list[SampleRow],
         documents: list[Document],
-        wanted: range,
+        wanted: np.ndarray,
     ) -> torch.Tensor:
         side = self.form.vision.image_size
         decoded = [np.zeros((0, 3, side, side), dtype=np.uint8)]
         first = 0
         for entry, row, document in zip(entries, rows, documents, strict=True):
             for medium in document.media:
-                mine = range(max(wanted.start - first, 0), min(wanted.stop - first, medium.num_tiles))
+                start, stop = np.searchsorted(wanted, (first, first + medium.num_tiles))
+                mine = wanted[start:stop] - first  # contiguous: a rank's tiles of one kind are
                 first += medium.num_tiles
-                if not mine:
+                if not len(mine):
                     continue
                 data = self._read(entry, row, medium.member)
                 name = f"{self._shard(entry)} {medium.member}"
-                decoded.append(decode_tiles(medium, data, name=name, tiles=mine, form=self.form))
+                decoded.append(
+                    decode_tiles(medium, data, name=name, tiles=range(mine[0], mine[-1] + 1), form=self.form)
+                )
         return torch.from_numpy(np.concatenate(decoded))
 
     def _read(self, entry: DocumentEntry, row: SampleRow, member: str) -> bytes:

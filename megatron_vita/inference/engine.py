@@ -122,6 +122,7 @@ class Engine:
             labels=torch.full_like(ids, -100),
             cu_seqlens=bounds.int(),
             placements=torch.cat([torch.zeros(0, dtype=torch.int64), *placements]),
+            frames=torch.zeros(sum(len(d.placements) for d in documents), dtype=torch.bool),
             rows_per_tile=self.form.vision.image_token_length,
             layout=groups.rank_layout(),
         )

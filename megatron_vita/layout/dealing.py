@@ -1,18 +1,33 @@
 """Who works on what: the tiles of a pack that each rank encodes, the packs of a step that each replica takes."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
-def deal(num_tiles: int, ranks: int) -> list[range]:
-    """Contiguous runs of tiles, one for each of `ranks` ranks, whose lengths differ by at most one.
+def deal_tiles(frames: Tensor, ranks: int) -> list[Tensor]:
+    """The tiles of a pack that each of `ranks` ranks decodes and encodes, ascending: `frames` [N] bool marks those that
+    are frames of videos, the others are of images.
 
-    Contiguity keeps an image or video whole where possible: at most `ranks - 1` of a pack are opened by two ranks.
+    Each rank has a contiguous run of the image tiles and one of the frames, since a frame costs many times the decoding
+    of an image's tile. Numbers of image tiles differ by at most one, and so do numbers of all tiles. Contiguity keeps
+    media whole where possible: at most `ranks - 1` images and `ranks - 1` videos of a pack are opened by two ranks.
     """
-    bounds = [num_tiles * rank // ranks for rank in range(ranks + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+    of_images, of_videos = (~frames).nonzero().squeeze(1), frames.nonzero().squeeze(1)
+    images = _split(len(of_images), [len(of_images) // ranks] * ranks, order=range(ranks))
+    fewest_first = sorted(range(ranks), key=lambda rank: images[rank])
+    videos = _split(len(of_videos), [len(of_videos) // ranks] * ranks, order=fewest_first)
+    runs = zip(of_images.split(images), of_videos.split(videos), strict=True)
+    return [torch.cat(run).sort().values for run in runs]
+
+
+def _split(total: int, shares: list[int], *, order: Sequence[int]) -> list[int]:
+    """The shares, with what they lack of `total` given one by one in `order`."""
+    for rank in order[: total - sum(shares)]:
+        shares[rank] += 1
+    return shares
 
 
 def deal_packs(costs: Sequence[int], ranks: int) -> list[list[int]]:

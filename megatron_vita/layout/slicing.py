@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.zigzag import owners
 
 IGNORED_LABEL = -100
@@ -72,45 +72,47 @@ def slice_pack(
     labels: Tensor,
     cu_seqlens: Tensor,
     placements: Tensor,
+    frames: Tensor,
     rows_per_tile: int,
     layout: RankLayout,
 ) -> PackSlice:
     """The part of a pack that the rank at `layout` computes.
 
-    `input_ids`, `labels` [T]; `cu_seqlens` [D+1]; `placements` [N] position of each tile's first placeholder.
+    `input_ids`, `labels` [T]; `cu_seqlens` [D+1]; `placements` [N] position of each tile's first placeholder; `frames`
+    [N] bool, whether it is of a video.
     """
     owner = owners(cu_seqlens, layout.cp_size)
     positions = (owner == layout.cp_rank).nonzero().squeeze(1)
+    hands = deal_tiles(frames, layout.tile_ranks)
     return PackSlice(
         positions=positions,
         input_ids=input_ids[positions],
         labels=labels[positions],
         cu_seqlens=cu_seqlens,
-        route=route_features(owner, placements=placements, rows_per_tile=rows_per_tile, layout=layout),
+        route=route_features(owner, placements=placements, hands=hands, rows_per_tile=rows_per_tile, layout=layout),
     )
 
 
-def route_features(owner: Tensor, *, placements: Tensor, rows_per_tile: int, layout: RankLayout) -> FeatureRoute:
+def route_features(
+    owner: Tensor, *, placements: Tensor, hands: list[Tensor], rows_per_tile: int, layout: RankLayout
+) -> FeatureRoute:
     """The way of every feature row of a pack, seen from the rank at `layout`.
 
-    Tiles are dealt to ranks in contiguous runs (`deal`). Rows arrive ordered by source rank and, within one, by tile,
-    which is the order of the tiles in the pack. Where TP ranks encode together, each has all rows of its tiles and
-    sends those for its own sequence share and for those of equal TP rank.
+    `hands` are the tiles of each tile rank, ascending. Rows arrive ordered by source rank and, within one, by tile.
+    Where TP ranks encode together, each has all rows of its tiles and sends those for its own sequence share and for
+    those of equal TP rank.
     """
     destination, share_row = _holders(owner, layout)
-    position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # [N * rows_per_tile]
+    position = placements[:, None] + torch.arange(rows_per_tile)  # [N, rows_per_tile]
     destination, share_row = destination[position], share_row[position]
-    runs = [
-        slice(run.start * rows_per_tile, run.stop * rows_per_tile) for run in deal(len(placements), layout.tile_ranks)
-    ]
-    mine = destination[runs[layout.tile_rank]]
-    for_me = destination == layout.tile_rank
+    mine = destination[hands[layout.tile_rank]].flatten()
     order = torch.argsort(mine, stable=True)
+    arriving = [share_row[hand][destination[hand] == layout.tile_rank] for hand in hands]
     return FeatureRoute(
         send_order=order[mine[order] != ELSEWHERE],
         send_counts=torch.bincount(mine[mine != ELSEWHERE], minlength=layout.tile_ranks).tolist(),
-        receive_counts=[int(for_me[run].sum()) for run in runs],
-        target_rows=share_row[for_me],
+        receive_counts=list(map(len, arriving)),
+        target_rows=torch.cat(arriving),
     )
 
 

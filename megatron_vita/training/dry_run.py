@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_vita.config import Recipe
 from megatron_vita.data.stream import PackStream
 from megatron_vita.layout.counts import count_by_rank
-from megatron_vita.layout.dealing import deal, deal_packs
+from megatron_vita.layout.dealing import deal_packs, deal_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
@@ -100,7 +100,7 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
         pack_id=pack_id,
         lengths=lengths,
         tokens=count_by_rank(is_token, batch.cu_seqlens, tp_size=1, cp_size=cp).flatten().numpy(),
-        tiles=np.array([len(run) for run in deal(len(batch.placements), parallel.tile_ranks)]),
+        tiles=np.array([len(hand) for hand in deal_tiles(batch.frames, parallel.tile_ranks)]),
         rows=count_by_rank(batch.labels != IGNORED_LABEL, batch.cu_seqlens, tp_size=tp, cp_size=cp).numpy(),
     )
 

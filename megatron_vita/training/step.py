@@ -83,6 +83,7 @@ def forward_step(
         labels=batch.labels,
         cu_seqlens=batch.cu_seqlens,
         placements=batch.placements,
+        frames=batch.frames,
         rows_per_tile=rows_per_tile,
         layout=groups.rank_layout(),
     )

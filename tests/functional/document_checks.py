@@ -50,7 +50,7 @@ def run_pack(model: VitaModel, batch: Batch) -> Outcome:
     layout = groups.rank_layout()
     pack = slice_pack(
         batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, placements=batch.placements,
-        rows_per_tile=4, layout=layout,
+        frames=batch.frames, rows_per_tile=4, layout=layout,
     ).to(platform.device())  # fmt: skip
     tiles = share_of(batch, layout, first_stage=True).tiles.to(platform.device())
     inputs: list[torch.Tensor] = []

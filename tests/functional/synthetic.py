@@ -17,7 +17,7 @@ from megatron_vita.config import (
 )
 from megatron_vita.config import VisionConfig as Vision
 from megatron_vita.data.batch import Batch
-from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.slicing import RankLayout
 
 LENGTH, VOCAB, ROWS = 128, 96, 4
@@ -94,7 +94,8 @@ def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH
     return Batch(
         pack_id=seed, input_ids=torch.cat([d[0] for d in documents]), labels=torch.cat([d[1] for d in documents]),
         document_starts=bounds, cu_seqlens=segments, document_sources=sources, tiles=tiles,
-        tile_range=range(len(tiles)), placements=placements, num_tokens=sum(t for t, _ in lengths), sample_keys=[],
+        tile_ids=torch.arange(len(tiles)), placements=placements, frames=torch.arange(len(tiles)) % 7 > 3,
+        num_tokens=sum(t for t, _ in lengths), sample_keys=[],
     )  # fmt: skip
 
 
@@ -115,5 +116,5 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
 
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:
     """The batch as the rank at `layout` would read it, with its own tiles only."""
-    run = deal(len(batch.tiles), layout.tile_ranks)[layout.tile_rank] if first_stage else range(0)
-    return replace(batch, tiles=batch.tiles[run.start : run.stop], tile_range=run)
+    dealt = deal_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank] if first_stage else batch.tile_ids[:0]
+    return replace(batch, tiles=batch.tiles[dealt], tile_ids=dealt)

@@ -4,25 +4,38 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_vita.layout.dealing import deal, deal_packs
+from megatron_vita.layout.dealing import deal_packs, deal_tiles
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
-@pytest.mark.parametrize("tiles", [0, 1, 7, 63, 4064])
-def test_runs_cover_all_tiles_in_order_and_differ_by_at_most_one(tiles: int, ranks: int) -> None:
-    runs = deal(tiles, ranks)
-    assert list(itertools.chain.from_iterable(runs)) == list(range(tiles))
-    assert len(runs) == ranks
-    assert max(map(len, runs)) - min(map(len, runs)) <= 1
+@pytest.mark.parametrize(("images", "frames"), [(0, 0), (1, 0), (0, 7), (63, 5), (13, 4064), (500, 499)])
+def test_every_tile_is_dealt_once_in_runs_of_each_kind_and_numbers_differ_by_at_most_one(
+    images: int, frames: int, ranks: int
+) -> None:
+    is_frame = torch.rand(images + frames, generator=torch.Generator().manual_seed(1)).argsort() < frames
+    hands = deal_tiles(is_frame, ranks)
+    assert sorted(torch.cat(hands).tolist()) == list(range(images + frames))
+    assert len(hands) == ranks
+    kinds = [[int(is_frame[hand].sum()), len(hand) - int(is_frame[hand].sum())] for hand in hands]
+    for counts in (*zip(*kinds, strict=True), list(map(sum, kinds))):
+        assert max(counts) - min(counts) <= 1
+    for kind in (True, False):
+        run = [tile for hand in hands for tile in hand[is_frame[hand] == kind].tolist()]
+        assert run == sorted(run)
+        assert len(run) == (frames if kind else images)
 
 
-def test_at_most_one_image_less_than_ranks_is_opened_by_two_ranks() -> None:
+def test_at_most_one_image_and_one_video_less_than_ranks_are_opened_by_two_ranks() -> None:
     generator = np.random.default_rng(0)
     for _ in range(100):
-        image_of_tile = np.repeat(np.arange(40), generator.integers(1, 14, 40))
-        opened = [set(image_of_tile[run.start : run.stop]) for run in deal(len(image_of_tile), 8)]
-        assert sum(map(len, opened)) - len(set.union(*opened)) <= 8 - 1
+        medium = np.repeat(np.arange(40), generator.integers(1, 14, 40))
+        is_frame = torch.from_numpy(generator.random(40) < 0.3)[medium]
+        hands = deal_tiles(is_frame, 8)
+        for kind in (True, False):
+            opened = [set(medium[hand[is_frame[hand] == kind].numpy()]) for hand in hands]
+            assert sum(map(len, opened)) - len(set.union(*opened)) <= 8 - 1
 
 
 @pytest.mark.parametrize(("packs", "ranks"), [(8, 1), (8, 8), (64, 8), (512, 64), (12, 3)])

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_vita.layout.dealing import deal
+from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.slicing import RankLayout, slice_pack
 from megatron_vita.layout.zigzag import offsets_in_document, owners, positions_of_rank
 
@@ -42,6 +42,7 @@ def test_positions_restart_at_each_document() -> None:
 def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: int, together: bool) -> None:
     rows_per_tile = 4
     placements = torch.tensor([1, 6, 20, 30, 75, 81, 110])
+    frames = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
     ids, labels = torch.arange(TOTAL), torch.full((TOTAL,), -100)
     layouts = [
         RankLayout(tp_size=tp, tp_rank=t, cp_size=cp, cp_rank=c, vision_tensor_parallel=together)
@@ -49,14 +50,16 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: i
         for t in range(tp)
     ]
     slices = [
-        slice_pack(ids, labels=labels, cu_seqlens=BOUNDS, placements=placements, rows_per_tile=4, layout=layout)
+        slice_pack(
+            ids, labels=labels, cu_seqlens=BOUNDS, placements=placements, frames=frames, rows_per_tile=4, layout=layout
+        )
         for layout in layouts
     ]
-    position = (placements[:, None] + torch.arange(rows_per_tile)).flatten()  # stands for the feature row's content
+    position = placements[:, None] + torch.arange(rows_per_tile)  # stands for the feature row's content
     outgoing = []
     for layout, part in zip(layouts, slices, strict=True):
-        run = deal(len(placements), layout.tile_ranks)[layout.tile_rank]
-        mine = position[run.start * rows_per_tile : run.stop * rows_per_tile][part.route.send_order]
+        dealt = deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]
+        mine = position[dealt].flatten()[part.route.send_order]
         outgoing.append(mine.split(part.route.send_counts))
     for layout, part in zip(layouts, slices, strict=True):
         peers = [i for i, other in enumerate(layouts) if not together or other.tp_rank == layout.tp_rank]
@@ -66,4 +69,4 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: i
         share = part.input_ids.unflatten(0, (tp, -1))[layout.tp_rank]
         assert share[part.route.target_rows].tolist() == received.tolist()
     reached = torch.cat([part.route.target_rows for part in slices])
-    assert len(reached) == len(position)
+    assert len(reached) == position.numel()

@@ -70,6 +70,7 @@ def one_document(ids: Tensor, placements: list[int]) -> PackSlice:
         labels=ids.roll(-1),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         placements=torch.tensor(placements, dtype=torch.int64),
+        frames=torch.zeros(len(placements), dtype=torch.bool),
         rows_per_tile=ROWS,
         layout=groups.rank_layout(),
     )
