@@ -13,7 +13,7 @@ SIZES = {
 }
 TE = SIZES | {"attention_backend": "te"}
 TORCH = SIZES | {"attention_backend": "torch"}
-GPUS = torch.cuda.device_count()
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 TP, CP = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
 SP = TP | {"sequence_parallel": True}
 
