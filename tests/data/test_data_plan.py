@@ -1,26 +1,17 @@
 """The plan: a pure function of indexes, recipe and seed, refused where it does not fit, nothing lost silently."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_data import make_world, toy_recipe, write_shard
+from toy_data import changed, make_world, toy_recipe, write_shard
 
-from megatron_vita.config import recipe_from_dict
 from megatron_vita.data.index import build_index, index_path, write_index
 from megatron_vita.data.plan import read_plan, write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.split import open_split, plan_path
 from megatron_vita.errors import ConfigError, DataError
-
-
-def changed(recipe, **groups):
-    tree = dataclasses.asdict(recipe)
-    for group, fields in groups.items():
-        tree[group] |= fields
-    return recipe_from_dict(tree)
 
 
 def samples_of(plan):

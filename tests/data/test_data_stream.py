@@ -8,12 +8,13 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from toy_data import COLORS
+from toy_data import COLORS, changed
 
 from megatron_vita.data import Batch, open_split, pack_loader
 from megatron_vita.data import stream as stream_module
 from megatron_vita.data.documents import NO_LOSS
 from megatron_vita.data.index import index_path, read_index
+from megatron_vita.data.planner import make_plan
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import DataError
 
@@ -48,6 +49,20 @@ def test_a_pack_is_always_full_length_and_its_documents_tile_it(world) -> None:
         assert batch.num_tokens == sum(entry.tokens for entry in stream.plan.pack(pack))
         keys += batch.sample_keys
     assert sorted(keys) == [f"s{i:04d}" for i in range(40)]
+
+
+def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(world) -> None:
+    recipe = changed(world.recipe, data={"isolate_documents": False})
+    plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    apart = train_stream(world)
+    stream = PackStream(plan, shards=apart._shards, data=recipe.data, form=apart.form, tile_share=(0, 1))
+    for pack in range(len(stream)):
+        batch, lengths = stream[pack], plan.lengths_of(pack).tolist()
+        assert batch.cu_seqlens.tolist() == [0, 256]
+        assert batch.document_starts.diff().tolist()[: len(lengths)] == lengths
+        assert batch.document_starts[-1] == 256
+        for start in batch.document_starts[1:-1].tolist():
+            assert batch.labels[start - 1] == NO_LOSS
 
 
 def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) -> None:

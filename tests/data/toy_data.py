@@ -1,5 +1,6 @@
 """A toy world: two datasets of pictures, clips and plain talk, in shards with indexes, and a recipe of them."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ def toy_recipe(root: Path, **data: Any) -> Recipe:
             "data": {"train": [shapes, more], "validation": [more], **fields, **data},
         }
     )
+
+
+def changed(recipe: Recipe, **groups: dict) -> Recipe:
+    """The recipe with other fields in some groups."""
+    tree = dataclasses.asdict(recipe)
+    for group, fields in groups.items():
+        tree[group] |= fields
+    return recipe_from_dict(tree)
 
 
 def make_world(root: Path, tokenizer: Tokenizer) -> Recipe:

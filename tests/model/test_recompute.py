@@ -1,0 +1,69 @@
+"""What is recomputed in the backward pass is what the recipe says, and tiles go through the tower in turns."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
+from synthetic import make_pack, share_of, tiny_recipe
+
+from megatron_vita import platform
+from megatron_vita.layout.slicing import slice_pack
+from megatron_vita.media.normalize import normalize
+from megatron_vita.model.build import build_model
+from megatron_vita.parallel import groups
+
+ONCE, TWICE = [1, 1, 1, 1], [2, 2, 2, 2]
+FULL, SELECTIVE = ({"recompute_granularity": kind} for kind in ("full", "selective"))
+
+
+def count_calls(**fields: object) -> dict[str, list[int]]:
+    """How often each layer, its attention and MLP, and each layer of the tower ran in a forward and backward pass."""
+    platform.initialize_process()
+    recipe = tiny_recipe(**fields)
+    groups.initialize_groups(recipe.parallel)
+    model, counts = build_model(recipe), Counter()
+    layers = list(model.language_model.decoder.layers)
+    watched = {
+        "layers": layers,
+        "attention": [layer.self_attention.core_attention for layer in layers],
+        "mlp": [layer.mlp for layer in layers],
+        "tower": list(model.vision_model.layers),
+    }
+    for modules in watched.values():
+        for module in modules:
+            module.register_forward_pre_hook(lambda module, *_: counts.update([module]))
+    batch = share_of(make_pack([(111, 7)], seed=1), groups.rank_layout(), first_stage=True)
+    pack = slice_pack(
+        batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, placements=batch.placements,
+        frames=batch.frames, rows_per_tile=4, layout=groups.rank_layout(),
+    )  # fmt: skip
+    model(normalize(batch.tiles, "imagenet"), pack).sum().backward()
+    return {name: [counts[module] for module in modules] for name, modules in watched.items()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"layers": ONCE, "attention": ONCE, "mlp": ONCE, "tower": [1, 1]}),
+        (FULL, {"layers": TWICE}),
+        (FULL | {"recompute_num_layers": 1}, {"layers": [2, 1, 1, 1]}),
+        (
+            FULL | {"recompute_method": "uniform", "recompute_num_layers": 2},
+            {"layers": TWICE},
+        ),
+        (SELECTIVE, {"layers": ONCE, "attention": TWICE, "mlp": ONCE}),
+        (
+            SELECTIVE | {"recompute_modules": ["mlp"]},
+            {"layers": ONCE, "attention": ONCE, "mlp": TWICE},
+        ),
+        ({"recompute_vision": True}, {"layers": ONCE, "tower": [2, 2]}),
+        ({"vision_tiles_at_once": 2}, {"layers": ONCE, "tower": [4, 4]}),
+        ({"vision_tiles_at_once": 2, "recompute_vision": True}, {"tower": [8, 8]}),
+    ],
+)
+def test_parts_run_as_often_as_the_recipe_says(fields: dict, expected: dict[str, list[int]]) -> None:
+    found = count_calls(**fields)
+    assert {name: found[name] for name in expected} == expected
