@@ -9,6 +9,7 @@ from megatron_vita import platform
 from megatron_vita.config import ParallelConfig, Recipe
 from megatron_vita.errors import ConfigError, PlatformError
 from megatron_vita.model.backends import TransformerEngineBackend, choose_backend
+from megatron_vita.model.documents import pack_documents
 from megatron_vita.parallel import groups
 
 
@@ -27,6 +28,20 @@ def test_transformer_engine_is_given_one_tensor_of_bounds_that_ends_with_the_pac
     assert torch.equal(packed.cu_seqlens_q, bounds)
     assert packed.pad_between_seqs is False
     assert packed.max_seqlen_q == packed.max_seqlen_kv == len(angles) == lengths.max()
+
+
+@pytest.mark.parametrize("cp_rank", [0, 1])
+def test_rotary_positions_restart_at_each_document_and_run_on_through_a_joined_pack(cp_rank: int) -> None:
+    """Looked at directly: attention inside a document sees differences of positions only."""
+    apart, joined = torch.tensor([0, 8, 16]), torch.tensor([0, 16])
+    positions = [pack_documents(bounds, cp_size=2, cp_rank=cp_rank)[1].tolist() for bounds in (apart, joined)]
+    assert (
+        positions
+        == [
+            [[0, 1, 6, 7, 0, 1, 6, 7], [0, 1, 2, 3, 12, 13, 14, 15]],
+            [[2, 3, 4, 5, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9, 10, 11]],
+        ][cp_rank]
+    )
 
 
 @pytest.mark.skipif(platform.on_cuda(), reason="of machines without CUDA")
