@@ -97,6 +97,20 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
         ("data.seq_length=1000", "seq_length 1000 is not a multiple of .*16; the nearest that is: 992"),
         ("model.vision.image_size=450", "image_size 450 is not a multiple of twice patch_size 14"),
         ("model.vision.num_attention_heads=15", "hidden_size 1024 is not a multiple of .* 15"),
+        ("parallel.cp_comm_type=ring", r"cp_comm_type is 'ring'; known: p2p, all_gather, a2a, a2a\+p2p"),
+        ("parallel.hierarchical_context_parallel_sizes=[2, 2]", r"needs cp_comm_type a2a\+p2p; it is p2p"),
+        (
+            "parallel.vision_tensor_parallel=true",
+            "vision_tensor_parallel needs tensor_model_parallel_size of at least 2",
+        ),
+        ("parallel.attention_backend=te", "attention_backend te needs training.bf16"),
+        ("training.recompute_method=all", "recompute_method is 'all'; known: block, uniform"),
+        ("training.recompute_method=uniform", "recompute_method is uniform, which needs recompute_granularity full"),
+        ("training.recompute_modules=[mlp]", "which needs recompute_granularity selective; it is none"),
+        ("training.recompute_modules=[moe]", "recompute_modules is .*; known: core_attn, mlp"),
+        ("training.vision_tiles_at_once=0", "vision_tiles_at_once is 0: it must be at least 1"),
+        ("model.vision.normalization=GroupNorm", "normalization is 'GroupNorm'; known: LayerNorm, RMSNorm"),
+        ("data.train=[{name: a, shards: b, ratio: 0}]", "dataset a: ratio is 0.0: it must be positive"),
         ("model.language.num_query_groups=7", "num_attention_heads 40 is not a multiple of num_query_groups 7"),
         ("model.language.kv_channels=127", "kv_channels is 127"),
         ("model.projector.kind=linear", "kind is 'linear'; known: long_vita, internvl"),
@@ -115,6 +129,36 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
 def test_values_that_cannot_work_are_refused_with_what_would(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, "format_version: 1"), [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.context_parallel_size=4", "parallel.cp_comm_type=a2a+p2p"], r"\[heads, ring\], .* 4; it is \[\]"),
+        (
+            ["parallel.context_parallel_size=4", "parallel.cp_comm_type=a2a", "parallel.tensor_model_parallel_size=4"],
+            "a2a splits model.language.num_attention_heads over 4 ranks, but a TP rank has 10; use p2p or all_gather",
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=8", "parallel.vision_tensor_parallel=true",
+             "model.vision.ffn_hidden_size=4100"],
+            "ffn_hidden_size 4100 is not a multiple of .* 8, which parallel.vision_tensor_parallel needs",
+        ),
+        (["parallel.attention_backend=te", "training.bf16=true", "model.language.kv_channels=256"], "of 8 up to 128"),
+        (
+            ["data.isolate_documents=false", "parallel.context_parallel_size=3", "data.seq_length=4000"],
+            "data.seq_length 4000 is not a multiple of 6, .* each pack is split into that many chunks",
+        ),
+        (
+            ["training.recompute_granularity=full", "training.recompute_num_layers=49"],
+            "recompute_num_layers is 49, but no rank has more than 48 layers at once",
+        ),
+        (["model.text_only=true", "training.freeze_language_model=true"], "nothing is left to train"),
+    ],
+)  # fmt: skip
+def test_fields_that_cannot_work_together_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(write(tmp_path, "format_version: 1"), overrides)
 
 
 def test_uneven_first_and_last_stages_share_the_layers_that_are_left(tmp_path: Path) -> None:
