@@ -11,8 +11,8 @@ from data_tools.planning import load_recipe_tokenizer
 from data_tools.view import PackView, describe, view_batch
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import padded_length
-from megatron_vita.data.documents import document_lengths, newline_length
 from megatron_vita.data.index import index_path, read_index, text_stamp
+from megatron_vita.data.lengths import document_lengths
 from megatron_vita.data.plan import COLUMNS, PackPlan
 from megatron_vita.data.split import Split, document_format, open_split
 from megatron_vita.data.stream import PackStream
@@ -50,17 +50,17 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     if key not in keys:
         raise DataError(f"{shard}: no sample {key!r} among {len(keys)}, the first of which is {keys[:1]}")
     row = keys.index(key)
-    tokens, tiles = document_lengths(
-        index, media=recipe.media, vision=recipe.model.vision, newline_length=newline_length(tokenizer)
-    )
-    entry = (0, 0, 0, row, tokens[row], tiles[row])
+    form = document_format(recipe, tokenizer)
+    lengths = document_lengths(index, form=form)
+    counts = (lengths.tokens[row], lengths.tiles[row], lengths.rows[row])
+    entry = (0, 0, 0, row, 0, *counts)
     plan = PackPlan({name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={})
-    length = padded_length(int(tokens[row]), recipe.data.document_alignment)
+    length = padded_length(int(lengths.tokens[row]), recipe.data.document_alignment)
     return PackStream(
         plan,
         shards=[[shard]],
         data=dataclasses.replace(recipe.data, seq_length=length),
-        form=document_format(recipe, tokenizer),
+        forms=[form],
         tile_share=(0, 1),
     )
 

@@ -8,7 +8,8 @@ from typing import get_args
 from tqdm import tqdm
 
 from megatron_vita.config import Recipe
-from megatron_vita.data.index import build_index, index_path, read_header, text_stamp, write_index
+from megatron_vita.data.index import index_path, read_header, text_stamp, write_index
+from megatron_vita.data.index_build import build_index
 from megatron_vita.data.plan import PackPlan, write_plan
 from megatron_vita.data.planner import Rejected, make_plan
 from megatron_vita.data.split import Split, find_shards, plan_path

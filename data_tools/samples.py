@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_vita.data.records import check_record, is_raw_text
 from megatron_vita.data.shards import MEDIA_KINDS, MediaFile
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, probe_video
-from megatron_vita.text.conversation import check_messages
 
 
 class Line(NamedTuple):
@@ -47,11 +47,11 @@ def read_lines(files: list[Path]) -> Iterator[Line]:
 def check_line(line: Line, *, media_root: Path) -> Sample:
     """The sample of a line, its media read and decoded. DataError, to whose message the caller adds file and line."""
     sample = parse_line(line)
-    check_messages(sample)
+    check_record(sample)
     media = {kind: _read_media(sample.get(f"{kind}s") or [], kind, media_root) for kind in MEDIA_KINDS}
-    record = {"messages": sample.get("messages", sample.get("conversations"))}
-    if "id" in sample:
-        record["id"] = sample["id"]
+    body = {"text": sample["text"]} if is_raw_text(sample) else {}
+    record = body or {"messages": sample.get("messages", sample.get("conversations"))}
+    record |= {name: sample[name] for name in ("id", "weight") if name in sample}
     return Sample(key=sample_key(line), record=record, media=media)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.samples import Line, parse_line, read_lines
+from megatron_vita.data.records import check_record, is_raw_text
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.conversation import TextPart, check_messages
 from megatron_vita.text.train import train_sentencepiece
@@ -20,8 +21,12 @@ def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> int:
 
 def _texts(line: Line) -> Iterator[str]:
     try:
-        turns = check_messages(parse_line(line))
+        sample = parse_line(line)
+        check_record(sample)
+        turns = [] if is_raw_text(sample) else check_messages(sample)
     except DataError as error:
         raise DataError(f"{line.file}:{line.number}: {error}") from error
+    if not turns:
+        yield sample["text"]
     for turn in turns:
         yield from (part.text for part in turn.parts if isinstance(part, TextPart))

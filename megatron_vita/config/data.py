@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from megatron_vita.config.fields import described, require
 
+OVERLONG = ("reject", "cut", "drop_media")
+SCOPES = ("mix", "dataset")
+
 
 @dataclass(kw_only=True)
 class DatasetConfig:
@@ -12,9 +15,18 @@ class DatasetConfig:
     name: str = described(doc="Name under which its loss is reported.")
     shards: str = described(doc="Glob of its .tar shards; each has its index beside it.")
     ratio: float = described(1.0, "Share of its samples that an epoch takes; above 1 it goes through them again.")
+    cap: int = described(0, "Most samples that an epoch takes of it; 0: no limit.")
+    max_tiles: int = described(0, "Replaces media.max_tiles for it; 0 does not.")
+    max_frames: int = described(0, "Replaces media.max_frames for it; 0 does not.")
+    max_fps: float = described(0.0, "Replaces media.max_fps for it; 0 does not.")
+    jsonl: str = described("", "JSONL file that `data_tools shard RECIPE` makes its shards from.")
+    media: str = described("", "Folder that the media paths of `jsonl` start from; empty: the file's own.")
 
     def __post_init__(self) -> None:
         require(self.ratio > 0, f"dataset {self.name}: ratio is {self.ratio}: it must be positive")
+        for field in ("cap", "max_tiles", "max_frames", "max_fps"):
+            value = getattr(self, field)
+            require(value >= 0, f"dataset {self.name}: {field} is {value}: it must not be negative")
 
 
 @dataclass(kw_only=True)
@@ -31,6 +43,13 @@ class DataConfig:
         "Documents of a pack do not see each other and their positions start at 0; false: a document sees those before "
         "it, positions run on through the pack, and nothing but its end is padded.",
     )
+    overlong: str = described(
+        "reject", "Samples longer than a pack: reject, cut (keep the beginning) or drop_media (keep all text)."
+    )
+    packing_scope: str = described("mix", "Which documents may share a pack: those of the mix, or of one dataset.")
+    group_by_cost: bool = described(
+        False, "Give the packs of a step like costs, for runs whose replicas take one pack or few a step."
+    )
     shuffle_window: int = described(4096, "Samples shuffled and packed together; reads stay within a window.")
     epochs: int = described(1, "Times that the plan goes through the training data.")
     seed: int = described(1234, "Seed of the plan's order.")
@@ -39,6 +58,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("seq_length", "document_alignment", "shuffle_window", "epochs"):
             require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}: it must be at least 1")
+        for name, known in (("overlong", OVERLONG), ("packing_scope", SCOPES)):
+            value = getattr(self, name)
+            require(value in known, f"data.{name} is {value!r}; known: {', '.join(known)}")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: it must not be negative")
         require(
             self.seq_length % self.document_alignment == 0,

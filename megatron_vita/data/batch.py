@@ -24,6 +24,7 @@ class Batch:
     pack_id: int
     input_ids: torch.Tensor  # [T] int64
     labels: torch.Tensor  # [T] int64, shifted inside each document, -100 = no loss
+    loss_weights: torch.Tensor | None  # [T] fp32 factors on the losses; None where all are 1
     document_starts: torch.Tensor  # [D+1] int32: bounds for labels and metrics
     cu_seqlens: torch.Tensor  # [D+1] or [2] int32: bounds for attention and rotary positions
     document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
@@ -63,9 +64,10 @@ def collate(
     labels = np.full(seq_length, NO_LOSS, dtype=np.int64)
     starts = np.cumsum([0, *(padded_length(len(document), data.padding_multiple) for document in documents)])
     assert starts[-1] <= seq_length, f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"
+    weights = np.ones(seq_length, dtype=np.float32)
     for start, document in zip(starts, documents, strict=False):
-        input_ids[start : start + len(document)] = document.input_ids
-        labels[start : start + len(document)] = document.labels
+        here = slice(start, start + len(document))
+        input_ids[here], labels[here], weights[here] = document.input_ids, document.labels, document.weight
     placements = [start + document.placements for start, document in zip(starts, documents, strict=False)]
     all_sources = list(sources)
     if starts[-1] < seq_length:
@@ -76,6 +78,7 @@ def collate(
         pack_id=pack_id,
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
+        loss_weights=torch.from_numpy(weights) if any(document.weight != 1 for document in documents) else None,
         document_starts=bounds,
         cu_seqlens=bounds if data.isolate_documents else torch.tensor([0, seq_length], dtype=torch.int32),
         document_sources=torch.tensor(all_sources, dtype=torch.int64),

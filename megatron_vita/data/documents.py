@@ -1,40 +1,24 @@
-"""From a sample to a document: token ids, labels, and which tiles go where; and its length from the index alone."""
+"""From a sample to a document: token ids, labels, and which tiles go where."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from megatron_vita.config import MediaConfig, VisionConfig
-from megatron_vita.data.index import SampleIndex, SampleRow
+from megatron_vita.data.fitting import Fit, Piece, whole
+from megatron_vita.data.form import DocumentFormat, Medium
+from megatron_vita.data.index import SampleRow
+from megatron_vita.data.records import Kind, encode_record, weight_of
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
-from megatron_vita.media.tiling import Grid, choose_grid, cut_tiles, num_tiles
-from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, num_frames
-from megatron_vita.text.conversation import Turn, check_messages
-from megatron_vita.text.media_tokens import (
-    MediaTokens,
-    count_image_tokens,
-    count_video_tokens,
-    image_tokens,
-    video_tokens,
-)
-from megatron_vita.text.template import MediaPiece, encode_turns
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.media.tiling import cut_tiles
+from megatron_vita.media.video import decode_frames
+from megatron_vita.text.media_tokens import MediaTokens, image_tokens, video_tokens
+from megatron_vita.text.template import EncodedTurn, MediaPiece
 
 NO_LOSS = -100
-
-
-class Medium(NamedTuple):
-    """An image or video of a document, in file `member`. A video has no grid, an image no frame times (seconds)."""
-
-    member: str
-    num_tiles: int
-    grid: Grid | None
-    times: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,85 +34,92 @@ class Document:
     labels: np.ndarray
     placements: np.ndarray
     media: list[Medium]
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def cut(self, tokens: int) -> "Document":
+        """Its first `tokens` tokens, with the media that are whole in them."""
+        if tokens >= len(self):
+            return self
+        labels = self.labels[:tokens].copy()
+        labels[-1] = NO_LOSS
+        tiles = np.cumsum([0, *(medium.num_tiles for medium in self.media)])
+        held = int(np.searchsorted(self.placements, tokens))
+        media = [medium for medium, end in zip(self.media, tiles[1:], strict=True) if end <= held]
+        placements = self.placements[: sum(medium.num_tiles for medium in media)]
+        return replace(self, input_ids=self.input_ids[:tokens], labels=labels, placements=placements, media=media)
 
-@dataclass(frozen=True, kw_only=True)
-class DocumentFormat:
-    """All that turns a sample into a document."""
-
-    tokenizer: Tokenizer
-    template: str
-    media: MediaConfig
-    vision: VisionConfig
-    text_only: bool = False
-
-
-def newline_length(tokenizer: Tokenizer) -> int:
-    """Tokens of the newline that begins a row of tiles."""
-    return len(tokenizer.encode("\n"))
-
-
-def document_lengths(
-    index: SampleIndex, *, media: MediaConfig, vision: VisionConfig, newline_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and tiles of each sample of an index, int64 each, from metadata alone."""
-
-    @lru_cache(maxsize=100_000)
-    def of_image(width: int, height: int) -> tuple[int, int]:
-        grid = _grid((width, height), media, vision)
-        length = vision.image_token_length
-        return count_image_tokens(grid, image_token_length=length, newline_length=newline_length), num_tiles(grid)
-
-    def of_video(duration: float, fps: float, frames: int) -> tuple[int, int]:
-        info = VideoInfo(duration=duration, fps=fps, frames=frames)
-        count = num_frames(info, max_fps=media.max_fps, max_frames=media.max_frames)
-        return count_video_tokens(count, image_token_length=vision.image_token_length), count
-
-    tokens = _sum_by_sample(*index.ragged("turn_tokens"))
-    tiles = np.zeros(len(index), dtype=np.int64)
-    for columns, measure in (
-        (("image_widths", "image_heights"), of_image),
-        (("video_durations", "video_fps", "video_frames"), of_video),
-    ):
-        counts = index.ragged(columns[0])[1]
-        values = zip(*(index.ragged(name)[0].tolist() for name in columns), strict=True)
-        measured = np.array([measure(*value) for value in values], dtype=np.int64).reshape(-1, 2)
-        tokens += _sum_by_sample(measured[:, 0], counts)
-        tiles += _sum_by_sample(measured[:, 1], counts)
-    return tokens, tiles
+    def part(self, start: int, stop: int) -> "Document":
+        """Tokens `start` to `stop` of raw text; the last of them is still trained to predict the one that follows."""
+        assert not self.media, "raw text has no media"
+        return replace(self, input_ids=self.input_ids[start:stop], labels=self.labels[start:stop])
 
 
 def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentFormat) -> Document:
-    """The document of a sample: its JSON `record` and its `row` of the index.
+    """The document of a sample: its JSON `record` and its `row` of the index; what is left of it if it is too long.
 
     DataError if the tags do not fit the media.
     """
-    images = image_media(zip(record["images"], row.image_sizes, strict=True), form=form)
-    videos = video_media(zip(record["videos"], row.videos, strict=True), form=form)
-    return assemble_document(check_messages(record), key=row.key, images=images, videos=videos, form=form)
+    left = _fit_row(row, form)
+    kept = iter(left.kept)
+    images, videos = iter(row.image_sizes), iter(row.videos)
+    names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
+    media: dict[str, list[Medium | None]] = {"image": [], "video": []}
+    for kind, _ in row.pieces:
+        if kind == Kind.IMAGE:
+            media["image"].append(form.image(next(names[kind]), next(images), tiles=next(kept)))
+        elif kind == Kind.VIDEO:
+            media["video"].append(form.video(next(names[kind]), next(videos), frames=next(kept)))
+    turns = encode_record(record, form.tokenizer, form.template)
+    document = assemble_document(turns, key=row.key, media=media, form=form, weight=weight_of(record))
+    return document if row.is_text else document.cut(left.tokens)
+
+
+def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:
+    """What is left of a sample; all of it where it is not too long, or where nothing would be left."""
+    images, videos = iter(row.image_sizes), iter(row.videos)
+    pieces = []
+    for kind, tokens in row.pieces:
+        if kind == Kind.IMAGE:
+            pieces.append(Piece(kind, *form.measure_image(next(images))))
+        elif kind == Kind.VIDEO:
+            pieces.append(Piece(kind, *form.measure_video(next(videos))))
+        else:
+            pieces.append(Piece(kind, tokens))
+    everything = whole(pieces)
+    if row.is_text or not form.limit or everything.tokens <= form.limit:
+        return everything
+    return form.fit(pieces) or everything
 
 
 def assemble_document(
-    turns: Iterable[Turn], *, key: str, images: Iterable[Medium], videos: Iterable[Medium], form: DocumentFormat
+    turns: Iterable[EncodedTurn],
+    *,
+    key: str,
+    media: dict[str, list[Medium | None]],
+    form: DocumentFormat,
+    weight: float = 1.0,
 ) -> Document:
-    """The turns' tokens in order, each tag replaced by its placeholder sequence (Long-VITA, arXiv 2502.05177).
+    """The turns' tokens in order, each place of a medium filled by its placeholder sequence (Long-VITA, arXiv
+    2502.05177), or by nothing where the medium is left out (None).
 
     DataError for media where the model is text-only.
     """
-    media = {"image": iter(images), "video": iter(videos)}
+    coming = {kind: iter(files) for kind, files in media.items()}
     ids: list[int] = []
     loss: list[bool] = []
     used: list[Medium] = []
     placements: list[int] = []
-    for piece in chain.from_iterable(encode_turns(turns, form.tokenizer, form.template)):
+    for piece in chain.from_iterable(turns):
         if not isinstance(piece, MediaPiece):
             ids += piece.ids
             loss += [piece.loss] * len(piece.ids)
             continue
-        medium = next(media[piece.kind])
+        medium = next(coming[piece.kind])
+        if medium is None:
+            continue
         if form.text_only:
             raise DataError(f"{medium.member}: the model takes no {piece.kind}s, since model.text_only is true")
         used.append(medium)
@@ -143,6 +134,7 @@ def assemble_document(
         labels=_shifted_labels(input_ids, np.array(loss, dtype=bool)),
         placements=np.array(placements, dtype=np.int64),
         media=used,
+        weight=weight,
     )
 
 
@@ -166,30 +158,6 @@ def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
     labels = np.full_like(input_ids, NO_LOSS)
     labels[:-1] = np.where(loss[1:], input_ids[1:], NO_LOSS)
     return labels
-
-
-def _grid(size: tuple[int, int], media: MediaConfig, vision: VisionConfig) -> Grid:
-    return choose_grid(size, tile_size=vision.image_size, min_tiles=media.min_tiles, max_tiles=media.max_tiles)
-
-
-def image_media(images: Iterable[tuple[str, tuple[int, int]]], *, form: DocumentFormat) -> Iterator[Medium]:
-    """Images given as (member, (width, height)), each with the grid it is cut by."""
-    for member, size in images:
-        grid = _grid(size, form.media, form.vision)
-        yield Medium(member, num_tiles(grid), grid, [])
-
-
-def video_media(videos: Iterable[tuple[str, VideoInfo]], *, form: DocumentFormat) -> Iterator[Medium]:
-    """Videos given as (member, info), each with the times of its frames."""
-    for member, info in videos:
-        times = frame_times(info, max_fps=form.media.max_fps, max_frames=form.media.max_frames)
-        yield Medium(member, len(times), None, list(times))
-
-
-def _sum_by_sample(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    stops = np.cumsum(counts, dtype=np.int64)
-    return totals[stops] - totals[stops - counts]
 
 
 def check_length(document: Document, *, name: str, tokens: int, tiles: int) -> None:

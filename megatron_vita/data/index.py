@@ -4,31 +4,30 @@
 images are tiled or frames sampled, only on the tokenizer and the template, whose fingerprints it carries.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_vita.data.shards import Member, ShardReader, parse_record, scan_shard
+from megatron_vita.data.records import Kind
+from megatron_vita.data.shards import Member
 from megatron_vita.errors import DataError
-from megatron_vita.media.images import image_size
-from megatron_vita.media.video import VideoInfo, probe_video
-from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.template import TextPiece, encode_turns, template_fingerprint
+from megatron_vita.media.video import VideoInfo
+from megatron_vita.text.template import template_fingerprint
 from megatron_vita.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("turn_tokens", pa.list_(pa.int32())),
+        ("is_text", pa.bool_()),
+        ("piece_kinds", pa.list_(pa.int8())),
+        ("piece_tokens", pa.list_(pa.int32())),
         ("image_widths", pa.list_(pa.int32())),
         ("image_heights", pa.list_(pa.int32())),
         ("video_durations", pa.list_(pa.float64())),
@@ -54,10 +53,13 @@ class IndexHeader:
 
 
 class SampleRow(NamedTuple):
-    """A sample's metadata: text tokens of each turn, (width, height) of images after EXIF rotation, videos, files."""
+    """A sample's metadata: whether it is raw text, kinds of its pieces in order and tokens of those that are text,
+    (width, height) of its images after EXIF rotation, its videos, its files.
+    """
 
     key: str
-    turn_tokens: list[int]
+    is_text: bool
+    pieces: list[tuple[Kind, int]]
     image_sizes: list[tuple[int, int]]
     videos: list[VideoInfo]
     members: dict[str, Member]
@@ -79,7 +81,8 @@ class SampleIndex:
         members = zip(values["member_names"], values["member_offsets"], values["member_sizes"], strict=True)
         return SampleRow(
             key=values["key"],
-            turn_tokens=values["turn_tokens"],
+            is_text=values["is_text"],
+            pieces=[(Kind(k), n) for k, n in zip(values["piece_kinds"], values["piece_tokens"], strict=True)],
             image_sizes=list(zip(values["image_widths"], values["image_heights"], strict=True)),
             videos=_videos(values),
             members={member[0]: Member(*member) for member in members},
@@ -89,6 +92,10 @@ class SampleIndex:
         """A list column as (values of all samples, number of values of each sample)."""
         column = self._table[name].combine_chunks()
         return column.flatten().to_numpy(zero_copy_only=False), np.diff(column.offsets.to_numpy())
+
+    def column(self, name: str) -> np.ndarray:
+        """A plain column."""
+        return self._table[name].to_numpy()
 
     def keys(self) -> list[str]:
         """The key of each sample."""
@@ -103,23 +110,6 @@ def index_path(shard: Path) -> Path:
 def text_stamp(tokenizer: Tokenizer, template: str) -> dict[str, str]:
     """The fingerprints that token counts depend on."""
     return {"tokenizer": tokenizer.fingerprint, "template": template_fingerprint(template)}
-
-
-def build_index(shard: Path, tokenizer: Tokenizer, template: str) -> SampleIndex:
-    """Scans a shard once and gives its index. DataError naming shard and key for a sample that cannot be read."""
-    reader, size = ShardReader(), shard.stat().st_size
-    rows = [
-        _sample_columns(shard, key, members, reader=reader, size=size, tokenizer=tokenizer, template=template)
-        for key, members in scan_shard(shard)
-    ]
-    reader.close()
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    text = text_stamp(tokenizer, template)
-    header = IndexHeader(
-        shard_size=size, samples=len(rows), content=content, tokenizer=text["tokenizer"], template=text["template"]
-    )
-    return SampleIndex(table, header=header)
 
 
 def write_index(index: SampleIndex, path: Path) -> None:
@@ -170,47 +160,6 @@ def _header(schema: pa.Schema, path: Path, text: dict[str, str] | None) -> Index
                 "make the index again with data_tools index"
             )
     return header
-
-
-def _sample_columns(
-    shard: Path,
-    key: str,
-    members: dict[str, Member],
-    *,
-    reader: ShardReader,
-    size: int,
-    tokenizer: Tokenizer,
-    template: str,
-) -> dict[str, Any]:
-    name = f"{shard} sample {key}"
-    if f"{key}.json" not in members:
-        raise DataError(f"{name}: there is no {key}.json")
-    record = parse_record(reader.read(shard, member=members[f"{key}.json"], shard_size=size), name)
-    try:
-        turns = encode_turns(check_messages(record), tokenizer, template)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
-
-    def read_all(field: str) -> Iterator[tuple[str, bytes]]:
-        for member in record[field]:
-            if member not in members:
-                raise DataError(f"{name}: {field} names {member}, which the shard does not hold")
-            yield f"{shard} {member}", reader.read(shard, member=members[member], shard_size=size)
-
-    sizes = [image_size(data, where) for where, data in read_all("images")]
-    videos = [probe_video(data, where) for where, data in read_all("videos")]
-    return {
-        "key": key,
-        "turn_tokens": [sum(len(piece.ids) for piece in turn if isinstance(piece, TextPiece)) for turn in turns],
-        "image_widths": [width for width, _ in sizes],
-        "image_heights": [height for _, height in sizes],
-        "video_durations": [video.duration for video in videos],
-        "video_fps": [video.fps for video in videos],
-        "video_frames": [video.frames for video in videos],
-        "member_names": list(members),
-        "member_offsets": [member.offset for member in members.values()],
-        "member_sizes": [member.size for member in members.values()],
-    }
 
 
 def _videos(values: dict[str, list]) -> list[VideoInfo]:

@@ -4,10 +4,14 @@ Random numbers are raw 64-bit words of PCG64, whose stream numpy keeps the same 
 sorts by them. So a plan does not depend on the numpy that made it.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
+
+WELL_FILLED = 0.99
+GROUP_BLOCK = 64  # groups of packs among which like costs are looked for
 
 
 class Shuffler:
@@ -23,20 +27,23 @@ class Shuffler:
         return np.argsort(self._bits.random_raw(length), kind="stable")
 
 
-def sample_order(shard_sizes: list[list[int]], *, ratios: Sequence[float], shuffler: Shuffler) -> np.ndarray:
+def sample_order(
+    shard_sizes: list[list[int]], *, ratios: Sequence[float], caps: Sequence[int], shuffler: Shuffler
+) -> np.ndarray:
     """An epoch's order of samples, as positions in the datasets' shards laid end to end.
 
     `shard_sizes` holds the samples of each shard of each dataset, of which an epoch takes the share `ratios`, the first
-    of its order, or goes round again. In each dataset shards are shuffled, then samples
-    inside each shard, so that neighbours come from few files. Datasets are then interleaved evenly: each is spread over
-    the epoch in proportion to its size, and every window sees the epoch's mix.
+    of its order, or goes round again, and at most `caps` (0: no limit). In each dataset shards are shuffled, then
+    samples inside each shard, so that neighbours come from few files. Datasets are then interleaved evenly: each is
+    spread over the epoch in proportion to its size, and every window sees the epoch's mix.
     """
     orders, places = [], []
     first = 0
-    for sizes, ratio in zip(shard_sizes, ratios, strict=True):
+    for sizes, ratio, cap in zip(shard_sizes, ratios, caps, strict=True):
         bounds = np.cumsum([first, *sizes])
         order = [bounds[shard] + shuffler.permutation(sizes[shard]) for shard in shuffler.permutation(len(sizes))]
         taken = int(sum(sizes) * ratio)
+        taken = min(taken, cap) if cap else taken
         orders.append(np.resize(np.concatenate([np.zeros(0, np.int64), *order]), taken))
         places.append((np.arange(taken) + 0.5) / max(taken, 1))
         first = int(bounds[-1])
@@ -45,14 +52,24 @@ def sample_order(shard_sizes: list[list[int]], *, ratios: Sequence[float], shuff
     return np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def first_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
-    """The pack of each document: longest first, each into the first pack with room. No length exceeds `capacity`."""
+def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
+    """The pack of each document: longest first, each into the pack with the least room that takes it.
+
+    No length exceeds `capacity`.
+    """
     packs = np.empty(len(lengths), dtype=np.int64)
-    room = np.full(len(lengths), capacity, dtype=np.int64)
-    for document in np.argsort(-lengths, kind="stable"):
-        pack = int(np.argmax(room >= lengths[document]))
+    rooms: list[tuple[int, int]] = []  # room and number of packs that are not full, ascending
+    count = 0
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place < len(rooms):
+            room, pack = rooms.pop(place)
+        else:
+            room, pack, count = capacity, count, count + 1
         packs[document] = pack
-        room[pack] -= lengths[document]
+        if room > length:
+            bisect.insort(rooms, (room - length, pack))
     return packs
 
 
@@ -61,16 +78,66 @@ def pack_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Packs documents, given in their shuffled order, window by window.
 
-    Returns (order, packs): the documents' positions sorted by pack, in a pack by their place in the window, and the
-    pack of each. The packs of a window are shuffled: else each window would go from long documents to short ones.
+    Returns (order, packs): the documents' positions sorted by pack, in a pack by their place, and the pack of each.
+    Documents of packs that stay emptier than most go on to the next window, so that each window need not end with packs
+    half full. The packs of a window are shuffled: else each would go from long documents to short ones.
     """
     orders, packs, first_pack = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    waiting = np.zeros(0, dtype=np.int64)
     for start, stop in itertools.pairwise([*range(0, len(lengths), window), len(lengths)]):
-        pack = first_fit_decreasing(lengths[start:stop], capacity=capacity)
-        count = int(pack.max()) + 1
+        documents = np.concatenate([waiting, np.arange(start, stop)])
+        pack = best_fit_decreasing(lengths[documents], capacity=capacity)
+        stays = np.ones(len(documents), dtype=bool)
+        if stop < len(lengths):
+            stays = ~_carried(lengths[documents], pack, capacity=capacity, most=window // 2)
+        waiting, documents, pack = documents[~stays], documents[stays], pack[stays]
+        pack = np.unique(pack, return_inverse=True)[1]
+        count = int(pack.max(initial=-1)) + 1
         pack = shuffler.permutation(count)[pack]
         order = np.argsort(pack, kind="stable")
-        orders.append(start + order)
+        orders.append(documents[order])
         packs.append(first_pack + pack[order])
         first_pack += count
     return np.concatenate(orders), np.concatenate(packs)
+
+
+def _carried(lengths: np.ndarray, packs: np.ndarray, *, capacity: int, most: int) -> np.ndarray:
+    """Which documents go on to the next window: at most `most`, those of the emptiest packs, none of a pack that is
+    fuller than WELL_FILLED, and not those of every pack.
+    """
+    fill = np.bincount(packs, weights=lengths) / capacity
+    members = np.bincount(packs)
+    emptiest = np.argsort(fill, kind="stable")
+    leaves = np.zeros(len(fill), dtype=bool)
+    leaves[emptiest] = (np.cumsum(members[emptiest]) <= most) & (fill[emptiest] < WELL_FILLED)
+    leaves[emptiest[-1:]] = False
+    return leaves[packs]
+
+
+def interleave(packed: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of packs, each (documents sorted by pack, pack of each), as one over which each of them is spread."""
+    counts = [int(packs.max(initial=-1)) + 1 for _, packs in packed]
+    places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+    numbers = np.empty(len(places), dtype=np.int64)
+    numbers[np.argsort(places, kind="stable")] = np.arange(len(places))
+    firsts = np.cumsum([0, *counts])
+    documents = np.concatenate([order for order, _ in packed])
+    packs = np.concatenate([numbers[first + packs] for first, (_, packs) in zip(firsts, packed, strict=False)])
+    order = np.argsort(packs, kind="stable")
+    return documents[order], packs[order]
+
+
+def group_by_cost(costs: np.ndarray, *, size: int, shuffler: Shuffler) -> np.ndarray:
+    """The new number of each pack, so that `size` packs that follow one another have like costs.
+
+    Packs stay within GROUP_BLOCK groups of where they were; groups are shuffled within it. Packs that fill no group
+    keep their place.
+    """
+    numbers = np.arange(len(costs))
+    block = GROUP_BLOCK * size
+    for start in range(0, len(costs) // size * size, block):
+        stop = min(start + block, len(costs) // size * size)
+        ascending = start + np.argsort(costs[start:stop], kind="stable")
+        groups = ascending.reshape(-1, size)
+        numbers[groups[shuffler.permutation(len(groups))].reshape(-1)] = np.arange(start, stop)
+    return numbers

@@ -1,46 +1,63 @@
 """The pack plan: which documents share a pack, in which global order. Made before training, read by every rank.
 
-A plan is one Parquet file with a row for each document, sorted by pack, and a stamp: every input that it is a function
-of. The parallel layout, the number of workers and the place of the files are not among them.
+A plan is one Arrow file with a row for each document, sorted by pack, and a stamp: every input that it is a function
+of. The parallel layout, the number of workers and the place of the files are not among them. The file is mapped into
+memory, so that all processes of a machine share one copy.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_vita.errors import DataError
 
-FORMAT_VERSION = 1
-COLUMNS = ("pack", "dataset", "shard", "row", "tokens", "tiles")
+FORMAT_VERSION = 2
+COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows")
 REMEDY = "make the plan again: python -m data_tools plan RECIPE"
 
 
 class DocumentEntry(NamedTuple):
-    """A document of a pack: `dataset` of the recipe, `shard` of the dataset's sorted shards, `row` of its index."""
+    """A document of a pack: `dataset` of the plan's, `shard` of the dataset's sorted shards, `row` of its index.
+
+    Its `tokens` begin at token `start` of the sample; `rows` of them are scored.
+    """
 
     dataset: int
     shard: int
     row: int
+    start: int
     tokens: int
     tiles: int
+    rows: int
 
 
 class PackPlan:
-    """Packs as columns: `columns[name]` has an int32 for each document, sorted by pack."""
+    """Packs as columns: `columns[name]` has an int32 for each document, sorted by pack; `datasets` are names.
 
-    def __init__(self, columns: dict[str, np.ndarray], *, stamp: dict[str, Any]) -> None:
+    `history` says of each earlier plan that this one continues, which packs come from it: {"packs": int, "stamp": ...}.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, np.ndarray],
+        *,
+        datasets: Sequence[str] = (),
+        stamp: dict[str, Any],
+        history: Sequence[dict[str, Any]] = (),
+        path: Path | None = None,
+    ) -> None:
         self.columns = {name: np.asarray(columns[name], dtype=np.int32) for name in COLUMNS}
-        self.stamp = stamp
+        self.datasets, self.stamp, self.history = list(datasets), stamp, list(history)
+        self._path = path
         pack = self.columns["pack"]
         self.num_packs = int(pack[-1]) + 1 if len(pack) else 0
-        self._starts = np.searchsorted(pack, np.arange(self.num_packs + 1))
-        self._tiles = np.concatenate([[0], np.cumsum(self.columns["tiles"], dtype=np.int64)])
+        self._starts = np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]]) if len(pack) else [0]
+        assert len(self._starts) == self.num_packs + 1, "every pack has a document"
 
     @property
     def num_documents(self) -> int:
@@ -64,36 +81,56 @@ class PackPlan:
 
     def tiles_of(self, pack_id: int) -> int:
         """Tiles and frames of a pack."""
-        rows = self._rows(pack_id)
-        return int(self._tiles[rows.stop] - self._tiles[rows.start])
+        return int(self.columns["tiles"][self._rows(pack_id)].sum(dtype=np.int64))
+
+    def before(self, pack_id: int) -> dict[str, np.ndarray]:
+        """The columns of the packs before `pack_id`."""
+        return {name: column[: int(self._starts[pack_id])] for name, column in self.columns.items()}
 
     def _rows(self, pack_id: int) -> slice:
         if not 0 <= pack_id < self.num_packs:
             raise IndexError(f"pack {pack_id} of a plan of {self.num_packs} packs")
         return slice(int(self._starts[pack_id]), int(self._starts[pack_id + 1]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the same file."""
+        if self._path is not None:
+            return read_plan, (self._path,)
+        return _rebuild, (self.columns, self.datasets, self.stamp, self.history)
+
+
+def _rebuild(columns: dict[str, np.ndarray], datasets: list[str], stamp: dict, history: list[dict]) -> PackPlan:
+    return PackPlan(columns, datasets=datasets, stamp=stamp, history=history)
+
 
 def write_plan(plan: PackPlan, path: Path) -> None:
     """Writes a plan under a temporary name, then renames it. Same plan, same bytes (of one pyarrow version)."""
-    metadata = {"stamp": json.dumps(plan.stamp, sort_keys=True)}
-    table = pa.table(plan.columns).replace_schema_metadata(metadata)
+    about = {"format_version": FORMAT_VERSION, "datasets": plan.datasets, "stamp": plan.stamp, "history": plan.history}
+    table = pa.table(plan.columns).replace_schema_metadata({"plan": json.dumps(about, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=max(len(table), 1))
     os.replace(partial, path)
 
 
 def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackPlan:
-    """Reads a plan. DataError if it is missing, or of other inputs than `expected_stamp`, naming field and values."""
+    """Maps a plan. DataError if it is missing, or of other inputs than `expected_stamp`, naming field and values."""
     if not path.exists():
         raise DataError(f"{path}: there is no plan; {REMEDY}")
     try:
-        table = pq.read_table(path, use_threads=False, memory_map=False)
-        stamp = json.loads(table.schema.metadata[b"stamp"])
-        plan = PackPlan({name: table[name].to_numpy() for name in COLUMNS}, stamp=stamp)
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        about = json.loads(table.schema.metadata[b"plan"])
+        version = about["format_version"]
+        columns = (
+            {name: table[name].combine_chunks().to_numpy() for name in COLUMNS} if version == FORMAT_VERSION else {}
+        )
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a pack plan: {error}; {REMEDY}") from error
-    if expected_stamp is not None and (differences := list(compare_stamps(stamp, expected_stamp))):
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: plan format {version}, this version reads {FORMAT_VERSION}; {REMEDY}")
+    plan = PackPlan(columns, datasets=about["datasets"], stamp=about["stamp"], history=about["history"], path=path)
+    if expected_stamp is not None and (differences := list(compare_stamps(plan.stamp, expected_stamp))):
         raise DataError(f"{path}: the plan does not fit the recipe: {'; '.join(differences[:3])}; {REMEDY}")
     return plan
 

@@ -97,19 +97,6 @@ def _check_end(path: Path) -> None:
         raise DataError(f"{path}: not a readable .tar shard: it is cut short; write it again with data_tools shard")
 
 
-def parse_record(data: bytes, name: str) -> dict[str, Any]:
-    """The JSON of a sample. DataError naming `name` if it is not an object with messages and media names."""
-    try:
-        record = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{name}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise DataError(f"{name}: a sample is a JSON object with a list of messages")
-    for field in ("images", "videos"):
-        record.setdefault(field, [])
-    return record
-
-
 class ShardReader:
     """Reads members of shards by offset, keeping the shards of the latest reads open."""
 

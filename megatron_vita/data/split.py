@@ -1,5 +1,6 @@
 """A recipe's training or validation data: its shards and indexes, its plan, its stream."""
 
+import dataclasses
 import glob
 import hashlib
 import itertools
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vita.config import DatasetConfig, Recipe
-from megatron_vita.data.documents import DocumentFormat
+from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index import IndexHeader, index_path, read_header, text_stamp
 from megatron_vita.data.plan import FORMAT_VERSION, read_plan
 from megatron_vita.data.stream import PackStream
@@ -17,16 +18,31 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
+LIMITS = ("max_tiles", "max_frames", "max_fps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """A dataset's shards, in the order of their names, with the headers of their indexes."""
 
-    name: str
-    ratio: float
+    config: DatasetConfig
     shards: list[Path]
     headers: list[IndexHeader]
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.config.name
+
+    @property
+    def ratio(self) -> float:
+        """Share of its samples that an epoch takes."""
+        return self.config.ratio
+
+    @property
+    def cap(self) -> int:
+        """Most samples that an epoch takes; 0: no limit."""
+        return self.config.cap
 
 
 def open_split(recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share: tuple[int, int] | None) -> PackStream:
@@ -43,7 +59,7 @@ def open_split(recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share
         plan,
         shards=[source.shards for source in sources],
         data=recipe.data,
-        form=document_format(recipe, tokenizer),
+        forms=[document_format(recipe, tokenizer, dataset=source.config) for source in sources],
         tile_share=tile_share,
     )
 
@@ -52,17 +68,20 @@ def plan_path(recipe: Recipe, split: Split) -> Path:
     """The plan file of a split. ConfigError if the recipe names no plan folder."""
     if not recipe.data.plan:
         raise ConfigError("data.plan is empty: name the folder that `python -m data_tools plan RECIPE` writes")
-    return Path(recipe.data.plan) / f"{split}.parquet"
+    return Path(recipe.data.plan) / f"{split}.arrow"
 
 
-def document_format(recipe: Recipe, tokenizer: Tokenizer) -> DocumentFormat:
-    """What a recipe says about turning samples into documents."""
+def document_format(recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetConfig | None = None) -> DocumentFormat:
+    """What a recipe says about turning samples into documents; those of `dataset`, which may have limits of its own."""
+    own = {} if dataset is None else {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
     return DocumentFormat(
         tokenizer=tokenizer,
         template=recipe.text.template,
-        media=recipe.media,
+        media=dataclasses.replace(recipe.media, **own),
         vision=recipe.model.vision,
         text_only=recipe.model.text_only,
+        limit=recipe.data.seq_length if dataset is not None else 0,
+        overlong=recipe.data.overlong,
     )
 
 
@@ -80,7 +99,7 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
     for dataset in datasets:
         shards = find_shards(dataset)
         headers = [read_header(index_path(shard), text) for shard in shards]
-        sources.append(Source(name=dataset.name, ratio=dataset.ratio, shards=shards, headers=headers))
+        sources.append(Source(config=dataset, shards=shards, headers=headers))
     return sources
 
 
@@ -110,6 +129,9 @@ def plan_stamp(recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: S
         "data.document_alignment": data.document_alignment,
         "data.isolate_documents": data.isolate_documents,
         "data.shuffle_window": data.shuffle_window,
+        "data.overlong": data.overlong,
+        "data.packing_scope": data.packing_scope,
+        "training.global_batch_size": recipe.training.global_batch_size if data.group_by_cost else "any",
         "model.text_only": recipe.model.text_only,
         "media.min_tiles": media.min_tiles,
         "media.max_tiles": media.max_tiles,
@@ -132,4 +154,5 @@ def _fingerprints(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str]:
 def _source_stamp(source: Source) -> dict[str, Any]:
     content = hashlib.sha256("".join(header.content for header in source.headers).encode()).hexdigest()
     shards = [shard.name for shard in source.shards]
-    return {"name": source.name, "ratio": source.ratio, "shards": shards, "index_hash": content}
+    settings = {name: getattr(source.config, name) for name in ("name", "ratio", "cap", *LIMITS)}
+    return {**settings, "shards": shards, "index_hash": content}

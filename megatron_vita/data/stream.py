@@ -11,10 +11,12 @@ from torch.utils.data import Dataset
 
 from megatron_vita.config import DataConfig
 from megatron_vita.data.batch import Batch, collate, mark_frames
-from megatron_vita.data.documents import Document, DocumentFormat, build_document, check_length, decode_tiles
+from megatron_vita.data.documents import Document, build_document, check_length, decode_tiles
+from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_index, text_stamp
 from megatron_vita.data.plan import DocumentEntry, PackPlan
-from megatron_vita.data.shards import ShardReader, parse_record
+from megatron_vita.data.records import parse_record
+from megatron_vita.data.shards import ShardReader
 from megatron_vita.errors import DataError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
 
@@ -24,7 +26,8 @@ OPEN_INDEXES = 64
 class PackStream(Dataset):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
-    `shards[dataset][shard]` are the files that the plan's entries count in. `tile_share` is (rank, ranks) of the ranks
+    `shards[dataset][shard]` are the files that the plan's entries count in, and `forms[dataset]` what their samples
+    become. `tile_share` is (rank, ranks) of the ranks
     that share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
     """
 
@@ -34,15 +37,15 @@ class PackStream(Dataset):
         *,
         shards: Sequence[Sequence[Path]],
         data: DataConfig,
-        form: DocumentFormat,
+        forms: Sequence[DocumentFormat],
         tile_share: tuple[int, int] | None,
     ) -> None:
         self.plan = plan
-        self.form = form
+        self.forms = list(forms)
         self._shards = shards
         self._data = data
         self._tile_share = tile_share
-        self._text = text_stamp(form.tokenizer, form.template)
+        self._text = text_stamp(forms[0].tokenizer, forms[0].template)
         self._open_caches()
 
     def __len__(self) -> int:
@@ -59,7 +62,7 @@ class PackStream(Dataset):
             pack_id=pack_id,
             sources=[entry.dataset for entry in entries],
             data=self._data,
-            pad_id=self.form.tokenizer.pad_id,
+            pad_id=self.forms[0].tokenizer.pad_id,
             tiles=self._tiles(entries, rows, documents, tile_ids.numpy()),
             tile_ids=tile_ids,
         )
@@ -75,9 +78,11 @@ class PackStream(Dataset):
         name = f"{self._shard(entry)} sample {row.key}"
         record = parse_record(self._read(entry, row, f"{row.key}.json"), name)
         try:
-            document = build_document(record, row, form=self.form)
+            document = build_document(record, row, form=self.forms[entry.dataset])
         except VitaError as error:
             raise DataError(f"{name}: {error}") from error
+        if row.is_text and (entry.start or entry.tokens < len(document)):
+            document = document.part(entry.start, entry.start + entry.tokens)
         check_length(document, name=name, tokens=entry.tokens, tiles=entry.tiles)
         return document
 
@@ -88,7 +93,7 @@ class PackStream(Dataset):
         documents: list[Document],
         wanted: np.ndarray,
     ) -> torch.Tensor:
-        side = self.form.vision.image_size
+        side = self.forms[0].vision.image_size
         decoded = [np.zeros((0, 3, side, side), dtype=np.uint8)]
         first = 0
         for entry, row, document in zip(entries, rows, documents, strict=True):
@@ -100,9 +105,8 @@ class PackStream(Dataset):
                     continue
                 data = self._read(entry, row, medium.member)
                 name = f"{self._shard(entry)} {medium.member}"
-                decoded.append(
-                    decode_tiles(medium, data, name=name, tiles=range(mine[0], mine[-1] + 1), form=self.form)
-                )
+                tiles, form = range(mine[0], mine[-1] + 1), self.forms[entry.dataset]
+                decoded.append(decode_tiles(medium, data, name=name, tiles=tiles, form=form))
         return torch.from_numpy(np.concatenate(decoded))
 
     def _read(self, entry: DocumentEntry, row: SampleRow, member: str) -> bytes:

@@ -7,19 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.documents import (
-    Document,
-    DocumentFormat,
-    assemble_document,
-    decode_tiles,
-    image_media,
-    video_media,
-)
+from megatron_vita.data.documents import Document, assemble_document, decode_tiles
+from megatron_vita.data.form import DocumentFormat
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.template import generation_prompt
+from megatron_vita.text.template import encode_turns, generation_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +59,12 @@ def lay_out_prompt(prompt: Prompt, *, form: DocumentFormat) -> Document:
         "images": [image.name for image in prompt.images],
         "videos": [video.name for video in prompt.videos],
     }
-    document = assemble_document(
-        check_messages(sample, needs_answer=False),
-        key="prompt",
-        images=image_media(((i.name, image_size(i.data, i.name)) for i in prompt.images), form=form),
-        videos=video_media(((v.name, probe_video(v.data, v.name)) for v in prompt.videos), form=form),
-        form=form,
-    )
+    media = {
+        "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
+        "video": [form.video(v.name, probe_video(v.data, v.name)) for v in prompt.videos],
+    }
+    turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
+    document = assemble_document(turns, key="prompt", media=media, form=form)
     opening = generation_prompt(form.template, form.tokenizer)
     return replace(document, input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)]))
 

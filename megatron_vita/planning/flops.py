@@ -47,14 +47,19 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
     """What a pack costs beyond what every pack costs: FLOPs of attention inside its documents, of `lengths` tokens, and
     of its tiles, on the first pipeline stage, forward and backward.
     """
-    data, training = recipe.data, recipe.training
-    alignment = data.document_alignment
+    alignment = recipe.data.document_alignment
     padded = -(-np.asarray(lengths, dtype=np.int64) // alignment) * alignment
+    of_square, of_tile = cost_weights(recipe)
+    return of_square * int(np.square(padded).sum()) + of_tile * tiles
+
+
+def cost_weights(recipe: Recipe) -> tuple[int, int]:
+    """Terms of `variable_cost`: FLOPs for the square of a document's padded length, and for a tile."""
     # Joined documents are one segment of the same length in all packs.
-    attention = attention_flops(recipe.model.language, padded) if data.isolate_documents else 0
-    vision = 0 if recipe.model.text_only else tiles * tile_flops(recipe.model)
-    passes = 1 if training.freeze_vision_model else 3  # a frozen tower has no backward
-    return 3 * attention // recipe.parallel.pipeline_model_parallel_size + passes * vision
+    attention = attention_flops(recipe.model.language, [1]) if recipe.data.isolate_documents else 0
+    vision = 0 if recipe.model.text_only else tile_flops(recipe.model)
+    passes = 1 if recipe.training.freeze_vision_model else 3  # a frozen tower has no backward
+    return 3 * attention // recipe.parallel.pipeline_model_parallel_size, passes * vision
 
 
 def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int) -> int:

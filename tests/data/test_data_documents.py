@@ -7,16 +7,12 @@ import pytest
 from toy_data import SIZES, write_shard
 
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.documents import (
-    NO_LOSS,
-    DocumentFormat,
-    build_document,
-    check_length,
-    document_lengths,
-    newline_length,
-)
-from megatron_vita.data.index import build_index
-from megatron_vita.data.shards import ShardReader, parse_record
+from megatron_vita.data.documents import NO_LOSS, Document, build_document, check_length
+from megatron_vita.data.form import DocumentFormat
+from megatron_vita.data.index_build import build_index
+from megatron_vita.data.lengths import Lengths, document_lengths
+from megatron_vita.data.records import parse_record
+from megatron_vita.data.shards import ShardReader
 from megatron_vita.errors import DataError
 
 
@@ -48,12 +44,44 @@ def test_lengths_from_metadata_are_those_of_the_documents(
     media = MediaConfig(max_tiles=max_tiles, max_fps=max_fps, max_frames=max_frames)
     form = replace(form, template=template, media=media)
     index = build_index(shard, form.tokenizer, template)
-    newline = newline_length(form.tokenizer)
-    tokens, tiles = document_lengths(index, media=media, vision=form.vision, newline_length=newline)
+    assert_counted(document_lengths(index, form=form), list(documents_of(shard, form)))
+
+
+def assert_counted(lengths: Lengths, documents: list[Document]) -> None:
+    assert lengths.tokens.tolist() == [len(document) for document in documents]
+    assert lengths.tiles.tolist() == [len(document.placements) for document in documents]
+    assert lengths.tiles.tolist() == [sum(medium.num_tiles for medium in document.media) for document in documents]
+    assert lengths.rows.tolist() == [int((document.labels != NO_LOSS).sum()) for document in documents]
+
+
+@pytest.mark.parametrize("policy", ["reject", "cut", "drop_media"])
+@pytest.mark.parametrize("limit", [40, 60, 80, 110])
+def test_what_is_left_of_long_documents_is_counted_from_metadata(shard, form, policy: str, limit: int) -> None:
+    form = replace(form, limit=limit, overlong=policy)
+    lengths = document_lengths(build_index(shard, form.tokenizer, form.template), form=form)
     documents = list(documents_of(shard, form))
-    assert tokens.tolist() == [len(document) for document in documents]
-    assert tiles.tolist() == [len(document.placements) for document in documents]
-    assert tiles.tolist() == [sum(medium.num_tiles for medium in document.media) for document in documents]
+    assert_counted(lengths, documents)
+    whole = [len(document) for document in documents_of(shard, replace(form, limit=0))]
+    assert max(whole) > limit
+    left = [len(document) for length, document in zip(whole, documents, strict=True) if length > limit]
+    assert policy != "reject" or min(left) > limit
+    assert policy != "drop_media" or limit < 110 or max(left) <= limit
+
+
+def test_dropping_media_keeps_all_text_and_as_many_frames_as_fit(shard, form) -> None:
+    whole = list(documents_of(shard, form))[1]
+    frame = form.video_tokens(1)
+    left = list(documents_of(shard, replace(form, limit=len(whole) - frame, overlong="drop_media")))[1]
+    kept = [(medium.member, medium.num_tiles) for medium in left.media]
+    assert kept == [(medium.member, medium.num_tiles) for medium in whole.media[:2]]  # the last picture goes whole
+    lost = sum(form.measure_image(size)[0] for size in [(90, 30)])
+    fewer = list(documents_of(shard, replace(form, limit=len(whole) - lost - 2 * frame, overlong="drop_media")))[1]
+    clip = fewer.media[1]
+    assert clip.num_tiles == whole.media[1].num_tiles - 2
+    assert clip.times == [(i + 0.5) * 2.0 / clip.num_tiles for i in range(clip.num_tiles)]  # evenly over the 2 s
+    text = {form.tokenizer.special_id(f"<{kind}>") for kind in ("img", "/img", "vid", "/vid", "patch", "/patch")}
+    assert np.isin(fewer.input_ids, list(text)).sum() < np.isin(whole.input_ids, list(text)).sum()
+    assert (fewer.labels != NO_LOSS).sum() == (whole.labels != NO_LOSS).sum()
 
 
 def test_a_label_is_the_next_token_of_an_answer(shard, form) -> None:

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from toy_data import clip, picture, talk, write_shard
 
-from megatron_vita.data.index import build_index, index_path, read_header, read_index, text_stamp, write_index
+from megatron_vita.data.index import index_path, read_header, read_index, text_stamp, write_index
+from megatron_vita.data.index_build import build_index
+from megatron_vita.data.records import Kind
 from megatron_vita.data.shards import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
 
@@ -27,7 +29,9 @@ def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
     assert row.image_sizes == [(200, 100), (90, 30)]
     assert (row.videos[0].frames, row.videos[0].duration, row.videos[0].fps) == (16, 2.0, 8.0)
     assert list(row.members) == ["s0001.image0.png", "s0001.image1.jpg", "s0001.json", "s0001.video0.mp4"]
-    assert len(row.turn_tokens) == 4
+    kinds = [kind for kind, _ in row.pieces if kind >= Kind.IMAGE]
+    assert kinds == [Kind.IMAGE, Kind.VIDEO, Kind.IMAGE]
+    assert all(tokens > 0 for kind, tokens in row.pieces if kind < Kind.IMAGE)
 
 
 def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer) -> None:

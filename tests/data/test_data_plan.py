@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from toy_data import changed, make_world, toy_recipe, write_shard
 
-from megatron_vita.data.index import build_index, index_path, write_index
+from megatron_vita.data.index import index_path, write_index
+from megatron_vita.data.index_build import build_index
 from megatron_vita.data.plan import read_plan, write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.split import open_split, plan_path
@@ -28,8 +29,8 @@ def test_layout_and_workers_do_not_change_the_plan(world, tmp_path: Path) -> Non
     parallel = {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}
     recipe = changed(world.recipe, parallel=parallel, data={"num_workers": 5}, training={"global_batch_size": 64})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
-    write_plan(plan, tmp_path / "train.parquet")
-    assert (tmp_path / "train.parquet").read_bytes() == plan_path(world.recipe, "train").read_bytes()
+    write_plan(plan, tmp_path / "train.arrow")
+    assert (tmp_path / "train.arrow").read_bytes() == plan_path(world.recipe, "train").read_bytes()
 
 
 def test_each_epoch_has_every_sample_once_in_its_own_order(world) -> None:
@@ -80,12 +81,6 @@ def test_joined_documents_are_packed_without_padding(world) -> None:
     assert odd > 0
 
 
-def test_every_window_mixes_the_datasets(world) -> None:
-    samples = samples_of(read_plan(plan_path(world.recipe, "train")))
-    windows = [samples[i : i + 16] for i in range(0, 40, 16)]
-    assert [sum(dataset for dataset, _, _ in window) for window in windows] == [4, 4, 2]
-
-
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
@@ -123,7 +118,7 @@ def test_a_plan_of_fewer_shards_is_refused(own_world) -> None:
 
 def test_a_missing_plan_says_what_to_run(world) -> None:
     recipe = changed(world.recipe, data={"plan": "/nowhere"})
-    with pytest.raises(DataError, match=r"/nowhere/train\.parquet: there is no plan; .*data_tools plan RECIPE"):
+    with pytest.raises(DataError, match=r"/nowhere/train\.arrow: there is no plan; .*data_tools plan RECIPE"):
         open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
 
 
@@ -150,9 +145,9 @@ def test_two_shards_of_one_name_are_refused(own_world) -> None:
 
 
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "train.parquet").write_bytes(b"no")
+    (tmp_path / "train.arrow").write_bytes(b"no")
     with pytest.raises(DataError, match="not a pack plan"):
-        read_plan(tmp_path / "train.parquet")
+        read_plan(tmp_path / "train.arrow")
 
 
 def test_samples_longer_than_a_pack_are_left_out_and_listed(world) -> None:

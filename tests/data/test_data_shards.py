@@ -7,7 +7,8 @@ import pytest
 import webdataset
 from toy_data import toy_sample, write_shard
 
-from megatron_vita.data.shards import Member, SampleWriter, ShardReader, parse_record, scan_shard
+from megatron_vita.data.records import parse_record
+from megatron_vita.data.shards import Member, SampleWriter, ShardReader, scan_shard
 from megatron_vita.errors import DataError
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data.index import build_index, index_path, write_index
+from megatron_vita.data.index import index_path, write_index
+from megatron_vita.data.index_build import build_index
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.shards import MediaFile, SampleWriter

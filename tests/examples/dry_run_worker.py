@@ -78,7 +78,7 @@ def main() -> None:
     found = {}
     for path in sorted(RECIPES.glob("*b/stage*.yaml")):
         recipe = open_recipe(path, folder, packs=load_recipe(path).training.global_batch_size)
-        if not (Path(recipe.data.plan) / "train.parquet").exists():
+        if not (Path(recipe.data.plan) / "train.arrow").exists():
             index_shards(recipe)
             list(write_plans(recipe, strict=True))
         for world_size in WORLDS[path.parent.name]:
