@@ -24,7 +24,7 @@ class Batch:
     pack_id: int
     input_ids: torch.Tensor  # [T] int64
     labels: torch.Tensor  # [T] int64, shifted inside each document, -100 = no loss
-    loss_weights: torch.Tensor | None  # [T] fp32 factors on the losses; None where all are 1
+    loss_weights: torch.Tensor | None = None  # [T] fp32 factors on the losses; None where all are 1
     document_starts: torch.Tensor  # [D+1] int32: bounds for labels and metrics
     cu_seqlens: torch.Tensor  # [D+1] or [2] int32: bounds for attention and rotary positions
     document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
