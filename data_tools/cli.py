@@ -7,6 +7,8 @@ import typer
 
 from data_tools.inspection import inspect_pack, inspect_sample
 from data_tools.planning import index_shards, write_plans
+from data_tools.pool import CORES, Crew
+from data_tools.reencode import Reencode
 from data_tools.sharding import REJECTED, ShardJob, make_shards
 from data_tools.vocabulary import train_tokenizer
 from megatron_vita.config import load_recipe
@@ -21,6 +23,9 @@ app = typer.Typer(
 
 Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
+Workers = Annotated[int, typer.Option(help="Worker processes; 0 works in this one, without a time limit.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds that one sample may take; one that takes longer is bad.")]
+Executor = Annotated[str, typer.Option(help="local, or ray: the Ray cluster that this machine belongs to.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")]
 
 
@@ -54,10 +59,24 @@ def shard(
     media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
     samples_per_shard: Annotated[int, typer.Option(help="Lines that become one shard.")] = 1000,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
+    jpeg_quality: Annotated[int, typer.Option(help="Store images as JPEG of this quality; 0 keeps them.")] = 0,
+    video_gop: Annotated[float, typer.Option(help="Re-cut videos: seconds from key frame to key frame.")] = 0.0,
+    video_fps: Annotated[float, typer.Option(help="Re-cut videos: frames a second, those that sampling takes.")] = 0.0,
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
 ) -> None:
     """Check samples and write them into shards; run again to finish an interrupted run."""
-    job = ShardJob(files=files, media_root=media, out=out, samples_per_shard=samples_per_shard, strict=strict)
-    count = make_shards(job)
+    reencode = Reencode(jpeg_quality=jpeg_quality, video_gop=video_gop, video_fps=video_fps)
+    job = ShardJob(
+        files=files,
+        media_root=media,
+        out=out,
+        samples_per_shard=samples_per_shard,
+        strict=strict,
+        reencode=reencode,
+    )
+    count = make_shards(job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
     rejected = f"; {len(count.rejected)} rejected, listed in {out / REJECTED}" if count.rejected else ""
     typer.echo(f"{out}: {count.samples} samples{rejected}")
 
