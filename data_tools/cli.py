@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from data_tools.formats import FORMATS
+from data_tools.formats.base import Setting
+from data_tools.importing import ImportJob, import_samples, rejected_path
 from data_tools.inspection import inspect_pack, inspect_sample
 from data_tools.planning import index_shards, write_plans
 from data_tools.pool import CORES, Crew
@@ -52,6 +55,27 @@ def tokenizer(
     typer.echo(f"{out}: {vocab_size} pieces from {texts} texts")
 
 
+@app.command("import")
+def import_(
+    format: Annotated[str, typer.Argument(help=f"What the sources are: {', '.join(FORMATS)}.")],
+    sources: Annotated[list[Path], typer.Argument(help="Files or folders.")],
+    out: Annotated[Path, typer.Option(help="File to write, NAME.jsonl.")],
+    media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
+    media_out: Annotated[Path | None, typer.Option(help="Folder for media found inside the sources.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the user asks where there is only a caption.")] = "Describe it.",
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
+) -> None:
+    """Turn samples of other formats into chat JSONL; run again to finish an interrupted run."""
+    job = ImportJob(
+        format=format, paths=sources, out=out, setting=Setting(media=media, media_out=media_out, prompt=prompt)
+    )
+    count = import_samples(job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
+    rejected = f"; {count['rejected']} rejected, listed in {rejected_path(out)}" if count["rejected"] else ""
+    typer.echo(f"{out}: {count['samples']} samples{rejected}")
+
+
 @app.command()
 def shard(
     files: Jsonl,
@@ -82,10 +106,19 @@ def shard(
 
 
 @app.command()
-def index(recipe: RecipePath, overrides: Overrides = None) -> None:
+def index(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be read.")] = False,
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
+) -> None:
     """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
-    written, current = index_shards(load_recipe(recipe, overrides or []))
-    typer.echo(f"{written} indexes written, {current} were current")
+    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    count = index_shards(load_recipe(recipe, overrides or []), crew=crew, strict=strict)
+    left_out = f"; {count.left_out} samples left out, listed beside the shards" if count.left_out else ""
+    typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
 
 
 @app.command()

@@ -51,7 +51,12 @@ class Steps:
     """The steps of a task, counted as they come: the same ones in the same order whenever the task is done again."""
 
     def __init__(self, verdicts: dict[int, str], tell: Callable[..., object]) -> None:
-        self._verdicts, self._tell, self._count = verdicts, tell, 0
+        self._verdicts, self._tell, self._count, self.amount = verdicts, tell, 0, 0
+
+    def advance(self, amount: int = 1) -> None:
+        """Reports that so much more of the task is behind it."""
+        self.amount += amount
+        self._tell("at", self.amount)
 
     def run(self, action: Callable[[bool], Any]) -> Any:
         """What `action(known)` gives; `known`: an earlier attempt found this step good, so nothing need be checked.
@@ -77,20 +82,20 @@ class Steps:
 
 
 def run_tasks(
-    work: Work, tasks: Sequence[Any], *, crew: Crew, on_step: Callable[[], object] = lambda: None
+    work: Work, tasks: Sequence[Any], *, crew: Crew, on_advance: Callable[[int], object] = lambda amount: None
 ) -> Iterator[tuple[int, Any]]:
     """(number of the task, `work(task, steps)`) of each task, in the order in which they end.
 
-    `work` is a function of a module; `on_step` is called for each step that ends. The first VitaError that `work`
-    raises is raised here and ends all.
+    `work` is a function of a module; `on_advance` is given what it reports. The first VitaError that `work` raises is
+    raised here and ends all.
     """
     if not tasks:
         return iter(())
     if crew.executor == "ray":
         return run_on_ray(partial(_run_one, work, crew), tasks)
     if crew.workers == 0:
-        return _run_here(work, tasks, on_step)
-    return _Watch(work, tasks, crew, on_step).results()
+        return _run_here(work, tasks, on_advance)
+    return _Watch(work, tasks, crew, on_advance).results()
 
 
 def _run_one(work: Work, crew: Crew, task: Any) -> Any:
@@ -99,16 +104,18 @@ def _run_one(work: Work, crew: Crew, task: Any) -> Any:
     return result
 
 
-def _run_here(work: Work, tasks: Sequence[Any], on_step: Callable[[], object]) -> Iterator[tuple[int, Any]]:
+def _run_here(work: Work, tasks: Sequence[Any], on_advance: Callable[[int], object]) -> Iterator[tuple[int, Any]]:
     for number, task in enumerate(tasks):
-        yield number, work(task, Steps({}, lambda word, *_: on_step() if word == "end" else None))
+        steps = Steps({}, lambda *_: None)
+        yield number, work(task, steps)
+        on_advance(steps.amount)
 
 
 class _Watch:
     """Deals tasks to worker processes and replaces those that hang or die."""
 
-    def __init__(self, work: Work, tasks: Sequence[Any], crew: Crew, on_step: Callable[[], object]) -> None:
-        self._work, self._tasks, self._crew, self._on_step = work, tasks, crew, on_step
+    def __init__(self, work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]) -> None:
+        self._work, self._tasks, self._crew, self._on_advance = work, tasks, crew, on_advance
         self._waiting = deque(range(len(tasks)))
         self._workers: list[_Worker] = []
 
@@ -134,7 +141,7 @@ class _Watch:
         return max(min(deadlines) - time.monotonic(), 0) if deadlines else None
 
     def _deal(self, worker: "_Worker") -> None:
-        worker.task, worker.verdicts = None, {}
+        worker.task, worker.verdicts, worker.reached = None, {}, 0
         if self._waiting:
             worker.task = self._waiting.popleft()
             worker.send(self._tasks[worker.task])
@@ -149,7 +156,9 @@ class _Watch:
             worker.step, worker.deadline = values[0], time.monotonic() + self._crew.time_limit
         elif word == "end":
             worker.step, worker.verdicts[values[0]] = None, values[1]
-            self._on_step()
+        elif word == "at":
+            self._on_advance(max(values[0] - worker.reached, 0))
+            worker.reached = max(values[0], worker.reached)
         elif word == "done":
             assert worker.task is not None
             yield worker.task, values[0]
@@ -163,19 +172,19 @@ class _Watch:
         if worker.step is None:
             raise PlatformError(f"a worker process ended between two samples: {reason}; is there memory enough?")
         worker.verdicts[worker.step] = reason
-        self._on_step()
         worker.restart()
         worker.send(self._tasks[worker.task])
 
 
 class _Worker:
-    """A worker process, the task that it has, the step that it is at and the verdicts on earlier ones."""
+    """A worker process, its task, the step that it is at, the verdicts on earlier steps and how far it was."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self.task: int | None = None
         self.step: int | None = None
         self.verdicts: dict[int, str] = {}
+        self.reached = 0
         self.deadline = 0.0
         self._start()
 

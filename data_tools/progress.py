@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,23 @@ class Progress:
         write_lines(path, entries)
         self.finished: dict[int, Any] = {entry["part"]: entry["result"] for entry in entries[1:]}
 
-    def run(self, work: Work, tasks: dict[int, Any], *, crew: Crew, steps: int, unit: str) -> None:
-        """Does the tasks that are not finished, each of which gives what JSON can hold; `steps` is their steps' sum."""
+    def run(self, work: Work, tasks: dict[int, Any], *, crew: Crew, total: int, unit: str) -> None:
+        """Does the tasks that are not finished, whose results JSON must hold; `total` of `unit`s are ahead."""
         numbers = [number for number in tasks if number not in self.finished]
         waiting = [tasks[number] for number in numbers]
         with (
-            tqdm(total=steps or None, desc=str(self._path.parent), unit=f" {unit}", mininterval=1) as bar,
+            progress_bar(self._path.parent, total=total, unit=unit) as bar,
             open(self._path, "a") as file,
         ):
-            for place, result in run_tasks(work, waiting, crew=crew, on_step=partial(bar.update, 1)):
+            for place, result in run_tasks(work, waiting, crew=crew, on_advance=bar.update):
                 self.finished[numbers[place]] = result
                 _append(file, [{"part": numbers[place], "result": result}])
+
+
+def progress_bar(name: object, *, total: int, unit: str) -> tqdm:
+    """Amount done, rate and time left; bytes in their multiples."""
+    scaled = unit == "B"
+    return tqdm(total=total, desc=str(name), unit=unit if scaled else f" {unit}", unit_scale=scaled, mininterval=1)
 
 
 def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:

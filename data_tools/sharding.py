@@ -74,7 +74,7 @@ def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
     if job.strict:
         _refuse_first([counts[shard] for shard in sorted(counts)])
     left = sum(stretch.lines for shard, task in tasks.items() if shard not in counts for stretch in task.stretches)
-    progress.run(_write_shard, tasks, crew=crew, steps=left, unit="samples")
+    progress.run(_write_shard, tasks, crew=crew, total=left, unit="samples")
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_lines(job.out / REJECTED, rejected)
@@ -104,6 +104,7 @@ def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
     job, count = task.job, ShardCount(0, [])
     with SampleWriter(job.shard_path(task.shard)) as writer:
         for line in read_stretches(task.stretches):
+            steps.advance()
             try:
                 sample = steps.run(partial(_make_sample, line, job))
             except DataError as error:

@@ -76,7 +76,7 @@ class PackStream(Dataset):
 
     def _document(self, entry: DocumentEntry, row: SampleRow) -> Document:
         name = f"{self._shard(entry)} sample {row.key}"
-        record = parse_record(self._read(entry, row, f"{row.key}.json"), name)
+        record = parse_record(row.record.encode() or self._read(entry, row, f"{row.key}.json"), name)
         try:
             document = build_document(record, row, form=self.forms[entry.dataset])
         except VitaError as error:

@@ -16,6 +16,7 @@ def act(task: tuple[str, list[str]], steps: Steps) -> list[str]:
 
 
 def _outcome(name: str, log: Path, steps: Steps) -> str:
+    steps.advance()
     try:
         return steps.run(lambda known: _do(name, log, known))
     except DataError as error:
