@@ -13,6 +13,7 @@ from data_tools.planning import index_shards, write_plans
 from data_tools.pool import CORES, Crew
 from data_tools.reencode import Reencode
 from data_tools.sharding import REJECTED, ShardJob, make_shards
+from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import train_tokenizer
 from megatron_vita.config import load_recipe
 from megatron_vita.errors import VitaError
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="From JSONL files of conversations to shards, their indexes and a pack plan.",
 )
 
+MOST_SHOWN = 50
 Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
 Workers = Annotated[int, typer.Option(help="Worker processes; 0 works in this one, without a time limit.")]
@@ -119,6 +121,25 @@ def index(
     count = index_shards(load_recipe(recipe, overrides or []), crew=crew, strict=strict)
     left_out = f"; {count.left_out} samples left out, listed beside the shards" if count.left_out else ""
     typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
+
+
+@app.command()
+def validate(
+    targets: Annotated[list[Path], typer.Argument(help="A recipe (YAML), or shards (.tar).")],
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
+) -> int:
+    """Decode all that shards hold; what is damaged is listed beside them, and the exit code is then 1."""
+    shards, media = find_targets(targets)
+    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    found = validate_shards(shards, media=media, crew=crew)
+    for shard, entry in found.bad[:MOST_SHOWN]:
+        typer.echo(f"{shard} {entry.key or 'the rest'}: {entry.reason}")
+    if len(found.bad) > MOST_SHOWN:
+        typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
+    typer.echo(f"{found.samples} samples in {len(shards)} shards; {len(found.bad)} bad, listed beside the shards")
+    return 1 if found.bad else 0
 
 
 @app.command()

@@ -8,6 +8,7 @@ known of its steps, and the step that did it is bad, for that reason.
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
 import time
 import traceback
@@ -22,6 +23,8 @@ from data_tools.on_ray import run_on_ray
 from megatron_vita.errors import ConfigError, DataError, PlatformError, VitaError
 
 CORES = len(os.sched_getaffinity(0))
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Where a file lay in memory, which some decoders tell: reasons are the same in every run."""
 EXECUTORS = ("local", "ray")
 PRELOADED = ["data_tools.sharding", "data_tools.importing", "data_tools.validation", "data_tools.planning"]
 Work = Callable[[Any, "Steps"], Any]
@@ -72,8 +75,8 @@ class Steps:
         try:
             return action(verdict == "")
         except DataError as error:
-            reason = str(error)
-            raise
+            reason = ADDRESS.sub("", str(error))
+            raise DataError(reason) from error
         except MemoryError as error:
             reason = "it needs more memory than there is"
             raise DataError(reason) from error

@@ -19,7 +19,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import num_frames, probe_video
 
-X264 = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0"}
+X264 = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0", "sc_threshold": "0"}
 UNLIMITED = 1 << 40
 TOLERANCE = 5e-4
 
@@ -62,7 +62,10 @@ class Reencode:
         moments = [(i + 0.5) * info.duration / frames for i in range(frames)]
         rate = Fraction(frames / info.duration).limit_denominator(1 << 16)
         gop = max(1, round((self.video_gop or 1.0) * float(rate)))
-        return _encode(_shown_at(data, moments), rate=rate, gop=gop)
+        try:
+            return _encode(_shown_at(data, moments), rate=rate, gop=gop)
+        except av.FFmpegError as error:
+            raise DataError(f"the video cannot be encoded anew: {error}") from error
 
 
 KEEP = Reencode()
@@ -111,7 +114,7 @@ def _timed(container: InputContainer) -> Iterator[tuple[float, av.VideoFrame]]:
 
 def _encode(frames: Iterator[av.VideoFrame], *, rate: Fraction, gop: int) -> bytes:
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream: VideoStream | None = None
         for i, frame in enumerate(frames):
             image = frame.to_image().rotate(frame.rotation, expand=True)

@@ -124,7 +124,7 @@ def place_media(messages: list[dict[str, Any]], media: Mapping[str, Sequence[Any
     missing = "".join(
         f"{tag}\n" * len(media.get(field, ()))
         for field, tag in TAGS.items()
-        if not any(tag in message["content"] for message in users)
+        if not any(tag in message["content"].replace(f"\\{tag}", "") for message in users)
     )
     first = next((message for message in users if message["role"] == "user"), users[0])
     return [

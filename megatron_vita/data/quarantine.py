@@ -51,9 +51,11 @@ def quarantine_path(shard: Path) -> Path:
 
 
 def read_quarantine(shard: Path) -> Quarantine:
-    """The list of a shard; an empty one if there is none for a shard of this size. DataError if it is damaged."""
+    """The list of a shard; an empty one where there is none, or one of an earlier shard of this name: of another size,
+    or older than the shard. DataError if it is damaged.
+    """
     path, empty = quarantine_path(shard), Quarantine(shard_size=shard.stat().st_size)
-    if not path.exists():
+    if not path.exists() or path.stat().st_mtime_ns < shard.stat().st_mtime_ns:
         return empty
     try:
         tree = json.loads(path.read_bytes())
@@ -68,9 +70,9 @@ def read_quarantine(shard: Path) -> Quarantine:
 def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
     """Writes the list under a temporary name, then renames it; leaves alone a file that says the same."""
     path = quarantine_path(shard)
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
-    if path.exists() and path.read_bytes() == text:
+    if path.exists() and read_quarantine(shard) == quarantine:
         return
+    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text)
     os.replace(partial, path)
