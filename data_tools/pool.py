@@ -95,16 +95,26 @@ def run_tasks(
     if not tasks:
         return iter(())
     if crew.executor == "ray":
-        return run_on_ray(partial(_run_one, work, crew), tasks)
+        return _run_there(work, tasks, crew, on_advance)
     if crew.workers == 0:
         return _run_here(work, tasks, on_advance)
     return _Watch(work, tasks, crew, on_advance).results()
 
 
-def _run_one(work: Work, crew: Crew, task: Any) -> Any:
-    """The result of one task, done in a process that may be killed."""
-    ((_, result),) = run_tasks(work, [task], crew=Crew(workers=1, time_limit=crew.time_limit))
-    return result
+def _run_there(
+    work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]
+) -> Iterator[tuple[int, Any]]:
+    for number, (result, amount) in run_on_ray(partial(_run_one, work, crew), tasks):
+        on_advance(amount)
+        yield number, result
+
+
+def _run_one(work: Work, crew: Crew, task: Any) -> tuple[Any, int]:
+    """The result of one task, done in a process that may be killed, and what it reported."""
+    amounts: list[int] = []
+    alone = Crew(workers=1, time_limit=crew.time_limit)
+    ((_, result),) = run_tasks(work, [task], crew=alone, on_advance=amounts.append)
+    return result, sum(amounts)
 
 
 def _run_here(work: Work, tasks: Sequence[Any], on_advance: Callable[[int], object]) -> Iterator[tuple[int, Any]]:
