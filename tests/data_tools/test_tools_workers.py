@@ -120,7 +120,7 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=10)
     add(path, images=["none.png"])
     made = shard(tmp_path, "here", "--workers", "0")
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init("local", num_cpus=2, include_dashboard=False)
     try:
         assert shard(tmp_path, "there", "--executor", "ray") == made
         bad = ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "x/toy"), "--strict"]
