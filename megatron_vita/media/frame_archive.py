@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 from megatron_vita.errors import DataError
@@ -20,7 +19,6 @@ from megatron_vita.media.images import Pixels, read_pixels
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".frames.zip"
 _SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
 
 
@@ -52,7 +50,7 @@ class FrameArchive:
         self._name = name
         try:
             self._archive = zipfile.ZipFile(io.BytesIO(data))
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        except Exception as error:  # BadZipFile, ValueError, struct.error and many more
             raise DataError(f"{name}: cannot read this archive of frames, {len(data)} bytes: {error}") from error
         self._members = [member for member in self._archive.infolist() if not member.is_dir()]
         if not self._members:
@@ -93,8 +91,8 @@ class FrameArchive:
             return read_pixels(self._archive.read(member), name)
         except DataError as error:
             logger.warning("%s", error)
-        except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, OSError) as error:
-            logger.warning("%s: cannot read this frame: %s", name, error)
+        except Exception as error:  # as above
+            logger.warning("%s: cannot read this frame: %s: %s", name, type(error).__name__, error)
         return None
 
 

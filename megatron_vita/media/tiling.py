@@ -80,7 +80,7 @@ def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
     def merit(grid: Grid) -> tuple[int, int]:
         wide, high = grid.cols * tiling.tile_size, grid.rows * tiling.tile_size
         scale = min(wide / width, high / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
+        shown = min(max(1, int(width * scale)) * max(1, int(height * scale)), width * height)
         return shown, shown - wide * high
 
     return max(tiling.grids, key=merit)
