@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_vita.errors import DataError
-from megatron_vita.media.frames import pack_frames
+from megatron_vita.media.frame_archive import pack_frames
 
 FRAMES_SUFFIX = ".frames.zip"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

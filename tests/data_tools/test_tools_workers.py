@@ -13,6 +13,7 @@ from PIL import Image
 from toy_jsonl import sample, write_world
 
 from data_tools.cli import main
+from megatron_vita.media.video import VideoInfo, decode_frames, probe_video
 
 SLOW_SIDE = 13000
 
@@ -134,3 +135,50 @@ def test_without_ray_the_executor_says_what_to_install(tmp_path: Path, capsys, m
     path = write_world(tmp_path, count=2)
     assert main(["shard", str(path), "--media", str(tmp_path), "--out", str(tmp_path / "x"), "--executor", "ray"]) == 1
     assert "the package ray is not installed; pip install ray" in capsys.readouterr().err
+
+
+def write_frames(folder: Path, count: int, *, rate: str = "") -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (32, 32), (10 * i, 0, 0)).save(folder / f"f{i}.png")
+    if rate:
+        (folder / "fps.txt").write_text(rate)
+
+
+def test_a_folder_of_frames_is_one_video_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    path = write_world(tmp_path, count=1)
+    write_frames(tmp_path / "media/clips/a", 12, rate="2\n")
+    turns = sample(0)["messages"]
+    add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
+    made = shard(tmp_path, "a", "--workers", "1")
+    assert not rejected(tmp_path, "a")
+    found = list(webdataset.WebDataset(str(tmp_path / "a/toy/toy-000000.tar"), shardshuffle=False))[1]
+    assert found["__key__"] == "toy-00000002"
+    video = found["video0.frames.zip"]
+    assert probe_video(video, "a") == VideoInfo(6.0, 2.0, 12)
+    frames = decode_frames(video, "a", times=[0.0, 1.0, 5.9], tile_size=8)
+    assert [int(frame[0].mean()) for frame in frames] == [0, 20, 110]
+    assert main(["validate", str(tmp_path / "a/toy/toy-000000.tar"), "--workers", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "reason"),
+    [("0", 2, "is no frame rate"), ("x", 2, "is no frame rate"), ("", 0, "no frame images")],
+)
+def test_folders_that_are_no_video_are_named(tmp_path: Path, rate: str, count: int, reason: str) -> None:
+    path = write_world(tmp_path, count=1)
+    write_frames(tmp_path / "media/clips/a", count, rate=rate)
+    turns = sample(0)["messages"]
+    add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
+    shard(tmp_path, "a", "--workers", "1")
+    assert [reason in found for found in rejected(tmp_path, "a")] == [True]
+
+
+def test_a_frame_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    path = write_world(tmp_path, count=1)
+    write_frames(tmp_path / "media/clips/a", 2)
+    (tmp_path / "media/clips/a/f9.png").symlink_to(path)
+    turns = sample(0)["messages"]
+    add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
+    shard(tmp_path, "a", "--workers", "1")
+    assert ["the frame f9.png is a link" in found for found in rejected(tmp_path, "a")] == [True]
