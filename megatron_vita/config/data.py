@@ -54,13 +54,22 @@ class DataConfig:
     epochs: int = described(1, "Times that the plan goes through the training data.")
     seed: int = described(1234, "Seed of the plan's order.")
     num_workers: int = described(1, "Loader processes of each rank; 0 reads in the training process.")
+    prefetch: int = described(2, "Packs that a rank's loader processes work on or hold ready.")
+    sample_seconds: float = described(
+        300.0, "A sample whose reading or decoding makes no progress for so long is masked; needs loader processes."
+    )
+    max_damaged: float = described(
+        0.01, "Share of unreadable samples among those read (1,000 at least) above which a run stops."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("seq_length", "document_alignment", "shuffle_window", "epochs"):
+        for name in ("seq_length", "document_alignment", "shuffle_window", "epochs", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}: it must be at least 1")
         for name, known in (("overlong", OVERLONG), ("packing_scope", SCOPES)):
             value = getattr(self, name)
             require(value in known, f"data.{name} is {value!r}; known: {', '.join(known)}")
+        require(self.sample_seconds > 0, f"data.sample_seconds is {self.sample_seconds}: it must be positive")
+        require(0 <= self.max_damaged <= 1, f"data.max_damaged is {self.max_damaged}: it must be a share, 0 to 1")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: it must not be negative")
         require(
             self.seq_length % self.document_alignment == 0,

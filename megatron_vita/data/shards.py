@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 from webdataset import TarWriter
 
-from megatron_vita.errors import DataError
+from megatron_vita.errors import DataError, ShardError
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 META_NAME = re.compile(r"__[^/]*__($|/)")
@@ -145,7 +145,7 @@ class ShardReader:
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, *, member: Member, shard_size: int) -> bytes:
-        """The bytes of `member`. DataError if the shard is gone or has not the `shard_size` bytes of its index."""
+        """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes of its index."""
         descriptor = self._open(path, shard_size)
         data = os.pread(descriptor, member.size, member.offset)
         if len(data) != member.size:
@@ -159,10 +159,10 @@ class ShardReader:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise DataError(f"{path}: cannot open the shard: {error.strerror}") from error
+            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from error
         if (size := os.fstat(descriptor).st_size) != shard_size:
             os.close(descriptor)
-            raise DataError(
+            raise ShardError(
                 f"{path}: the shard has {size} bytes, its index was made of one with {shard_size}: "
                 "make the index again with data_tools index"
             )

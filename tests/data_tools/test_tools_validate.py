@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from pathlib import Path
 
 import av
@@ -92,6 +93,7 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path,
 
     first = moment(str(shard))
     assert moment(str(shard)) == first
+    time.sleep(0.05)  # clocks of files tick slowly
     os.utime(shard)
     second = moment(str(shard))
     assert second > first

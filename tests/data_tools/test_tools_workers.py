@@ -150,7 +150,7 @@ def test_a_folder_of_frames_is_one_video_in_the_order_of_its_numbers(tmp_path: P
     write_frames(tmp_path / "media/clips/a", 12, rate="2\n")
     turns = sample(0)["messages"]
     add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
-    made = shard(tmp_path, "a", "--workers", "1")
+    shard(tmp_path, "a", "--workers", "1")
     assert not rejected(tmp_path, "a")
     found = list(webdataset.WebDataset(str(tmp_path / "a/toy/toy-000000.tar"), shardshuffle=False))[1]
     assert found["__key__"] == "toy-00000002"
