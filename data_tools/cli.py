@@ -12,6 +12,7 @@ from data_tools.inspection import inspect_pack, inspect_sample
 from data_tools.planning import index_shards, write_plans
 from data_tools.pool import CORES, Crew
 from data_tools.reencode import Reencode
+from data_tools.report import write_report
 from data_tools.sharding import REJECTED, ShardJob, make_shards
 from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import train_tokenizer
@@ -151,6 +152,19 @@ def plan(
     """Plan the packs of a recipe's training and validation data."""
     for line in write_plans(load_recipe(recipe, overrides or []), strict=strict):
         typer.echo(line)
+
+
+@app.command()
+def stats(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("stats.html"),
+    samples: Annotated[int, typer.Option(help="Samples of each dataset to show.")] = 6,
+) -> None:
+    """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of the plan, samples."""
+    loaded = load_recipe(recipe, overrides or [])
+    found = write_report(loaded, title=recipe.stem, out=out, samples=samples)
+    typer.echo(f"{out}: {len(found.datasets)} datasets, {len(found.plans)} plans")
 
 
 @app.command()
