@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megatron_vita.config import MediaConfig, VisionConfig
 from megatron_vita.data.fitting import Fit, Piece, fit
-from megatron_vita.media.tiling import Grid, choose_grid, num_tiles
+from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_tiles
 from megatron_vita.media.video import VideoInfo, frame_times, num_frames
 from megatron_vita.text.media_tokens import count_image_tokens, count_video_tokens
 from megatron_vita.text.tokenizer import Tokenizer
@@ -66,8 +66,15 @@ class DocumentFormat:
         return fit(pieces, limit=self.limit, policy=self.overlong, video_tokens=self.video_tokens)
 
     def _grid(self, size: tuple[int, int]) -> Grid:
+        return choose_grid(size, self.tiling)
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        """How images are cut."""
         media = self.media
-        return choose_grid(size, tile_size=self.vision.image_size, min_tiles=media.min_tiles, max_tiles=media.max_tiles)
+        listed = tuple(Grid(*map(int, grid.split("x"))) for grid in media.grids)
+        grids = listed or grids_of(media.min_tiles, media.max_tiles)
+        return Tiling(tile_size=self.vision.image_size, grids=grids, anyres=media.tiling == "anyres")
 
     @cached_property
     def _newline(self) -> int:

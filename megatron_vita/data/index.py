@@ -21,11 +21,12 @@ from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.template import template_fingerprint
 from megatron_vita.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("is_text", pa.bool_()),
+        ("record", pa.string()),
         ("piece_kinds", pa.list_(pa.int8())),
         ("piece_tokens", pa.list_(pa.int32())),
         ("image_widths", pa.list_(pa.int32())),
@@ -54,7 +55,8 @@ class IndexHeader:
 
 class SampleRow(NamedTuple):
     """A sample's metadata: whether it is raw text, kinds of its pieces in order and tokens of those that are text,
-    (width, height) of its images after EXIF rotation, its videos, its files.
+    (width, height) of its images after EXIF rotation, its videos, its files. `record` is its JSON where the shard,
+    made by others, holds none.
     """
 
     key: str
@@ -63,6 +65,7 @@ class SampleRow(NamedTuple):
     image_sizes: list[tuple[int, int]]
     videos: list[VideoInfo]
     members: dict[str, Member]
+    record: str = ""
 
 
 class SampleIndex:
@@ -86,6 +89,7 @@ class SampleIndex:
             image_sizes=list(zip(values["image_widths"], values["image_heights"], strict=True)),
             videos=_videos(values),
             members={member[0]: Member(*member) for member in members},
+            record=values["record"],
         )
 
     def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -133,6 +133,8 @@ def plan_stamp(recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: S
         "data.packing_scope": data.packing_scope,
         "training.global_batch_size": recipe.training.global_batch_size if data.group_by_cost else "any",
         "model.text_only": recipe.model.text_only,
+        "media.tiling": media.tiling,
+        "media.grids": media.grids,
         "media.min_tiles": media.min_tiles,
         "media.max_tiles": media.max_tiles,
         "media.max_fps": media.max_fps,

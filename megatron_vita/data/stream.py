@@ -113,6 +113,11 @@ class PackStream(Dataset):
         )
         return ReadPack(batch, pack.damages)
 
+    def documents(self, pack_id: int) -> list[Document]:
+        """The documents of a pack, without their tiles. DataError naming shard and key of one that cannot be read."""
+        entries = self.plan.pack(pack_id)
+        return [self._build(entry, self._index(self._shard(entry)).row(entry.row)) for entry in entries]
+
     def damage(self, pack_id: int, document: int, reason: str) -> Damage:
         """The event that a document of a pack cannot be read."""
         entry = self.plan.pack(pack_id)[document]
@@ -139,7 +144,8 @@ class PackStream(Dataset):
         return document
 
     def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
-        record = parse_record(self._read(entry, row, f"{row.key}.json"), f"{self._shard(entry)} sample {row.key}")
+        name = f"{self._shard(entry)} sample {row.key}"
+        record = parse_record(row.record.encode() or self._read(entry, row, f"{row.key}.json"), name)
         return build_document(record, row, form=self.forms[entry.dataset])
 
     def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:

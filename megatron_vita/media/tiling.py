@@ -1,12 +1,20 @@
-"""Dynamic tiling: which grid an image is cut into, and the cutting. Rules of InternVL 1.5 (arXiv 2404.16821)."""
+"""Which grid an image is cut into, and the cutting.
+
+Two ways: `dynamic` tiling squashes the image to the grid whose shape is nearest to its own (InternVL 1.5, arXiv
+2404.16821); `anyres` tiling keeps its aspect ratio, on the black canvas of the grid that keeps most of its pixels
+(LLaVA-NeXT). In both the first tile is the whole image, squashed to a square; it is the only one of a grid of one cell.
+"""
 
 import functools
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.media.images import Pixels
+from megatron_vita.media.resize import Size, letterboxed, squashed
+
+BLACK = (0, 0, 0)
 
 
 class Grid(NamedTuple):
@@ -16,26 +24,66 @@ class Grid(NamedTuple):
     rows: int
 
 
-def choose_grid(size: tuple[int, int], *, tile_size: int, min_tiles: int, max_tiles: int) -> Grid:
-    """The grid for an image of `size` (width, height) in pixels: the one whose cols/rows is nearest to width/height.
+class Tiling(NamedTuple):
+    """How images are cut into tiles of `tile_size` pixels a side: into one of `grids`, earlier ones first if alike."""
 
-    Candidates have `min_tiles` to `max_tiles` tiles and are tried from few tiles to many, narrow ones first among equal
-    counts. Among equally near grids a later one wins only if the image has more than half as many pixels as that grid.
-    Ratios are compared in float64, so that choices equal those of the Hugging Face image processor for InternVL.
+    tile_size: int
+    grids: tuple[Grid, ...]
+    anyres: bool = False
 
-    Raises DataError if a side is not positive, ConfigError if no grid has such a number of tiles.
+
+@functools.cache
+def grids_of(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
+    """All grids of `min_tiles` to `max_tiles` cells, from few to many, narrow ones first among equal counts.
+
+    Raises ConfigError if there is none.
     """
+    sides = range(1, max_tiles + 1)
+    grids = [Grid(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
+    if not grids:
+        raise ConfigError(f"no grid has {min_tiles} to {max_tiles} tiles: 1 <= min_tiles <= max_tiles is needed")
+    return tuple(sorted(grids, key=lambda grid: (grid.cols * grid.rows, grid.cols)))
+
+
+def choose_grid(size: Size, tiling: Tiling) -> Grid:
+    """The grid for an image of `size` (width, height) in pixels. DataError if a side is not positive."""
     width, height = size
     if width < 1 or height < 1:
         raise DataError(f"image size is {width} x {height} pixels: both sides must be at least 1")
-    aspect = width / height
-    best, best_distance = Grid(1, 1), float("inf")
-    for grid in _candidates(min_tiles, max_tiles):
+    return (_roomiest_grid if tiling.anyres else _nearest_grid)(size, tiling)
+
+
+def _nearest_grid(size: Size, tiling: Tiling) -> Grid:
+    """The grid whose cols/rows is nearest to width/height.
+
+    Among equally near grids a later one wins only if the image has more than half as many pixels as that grid.
+    Ratios are compared in float64, so that choices equal those of the Hugging Face image processor for InternVL.
+    """
+    width, height = size
+    aspect, cell = width / height, tiling.tile_size**2
+    best, best_distance = tiling.grids[0], float("inf")
+    for grid in tiling.grids:
         distance = abs(aspect - grid.cols / grid.rows)
-        half_full = width * height > 0.5 * tile_size * tile_size * grid.cols * grid.rows
+        half_full = width * height > 0.5 * cell * grid.cols * grid.rows
         if distance < best_distance or (distance == best_distance and half_full):
             best, best_distance = grid, distance
     return best
+
+
+def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
+    """The grid that shows most of the image's pixels, and among those the one with least of its own left empty.
+
+    Sizes are rounded as by Hugging Face's image processor for LLaVA-NeXT, so that choices are the same.
+    """
+    width, height = size
+
+    def merit(grid: Grid) -> tuple[int, int]:
+        wide, high = grid.cols * tiling.tile_size, grid.rows * tiling.tile_size
+        scale = min(wide / width, high / height)
+        shown = min(max(1, int(width * scale)) * max(1, int(height * scale)), width * height)
+        return shown, shown - wide * high
+
+    return max(tiling.grids, key=merit)
 
 
 def num_tiles(grid: tuple[int, int]) -> int:
@@ -44,29 +92,20 @@ def num_tiles(grid: tuple[int, int]) -> int:
     return cells + 1 if cells > 1 else 1
 
 
-def cut_tiles(image: Image.Image, *, grid: tuple[int, int], tile_size: int) -> np.ndarray:
-    """An RGB image as uint8 `[num_tiles(grid), 3, S, S]`: the thumbnail first, then the cells row by row.
+def cut_tiles(pixels: Pixels, grid: Grid, *, tiling: Tiling, tiles: range, out: np.ndarray) -> None:
+    """Writes tiles `tiles` of an image into `out`, uint8 `[len(tiles), 3, S, S]`.
 
-    The image is squashed to the grid (and to the thumbnail) without regard to its aspect ratio, bicubic.
+    Tile 0 is the thumbnail, the others are the cells row by row. Those that are not asked for cost nothing but their
+    share of one resizing to the grid, where any cell is asked for.
     """
-    cols, rows = grid
-    canvas = _resized(image, (cols * tile_size, rows * tile_size))
-    cells = canvas.reshape(rows, tile_size, cols, tile_size, 3).transpose(0, 2, 4, 1, 3)
-    cells = cells.reshape(rows * cols, 3, tile_size, tile_size)
-    if len(cells) == 1:
-        return np.ascontiguousarray(cells)
-    thumbnail = _resized(image, (tile_size, tile_size)).transpose(2, 0, 1)
-    return np.concatenate([thumbnail[None], cells])
-
-
-@functools.cache
-def _candidates(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    sides = range(1, max_tiles + 1)
-    grids = [Grid(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
-    if not grids:
-        raise ConfigError(f"no grid has {min_tiles} to {max_tiles} tiles: 1 <= min_tiles <= max_tiles is needed")
-    return tuple(sorted(grids, key=lambda grid: (grid.cols * grid.rows, grid.cols)))
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    side = tiling.tile_size
+    if 0 in tiles:
+        out[0] = squashed(pixels, (side, side))
+    cells = range(max(tiles.start, 1), tiles.stop)
+    if not cells:
+        return
+    box = (grid.cols * side, grid.rows * side)
+    canvas = letterboxed(pixels, box, BLACK) if tiling.anyres else squashed(pixels, box)
+    for place, cell in enumerate(cells, start=cells.start - tiles.start):
+        row, col = divmod(cell - 1, grid.cols)
+        out[place] = canvas[:, row * side : row * side + side, col * side : col * side + side]

@@ -1,14 +1,16 @@
 """Image files: upright RGB from every kind, and errors that name the image."""
 
 import io
-from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
+from picture_files import exif_of, file_of, photograph
 from PIL import Image
 
 from megatron_vita.errors import DataError
-from megatron_vita.media.images import image_size, open_image
+from megatron_vita.media import images
+from megatron_vita.media.images import image_size, open_image, read_pixels
 
 CORNERS = {"red": (0, 0), "lime": (1, 0), "blue": (0, 1), "white": (1, 1)}
 """Colours of a test picture's quarters, by column and row."""
@@ -32,12 +34,6 @@ def quarters() -> Image.Image:
     return image
 
 
-def file_of(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def assert_quarters(image: Image.Image, tolerance: int = 40) -> None:
     assert (image.mode, image.size) == ("RGB", (48, 32))
     difference = np.asarray(image).astype(int) - np.asarray(quarters())
@@ -49,18 +45,14 @@ def assert_quarters(image: Image.Image, tolerance: int = 40) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_comes_out_upright(kind: str, orientation: int) -> None:
     stored = quarters().transpose(STORED[orientation]) if orientation > 1 else quarters()
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = file_of(stored, kind, exif=exif)
+    data = file_of(stored, kind, exif=exif_of(orientation))
     assert_quarters(open_image(data, "picture"))
     assert image_size(data, "picture") == (48, 32)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 300])
 def test_an_unknown_orientation_leaves_the_image_as_it_is(orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = file_of(quarters(), "PNG", exif=exif)
+    data = file_of(quarters(), "PNG", exif=exif_of(orientation))
     assert_quarters(open_image(data, "picture"), tolerance=0)
     assert image_size(data, "picture") == (48, 32)
 
@@ -129,12 +121,107 @@ def test_what_is_no_image_is_refused_by_name(data: bytes) -> None:
             read(data, "odd.png")
 
 
-def test_a_decompression_bomb_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = file_of(Image.new("L", (100, 100)), "PNG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)
-    for read in (open_image, image_size):
-        with pytest.raises(DataError, match=r"bomb\.png.*10000 pixels"):
-            read(data, "bomb.png")
+def test_a_decompression_bomb_is_refused_by_name_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("PNG", "JPEG"):
+        data = file_of(Image.new("L", (100, 100)), kind)
+        monkeypatch.setattr(images, "MAX_PIXELS", 10000)
+        read_pixels(data, "bomb.png")
+        monkeypatch.setattr(images, "MAX_PIXELS", 9999)
+        monkeypatch.setattr(Image.Image, "load", None)
+        for read in (read_pixels, image_size):
+            with pytest.raises(DataError, match=r"bomb\.png.*100 x 100 pixels.*9999"):
+                read(data, "bomb.png")
+        monkeypatch.undo()
+
+
+def test_a_bomb_of_a_real_size_is_refused() -> None:
+    data = bytearray(file_of(Image.new("L", (1, 1)), "BMP"))
+    data[18:26] = (60000).to_bytes(4, "little") * 2
+    with pytest.raises(DataError, match=r"bomb\.bmp"):
+        read_pixels(bytes(data), "bomb.bmp")
+
+
+def test_sides_of_thirty_thousand_pixels_are_read() -> None:
+    for size in ((30000, 20), (20, 30000)):
+        for kind in ("JPEG", "PNG"):
+            assert read_pixels(file_of(Image.new("RGB", size, "red"), kind), "long").size == size
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_of_several_pictures_the_first_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    data = file_of(frames[0], kind, save_all=True, append_images=frames[1:])
+    red, green, blue = open_image(data, "several").getpixel((8, 8))
+    assert red > 250
+    assert max(green, blue) < 5
+
+
+def test_files_that_are_drawn_by_programs_are_refused() -> None:
+    with pytest.raises(DataError, match=r"drawing\.eps"):
+        open_image(file_of(quarters(), "EPS"), "drawing.eps")
+
+
+def by_pillow(data: bytes) -> np.ndarray | None:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception:
+        return None
+
+
+PLAIN = [
+    {"quality": 90},
+    {"quality": 100, "subsampling": 0},
+    {"quality": 75, "subsampling": 1},
+    {"quality": 30, "progressive": True},
+    {"quality": 85, "optimize": True, "restart_marker_blocks": 3},
+    {"quality": 85, "keep_rgb": True},
+]
+
+
+@pytest.mark.parametrize("options", PLAIN)
+@pytest.mark.parametrize("mode", ["RGB", "L", "YCbCr"])
+def test_ordinary_jpegs_are_read_without_pillow_and_bit_for_bit_as_by_it(
+    options: dict, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [file_of(photograph(size).convert(mode), "JPEG", **options) for size in ((64, 48), (333, 217), (1, 9))]
+    expected = [by_pillow(data) for data in files]
+    monkeypatch.setattr(Image.Image, "load", None)
+    for data, pixels in zip(files, expected, strict=True):
+        assert (read_pixels(data, "plain").stored == pixels).all()
+
+
+def test_damaged_jpegs_are_refused_where_pillow_refuses_them_and_else_read_alike() -> None:
+    generator = np.random.default_rng(0)
+    outcomes = []
+    for number in range(240):
+        data = bytearray(file_of(photograph((90, 70), number), "JPEG", progressive=number % 2 == 0))
+        for place in generator.integers(0, len(data), number % 4):
+            data[place] = generator.integers(0, 256)
+        if number % 3 == 0:
+            del data[int(generator.integers(len(data) // 2, len(data) + 1)) :]
+        if number % 5 == 0:
+            data += b"more"
+        expected = by_pillow(bytes(data))
+        try:
+            found = read_pixels(bytes(data), "picture").stored
+        except DataError:
+            found = None
+        outcomes.append(found is None)
+        assert (found is None) == (expected is None)
+        if expected is not None and found is not None:
+            assert (found == expected).all()
+    assert 30 < sum(outcomes) < 210
+
+
+def test_a_faultless_jpeg_that_simplejpeg_does_not_take_is_read_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not this one")
+
+    data = file_of(photograph((40, 30)), "JPEG")
+    expected = read_pixels(data, "picture").stored
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+    assert (read_pixels(data, "picture").stored == expected).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF"])

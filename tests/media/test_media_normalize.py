@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from megatron_vita.config.media import NORMALIZATIONS
 from megatron_vita.errors import ConfigError
@@ -21,6 +23,24 @@ def test_values_are_scaled_and_then_standardised_channel_by_channel(kind: str) -
     for channel in range(3):
         expected = (tiles[:, channel].double() / 255 - mean[channel]) / std[channel]
         torch.testing.assert_close(normalized[:, channel].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_constants_are_those_of_hugging_face() -> None:
+    clip, siglip = CLIPImageProcessorPil(), SiglipImageProcessorPil()
+    expected = {
+        "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "clip": (clip.image_mean, clip.image_std),
+        "siglip": (siglip.image_mean, siglip.image_std),
+    }
+    assert {kind: tuple(map(tuple, values)) for kind, values in expected.items()} == NORMALIZATION
+
+
+@pytest.mark.parametrize(("kind", "processor"), [("clip", CLIPImageProcessorPil), ("siglip", SiglipImageProcessorPil)])
+def test_values_are_those_of_hugging_face(kind: str, processor: type) -> None:
+    tiles = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    reference = processor(do_resize=False, do_center_crop=False)
+    expected = reference(list(tiles.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    torch.testing.assert_close(normalize(tiles, kind), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_no_tiles_stay_no_tiles() -> None:

@@ -1,17 +1,39 @@
-"""Dynamic tiling: which grid, and which pixels go where."""
+"""Tiling: which grid, and which pixels go where."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from picture_files import photograph
 from PIL import Image
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.media.tiling import Grid, choose_grid, cut_tiles, num_tiles
+from megatron_vita.media.images import Pixels
+from megatron_vita.media.tiling import Grid, Tiling, choose_grid, cut_tiles, grids_of, num_tiles
+
+LLAVA_NEXT = (Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(1, 3), Grid(3, 1))
 
 
-def grid_of(width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 12) -> Grid:
-    return choose_grid((width, height), tile_size=448, min_tiles=min_tiles, max_tiles=max_tiles)
+def tiling_of(side: int = 448, *, min_tiles: int = 1, max_tiles: int = 12, anyres: bool = False) -> Tiling:
+    return Tiling(side, grids_of(min_tiles, max_tiles), anyres)
+
+
+def grid_of(width: int, height: int, **limits: int) -> Grid:
+    return choose_grid((width, height), tiling_of(**limits))
+
+
+def cut(image: Image.Image, grid: Grid, tiling: Tiling, tiles: range | None = None) -> np.ndarray:
+    wanted = tiles if tiles is not None else range(num_tiles(grid))
+    out = np.full((len(wanted), 3, tiling.tile_size, tiling.tile_size), 99, dtype=np.uint8)
+    cut_tiles(Pixels(np.array(image), 1), grid, tiling=tiling, tiles=wanted, out=out)
+    return out
+
+
+def sizes(count: int, most: int) -> list[list[int]]:
+    return np.random.default_rng(0).integers(1, most, (count, 2)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -32,8 +54,7 @@ def test_known_sizes_get_the_grids_of_the_reference(size: tuple[int, int], grid:
 
 
 def test_no_other_grid_is_nearer_to_the_aspect_ratio() -> None:
-    generator = np.random.default_rng(0)
-    for width, height in generator.integers(1, 3000, (200, 2)).tolist():
+    for width, height in sizes(200, 3000):
         chosen = grid_of(width, height, max_tiles=6)
         distances = {
             (cols, rows): abs(Fraction(width, height) - Fraction(cols, rows))
@@ -44,6 +65,12 @@ def test_no_other_grid_is_nearer_to_the_aspect_ratio() -> None:
         assert distances[chosen] == min(distances.values())
 
 
+def test_dynamic_grids_are_those_of_hugging_face() -> None:
+    for width, height in sizes(300, 2500):
+        expected = get_optimal_tiled_canvas((height, width), (448, 448), 1, 12)
+        assert grid_of(width, height) == expected
+
+
 def test_an_image_takes_the_larger_of_equal_grids_only_with_more_than_half_its_pixels() -> None:
     assert grid_of(633, 633) == (1, 1)  # 2 x 2 needs more than 0.5 * 896 * 896 = 401,408 pixels
     assert grid_of(634, 634) == (2, 2)
@@ -52,8 +79,8 @@ def test_an_image_takes_the_larger_of_equal_grids_only_with_more_than_half_its_p
 
 
 def test_among_equally_near_ratios_the_wider_one_of_few_pixels_does_not_win() -> None:
-    assert choose_grid((150, 100), tile_size=448, min_tiles=1, max_tiles=2) == (1, 1)  # 1.5 lies between 1 and 2
-    assert choose_grid((1500, 1000), tile_size=448, min_tiles=1, max_tiles=2) == (2, 1)
+    assert grid_of(150, 100, max_tiles=2) == (1, 1)  # 1.5 lies between 1 and 2
+    assert grid_of(1500, 1000, max_tiles=2) == (2, 1)
 
 
 def test_min_tiles_keeps_small_grids_out() -> None:
@@ -62,10 +89,11 @@ def test_min_tiles_keeps_small_grids_out() -> None:
 
 
 def test_sizes_and_limits_without_a_grid_are_refused() -> None:
-    with pytest.raises(DataError, match="0 x 5"):
-        grid_of(0, 5)
+    for anyres in (False, True):
+        with pytest.raises(DataError, match="0 x 5"):
+            choose_grid((0, 5), tiling_of(anyres=anyres))
     with pytest.raises(ConfigError, match="3 to 2"):
-        grid_of(5, 5, min_tiles=3, max_tiles=2)
+        grids_of(3, 2)
 
 
 def test_a_thumbnail_is_counted_only_with_more_than_one_cell() -> None:
@@ -76,25 +104,46 @@ def test_tiles_are_the_thumbnail_and_then_the_cells_row_by_row() -> None:
     cells = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40  # rows x cols, a grey of its own for each
     pixels = np.repeat(np.repeat(cells, 8, axis=0), 8, axis=1)
     image = Image.fromarray(np.stack([pixels, pixels + 1, pixels + 2], axis=-1))
-    tiles = cut_tiles(image, grid=(3, 2), tile_size=8)
-    assert tiles.shape == (num_tiles((3, 2)), 3, 8, 8)
-    assert tiles.dtype == np.uint8
+    tiles = cut(image, Grid(3, 2), tiling_of(8))
     for index, grey in enumerate(cells.flatten()):
         assert (tiles[1 + index] == np.array([grey, grey + 1, grey + 2], np.uint8)[:, None, None]).all()
     thumbnail = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    assert (tiles[0] == thumbnail).all()
+    assert np.abs(tiles[0].astype(int) - thumbnail).max() <= 1
 
 
-def test_tiles_equal_crops_of_the_resized_image() -> None:
-    noise = np.random.default_rng(1).integers(0, 256, (37, 53, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    tiles = cut_tiles(image, grid=(3, 2), tile_size=16)
-    resized = image.resize((48, 32), Image.Resampling.BICUBIC)
-    for index in range(6):
-        left, top = 16 * (index % 3), 16 * (index // 3)
-        crop = np.asarray(resized.crop((left, top, left + 16, top + 16)))
-        assert (tiles[1 + index] == crop.transpose(2, 0, 1)).all()
+@pytest.mark.parametrize("anyres", [False, True])
+@pytest.mark.parametrize("size", [(37, 53), (400, 30), (1203, 907)])
+def test_any_part_of_the_tiles_is_the_same_as_in_all(size: tuple[int, int], anyres: bool) -> None:
+    image, tiling = photograph(size), tiling_of(16, max_tiles=6, anyres=anyres)
+    grid = choose_grid(size, tiling)
+    whole = cut(image, grid, tiling)
+    count = len(whole)
+    for part in (range(0, 1), range(0, 2), range(1, count), range(2, 3), range(count - 1, count), range(1, 1)):
+        assert (cut(image, grid, tiling, part) == whole[part.start : part.stop]).all()
 
 
 def test_an_image_of_one_cell_is_one_tile() -> None:
-    assert cut_tiles(Image.new("RGB", (50, 20), "red"), grid=(1, 1), tile_size=8).shape == (1, 3, 8, 8)
+    for anyres in (False, True):
+        assert (cut(Image.new("RGB", (50, 20), "red"), Grid(1, 1), tiling_of(8, anyres=anyres))[0, 0] == 255).all()
+
+
+def test_anyres_grids_are_those_of_llava_next() -> None:
+    resolutions = [(336 * grid.rows, 336 * grid.cols) for grid in LLAVA_NEXT]
+    for width, height in [*sizes(300, 2500), [500, 500], [1, 700]]:
+        best = select_best_resolution((height, width), resolutions)
+        grid = choose_grid((width, height), Tiling(336, LLAVA_NEXT, True))
+        assert (336 * grid.rows, 336 * grid.cols) == best
+
+
+@pytest.mark.parametrize("size", [(300, 500), (501, 300), (90, 90), (57, 400), (200, 113)])
+def test_anyres_tiles_are_those_of_llava_next(size: tuple[int, int]) -> None:
+    square = {"height": 56, "width": 56}
+    points = [[56 * grid.rows, 56 * grid.cols] for grid in LLAVA_NEXT]
+    reference = LlavaNextImageProcessorPil(
+        size=square, crop_size=square, image_grid_pinpoints=points, do_rescale=False, do_normalize=False
+    )
+    image, tiling = photograph(size), Tiling(56, LLAVA_NEXT, True)
+    expected = reference(image, return_tensors="np")["pixel_values"][0]
+    tiles = cut(image, choose_grid(size, tiling), tiling)
+    assert tiles.shape == expected.shape
+    assert np.abs(tiles.astype(int) - expected).max() <= 1

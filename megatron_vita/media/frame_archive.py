@@ -1,0 +1,112 @@
+"""A video as an archive of its frames: one ZIP file whose members are image files, for clips kept as frame folders.
+
+Format, by the usual suffix `.frames.zip`: members are stored (not compressed: images are already), in the order in
+which they are shown, whatever their names; folders among them are passed over. The archive's comment is the number of
+frames in a second, in decimal digits (`2`, `0.5`, `29.97`); without a comment it is 1. Frame i is shown from second
+i / fps on.
+"""
+
+import io
+import itertools
+import logging
+import math
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+
+from megatron_vita.errors import DataError
+from megatron_vita.media.clip import TOLERANCE
+from megatron_vita.media.images import Pixels, read_pixels
+
+logger = logging.getLogger(__name__)
+
+_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
+
+
+def is_archive(data: bytes) -> bool:
+    """Whether a video is an archive of frames, by its first bytes."""
+    return data.startswith(_SIGNATURES)
+
+
+def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
+    """An archive of image files (name, content) that are shown in this order. The same input gives the same bytes.
+
+    Raises DataError if `fps` is not positive or there is no frame.
+    """
+    _require_rate(fps, repr(fps))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in frames:
+            archive.writestr(zipfile.ZipInfo(name), content)  # dated 1980
+        archive.comment = repr(fps).encode()
+        if not archive.infolist():
+            raise DataError("no frames: a video needs at least one")
+    return file.getvalue()
+
+
+class FrameArchive:
+    """An opened archive of `len` frames, `fps` in a second. DataError, by `name`, for what does not keep the format."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self._name = name
+        try:
+            self._archive = zipfile.ZipFile(io.BytesIO(data))
+        except Exception as error:  # BadZipFile, ValueError, struct.error and many more
+            raise DataError(f"{name}: cannot read this archive of frames, {len(data)} bytes: {error}") from error
+        self._members = [member for member in self._archive.infolist() if not member.is_dir()]
+        if not self._members:
+            raise DataError(f"{name}: this archive of frames holds none")
+        for member in self._members:
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise DataError(f"{name}: {member.filename} is compressed; frames must be stored (zip -0)")
+        self.fps = _rate(self._archive.comment, name)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def show(self, times: Sequence[float], take: Callable[[int, Pixels | None], None]) -> None:
+        """Hands on the frame of each time (its place, and None where it is that of the time before).
+
+        For a frame that cannot be read stands the one before, at the start the one after. DataError if none can be.
+        """
+        shown: int | None = None
+        lost: set[int] = set()
+        for place, time in enumerate(times):
+            frame = min(max(int((time + TOLERANCE) * self.fps), 0), len(self) - 1)
+            for nearest in itertools.chain(range(frame, -1, -1), range(frame + 1, len(self))):
+                if nearest == shown:
+                    take(place, None)
+                    break
+                if nearest not in lost and (pixels := self._read(nearest)) is not None:
+                    take(place, pixels)
+                    shown = nearest
+                    break
+                lost.add(nearest)
+            else:
+                raise DataError(f"{self._name}: none of the {len(self)} frames of this video can be read")
+
+    def _read(self, frame: int) -> Pixels | None:
+        member = self._members[frame]
+        name = f"{self._name} {member.filename}"
+        try:
+            return read_pixels(self._archive.read(member), name)
+        except DataError as error:
+            logger.warning("%s", error)
+        except Exception as error:  # as above
+            logger.warning("%s: cannot read this frame: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+def _rate(comment: bytes, name: str) -> float:
+    """Frames in a second, as an archive's comment says."""
+    shown = comment.decode(errors="replace").strip()
+    try:
+        rate = float(shown or 1)
+    except ValueError:
+        rate = 0.0
+    _require_rate(rate, f"the comment of {name}, {shown!r:.60},")
+    return rate
+
+
+def _require_rate(rate: float, what: str) -> None:
+    if not (math.isfinite(rate) and rate > 0):
+        raise DataError(f"{what} is no rate: a positive number of frames in a second is needed")

@@ -1,0 +1,37 @@
+"""Video files for the tests of media."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import av
+import numpy as np
+
+
+def clip(
+    file_format: str = "mp4",
+    codec: str = "libx264",
+    *,
+    frames: int = 60,
+    size: tuple[int, int] = (64, 64),
+    stamps: Callable[[int], int] = lambda index: index,
+    **options: Any,
+) -> bytes:
+    """A video of 25 frames a second with a key frame every `gop` (10): frame i has brightness 4 * i, or is painted."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=file_format) as container:
+        stream = container.add_stream(codec, rate=25, options=options.pop("options", {}))
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.gop_size = options.get("gop", 10)
+        if rotation := options.get("rotation"):
+            stream.set_display_rotation(rotation)
+        for index in range(frames):
+            picture = np.full((size[1], size[0], 3), index * 4 % 256, np.uint8)
+            if paint := options.get("paint"):
+                paint(picture, index)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = stamps(index)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()
