@@ -211,8 +211,9 @@ def test_a_run_that_diverges_stops_and_names_step_and_packs(recipe_path: Path, m
 
 
 def test_a_damaged_sample_is_masked_and_stops_a_run_that_allows_none(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("megatron_vita.platform.set_up_logging", lambda _: None)
     path = make_toy_run(tmp_path, samples=30)
     shard = next((tmp_path / "shards").glob("*.tar"))
     data = bytearray(shard.read_bytes())
@@ -222,8 +223,7 @@ def test_a_damaged_sample_is_masked_and_stops_a_run_that_allows_none(
     one_epoch = [*FAST, "training.train_iters=3"]
     with pytest.raises(VitaError, match=rf"1 of \d+ samples are damaged.*{shard.name}.*image0"):
         train(load_recipe(path, [*one_epoch, "data.max_damaged=0"]))
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
-        patch.setattr("megatron_vita.platform.set_up_logging", lambda _: None)
+    with caplog.at_level(logging.INFO):
         train(load_recipe(path, one_epoch))
     assert "1 damaged samples" in caplog.text
 
