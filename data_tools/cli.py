@@ -136,7 +136,8 @@ def validate(
     crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
     found = validate_shards(shards, media=media, crew=crew)
     for shard, entry in found.bad[:MOST_SHOWN]:
-        typer.echo(f"{shard} {entry.key or 'the rest'}: {entry.reason}")
+        named = entry.reason.startswith(str(shard))
+        typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
     if len(found.bad) > MOST_SHOWN:
         typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
     typer.echo(f"{found.samples} samples in {len(shards)} shards; {len(found.bad)} bad, listed beside the shards")
