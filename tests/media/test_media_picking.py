@@ -97,14 +97,30 @@ def test_frames_that_nothing_needs_are_not_decoded(decoded: list[float]) -> None
     assert len(decoded) < 3 * 14
 
 
-def test_only_the_first_pass_is_made_for_a_faultless_video(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the videos that are opened, once for each pass over them."""
+    names: list[str] = []
     open_clip = video_module.open_clip
-    monkeypatch.setattr(video_module, "open_clip", lambda data, name: opened.append(name) or open_clip(data, name))
+    monkeypatch.setattr(video_module, "open_clip", lambda data, name: names.append(name) or open_clip(data, name))
+    return names
+
+
+def test_only_the_first_pass_is_made_for_a_faultless_video(opened: list[str]) -> None:
     made = [entry for entry in FORMATS if entry[1] != "libvpx"]  # it holds frames that are never shown
     for file_format, codec, options in made:
-        decode_frames(film(file_format, codec, options=options), codec, times=[0.1, 1.7, 3.3], tile_size=SIZE)
+        data = film(file_format, codec, options=options)
+        decode_frames(data, codec, times=[index / 7 for index in range(24)], tile_size=SIZE)
     assert opened == [codec for _, codec, _ in made]
+
+
+@pytest.mark.parametrize("file_format", ["mp4", "matroska"])
+def test_the_moment_before_a_key_frame_is_found_in_one_pass(file_format: str, opened: list[str]) -> None:
+    data = film(file_format, frames=1300)
+    for frame in (1199, 1200, 1201):  # 1200 is a key frame
+        tiles = decode_frames(data, "clip", times=[frame / 25], tile_size=SIZE)
+        assert (tiles == np.stack(shown_at(data, [frame / 25]))).all()
+    assert len(opened) == 3
 
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska"])
@@ -138,17 +154,29 @@ def test_a_video_of_twelve_hours_is_read_at_its_key_frames(file_format: str, dec
         assert (tile == frames[int((time + 5e-4) // 30)][1]).all()
 
 
+@pytest.fixture
+def packets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """All packets that are read."""
+    read = Clip.read
+    packets: list[object] = []
+    monkeypatch.setattr(Clip, "read", lambda self: packets.append(read(self)) or packets[-1])
+    return packets
+
+
 @pytest.mark.parametrize(("file_format", "few"), [("mp4", True), ("matroska", True), ("mpegts", False)])
 def test_where_an_index_allows_it_a_reader_of_the_end_does_not_read_the_beginning(
-    file_format: str, few: bool, monkeypatch: pytest.MonkeyPatch
+    file_format: str, few: bool, packets: list[object]
 ) -> None:
     data = film(file_format, frames=1500)
-    read = Clip.read
-    packets = []
-    monkeypatch.setattr(Clip, "read", lambda self: packets.append(read(self)) or packets[-1])
     found = decode_frames(data, "clip", times=[58.0, 59.0], tile_size=SIZE)
     assert (len(packets) < 150) == few
     assert (found == np.stack(shown_at(data, [58.0, 59.0]))).all()
+
+
+def test_nothing_is_read_twice_where_key_frames_are_far_apart(packets: list[object]) -> None:
+    data = film(frames=1500, gop=1500)
+    decode_frames(data, "clip", times=[5.0, 30.0, 58.0], tile_size=SIZE)
+    assert len(packets) <= 1501
 
 
 def test_readers_of_parts_give_what_one_reader_gives() -> None:
