@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 from video_files import clip
 
 from megatron_vita.media import video as video_module
-from megatron_vita.media.clip import Clip
+from megatron_vita.media.clip import Clip, Coded
 from megatron_vita.media.images import Pixels
 from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.picking import Picker
 from megatron_vita.media.resize import letterboxed
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
 SIZE = 28
 FAST = {"deadline": "realtime", "cpu-used": "8"}
+NO_SCENE_CUTS = {"sc_threshold": "0"}  # key frames are where they are expected
 FORMATS = [
     ("mp4", "libx264", {}),
     ("mp4", "libx264", {"bf": "0"}),
@@ -116,11 +119,49 @@ def test_only_the_first_pass_is_made_for_a_faultless_video(opened: list[str]) ->
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska"])
 def test_the_moment_before_a_key_frame_is_found_in_one_pass(file_format: str, opened: list[str]) -> None:
-    data = film(file_format, frames=1300)
+    data = film(file_format, frames=1300, options=NO_SCENE_CUTS)
     for frame in (1199, 1200, 1201):  # 1200 is a key frame
         tiles = decode_frames(data, "clip", times=[frame / 25], tile_size=SIZE)
         assert (tiles == np.stack(shown_at(data, [frame / 25]))).all()
     assert len(opened) == 3
+
+
+class HastyClip:
+    """A clip whose decoder gives each frame as soon as all that are shown earlier have come."""
+
+    origin, counts = 0.0, False
+
+    def __init__(self, order: list[int]) -> None:
+        self._packets = iter([Coded(SimpleNamespace(is_keyframe=n == 0, n=n), float(n), True) for n in order])
+        self._held: set[int] = set()
+        self._shown = 0
+        self.codec = SimpleNamespace(decode=self._decode, flush_buffers=lambda: None, skip_frame="DEFAULT")
+
+    def read(self) -> Coded | None:
+        return next(self._packets, None)
+
+    def time_of(self, frame: int) -> float:
+        return float(frame)
+
+    def _decode(self, packet: SimpleNamespace | None) -> list[int]:
+        self._held |= {packet.n} if packet else set()
+        out = []
+        while self._shown in self._held:
+            out.append(self._shown)
+            self._shown += 1
+        return out
+
+
+@pytest.mark.parametrize("jump", [True, False])
+def test_a_frame_is_not_taken_before_all_that_may_be_shown_next_are_known(jump: bool) -> None:
+    order = [0, 8, 4, 2, 1, 3, 6, 5, 7, 16, 12, 10, 9, 11, 14, 13, 15]
+    moments = [1.5, 2.0, 5.9, 7.2, 9.0, 17.0]
+    taken: list[int | None] = []
+    picker = Picker(HastyClip(order), moments, lambda _, frame: taken.append(frame), jump=jump, skip=jump)
+    picked = picker.run()
+    assert taken == [1, 2, 5, 7, 9, 16]
+    assert [pick.time for pick in picked] == taken
+    assert all(pick.is_exact and pick.is_covered for pick in picked)
 
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska"])
@@ -174,7 +215,7 @@ def test_where_an_index_allows_it_a_reader_of_the_end_does_not_read_the_beginnin
 
 
 def test_nothing_is_read_twice_where_key_frames_are_far_apart(packets: list[object]) -> None:
-    data = film(frames=1500, gop=1500)
+    data = film(frames=1500, gop=1500, options=NO_SCENE_CUTS)
     decode_frames(data, "clip", times=[5.0, 30.0, 58.0], tile_size=SIZE)
     assert len(packets) <= 1501
 
