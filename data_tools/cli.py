@@ -13,7 +13,7 @@ from data_tools.planning import index_shards, write_plans
 from data_tools.pool import CORES, Crew
 from data_tools.reencode import Reencode
 from data_tools.report import write_report
-from data_tools.sharding import REJECTED, ShardJob, make_shards
+from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import train_tokenizer
 from megatron_vita.config import load_recipe
@@ -81,10 +81,13 @@ def import_(
 
 @app.command()
 def shard(
-    files: Jsonl,
-    out: Annotated[Path, typer.Option(help="Folder of the dataset: its shards, progress and rejected samples.")],
-    media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
+    files: Annotated[list[Path], typer.Argument(help="JSONL files; or one recipe, whose datasets name theirs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the dataset: its shards, progress, rejections.")] = None,
+    media: Annotated[
+        Path | None, typer.Option(help="Folder that the samples' image and video paths start from.")
+    ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Lines that become one shard.")] = 1000,
+    max_shard_mb: Annotated[int, typer.Option(help="Megabytes from which a shard goes on in another tar.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
     jpeg_quality: Annotated[int, typer.Option(help="Store images as JPEG of this quality; 0 keeps them.")] = 0,
     video_gop: Annotated[float, typer.Option(help="Re-cut videos: seconds from key frame to key frame.")] = 0.0,
@@ -95,17 +98,12 @@ def shard(
 ) -> None:
     """Check samples and write them into shards; run again to finish an interrupted run."""
     reencode = Reencode(jpeg_quality=jpeg_quality, video_gop=video_gop, video_fps=video_fps)
-    job = ShardJob(
-        files=files,
-        media_root=media,
-        out=out,
-        samples_per_shard=samples_per_shard,
-        strict=strict,
-        reencode=reencode,
-    )
-    count = make_shards(job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
-    rejected = f"; {len(count.rejected)} rejected, listed in {out / REJECTED}" if count.rejected else ""
-    typer.echo(f"{out}: {count.samples} samples{rejected}")
+    options = {"samples_per_shard": samples_per_shard, "strict": strict, "reencode": reencode}
+    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    for job in find_jobs(files, out=out, media=media, max_bytes=max_shard_mb * MEGABYTE, **options):
+        count = make_shards(job, crew=crew)
+        rejected = f"; {len(count.rejected)} rejected, listed in {job.out / REJECTED}" if count.rejected else ""
+        typer.echo(f"{job.out}: {count.samples} samples{rejected}")
 
 
 @app.command()
@@ -136,7 +134,8 @@ def validate(
     crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
     found = validate_shards(shards, media=media, crew=crew)
     for shard, entry in found.bad[:MOST_SHOWN]:
-        typer.echo(f"{shard} {entry.key or 'the rest'}: {entry.reason}")
+        named = entry.reason.startswith(str(shard))
+        typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
     if len(found.bad) > MOST_SHOWN:
         typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
     typer.echo(f"{found.samples} samples in {len(shards)} shards; {len(found.bad)} bad, listed beside the shards")

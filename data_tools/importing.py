@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from data_tools.formats import FORMATS
 from data_tools.formats.base import Candidate, Setting
-from data_tools.pool import Crew, Steps
+from data_tools.pool import Crew, Steps, judged
 from data_tools.progress import Progress
 from data_tools.samples import find_medium
 from megatron_vita.data.foreign import TAGS
@@ -145,15 +145,22 @@ def _judged(task: ImportTask, candidate: Candidate) -> tuple[str, dict[str, Any]
     setting = task.job.setting
     root = setting.media_out if FORMATS[task.job.format].writes_media and setting.media_out else setting.media
     try:
-        sample = candidate.make()
-        check_record(sample)
-        for field in TAGS:
-            for i, name in enumerate(sample.get(field, [])):
-                find_medium(name, f"{field}[{i}]", root=root)
-        json.dumps(sample, ensure_ascii=False).encode()
-    except (DataError, UnicodeEncodeError) as error:
+        return "samples", judged(partial(_checked, candidate, root))
+    except DataError as error:
         return "rejected", {"source": str(task.source), "place": candidate.place, "reason": str(error)}
-    return "samples", sample
+
+
+def _checked(candidate: Candidate, root: Path) -> dict[str, Any]:
+    sample = candidate.make()
+    check_record(sample)
+    for field in TAGS:
+        for i, name in enumerate(sample.get(field, [])):
+            find_medium(name, f"{field}[{i}]", root=root)
+    try:
+        json.dumps(sample, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the sample is not valid Unicode: {error}") from error
+    return sample
 
 
 def _join_parts(job: ImportJob, sources: int) -> None:

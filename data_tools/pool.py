@@ -6,6 +6,7 @@ known of its steps, and the step that did it is bad, for that reason.
 """
 
 import fcntl
+import logging
 import multiprocessing
 import os
 import re
@@ -22,9 +23,11 @@ from typing import Any
 from data_tools.on_ray import run_on_ray
 from megatron_vita.errors import ConfigError, DataError, PlatformError, VitaError
 
+logger = logging.getLogger(__name__)
 CORES = len(os.sched_getaffinity(0))
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Where a file lay in memory, which some decoders tell: reasons are the same in every run."""
+FAULT = "this sample meets a fault of the program"
 EXECUTORS = ("local", "ray")
 PRELOADED = ["data_tools.sharding", "data_tools.importing", "data_tools.validation", "data_tools.planning"]
 Work = Callable[[Any, "Steps"], Any]
@@ -73,15 +76,30 @@ class Steps:
         self._tell("begin", number)
         reason = ""
         try:
-            return action(verdict == "")
+            return judged(partial(action, verdict == ""))
         except DataError as error:
-            reason = ADDRESS.sub("", str(error))
-            raise DataError(reason) from error
-        except MemoryError as error:
-            reason = "it needs more memory than there is"
-            raise DataError(reason) from error
+            reason = str(error)
+            raise
         finally:
             self._tell("end", number, reason)
+
+
+def judged(action: Callable[[], Any]) -> Any:
+    """What `action`, which reads a sample, gives. Whatever is wrong with the sample is a DataError.
+
+    What nobody foresaw is, too, with FAULT in front, and logged: one sample in a million must not end the work.
+    """
+    try:
+        return action()
+    except DataError as error:
+        raise DataError(ADDRESS.sub("", str(error))) from error
+    except VitaError:
+        raise
+    except MemoryError as error:
+        raise DataError("it needs more memory than there is") from error
+    except Exception as error:
+        logger.exception(FAULT)
+        raise DataError(f"{FAULT}: {type(error).__name__}: {error}") from error
 
 
 def run_tasks(

@@ -2,7 +2,8 @@
 
 A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (what the shards are made of, then a line for each
 finished one) and `rejected.jsonl` (a line for each sample left out). Shard i is made of the i-th run of
-`samples_per_shard` lines, whether or not they are good, so no shard depends on another, nor on who writes it.
+`samples_per_shard` lines, whether or not they are good, so no shard depends on another, nor on who writes it. Where
+it would be longer than `max_bytes`, it goes on in `NAME-000000_1.tar`.
 """
 
 import hashlib
@@ -10,18 +11,19 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from data_tools.lines import Line, Stretch, divide_lines, read_stretches
 from data_tools.pool import Crew, Steps
 from data_tools.progress import Progress, write_lines
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
+from megatron_vita.config import load_recipe
 from megatron_vita.data.shards import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 
 PROGRESS, REJECTED = "progress.jsonl", "rejected.jsonl"
-HERE = Crew(workers=0)
+HERE, MEGABYTE = Crew(workers=0), 10**6
 Rejection = dict[str, Any]
 
 
@@ -35,10 +37,11 @@ class ShardJob:
     samples_per_shard: int
     strict: bool
     reencode: Reencode = field(default=KEEP)
+    max_bytes: int = 0  # of a tar; 0: any
 
-    def shard_path(self, shard: int) -> Path:
-        """Where shard number `shard` goes; the folder's name is the dataset's."""
-        return self.out / f"{self.out.resolve().name}-{shard:06d}.tar"
+    def shard_path(self, shard: int, tar: int = 0) -> Path:
+        """Where tar `tar` of shard number `shard` goes; the folder's name is the dataset's."""
+        return self.out / f"{self.out.resolve().name}-{shard:06d}{f'_{tar}' if tar else ''}.tar"
 
 
 @dataclass
@@ -47,6 +50,7 @@ class ShardCount:
 
     samples: int
     rejected: list[Rejection]
+    tars: int = 0
 
 
 class ShardTask(NamedTuple):
@@ -55,6 +59,32 @@ class ShardTask(NamedTuple):
     job: ShardJob
     shard: int
     stretches: list[Stretch]
+
+
+def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **options: Any) -> list[ShardJob]:
+    """The work that a command line names: JSONL files that become shards in `out`, or a recipe whose datasets have
+    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both.
+    """
+    if [file.suffix for file in files] not in ([".yaml"], [".yml"]):
+        if out is None:
+            raise ConfigError("--out is needed: the folder of the dataset")
+        return [ShardJob(files=files, media_root=media or Path(), out=out, **options)]
+    if out is not None or media is not None:
+        raise ConfigError("--out and --media are for JSONL files: a recipe's datasets name their folders")
+    data = load_recipe(files[0], []).data
+    jobs = {
+        dataset.shards: ShardJob(
+            files=[Path(dataset.jsonl)],
+            media_root=Path(dataset.media or Path(dataset.jsonl).parent),
+            out=Path(dataset.shards).parent,
+            **options,
+        )
+        for dataset in (*data.train, *data.validation)
+        if dataset.jsonl
+    }
+    if not jobs:
+        raise ConfigError(f"{files[0]}: none of its datasets has a jsonl")
+    return list(jobs.values())
 
 
 def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
@@ -68,9 +98,10 @@ def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
     progress = Progress(job.out / PROGRESS, stamp=_stamp(job))
     stretches = divide_lines(job.files, size=job.samples_per_shard)
     tasks = {shard: ShardTask(job, shard, mine) for shard, mine in enumerate(stretches)}
-    for shard in [shard for shard in progress.finished if not job.shard_path(shard).exists()]:
-        del progress.finished[shard]
     counts = {shard: ShardCount(**result) for shard, result in progress.finished.items()}
+    for shard, count in list(counts.items()):
+        if not all(job.shard_path(shard, tar).exists() for tar in range(count.tars)):
+            del counts[shard], progress.finished[shard]
     if job.strict:
         _refuse_first([counts[shard] for shard in sorted(counts)])
     left = sum(stretch.lines for shard, task in tasks.items() if shard not in counts for stretch in task.stretches)
@@ -78,12 +109,14 @@ def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_lines(job.out / REJECTED, rejected)
-    return ShardCount(sum(count.samples for count in results), rejected)
+    return ShardCount(sum(count.samples for count in results), rejected, tars=sum(count.tars for count in results))
 
 
 def _check_job(job: ShardJob) -> None:
     if job.samples_per_shard < 1:
         raise ConfigError(f"--samples-per-shard is {job.samples_per_shard}: it must be at least 1")
+    if job.max_bytes < 0:
+        raise ConfigError(f"--max-shard-mb is {job.max_bytes / MEGABYTE:g}: it must not be negative")
     if not job.media_root.is_dir():
         raise ConfigError(f"--media {job.media_root} is not a folder")
     stems = Counter(map(key_stem, job.files))
@@ -102,7 +135,7 @@ def _refuse_first(counts: list[ShardCount]) -> None:
 def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
     """Writes a shard; gives the fields of its ShardCount."""
     job, count = task.job, ShardCount(0, [])
-    with SampleWriter(job.shard_path(task.shard)) as writer:
+    with _Tars(job, task.shard) as tars:
         for line in read_stretches(task.stretches):
             steps.advance()
             try:
@@ -112,9 +145,38 @@ def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
                     raise DataError(f"{line.file}:{line.number}: {error}") from error
                 count.rejected.append({"file": str(line.file), "line": line.number, "reason": str(error)})
                 continue
-            writer.write(sample.key, record=sample.record, media=sample.media)
+            tars.write(sample)
             count.samples += 1
+    count.tars = tars.count
     return vars(count)
+
+
+class _Tars:
+    """The tars of a shard: another is begun where a sample would make one longer than it may be."""
+
+    def __init__(self, job: ShardJob, shard: int) -> None:
+        self._job, self._shard = job, shard
+        self.count = 0
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def write(self, sample: Sample) -> None:
+        size = sum(len(file.data) for files in sample.media.values() for file in files) + len(str(sample.record))
+        if self._job.max_bytes and self._size and self._size + size > self._job.max_bytes:
+            self._writer.__exit__(None)
+            self._begin()
+        self._size += size
+        self._writer.write(sample.key, record=sample.record, media=sample.media)
+
+    def __exit__(self, error_type: type | None, *rest: object) -> None:
+        self._writer.__exit__(error_type, *rest)
+
+    def _begin(self) -> None:
+        self._writer = SampleWriter(self._job.shard_path(self._shard, self.count)).__enter__()
+        self._size = 0
+        self.count += 1
 
 
 def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
@@ -129,6 +191,7 @@ def _stamp(job: ShardJob) -> dict[str, Any]:
         "samples_per_shard": job.samples_per_shard,
         "media": str(job.media_root.resolve()),
         "reencode": vars(job.reencode),
+        "max_bytes": job.max_bytes,
         "files": [[key_stem(path), _digest(path)] for path in job.files],
     }
 

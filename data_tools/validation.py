@@ -33,7 +33,7 @@ class ValidateTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found: samples looked at, and (shard, entry) for each that is bad, also those that `index` listed."""
+    """What was found: samples looked at, and an entry for each that is bad, also for those that `index` listed."""
 
     samples: int
     bad: list[tuple[Path, Entry]]
@@ -62,7 +62,8 @@ def validate_shards(shards: Sequence[Path], *, media: MediaConfig, crew: Crew) -
             pass
     lists = {shard: read_quarantine(shard) for shard in shards}
     samples = sum((quarantine.validated or {})["samples"] for quarantine in lists.values())
-    return Validation(samples, [(shard, entry) for shard, found in lists.items() for entry in found.entries])
+    bad = {(shard, entry.key): (shard, entry) for shard, found in lists.items() for entry in found.entries}
+    return Validation(samples, list(bad.values()))
 
 
 def _is_current(shard: Path, media: MediaConfig) -> bool:

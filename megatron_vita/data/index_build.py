@@ -140,9 +140,10 @@ class _Reader:
 
 
 def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
-    """DataError if a record names a medium that is not a member of its sample. Sets what it names no media for."""
+    """DataError if a record, which must be checked, names a medium that is not a member of its sample."""
     for field in ("images", "videos"):
-        for name in record.setdefault(field, []):
+        record[field] = record.get(field) or []
+        for name in record[field]:
             if not isinstance(name, str) or name not in sample.members:
                 raise DataError(f"{field} names {name!r:.200}, which the shard does not hold")
 

@@ -150,7 +150,9 @@ def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
     [
         (["shard", "/no.jsonl", "--out", "/tmp/nowhere-toy"], "/no.jsonl: cannot read it"),
         (["shard", "x.jsonl", "--out", "x", "--media", "/no"], "--media /no is not a folder"),
-        (["shard", "x.jsonl"], "Missing option '--out'"),
+        (["shard", "x.jsonl"], "--out is needed"),
+        (["shard", "x.yaml", "--out", "x"], "a recipe's datasets name their folders"),
+        (["shard", "x.jsonl", "--out", "x", "--max-shard-mb", "-1"], "--max-shard-mb is -1"),
         (["shard", "x.jsonl", "--out", "x", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
         (["index", "/no.yaml"], "/no.yaml: cannot read the recipe"),
         (["nothing"], "No such command 'nothing'"),

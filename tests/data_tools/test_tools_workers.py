@@ -182,3 +182,31 @@ def test_a_frame_that_is_a_link_is_refused(tmp_path: Path) -> None:
     add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
     shard(tmp_path, "a", "--workers", "1")
     assert ["the frame f9.png is a link" in found for found in rejected(tmp_path, "a")] == [True]
+
+
+def test_a_recipe_names_its_datasets_files_and_folders(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path, count=4)
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    named = recipe.replace("/toy/*.tar'", f"/toy/*.tar', jsonl: {path}, media: {tmp_path}/media")
+    (tmp_path / "recipe.yaml").write_text(named)
+    assert main(["shard", str(tmp_path / "recipe.yaml"), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/toy: 4 samples\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert main(["shard", str(tmp_path / "recipe.yaml")]) == 1
+    assert "none of its datasets has a jsonl" in capsys.readouterr().err
+
+
+def test_a_shard_that_grows_too_long_goes_on_in_another_tar(tmp_path: Path) -> None:
+    write_world(tmp_path, count=4)
+    for i in range(4):
+        Image.effect_noise((700, 700), 90).save(tmp_path / f"media/{i}.png")  # half a megabyte each
+    made = shard(tmp_path, "a", "--workers", "2", "--max-shard-mb", "1")
+    assert [name for name in sorted(made) if name.endswith("tar")] == [
+        "toy-000000.tar",
+        "toy-000000_1.tar",
+        "toy-000001.tar",
+    ]
+    urls = [str(found) for found in sorted((tmp_path / "a/toy").glob("*.tar"))]
+    assert [one["__key__"][-1] for one in webdataset.WebDataset(urls, shardshuffle=False)] == ["1", "2", "3", "4"]
+    (tmp_path / "a/toy/toy-000000_1.tar").unlink()
+    assert shard(tmp_path, "a", "--workers", "2", "--max-shard-mb", "1") == made
