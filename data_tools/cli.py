@@ -147,9 +147,13 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be used.")] = False,
+    continue_from: Annotated[
+        int,
+        typer.Option(help="Keep the packs before this one of the training plan that is there: the mix changes."),
+    ] = 0,
 ) -> None:
     """Plan the packs of a recipe's training and validation data."""
-    for line in write_plans(load_recipe(recipe, overrides or []), strict=strict):
+    for line in write_plans(load_recipe(recipe, overrides or []), strict=strict, continue_from=continue_from):
         typer.echo(line)
 
 

@@ -14,8 +14,8 @@ from megatron_vita.config import Recipe
 from megatron_vita.data.foreign import RULE_FILE
 from megatron_vita.data.index import index_path, read_header, text_stamp, write_index
 from megatron_vita.data.index_build import build_sound_index
-from megatron_vita.data.plan import PackPlan, write_plan
-from megatron_vita.data.planner import Rejected, make_plan
+from megatron_vita.data.plan import PackPlan, read_plan, write_plan
+from megatron_vita.data.planner import Continuation, Rejected, make_plan
 from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
 from megatron_vita.data.split import Split, find_shards, plan_path
 from megatron_vita.errors import ConfigError, DataError
@@ -89,14 +89,18 @@ def _index_shard(task: IndexTask, steps: Steps) -> None:
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 
 
-def write_plans(recipe: Recipe, *, strict: bool) -> Iterator[str]:
-    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each."""
+def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iterator[str]:
+    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each.
+
+    `continue_from` keeps the packs before it of the training plan that is there.
+    """
     tokenizer = load_recipe_tokenizer(recipe)
     rejected: list[Rejected] = []
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):
             path = plan_path(recipe, split)
-            plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict)
+            continued = Continuation(read_plan(path), continue_from) if continue_from and split == "train" else None
+            plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict, continued=continued)
             write_plan(plan, path)
             rejected += left_out
             yield _summary(path, plan, recipe, len(left_out))

@@ -37,6 +37,10 @@ class Ledger:
         """The events of a pack."""
         return list(self._by_pack.get(pack, {}).values())
 
+    def events(self) -> list[Damage]:
+        """All events."""
+        return [damage for events in list(self._by_pack.values()) for damage in list(events.values())]
+
     def add(self, damages: Iterable[Damage]) -> None:
         """Notes events that are new, and writes them to the disk."""
         new = [damage for damage in damages if damage.document not in self._by_pack.get(damage.pack, {})]

@@ -1,13 +1,14 @@
 """Reads packs ahead in supervised processes, in the order asked for.
 
 A process that makes no progress for too long is killed, and one that dies is replaced. The pack is read again: without
-the sample that hung, or that a process died on twice. A process killed from outside costs time alone.
+the sample that hung, or that processes died on again and again. A process killed from outside costs time alone.
 """
 
 import itertools
 import multiprocessing
+import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -18,6 +19,8 @@ from megatron_vita.data.stream import PackStream, ReadPack
 from megatron_vita.data.worker import Failure, PackTask, Progress, SentPack, receive_tiles, work
 from megatron_vita.errors import VitaError
 
+KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
+STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
 BARREN_DEATHS = 3  # of processes that have read nothing yet: the machine cannot run them
 
 
@@ -57,7 +60,7 @@ class _Job:
     def __init__(self, task: PackTask) -> None:
         self.task = task
         self.document: int | None = None  # being read
-        self.died_on: int | None = None
+        self.strikes: Counter[int] = Counter()  # by document
         self.damages: list[Damage] = []
         self.result: ReadPack | Failure | None = None
 
@@ -158,10 +161,10 @@ class _Pool:
         code = reader.process.exitcode
         if job.document is None:
             self._barren += 1
-        elif job.document == job.died_on:
-            self._skip(job, f"two processes ended while they read it (exit code {code})")
         else:
-            job.died_on = job.document
+            job.strikes[job.document] += 1
+            if job.strikes[job.document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+                self._skip(job, f"{job.strikes[job.document]} processes ended while they read it (exit code {code})")
         self._replace(reader)
         if self._barren >= BARREN_DEATHS:
             raise VitaError(f"{self._barren} loader processes ended before they read anything (exit code {code})")

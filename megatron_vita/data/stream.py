@@ -93,6 +93,8 @@ class PackStream(Dataset):
         tiles. DataError if a shard or an index is missing or does not fit the plan.
         """
         entries = self.plan.pack(pack_id)
+        if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
+            raise ShardError(f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has")
         rows = [self._index(self._shard(entry)).row(entry.row) for entry in entries]
         pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
         documents = [self._document(pack, i) for i in range(len(entries))]

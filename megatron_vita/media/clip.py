@@ -69,7 +69,6 @@ class Clip:
         known = [stamp for stamp in stamps if stamp is not None]
         self._timeless = len(known) < len(stamps)
         self.counts = self._timeless or (bool(self.codec.has_b_frames) and known == sorted(known))
-        self._delay = max((p.pts - p.dts for p in head if p.pts is not None and p.dts is not None), default=0)
         times = [self._time(packet, place) for place, packet in enumerate(head)]
         self.origin = min((t for t, p in zip(times, head, strict=True) if not p.is_discard), default=times[0])
 
@@ -86,12 +85,12 @@ class Clip:
         """Goes on at a key frame before `moment`, if the container's index knows one that comes after `beyond`."""
         if not self._has_index or self.counts:
             return False
-        entries = self._stream.index_entries
-        place = entries.search_timestamp(int(moment / self._unit) - self._delay, backward=True)
+        stamp, entries = int((moment + TOLERANCE) / self._unit), self._stream.index_entries
+        place = entries.search_timestamp(stamp, backward=True)
         if place < 0 or entries[place].timestamp * self._unit <= beyond:
             return False
         with suppress(av.FFmpegError):
-            self._container.seek(entries[place].timestamp, stream=self._stream, backward=True)
+            self._container.seek(stamp, stream=self._stream, backward=True)
         self._packets = self._demux()
         return True
 

@@ -55,10 +55,11 @@ def _columns_first(before: Size, after: Size) -> bool:
 
 def _resize(pixels: np.ndarray, size: Size, *, columns_first: bool) -> np.ndarray:
     """uint8 `[height, width, 3]` as `[3, size[1], size[0]]`."""
-    planes = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # [1,3,height,width], channels last
+    # In this order the tensor is one of `channels_last`, for which torch is twice as fast, even to its first stride.
+    planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # [1,3,height,width]
     if columns_first:
         planes = _interpolate(planes, (size[1], pixels.shape[1]))
-    return _interpolate(planes, (size[1], size[0]))[0].numpy()
+    return _interpolate(planes, (size[1], size[0]))[0].contiguous().numpy()
 
 
 def _interpolate(planes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -40,8 +40,8 @@ def train_batches(run: Run) -> "FinalBatches":
         packs_of_replicas(run.recipe, plan, step=step, replicas=group.size())[group.rank()] for step in steps
     )
     noting = run.ledger_folder if groups.is_first_of_replica() else None
-    ledger = Ledger(run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl")
-    return _final_batches(run, run.train_stream, ids, purpose="train", ledger=ledger)
+    run.ledger = Ledger(run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl")
+    return _final_batches(run, run.train_stream, ids, purpose="train", ledger=run.ledger)
 
 
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:

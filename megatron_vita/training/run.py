@@ -12,7 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
-from megatron_vita.data.ledger import Damage, merge_damage, read_ledgers
+from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.stream import PackStream
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
@@ -39,7 +39,7 @@ class Run:
     microbatches: int
     train_stream: PackStream | None = None
     validation_stream: PackStream | None = None
-    known_damage: list[Damage] = dataclasses.field(default_factory=list)  # events in the checkpoint taken up
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)  # of samples that this rank's replica could not read
     step: int = 0
     consumed_packs: int = 0
 
@@ -65,9 +65,9 @@ class Run:
         return Path(self.recipe.checkpoint.save) / "damaged" if self.recipe.checkpoint.save else None
 
     def read_damage(self) -> list[Damage]:
-        """The damaged samples that are noted there or in the checkpoint taken up, each once, by pack."""
+        """The damaged samples that are noted there, in the checkpoint taken up, or by this rank; each once, by pack."""
         noted = read_ledgers(self.ledger_folder) if self.ledger_folder else []
-        return merge_damage([*self.known_damage, *noted])
+        return merge_damage([*self.ledger.events(), *noted])
 
     @property
     def train_sources(self) -> list[str]:
@@ -161,7 +161,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     load_optimizer_state(run.optimizer, state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
-    run.known_damage = [Damage(**damage) for damage in manifest["damaged"]]
+    run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])
     logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
 
 

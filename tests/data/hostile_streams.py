@@ -9,7 +9,7 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """Before it reads `document` of `pack`, does `deed`: hang, die, die_once, break or start_dying."""
+    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break or start_dying."""
 
     pack = document = -1
     deed = ""
@@ -36,6 +36,8 @@ class HostileStream(PackStream):
             time.sleep(3600)
         elif self.deed == "die":
             os.kill(os.getpid(), signal.SIGSEGV)
+        elif self.deed == "die_of_memory":
+            os.kill(os.getpid(), signal.SIGKILL)
         elif self.deed == "die_once" and not Path(self.memory).exists():
             Path(self.memory).touch()
             os.kill(os.getpid(), signal.SIGKILL)

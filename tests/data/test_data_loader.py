@@ -86,7 +86,12 @@ def test_processes_killed_at_random_points_lose_and_repeat_nothing(world) -> Non
 
 
 @pytest.mark.parametrize(
-    ("deed", "reason"), [("hang", "no progress within data.sample_seconds 1"), ("die", "two processes ended .*-11")]
+    ("deed", "reason"),
+    [
+        ("hang", "no progress within data.sample_seconds 1"),
+        ("die", "2 processes ended .*-11"),
+        ("die_of_memory", "5 processes ended .*-9"),
+    ],
 )
 def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(world, deed: str, reason: str) -> None:
     whole = train_stream(world)

@@ -9,6 +9,7 @@ from toy_jsonl import sample, write_world
 
 from data_tools import contact_sheet
 from data_tools.cli import main
+from megatron_vita.data.plan import read_plan
 
 
 @pytest.fixture
@@ -103,6 +104,18 @@ def test_a_bad_line_is_named_when_a_tokenizer_is_trained(tmp_path: Path, capsys)
     (tmp_path / "bad.jsonl").write_text('\n{"messages": []}\n')
     assert main(["tokenizer", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "x.model")]) == 1
     assert f"error: {tmp_path}/bad.jsonl:2: messages is an empty list" in capsys.readouterr().err
+
+
+def test_a_plan_is_continued_with_another_mix(world: Path, capsys) -> None:
+    recipe = str(world / "recipe.yaml")
+    assert main(["plan", recipe, "data.epochs=2"]) == 0
+    before = read_plan(world / "plan" / "train.arrow")
+    assert main(["plan", recipe, "data.epochs=1", "--continue-from", "2"]) == 0
+    after = read_plan(world / "plan" / "train.arrow")
+    assert after.history == [{"packs": 2, "stamp": before.stamp}]
+    assert [after.pack(pack) for pack in range(2)] == [before.pack(pack) for pack in range(2)]
+    assert main(["plan", recipe, "--continue-from", "99"]) == 1
+    assert "--continue-from is 99: the plan has packs 0 to" in capsys.readouterr().err
 
 
 def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(tmp_path: Path, capsys) -> None:

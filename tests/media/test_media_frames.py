@@ -10,6 +10,7 @@ from picture_files import exif_of, file_of
 from PIL import Image
 
 from megatron_vita.errors import DataError
+from megatron_vita.media import frame_archive
 from megatron_vita.media.frame_archive import is_archive, pack_frames
 from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, probe_video
 
@@ -77,6 +78,14 @@ def test_a_damaged_frame_is_replaced_by_the_one_before_or_at_the_start_after(cap
         assert numbers(data, [0.0, 1.0, 3.0, 4.0, 5.0, 6.0]) == [2, 2, 3, 3, 3, 6]
     assert f"clip.frames.zip {frames[4][0]}" in caplog.text
     assert numbers(data, [5.0]) == [3]
+
+
+def test_a_frame_that_is_shown_several_times_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = frame_archive.read_pixels
+    names: list[str] = []
+    monkeypatch.setattr(frame_archive, "read_pixels", lambda data, name: names.append(name) or read(data, name))
+    assert numbers(pack_frames(pictures(5), 1), [1.0, 1.2, 1.7, 3.0, 3.1]) == [1, 1, 1, 3, 3]
+    assert len(names) == 2
 
 
 def test_changed_bytes_are_noticed() -> None:

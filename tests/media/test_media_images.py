@@ -156,9 +156,10 @@ def test_of_several_pictures_the_first_is_read(kind: str) -> None:
     assert max(green, blue) < 5
 
 
-def test_files_that_are_drawn_by_programs_are_refused() -> None:
-    with pytest.raises(DataError, match=r"drawing\.eps"):
-        open_image(file_of(quarters(), "EPS"), "drawing.eps")
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX"])
+def test_unusual_kinds_are_refused(kind: str) -> None:
+    with pytest.raises(DataError, match=r"drawing: cannot read"):
+        open_image(file_of(quarters(), kind), "drawing")
 
 
 def by_pillow(data: bytes) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 from video_files import clip
 
 from megatron_vita.media import video as video_module
-from megatron_vita.media.clip import Clip
+from megatron_vita.media.clip import Clip, Coded
 from megatron_vita.media.images import Pixels
 from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.picking import Picker
 from megatron_vita.media.resize import letterboxed
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
 SIZE = 28
 FAST = {"deadline": "realtime", "cpu-used": "8"}
+NO_SCENE_CUTS = {"sc_threshold": "0"}  # key frames are where they are expected
 FORMATS = [
     ("mp4", "libx264", {}),
     ("mp4", "libx264", {"bf": "0"}),
@@ -97,14 +100,68 @@ def test_frames_that_nothing_needs_are_not_decoded(decoded: list[float]) -> None
     assert len(decoded) < 3 * 14
 
 
-def test_only_the_first_pass_is_made_for_a_faultless_video(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the videos that are opened, once for each pass over them."""
+    names: list[str] = []
     open_clip = video_module.open_clip
-    monkeypatch.setattr(video_module, "open_clip", lambda data, name: opened.append(name) or open_clip(data, name))
+    monkeypatch.setattr(video_module, "open_clip", lambda data, name: names.append(name) or open_clip(data, name))
+    return names
+
+
+def test_only_the_first_pass_is_made_for_a_faultless_video(opened: list[str]) -> None:
     made = [entry for entry in FORMATS if entry[1] != "libvpx"]  # it holds frames that are never shown
     for file_format, codec, options in made:
-        decode_frames(film(file_format, codec, options=options), codec, times=[0.1, 1.7, 3.3], tile_size=SIZE)
+        data = film(file_format, codec, options=options)
+        decode_frames(data, codec, times=[index / 7 for index in range(24)], tile_size=SIZE)
     assert opened == [codec for _, codec, _ in made]
+
+
+@pytest.mark.parametrize("file_format", ["mp4", "matroska"])
+def test_the_moment_before_a_key_frame_is_found_in_one_pass(file_format: str, opened: list[str]) -> None:
+    data = film(file_format, frames=1300, options=NO_SCENE_CUTS)
+    for frame in (1199, 1200, 1201):  # 1200 is a key frame
+        tiles = decode_frames(data, "clip", times=[frame / 25], tile_size=SIZE)
+        assert (tiles == np.stack(shown_at(data, [frame / 25]))).all()
+    assert len(opened) == 3
+
+
+class HastyClip:
+    """A clip whose decoder gives each frame as soon as all that are shown earlier have come."""
+
+    origin, counts = 0.0, False
+
+    def __init__(self, order: list[int]) -> None:
+        self._packets = iter([Coded(SimpleNamespace(is_keyframe=n == 0, n=n), float(n), True) for n in order])
+        self._held: set[int] = set()
+        self._shown = 0
+        self.codec = SimpleNamespace(decode=self._decode, flush_buffers=lambda: None, skip_frame="DEFAULT")
+
+    def read(self) -> Coded | None:
+        return next(self._packets, None)
+
+    def time_of(self, frame: int) -> float:
+        return float(frame)
+
+    def _decode(self, packet: SimpleNamespace | None) -> list[int]:
+        self._held |= {packet.n} if packet else set()
+        out = []
+        while self._shown in self._held:
+            out.append(self._shown)
+            self._shown += 1
+        return out
+
+
+@pytest.mark.parametrize("jump", [True, False])
+def test_a_frame_is_not_taken_before_all_that_may_be_shown_next_are_known(jump: bool) -> None:
+    order = [0, 8, 4, 2, 1, 3, 6, 5, 7, 16, 12, 10, 9, 11, 14, 13, 15]
+    moments = [1.5, 2.0, 5.9, 7.2, 9.0, 17.0]
+    taken: list[int | None] = []
+    picker = Picker(HastyClip(order), moments, lambda _, frame: taken.append(frame), jump=jump, skip=jump)
+    picked = picker.run()
+    assert taken == [1, 2, 5, 7, 9, 16]
+    assert [pick.time for pick in picked] == taken
+    assert all(pick.is_exact and pick.is_covered for pick in picked)
 
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska"])
@@ -138,17 +195,29 @@ def test_a_video_of_twelve_hours_is_read_at_its_key_frames(file_format: str, dec
         assert (tile == frames[int((time + 5e-4) // 30)][1]).all()
 
 
+@pytest.fixture
+def packets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """All packets that are read."""
+    read = Clip.read
+    packets: list[object] = []
+    monkeypatch.setattr(Clip, "read", lambda self: packets.append(read(self)) or packets[-1])
+    return packets
+
+
 @pytest.mark.parametrize(("file_format", "few"), [("mp4", True), ("matroska", True), ("mpegts", False)])
 def test_where_an_index_allows_it_a_reader_of_the_end_does_not_read_the_beginning(
-    file_format: str, few: bool, monkeypatch: pytest.MonkeyPatch
+    file_format: str, few: bool, packets: list[object]
 ) -> None:
     data = film(file_format, frames=1500)
-    read = Clip.read
-    packets = []
-    monkeypatch.setattr(Clip, "read", lambda self: packets.append(read(self)) or packets[-1])
     found = decode_frames(data, "clip", times=[58.0, 59.0], tile_size=SIZE)
     assert (len(packets) < 150) == few
     assert (found == np.stack(shown_at(data, [58.0, 59.0]))).all()
+
+
+def test_nothing_is_read_twice_where_key_frames_are_far_apart(packets: list[object]) -> None:
+    data = film(frames=1500, gop=1500, options=NO_SCENE_CUTS)
+    decode_frames(data, "clip", times=[5.0, 30.0, 58.0], tile_size=SIZE)
+    assert len(packets) <= 1501
 
 
 def test_readers_of_parts_give_what_one_reader_gives() -> None:

@@ -127,11 +127,12 @@ def test_an_image_of_one_cell_is_one_tile() -> None:
         assert (cut(Image.new("RGB", (50, 20), "red"), Grid(1, 1), tiling_of(8, anyres=anyres))[0, 0] == 255).all()
 
 
-def test_anyres_grids_are_those_of_llava_next() -> None:
-    resolutions = [(336 * grid.rows, 336 * grid.cols) for grid in LLAVA_NEXT]
-    for width, height in [*sizes(300, 2500), [500, 500], [1, 700]]:
+@pytest.mark.parametrize("grids", [LLAVA_NEXT, LLAVA_NEXT[::-1], grids_of(1, 9)[::-1]])
+def test_anyres_grids_are_those_of_llava_next(grids: tuple[Grid, ...]) -> None:
+    resolutions = [(336 * grid.rows, 336 * grid.cols) for grid in grids]
+    for width, height in [*sizes(300, 2500), [500, 500], [90, 100], [1, 700]]:
         best = select_best_resolution((height, width), resolutions)
-        grid = choose_grid((width, height), Tiling(336, LLAVA_NEXT, True))
+        grid = choose_grid((width, height), Tiling(336, grids, True))
         assert (336 * grid.rows, 336 * grid.cols) == best
 
 

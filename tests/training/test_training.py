@@ -210,15 +210,22 @@ def test_a_run_that_diverges_stops_and_names_step_and_packs(recipe_path: Path, m
         train(load_recipe(recipe_path, FAST))
 
 
-def test_a_damaged_sample_stops_the_run_by_shard_and_key(tmp_path: Path) -> None:
+def test_a_damaged_sample_is_masked_and_stops_a_run_that_allows_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_vita.platform.set_up_logging", lambda _: None)
     path = make_toy_run(tmp_path, samples=30)
     shard = next((tmp_path / "shards").glob("*.tar"))
     data = bytearray(shard.read_bytes())
     at = data.index(b"IDAT")
     data[at + 4 : at + 40] = bytes(36)
     shard.write_bytes(bytes(data))
-    with pytest.raises(DataError, match=rf"{shard.name}.*image0"):
-        train(load_recipe(path, [*FAST, "training.train_iters=1"]))
+    one_epoch = [*FAST, "training.train_iters=3"]
+    with pytest.raises(VitaError, match=rf"1 of \d+ samples are damaged.*{shard.name}.*image0"):
+        train(load_recipe(path, [*one_epoch, "data.max_damaged=0"]))
+    with caplog.at_level(logging.INFO):
+        train(load_recipe(path, one_epoch))
+    assert "1 damaged samples" in caplog.text
 
 
 def test_several_datasets_report_their_own_losses(tmp_path: Path) -> None:
