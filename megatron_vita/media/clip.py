@@ -121,7 +121,8 @@ def open_clip(data: bytes, name: str) -> Iterator[Clip]:
     """
     try:
         with av.open(io.BytesIO(data)) as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            videos = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+            streams = [s for s in videos if s.codec_context is not None]  # None: of a codec that nobody knows
             if not streams:
                 kinds = [stream.type for stream in container.streams]
                 raise DataError(f"{name}: no video stream among {kinds} in these {len(data)} bytes")

@@ -126,7 +126,7 @@ def odd_texts(dice: random.Random, *, huge: bool) -> Iterator[bytes]:
     yield json.dumps(talk("image", *["0.png"] * 50)).encode()
     yield b" " * 1000 + json.dumps({"text": "A text. " * dice.randrange(1, 2000)}).encode()
     if huge:
-        yield json.dumps({"text": "x" * HUGE_LINE}).encode()
+        yield json.dumps({"notes": "x" * HUGE_LINE, "text": "A short text."}).encode()
         yield b'{"text": "' + b"y" * HUGE_LINE
 
 
