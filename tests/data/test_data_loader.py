@@ -119,8 +119,15 @@ def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> N
 
 def test_readers_that_die_before_they_read_anything_stop_the_run(world) -> None:
     stream = hostile(train_stream(world), "start_dying", pack=0)
-    with pytest.raises(VitaError, match=r"3 loader processes ended before they read anything \(exit code -9\)"):
+    with pytest.raises(VitaError, match=r"3 loader processes ended \(exit code -9\) before they read anything"):
         list(read_packs(stream, tasks(stream), num_workers=1))
+    assert_workers_end()
+
+
+def test_readers_that_hang_before_they_read_anything_stop_the_run(world) -> None:
+    stream = hostile(train_stream(world), "start_hanging", pack=0)
+    with pytest.raises(VitaError, match=r"3 loader processes were silent for 1 seconds before they read anything"):
+        list(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))
     assert_workers_end()
 
 
