@@ -110,7 +110,7 @@ class Picker:
             self._clip.codec.skip_frame = "DEFAULT" if self._is_wanted(coded.time) else "NONREF"
         try:
             frames = self._clip.codec.decode(coded.packet)
-        except av.FFmpegError:
+        except (av.FFmpegError, ValueError):  # ValueError: the decoder refuses the stream as a whole
             self.lost.add(coded.time)
             return
         self._offer(frames, place)
@@ -119,7 +119,7 @@ class Picker:
         """Takes what the decoder still holds, and its last frame for all moments that are left."""
         try:
             self._offer(self._clip.codec.decode(None), place)
-        except av.FFmpegError:
+        except (av.FFmpegError, ValueError):
             logger.debug("the last frames cannot be decoded")
         while self._last and len(self._picked) < len(self._moments):
             self._take(*self._last)
