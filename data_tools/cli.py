@@ -5,9 +5,16 @@ from typing import Annotated
 
 import typer
 
+from data_tools.formats import FORMATS
+from data_tools.formats.base import Setting
+from data_tools.importing import ImportJob, import_samples, rejected_path
 from data_tools.inspection import inspect_pack, inspect_sample
 from data_tools.planning import index_shards, write_plans
-from data_tools.sharding import REJECTED, ShardJob, make_shards
+from data_tools.pool import CORES, Crew
+from data_tools.reencode import Reencode
+from data_tools.report import write_report
+from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
+from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import train_tokenizer
 from megatron_vita.config import load_recipe
 from megatron_vita.errors import VitaError
@@ -19,8 +26,12 @@ app = typer.Typer(
     help="From JSONL files of conversations to shards, their indexes and a pack plan.",
 )
 
+MOST_SHOWN = 50
 Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
+Workers = Annotated[int, typer.Option(help="Worker processes; 0 works in this one, without a time limit.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds that one sample may take; one that takes longer is bad.")]
+Executor = Annotated[str, typer.Option(help="local, or ray: the Ray cluster that this machine belongs to.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")]
 
 
@@ -47,26 +58,88 @@ def tokenizer(
     typer.echo(f"{out}: {vocab_size} pieces from {texts} texts")
 
 
+@app.command("import")
+def import_(
+    format: Annotated[str, typer.Argument(help=f"What the sources are: {', '.join(FORMATS)}.")],
+    sources: Annotated[list[Path], typer.Argument(help="Files or folders.")],
+    out: Annotated[Path, typer.Option(help="File to write, NAME.jsonl.")],
+    media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
+    media_out: Annotated[Path | None, typer.Option(help="Folder for media found inside the sources.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the user asks where there is only a caption.")] = "Describe it.",
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
+) -> None:
+    """Turn samples of other formats into chat JSONL; run again to finish an interrupted run."""
+    job = ImportJob(
+        format=format, paths=sources, out=out, setting=Setting(media=media, media_out=media_out, prompt=prompt)
+    )
+    count = import_samples(job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
+    rejected = f"; {count['rejected']} rejected, listed in {rejected_path(out)}" if count["rejected"] else ""
+    typer.echo(f"{out}: {count['samples']} samples{rejected}")
+
+
 @app.command()
 def shard(
-    files: Jsonl,
-    out: Annotated[Path, typer.Option(help="Folder of the dataset: its shards, progress and rejected samples.")],
-    media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
+    files: Annotated[list[Path], typer.Argument(help="JSONL files; or one recipe, whose datasets name theirs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the dataset: its shards, progress, rejections.")] = None,
+    media: Annotated[
+        Path | None, typer.Option(help="Folder that the samples' image and video paths start from.")
+    ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Lines that become one shard.")] = 1000,
+    max_shard_mb: Annotated[int, typer.Option(help="Megabytes from which a shard goes on in another tar.")] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
+    jpeg_quality: Annotated[int, typer.Option(help="Store images as JPEG of this quality; 0 keeps them.")] = 0,
+    video_gop: Annotated[float, typer.Option(help="Re-cut videos: seconds from key frame to key frame.")] = 0.0,
+    video_fps: Annotated[float, typer.Option(help="Re-cut videos: frames a second, those that sampling takes.")] = 0.0,
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
 ) -> None:
     """Check samples and write them into shards; run again to finish an interrupted run."""
-    job = ShardJob(files=files, media_root=media, out=out, samples_per_shard=samples_per_shard, strict=strict)
-    count = make_shards(job)
-    rejected = f"; {len(count.rejected)} rejected, listed in {out / REJECTED}" if count.rejected else ""
-    typer.echo(f"{out}: {count.samples} samples{rejected}")
+    reencode = Reencode(jpeg_quality=jpeg_quality, video_gop=video_gop, video_fps=video_fps)
+    options = {"samples_per_shard": samples_per_shard, "strict": strict, "reencode": reencode}
+    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    for job in find_jobs(files, out=out, media=media, max_bytes=max_shard_mb * MEGABYTE, **options):
+        count = make_shards(job, crew=crew)
+        rejected = f"; {len(count.rejected)} rejected, listed in {job.out / REJECTED}" if count.rejected else ""
+        typer.echo(f"{job.out}: {count.samples} samples{rejected}")
 
 
 @app.command()
-def index(recipe: RecipePath, overrides: Overrides = None) -> None:
+def index(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be read.")] = False,
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
+) -> None:
     """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
-    written, current = index_shards(load_recipe(recipe, overrides or []))
-    typer.echo(f"{written} indexes written, {current} were current")
+    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    count = index_shards(load_recipe(recipe, overrides or []), crew=crew, strict=strict)
+    left_out = f"; {count.left_out} samples left out, listed beside the shards" if count.left_out else ""
+    typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
+
+
+@app.command()
+def validate(
+    targets: Annotated[list[Path], typer.Argument(help="A recipe (YAML), or shards (.tar).")],
+    workers: Workers = CORES,
+    time_limit: TimeLimit = 120.0,
+    executor: Executor = "local",
+) -> int:
+    """Decode all that shards hold; what is damaged is listed beside them, and the exit code is then 1."""
+    shards, media = find_targets(targets)
+    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    found = validate_shards(shards, media=media, crew=crew)
+    for shard, entry in found.bad[:MOST_SHOWN]:
+        named = entry.reason.startswith(str(shard))
+        typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
+    if len(found.bad) > MOST_SHOWN:
+        typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
+    typer.echo(f"{found.samples} samples in {len(shards)} shards; {len(found.bad)} bad, listed beside the shards")
+    return 1 if found.bad else 0
 
 
 @app.command()
@@ -74,10 +147,27 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be used.")] = False,
+    continue_from: Annotated[
+        int,
+        typer.Option(help="Keep the packs before this one of the training plan that is there: the mix changes."),
+    ] = 0,
 ) -> None:
     """Plan the packs of a recipe's training and validation data."""
-    for line in write_plans(load_recipe(recipe, overrides or []), strict=strict):
+    for line in write_plans(load_recipe(recipe, overrides or []), strict=strict, continue_from=continue_from):
         typer.echo(line)
+
+
+@app.command()
+def stats(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("stats.html"),
+    samples: Annotated[int, typer.Option(help="Samples of each dataset to show.")] = 6,
+) -> None:
+    """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of the plan, samples."""
+    loaded = load_recipe(recipe, overrides or [])
+    found = write_report(loaded, title=recipe.stem, out=out, samples=samples)
+    typer.echo(f"{out}: {len(found.datasets)} datasets, {len(found.plans)} plans")
 
 
 @app.command()

@@ -14,8 +14,8 @@ TEXT_EDGE = WIDTH - MARGIN - COLUMNS * (THUMBNAIL + GAP) - GAP
 MAX_TILES, MAX_CHARACTERS = 96, 1500
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 INK, PAPER, FAINT = "#1c1c1c", "#ffffff", "#8a8a8a"
-COLORS = {"text": "#e6e6e6", "loss": "#a6dba0", "tile": "#9ecae1", "padding": "#c9a7a7"}
-LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "padding": "padding"}
+COLORS = {"text": "#e6e6e6", "loss": "#a6dba0", "tile": "#9ecae1", "frame": "#c9b8e6", "padding": "#c9a7a7"}
+LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "frame": "frame", "padding": "padding"}
 
 
 def draw_sheet(view: PackView) -> Image.Image:
@@ -111,7 +111,7 @@ class _Sheet:
         self.skip(LINE + GAP if x > MARGIN else GAP)
 
     def _tiles(self, view: PackView, document: DocumentView) -> None:
-        """The document's tiles from left to right, each with its number in the pack."""
+        """The document's tiles from left to right, each with its number in the pack and its place or time."""
         step = THUMBNAIL + GAP
         shown = document.tiles[:MAX_TILES]
         for place, tile in enumerate(shown):
@@ -121,7 +121,7 @@ class _Sheet:
             image = Image.fromarray(view.tiles[tile].transpose(1, 2, 0)).resize((THUMBNAIL, THUMBNAIL))
             self._draw.rectangle([x - 1, self._y - 1, x + THUMBNAIL, self._y + THUMBNAIL], outline=FAINT)
             self._canvas.paste(image, (x, self._y))
-            self._draw.text((x, self._y + THUMBNAIL + 2), f"tile {tile}", fill=INK, font=self._small)
+            self._draw.text((x, self._y + THUMBNAIL + 2), f"{tile}: {view.labels[tile]}", fill=INK, font=self._small)
         if shown:
             self.skip(step + CAPTION)
         if len(document.tiles) > len(shown):

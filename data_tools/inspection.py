@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.contact_sheet import draw_sheet
 from data_tools.planning import load_recipe_tokenizer
-from data_tools.view import PackView, describe, view_batch
+from data_tools.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import padded_length
 from megatron_vita.data.index import index_path, read_index, text_stamp
@@ -29,7 +29,7 @@ def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> 
     if not 0 <= pack < len(stream):
         raise ConfigError(f"--pack is {pack}; the {split} plan has packs 0 to {len(stream) - 1}")
     names = [dataset.name for dataset in getattr(recipe.data, split)]
-    view = view_batch(stream[pack], recipe=recipe, tokenizer=tokenizer, names=names, title=f"{split} pack {pack}")
+    view = view_pack(stream, pack, recipe=recipe, tokenizer=tokenizer, names=names, title=f"{split} pack {pack}")
     return _show(view, png)
 
 
@@ -40,7 +40,7 @@ def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
         raise ConfigError(f"--sample is {sample!r}: SHARD.tar:KEY is needed")
     tokenizer = load_recipe_tokenizer(recipe)
     stream = _stream_of_sample(recipe, Path(shard), key, tokenizer=tokenizer)
-    view = view_batch(stream[0], recipe=recipe, tokenizer=tokenizer, names=[shard], title=f"sample {key}")
+    view = view_pack(stream, 0, recipe=recipe, tokenizer=tokenizer, names=[shard], title=f"sample {key}")
     return _show(view, png)
 
 

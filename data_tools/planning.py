@@ -2,17 +2,23 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
-from tqdm import tqdm
-
+from data_tools.pool import Crew, Steps, run_tasks
+from data_tools.progress import progress_bar
+from data_tools.sharding import HERE
 from megatron_vita.config import Recipe
+from megatron_vita.data.foreign import RULE_FILE
 from megatron_vita.data.index import index_path, read_header, text_stamp, write_index
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.plan import PackPlan, write_plan
-from megatron_vita.data.planner import Rejected, make_plan
+from megatron_vita.data.index_build import build_sound_index
+from megatron_vita.data.plan import PackPlan, read_plan, write_plan
+from megatron_vita.data.planner import Continuation, Rejected, make_plan
+from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
 from megatron_vita.data.split import Split, find_shards, plan_path
+from megatron_vita.data.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,28 +32,77 @@ def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     return load_tokenizer(recipe.text.tokenizer)
 
 
-def index_shards(recipe: Recipe) -> tuple[int, int]:
-    """Indexes the shards of all datasets; gives how many indexes were written and how many were current."""
+class IndexTask(NamedTuple):
+    """One shard to be indexed."""
+
+    shard: Path
+    tokenizer: str
+    template: str
+    strict: bool
+
+
+@dataclass
+class IndexCount:
+    """What became of the shards of a recipe: indexes written, indexes that were current, samples left out of these."""
+
+    written: int
+    current: int
+    left_out: int
+
+
+def index_shards(recipe: Recipe, *, crew: Crew = HERE, strict: bool = True) -> IndexCount:
+    """Indexes the shards of all datasets.
+
+    Samples that cannot be read are left out and listed in the quarantine beside the shard; with `strict` the first one
+    is a DataError naming shard and key.
+    """
     tokenizer = load_recipe_tokenizer(recipe)
+    shards = find_all_shards(recipe)
+    text = text_stamp(tokenizer, recipe.text.template)
+    stale = [shard for shard in shards if not _is_current(shard, text)]
+    tasks = [IndexTask(shard, recipe.text.tokenizer, recipe.text.template, strict) for shard in stale]
+    with progress_bar("index", total=len(stale), unit="shards") as bar:
+        for _ in run_tasks(_index_shard, tasks, crew=crew):
+            bar.update()
+    left_out = sum(len(read_quarantine(shard).entries) for shard in shards)
+    return IndexCount(len(stale), len(shards) - len(stale), left_out)
+
+
+def find_all_shards(recipe: Recipe) -> list[Path]:
+    """The shards of all datasets of a recipe, each once."""
     datasets = [*recipe.data.train, *recipe.data.validation]
     if not datasets:
         raise ConfigError("data.train is empty: name at least one dataset")
-    shards = list(dict.fromkeys(path for dataset in datasets for path in find_shards(dataset)))
-    text = text_stamp(tokenizer, recipe.text.template)
-    stale = [shard for shard in shards if not _is_current(shard, text)]
-    for shard in tqdm(stale, desc="index", unit=" shards", disable=not stale):
-        write_index(build_index(shard, tokenizer, recipe.text.template), index_path(shard))
-    return len(stale), len(shards) - len(stale)
+    shards = dict.fromkeys(path for dataset in datasets for path in find_shards(dataset))
+    return [refuse_remote(shard, "indexing and checking") for shard in shards]
 
 
-def write_plans(recipe: Recipe, *, strict: bool) -> Iterator[str]:
-    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each."""
+def _index_shard(task: IndexTask, steps: Steps) -> None:
+    tokenizer = _tokenizer(task.tokenizer)
+    index, quarantine = build_sound_index(task.shard, tokenizer, task.template, attempt=steps.run)
+    bad = [entry for entry in quarantine.entries if entry.by == "index"]
+    if bad and task.strict:
+        raise DataError(bad[0].reason)
+    if quarantine.entries:
+        write_quarantine(quarantine, task.shard)
+    write_index(index, index_path(task.shard))
+
+
+_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
+
+
+def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iterator[str]:
+    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each.
+
+    `continue_from` keeps the packs before it of the training plan that is there.
+    """
     tokenizer = load_recipe_tokenizer(recipe)
     rejected: list[Rejected] = []
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):
             path = plan_path(recipe, split)
-            plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict)
+            continued = Continuation(read_plan(path), continue_from) if continue_from and split == "train" else None
+            plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict, continued=continued)
             write_plan(plan, path)
             rejected += left_out
             yield _summary(path, plan, recipe, len(left_out))
@@ -66,10 +121,12 @@ def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:
 
 
 def _is_current(shard: Path, text: dict[str, str]) -> bool:
+    """Whether a shard's index is of this shard, and newer than all that it is made of."""
     path = index_path(shard)
     try:
         header = read_header(path, text)
     except DataError:
         return False
-    status = shard.stat()
-    return header.shard_size == status.st_size and path.stat().st_mtime_ns >= status.st_mtime_ns
+    sources = [shard, quarantine_path(shard), shard.with_name(RULE_FILE)]
+    newest = max(source.stat().st_mtime_ns for source in sources if source.exists())
+    return header.shard_size == shard.stat().st_size and path.stat().st_mtime_ns >= newest

@@ -1,26 +1,19 @@
 """Lines of JSONL files as samples, each checked to the last pixel before it enters a shard."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from data_tools.frames import FRAMES_SUFFIX, read_frames
+from data_tools.lines import Line
 from megatron_vita.data.records import check_record, is_raw_text
 from megatron_vita.data.shards import MEDIA_KINDS, MediaFile
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, probe_video
-
-
-class Line(NamedTuple):
-    """A line of a JSONL file; `number` counts from 1. Empty lines count, but are no samples."""
-
-    file: Path
-    number: int
-    text: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +25,43 @@ class Sample:
     media: dict[str, list[MediaFile]]
 
 
-def read_lines(files: list[Path]) -> Iterator[Line]:
-    """The lines of JSONL files that are not empty. DataError if a file cannot be read."""
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                for number, text in enumerate(file, start=1):
-                    if text.strip():
-                        yield Line(path, number, text)
-        except OSError as error:
-            raise DataError(f"{path}: cannot read it: {error.strerror}") from error
+def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
+    """The sample of a line, its media read and decoded. DataError, to whose message the caller adds file and line.
 
-
-def check_line(line: Line, *, media_root: Path) -> Sample:
-    """The sample of a line, its media read and decoded. DataError, to whose message the caller adds file and line."""
+    `decode` false reads media only: they are known to be good.
+    """
     sample = parse_line(line)
     check_record(sample)
-    media = {kind: _read_media(sample.get(f"{kind}s") or [], kind, media_root) for kind in MEDIA_KINDS}
+    media = {kind: list(_read_media(sample.get(f"{kind}s") or [], kind, media_root)) for kind in MEDIA_KINDS}
+    for kind, files in media.items() if decode else ():
+        for i, file in enumerate(files):
+            _CHECKS[kind](file.data, f"{kind}s[{i}] {sample[f'{kind}s'][i]}")
     body = {"text": sample["text"]} if is_raw_text(sample) else {}
     record = body or {"messages": sample.get("messages", sample.get("conversations"))}
     record |= {name: sample[name] for name in ("id", "weight") if name in sample}
     return Sample(key=sample_key(line), record=record, media=media)
+
+
+def find_medium(name: Any, field: str, *, root: Path) -> Path:
+    """The path of a medium that a sample names, which must lie in `root`, also when links are followed.
+
+    DataError, naming `field` and the path, for absolute paths, `..`, links that lead outside, and what is not there.
+    """
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{field} is {name!r:.80}: a path under the media folder is needed")
+    path = root / name
+    try:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{field} {name} lies outside the media folder {root}: a path under it is needed")
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise DataError(f"{field} {name} is a link to outside the media folder {root}")
+        if not path.exists():
+            raise DataError(f"{field} {name}: cannot read {path}: no such file")
+    except (OSError, ValueError, RuntimeError) as error:  # names too long, with zero bytes, links in circles
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{field} {name!r:.200}: not a path: {getattr(error, 'strerror', error)}") from error
+    return path
 
 
 def parse_line(line: Line) -> dict[str, Any]:
@@ -76,23 +85,24 @@ def key_stem(file: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", file.stem)
 
 
-def _read_media(paths: list[Any], kind: str, root: Path) -> list[MediaFile]:
-    check = _CHECKS[kind]
-    files = []
-    for i, name in enumerate(paths):
+def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
+    for i, name in enumerate(names):
         field = f"{kind}s[{i}]"
-        if not isinstance(name, str):
-            raise DataError(f"{field} is {name!r:.80}: a path under the media folder is needed")
-        path = Path(os.path.normpath(root / name))
-        if not path.is_relative_to(os.path.normpath(root)):
-            raise DataError(f"{field} {name} lies outside the media folder {root}")
+        path = find_medium(name, field, root=root)
+        if kind == "video" and path.is_dir():
+            yield MediaFile(FRAMES_SUFFIX, read_frames(path))
+            continue
+        if not path.is_file():  # a pipe or a device would never end
+            raise DataError(f"{field} {name}: {path} is not a file")
         try:
-            data = path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{field} {name}: cannot read {path}: {getattr(error, 'strerror', error)}") from error
-        check(data, f"{field} {name}")
-        files.append(MediaFile(path.suffix.lower(), data))
-    return files
+            yield MediaFile(_suffix(path), path.read_bytes())
+        except OSError as error:
+            raise DataError(f"{field} {name}: cannot read {path}: {error.strerror}") from error
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a medium, without what a name in a shard must not hold."""
+    return FRAMES_SUFFIX if path.name.endswith(FRAMES_SUFFIX) else re.sub(r"[^a-z0-9.]", "", path.suffix.lower())
 
 
 def _check_image(data: bytes, name: str) -> None:

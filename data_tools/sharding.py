@@ -1,27 +1,29 @@
-"""From JSONL files to shards, one shard after another, so that an interrupted run goes on where it stopped.
+"""From JSONL files to shards, in worker processes; an interrupted run goes on where it stopped.
 
 A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (what the shards are made of, then a line for each
 finished one) and `rejected.jsonl` (a line for each sample left out). Shard i is made of the i-th run of
-`samples_per_shard` lines, whether or not they are good, so no shard depends on another.
+`samples_per_shard` lines, whether or not they are good, so no shard depends on another, nor on who writes it. Where
+it would be longer than `max_bytes`, it goes on in `NAME-000000_1.tar`.
 """
 
 import hashlib
-import itertools
-import json
-import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
-from tqdm import tqdm
-
-from data_tools.samples import Line, check_line, key_stem, read_lines
+from data_tools.lines import Line, Stretch, divide_lines, read_stretches
+from data_tools.pool import Crew, Steps
+from data_tools.progress import Progress, write_lines
+from data_tools.reencode import KEEP, Reencode
+from data_tools.samples import Sample, check_line, key_stem
+from megatron_vita.config import load_recipe
 from megatron_vita.data.shards import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 
 PROGRESS, REJECTED = "progress.jsonl", "rejected.jsonl"
+HERE, MEGABYTE = Crew(workers=0), 10**6
 Rejection = dict[str, Any]
 
 
@@ -34,10 +36,12 @@ class ShardJob:
     out: Path
     samples_per_shard: int
     strict: bool
+    reencode: Reencode = field(default=KEEP)
+    max_bytes: int = 0  # of a tar; 0: any
 
-    def shard_path(self, shard: int) -> Path:
-        """Where shard number `shard` goes; the folder's name is the dataset's."""
-        return self.out / f"{self.out.resolve().name}-{shard:06d}.tar"
+    def shard_path(self, shard: int, tar: int = 0) -> Path:
+        """Where tar `tar` of shard number `shard` goes; the folder's name is the dataset's."""
+        return self.out / f"{self.out.resolve().name}-{shard:06d}{f'_{tar}' if tar else ''}.tar"
 
 
 @dataclass
@@ -46,9 +50,44 @@ class ShardCount:
 
     samples: int
     rejected: list[Rejection]
+    tars: int = 0
 
 
-def make_shards(job: ShardJob) -> ShardCount:
+class ShardTask(NamedTuple):
+    """One shard to be written."""
+
+    job: ShardJob
+    shard: int
+    stretches: list[Stretch]
+
+
+def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **options: Any) -> list[ShardJob]:
+    """The work that a command line names: JSONL files that become shards in `out`, or a recipe whose datasets have
+    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both.
+    """
+    if [file.suffix for file in files] not in ([".yaml"], [".yml"]):
+        if out is None:
+            raise ConfigError("--out is needed: the folder of the dataset")
+        return [ShardJob(files=files, media_root=media or Path(), out=out, **options)]
+    if out is not None or media is not None:
+        raise ConfigError("--out and --media are for JSONL files: a recipe's datasets name their folders")
+    data = load_recipe(files[0], []).data
+    jobs = {
+        dataset.shards: ShardJob(
+            files=[Path(dataset.jsonl)],
+            media_root=Path(dataset.media or Path(dataset.jsonl).parent),
+            out=Path(dataset.shards).parent,
+            **options,
+        )
+        for dataset in (*data.train, *data.validation)
+        if dataset.jsonl
+    }
+    if not jobs:
+        raise ConfigError(f"{files[0]}: none of its datasets has a jsonl")
+    return list(jobs.values())
+
+
+def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
     """Writes the shards that are not there yet, and `rejected.jsonl`. Gives the counts of all, also of earlier runs.
 
     A bad sample is left out, its file, line and reason listed. With `strict` the first one is a DataError that names
@@ -56,25 +95,28 @@ def make_shards(job: ShardJob) -> ShardCount:
     """
     _check_job(job)
     job.out.mkdir(parents=True, exist_ok=True)
-    finished = _read_progress(job)
-    total = ShardCount(0, [])
-    lines = tqdm(read_lines(job.files), desc=str(job.out), unit=" lines", mininterval=1)
-    with open(job.out / PROGRESS, "a") as progress, open(job.out / REJECTED, "w") as rejected:
-        for shard, batch in enumerate(_chunks(lines, job.samples_per_shard)):
-            count = finished.get(shard)
-            if count is None or not job.shard_path(shard).exists():
-                count = _write_shard(job, shard, batch)
-                _append(progress, [{"shard": shard, **vars(count)}])
-            elif job.strict and count.rejected:
-                raise DataError("{file}:{line}: {reason}".format(**count.rejected[0]))
-            _append(rejected, count.rejected)
-            total = ShardCount(total.samples + count.samples, total.rejected + count.rejected)
-    return total
+    progress = Progress(job.out / PROGRESS, stamp=_stamp(job))
+    stretches = divide_lines(job.files, size=job.samples_per_shard)
+    tasks = {shard: ShardTask(job, shard, mine) for shard, mine in enumerate(stretches)}
+    counts = {shard: ShardCount(**result) for shard, result in progress.finished.items()}
+    for shard, count in list(counts.items()):
+        if not all(job.shard_path(shard, tar).exists() for tar in range(count.tars)):
+            del counts[shard], progress.finished[shard]
+    if job.strict:
+        _refuse_first([counts[shard] for shard in sorted(counts)])
+    left = sum(stretch.lines for shard, task in tasks.items() if shard not in counts for stretch in task.stretches)
+    progress.run(_write_shard, tasks, crew=crew, total=left, unit="samples")
+    results = [ShardCount(**progress.finished[shard]) for shard in tasks]
+    rejected = [entry for count in results for entry in count.rejected]
+    write_lines(job.out / REJECTED, rejected)
+    return ShardCount(sum(count.samples for count in results), rejected, tars=sum(count.tars for count in results))
 
 
 def _check_job(job: ShardJob) -> None:
     if job.samples_per_shard < 1:
         raise ConfigError(f"--samples-per-shard is {job.samples_per_shard}: it must be at least 1")
+    if job.max_bytes < 0:
+        raise ConfigError(f"--max-shard-mb is {job.max_bytes / MEGABYTE:g}: it must not be negative")
     if not job.media_root.is_dir():
         raise ConfigError(f"--media {job.media_root} is not a folder")
     stems = Counter(map(key_stem, job.files))
@@ -84,44 +126,72 @@ def _check_job(job: ShardJob) -> None:
         raise ConfigError(f"{same}: samples get their names from these files' names, which must differ")
 
 
-def _write_shard(job: ShardJob, shard: int, lines: list[Line]) -> ShardCount:
-    count = ShardCount(0, [])
-    with SampleWriter(job.shard_path(shard)) as writer:
-        for line in lines:
+def _refuse_first(counts: list[ShardCount]) -> None:
+    for count in counts:
+        if count.rejected:
+            raise DataError("{file}:{line}: {reason}".format(**count.rejected[0]))
+
+
+def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
+    """Writes a shard; gives the fields of its ShardCount."""
+    job, count = task.job, ShardCount(0, [])
+    with _Tars(job, task.shard) as tars:
+        for line in read_stretches(task.stretches):
+            steps.advance()
             try:
-                sample = check_line(line, media_root=job.media_root)
+                sample = steps.run(partial(_make_sample, line, job))
             except DataError as error:
                 if job.strict:
                     raise DataError(f"{line.file}:{line.number}: {error}") from error
                 count.rejected.append({"file": str(line.file), "line": line.number, "reason": str(error)})
                 continue
-            writer.write(sample.key, record=sample.record, media=sample.media)
+            tars.write(sample)
             count.samples += 1
-    return count
+    count.tars = tars.count
+    return vars(count)
 
 
-def _read_progress(job: ShardJob) -> dict[int, ShardCount]:
-    """Finished shards by number. Starts the file anew if nothing in it is finished; its last line may be torn."""
-    path, stamp = job.out / PROGRESS, _stamp(job)
-    entries = list(_whole_lines(path)) if path.exists() else []
-    if len(entries) > 1 and entries[0] != stamp:
-        field = next(name for name in stamp if entries[0].get(name) != stamp[name])
-        raise ConfigError(
-            f"{path}: it holds shards made with another {field} ({entries[0].get(field)}, now {stamp[field]}); "
-            "choose another folder or delete this one"
-        )
-    entries = entries if len(entries) > 1 else [stamp]
-    partial = path.with_name(PROGRESS + ".partial")
-    with open(partial, "w") as file:
-        _append(file, entries)
-    os.replace(partial, path)
-    return {entry["shard"]: ShardCount(entry["samples"], entry["rejected"]) for entry in entries[1:]}
+class _Tars:
+    """The tars of a shard: another is begun where a sample would make one longer than it may be."""
+
+    def __init__(self, job: ShardJob, shard: int) -> None:
+        self._job, self._shard = job, shard
+        self.count = 0
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def write(self, sample: Sample) -> None:
+        size = sum(len(file.data) for files in sample.media.values() for file in files) + len(str(sample.record))
+        if self._job.max_bytes and self._size and self._size + size > self._job.max_bytes:
+            self._writer.__exit__(None)
+            self._begin()
+        self._size += size
+        self._writer.write(sample.key, record=sample.record, media=sample.media)
+
+    def __exit__(self, error_type: type | None, *rest: object) -> None:
+        self._writer.__exit__(error_type, *rest)
+
+    def _begin(self) -> None:
+        self._writer = SampleWriter(self._job.shard_path(self._shard, self.count)).__enter__()
+        self._size = 0
+        self.count += 1
+
+
+def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
+    """The sample of a line, its media decoded unless it is known to be good, and encoded anew where that is wanted."""
+    sample = check_line(line, media_root=job.media_root, decode=not known)
+    media = {kind: [job.reencode(kind, file) for file in files] for kind, files in sample.media.items()}
+    return replace(sample, media=media)
 
 
 def _stamp(job: ShardJob) -> dict[str, Any]:
     return {
         "samples_per_shard": job.samples_per_shard,
         "media": str(job.media_root.resolve()),
+        "reencode": vars(job.reencode),
+        "max_bytes": job.max_bytes,
         "files": [[key_stem(path), _digest(path)] for path in job.files],
     }
 
@@ -132,23 +202,3 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot read it: {error.strerror}") from error
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        for text in path.read_bytes().splitlines(keepends=True):
-            if text.endswith(b"\n"):
-                yield json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}; delete this folder and make the shards again") from error
-
-
-def _append(file: Any, entries: list[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    file.flush()
-
-
-def _chunks(lines: Iterator[Line] | tqdm, size: int) -> Iterator[list[Line]]:
-    iterator = iter(lines)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

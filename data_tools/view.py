@@ -10,11 +10,13 @@ import numpy as np
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import TAIL_SOURCE, Batch
 from megatron_vita.data.documents import NO_LOSS
+from megatron_vita.data.form import Medium
+from megatron_vita.data.stream import PackStream
 from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Run(NamedTuple):
-    """Tokens of one kind that follow one another: "text", "loss", "tile" (with its wrapping tokens) or "padding"."""
+    """Tokens of one kind in a row: "text", "loss", "tile" or "frame" (with the tokens around it), "padding"."""
 
     kind: str
     text: str
@@ -40,11 +42,16 @@ class PackView:
     seq_length: int
     documents: list[DocumentView]
     tiles: np.ndarray  # [N,3,S,S] uint8
+    labels: list[str]  # what each tile is: "12.5 s" of a frame, "thumbnail", "column 2, row 1"
 
 
-def view_batch(batch: Batch, *, recipe: Recipe, tokenizer: Tokenizer, names: list[str], title: str) -> PackView:
-    """Takes a batch apart again. `names` are the datasets'."""
-    runs = _Runs(batch, tile_tokens=recipe.model.vision.image_token_length, tokenizer=tokenizer)
+def view_pack(
+    stream: PackStream, pack: int, *, recipe: Recipe, tokenizer: Tokenizer, names: list[str], title: str
+) -> PackView:
+    """Takes a pack of a stream apart again. `names` are the datasets'."""
+    batch = stream[pack]
+    labels = [label for document in stream.documents(pack) for medium in document.media for label in _labels(medium)]
+    runs = _Runs(batch, labels=labels, tile_tokens=recipe.model.vision.image_token_length, tokenizer=tokenizer)
     documents, placements = [], batch.placements.numpy()
     for i, (start, stop) in enumerate(itertools.pairwise(batch.document_starts.tolist())):
         source = int(batch.document_sources[i])
@@ -59,11 +66,11 @@ def view_batch(batch: Batch, *, recipe: Recipe, tokenizer: Tokenizer, names: lis
         f"{title}: {len(batch.sample_keys)} documents, {batch.num_tokens} of {length} tokens "
         f"({batch.num_tokens / length:.1%}), {rows} loss rows, {len(placements)} tiles"
     )
-    return PackView(title=summary, seq_length=length, documents=documents, tiles=batch.tiles.numpy())
+    return PackView(title=summary, seq_length=length, documents=documents, tiles=batch.tiles.numpy(), labels=labels)
 
 
 def describe(view: PackView) -> Iterator[str]:
-    """Lines of text: for each document its text with tiles as [tile N], and what carries the loss marked `loss|`."""
+    """Lines of text: for each document its text with tiles as [tile N], frames with times, loss marked `loss|`."""
     yield view.title
     for document in view.documents:
         yield heading(document)
@@ -81,10 +88,20 @@ def heading(document: DocumentView) -> str:
     )
 
 
+def _labels(medium: Medium) -> list[str]:
+    """What each tile of a medium is."""
+    if medium.grid is None:
+        return [f"{time:.1f} s" for time in medium.times]
+    cols, rows = medium.grid
+    cells = [f"column {col + 1}, row {row + 1}" for row in range(rows) for col in range(cols)]
+    return ["image"] if medium.num_tiles == 1 else ["thumbnail", *cells]
+
+
 class _Runs:
     """Groups a batch's tokens into runs."""
 
-    def __init__(self, batch: Batch, *, tile_tokens: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, batch: Batch, *, labels: list[str], tile_tokens: int, tokenizer: Tokenizer) -> None:
+        self._labels, self._frames = labels, batch.frames.tolist()
         self._ids = batch.input_ids.numpy()
         self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])  # is this token predicted?
         self._tokenizer = tokenizer
@@ -101,7 +118,9 @@ class _Runs:
         for kind, group in itertools.groupby(kinds, key=lambda item: item[0]):
             ids = [int(self._ids[i]) for _, i in group]
             if kind.startswith("tile"):
-                yield Run("tile", f"[{kind}]", len(ids))
+                tile = int(kind.removeprefix("tile "))
+                time = f", {self._labels[tile]}" if self._frames[tile] else ""
+                yield Run("frame" if time else "tile", f"[{kind}{time}]", len(ids))
             else:
                 yield Run(kind, self._tokenizer.decode(ids, skip_special=False), len(ids))
         if stop > end:

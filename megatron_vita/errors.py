@@ -16,6 +16,10 @@ class DataError(VitaError, ValueError):
     """A sample, a shard, an index or a plan is damaged or does not fit."""
 
 
+class ShardError(DataError):
+    """A shard or its index is missing, or is another than the one planned."""
+
+
 class CheckpointError(VitaError, ValueError):
     """A checkpoint is missing, incomplete or of another model."""
 

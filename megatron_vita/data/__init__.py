@@ -1,9 +1,9 @@
 """From shards to a `Batch`: shard files, their index, the pack plan, documents, the stream. Knows nothing of models."""
 
 from megatron_vita.data.batch import Batch
-from megatron_vita.data.loader import pack_loader
+from megatron_vita.data.loader import read_packs
 from megatron_vita.data.plan import PackPlan, read_plan
 from megatron_vita.data.split import open_split, plan_stamp
 from megatron_vita.data.stream import PackStream
 
-__all__ = ["Batch", "PackPlan", "PackStream", "open_split", "pack_loader", "plan_stamp", "read_plan"]
+__all__ = ["Batch", "PackPlan", "PackStream", "open_split", "plan_stamp", "read_packs", "read_plan"]

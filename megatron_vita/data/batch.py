@@ -1,13 +1,13 @@
 """`Batch`: one pack as tensors, what `data` hands to `training`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from megatron_vita.config import DataConfig
-from megatron_vita.data.documents import NO_LOSS, Document
+from megatron_vita.data.documents import NO_LOSS, Document, blank_placements
 
 TAIL_SOURCE = -1
 
@@ -34,6 +34,7 @@ class Batch:
     frames: torch.Tensor  # [N] bool: whether it is of a video
     num_tokens: int  # padding not counted
     sample_keys: list[str]
+    masked: list[int] = field(default_factory=list)  # documents that could not be read
 
 
 def padded_length[Tokens: (int, np.ndarray)](tokens: Tokens, alignment: int) -> Tokens:
@@ -46,6 +47,21 @@ def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
     media = [medium for document in documents for medium in document.media]
     counts = torch.tensor([medium.num_tiles for medium in media], dtype=torch.int64)
     return torch.tensor([medium.grid is None for medium in media], dtype=torch.bool).repeat_interleave(counts)
+
+
+def mask_documents(batch: Batch, documents: Sequence[int], *, pad_id: int, rows_per_tile: int) -> Batch:
+    """The batch with some documents blank: pad tokens without loss, black tiles. The same on all ranks of a replica,
+    whatever each has read of them.
+    """
+    input_ids, labels = batch.input_ids.clone(), batch.labels.clone()
+    placements, tiles = batch.placements.clone(), batch.tiles
+    for document in documents:
+        start, stop = batch.document_starts[document : document + 2].tolist()
+        input_ids[start:stop], labels[start:stop] = pad_id, NO_LOSS
+        first, last = torch.searchsorted(batch.placements, torch.tensor([start, stop])).tolist()
+        placements[first:last] = start + torch.from_numpy(blank_placements(last - first, rows_per_tile))
+        tiles[(batch.tile_ids >= first) & (batch.tile_ids < last)] = 0
+    return replace(batch, input_ids=input_ids, labels=labels, placements=placements, masked=sorted(documents))
 
 
 def collate(

@@ -1,6 +1,6 @@
 """From a sample to a document: token ids, labels, and which tiles go where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -63,18 +63,42 @@ def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentForm
     DataError if the tags do not fit the media.
     """
     left = _fit_row(row, form)
-    kept = iter(left.kept)
-    images, videos = iter(row.image_sizes), iter(row.videos)
     names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
     media: dict[str, list[Medium | None]] = {"image": [], "video": []}
-    for kind, _ in row.pieces:
-        if kind == Kind.IMAGE:
-            media["image"].append(form.image(next(names[kind]), next(images), tiles=next(kept)))
-        elif kind == Kind.VIDEO:
-            media["video"].append(form.video(next(names[kind]), next(videos), frames=next(kept)))
+    for kind, medium in _media_left(row, left, form):
+        name = next(names[kind])
+        media[kind.name.lower()].append(medium and medium._replace(member=name))
     turns = encode_record(record, form.tokenizer, form.template)
     document = assemble_document(turns, key=row.key, media=media, form=form, weight=weight_of(record))
     return document if row.is_text else document.cut(left.tokens)
+
+
+def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFormat) -> Document:
+    """What stands for a sample that cannot be read: as many tokens and tiles as the plan counted, without loss."""
+    media = [medium for _, medium in _media_left(row, _fit_row(row, form), form) if medium is not None]
+    ends = np.cumsum([medium.num_tiles for medium in media])
+    return Document(
+        key=row.key,
+        input_ids=np.full(tokens, form.tokenizer.pad_id, dtype=np.int64),
+        labels=np.full(tokens, NO_LOSS, dtype=np.int64),
+        placements=blank_placements(tiles, form.vision.image_token_length),
+        media=media[: int(np.searchsorted(ends, tiles, side="right"))],
+    )
+
+
+def blank_placements(tiles: int, rows_per_tile: int) -> np.ndarray:
+    """Where the feature rows of a sample's tiles go that cannot be read: side by side from its first token, [N]."""
+    return np.arange(tiles, dtype=np.int64) * rows_per_tile
+
+
+def _media_left(row: SampleRow, left: Fit, form: DocumentFormat) -> Iterator[tuple[Kind, Medium | None]]:
+    """The media of a sample in order, yet without names; None for those left out."""
+    kept, images, videos = iter(left.kept), iter(row.image_sizes), iter(row.videos)
+    for kind, _ in row.pieces:
+        if kind == Kind.IMAGE:
+            yield kind, form.image("", next(images), tiles=next(kept))
+        elif kind == Kind.VIDEO:
+            yield kind, form.video("", next(videos), frames=next(kept))
 
 
 def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:

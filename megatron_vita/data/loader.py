@@ -1,60 +1,199 @@
-"""Reads packs ahead in worker processes, in the order asked for."""
+"""Reads packs ahead in supervised processes, in the order asked for.
 
+A process that makes no progress for too long is killed, and one that dies is replaced. The pack is read again: without
+the sample that hung, or that processes died on again and again. A process killed from outside costs time alone.
+"""
+
+import itertools
 import multiprocessing
+import signal
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from multiprocessing.context import BaseContext
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
-from torch.utils.data import DataLoader, Dataset
-
-from megatron_vita.data.batch import Batch
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data.ledger import Damage
+from megatron_vita.data.stream import PackStream, ReadPack
+from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, receive_tiles, work
 from megatron_vita.errors import VitaError
 
-
-class _Guarded(Dataset):
-    """Hands errors back as values: raised in a worker, torch would bury the message in the worker's traceback."""
-
-    def __init__(self, stream: PackStream) -> None:
-        self._stream = stream
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    def __getitem__(self, pack_id: int) -> Batch | VitaError:
-        try:
-            return self._stream[pack_id]
-        except VitaError as error:
-            return error.with_traceback(None)
+KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
+STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
+STARTING_SECONDS = 120
+BARREN_DEATHS = 3  # of processes that have read nothing yet: the machine cannot run them
 
 
-def _clean_processes() -> BaseContext:
-    """Workers start from a process that has done nothing: a fork of this one could inherit a lock that a thread holds.
+def read_packs(
+    stream: PackStream, tasks: Iterable[PackTask], *, num_workers: int, prefetch: int = 2, sample_seconds: float = 300.0
+) -> Iterator[ReadPack]:
+    """The packs of `tasks` in that order, read by `num_workers` processes (0: by this one, without time limit).
 
-    (A fork hangs for good, for instance, where this process has met a damaged video before.)
+    At most `prefetch` packs are being read or wait to be taken. An error of a process is raised here as it was there.
+    Closing or dropping the iterator ends the processes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def pack_loader(stream: PackStream, pack_ids: Iterable[int], *, num_workers: int) -> Iterator[Batch]:
-    """The Batches of `pack_ids` in that order, read by `num_workers` processes (0: by this one).
-
-    An error of a worker is raised here as it was there. Closing or dropping the iterator ends the workers.
-    """
-    loader = DataLoader(
-        _Guarded(stream),
-        batch_size=None,
-        sampler=pack_ids,
-        num_workers=num_workers,
-        multiprocessing_context=_clean_processes() if num_workers else None,
-    )
-    batches = iter(loader)
+    if not num_workers:
+        for task in tasks:
+            yield stream.read(task.pack_id, skip=task.skip)
+        return
+    pool = _Pool(stream, num_workers=num_workers, sample_seconds=sample_seconds)
+    ahead: deque[_Job] = deque()
+    coming = iter(tasks)
     try:
-        for batch in batches:
-            if isinstance(batch, VitaError):
-                raise batch
-            yield batch
+        while True:
+            new = [_Job(task) for task in itertools.islice(coming, prefetch - len(ahead))]
+            ahead.extend(new)
+            pool.pending.extend(new)
+            if not ahead:
+                return
+            while ahead[0].result is None:
+                pool.serve()
+            pool.assign()
+            yield ahead.popleft().take()
     finally:
-        if shut_down := getattr(batches, "_shutdown_workers", None):
-            shut_down()  # torch's own clean-up waits for the garbage collector, which a kept traceback delays
+        pool.close()
+
+
+class _Job:
+    """A pack on its way."""
+
+    def __init__(self, task: PackTask) -> None:
+        self.task = task
+        self.document: int | None = None  # being read
+        self.strikes: Counter[int] = Counter()  # by document
+        self.damages: list[Damage] = []
+        self.result: ReadPack | Failure | None = None
+
+    def take(self) -> ReadPack:
+        if isinstance(self.result, Failure):
+            raise self.result.error or RuntimeError(f"reading pack {self.task.pack_id} failed:\n{self.result.trace}")
+        assert self.result is not None
+        return ReadPack(self.result.batch, self.damages + self.result.damages)
+
+
+class _Reader:
+    """A process, the pipe to it, and the job it has."""
+
+    def __init__(self, context: ForkServerContext, stream: PackStream) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process: ForkServerProcess = context.Process(target=work, args=(theirs, stream), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: _Job | None = None
+        self.ready = False
+        self.heard = time.monotonic()
+
+    def give(self, job: _Job) -> None:
+        self.job, job.document, self.heard = job, None, time.monotonic()
+        with suppress(BrokenPipeError, ConnectionResetError):  # its death shows when it is next listened to
+            self.pipe.send(job.task)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class _Pool:
+    """Keeps readers at work and alive."""
+
+    def __init__(self, stream: PackStream, *, num_workers: int, sample_seconds: float) -> None:
+        self.pending: deque[_Job] = deque()
+        self._stream, self._limit = stream, sample_seconds
+        # A fork of this process could inherit a lock that a thread holds, and hang.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        self._barren = 0
+        self._readers = [self._new_reader() for _ in range(num_workers)]
+
+    def _new_reader(self) -> _Reader:
+        return _Reader(self._context, self._stream)
+
+    def assign(self) -> None:
+        """Gives waiting jobs to idle readers."""
+        for reader in self._readers:
+            if reader.job is None and self.pending:
+                reader.give(self.pending.popleft())
+
+    def serve(self) -> None:
+        """Waits until a reader says something or has been silent for too long, and sees to it."""
+        self.assign()
+        busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
+        first = min(map(self._deadline, busy.values()))
+        ready = wait(list(busy), timeout=max(first - time.monotonic(), 0))
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            self._listen(busy[pipe])
+        if not ready:
+            for reader in busy.values():
+                if time.monotonic() > self._deadline(reader):
+                    self._give_up(reader)
+
+    def _deadline(self, reader: _Reader) -> float:
+        """When a reader must have been heard of."""
+        return reader.heard + (self._limit if reader.ready else max(self._limit, STARTING_SECONDS))
+
+    def _listen(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        reader.heard = time.monotonic()
+        try:
+            message = hear(reader.pipe)
+            if isinstance(message, SentPack):
+                tiles = receive_tiles(reader.pipe, message.shape)
+                message.batch.tiles = tiles
+                job.result, reader.job = ReadPack(message.batch, message.damages), None
+            elif isinstance(message, Ready):
+                reader.ready = True
+            elif isinstance(message, Progress):
+                job.document, self._barren = message.document, 0
+            else:
+                job.result, reader.job = message, None
+        except (EOFError, OSError, RuntimeError):
+            self._bury(reader)
+
+    def _give_up(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        if job.document is None:
+            self._note_barren(f"were silent for {self._limit:g} seconds")
+        else:
+            self._skip(job, f"no progress within data.sample_seconds {self._limit:g}")
+        self._replace(reader)
+
+    def _bury(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        reader.process.join(timeout=10)
+        code = reader.process.exitcode
+        if job.document is None:
+            self._note_barren(f"ended (exit code {code})")
+        else:
+            job.strikes[job.document] += 1
+            if job.strikes[job.document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+                self._skip(job, f"{job.strikes[job.document]} processes ended while they read it (exit code {code})")
+        self._replace(reader)
+
+    def _note_barren(self, what: str) -> None:
+        self._barren += 1
+        if self._barren >= BARREN_DEATHS:
+            raise VitaError(f"{self._barren} loader processes {what} before they read anything")
+
+    def _skip(self, job: _Job, reason: str) -> None:
+        document = job.document
+        assert document is not None
+        damage = self._stream.damage(job.task.pack_id, document, reason)
+        job.damages.append(damage)
+        job.task = job.task._replace(skip=job.task.skip | {document})
+
+    def _replace(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        reader.end()
+        self._readers[self._readers.index(reader)] = self._new_reader()
+        self.pending.appendleft(job)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.end()

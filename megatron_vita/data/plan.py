@@ -83,6 +83,10 @@ class PackPlan:
         """Tiles and frames of a pack."""
         return int(self.columns["tiles"][self._rows(pack_id)].sum(dtype=np.int64))
 
+    def documents_before(self, pack_id: int) -> int:
+        """Documents of the packs before `pack_id`."""
+        return int(self._starts[pack_id])
+
     def before(self, pack_id: int) -> dict[str, np.ndarray]:
         """The columns of the packs before `pack_id`."""
         return {name: column[: int(self._starts[pack_id])] for name, column in self.columns.items()}

@@ -32,7 +32,7 @@ def parse_record(data: bytes, name: str) -> dict[str, Any]:
     if not isinstance(record, dict) or not (is_raw_text(record) or isinstance(record.get("messages"), list)):
         raise DataError(f"{name}: a sample is a JSON object with a list of messages, or with a text")
     for field in ("images", "videos"):
-        record.setdefault(field, [])
+        record[field] = record.get(field) or []
     return record
 
 

@@ -6,8 +6,8 @@ A sample is `{key}.json` (messages, names of its media members, perhaps an id) w
 
 import json
 import os
+import re
 import tarfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,6 +16,8 @@ from webdataset import TarWriter
 
 from megatron_vita.errors import DataError
 
+MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
+META_NAME = re.compile(r"__[^/]*__($|/)")
 MEDIA_KINDS = ("image", "video")
 
 
@@ -66,78 +68,69 @@ class SampleWriter:
             self._partial.unlink()
 
 
-def scan_shard(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Each sample's key and members by name, in file order, from the tar headers. DataError if the tar is damaged."""
-    key, members = "", dict[str, Member]()
-    _check_end(path)
+class ScannedSample(NamedTuple):
+    """A sample as the headers of a shard tell of it: its members by name; `fault` says why it cannot be used."""
+
+    key: str
+    members: dict[str, Member]
+    fault: str = ""
+
+
+def scan_shard(path: Path) -> Iterator[ScannedSample]:
+    """The samples of a shard in file order, from the tar headers alone; members with one key in a row are a sample.
+
+    Keys are what stands before the first dot of a file's name, folders included, as in webdataset. Raises DataError
+    where the tar is damaged or cut short, after the samples that are whole.
+    """
+    keys: set[str] = set()
+    pending: ScannedSample | None = None
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            for info in tar:
-                if (name := info.name).split(".", 1)[0] != key:
-                    if members:
-                        yield key, members
-                    key, members = name.split(".", 1)[0], {}
-                members[name] = Member(name, info.offset_data, info.size)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: not a readable .tar shard: {error}; write it again with data_tools shard") from error
-    if members:
-        yield key, members
+        with tarfile.open(path, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            for info in _headers(tar, path.stat().st_size):
+                if (match := MEMBER_NAME.fullmatch(info.name)) is None or META_NAME.match(info.name) or info.isdir():
+                    continue
+                if pending is None or match[1] != pending.key:
+                    if pending is not None:
+                        yield pending
+                    pending = ScannedSample(match[1], {}, _fault_of_key(match[1], keys))
+                    keys.add(match[1])
+                fault = pending.fault or _fault_of_member(info, pending.members)
+                pending.members[info.name] = Member(info.name, info.offset_data, info.size)
+                pending = pending._replace(fault=fault)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, EOFError) as error:
+        behind = f" at sample {pending.key!r:.200}" if pending else ""
+        raise DataError(f"{path}: not a readable .tar shard: {error}{behind}; what follows is lost") from error
+    if pending is not None:
+        yield pending
 
 
-def _check_end(path: Path) -> None:
-    """DataError unless the file ends as a tar does, with 1024 zero bytes: tarfile takes a cut one for a shorter one."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1024, 0))
-            whole = file.read() == bytes(1024)
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the shard: {error.strerror}") from error
-    if not whole:
-        raise DataError(f"{path}: not a readable .tar shard: it is cut short; write it again with data_tools shard")
+def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar of `size` bytes, none of which is kept. tarfile.ReadError unless they end with zeros."""
+    before = -1
+    while (info := tar.next()) is not None:
+        if not before < tar.offset <= size or info.size < 0:
+            raise tarfile.ReadError(f"the header at byte {info.offset} says that the member has {info.size} bytes")
+        before = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # they would add up to the whole list
+        yield info
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
+    if end != bytes(2 * tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged" if end else "it is cut short")
 
 
-class ShardReader:
-    """Reads members of shards by offset, keeping the shards of the latest reads open."""
+def _fault_of_key(key: str, earlier: set[str]) -> str:
+    if key in earlier:
+        return "an earlier sample of the shard has the same key"
+    if key.startswith("/") or ".." in key.split("/"):
+        return "its key leads out of the folder in which the shard would be unpacked"
+    if any("\ud800" <= character <= "\udfff" for character in key):
+        return "its key is not UTF-8"
+    return ""
 
-    def __init__(self, *, max_open: int = 64) -> None:
-        self._max_open = max_open
-        self._files: OrderedDict[Path, int] = OrderedDict()
 
-    def read(self, path: Path, *, member: Member, shard_size: int) -> bytes:
-        """The bytes of `member`. DataError if the shard is gone or has not the `shard_size` bytes of its index."""
-        descriptor = self._open(path, shard_size)
-        data = os.pread(descriptor, member.size, member.offset)
-        if len(data) != member.size:
-            raise DataError(f"{path}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
-        return data
-
-    def _open(self, path: Path, shard_size: int) -> int:
-        if path in self._files:
-            self._files.move_to_end(path)
-            return self._files[path]
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"{path}: cannot open the shard: {error.strerror}") from error
-        if (size := os.fstat(descriptor).st_size) != shard_size:
-            os.close(descriptor)
-            raise DataError(
-                f"{path}: the shard has {size} bytes, its index was made of one with {shard_size}: "
-                "make the index again with data_tools index"
-            )
-        self._files[path] = descriptor
-        if len(self._files) > self._max_open:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
-
-    def close(self) -> None:
-        """Closes every open shard."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_max_open": self._max_open, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        self.close()
+def _fault_of_member(info: tarfile.TarInfo, members: dict[str, Member]) -> str:
+    if not info.isreg() or info.sparse is not None:
+        return f"{info.name!a:.200} is a link, a device or sparse: a plain file is needed"
+    return f"two members are called {info.name!a:.200}" if info.name in members else ""

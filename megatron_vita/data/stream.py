@@ -1,9 +1,10 @@
 """`PackStream`: from a pack's number to its Batch, reading only that pack and decoding only this rank's tiles."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +12,37 @@ from torch.utils.data import Dataset
 
 from megatron_vita.config import DataConfig
 from megatron_vita.data.batch import Batch, collate, mark_frames
-from megatron_vita.data.documents import Document, build_document, check_length, decode_tiles
-from megatron_vita.data.form import DocumentFormat
+from megatron_vita.data.documents import Document, blank_document, build_document, check_length, decode_tiles
+from megatron_vita.data.form import DocumentFormat, Medium
 from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_index, text_stamp
+from megatron_vita.data.ledger import Damage
 from megatron_vita.data.plan import DocumentEntry, PackPlan
 from megatron_vita.data.records import parse_record
-from megatron_vita.data.shards import ShardReader
-from megatron_vita.errors import DataError, VitaError
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.storage import Location, ShardCache
+from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
 
 OPEN_INDEXES = 64
+
+
+class ReadPack(NamedTuple):
+    """A pack as one rank has read it, and what it could not read of it."""
+
+    batch: Batch
+    damages: list[Damage]
+
+
+@dataclass(kw_only=True)
+class _Pack:
+    """A pack that is being read."""
+
+    id: int
+    entries: list[DocumentEntry]
+    rows: list[SampleRow]
+    skip: set[int]
+    progress: Callable[[int], None]
+    damages: list[Damage] = field(default_factory=list)
 
 
 class PackStream(Dataset):
@@ -35,7 +57,7 @@ class PackStream(Dataset):
         self,
         plan: PackPlan,
         *,
-        shards: Sequence[Sequence[Path]],
+        shards: Sequence[Sequence[Location]],
         data: DataConfig,
         forms: Sequence[DocumentFormat],
         tile_share: tuple[int, int] | None,
@@ -53,19 +75,55 @@ class PackStream(Dataset):
 
     def __getitem__(self, pack_id: int) -> Batch:
         """Reads one pack. DataError naming shard and key of a sample that cannot be read."""
+        batch, damages = self.read(pack_id)
+        if damages:
+            raise DataError(damages[0].reason)
+        return batch
+
+    def read(
+        self,
+        pack_id: int,
+        *,
+        skip: Collection[int] = (),
+        progress: Callable[[int], None] = lambda document: None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda shape: np.empty(shape, dtype=np.uint8),
+    ) -> ReadPack:
+        """Reads one pack; documents that cannot be read, and those to `skip`, are blank.
+
+        `progress` is told the document about to be read, before each of its files; `allocate` gives the array for the
+        tiles. DataError if a shard or an index is missing or does not fit the plan.
+        """
         entries = self.plan.pack(pack_id)
+        if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
+            raise ShardError(f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has")
         rows = [self._index(self._shard(entry)).row(entry.row) for entry in entries]
-        documents = [self._document(entry, row) for entry, row in zip(entries, rows, strict=True)]
+        pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
+        documents = [self._document(pack, i) for i in range(len(entries))]
         tile_ids = self._dealt(mark_frames(documents))
-        return collate(
+        side = self.forms[0].vision.image_size
+        tiles = allocate((len(tile_ids), 3, side, side))
+        self._decode(pack, documents, tile_ids.numpy(), tiles)
+        batch = collate(
             documents,
             pack_id=pack_id,
             sources=[entry.dataset for entry in entries],
             data=self._data,
             pad_id=self.forms[0].tokenizer.pad_id,
-            tiles=self._tiles(entries, rows, documents, tile_ids.numpy()),
+            tiles=torch.from_numpy(tiles),
             tile_ids=tile_ids,
         )
+        return ReadPack(batch, pack.damages)
+
+    def documents(self, pack_id: int) -> list[Document]:
+        """The documents of a pack, without their tiles. DataError naming shard and key of one that cannot be read."""
+        entries = self.plan.pack(pack_id)
+        return [self._build(entry, self._index(self._shard(entry)).row(entry.row)) for entry in entries]
+
+    def damage(self, pack_id: int, document: int, reason: str) -> Damage:
+        """The event that a document of a pack cannot be read."""
+        entry = self.plan.pack(pack_id)[document]
+        shard = self._shard(entry)
+        return Damage(pack_id, document, shard.name, self._index(shard).row(entry.row).key, reason)
 
     def _dealt(self, frames: torch.Tensor) -> torch.Tensor:
         """The tiles of a pack that this rank decodes."""
@@ -74,40 +132,57 @@ class PackStream(Dataset):
         rank, ranks = self._tile_share
         return deal_tiles(frames, ranks)[rank]
 
-    def _document(self, entry: DocumentEntry, row: SampleRow) -> Document:
-        name = f"{self._shard(entry)} sample {row.key}"
-        record = parse_record(self._read(entry, row, f"{row.key}.json"), name)
-        try:
-            document = build_document(record, row, form=self.forms[entry.dataset])
-        except VitaError as error:
-            raise DataError(f"{name}: {error}") from error
+    def _document(self, pack: "_Pack", i: int) -> Document:
+        entry, row = pack.entries[i], pack.rows[i]
+        form = self.forms[entry.dataset]
+        document = None if i in pack.skip else self._attempt(pack, i, lambda: self._build(entry, row))
+        if document is None:
+            return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, form=form)
         if row.is_text and (entry.start or entry.tokens < len(document)):
             document = document.part(entry.start, entry.start + entry.tokens)
+        name = f"{self._shard(entry)} sample {row.key}"
         check_length(document, name=name, tokens=entry.tokens, tiles=entry.tiles)
         return document
 
-    def _tiles(
-        self,
-        entries: list[DocumentEntry],
-        rows: list[SampleRow],
-        documents: list[Document],
-        wanted: np.ndarray,
-    ) -> torch.Tensor:
-        side = self.forms[0].vision.image_size
-        decoded = [np.zeros((0, 3, side, side), dtype=np.uint8)]
+    def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
+        name = f"{self._shard(entry)} sample {row.key}"
+        record = parse_record(row.record.encode() or self._read(entry, row, f"{row.key}.json"), name)
+        return build_document(record, row, form=self.forms[entry.dataset])
+
+    def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:
+        """What `read` gives of document `i`; where it cannot, notes the damage and gives None."""
+        pack.progress(i)
+        try:
+            return read()
+        except ShardError:
+            raise
+        except VitaError as error:
+            shard, key = self._shard(pack.entries[i]), pack.rows[i].key
+            reason = str(error) if str(shard) in str(error) else f"{shard} sample {key}: {error}"
+            pack.skip.add(i)
+            pack.damages.append(Damage(pack.id, i, shard.name, key, reason))
+            return None
+
+    def _decode(self, pack: "_Pack", documents: list[Document], wanted: np.ndarray, tiles: np.ndarray) -> None:
+        """Fills `tiles` with those `wanted` of the pack; black where a document cannot be read."""
         first = 0
-        for entry, row, document in zip(entries, rows, documents, strict=True):
+        for i, document in enumerate(documents):
+            begin = first
             for medium in document.media:
                 start, stop = np.searchsorted(wanted, (first, first + medium.num_tiles))
                 mine = wanted[start:stop] - first  # contiguous: a rank's tiles of one kind are
                 first += medium.num_tiles
-                if not len(mine):
-                    continue
-                data = self._read(entry, row, medium.member)
-                name = f"{self._shard(entry)} {medium.member}"
-                tiles, form = range(mine[0], mine[-1] + 1), self.forms[entry.dataset]
-                decoded.append(decode_tiles(medium, data, name=name, tiles=tiles, form=form))
-        return torch.from_numpy(np.concatenate(decoded))
+                if len(mine) and i not in pack.skip:
+                    part = range(mine[0], mine[-1] + 1)
+                    self._attempt(pack, i, partial(self._decode_medium, pack, i, medium, part, tiles[start:stop]))
+            if i in pack.skip:
+                tiles[slice(*np.searchsorted(wanted, (begin, first)))] = 0
+
+    def _decode_medium(self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray) -> None:
+        entry = pack.entries[i]
+        data = self._read(entry, pack.rows[i], medium.member)
+        name = f"{self._shard(entry)} {medium.member}"
+        decode_tiles(medium, data, name=name, tiles=part, form=self.forms[entry.dataset], out=out)
 
     def _read(self, entry: DocumentEntry, row: SampleRow, member: str) -> bytes:
         shard = self._shard(entry)
@@ -119,14 +194,16 @@ class PackStream(Dataset):
         except OSError as error:
             raise DataError(f"{shard} sample {row.key}: cannot read {member}: {error.strerror}") from error
 
-    def _shard(self, entry: DocumentEntry) -> Path:
+    def _shard(self, entry: DocumentEntry) -> Location:
         return self._shards[entry.dataset][entry.shard]
 
     def _open_caches(self) -> None:
-        self._reader = ShardReader()
+        data = self._data
+        cache = ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
+        self._reader = ShardReader(cache=cache)
         self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
 
-    def _read_index(self, shard: Path) -> SampleIndex:
+    def _read_index(self, shard: Location) -> SampleIndex:
         return read_index(index_path(shard), self._text)
 
     def __getstate__(self) -> dict[str, Any]:

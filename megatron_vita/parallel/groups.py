@@ -1,7 +1,9 @@
 """megatron-core's process groups, made from a recipe."""
 
 import copy
+from typing import Literal, get_args
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
@@ -15,6 +17,8 @@ _GROUP_FIELDS = (
     "context_parallel_size",
     "hierarchical_context_parallel_sizes",
 )
+HostPurpose = Literal["train", "validation"]
+_host_groups: dict[str, ProcessGroup] = {}  # of this rank's replica, by what they are for
 _current = ParallelConfig()  # what the groups were made for, beside megatron-core's own global state
 
 
@@ -37,7 +41,38 @@ def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> No
         hierarchical_context_parallel_sizes=parallel.hierarchical_context_parallel_sizes or None,
         create_gloo_process_groups=with_gloo,
     )
+    _make_host_groups(parallel, with_gloo=with_gloo)
     assert tile_group().rank() == rank_layout().tile_rank, "tile ranks count TP fastest, then CP"
+
+
+def _make_host_groups(parallel: ParallelConfig, *, with_gloo: bool) -> None:
+    _host_groups.clear()
+    if not with_gloo or parallel.replica_size == 1:
+        return
+    ranks = parallel_state.RankGenerator(
+        tp=parallel.tensor_model_parallel_size,
+        ep=1,
+        dp=dist.get_world_size() // parallel.replica_size,
+        pp=parallel.pipeline_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        order="tp-cp-ep-dp-pp",  # megatron-core's own
+    )
+    for purpose in get_args(HostPurpose):
+        for replica in ranks.get_ranks("tp-cp-pp"):
+            group = dist.new_group(replica, backend="gloo")
+            if dist.get_rank() in replica:
+                _host_groups[purpose] = group
+
+
+def host_group(purpose: HostPurpose) -> ProcessGroup | None:
+    """The ranks of this replica, for messages between hosts; None where it is one rank."""
+    return _host_groups.get(purpose)
+
+
+def is_first_of_replica() -> bool:
+    """Whether this rank is the first of its replica."""
+    group = _host_groups.get("train")
+    return group is None or group.rank() == 0
 
 
 def rank_layout() -> RankLayout:

@@ -7,10 +7,14 @@ from typing import Protocol
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_vita.errors import VitaError
+from megatron_vita.training.batches import validation_batches
 from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, save_run, validation_batches
+from megatron_vita.training.run import Run, save_run
 from megatron_vita.training.step import validate
 
+FEW_DOCUMENTS = 1000  # a share of fewer says little
+LISTED = 20
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +36,7 @@ class LogCallback:
         left = (training.train_iters - run.step) * metrics.seconds
         logger.info(
             "step %d/%d | loss %.6f | grad norm %.4f | lr %.3e | %.0f tokens/s | %.1f tiles/s | "
-            "%d loss rows | fill %.1f %% | %.2f s | left %s",
+            "%d loss rows | fill %.1f %% | %.2f s | left %s%s",
             run.step,
             training.train_iters,
             metrics.loss,
@@ -44,6 +48,7 @@ class LogCallback:
             100 * metrics.fill,
             metrics.seconds,
             _clock(left),
+            f" | {metrics.damaged} damaged samples" if metrics.damaged else "",
         )
 
 
@@ -65,6 +70,7 @@ class TensorBoardCallback:
             "speed/tiles_per_second": metrics.tiles_per_second,
             "data/loss_rows": metrics.loss_rows,
             "data/fill": metrics.fill,
+            "data/damaged": metrics.damaged,
         }
         scalars |= {f"train/loss/{source}": loss for source, loss in metrics.source_losses.items()}
         for name, value in scalars.items():
@@ -76,6 +82,29 @@ class TensorBoardCallback:
             self.writer.add_scalar("validation/loss", metrics.loss, metrics.step)
             for source, loss in metrics.source_losses.items():
                 self.writer.add_scalar(f"validation/loss/{source}", loss, metrics.step)
+
+
+class DamageCallback:
+    """Stops a run that meets more unreadable samples than `data.max_damaged` allows."""
+
+    def __init__(self, run: Run) -> None:
+        assert run.train_stream is not None
+        self.documents = run.train_stream.plan.documents_before(run.consumed_packs)
+        self.damaged = sum(damage.pack < run.consumed_packs for damage in run.read_damage())
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """VitaError with a list, on all ranks, once too many are damaged."""
+        self.documents += metrics.documents
+        self.damaged += metrics.damaged
+        allowed = run.recipe.data.max_damaged * max(self.documents, FEW_DOCUMENTS)
+        if not metrics.damaged or self.damaged <= allowed:
+            return
+        listed = [f"{damage.shard} {damage.key} ({damage.reason})" for damage in run.read_damage()]
+        raise VitaError(
+            f"step {run.step}: {self.damaged} of {self.documents} samples are damaged, more than data.max_damaged "
+            f"{run.recipe.data.max_damaged:g} allows: mend or remove them, or raise it. {'; '.join(listed[:LISTED])}"
+            + (f"; all {len(listed)} are in {run.ledger_folder}" if run.ledger_folder else "")
+        )
 
 
 class ValidationCallback:
@@ -90,7 +119,10 @@ class ValidationCallback:
         if run.step % training.eval_interval and run.step != training.train_iters:
             return
         batches, count = validation_batches(run)
-        result = validate(run, batches, num_microbatches=count)
+        try:
+            result = validate(run, batches, num_microbatches=count)
+        finally:
+            batches.close()
         sources = ", ".join(f"{name} {loss:.6f}" for name, loss in result.source_losses.items())
         logger.info("validation at step %d | loss %.6f | %s", run.step, result.loss, sources)
         if self.tensorboard is not None:
@@ -111,7 +143,7 @@ class SaveCallback:
 def build_callbacks(run: Run) -> list[Callback]:
     """The callbacks that a recipe asks for, in the order in which they run."""
     recipe = run.recipe
-    callbacks: list[Callback] = [LogCallback()]
+    callbacks: list[Callback] = [LogCallback(), DamageCallback(run)]
     tensorboard = TensorBoardCallback(recipe.training.tensorboard_dir) if recipe.training.tensorboard_dir else None
     if tensorboard is not None:
         callbacks.append(tensorboard)

@@ -6,8 +6,9 @@ import torch.distributed as dist
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
+from megatron_vita.training.batches import train_batches
 from megatron_vita.training.callbacks import build_callbacks
-from megatron_vita.training.run import open_run, train_batches
+from megatron_vita.training.run import open_run
 from megatron_vita.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,10 @@ def train(recipe: Recipe) -> None:
         logger.info("nothing to do: step %d of %d is done", run.step, recipe.training.train_iters)
         return
     batches = train_batches(run)
-    while run.step < recipe.training.train_iters:
-        metrics = train_step(run, batches)
-        for callback in callbacks:
-            callback.after_step(run, metrics)
+    try:
+        while run.step < recipe.training.train_iters:
+            metrics = train_step(run, batches)
+            for callback in callbacks:
+                callback.after_step(run, metrics)
+    finally:
+        batches.close()

@@ -23,6 +23,8 @@ class StepMetrics:
     tokens: int  # without padding
     tiles: int
     fill: float  # tokens / positions
+    documents: int
+    damaged: int  # documents that could not be read
     seconds: float
     grad_norm: float = 0.0
     lr: float = 0.0
@@ -47,6 +49,8 @@ class Meter:
     tokens: int = 0
     positions: int = 0
     tiles: int = 0
+    documents: int = 0
+    damaged: int = 0
 
     def __post_init__(self) -> None:
         self.losses = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64)  # last row: the tail
@@ -57,6 +61,8 @@ class Meter:
             self.tokens += batch.num_tokens
             self.positions += len(batch.input_ids)
             self.tiles += len(batch.placements)
+            self.documents += len(batch.sample_keys)
+            self.damaged += len(batch.masked)
 
     def add_losses(self, losses: torch.Tensor, *, batch: Batch, pack: PackSlice) -> None:
         """Adds the losses [L] of a slice to their documents' sources; each context-parallel rank adds its own."""
@@ -70,11 +76,12 @@ class Meter:
 
     def reduce(self, step: int) -> StepMetrics:
         """Sums over the world. Collective."""
-        counts = torch.tensor([self.tokens, self.positions, self.tiles], dtype=torch.float64)
+        names = ("tokens", "positions", "tiles", "documents", "damaged")
+        counts = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64)
         sums = torch.cat([self.losses.flatten(), counts]).to(platform.device())
         dist.all_reduce(sums)
-        tokens, positions, tiles = (int(x) for x in sums[-3:].tolist())
-        losses = sums[:-3].view(-1, 2).cpu()
+        total_of = dict(zip(names, map(int, sums[-len(names) :].tolist()), strict=True))
+        losses = sums[: -len(names)].view(-1, 2).cpu()
         total, rows = losses.sum(dim=0).tolist()
         return StepMetrics(
             step=step,
@@ -85,8 +92,10 @@ class Meter:
                 for name, (loss, count) in zip(self.sources, losses, strict=False)
                 if count > 0
             },
-            tokens=tokens,
-            tiles=tiles,
-            fill=tokens / max(positions, 1),
+            tokens=total_of["tokens"],
+            tiles=total_of["tiles"],
+            documents=total_of["documents"],
+            damaged=total_of["damaged"],
+            fill=total_of["tokens"] / max(total_of["positions"], 1),
             seconds=time.perf_counter() - self.started,
         )

@@ -1,9 +1,7 @@
 """A run's parts and its position, from a recipe; saving and resuming them."""
 
 import dataclasses
-import itertools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
-from megatron_vita.data.batch import Batch
-from megatron_vita.data.loader import pack_loader
+from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.stream import PackStream
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
@@ -26,7 +23,7 @@ from megatron_vita.training.optimizer import (
     load_optimizer_state,
     wrap_for_data_parallel,
 )
-from megatron_vita.training.streams import open_streams, packs_of_replicas
+from megatron_vita.training.streams import open_streams
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +39,7 @@ class Run:
     microbatches: int
     train_stream: PackStream | None = None
     validation_stream: PackStream | None = None
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)  # of samples that this rank's replica could not read
     step: int = 0
     consumed_packs: int = 0
 
@@ -60,6 +58,16 @@ class Run:
     def rows_per_tile(self) -> int:
         """Feature rows of a tile."""
         return self.recipe.model.vision.image_token_length
+
+    @property
+    def ledger_folder(self) -> Path | None:
+        """Where damaged samples are noted: beside the checkpoints."""
+        return Path(self.recipe.checkpoint.save) / "damaged" if self.recipe.checkpoint.save else None
+
+    def read_damage(self) -> list[Damage]:
+        """The damaged samples that are noted there, in the checkpoint taken up, or by this rank; each once, by pack."""
+        noted = read_ledgers(self.ledger_folder) if self.ledger_folder else []
+        return merge_damage([*self.ledger.events(), *noted])
 
     @property
     def train_sources(self) -> list[str]:
@@ -102,30 +110,6 @@ def assemble_run(recipe: Recipe) -> Run:
     )
 
 
-def train_batches(run: Run) -> Iterator[Batch]:
-    """This rank's packs of all remaining steps, in order; each step's packs are dealt to the replicas by cost."""
-    assert run.train_stream is not None
-    steps = range(run.step, run.recipe.training.train_iters)
-    plan, group = run.train_stream.plan, groups.data_parallel_group()
-    ids = itertools.chain.from_iterable(
-        packs_of_replicas(run.recipe, plan, step=step, replicas=group.size())[group.rank()] for step in steps
-    )
-    return pack_loader(run.train_stream, ids, num_workers=run.recipe.data.num_workers)
-
-
-def validation_batches(run: Run) -> tuple[Iterator[Batch], int]:
-    """This rank's packs of one validation, and how many: the first of the held-out plan, the same each time."""
-    assert run.validation_stream is not None
-    ranks = groups.data_parallel_group().size()
-    wanted = run.recipe.training.eval_iters * run.recipe.training.global_batch_size
-    count = min(wanted, len(run.validation_stream)) // ranks
-    if run.recipe.parallel.virtual_size is not None:
-        count -= count % run.recipe.parallel.pipeline_model_parallel_size
-    first = groups.data_parallel_group().rank() * count
-    ids = list(range(first, first + count))
-    return pack_loader(run.validation_stream, ids, num_workers=0), count
-
-
 def save_run(run: Run) -> Path:
     """Writes the run's state to `checkpoint.save`. Collective."""
     settle_weights(run)
@@ -133,7 +117,11 @@ def save_run(run: Run) -> Path:
         run.recipe.checkpoint.save,
         step=run.step,
         state=_state(run, loading=False),
-        manifest={"consumed_packs": run.consumed_packs, "recipe": dataclasses.asdict(run.recipe)},
+        manifest={
+            "consumed_packs": run.consumed_packs,
+            "recipe": dataclasses.asdict(run.recipe),
+            "damaged": [damage._asdict() for damage in run.read_damage()],
+        },
         keep=run.recipe.checkpoint.keep,
     )
 
@@ -173,6 +161,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     load_optimizer_state(run.optimizer, state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
+    run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])
     logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
 
 

@@ -87,8 +87,10 @@ def forward_step(
         rows_per_tile=rows_per_tile,
         layout=groups.rank_layout(),
     )
-    output = model(prepare_tiles(batch.tiles, run), pack.to(platform.device()))
-    return output, partial(sum_losses, batch=batch, pack=pack, meter=meter)
+    weights = batch.loss_weights
+    scale = 1.0 if weights is None else weights[pack.positions[pack.loss_rows]]
+    output = model(prepare_tiles(batch.tiles, run), pack.to(platform.device()), row_scale=scale)
+    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, meter=meter)
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
@@ -97,7 +99,12 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
     return normalize(tiles.to(platform.device()), run.recipe.media.normalization, dtype=dtype)
 
 
-def sum_losses(losses: Tensor, *, batch: Batch, pack: PackSlice, meter: Meter) -> tuple[Tensor, Tensor, dict]:
-    """Sum and number of losses [L], which megatron-core divides over the whole global batch."""
+def sum_losses(
+    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, meter: Meter
+) -> tuple[Tensor, Tensor, dict]:
+    """Sum of the losses [L], each times its weight, and their number, by which megatron-core divides that of the whole
+    global batch.
+    """
+    losses = losses * (scale.to(losses.device) if isinstance(scale, Tensor) else scale)
     meter.add_losses(losses, batch=batch, pack=pack)
     return losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), {}

@@ -8,7 +8,8 @@ import webdataset
 from toy_data import toy_sample, write_shard
 
 from megatron_vita.data.records import parse_record
-from megatron_vita.data.shards import Member, SampleWriter, ShardReader, scan_shard
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import Member, SampleWriter, scan_shard
 from megatron_vita.errors import DataError
 
 
@@ -35,7 +36,7 @@ def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_members_are_read_by_offset(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", range(5))
-    members = dict(scan_shard(shard))["s0004"]
+    members = {sample.key: sample.members for sample in scan_shard(shard)}["s0004"]
     member = members["s0004.image0.png"]
     data = ShardReader().read(shard, member=member, shard_size=shard.stat().st_size)
     assert data == toy_sample(4)[1]["image"][0].data

@@ -1,32 +1,17 @@
 """The stream: a pack's number gives its Batch, the same for any share of tiles and any number of workers."""
 
-import multiprocessing
 import pickle
-import time
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
-from toy_data import COLORS, changed
+from toy_data import COLORS, assert_same, changed, damage, train_stream
 
-from megatron_vita.data import Batch, open_split, pack_loader
 from megatron_vita.data import stream as stream_module
 from megatron_vita.data.documents import NO_LOSS
-from megatron_vita.data.index import index_path, read_index
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import DataError
-
-
-def train_stream(world, tile_share=(0, 1)) -> PackStream:
-    return open_split(world.recipe, split="train", tokenizer=world.tokenizer, tile_share=tile_share)
-
-
-def assert_same(first: Batch, second: Batch) -> None:
-    for name, value in vars(first).items():
-        other = getattr(second, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
 
 
 def test_a_pack_is_always_full_length_and_its_documents_tile_it(world) -> None:
@@ -147,55 +132,11 @@ def test_few_media_are_opened_by_two_ranks(world, monkeypatch: pytest.MonkeyPatc
             assert len(of_kind) - len(set(of_kind)) <= 2
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_order_and_content_do_not_depend_on_workers(world, num_workers: int) -> None:
-    stream = train_stream(world, (1, 2))
-    ids = [3, 0, 2, 1, 3]
-    batches = list(pack_loader(stream, ids, num_workers=num_workers))
-    assert [batch.pack_id for batch in batches] == ids
-    for batch in batches:
-        assert_same(batch, stream[batch.pack_id])
-
-
-def test_the_loader_takes_endless_ids(world) -> None:
-    def endless() -> Iterable[int]:
-        while True:
-            yield 1
-
-    loader = pack_loader(train_stream(world), endless(), num_workers=1)
-    assert [next(loader).pack_id for _ in range(3)] == [1, 1, 1]
-    loader.close()
-
-
-def damage(world, suffix: str = ".png") -> str:
-    """Overwrites an image of `more` inside its shard; gives the member's name."""
-    shard = world.root / "more-000000.tar"
-    index = read_index(index_path(shard))
-    members = [member for i in range(len(index)) for member in index.row(i).members.values()]
-    member = next(member for member in members if member.name.endswith(suffix))
-    with open(shard, "r+b") as file:
-        file.seek(member.offset + member.size // 3)
-        file.write(b"\0" * (member.size - member.size // 3))
-    return member.name
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("suffix", [".png", ".json", ".mp4"])
-def test_a_damaged_sample_is_named_by_shard_and_key(own_world, num_workers: int, suffix: str) -> None:
-    name = damage(own_world, suffix)
+def test_a_damaged_sample_is_named_by_shard_and_key(own_world) -> None:
+    name = damage(own_world)
     stream = train_stream(own_world)
-    key = name.split(".")[0]
-    with pytest.raises(DataError, match=rf"more-000000\.tar.*{key}") as error:
-        list(pack_loader(stream, range(len(stream)), num_workers=num_workers))
-    assert "Traceback" not in str(error.value)
-    assert not multiprocessing.active_children()
-
-
-def test_a_vanished_shard_is_named(own_world) -> None:
-    stream = train_stream(own_world)
-    (own_world.root / "more-000000.tar").unlink()
-    with pytest.raises(DataError, match=r"more-000000\.tar: cannot open the shard"):
-        list(pack_loader(stream, range(len(stream)), num_workers=1))
+    with pytest.raises(DataError, match=rf"more-000000\.tar.*{name.split('.')[0]}"):
+        [stream[pack] for pack in range(len(stream))]
 
 
 def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world) -> None:
@@ -204,18 +145,6 @@ def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world)
     stream.plan.columns["tokens"] = stream.plan.columns["tokens"] + 3
     with pytest.raises(DataError, match=rf"\.tar sample s\d+: .*has {tokens} tokens .*counted {tokens + 3}"):
         stream[0]
-
-
-def test_workers_end_with_the_loader(world) -> None:
-    loader = pack_loader(train_stream(world), [0, 1, 2, 3] * 50, num_workers=2)
-    next(loader)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    loader.close()
-    deadline = time.monotonic() + 10
-    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_a_stream_can_be_sent_to_another_process(world) -> None:

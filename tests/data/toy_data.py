@@ -7,15 +7,18 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data.index import index_path, write_index
+from megatron_vita.data import Batch, open_split
+from megatron_vita.data.index import index_path, read_index, write_index
 from megatron_vita.data.index_build import build_index
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.shards import MediaFile, SampleWriter
 from megatron_vita.data.split import plan_path
+from megatron_vita.data.stream import PackStream
 from megatron_vita.text.tokenizer import Tokenizer
 
 COLORS = ("red", "green", "blue", "orange", "purple")
@@ -107,3 +110,27 @@ def make_world(root: Path, tokenizer: Tokenizer) -> Recipe:
     for split in ("train", "validation"):
         write_plan(make_plan(recipe, split, tokenizer=tokenizer)[0], plan_path(recipe, split))
     return recipe
+
+
+def train_stream(world, tile_share=(0, 1)) -> PackStream:
+    """The training packs of a world."""
+    return open_split(world.recipe, split="train", tokenizer=world.tokenizer, tile_share=tile_share)
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    """Two batches have the same values."""
+    for name, value in vars(first).items():
+        other = getattr(second, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+
+
+def damage(world, suffix: str = ".png") -> str:
+    """Overwrites a member of `more` inside its shard; gives the member's name."""
+    shard = world.root / "more-000000.tar"
+    index = read_index(index_path(shard))
+    members = [member for i in range(len(index)) for member in index.row(i).members.values()]
+    member = next(member for member in members if member.name.endswith(suffix))
+    with open(shard, "r+b") as file:
+        file.seek(member.offset + member.size // 3)
+        file.write(b"\0" * (member.size - member.size // 3))
+    return member.name

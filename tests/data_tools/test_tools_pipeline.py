@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from toy_jsonl import write_world
+from toy_jsonl import sample, write_world
 
 from data_tools import contact_sheet
 from data_tools.cli import main
+from megatron_vita.data.plan import read_plan
 
 
 @pytest.fixture
@@ -103,3 +104,37 @@ def test_a_bad_line_is_named_when_a_tokenizer_is_trained(tmp_path: Path, capsys)
     (tmp_path / "bad.jsonl").write_text('\n{"messages": []}\n')
     assert main(["tokenizer", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "x.model")]) == 1
     assert f"error: {tmp_path}/bad.jsonl:2: messages is an empty list" in capsys.readouterr().err
+
+
+def test_a_plan_is_continued_with_another_mix(world: Path, capsys) -> None:
+    recipe = str(world / "recipe.yaml")
+    assert main(["plan", recipe, "data.epochs=2"]) == 0
+    before = read_plan(world / "plan" / "train.arrow")
+    assert main(["plan", recipe, "data.epochs=1", "--continue-from", "2"]) == 0
+    after = read_plan(world / "plan" / "train.arrow")
+    assert after.history == [{"packs": 2, "stamp": before.stamp}]
+    assert [after.pack(pack) for pack in range(2)] == [before.pack(pack) for pack in range(2)]
+    assert main(["plan", recipe, "--continue-from", "99"]) == 1
+    assert "--continue-from is 99: the plan has packs 0 to" in capsys.readouterr().err
+
+
+def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path, count=2)
+    (tmp_path / "media/film").mkdir()
+    for i in range(8):
+        Image.new("RGB", (28, 28), (30 * i, 0, 0)).save(tmp_path / f"media/film/{i}.png")
+    (tmp_path / "media/film/fps.txt").write_text("2")
+    turns = sample(0)["messages"]
+    film = {"messages": [turns[0] | {"content": "<video>\nHm?"}, turns[1]], "videos": ["film"]}
+    path.write_text(path.read_text() + json.dumps(film) + "\n")
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    for command in ("index", "plan"):
+        assert main([command, str(tmp_path / "recipe.yaml")]) == 0
+    capsys.readouterr()
+    png = tmp_path / "pack.png"
+    arguments = ["inspect", str(tmp_path / "recipe.yaml"), "--sample", f"{tmp_path}/toy/toy-000000.tar:toy-00000003"]
+    assert main([*arguments, "--png", str(png)]) == 0
+    assert "[tile 0, 0.5 s][tile 1, 1.5 s][tile 2, 2.5 s][tile 3, 3.5 s]" in capsys.readouterr().out
+    colors = {color for _, color in Image.open(png).getcolors(maxcolors=1 << 20)}
+    assert {(201, 184, 230), (30, 0, 0), (90, 0, 0)} <= colors  # of frame runs; of the frames at 0.5 and 1.5 s

@@ -70,7 +70,7 @@ def test_strict_stops_at_a_bad_sample_by_file_and_line(tmp_path: Path, capsys, b
     path = write_world(tmp_path)
     text, reason = BAD[bad]
     insert_bad(path, text)
-    assert shard(path, "--samples-per-shard", "3", "--strict") == 1
+    assert shard(path, "--samples-per-shard", "3", "--strict", "--workers", "1") == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {path}:5: ")
     assert reason in error
@@ -92,18 +92,18 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path,
     assert shard(whole, "--samples-per-shard", "3") == 0
     check, seen = sharding.check_line, []
 
-    def failing(line, *, media_root):
+    def failing(line, **how):
         seen.append(line.number)
         if len(seen) == 8:
             raise KeyboardInterrupt
-        return check(line, media_root=media_root)
+        return check(line, **how)
 
     monkeypatch.setattr(sharding, "check_line", failing)
-    assert shard(path, "--samples-per-shard", "3") == 130
+    assert shard(path, "--samples-per-shard", "3", "--workers", "0") == 130
     assert list(tars(tmp_path / "b")) == ["toy-000000.tar", "toy-000001.tar"]
     with open(tmp_path / "b/toy/progress.jsonl", "a") as file:
-        file.write('{"shard": 2, "sam')
-    assert shard(path, "--samples-per-shard", "3") == 0
+        file.write('{"part": 2, "res')
+    assert shard(path, "--samples-per-shard", "3", "--workers", "0") == 0
     assert seen[8:] == list(range(7, 14))
     assert tars(tmp_path / "a") == tars(tmp_path / "b")
     rejected = [json.loads((tmp_path / name / "toy/rejected.jsonl").read_text()) for name in "ab"]
@@ -120,7 +120,9 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         time.sleep(0.001)
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
-    finished = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "toy").glob("*.tar"))[:3]}
+    entries = map(json.loads, (tmp_path / "toy/progress.jsonl").read_text().splitlines()[1:-1])
+    shards = [tmp_path / f"toy/toy-{entry['part']:06d}.tar" for entry in entries]
+    finished = {path: path.stat().st_mtime_ns for path in shards}
     assert shard(path, "--samples-per-shard", "4") == 0
     assert len(tars(tmp_path)) == 100
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -148,7 +150,9 @@ def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
     [
         (["shard", "/no.jsonl", "--out", "/tmp/nowhere-toy"], "/no.jsonl: cannot read it"),
         (["shard", "x.jsonl", "--out", "x", "--media", "/no"], "--media /no is not a folder"),
-        (["shard", "x.jsonl"], "Missing option '--out'"),
+        (["shard", "x.jsonl"], "--out is needed"),
+        (["shard", "x.yaml", "--out", "x"], "a recipe's datasets name their folders"),
+        (["shard", "x.jsonl", "--out", "x", "--max-shard-mb", "-1"], "--max-shard-mb is -1"),
         (["shard", "x.jsonl", "--out", "x", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
         (["index", "/no.yaml"], "/no.yaml: cannot read the recipe"),
         (["nothing"], "No such command 'nothing'"),

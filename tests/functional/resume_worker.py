@@ -43,6 +43,7 @@ def main() -> None:
 
         metrics = train_step(run, watched())
         row = {"step": metrics.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm, "packs": seen}
+        row["damaged"] = metrics.damaged
         with Path(f"{records}.{dist.get_rank()}").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if where == "step" and metrics.step == int(at) and dist.get_rank() == 0:

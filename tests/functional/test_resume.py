@@ -1,6 +1,5 @@
 """A run killed at any moment and started again gives the digits of an uninterrupted one, and reads every pack once."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launch import torchrun
+from recorded_run import run
 from toy_run import make_toy_run
 
 STEPS, PACKS = 12, 48
@@ -19,25 +18,6 @@ DEATHS = ALL_DEATHS if os.environ.get("VITA_TEST_ALL") else ["step:5", "saving:8
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_toy_run(tmp_path_factory.mktemp("toy"))
-
-
-def run(recipe: Path, folder: Path, *, death: str = "never") -> dict[int, dict]:
-    """Trains until done or dead; returns what each step recorded, over all ranks."""
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("records.*"):
-        old.unlink()
-    overrides = [f"checkpoint.save={folder / 'checkpoints'}"]
-    ended = torchrun(
-        "resume_worker.py", str(recipe), str(folder / "records"), death, *overrides, processes=2, check=death == "never"
-    )
-    assert (ended.returncode == 0) == (death == "never")
-    steps: dict[int, dict] = {}
-    for file in sorted(folder.glob("records.*")):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            merged = steps.setdefault(row["step"], row | {"packs": []})
-            merged["packs"] += row["packs"]
-    return steps
 
 
 @pytest.fixture(scope="module")

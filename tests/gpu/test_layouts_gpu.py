@@ -1,8 +1,10 @@
 """On GPUs, in bf16: every layout gives what a single GPU gives, as nearly as a single GPU gives it itself.
 
-A single GPU runs each reference eight times, with the packs of a step in shuffled order. Losses and gradient norms of a
-layout must lie within the range of those runs, widened to one unit in the last place of bf16. Its gradients and weights
-may be half as far again from those of an fp32 run as those of the eight are, widened by one unit.
+A single GPU runs each reference eight times, with the packs of a step in shuffled order and their tiles in turns of
+different length. Losses and gradient norms of a layout must lie within the range of those runs, widened to one unit in
+the last place of bf16; all its gradients and weights, taken together, no farther than theirs from those of an fp32 run,
+widened likewise. A single tensor may be three times as far: partial sums of a tensor parallel layer and of dealt tiles
+are rounded to bf16 each, which shows most in a bias, where much cancels.
 """
 
 import json
@@ -34,6 +36,8 @@ SIMPLE = [layout for layout in COVERING if sum(map(str.__ne__, layout.reference.
 LAYOUTS = [*PLAIN, *(COVERING if ALL else random.Random(7).sample(SIMPLE, 12))]
 SCHEMES = ("p2p", "all_gather", "a2a")
 SHUFFLES = 8
+TURNS = (64, 1, 2, 3)  # tiles at once
+TOGETHER = "all parameters"
 ULP = 2.0**-7  # largest distance of two neighbours of bf16, relative to them
 
 
@@ -72,9 +76,10 @@ def references(folder: Path) -> dict[Layout, list[Outcome]]:
     """Of each reference: an fp32 run, then eight in bf16, from the same weights."""
     found, draw = {}, random.Random(3)
     for reference in dict.fromkeys(layout.reference for layout in LAYOUTS):
-        orders = [draw.sample(range(4), 4) for _ in range(SHUFFLES)]
-        exact = _run_alone(reference, folder, fields=TORCH | {"bf16": False}, order=[0, 1, 2, 3])
-        found[reference] = [exact, *(_run_alone(reference, folder, fields=TE, order=order) for order in orders)]
+        found[reference] = [_run_alone(reference, folder, fields=TORCH | {"bf16": False}, order=[0, 1, 2, 3])]
+        for shuffle in range(SHUFFLES):
+            fields = TE | {"vision_tiles_at_once": TURNS[shuffle % len(TURNS)]}
+            found[reference].append(_run_alone(reference, folder, fields=fields, order=draw.sample(range(4), 4)))
     return found
 
 
@@ -109,9 +114,11 @@ def _read(reader: Run, folder: Path) -> dict[str, Tensor]:
 
 
 def _distances(truth: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Relative distance of each parameter's tensor from the true one."""
-    total = torch.stack([tensor.norm() for tensor in truth.values()]).norm()
-    return {n: ((other[n] - true).norm() / (true.norm() + 1e-3 * total)).item() for n, true in truth.items()}
+    """Relative distance of each parameter's tensor from the true one, and of all as one (`TOGETHER`)."""
+    norms = torch.stack([true.norm() for true in truth.values()])
+    apart = torch.stack([(other[name] - true).norm() for name, true in truth.items()])
+    relative = apart / (norms + 1e-3 * norms.norm())
+    return dict(zip(truth, relative.tolist(), strict=True)) | {TOGETHER: (apart.norm() / norms.norm()).item()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -130,5 +137,5 @@ def test_layout_is_as_near_to_the_truth_as_a_single_gpu(
         near = [_distances(truth, getattr(run, what)) for run in runs]
         mine = _distances(truth, _read(readers[layout.value("model")], folder / layout.name / what))
         for name, distance in mine.items():
-            # Tensor parallelism rounds partial sums to bf16 besides.
-            assert distance <= 1.5 * max(run[name] for run in near) + ULP, (what, name)
+            farther = 1 if name == TOGETHER else 3
+            assert distance <= farther * max(run[name] for run in near) + ULP, (what, name)

@@ -1,0 +1,13 @@
+"""Formats that `import` reads, each in a file of its own: what its sources are, and the samples in one of them."""
+
+from data_tools.formats import captions, frames, hf, llava, sharegpt, webdataset
+from data_tools.formats.base import Format
+
+FORMATS: dict[str, Format] = {
+    "llava": Format(llava.list_sources, llava.read),
+    "sharegpt": Format(llava.list_sources, sharegpt.read),
+    "hf": Format(hf.list_sources, hf.read, writes_media=True),
+    "webdataset": Format(webdataset.list_sources, webdataset.read, writes_media=True),
+    "captions": Format(captions.list_sources, captions.read),
+    "frames": Format(captions.list_sources, frames.read),
+}

@@ -1,0 +1,101 @@
+"""Objects of JSON files: one array, read piece by piece, however long; or one object a line."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_tools.formats.base import Candidate, refuse
+from megatron_vita.errors import DataError
+
+HEAD, BOM = 4096, b"\xef\xbb\xbf"
+CHUNK, MAX_ITEM = 1 << 18, 1 << 30
+OUTSIDE, IN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
+
+
+def read_objects(path: Path, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[Candidate]:
+    """A candidate for each object of a file, made by `make` of the object.
+
+    DataError where an array is broken, or if the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            start = len(BOM) if head.startswith(BOM) else 0
+            file.seek(start)
+            found = _array_items(file, path) if head[start:].lstrip().startswith(b"[") else _lines(file)
+            for place, item, position in found:
+                yield Candidate(place, _maker(item, make), position)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def _array_items(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any, int]]:
+    place = 0
+    try:
+        for text in _split_array(file):
+            yield f"object {place}", _parsed(text), file.tell()
+            place += 1
+    except DataError as error:
+        raise DataError(f"{path}: the JSON array is broken behind object {place - 1}: {error}") from error
+
+
+def _split_array(file: BinaryIO) -> Iterator[bytes]:
+    """The text of each item of an array, none of which need be JSON. DataError if the array does not end."""
+    depth, quoted, skip, item = 0, False, 0, bytearray()
+    for chunk in iter(partial(file.read, CHUNK), b""):
+        start, position = 0, skip
+        while match := (IN_STRING if quoted else OUTSIDE).search(chunk, position):
+            position, mark = match.end(), match[0]
+            if mark == b"\\":
+                position += 1
+            elif mark == b'"':
+                quoted = not quoted
+            elif mark in b"[{":
+                depth += 1
+                start = position if depth == 1 else start
+            elif mark in b"]}":
+                depth -= 1
+            if depth == 0 or (depth == 1 and mark == b","):
+                item += chunk[start : position - 1]
+                if item.strip() or depth:
+                    yield bytes(item)
+                item.clear()
+                start = position
+                if depth == 0:
+                    _check_end(chunk[position:] + file.read(CHUNK))
+                    return
+        skip = max(position - len(chunk), 0)
+        item += chunk[start:]
+        if len(item) > MAX_ITEM:
+            raise DataError(f"an object of more than {MAX_ITEM} bytes")
+    raise DataError("the file ends within it")
+
+
+def _check_end(rest: bytes) -> None:
+    if rest.strip():
+        raise DataError(f"{rest.strip()[:20]!r} follows its end")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[str, Any, int]]:
+    position = file.tell()
+    for number, text in enumerate(file, start=1):
+        position += len(text)
+        if text.strip():
+            yield f"line {number}", _parsed(text), position
+
+
+def _parsed(text: bytes) -> Any:
+    """What a text says, or the DataError that it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not JSON: {error}")
+
+
+def _maker(item: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    if isinstance(item, dict):
+        return partial(make, item)
+    return refuse(str(item) if isinstance(item, DataError) else f"a {type(item).__name__}, not a JSON object")

@@ -1,0 +1,46 @@
+"""Plain webdataset tars: images or videos with a caption or a conversation; see `megatron_vita/data/foreign.py`."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools.formats.base import Candidate, Setting, find_files, refuse, write_medium
+from megatron_vita.data.foreign import TAGS, MemberRule, read_rule, record_of_members
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import ScannedSample, scan_shard
+
+
+def list_sources(paths: list[Path]) -> list[Path]:
+    """Tars."""
+    return find_files(paths, ".tar")
+
+
+def read(source: Path, setting: Setting) -> Iterator[Candidate]:
+    """The samples of a tar."""
+    rule, reader = read_rule(source.parent), ShardReader()
+    rule = replace(rule, prompt=setting.prompt)
+    for number, sample in enumerate(scan_shard(source)):
+        make = partial(_sample, sample, source=source, number=number, reader=reader, rule=rule, setting=setting)
+        last = max((member.offset + member.size for member in sample.members.values()), default=0)
+        yield Candidate(f"sample {sample.key}", refuse(sample.fault) if sample.fault else make, last)
+    reader.close()
+
+
+def _sample(
+    sample: ScannedSample, *, source: Path, number: int, reader: ShardReader, rule: MemberRule, setting: Setting
+) -> dict[str, Any]:
+    def read_member(name: str) -> bytes:
+        return reader.read(source, member=sample.members[name], shard_size=source.stat().st_size)
+
+    record = record_of_members(list(sample.members), read_member, rule=rule)
+    for field in TAGS:
+        names = record.pop(field, [])
+        # Named by number: a member's own name may lead anywhere.
+        paths = [
+            write_medium(read_member(name), source=source, name=f"{number:08d}-{i}", setting=setting)
+            for i, name in enumerate(names)
+        ]
+        record |= {field: paths} if paths else {}
+    return {"id": sample.key, **record}

@@ -1,0 +1,93 @@
+"""A few samples of each dataset as HTML: small pictures, frames with their times, and what is said, loss marked."""
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_tools.statistics import DatasetStatistics
+from megatron_vita.data.index import SampleRow, index_path, read_index
+from megatron_vita.data.records import is_raw_text, parse_record
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.storage import Location
+from megatron_vita.errors import VitaError
+from megatron_vita.media.images import open_image
+from megatron_vita.media.video import decode_frames, frame_times
+from megatron_vita.text.conversation import MediaPart, check_messages
+
+SIDE, FRAMES = 144, 4
+MOST_IMAGES, MOST_TURNS, MOST_CHARACTERS = 6, 6, 600
+
+
+def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
+    """`count` samples, evenly spread over a dataset's shards; what cannot be read says why."""
+    starts = np.cumsum([0, *(header.samples for header in dataset.source.headers)])
+    reader, count = ShardReader(), min(count, int(starts[-1]))
+    for place in ((2 * i + 1) * int(starts[-1]) // (2 * count) for i in range(count)):
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        shard, number = dataset.source.shards[number], place - int(starts[number])
+        index = read_index(index_path(shard))
+        row = index.row(number)
+        try:
+            yield _card(shard, row, index.header.shard_size, reader, dataset)
+        except (VitaError, OSError) as error:
+            yield f'<article class="sample"><h4>{escape(row.key)}</h4><p class="bad">{escape(str(error))}</p></article>'
+    reader.close()
+
+
+def _card(shard: Location, row: SampleRow, size: int, reader: ShardReader, dataset: DatasetStatistics) -> str:
+    def read(member: str) -> bytes:
+        return reader.read(shard, member=row.members[member], shard_size=size)
+
+    record = parse_record(row.record.encode() or read(f"{row.key}.json"), row.key)
+    pictures = [_figure(open_image(read(name), name), f"image {i + 1}") for i, name in enumerate(record["images"])]
+    more = len(pictures) - MOST_IMAGES
+    shown = pictures[:MOST_IMAGES] + ([f'<p class="none">and {more} more</p>'] if more > 0 else [])
+    for name, info in zip(record["videos"], row.videos, strict=True):
+        times = frame_times(info, max_fps=1e9, max_frames=FRAMES)
+        tiles = decode_frames(read(name), name, times=times, tile_size=SIDE)
+        shown += [
+            _figure(Image.fromarray(tile.transpose(1, 2, 0)), f"{time:.1f} s")
+            for tile, time in zip(tiles, times, strict=True)
+        ]
+    figures = f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
+    return f'<article class="sample"><h4>{escape(row.key)}</h4>{figures}{"".join(_turns(record))}</article>'
+
+
+def _turns(record: dict[str, Any]) -> Iterator[str]:
+    if is_raw_text(record):
+        yield f'<p class="assistant"><b>text</b> {_cut(record["text"])}</p>'
+        return
+    places = dict.fromkeys(("image", "video"), 0)
+    turns = check_messages(record)
+    for turn in turns[:MOST_TURNS]:
+        text = ""
+        for part in turn.parts:
+            if isinstance(part, MediaPart):
+                places[part.kind] += 1
+                text += f"[{part.kind} {places[part.kind]}]"
+            else:
+                text += part.text
+        yield f'<p class="{turn.role}"><b>{turn.role}</b> {_cut(text)}</p>'
+    if len(turns) > MOST_TURNS:
+        yield f'<p class="none">and {len(turns) - MOST_TURNS} more turns</p>'
+
+
+def _cut(text: str) -> str:
+    short = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} … {len(text) - MOST_CHARACTERS:,} more"
+    return re.sub(r"\n+", "<br>", escape(short.strip()))
+
+
+def _figure(image: Image.Image, caption: str) -> str:
+    image.thumbnail((2 * SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img alt="{caption}" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    )

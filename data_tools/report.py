@@ -1,0 +1,133 @@
+"""A recipe's data as one HTML file that needs nothing else: counts, histograms, the plan, samples to look at."""
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.charts import histogram, stacked_bar
+from data_tools.planning import load_recipe_tokenizer
+from data_tools.previews import previews
+from data_tools.statistics import DatasetStatistics, PlanStatistics, Statistics, collect_statistics
+from megatron_vita.config import Recipe
+
+COLORS = ("#3b6ea5", "#d98c3f", "#5a9e6f", "#b5576b", "#7d6bb0", "#4fa3a5", "#a08a3c", "#8a8f98")
+STYLE = (Path(__file__).parent / "report.css").read_text()
+COLUMNS = [
+    *("dataset", "split", "samples", "in an epoch", "tokens", "mean length", "median", "longest"),
+    *("images", "videos", "video hours", "tiles", "loss rows", "left out"),
+]
+
+
+def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Statistics:
+    """Writes the report on a recipe's datasets, with `samples` previews of each. DataError if an index is missing."""
+    statistics = collect_statistics(recipe, load_recipe_tokenizer(recipe))
+    body = "".join(_sections(recipe, statistics, title=title, samples=samples))
+    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"{page}<style>{STYLE}</style></head><body><main>{body}</main></body></html>", encoding="utf-8")
+    return statistics
+
+
+def _sections(recipe: Recipe, statistics: Statistics, *, title: str, samples: int) -> Iterator[str]:
+    train = [found for found in statistics.datasets if found.split == "train"]
+    yield f"<header><h1>{escape(title)}</h1><p>{_lead(recipe, train)}</p></header>"
+    yield _cards(train, statistics.plans)
+    yield "<section><h2>Mix of an epoch, by tokens</h2>"
+    yield stacked_bar({found.name: found.epoch_tokens for found in train}, COLORS) + "</section>"
+    yield f"<section><h2>Datasets</h2>{_table(statistics.datasets)}</section>"
+    for plan in statistics.plans:
+        yield _plan(plan, recipe.data.seq_length)
+    for found in statistics.datasets:
+        yield _dataset(found, samples)
+
+
+def _lead(recipe: Recipe, train: list[DatasetStatistics]) -> str:
+    media = recipe.media
+    return (
+        f"{len(train)} datasets to train on, in packs of {recipe.data.seq_length:,} tokens. Images: at most "
+        f"{media.max_tiles} tiles. Videos: at most {media.max_fps:g} frames a second, {media.max_frames} a video."
+    )
+
+
+def _cards(train: list[DatasetStatistics], plans: list[PlanStatistics]) -> str:
+    tokens = sum(float(found.tokens.sum()) for found in train)
+    values = {
+        "samples": f"{sum(found.samples for found in train):,}",
+        "samples in an epoch": f"{sum(found.taken for found in train):,}",
+        "tokens": _large(tokens),
+        "tiles": _large(sum(float(found.tiles.sum()) for found in train)),
+        "tokens with loss": f"{sum(float(found.rows.sum()) for found in train) / max(tokens, 1):.1%}",
+    }
+    for plan in plans:
+        if plan.split == "train":
+            values |= {"packs planned": f"{len(plan.fill):,}", "fill of the packs": f"{plan.fill.mean():.2%}"}
+    cards = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in values.items())
+    return f'<section class="cards">{cards}</section>'
+
+
+def _table(datasets: list[DatasetStatistics]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _row(found))}</tr>" for found in datasets)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _row(found: DatasetStatistics) -> list[str]:
+    tokens = found.tokens if found.samples else np.zeros(1, dtype=np.int64)
+    return [
+        escape(found.name),
+        found.split,
+        f"{found.samples:,}",
+        f"{found.taken:,}",
+        _large(float(tokens.sum())),
+        f"{tokens.mean():,.0f}",
+        f"{np.median(tokens):,.0f}",
+        f"{tokens.max():,}",
+        f"{found.images.sum():,}",
+        f"{found.videos.sum():,}",
+        f"{found.seconds.sum() / 3600:,.2f}",
+        _large(float(found.tiles.sum())),
+        f"{found.rows.sum() / max(int(tokens.sum()), 1):.1%}",
+        f"{found.left_out:,}" if found.left_out else "",
+    ]
+
+
+def _plan(plan: PlanStatistics, seq_length: int) -> str:
+    charts = {
+        f"Fill of the {len(plan.fill):,} packs (mean {plan.fill.mean():.2%})": histogram(
+            100 * plan.fill, unit="%", top=100
+        ),
+        "Documents in a pack": histogram(plan.documents, unit="documents"),
+        "Tiles in a pack": histogram(plan.tiles, unit="tiles"),
+    }
+    lead = (
+        f"{plan.tokens:,} tokens in packs of {seq_length:,}; {plan.rows / max(plan.tokens, 1):.1%} of them carry loss."
+    )
+    shares = stacked_bar({name: float(count) for name, count in plan.shares.items()}, COLORS)
+    return f"<section><h2>Plan: {plan.split}</h2><p>{lead}</p>{shares}{_charts(charts)}</section>"
+
+
+def _dataset(found: DatasetStatistics, samples: int) -> str:
+    charts = {"Tokens of a sample": histogram(found.tokens, unit="tokens", log=True)}
+    if found.tiles.any():
+        charts["Tiles of a sample"] = histogram(found.tiles, unit="tiles", log=bool(found.tiles.max() > 64))
+    if len(found.seconds):
+        charts["Seconds of a video"] = histogram(found.seconds, unit="seconds", log=True)
+    charts["Tokens with loss in a sample"] = histogram(found.rows, unit="tokens", log=True)
+    cards = f'<div class="samples">{"".join(previews(found, samples))}</div>' if samples else ""
+    shards = f"{found.samples:,} samples in {len(found.source.shards):,} .tar, ratio {found.source.ratio:g}"
+    heading = f"<h2>{escape(found.name)} <small>{found.split}; {shards}</small></h2>"
+    return f"<section>{heading}{_charts(charts)}{cards}</section>"
+
+
+def _charts(charts: dict[str, str]) -> str:
+    figures = "".join(f"<figure><figcaption>{name}</figcaption>{chart}</figure>" for name, chart in charts.items())
+    return f'<div class="charts">{figures}</div>'
+
+
+def _large(value: float) -> str:
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.3g} {suffix}"
+    return f"{value:,.0f}"

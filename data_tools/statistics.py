@@ -1,0 +1,131 @@
+"""Numbers about a recipe's data, from indexes and plans alone: no shard is opened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from megatron_vita.config import Recipe
+from megatron_vita.data.form import DocumentFormat
+from megatron_vita.data.index import SampleIndex, index_path, read_index
+from megatron_vita.data.lengths import document_lengths
+from megatron_vita.data.plan import PackPlan, read_plan
+from megatron_vita.data.quarantine import read_quarantine
+from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_path
+from megatron_vita.data.storage import Location
+from megatron_vita.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetStatistics:
+    """One dataset of a split. Arrays have an entry for each sample (int64), `seconds` for each video."""
+
+    name: str
+    split: str
+    source: Source
+    form: DocumentFormat
+    tokens: np.ndarray
+    tiles: np.ndarray
+    rows: np.ndarray
+    images: np.ndarray
+    videos: np.ndarray
+    seconds: np.ndarray
+    left_out: int
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards."""
+        return len(self.tokens)
+
+    @property
+    def taken(self) -> int:
+        """Samples that an epoch takes."""
+        taken = int(self.samples * self.source.ratio)
+        return min(taken, self.source.config.cap) if self.source.config.cap else taken
+
+    @property
+    def epoch_tokens(self) -> float:
+        """Tokens that an epoch is expected to take."""
+        return float(self.tokens.sum()) * self.taken / max(self.samples, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanStatistics:
+    """A split's plan. Arrays have an entry for each pack; `shares` are tokens by dataset."""
+
+    split: str
+    fill: np.ndarray
+    documents: np.ndarray
+    tiles: np.ndarray
+    rows: int
+    tokens: int
+    shares: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """All datasets of a recipe, and the plans that there are."""
+
+    datasets: list[DatasetStatistics]
+    plans: list[PlanStatistics]
+
+
+def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
+    """DataError if an index is missing; a plan may be, one that is there need not fit the recipe any more."""
+    datasets, plans = [], []
+    for split in get_args(Split):
+        if split == "validation" and not recipe.data.validation:
+            continue
+        for source in find_sources(recipe, split, tokenizer=tokenizer):
+            form = document_format(recipe, tokenizer, dataset=source.config)
+            datasets.append(_of_dataset(source, split, form))
+        if recipe.data.plan and plan_path(recipe, split).exists():
+            plans.append(_of_plan(read_plan(plan_path(recipe, split)), split, recipe.data.seq_length))
+    return Statistics(datasets=datasets, plans=plans)
+
+
+def _of_dataset(source: Source, split: str, form: DocumentFormat) -> DatasetStatistics:
+    indexes = [read_index(index_path(shard)) for shard in source.shards]
+    lengths = [document_lengths(index, form=form) for index in indexes]
+    return DatasetStatistics(
+        name=source.name,
+        split=split,
+        source=source,
+        form=form,
+        tokens=_joined([found.tokens for found in lengths]),
+        tiles=_joined([found.tiles for found in lengths]),
+        rows=_joined([found.rows for found in lengths]),
+        images=_joined([_counts(index, "image_widths") for index in indexes]),
+        videos=_joined([_counts(index, "video_frames") for index in indexes]),
+        seconds=_joined([index.ragged("video_durations")[0] for index in indexes]),
+        left_out=sum(_left_out(shard) for shard in source.shards),
+    )
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def _counts(index: SampleIndex, name: str) -> np.ndarray:
+    return index.ragged(name)[1].astype(np.int64)
+
+
+def _left_out(shard: Location) -> int:
+    """Samples that are in quarantine, which lies beside local shards only."""
+    return len(read_quarantine(shard).entries) if isinstance(shard, Path) and shard.exists() else 0
+
+
+def _of_plan(plan: PackPlan, split: str, seq_length: int) -> PlanStatistics:
+    pack, tokens = plan.columns["pack"], plan.columns["tokens"].astype(np.int64)
+    by_dataset = np.bincount(plan.columns["dataset"], weights=tokens, minlength=len(plan.datasets))
+    return PlanStatistics(
+        split=split,
+        fill=np.bincount(pack, weights=tokens, minlength=plan.num_packs) / seq_length,
+        documents=np.bincount(pack, minlength=plan.num_packs),
+        tiles=np.bincount(pack, weights=plan.columns["tiles"], minlength=plan.num_packs),
+        rows=int(plan.columns["rows"].sum(dtype=np.int64)),
+        tokens=plan.num_tokens,
+        shares={name: int(count) for name, count in zip(plan.datasets, by_dataset, strict=True)},
+    )

@@ -1,0 +1,139 @@
+"""Decodes all that shards hold, in processes that may be killed, and lists what is damaged beside each shard."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_tools.planning import find_all_shards
+from data_tools.pool import Crew, Steps, run_tasks
+from data_tools.progress import progress_bar
+from megatron_vita.config import MediaConfig, load_recipe
+from megatron_vita.data.foreign import MemberRule, read_rule
+from megatron_vita.data.index_build import check_members, parse_sample, printable, scan_whole
+from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine, write_quarantine
+from megatron_vita.data.records import check_record
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import ScannedSample
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.media.images import open_image
+from megatron_vita.media.video import decode_frames, frame_times, probe_video
+
+FRAMES_AT_ONCE = 64
+SIDE = 16  # frames are decoded in full and kept small
+
+
+class ValidateTask(NamedTuple):
+    """One shard to be decoded; `media` says how videos are sampled."""
+
+    shard: Path
+    media: MediaConfig
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was found: samples looked at, and an entry for each that is bad, also for those that `index` listed."""
+
+    samples: int
+    bad: list[tuple[Path, Entry]]
+
+
+def find_targets(targets: Sequence[Path]) -> tuple[list[Path], MediaConfig]:
+    """The shards that are named, or a recipe's, and how their videos are sampled. ConfigError for anything else."""
+    if len(targets) == 1 and targets[0].suffix in (".yaml", ".yml"):
+        recipe = load_recipe(targets[0], [])
+        return find_all_shards(recipe), recipe.media
+    for target in targets:
+        if target.suffix != ".tar" or not target.is_file():
+            raise ConfigError(f"{target}: one recipe (.yaml) or shards (.tar) are needed")
+    return list(targets), MediaConfig()
+
+
+def validate_shards(shards: Sequence[Path], *, media: MediaConfig, crew: Crew) -> Validation:
+    """Decodes every image and every frame that `media` may sample of the shards that were not decoded so before.
+
+    What is damaged is listed in the shard's quarantine file; nothing is deleted.
+    """
+    tasks = [ValidateTask(shard, media) for shard in shards if not _is_current(shard, media)]
+    size = sum(task.shard.stat().st_size for task in tasks)
+    with progress_bar("validate", total=size, unit="B") as bar:
+        for _ in run_tasks(_validate_shard, tasks, crew=crew, on_advance=bar.update):
+            pass
+    lists = {shard: read_quarantine(shard) for shard in shards}
+    samples = sum((quarantine.validated or {})["samples"] for quarantine in lists.values())
+    bad = {(shard, entry.key): (shard, entry) for shard, found in lists.items() for entry in found.entries}
+    return Validation(samples, list(bad.values()))
+
+
+def _is_current(shard: Path, media: MediaConfig) -> bool:
+    return _stamp(media).items() <= (read_quarantine(shard).validated or {}).items()
+
+
+def _stamp(media: MediaConfig) -> dict[str, Any]:
+    return {"max_fps": media.max_fps, "max_frames": media.max_frames}
+
+
+def _validate_shard(task: ValidateTask, steps: Steps) -> None:
+    checker, bad, samples, position = _Checker(task, steps), list[Entry](), 0, 0
+    for sample, error in scan_whole(task.shard, steps.run):
+        samples += bool(sample.key)
+        try:
+            if error:
+                raise DataError(error)
+            checker.check(sample)
+        except DataError as reason:
+            bad.append(Entry("validate", printable(sample.key), str(reason)))
+        end = max((member.offset + member.size for member in sample.members.values()), default=position)
+        steps.advance(max(end - position, 0))
+        position = max(end, position)
+    checker.close()
+    found: Quarantine = read_quarantine(task.shard)
+    validated = {**_stamp(task.media), "samples": samples}
+    write_quarantine(found.replaced("validate", bad, validated=validated), task.shard)
+
+
+class _Checker:
+    """Decodes the samples of a shard, each medium a step, and videos some frames a step."""
+
+    def __init__(self, task: ValidateTask, steps: Steps) -> None:
+        self._shard, self._media, self._steps = task.shard, task.media, steps
+        self._size = task.shard.stat().st_size
+        self._rule: MemberRule = read_rule(task.shard.parent)
+        self._reader = ShardReader()
+        self.close = self._reader.close
+
+    def check(self, sample: ScannedSample) -> None:
+        """DataError, naming shard and key or member, if anything of a sample cannot be decoded."""
+        record = self._steps.run(partial(self._record, sample))
+        for name in record["images"]:
+            self._steps.run(partial(self._image, sample, name))
+        for name in record["videos"]:
+            times = self._steps.run(partial(self._times, sample, name))
+            for chunk in itertools.batched(times, FRAMES_AT_ONCE):
+                self._steps.run(partial(self._frames, sample, name, chunk))
+
+    def _record(self, sample: ScannedSample, known: bool) -> dict[str, Any]:
+        try:
+            record, _ = parse_sample(sample, partial(self._read, sample), self._rule)
+            check_record(record)
+            check_members(record, sample)
+        except DataError as error:
+            raise DataError(f"{self._shard} sample {sample.key}: {error}") from error
+        return record
+
+    def _image(self, sample: ScannedSample, name: str, known: bool) -> None:
+        if not known:
+            open_image(self._read(sample, name), f"{self._shard} {name}")
+
+    def _times(self, sample: ScannedSample, name: str, known: bool) -> list[float]:
+        info = probe_video(self._read(sample, name), f"{self._shard} {name}")
+        return frame_times(info, max_fps=self._media.max_fps, max_frames=self._media.max_frames)
+
+    def _frames(self, sample: ScannedSample, name: str, times: Sequence[float], known: bool) -> None:
+        if not known:
+            decode_frames(self._read(sample, name), f"{self._shard} {name}", times=times, tile_size=SIDE)
+
+    def _read(self, sample: ScannedSample, name: str) -> bytes:
+        return self._reader.read(self._shard, member=sample.members[name], shard_size=self._size)

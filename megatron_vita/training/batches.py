@@ -1,0 +1,141 @@
+"""A rank's batches, final: all ranks of a replica have agreed on which samples are damaged.
+
+A sample that cannot be read is met by the one rank that decodes it, but changes labels on all. So each pack passes
+through an agreement of its replica's ranks, in a thread of its own, since the stages of a pipeline ask for their packs
+at different times.
+"""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_vita.data.batch import Batch, mask_documents
+from megatron_vita.data.ledger import Damage, Ledger
+from megatron_vita.data.loader import read_packs
+from megatron_vita.data.stream import PackStream, ReadPack
+from megatron_vita.data.worker import PackTask
+from megatron_vita.parallel import groups
+from megatron_vita.training.run import Run
+from megatron_vita.training.streams import packs_of_replicas
+
+CLOSING_SECONDS = 10
+logger = logging.getLogger(__name__)
+
+
+def train_batches(run: Run) -> "FinalBatches":
+    """This rank's packs of all remaining steps, in order; each step's packs are dealt to the replicas by cost."""
+    assert run.train_stream is not None
+    steps = range(run.step, run.recipe.training.train_iters)
+    plan, group = run.train_stream.plan, groups.data_parallel_group()
+    ids = itertools.chain.from_iterable(
+        packs_of_replicas(run.recipe, plan, step=step, replicas=group.size())[group.rank()] for step in steps
+    )
+    noting = run.ledger_folder if groups.is_first_of_replica() else None
+    run.ledger = Ledger(run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl")
+    return _final_batches(run, run.train_stream, ids, purpose="train", ledger=run.ledger)
+
+
+def validation_batches(run: Run) -> tuple["FinalBatches", int]:
+    """This rank's packs of one validation, and how many: the first of the held-out plan, the same each time."""
+    assert run.validation_stream is not None
+    ranks = groups.data_parallel_group().size()
+    wanted = run.recipe.training.eval_iters * run.recipe.training.global_batch_size
+    count = min(wanted, len(run.validation_stream)) // ranks
+    if run.recipe.parallel.virtual_size is not None:
+        count -= count % run.recipe.parallel.pipeline_model_parallel_size
+    first = groups.data_parallel_group().rank() * count
+    ids = range(first, first + count)
+    return _final_batches(run, run.validation_stream, ids, purpose="validation", ledger=Ledger()), count
+
+
+def _final_batches(
+    run: Run, stream: PackStream, ids: Iterable[int], *, purpose: groups.HostPurpose, ledger: Ledger
+) -> "FinalBatches":
+    data = run.recipe.data
+    tasks = (PackTask(pack, frozenset(damage.document for damage in ledger.of_pack(pack))) for pack in ids)
+    packs = read_packs(
+        stream,
+        tasks,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        sample_seconds=data.sample_seconds,
+    )
+    agreement = Agreement(stream, ledger, group=groups.host_group(purpose))
+    return FinalBatches(packs, agreement.finish)
+
+
+class Agreement:
+    """Makes packs final: what one rank of the group could not read is masked by all, and noted in the ledger."""
+
+    def __init__(self, stream: PackStream, ledger: Ledger, *, group: ProcessGroup | None) -> None:
+        self._stream, self._ledger, self._group = stream, ledger, group
+
+    def finish(self, pack: ReadPack) -> Batch:
+        """The batch of a pack, the same on all ranks but for their tiles. Collective."""
+        batch = pack.batch
+        damages = self._gather(pack)
+        for damage in pack.damages:
+            logger.warning("pack %d: sample masked: %s: %s: %s", *damage[:1], damage.shard, damage.key, damage.reason)
+        self._ledger.add(damages)
+        if not (masked := [damage.document for damage in self._ledger.of_pack(batch.pack_id)]):
+            return batch
+        form = self._stream.forms[0]
+        return mask_documents(batch, masked, pad_id=form.tokenizer.pad_id, rows_per_tile=form.vision.image_token_length)
+
+    def _gather(self, pack: ReadPack) -> list[Damage]:
+        if self._group is None:
+            return pack.damages
+        any_damaged = torch.tensor([len(pack.damages)])
+        dist.all_reduce(any_damaged, group=self._group)
+        if not any_damaged:
+            return []
+        gathered: list[Any] = [None] * self._group.size()
+        dist.all_gather_object(gathered, pack.damages, group=self._group)
+        return list(itertools.chain.from_iterable(gathered))
+
+
+class FinalBatches(Iterator[Batch]):
+    """Iterates over packs that a thread has read and made final, one ahead of the one in use."""
+
+    def __init__(self, packs: Generator[ReadPack] | Iterator[ReadPack], finish: Callable[[ReadPack], Batch]) -> None:
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(packs, finish), name="batches", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        item = self._queue.get()
+        if isinstance(item, Batch):
+            return item
+        self._queue.put(item)  # for whoever asks again
+        raise item
+
+    def close(self) -> None:
+        """Ends the thread and the loader processes; a thread that waits for a lost rank ends with this process."""
+        self._closed.set()
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                self._queue.get(timeout=0.05)
+
+    def _run(self, packs: Any, finish: Callable[[ReadPack], Batch]) -> None:
+        try:
+            for pack in packs:
+                if self._closed.is_set():
+                    break
+                self._queue.put(finish(pack))
+            self._queue.put(StopIteration())
+        except BaseException as error:  # raised where the batch is asked for
+            self._queue.put(error)
+        finally:
+            if close := getattr(packs, "close", None):
+                close()

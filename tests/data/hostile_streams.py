@@ -1,0 +1,53 @@
+"""Streams that do what decoders do on bad days, in the reader's process."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from megatron_vita.data.stream import PackStream, ReadPack
+
+
+class HostileStream(PackStream):
+    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break, start_dying or
+    start_hanging."""
+
+    pack = document = -1
+    deed = ""
+    memory = ""  # a file that remembers what was done
+
+    def read(self, pack_id: int, **options) -> ReadPack:
+        if pack_id != self.pack:
+            return super().read(pack_id, **options)
+        if self.deed == "break":
+            raise RuntimeError("a mistake of ours")
+        if self.deed == "start_dying":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.deed == "start_hanging":
+            time.sleep(3600)
+        inner = options.pop("progress")
+
+        def progress(document: int) -> None:
+            inner(document)
+            if document == self.document:
+                self._strike()
+
+        return super().read(pack_id, progress=progress, **options)
+
+    def _strike(self) -> None:
+        if self.deed == "hang":
+            time.sleep(3600)
+        elif self.deed == "die":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif self.deed == "die_of_memory":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.deed == "die_once" and not Path(self.memory).exists():
+            Path(self.memory).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hostile(stream: PackStream, deed: str, *, pack: int, document: int = 0, memory: str = "") -> HostileStream:
+    """The stream, turned hostile."""
+    stream.__class__ = HostileStream
+    stream.deed, stream.pack, stream.document, stream.memory = deed, pack, document, memory
+    return stream

@@ -1,0 +1,94 @@
+"""A plan that continues another: packs before the break stay, those after it are of the new mix."""
+
+import numpy as np
+import pytest
+from toy_data import assert_same, changed, make_world, train_stream
+
+from megatron_vita.config import Recipe
+from megatron_vita.data import open_split
+from megatron_vita.data.plan import PackPlan, read_plan, write_plan
+from megatron_vita.data.planner import Continuation, make_plan
+from megatron_vita.data.split import plan_path
+from megatron_vita.errors import ConfigError, DataError
+
+
+def datasets(recipe: Recipe, **replaced: float) -> dict:
+    """The mix with other ratios, in another order; a dataset without a ratio is gone."""
+    entries = {entry.name: vars(entry) for entry in recipe.data.train}
+    return {"train": [entries[name] | {"ratio": ratio} for name, ratio in replaced.items()]}
+
+
+def named(plan: PackPlan, packs: slice) -> list[tuple]:
+    """Documents of some packs, by the names of their datasets."""
+    inside = np.isin(plan.columns["pack"], np.arange(plan.num_packs)[packs])
+    rows = zip(*(plan.columns[name][inside].tolist() for name in ("dataset", "shard", "row", "tokens")), strict=True)
+    return [(plan.datasets[dataset] if dataset >= 0 else "gone", *rest) for dataset, *rest in rows]
+
+
+@pytest.fixture
+def planned(tmp_path, world):
+    """A world of its own, whose plan has three epochs."""
+    recipe = changed(make_world(tmp_path, world.tokenizer), data={"epochs": 3})
+    plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    write_plan(plan, plan_path(recipe, "train"))
+    return recipe, read_plan(plan_path(recipe, "train"))
+
+
+def test_packs_before_the_break_stay_and_the_new_mix_follows(planned, world) -> None:
+    recipe, old = planned
+    mixed = changed(recipe, data=datasets(recipe, more=2.0, shapes=0.5) | {"epochs": 1})
+    new, _ = make_plan(mixed, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
+    assert named(new, slice(4)) == named(old, slice(4))
+    after = [name for name, *_ in named(new, slice(4, None))]
+    assert (after.count("more"), after.count("shapes")) == (20, 15)
+    assert new.history == [{"packs": 4, "stamp": old.stamp}]
+
+
+def test_a_continued_plan_is_read_and_continued_again(planned, world) -> None:
+    recipe, old = planned
+    before = [train_stream_of(recipe, world)[pack] for pack in range(4)]
+    mixed = changed(recipe, data=datasets(recipe, more=1.0, shapes=1.0))
+    first, _ = make_plan(mixed, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
+    write_plan(first, plan_path(mixed, "train"))
+    stream = train_stream_of(mixed, world)
+    for pack, batch in enumerate(before):
+        batch.document_sources = 1 - batch.document_sources.where(batch.document_sources >= 0, 2)  # the order changed
+        assert_same(stream[pack], batch)
+    final = changed(recipe, data=datasets(recipe, shapes=1.0, more=1.0) | {"epochs": 1})
+    second, _ = make_plan(final, "train", tokenizer=world.tokenizer, continued=Continuation(first, 7))
+    assert named(second, slice(7)) == named(first, slice(7))
+    assert [entry["packs"] for entry in second.history] == [4, 7]
+
+
+def train_stream_of(recipe: Recipe, world):
+    return open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=(0, 1))
+
+
+def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(planned, world) -> None:
+    recipe, old = planned
+    mixed = changed(recipe, data=datasets(recipe, more=1.0))
+    new, _ = make_plan(mixed, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
+    assert new.num_packs > 4
+    assert {name for name, *_ in named(new, slice(4))} == {"gone", "more"}
+    assert {name for name, *_ in named(new, slice(4, None))} == {"more"}
+    write_plan(new, plan_path(mixed, "train"))
+    stream = train_stream_of(mixed, world)
+    with pytest.raises(DataError, match="pack 0 holds a sample of a dataset or shard that the recipe no longer has"):
+        stream[0]
+    assert stream[4].sample_keys
+
+
+@pytest.mark.parametrize("pack", [-1, 999])
+def test_a_break_outside_the_plan_is_refused(planned, world, pack: int) -> None:
+    recipe, old = planned
+    with pytest.raises(ConfigError, match=f"--continue-from is {pack}: the plan has packs 0 to {old.num_packs - 1}"):
+        make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))
+
+
+def test_another_break_shuffles_anew(planned, world) -> None:
+    recipe, old = planned
+    plans = [
+        make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))[0] for pack in (4, 5)
+    ]
+    assert named(plans[0], slice(4, 9)) != named(plans[1], slice(5, 10))
+    assert train_stream(world).plan.history == []

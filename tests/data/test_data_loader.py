@@ -1,0 +1,212 @@
+"""The loader: packs in order whatever happens to its processes, and what cannot be read is masked, not fatal."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import repeat
+
+import pytest
+import torch
+from hostile_streams import hostile
+from toy_data import assert_same, damage, train_stream
+
+from megatron_vita.data import read_packs
+from megatron_vita.data.batch import Batch, mask_documents
+from megatron_vita.data.documents import NO_LOSS
+from megatron_vita.data.stream import PackStream, ReadPack
+from megatron_vita.data.worker import PackTask
+from megatron_vita.errors import DataError, VitaError
+
+
+def tasks(stream: PackStream) -> list[PackTask]:
+    return [PackTask(pack) for pack in range(len(stream))]
+
+
+def masked(stream: PackStream, batch: Batch, documents: list[int]) -> Batch:
+    form = stream.forms[0]
+    rows = form.vision.image_token_length
+    return mask_documents(batch, documents, pad_id=form.tokenizer.pad_id, rows_per_tile=rows)
+
+
+def assert_workers_end() -> None:
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("num_workers", "prefetch"), [(0, 1), (1, 1), (1, 4), (3, 2), (3, 7)])
+def test_order_and_content_do_not_depend_on_workers_or_prefetch(world, num_workers: int, prefetch: int) -> None:
+    stream = train_stream(world, (1, 2))
+    ids = [3, 0, 2, 1, 3]
+    packs = list(read_packs(stream, map(PackTask, ids), num_workers=num_workers, prefetch=prefetch))
+    assert [pack.batch.pack_id for pack in packs] == ids
+    for pack in packs:
+        assert_same(pack.batch, stream[pack.batch.pack_id])
+        assert not pack.damages
+    assert_workers_end()
+
+
+def test_the_loader_takes_endless_tasks_and_ends_with_its_iterator(world) -> None:
+    packs = read_packs(train_stream(world), repeat(PackTask(1)), num_workers=2)
+    assert [next(packs).batch.pack_id for _ in range(3)] == [1, 1, 1]
+    assert len(multiprocessing.active_children()) == 2
+    packs.close()
+    assert_workers_end()
+
+
+def test_tiles_outlive_the_process_that_decoded_them(world) -> None:
+    stream = train_stream(world)
+    packs = [pack.batch for pack in read_packs(stream, tasks(stream), num_workers=1)]
+    assert_workers_end()
+    for batch in packs:
+        assert torch.equal(batch.tiles, stream[batch.pack_id].tiles)
+
+
+def test_processes_killed_at_random_points_lose_and_repeat_nothing(world) -> None:
+    stream, draw = train_stream(world), random.Random(5)
+    ids = [draw.randrange(len(stream)) for _ in range(60)]
+    found: list[ReadPack] = []
+    for pack in read_packs(stream, map(PackTask, ids), num_workers=2, prefetch=4):
+        found.append(pack)
+        victims = multiprocessing.active_children()
+        if len(found) <= 50 and victims:
+            time.sleep(draw.random() * 0.02)
+            with suppress(ProcessLookupError):  # it had not yet been replaced
+                os.kill(draw.choice(victims).pid, signal.SIGKILL)
+    assert [pack.batch.pack_id for pack in found] == ids
+    whole = {pack: stream[pack] for pack in set(ids)}
+    for pack in found:
+        assert_same(pack.batch, whole[pack.batch.pack_id])
+        assert not pack.damages
+
+
+@pytest.mark.parametrize(
+    ("deed", "reason"),
+    [
+        ("hang", "no progress within data.sample_seconds 1"),
+        ("die", "2 processes ended .*-11"),
+        ("die_of_memory", "5 processes ended .*-9"),
+    ],
+)
+def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(world, deed: str, reason: str) -> None:
+    whole = train_stream(world)
+    stream = hostile(train_stream(world), deed, pack=2, document=1)
+    packs = list(read_packs(stream, tasks(stream), num_workers=2, sample_seconds=1))
+    for pack in packs:
+        wanted = whole[pack.batch.pack_id]
+        if pack.batch.pack_id != 2:
+            assert_same(pack.batch, wanted)
+            continue
+        (event,) = pack.damages
+        assert (event.pack, event.document, event.key) == (2, 1, wanted.sample_keys[1])
+        with pytest.raises(DataError, match=reason):
+            raise DataError(event.reason)
+        assert_same(masked(whole, pack.batch, [1]), masked(whole, wanted, [1]))
+
+
+def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> None:
+    stream = hostile(train_stream(world), "die_once", pack=1, document=0, memory=str(tmp_path / "done"))
+    packs = list(read_packs(stream, tasks(stream), num_workers=1))
+    assert (tmp_path / "done").exists()
+    assert not any(pack.damages for pack in packs)
+    assert_same(packs[1].batch, train_stream(world)[1])
+
+
+def test_readers_that_die_before_they_read_anything_stop_the_run(world) -> None:
+    stream = hostile(train_stream(world), "start_dying", pack=0)
+    with pytest.raises(VitaError, match=r"3 loader processes ended \(exit code -9\) before they read anything"):
+        list(read_packs(stream, tasks(stream), num_workers=1))
+    assert_workers_end()
+
+
+def test_readers_that_hang_before_they_read_anything_stop_the_run(world) -> None:
+    stream = hostile(train_stream(world), "start_hanging", pack=0)
+    with pytest.raises(VitaError, match=r"3 loader processes were silent for 1 seconds before they read anything"):
+        list(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))
+    assert_workers_end()
+
+
+def test_a_mistake_of_ours_is_shown_with_its_traceback(world) -> None:
+    stream = hostile(train_stream(world), "break", pack=0)
+    with pytest.raises(RuntimeError, match=r"pack 0 failed:\n(?s:.*)in read(?s:.*)a mistake of ours"):
+        list(read_packs(stream, tasks(stream), num_workers=1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("suffix", [".png", ".json", ".mp4"])
+def test_a_damaged_sample_is_blank_and_reported(own_world, num_workers: int, suffix: str) -> None:
+    whole = train_stream(own_world)
+    before = [whole[pack] for pack in range(len(whole))]
+    name = damage(own_world, suffix)
+    stream = train_stream(own_world)
+    events = []
+    for pack in read_packs(stream, tasks(stream), num_workers=num_workers):
+        wanted, documents = before[pack.batch.pack_id], [event.document for event in pack.damages]
+        assert_same(masked(stream, pack.batch, documents), masked(stream, wanted, documents))
+        events += pack.damages
+    (event,) = events
+    assert (event.shard, event.key) == ("more-000000.tar", name.split(".")[0])
+    assert "Traceback" not in event.reason
+    assert "more-000000.tar" in event.reason
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_documents_to_skip_are_not_read(own_world, num_workers: int) -> None:
+    key = damage(own_world).split(".")[0]
+    stream = train_stream(own_world)
+    (pack, document), *_ = [
+        (pack, keys.index(key)) for pack in range(len(stream)) if key in (keys := stream.read(pack).batch.sample_keys)
+    ]
+    (found,) = read_packs(stream, [PackTask(pack, frozenset([document]))], num_workers=num_workers)
+    assert not found.damages
+
+
+@pytest.mark.parametrize("share", [(0, 1), (1, 3)])
+def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(world, share: tuple[int, int]) -> None:
+    stream = train_stream(world, share)
+    for pack in range(len(stream)):
+        batch = stream[pack]
+        for document in range(len(batch.sample_keys)):
+            start, stop = batch.document_starts[document : document + 2].tolist()
+            blank = masked(stream, batch, [document])
+            assert (blank.input_ids[start:stop] == world.tokenizer.pad_id).all()
+            assert (blank.labels[start:stop] == NO_LOSS).all()
+            inside = (batch.placements >= start) & (batch.placements < stop)
+            rows = torch.arange(stream.forms[0].vision.image_token_length)
+            places = (blank.placements[inside][:, None] + rows).flatten()
+            assert torch.equal(places, start + torch.arange(len(places)))
+            assert len(places) <= stop - start
+            mine = inside[batch.tile_ids]
+            assert (blank.tiles[mine] == 0).all()
+            again = stream[pack]
+            assert torch.equal(blank.tiles[~mine], again.tiles[~mine])
+            outside = torch.ones(len(batch.labels), dtype=torch.bool)
+            outside[start:stop] = False
+            assert torch.equal(blank.labels[outside], again.labels[outside])
+            batch = again
+
+
+def test_a_vanished_shard_stops_the_run(own_world) -> None:
+    stream = train_stream(own_world)
+    (own_world.root / "more-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"more-000000\.tar: cannot open the shard"):
+        list(read_packs(stream, tasks(stream), num_workers=1))
+
+
+def iterate_slowly(packs: Iterator[ReadPack], seconds: float) -> int:
+    count = 0
+    for _ in packs:
+        count += 1
+        time.sleep(seconds)
+    return count
+
+
+def test_a_pause_of_the_trainer_is_not_taken_for_a_hang(world) -> None:
+    stream = train_stream(world)
+    packs = read_packs(stream, tasks(stream)[:3], num_workers=1, sample_seconds=0.5)
+    assert iterate_slowly((pack for pack in packs if not pack.damages), 1.0) == 3

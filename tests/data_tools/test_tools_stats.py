@@ -1,0 +1,107 @@
+"""`stats`: numbers from indexes and plans, samples to look at, in one file that needs nothing else."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from toy_jsonl import write_world
+
+from data_tools.charts import histogram, stacked_bar
+from data_tools.cli import main
+from data_tools.planning import load_recipe_tokenizer
+from data_tools.statistics import collect_statistics
+from megatron_vita.config import load_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Twelve samples, the second dataset the same with half the ratio, a plan of the first."""
+    path = write_world(tmp_path)
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    arguments = ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+    assert main([*arguments, "--samples-per-shard", "5"]) == 0
+    recipe = tmp_path / "recipe.yaml"
+    second = f"{{name: again, shards: '{tmp_path}/toy/*.tar', ratio: 0.5, cap: 4}}"
+    recipe.write_text(recipe.read_text().replace("/*.tar'}]", f"/*.tar'}}, {second}]"))
+    assert main(["index", str(recipe)]) == 0
+    return recipe
+
+
+def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
+    loaded = load_recipe(recipe, [])
+    first, again = collect_statistics(loaded, load_recipe_tokenizer(loaded)).datasets
+    assert (first.samples, first.taken, again.samples, again.taken) == (12, 12, 12, 4)
+    assert first.images.tolist() == [1] * 12
+    assert first.tiles.tolist() == [4 + 1, 2 + 1] * 6
+    tokenizer = load_recipe_tokenizer(loaded)
+    answers = [f"It is number {i}, no doubt about it.<|im_end|>\n" for i in range(12)]
+    assert first.rows.tolist() == [len(tokenizer.encode(answer.replace("<|im_end|>", ""))) + 1 for answer in answers]
+    assert again.epoch_tokens == pytest.approx(first.tokens.mean() * 4)
+
+
+def test_the_plan_s_numbers_are_the_plan_s(recipe: Path) -> None:
+    assert main(["plan", str(recipe)]) == 0
+    loaded = load_recipe(recipe, [])
+    found = collect_statistics(loaded, load_recipe_tokenizer(loaded))
+    (plan,) = found.plans
+    assert sum(plan.documents) == 16
+    assert plan.tokens == sum(plan.shares.values()) == pytest.approx(256 * plan.fill.sum())
+    assert set(plan.shares) == {"toy", "again"}
+
+
+def test_the_page_needs_nothing_else_and_shows_samples(recipe: Path, capsys) -> None:
+    assert main(["plan", str(recipe)]) == 0
+    out = recipe.parent / "pages/stats.html"
+    assert main(["stats", str(recipe), "--out", str(out), "--samples", "2"]) == 0
+    assert "2 datasets, 1 plans" in capsys.readouterr().out
+    page = out.read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count("data:image/jpeg;base64,") == 4
+    assert "It is number 3, no doubt about it." in page
+    assert "Plan: train" in page
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(svg)
+
+
+def test_a_sample_that_cannot_be_read_says_why(recipe: Path) -> None:
+    for shard in (recipe.parent / "toy").glob("*.tar"):
+        shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x89PMG"))
+    out = recipe.parent / "stats.html"
+    assert main(["stats", str(recipe), "--out", str(out), "--samples", "1"]) == 0
+    assert "cannot read this image" in out.read_text()
+
+
+def test_what_samples_say_is_not_taken_for_html(tmp_path: Path) -> None:
+    path = write_world(tmp_path, count=1)
+    path.write_text(path.read_text().replace("Which number", "<script>alert(1)<\\/script> Which"))
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "310"]) == 0
+    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert main(["index", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "stats.html")]) == 0
+    page = (tmp_path / "stats.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_without_an_index_stats_says_what_to_run(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path)
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "x.html")]) == 1
+    assert "python -m data_tools index" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[0], [1], [0, 0, 5], list(range(1000)), [1, 1_000_000], [4096] * 3, [0.2, 0.9]])
+def test_each_value_is_counted_once_in_a_histogram(values: list[float], log: bool) -> None:
+    svg = histogram(np.array(values), unit="things", log=log)
+    assert sum(int(count.replace(",", "")) for count in re.findall(r"things: ([\d,]+)", svg)) == len(values)
+    edges = [mark.text for mark in ElementTree.fromstring(svg).iter("text")]
+    assert 2 <= len(edges) <= 10
+
+
+def test_charts_of_nothing_are_drawn() -> None:
+    assert "none" in histogram(np.zeros(0), unit="things")
+    assert "0.0%" in stacked_bar({"a": 0.0}, ["red"])

@@ -1,0 +1,124 @@
+"""`validate`: what cannot be decoded is listed and left out from then on; nothing is deleted."""
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from toy_jsonl import write_world
+
+from data_tools.cli import main
+from megatron_vita.data.index import index_path, read_index
+from megatron_vita.data.quarantine import read_quarantine
+from megatron_vita.data.shards import MediaFile, SampleWriter
+
+
+def film(seconds: int = 3) -> bytes:
+    """Noise at 10 frames a second."""
+    buffer, noise = io.BytesIO(), np.random.default_rng(0)
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10 * seconds):
+            frame = av.VideoFrame.from_ndarray(noise.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def cut_jpeg() -> bytes:
+    """A JPEG whose header is whole, so that the index takes it."""
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 80).save(buffer, "JPEG")
+    return buffer.getvalue()[:8000]
+
+
+def write(path: Path, media: dict[str, dict[str, list[MediaFile]]]) -> None:
+    with SampleWriter(path) as writer:
+        for key, files in media.items():
+            content = "<image>" * len(files.get("image", [])) + "<video>" * len(files.get("video", [])) + "Hm?"
+            talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
+            writer.write(key, record={"messages": talk}, media=files)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """Of five samples, one has an image that is cut short, one a video of which nothing can be decoded."""
+    path = write_world(tmp_path)
+    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    (tmp_path / "toy").mkdir()
+    good = (tmp_path / "media/0.png").read_bytes()
+    whole = film()
+    start, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    write(
+        tmp_path / "toy/toy-000000.tar",
+        {
+            "a": {"image": [MediaFile(".png", good)], "video": [MediaFile(".mp4", whole)]},
+            "b": {"image": [MediaFile(".png", good), MediaFile(".jpg", cut_jpeg())]},
+            "c": {},
+            "d": {"video": [MediaFile(".mp4", whole[:start] + b"\xff" * (end - start) + whole[end:])]},
+            "e": {"image": [MediaFile(".png", good)]},
+        },
+    )
+    return tmp_path / "toy/toy-000000.tar"
+
+
+def test_what_cannot_be_decoded_is_listed_and_left_out(shard: Path, capsys) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    before = shard.read_bytes()
+    assert main(["index", recipe]) == 0
+    assert len(read_index(index_path(shard))) == 5
+    assert main(["validate", recipe, "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert f"{shard} b.image1.jpg: cannot read this image" in out
+    assert "5 samples in 1 shards; 2 bad" in out
+    assert [(entry.by, entry.key) for entry in read_quarantine(shard).entries] == [("validate", "b"), ("validate", "d")]
+    assert shard.read_bytes() == before
+    assert main(["index", recipe]) == 0
+    assert "1 indexes written, 0 were current; 2 samples left out" in capsys.readouterr().out
+    assert read_index(index_path(shard)).keys() == ["a", "c", "e"]
+
+
+def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path, capsys) -> None:
+    path = shard.with_name("toy-000000.quarantine.json")
+
+    def moment(target: str, *options: str) -> int:
+        assert main(["validate", target, "--workers", "0", *options]) == 1
+        return path.stat().st_mtime_ns
+
+    first = moment(str(shard))
+    assert moment(str(shard)) == first
+    time.sleep(0.05)  # clocks of files tick slowly
+    os.utime(shard)
+    second = moment(str(shard))
+    assert second > first
+    recipe = shard.parents[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("max_tiles: 4", "max_tiles: 4, max_fps: 5.0"))
+    assert moment(str(recipe)) > second
+    assert json.loads(path.read_text())["validated"] == {"max_fps": 5.0, "max_frames": 128, "samples": 5}
+
+
+def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path)
+    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert main(["validate", str(tmp_path / "toy/toy-000000.tar")]) == 0
+    assert "12 samples in 1 shards; 0 bad" in capsys.readouterr().out
+
+
+def test_a_damaged_tar_is_bad_from_the_damage_on(shard: Path, capsys) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
+    assert main(["validate", str(shard), "--workers", "1"]) == 1
+    assert f"{shard}: not a readable .tar shard" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["toy.jsonl", "none.tar", "toy"])
+def test_other_targets_are_refused(tmp_path: Path, capsys, target: str) -> None:
+    write_world(tmp_path)
+    (tmp_path / "toy").mkdir()
+    assert main(["validate", str(tmp_path / target)]) == 1
+    assert "one recipe (.yaml) or shards (.tar) are needed" in capsys.readouterr().err
