@@ -18,6 +18,7 @@ from megatron_vita.data.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planner import Continuation, Rejected, make_plan
 from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
 from megatron_vita.data.split import Split, find_shards, plan_path
+from megatron_vita.data.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -72,7 +73,8 @@ def find_all_shards(recipe: Recipe) -> list[Path]:
     datasets = [*recipe.data.train, *recipe.data.validation]
     if not datasets:
         raise ConfigError("data.train is empty: name at least one dataset")
-    return list(dict.fromkeys(path for dataset in datasets for path in find_shards(dataset)))
+    shards = dict.fromkeys(path for dataset in datasets for path in find_shards(dataset))
+    return [refuse_remote(shard, "indexing and checking") for shard in shards]
 
 
 def _index_shard(task: IndexTask, steps: Steps) -> None:

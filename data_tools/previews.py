@@ -5,7 +5,6 @@ import io
 import re
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ from PIL import Image
 from data_tools.statistics import DatasetStatistics
 from megatron_vita.data.index import SampleRow, index_path, read_index
 from megatron_vita.data.records import is_raw_text, parse_record
-from megatron_vita.data.shards import ShardReader
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.storage import Location
 from megatron_vita.errors import VitaError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times
@@ -40,7 +40,7 @@ def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
     reader.close()
 
 
-def _card(shard: Path, row: SampleRow, size: int, reader: ShardReader, dataset: DatasetStatistics) -> str:
+def _card(shard: Location, row: SampleRow, size: int, reader: ShardReader, dataset: DatasetStatistics) -> str:
     def read(member: str) -> bytes:
         return reader.read(shard, member=row.members[member], shard_size=size)
 

@@ -14,6 +14,7 @@ from megatron_vita.data.lengths import document_lengths
 from megatron_vita.data.plan import PackPlan, read_plan
 from megatron_vita.data.quarantine import read_quarantine
 from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_path
+from megatron_vita.data.storage import Location
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -111,8 +112,9 @@ def _counts(index: SampleIndex, name: str) -> np.ndarray:
     return index.ragged(name)[1].astype(np.int64)
 
 
-def _left_out(shard: Path) -> int:
-    return len(read_quarantine(shard).entries) if shard.exists() else 0
+def _left_out(shard: Location) -> int:
+    """Samples that are in quarantine, which lies beside local shards only."""
+    return len(read_quarantine(shard).entries) if isinstance(shard, Path) and shard.exists() else 0
 
 
 def _of_plan(plan: PackPlan, split: str, seq_length: int) -> PlanStatistics:

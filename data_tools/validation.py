@@ -15,7 +15,8 @@ from megatron_vita.data.foreign import MemberRule, read_rule
 from megatron_vita.data.index_build import check_members, parse_sample, printable, scan_whole
 from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine, write_quarantine
 from megatron_vita.data.records import check_record
-from megatron_vita.data.shards import ScannedSample, ShardReader
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import ScannedSample
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video

@@ -8,7 +8,8 @@ from typing import Any
 
 from data_tools.formats.base import Candidate, Setting, find_files, refuse, write_medium
 from megatron_vita.data.foreign import TAGS, MemberRule, read_rule, record_of_members
-from megatron_vita.data.shards import ScannedSample, ShardReader, scan_shard
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import ScannedSample, scan_shard
 
 
 def list_sources(paths: list[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ class DatasetConfig:
     """One source of samples."""
 
     name: str = described(doc="Name under which its loss is reported.")
-    shards: str = described(doc="Glob of its .tar shards; each has its index beside it.")
+    shards: str = described(doc="Glob of its .tar shards, local or remote (s3://...); each has its index beside it.")
     ratio: float = described(1.0, "Share of its samples that an epoch takes; above 1 it goes through them again.")
     cap: int = described(0, "Most samples that an epoch takes of it; 0: no limit.")
     max_tiles: int = described(0, "Replaces media.max_tiles for it; 0 does not.")
@@ -58,6 +58,8 @@ class DataConfig:
     sample_seconds: float = described(
         300.0, "A sample whose reading or decoding makes no progress for so long is masked; needs loader processes."
     )
+    cache: str = described("", "Local folder for copies of remote shards; empty: their parts are read as needed.")
+    cache_gib: float = described(100.0, "Room for those copies, for all processes of a machine.")
     max_damaged: float = described(
         0.01, "Share of unreadable samples among those read (1,000 at least) above which a run stops."
     )
@@ -68,6 +70,7 @@ class DataConfig:
         for name, known in (("overlong", OVERLONG), ("packing_scope", SCOPES)):
             value = getattr(self, name)
             require(value in known, f"data.{name} is {value!r}; known: {', '.join(known)}")
+        require(self.cache_gib > 0, f"data.cache_gib is {self.cache_gib}: it must be positive")
         require(self.sample_seconds > 0, f"data.sample_seconds is {self.sample_seconds}: it must be positive")
         require(0 <= self.max_damaged <= 1, f"data.max_damaged is {self.max_damaged}: it must be a share, 0 to 1")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: it must not be negative")

@@ -4,8 +4,11 @@
 images are tiled or frames sampled, only on the tokenizer and the template, whose fingerprints it carries.
 """
 
+import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from upath import UPath
 
 from megatron_vita.data.records import Kind
 from megatron_vita.data.shards import Member
+from megatron_vita.data.storage import Location, read_file
 from megatron_vita.errors import DataError
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.template import template_fingerprint
@@ -106,7 +111,7 @@ class SampleIndex:
         return self._table["key"].to_pylist()
 
 
-def index_path(shard: Path) -> Path:
+def index_path[Place: (Path, UPath, Path | UPath)](shard: Place) -> Place:
     """Where the index of a shard lies."""
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.parquet")
 
@@ -124,30 +129,37 @@ def write_index(index: SampleIndex, path: Path) -> None:
     os.replace(partial, path)
 
 
-def read_header(path: Path, text: dict[str, str] | None = None) -> IndexHeader:
+def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHeader:
     """Reads an index's footer. DataError if there is none, or it was made with another tokenizer or template.
 
     `text` is what `text_stamp` gives for the tokenizer and template in use; None checks neither.
     """
+    with _opened(path) as file:
+        return _header(file.schema_arrow, path, text)
+
+
+def read_index(path: Location, text: dict[str, str] | None = None) -> SampleIndex:
+    """Reads an index, never the shard. Raises as `read_header` does."""
+    with _opened(path) as file:
+        header = _header(file.schema_arrow, path, text)
+        return SampleIndex(file.read(use_threads=False), header=header)
+
+
+@contextmanager
+def _opened(path: Location) -> Iterator[pq.ParquetFile]:
+    """An index's file; what goes wrong inside the block is a DataError that names it."""
     try:
-        with pq.ParquetFile(path, memory_map=False) as file:
-            return _header(file.schema_arrow, path, text)
+        with pq.ParquetFile(path if isinstance(path, Path) else io.BytesIO(read_file(path)), memory_map=False) as file:
+            yield file
     except FileNotFoundError:
         raise DataError(f"{path}: the shard has no index; make it: python -m data_tools index RECIPE") from None
     except pa.ArrowException as error:
         raise DataError(f"{path}: not an index: {error}; make it again with data_tools index") from error
+    except OSError as error:
+        raise DataError(f"{path}: the index cannot be read: {error}; make it again with data_tools index") from error
 
 
-def read_index(path: Path, text: dict[str, str] | None = None) -> SampleIndex:
-    """Reads an index, never the shard. Raises as `read_header` does."""
-    header = read_header(path, text)
-    try:
-        return SampleIndex(pq.read_table(path, use_threads=False, memory_map=False), header=header)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: the index is damaged: {error}; make it again with data_tools index") from error
-
-
-def _header(schema: pa.Schema, path: Path, text: dict[str, str] | None) -> IndexHeader:
+def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> IndexHeader:
     try:
         header = IndexHeader(**json.loads((schema.metadata or {})[b"index"]))
     except (KeyError, TypeError, ValueError) as error:

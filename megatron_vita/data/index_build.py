@@ -13,7 +13,8 @@ from megatron_vita.data.foreign import MemberRule, read_rule, record_of_members
 from megatron_vita.data.index import SCHEMA, IndexHeader, SampleIndex, text_stamp
 from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine
 from megatron_vita.data.records import encode_record, is_raw_text, parse_record, pieces_of
-from megatron_vita.data.shards import ScannedSample, ShardReader, scan_shard
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import ScannedSample, scan_shard
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video

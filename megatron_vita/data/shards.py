@@ -8,14 +8,13 @@ import json
 import os
 import re
 import tarfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from webdataset import TarWriter
 
-from megatron_vita.errors import DataError, ShardError
+from megatron_vita.errors import DataError
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 META_NAME = re.compile(r"__[^/]*__($|/)")
@@ -135,49 +134,3 @@ def _fault_of_member(info: tarfile.TarInfo, members: dict[str, Member]) -> str:
     if not info.isreg() or info.sparse is not None:
         return f"{info.name!a:.200} is a link, a device or sparse: a plain file is needed"
     return f"two members are called {info.name!a:.200}" if info.name in members else ""
-
-
-class ShardReader:
-    """Reads members of shards by offset, keeping the shards of the latest reads open."""
-
-    def __init__(self, *, max_open: int = 64) -> None:
-        self._max_open = max_open
-        self._files: OrderedDict[Path, int] = OrderedDict()
-
-    def read(self, path: Path, *, member: Member, shard_size: int) -> bytes:
-        """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes of its index."""
-        descriptor = self._open(path, shard_size)
-        data = os.pread(descriptor, member.size, member.offset)
-        if len(data) != member.size:
-            raise DataError(f"{path}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
-        return data
-
-    def _open(self, path: Path, shard_size: int) -> int:
-        if path in self._files:
-            self._files.move_to_end(path)
-            return self._files[path]
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from error
-        if (size := os.fstat(descriptor).st_size) != shard_size:
-            os.close(descriptor)
-            raise ShardError(
-                f"{path}: the shard has {size} bytes, its index was made of one with {shard_size}: "
-                "make the index again with data_tools index"
-            )
-        self._files[path] = descriptor
-        if len(self._files) > self._max_open:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
-
-    def close(self) -> None:
-        """Closes every open shard."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_max_open": self._max_open, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        self.close()

@@ -1,7 +1,6 @@
 """A recipe's training or validation data: its shards and indexes, its plan, its stream."""
 
 import dataclasses
-import glob
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from megatron_vita.config import DatasetConfig, Recipe
 from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index import IndexHeader, index_path, read_header, text_stamp
 from megatron_vita.data.plan import FORMAT_VERSION, read_plan
+from megatron_vita.data.storage import Location, find_files
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Source:
     """A dataset's shards, in the order of their names, with the headers of their indexes."""
 
     config: DatasetConfig
-    shards: list[Path]
+    shards: list[Location]
     headers: list[IndexHeader]
 
     @property
@@ -103,9 +103,9 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
     return sources
 
 
-def find_shards(dataset: DatasetConfig) -> list[Path]:
+def find_shards(dataset: DatasetConfig) -> list[Location]:
     """A dataset's shards, sorted by name. ConfigError if its glob finds none or finds two of one name."""
-    paths = sorted((Path(path) for path in glob.glob(dataset.shards, recursive=True)), key=lambda path: path.name)
+    paths = sorted(find_files(dataset.shards), key=lambda path: path.name)
     if not paths:
         raise ConfigError(
             f"dataset {dataset.name}: {dataset.shards} finds no shards; make them: python -m data_tools shard"

@@ -18,7 +18,8 @@ from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_in
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.plan import DocumentEntry, PackPlan
 from megatron_vita.data.records import parse_record
-from megatron_vita.data.shards import ShardReader
+from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.storage import Location, ShardCache
 from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
 
@@ -56,7 +57,7 @@ class PackStream(Dataset):
         self,
         plan: PackPlan,
         *,
-        shards: Sequence[Sequence[Path]],
+        shards: Sequence[Sequence[Location]],
         data: DataConfig,
         forms: Sequence[DocumentFormat],
         tile_share: tuple[int, int] | None,
@@ -181,7 +182,7 @@ class PackStream(Dataset):
         entry = pack.entries[i]
         data = self._read(entry, pack.rows[i], medium.member)
         name = f"{self._shard(entry)} {medium.member}"
-        out[:] = decode_tiles(medium, data, name=name, tiles=part, form=self.forms[entry.dataset])
+        decode_tiles(medium, data, name=name, tiles=part, form=self.forms[entry.dataset], out=out)
 
     def _read(self, entry: DocumentEntry, row: SampleRow, member: str) -> bytes:
         shard = self._shard(entry)
@@ -193,14 +194,16 @@ class PackStream(Dataset):
         except OSError as error:
             raise DataError(f"{shard} sample {row.key}: cannot read {member}: {error.strerror}") from error
 
-    def _shard(self, entry: DocumentEntry) -> Path:
+    def _shard(self, entry: DocumentEntry) -> Location:
         return self._shards[entry.dataset][entry.shard]
 
     def _open_caches(self) -> None:
-        self._reader = ShardReader()
+        data = self._data
+        cache = ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
+        self._reader = ShardReader(cache=cache)
         self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
 
-    def _read_index(self, shard: Path) -> SampleIndex:
+    def _read_index(self, shard: Location) -> SampleIndex:
         return read_index(index_path(shard), self._text)
 
     def __getstate__(self) -> dict[str, Any]:

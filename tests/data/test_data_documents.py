@@ -12,7 +12,7 @@ from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index_build import build_index
 from megatron_vita.data.lengths import Lengths, document_lengths
 from megatron_vita.data.records import parse_record
-from megatron_vita.data.shards import ShardReader
+from megatron_vita.data.shard_reader import ShardReader
 from megatron_vita.errors import DataError
 
 

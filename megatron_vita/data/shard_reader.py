@@ -1,0 +1,84 @@
+"""Reads members of shards by offset: local ones, remote ones, and local copies of remote ones."""
+
+import os
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.data.shards import Member
+from megatron_vita.data.storage import Location, ShardCache, check_size, file_size, read_range
+from megatron_vita.errors import DataError, ShardError
+
+
+class ShardReader:
+    """Keeps the local shards of the latest reads open. With a `cache`, remote shards are read from whole copies."""
+
+    def __init__(self, *, cache: ShardCache | None = None, max_open: int = 64) -> None:
+        self._cache, self._max_open = cache, max_open
+        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._check_remote = lru_cache(maxsize=4096)(_check_remote)
+
+    def read(self, shard: Location, *, member: Member, shard_size: int) -> bytes:
+        """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes of its index;
+        DataError if they cannot be read.
+        """
+        if not isinstance(shard, Path):
+            if self._cache is None:
+                return self._read_remote(shard, member, shard_size)
+            return self._read_local(self._cache.fetch(shard, size=shard_size), member, shard_size)
+        return self._read_local(shard, member, shard_size)
+
+    def _read_remote(self, shard: Location, member: Member, shard_size: int) -> bytes:
+        assert not isinstance(shard, Path)
+        try:
+            self._check_remote(shard, shard_size)
+            return read_range(shard, member.offset, member.offset + member.size) if member.size else b""
+        except FileNotFoundError as error:
+            raise ShardError(f"{shard}: cannot open the shard: it is not there") from error
+        except OSError as error:
+            raise DataError(f"{shard}: cannot read {member.name}: {error}") from error
+
+    def _read_local(self, path: Path, member: Member, shard_size: int) -> bytes:
+        descriptor = self._open(path, shard_size)
+        data = os.pread(descriptor, member.size, member.offset)
+        if len(data) != member.size:
+            raise DataError(f"{path}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
+        return data
+
+    def _open(self, path: Path, shard_size: int) -> int:
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from error
+        try:
+            check_size(path, os.fstat(descriptor).st_size, shard_size)
+        except ShardError:
+            os.close(descriptor)
+            raise
+        self._files[path] = descriptor
+        if len(self._files) > self._max_open:
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+    def close(self) -> None:
+        """Closes every open shard."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._cache, self._max_open)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _rebuild(cache: ShardCache | None, max_open: int) -> ShardReader:
+    return ShardReader(cache=cache, max_open=max_open)
+
+
+def _check_remote(shard: Location, planned: int) -> None:
+    check_size(shard, file_size(shard), planned)

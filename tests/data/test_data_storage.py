@@ -1,0 +1,161 @@
+"""Object stores: the same batches as from a disk, by range reads or through a cache of bounded size, with faults."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import fsspec
+import pytest
+from s3_server import FaultyStore
+from toy_data import assert_same, changed, train_stream
+
+from megatron_vita.data import open_split, read_packs, storage
+from megatron_vita.data.plan import write_plan
+from megatron_vita.data.planner import make_plan
+from megatron_vita.data.split import plan_path
+from megatron_vita.data.storage import ShardCache, find_files
+from megatron_vita.data.stream import PackStream
+from megatron_vita.data.worker import PackTask
+from megatron_vita.errors import ConfigError, DataError, ShardError
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory):
+    server = FaultyStore()
+    settings = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
+            patch.setenv(name, value)
+        patch.setattr(storage, "FIRST_PAUSE", 0.01)
+        yield server
+    server.close()
+
+
+@pytest.fixture
+def remote(store: FaultyStore, world, tmp_path: Path):
+    """The toy world's shards and indexes in a bucket of their own; gives its recipe and the bucket's name."""
+    store.faults = 0
+    bucket = f"mix-{tmp_path.name.replace('_', '-').lower()}"[:60].rstrip("-")
+    files = fsspec.filesystem("s3")
+    files.mkdir(bucket)
+    for path in (*world.root.glob("*.tar"), *world.root.glob("*.parquet")):
+        files.put_file(str(path), f"{bucket}/deep/{path.name}")
+    datasets = [{"name": name, "shards": f"s3://{bucket}/deep/{name}-*.tar"} for name in ("shapes", "more")]
+    recipe = changed(world.recipe, data={"train": datasets, "validation": [], "plan": str(tmp_path / "plan")})
+    plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    write_plan(plan, plan_path(recipe, "train"))
+    return recipe, bucket
+
+
+def stream_of(recipe, world, **data) -> PackStream:
+    return open_split(changed(recipe, data=data), split="train", tokenizer=world.tokenizer, tile_share=(0, 1))
+
+
+def test_a_plan_of_remote_shards_is_that_of_local_ones(remote, world) -> None:
+    recipe, _ = remote
+    assert plan_path(recipe, "train").read_bytes() == plan_path(world.recipe, "train").read_bytes()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("faults", [0.0, 0.2])
+def test_batches_are_those_of_a_disk_whatever_fails(
+    store: FaultyStore, remote, world, tmp_path: Path, cached: bool, num_workers: int, faults: float
+) -> None:
+    recipe, _ = remote
+    stream = stream_of(recipe, world, cache=str(tmp_path / "cache") if cached else "")
+    store.faults, store.reads, store.failed = faults, 0, 0
+    local = train_stream(world)
+    tasks = [PackTask(pack) for pack in range(len(stream))]
+    for pack in read_packs(stream, tasks, num_workers=num_workers):
+        assert not pack.damages
+        assert_same(pack.batch, local[pack.batch.pack_id])
+    assert store.reads > 0
+    assert (store.failed > 0) == (faults > 0)
+
+
+def test_a_cached_shard_is_read_once(store: FaultyStore, remote, world, tmp_path: Path) -> None:
+    recipe, _ = remote
+    stream = stream_of(recipe, world, cache=str(tmp_path / "cache"))
+    for pack in range(len(stream)):
+        stream[pack]
+    store.reads = 0
+    again = stream_of(recipe, world, cache=str(tmp_path / "cache"))
+    for pack in range(len(again)):
+        again[pack]
+    assert store.reads == 2 * 4  # the header and an index of each of four shards, no shard
+
+
+def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(remote, world, tmp_path: Path) -> None:
+    _, bucket = remote
+    shards = sorted(find_files(f"s3://{bucket}/deep/*.tar"), key=lambda shard: shard.name)
+    sizes = [shard.stat().st_size for shard in shards]
+    limit = sum(sizes[:2]) + sizes[3] // 2
+    cache = ShardCache(tmp_path / "cache", limit=limit)
+    copies = []
+    for number in (0, 1, 0, 2, 3, 0):
+        copies.append(cache.fetch(shards[number], size=sizes[number]))
+        held = list((tmp_path / "cache").glob("*.tar"))
+        assert sum(path.stat().st_size for path in held) <= limit
+        os.utime(copies[-1], ns=(len(copies), len(copies)))  # a clock that does not stand still
+        if number == 2:
+            assert copies[0] in held
+            assert copies[1] not in held
+    assert copies[-1].read_bytes() == (world.root / shards[0].name).read_bytes()
+    with pytest.raises(ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"):
+        ShardCache(tmp_path / "small", limit=10).fetch(shards[0], size=sizes[0])
+
+
+def fetch_all(cache: ShardCache, shards: list, sizes: list[int]) -> None:
+    for _ in range(3):
+        for shard, size in zip(shards, sizes, strict=True):
+            assert cache.fetch(shard, size=size).name.endswith(shard.name)
+
+
+def test_processes_share_a_cache(remote, tmp_path: Path) -> None:
+    _, bucket = remote
+    shards = find_files(f"s3://{bucket}/deep/*.tar")
+    sizes = [shard.stat().st_size for shard in shards]
+    cache = ShardCache(tmp_path / "cache", limit=sum(sizes))
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=fetch_all, args=(cache, shards, sizes)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 4
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_store_that_fails_for_good_costs_the_sample_and_says_why(
+    store: FaultyStore, remote, world, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    recipe, bucket = remote
+    stream = stream_of(recipe, world)
+    stream[0]
+    store.faults = 1.0
+    pack = stream.read(0)
+    assert len(pack.damages) == len(pack.batch.sample_keys)
+    assert f"s3://{bucket}/deep/" in pack.damages[0].reason
+    assert "(2 attempts)" in pack.damages[0].reason
+
+
+def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
+    recipe, bucket = remote
+    stream = stream_of(recipe, world)
+    files = fsspec.filesystem("s3")
+    files.pipe_file(f"{bucket}/deep/more-000000.tar", b"another")
+    files.invalidate_cache()
+    with pytest.raises(ShardError, match=r"more-000000.tar: the shard has 7 bytes, its index was made of one with \d+"):
+        [stream[pack] for pack in range(len(stream))]
+    again = stream_of(recipe, world)
+    files.rm(f"{bucket}/deep/more-000000.tar")
+    with pytest.raises(DataError, match=r"more-000000.tar: cannot open the shard: it is not there"):
+        [again[pack] for pack in range(len(again))]
+
+
+def test_a_scheme_without_a_library_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nosuch://bucket/\*.tar: cannot be listed"):
+        find_files("nosuch://bucket/*.tar")
