@@ -16,11 +16,12 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import Failure, PackTask, Progress, SentPack, receive_tiles, work
+from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, receive_tiles, work
 from megatron_vita.errors import VitaError
 
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
 STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
+STARTING_SECONDS = 120
 BARREN_DEATHS = 3  # of processes that have read nothing yet: the machine cannot run them
 
 
@@ -80,6 +81,7 @@ class _Reader:
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
+        self.ready = False
         self.heard = time.monotonic()
 
     def give(self, job: _Job) -> None:
@@ -118,38 +120,44 @@ class _Pool:
         """Waits until a reader says something or has been silent for too long, and sees to it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
-        last = min(reader.heard for reader in busy.values()) + self._limit
-        ready = wait(list(busy), timeout=max(last - time.monotonic(), 0))
+        first = min(map(self._deadline, busy.values()))
+        ready = wait(list(busy), timeout=max(first - time.monotonic(), 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
             self._listen(busy[pipe])
         if not ready:
             for reader in busy.values():
-                if time.monotonic() - reader.heard > self._limit:
+                if time.monotonic() > self._deadline(reader):
                     self._give_up(reader)
+
+    def _deadline(self, reader: _Reader) -> float:
+        """When a reader must have been heard of."""
+        return reader.heard + (self._limit if reader.ready else max(self._limit, STARTING_SECONDS))
 
     def _listen(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
         reader.heard = time.monotonic()
         try:
-            message = reader.pipe.recv()
+            message = hear(reader.pipe)
             if isinstance(message, SentPack):
                 tiles = receive_tiles(reader.pipe, message.shape)
                 message.batch.tiles = tiles
                 job.result, reader.job = ReadPack(message.batch, message.damages), None
+            elif isinstance(message, Ready):
+                reader.ready = True
             elif isinstance(message, Progress):
                 job.document, self._barren = message.document, 0
             else:
                 job.result, reader.job = message, None
-        except (EOFError, ConnectionResetError, OSError, RuntimeError):
+        except (EOFError, OSError, RuntimeError):
             self._bury(reader)
 
     def _give_up(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
         if job.document is None:
-            self._barren += 1
+            self._note_barren(f"were silent for {self._limit:g} seconds")
         else:
             self._skip(job, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
@@ -160,14 +168,17 @@ class _Pool:
         reader.process.join(timeout=10)
         code = reader.process.exitcode
         if job.document is None:
-            self._barren += 1
+            self._note_barren(f"ended (exit code {code})")
         else:
             job.strikes[job.document] += 1
             if job.strikes[job.document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
                 self._skip(job, f"{job.strikes[job.document]} processes ended while they read it (exit code {code})")
         self._replace(reader)
+
+    def _note_barren(self, what: str) -> None:
+        self._barren += 1
         if self._barren >= BARREN_DEATHS:
-            raise VitaError(f"{self._barren} loader processes ended before they read anything (exit code {code})")
+            raise VitaError(f"{self._barren} loader processes {what} before they read anything")
 
     def _skip(self, job: _Job, reason: str) -> None:
         document = job.document

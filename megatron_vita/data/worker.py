@@ -6,6 +6,7 @@ dies when.
 
 import mmap
 import os
+import pickle
 import signal
 import traceback
 from dataclasses import replace
@@ -29,6 +30,10 @@ class PackTask(NamedTuple):
     skip: frozenset[int] = frozenset()
 
 
+class Ready(NamedTuple):
+    """The process has started."""
+
+
 class Progress(NamedTuple):
     """The document that is being read from now on."""
 
@@ -50,11 +55,25 @@ class SentPack(NamedTuple):
     shape: tuple[int, ...]
 
 
+Message = Ready | Progress | Failure | SentPack
+
+
+def tell(pipe: Connection, message: Message) -> None:
+    """Sends a message by value: torch's own way through a pipe needs room in /dev/shm and a living sender."""
+    pipe.send_bytes(pickle.dumps(message, protocol=5))
+
+
+def hear(pipe: Connection) -> Message:
+    """Receives a message."""
+    return pickle.loads(pipe.recv_bytes())
+
+
 def work(pipe: Connection, stream: PackStream) -> None:
     """Reads packs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
+        tell(pipe, Ready())
         while True:
             _answer(pipe, stream, pipe.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -67,17 +86,17 @@ def _answer(pipe: Connection, stream: PackStream, task: PackTask) -> None:
         batch, damages = stream.read(
             task.pack_id,
             skip=task.skip,
-            progress=lambda document: pipe.send(Progress(document)),
+            progress=lambda document: tell(pipe, Progress(document)),
             allocate=memory.allocate,
         )
     except (BrokenPipeError, ConnectionResetError):
         raise
     except VitaError as error:
-        pipe.send(Failure(error.with_traceback(None), ""))
+        tell(pipe, Failure(error.with_traceback(None), ""))
     except Exception:  # a mistake of ours, shown by the parent
-        pipe.send(Failure(None, traceback.format_exc()))
+        tell(pipe, Failure(None, traceback.format_exc()))
     else:
-        pipe.send(SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape)))
+        tell(pipe, SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape)))
         send_handle(pipe, memory.descriptor, 0)  # the process is named on Windows alone
     finally:
         memory.close()

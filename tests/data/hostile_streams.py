@@ -9,7 +9,8 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break or start_dying."""
+    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break, start_dying or
+    start_hanging."""
 
     pack = document = -1
     deed = ""
@@ -22,6 +23,8 @@ class HostileStream(PackStream):
             raise RuntimeError("a mistake of ours")
         if self.deed == "start_dying":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.deed == "start_hanging":
+            time.sleep(3600)
         inner = options.pop("progress")
 
         def progress(document: int) -> None:
