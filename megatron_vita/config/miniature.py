@@ -75,7 +75,9 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         kv_channels=8,
         vocab_size=VOCABULARY,
         rotary_base=model.language.rotary_base,
+        rope_scaling=copy.deepcopy(model.language.rope_scaling),
         add_qkv_bias=model.language.add_qkv_bias,
+        qk_layernorm=model.language.qk_layernorm,
         untie_embeddings_and_output_weights=model.language.untie_embeddings_and_output_weights,
     )
     tiny.vision = VisionConfig(

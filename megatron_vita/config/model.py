@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_vita.config.fields import described, require
 from megatron_vita.config.output import OutputConfig
+from megatron_vita.config.rotary import RopeScalingConfig
 
 PROJECTORS = ("long_vita", "internvl")
 NORMS = ("LayerNorm", "RMSNorm")
@@ -68,7 +69,7 @@ class ProjectorConfig:
 
 @dataclass(kw_only=True)
 class LanguageConfig:
-    """A Qwen2- or Llama-shaped decoder (Llama: add_qkv_bias false). Defaults: Qwen2.5-14B."""
+    """A Qwen2-, Qwen3- (qk_layernorm) or Llama-shaped decoder (both: add_qkv_bias false). Defaults: Qwen2.5-14B."""
 
     num_layers: int = described(48, "Transformer layers.")
     hidden_size: int = described(5120, "Width.")
@@ -79,7 +80,9 @@ class LanguageConfig:
     vocab_size: int = described(152064, "Rows of the embedding matrix: at least the tokenizer's entries.")
     layernorm_epsilon: float = described(1e-6, "Epsilon of RMSNorm.")
     rotary_base: float = described(1e6, "Base of the rotary positions.")
-    add_qkv_bias: bool = described(True, "Biases on query, key and value: Qwen2 has them, Llama has not.")
+    rope_scaling: RopeScalingConfig = described(RopeScalingConfig, "Rotary positions beyond the trained length.")
+    add_qkv_bias: bool = described(True, "Biases on query, key and value: Qwen2 has them, Llama and Qwen3 have not.")
+    qk_layernorm: bool = described(False, "RMSNorm of each query and key head: Qwen3 has it.")
     untie_embeddings_and_output_weights: bool = described(True, "Whether the output layer has weights of its own.")
     init_method_std: float = described(0.02, "Standard deviation of first weights.")
 

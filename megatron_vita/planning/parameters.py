@@ -14,11 +14,12 @@ class LayerShape:
 
 
 def language_layer(language: LanguageConfig) -> LayerShape:
-    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the two norms included."""
+    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the norms included."""
     width, heads = language.hidden_size, language.num_attention_heads * language.kv_channels
     inner = heads + 2 * language.num_query_groups * language.kv_channels
     attention = inner * width + heads * width + (inner if language.add_qkv_bias else 0)
-    return LayerShape(split=attention + 3 * language.ffn_hidden_size * width, whole=2 * width)
+    norms = 2 * width + (2 * language.kv_channels if language.qk_layernorm else 0)
+    return LayerShape(split=attention + 3 * language.ffn_hidden_size * width, whole=norms)
 
 
 def vision_tower(vision: VisionConfig) -> LayerShape:

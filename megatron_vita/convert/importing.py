@@ -1,0 +1,187 @@
+"""From Hugging Face folders to a distributed checkpoint."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
+from megatron_vita.config import ModelConfig, ProjectorConfig, Recipe, TextConfig
+from megatron_vita.convert import companions
+from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.dist_out import Piece, write_distributed
+from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.fresh import FreshProjector, Grown, grown_vocabulary
+from megatron_vita.convert.layouts import Layout, layout_of
+from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.safetensors_in import SafetensorsSource
+from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.convert.table import Rule
+from megatron_vita.convert.tensors import TensorSource, check_finite
+from megatron_vita.convert.transfers import Transfer, plan_import
+from megatron_vita.errors import CheckpointError
+
+RECIPE = "model.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A folder of theirs."""
+
+    folder: Path
+    layout: Layout
+    model: ModelConfig  # of which the layout's parts count
+    tensors: TensorSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """All that is to be done, checked."""
+
+    model: ModelConfig
+    sources: list[Opened]
+    transfers: list[tuple[Transfer, TensorSource]]
+
+    @property
+    def comparable(self) -> Path | None:
+        """The folder of the language model, where the checkpoint's gives the same logits."""
+        source = next(source for source in self.sources if "language_model" in source.layout.parts)
+        return source.folder
+
+
+def open_folder(folder: Path) -> Opened:
+    """Reads config and headers of a folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder; one with config.json and safetensors is needed")
+    config = Config.read(folder)
+    layout = layout_of(config)
+    tensors = SafetensorsSource(folder)
+    return Opened(folder=folder, layout=layout, model=layout.read(config, tensors.infos), tensors=tensors)
+
+
+def plan(sources: list[Opened], *, projector: str) -> Import:
+    """Puts parts together; a projector that no source has is fresh. CheckpointError for parts missing or given twice."""
+    model, fresh = _combine(sources, projector)
+    parts = {part for source in sources for part in source.layout.parts} | ({"projector"} if fresh else set())
+    shapes = stored_shapes(model, parts=tuple(parts))
+    transfers: list[tuple[Transfer, TensorSource]] = []
+    for source in sources:
+        rules = [_grow(rule, source, model) for rule in source.layout.table(source.model)]
+        planned = plan_import(rules, infos=source.tensors.infos, shapes=shapes, source=source.folder)
+        transfers += [(transfer, source.tensors) for transfer in planned]
+    if fresh:
+        made = FreshProjector(model, dtype=transfers[-1][0].dtype)
+        planned = plan_import(made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector"))
+        transfers += [(transfer, made) for transfer in planned]
+    _assert_complete(transfers, shapes)
+    return Import(model=model, sources=sources, transfers=transfers)
+
+
+def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
+    """The whole model, and whether its projector is fresh."""
+    owner: dict[str, Opened] = {}
+    for source in sources:
+        for part in source.layout.parts:
+            if part in owner:
+                raise CheckpointError(f"{owner[part].folder} and {source.folder} both hold a {part}: one is needed")
+            owner[part] = source
+    if "vision_model" not in owner:
+        return owner["language_model"].model, False
+    if "language_model" not in owner:
+        raise CheckpointError(
+            f"{owner['vision_model'].folder}: holds a vision tower alone; name the folder of a language model, too"
+        )
+    fresh = "projector" not in owner
+    model = ModelConfig(
+        vision=owner["vision_model"].model.vision,
+        projector=ProjectorConfig(kind=projector) if fresh else owner["projector"].model.projector,
+        language=dataclasses.replace(owner["language_model"].model.language),
+    )
+    if fresh:
+        model.language.vocab_size = grown_vocabulary(owner["language_model"].folder, model.language.vocab_size)
+    return model, fresh
+
+
+def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
+    """The rule with rows added to the vocabulary, where the whole model has more than the source."""
+    rows = model.language.vocab_size
+    if "language_model" not in source.layout.parts or source.model.language.vocab_size == rows:
+        return rule
+    if not rule.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
+        return rule
+    return dataclasses.replace(rule, cut=Grown(rows=rows, given=source.model.language.vocab_size))
+
+
+def _assert_complete(transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]) -> None:
+    given: dict[str, int] = {}
+    for transfer, _ in transfers:
+        given[transfer.place.key] = given.get(transfer.place.key, 0) + torch.Size(transfer.shape).numel()
+    assert given == {key: torch.Size(shape).numel() for key, shape in shapes.items()}, (
+        "a table does not cover the model"
+    )
+
+
+def import_folders(folders: Sequence[Path], destination: Path, *, projector: str) -> Import:
+    """Writes the checkpoint `destination` from Hugging Face folders that hold the parts of one model.
+
+    projector: the kind of a projector that none of them has. CheckpointError, with nothing written, for what is wrong.
+    """
+    work = plan([open_folder(folder) for folder in folders], projector=projector)
+    with new_folder(destination) as folder:
+        with Progress("reading", nbytes=sum(transfer.nbytes for transfer, _ in work.transfers)) as progress:
+            write_distributed(folder, _pieces(work.transfers, progress))
+        recipe = _recipe(work, destination)
+        for source in work.sources:
+            companions.copy_companions(source.folder, folder / companions.FOLDER / source.layout.name)
+        (folder / RECIPE).write_text(_as_yaml(recipe))
+        (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
+    return work
+
+
+def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) -> list[Piece]:
+    """In the order in which they lie in their files."""
+
+    def piece(transfer: Transfer, source: TensorSource) -> Piece:
+        def read(name: str) -> Tensor:
+            tensor = source.read(name)
+            check_finite(tensor, name=name, file=source.infos[name].file)
+            return tensor
+
+        def done() -> None:
+            for name in transfer.rule.theirs:
+                source.release(name)
+            progress.advance(transfer.nbytes)
+
+        return Piece(
+            place=transfer.place,
+            whole=transfer.whole,
+            dtype=transfer.dtype,
+            make=lambda: transfer.join(read).contiguous(),
+            done=done,
+        )
+
+    return [piece(*each) for each in transfers]
+
+
+def _recipe(work: Import, destination: Path) -> Recipe:
+    """What the manifest says the model is: its shapes and its tokenizer."""
+    language = next(source for source in work.sources if "language_model" in source.layout.parts)
+    found = companions.has_tokenizer(language.folder)
+    folder = destination.absolute() / companions.FOLDER / language.layout.name
+    return Recipe(model=work.model, text=TextConfig(tokenizer=str(folder) if found else ""))
+
+
+def _manifest(recipe: Recipe) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "step": 0, "consumed_packs": 0, "recipe": dataclasses.asdict(recipe)}
+
+
+def _as_yaml(recipe: Recipe) -> str:
+    """The groups of a recipe that a stage which starts from these weights takes as its base."""
+    groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
+    return "# The shapes of these weights: name this file as a base of a stage's recipe.\n" + yaml.safe_dump(groups)
