@@ -1,17 +1,14 @@
 """Distributed checkpoints read tensor by tensor, whatever layout wrote them. No pickle of theirs runs code."""
 
+import mmap
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
-from torch import Size, Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_vita.convert.table import Place
 from megatron_vita.convert.tensors import TensorInfo
@@ -19,6 +16,9 @@ from megatron_vita.errors import CheckpointError
 
 _SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _SAFE_NAMES = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
+_METADATA = ".metadata"
+
+Box = list[tuple[int, int]]  # first and last + 1, axis by axis
 
 
 class DistSource:
@@ -28,7 +28,8 @@ class DistSource:
         """Reads what the checkpoint says of itself. CheckpointError if it cannot be read or would run code."""
         self.folder = folder
         self._reader = FileSystemReader(folder)
-        metadata = _read_metadata(folder / ".metadata")
+        self._maps: dict[Path, mmap.mmap] = {}
+        metadata = _read_metadata(folder / _METADATA)
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
         self.infos: dict[str, TensorInfo] = {}
         for key, described in metadata.state_dict_metadata.items():
@@ -36,45 +37,93 @@ class DistSource:
                 self._chunks[key] = described.chunks
                 dtype = described.properties.dtype
                 self.infos[key] = TensorInfo(file=folder, dtype=dtype, shape=tuple(described.size))
-        self._places = {(index.fqn, index.offset): info for index, info in metadata.storage_data.items()}
+        stored = cast(dict[Any, _StorageInfo], metadata.storage_data)
+        self._places = {(index.fqn, index.offset): info for index, info in stored.items()}
 
-    def read(self, place: Place) -> Tensor:
-        """A tensor, or one layer of it without the axis of layers, in memory of its own."""
-        info = self.infos[place.key]
-        low, high = (0, info.shape[0]) if place.layer is None else (place.layer, place.layer + 1)
-        shape = (high - low, *info.shape[1:])
-        parts = [chunk for chunk in self._chunks[place.key] if _overlap(chunk, low, high)[0] > 0]
-        if sum(_overlap(chunk, low, high).numel() for chunk in parts) != Size(shape).numel():
-            raise CheckpointError(f"{self.folder}: the parts of tensor {place.key} do not make up {list(shape)}")
+    def read(self, place: Place, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or one layer of it without the axis of layers; `rows`: only these of its first axis.
+
+        It may be a view of the file.
+        """
+        box: Box = [(0, size) for size in self.infos[place.key].shape]
+        if place.layer is not None:
+            box[0] = (place.layer, place.layer + 1)
+        if rows is not None:
+            box[0 if place.layer is None else 1] = rows
+        parts = [(chunk, cut) for chunk in self._chunks[place.key] if (cut := _overlap(_box_of(chunk), box))]
+        if sum(_count(cut) for _, cut in parts) != _count(box):
+            raise CheckpointError(f"{self.folder}: the parts of tensor {place.key} do not make up all of it")
         if len(parts) == 1:
-            whole = self._load(place.key, parts[0], low, high)
+            whole = self._load(place.key, *parts[0])
         else:
-            whole = torch.empty(shape, dtype=info.dtype)
-            for chunk in parts:
-                target = whole
-                for axis, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                    first = max(start, low) - low if axis == 0 else start
-                    target = target.narrow(axis, first, _overlap(chunk, low, high)[0] if axis == 0 else size)
-                target.copy_(self._load(place.key, chunk, low, high))
+            whole = torch.empty([stop - start for start, stop in box], dtype=self.infos[place.key].dtype)
+            for chunk, cut in parts:
+                _narrow(whole, cut, within=box).copy_(self._load(place.key, chunk, cut))
         return whole if place.layer is None else whole.squeeze(0)
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata, low: int, high: int) -> Tensor:
-        """The rows of a chunk that lie between `low` and `high` of the whole."""
-        place = self._places[(key, chunk.offsets)]
-        file = self.folder / place.relative_path
+    def release(self, place: Place) -> None:
+        """Gives memory that `read` took for a file's pages back to the system."""
+        for chunk in self._chunks[place.key]:
+            if place.layer is None or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]:
+                stored = self._places[(place.key, chunk.offsets)]
+                first = -(-stored.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+                if (length := stored.offset + stored.length - first) > 0:
+                    self._map(self.folder / stored.relative_path).madvise(mmap.MADV_DONTNEED, first, length)
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata, cut: Box) -> Tensor:
+        """What lies in a box of the whole, from a chunk that holds it."""
+        stored = self._places[(key, chunk.offsets)]
+        file = self.folder / stored.relative_path
         try:
-            with file.open("rb") as stream:
-                part = self._reader._slice_file(stream, place)
-                tensor = torch.load(part, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            tensor = self._view(file, stored)
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file}: tensor {key} cannot be read: {_first_line(error)}") from error
-        first = max(low - chunk.offsets[0], 0)
-        return tensor.narrow(0, first, _overlap(chunk, low, high)[0])
+        if tensor.shape != chunk.sizes:
+            raise CheckpointError(f"{file}: tensor {key} has {list(tensor.shape)} there, not {list(chunk.sizes)}")
+        return _narrow(tensor, cut, within=_box_of(chunk))
+
+    def _view(self, file: Path, stored: _StorageInfo) -> Tensor:
+        """A tensor as `torch.save` wrote it: its description is loaded, its values are where they lie in the file."""
+        with file.open("rb") as opened, torch.serialization.skip_data():
+            part = self._reader._slice_file(opened, stored)
+            described = torch.load(part, map_location="cpu", weights_only=True)
+            part.seek(0)
+            archive: Any = torch._C.PyTorchFileReader(cast(Any, part))
+            start = stored.offset + archive.get_record_offset("data/0")
+        count = described.untyped_storage().nbytes() // described.itemsize
+        if count == 0:
+            return described
+        if start + count * described.itemsize > stored.offset + stored.length:
+            raise ValueError("its values reach beyond its place")
+        values = torch.frombuffer(memoryview(self._map(file)), dtype=described.dtype, count=count, offset=start)
+        return values.as_strided(described.size(), described.stride(), described.storage_offset())
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
+        return self._maps[file]
 
 
-def _overlap(chunk: ChunkStorageMetadata, low: int, high: int) -> Size:
-    rows = min(chunk.offsets[0] + chunk.sizes[0], high) - max(chunk.offsets[0], low)
-    return Size([rows, *chunk.sizes[1:]])
+def _box_of(chunk: ChunkStorageMetadata) -> Box:
+    return [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+
+
+def _overlap(one: Box, other: Box) -> Box:
+    """What two boxes share; nothing (an empty list) if they do not meet."""
+    shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)]
+    return shared if all(start < stop for start, stop in shared) else []
+
+
+def _count(box: Box) -> int:
+    return torch.Size([stop - start for start, stop in box]).numel()
+
+
+def _narrow(tensor: Tensor, cut: Box, *, within: Box) -> Tensor:
+    """The part `cut` of a tensor that fills `within`."""
+    for axis, ((start, stop), (first, _)) in enumerate(zip(cut, within, strict=True)):
+        tensor = tensor.narrow(axis, start - first, stop - start)
+    return tensor
 
 
 def _first_line(error: BaseException) -> str:
@@ -102,7 +151,7 @@ class _SafeUnpickler(pickle.Unpickler):
 def _read_metadata(file: Path) -> Metadata:
     try:
         with file.open("rb") as stream:
-            metadata = _SafeUnpickler(stream).load()
+            metadata = _SafeUnpickler(cast(IO[bytes], stream)).load()
     except FileNotFoundError as error:
         raise CheckpointError(f"{file.parent}: is no distributed checkpoint: it has no {file.name}") from error
     except Exception as error:  # whatever damaged bytes make pickle raise

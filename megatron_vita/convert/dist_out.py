@@ -5,7 +5,6 @@ turn comes, and megatron-core reads what it writes.
 """
 
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_vita.convert.steady import SteadyFile
 from megatron_vita.convert.table import Place
 
 
@@ -43,6 +43,7 @@ class Piece:
     """A tensor of the checkpoint, whole or one layer of it, and how it is made when its turn comes."""
 
     place: Place
+    rows: tuple[int, int] | None  # of the tensor or layer, where it is only some of them
     whole: tuple[int, ...]  # shape under the key, its layers included
     dtype: torch.dtype
     make: Callable[[], Tensor]
@@ -51,12 +52,18 @@ class Piece:
     @property
     def offsets(self) -> Size:
         """Where it begins in the whole."""
-        return Size([self.place.layer or 0, *[0] * (len(self.whole) - 1)])
+        zeros = [0] * len(self.whole)
+        first = [] if self.place.layer is None else [self.place.layer]
+        own = [] if self.rows is None else [self.rows[0]]
+        return Size([*first, *own, *zeros][: len(zeros)])
 
     @property
     def sizes(self) -> Size:
         """Its own shape in the whole."""
-        return Size(self.whole if self.place.layer is None else [1, *self.whole[1:]])
+        own = list(self.whole if self.place.layer is None else self.whole[1:])
+        if self.rows is not None:
+            own[0] = self.rows[1] - self.rows[0]
+        return Size(own if self.place.layer is None else [1, *own])
 
 
 def write_distributed(folder: Path, pieces: list[Piece]) -> None:
@@ -134,7 +141,7 @@ class _OneByOne(FileSystemWriter):
         assert isinstance(planner, _Planner)
         name = f"{plan.storage_data.prefix}0.distcp"
         results = []
-        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+        with SteadyFile(Path(self.path) / name) as stream:
             for item in plan.items:
                 start = stream.tell()
                 data = planner.resolve_data(item)
@@ -146,8 +153,6 @@ class _OneByOne(FileSystemWriter):
                 length = stream.tell() - start
                 planner.written(item)
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
-            stream.flush()
-            os.fsync(stream.fileno())
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

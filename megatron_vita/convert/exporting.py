@@ -20,7 +20,7 @@ from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.safetensors_out import SafetensorsWriter
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.tensors import TensorInfo, check_finite
-from megatron_vita.convert.transfers import Transfer, plan_export
+from megatron_vita.convert.transfers import Rows, Transfer, plan_export
 from megatron_vita.errors import CheckpointError
 
 LARGEST_FILE = 5 << 30  # bytes
@@ -123,15 +123,19 @@ def _write_tensors(work: Export, folder: Path) -> None:
     writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
     with Progress("writing", nbytes=sum(transfer.nbytes for transfer in work.transfers)) as progress:
         for transfer in work.transfers:
-            ours = read_ours(work.source, transfer)
-            check_finite(ours, name=transfer.place.key, file=work.source.folder)
-            for name, tensor in transfer.split(ours).items():
-                writer.write(name, tensor)
-            progress.advance(transfer.nbytes)
+            for names, rows in transfer.portions():
+                ours = read_ours(work.source, transfer, rows)
+                check_finite(ours, name=transfer.place.key, file=work.source.folder)
+                for name, tensor in (transfer.split(ours) if rows is None else {names[0]: ours}).items():
+                    writer.write(name, tensor)
+                    progress.advance(tensor.nbytes)
+            work.source.release(transfer.place)
         writer.close()
 
 
-def read_ours(source: DistSource, transfer: Transfer) -> Tensor:
-    """A tensor of ours, without rows that pad the vocabulary."""
+def read_ours(source: DistSource, transfer: Transfer, rows: Rows = None) -> Tensor:
+    """A tensor of ours or some of its rows, without those that pad the vocabulary."""
+    if rows is not None:
+        return source.read(transfer.place, rows)
     tensor = source.read(transfer.place)
     return tensor if tensor.shape == torch.Size(transfer.shape) else tensor[: transfer.shape[0]]

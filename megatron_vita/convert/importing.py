@@ -24,7 +24,7 @@ from megatron_vita.convert.safetensors_in import SafetensorsSource
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.table import Rule
 from megatron_vita.convert.tensors import TensorSource, check_finite
-from megatron_vita.convert.transfers import Transfer, plan_import
+from megatron_vita.convert.transfers import Rows, Transfer, plan_import
 from megatron_vita.errors import CheckpointError
 
 RECIPE = "model.yaml"
@@ -66,7 +66,7 @@ def open_folder(folder: Path) -> Opened:
 
 
 def plan(sources: list[Opened], *, projector: str) -> Import:
-    """Puts parts together; a projector that no source has is fresh. CheckpointError for parts missing or given twice."""
+    """Puts parts together; a projector that no source has is fresh. CheckpointError for missing or doubled ones."""
     model, fresh = _combine(sources, projector)
     parts = {part for source in sources for part in source.layout.parts} | ({"projector"} if fresh else set())
     shapes = stored_shapes(model, parts=tuple(parts))
@@ -145,28 +145,35 @@ def import_folders(folders: Sequence[Path], destination: Path, *, projector: str
 
 
 def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) -> list[Piece]:
-    """In the order in which they lie in their files."""
+    """What is to be written: a tensor of ours, or part of one where theirs only follow one another."""
+    return [
+        _piece(transfer, source, names=names, rows=rows, progress=progress)
+        for transfer, source in transfers
+        for names, rows in transfer.portions()
+    ]
 
-    def piece(transfer: Transfer, source: TensorSource) -> Piece:
-        def read(name: str) -> Tensor:
-            tensor = source.read(name)
-            check_finite(tensor, name=name, file=source.infos[name].file)
-            return tensor
 
-        def done() -> None:
-            for name in transfer.rule.theirs:
-                source.release(name)
-            progress.advance(transfer.nbytes)
+def _piece(
+    transfer: Transfer, source: TensorSource, *, names: tuple[str, ...], rows: Rows, progress: Progress
+) -> Piece:
+    def read(name: str) -> Tensor:
+        tensor = source.read(name)
+        check_finite(tensor, name=name, file=source.infos[name].file)
+        return tensor
 
-        return Piece(
-            place=transfer.place,
-            whole=transfer.whole,
-            dtype=transfer.dtype,
-            make=lambda: transfer.join(read).contiguous(),
-            done=done,
-        )
+    def done() -> None:
+        for name in names:
+            source.release(name)
+            progress.advance(source.infos[name].nbytes)
 
-    return [piece(*each) for each in transfers]
+    return Piece(
+        place=transfer.place,
+        rows=rows,
+        whole=transfer.whole,
+        dtype=transfer.dtype,
+        make=lambda: (transfer.join(read) if rows is None else read(names[0])).contiguous(),
+        done=done,
+    )
 
 
 def _recipe(work: Import, destination: Path) -> Recipe:

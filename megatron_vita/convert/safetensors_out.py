@@ -1,14 +1,13 @@
 """Safetensors written tensor by tensor: headers are computed first, an index names the files."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor, uint8
 
 from megatron_vita.convert.safetensors_in import DTYPES, INDEX, SINGLE
+from megatron_vita.convert.steady import SteadyFile
 from megatron_vita.convert.tensors import TensorInfo
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -23,7 +22,7 @@ class SafetensorsWriter:
         self._names = _file_names(len(shards))
         self._shards = iter(zip(self._names, shards, strict=True))
         self._left: list[str] = []
-        self._file: BinaryIO | None = None
+        self._file: SteadyFile | None = None
         if len(shards) > 1:
             _write_index(folder, dict(zip(self._names, shards, strict=True)))
 
@@ -40,15 +39,13 @@ class SafetensorsWriter:
         """Makes sure of the last file."""
         assert not self._left, f"{self._left[0]} was not written"
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
 
     def _open_next(self) -> None:
         self.close()
         file, tensors = next(self._shards)
         self._left = list(tensors)
-        self._file = (self.folder / file).open("wb")
+        self._file = SteadyFile(self.folder / file)
         self._file.write(_header(tensors))
 
 

@@ -1,16 +1,17 @@
 """Which tensors of theirs make up which of ours, checked by shape and type before any of them is read."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_vita.convert.table import Place, Rule, place_of
+from megatron_vita.convert.table import Joined, Place, Rule, place_of
 from megatron_vita.convert.tensors import FLOATS, TensorInfo
 from megatron_vita.errors import CheckpointError
 
+Rows = tuple[int, int] | None
 Shapes = Mapping[str, tuple[int, ...]]
 _BUFFERS = (".rotary_emb.inv_freq", ".position_ids")  # that old files carry, and that are no weights
 
@@ -33,6 +34,18 @@ class Transfer:
     def nbytes(self) -> int:
         """Bytes of this tensor's values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def portions(self) -> Iterator[tuple[tuple[str, ...], Rows]]:
+        """Names of theirs that are moved together, and their rows of ours; None: all.
+
+        Where theirs only follow one another, each is moved alone, and nothing is copied.
+        """
+        names = self.rule.theirs
+        if not isinstance(self.rule.cut, Joined):
+            yield names, None
+            return
+        rows = self.shape[0] // len(names)
+        yield from (((name,), (i * rows, (i + 1) * rows)) for i, name in enumerate(names))
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
         """Ours from theirs."""
@@ -83,8 +96,8 @@ def _check_theirs(transfer: Transfer, infos: Mapping[str, TensorInfo]) -> None:
             )
         if found.dtype != expected.dtype:
             raise CheckpointError(
-                f"{found.file}: tensor {name} is {_short(found.dtype)}; {transfer.rule.theirs[0]}, with which it is joined, "
-                f"is {_short(expected.dtype)}"
+                f"{found.file}: tensor {name} is {_short(found.dtype)}, but {transfer.rule.theirs[0]}, "
+                f"with which it is joined, is {_short(expected.dtype)}"
             )
 
 

@@ -40,6 +40,7 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
                 if not same_bits(tensor, theirs.read(name)):
                     raise CheckpointError(f"{checkpoint}: tensor {transfer.place} does not come apart into {name}")
                 theirs.release(name)
+            source.release(transfer.place)
             progress.advance(transfer.nbytes)
 
 

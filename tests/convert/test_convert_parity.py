@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "functional")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 from launch import torchrun
 from parity_worker import run_case
 from toy_folders import IMAGE_TOKEN, LANGUAGE, ROWS, SCALED, TILE, VOCAB, WHOLE, model_of, save, save_chat, tensors_of
@@ -21,6 +21,7 @@ from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.exporting import plan, read_ours
 from megatron_vita.convert.importing import import_folders
 
+HERE = Path(__file__).parent
 LENGTH = 32
 FAMILIES = [*LANGUAGE, *WHOLE, "internvl-chat"]
 TP = {"tensor_model_parallel_size": 2}
