@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Size, Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -68,9 +69,12 @@ class Piece:
 
 def write_distributed(folder: Path, pieces: list[Piece]) -> None:
     """Writes a checkpoint that megatron-core loads at any layout, holding one piece at a time."""
-    dcp.save(
-        {}, storage_writer=_OneByOne(folder, thread_count=1, overwrite=False), planner=_Planner(pieces), no_dist=True
-    )
+    writer = _OneByOne(folder, thread_count=1, overwrite=False)
+    try:
+        dcp.save({}, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
+    except CheckpointException as error:  # torch wraps whatever was raised
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
     save_config(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
 
 

@@ -28,6 +28,9 @@ def new_folder(destination: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(destination)
         _sync(destination.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{destination}: cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
 from megatron_vita.config import ModelConfig, ProjectorConfig, Recipe, TextConfig
-from megatron_vita.convert import companions
+from megatron_vita.convert import companions, pickled_in, safetensors_in
 from megatron_vita.convert.config_file import Config
 from megatron_vita.convert.dist_out import Piece, write_distributed
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.fresh import FreshProjector, Grown, grown_vocabulary
 from megatron_vita.convert.layouts import Layout, layout_of
+from megatron_vita.convert.pickled_in import PickledSource
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.safetensors_in import SafetensorsSource
 from megatron_vita.convert.shapes import stored_shapes
@@ -61,7 +62,9 @@ def open_folder(folder: Path) -> Opened:
         raise CheckpointError(f"{folder}: is no folder; one with config.json and safetensors is needed")
     config = Config.read(folder)
     layout = layout_of(config)
-    tensors = SafetensorsSource(folder)
+    pickled = any((folder / name).exists() for name in (pickled_in.SINGLE, pickled_in.INDEX))
+    safe = any((folder / name).exists() for name in (safetensors_in.SINGLE, safetensors_in.INDEX))
+    tensors = PickledSource(folder) if pickled and not safe else SafetensorsSource(folder)
     return Opened(folder=folder, layout=layout, model=layout.read(config, tensors.infos), tensors=tensors)
 
 
