@@ -21,23 +21,25 @@ Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor bot
 
 @app.command()
 def from_hf(
-    sources: Annotated[list[Path], typer.Argument(help="Hugging Face folders: a whole model, or its parts.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Hugging Face folders or GGUF files: a whole model, or its parts.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
     projector: Annotated[
         str, typer.Option(help="Kind of a projector that no source has: long_vita or internvl.")
     ] = "long_vita",
     verify: Verify = False,
 ) -> None:
-    """Write a distributed checkpoint from Hugging Face folders."""
-    from megatron_vita.convert.importing import import_folders
+    """Write a distributed checkpoint from Hugging Face folders, or from a GGUF file."""
+    from megatron_vita.convert.importing import import_weights
 
-    work = import_folders(sources, destination, projector=projector)
+    work = import_weights(sources, destination, projector=projector)
     typer.echo(f"{destination}: {sum(transfer.nbytes for transfer, _ in work.transfers) / 1e9:.2f} GB")
     if verify:
         from megatron_vita.convert.verify import compare_logits, compare_tensors
 
         compare_tensors(work.transfers, destination)
-        typer.echo(f"all tensors are equal both ways; {compare_logits(destination, work.comparable)}")
+        typer.echo(f"all tensors are equal both ways; {compare_logits(destination, work.language.path)}")
 
 
 @app.command()

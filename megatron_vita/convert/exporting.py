@@ -84,7 +84,7 @@ def export_checkpoint(checkpoint: Path, destination: Path, *, layout: str = "", 
         if work.like is not None:
             companions.copy_companions(work.like, folder)
         elif work.recipe.text.tokenizer and "language_model" in work.layout.parts:
-            _copy_tokenizer(Path(work.recipe.text.tokenizer), folder)
+            _copy_tokenizer(work.source.folder / work.recipe.text.tokenizer, folder)
         _write_config(work, folder)
         _write_tensors(work, folder)
     return work

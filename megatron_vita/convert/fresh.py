@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_vita.config import ModelConfig
-from megatron_vita.convert.companions import has_tokenizer
 from megatron_vita.convert.table import Cut, Rule
 from megatron_vita.convert.tensors import TensorInfo
 from megatron_vita.model.projector import Projector
-from megatron_vita.text.tokenizer import load_tokenizer
 
 SEED = 0
 
@@ -53,8 +51,3 @@ class Grown(Cut):
     def split(self, whole: Tensor) -> list[Tensor]:
         """[rows, H] -> [given, H]."""
         return [whole[: self.given]]
-
-
-def grown_vocabulary(folder: Path, vocab_size: int) -> int:
-    """Rows that a language model needs when its tokenizer has the special tokens of media, too."""
-    return max(vocab_size, load_tokenizer(folder).vocab_size) if has_tokenizer(folder) else vocab_size

@@ -13,32 +13,19 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
 from megatron_vita.config import ModelConfig, ProjectorConfig, Recipe, TextConfig
-from megatron_vita.convert import companions, pickled_in, safetensors_in
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert import companions
 from megatron_vita.convert.dist_out import Piece, write_distributed
 from megatron_vita.convert.folders import new_folder
-from megatron_vita.convert.fresh import FreshProjector, Grown, grown_vocabulary
-from megatron_vita.convert.layouts import Layout, layout_of
-from megatron_vita.convert.pickled_in import PickledSource
+from megatron_vita.convert.fresh import FreshProjector, Grown
 from megatron_vita.convert.progress import Progress
-from megatron_vita.convert.safetensors_in import SafetensorsSource
 from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.convert.sources import Opened, open_source
 from megatron_vita.convert.table import Rule
 from megatron_vita.convert.tensors import TensorSource, check_finite
 from megatron_vita.convert.transfers import Rows, Transfer, plan_import
 from megatron_vita.errors import CheckpointError
 
 RECIPE = "model.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A folder of theirs."""
-
-    folder: Path
-    layout: Layout
-    model: ModelConfig  # of which the layout's parts count
-    tensors: TensorSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +37,9 @@ class Import:
     transfers: list[tuple[Transfer, TensorSource]]
 
     @property
-    def comparable(self) -> Path | None:
-        """The folder of the language model, where the checkpoint's gives the same logits."""
-        source = next(source for source in self.sources if "language_model" in source.layout.parts)
-        return source.folder
-
-
-def open_folder(folder: Path) -> Opened:
-    """Reads config and headers of a folder."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no folder; one with config.json and safetensors is needed")
-    config = Config.read(folder)
-    layout = layout_of(config)
-    pickled = any((folder / name).exists() for name in (pickled_in.SINGLE, pickled_in.INDEX))
-    safe = any((folder / name).exists() for name in (safetensors_in.SINGLE, safetensors_in.INDEX))
-    tensors = PickledSource(folder) if pickled and not safe else SafetensorsSource(folder)
-    return Opened(folder=folder, layout=layout, model=layout.read(config, tensors.infos), tensors=tensors)
+    def language(self) -> Opened:
+        """The source of the language model."""
+        return next(source for source in self.sources if "language_model" in source.layout.parts)
 
 
 def plan(sources: list[Opened], *, projector: str) -> Import:
@@ -76,7 +50,7 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
     transfers: list[tuple[Transfer, TensorSource]] = []
     for source in sources:
         rules = [_grow(rule, source, model) for rule in source.layout.table(source.model)]
-        planned = plan_import(rules, infos=source.tensors.infos, shapes=shapes, source=source.folder)
+        planned = plan_import(rules, infos=source.tensors.infos, shapes=shapes, source=source.path)
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
         made = FreshProjector(model, dtype=transfers[-1][0].dtype)
@@ -92,13 +66,13 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
     for source in sources:
         for part in source.layout.parts:
             if part in owner:
-                raise CheckpointError(f"{owner[part].folder} and {source.folder} both hold a {part}: one is needed")
+                raise CheckpointError(f"{owner[part].path} and {source.path} both hold a {part}: one is needed")
             owner[part] = source
     if "vision_model" not in owner:
         return owner["language_model"].model, False
     if "language_model" not in owner:
         raise CheckpointError(
-            f"{owner['vision_model'].folder}: holds a vision tower alone; name the folder of a language model, too"
+            f"{owner['vision_model'].path}: holds a vision tower alone; name the folder of a language model, too"
         )
     fresh = "projector" not in owner
     model = ModelConfig(
@@ -107,7 +81,8 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
         language=dataclasses.replace(owner["language_model"].model.language),
     )
     if fresh:
-        model.language.vocab_size = grown_vocabulary(owner["language_model"].folder, model.language.vocab_size)
+        needed = owner["language_model"].tokenizer_size()
+        model.language.vocab_size = max(model.language.vocab_size, needed)
     return model, fresh
 
 
@@ -130,19 +105,19 @@ def _assert_complete(transfers: list[tuple[Transfer, TensorSource]], shapes: dic
     )
 
 
-def import_folders(folders: Sequence[Path], destination: Path, *, projector: str) -> Import:
-    """Writes the checkpoint `destination` from Hugging Face folders that hold the parts of one model.
+def import_weights(paths: Sequence[Path], destination: Path, *, projector: str) -> Import:
+    """Writes the checkpoint `destination` from folders or GGUF files that hold the parts of one model.
 
     projector: the kind of a projector that none of them has. CheckpointError, with nothing written, for what is wrong.
     """
-    work = plan([open_folder(folder) for folder in folders], projector=projector)
+    work = plan([open_source(path) for path in paths], projector=projector)
     with new_folder(destination) as folder:
         with Progress("reading", nbytes=sum(transfer.nbytes for transfer, _ in work.transfers)) as progress:
             write_distributed(folder, _pieces(work.transfers, progress))
-        recipe = _recipe(work, destination)
         for source in work.sources:
-            companions.copy_companions(source.folder, folder / companions.FOLDER / source.layout.name)
-        (folder / RECIPE).write_text(_as_yaml(recipe))
+            source.write_companions(folder / companions.FOLDER / source.layout.name)
+        recipe = _recipe(work, folder)
+        (folder / RECIPE).write_text(_as_yaml(recipe, destination))
         (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
     return work
 
@@ -179,19 +154,20 @@ def _piece(
     )
 
 
-def _recipe(work: Import, destination: Path) -> Recipe:
-    """What the manifest says the model is: its shapes and its tokenizer."""
-    language = next(source for source in work.sources if "language_model" in source.layout.parts)
-    found = companions.has_tokenizer(language.folder)
-    folder = destination.absolute() / companions.FOLDER / language.layout.name
-    return Recipe(model=work.model, text=TextConfig(tokenizer=str(folder) if found else ""))
+def _recipe(work: Import, folder: Path) -> Recipe:
+    """What the manifest says the model is: its shapes, and its tokenizer's place inside the checkpoint."""
+    place = Path(companions.FOLDER) / work.language.layout.name
+    found = companions.has_tokenizer(folder / place)
+    return Recipe(model=work.model, text=TextConfig(tokenizer=str(place) if found else ""))
 
 
 def _manifest(recipe: Recipe) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "step": 0, "consumed_packs": 0, "recipe": dataclasses.asdict(recipe)}
 
 
-def _as_yaml(recipe: Recipe) -> str:
+def _as_yaml(recipe: Recipe, destination: Path) -> str:
     """The groups of a recipe that a stage which starts from these weights takes as its base."""
     groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
+    if recipe.text.tokenizer:
+        groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
     return "# The shapes of these weights: name this file as a base of a stage's recipe.\n" + yaml.safe_dump(groups)

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -13,6 +14,7 @@ from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
 from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.sources import GGUF
 from megatron_vita.convert.tensors import TensorSource, same_bits
 from megatron_vita.convert.transfers import Transfer
 from megatron_vita.errors import CheckpointError
@@ -98,11 +100,14 @@ def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
     """The same by transformers; None for what it cannot load without running code of the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    place: dict[str, Any] = {"local_files_only": True}
+    if folder.suffix == GGUF:
+        folder, place = folder.parent, place | {"gguf_file": folder.name}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **place)
         whole = hasattr(config, "vision_config")
         loader = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-        model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        model = loader.from_pretrained(folder, dtype=torch.float32, **place).eval()
     except (ValueError, KeyError, OSError) as error:
         logger.warning("%s: transformers does not load it, so that logits are not compared: %s", folder, error)
         return None

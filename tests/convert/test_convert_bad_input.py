@@ -18,7 +18,7 @@ from toy_folders import model_of, save, save_vision, tensors_of
 
 from megatron_vita.convert.__main__ import main
 from megatron_vita.convert.exporting import export_checkpoint
-from megatron_vita.convert.importing import import_folders
+from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError, VitaError
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -59,7 +59,7 @@ def refused(folder: Path, *said: str) -> None:
     """All of `said` is in the error, and there is nothing beside the source afterwards."""
     before = sorted(folder.parent.iterdir())
     with pytest.raises(VitaError) as error:
-        import_folders([folder], folder.parent / "ours", projector="internvl")
+        import_weights([folder], folder.parent / "ours", projector="internvl")
     for part in said:
         assert part in str(error.value), error.value
     assert sorted(folder.parent.iterdir()) == before
@@ -77,7 +77,7 @@ def test_an_extra_tensor(folder: Path) -> None:
 
 def test_old_buffers_are_no_extra_tensors(folder: Path) -> None:
     change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    import_folders([folder], folder.parent / "ours", projector="internvl")
+    import_weights([folder], folder.parent / "ours", projector="internvl")
 
 
 def test_a_misshaped_tensor(folder: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_pickle_of_tensors_is_read(folder: Path) -> None:
     tensors = tensors_of(folder)
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    import_folders([folder], folder.parent / "ours", projector="internvl")
+    import_weights([folder], folder.parent / "ours", projector="internvl")
     export_checkpoint(folder.parent / "ours", folder.parent / "again")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in tensors_of(folder.parent / "again").items())
 
@@ -203,13 +203,13 @@ def test_parts_that_do_not_make_a_model(folder: Path, tmp_path: Path) -> None:
     vision = save_vision(tmp_path / "vit")
     for sources, said in (([vision], "vision tower alone"), ([folder, folder], "both hold"), ([tmp_path / "no"], "no")):
         with pytest.raises(CheckpointError, match=said):
-            import_folders(sources, tmp_path / "ours", projector="internvl")
+            import_weights(sources, tmp_path / "ours", projector="internvl")
     assert not (tmp_path / "ours").exists()
 
 
 @pytest.fixture
 def ours(folder: Path) -> Path:
-    import_folders([folder], folder.parent / "ours", projector="internvl")
+    import_weights([folder], folder.parent / "ours", projector="internvl")
     return folder.parent / "ours"
 
 
@@ -260,10 +260,10 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(
     import megatron_vita.convert.importing as importing
 
     ours = folder.parent / "ours"
-    monkeypatch.setattr(importing.companions, "copy_companions", lambda *_: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(importing, "_as_yaml", lambda *_: os.kill(os.getpid(), 9))
     child = os.fork()
     if child == 0:
-        import_folders([folder], ours, projector="internvl")
+        import_weights([folder], ours, projector="internvl")
     os.waitpid(child, 0)
     assert not ours.exists()
     assert (folder.parent / ".ours.incomplete").exists()

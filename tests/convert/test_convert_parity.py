@@ -19,7 +19,7 @@ from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint
 from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.exporting import plan, read_ours
-from megatron_vita.convert.importing import import_folders
+from megatron_vita.convert.importing import import_weights
 
 HERE = Path(__file__).parent
 LENGTH = 32
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     platform.initialize_process()
     for family in [*FAMILIES, *SCALED]:
         model, case = their_model(family), folder / family
-        import_folders([write(model, case / "theirs", family)], case / "ours", projector="internvl")
+        import_weights([write(model, case / "theirs", family)], case / "ours", projector="internvl")
         inputs = make_inputs(family)
         torch.save(inputs, case / "inputs.pt")
         expect(model, inputs, case, family)

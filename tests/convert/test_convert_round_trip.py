@@ -16,7 +16,7 @@ from megatron_vita.config import load_recipe, recipe_from_dict
 from megatron_vita.convert import exporting
 from megatron_vita.convert.__main__ import main
 from megatron_vita.convert.exporting import export_checkpoint
-from megatron_vita.convert.importing import import_folders
+from megatron_vita.convert.importing import import_weights
 
 FAMILIES = [*LANGUAGE, *SCALED, *WHOLE, "internvl-chat", "internvl-chat-large"]
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
@@ -29,7 +29,7 @@ def make(family: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> P
 
 
 def bring_in(*folders: Path, to: Path) -> Path:
-    import_folders(folders, to, projector="internvl")
+    import_weights(folders, to, projector="internvl")
     return to
 
 
@@ -84,7 +84,7 @@ def test_layouts_of_internvl_become_each_other(tmp_path: Path) -> None:
 
 def test_parts_are_put_together_with_a_fresh_projector_and_taken_out_again(tmp_path: Path) -> None:
     language, vision = save(model_of("qwen2"), tmp_path / "llm"), save_vision(tmp_path / "vit")
-    import_folders([language, vision], tmp_path / "ours", projector="long_vita")
+    import_weights([language, vision], tmp_path / "ours", projector="long_vita")
     model = recipe_from_dict(read_manifest(tmp_path / "ours")["recipe"]).model
     assert (model.text_only, model.projector.kind) == (False, "long_vita")
     export_checkpoint(tmp_path / "ours", tmp_path / "vit again", layout="internvit-hf")
@@ -97,7 +97,7 @@ def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens
     model = model_of("qwen2")
     model.resize_token_embeddings(10, mean_resizing=False)
     language, vision = save(model, tmp_path / "llm"), save_vision(tmp_path / "vit")
-    import_folders([language, vision], tmp_path / "ours", projector="long_vita")
+    import_weights([language, vision], tmp_path / "ours", projector="long_vita")
     export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="causal")
     before, after = tensors_of(language), tensors_of(tmp_path / "again")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

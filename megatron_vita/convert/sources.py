@@ -1,0 +1,67 @@
+"""What weights can come from: a Hugging Face folder or a GGUF file."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_vita.config import ModelConfig
+from megatron_vita.convert import pickled_in, safetensors_in
+from megatron_vita.convert.companions import copy_companions, has_tokenizer
+from megatron_vita.convert.config_file import CONFIG, Config
+from megatron_vita.convert.layouts import Layout, layout_of
+from megatron_vita.convert.pickled_in import PickledSource
+from megatron_vita.convert.safetensors_in import SafetensorsSource
+from megatron_vita.convert.tensors import TensorSource
+from megatron_vita.errors import CheckpointError
+from megatron_vita.text.tokenizer import load_tokenizer
+
+GGUF = ".gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A source whose config and tensors are known, and not yet read."""
+
+    path: Path
+    layout: Layout
+    config: Config
+    model: ModelConfig  # of which the layout's parts count
+    tensors: TensorSource
+
+    def write_companions(self, folder: Path) -> None:
+        """Writes what travels with the weights, the config included."""
+        if self.path.is_dir():
+            copy_companions(self.path, folder)
+            return
+        from megatron_vita.convert.gguf_in import write_gguf_companions
+
+        write_gguf_companions(self.path, folder)
+        (folder / CONFIG).write_text(json.dumps(self.config.values, indent=2) + "\n")
+
+    def tokenizer_size(self) -> int:
+        """Entries of its tokenizer with the special tokens of media; 0 if it has none."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.write_companions(Path(folder))
+            return load_tokenizer(folder).vocab_size if has_tokenizer(Path(folder)) else 0
+
+
+def open_source(path: Path) -> Opened:
+    """Reads config and headers. CheckpointError, naming file and field or tensor, if anything is wrong with them."""
+    if path.suffix == GGUF:
+        from megatron_vita.convert.gguf_in import GgufSource
+
+        packed = GgufSource(path)
+        return _opened(path, packed.config, packed)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is neither a folder with config.json and safetensors nor a {GGUF} file")
+    config = Config.read(path)
+    pickled = any((path / name).exists() for name in (pickled_in.SINGLE, pickled_in.INDEX))
+    safe = any((path / name).exists() for name in (safetensors_in.SINGLE, safetensors_in.INDEX))
+    return _opened(path, config, PickledSource(path) if pickled and not safe else SafetensorsSource(path))
+
+
+def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
+    layout = layout_of(config)
+    model = layout.read(config, tensors.infos)
+    return Opened(path=path, layout=layout, config=config, model=model, tensors=tensors)
