@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
+SPARE = "spare"  # in a folder of companions: tensors that the model has no use for
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 

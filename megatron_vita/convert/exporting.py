@@ -15,8 +15,9 @@ from megatron_vita.convert import companions
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.folders import new_folder
-from megatron_vita.convert.layouts import ALL_PARTS, CAUSAL, INTERNVL_HF, Layout, layout_named, layout_of
+from megatron_vita.convert.layouts import ALL_PARTS, CAUSAL, EVA, INTERNVL_HF, Layout, layout_named, layout_of
 from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.safetensors_in import SafetensorsSource
 from megatron_vita.convert.safetensors_out import SafetensorsWriter
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.tensors import TensorInfo, check_finite
@@ -58,7 +59,7 @@ def _choose(checkpoint: Path, model: ModelConfig, *, layout: str, like: Path | N
     if layout:
         chosen = layout_named(layout)
     elif len(kept) == 1:
-        chosen = layout_of(Config.read(kept[0]))
+        chosen = layout_named(kept[0].name)
     else:
         chosen = CAUSAL if model.text_only else INTERNVL_HF
     folder = checkpoint / companions.FOLDER / chosen.name
@@ -100,7 +101,8 @@ def _write_config(work: Export, folder: Path) -> None:
     """The config that was taken over, to the letter if it says what the model is; else one that does."""
     base = Config.read(work.like) if work.like is not None else Config({}, "")
     names = {name for transfer in work.transfers for name in transfer.rule.theirs}
-    if base.values and _same(work.layout, work.layout.read(base, names), work.recipe.model):
+    part_of_more = "vision_config" in base.values and work.layout.parts == ("vision_model",) and work.layout != EVA
+    if base.values and not part_of_more and _same(work.layout, work.layout.read(base, names), work.recipe.model):
         return
     fields = work.layout.write(work.recipe.model, base.values)
     fields["dtype"] = str(work.transfers[0].dtype).removeprefix("torch.")
@@ -118,8 +120,17 @@ def _same(layout: Layout, one: ModelConfig, other: ModelConfig) -> bool:
     return shapes(one) == shapes(other)
 
 
+def _spare(work: Export) -> SafetensorsSource | None:
+    """Tensors that came along with the origin."""
+    folder = work.like / companions.SPARE if work.like is not None else None
+    return SafetensorsSource(folder) if folder is not None and folder.exists() else None
+
+
 def _write_tensors(work: Export, folder: Path) -> None:
     groups: list[Mapping[str, TensorInfo]] = [transfer.their_infos(folder) for transfer in work.transfers]
+    spare = _spare(work)
+    if spare is not None:
+        groups.append(spare.infos)
     writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
     with Progress("writing", nbytes=sum(transfer.nbytes for transfer in work.transfers)) as progress:
         for transfer in work.transfers:
@@ -130,6 +141,9 @@ def _write_tensors(work: Export, folder: Path) -> None:
                     writer.write(name, tensor)
                     progress.advance(tensor.nbytes)
             work.source.release(transfer.place)
+        if spare is not None:
+            for name in spare.infos:
+                writer.write(name, spare.read(name))
         writer.close()
 
 

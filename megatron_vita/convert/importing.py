@@ -50,7 +50,7 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
     transfers: list[tuple[Transfer, TensorSource]] = []
     for source in sources:
         rules = [_grow(rule, source, model) for rule in source.layout.table(source.model)]
-        planned = plan_import(rules, infos=source.tensors.infos, shapes=shapes, source=source.path)
+        planned = plan_import(rules, infos=source.wanted(), shapes=shapes, source=source.path)
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
         made = FreshProjector(model, dtype=transfers[-1][0].dtype)

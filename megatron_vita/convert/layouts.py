@@ -1,6 +1,6 @@
 """Layouts of Hugging Face folders: which parts of the model they hold, and by which names and fields."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,15 @@ from megatron_vita.convert.config_file import Config
 from megatron_vita.convert.language_config import FAMILIES, read_language, write_language
 from megatron_vita.convert.language_tables import language_table
 from megatron_vita.convert.table import Rule
-from megatron_vita.convert.vision_config import read_internvit, write_internvit
+from megatron_vita.convert.vision_config import (
+    read_clip,
+    read_eva,
+    read_internvit,
+    read_siglip,
+    write_clip,
+    write_eva,
+    write_internvit,
+)
 from megatron_vita.errors import CheckpointError
 
 Fields = dict[str, Any]
@@ -25,6 +33,8 @@ class Layout:
     read: Callable[[Config, Collection[str]], ModelConfig]  # from a config and the names of tensors
     write: Callable[[ModelConfig, Fields], Fields]  # a config from shapes; the second is what it may start from
     table: Callable[[ModelConfig], list[Rule]]
+    spare: tuple[str, ...] = ()  # beginnings of names that the model has no use for, and that travel along
+    others: tuple[str, ...] = ()  # beginnings of names that belong to models around this part, and are left behind
 
 
 def _tied(config: Config, tensors: Collection[str], head: str) -> bool:
@@ -133,18 +143,56 @@ INTERNVL_HF = Layout(
     write=_write_hf,
     table=_whole_table(names.INTERNVIT_HF, "vision_tower.", names.PROJECTOR_HF),
 )
-LAYOUTS = {layout.name: layout for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF)}
+
+
+def _clip_table(prefix: str) -> Callable[[ModelConfig], list[Rule]]:
+    return lambda model: names.vision_table(names.CLIP, model.vision, theirs=prefix)
+
+
+def _clip_layouts(kind: str) -> Iterator[Layout]:
+    """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole models have them."""
+    siglip = kind == "siglip"
+    read = read_siglip if siglip else read_clip
+    for name, prefix in ((kind, ""), (f"{kind}-prefixed", "vision_model.")):
+        yield Layout(
+            name=name,
+            parts=("vision_model",),
+            read=lambda config, _: ModelConfig(vision=read(config)),
+            write=lambda model, base: write_clip(model.vision, base, siglip=siglip),
+            table=_clip_table(prefix),
+            spare=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
+            others=("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias"),
+        )
+
+
+EVA = Layout(
+    name="eva",
+    parts=("vision_model",),
+    read=lambda config, _: ModelConfig(vision=read_eva(config)),
+    write=lambda model, base: write_eva(model.vision, base),
+    table=lambda model: names.vision_table(names.EVA, model.vision, theirs="transformer.vision."),
+    others=("transformer.",),
+)
+_TOWERS = (*_clip_layouts("clip"), *_clip_layouts("siglip"), EVA)
+LAYOUTS = {layout.name: layout for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, *_TOWERS)}
 _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
     "intern_vit_6b": INTERNVIT,
     "internvl_vision": INTERNVIT_HF,
     "internvl_chat": INTERNVL_CHAT,
     "internvl": INTERNVL_HF,
+    "clip": LAYOUTS["clip"],
+    "clip_vision_model": LAYOUTS["clip"],
+    "siglip": LAYOUTS["siglip"],
+    "siglip_vision_model": LAYOUTS["siglip"],
+    "chatglm": EVA,
 }
 
 
-def layout_of(config: Config) -> Layout:
-    """The layout of a folder with this config; CheckpointError, naming its model type, if there is none."""
-    return _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
+def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
+    """The layout of a folder with this config and tensors; CheckpointError, naming its model type, if there is none."""
+    layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
+    prefixed = LAYOUTS.get(f"{layout.name}-prefixed", layout)
+    return prefixed if any(name.startswith("vision_model.") for name in tensors) else layout
 
 
 def layout_named(name: str) -> Layout:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from megatron_vita.config import ModelConfig
 from megatron_vita.convert import pickled_in, safetensors_in
-from megatron_vita.convert.companions import copy_companions, has_tokenizer
+from megatron_vita.convert.companions import SPARE, copy_companions, has_tokenizer
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.layouts import Layout, layout_of
 from megatron_vita.convert.pickled_in import PickledSource
 from megatron_vita.convert.safetensors_in import SafetensorsSource
-from megatron_vita.convert.tensors import TensorSource
+from megatron_vita.convert.safetensors_out import SafetensorsWriter
+from megatron_vita.convert.tensors import TensorInfo, TensorSource
 from megatron_vita.errors import CheckpointError
 from megatron_vita.text.tokenizer import load_tokenizer
 
@@ -29,8 +30,25 @@ class Opened:
     model: ModelConfig  # of which the layout's parts count
     tensors: TensorSource
 
+    def spare(self) -> dict[str, TensorInfo]:
+        """Tensors that the model has no use for, and that travel along."""
+        return {name: info for name, info in self.tensors.infos.items() if name.startswith(self.layout.spare)}
+
+    def wanted(self) -> dict[str, TensorInfo]:
+        """Tensors that must be the model's."""
+        aside = (*self.layout.spare, *self.layout.others)
+        needed = {name for rule in self.layout.table(self.model) for name in rule.theirs}
+        infos = self.tensors.infos
+        return {name: info for name, info in infos.items() if name in needed or not name.startswith(aside)}
+
     def write_companions(self, folder: Path) -> None:
         """Writes what travels with the weights, the config included."""
+        if spare := self.spare():
+            (folder / SPARE).mkdir(parents=True)
+            writer = SafetensorsWriter(folder / SPARE, [spare], largest=sum(info.nbytes for info in spare.values()))
+            for name in spare:
+                writer.write(name, self.tensors.read(name))
+            writer.close()
         if self.path.is_dir():
             copy_companions(self.path, folder)
             return
@@ -62,6 +80,6 @@ def open_source(path: Path) -> Opened:
 
 
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
-    layout = layout_of(config)
+    layout = layout_of(config, tensors.infos)
     model = layout.read(config, tensors.infos)
     return Opened(path=path, layout=layout, config=config, model=model, tensors=tensors)

@@ -29,6 +29,54 @@ def read_internvit(config: Config) -> VisionConfig:
         raise CheckpointError(f"{config.where}: {error}") from error
 
 
+def read_clip(config: Config) -> VisionConfig:
+    """CLIP's vision tower, alone or inside a whole CLIP."""
+    config = config.part("vision_config") if config.get("vision_config") else config
+    config.must_be("hidden_act", ("quick_gelu", "gelu"), "quick_gelu")
+    config.must_be("num_channels", (3,), 3)
+    return _built(
+        config,
+        activation=config.get("hidden_act", "quick_gelu"),
+        layernorm_epsilon=config.get("layer_norm_eps", 1e-5),
+        patch_size=config.side("patch_size", 32),
+        patch_bias=False,
+        pre_norm=True,
+    )
+
+
+def read_siglip(config: Config) -> VisionConfig:
+    """SigLIP's vision tower, alone or inside a whole SigLIP."""
+    config = config.part("vision_config") if config.get("vision_config") else config
+    config.must_be("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    config.must_be("num_channels", (3,), 3)
+    return _built(
+        config,
+        activation="gelu_tanh",
+        patch_size=config.side("patch_size", 16),
+        class_token=False,
+        post_norm=True,
+    )
+
+
+def read_eva(config: Config) -> VisionConfig:
+    """EVA2-CLIP, as the `vision_config` of GLM-4V describes it."""
+    config = config.part("vision_config")
+    config.must_be("hidden_act", ("gelu",), "gelu")
+    config.must_be("in_channels", (3,), 3)
+    return _built(config, num_attention_heads=config.need("num_heads"), norm_after=True)
+
+
+def _built(config: Config, **fields: Any) -> VisionConfig:
+    """A tower without LayerScale."""
+    named = Config({"num_attention_heads": 0} | config.values, config.where)
+    fields = _common(named) | {"layer_scale": False} | fields
+    fields["ragged_grid"] = fields["image_size"] % (2 * fields["patch_size"]) != 0
+    try:
+        return VisionConfig(**fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{config.where}: {error}") from error
+
+
 def _common(config: Config) -> dict[str, Any]:
     return {
         "image_size": config.side("image_size", 224),
@@ -62,6 +110,27 @@ def write_internvit(shape: VisionConfig, base: dict[str, Any], *, hf: bool) -> d
         "qkv_bias": shape.add_qkv_bias,
     }
     return updated(base, fields)
+
+
+def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> dict[str, Any]:
+    """`base`, or the vision part of it, with the fields of `shape`."""
+    base = base.get("vision_config", base)
+    kind, architecture = ("siglip", "SiglipVisionModel") if siglip else ("clip", "CLIPVisionModel")
+    activation = "gelu_pytorch_tanh" if shape.activation == "gelu_tanh" else shape.activation
+    fields = {
+        "model_type": f"{kind}_vision_model",
+        "architectures": base.get("architectures") or [architecture],
+        "hidden_act": activation,
+    }
+    return updated(base, _written(shape) | fields)
+
+
+def write_eva(shape: VisionConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """`base`, a GLM-4V config, with the fields of `shape` in its vision part."""
+    heads = {"num_heads": shape.num_attention_heads, "num_positions": shape.tokens, "hidden_act": "gelu"}
+    fields = {name: value for name, value in _written(shape).items() if name != "num_attention_heads"}
+    vision = updated(base.get("vision_config", {}), fields | heads | {"in_channels": 3})
+    return base | {"model_type": "chatglm", "vision_config": vision}
 
 
 def _written(shape: VisionConfig) -> dict[str, Any]:

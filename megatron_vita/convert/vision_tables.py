@@ -60,7 +60,7 @@ CLIP = (  # CLIP and SigLIP
     row("embeddings.class_embedding", "embeddings.class_token", Leading(2)),
     row("embeddings.position_embedding.weight", "embeddings.position_embedding", Leading(1)),
     *_both("embeddings.patch_embedding", "embeddings.patch_embedding"),
-    *_both("pre_layrnorm", "pre_norm"),
+    *_both("pre_layrnorm", "embeddings.pre_norm"),
     *_both("encoder.layers.{i}.layer_norm1", "layers.{i}.norm1"),
     *_qkv("encoder.layers.{i}.self_attn.{x}_proj"),
     *_both("encoder.layers.{i}.self_attn.out_proj", "layers.{i}.attention.projection"),
@@ -71,8 +71,8 @@ CLIP = (  # CLIP and SigLIP
 )
 
 EVA = (  # EVA2-CLIP as CogVLM and GLM-4V carry it
-    row("cls_embedding", "embeddings.class_token", Leading(1)),
-    row("position_embedding.weight", "embeddings.position_embedding", Leading(1)),
+    row("patch_embedding.cls_embedding", "embeddings.class_token", Leading(1)),
+    row("patch_embedding.position_embedding.weight", "embeddings.position_embedding", Leading(1)),
     *_both("patch_embedding.proj", "embeddings.patch_embedding"),
     row("transformer.layers.{i}.attention.query_key_value.weight", "layers.{i}.attention.qkv.weight", InThree()),
     row("transformer.layers.{i}.attention.query_key_value.bias", "layers.{i}.attention.qkv.bias", InThree()),
@@ -108,6 +108,12 @@ def _absent(config: VisionConfig) -> tuple[str, ...]:
     rms = config.normalization == "RMSNorm"
     lacks = {
         "attention.qkv.bias": not config.add_qkv_bias,
+        "embeddings.class_token": not config.class_token,
+        "embeddings.patch_embedding.bias": not config.patch_bias,
+        "embeddings.pre_norm.weight": not config.pre_norm,
+        "embeddings.pre_norm.bias": not config.pre_norm,
+        "post_norm.weight": not config.post_norm,
+        "post_norm.bias": not config.post_norm,
         "norm1.bias": rms,
         "norm2.bias": rms,
         "attention.q_norm.weight": not config.qk_layernorm,

@@ -25,13 +25,15 @@ def language_layer(language: LanguageConfig) -> LayerShape:
 def vision_tower(vision: VisionConfig) -> LayerShape:
     """Of the whole tower; `split` is what a TP group divides where the tower is split over it, heads not padded."""
     width, ffn = vision.hidden_size, vision.ffn_hidden_size
-    norms = 2 * width * (2 if vision.normalization == "LayerNorm" else 1)
+    norm = width * (2 if vision.normalization == "LayerNorm" else 1)
+    scales = 2 * width if vision.layer_scale else 0
     split = 4 * width * width + 2 * ffn * width + ffn
     split += (3 * width if vision.add_qkv_bias else 0) + (2 * width if vision.qk_layernorm else 0)
-    embeddings = 3 * vision.patch_size**2 * width + width + width + (vision.patches + 1) * width
+    embeddings = 3 * vision.patch_size**2 * width + vision.tokens * width
+    embeddings += width * (vision.patch_bias + vision.class_token) + norm * (vision.pre_norm + vision.post_norm)
     return LayerShape(
         split=vision.num_layers * split,
-        whole=vision.num_layers * (norms + 2 * width + 2 * width) + embeddings,
+        whole=vision.num_layers * (2 * norm + scales + 2 * width) + embeddings,
     )
 
 

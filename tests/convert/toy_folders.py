@@ -8,6 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -20,6 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 VOCAB, IMAGE_TOKEN, ROWS, TILE = 97, 90, 4, 56
@@ -121,11 +128,39 @@ def add_companions(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.25], "size": TILE}))
 
 
+TOWER = VISION | {"image_size": TILE, "patch_size": 14}
+TOWERS = {
+    "internvit": lambda: InternVLVisionModel(InternVLVisionConfig(**VISION)),
+    "internvit-large": lambda: InternVLVisionModel(InternVLVisionConfig(**LARGE_VISION)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER)),
+    "siglip-ragged": lambda: SiglipVisionModel(SiglipVisionConfig(**TOWER | {"image_size": 50})),
+}
+
+
+def tower_of(name: str) -> nn.Module:
+    model = TOWERS[name]()
+    randomize(model)
+    return model
+
+
 def save_vision(folder: Path, *, large: bool = False) -> Path:
     model = InternVLVisionModel(InternVLVisionConfig(**(LARGE_VISION if large else VISION)))
     randomize(model)
     model.save_pretrained(folder)
     return folder
+
+
+def save_whole_clip(folder: Path) -> CLIPModel:
+    """CLIP with its text tower, as most published folders hold it."""
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config=CLIPVisionConfig(**TOWER).to_dict(), text_config=CLIPTextConfig(**text, vocab_size=50).to_dict()
+    )
+    model = CLIPModel(config)
+    randomize(model)
+    model.save_pretrained(folder)
+    return model
 
 
 def save_chat(model: InternVLForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
