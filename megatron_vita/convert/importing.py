@@ -1,31 +1,21 @@
 """From Hugging Face folders to a distributed checkpoint."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
 
-from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
-from megatron_vita.config import ModelConfig, ProjectorConfig, Recipe, TextConfig
-from megatron_vita.convert import companions
-from megatron_vita.convert.dist_out import Piece, write_distributed
-from megatron_vita.convert.folders import new_folder
+from megatron_vita.config import ModelConfig, ProjectorConfig
 from megatron_vita.convert.fresh import FreshProjector, Grown
-from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sources import Opened, open_source
 from megatron_vita.convert.table import Rule
-from megatron_vita.convert.tensors import TensorSource, check_finite
-from megatron_vita.convert.transfers import Rows, Transfer, plan_import
+from megatron_vita.convert.tensors import TensorSource
+from megatron_vita.convert.transfers import Transfer, plan_import
+from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError
-
-RECIPE = "model.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +46,7 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
         made = FreshProjector(model, dtype=transfers[-1][0].dtype)
         planned = plan_import(made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector"))
         transfers += [(transfer, made) for transfer in planned]
-    _assert_complete(transfers, shapes)
+    assert_complete(transfers, shapes)
     return Import(model=model, sources=sources, transfers=transfers)
 
 
@@ -96,7 +86,8 @@ def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
     return dataclasses.replace(rule, cut=Grown(rows=rows, given=source.model.language.vocab_size))
 
 
-def _assert_complete(transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]) -> None:
+def assert_complete(transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """The transfers make up the model, nothing missing and nothing twice."""
     given: dict[str, int] = {}
     for transfer, _ in transfers:
         given[transfer.place.key] = given.get(transfer.place.key, 0) + torch.Size(transfer.shape).numel()
@@ -111,63 +102,12 @@ def import_weights(paths: Sequence[Path], destination: Path, *, projector: str) 
     projector: the kind of a projector that none of them has. CheckpointError, with nothing written, for what is wrong.
     """
     work = plan([open_source(path) for path in paths], projector=projector)
-    with new_folder(destination) as folder:
-        with Progress("reading", nbytes=sum(transfer.nbytes for transfer, _ in work.transfers)) as progress:
-            write_distributed(folder, _pieces(work.transfers, progress))
-        for source in work.sources:
-            source.write_companions(folder / companions.FOLDER / source.layout.name)
-        recipe = _recipe(work, folder)
-        (folder / RECIPE).write_text(_as_yaml(recipe, destination))
-        (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
-    return work
-
-
-def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) -> list[Piece]:
-    """What is to be written: a tensor of ours, or part of one where theirs only follow one another."""
-    return [
-        _piece(transfer, source, names=names, rows=rows, progress=progress)
-        for transfer, source in transfers
-        for names, rows in transfer.portions()
-    ]
-
-
-def _piece(
-    transfer: Transfer, source: TensorSource, *, names: tuple[str, ...], rows: Rows, progress: Progress
-) -> Piece:
-    def read(name: str) -> Tensor:
-        tensor = source.read(name)
-        check_finite(tensor, name=name, file=source.infos[name].file)
-        return tensor
-
-    def done() -> None:
-        for name in names:
-            source.release(name)
-            progress.advance(source.infos[name].nbytes)
-
-    return Piece(
-        place=transfer.place,
-        rows=rows,
-        whole=transfer.whole,
-        dtype=transfer.dtype,
-        make=lambda: (transfer.join(read) if rows is None else read(names[0])).contiguous(),
-        done=done,
+    companions = {source.layout.name: source.write_companions for source in work.sources}
+    write_checkpoint(
+        destination,
+        work.transfers,
+        model=work.model,
+        companions=companions,
+        tokenizer=work.language.layout.name,
     )
-
-
-def _recipe(work: Import, folder: Path) -> Recipe:
-    """What the manifest says the model is: its shapes, and its tokenizer's place inside the checkpoint."""
-    place = Path(companions.FOLDER) / work.language.layout.name
-    found = companions.has_tokenizer(folder / place)
-    return Recipe(model=work.model, text=TextConfig(tokenizer=str(place) if found else ""))
-
-
-def _manifest(recipe: Recipe) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "step": 0, "consumed_packs": 0, "recipe": dataclasses.asdict(recipe)}
-
-
-def _as_yaml(recipe: Recipe, destination: Path) -> str:
-    """The groups of a recipe that a stage which starts from these weights takes as its base."""
-    groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
-    if recipe.text.tokenizer:
-        groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
-    return "# The shapes of these weights: name this file as a base of a stage's recipe.\n" + yaml.safe_dump(groups)
+    return work
