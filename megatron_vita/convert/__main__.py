@@ -65,6 +65,33 @@ def to_hf(
         typer.echo(f"all tensors are equal both ways; {compare_logits(work.source.folder, whole)}")
 
 
+@app.command()
+def from_megatron(
+    source: Annotated[Path, typer.Argument(help="Megatron checkpoint: iterations, ranks, or torch_dist.")],
+    destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
+    recipe: Annotated[Path, typer.Option(help="Recipe (YAML) with the model's shapes.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder that travels along.")] = None,
+) -> None:
+    """Write a distributed checkpoint from Long-VITA's Megatron checkpoint or a GPTModel's."""
+    from megatron_vita.config import load_recipe
+    from megatron_vita.convert.megatron import import_megatron
+
+    import_megatron(source, destination, recipe=load_recipe(recipe), tokenizer=tokenizer)
+    typer.echo(f"{destination}: written")
+
+
+@app.command()
+def to_megatron(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")],
+    destination: Annotated[Path, typer.Argument(help="megatron-core checkpoint (torch_dist) of a GPTModel to write.")],
+) -> None:
+    """Write the language model as megatron-core's checkpoint of a GPTModel."""
+    from megatron_vita.convert.megatron import export_megatron
+
+    export_megatron(source, destination)
+    typer.echo(f"{destination}: written")
+
+
 def main(arguments: list[str]) -> int:
     """Runs one command and gives its exit code; a user's error is one line."""
     logging.getLogger("megatron_vita").setLevel(logging.WARNING)

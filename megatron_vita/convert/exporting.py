@@ -15,7 +15,16 @@ from megatron_vita.convert import companions
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.folders import new_folder
-from megatron_vita.convert.layouts import ALL_PARTS, CAUSAL, EVA, INTERNVL_HF, Layout, layout_named, layout_of
+from megatron_vita.convert.layouts import (
+    ALL_PARTS,
+    CAUSAL,
+    EVA,
+    INTERNVL_HF,
+    LONG_VITA,
+    Layout,
+    layout_named,
+    layout_of,
+)
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.safetensors_in import SafetensorsSource
 from megatron_vita.convert.safetensors_out import SafetensorsWriter
@@ -61,7 +70,8 @@ def _choose(checkpoint: Path, model: ModelConfig, *, layout: str, like: Path | N
     elif len(kept) == 1:
         chosen = layout_named(kept[0].name)
     else:
-        chosen = CAUSAL if model.text_only else INTERNVL_HF
+        whole = LONG_VITA if model.projector.kind == LONG_VITA.projector else INTERNVL_HF
+        chosen = CAUSAL if model.text_only else whole
     folder = checkpoint / companions.FOLDER / chosen.name
     return _fitting(chosen, model), folder if folder in kept else None
 
@@ -71,9 +81,10 @@ def _fitting(layout: Layout, model: ModelConfig) -> Layout:
         raise CheckpointError(
             f"layout {layout.name} has a vision tower, but model.text_only is true: use {CAUSAL.name}"
         )
-    if layout.parts == ALL_PARTS and model.projector.kind != "internvl":
+    if layout.parts == ALL_PARTS and model.projector.kind != layout.projector:
         raise CheckpointError(
-            f"layout {layout.name} has a projector of kind internvl; model.projector.kind is {model.projector.kind}"
+            f"layout {layout.name} has a projector of kind {layout.projector}; "
+            f"model.projector.kind is {model.projector.kind}"
         )
     return layout
 

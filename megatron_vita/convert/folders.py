@@ -25,7 +25,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise CheckpointError(f"{destination}: cannot be made: {error.strerror}") from error
     try:
         yield temporary
-        _sync(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
         temporary.replace(destination)
         _sync(destination.parent)
     except OSError as error:
@@ -36,7 +37,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -9,7 +9,7 @@ from megatron_vita.convert import vision_tables as names
 from megatron_vita.convert.config_file import Config
 from megatron_vita.convert.language_config import FAMILIES, read_language, write_language
 from megatron_vita.convert.language_tables import language_table
-from megatron_vita.convert.table import Rule
+from megatron_vita.convert.table import Rule, expand
 from megatron_vita.convert.vision_config import (
     read_clip,
     read_eva,
@@ -33,6 +33,7 @@ class Layout:
     read: Callable[[Config, Collection[str]], ModelConfig]  # from a config and the names of tensors
     write: Callable[[ModelConfig, Fields], Fields]  # a config from shapes; the second is what it may start from
     table: Callable[[ModelConfig], list[Rule]]
+    projector: str = "internvl"  # the kind, where it has one
     spare: tuple[str, ...] = ()  # beginnings of names that the model has no use for, and that travel along
     others: tuple[str, ...] = ()  # beginnings of names that belong to models around this part, and are left behind
 
@@ -107,6 +108,34 @@ def _whole_table(
     ]
 
 
+def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
+    """Long-VITA's config is Qwen2's with a `visual` that describes the tower."""
+    visual, language = config.part("visual"), Config(config.values | {"model_type": "qwen2"}, config.where)
+    return ModelConfig(
+        vision=read_internvit(visual),
+        projector=ProjectorConfig(kind="long_vita"),
+        language=read_language(language, tied=_tied(config, tensors, "lm_head.")),
+    )
+
+
+def _write_long_vita(model: ModelConfig, base: Fields) -> Fields:
+    fields = write_language(model.language, base | {"model_type": "qwen2"})
+    return fields | {
+        "architectures": base.get("architectures", ["LongVITAForCausalLM"]),
+        "model_type": base.get("model_type", "long_vita"),
+        "visual": write_internvit(model.vision, base.get("visual", {}), hf=False),
+    }
+
+
+def _long_vita_table(model: ModelConfig) -> list[Rule]:
+    projector = names.projector_table(names.PROJECTOR_LONG_VITA, model)
+    return [
+        *names.vision_table(names.INTERNVIT_CHAT, model.vision, theirs="model.vision_model."),
+        *expand(projector, layers=0, theirs="model.vision_projection."),
+        *language_table(model.language),
+    ]
+
+
 ALL_PARTS = ("vision_model", "projector", "language_model")
 CAUSAL = Layout(
     name="causal",
@@ -143,6 +172,14 @@ INTERNVL_HF = Layout(
     write=_write_hf,
     table=_whole_table(names.INTERNVIT_HF, "vision_tower.", names.PROJECTOR_HF),
 )
+LONG_VITA = Layout(
+    name="long-vita",
+    parts=ALL_PARTS,
+    projector="long_vita",
+    read=_read_long_vita,
+    write=_write_long_vita,
+    table=_long_vita_table,
+)
 
 
 def _clip_table(prefix: str) -> Callable[[ModelConfig], list[Rule]]:
@@ -174,7 +211,9 @@ EVA = Layout(
     others=("transformer.",),
 )
 _TOWERS = (*_clip_layouts("clip"), *_clip_layouts("siglip"), EVA)
-LAYOUTS = {layout.name: layout for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, *_TOWERS)}
+LAYOUTS = {
+    layout.name: layout for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, *_TOWERS)
+}
 _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
     "intern_vit_6b": INTERNVIT,
     "internvl_vision": INTERNVIT_HF,
@@ -190,6 +229,8 @@ _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
 
 def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
     """The layout of a folder with this config and tensors; CheckpointError, naming its model type, if there is none."""
+    if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
+        return LONG_VITA
     layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
     prefixed = LAYOUTS.get(f"{layout.name}-prefixed", layout)
     return prefixed if any(name.startswith("vision_model.") for name in tensors) else layout

@@ -89,6 +89,12 @@ PROJECTOR_CHAT = (  # InternVL's `mlp1`
     *_both("mlp1.3", "projector.fc2"),
 )
 
+PROJECTOR_LONG_VITA = (
+    *_both("pre_proj_layernorm", "projector.norm"),
+    row("mlp.0.weight", "projector.fc1.weight"),
+    row("mlp.2.weight", "projector.fc2.weight"),
+)
+
 PROJECTOR_HF = (
     *_both("multi_modal_projector.layer_norm", "projector.norm"),
     *_both("multi_modal_projector.linear_1", "projector.fc1"),
