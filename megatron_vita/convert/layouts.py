@@ -22,6 +22,7 @@ from megatron_vita.convert.vision_config import (
 from megatron_vita.errors import CheckpointError
 
 Fields = dict[str, Any]
+PREFIXED = "-prefixed"  # names of layouts whose names of tensors begin with `vision_model.`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ def _clip_layouts(kind: str) -> Iterator[Layout]:
     """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole models have them."""
     siglip = kind == "siglip"
     read = read_siglip if siglip else read_clip
-    for name, prefix in ((kind, ""), (f"{kind}-prefixed", "vision_model.")):
+    for name, prefix in ((kind, ""), (kind + PREFIXED, "vision_model.")):
         yield Layout(
             name=name,
             parts=("vision_model",),
@@ -232,7 +233,7 @@ def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
     if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
         return LONG_VITA
     layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
-    prefixed = LAYOUTS.get(f"{layout.name}-prefixed", layout)
+    prefixed = LAYOUTS.get(layout.name + PREFIXED, layout)
     return prefixed if any(name.startswith("vision_model.") for name in tensors) else layout
 
 

@@ -100,7 +100,7 @@ def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
     """The same by transformers; None for what it cannot load without running code of the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    place: dict[str, Any] = {"local_files_only": True}
+    place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if folder.suffix == GGUF:
         folder, place = folder.parent, place | {"gguf_file": folder.name}
     try:

@@ -87,6 +87,11 @@ def test_parts_are_put_together_with_a_fresh_projector_and_taken_out_again(tmp_p
     import_weights([language, vision], tmp_path / "ours", projector="long_vita")
     model = recipe_from_dict(read_manifest(tmp_path / "ours")["recipe"]).model
     assert (model.text_only, model.projector.kind) == (False, "long_vita")
+    (tmp_path / "ours" / "hugging_face" / "internvit-hf" / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "ours" / "hugging_face" / "causal" / "preprocessor_config.json").unlink()
+    export_checkpoint(tmp_path / "ours", tmp_path / "whole")
+    assert (tmp_path / "whole" / "preprocessor_config.json").read_text() == "{}"
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template
     export_checkpoint(tmp_path / "ours", tmp_path / "vit again", layout="internvit-hf")
     export_checkpoint(tmp_path / "ours", tmp_path / "llm again", layout="causal")
     assert_same_folder(vision, tmp_path / "vit again")
