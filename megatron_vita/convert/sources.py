@@ -13,11 +13,15 @@ from megatron_vita.convert.layouts import Layout, layout_of
 from megatron_vita.convert.pickled_in import PickledSource
 from megatron_vita.convert.safetensors_in import SafetensorsSource
 from megatron_vita.convert.safetensors_out import SafetensorsWriter
-from megatron_vita.convert.tensors import TensorInfo, TensorSource
+from megatron_vita.convert.tensors import TensorInfo, TensorSource, same_bits
 from megatron_vita.errors import CheckpointError
 from megatron_vita.text.tokenizer import load_tokenizer
 
 GGUF = ".gguf"
+_HEADS = {  # output layers, and the embeddings that they may be tied to
+    "lm_head.weight": "model.embed_tokens.weight",
+    "language_model.lm_head.weight": "language_model.model.embed_tokens.weight",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +33,16 @@ class Opened:
     config: Config
     model: ModelConfig  # of which the layout's parts count
     tensors: TensorSource
+    repeated: tuple[str, ...] = ()  # an output layer that the config ties to the embedding, and that is equal to it
 
     def spare(self) -> dict[str, TensorInfo]:
         """Tensors that the model has no use for, and that travel along."""
-        return {name: info for name, info in self.tensors.infos.items() if name.startswith(self.layout.spare)}
+        aside = (*self.layout.spare, *self.repeated)
+        return {name: info for name, info in self.tensors.infos.items() if name.startswith(aside)}
 
     def wanted(self) -> dict[str, TensorInfo]:
         """Tensors that must be the model's."""
-        aside = (*self.layout.spare, *self.layout.others)
+        aside = (*self.layout.spare, *self.layout.others, *self.repeated)
         needed = {name for rule in self.layout.table(self.model) for name in rule.theirs}
         infos = self.tensors.infos
         return {name: info for name, info in infos.items() if name in needed or not name.startswith(aside)}
@@ -82,4 +88,10 @@ def open_source(path: Path) -> Opened:
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
     layout = layout_of(config, tensors.infos)
     model = layout.read(config, tensors.infos)
+    for head, embedding in _HEADS.items():
+        if head in tensors.infos and embedding in tensors.infos:
+            tied = layout.read(config, tensors.infos.keys() - {head})
+            is_tied = not tied.language.untie_embeddings_and_output_weights
+            if is_tied and same_bits(tensors.read(head), tensors.read(embedding)):
+                return Opened(path=path, layout=layout, config=config, model=tied, tensors=tensors, repeated=(head,))
     return Opened(path=path, layout=layout, config=config, model=model, tensors=tensors)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_folders import LANGUAGE, SCALED, WHOLE, model_of, save, save_chat, save_vision, tensors_of
@@ -111,6 +112,20 @@ def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens
         torch.testing.assert_close(after[name][10:], before[name].mean(0).expand_as(after[name][10:]))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert loaded.config.vocab_size == after["lm_head.weight"].shape[0]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_tied_embeddings_is_theirs_if_equal_and_its_own_if_not(equal: bool, tmp_path: Path) -> None:
+    """Some published files hold the output layer although the config ties it."""
+    folder = save(model_of("qwen2-tied"), tmp_path / "theirs")
+    tensors = tensors_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
+    save_file(tensors, folder / "model.safetensors")
+    ours = bring_in(folder, to=tmp_path / "ours")
+    model = recipe_from_dict(read_manifest(ours)["recipe"]).model
+    assert model.language.untie_embeddings_and_output_weights != equal
+    export_checkpoint(ours, tmp_path / "again")
+    assert_same_folder(folder, tmp_path / "again")
 
 
 def test_large_models_are_written_in_several_files_with_an_index(
