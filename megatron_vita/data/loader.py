@@ -22,7 +22,7 @@ from megatron_vita.errors import VitaError
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
 STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
 STARTING_SECONDS = 120
-BARREN_DEATHS = 3  # of processes that have read nothing yet: the machine cannot run them
+BARREN_DEATHS, BARREN_KILLS = 3, 20  # of processes that have read nothing yet: the machine cannot run them
 
 
 def read_packs(
@@ -157,7 +157,7 @@ class _Pool:
         job = reader.job
         assert job is not None
         if job.document is None:
-            self._note_barren(f"were silent for {self._limit:g} seconds")
+            self._note_barren(f"were silent for {self._limit:g} seconds", most=BARREN_DEATHS)
         else:
             self._skip(job, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
@@ -168,16 +168,16 @@ class _Pool:
         reader.process.join(timeout=10)
         code = reader.process.exitcode
         if job.document is None:
-            self._note_barren(f"ended (exit code {code})")
+            self._note_barren(f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS)
         else:
             job.strikes[job.document] += 1
             if job.strikes[job.document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
                 self._skip(job, f"{job.strikes[job.document]} processes ended while they read it (exit code {code})")
         self._replace(reader)
 
-    def _note_barren(self, what: str) -> None:
+    def _note_barren(self, what: str, *, most: int) -> None:
         self._barren += 1
-        if self._barren >= BARREN_DEATHS:
+        if self._barren >= most:
             raise VitaError(f"{self._barren} loader processes {what} before they read anything")
 
     def _skip(self, job: _Job, reason: str) -> None:

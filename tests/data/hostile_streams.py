@@ -9,12 +9,17 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break, start_dying or
+    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break, start_dying, start_slowly or
     start_hanging."""
 
     pack = document = -1
     deed = ""
     memory = ""  # a file that remembers what was done
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.deed == "start_slowly":
+            time.sleep(6)
 
     def read(self, pack_id: int, **options) -> ReadPack:
         if pack_id != self.pack:
@@ -22,7 +27,7 @@ class HostileStream(PackStream):
         if self.deed == "break":
             raise RuntimeError("a mistake of ours")
         if self.deed == "start_dying":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.deed == "start_hanging":
             time.sleep(3600)
         inner = options.pop("progress")

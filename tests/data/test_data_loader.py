@@ -119,7 +119,7 @@ def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> N
 
 def test_readers_that_die_before_they_read_anything_stop_the_run(world) -> None:
     stream = hostile(train_stream(world), "start_dying", pack=0)
-    with pytest.raises(VitaError, match=r"3 loader processes ended \(exit code -9\) before they read anything"):
+    with pytest.raises(VitaError, match=r"3 loader processes ended \(exit code -11\) before they read anything"):
         list(read_packs(stream, tasks(stream), num_workers=1))
     assert_workers_end()
 
@@ -129,6 +129,12 @@ def test_readers_that_hang_before_they_read_anything_stop_the_run(world) -> None
     with pytest.raises(VitaError, match=r"3 loader processes were silent for 1 seconds before they read anything"):
         list(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))
     assert_workers_end()
+
+
+def test_a_slow_start_is_not_taken_for_a_hang(world) -> None:
+    stream = hostile(train_stream(world), "start_slowly", pack=0)
+    (pack,) = read_packs(stream, tasks(stream)[:1], num_workers=1, sample_seconds=4)
+    assert not pack.damages
 
 
 def test_a_mistake_of_ours_is_shown_with_its_traceback(world) -> None:
