@@ -9,8 +9,9 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break, start_dying, start_slowly or
-    start_hanging."""
+    """At `document` of `pack` does `deed`: hang, die, die_of_memory or die_once; or earlier: break, start_dying,
+    start_hanging or start_slowly.
+    """
 
     pack = document = -1
     deed = ""
