@@ -7,7 +7,6 @@ the sample that hung, or that processes died on again and again. A process kille
 import itertools
 import multiprocessing
 import signal
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -59,7 +58,6 @@ class _Job:
 
     def __init__(self, task: PackTask) -> None:
         self.task = task
-        self.document: int | None = None  # being read
         self.strikes: Counter[int] = Counter()  # by document
         self.damages: list[Damage] = []
         self.result: ReadPack | Failure | None = None
@@ -76,14 +74,16 @@ class _Reader:
 
     def __init__(self, context: ForkServerContext, stream: PackStream) -> None:
         self.pipe, theirs = context.Pipe()
-        self.process: ForkServerProcess = context.Process(target=work, args=(theirs, stream), daemon=True)
+        self.progress = Progress(context)
+        arguments = (theirs, stream, self.progress)
+        self.process: ForkServerProcess = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
-        self.heard = time.monotonic()
 
     def give(self, job: _Job) -> None:
-        self.job, job.document, self.heard = job, None, time.monotonic()
+        self.job = job
+        self.progress.reset()
         with suppress(BrokenPipeError, ConnectionResetError):  # its death shows when it is next listened to
             self.pipe.send(job.task)
 
@@ -118,40 +118,34 @@ class _Pool:
         """Waits until a reader says something or has been silent for too long, and sees to it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
-        last = min(reader.heard for reader in busy.values()) + self._limit
-        ready = wait(list(busy), timeout=max(last - time.monotonic(), 0))
+        silence = max(reader.progress.silence for reader in busy.values())
+        ready = wait(list(busy), timeout=max(self._limit - silence, 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
             self._listen(busy[pipe])
         if not ready:
             for reader in busy.values():
-                if time.monotonic() - reader.heard > self._limit:
+                if reader.progress.silence > self._limit:
                     self._give_up(reader)
 
     def _listen(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
-        reader.heard = time.monotonic()
         try:
             message = reader.pipe.recv()
             if isinstance(message, SentPack):
                 tiles = receive_tiles(reader.pipe, message.shape)
                 message.batch.tiles = tiles
-                job.result, reader.job = ReadPack(message.batch, message.damages), None
-            elif isinstance(message, Progress):
-                job.document, self._barren = message.document, 0
+                job.result = ReadPack(message.batch, message.damages)
             else:
-                job.result, reader.job = message, None
+                job.result = message
+            reader.job, self._barren = None, 0
         except (EOFError, ConnectionResetError, OSError, RuntimeError):
             self._bury(reader)
 
     def _give_up(self, reader: _Reader) -> None:
-        job = reader.job
-        assert job is not None
-        if job.document is None:
-            self._barren += 1
-        else:
-            self._skip(job, f"no progress within data.sample_seconds {self._limit:g}")
+        if (document := self._document_of(reader)) is not None:
+            self._skip(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
 
     def _bury(self, reader: _Reader) -> None:
@@ -159,21 +153,25 @@ class _Pool:
         assert job is not None
         reader.process.join(timeout=10)
         code = reader.process.exitcode
-        if job.document is None:
-            self._barren += 1
-        else:
-            job.strikes[job.document] += 1
-            if job.strikes[job.document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
-                self._skip(job, f"{job.strikes[job.document]} processes ended while they read it (exit code {code})")
+        if (document := self._document_of(reader)) is not None:
+            job.strikes[document] += 1
+            if job.strikes[document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+                deaths = f"{job.strikes[document]} processes ended while they read it (exit code {code})"
+                self._skip(reader, document, deaths)
         self._replace(reader)
         if self._barren >= BARREN_DEATHS:
             raise VitaError(f"{self._barren} loader processes ended before they read anything (exit code {code})")
 
-    def _skip(self, job: _Job, reason: str) -> None:
-        document = job.document
-        assert document is not None
-        damage = self._stream.damage(job.task.pack_id, document, reason)
-        job.damages.append(damage)
+    def _document_of(self, reader: _Reader) -> int | None:
+        """What a reader that is lost was at."""
+        document = reader.progress.document
+        self._barren = self._barren + 1 if document is None else 0
+        return document
+
+    def _skip(self, reader: _Reader, document: int, reason: str) -> None:
+        job = reader.job
+        assert job is not None
+        job.damages.append(self._stream.damage(job.task.pack_id, document, reason))
         job.task = job.task._replace(skip=job.task.skip | {document})
 
     def _replace(self, reader: _Reader) -> None:

@@ -1,4 +1,4 @@
-"""What a reader process does: takes tasks from a pipe, tells what it works on, sends packs back.
+"""What a reader process does: takes tasks from a pipe, shows what it works on, sends packs back.
 
 Tiles are decoded into shared memory that has no name, so that nothing is copied and nothing is left behind, whoever
 dies when.
@@ -7,9 +7,11 @@ dies when.
 import mmap
 import os
 import signal
+import time
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import NamedTuple
 
@@ -29,10 +31,34 @@ class PackTask(NamedTuple):
     skip: frozenset[int] = frozenset()
 
 
-class Progress(NamedTuple):
-    """The document that is being read from now on."""
+class Progress:
+    """Which document a reader is at, and since when, in memory that both processes see.
 
-    document: int
+    A message instead would cost two processes as much time as a short text takes to be read.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._cells = context.RawArray("q", 2)
+        self.reset()
+
+    def reset(self) -> None:
+        """A task begins, and no document yet."""
+        self.tell(-1)
+
+    def tell(self, document: int) -> None:
+        """`document` is being read from now on."""
+        self._cells[1] = time.monotonic_ns()  # the clock of all processes
+        self._cells[0] = document
+
+    @property
+    def document(self) -> int | None:
+        """The document that is being read; None before the first."""
+        return None if self._cells[0] < 0 else self._cells[0]
+
+    @property
+    def silence(self) -> float:
+        """Seconds since it was last told."""
+        return time.monotonic() - self._cells[1] / 1e9
 
 
 class Failure(NamedTuple):
@@ -50,28 +76,21 @@ class SentPack(NamedTuple):
     shape: tuple[int, ...]
 
 
-def work(pipe: Connection, stream: PackStream) -> None:
+def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
     """Reads packs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
         while True:
-            _answer(pipe, stream, pipe.recv())
+            _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _answer(pipe: Connection, stream: PackStream, task: PackTask) -> None:
+def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Progress) -> None:
     memory = _TileMemory()
     try:
-        batch, damages = stream.read(
-            task.pack_id,
-            skip=task.skip,
-            progress=lambda document: pipe.send(Progress(document)),
-            allocate=memory.allocate,
-        )
-    except (BrokenPipeError, ConnectionResetError):
-        raise
+        batch, damages = stream.read(task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate)
     except VitaError as error:
         pipe.send(Failure(error.with_traceback(None), ""))
     except Exception:  # a mistake of ours, shown by the parent
