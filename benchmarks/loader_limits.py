@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ class Watch:
         self._thread.start()
 
     def _look(self) -> None:
-        while not self._stop.wait(0.05):
-            self.peak = max(self.peak, pss(self._process.pid))
+        with suppress(ProcessLookupError, FileNotFoundError):  # it ends before this thread does
+            while not self._stop.wait(0.05):
+                self.peak = max(self.peak, pss(self._process.pid))
 
     def stop(self) -> None:
         """Watches no more."""
