@@ -78,6 +78,8 @@ class SampleIndex:
 
     def __init__(self, table: pa.Table, *, header: IndexHeader) -> None:
         self._table = table
+        # A column of one chunk gives a value in a quarter of the time that slicing the table takes.
+        self._columns = dict(zip(table.column_names, table.combine_chunks().columns, strict=True))
         self.header = header
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class SampleIndex:
 
     def row(self, row: int) -> SampleRow:
         """The metadata of one sample."""
-        values = self._table.slice(row, 1).to_pylist()[0]
+        values = {name: column[row].as_py() for name, column in self._columns.items()}
         members = zip(values["member_names"], values["member_offsets"], values["member_sizes"], strict=True)
         return SampleRow(
             key=values["key"],

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, receive_tiles, work
+from megatron_vita.data.worker import Failure, PackTask, Progress, SentPack, hear, receive_tiles, work
 from megatron_vita.errors import VitaError
 
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
@@ -60,7 +60,6 @@ class _Job:
 
     def __init__(self, task: PackTask) -> None:
         self.task = task
-        self.document: int | None = None  # being read
         self.strikes: Counter[int] = Counter()  # by document
         self.damages: list[Damage] = []
         self.result: ReadPack | Failure | None = None
@@ -77,17 +76,22 @@ class _Reader:
 
     def __init__(self, context: ForkServerContext, stream: PackStream) -> None:
         self.pipe, theirs = context.Pipe()
-        self.process: ForkServerProcess = context.Process(target=work, args=(theirs, stream), daemon=True)
+        self.progress = Progress(context)
+        arguments = (theirs, stream, self.progress)
+        self.process: ForkServerProcess = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
-        self.ready = False
-        self.heard = time.monotonic()
 
     def give(self, job: _Job) -> None:
-        self.job, job.document, self.heard = job, None, time.monotonic()
+        self.job = job
+        self.progress.reset()
         with suppress(BrokenPipeError, ConnectionResetError):  # its death shows when it is next listened to
             self.pipe.send(job.task)
+
+    def deadline(self, limit: float) -> float:
+        """When it must have told of progress, if that is within `limit` seconds."""
+        return self.progress.told + (limit if self.progress.started else max(limit, STARTING_SECONDS))
 
     def end(self) -> None:
         self.process.kill()
@@ -120,59 +124,50 @@ class _Pool:
         """Waits until a reader says something or has been silent for too long, and sees to it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
-        first = min(map(self._deadline, busy.values()))
-        ready = wait(list(busy), timeout=max(first - time.monotonic(), 0))
+        first = min(reader.deadline(self._limit) for reader in busy.values())
+        # Not for long: a reader that starts meanwhile says so in its progress alone.
+        ready = wait(list(busy), timeout=min(max(first - time.monotonic(), 0), self._limit))
         for pipe in ready:
             assert isinstance(pipe, Connection)
             self._listen(busy[pipe])
         if not ready:
             for reader in busy.values():
-                if time.monotonic() > self._deadline(reader):
+                if time.monotonic() > reader.deadline(self._limit):
                     self._give_up(reader)
-
-    def _deadline(self, reader: _Reader) -> float:
-        """When a reader must have been heard of."""
-        return reader.heard + (self._limit if reader.ready else max(self._limit, STARTING_SECONDS))
 
     def _listen(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
-        reader.heard = time.monotonic()
         try:
             message = hear(reader.pipe)
             if isinstance(message, SentPack):
-                tiles = receive_tiles(reader.pipe, message.shape)
-                message.batch.tiles = tiles
-                job.result, reader.job = ReadPack(message.batch, message.damages), None
-            elif isinstance(message, Ready):
-                reader.ready = True
-            elif isinstance(message, Progress):
-                job.document, self._barren = message.document, 0
+                message.batch.tiles = receive_tiles(reader.pipe, message.shape)
+                job.result = ReadPack(message.batch, message.damages)
             else:
-                job.result, reader.job = message, None
+                job.result = message
+            reader.job, self._barren = None, 0
         except (EOFError, OSError, RuntimeError):
             self._bury(reader)
 
     def _give_up(self, reader: _Reader) -> None:
-        job = reader.job
-        assert job is not None
-        if job.document is None:
+        document = reader.progress.document
+        if document is None:
             self._note_barren(f"were silent for {self._limit:g} seconds", most=BARREN_DEATHS)
         else:
-            self._skip(job, f"no progress within data.sample_seconds {self._limit:g}")
+            self._skip(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
 
     def _bury(self, reader: _Reader) -> None:
-        job = reader.job
+        job, document = reader.job, reader.progress.document
         assert job is not None
         reader.process.join(timeout=10)
         code = reader.process.exitcode
-        if job.document is None:
+        if document is None:
             self._note_barren(f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS)
         else:
-            job.strikes[job.document] += 1
-            if job.strikes[job.document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
-                self._skip(job, f"{job.strikes[job.document]} processes ended while they read it (exit code {code})")
+            job.strikes[document] += 1
+            if (strikes := job.strikes[document]) == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+                self._skip(reader, document, f"{strikes} processes ended while they read it (exit code {code})")
         self._replace(reader)
 
     def _note_barren(self, what: str, *, most: int) -> None:
@@ -180,11 +175,11 @@ class _Pool:
         if self._barren >= most:
             raise VitaError(f"{self._barren} loader processes {what} before they read anything")
 
-    def _skip(self, job: _Job, reason: str) -> None:
-        document = job.document
-        assert document is not None
-        damage = self._stream.damage(job.task.pack_id, document, reason)
-        job.damages.append(damage)
+    def _skip(self, reader: _Reader, document: int, reason: str) -> None:
+        job = reader.job
+        assert job is not None
+        self._barren = 0
+        job.damages.append(self._stream.damage(job.task.pack_id, document, reason))
         job.task = job.task._replace(skip=job.task.skip | {document})
 
     def _replace(self, reader: _Reader) -> None:

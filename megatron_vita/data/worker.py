@@ -8,9 +8,11 @@ import mmap
 import os
 import pickle
 import signal
+import time
 import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import NamedTuple
 
@@ -30,14 +32,44 @@ class PackTask(NamedTuple):
     skip: frozenset[int] = frozenset()
 
 
-class Ready(NamedTuple):
-    """The process has started."""
+class Progress:
+    """Which document a reader is at, and since when, in memory that both processes see.
 
+    A message instead would cost two processes as much time as a short text takes to be read.
+    """
 
-class Progress(NamedTuple):
-    """The document that is being read from now on."""
+    def __init__(self, context: BaseContext) -> None:
+        self._cells = context.RawArray("q", 3)
+        self.reset()
 
-    document: int
+    def start(self) -> None:
+        """The process has started."""
+        self._cells[2] = 1
+        self.reset()
+
+    def reset(self) -> None:
+        """A task begins, and no document yet."""
+        self.tell(-1)
+
+    def tell(self, document: int) -> None:
+        """`document` is being read from now on."""
+        self._cells[1] = time.monotonic_ns()  # the clock of all processes
+        self._cells[0] = document
+
+    @property
+    def started(self) -> bool:
+        """Whether the process has started."""
+        return bool(self._cells[2])
+
+    @property
+    def document(self) -> int | None:
+        """The document that is being read; None before the first."""
+        return None if self._cells[0] < 0 else self._cells[0]
+
+    @property
+    def told(self) -> float:
+        """When it was last told, on the monotonic clock, in seconds."""
+        return self._cells[1] / 1e9
 
 
 class Failure(NamedTuple):
@@ -55,7 +87,7 @@ class SentPack(NamedTuple):
     shape: tuple[int, ...]
 
 
-Message = Ready | Progress | Failure | SentPack
+Message = Failure | SentPack
 
 
 def tell(pipe: Connection, message: Message) -> None:
@@ -68,29 +100,22 @@ def hear(pipe: Connection) -> Message:
     return pickle.loads(pipe.recv_bytes())
 
 
-def work(pipe: Connection, stream: PackStream) -> None:
+def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
     """Reads packs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
+    progress.start()
     try:
-        tell(pipe, Ready())
         while True:
-            _answer(pipe, stream, pipe.recv())
+            _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 
 
-def _answer(pipe: Connection, stream: PackStream, task: PackTask) -> None:
+def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Progress) -> None:
     memory = _TileMemory()
     try:
-        batch, damages = stream.read(
-            task.pack_id,
-            skip=task.skip,
-            progress=lambda document: tell(pipe, Progress(document)),
-            allocate=memory.allocate,
-        )
-    except (BrokenPipeError, ConnectionResetError):
-        raise
+        batch, damages = stream.read(task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate)
     except VitaError as error:
         tell(pipe, Failure(error.with_traceback(None), ""))
     except Exception:  # a mistake of ours, shown by the parent

@@ -1,5 +1,6 @@
 """Chat templates: from turns to token ids, and which of them carry the loss."""
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,7 +78,13 @@ def _template(name: str) -> Template:
 def _opening(frame: Template, tokenizer: Tokenizer, role: str) -> list[int]:
     if not frame.opening:
         return []
-    return [tokenizer.special_id(frame.opening), *tokenizer.encode(role + frame.after_role)]
+    return [tokenizer.special_id(frame.opening), *_framing(tokenizer, role + frame.after_role)]
+
+
+@functools.lru_cache(maxsize=64)
+def _framing(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of a text that comes with each turn."""
+    return tuple(tokenizer.encode(text))
 
 
 def _encode_turn(turn: Turn, tokenizer: Tokenizer, frame: Template) -> EncodedTurn:
@@ -90,7 +97,7 @@ def _encode_turn(turn: Turn, tokenizer: Tokenizer, frame: Template) -> EncodedTu
         else:
             _append(pieces, tokenizer.encode(part.text), loss=scored)
     if scored or frame.frames_all:
-        closing = [tokenizer.special_id(frame.closing), *tokenizer.encode(frame.after_closing)]
+        closing = [tokenizer.special_id(frame.closing), *_framing(tokenizer, frame.after_closing)]
         _append(pieces, closing, loss=scored)
     return pieces
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -13,6 +14,9 @@ import sentencepiece
 import tokenizers
 
 from megatron_vita.errors import ConfigError
+
+# Texts are encoded one by one, which the threads of `tokenizers` do not speed up; unused, they allow a fork, too.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEDIA_TOKENS = (
     *("<img>", "</img>", "<IMG_CONTEXT>"),
@@ -123,11 +127,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets
+        if self.special_ids.isdisjoint(ids):
+            return ids
         encoding = self._backend.encode(text, add_special_tokens=False)
         for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if index in self.special_ids and stop - start > 1:  # models that look whole words up in the vocabulary
                 return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
-        return encoding.ids
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """See Tokenizer."""
