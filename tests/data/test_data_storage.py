@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 import fsspec
@@ -28,7 +29,9 @@ def store(tmp_path_factory: pytest.TempPathFactory):
         for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
             patch.setenv(name, value)
         patch.setattr(storage, "FIRST_PAUSE", 0.01)
+        forkserver._forkserver._stop()  # processes have the environment in which their server was started
         yield server
+    forkserver._forkserver._stop()
     server.close()
 
 
