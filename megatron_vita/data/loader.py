@@ -164,9 +164,9 @@ class _Pool:
 
     def _document_of(self, reader: _Reader) -> int | None:
         """What a reader that is lost was at."""
-        document = reader.progress.document
-        self._barren = self._barren + 1 if document is None else 0
-        return document
+        some_read = any(other.progress.document is not None for other in self._readers)
+        self._barren = 0 if some_read else self._barren + 1
+        return reader.progress.document
 
     def _skip(self, reader: _Reader, document: int, reason: str) -> None:
         job = reader.job

@@ -9,7 +9,10 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break or start_dying."""
+    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break or start_dying.
+
+    If that is dawdle, it takes its time before each file of each document.
+    """
 
     pack = document = -1
     deed = ""
@@ -26,7 +29,9 @@ class HostileStream(PackStream):
 
         def progress(document: int) -> None:
             inner(document)
-            if document == self.document:
+            if self.deed == "dawdle":
+                time.sleep(0.3)
+            elif document == self.document:
                 self._strike()
 
         return super().read(pack_id, progress=progress, **options)
