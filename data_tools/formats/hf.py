@@ -33,6 +33,7 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     size, row = source.stat().st_size if source.exists() else 0, 0
     try:
         for batch, share in _parquet(source) if source.suffix == ".parquet" else _arrow(source):
+            batch.validate(full=True)  # else a damaged length would be believed
             for values in batch.to_pylist():
                 make = partial(_sample, values, source=source, row=row, setting=setting)
                 yield Candidate(f"row {row}", make, int(share * size))

@@ -4,6 +4,7 @@
 <folder>/latest           name of the newest complete checkpoint; moves last
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_vita.config import recipe_from_dict
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
@@ -101,7 +103,7 @@ def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
 
     A text-only model may be the language model of a whole one.
     """
-    found = _flatten(read_manifest(checkpoint)["recipe"]["model"])
+    found = _flatten(dataclasses.asdict(recipe_from_dict(read_manifest(checkpoint)["recipe"]).model))
     free = ("text_only", "vision.", "projector.") if model["text_only"] else ()
     for name, value in _flatten(model).items():
         if name.startswith(free) or name.endswith(("init", "init_method_std")):

@@ -10,6 +10,7 @@ from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.output import OutputConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.recipe import Recipe
+from megatron_vita.config.rotary import RopeScalingConfig
 from megatron_vita.config.text import TextConfig
 from megatron_vita.config.training import TrainingConfig
 
@@ -25,6 +26,7 @@ __all__ = [
     "ParallelConfig",
     "ProjectorConfig",
     "Recipe",
+    "RopeScalingConfig",
     "TextConfig",
     "TrainingConfig",
     "VisionConfig",

@@ -1,6 +1,7 @@
 """A recipe's miniature: the same stage with everything large made small, for few processes and made-up data."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_vita.config.data import DatasetConfig
@@ -15,6 +16,10 @@ FRAMES_FACTOR = 16
 LAYERS = 4
 STEPS = 4
 SUFFIX = "-tiny"
+VISION_KINDS = (
+    *("normalization", "qk_layernorm", "add_qkv_bias", "activation", "class_token", "patch_bias", "pre_norm"),
+    *("post_norm", "norm_after", "layer_scale"),
+)
 VOCABULARY = 512  # of the made-up tokenizer, with room for special tokens
 
 
@@ -75,19 +80,13 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         kv_channels=8,
         vocab_size=VOCABULARY,
         rotary_base=model.language.rotary_base,
+        rope_scaling=copy.deepcopy(model.language.rope_scaling),
         add_qkv_bias=model.language.add_qkv_bias,
+        qk_layernorm=model.language.qk_layernorm,
         untie_embeddings_and_output_weights=model.language.untie_embeddings_and_output_weights,
     )
-    tiny.vision = VisionConfig(
-        image_size=56,
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        normalization=model.vision.normalization,
-        qk_layernorm=model.vision.qk_layernorm,
-        add_qkv_bias=model.vision.add_qkv_bias,
-    )
+    small = VisionConfig(image_size=56, num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+    tiny.vision = replace(small, **{name: getattr(model.vision, name) for name in VISION_KINDS})
     return tiny
 
 

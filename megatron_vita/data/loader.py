@@ -15,12 +15,13 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import Failure, PackTask, Progress, SentPack, receive_tiles, work
+from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, receive_tiles, work
 from megatron_vita.errors import VitaError
 
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
 STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
-BARREN_DEATHS = 3  # of processes that have read nothing yet: the machine cannot run them
+STARTING_SECONDS = 120
+BARREN_DEATHS, BARREN_KILLS = 3, 20  # of processes that have read nothing yet: the machine cannot run them
 
 
 def read_packs(
@@ -80,6 +81,7 @@ class _Reader:
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
+        self.ready = False
 
     def give(self, job: _Job) -> None:
         self.job = job
@@ -118,33 +120,40 @@ class _Pool:
         """Waits until a reader says something or has been silent for too long, and sees to it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
-        silence = max(reader.progress.silence for reader in busy.values())
-        ready = wait(list(busy), timeout=max(self._limit - silence, 0))
+        ready = wait(list(busy), timeout=max(min(map(self._patience, busy.values())), 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
             self._listen(busy[pipe])
         if not ready:
             for reader in busy.values():
-                if reader.progress.silence > self._limit:
+                if self._patience(reader) < 0:
                     self._give_up(reader)
+
+    def _patience(self, reader: _Reader) -> float:
+        """Seconds in which a reader must get on."""
+        return (self._limit if reader.ready else max(self._limit, STARTING_SECONDS)) - reader.progress.silence
 
     def _listen(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
         try:
-            message = reader.pipe.recv()
+            message = hear(reader.pipe)
+            if isinstance(message, Ready):
+                reader.ready = True
+                return
             if isinstance(message, SentPack):
-                tiles = receive_tiles(reader.pipe, message.shape)
-                message.batch.tiles = tiles
+                message.batch.tiles = receive_tiles(reader.pipe, message.shape)
                 job.result = ReadPack(message.batch, message.damages)
             else:
                 job.result = message
             reader.job, self._barren = None, 0
-        except (EOFError, ConnectionResetError, OSError, RuntimeError):
+        except (EOFError, OSError, RuntimeError):
             self._bury(reader)
 
     def _give_up(self, reader: _Reader) -> None:
-        if (document := self._document_of(reader)) is not None:
+        if (document := reader.progress.document) is None:
+            self._note_barren(f"were silent for {self._limit:g} seconds", most=BARREN_DEATHS)
+        else:
             self._skip(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
 
@@ -153,20 +162,20 @@ class _Pool:
         assert job is not None
         reader.process.join(timeout=10)
         code = reader.process.exitcode
-        if (document := self._document_of(reader)) is not None:
+        if (document := reader.progress.document) is None:
+            self._note_barren(f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS)
+        else:
             job.strikes[document] += 1
             if job.strikes[document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
                 deaths = f"{job.strikes[document]} processes ended while they read it (exit code {code})"
                 self._skip(reader, document, deaths)
         self._replace(reader)
-        if self._barren >= BARREN_DEATHS:
-            raise VitaError(f"{self._barren} loader processes ended before they read anything (exit code {code})")
 
-    def _document_of(self, reader: _Reader) -> int | None:
-        """What a reader that is lost was at."""
-        some_read = any(other.progress.document is not None for other in self._readers)
+    def _note_barren(self, what: str, *, most: int) -> None:
+        some_read = any(reader.progress.document is not None for reader in self._readers)
         self._barren = 0 if some_read else self._barren + 1
-        return reader.progress.document
+        if self._barren >= most:
+            raise VitaError(f"{self._barren} loader processes {what} before they read anything")
 
     def _skip(self, reader: _Reader, document: int, reason: str) -> None:
         job = reader.job

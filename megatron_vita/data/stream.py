@@ -88,7 +88,8 @@ class PackStream(Dataset):
         progress: Callable[[int], None] = lambda document: None,
         allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda shape: np.empty(shape, dtype=np.uint8),
     ) -> ReadPack:
-        """Reads one pack; documents that cannot be read, and those to `skip`, are blank.
+        """Reads one pack. What is there of documents that cannot be read, or are to be skipped, is not the same on all
+        ranks yet: `mask_documents` makes it so.
 
         `progress` is told the document about to be read, before each of its files; `allocate` gives the array for the
         tiles. DataError if a shard or an index is missing or does not fit the plan.
@@ -164,10 +165,9 @@ class PackStream(Dataset):
             return None
 
     def _decode(self, pack: "_Pack", documents: list[Document], wanted: np.ndarray, tiles: np.ndarray) -> None:
-        """Fills `tiles` with those `wanted` of the pack; black where a document cannot be read."""
+        """Fills `tiles` with those `wanted` of the pack, but for those of documents that cannot be read."""
         first = 0
         for i, document in enumerate(documents):
-            begin = first
             for medium in document.media:
                 start, stop = np.searchsorted(wanted, (first, first + medium.num_tiles))
                 mine = wanted[start:stop] - first  # contiguous: a rank's tiles of one kind are
@@ -175,8 +175,6 @@ class PackStream(Dataset):
                 if len(mine) and i not in pack.skip:
                     part = range(mine[0], mine[-1] + 1)
                     self._attempt(pack, i, partial(self._decode_medium, pack, i, medium, part, tiles[start:stop]))
-            if i in pack.skip:
-                tiles[slice(*np.searchsorted(wanted, (begin, first)))] = 0
 
     def _decode_medium(self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray) -> None:
         entry = pack.entries[i]

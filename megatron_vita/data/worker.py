@@ -6,6 +6,7 @@ dies when.
 
 import mmap
 import os
+import pickle
 import signal
 import time
 import traceback
@@ -29,6 +30,10 @@ class PackTask(NamedTuple):
 
     pack_id: int
     skip: frozenset[int] = frozenset()
+
+
+class Ready(NamedTuple):
+    """The process has started."""
 
 
 class Progress:
@@ -76,11 +81,26 @@ class SentPack(NamedTuple):
     shape: tuple[int, ...]
 
 
+Message = Ready | Failure | SentPack
+
+
+def tell(pipe: Connection, message: Message) -> None:
+    """Sends a message by value: torch's own way through a pipe needs room in /dev/shm and a living sender."""
+    pipe.send_bytes(pickle.dumps(message, protocol=5))
+
+
+def hear(pipe: Connection) -> Message:
+    """Receives a message."""
+    return pickle.loads(pipe.recv_bytes())
+
+
 def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
     """Reads packs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
+        progress.reset()
+        tell(pipe, Ready())
         while True:
             _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -92,11 +112,11 @@ def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Prog
     try:
         batch, damages = stream.read(task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate)
     except VitaError as error:
-        pipe.send(Failure(error.with_traceback(None), ""))
+        tell(pipe, Failure(error.with_traceback(None), ""))
     except Exception:  # a mistake of ours, shown by the parent
-        pipe.send(Failure(None, traceback.format_exc()))
+        tell(pipe, Failure(None, traceback.format_exc()))
     else:
-        pipe.send(SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape)))
+        tell(pipe, SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape)))
         send_handle(pipe, memory.descriptor, 0)  # the process is named on Windows alone
     finally:
         memory.close()

@@ -55,6 +55,8 @@ class Engine:
         recipe.parallel = ParallelConfig()
         if tokenizer is not None:
             recipe.text.tokenizer = tokenizer
+        elif (inside := checkpoint / recipe.text.tokenizer).exists():  # converted weights bring theirs
+            recipe.text.tokenizer = str(inside)
         engine = cls(recipe)
         store.load_weights([engine.model], checkpoint)
         logger.info("weights from %s", checkpoint)

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 5e-4
 """Seconds by which a container's clock (often of milliseconds) may round the time of a frame."""
+MAX_FRAME_PIXELS = 2**26
+"""Most pixels of a frame (8192 x 8192): decoders hold up to 17 of them."""
 _HEAD = 64
 """Frames from which a video's beginning and kind of time stamps are told."""
 _WITH_INDEX = ("mov", "matroska")
@@ -121,12 +123,17 @@ def open_clip(data: bytes, name: str) -> Iterator[Clip]:
     """
     try:
         with av.open(io.BytesIO(data)) as container:
-            videos = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
-            streams = [s for s in videos if s.codec_context is not None]  # None: of a codec that nobody knows
+            streams = [s for s in container.streams.video if _can_be_shown(s)]
             if not streams:
                 kinds = [stream.type for stream in container.streams]
-                raise DataError(f"{name}: no video stream among {kinds} in these {len(data)} bytes")
+                raise DataError(f"{name}: no video stream that can be decoded among {kinds} in these {len(data)} bytes")
             streams[0].codec_context.thread_count = 1
+            streams[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             yield Clip(streams[0], name)
     except av.FFmpegError as error:
         raise DataError(f"{name}: cannot read this video of {len(data)} bytes: {error}") from error
+
+
+def _can_be_shown(stream: av.VideoStream) -> bool:
+    """Whether it is neither a cover picture nor of an unknown codec."""
+    return stream.codec_context is not None and not stream.disposition & Disposition.attached_pic

@@ -1,7 +1,6 @@
 """Finding the frames that a clip shows at given moments, with as little decoding as is safe."""
 
 import bisect
-import logging
 import math
 from collections import deque
 from collections.abc import Callable
@@ -11,8 +10,6 @@ from typing import NamedTuple
 import av
 
 from megatron_vita.media.clip import TOLERANCE, Clip, Coded
-
-logger = logging.getLogger(__name__)
 
 _REORDERED = 17
 """A frame is decoded at most so many frames before one that is shown earlier (16 by the standards)."""
@@ -108,19 +105,21 @@ class Picker:
         if self._skip:
             self._read_past(coded.time)
             self._clip.codec.skip_frame = "DEFAULT" if self._is_wanted(coded.time) else "NONREF"
-        try:
-            frames = self._clip.codec.decode(coded.packet)
-        except av.FFmpegError:
+        if (frames := self._decoded(coded.packet)) is None:
             self.lost.add(coded.time)
-            return
-        self._offer(frames, place)
+        else:
+            self._offer(frames, place)
+
+    def _decoded(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
+        """What comes out of the decoder; None if it cannot decode this."""
+        try:
+            return self._clip.codec.decode(packet)
+        except (av.FFmpegError, ValueError):  # ValueError: it refuses the stream as a whole
+            return None
 
     def _drain(self, place: int) -> None:
         """Takes what the decoder still holds, and its last frame for all moments that are left."""
-        try:
-            self._offer(self._clip.codec.decode(None), place)
-        except av.FFmpegError:
-            logger.debug("the last frames cannot be decoded")
+        self._offer(self._decoded(None) or [], place)
         while self._last and len(self._picked) < len(self._moments):
             self._take(*self._last)
 
@@ -129,7 +128,8 @@ class Picker:
         for frame in frames:
             time = self._clip.time_of(frame)
             if time is None:
-                time = self._times[min(self._first + self._shown, len(self._times) - 1)]
+                counted = min(self._first + self._shown, len(self._times) - 1)
+                time = self._times[counted] if self._times else self._start
             self._shown += 1
             while len(self._picked) < len(self._moments) and time > self._moments[len(self._picked)] + TOLERANCE:
                 self._take(*(self._last or (time, frame)))

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class AttentionBackend(Protocol):
     """What the language model asks of a backend."""
 
-    def block_spec(self, num_layers: int) -> ModuleSpec | TransformerBlockSubmodules:
-        """The layers of a pipeline stage."""
+    def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec | TransformerBlockSubmodules:
+        """The layers of a pipeline stage; `qk_layernorm`: with an RMSNorm of each query and key head."""
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
         """The pack for attention, and rotary angles, from the documents' bounds [D+1] on the host."""
@@ -47,11 +47,14 @@ def rotary_angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 class TorchBackend:
     """Exact attention by torch's scaled_dot_product_attention, document by document."""
 
-    def block_spec(self, num_layers: int) -> TransformerBlockSubmodules:
+    def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> TransformerBlockSubmodules:
         """megatron-core's local layers with our norm and core attention."""
         submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-        submodules.self_attention.submodules.core_attention = DocumentAttention
+        attention = submodules.self_attention.submodules
+        attention.core_attention = DocumentAttention
+        if qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
         layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
@@ -71,11 +74,11 @@ class TorchBackend:
 class TransformerEngineBackend:
     """Transformer Engine's layers in THD layout."""
 
-    def block_spec(self, num_layers: int) -> ModuleSpec:
+    def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
         """megatron-core's Transformer Engine layer, whose attention refuses to run unfused."""
         from megatron_vita.model.fused_attention import FusedAttention
 
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.submodules.core_attention = FusedAttention
         return layer
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.model.backends import AttentionBackend, TorchBackend, TransformerEngineBackend, choose_backend
+from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionWork, VitaModel
 from megatron_vita.parallel import groups
 
@@ -19,7 +20,8 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
     """megatron-core's view of the language model; `fused` takes kernels that need Transformer Engine."""
     shape, parallel = recipe.model.language, recipe.parallel
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
-    return TransformerConfig(
+    attention_factor = shape.rope_scaling.attention_factor
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -29,6 +31,7 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         layernorm_epsilon=shape.layernorm_epsilon,
         init_method_std=shape.init_method_std,
         add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
         add_bias_linear=False,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -54,13 +57,15 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         calculate_per_token_loss=True,
         attention_backend=AttnBackend.fused,  # keeps Transformer Engine from falling back to unfused attention
         use_cpu_initialization=not platform.on_cuda(),
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and attention_factor == 1.0,  # Transformer Engine's fused kernel takes no factor
         bias_activation_fusion=fused,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
     )
+    scale_rotary_positions(config, attention_factor)
+    return config
 
 
 def _recomputation(recipe: Recipe) -> dict[str, Any]:

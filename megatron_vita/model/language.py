@@ -5,7 +5,6 @@ where positions and rows are explicit. This is the one file that knows which par
 GPTModel's, so checkpoints of either fit the other.
 """
 
-import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import (
@@ -20,10 +19,11 @@ from megatron_vita import platform
 from megatron_vita.config import LanguageConfig, OutputConfig
 from megatron_vita.model.backends import AttentionBackend
 from megatron_vita.model.output import OutputLayer, padded_vocabulary
+from megatron_vita.model.rotary import inverse_frequencies
 
 
 class LanguageModel(LanguageModule):
-    """A pipeline stage of a Qwen2- or Llama-shaped decoder."""
+    """A pipeline stage of a Qwen2-, Qwen3- or Llama-shaped decoder."""
 
     def __init__(
         self,
@@ -40,8 +40,8 @@ class LanguageModel(LanguageModule):
         self.backend, self.vp_stage = backend, vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
-        exponents = torch.arange(0, shape.kv_channels, 2, device=platform.device()).float() / shape.kv_channels
-        self.inverse_frequencies = 1.0 / shape.rotary_base**exponents  # no buffer: it must stay fp32
+        # no buffer: it must stay fp32
+        self.inverse_frequencies = inverse_frequencies(shape).to(platform.device())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config,
@@ -51,7 +51,9 @@ class LanguageModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config,
-            spec=backend.block_spec(get_num_layers_to_build(config, vp_stage=vp_stage)),
+            spec=backend.block_spec(
+                get_num_layers_to_build(config, vp_stage=vp_stage), qk_layernorm=shape.qk_layernorm
+            ),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -1,13 +1,16 @@
-"""InternViT: a plain vision transformer with LayerScale, a class token and no final norm.
+"""Vision transformers: InternViT, and by options CLIP, SigLIP and EVA2-CLIP, up to their last hidden state.
 
 Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form: the InternVL 2.5
-model cards). Every rank holds the whole tower and encodes tiles of its own, unless the tower is split over a
-tensor-parallel group (`vision_parts.py`), whose ranks then encode the same tiles together.
+model cards), transformers' CLIPVisionModel and SiglipVisionModel, and GLM-4V's EVA2CLIPModel. Every rank holds the
+whole tower and encodes tiles of its own, unless the tower is split over a tensor-parallel group (`vision_parts.py`),
+whose ranks then encode the same tiles together.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -23,33 +26,42 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
-        self.class_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.position_embedding = nn.Parameter(torch.empty(1, config.patches + 1, config.hidden_size))
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.class_token else None
+        self.position_embedding = nn.Parameter(torch.empty(1, config.tokens, width))
+        self.pre_norm = build_norm(config) if config.pre_norm else None
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """[n, 3, S, S] -> [n, 1 + patches, H], the class token first."""
-        patches = self.patch_embedding(tiles).flatten(2).transpose(1, 2)
-        class_token = self.class_token.expand(len(tiles), -1, -1)
-        return torch.cat([class_token, patches], dim=1) + self.position_embedding
+        """[n, 3, S, S] -> [n, tokens, H], the class token first."""
+        x = self.patch_embedding(tiles).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(tiles), -1, -1), x], dim=1)
+        x = x + self.position_embedding
+        return x if self.pre_norm is None else self.pre_norm(x)
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm layer; LayerScale multiplies each branch, its bias included."""
+    """Norms before each branch or at its end; LayerScale multiplies the branch, its bias included."""
 
     def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
+        self.norm_after = config.norm_after
         self.norm1 = build_norm(config)
         self.attention = VisionAttention(config, split)
-        self.scale1 = nn.Parameter(torch.empty(config.hidden_size))
+        self.scale1 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
         self.norm2 = build_norm(config)
         self.mlp = VisionMLP(config, split)
-        self.scale2 = nn.Parameter(torch.empty(config.hidden_size))
+        self.scale2 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, s, H] -> [n, s, H]."""
-        x = x + self.scale1 * self.attention(self.norm1(x))
-        return x + self.scale2 * self.mlp(self.norm2(x))
+        x = x + self._branch(x, self.attention, self.norm1, self.scale1)
+        return x + self._branch(x, self.mlp, self.norm2, self.scale2)
+
+    def _branch(self, x: Tensor, work: nn.Module, norm: nn.Module, scale: Tensor | None) -> Tensor:
+        out = norm(work(x)) if self.norm_after else work(norm(x))
+        return out if scale is None else scale * out
 
 
 class VisionTower(nn.Module):
@@ -62,6 +74,7 @@ class VisionTower(nn.Module):
         self.split = Split(tp_group)
         self.embeddings = VisionEmbeddings(config)
         self.layers = nn.ModuleList(VisionLayer(config, self.split) for _ in range(config.num_layers))
+        self.post_norm = build_norm(config) if config.post_norm else None
         self.recompute = False  # keep only the inputs of layers for the backward pass
         for name, parameter in self.named_parameters():
             parameter.tensor_model_parallel = self.split.axis_of(name) is not None  # type: ignore[attr-defined]
@@ -91,12 +104,14 @@ class VisionTower(nn.Module):
         return shape
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] -> features [n, patches / 4, 4 * H]; the class token is dropped."""
+        """Normalised tiles [n, 3, S, S] -> features [n, rows, 4 * H]; the class token is dropped."""
         x = self.embeddings(tiles)
         for layer in self.layers:
             # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
             x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
-        return pixel_shuffle(x[:, 1:])
+        if self.post_norm is not None:
+            x = self.post_norm(x)
+        return pixel_shuffle(x[:, 1:] if self.config.class_token else x)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -117,9 +132,10 @@ def pixel_shuffle(patches: Tensor) -> Tensor:
     """Joins patches two by two: [n, side * side, C] -> [n, side * side / 4, 4 * C], both row-major.
 
     A cell holds, in this order, its upper left, upper right, lower left and lower right patch, as InternVL's second
-    version of pixel shuffle with a scale of 0.5 does.
+    version of pixel shuffle with a scale of 0.5 does. An odd grid gets a column and a row of zeros at its end.
     """
     n, count, channels = patches.shape
-    side = int(count**0.5)
-    cells = patches.view(n, side // 2, 2, side // 2, 2, channels).transpose(2, 3)
-    return cells.reshape(n, count // 4, 4 * channels)
+    side = math.isqrt(count)
+    odd, cells = side % 2, -(-side // 2)
+    grid = F.pad(patches.view(n, side, side, channels), (0, 0, 0, odd, 0, odd)) if odd else patches
+    return grid.reshape(n, cells, 2, cells, 2, channels).transpose(2, 3).reshape(n, cells**2, 4 * channels)

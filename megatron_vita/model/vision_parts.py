@@ -4,6 +4,9 @@ Heads that do not divide are padded by heads of zeros, which stay zero: their ou
 them. All sums over the group are megatron-core's; without a group they are left out.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
@@ -24,6 +27,18 @@ _AXES = {
     "mlp.fc1.weight": 0,
     "mlp.fc1.bias": 0,
     "mlp.fc2.weight": 1,
+}
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
 }
 
 
@@ -125,7 +140,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Plain MLP with exact GELU."""
+    """Plain MLP."""
 
     def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
@@ -133,10 +148,11 @@ class VisionMLP(nn.Module):
         width = config.ffn_hidden_size // split.ranks
         self.fc1 = nn.Linear(config.hidden_size, width)
         self.fc2 = RowLinear(width, config.hidden_size, split)
+        self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, s, H] -> [n, s, H]."""
-        return self.fc2(F.gelu(self.fc1(self.split.share(x))))
+        return self.fc2(self.activation(self.fc1(self.split.share(x))))
 
 
 class RowLinear(nn.Module):

@@ -37,7 +37,7 @@ def tile_flops(model: ModelConfig) -> int:
 
 
 def _tower_flops(vision: VisionConfig) -> int:
-    width, tokens = vision.hidden_size, vision.patches + 1
+    width, tokens = vision.hidden_size, vision.tokens
     linear = 2 * tokens * (4 * width * width + 2 * width * vision.ffn_hidden_size)
     attention = 4 * tokens * tokens * width
     return vision.num_layers * (linear + attention) + 2 * vision.patches * 3 * vision.patch_size**2 * width

@@ -114,7 +114,7 @@ def _vision_activations(recipe: Recipe, tiles: int) -> int:
     vision, training = recipe.model.vision, recipe.training
     mine = -(-tiles // recipe.parallel.tile_ranks)
     at_once = min(mine, training.vision_tiles_at_once)
-    layer, tokens = _tower_layer(vision), vision.patches + 1
+    layer, tokens = _tower_layer(vision), vision.tokens
     tower = at_once * tokens * layer
     if not training.freeze_vision_model:
         kept = vision.hidden_size if training.recompute_vision else layer

@@ -14,23 +14,26 @@ class LayerShape:
 
 
 def language_layer(language: LanguageConfig) -> LayerShape:
-    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the two norms included."""
+    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the norms included."""
     width, heads = language.hidden_size, language.num_attention_heads * language.kv_channels
     inner = heads + 2 * language.num_query_groups * language.kv_channels
     attention = inner * width + heads * width + (inner if language.add_qkv_bias else 0)
-    return LayerShape(split=attention + 3 * language.ffn_hidden_size * width, whole=2 * width)
+    norms = 2 * width + (2 * language.kv_channels if language.qk_layernorm else 0)
+    return LayerShape(split=attention + 3 * language.ffn_hidden_size * width, whole=norms)
 
 
 def vision_tower(vision: VisionConfig) -> LayerShape:
     """Of the whole tower; `split` is what a TP group divides where the tower is split over it, heads not padded."""
     width, ffn = vision.hidden_size, vision.ffn_hidden_size
-    norms = 2 * width * (2 if vision.normalization == "LayerNorm" else 1)
+    norm = width * (2 if vision.normalization == "LayerNorm" else 1)
+    scales = 2 * width if vision.layer_scale else 0
     split = 4 * width * width + 2 * ffn * width + ffn
     split += (3 * width if vision.add_qkv_bias else 0) + (2 * width if vision.qk_layernorm else 0)
-    embeddings = 3 * vision.patch_size**2 * width + width + width + (vision.patches + 1) * width
+    embeddings = 3 * vision.patch_size**2 * width + vision.tokens * width
+    embeddings += width * (vision.patch_bias + vision.class_token) + norm * (vision.pre_norm + vision.post_norm)
     return LayerShape(
         split=vision.num_layers * split,
-        whole=vision.num_layers * (norms + 2 * width + 2 * width) + embeddings,
+        whole=vision.num_layers * (2 * norm + scales + 2 * width) + embeddings,
     )
 
 

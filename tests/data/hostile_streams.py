@@ -9,14 +9,18 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """Before it reads `document` of `pack`, does `deed`: hang, die, die_of_memory, die_once, break or start_dying.
-
-    If that is dawdle, it takes its time before each file of each document.
+    """At `document` of `pack` does `deed`: hang, die, die_of_memory or die_once; or earlier: break, start_dying,
+    start_hanging or start_slowly. If the deed is dawdle, it takes its time before each file of each document.
     """
 
     pack = document = -1
     deed = ""
     memory = ""  # a file that remembers what was done
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.deed == "start_slowly":
+            time.sleep(6)
 
     def read(self, pack_id: int, **options) -> ReadPack:
         if pack_id != self.pack:
@@ -24,7 +28,9 @@ class HostileStream(PackStream):
         if self.deed == "break":
             raise RuntimeError("a mistake of ours")
         if self.deed == "start_dying":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.deed == "start_hanging":
+            time.sleep(3600)
         inner = options.pop("progress")
 
         def progress(document: int) -> None:

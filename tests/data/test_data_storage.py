@@ -8,12 +8,13 @@ import fsspec
 import pytest
 from s3_server import FaultyStore
 from toy_data import assert_same, changed, train_stream
+from upath import UPath
 
 from megatron_vita.data import open_split, read_packs, storage
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.split import plan_path
-from megatron_vita.data.storage import ShardCache, find_files
+from megatron_vita.data.storage import ShardCache, find_files, read_range
 from megatron_vita.data.stream import PackStream
 from megatron_vita.data.worker import PackTask
 from megatron_vita.errors import ConfigError, DataError, ShardError
@@ -112,11 +113,12 @@ def fetch_all(cache: ShardCache, shards: list, sizes: list[int]) -> None:
             assert cache.fetch(shard, size=size).name.endswith(shard.name)
 
 
-def test_processes_share_a_cache(remote, tmp_path: Path) -> None:
+def test_processes_share_a_cache_and_copy_each_shard_once(store: FaultyStore, remote, tmp_path: Path) -> None:
     _, bucket = remote
     shards = find_files(f"s3://{bucket}/deep/*.tar")
     sizes = [shard.stat().st_size for shard in shards]
     cache = ShardCache(tmp_path / "cache", limit=sum(sizes))
+    store.reads = 0
     context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=fetch_all, args=(cache, shards, sizes)) for _ in range(3)]
     for process in processes:
@@ -124,6 +126,7 @@ def test_processes_share_a_cache(remote, tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert store.reads == 4
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 4
     assert not list((tmp_path / "cache").glob("*.partial"))
 
@@ -154,6 +157,21 @@ def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
     files.rm(f"{bucket}/deep/more-000000.tar")
     with pytest.raises(DataError, match=r"more-000000.tar: cannot open the shard: it is not there"):
         [again[pack] for pack in range(len(again))]
+
+
+def test_an_answer_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = UPath("memory://bucket/file.tar")
+    place.write_bytes(b"0123456789")
+    whole, answers = place.fs.cat_file, []
+
+    def cut(path: str, start: int, end: int) -> bytes:
+        answers.append(whole(path, start=start, end=end)[: 3 if len(answers) < 2 else None])
+        return answers[-1]
+
+    monkeypatch.setattr(place.fs, "cat_file", cut)
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0)
+    assert read_range(place, 2, 9) == b"2345678"
+    assert list(map(len, answers)) == [3, 3, 7]
 
 
 def test_a_scheme_without_a_library_is_refused() -> None:

@@ -1,15 +1,19 @@
 """Hostile inputs: each ends as used or as listed with a reason; no tool hangs, crashes or leaks."""
 
+import io
 import json
 import os
+import random
 import re
 import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from fuzz import tars, write_lines, write_tars
-from fuzz_media import images, videos
+from fuzz import odd_texts, tars, write_lines, write_tars
+from fuzz_media import damaged, images, videos
 from toy_jsonl import write_world
 
 from data_tools.cli import main
@@ -94,6 +98,46 @@ def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(root: Path, capsy
     outside = [path for path in (root / "found").rglob("*") if not path.resolve().is_relative_to(root / "found")]
     assert not outside
     print(f"{len(paths)} tars: {used} used, {listed} listed, {time.monotonic() - begun:.0f} s")  # noqa: T201
+
+
+def hostile_sources(folder: Path, format: str, count: int) -> int:
+    """Damaged files of a format, and one of odd lines; gives the number of these."""
+    folder.mkdir()
+    dice = random.Random(format)
+    texts = [text for text in odd_texts(dice, huge=WHOLE) if b"\n" not in text and text.strip()]
+    turns = [{"from": "human", "value": "<image>\nHm?"}, {"from": "gpt", "value": "Yes."}]
+    if format != "hf":
+        (folder / "lines.jsonl").write_bytes(b"\n".join(texts))
+        whole = json.dumps([{"image": "0.png", "conversations": turns}] * 20).encode()
+        for i in range(count):
+            (folder / f"{i}.json").write_bytes(damaged(whole, dice))
+        return len(texts)
+    image = {"bytes": images()["plain"][1], "path": "0.png"}
+    table = pa.Table.from_pylist([{"image": image, "conversations": turns, "id": i} for i in range(20)])
+    whole, stream = io.BytesIO(), io.BytesIO()
+    pq.write_table(table, whole)
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    for i in range(count):
+        name, data = (f"{i}.parquet", whole.getvalue()) if i % 2 else (f"{i}.arrow", stream.getvalue())
+        (folder / name).write_bytes(damaged(data, dice))
+    return 0
+
+
+@pytest.mark.parametrize("format", ["llava", "sharegpt", "hf"])
+def test_hostile_sources_are_imported_as_far_as_they_can_be_read(root: Path, format: str) -> None:
+    lines = hostile_sources(root / "sources", format, count=150 if WHOLE else 15)
+    (root / "media/0.png").write_bytes(images()["plain"][1])
+    out = ["--out", str(root / "out.jsonl"), "--media", str(root / "media"), "--media-out", str(root / "found")]
+    assert main(["import", format, str(root / "sources"), *out, *QUICK]) == 0
+    entries = [json.loads(line) for line in (root / "out.rejected.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (root / "out.jsonl").read_text().splitlines()]
+    assert all(entry["reason"] and FAULT not in entry["reason"] for entry in entries)
+    assert len(samples) > 20
+    of_lines = [entry for entry in entries if entry["source"].endswith("lines.jsonl")]
+    assert 0 < len(of_lines) <= lines or format == "hf"
+    media = root / ("found" if format == "hf" else "media")
+    assert main(["shard", str(root / "out.jsonl"), "--media", str(media), "--out", str(root / "toy"), *QUICK]) == 0
 
 
 def test_checking_the_same_inputs_again_takes_no_more_memory(root: Path) -> None:

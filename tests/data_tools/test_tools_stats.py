@@ -105,3 +105,11 @@ def test_each_value_is_counted_once_in_a_histogram(values: list[float], log: boo
 def test_charts_of_nothing_are_drawn() -> None:
     assert "none" in histogram(np.zeros(0), unit="things")
     assert "0.0%" in stacked_bar({"a": 0.0}, ["red"])
+
+
+def test_a_dataset_without_samples_is_shown_as_such(recipe: Path) -> None:
+    for shard in (recipe.parent / "toy").glob("*.tar"):
+        shard.write_bytes(bytes(10240))
+    assert main(["index", str(recipe)]) == 0
+    assert main(["stats", str(recipe), "--out", str(recipe.parent / "stats.html")]) == 0
+    assert '<p class="none">none</p>' in (recipe.parent / "stats.html").read_text()

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 from toy_jsonl import write_world
 
+from data_tools import validation
 from data_tools.cli import main
 from megatron_vita.data.index import index_path, read_index
 from megatron_vita.data.quarantine import read_quarantine
 from megatron_vita.data.shards import MediaFile, SampleWriter
+from megatron_vita.media.images import open_image
 
 
 def film(seconds: int = 3) -> bytes:
@@ -84,7 +86,9 @@ def test_what_cannot_be_decoded_is_listed_and_left_out(shard: Path, capsys) -> N
     assert read_index(index_path(shard)).keys() == ["a", "c", "e"]
 
 
-def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path, capsys) -> None:
+def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path, capsys, monkeypatch) -> None:
+    decoded: list[str] = []
+    monkeypatch.setattr(validation, "open_image", lambda data, name: decoded.append(name) or open_image(data, name))
     path = shard.with_name("toy-000000.quarantine.json")
 
     def moment(target: str, *options: str) -> int:
@@ -92,7 +96,9 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path,
         return path.stat().st_mtime_ns
 
     first = moment(str(shard))
+    assert len(decoded) == 4
     assert moment(str(shard)) == first
+    assert len(decoded) == 4
     time.sleep(0.05)  # clocks of files tick slowly
     os.utime(shard)
     second = moment(str(shard))

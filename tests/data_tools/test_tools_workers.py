@@ -35,11 +35,17 @@ def rejected(root: Path, out: str) -> list[str]:
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
-    path = write_world(tmp_path, count=20)
+    path = write_world(tmp_path, count=8)
+    for i in range(12):
+        add(path, images=[f"none{i}.png"] if i % 3 else ["0.png"])
     add(path, images=["none.png"])
     add(path)
     made = shard(tmp_path, "w0", "--workers", "0")
     assert len(made) == 9
+    assert [reason.split()[1].rstrip(":") for reason in rejected(tmp_path, "w0")] == [
+        *(f"none{i}.png" for i in range(12) if i % 3),
+        "none.png",
+    ]
     assert shard(tmp_path, "w1", "--workers", "1") == made
     assert shard(tmp_path, "w3", "--workers", "3") == made
 

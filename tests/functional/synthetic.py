@@ -93,6 +93,7 @@ def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH
     segments = torch.tensor([0, length], dtype=torch.int32) if joined else bounds
     return Batch(
         pack_id=seed, input_ids=torch.cat([d[0] for d in documents]), labels=torch.cat([d[1] for d in documents]),
+        loss_weights=2 * torch.rand(length, generator=generator) if seed % 2 else None,
         document_starts=bounds, cu_seqlens=segments, document_sources=sources, tiles=tiles,
         tile_ids=torch.arange(len(tiles)), placements=placements, frames=torch.arange(len(tiles)) % 7 > 3,
         num_tokens=sum(t for t, _ in lengths), sample_keys=[],

@@ -9,6 +9,7 @@ import pytest
 from video_files import clip
 
 from megatron_vita.errors import DataError
+from megatron_vita.media import clip as clip_module
 from megatron_vita.media.normalize import mean_color
 from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, num_frames, probe_video
 
@@ -165,6 +166,21 @@ def test_what_holds_no_video_is_refused_by_name() -> None:
         with pytest.raises(DataError, match=r"odd\.mp4"):
             probe_video(data, "odd.mp4")
         with pytest.raises(DataError, match=r"odd\.mp4"):
+            decode_frames(data, "odd.mp4", times=[0.0], tile_size=SIZE)
+
+
+def test_frames_of_too_many_pixels_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip(size=(64, 48))
+    monkeypatch.setattr(clip_module, "MAX_FRAME_PIXELS", 64 * 48)
+    assert numbers(data, [0.4]) == [10]
+    monkeypatch.setattr(clip_module, "MAX_FRAME_PIXELS", 64 * 48 - 1)
+    with pytest.raises(DataError, match=r"clip: none of the 60 packets"):
+        numbers(data, [0.4])
+
+
+def test_a_stream_of_an_unknown_codec_is_refused_by_name() -> None:
+    for data in (clip().replace(b"avc1", b"zzzz"), clip("matroska").replace(b"V_MPEG4/", b"V_ZZZZZ/")):
+        with pytest.raises(DataError, match=r"odd\.mp4: no video stream that can be decoded among \['video'\]"):
             decode_frames(data, "odd.mp4", times=[0.0], tile_size=SIZE)
 
 

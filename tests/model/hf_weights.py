@@ -5,65 +5,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_vita.config import ModelConfig
+from megatron_vita.convert.layouts import CAUSAL, INTERNVL_HF
 from megatron_vita.model.vita import VitaModel
 
-Names = Callable[[str], Tensor]
+_IN_MEMORY = {  # beginnings of names in files, and in transformers' models
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+_LAYERS = {  # ends of names in checkpoints, and in a model of the `torch` backend
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
-def language_tensors(
-    get: Names, *, prefix: str, head: str, layers: int, groups: int, biased: bool = True
-) -> dict[str, Tensor]:
-    """Our `language_model` tensors from a Qwen2 model's; `get` gives a tensor (or gradient) by their name."""
-    ours = {
-        "embedding.word_embeddings.weight": get(f"{prefix}embed_tokens.weight"),
-        "decoder.final_layernorm.weight": get(f"{prefix}norm.weight"),
-        "output_layer.weight": get(head),
-    }
-    for i in range(layers):
-        theirs, mine = f"{prefix}layers.{i}.", f"decoder.layers.{i}."
-        for kind in ("weight", "bias") if biased else ("weight",):
-            parts = [get(f"{theirs}self_attn.{x}_proj.{kind}").unflatten(0, (groups, -1)) for x in "qkv"]
-            ours[f"{mine}self_attention.linear_qkv.{kind}"] = torch.cat(parts, dim=1).flatten(0, 1)
-        ours |= {
-            f"{mine}input_layernorm.weight": get(f"{theirs}input_layernorm.weight"),
-            f"{mine}pre_mlp_layernorm.weight": get(f"{theirs}post_attention_layernorm.weight"),
-            f"{mine}self_attention.linear_proj.weight": get(f"{theirs}self_attn.o_proj.weight"),
-            f"{mine}mlp.linear_fc1.weight": torch.cat([get(f"{theirs}mlp.{x}_proj.weight") for x in ("gate", "up")]),
-            f"{mine}mlp.linear_fc2.weight": get(f"{theirs}mlp.down_proj.weight"),
-        }
-    return {f"language_model.{name}": tensor for name, tensor in ours.items()}
+def our_tensors(get: Callable[[str], Tensor], shapes: ModelConfig, *, whole: bool) -> dict[str, Tensor]:
+    """Our tensors by the conversion's tables; `get` gives a tensor (or gradient) by transformers' name.
 
-
-def vision_tensors(get: Names, *, layers: int, large: bool = False) -> dict[str, Tensor]:
-    """Our vision tower's and projector's tensors from an InternVL model's; `large`: with InternViT-6B's norms."""
-    theirs = "model.vision_tower.embeddings."
-    ours = {
-        "vision_model.embeddings.class_token": get(f"{theirs}cls_token"),
-        "vision_model.embeddings.position_embedding": get(f"{theirs}position_embeddings"),
-    }
-    for kind in ("weight", "bias"):
-        ours[f"vision_model.embeddings.patch_embedding.{kind}"] = get(f"{theirs}patch_embeddings.projection.{kind}")
-        for mine, part in (("norm", "layer_norm"), ("fc1", "linear_1"), ("fc2", "linear_2")):
-            ours[f"projector.{mine}.{kind}"] = get(f"model.multi_modal_projector.{part}.{kind}")
-    for i in range(layers):
-        theirs, mine = f"model.vision_tower.encoder.layer.{i}.", f"vision_model.layers.{i}."
-        ours[f"{mine}scale1"], ours[f"{mine}scale2"] = get(f"{theirs}lambda_1"), get(f"{theirs}lambda_2")
-        for kind in ("weight",) if large else ("weight", "bias"):
-            qkv = [get(f"{theirs}attention.{x}_proj.{kind}") for x in "qkv"]
-            ours |= {
-                f"{mine}attention.qkv.{kind}": torch.stack(qkv),
-                f"{mine}norm1.{kind}": get(f"{theirs}layernorm_before.{kind}"),
-                f"{mine}norm2.{kind}": get(f"{theirs}layernorm_after.{kind}"),
-            }
-        for x in "qk" if large else "":
-            ours[f"{mine}attention.{x}_norm.weight"] = get(f"{theirs}attention.{x}_norm.weight")
-        for kind in ("weight", "bias"):
-            ours |= {
-                f"{mine}attention.projection.{kind}": get(f"{theirs}attention.projection_layer.{kind}"),
-                f"{mine}mlp.fc1.{kind}": get(f"{theirs}mlp.fc1.{kind}"),
-                f"{mine}mlp.fc2.{kind}": get(f"{theirs}mlp.fc2.{kind}"),
-            }
+    `whole`: of an InternVL model, else of a language model.
+    """
+    ours = {}
+    for rule in (INTERNVL_HF if whole else CAUSAL).table(shapes):
+        name = rule.ours
+        for stored, ending in _LAYERS.items():
+            name = name.replace(stored, ending)
+        ours[name] = rule.cut.join([get(_in_memory(theirs) if whole else theirs) for theirs in rule.theirs])
     return ours
+
+
+def _in_memory(name: str) -> str:
+    return next(new + name.removeprefix(old) for old, new in _IN_MEMORY.items() if name.startswith(old))
 
 
 def copy_into(model: VitaModel, tensors: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_weights import copy_into, language_tensors, randomize, vision_tensors
+from hf_weights import copy_into, our_tensors, randomize
 from torch import Tensor
 from transformers import (
     InternVLConfig,
@@ -102,7 +102,7 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
     randomize(theirs)
     weights = theirs.state_dict()
     ours.zero_grad()
-    copy_into(ours, _named(weights.__getitem__, large=large))
+    copy_into(ours, our_tensors(weights.__getitem__, ours.shapes, whole=True))
     placements = CASES[case]
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, IMAGE_TOKEN, (LENGTH,), generator=generator)
@@ -117,12 +117,8 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
         (logits * target).sum().backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
-    assert_same_gradients(ours, _named(lambda n: zero[n] if grads[n] is None else grads[n], large=large))
-
-
-def _named(get, *, large: bool) -> dict[str, Tensor]:
-    language = language_tensors(get, prefix="model.language_model.", head="lm_head.weight", layers=2, groups=2)
-    return language | vision_tensors(get, layers=2, large=large)
+    expected_grads = our_tensors(lambda n: zero[n] if grads[n] is None else grads[n], ours.shapes, whole=True)
+    assert_same_gradients(ours, expected_grads)
 
 
 def llama_config() -> LlamaConfig:
@@ -145,11 +141,7 @@ def test_language_models_give_the_same_logits_and_gradients(family: str) -> None
     ours = build_model(recipe)
     theirs = Qwen2ForCausalLM(qwen2_config()) if biased else LlamaForCausalLM(llama_config())
     randomize(theirs)
-
-    def named(get) -> dict[str, Tensor]:
-        return language_tensors(get, prefix="model.", head="lm_head.weight", layers=2, groups=2, biased=biased)
-
-    copy_into(ours, named(theirs.state_dict().__getitem__))
+    copy_into(ours, our_tensors(theirs.state_dict().__getitem__, ours.shapes, whole=False))
     ids = torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(2))
     expected = theirs(input_ids=ids[None]).logits[0]
     actual = ours(torch.zeros(0, 3, 56, 56), one_document(ids, []), wanted_rows=torch.arange(LENGTH))
@@ -158,7 +150,7 @@ def test_language_models_give_the_same_logits_and_gradients(family: str) -> None
     expected.square().mean().backward()
     grads = dict(theirs.named_parameters())
     vision = {name: torch.zeros_like(p) for name, p in ours.named_parameters() if "language" not in name}
-    assert_same_gradients(ours, named(lambda name: grads[name].grad) | vision)
+    assert_same_gradients(ours, our_tensors(lambda name: grads[name].grad, ours.shapes, whole=False) | vision)
 
 
 def test_long_vita_projector_is_norm_linear_gelu_linear_without_biases() -> None:

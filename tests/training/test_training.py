@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from toy_run import data_tools, make_toy_run
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, load_recipe
+from megatron_vita.data import Batch
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
 from megatron_vita.training import loop
 from megatron_vita.training.loop import train
+from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import open_run
+from megatron_vita.training.step import train_step
 
 PARTS = ("vision_model", "projector", "language_model")
 FAST = ["data.num_workers=0", "training.eval_interval=0", "checkpoint.save=''", "training.train_iters=2"]
@@ -238,3 +242,33 @@ def test_several_datasets_report_their_own_losses(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert {"train/loss/one", "train/loss/two"} <= set(events.Tags()["scalars"])
+
+
+def test_a_samples_weight_multiplies_its_losses_and_their_gradients(recipe_path: Path) -> None:
+    """Weight 0 is as if its labels were not there, but for the number of rows that the sum is divided by."""
+    recipe = load_recipe(recipe_path, [*FAST, "training.global_batch_size=1", "optimizer.clip_grad=0"])
+
+    def gradients(change: Callable[[Batch], Batch]) -> tuple[StepMetrics, dict[str, torch.Tensor]]:
+        run = open_run(recipe)
+        batch = run.train_stream[0]
+        assert (batch.document_sources >= 0).sum() > 1
+        metrics = train_step(run, iter([change(batch)]))
+        return metrics, {name: p.main_grad.clone() for name, p in run.core.named_parameters()}
+
+    def weighted(batch: Batch) -> Batch:
+        weights = torch.full(batch.labels.shape, 3.0)
+        weights[: batch.document_starts[1]] = 0
+        return dataclasses.replace(batch, loss_weights=weights)
+
+    def without_first(batch: Batch) -> Batch:
+        labels = batch.labels.clone()
+        labels[: batch.document_starts[1]] = -100
+        return dataclasses.replace(batch, labels=labels)
+
+    found, grads = gradients(weighted)
+    wanted, wanted_grads = gradients(without_first)
+    assert found.loss_rows > wanted.loss_rows
+    assert found.loss * found.loss_rows == pytest.approx(3 * wanted.loss * wanted.loss_rows, rel=1e-5)
+    for name, grad in grads.items():
+        expected = 3 * wanted_grads[name] * (wanted.loss_rows / found.loss_rows)
+        assert torch.allclose(grad, expected, rtol=1e-3, atol=1e-6), name

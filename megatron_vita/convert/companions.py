@@ -1,0 +1,21 @@
+"""Files that travel with weights: tokenizer, chat template, generation and processor configs, code, licence."""
+
+import shutil
+from pathlib import Path
+
+FOLDER = "hugging_face"  # in a checkpoint
+SPARE = "spare"  # in a folder of companions: tensors that the model has no use for
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copies the files of a folder that are no weights, into a folder that is made."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS):
+            shutil.copyfile(file, destination / file.name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that transformers reads."""
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))

@@ -1,0 +1,117 @@
+"""From a distributed checkpoint to a Hugging Face folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vita.checkpoint import store
+from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.convert import companions
+from megatron_vita.convert.choosing import choose_layout, config_fields, kept_folders
+from megatron_vita.convert.config_file import CONFIG, Config
+from megatron_vita.convert.dist_in import DistSource
+from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.layouts import Layout, layout_named
+from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.safetensors_in import SafetensorsSource
+from megatron_vita.convert.safetensors_out import SafetensorsWriter
+from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.convert.tensors import TensorInfo, check_finite
+from megatron_vita.convert.transfers import Rows, Transfer, plan_export
+from megatron_vita.errors import CheckpointError
+
+LARGEST_FILE = 5 << 30  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """All that is to be done, checked."""
+
+    recipe: Recipe
+    layout: Layout
+    like: Path | None  # a folder whose config and companions are taken over
+    config: dict[str, Any]
+    source: DistSource
+    transfers: list[Transfer]
+
+
+def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
+    """What is to be written where; see `choose_layout` for the layout."""
+    checkpoint = store.find_checkpoint(checkpoint)
+    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    chosen, like = choose_layout(checkpoint, recipe.model, layout=layout, like=like)
+    source = DistSource(checkpoint)
+    shapes = stored_shapes(recipe.model, parts=chosen.parts)
+    transfers = plan_export(chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint)
+    if lost := shapes.keys() - {transfer.place.key for transfer in transfers}:
+        raise CheckpointError(f"layout {chosen.name} is of other models: it has no place for tensor {min(lost)}")
+    base = Config.read(like).values if like is not None else {}
+    config = config_fields(chosen, recipe.model, base=base, transfers=transfers)
+    return Export(recipe=recipe, layout=chosen, like=like, config=config, source=source, transfers=transfers)
+
+
+def export_checkpoint(checkpoint: Path, destination: Path, *, layout: str = "", like: Path | None = None) -> Export:
+    """Writes the Hugging Face folder `destination`. CheckpointError, with nothing written, for what is wrong."""
+    work = plan(checkpoint, layout=layout, like=like)
+    with new_folder(destination) as folder:
+        _write_companions(work, folder)
+        if work.like is None or work.config != Config.read(work.like).values:
+            (folder / CONFIG).write_text(json.dumps(work.config, indent=2) + "\n")
+        _write_tensors(work, folder)
+    return work
+
+
+def _write_companions(work: Export, folder: Path) -> None:
+    """Those of the folder that is taken over; else what is known of the parts, the language model's last."""
+    if work.like is not None:
+        companions.copy_companions(work.like, folder)
+        return
+    parts = {kept: set(layout_named(kept.name).parts) for kept in kept_folders(work.source.folder)}
+    known = [kept for kept in parts if parts[kept] & set(work.layout.parts)]
+    known.sort(key=lambda kept: "language_model" in parts[kept])
+    tokenizer = work.source.folder / work.recipe.text.tokenizer
+    if not known and tokenizer.is_dir() and "language_model" in work.layout.parts and work.recipe.text.tokenizer:
+        known = [tokenizer]
+    for kept in known:
+        companions.copy_companions(kept, folder)
+    (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
+
+
+def _spare(work: Export) -> SafetensorsSource | None:
+    """Tensors that came along with the origin."""
+    folder = work.like / companions.SPARE if work.like is not None else None
+    return SafetensorsSource(folder) if folder is not None and folder.exists() else None
+
+
+def _write_tensors(work: Export, folder: Path) -> None:
+    groups: list[Mapping[str, TensorInfo]] = [transfer.their_infos(folder) for transfer in work.transfers]
+    spare = _spare(work)
+    if spare is not None:
+        groups.append(spare.infos)
+    writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
+    with Progress("writing", nbytes=sum(transfer.nbytes for transfer in work.transfers)) as progress:
+        for transfer in work.transfers:
+            for names, rows in transfer.portions():
+                ours = read_ours(work.source, transfer, rows)
+                check_finite(ours, name=transfer.place.key, file=work.source.folder)
+                for name, tensor in (transfer.split(ours) if rows is None else {names[0]: ours}).items():
+                    writer.write(name, tensor)
+                    progress.advance(tensor.nbytes)
+            work.source.release(transfer.place)
+        if spare is not None:
+            for name in spare.infos:
+                writer.write(name, spare.read(name))
+        writer.close()
+
+
+def read_ours(source: DistSource, transfer: Transfer, rows: Rows = None) -> Tensor:
+    """A tensor of ours or some of its rows, without those that pad the vocabulary."""
+    if rows is not None:
+        return source.read(transfer.place, rows)
+    tensor = source.read(transfer.place)
+    return tensor if tensor.shape == torch.Size(transfer.shape) else tensor[: transfer.shape[0]]

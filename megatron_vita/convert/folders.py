@@ -1,0 +1,43 @@
+"""Folders that are complete or not there at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vita.errors import CheckpointError
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `destination` when all went well, and is removed when not.
+
+    CheckpointError if there is something of that name. A kill leaves a hidden folder, which the next try removes.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination}: exists and is not an empty folder; name a new one")
+    temporary = destination.parent / f".{destination.name}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot be made: {error.strerror}") from error
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        temporary.replace(destination)
+        _sync(destination.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{destination}: cannot be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

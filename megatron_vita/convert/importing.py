@@ -1,0 +1,113 @@
+"""From Hugging Face folders to a distributed checkpoint."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.convert.fresh import FreshProjector, Grown
+from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.convert.sources import Opened, open_source
+from megatron_vita.convert.table import Rule
+from megatron_vita.convert.tensors import TensorSource
+from megatron_vita.convert.transfers import Transfer, plan_import
+from megatron_vita.convert.writing import write_checkpoint
+from megatron_vita.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """All that is to be done, checked."""
+
+    model: ModelConfig
+    sources: list[Opened]
+    transfers: list[tuple[Transfer, TensorSource]]
+
+    @property
+    def language(self) -> Opened:
+        """The source of the language model."""
+        return next(source for source in self.sources if "language_model" in source.layout.parts)
+
+
+def plan(sources: list[Opened], *, projector: str) -> Import:
+    """Puts parts together; a projector that no source has is fresh. CheckpointError for missing or doubled ones."""
+    model, fresh = _combine(sources, projector)
+    parts = {part for source in sources for part in source.layout.parts} | ({"projector"} if fresh else set())
+    shapes = stored_shapes(model, parts=tuple(parts))
+    transfers: list[tuple[Transfer, TensorSource]] = []
+    for source in sources:
+        rules = [_grow(rule, source, model) for rule in source.layout.table(source.model)]
+        planned = plan_import(rules, infos=source.wanted(), shapes=shapes, source=source.path)
+        transfers += [(transfer, source.tensors) for transfer in planned]
+    if fresh:
+        made = FreshProjector(model, dtype=transfers[-1][0].dtype)
+        planned = plan_import(made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector"))
+        transfers += [(transfer, made) for transfer in planned]
+    assert_complete(transfers, shapes)
+    return Import(model=model, sources=sources, transfers=transfers)
+
+
+def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
+    """The whole model, and whether its projector is fresh."""
+    owner: dict[str, Opened] = {}
+    for source in sources:
+        for part in source.layout.parts:
+            if part in owner:
+                raise CheckpointError(f"{owner[part].path} and {source.path} both hold a {part}: one is needed")
+            owner[part] = source
+    if "vision_model" not in owner:
+        return owner["language_model"].model, False
+    if "language_model" not in owner:
+        raise CheckpointError(
+            f"{owner['vision_model'].path}: holds a vision tower alone; name the folder of a language model, too"
+        )
+    fresh = "projector" not in owner
+    model = ModelConfig(
+        vision=owner["vision_model"].model.vision,
+        projector=ProjectorConfig(kind=projector) if fresh else owner["projector"].model.projector,
+        language=dataclasses.replace(owner["language_model"].model.language),
+    )
+    if fresh:
+        needed = owner["language_model"].tokenizer_size()
+        model.language.vocab_size = max(model.language.vocab_size, needed)
+    return model, fresh
+
+
+def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
+    """The rule with rows added to the vocabulary, where the whole model has more than the source."""
+    rows = model.language.vocab_size
+    if "language_model" not in source.layout.parts or source.model.language.vocab_size == rows:
+        return rule
+    if not rule.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
+        return rule
+    return dataclasses.replace(rule, cut=Grown(rows=rows, given=source.model.language.vocab_size))
+
+
+def assert_complete(transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]) -> None:
+    """The transfers make up the model, nothing missing and nothing twice."""
+    given: dict[str, int] = {}
+    for transfer, _ in transfers:
+        given[transfer.place.key] = given.get(transfer.place.key, 0) + torch.Size(transfer.shape).numel()
+    assert given == {key: torch.Size(shape).numel() for key, shape in shapes.items()}, (
+        "a table does not cover the model"
+    )
+
+
+def import_weights(paths: Sequence[Path], destination: Path, *, projector: str) -> Import:
+    """Writes the checkpoint `destination` from folders or GGUF files that hold the parts of one model.
+
+    projector: the kind of a projector that none of them has. CheckpointError, with nothing written, for what is wrong.
+    """
+    work = plan([open_source(path) for path in paths], projector=projector)
+    companions = {source.layout.name: source.write_companions for source in work.sources}
+    write_checkpoint(
+        destination,
+        work.transfers,
+        model=work.model,
+        companions=companions,
+        tokenizer=work.language.layout.name,
+    )
+    return work

@@ -1,0 +1,73 @@
+"""From Megatron checkpoints to ours, and megatron-core's own of a GPTModel from ours."""
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_vita.checkpoint import store
+from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.convert.companions import copy_companions
+from megatron_vita.convert.dist_in import DistSource
+from megatron_vita.convert.dist_out import Piece, write_distributed
+from megatron_vita.convert.exporting import read_ours
+from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.importing import assert_complete
+from megatron_vita.convert.layouts import ALL_PARTS, CAUSAL
+from megatron_vita.convert.megatron_in import CoreSource, RanksSource
+from megatron_vita.convert.megatron_tables import gpt_table, long_vita_table
+from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.convert.table import place_of
+from megatron_vita.convert.tensors import TensorSource
+from megatron_vita.convert.transfers import Transfer, plan_export, plan_import
+from megatron_vita.convert.writing import write_checkpoint
+from megatron_vita.errors import CheckpointError
+
+
+def import_megatron(source: Path, destination: Path, *, recipe: Recipe, tokenizer: Path | None) -> None:
+    """Writes the checkpoint `destination` from a Megatron one of the shapes that `recipe` gives.
+
+    source: a folder of iterations or one of ranks (Long-VITA's, or a GPTModel's where `model.text_only`), or
+    megatron-core's `torch_dist` of a GPTModel. CheckpointError, with nothing written, for what does not fit.
+    """
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: is no folder")
+    model = recipe.model
+    parts = ("language_model",) if model.text_only else ALL_PARTS
+    rules = gpt_table(model) if model.text_only else long_vita_table(model)
+    vocab_size = model.language.vocab_size
+    if (source / ".metadata").exists():
+        names = [name for rule in rules for name in rule.theirs]
+        tensors: TensorSource = CoreSource(source, names=names, vocab_size=vocab_size)
+    else:
+        tensors = RanksSource(source, vocab_size=vocab_size)
+    shapes = stored_shapes(model, parts=parts)
+    planned = plan_import(rules, infos=tensors.infos, shapes=shapes, source=source)
+    transfers = [(transfer, tensors) for transfer in planned]
+    assert_complete(transfers, shapes)
+    companions = {} if tokenizer is None else {CAUSAL.name: partial(copy_companions, tokenizer)}
+    write_checkpoint(destination, transfers, model=model, companions=companions, tokenizer=CAUSAL.name)
+
+
+def export_megatron(checkpoint: Path, destination: Path) -> None:
+    """Writes the language model of a checkpoint as megatron-core's `torch_dist` of a GPTModel, for any TP and PP."""
+    checkpoint = store.find_checkpoint(checkpoint)
+    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    source, shapes = DistSource(checkpoint), stored_shapes(recipe.model, parts=CAUSAL.parts)
+    transfers = plan_export(gpt_table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint)
+    nbytes = sum(transfer.nbytes for transfer in transfers)
+    with new_folder(destination) as folder, Progress("writing", nbytes=nbytes) as progress:
+        write_distributed(folder, [_piece(transfer, source, progress) for transfer in transfers])
+
+
+def _piece(transfer: Transfer, source: DistSource, progress: Progress) -> Piece:
+    def make() -> Tensor:
+        return read_ours(source, transfer).contiguous()
+
+    def done() -> None:
+        source.release(transfer.place)
+        progress.advance(transfer.nbytes)
+
+    (theirs,) = transfer.rule.theirs
+    return Piece(place=place_of(theirs), rows=None, whole=transfer.whole, dtype=transfer.dtype, make=make, done=done)

@@ -1,0 +1,145 @@
+"""Which tensors of theirs make up which of ours, checked by shape and type before any of them is read."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vita.convert.table import Joined, Place, Rule, place_of
+from megatron_vita.convert.tensors import FLOATS, TensorInfo
+from megatron_vita.errors import CheckpointError
+
+Rows = tuple[int, int] | None
+Shapes = Mapping[str, tuple[int, ...]]
+_BUFFERS = (".rotary_emb.inv_freq", ".position_ids")  # that old files carry, and that are no weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """One tensor of ours, or one layer of it, and its rule."""
+
+    rule: Rule
+    place: Place
+    whole: tuple[int, ...]  # shape under the key, its layers included
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of this tensor, without the axis of layers."""
+        return self.whole if self.place.layer is None else self.whole[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this tensor's values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def portions(self) -> Iterator[tuple[tuple[str, ...], Rows]]:
+        """Names of theirs that are moved together, and their rows of ours; None: all.
+
+        Where theirs only follow one another, each is moved alone, and nothing is copied.
+        """
+        names = self.rule.theirs
+        if not isinstance(self.rule.cut, Joined):
+            yield names, None
+            return
+        rows = self.shape[0] // len(names)
+        yield from (((name,), (i * rows, (i + 1) * rows)) for i, name in enumerate(names))
+
+    def join(self, read: Callable[[str], Tensor]) -> Tensor:
+        """Ours from theirs."""
+        return self.rule.cut.join([read(name) for name in self.rule.theirs])
+
+    def split(self, ours: Tensor) -> dict[str, Tensor]:
+        """Theirs, by name, from ours."""
+        return dict(zip(self.rule.theirs, self.rule.cut.split(ours), strict=True))
+
+    def their_infos(self, file: Path) -> dict[str, TensorInfo]:
+        """What theirs look like, by name, where they are to be in `file`."""
+        parts = self.split(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return {name: TensorInfo(file=file, dtype=self.dtype, shape=tuple(t.shape)) for name, t in parts.items()}
+
+
+def plan_import(
+    rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
+) -> list[Transfer]:
+    """The transfers of one folder. CheckpointError, naming tensor and file, for the first that is missing, extra,
+    misshaped or of a wrong type."""
+    transfers = []
+    for rule in rules:
+        for name in rule.theirs:
+            if name not in infos:
+                raise CheckpointError(f"{source}: has no tensor {name}, which its config calls for")
+        place = place_of(rule.ours)
+        transfer = Transfer(rule=rule, place=place, whole=shapes[place.key], dtype=infos[rule.theirs[0]].dtype)
+        _check_theirs(transfer, infos)
+        transfers.append(transfer)
+    known = {name for transfer in transfers for name in transfer.rule.theirs}
+    for name in infos.keys() - known:
+        if not name.endswith(_BUFFERS):
+            raise CheckpointError(f"{infos[name].file}: has tensor {name}, which its config does not call for")
+    _check_layers(transfers, infos)
+    return transfers
+
+
+def _check_theirs(transfer: Transfer, infos: Mapping[str, TensorInfo]) -> None:
+    for name, expected in transfer.their_infos(Path()).items():
+        found = infos[name]
+        if found.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{found.file}: tensor {name} is {_short(found.dtype)}; right are {', '.join(map(_short, FLOATS))}"
+            )
+        if found.shape != expected.shape:
+            raise CheckpointError(
+                f"{found.file}: tensor {name} has shape {list(found.shape)}; the config says {list(expected.shape)}"
+            )
+        if found.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{found.file}: tensor {name} is {_short(found.dtype)}, but {transfer.rule.theirs[0]}, "
+                f"with which it is joined, is {_short(expected.dtype)}"
+            )
+
+
+def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) -> None:
+    """Layers that are stacked are of one type."""
+    first: dict[str, Transfer] = {}
+    for transfer in transfers:
+        other = first.setdefault(transfer.place.key, transfer)
+        if other.dtype != transfer.dtype:
+            name, like = transfer.rule.theirs[0], other.rule.theirs[0]
+            raise CheckpointError(
+                f"{infos[name].file}: tensor {name} is {_short(transfer.dtype)}, but {like} of another layer is "
+                f"{_short(other.dtype)}: one type is needed"
+            )
+
+
+def plan_export(
+    rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
+) -> list[Transfer]:
+    """The transfers out of a distributed checkpoint. CheckpointError, naming the tensor, for what it does not hold."""
+    transfers = []
+    for rule in rules:
+        place = place_of(rule.ours)
+        found, expected = infos.get(place.key), shapes[place.key]
+        if found is None:
+            raise CheckpointError(f"{source}: has no tensor {place.key}, which its recipe calls for")
+        if found.shape != expected and not _is_padded(place.key, found.shape, expected):
+            raise CheckpointError(
+                f"{source}: tensor {place.key} has shape {list(found.shape)}; its recipe calls for {list(expected)}"
+            )
+        transfers.append(Transfer(rule=rule, place=place, whole=expected, dtype=found.dtype))
+    return transfers
+
+
+def _is_padded(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a vocabulary has rows of padding, which its writer's layout asked for."""
+    return (
+        key.endswith(("word_embeddings.weight", "output_layer.weight"))
+        and found[1:] == expected[1:]
+        and found > expected
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

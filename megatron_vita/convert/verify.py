@@ -1,0 +1,114 @@
+"""Whether a conversion is right: every tensor both ways, bit by bit, and one forward pass where it fits."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import store
+from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
+from megatron_vita.convert.dist_in import DistSource
+from megatron_vita.convert.exporting import read_ours
+from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.sources import GGUF
+from megatron_vita.convert.tensors import TensorSource, same_bits
+from megatron_vita.convert.transfers import Transfer
+from megatron_vita.errors import CheckpointError
+from megatron_vita.layout.slicing import slice_pack
+from megatron_vita.model.build import build_model
+from megatron_vita.parallel import groups
+from megatron_vita.planning.parameters import model_parameters
+
+PROBE = 32  # tokens
+CLOSE = 1e-3  # of the largest logit: fp32 on both sides, whatever the order of sums
+logger = logging.getLogger(__name__)
+
+
+def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: Path) -> None:
+    """CheckpointError, naming the tensor, unless theirs make up ours and ours come apart into theirs."""
+    source = DistSource(checkpoint)
+    with Progress("comparing", nbytes=sum(transfer.nbytes for transfer, _ in transfers)) as progress:
+        for transfer, theirs in transfers:
+            ours = read_ours(source, transfer)
+            if not same_bits(transfer.join(theirs.read), ours):
+                raise CheckpointError(
+                    f"{checkpoint}: tensor {transfer.place} is not what {transfer.rule.theirs} make up"
+                )
+            for name, tensor in transfer.split(ours).items():
+                if not same_bits(tensor, theirs.read(name)):
+                    raise CheckpointError(f"{checkpoint}: tensor {transfer.place} does not come apart into {name}")
+                theirs.release(name)
+            source.release(transfer.place)
+            progress.advance(transfer.nbytes)
+
+
+def compare_logits(checkpoint: Path, folder: Path | None) -> str:
+    """Runs one forward pass of the checkpoint's language model and, where it can load `folder`, of transformers.
+
+    Says in a sentence what was seen. CheckpointError if logits are no numbers, or not those of transformers.
+    """
+    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    needed = model_parameters(recipe.model) * 4 * (1 if folder is None else 2)
+    free = psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        return f"no forward pass: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+    ids = torch.arange(PROBE) % recipe.model.language.vocab_size
+    ours = _our_logits(checkpoint, ids)
+    if not bool(torch.isfinite(ours).all()):
+        raise CheckpointError(f"{checkpoint}: a forward pass gives logits that are NaN or infinite")
+    theirs = _their_logits(folder, ids) if folder is not None else None
+    if theirs is None:
+        return "one forward pass gave finite logits"
+    theirs = theirs[:, : ours.shape[1]]
+    apart = float((ours[:, : theirs.shape[1]] - theirs).abs().max() / theirs.abs().max())
+    if not apart <= CLOSE:
+        raise CheckpointError(
+            f"{checkpoint}: logits are {apart:.1e} (of the largest) away from those of transformers for {folder}; "
+            f"{CLOSE:.0e} is allowed"
+        )
+    return f"one forward pass gave transformers' logits, at most {apart:.1e} of the largest apart"
+
+
+@torch.no_grad()
+def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
+    """fp32 logits [t, V] of a text."""
+    platform.initialize_process()
+    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    recipe.parallel, recipe.data, recipe.training.bf16 = ParallelConfig(), DataConfig(seq_length=PROBE), False
+    groups.initialize_groups(recipe.parallel)
+    model = build_model(recipe).eval()
+    store.load_weights([model], checkpoint)
+    pack = slice_pack(
+        ids,
+        labels=torch.full_like(ids, -100),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        placements=torch.zeros(0, dtype=torch.int64),
+        frames=torch.zeros(0, dtype=torch.bool),
+        rows_per_tile=recipe.model.vision.image_token_length,
+        layout=groups.rank_layout(),
+    )
+    size = recipe.model.vision.image_size
+    return model(torch.zeros(0, 3, size, size), pack.to(platform.device()), wanted_rows=torch.arange(len(ids))).cpu()
+
+
+@torch.no_grad()
+def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
+    """The same by transformers; None for what it cannot load without running code of the folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if folder.suffix == GGUF:
+        folder, place = folder.parent, place | {"gguf_file": folder.name}
+    try:
+        config = AutoConfig.from_pretrained(folder, **place)
+        whole = hasattr(config, "vision_config")
+        loader = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+        model = loader.from_pretrained(folder, dtype=torch.float32, **place).eval()
+    except (ValueError, KeyError, OSError) as error:
+        logger.warning("%s: transformers does not load it, so that logits are not compared: %s", folder, error)
+        return None
+    return model(input_ids=ids[None]).logits[0].float()

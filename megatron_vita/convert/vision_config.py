@@ -1,0 +1,145 @@
+"""Shapes of vision towers from Hugging Face configs and back."""
+
+from typing import Any
+
+from megatron_vita.config import VisionConfig
+from megatron_vita.convert.config_file import Config, updated
+from megatron_vita.errors import CheckpointError, ConfigError
+
+_NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+
+
+def read_internvit(config: Config) -> VisionConfig:
+    """InternViT, in the original layout (`intern_vit_6b`) or transformers' (`internvl_vision`)."""
+    hf = config.get("model_type") == "internvl_vision"
+    config.must_be("hidden_act", ("gelu",), "gelu")
+    config.must_be("num_channels", (3,), 3)
+    if hf:
+        config.must_be("use_absolute_position_embeddings", (True,), False)
+        config.must_be("use_mask_token", (False,), False)
+        config.must_be("use_mean_pooling", (True,), True)
+    try:
+        return VisionConfig(
+            **_common(config),
+            normalization=_NORMS[config.must_be("norm_type", tuple(_NORMS), "layer_norm" if hf else "rms_norm")],
+            qk_layernorm=config.get("use_qk_norm", False) if hf else config.get("qk_normalization", True),
+            add_qkv_bias=config.get("attention_bias" if hf else "qkv_bias", False),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{config.where}: {error}") from error
+
+
+def read_clip(config: Config) -> VisionConfig:
+    """CLIP's vision tower, alone or inside a whole CLIP."""
+    config = config.part("vision_config") if config.get("vision_config") else config
+    config.must_be("hidden_act", ("quick_gelu", "gelu"), "quick_gelu")
+    config.must_be("num_channels", (3,), 3)
+    return _built(
+        config,
+        activation=config.get("hidden_act", "quick_gelu"),
+        layernorm_epsilon=config.get("layer_norm_eps", 1e-5),
+        patch_size=config.side("patch_size", 32),
+        patch_bias=False,
+        pre_norm=True,
+    )
+
+
+def read_siglip(config: Config) -> VisionConfig:
+    """SigLIP's vision tower, alone or inside a whole SigLIP."""
+    config = config.part("vision_config") if config.get("vision_config") else config
+    config.must_be("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    config.must_be("num_channels", (3,), 3)
+    return _built(
+        config,
+        activation="gelu_tanh",
+        patch_size=config.side("patch_size", 16),
+        class_token=False,
+        post_norm=True,
+    )
+
+
+def read_eva(config: Config) -> VisionConfig:
+    """EVA2-CLIP, as the `vision_config` of GLM-4V describes it."""
+    config = config.part("vision_config")
+    config.must_be("hidden_act", ("gelu",), "gelu")
+    config.must_be("in_channels", (3,), 3)
+    return _built(config, num_attention_heads=config.need("num_heads"), norm_after=True)
+
+
+def _built(config: Config, **fields: Any) -> VisionConfig:
+    """A tower without LayerScale."""
+    named = Config({"num_attention_heads": 0} | config.values, config.where)
+    fields = _common(named) | {"layer_scale": False} | fields
+    fields["ragged_grid"] = fields["image_size"] % (2 * fields["patch_size"]) != 0
+    try:
+        return VisionConfig(**fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{config.where}: {error}") from error
+
+
+def _common(config: Config) -> dict[str, Any]:
+    return {
+        "image_size": config.side("image_size", 224),
+        "patch_size": config.side("patch_size", 14),
+        "num_layers": config.need("num_hidden_layers"),
+        "hidden_size": config.need("hidden_size"),
+        "ffn_hidden_size": config.need("intermediate_size"),
+        "num_attention_heads": config.need("num_attention_heads"),
+        "layernorm_epsilon": config.get("layer_norm_eps", 1e-6),
+    }
+
+
+def write_internvit(shape: VisionConfig, base: dict[str, Any], *, hf: bool) -> dict[str, Any]:
+    """`base` with the fields of `shape`; `hf`: transformers' layout."""
+    norm = next(theirs for theirs, ours in _NORMS.items() if ours == shape.normalization)
+    fields = _written(shape) | {"norm_type": norm, "hidden_act": "gelu"}
+    if hf:
+        fields |= {
+            "model_type": "internvl_vision",
+            "architectures": base.get("architectures", ["InternVLVisionModel"]),
+            "use_qk_norm": shape.qk_layernorm,
+            "attention_bias": shape.add_qkv_bias,
+            "use_absolute_position_embeddings": True,
+        }
+        sides = {name: [fields[name]] * 2 for name in ("image_size", "patch_size")}
+        return updated(sides | base, fields)
+    fields |= {
+        "model_type": "intern_vit_6b",
+        "architectures": base.get("architectures", ["InternVisionModel"]),
+        "qk_normalization": shape.qk_layernorm,
+        "qkv_bias": shape.add_qkv_bias,
+    }
+    return updated(base, fields)
+
+
+def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> dict[str, Any]:
+    """`base`, or the vision part of it, with the fields of `shape`."""
+    base = base.get("vision_config", base)
+    kind, architecture = ("siglip", "SiglipVisionModel") if siglip else ("clip", "CLIPVisionModel")
+    activation = "gelu_pytorch_tanh" if shape.activation == "gelu_tanh" else shape.activation
+    fields = {
+        "model_type": f"{kind}_vision_model",
+        "architectures": base.get("architectures") or [architecture],
+        "hidden_act": activation,
+    }
+    return updated(base, _written(shape) | fields)
+
+
+def write_eva(shape: VisionConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """`base`, a GLM-4V config, with the fields of `shape` in its vision part."""
+    heads = {"num_heads": shape.num_attention_heads, "num_positions": shape.tokens, "hidden_act": "gelu"}
+    fields = {name: value for name, value in _written(shape).items() if name != "num_attention_heads"}
+    vision = updated(base.get("vision_config", {}), fields | heads | {"in_channels": 3})
+    return base | {"model_type": "chatglm", "vision_config": vision}
+
+
+def _written(shape: VisionConfig) -> dict[str, Any]:
+    return {
+        "image_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "layer_norm_eps": shape.layernorm_epsilon,
+    }

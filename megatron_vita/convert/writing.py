@@ -1,0 +1,90 @@
+"""A checkpoint from tensors that are to be moved: weights, companions, manifest, and a recipe to build on."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
+from megatron_vita.config import ModelConfig, Recipe, TextConfig
+from megatron_vita.convert.companions import FOLDER, has_tokenizer
+from megatron_vita.convert.dist_out import Piece, write_distributed
+from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.tensors import TensorSource, check_finite
+from megatron_vita.convert.transfers import Rows, Transfer
+
+RECIPE = "model.yaml"
+
+
+def write_checkpoint(
+    destination: Path,
+    transfers: list[tuple[Transfer, TensorSource]],
+    *,
+    model: ModelConfig,
+    companions: Mapping[str, Callable[[Path], None]],
+    tokenizer: str,
+) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    companions: what writes the files that travel along, by the name of their folder; `tokenizer` names that which has
+    the tokenizer.
+    """
+    with new_folder(destination) as folder:
+        with Progress("reading", nbytes=sum(transfer.nbytes for transfer, _ in transfers)) as progress:
+            write_distributed(folder, _pieces(transfers, progress))
+        for name, write in companions.items():
+            write(folder / FOLDER / name)
+        place = Path(FOLDER) / tokenizer
+        text = TextConfig(tokenizer=str(place) if has_tokenizer(folder / place) else "")
+        recipe = Recipe(model=model, text=text)
+        (folder / RECIPE).write_text(_as_yaml(recipe, destination))
+        (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
+
+
+def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) -> list[Piece]:
+    """What is to be written: a tensor of ours, or part of one where theirs only follow one another."""
+    return [
+        _piece(transfer, source, names=names, rows=rows, progress=progress)
+        for transfer, source in transfers
+        for names, rows in transfer.portions()
+    ]
+
+
+def _piece(
+    transfer: Transfer, source: TensorSource, *, names: tuple[str, ...], rows: Rows, progress: Progress
+) -> Piece:
+    def read(name: str) -> Tensor:
+        tensor = source.read(name)
+        check_finite(tensor, name=name, file=source.infos[name].file)
+        return tensor
+
+    def done() -> None:
+        for name in names:
+            source.release(name)
+            progress.advance(source.infos[name].nbytes)
+
+    return Piece(
+        place=transfer.place,
+        rows=rows,
+        whole=transfer.whole,
+        dtype=transfer.dtype,
+        make=lambda: (transfer.join(read) if rows is None else read(names[0])).contiguous(),
+        done=done,
+    )
+
+
+def _manifest(recipe: Recipe) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "step": 0, "consumed_packs": 0, "recipe": dataclasses.asdict(recipe)}
+
+
+def _as_yaml(recipe: Recipe, destination: Path) -> str:
+    """The groups of a recipe that a stage which starts from these weights takes as its base."""
+    groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
+    if recipe.text.tokenizer:
+        groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
+    return "# The shapes of these weights: name this file as a base of a stage's recipe.\n" + yaml.safe_dump(groups)

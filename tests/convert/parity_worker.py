@@ -1,0 +1,94 @@
+"""Run by torchrun: logits and gradients of converted checkpoints at several layouts.
+
+Arguments: folder, JSON list of cases, JSON of {name: fields of `parallel`}.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from layout_worker import save_tensors, whole_gradients
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import store
+from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
+from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.slicing import slice_pack
+from megatron_vita.parallel import groups
+from megatron_vita.training.run import Run, assemble_run
+
+Outputs = list[Tensor]
+
+
+def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
+    """A run at a layout with the weights of a converted checkpoint."""
+    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    recipe.parallel, recipe.data, recipe.training.bf16 = ParallelConfig(**fields), DataConfig(seq_length=length), False
+    groups.initialize_groups(recipe.parallel)
+    run = assemble_run(recipe)
+    store.load_weights(run.cores, checkpoint)
+    return run
+
+
+def weigh(logits: Tensor, *, target: Tensor, seen: Outputs) -> tuple[Tensor, Tensor, dict]:
+    """The weighted sum of logits [T, V], whose gradient is asked for."""
+    seen.append(logits.detach())
+    return (logits * target).sum(), torch.tensor(1, dtype=torch.int), {}
+
+
+def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tuple[Tensor, partial]:
+    """One document through this stage."""
+    ids, frames = inputs["ids"], torch.zeros(len(inputs["placements"]), dtype=torch.bool)
+    layout = groups.rank_layout()
+    pack = slice_pack(
+        ids,
+        labels=ids.roll(-1),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        placements=inputs["placements"],
+        frames=frames,
+        rows_per_tile=model.module.shapes.vision.image_token_length,
+        layout=layout,
+    )
+    tiles = inputs["tiles"][deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
+    return model(tiles, pack, wanted_rows=torch.arange(len(ids))), partial(weigh, target=inputs["target"], seen=seen)
+
+
+def run_case(folder: Path, name: str, fields: dict) -> None:
+    """Writes gradients as a checkpoint and the logits beside it."""
+    inputs = torch.load(folder / "inputs.pt")
+    run = open_converted(folder / "ours", fields, length=len(inputs["ids"]))
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
+    seen: Outputs = []
+    get_forward_backward_func()(
+        forward_step_func=partial(forward_step, seen=seen),
+        data_iterator=inputs,
+        model=run.chunks,
+        num_microbatches=1,
+        seq_length=len(inputs["ids"]),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    save_tensors(run, folder / name, whole_gradients(run))
+    if groups.is_reporting_rank():
+        torch.save(seen[0], folder / name / "logits.pt")
+    dist.barrier()
+
+
+def main() -> None:
+    """Arguments: see above."""
+    folder, cases, layouts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    platform.initialize_process()
+    platform.set_up_logging(dist.get_rank())
+    for name, fields in layouts.items():
+        for case in cases:
+            run_case(folder / case, name, fields)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""A job killed at random points, with all its processes, and started again loses and repeats no pack."""
+
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from reading_job import digest
+from toy_data import train_stream
+
+KILLS = 50 if os.environ.get("VITA_TEST_ALL") else 3
+HERE = Path(__file__).parent
+
+
+def start(world_file: Path, folder: Path, last: int) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "reading_job.py"), str(world_file), str(folder), str(last)]
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def wait_for_progress(job: subprocess.Popen, folder: Path, before: int) -> None:
+    log = folder / "read.log"
+    while job.poll() is None and not (log.exists() and log.stat().st_size > before):
+        time.sleep(0.01)
+
+
+def test_a_job_killed_at_random_points_loses_and_repeats_nothing(world, tmp_path: Path) -> None:
+    draw, packs_a_run = random.Random(11), 100
+    last = packs_a_run * (KILLS + 1)
+    world_file, folder = tmp_path / "world.pickle", tmp_path / "job"
+    world_file.write_bytes(pickle.dumps(world))
+    folder.mkdir()
+    kills = 0
+    while kills < KILLS:
+        size = int((folder / "position").read_text().split()[1]) if (folder / "position").exists() else 0
+        job = start(world_file, folder, last)
+        wait_for_progress(job, folder, size)
+        time.sleep(draw.random() * 0.3)
+        if job.poll() is not None:
+            break
+        readers = psutil.Process(job.pid).children(recursive=True)
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+        psutil.wait_procs(readers, timeout=10)
+        assert not [reader for reader in readers if reader.is_running()]
+        kills += 1
+    assert kills == KILLS, "the job was done too soon"
+    assert start(world_file, folder, last).wait() == 0
+    stream = train_stream(world, (1, 2))
+    digests = [digest(stream[pack]) for pack in range(len(stream))]
+    expected = [f"{i} {i % len(stream)} {digests[i % len(stream)]}" for i in range(last)]
+    assert (folder / "read.log").read_text().splitlines() == expected
