@@ -225,7 +225,6 @@ def row(kind: str, reader: str, found: dict[str, list[dict[str, Any]]]) -> str:
     numbers = [
         middle(lambda r: r["samples"] / r["cpu"]),
         middle(lambda r: r["tiles"] / r["cpu"]),
-        middle(lambda r: 1000 * r["cpu"] / r["samples"]),
         middle(lambda r: r["samples"] / r["wall"]),
         middle(lambda r: r["tiles"] / r["wall"]),
     ]
@@ -246,8 +245,8 @@ def main() -> None:
         return
     peers = find_peers(options.peer_python)
     sys.stdout.write(
-        "| shards of | reader | samples / CPU s | tiles / CPU s | CPU ms / sample | samples / s | tiles / s "
-        "| CPU, over ours |\n|---|---|---|---|---|---|---|---|\n"
+        "| shards of | reader | samples / CPU s | tiles / CPU s | samples / s | tiles / s "
+        "| CPU, over ours |\n|---|---|---|---|---|---|---|\n"
     )
     with tempfile.TemporaryDirectory() as name:
         for kind in options.kinds:

@@ -7,7 +7,6 @@ the sample that hung, or that processes died on again and again. A process kille
 import itertools
 import multiprocessing
 import signal
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -16,7 +15,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import Failure, PackTask, Progress, SentPack, hear, receive_tiles, work
+from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, receive_tiles, work
 from megatron_vita.errors import VitaError
 
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
@@ -82,16 +81,13 @@ class _Reader:
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
+        self.ready = False
 
     def give(self, job: _Job) -> None:
         self.job = job
         self.progress.reset()
         with suppress(BrokenPipeError, ConnectionResetError):  # its death shows when it is next listened to
             self.pipe.send(job.task)
-
-    def deadline(self, limit: float) -> float:
-        """When it must have told of progress, if that is within `limit` seconds."""
-        return self.progress.told + (limit if self.progress.started else max(limit, STARTING_SECONDS))
 
     def end(self) -> None:
         self.process.kill()
@@ -124,22 +120,27 @@ class _Pool:
         """Waits until a reader says something or has been silent for too long, and sees to it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
-        first = min(reader.deadline(self._limit) for reader in busy.values())
-        # Not for long: a reader that starts meanwhile says so in its progress alone.
-        ready = wait(list(busy), timeout=min(max(first - time.monotonic(), 0), self._limit))
+        ready = wait(list(busy), timeout=max(min(map(self._patience, busy.values())), 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
             self._listen(busy[pipe])
         if not ready:
             for reader in busy.values():
-                if time.monotonic() > reader.deadline(self._limit):
+                if self._patience(reader) < 0:
                     self._give_up(reader)
+
+    def _patience(self, reader: _Reader) -> float:
+        """Seconds in which a reader must get on."""
+        return (self._limit if reader.ready else max(self._limit, STARTING_SECONDS)) - reader.progress.silence
 
     def _listen(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
         try:
             message = hear(reader.pipe)
+            if isinstance(message, Ready):
+                reader.ready = True
+                return
             if isinstance(message, SentPack):
                 message.batch.tiles = receive_tiles(reader.pipe, message.shape)
                 job.result = ReadPack(message.batch, message.damages)
@@ -150,35 +151,35 @@ class _Pool:
             self._bury(reader)
 
     def _give_up(self, reader: _Reader) -> None:
-        document = reader.progress.document
-        if document is None:
+        if (document := reader.progress.document) is None:
             self._note_barren(f"were silent for {self._limit:g} seconds", most=BARREN_DEATHS)
         else:
             self._skip(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
 
     def _bury(self, reader: _Reader) -> None:
-        job, document = reader.job, reader.progress.document
+        job = reader.job
         assert job is not None
         reader.process.join(timeout=10)
         code = reader.process.exitcode
-        if document is None:
+        if (document := reader.progress.document) is None:
             self._note_barren(f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS)
         else:
             job.strikes[document] += 1
-            if (strikes := job.strikes[document]) == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
-                self._skip(reader, document, f"{strikes} processes ended while they read it (exit code {code})")
+            if job.strikes[document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+                deaths = f"{job.strikes[document]} processes ended while they read it (exit code {code})"
+                self._skip(reader, document, deaths)
         self._replace(reader)
 
     def _note_barren(self, what: str, *, most: int) -> None:
-        self._barren += 1
+        some_read = any(reader.progress.document is not None for reader in self._readers)
+        self._barren = 0 if some_read else self._barren + 1
         if self._barren >= most:
             raise VitaError(f"{self._barren} loader processes {what} before they read anything")
 
     def _skip(self, reader: _Reader, document: int, reason: str) -> None:
         job = reader.job
         assert job is not None
-        self._barren = 0
         job.damages.append(self._stream.damage(job.task.pack_id, document, reason))
         job.task = job.task._replace(skip=job.task.skip | {document})
 

@@ -1,4 +1,4 @@
-"""What a reader process does: takes tasks from a pipe, tells what it works on, sends packs back.
+"""What a reader process does: takes tasks from a pipe, shows what it works on, sends packs back.
 
 Tiles are decoded into shared memory that has no name, so that nothing is copied and nothing is left behind, whoever
 dies when.
@@ -32,6 +32,10 @@ class PackTask(NamedTuple):
     skip: frozenset[int] = frozenset()
 
 
+class Ready(NamedTuple):
+    """The process has started."""
+
+
 class Progress:
     """Which document a reader is at, and since when, in memory that both processes see.
 
@@ -39,12 +43,7 @@ class Progress:
     """
 
     def __init__(self, context: BaseContext) -> None:
-        self._cells = context.RawArray("q", 3)
-        self.reset()
-
-    def start(self) -> None:
-        """The process has started."""
-        self._cells[2] = 1
+        self._cells = context.RawArray("q", 2)
         self.reset()
 
     def reset(self) -> None:
@@ -57,19 +56,14 @@ class Progress:
         self._cells[0] = document
 
     @property
-    def started(self) -> bool:
-        """Whether the process has started."""
-        return bool(self._cells[2])
-
-    @property
     def document(self) -> int | None:
         """The document that is being read; None before the first."""
         return None if self._cells[0] < 0 else self._cells[0]
 
     @property
-    def told(self) -> float:
-        """When it was last told, on the monotonic clock, in seconds."""
-        return self._cells[1] / 1e9
+    def silence(self) -> float:
+        """Seconds since it was last told."""
+        return time.monotonic() - self._cells[1] / 1e9
 
 
 class Failure(NamedTuple):
@@ -87,7 +81,7 @@ class SentPack(NamedTuple):
     shape: tuple[int, ...]
 
 
-Message = Failure | SentPack
+Message = Ready | Failure | SentPack
 
 
 def tell(pipe: Connection, message: Message) -> None:
@@ -104,8 +98,9 @@ def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
     """Reads packs until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
-    progress.start()
     try:
+        progress.reset()
+        tell(pipe, Ready())
         while True:
             _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -10,7 +10,7 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 class HostileStream(PackStream):
     """At `document` of `pack` does `deed`: hang, die, die_of_memory or die_once; or earlier: break, start_dying,
-    start_hanging or start_slowly.
+    start_hanging or start_slowly. If the deed is dawdle, it takes its time before each file of each document.
     """
 
     pack = document = -1
@@ -35,7 +35,9 @@ class HostileStream(PackStream):
 
         def progress(document: int) -> None:
             inner(document)
-            if document == self.document:
+            if self.deed == "dawdle":
+                time.sleep(0.3)
+            elif document == self.document:
                 self._strike()
 
         return super().read(pack_id, progress=progress, **options)

@@ -109,6 +109,13 @@ def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(world, deed:
         assert_same(masked(whole, pack.batch, [1]), masked(whole, wanted, [1]))
 
 
+def test_a_pack_that_takes_long_is_not_taken_for_a_hang_of_a_sample(world) -> None:
+    stream = hostile(train_stream(world), "dawdle", pack=0)
+    pack = next(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))
+    assert len(pack.batch.sample_keys) >= 4  # so it takes longer than a sample may
+    assert not pack.damages
+
+
 def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> None:
     stream = hostile(train_stream(world), "die_once", pack=1, document=0, memory=str(tmp_path / "done"))
     packs = list(read_packs(stream, tasks(stream), num_workers=1))
