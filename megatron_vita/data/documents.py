@@ -12,6 +12,7 @@ from megatron_vita.data.form import DocumentFormat, Medium
 from megatron_vita.data.index import SampleRow
 from megatron_vita.data.records import Kind, encode_record, weight_of
 from megatron_vita.errors import DataError
+from megatron_vita.media.files import File, opened
 from megatron_vita.media.images import read_pixels
 from megatron_vita.media.tiling import cut_tiles
 from megatron_vita.media.video import decode_frames
@@ -171,7 +172,7 @@ def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
 
 def decode_tiles(
     medium: Medium,
-    data: bytes,
+    data: File,
     *,
     name: str,
     tiles: range,
@@ -188,7 +189,7 @@ def decode_tiles(
     if medium.grid is None:
         times = medium.times[tiles.start : tiles.stop]
         return decode_frames(data, name, times=times, tile_size=size, normalization=form.media.normalization, out=out)
-    cut_tiles(read_pixels(data, name), medium.grid, tiling=form.tiling, tiles=tiles, out=out)
+    cut_tiles(read_pixels(opened(data).read(), name), medium.grid, tiling=form.tiling, tiles=tiles, out=out)
     return out
 
 

@@ -1,14 +1,17 @@
 """Reads members of shards by offset: local ones, remote ones, and local copies of remote ones."""
 
+import io
 import os
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_vita.data.shards import Member
 from megatron_vita.data.storage import Location, ShardCache, check_size, file_size, read_range
 from megatron_vita.errors import DataError, ShardError
+
+NEAR_BUFFER, FAR_BUFFER = 1 << 17, 1 << 22  # bytes read at once of a file that is read part by part
 
 
 class ShardReader:
@@ -29,6 +32,11 @@ class ShardReader:
             return self._read_local(self._cache.fetch(shard, size=shard_size), member, shard_size)
         return self._read_local(shard, member, shard_size)
 
+    def open(self, shard: Location, *, member: Member, shard_size: int) -> IO[bytes]:
+        """`member` as a file, of which only what is asked for is read and held. Its methods raise as `read` does."""
+        is_far = not isinstance(shard, Path) and self._cache is None
+        return io.BufferedReader(_MemberFile(self, shard, member, shard_size), FAR_BUFFER if is_far else NEAR_BUFFER)
+
     def _read_remote(self, shard: Location, member: Member, shard_size: int) -> bytes:
         assert not isinstance(shard, Path)
         try:
@@ -41,7 +49,10 @@ class ShardReader:
 
     def _read_local(self, path: Path, member: Member, shard_size: int) -> bytes:
         descriptor = self._open(path, shard_size)
-        data = os.pread(descriptor, member.size, member.offset)
+        try:
+            data = os.pread(descriptor, member.size, member.offset)
+        except OSError as error:
+            raise DataError(f"{path}: cannot read {member.name}: {error.strerror}") from error
         if len(data) != member.size:
             raise DataError(f"{path}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
         return data
@@ -74,6 +85,38 @@ class ShardReader:
 
     def __del__(self) -> None:
         self.close()
+
+
+class _MemberFile(io.RawIOBase):
+    """A member of a shard, read part by part."""
+
+    def __init__(self, reader: ShardReader, shard: Location, member: Member, shard_size: int) -> None:
+        self._reader, self._shard, self._member, self._shard_size = reader, shard, member, shard_size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._member.size}[whence]
+        self._position = max(base + offset, 0)
+        return self._position
+
+    def readall(self) -> bytes:
+        rest = bytearray(max(self._member.size - self._position, 0))
+        self.readinto(rest)
+        return bytes(rest)
+
+    def readinto(self, buffer: Any, /) -> int:
+        size = max(min(len(buffer), self._member.size - self._position), 0)
+        if size:
+            part = Member(self._member.name, self._member.offset + self._position, size)
+            buffer[:size] = self._reader.read(self._shard, member=part, shard_size=self._shard_size)
+            self._position += size
+        return size
 
 
 def _rebuild(cache: ShardCache | None, max_open: int) -> ShardReader:

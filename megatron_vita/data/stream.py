@@ -19,6 +19,7 @@ from megatron_vita.data.ledger import Damage
 from megatron_vita.data.plan import DocumentEntry, PackPlan
 from megatron_vita.data.records import parse_record
 from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.shards import Member
 from megatron_vita.data.storage import Location, ShardCache
 from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
@@ -178,19 +179,19 @@ class PackStream(Dataset):
 
     def _decode_medium(self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray) -> None:
         entry = pack.entries[i]
-        data = self._read(entry, pack.rows[i], medium.member)
+        shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
+        file = self._reader.open(shard, member=member, shard_size=self._index(shard).header.shard_size)
         name = f"{self._shard(entry)} {medium.member}"
-        decode_tiles(medium, data, name=name, tiles=part, form=self.forms[entry.dataset], out=out)
+        decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset], out=out)
 
-    def _read(self, entry: DocumentEntry, row: SampleRow, member: str) -> bytes:
-        shard = self._shard(entry)
-        if member not in row.members:
-            raise DataError(f"{shard} sample {row.key}: the index has no member {member}")
-        size = self._index(shard).header.shard_size
-        try:
-            return self._reader.read(shard, member=row.members[member], shard_size=size)
-        except OSError as error:
-            raise DataError(f"{shard} sample {row.key}: cannot read {member}: {error.strerror}") from error
+    def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
+        shard, member = self._shard(entry), self._member(entry, row, name)
+        return self._reader.read(shard, member=member, shard_size=self._index(shard).header.shard_size)
+
+    def _member(self, entry: DocumentEntry, row: SampleRow, name: str) -> Member:
+        if name not in row.members:
+            raise DataError(f"{self._shard(entry)} sample {row.key}: the index has no member {name}")
+        return row.members[name]
 
     def _shard(self, entry: DocumentEntry) -> Location:
         return self._shards[entry.dataset][entry.shard]

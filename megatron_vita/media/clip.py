@@ -1,6 +1,5 @@
 """The compressed frames of a video file, read one by one, and when each of them is shown."""
 
-import io
 import itertools
 import logging
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 
 from megatron_vita.errors import DataError
+from megatron_vita.media.files import File, num_bytes, opened
 
 logger = logging.getLogger(__name__)
 
@@ -116,22 +116,22 @@ class Clip:
 
 
 @contextmanager
-def open_clip(data: bytes, name: str) -> Iterator[Clip]:
+def open_clip(data: File, name: str) -> Iterator[Clip]:
     """The first video stream of a file, cover pictures apart, to be decoded in one thread.
 
     Raises DataError, which names the video by `name`, if there is none or it holds no frame.
     """
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(opened(data)) as container:
             streams = [s for s in container.streams.video if _can_be_shown(s)]
             if not streams:
                 kinds = [stream.type for stream in container.streams]
-                raise DataError(f"{name}: no video stream that can be decoded among {kinds} in these {len(data)} bytes")
+                raise DataError(f"{name}: no video stream that can be decoded among {kinds}")
             streams[0].codec_context.thread_count = 1
             streams[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             yield Clip(streams[0], name)
     except av.FFmpegError as error:
-        raise DataError(f"{name}: cannot read this video of {len(data)} bytes: {error}") from error
+        raise DataError(f"{name}: cannot read this video of {num_bytes(data)} bytes: {error}") from error
 
 
 def _can_be_shown(stream: av.VideoStream) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from megatron_vita.errors import DataError
 from megatron_vita.media.clip import TOLERANCE
+from megatron_vita.media.files import File, num_bytes, opened
 from megatron_vita.media.images import Pixels, read_pixels
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,9 @@ logger = logging.getLogger(__name__)
 _SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
 
 
-def is_archive(data: bytes) -> bool:
+def is_archive(data: File) -> bool:
     """Whether a video is an archive of frames, by its first bytes."""
-    return data.startswith(_SIGNATURES)
+    return opened(data).read(4).startswith(_SIGNATURES)
 
 
 def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
@@ -46,12 +47,12 @@ def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
 class FrameArchive:
     """An opened archive of `len` frames, `fps` in a second. DataError, by `name`, for what does not keep the format."""
 
-    def __init__(self, data: bytes, name: str) -> None:
+    def __init__(self, data: File, name: str) -> None:
         self._name = name
         try:
-            self._archive = zipfile.ZipFile(io.BytesIO(data))
+            self._archive = zipfile.ZipFile(opened(data))
         except Exception as error:  # BadZipFile, ValueError, struct.error and many more
-            raise DataError(f"{name}: cannot read this archive of frames, {len(data)} bytes: {error}") from error
+            raise DataError(f"{name}: cannot read this archive of frames, {num_bytes(data)} bytes: {error}") from error
         self._members = [member for member in self._archive.infolist() if not member.is_dir()]
         if not self._members:
             raise DataError(f"{name}: this archive of frames holds none")

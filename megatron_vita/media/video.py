@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_vita.errors import DataError
 from megatron_vita.media.clip import open_clip
+from megatron_vita.media.files import File
 from megatron_vita.media.frame_archive import FrameArchive, is_archive
 from megatron_vita.media.images import Pixels
 from megatron_vita.media.normalize import mean_color
@@ -34,7 +35,7 @@ class VideoInfo:
     frames: int
 
 
-def probe_video(data: bytes, name: str) -> VideoInfo:
+def probe_video(data: File, name: str) -> VideoInfo:
     """Counts the compressed frames, which a truncated file's header would not tell; none is decoded.
 
     Raises DataError, which names the video by `name`, if there are none.
@@ -71,7 +72,7 @@ def frame_times(info: VideoInfo, *, max_fps: float, max_frames: int) -> list[flo
 
 
 def decode_frames(
-    data: bytes,
+    data: File,
     name: str,
     *,
     times: Sequence[float],
@@ -110,7 +111,7 @@ class _Tiles:
         self.out[place] = self.out[before] if pixels is None else letterboxed(pixels, self._box, self._color)
 
 
-def _show_clip(data: bytes, name: str, tiles: _Tiles) -> None:
+def _show_clip(data: File, name: str, tiles: _Tiles) -> None:
     """Draws the frame of each time. What one pass does not surely find, is looked for with less haste."""
     left = list(range(len(tiles.times)))
     lost: set[float] = set()
