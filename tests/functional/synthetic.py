@@ -1,5 +1,6 @@
 """A tiny model and packs of random documents, the same on every rank."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -93,11 +94,19 @@ def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH
     segments = torch.tensor([0, length], dtype=torch.int32) if joined else bounds
     return Batch(
         pack_id=seed, input_ids=torch.cat([d[0] for d in documents]), labels=torch.cat([d[1] for d in documents]),
-        loss_weights=2 * torch.rand(length, generator=generator) if seed % 2 else None,
+        loss_weights=_document_weights(starts, length) if seed % 2 else None,
         document_starts=bounds, cu_seqlens=segments, document_sources=sources, tiles=tiles,
         tile_ids=torch.arange(len(tiles)), placements=placements, frames=torch.arange(len(tiles)) % 7 > 3,
         num_tokens=sum(t for t, _ in lengths), sample_keys=[],
     )  # fmt: skip
+
+
+def _document_weights(starts: list[int], length: int) -> torch.Tensor:
+    """Documents weigh 1/2, 1 and 3/2 by turns: [length]."""
+    weights = torch.ones(length)
+    for i, (start, stop) in enumerate(itertools.pairwise(starts)):
+        weights[start:stop] = (0.5, 1.0, 1.5)[i % 3]
+    return weights
 
 
 def make_step(step: int, recipe: Recipe) -> list[Batch]:
