@@ -16,8 +16,8 @@ from data_tools.report import write_report
 from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import train_tokenizer
+from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
-from megatron_vita.errors import VitaError
 
 app = typer.Typer(
     add_completion=False,
@@ -37,14 +37,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, s
 
 def main(arguments: list[str]) -> int:
     """Runs one command and gives its exit code."""
-    try:
-        return int(app(arguments, prog_name="data_tools", standalone_mode=False) or 0)
-    except VitaError as error:
-        message = str(error)
-    except typer.TyperException as error:
-        message = getattr(error, "format_message", error.__str__)()
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 1
+    return run_command(app, arguments, name="data_tools")
 
 
 @app.command()

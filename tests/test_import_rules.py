@@ -10,6 +10,7 @@ EVERYWHERE = {"errors", "platform", "config"}
 PURE = {"errors", "config", "media", "text", "layout", "planning"}
 MAY_IMPORT = {
     "errors": set(),
+    "commands": {"errors"},
     "platform": {"errors"},
     "config": {"errors"},
     "media": EVERYWHERE,
@@ -22,7 +23,8 @@ MAY_IMPORT = {
     "checkpoint": EVERYWHERE | {"model", "parallel"},
     "training": EVERYWHERE | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
     "inference": EVERYWHERE | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
-    "convert": EVERYWHERE | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
+    "convert": EVERYWHERE
+    | {"commands", "media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
     "evaluation": EVERYWHERE | {"media", "text", "data", "inference"},
 }
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))

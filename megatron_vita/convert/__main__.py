@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_vita.errors import VitaError
+from megatron_vita.commands import run_command
 
 app = typer.Typer(
     add_completion=False,
@@ -95,14 +95,7 @@ def to_megatron(
 def main(arguments: list[str]) -> int:
     """Runs one command and gives its exit code; a user's error is one line."""
     logging.getLogger("megatron_vita").setLevel(logging.WARNING)
-    try:
-        return int(app(arguments, prog_name="megatron_vita.convert", standalone_mode=False) or 0)
-    except VitaError as error:
-        message = str(error)
-    except typer.TyperException as error:
-        message = getattr(error, "format_message", error.__str__)()
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 1
+    return run_command(app, arguments, name="megatron_vita.convert")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from megatron_vita.errors import DataError
 
@@ -112,7 +112,10 @@ def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
 
 
 def _unreadable(name: str, data: bytes, error: Exception) -> DataError:
-    return DataError(f"{name}: cannot read this image of {len(data)} bytes: {type(error).__name__}: {error}")
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnidentifiedImageError):  # its own message tells where the file lay in memory
+        reason = f"it is of none of the kinds {', '.join(FORMATS)}"
+    return DataError(f"{name}: cannot read this image of {len(data)} bytes: {reason}")
 
 
 def _orientation(image: Image.Image) -> int:

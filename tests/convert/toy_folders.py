@@ -1,6 +1,7 @@
 """Tiny Hugging Face folders of each family, with random weights, as their libraries and authors write them."""
 
 import json
+import sys
 from pathlib import Path
 
 import tokenizers
@@ -28,6 +29,9 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+from hf_weights import randomize
 
 VOCAB, IMAGE_TOKEN, ROWS, TILE = 97, 90, 4, 56
 SHAPE = {
@@ -91,16 +95,6 @@ WHOLE = {
     "internvl-hf-tied": lambda: internvl(VISION, tied=True),
     "internvl-hf-large": lambda: internvl(LARGE_VISION),
 }
-
-
-def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Weights far from the first ones, so that no part of the model is a near no-op."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(around + noise * (0.2 if parameter.dim() > 1 else 0.1))
 
 
 def model_of(name: str) -> nn.Module:
