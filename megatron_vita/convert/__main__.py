@@ -94,13 +94,13 @@ def to_megatron(
 
 def main(arguments: list[str]) -> int:
     """Runs one command and gives its exit code; a user's error is one line."""
-    logging.getLogger("megatron_vita").setLevel(logging.WARNING)
     return run_command(app, arguments, name="megatron_vita.convert")
 
 
 if __name__ == "__main__":
     from megatron_vita import platform
 
+    logging.getLogger("megatron_vita").setLevel(logging.WARNING)
     code = main(sys.argv[1:])
     platform.leave_process()
     sys.exit(code)
