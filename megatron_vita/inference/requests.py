@@ -1,0 +1,100 @@
+"""What is asked of the engine and what comes back: sampling options, scored tokens, pieces of answers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_vita.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+"""`stop`: the model ended its turn or a stop string came; `length`: max_new_tokens or the context's end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an answer is drawn. Temperature 0 always takes the likeliest token."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0  # of tokens in prompt or answer (CTRL, arXiv 1909.05858, section 4.1)
+    presence_penalty: float = 0.0  # taken from the logit of each token that the answer has (OpenAI's definition)
+    frequency_penalty: float = 0.0  # the same, times how often
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    seed: int = 0
+    n: int = 1  # answers to draw
+    logprobs: int | None = None  # with each token its log-probability and those of this many likeliest ones
+    beams: int = 1  # above 1: beam search, whose `n` best answers are given
+    length_penalty: float = 1.0  # of beam search: scores are divided by length to this power
+    ignore_end: bool = False  # goes on to max_new_tokens whatever the model says
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 100, "from 0 to 100"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "stop": (len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
+            "seed": (0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1"),
+            "n": (1 <= self.n <= 128, "from 1 to 128"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
+            "beams": (1 <= self.beams <= 64, "from 1 to 64"),
+            "length_penalty": (-10 <= self.length_penalty <= 10, "from -10 to 10"),
+        }
+        for name, (right, wanted) in checks.items():
+            if not right:  # a comparison with NaN is false, so NaN is refused too
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
+        if self.beams > 1 and (self.temperature > 0 or self.n > self.beams):
+            raise ConfigError(f"beams is {self.beams}: beam search needs temperature 0 and n of at most as many")
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token and its natural-log probability under the model's own distribution, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredToken:
+    """A token of an answer with the likeliest tokens in its place, best first (none where logprobs is 0)."""
+
+    chosen: TokenScore
+    likeliest: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPiece:
+    """What a step of the engine added to one answer.
+
+    `text` never needs to be taken back: half characters and what may become a stop string are held back. All pieces'
+    texts joined are the answer. With beam search everything comes in one last piece per answer.
+    """
+
+    request: int
+    choice: int = 0  # which of the request's n answers
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    scores: tuple[ScoredToken, ...] = ()  # where logprobs were asked for, one for each of token_ids
+    finish: FinishReason | None = None  # the last piece of this answer has one
+    error: str = ""  # with finish "error", what went wrong, to be shown to whoever asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    token_ids: list[int]
+    finish: FinishReason
+    scores: list[ScoredToken] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model itself came to an end; false where a length cut it."""
+        return self.finish == "stop"
