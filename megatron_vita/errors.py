@@ -3,6 +3,8 @@
 Every message names the file, sample or field, the value, and what would be right.
 """
 
+from collections.abc import Sequence
+
 
 class VitaError(Exception):
     """Base of all errors that a user can cause and mend."""
@@ -18,6 +20,14 @@ class DataError(VitaError, ValueError):
 
 class ShardError(DataError):
     """A shard or its index is missing, or is another than the one planned."""
+
+
+class LogitsError(VitaError, ValueError):
+    """A model's logits are NaN or infinite; `rows` of the batch have such ones."""
+
+    def __init__(self, message: str, *, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 class CheckpointError(VitaError, ValueError):

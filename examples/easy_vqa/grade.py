@@ -11,7 +11,7 @@ from tqdm import tqdm
 from examples.easy_vqa.prepare import Question, image_path, read_questions
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.sampling import Sampling
+from megatron_vita.inference.requests import Sampling
 
 QUESTIONS_AT_ONCE = 96
 LONGEST_ANSWER = 8  # tokens

@@ -8,7 +8,7 @@ import logging
 import sys
 
 from megatron_vita.errors import VitaError
-from megatron_vita.inference.sampling import Sampling
+from megatron_vita.inference.requests import Sampling
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,8 @@ from megatron_vita.data.documents import Document
 from megatron_vita.data.split import document_format
 from megatron_vita.inference.cache import CachingBackend, KeyValueCache
 from megatron_vita.inference.prompt import Prompt, lay_out_prompt, prompt_tiles
-from megatron_vita.inference.sampling import Sampling, next_tokens
+from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.sampling import next_tokens
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model

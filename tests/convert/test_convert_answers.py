@@ -12,7 +12,7 @@ from toy_folders import model_of, save
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import Prompt, lay_out_prompt
-from megatron_vita.inference.sampling import Sampling
+from megatron_vita.inference.requests import Sampling
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-yarn", "llama-llama3"])

@@ -13,7 +13,8 @@ from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, Recipe
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt, lay_out_prompt, prompt_tiles
-from megatron_vita.inference.sampling import Sampling, next_tokens
+from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.sampling import next_tokens
 from megatron_vita.text.train import train_sentencepiece
 
 WORDS = [
