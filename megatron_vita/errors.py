@@ -36,3 +36,7 @@ class CheckpointError(VitaError, ValueError):
 
 class PlatformError(VitaError, RuntimeError):
     """The machine or its packages cannot run what was asked."""
+
+
+class EngineError(VitaError, RuntimeError):
+    """The inference engine cannot go on."""
