@@ -1,5 +1,6 @@
 """The answers of one request: what is drawn next for each, and which sequence of the cache continues it."""
 
+import torch
 from torch import Tensor
 
 from megatron_vita.inference.answer_state import AnswerState
@@ -25,32 +26,24 @@ class Answering:
         self.request, self.scheduler, self.tokenizer = request, scheduler, tokenizer
         self.end_ids, self.rows_per_tile = end_ids, rows_per_tile
         sampling = request.sampling
-        prompt_ids = request.prepared.document.input_ids
         self.states = [
-            AnswerState(request.number, choice=i, sampling=sampling, tokenizer=tokenizer, prompt_ids=prompt_ids)
-            for i in range(sampling.n)
+            AnswerState(sampling, request=request.number, choice=choice, tokenizer=tokenizer)
+            for choice in range(sampling.n)
         ]
-        self.beams = (
-            BeamSearch(
-                beams=sampling.beams,
-                length_penalty=sampling.length_penalty,
-                max_new_tokens=sampling.max_new_tokens,
-                answers=sampling.n,
-                end_ids=frozenset() if sampling.ignore_end else end_ids,
-            )
-            if sampling.beams > 1
-            else None
-        )
+        self.beams = BeamSearch(sampling, end_ids=end_ids) if sampling.beams > 1 else None
         self._sequence_of: dict[int, Sequence] = {}  # of each answer under way
 
     @property
     def completion_tokens(self) -> int:
         """Tokens of all answers so far."""
-        return sum(len(state.token_ids) for state in self.states)
+        return sum(len(state.ids) for state in self.states)
 
-    def draws(self) -> list[tuple[int, Draw]]:
-        """What is to be drawn: row of this request's logits, and how."""
+    def draws(self, logits: Tensor) -> list[tuple[int, Draw]]:
+        """What is to be drawn from this request's logits [rows, V]: the row, and how."""
         if not self.request.running:  # all answers begin after the prompt's last token
+            prompt_ids = torch.from_numpy(self.request.prepared.document.input_ids)
+            for state in self.states:
+                state.see_prompt(prompt_ids, vocab_size=logits.shape[1], device=logits.device)
             return [(0, state.draw()) for state in self.states]
         return [(row, self.states[choice].draw()) for row, choice in enumerate(self._sequence_of)]
 
@@ -91,24 +84,22 @@ class Answering:
         keys = self.request.prepared.block_keys(
             self.scheduler.layout.block_tokens,
             rows_per_tile=self.rows_per_tile,
-            said=self.states[choice].token_ids,
+            said=self.states[choice].ids,
         )
         self.scheduler.remember(sequence, keys)
         self.scheduler.end_sequence(self.request, sequence)
 
     def advance_beams(self, logits: Tensor) -> list[AnswerPiece]:
-        """Beam search goes one token further, on logits [W, V] of the live beams."""
+        """Beam search goes one token further, on logits [W, V] of the live beams. LogitsError as from `draw_tokens`."""
         assert self.beams is not None
-        step = self.beams.advance(logits)
+        self.beams.advance(logits)
         if not self.request.running:
             self.scheduler.start_answers(self.request, 1)
-        if step is None:
-            pieces = [
-                state.take_all(tokens, finish)
-                for state, (tokens, finish) in zip(self.states, self.beams.results(), strict=False)
-            ]
-            return self._end_all(pieces)
-        self._continue_beams(step.parents, step.tokens)
+        if self.beams.done:
+            found = self.beams.results(len(self.states))
+            pieces = [state.take_beam(answer) for state, answer in zip(self.states, found, strict=False)]
+            return self._end_all(pieces + [state.cut() for state in self.states[len(found) :]])
+        self._continue_beams(self.beams.parents, self.beams.tokens)
         return []
 
     def _continue_beams(self, parents: list[int], tokens: list[int]) -> None:

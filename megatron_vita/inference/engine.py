@@ -16,7 +16,7 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
 from megatron_vita.data.split import document_format
-from megatron_vita.errors import ConfigError, DataError, EngineError, VitaError
+from megatron_vita.errors import ConfigError, DataError, EngineError, LogitsError, VitaError
 from megatron_vita.inference.answering import Answering
 from megatron_vita.inference.block_pool import BlockPool
 from megatron_vita.inference.cache_size import build_cache
@@ -182,7 +182,7 @@ class Engine:
             request,
             scheduler=self._scheduler,
             tokenizer=self.tokenizer,
-            end_ids=self._end_ids,
+            end_ids=self.end_ids,
             rows_per_tile=self.form.vision.image_token_length,
         )
         self._scheduler.waiting.append(request)
@@ -268,7 +268,8 @@ class Engine:
         self.worker.decoder.close()
 
     @property
-    def _end_ids(self) -> frozenset[int]:
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
         return frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")})
 
     def _execute(self, step: Step) -> StepResult | None:
@@ -307,18 +308,31 @@ class Engine:
         """What the logits [rows, V] of a step add to answers; rows of one request follow one another."""
         pieces: list[AnswerPiece] = []
         draws: list[tuple[Answering, int, Draw]] = []
-        for owner, rows in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
-            first, *more = rows
+        for owner, group in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
+            rows = list(group)
             if owner is None:
                 continue
-            if owner.beams is not None:
-                pieces += owner.advance_beams(logits[first : first + 1 + len(more)])
-            else:
-                draws += [(owner, first + offset, draw) for offset, draw in owner.draws()]
-        if draws:
+            own = logits[rows[0] : rows[-1] + 1]
+            if owner.beams is None:
+                draws += [(owner, rows[0] + row, draw) for row, draw in owner.draws(own)]
+                continue
+            try:
+                pieces += owner.advance_beams(own)
+            except LogitsError as error:
+                pieces += owner.fail(str(error))
+        return pieces + self._draw_each(logits, draws)
+
+    def _draw_each(self, logits: Tensor, draws: list[tuple[Answering, int, Draw]]) -> list[AnswerPiece]:
+        """One token for each draw (of whom, row, how); requests whose logits are no numbers fail."""
+        try:
             scored = draw_tokens(logits[[row for _, row, _ in draws]], [draw for _, _, draw in draws])
-            for owner, taken in itertools.groupby(zip(draws, scored, strict=True), key=lambda each: each[0][0]):
-                pieces += owner.take([token for _, token in taken])
+        except LogitsError as error:
+            wrong = {id(draws[row][0]): draws[row][0] for row in error.rows}
+            failed = [piece for owner in wrong.values() for piece in owner.fail(str(error))]
+            return failed + self._draw_each(logits, [draw for draw in draws if id(draw[0]) not in wrong])
+        pieces: list[AnswerPiece] = []
+        for owner, taken in itertools.groupby(zip(draws, scored, strict=True), key=lambda each: each[0][0]):
+            pieces += owner.take([token for _, token in taken])
         return pieces
 
 

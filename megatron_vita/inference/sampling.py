@@ -194,19 +194,3 @@ def upload(values: Sequence[float], *, like: Tensor, dtype: torch.dtype | None =
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return upload(values, like=like).unsqueeze(1)
-
-
-def next_tokens(logits: Tensor, *, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One token for each row: logits [B, V] -> [B], drawn in fp32 on the CPU, so that any device draws the same."""
-    logits = logits.float().cpu()
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
-    ordered, tokens = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # the likeliest token always stays
-    left_out = before >= sampling.top_p
-    if sampling.top_k:
-        left_out[:, sampling.top_k :] = True
-    chosen = torch.multinomial(probabilities.masked_fill(left_out, 0.0), 1, generator=generator)
-    return tokens.gather(1, chosen).squeeze(1)

@@ -1,5 +1,6 @@
 """Any TP x CP of a checkpoint gives the answers of one process; a lost rank ends the service instead of hanging it."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -12,12 +13,16 @@ from launch import HERE, torchrun
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
-from megatron_vita.config import ParallelConfig, recipe_to_dict
 from tests.inference.tiny import tiny_engine, tiny_recipe
 
 TP, CP = "tensor_model_parallel_size", "context_parallel_size"
 LAYOUTS = {
-    2: [({TP: 2}, {}), ({CP: 2}, {}), ({CP: 2}, {"chunk_tokens": 1000, "page_tokens": 16}), ({TP: 2, "vision_tensor_parallel": True}, {})],
+    2: [
+        ({TP: 2}, {}),
+        ({CP: 2}, {}),
+        ({CP: 2}, {"chunk_tokens": 1000, "page_tokens": 16}),
+        ({TP: 2, "vision_tensor_parallel": True}, {}),
+    ],
     4: [({TP: 2, CP: 2}, {}), ({CP: 4}, {"chunk_tokens": 5, "page_tokens": 2})],
 }
 
@@ -32,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "checkpoint",
         step=1,
         state={"model": store.model_state([model])},
-        manifest={"recipe": recipe_to_dict(tiny_recipe(folder))},
+        manifest={"recipe": dataclasses.asdict(tiny_recipe(folder))},
         keep=1,
     )
 
@@ -45,13 +50,17 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 @pytest.mark.parametrize("processes", list(LAYOUTS))
-def test_answers_are_those_of_one_process(processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path) -> None:
+def test_answers_are_those_of_one_process(
+    processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path
+) -> None:
     files = {str(tmp_path / f"{number}.json"): layout for number, layout in enumerate(LAYOUTS[processes])}
     torchrun("serving_worker.py", str(checkpoint), json.dumps(files), processes=processes)
     for file, layout in files.items():
         found = json.loads(Path(file).read_text())
         for answer, right in zip(found, expected, strict=True):
-            assert {k: v for k, v in answer.items() if k != "scores"} == {k: v for k, v in right.items() if k != "scores"}, layout
+            assert {k: v for k, v in answer.items() if k != "scores"} == {
+                k: v for k, v in right.items() if k != "scores"
+            }, layout
             assert scores(answer) == pytest.approx(scores(right), abs=1e-5), layout
     assert [answer["finish"] for answer in expected].count("error") == 1
 
@@ -60,7 +69,9 @@ def scores(answer: dict) -> list[float]:
     return [token["logprob"] for score in answer["scores"] for token in (score["chosen"], *score["likeliest"])]
 
 
-@pytest.mark.parametrize(("parallel", "steps", "doing"), [({TP: 2}, 5, "busy"), ({CP: 2}, 3, "busy"), ({TP: 2}, 2, "idle")])
+@pytest.mark.parametrize(
+    ("parallel", "steps", "doing"), [({TP: 2}, 5, "busy"), ({CP: 2}, 3, "busy"), ({TP: 2}, 2, "idle")]
+)
 def test_a_lost_rank_is_an_error_at_once(parallel: dict, steps: int, doing: str, tmp_path: Path) -> None:
     tiny_recipe(tmp_path)  # makes the tokenizer
     with socket.socket() as probe:
@@ -73,7 +84,14 @@ def test_a_lost_rank_is_an_error_at_once(parallel: dict, steps: int, doing: str,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(HERE.parents[1]),
         }  # fmt: skip
-        command = [sys.executable, str(HERE / "lost_rank_worker.py"), str(tmp_path), json.dumps(parallel), str(steps), doing]
+        command = [
+            sys.executable,
+            str(HERE / "lost_rank_worker.py"),
+            str(tmp_path),
+            json.dumps(parallel),
+            str(steps),
+            doing,
+        ]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
     assert ranks[1].wait(timeout=120) == 3
     assert ranks[0].wait(timeout=60) == 0
