@@ -178,7 +178,7 @@ def test_a_literal_tag_in_a_question_is_text(engine: Engine) -> None:
 def test_what_can_never_be_answered_is_refused_with_numbers(folder: Path) -> None:
     engine = tiny_engine(folder, cache_tokens=64, max_running=2)
     long = engine.prepare(Prompt.ask("what is in this", videos=[video(8)]))
-    with pytest.raises(DataError, match=f"prompt of {long.tokens} tokens.*cache, which has 64"):
+    with pytest.raises(DataError, match=rf"prompt of {long.tokens} tokens.*cache, which has 64"):
         engine.add(long, GREEDY)
     with pytest.raises(DataError, match="at most 256 are possible"):
         engine.add(engine.prepare(Prompt.ask("yes " * 300)), GREEDY)
@@ -193,7 +193,7 @@ def test_layouts_that_cannot_serve_are_refused_by_name(folder: Path) -> None:
         Engine(recipe)
     recipe = tiny_recipe(folder)
     recipe.parallel.context_parallel_size = 2
-    with pytest.raises(ConfigError, match="1 processes.*is 2"):
+    with pytest.raises(ConfigError, match=r"1 processes.*is 2"):
         Engine(recipe)
 
 
