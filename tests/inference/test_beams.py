@@ -134,10 +134,17 @@ def test_a_vocabulary_smaller_than_the_beams_is_tried_whole() -> None:
 
 
 def test_when_every_beam_ends_at_once_the_search_is_done() -> None:
-    beams = BeamSearch(Sampling(beams=2, n=2, max_new_tokens=9), end_ids=frozenset([0, 1]))
+    """A token of no probability goes on with nothing."""
+    beams = BeamSearch(Sampling(beams=3, n=2, max_new_tokens=9), end_ids=frozenset([0, 1]))
     beams.advance(torch.tensor([[1.0, 2.0, -math.inf]]))
     assert beams.done
     assert [answer.token_ids for answer in beams.results(2)] == [[], []]
+
+
+def test_beams_go_on_however_many_kinds_of_end_are_likelier() -> None:
+    beams = BeamSearch(Sampling(beams=2, n=1, max_new_tokens=9), end_ids=frozenset([0, 1, 2, 3]))
+    beams.advance(torch.tensor([[5.0, 5.0, 5.0, 5.0, 3.0, 2.0, 1.0]]))
+    assert beams.tokens == [4, 5]
 
 
 def test_equal_candidates_are_taken_by_row_and_id() -> None:

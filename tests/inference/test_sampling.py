@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from megatron_vita.errors import LogitsError, VitaError
+from megatron_vita.inference import sampling as sampling_module
 from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.sampling import (
     Draw,
@@ -108,7 +109,7 @@ def test_presence_and_frequency_penalties_take_from_tokens_of_the_answer_alone()
     expected = logits.clone()
     expected[0, 3] -= 0.5 + 0.25
     expected[0, 4] -= 0.5 + 2 * 0.25
-    torch.testing.assert_close(candidate_logits(logits, [one]).softmax(-1), expected.softmax(-1))
+    torch.testing.assert_close(candidate_logits(logits, [one]).log_softmax(-1), expected.log_softmax(-1))
 
 
 def test_greedy_takes_the_likeliest_after_penalties() -> None:
@@ -194,6 +195,13 @@ def test_seeds_choices_and_steps_have_numbers_of_their_own() -> None:
 
 def test_the_numbers_of_a_seed_stay_what_they_were() -> None:
     assert uniform_number(5, choice=3, step=7) == 2224013184805380 * 2.0**-52
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.25, 3), (0.5, 3), (1 - 2**-52, 3)])
+def test_a_token_without_probability_is_never_drawn(number: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_module, "uniform_number", lambda seed, choice, step: number)
+    logits = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
+    assert ids(logits, [draw(temperature=1.0)]) == [token]
 
 
 def test_the_rounding_of_another_layout_changes_no_draw() -> None:

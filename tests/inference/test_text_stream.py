@@ -194,12 +194,21 @@ def test_the_beginning_of_a_stop_string_waits_and_comes_when_it_is_none(every_to
     assert (pushes, stream.stopped, stream.finish()) == (["x", "", "ENDa", ""], False, "EN")
 
 
+def test_of_stop_strings_in_text_that_comes_at_once_the_first_complete_one_counts(
+    every_tokenizer: dict[str, Tokenizer],
+) -> None:
+    """As it would if the text came letter by letter."""
+    tokenizer = every_tokenizer["byte_fallback"]
+    ids = tokenizer.encode("漢字は長い")
+    assert "".join(streamed(tokenizer, ids, ("漢字は", "字"))[0]) == "漢"
+    assert "".join(streamed(tokenizer, ids, ("字", "漢字"))[0]) == ""
+
+
 def test_nothing_comes_after_a_stop_string(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a")
     stream = TextStream(tokenizer, ("a",))
-    assert "".join(stream.push(token) for token in ids * 3) + stream.finish() == ""
+    assert "".join(map(stream.push, tokenizer.encode("a"))) + stream.finish() == ""
     assert stream.stopped
-    assert stream.push(ids[0]) + stream.finish() == ""
+    assert "".join(map(stream.push, tokenizer.encode("b the b"))) + stream.finish() == ""
 
 
 def test_a_stop_string_may_be_complete_only_at_the_end(every_tokenizer: dict[str, Tokenizer]) -> None:
