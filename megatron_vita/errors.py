@@ -26,3 +26,11 @@ class CheckpointError(VitaError, ValueError):
 
 class PlatformError(VitaError, RuntimeError):
     """The machine or its packages cannot run what was asked."""
+
+
+class ServerError(VitaError, RuntimeError):
+    """A server cannot be reached, refuses a key, or fails."""
+
+
+class RefusedError(ServerError):
+    """A server takes no answer upon itself because of what is in the question."""
