@@ -48,7 +48,7 @@ def needle(
 ) -> None:
     """Hide codes on pages of text, ask for them, and draw a heat map of what was found."""
     from megatron_vita.evaluation.needle_run import Grid, run_needles
-    from megatron_vita.evaluation.needles import Haystack, pages_within
+    from megatron_vita.evaluation.needles import Haystack, count_tokens, pages_within
     from megatron_vita.evaluation.pages import Book, PageStyle, read_text
 
     style = PageStyle(size=page_size, font=font, font_size=font_size)
@@ -60,12 +60,13 @@ def needle(
     if tokens and server is not None:
         raise ConfigError("--lengths needs a checkpoint, whose recipe tells the tokens of a page: give --pages")
     answerer, name = _answerer(checkpoint, server=server, model=model, at_once=at_once)
-    if tokens:
-        assert isinstance(answerer, EngineAnswerer)
+    known: dict[int, int] = {}
+    if isinstance(answerer, EngineAnswerer):
         form = answerer.engine.form  # type: ignore[attr-defined]
-        counts = [pages_within(length, form=form, style=style, media=media) for length in tokens]
+        counts += [pages_within(length, form=form, style=style, media=media) for length in tokens]
+        known = {count: count_tokens(count, form=form, style=style, media=media) for count in counts}
     places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
-    grid = Grid(pages=sorted(set(counts)), depths=places, needles=needles)
+    grid = Grid(pages=sorted(set(counts)), depths=places, needles=needles, tokens=known)
     report = run_needles(answerer, haystack=haystack, grid=grid, folder=out, model=name)
     typer.echo(f"{report['right']} of {report['asked']} codes found; {out / 'report.md'}, {out / 'heat_map.png'}")
 

@@ -9,7 +9,7 @@ _ARTICLES = {"a", "an", "the"}
 _LETTER_ALONE = re.compile(r"\(?([A-Z])\)?[.:]?", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:,](?=\s))")
 _LETTER_NAMED = re.compile(
-    r"""\b(?i:answer|option|choice)(?:\s+is)?\s*:?\s*
+    r"""\b(?i:(?:answer|option|choice)(?:\s+is)?|it(?:\s+is|'s))\s*:?\s*
     (?: \(([A-Za-z])\) | ([A-Za-z])(?=[.)]?\s*$) | ([B-HJ-Z])(?![\w'])
       | ([AI])(?![\w'])(?!\s+(?!or\b|and\b|but\b|as\b|because\b|since\b)[a-z]) )""",  # A and I may be words
     re.VERBOSE,

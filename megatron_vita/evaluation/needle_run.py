@@ -3,8 +3,8 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ WRONG_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Lengths in pages, depths from 0 to 1, and needles of a cell."""
+    """Lengths in pages, depths from 0 to 1, and needles of a cell; `tokens` of so many pages, where they are known."""
 
     pages: Sequence[int]
     depths: Sequence[float]
     needles: int
+    tokens: Mapping[int, int] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """All questions, short haystacks first, and those of one haystack together."""
@@ -64,7 +65,7 @@ def run_needles(answerer: Answerer, *, haystack: Haystack, grid: Grid, folder: P
 
 def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path) -> dict[str, Any]:
     """Writes report.json, report.md and heat_map.png of all rows of a grid, and gives the first."""
-    lengths = [_length(pages, rows) for pages in grid.pages]
+    lengths = [_length(pages, rows, grid) for pages in grid.pages]
     report = {
         "right": sum(row["right"] for row in rows),
         "asked": len(rows),
@@ -101,10 +102,10 @@ def _settings(haystack: Haystack, grid: Grid, model: str) -> Row:
     }
 
 
-def _length(pages: int, rows: Sequence[Row]) -> Row:
-    """A column: its pages, and the median of its prompts' tokens as far as they are known."""
+def _length(pages: int, rows: Sequence[Row], grid: Grid) -> Row:
+    """A column: its pages, and its prompts' tokens: the median of what was told, or else what the grid knows."""
     tokens = [row["prompt_tokens"] for row in rows if row["pages"] == pages and row["prompt_tokens"] is not None]
-    return {"pages": pages, "tokens": int(statistics.median(tokens)) if tokens else None}
+    return {"pages": pages, "tokens": int(statistics.median(tokens)) if tokens else grid.tokens.get(pages)}
 
 
 def _share(rows: Sequence[Row], pages: int, depth: float) -> float:

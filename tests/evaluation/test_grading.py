@@ -71,6 +71,7 @@ def test_contains_wants_the_references_words_whole_and_in_a_row(answer: str, ref
         ("The correct option is (B), a cat", "B"),
         ("A cat sits on a mat", None),
         ("I think it is a cat", None),
+        ("I think it's C", "C"),
         ("The answer is a cat", None),
         ("The answer is B because cats purr", "B"),
         ("The answer is A because cats purr", "A"),
