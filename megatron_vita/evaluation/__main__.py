@@ -107,7 +107,6 @@ def _answerer(checkpoint: Path | None, *, server: str | None, model: str | None,
     from megatron_vita.inference.engine import Engine
 
     assert checkpoint is not None
-    platform.set_up_logging(rank=1)  # warnings only: the bar has the terminal
     found = find_checkpoint(checkpoint)
     return EngineAnswerer(Engine.from_checkpoint(found), at_once=at_once), str(found)
 
@@ -122,6 +121,7 @@ def _number(word: str, option: str) -> int:
 
 def main() -> int:
     """A user's error is one line and exit code 1."""
+    platform.set_up_logging(rank=1)  # warnings only: the bar has the terminal
     code = run_command(app, sys.argv[1:], name="python -m megatron_vita.evaluation")
     platform.leave_process()
     return code

@@ -11,7 +11,7 @@ from megatron_vita import platform
 from megatron_vita.commands import run_command
 from megatron_vita.errors import ConfigError, VitaError
 from megatron_vita.inference.chat import Conversation
-from megatron_vita.inference.client import KEY_VARIABLE, ChatServer, TextPiece
+from megatron_vita.inference.client import KEY_VARIABLES, ChatServer, TextPiece
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Sampling
 
@@ -19,7 +19,7 @@ HELP = f"""Ask a checkpoint, or a running server (--server URL), about images an
 
 Without a QUESTION, a conversation: questions are read from the terminal, one a line, and earlier turns are kept.
 /image FILE and /video FILE show a file with the next question, /reset forgets all turns, /exit ends. Ctrl-C stops an
-answer. With --server there is no CHECKPOINT, and the server's key is that of the environment's {KEY_VARIABLE}.
+answer. With --server there is no CHECKPOINT, and the server's key is the environment's {" or ".join(KEY_VARIABLES)}.
 """
 
 Stream = Callable[[Prompt], Iterator[TextPiece]]
@@ -131,7 +131,6 @@ def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sa
         raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")
     from megatron_vita.inference.engine import Engine
 
-    platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
 
     def stream(prompt: Prompt) -> Iterator[TextPiece]:
@@ -172,6 +171,7 @@ def _write(text: str) -> None:
 
 def main() -> int:
     """A user's error is one line and exit code 1."""
+    platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
     code = run_command(app, sys.argv[1:], name="python -m megatron_vita.inference")
     platform.leave_process()
     return code

@@ -16,7 +16,7 @@ from megatron_vita.inference.requests import Sampling
 from megatron_vita.media.data_urls import data_url
 from megatron_vita.text.conversation import TextPart, check_messages
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+KEY_VARIABLES = ("VITA_API_KEY", "OPENAI_API_KEY")
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 3600  # a prompt of a million tokens may be read for minutes
 _OF_THE_PROMPT = (400, 413, 422)
 _STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "seed", "n")
@@ -50,7 +50,7 @@ class Completion:
 
 
 class ChatServer:
-    """A server at `base_url` (such as http://localhost:8000/v1), with the key of the environment's OPENAI_API_KEY."""
+    """A server at `base_url` (such as http://localhost:8000/v1), with the key in the environment (KEY_VARIABLES)."""
 
     def __init__(self, base_url: str, *, model: str | None = None) -> None:
         """`model` None takes the first one that the server lists. Nothing is sent yet."""
@@ -60,7 +60,7 @@ class ChatServer:
         self._model = model
         self._client = openai.OpenAI(
             base_url=base_url,
-            api_key=os.environ.get(KEY_VARIABLE) or "none",
+            api_key=next(filter(None, map(os.environ.get, KEY_VARIABLES)), "none"),
             timeout=openai.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
         )
 

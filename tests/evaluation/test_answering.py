@@ -98,7 +98,9 @@ def test_a_server_that_cannot_be_reached_or_refuses_the_key_ends_the_work(server
 def test_the_key_is_the_environments(server: FakeChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     ChatServer(server.url).complete(Prompt.ask("a"), sampling=GREEDY)
-    assert server.keys == {"Bearer sesame"}
+    monkeypatch.setenv("VITA_API_KEY", "open")
+    ChatServer(server.url).complete(Prompt.ask("a"), sampling=GREEDY)
+    assert server.keys == {"Bearer sesame", "Bearer open"}
 
 
 def test_media_are_data_urls_in_their_places() -> None:
