@@ -40,3 +40,11 @@ class PlatformError(VitaError, RuntimeError):
 
 class EngineError(VitaError, RuntimeError):
     """The inference engine cannot go on."""
+
+
+class ServerError(VitaError, RuntimeError):
+    """A server cannot be reached, refuses a key, or fails."""
+
+
+class RefusedError(ServerError):
+    """A server takes no answer upon itself because of what is in the question."""
