@@ -9,11 +9,12 @@ import typer
 
 from megatron_vita import platform
 from megatron_vita.commands import run_command
-from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.errors import ConfigError, DataError, VitaError
 from megatron_vita.inference.chat import Conversation
-from megatron_vita.inference.client import KEY_VARIABLES, ChatServer, TextPiece
+from megatron_vita.inference.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import Sampling, ScoredToken
+from megatron_vita.text.tokenizer import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
 
@@ -134,10 +135,19 @@ def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sa
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
 
     def stream(prompt: Prompt) -> Iterator[TextPiece]:
-        for choice, said in enumerate(engine.generate([prompt], sampling=sampling)):  # type: ignore[arg-type]
-            yield TextPiece(choice=choice, text=said.text)
+        for piece in engine.stream(prompt, sampling=sampling):
+            if piece.finish == "error":
+                raise DataError(piece.error)
+            tokens = tuple(_named(score, engine.tokenizer) for score in piece.scores)
+            yield TextPiece(choice=piece.choice, text=piece.text, tokens=tokens)
 
     return stream
+
+
+def _named(score: ScoredToken, tokenizer: Tokenizer) -> TokenText:
+    """A token by its text."""
+    likeliest = tuple((tokenizer.decode([one.token_id]), one.logprob) for one in score.likeliest)
+    return TokenText(text=tokenizer.decode([score.chosen.token_id]), logprob=score.chosen.logprob, likeliest=likeliest)
 
 
 def _lines() -> Iterator[str]:

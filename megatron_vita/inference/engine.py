@@ -254,6 +254,20 @@ class Engine:
             self._ended_early = []
         return [_joined(pieces, number, choice) for number in numbers for choice in range(sampling.n)]
 
+    def stream(self, prompt: Prompt, *, sampling: Sampling) -> Iterator[AnswerPiece]:
+        """Pieces of the answers to one prompt as they come, of an engine that has nothing else to do.
+
+        Closing the iterator cancels what is left. DataError for a prompt that is wrong.
+        """
+        number = self.add(self.prepare(prompt), sampling)
+        try:
+            while self.has_work:
+                yield from self.step()
+        finally:
+            self.cancel(number)
+            self._ended_early = []
+            self.forget(number)
+
     def close(self) -> None:
         """Ends the service of the other ranks."""
         if not self._closed:
