@@ -66,7 +66,7 @@ def test_without_a_question_it_reads_one_a_line_and_sampling_is_seeded(toy: Path
     [
         (["--image", "none.png", "what?"], "none.png: cannot be read"),
         (["--image", "LICENSE", "what?"], "LICENSE"),
-        (["--temperature", "-1", "what?"], "temperature is -1.0: it must be at least 0"),
+        (["--temperature", "-1", "what?"], "temperature is -1.0: it must be from 0 to 100"),
         (["--tokenizer", "nowhere.model", "what?"], "nowhere.model"),
     ],
 )
