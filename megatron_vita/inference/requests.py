@@ -47,8 +47,11 @@ class Sampling:
         for name, (right, wanted) in checks.items():
             if not right:  # a comparison with NaN is false, so NaN is refused too
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
-        if self.beams > 1 and (self.temperature > 0 or self.n > self.beams):
-            raise ConfigError(f"beams is {self.beams}: beam search needs temperature 0 and n of at most as many")
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        if self.beams > 1 and (self.temperature > 0 or self.n > self.beams or penalties != (1, 0, 0)):
+            raise ConfigError(
+                f"beams is {self.beams}: beam search needs temperature 0, no penalties, and n of at most as many"
+            )
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_answering_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     class Parrot:
         def generate(self, prompts: list, *, sampling: object) -> list[Answer]:
             asked.extend(prompts)
-            return [Answer(text="yes", token_ids=[], finished=True) for _ in prompts]
+            return [Answer(text="yes", token_ids=[], finish="stop") for _ in prompts]
 
     path = tmp_path / "answers.jsonl"
     options = {"path": path, "shown": int, "title": ""}
