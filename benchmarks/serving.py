@@ -1,11 +1,11 @@
 """Prefill, decode and time to first token of the engine at real shapes, with random weights and pixels.
 
-    torchrun --nproc_per_node 2 benchmarks/serving.py --shape qwen2.5-7b --tp 2 --lengths 131072,1048576 --out results.md
+    torchrun --nproc_per_node 2 benchmarks/serving.py --shape qwen2.5-7b --tp 2 --lengths 131072,1048576
 
-A prompt is a film of one frame for each 258 tokens and a question; its pixels are drawn before the clock starts, so that
-vision is in the times and decoding of pixels is not. Prefill is from the request to its first token; a first pass over
-another film of two chunks compiles kernels. TFLOP/s count causal attention and matrix products of the language model
-(`planning.flops`), per GPU. `--first-token` adds prompts of one image.
+A prompt is a film of one frame for each 258 tokens; its pixels are drawn before the clock starts, so that vision is in
+the times and decoding of pixels is not. Prefill is from the request to its first token; a first pass over another film
+of two chunks compiles kernels. TFLOP/s are those of the language model's matrices and of causal attention, per GPU.
+`--first-token` adds prompts of one image.
 """
 
 import argparse
@@ -96,9 +96,8 @@ def film(length: int, *, seed: int) -> PreparedPrompt:
         placements=np.arange(frames) * ROWS_OF_FRAME + 1,
         media=[Medium("film", frames, None, [float(i) for i in range(frames)])] if frames else [],
     )
-    return PreparedPrompt(
-        document=document, files=[MediaFile(name="film", data=bytes([seed]))][: bool(frames)], videos=[]
-    )
+    files = [MediaFile(name="film", data=bytes([seed]))]
+    return PreparedPrompt(document=document, files=files[: len(document.media)], videos=[])
 
 
 def image(tiles: int, *, seed: int) -> PreparedPrompt:

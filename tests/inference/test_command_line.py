@@ -88,11 +88,7 @@ def test_without_a_question_it_converses_and_sampling_is_seeded(ask: Client, toy
     ("arguments", "message"),
     [
         (["--image", "none.png", "what?"], "none.png: cannot be read"),
-<<<<<<< HEAD
         (["--image", ROOT / "LICENSE", "what?"], "LICENSE"),
-=======
-        (["--image", "LICENSE", "what?"], "LICENSE"),
->>>>>>> helper-sampling
         (["--temperature", "-1", "what?"], "temperature is -1.0: it must be from 0 to 100"),
         (["--tokenizer", "nowhere.model", "what?"], "nowhere.model"),
     ],
