@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from serving_shapes import ROWS_OF_FRAME, SHAPES, causal_flops
 
 from megatron_vita import platform
 from megatron_vita.config import (
@@ -38,12 +39,6 @@ from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.tiles import TileDecoder, TileKey
 from megatron_vita.text.train import train_sentencepiece
 
-SHAPES = {
-    "tiny": (2, 64, 128, 4, 2, 16),
-    "qwen2.5-7b": (28, 3584, 18944, 28, 4, 128),
-    "qwen2.5-14b": (48, 5120, 13824, 40, 8, 128),
-}
-ROWS_OF_FRAME = 258
 GIB = 1 << 30
 
 
@@ -117,13 +112,6 @@ def run(engine: Engine, prompt: PreparedPrompt, *, tokens: int) -> tuple[float, 
         moments += [time.perf_counter() for piece in engine.step() if piece.token_ids]
     engine.forget(number)
     return moments[0] - start, np.diff(moments).tolist()
-
-
-def causal_flops(shape: str, length: int) -> float:
-    """Multiplications and additions of the language model over a prompt."""
-    layers, hidden, ffn, heads, groups, width = SHAPES[shape]
-    matrices = hidden * width * (2 * heads + 2 * groups) + 3 * hidden * ffn
-    return layers * (2.0 * matrices * length + 2.0 * heads * width * length**2)
 
 
 def long_prompts(engine: Engine, options: argparse.Namespace) -> list[str]:

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_vita.inference.cache import KeyValueCache
 from megatron_vita.inference.partial_attention import attend, join, join_all
+from megatron_vita.inference.rotary import Rotation
 from megatron_vita.layout.zigzag import positions_of_rank
 from megatron_vita.parallel.collectives import gather_context
 
@@ -55,6 +56,7 @@ class PrefillAttention:
 
     cache: KeyValueCache
     pieces: list[PromptPiece]
+    rotation: Rotation  # of this rank's rows
     cp_group: ProcessGroup
     held: Tensor  # [T] places of the pack that rank 0 computes, then those of rank 1, ...
     gathered_row: Tensor  # [T] its inverse: where each place of the pack is among rows gathered over CP
@@ -64,7 +66,8 @@ class PrefillAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
-        keys, values = self._whole(key), self._whole(value)
+        query = self.rotation.rotate(query)
+        keys, values = self._whole(self.rotation.rotate(key)), self._whole(value)
         self.cache.write(layer, keys[self.stored_rows], values[self.stored_rows], slots=self.slots)
         own = self._attend_within(query, keys.transpose(0, 1), values.transpose(0, 1))
         if any(piece.blocks.numel() for piece in self.pieces):
@@ -126,6 +129,7 @@ class DecodeAttention:
     """Attention of one new token of each of B sequences. All CP ranks have the same rows."""
 
     cache: KeyValueCache
+    rotation: Rotation
     cp_group: ProcessGroup
     tables: Tensor  # [B, blocks] int32
     lengths: Tensor  # [B] int32, tokens held here, with the new ones
@@ -134,7 +138,7 @@ class DecodeAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, heads, d]; key, value [B, groups, d] -> [B, heads, d]."""
-        self.cache.write(layer, key, value, slots=self.slots)
+        query = self.cache.rotate_and_write(layer, query, key, value, rotation=self.rotation, slots=self.slots)
         out, lse = self.cache.attend_new(layer, query, tables=self.tables, lengths=self.lengths)
         if self.cp_group.size() > 1:
             ranks = self.cp_group.size()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.inference.partial_attention import attend, join
+from megatron_vita.inference.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout, consecutive
 
 GATHERED_TOKENS = 1 << 19
@@ -54,6 +55,20 @@ class KeyValueCache:
                 rows = (rows.float() / scale[..., None]).to(_FP8).view(torch.uint8)
                 store = store.view(torch.uint8)
             store[:, slots] = rows
+
+    def rotate_and_write(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, rotation: Rotation, slots: Tensor
+    ) -> Tensor:
+        """Rotates query [n, heads, d], which is returned, and key [n, groups, d], which is stored as value is."""
+        if not query.is_cuda or self._scales is not None:
+            self.write(layer, rotation.rotate(key), value, slots=slots)
+            return rotation.rotate(query)
+        from megatron_vita.inference.kernels import rotate_and_store
+
+        return rotate_and_store(
+            query, key, value, cos=rotation.cos, sin=rotation.sin,
+            keys=self._keys[layer - 1], values=self._values[layer - 1], slots=slots,
+        )  # fmt: skip
 
     def attend_past(self, layer: int, query: Tensor, *, blocks: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
         """Partial attention of query [m, heads, d] over the first `length` tokens here; None where that is 0."""

@@ -7,7 +7,7 @@ from megatron_vita import platform
 from megatron_vita.inference.attention import DecodeAttention
 from megatron_vita.inference.block_pool import SCRATCH_BLOCK
 from megatron_vita.inference.cache import KeyValueCache
-from megatron_vita.model.backends import rotary_angles
+from megatron_vita.inference.rotary import Rotation
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.parallel import groups
 
@@ -96,11 +96,12 @@ class Decoder:
     def _forward(self, batch: Batch) -> Tensor:
         ids, positions, slots, lengths = batch.device
         attention = DecodeAttention(
-            cache=self.cache, cp_group=groups.context_group(), tables=batch.tables, lengths=lengths.int(), slots=slots
+            cache=self.cache,
+            rotation=Rotation.at(positions, inverse_frequencies=self.model.inverse_frequencies, shape=self.model.shape),
+            cp_group=groups.context_group(),
+            tables=batch.tables,
+            lengths=lengths.int(),
+            slots=slots,
         )
-        hidden = self.model.run_layers(
-            self.model.embed_rows(ids),
-            attention=attention,
-            angles=rotary_angles(positions, self.model.inverse_frequencies),
-        )
+        hidden = self.model.run_layers(self.model.embed_rows(ids), attention=attention)
         return self.model.project(hidden.squeeze(1))

@@ -1,4 +1,4 @@
-"""Triton kernels of serving: attention of new tokens over their pages, and joining of partial results."""
+"""Triton kernels of serving: rotary positions, attention of new tokens over their pages, joining of partial results."""
 
 import torch
 import triton
@@ -43,6 +43,83 @@ def _join(  # type: ignore[no-untyped-def]
     joined = (x * weight_a + y * weight_b) * scale
     tl.store(out + (row * heads + head) * WIDTH + column, joined.to(out.dtype.element_ty), mask=inside)
     tl.store(lse + row * heads + head, tl.where(total > 0, tl.log(total) + peak, -float("inf")))
+
+
+def rotate_on_cuda(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `rotary.Rotation.rotate`: rows [t, heads, d] of any strides but the last, 1."""
+    count, heads, width = rows.shape
+    out = torch.empty(count, heads, width, dtype=rows.dtype, device=rows.device)
+    block = triton.next_power_of_2(width // 2)
+    _rotate[(count, heads)](rows, cos, sin, out, *rows.stride()[:2], heads, HALF=width // 2, BLOCK=block, num_warps=1)
+    return out
+
+
+@triton.jit
+def _rotate(  # type: ignore[no-untyped-def]
+    rows, cos, sin, out, row_stride, head_stride, heads, HALF: tl.constexpr, BLOCK: tl.constexpr  # noqa: N803
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    _turn(rows + row * row_stride + head * head_stride, cos + row * HALF, sin + row * HALF,
+          out + (row * heads + head) * 2 * HALF, HALF, BLOCK)  # fmt: skip
+
+
+@triton.jit
+def _turn(source, cos, sin, target, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    column = tl.arange(0, BLOCK)
+    inside = column < HALF
+    c, s = tl.load(cos + column, mask=inside), tl.load(sin + column, mask=inside)
+    first = tl.load(source + column, mask=inside).to(tl.float32)
+    second = tl.load(source + HALF + column, mask=inside).to(tl.float32)
+    tl.store(target + column, (first * c - second * s).to(target.dtype.element_ty), mask=inside)
+    tl.store(target + HALF + column, (second * c + first * s).to(target.dtype.element_ty), mask=inside)
+
+
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Rotates query [B, heads, d], which is returned, and key [B, groups, d], in one launch.
+
+    The key goes to `keys` [groups, slots, d] at `slots` [B], the value to `values`.
+    """
+    batch, heads, width = query.shape
+    groups = key.shape[1]
+    out = torch.empty(batch, heads, width, dtype=query.dtype, device=query.device)
+    block = triton.next_power_of_2(width // 2)
+    _rotate_and_store[(batch, heads + groups)](
+        query, key, value, cos, sin, keys, values, slots, out,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], keys.stride(0), heads,
+        HALF=width // 2, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rotate_and_store(  # type: ignore[no-untyped-def]
+    query, key, value, cos, sin, keys, values, slots, out,
+    q_row, q_head, k_row, k_head, v_row, v_head, group_stride, heads,
+    HALF: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cos += row * HALF
+    sin += row * HALF
+    if head < heads:
+        _turn(query + row * q_row + head * q_head, cos, sin, out + (row * heads + head) * 2 * HALF, HALF, BLOCK)
+    else:
+        group = (head - heads).to(tl.int64)
+        place = group * group_stride + tl.load(slots + row) * 2 * HALF
+        _turn(key + row * k_row + group * k_head, cos, sin, keys + place, HALF, BLOCK)
+        column = tl.arange(0, 2 * BLOCK)
+        inside = column < 2 * HALF
+        x = tl.load(value + row * v_row + group * v_head + column, mask=inside)
+        tl.store(values + place + column, x, mask=inside)
 
 
 def attend_pages(

@@ -16,9 +16,9 @@ from megatron_vita.inference.cache import KeyValueCache
 from megatron_vita.inference.decoding import Decoder
 from megatron_vita.inference.features import FeatureSource
 from megatron_vita.inference.partial_attention import PLANNED_KEYS, PLANNED_ROWS
+from megatron_vita.inference.rotary import Rotation
 from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
 from megatron_vita.layout.blocks import bounds_of, pad_to
-from megatron_vita.model.backends import rotary_angles
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -96,15 +96,11 @@ class Worker:
 
     def _prefill(self, pieces: list[PiecePlan]) -> StepResult:
         pack = self._lay_out(pieces)
-        device = platform.device()
-        hidden = self.model.language_model.embed_rows(pack.ids[pack.mine].to(device))  # [t, 1, H]
+        model = self.model.language_model
+        hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
         failed = self._write_features(hidden, pack)
         self._prefetch(pieces)
-        hidden = self.model.language_model.run_layers(
-            hidden,
-            attention=self._attention(pack),
-            angles=rotary_angles(pack.positions[pack.mine].to(device), self.model.language_model.inverse_frequencies),
-        )
+        hidden = model.run_layers(hidden, attention=self._attention(pack))
         for piece in pieces:
             if piece.ends_prompt:
                 self.features.forget(piece.sequence)
@@ -172,6 +168,11 @@ class Worker:
         return PrefillAttention(
             cache=self.cache,
             pieces=pieces,
+            rotation=Rotation.at(
+                pack.positions[pack.mine].to(device),
+                inverse_frequencies=self.model.language_model.inverse_frequencies,
+                shape=self.model.shapes.language,
+            ),
             cp_group=groups.context_group(),
             held=pack.held.to(device),
             gathered_row=gathered_row.to(device),

@@ -39,7 +39,7 @@ class LanguageModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.backend, self.vp_stage = backend, vp_stage
+        self.shape, self.backend, self.vp_stage = shape, backend, vp_stage
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
         # no buffer: it must stay fp32
@@ -95,8 +95,9 @@ class LanguageModel(LanguageModule):
         documents, angles = self.backend.describe(cu_seqlens, inverse_frequencies=self.inverse_frequencies)
         return self.run_layers(share, attention=documents, angles=angles)
 
-    def run_layers(self, hidden: Tensor | None, *, attention: Any, angles: Tensor) -> Tensor:
-        """This stage's layers on rows [t, 1, H], which see what `attention` says, at rotary `angles` [t, 1, 1, d]."""
+    def run_layers(self, hidden: Tensor | None, *, attention: Any, angles: Tensor | None = None) -> Tensor:
+        """This stage's layers on rows [t, 1, H], which see what `attention` says, at rotary `angles` [t, 1, 1, d];
+        without angles, `attention` rotates queries and keys itself."""
         return self.decoder(
             hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention
         )
