@@ -7,6 +7,7 @@ from megatron_vita import platform
 from megatron_vita.inference.attention import DecodeAttention
 from megatron_vita.inference.block_pool import SCRATCH_BLOCK
 from megatron_vita.inference.cache import KeyValueCache
+from megatron_vita.inference.graphs import Graph
 from megatron_vita.inference.rotary import Rotation
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.parallel import groups
@@ -23,8 +24,7 @@ class Batch:
         self.device = torch.zeros(len(_FIELDS), size, dtype=torch.int64, device=device)
         self.tables = torch.zeros(size, blocks, dtype=torch.int32, device=device)
         self.shown: list[tuple[int, int]] = [(-1, 0)] * size  # which sequence's table a row has, and how much of it
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor | None = None
+        self.graph: Graph | None = None
 
     def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
         """Brings the table of a row up to date."""
@@ -47,15 +47,24 @@ class Decoder:
         """Logits [B, V] after rows of (sequence, token, its position), whose blocks are in `tables`."""
         batch = self._batch_for(len(rows))
         layout = self.cache.layout
-        batch.host.zero_()  # rows of padding: no keys, and written to the scratch block
+        inputs = [[0, 0, SCRATCH_BLOCK * layout.page_tokens, 0]] * len(batch.shown)  # of padding: no keys
         for row, (sequence, token, position) in enumerate(rows):
             blocks = tables[sequence]
             batch.set_table(row, sequence, blocks)
-            _, slot = layout.slots(torch.tensor([position]), blocks)
-            kept = int(slot[0]) if len(slot) else SCRATCH_BLOCK * layout.page_tokens
-            batch.host[:, row] = torch.tensor([token, position, kept, layout.held(position + 1)])
+            slot = layout.slot(position, blocks)
+            inputs[row] = [token, position, inputs[row][2] if slot is None else slot, layout.held(position + 1)]
+        batch.host.copy_(torch.tensor(inputs).T)
         batch.device.copy_(batch.host, non_blocking=True)
-        return self._forward_or_replay(batch)[: len(rows)]
+        if not self.graphs:
+            return self._forward(batch)[: len(rows)]
+        if batch.graph is None:
+            batch.graph = Graph(lambda: self._forward(batch))
+        return batch.graph.launch()[: len(rows)]
+
+    def record(self, rows: int) -> None:
+        """Makes the graph of batches of so many rows. Collective."""
+        batch = self._batch_for(rows)
+        batch.graph = batch.graph or Graph(lambda: self._forward(batch))
 
     def forget(self, sequence: int) -> None:
         """The number of a sequence whose blocks have changed, or which has ended."""
@@ -63,7 +72,7 @@ class Decoder:
             batch.shown = [(-1, 0) if shown[0] == sequence else shown for shown in batch.shown]
 
     def close(self) -> None:
-        """Drops the graphs: a process group cannot be left while they hold its operations."""
+        """Drops the graphs."""
         self._batches.clear()
 
     def _batch_for(self, rows: int) -> Batch:
@@ -71,27 +80,6 @@ class Decoder:
         if size not in self._batches:
             self._batches[size] = Batch(size, blocks=self.max_blocks)
         return self._batches[size]
-
-    def _forward_or_replay(self, batch: Batch) -> Tensor:
-        if not self.graphs:
-            return self._forward(batch)
-        if batch.graph is None:
-            self._capture(batch)
-        assert batch.graph is not None
-        assert batch.logits is not None
-        batch.graph.replay()
-        return batch.logits
-
-    def _capture(self, batch: Batch) -> None:
-        """Records the forward pass. It has run once before, so that kernels are compiled and buffers made."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forward(batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        batch.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(batch.graph, capture_error_mode="thread_local"):
-            batch.logits = self._forward(batch)
 
     def _forward(self, batch: Batch) -> Tensor:
         ids, positions, slots, lengths = batch.device

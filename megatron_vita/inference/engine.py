@@ -20,6 +20,7 @@ from megatron_vita.errors import ConfigError, DataError, EngineError, LogitsErro
 from megatron_vita.inference.answering import Answering
 from megatron_vita.inference.block_pool import BlockPool
 from megatron_vita.inference.cache_size import build_cache
+from megatron_vita.inference.channel import StepChannel
 from megatron_vita.inference.prompt import PreparedPrompt, Prompt, prepare_prompt
 from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
 from megatron_vita.inference.sampling import Draw, draw_tokens
@@ -94,6 +95,8 @@ class Engine:
             store.load_weights([self.model], checkpoint)
             logger.info("weights from %s", checkpoint)
         self.max_context = self.options.max_context or recipe.data.seq_length
+        group = groups.host_group("train")
+        self._channel = None if group is None else StepChannel(group)
         self._closed = False
         self._start()
 
@@ -130,6 +133,7 @@ class Engine:
         self.worker = Worker(
             self.model, cache, recipe=self.recipe, form=self.form, max_blocks=longest, graphs=options.cuda_graphs
         )
+        self.worker.warm_up()
         self.layout = cache.layout
         self._pool = BlockPool(blocks)
         policy = Policy(
@@ -273,13 +277,13 @@ class Engine:
         if not self._closed:
             self._closed = True
             self._execute(Step(close=True))
-            self.worker.decoder.close()
+            self.worker.close()
 
     def serve_as_worker(self) -> None:
         """Does what rank 0 says until it closes. EngineError if rank 0 is gone."""
-        while not (step := self._exchange(None)).close:
+        while not (step := self.receive_step()).close:
             self.worker.execute(step)
-        self.worker.decoder.close()
+        self.worker.close()
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -290,19 +294,15 @@ class Engine:
         changes = self._scheduler.take_changes()
         step = dataclasses.replace(changes, prefill=step.prefill, decode=step.decode, grow=step.grow, close=step.close)
         with _ranks_are_there():
-            return self.worker.execute(self._exchange(step))
+            if self._channel is not None:
+                self._channel.send(step)
+            return self.worker.execute(step)
 
-    def _exchange(self, step: Step | None) -> Step:
-        """Rank 0's step on all ranks."""
-        group = groups.host_group("train")
-        if group is None:
-            assert step is not None
-            return step
+    def receive_step(self) -> Step:
+        """What rank 0 says next. EngineError if it is gone."""
+        assert self._channel is not None, "an engine of one rank has no workers"
         with _ranks_are_there():
-            said = [step]
-            dist.broadcast_object_list(said, src=dist.get_global_rank(group, 0), group=group)
-        assert said[0] is not None
-        return said[0]
+            return self._channel.receive()
 
     def _use(self, step: Step, result: StepResult) -> list[AnswerPiece]:
         """Draws tokens from the logits of a step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.form import DocumentFormat
+from megatron_vita.inference.graphs import Graph
 from megatron_vita.inference.step import PiecePlan, SequenceStart
 from megatron_vita.inference.tiles import TileDecoder, TileKey
 from megatron_vita.layout.dealing import deal_tiles
@@ -17,6 +18,9 @@ from megatron_vita.media.normalize import normalize
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.parallel.collectives import concatenate_rows
+
+_FEW_TILES = 8
+"""As many are encoded by CUDA graphs: their time is that of launching kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,9 @@ class FeatureRows:
 class FeatureSource:
     """Encodes the tiles of a step's pieces over all ranks."""
 
-    def __init__(self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat) -> None:
-        self.model, self.form = model, form
+    def __init__(self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat, graphs: bool) -> None:
+        self.model, self.form, self.graphs = model, form, graphs
+        self._graphs: dict[int, tuple[Tensor, Graph]] = {}  # by number of tiles: their pixels, and what encodes them
         self.normalization = recipe.media.normalization
         self.rows_per_tile = form.vision.image_token_length
         self.decoder = TileDecoder(form)
@@ -95,6 +100,34 @@ class FeatureSource:
         ends = np.cumsum([medium.num_tiles for medium in self._sequences[sequence].media])
         return self._sequences[sequence].media[int(np.searchsorted(ends, tile, side="right"))].grid is None
 
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """uint8 [n, 3, S, S] -> features [n, rows, H]."""
+        if not self.graphs or not 0 < len(pixels) <= _FEW_TILES:
+            return self._encode_on_device(pixels.to(platform.device()))
+        size = 1 << (len(pixels) - 1).bit_length()
+        if size not in self._graphs:
+            self._record(size)
+        buffer, graph = self._graphs[size]
+        buffer[: len(pixels)] = pixels.to(platform.device())
+        return graph.launch()[: len(pixels)].clone()
+
+    def _encode_on_device(self, pixels: Tensor) -> Tensor:
+        return self.model.encode(normalize(pixels, self.normalization, dtype=self.model.config.params_dtype))
+
+    def warm_up(self) -> None:
+        """Makes the graphs of few tiles. Collective where the tower is split over TP."""
+        for exponent in range(_FEW_TILES.bit_length() if self.graphs and self.model.encodes else 0):
+            self._record(1 << exponent)
+
+    def _record(self, size: int) -> None:
+        side = self.form.vision.image_size
+        buffer = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=platform.device())
+        self._graphs[size] = (buffer, Graph(lambda: self._encode_on_device(buffer)))
+
+    def close(self) -> None:
+        """Drops the graphs."""
+        self._graphs.clear()
+
     def _encode(self, tiles: list[TileKey]) -> tuple[Tensor, dict[int, str]]:
         """Features [n, rows, H] of tiles, on every rank, and what is wrong with which sequence."""
         dtype = self.model.config.params_dtype
@@ -102,9 +135,7 @@ class FeatureSource:
             return torch.empty(0, self.rows_per_tile, self.model.config.hidden_size, dtype=dtype), {}
         hands, layout = self._hands(tiles), groups.rank_layout()
         pixels, failed = self.decoder.decode([tiles[i] for i in hands[layout.tile_rank]])
-        own = self.model.encode(
-            normalize(torch.from_numpy(pixels).to(platform.device()), self.normalization, dtype=dtype)
-        )
+        own = self._encode_pixels(torch.from_numpy(pixels))
         if layout.tile_ranks == 1:
             return own, failed
         everything = concatenate_rows(own, counts=[len(hand) for hand in hands], group=groups.tile_group())

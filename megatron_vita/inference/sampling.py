@@ -127,8 +127,8 @@ def _shaped_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     tokens = logits.argmax(dim=-1)
     if warm := [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]:
         rows = upload(warm, like=tokens)
-        # In double precision: the rounding of a sum over a hundred thousand tokens would depend on the device.
-        cumulative = logits[rows].softmax(dim=-1).double().cumsum(dim=-1)
+        # In double precision: the rounding of exponentials and of their sum would depend on the device.
+        cumulative = logits[rows].double().softmax(dim=-1).cumsum(dim=-1)
         numbers = [uniform_number(draws[i].sampling.seed, choice=draws[i].choice, step=draws[i].step) for i in warm]
         targets = cumulative[:, -1:] * _column(numbers, cumulative)
         found = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
@@ -160,7 +160,7 @@ def _cut(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
     ordered = whole.topk(width).values if width < vocab_size else whole.sort(dim=-1, descending=True).values
     limits = upload([top_k[i] for i in cut], like=rows).unsqueeze(1)
     ordered = ordered.masked_fill(torch.arange(width, device=rows.device) >= limits, -math.inf)
-    probabilities = ordered.softmax(dim=-1).double()
+    probabilities = ordered.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     # Rounded sums can reach 1 early, so that for top-p 1 the border is beyond all sums.
     border = _column([options[i].top_p if options[i].top_p < 1 else 2 for i in cut], before)

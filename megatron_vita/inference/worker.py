@@ -17,6 +17,7 @@ from megatron_vita.inference.decoding import Decoder
 from megatron_vita.inference.features import FeatureSource
 from megatron_vita.inference.partial_attention import PLANNED_KEYS, PLANNED_ROWS
 from megatron_vita.inference.rotary import Rotation
+from megatron_vita.inference.short_prompts import LENGTHS, ShortPrompts, padded_length
 from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
 from megatron_vita.layout.blocks import bounds_of, pad_to
 from megatron_vita.model.vita import VitaModel
@@ -41,6 +42,7 @@ class _Pack:
     mine: Tensor  # [t] places that this rank computes
     ids: Tensor  # [T]
     positions: Tensor  # [T] of each place in its sequence
+    is_short: bool  # one whole prompt, of a length for which there is a graph
 
     def local_rows(self, places: Tensor) -> Tensor:
         """The rows of this rank that compute places of the pack; -1 where another rank does."""
@@ -63,10 +65,27 @@ class Worker:
         graphs: bool = True,
     ) -> None:
         self.model, self.cache = model, cache
-        self.features = FeatureSource(model, recipe=recipe, form=form)
-        self.decoder = Decoder(model.language_model, cache, max_blocks=max_blocks, graphs=graphs)
+        self.graphs = graphs and platform.on_cuda()
+        self.features = FeatureSource(model, recipe=recipe, form=form, graphs=self.graphs)
+        self.decoder = Decoder(model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs)
+        self.short_prompts = ShortPrompts(model.language_model, cache)
         self._tables: dict[int, Tensor] = {}
         self._prompts: dict[int, SequenceStart] = {}
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Makes the graphs that single requests need, so that the first of them does not wait. Collective."""
+        if self.graphs:
+            for length in LENGTHS:
+                if length % (2 * groups.context_group().size()) == 0:
+                    self.short_prompts.record(length)
+            self.decoder.record(1)
+            self.features.warm_up()
+
+    def close(self) -> None:
+        """Drops all graphs: a process group cannot be left while they hold its operations."""
+        for part in (self.decoder, self.short_prompts, self.features):
+            part.close()
 
     @torch.no_grad()
     def execute(self, step: Step) -> StepResult | None:
@@ -100,7 +119,11 @@ class Worker:
         hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
         failed = self._write_features(hidden, pack)
         self._prefetch(pieces)
-        hidden = model.run_layers(hidden, attention=self._attention(pack))
+        if pack.is_short:
+            places, slots = self._stored(pack)
+            hidden = self.short_prompts.run(hidden, places=places, slots=slots)
+        else:
+            hidden = model.run_layers(hidden, attention=self._attention(pack))
         for piece in pieces:
             if piece.ends_prompt:
                 self.features.forget(piece.sequence)
@@ -109,6 +132,10 @@ class Worker:
     def _lay_out(self, pieces: list[PiecePlan]) -> _Pack:
         ranks = groups.rank_layout().cp_size
         lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
+        first = pieces[0]
+        short = padded_length(first.stop) if self.graphs and len(pieces) == 1 and first.start == 0 else None
+        if short is not None and short % (2 * ranks) == 0:
+            lengths = [short]
         bounds = bounds_of(lengths)
         ids = [
             F.pad(
@@ -125,6 +152,7 @@ class Worker:
             mine=held.chunk(ranks)[groups.rank_layout().cp_rank],
             ids=torch.cat(ids),
             positions=torch.cat(positions),
+            is_short=short is not None and lengths == [short],
         )
 
     def _write_features(self, hidden: Tensor, pack: _Pack) -> dict[int, str]:
@@ -152,17 +180,29 @@ class Worker:
                 PiecePlan(sequence=last.sequence, start=last.stop, stop=stop, ends_prompt=stop == end)
             )
 
-    def _attention(self, pack: _Pack) -> PrefillAttention:
-        layout, device = self.cache.layout, platform.device()
-        pieces, stored, slots = [], [], []
-        bounds = [*pack.starts, len(pack.ids)]
-        for piece, start, stop in zip(pack.pieces, pack.starts, bounds[1:], strict=True):
-            blocks = self._tables[piece.sequence]
-            here, places = layout.slots(torch.arange(piece.start, piece.stop), blocks)
+    def _stored(self, pack: _Pack) -> tuple[Tensor, Tensor]:
+        """Places of the pack that are stored on this rank, and their slots."""
+        layout = self.cache.layout
+        stored, slots = [], []
+        for piece, start in zip(pack.pieces, pack.starts, strict=True):
+            here, places = layout.slots(torch.arange(piece.start, piece.stop), self._tables[piece.sequence])
             stored.append(start + here.nonzero().squeeze(1))
             slots.append(places)
-            before = blocks[: layout.blocks_for(piece.start)]
-            pieces.append(PromptPiece(start=start, length=stop - start, past=layout.held(piece.start), blocks=before))
+        return torch.cat(stored), torch.cat(slots)
+
+    def _attention(self, pack: _Pack) -> PrefillAttention:
+        layout, device = self.cache.layout, platform.device()
+        bounds = [*pack.starts, len(pack.ids)]
+        pieces = [
+            PromptPiece(
+                start=start,
+                length=stop - start,
+                past=layout.held(piece.start),
+                blocks=self._tables[piece.sequence][: layout.blocks_for(piece.start)],
+            )
+            for piece, start, stop in zip(pack.pieces, pack.starts, bounds[1:], strict=True)
+        ]
+        stored, slots = self._stored(pack)
         gathered_row = torch.empty_like(pack.held)
         gathered_row[pack.held] = torch.arange(len(pack.held))
         return PrefillAttention(
@@ -176,8 +216,8 @@ class Worker:
             cp_group=groups.context_group(),
             held=pack.held.to(device),
             gathered_row=gathered_row.to(device),
-            stored_rows=torch.cat(stored).to(device),
-            slots=torch.cat(slots).to(device),
+            stored_rows=stored.to(device),
+            slots=slots.to(device),
         )
 
     def _logits(self, hidden: Tensor, pack: _Pack) -> Tensor:

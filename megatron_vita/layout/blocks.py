@@ -32,6 +32,13 @@ class BlockLayout:
         blocks, rest = divmod(tokens, self.block_tokens)
         return blocks * self.page_tokens + min(max(rest - self.cp_rank * self.page_tokens, 0), self.page_tokens)
 
+    def slot(self, position: int, blocks: Tensor) -> int | None:
+        """The slot of one position, or None where another rank has it."""
+        block, rest = divmod(position, self.block_tokens)
+        if rest // self.page_tokens != self.cp_rank:
+            return None
+        return int(blocks[block]) * self.page_tokens + rest % self.page_tokens
+
     def slots(self, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Which of `positions` [n] of a sequence lie here, as a mask [n], and the slots of those.
 

@@ -24,7 +24,7 @@ def main() -> None:
     engine = tiny_engine(folder, parallel=ParallelConfig(**parallel))
     if dist.get_rank() == 1:
         for _ in range(steps):
-            engine.worker.execute(engine._exchange(None))
+            engine.worker.execute(engine.receive_step())
         os._exit(3)
     try:
         while True:

@@ -1,0 +1,47 @@
+"""How rank 0's steps reach the other ranks: one message between hosts where a step is small, as decode's are."""
+
+import pickle
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_vita.inference.step import Step
+
+_SMALL = 4096
+_HEADER = 8
+"""Bytes that hold the length of what follows."""
+
+
+class StepChannel:
+    """Steps from the first rank of a gloo group to all of it."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self._small = torch.zeros(_SMALL, dtype=torch.uint8)
+
+    def send(self, step: Step) -> None:
+        """By the first rank."""
+        data = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
+        self._small[:_HEADER] = _bytes(len(data).to_bytes(_HEADER, "little"))
+        fits = len(data) <= _SMALL - _HEADER
+        if fits:
+            self._small[_HEADER : _HEADER + len(data)] = _bytes(data)
+        dist.broadcast(self._small, group=self.group, group_src=0)
+        if not fits:
+            dist.broadcast(_bytes(data), group=self.group, group_src=0)
+
+    def receive(self) -> Step:
+        """By all others."""
+        dist.broadcast(self._small, group=self.group, group_src=0)
+        length = int.from_bytes(self._small[:_HEADER].numpy().tobytes(), "little")
+        rest = self._small[_HEADER : _HEADER + length]
+        if length > _SMALL - _HEADER:
+            rest = torch.empty(length, dtype=torch.uint8)
+            dist.broadcast(rest, group=self.group, group_src=0)
+        return pickle.loads(rest.numpy().tobytes())
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
