@@ -26,6 +26,7 @@ from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
 from megatron_vita.inference.sampling import Draw, draw_tokens
 from megatron_vita.inference.scheduler import Policy, Request, Scheduler
 from megatron_vita.inference.step import Step
+from megatron_vita.inference.watch import PeerWatch
 from megatron_vita.inference.worker import StepResult, Worker
 from megatron_vita.model.backends import TorchBackend
 from megatron_vita.model.build import build_model
@@ -97,6 +98,7 @@ class Engine:
         self.max_context = self.options.max_context or recipe.data.seq_length
         group = groups.host_group("train")
         self._channel = None if group is None else StepChannel(group)
+        self._watch = None if group is None else PeerWatch(group)
         self._closed = False
         self._start()
 
@@ -277,12 +279,17 @@ class Engine:
         if not self._closed:
             self._closed = True
             self._execute(Step(close=True))
-            self.worker.close()
+            self._leave()
 
     def serve_as_worker(self) -> None:
         """Does what rank 0 says until it closes. EngineError if rank 0 is gone."""
         while not (step := self.receive_step()).close:
             self.worker.execute(step)
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         self.worker.close()
 
     @property

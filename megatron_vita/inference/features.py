@@ -102,17 +102,16 @@ class FeatureSource:
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """uint8 [n, 3, S, S] -> features [n, rows, H]."""
-        if not self.graphs or not 0 < len(pixels) <= _FEW_TILES:
-            return self._encode_on_device(pixels.to(platform.device()))
-        size = 1 << (len(pixels) - 1).bit_length()
+        dtype = self.model.config.params_dtype
+        tiles = normalize(pixels.to(platform.device()), self.normalization, dtype=dtype)
+        if not self.graphs or not 0 < len(tiles) <= _FEW_TILES:
+            return self.model.encode(tiles)
+        size = 1 << (len(tiles) - 1).bit_length()
         if size not in self._graphs:
             self._record(size)
         buffer, graph = self._graphs[size]
-        buffer[: len(pixels)] = pixels.to(platform.device())
-        return graph.launch()[: len(pixels)].clone()
-
-    def _encode_on_device(self, pixels: Tensor) -> Tensor:
-        return self.model.encode(normalize(pixels, self.normalization, dtype=self.model.config.params_dtype))
+        buffer[: len(tiles)] = tiles
+        return graph.launch()[: len(tiles)].clone()
 
     def warm_up(self) -> None:
         """Makes the graphs of few tiles. Collective where the tower is split over TP."""
@@ -120,9 +119,9 @@ class FeatureSource:
             self._record(1 << exponent)
 
     def _record(self, size: int) -> None:
-        side = self.form.vision.image_size
-        buffer = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=platform.device())
-        self._graphs[size] = (buffer, Graph(lambda: self._encode_on_device(buffer)))
+        side, dtype = self.form.vision.image_size, self.model.config.params_dtype
+        buffer = torch.zeros(size, 3, side, side, dtype=dtype, device=platform.device())
+        self._graphs[size] = (buffer, Graph(lambda: self.model.encode(buffer)))
 
     def close(self) -> None:
         """Drops the graphs."""
