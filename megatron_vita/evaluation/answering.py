@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import batched
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_vita.errors import DataError, RefusedError
 from megatron_vita.inference.client import ChatServer
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import Answer, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class Answerer(Protocol):
 class Generates(Protocol):
     """What is asked of an engine."""
 
-    def generate(self, prompts: Sequence[Prompt], *, sampling: Any) -> Sequence[Any]:
-        """An answer, which has a `text`, for each prompt. DataError for a prompt that is wrong."""
+    def generate(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> Sequence[Answer]:
+        """An answer for each prompt. DataError for a prompt that is wrong."""
 
 
 class EngineAnswerer:
@@ -47,16 +47,21 @@ class EngineAnswerer:
         """See `Answerer`."""
         for batch in batched(prompts, self.at_once):
             try:
-                yield from [Reply(text=answer.text) for answer in self.engine.generate(batch, sampling=sampling)]
+                yield from [_reply(answer) for answer in self.engine.generate(batch, sampling=sampling)]
             except DataError:
                 for prompt in batch:  # one of them is refused: which?
                     yield self._answer(prompt, sampling)
 
     def _answer(self, prompt: Prompt, sampling: Sampling) -> Reply:
         try:
-            return Reply(text=self.engine.generate([prompt], sampling=sampling)[0].text)
+            return _reply(self.engine.generate([prompt], sampling=sampling)[0])
         except DataError as error:
             return Reply(error=str(error))
+
+
+def _reply(answer: Answer) -> Reply:
+    """What an engine cannot finish (media that turn out to be damaged) is refused like what it does not begin."""
+    return Reply(error=answer.error) if answer.finish == "error" else Reply(text=answer.text)
 
 
 class ServerAnswerer:

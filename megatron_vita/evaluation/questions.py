@@ -109,7 +109,7 @@ def run_questions(
 
 def write_report(rows: Sequence[Row], *, metric: str, folder: Path, settings: Row) -> dict[str, Any]:
     """Writes report.json and report.md: right answers by group, and over all."""
-    rights = ["error" not in row and METRICS[metric](row["answer"], row["reference"]) for row in rows]
+    rights = [METRICS[metric](row["answer"], row["reference"]) for row in rows]
     groups: dict[str, list[bool]] = defaultdict(list)
     for row, right in zip(rows, rights, strict=True):
         groups[row["group"]].append(right)

@@ -10,7 +10,7 @@ from megatron_vita.errors import DataError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
 from megatron_vita.inference.client import ChatServer, openai_messages, openai_options
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import Answer, Sampling
 
 GREEDY = Sampling(max_new_tokens=5)
 
@@ -18,19 +18,18 @@ GREEDY = Sampling(max_new_tokens=5)
 class Echo:
     """An engine that says what was asked, and refuses what is bad."""
 
-    class Said:
-        def __init__(self, text: str) -> None:
-            self.text = text
-
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[Said]:
+    def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[Answer]:
         self.batches.append(len(prompts))
         texts = [prompt.messages[0]["content"][-1]["text"] for prompt in prompts]
         if "bad" in texts:
             raise DataError("bad is bad")
-        return [self.Said(text) for text in texts]
+        return [
+            Answer(text=text, token_ids=[], finish="error" if text == "ugly" else "stop", error="ugly is ugly")
+            for text in texts
+        ]
 
 
 def reply(request: dict[str, Any]) -> str:
@@ -52,9 +51,9 @@ def questions(*texts: str) -> Iterator[Prompt]:
 
 def test_an_engine_gets_several_prompts_at_a_time_and_a_refused_one_harms_no_other() -> None:
     engine = Echo()
-    replies = list(EngineAnswerer(engine, at_once=3).answers(questions("a", "bad", "c", "d"), sampling=GREEDY))
-    assert [reply.text for reply in replies] == ["a", "", "c", "d"]
-    assert [reply.error for reply in replies] == ["", "bad is bad", "", ""]
+    replies = list(EngineAnswerer(engine, at_once=3).answers(questions("a", "bad", "c", "ugly"), sampling=GREEDY))
+    assert [reply.text for reply in replies] == ["a", "", "c", ""]
+    assert [reply.error for reply in replies] == ["", "bad is bad", "", "ugly is ugly"]
     assert engine.batches == [3, 1, 1, 1, 1]
 
 

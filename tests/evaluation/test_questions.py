@@ -97,6 +97,12 @@ def test_a_killed_run_asks_only_what_is_missing_or_was_refused(tmp_path: Path) -
     assert (report["all"]["right"], report["refused"]) == (4, 0)
 
 
+def test_another_metric_grades_the_same_answers_without_asking(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", sample("which?", "B"))
+    assert run(tmp_path / "out", path, Says("it is B"))["all"]["right"] == 0
+    assert run(tmp_path / "out", path, Says(), "letter")["all"]["right"] == 1
+
+
 def test_a_refused_question_is_wrong_whatever_its_reference(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", sample("which?", "B"))
     report = run(tmp_path / "out", path, Says(None))
