@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -229,7 +230,8 @@ def _refusal(error: Exception, limits: Limits) -> RefusalError:
     if isinstance(error, RefusalError):
         return error
     if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit
-        return RefusalError(str(error), param="messages", code="invalid_prompt")
+        part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
+        return RefusalError(str(error), param=part.group() if part else "messages", code="invalid_prompt")
     if isinstance(error, EngineFailedError):
         return RefusalError(str(error), status=503, code="engine_failed")
     if isinstance(error, TimeoutError):

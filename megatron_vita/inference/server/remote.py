@@ -9,7 +9,7 @@ import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httpcore
 
@@ -18,6 +18,7 @@ from megatron_vita.inference.server.refusals import RefusalError, too_large
 MAX_REDIRECTS = 3
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[Address]]]
+_UNQUOTED = "/%:@!$&'()*+,;=?~"
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -102,13 +103,22 @@ class RemoteFetcher:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
             raise RefusalError(f"{url!r:.200}: a http or https URL with a host and without a user name is needed")
         headers = [(b"host", parts.netloc.encode("idna")), (b"accept-encoding", b"identity")]
-        async with pool.stream("GET", url.split("#")[0], headers=headers) as response:
+        async with pool.stream("GET", _encoded(parts), headers=headers) as response:
             fields = {name.lower(): value for name, value in response.headers}
             if response.status in (301, 302, 303, 307, 308) and b"location" in fields:
                 return fields[b"location"].decode("ascii")
             if response.status != 200:
                 raise RefusalError(f"{url!r:.200} has status {response.status}")
             return await _read(response, url, most)
+
+
+def _encoded(parts: SplitResult) -> httpcore.URL:
+    """A URL in ASCII. ValueError for hosts and ports that are none."""
+    target = quote(parts.path or "/", safe=_UNQUOTED) + (
+        f"?{quote(parts.query, safe=_UNQUOTED)}" if parts.query else ""
+    )
+    host = (parts.hostname or "").encode("idna")
+    return httpcore.URL(scheme=parts.scheme, host=host, port=parts.port, target=target)
 
 
 async def _read(response: httpcore.Response, url: str, most: int) -> bytes:

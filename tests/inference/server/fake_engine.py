@@ -93,7 +93,7 @@ class FakeEngine:
 
     @property
     def has_work(self) -> bool:
-        return any(request.cancelled or any(request.open) for request in self.requests.values())
+        return any(any(request.open) for request in self.requests.values())
 
     def prepare(self, prompt: Prompt, *, max_frames: int | None = None) -> FakePrepared:
         self.prompts.append(prompt)
@@ -153,7 +153,7 @@ class FakeEngine:
 
     def _piece(self, number: int, request: _Request, choice: int) -> AnswerPiece:
         if request.cancelled or self.decode_error:
-            request.open[choice] = request.cancelled = False
+            request.open[choice] = False
             finish: FinishReason = "error" if self.decode_error else "cancelled"
             return AnswerPiece(request=number, choice=choice, finish=finish, error=self.decode_error)
         answer = request.answer.replace(b"{choice}", str(choice).encode())
