@@ -8,11 +8,16 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vita.errors import VitaError
 from megatron_vita.inference.server.limits import Limits
+
+if TYPE_CHECKING:
+    from megatron_vita.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +75,21 @@ def run(arguments: argparse.Namespace) -> int:
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("no API key is set: whoever reaches %s can use this server", arguments.host)
     engine = Engine.from_checkpoint(arguments.checkpoint, tokenizer=arguments.tokenizer)
-    if rank != 0:
-        engine.serve_as_worker()
-        return 0
-    return serve(engine, options, host=arguments.host, port=arguments.port)
+    if rank == 0:
+        code = serve(engine, options, host=arguments.host, port=arguments.port)
+    else:
+        code = work(engine)
+    if code == 0:
+        platform.leave_process()
+    return code
+
+
+def work(engine: "Engine") -> int:
+    """What ranks other than the first do until it closes the engine. Told to stop, they let it finish its answers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    engine.serve_as_worker()
+    return 0
 
 
 def main() -> None:

@@ -128,7 +128,12 @@ def _page_headers(page: str) -> dict[str, str]:
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src blob: data:; "
         "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+    return {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
 
 
 def _hash_of(page: str, tag: str) -> str:

@@ -97,7 +97,7 @@ class EngineService:
         except EngineFailedError:
             return
 
-    async def stop(self, *, seconds: float = 10.0) -> None:
+    async def stop(self, *, seconds: float = 30.0) -> None:
         """Closes the engine after its present step; waits so long for it."""
         self._stopping = True
         self._commands.put(lambda: None)

@@ -96,7 +96,7 @@ class FakeEngine:
         return any(any(request.open) for request in self.requests.values())
 
     def prepare(self, prompt: Prompt, *, max_frames: int | None = None) -> FakePrepared:
-        self.prompts.append(prompt)
+        self.prompts = [*self.prompts[-9:], prompt]
         sample = {
             "messages": prompt.messages,
             "images": [i.name for i in prompt.images],
@@ -130,7 +130,7 @@ class FakeEngine:
         request = _Request(prepared, sampling, answer.encode())
         request.said, request.open = [0] * sampling.n, [True] * sampling.n
         self.requests[number] = request
-        self.samplings.append(sampling)
+        self.samplings = [*self.samplings[-9:], sampling]
         return number
 
     def cancel(self, request: int) -> None:

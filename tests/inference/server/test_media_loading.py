@@ -1,24 +1,20 @@
 """Media of requests: data URLs, files under the allowed folders and nowhere else, remote ones from public addresses."""
 
 import asyncio
-import base64
 import http.server
-import io
 import ipaddress
 import json
 import os
-import struct
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from PIL import Image
+from media_makers import bomb, data_url, image, png, video
 from running_server import RunningServer, running
 
 from megatron_vita.inference.server.limits import Limits
@@ -27,35 +23,6 @@ from megatron_vita.inference.server.remote import RemoteFetcher, is_public
 
 sys.path.append(str(Path(__file__).parents[2] / "media"))
 from video_files import clip
-
-
-def png(width: int = 8, height: int = 8) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(file, "PNG")
-    return file.getvalue()
-
-
-def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
-    """A PNG of few bytes whose header tells of many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-
-
-def data_url(data: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def image(url: str) -> list[dict[str, Any]]:
-    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
-
-
-def video(url: str) -> list[dict[str, Any]]:
-    return [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "what happens?"}]
-
 
 LIMITS = Limits(media_bytes=400_000, image_pixels=1_000_000, video_frames=5)
 
