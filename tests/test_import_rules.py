@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "model": EVERYWHERE | {"parallel", "layout"},
     "checkpoint": EVERYWHERE | {"model", "parallel"},
     "training": EVERYWHERE | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
-    "inference": EVERYWHERE | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
+    "inference": EVERYWHERE
+    | {"commands", "media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
     "convert": EVERYWHERE
     | {"commands", "media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
-    "evaluation": EVERYWHERE | {"media", "text", "data", "inference"},
+    "evaluation": EVERYWHERE | {"commands", "checkpoint", "media", "text", "data", "inference"},
 }
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))
 

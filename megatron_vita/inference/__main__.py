@@ -1,64 +1,181 @@
-"""python -m megatron_vita.inference CHECKPOINT [--image FILE ...] [--video FILE ...] [QUESTION]
+"""python -m megatron_vita.inference: answers about images and videos on the terminal."""
 
-Without a question, questions are read from the terminal, one a line, about the same media.
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from megatron_vita import platform
+from megatron_vita.commands import run_command
+from megatron_vita.errors import ConfigError, VitaError
+from megatron_vita.inference.chat import Conversation
+from megatron_vita.inference.client import KEY_VARIABLES, ChatServer, TextPiece
+from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests import Sampling
+
+HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
+
+Without a QUESTION, a conversation: questions are read from the terminal, one a line, and earlier turns are kept.
+/image FILE and /video FILE show a file with the next question, /reset forgets all turns, /exit ends. Ctrl-C stops an
+answer. With --server there is no CHECKPOINT, and the server's key is the environment's {" or ".join(KEY_VARIABLES)}.
 """
 
-import argparse
-import logging
-import sys
-
-from megatron_vita.errors import VitaError
-from megatron_vita.inference.sampling import Sampling
+Stream = Callable[[Prompt], Iterator[TextPiece]]
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+DEFAULTS = Sampling()
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, or a folder of checkpoints, whose newest is taken")
-    parser.add_argument("question", nargs="?", help="what to ask")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image (may be repeated)")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video (may be repeated)")
-    parser.add_argument("--tokenizer", help="where the tokenizer is, if not where the checkpoint says")
-    defaults = Sampling()
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=defaults.top_k, help="0 keeps all tokens")
-    parser.add_argument("--top-p", type=float, default=defaults.top_p)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    return parser.parse_intermixed_args()  # the question may follow the options
-
-
-def answer(arguments: argparse.Namespace) -> None:
-    """Prints the answer to each question."""
-    from megatron_vita import platform
-    from megatron_vita.inference.engine import Engine
-    from megatron_vita.inference.prompt import MediaFile, Prompt
-
-    platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
+@app.command(help=HELP)
+def ask(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")
+    ] = None,
+    question: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="An image (may be repeated).")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video (may be repeated).")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The tokenizer, if not where the checkpoint says.")] = None,
+    server: Annotated[str | None, typer.Option(help="Base URL of a server, as http://localhost:8000/v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of the server's models; its first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = DEFAULTS.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = DEFAULTS.temperature,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")] = DEFAULTS.top_k,
+    top_p: Annotated[float, typer.Option(help="Draw from likeliest tokens of this probability.")] = DEFAULTS.top_p,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what was said or asked.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Against tokens that the answer has.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, times how often.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text (may be repeated).")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = DEFAULTS.seed,
+    n: Annotated[int, typer.Option("--n", help="Answers to give.")] = DEFAULTS.n,
+    logprobs: Annotated[int | None, typer.Option(help="List tokens with this many likeliest ones.")] = None,
+    beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = DEFAULTS.beams,
+    length_penalty: Annotated[float, typer.Option(help="Of beam search: length to this power divides scores.")] = 1.0,
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on to --max-new-tokens.")] = False,
+) -> int:
+    """One question, or a conversation; gives the exit code."""
     sampling = Sampling(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        n=n,
+        logprobs=logprobs,
+        beams=beams,
+        length_penalty=length_penalty,
+        ignore_end=ignore_end,
     )
-    images = [MediaFile.read(path) for path in arguments.image]
-    videos = [MediaFile.read(path) for path in arguments.video]
-    engine = Engine.from_checkpoint(arguments.checkpoint, tokenizer=arguments.tokenizer)
-    for question in [arguments.question] if arguments.question is not None else map(str.strip, sys.stdin):
-        prompt = Prompt.ask(question, images=images, videos=videos)
-        sys.stdout.write(engine.generate([prompt], sampling=sampling)[0].text + "\n")
-    platform.leave_process()
+    conversation = Conversation(next_images=_read(image), next_videos=_read(video))
+    if server is None:
+        stream = _local_stream(checkpoint, tokenizer=tokenizer, sampling=sampling)
+    elif question is not None or tokenizer is not None:
+        raise ConfigError(f"--server {server}: it has its checkpoint and its tokenizer, so give the question alone")
+    else:
+        question = checkpoint
+        stream = partial(ChatServer(server, model=model).stream, sampling=sampling)
+    if question is None:
+        converse(stream, conversation, _lines())
+        return 0
+    return 0 if answer(stream, conversation, question) else 130  # as of a program that SIGINT ends
 
 
-def main() -> None:
-    """A user's error is one line and exit code 1."""
+def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -> None:
+    """Answers line by line until /exit or the end of the input. A wrong line is complained of and passed over."""
+    for line in lines:
+        command, _, file = line.partition(" ")
+        try:
+            if command == "/exit":
+                return
+            elif command == "/reset":
+                conversation = Conversation()
+            elif command == "/image":
+                conversation.next_images.append(MediaFile.read(file.strip()))
+            elif command == "/video":
+                conversation.next_videos.append(MediaFile.read(file.strip()))
+            elif line:
+                answer(stream, conversation, line)
+        except VitaError as error:
+            typer.echo(f"error: {error}", err=True)
+
+
+def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
+    """Shows the answer as it comes, and keeps it. False if Ctrl-C stopped it: then what was said by then is kept."""
+    prompt, pieces, finished = conversation.ask(question), list[TextPiece](), True
+    several = False
     try:
-        answer(parse_arguments())
-    except VitaError as error:
-        logging.getLogger("megatron_vita").error("%s", error)
-        sys.exit(1)
+        for piece in stream(prompt):
+            pieces.append(piece)
+            several = several or piece.choice > 0
+            if piece.choice == 0:
+                _write(piece.text)
+    except KeyboardInterrupt:
+        finished = False
+    _write("\n")
+    for choice in range(1, 1 + max((piece.choice for piece in pieces), default=0)):
+        _write(f"[{choice + 1}] {_text_of(pieces, choice)}\n")
+    for token in (token for piece in pieces if piece.choice == 0 for token in piece.tokens):
+        likeliest = "".join(f"  {text!r} {logprob:.3f}" for text, logprob in token.likeliest)
+        _write(f"{token.logprob:9.3f} {token.text!r}{'  of' if likeliest else ''}{likeliest}\n")
+    conversation.keep(prompt, _text_of(pieces, 0))
+    return finished
+
+
+def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sampling) -> Stream:
+    """Answers of a checkpoint, loaded into this process."""
+    if checkpoint is None:
+        raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")
+    from megatron_vita.inference.engine import Engine
+
+    engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
+
+    def stream(prompt: Prompt) -> Iterator[TextPiece]:
+        for choice, said in enumerate(engine.generate([prompt], sampling=sampling)):  # type: ignore[arg-type]
+            yield TextPiece(choice=choice, text=said.text)
+
+    return stream
+
+
+def _lines() -> Iterator[str]:
+    """Lines of the terminal, with a mark where one is awaited and editing of the line, or of a file."""
+    if not sys.stdin.isatty():
+        yield from map(str.strip, sys.stdin)
+        return
+    import readline  # noqa: F401  its import gives `input` a history
+
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            _write("\n")
+        except EOFError:
+            return
+
+
+def _read(paths: list[str] | None) -> list[MediaFile]:
+    return [MediaFile.read(path) for path in paths or ()]
+
+
+def _text_of(pieces: list[TextPiece], choice: int) -> str:
+    return "".join(piece.text for piece in pieces if piece.choice == choice)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """A user's error is one line and exit code 1."""
+    platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
+    code = run_command(app, sys.argv[1:], name="python -m megatron_vita.inference")
+    platform.leave_process()
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

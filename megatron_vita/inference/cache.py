@@ -1,84 +1,121 @@
-"""Keys and values of the documents that are being answered, and attention over them.
+"""The key-value cache of one rank: its heads, its pages of every sequence, for each layer."""
 
-A forward pass is told by its backend what attention sees: the prompts themselves, which fill the cache, or one new
-token for each document, over the cache.
-"""
-
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vita.model.backends import TorchBackend, rotary_angles
-from megatron_vita.model.documents import PackedDocuments
+from megatron_vita.inference.partial_attention import attend, join
+from megatron_vita.layout.blocks import BlockLayout, consecutive
+
+GATHERED_TOKENS = 1 << 19
+"""Keys that are brought together at a time where a sequence's pages do not lie side by side."""
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What a rank keeps of each token that it holds. `fp8`: in 8 bits (E4M3), each row with a scale of its own."""
+
+    layers: int
+    groups: int
+    width: int
+    dtype: torch.dtype
+    fp8: bool = False
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token."""
+        return 2 * self.layers * self.groups * (self.width + 4 if self.fp8 else self.width * self.dtype.itemsize)
+
+
 class KeyValueCache:
-    """Room for `capacity` tokens of each of B documents, layer by layer."""
+    """Pages of keys and values [groups, slots, d] by layer, counted from 1 as megatron-core does."""
 
-    lengths: Tensor  # [B] tokens that each document holds
-    capacity: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # keys, values [B, capacity, groups, d]
+    def __init__(self, layout: BlockLayout, shape: CacheShape, *, blocks: int, device: torch.device) -> None:
+        self.layout, self.dtype = layout, shape.dtype
+        slots, layers = blocks * layout.page_tokens, range(shape.layers)
+        rows = (shape.groups, slots, shape.width)
+        stored = _FP8 if shape.fp8 else shape.dtype
+        self._keys = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
+        self._values = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
+        self._scales = [torch.zeros(2, *rows[:2], device=device) for _ in layers] if shape.fp8 else None
 
-    def write(self, layer: int, key: Tensor, value: Tensor, *, document: Tensor, offset: Tensor) -> None:
-        """Stores rows [n, groups, d] at (document, offset), each [n]."""
-        if layer not in self.layers:
-            shape = (len(self.lengths), self.capacity, *key.shape[1:])
-            self.layers[layer] = (key.new_zeros(shape), value.new_zeros(shape))
-        keys, values = self.layers[layer]
-        keys[document, offset], values[document, offset] = key, value
+    def write(self, layer: int, key: Tensor, value: Tensor, *, slots: Tensor) -> None:
+        """Stores rows [n, groups, d] in slots [n]; of equal slots (padding in the scratch block) any."""
+        for which, rows in enumerate((key, value)):
+            store = (self._keys, self._values)[which][layer - 1]
+            rows = rows.transpose(0, 1)  # [groups, n, d]
+            if self._scales is not None:
+                scale = (rows.abs().amax(-1).float() / _FP8_MAX).clamp(min=1e-12)
+                self._scales[layer - 1][which, :, slots] = scale
+                rows = (rows.float() / scale[..., None]).to(_FP8).view(torch.uint8)
+                store = store.view(torch.uint8)
+            store[:, slots] = rows
 
+    def attend_past(self, layer: int, query: Tensor, *, blocks: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+        """Partial attention of query [m, heads, d] over the first `length` tokens here; None where that is 0."""
+        result = None
+        for key, value in self._read(layer, blocks, length):
+            part = attend(query, key, value)
+            result = part if result is None else join(result, part)
+        return result
 
-@dataclass(frozen=True)
-class Prefill:
-    """Attention inside whole prompts, which are remembered."""
+    def _read(self, layer: int, blocks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [groups, n, d] of a sequence, no more than GATHERED_TOKENS at a time unless side by side."""
+        page = self.layout.page_tokens
+        blocks = blocks[: -(-length // page)]
+        if not length:
+            return
+        if self._scales is None and consecutive(blocks):
+            start = int(blocks[0]) * page
+            yield tuple(store[layer - 1][:, start : start + length] for store in (self._keys, self._values))  # type: ignore[misc]
+            return
+        for part in blocks.split(GATHERED_TOKENS // page):
+            count = min(length, len(part) * page)
+            length -= count
+            yield self._gather(layer, 0, part)[:, :count], self._gather(layer, 1, part)[:, :count]
 
-    documents: PackedDocuments
-    cache: KeyValueCache
-    qkv_format: str = "documents"
+    def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
+        """The rows of some blocks, side by side: [groups, n, d]."""
+        page = self.layout.page_tokens
+        store = (self._keys, self._values)[which][layer - 1]
+        blocks = blocks.to(store.device)
+        if self._scales is None:
+            return store.unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2)
+        rows = store.view(torch.uint8).unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2).view(_FP8)
+        scale = self._scales[layer - 1][which].unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2)
+        return rows.to(self.dtype) * scale[..., None].to(self.dtype)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
-        lengths = self.cache.lengths
-        document = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        offset = torch.arange(len(key), device=key.device) - (lengths.cumsum(0) - lengths)[document]
-        self.cache.write(layer, key, value, document=document, offset=offset)
-        return self.documents.attend(layer, query, key, value)
+    def attend_new(self, layer: int, query: Tensor, *, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Partial attention of one token of each of B sequences over what is held here.
 
+        query [B, heads, d]; tables [B, blocks]; lengths [B]. Returns fp32 out [B, heads, d], log-sum-exp [B, heads].
+        """
+        if query.is_cuda:
+            from megatron_vita.inference.kernels import attend_pages
 
-@dataclass(frozen=True)
-class Decode:
-    """Attention of one new token of each document over all that the document holds."""
+            scales = None if self._scales is None else (self._scales[layer - 1][0], self._scales[layer - 1][1])
+            return attend_pages(
+                query, self._keys[layer - 1], self._values[layer - 1], tables=tables, lengths=lengths,
+                page_tokens=self.layout.page_tokens, scales=scales,
+            )  # fmt: skip
+        out = torch.zeros(query.shape, dtype=torch.float32)
+        lse = torch.full(query.shape[:2], -torch.inf)
+        for row, length in enumerate(lengths.tolist()):
+            part = self.attend_past(layer, query[row : row + 1], blocks=tables[row], length=length)
+            if part is not None:
+                out[row], lse[row] = part[0][0], part[1][0]
+        return out, lse
 
-    cache: KeyValueCache
-    qkv_format: str = "documents"
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [B, heads, d]; key, value [B, groups, d] -> [B, heads, d]."""
-        lengths = self.cache.lengths
-        document = torch.arange(len(lengths), device=lengths.device)
-        self.cache.write(layer, key, value, document=document, offset=lengths)
-        used = int(lengths.max()) + 1
-        repeats = query.shape[1] // key.shape[1]
-        keys, values = (
-            x[:, :used].repeat_interleave(repeats, dim=2).transpose(1, 2) for x in self.cache.layers[layer]
-        )  # [B, heads, used, d]
-        seen = torch.arange(used, device=lengths.device) <= lengths[:, None]
-        out = F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, attn_mask=seen[:, None, None])
-        return out.squeeze(2)
-
-
-class CachingBackend(TorchBackend):
-    """The `torch` backend with a cache. `cache` None: an ordinary forward; else prefill when it is empty, or decode."""
-
-    cache: KeyValueCache | None = None
-
-    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """What attention sees, and the rotary angles of the rows."""
-        if self.cache is None or not self.cache.layers:
-            documents, angles = super().describe(cu_seqlens, inverse_frequencies=inverse_frequencies)
-            return (documents if self.cache is None else Prefill(documents, self.cache)), angles
-        return Decode(self.cache), rotary_angles(self.cache.lengths, inverse_frequencies)
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies whole blocks: (from, to)."""
+        page = self.layout.page_tokens
+        for source, target in pairs:
+            old, new = (slice(block * page, (block + 1) * page) for block in (source, target))
+            for store in (*self._keys, *self._values):
+                store[:, new] = store[:, old]
+            for scale in self._scales or ():
+                scale[:, :, new] = scale[:, :, old]

@@ -1,23 +1,32 @@
-"""Batched answers: one prefill of packed prompts, then a token for each at a time, over a key-value cache."""
+"""The engine: requests in, pieces of answers out, one forward pass of all ranks at a time."""
 
+import contextlib
+import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
-from megatron_vita.data.documents import Document
 from megatron_vita.data.split import document_format
-from megatron_vita.inference.cache import CachingBackend, KeyValueCache
-from megatron_vita.inference.prompt import Prompt, lay_out_prompt, prompt_tiles
-from megatron_vita.inference.sampling import Sampling, next_tokens
-from megatron_vita.layout.slicing import PackSlice, slice_pack
-from megatron_vita.media.normalize import normalize
+from megatron_vita.errors import ConfigError, DataError, EngineError, LogitsError, VitaError
+from megatron_vita.inference.answering import Answering
+from megatron_vita.inference.block_pool import BlockPool
+from megatron_vita.inference.cache_size import build_cache
+from megatron_vita.inference.prompt import PreparedPrompt, Prompt, prepare_prompt
+from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
+from megatron_vita.inference.sampling import Draw, draw_tokens
+from megatron_vita.inference.scheduler import Policy, Request, Scheduler
+from megatron_vita.inference.step import Step
+from megatron_vita.inference.worker import StepResult, Worker
+from megatron_vita.model.backends import TorchBackend
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from megatron_vita.text.tokenizer import load_tokenizer
@@ -26,123 +35,343 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the model said; `finished` is false where max_new_tokens cut it."""
+class EngineOptions:
+    """What the engine may use."""
 
-    text: str
-    token_ids: list[int]
-    finished: bool
+    chunk_tokens: int = 32768  # tokens of prompts in one forward pass
+    busy_chunk_tokens: int = 4096  # the same while answers wait for their next tokens
+    cache_tokens: int | None = None  # room of the cache; None: what memory leaves on CUDA, 65,536 elsewhere
+    cache_dtype: Literal["model", "fp8"] = "model"
+    page_tokens: int = 128
+    max_running: int = 64  # answers that are decoded at a time
+    max_context: int | None = None  # tokens of prompt and answer; None: the recipe's data.seq_length
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "busy_chunk_tokens", "page_tokens", "max_running"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.page_tokens & (self.page_tokens - 1):
+            raise ConfigError(f"page_tokens is {self.page_tokens}: it must be a power of two")
+        if self.cache_dtype not in ("model", "fp8"):
+            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: model, fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of a request; `cached_tokens` of the prompt were found in the cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatistics:
+    """What the engine is at, and what it has done since its start."""
+
+    running: int
+    waiting: int
+    cache_tokens: int
+    cache_tokens_used: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    completion_tokens_total: int
 
 
 class Engine:
-    """A model of one process with its tokenizer."""
+    """A model over TP x CP ranks. Rank 0 takes requests; the others call `serve_as_worker`."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        """First weights; see `from_checkpoint`. The process group must exist."""
+    def __init__(self, recipe: Recipe, *, options: EngineOptions | None = None, checkpoint: Path | None = None) -> None:
+        """Weights of a checkpoint, or first ones. The process group must exist, and be one replica without PP."""
+        _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
-        self.recipe = recipe
+        self.recipe, self.options = recipe, options or EngineOptions()
         self.tokenizer = load_tokenizer(recipe.text.tokenizer)
-        self.backend = CachingBackend()
-        self.model = build_model(recipe, backend=self.backend).eval()
         self.form = document_format(recipe, self.tokenizer)
+        self.model = build_model(recipe, backend=TorchBackend()).eval()
+        if checkpoint is not None:
+            store.load_weights([self.model], checkpoint)
+            logger.info("weights from %s", checkpoint)
+        self.max_context = self.options.max_context or recipe.data.seq_length
+        self._closed = False
+        self._start()
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, tokenizer: str | None = None) -> "Engine":
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        tokenizer: str | None = None,
+        parallel: ParallelConfig | None = None,
+        options: EngineOptions | None = None,
+    ) -> "Engine":
         """The model of a checkpoint of any layout; `tokenizer` replaces the recorded place."""
         platform.initialize_process()
         checkpoint = store.find_checkpoint(path)
         recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-        recipe.parallel = ParallelConfig()
+        recipe.parallel = parallel or ParallelConfig()
         if tokenizer is not None:
             recipe.text.tokenizer = tokenizer
         elif (inside := checkpoint / recipe.text.tokenizer).exists():  # converted weights bring theirs
             recipe.text.tokenizer = str(inside)
-        engine = cls(recipe)
-        store.load_weights([engine.model], checkpoint)
-        logger.info("weights from %s", checkpoint)
-        return engine
+        return cls(recipe, options=options, checkpoint=checkpoint)
 
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[Answer]:
-        """Answers to prompts that share one batch. DataError for a prompt that is wrong."""
-        if not prompts:
-            return []
-        documents = [lay_out_prompt(prompt, form=self.form) for prompt in prompts]
-        generator = torch.Generator().manual_seed(sampling.seed)
-        said: list[list[int]] = [[] for _ in prompts]
-        finished = [False] * len(prompts)
-        try:
-            for tokens in self._decode(prompts, documents, sampling=sampling, generator=generator):
-                for i, token in enumerate(tokens.tolist()):
-                    if not finished[i]:
-                        finished[i] = token in self._stops
-                        said[i] += [] if finished[i] else [token]
-                if all(finished):
-                    break
-        finally:
-            self.backend.cache = None
-        return [
-            Answer(text=self.tokenizer.decode(ids), token_ids=ids, finished=done)
-            for ids, done in zip(said, finished, strict=True)
-        ]
+    def _start(self) -> None:
+        options, shape = self.options, self.recipe.model.language
+        cache, blocks = build_cache(
+            self.recipe,
+            page_tokens=options.page_tokens,
+            tokens=options.cache_tokens,
+            chunk_tokens=options.chunk_tokens,
+            fp8=options.cache_dtype == "fp8",
+        )
+        longest = cache.layout.blocks_for(min(self.max_context, blocks * cache.layout.block_tokens)) + 1
+        self.worker = Worker(
+            self.model, cache, recipe=self.recipe, form=self.form, max_blocks=longest, graphs=options.cuda_graphs
+        )
+        self.layout = cache.layout
+        self._pool = BlockPool(blocks)
+        policy = Policy(
+            chunk_tokens=options.chunk_tokens,
+            busy_chunk_tokens=options.busy_chunk_tokens,
+            max_running=options.max_running,
+            max_context=self.max_context,
+        )
+        self._scheduler = Scheduler(self._pool, layout=self.layout, policy=policy)
+        self._answering: dict[int, Answering] = {}
+        self._ended_early: list[AnswerPiece] = []
+        self._numbers = itertools.count()
+        self._totals = Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=0)
+        logger.info("%d layers, cache of %d tokens (%s)", shape.num_layers, self.cache_tokens, options.cache_dtype)
 
     @property
-    def _stops(self) -> set[int]:
-        return {self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")}
+    def cache_tokens(self) -> int:
+        """Tokens that the cache holds over all ranks."""
+        return (self._pool.count - 1) * self.layout.block_tokens
 
-    def _decode(
-        self, prompts: Sequence[Prompt], documents: list[Document], *, sampling: Sampling, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        """Yields the next token of every prompt [B], `max_new_tokens` times."""
-        lengths = torch.tensor([len(document) for document in documents])
-        pack = self._pack(torch.cat([torch.from_numpy(d.input_ids) for d in documents]), lengths, documents)
-        cache = KeyValueCache(lengths.to(platform.device()), int(lengths.max()) + sampling.max_new_tokens)
-        self.backend.cache = cache
-        logits = self.model(
-            torch.empty(0), pack, features=self._encode(prompts, documents), wanted_rows=lengths.cumsum(0) - 1
-        )
-        yield (tokens := self._draw(logits, sampling, generator))
-        ones = torch.ones_like(lengths)
-        no_features = logits.new_zeros(0, self.form.vision.image_token_length, self.recipe.model.language.hidden_size)
-        for _ in range(sampling.max_new_tokens - 1):
-            pack = self._pack(tokens, ones, [])
-            rows = torch.arange(len(tokens))
-            logits = self.model(torch.empty(0), pack, features=no_features, wanted_rows=rows)
-            cache.lengths = cache.lengths + 1
-            yield (tokens := self._draw(logits, sampling, generator))
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._ended_early) or self._scheduler.has_work
 
-    def _draw(self, logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """Next tokens [B] from logits [B, V]; rows of the matrix that are no token of the tokenizer are left out."""
-        return next_tokens(logits[:, : self.tokenizer.vocab_size], sampling=sampling, generator=generator)
+    def prepare(self, prompt: Prompt, *, max_frames: int | None = None) -> PreparedPrompt:
+        """The prompt in tokens. Any thread may do it. DataError for what is wrong with it."""
+        return prepare_prompt(prompt, form=self.form, max_frames=max_frames)
 
-    def _pack(self, ids: Tensor, lengths: Tensor, documents: list[Document]) -> PackSlice:
-        """Documents one after another, without padding: ids [t], lengths [B]."""
-        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        placements = [torch.from_numpy(d.placements) + s for d, s in zip(documents, bounds.tolist(), strict=False)]
-        pack = slice_pack(
-            ids,
-            labels=torch.full_like(ids, -100),
-            cu_seqlens=bounds.int(),
-            placements=torch.cat([torch.zeros(0, dtype=torch.int64), *placements]),
-            frames=torch.zeros(sum(len(d.placements) for d in documents), dtype=torch.bool),
+    def add(self, prepared: PreparedPrompt, sampling: Sampling) -> int:
+        """Takes a request and gives its number. DataError if it can never be answered."""
+        if prepared.tokens >= self.max_context:
+            raise DataError(
+                f"the prompt has {prepared.tokens} tokens; with an answer at most {self.max_context} are possible"
+            )
+        width = max(sampling.n, sampling.beams)
+        if width > self.options.max_running:
+            raise DataError(f"{width} answers at a time are asked for; at most {self.options.max_running} are possible")
+        needed = self._scheduler.ceiling_of(prepared.tokens, sampling)
+        if needed > self._pool.count - 1:
+            raise DataError(
+                f"a prompt of {prepared.tokens} tokens with answers of up to {sampling.max_new_tokens} takes "
+                f"{needed * self.layout.block_tokens} tokens of the cache, which has {self.cache_tokens}"
+            )
+        room = self.max_context - prepared.tokens
+        sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        keys = prepared.block_keys(self.layout.block_tokens, rows_per_tile=self.form.vision.image_token_length)
+        request = Request(number=next(self._numbers), prepared=prepared, sampling=sampling, keys=keys)
+        self._answering[request.number] = Answering(
+            request,
+            scheduler=self._scheduler,
+            tokenizer=self.tokenizer,
+            end_ids=self.end_ids,
             rows_per_tile=self.form.vision.image_token_length,
-            layout=groups.rank_layout(),
         )
-        return pack.to(platform.device())
+        self._scheduler.waiting.append(request)
+        return request.number
 
-    def _encode(self, prompts: Sequence[Prompt], documents: list[Document]) -> Tensor:
-        """Features of all tiles [N, rows, H]; media that prompts share are encoded once."""
-        encoded: dict[tuple[bytes, ...], Tensor] = {}
-        parts = []
-        for prompt, document in zip(prompts, documents, strict=True):
-            media = tuple(file.data for file in (*prompt.images, *prompt.videos))
-            if media not in encoded:
-                encoded[media] = self._encode_tiles(torch.from_numpy(prompt_tiles(prompt, document, form=self.form)))
-            parts.append(encoded[media])
-        return torch.cat(parts)
+    def cancel(self, number: int) -> None:
+        """Ends a request's answers; their last pieces come with the next step."""
+        if number in self._answering:
+            self._ended_early += self._answering[number].cancel()
 
-    def _encode_tiles(self, tiles: Tensor) -> Tensor:
-        dtype = self.model.config.params_dtype
-        if not self.model.encodes:
-            return torch.empty(0, dtype=dtype)
-        return self.model.encode(normalize(tiles.to(platform.device()), self.recipe.media.normalization, dtype=dtype))
+    def idle(self) -> None:
+        """To be called now and then where there is no work: it shows the other ranks that this one is there."""
+        self._execute(Step())
+
+    def step(self) -> list[AnswerPiece]:
+        """One forward pass, and what it adds to answers. EngineError where the engine cannot go on."""
+        pieces, self._ended_early = self._ended_early, []
+        step = self._scheduler.next_step()
+        if step is None:
+            return pieces
+        result = self._execute(step)
+        assert result is not None, "a step computes something"
+        return pieces + self._use(step, result)
+
+    def usage(self, number: int) -> Usage:
+        """Tokens of a request, also after its end until `forget`."""
+        answering = self._answering[number]
+        return Usage(
+            prompt_tokens=answering.request.prepared.tokens,
+            cached_tokens=answering.request.cached_tokens,
+            completion_tokens=answering.completion_tokens,
+        )
+
+    def forget(self, number: int) -> None:
+        """A request that has ended and is not asked about any longer."""
+        usage = self.usage(number)
+        self._totals = Usage(
+            **{name: value + getattr(usage, name) for name, value in dataclasses.asdict(self._totals).items()}
+        )
+        del self._answering[number]
+
+    def statistics(self) -> EngineStatistics:
+        """What the engine is at."""
+        scheduler, now = self._scheduler, [self.usage(number) for number in self._answering]
+        return EngineStatistics(
+            running=len(scheduler.running) + len(scheduler.prefilling),
+            waiting=len(scheduler.waiting),
+            cache_tokens=self.cache_tokens,
+            cache_tokens_used=self._pool.used * self.layout.block_tokens,
+            prompt_tokens_total=self._totals.prompt_tokens + sum(u.prompt_tokens for u in now),
+            cached_tokens_total=self._totals.cached_tokens + sum(u.cached_tokens for u in now),
+            completion_tokens_total=self._totals.completion_tokens + sum(u.completion_tokens for u in now),
+        )
+
+    def generate(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[Answer]:
+        """Answers to prompts, `sampling.n` for each, in order. DataError for a prompt that is wrong."""
+        prepared = [self.prepare(prompt) for prompt in prompts]
+        numbers: list[int] = []
+        try:
+            for prompt in prepared:
+                numbers.append(self.add(prompt, sampling))
+            pieces: list[AnswerPiece] = []
+            while self.has_work:
+                pieces += self.step()
+        finally:
+            for number in numbers:
+                self.cancel(number)
+                self.forget(number)
+            self._ended_early = []
+        return [_joined(pieces, number, choice) for number in numbers for choice in range(sampling.n)]
+
+    def close(self) -> None:
+        """Ends the service of the other ranks."""
+        if not self._closed:
+            self._closed = True
+            self._execute(Step(close=True))
+            self.worker.decoder.close()
+
+    def serve_as_worker(self) -> None:
+        """Does what rank 0 says until it closes. EngineError if rank 0 is gone."""
+        while not (step := self._exchange(None)).close:
+            self.worker.execute(step)
+        self.worker.decoder.close()
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")})
+
+    def _execute(self, step: Step) -> StepResult | None:
+        changes = self._scheduler.take_changes()
+        step = dataclasses.replace(changes, prefill=step.prefill, decode=step.decode, grow=step.grow, close=step.close)
+        with _ranks_are_there():
+            return self.worker.execute(self._exchange(step))
+
+    def _exchange(self, step: Step | None) -> Step:
+        """Rank 0's step on all ranks."""
+        group = groups.host_group("train")
+        if group is None:
+            assert step is not None
+            return step
+        with _ranks_are_there():
+            said = [step]
+            dist.broadcast_object_list(said, src=dist.get_global_rank(group, 0), group=group)
+        assert said[0] is not None
+        return said[0]
+
+    def _use(self, step: Step, result: StepResult) -> list[AnswerPiece]:
+        """Draws tokens from the logits of a step."""
+        by_sequence = {s.number: a for a in self._answering.values() for s in a.request.sequences}
+        pieces: list[AnswerPiece] = []
+        for sequence, reason in result.failed.items():
+            pieces += by_sequence.pop(sequence).fail(reason)
+        for piece in step.prefill:
+            if piece.sequence in by_sequence:
+                by_sequence[piece.sequence].remember_prompt()
+        ended = [piece.sequence for piece in step.prefill if piece.ends_prompt]
+        rows = ended or [sequence for sequence, _, _ in step.decode]
+        logits = result.logits[:, : self.tokenizer.vocab_size]  # rows of padding are no tokens
+        return pieces + self._draw(logits, [by_sequence.get(sequence) for sequence in rows])
+
+    def _draw(self, logits: Tensor, owners: list[Answering | None]) -> list[AnswerPiece]:
+        """What the logits [rows, V] of a step add to answers; rows of one request follow one another."""
+        pieces: list[AnswerPiece] = []
+        draws: list[tuple[Answering, int, Draw]] = []
+        for owner, group in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
+            rows = list(group)
+            if owner is None:
+                continue
+            own = logits[rows[0] : rows[-1] + 1]
+            if owner.beams is None:
+                draws += [(owner, rows[0] + row, draw) for row, draw in owner.draws(own)]
+                continue
+            try:
+                pieces += owner.advance_beams(own)
+            except LogitsError as error:
+                pieces += owner.fail(str(error))
+        return pieces + self._draw_each(logits, draws)
+
+    def _draw_each(self, logits: Tensor, draws: list[tuple[Answering, int, Draw]]) -> list[AnswerPiece]:
+        """One token for each draw (of whom, row, how); requests whose logits are no numbers fail."""
+        try:
+            scored = draw_tokens(logits[[row for _, row, _ in draws]], [draw for _, _, draw in draws])
+        except LogitsError as error:
+            wrong = {id(draws[row][0]): draws[row][0] for row in error.rows}
+            failed = [piece for owner in wrong.values() for piece in owner.fail(str(error))]
+            return failed + self._draw_each(logits, [draw for draw in draws if id(draw[0]) not in wrong])
+        pieces: list[AnswerPiece] = []
+        for owner, taken in itertools.groupby(zip(draws, scored, strict=True), key=lambda each: each[0][0]):
+            pieces += owner.take([token for _, token in taken])
+        return pieces
+
+
+def _joined(pieces: list[AnswerPiece], number: int, choice: int) -> Answer:
+    mine = [piece for piece in pieces if (piece.request, piece.choice) == (number, choice)]
+    finish = mine[-1].finish
+    assert finish is not None
+    return Answer(
+        text="".join(piece.text for piece in mine),
+        token_ids=[token for piece in mine for token in piece.token_ids],
+        finish=finish,
+        scores=[score for piece in mine for score in piece.scores],
+        error=mine[-1].error,
+    )
+
+
+def _check_layout(parallel: ParallelConfig) -> None:
+    if parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size is {parallel.pipeline_model_parallel_size}: serving splits a model "
+            "over tensor_model_parallel_size and context_parallel_size alone; checkpoints of any layout can be read"
+        )
+    if parallel.sequence_parallel:
+        raise ConfigError("parallel.sequence_parallel is true: serving does without; leave it out")
+    world = dist.get_world_size()
+    if parallel.replica_size != world:
+        raise ConfigError(
+            f"there are {world} processes, and tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
+            f"context_parallel_size {parallel.context_parallel_size} is {parallel.replica_size}: they must be equal"
+        )
+
+
+@contextlib.contextmanager
+def _ranks_are_there() -> Iterator[None]:
+    """Turns what a lost rank causes into one clear error."""
+    try:
+        yield
+    except VitaError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise EngineError(f"the engine cannot go on: a rank is gone or failed: {reason[0]}") from error

@@ -1,13 +1,15 @@
 """Prompts: a conversation with its images and videos as bytes, laid out as training documents are."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.documents import Document, assemble_document, decode_tiles
+from megatron_vita.data.documents import Document, assemble_document
 from megatron_vita.data.form import DocumentFormat
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
@@ -52,29 +54,80 @@ class Prompt:
         )
 
 
-def lay_out_prompt(prompt: Prompt, *, form: DocumentFormat) -> Document:
-    """The prompt's tokens up to where the assistant speaks. DataError if messages or media are wrong."""
+@dataclass(frozen=True, kw_only=True)
+class VideoFrames:
+    """Which frames of a video the model is shown: seconds from its first frame."""
+
+    name: str
+    duration: float
+    times: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedPrompt:
+    """A prompt in tokens, with its media yet to be decoded."""
+
+    document: Document
+    files: list[MediaFile]  # of `document.media`
+    videos: list[VideoFrames]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt, placeholders included."""
+        return len(self.document)
+
+    @property
+    def tiles(self) -> int:
+        """Image tiles and frames."""
+        return len(self.document.placements)
+
+    @cached_property
+    def _tile_digests(self) -> list[bytes]:
+        """What each tile shows, as far as the cache must know."""
+        digests = []
+        for medium, file in zip(self.document.media, self.files, strict=True):
+            content = hashlib.sha256(file.data).digest()
+            digests += [content + repr((medium.grid, medium.times, tile)).encode() for tile in range(medium.num_tiles)]
+        return digests
+
+    def block_keys(self, block_tokens: int, *, rows_per_tile: int, said: Sequence[int] = ()) -> list[bytes]:
+        """What each whole block of the prompt, followed by the tokens `said`, holds, with all that comes before it."""
+        ids = np.concatenate([self.document.input_ids, np.array(said, dtype=np.int64)])
+        placements = self.document.placements
+        key, keys = b"", []
+        for start in range(0, len(ids) - block_tokens + 1, block_tokens):
+            stop = start + block_tokens
+            state = hashlib.sha256(key + ids[start:stop].tobytes())
+            first = np.searchsorted(placements, start - rows_per_tile, side="right")
+            for tile in range(int(first), int(np.searchsorted(placements, stop))):
+                state.update(self._tile_digests[tile])
+            keys.append(key := state.digest())
+        return keys
+
+
+def prepare_prompt(prompt: Prompt, *, form: DocumentFormat, max_frames: int | None = None) -> PreparedPrompt:
+    """The prompt's tokens up to where the assistant speaks. DataError if messages or media are wrong.
+
+    `max_frames`: of each video at most so many frames, where that is less than the recipe's `media.max_frames`.
+    """
     sample = {
         "messages": prompt.messages,
         "images": [image.name for image in prompt.images],
         "videos": [video.name for video in prompt.videos],
     }
-    media = {
-        "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
-        "video": [form.video(v.name, probe_video(v.data, v.name)) for v in prompt.videos],
-    }
     turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
+    infos = [probe_video(video.data, video.name) for video in prompt.videos]
+    most = min(form.media.max_frames, form.media.max_frames if max_frames is None else max_frames)
+    shown = [form.video(v.name, info, frames=most) for v, info in zip(prompt.videos, infos, strict=True)]
+    media = {"image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images], "video": shown}
     document = assemble_document(turns, key="prompt", media=media, form=form)
     opening = generation_prompt(form.template, form.tokenizer)
-    return replace(document, input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)]))
-
-
-def prompt_tiles(prompt: Prompt, document: Document, *, form: DocumentFormat) -> np.ndarray:
-    """All tiles of a prompt in the order of its placements: uint8 [N, 3, S, S]."""
     images, videos = iter(prompt.images), iter(prompt.videos)
-    size = form.vision.image_size
-    tiles = [np.zeros((0, 3, size, size), dtype=np.uint8)]
-    for medium in document.media:
-        file = next(images if medium.grid is not None else videos)
-        tiles.append(decode_tiles(medium, file.data, name=file.name, tiles=range(medium.num_tiles), form=form))
-    return np.concatenate(tiles)
+    return PreparedPrompt(
+        document=replace(document, input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)])),
+        files=[next(videos if medium.grid is None else images) for medium in document.media],
+        videos=[
+            VideoFrames(name=video.name, duration=info.duration, times=medium.times if medium else [])
+            for video, info, medium in zip(prompt.videos, infos, shown, strict=True)
+        ],
+    )

@@ -5,6 +5,8 @@ where positions and rows are explicit. This is the one file that knows which par
 GPTModel's, so checkpoints of either fit the other.
 """
 
+from typing import Any
+
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import (
@@ -91,9 +93,22 @@ class LanguageModel(LanguageModule):
                     share, tensor_parallel_output_grad=False, group=self.tp_group
                 )
         documents, angles = self.backend.describe(cu_seqlens, inverse_frequencies=self.inverse_frequencies)
+        return self.run_layers(share, attention=documents, angles=angles)
+
+    def run_layers(self, hidden: Tensor | None, *, attention: Any, angles: Tensor) -> Tensor:
+        """This stage's layers on rows [t, 1, H], which see what `attention` says, at rotary `angles` [t, 1, 1, d]."""
         return self.decoder(
-            hidden_states=share, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=documents
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention
         )
+
+    def embed_rows(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings on every TP rank, for serving: ids [t] -> [t, 1, H]."""
+        return self.embedding(input_ids[None], None)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [L, V] of rows [L, H] that every TP rank has, for serving."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer.project(hidden, weight=weight)
 
     def output(
         self, hidden: Tensor, *, rows: Tensor, labels: Tensor | None = None, row_scale: float | Tensor = 1.0

@@ -99,6 +99,11 @@ class OutputLayer(ColumnParallelLinear):
                 f"labels go from {labels.min()} to {labels.max()}, but tokens from 0 to {self.form.vocab_size - 1}"
             )
 
+    def project(self, rows: Tensor, *, weight: Tensor | None = None) -> Tensor:
+        """Logits [L, V] on every TP rank of rows [L, H] that all of them have; `weight` as in `forward`."""
+        logits = self._project(rows, self.weight if weight is None else weight)
+        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[:, : self.form.vocab_size]
+
     def _project(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Rows [L, H], the same on all TP ranks -> logits of this shard [L, v]."""
         return super().forward(rows, weight=weight)[0]
@@ -116,8 +121,7 @@ class OutputLayer(ColumnParallelLinear):
 
     def _row_logits(self, hidden: Tensor, *, rows: Tensor, selected: SelectedRows, weight: Tensor) -> Tensor:
         taken = self._all_rows(hidden) if self.full_logits else select_rows(hidden, rows=selected)
-        logits = gather_from_tensor_model_parallel_region(self._project(taken, weight), group=self.tp_group)
-        logits = logits[:, : self.form.vocab_size]
+        logits = self.project(taken, weight=weight)
         return logits[rows.to(logits.device)] if self.full_logits else logits
 
     def _losses_of_full_logits(self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

@@ -79,6 +79,14 @@ class Tokenizer(ABC):
         """Ids of all special tokens."""
         return frozenset(self._special_ids.values())
 
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of tokens of one byte each that decode to text only if a whole run of them is UTF-8.
+
+        Special tokens, where they are left out, do not end a run.
+        """
+        return frozenset()
+
     @property
     def pad_id(self) -> int:
         """Id of `<|endoftext|>`, which fills what nothing else does."""
@@ -158,6 +166,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def _spells_bytes(self) -> bool:
         """Whether each character of a vocabulary entry stands for a byte."""
         return '"ByteLevel"' in json.dumps(json.loads(self._definition)["decoder"])
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """See Tokenizer. `ByteFallback` decoders know these tokens by name."""
+        ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(index for index in ids if index is not None)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,8 +11,8 @@ from toy_folders import model_of, save
 
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.inference.engine import Engine
-from megatron_vita.inference.prompt import Prompt, lay_out_prompt
-from megatron_vita.inference.sampling import Sampling
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-yarn", "llama-llama3"])
@@ -23,14 +23,14 @@ def test_greedy_answers_are_those_of_transformers(family: str, tmp_path: Path) -
     engine = Engine.from_checkpoint(moved)
     prompt = Prompt.ask("abba ab a")
     (answer,) = engine.generate([prompt], sampling=Sampling(max_new_tokens=12))
-    ids = lay_out_prompt(prompt, form=engine.form).input_ids.tolist()
+    ids = engine.prepare(prompt).document.input_ids.tolist()
     assert len(ids) > 8
     said: list[int] = []
     while len(said) < 12:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids + said])).logits[0, -1]
         token = int(logits[: engine.tokenizer.vocab_size].argmax())
-        if token in engine._stops:
+        if token in engine.end_ids:
             break
         said.append(token)
     assert answer.token_ids == said

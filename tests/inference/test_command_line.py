@@ -1,18 +1,28 @@
 """python -m megatron_vita.inference: answers about images and videos on the terminal, errors in one line."""
 
+import io
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+from chat_server import FakeChatServer, RefusalError, serving, texts_of
 from toy_run import make_toy_run
 
 from megatron_vita import platform
+from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
+from megatron_vita.inference.__main__ import app
 from megatron_vita.training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -28,9 +38,21 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megatron_vita.inference", *map(str, arguments), "--max-new-tokens", "4"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, input=stdin)
+Client = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Client:
+    """Arguments and input -> exit code, output and errors."""
+
+    def ask(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        return run_command(app, [str(word) for word in arguments], name="inference"), *capsys.readouterr()
+
+    return ask
+
+
+SHORT = ("--max-new-tokens", 4)
 
 
 def write_video(path: Path) -> Path:
@@ -44,40 +66,151 @@ def write_video(path: Path) -> Path:
     return path
 
 
-def test_it_answers_about_an_image_a_video_and_nothing(toy: Path, tmp_path: Path) -> None:
-    checkpoint = toy / "checkpoints"
+def test_it_answers_about_an_image_a_video_and_nothing(ask: Client, toy: Path, tmp_path: Path) -> None:
     video = write_video(tmp_path / "clip.mp4")
     for media in (["--image", toy / "images" / "0.png"], ["--video", video], []):
-        result = ask(checkpoint, *media, "what color is it?")
-        assert result.returncode == 0, result.stderr
-        assert len(result.stdout.splitlines()) >= 1
+        code, out, errors = ask(toy / "checkpoints", *media, "what color is it?", *SHORT)
+        assert code == 0, errors
+        assert len(out.splitlines()) >= 1
 
 
-def test_without_a_question_it_reads_one_a_line_and_sampling_is_seeded(toy: Path) -> None:
-    sampled = ["--temperature", "1.5", "--seed", "3"]
-    one, two = (ask(toy / "checkpoints", *sampled, stdin="say red\nsay blue\n") for _ in range(2))
-    assert one.returncode == 0, one.stderr
-    assert one.stdout == two.stdout
-    assert one.stdout != ask(toy / "checkpoints", *sampled[:-1], "4", stdin="say red\nsay blue\n").stdout
+def test_without_a_question_it_converses_and_sampling_is_seeded(ask: Client, toy: Path) -> None:
+    def draw(seed: int) -> str:
+        options = ("--temperature", 1.5, "--seed", seed, *SHORT)
+        code, out, errors = ask(toy / "checkpoints", *options, stdin="say red\nsay blue\n")
+        assert code == 0, errors
+        return out
+
+    assert draw(3) == draw(3) != draw(4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--image", "none.png", "what?"], "none.png: cannot be read"),
-        (["--image", "LICENSE", "what?"], "LICENSE"),
-        (["--temperature", "-1", "what?"], "temperature is -1.0: it must be at least 0"),
+        (["--image", ROOT / "LICENSE", "what?"], "LICENSE"),
+        (["--temperature", "-1", "what?"], "temperature is -1.0: it must be from 0 to 100"),
         (["--tokenizer", "nowhere.model", "what?"], "nowhere.model"),
     ],
 )
-def test_a_users_error_is_one_line_and_exit_code_1(toy: Path, arguments: list[str], message: str) -> None:
-    result = ask(toy / "checkpoints", *arguments)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_users_error_is_one_line_and_exit_code_1(
+    ask: Client, toy: Path, arguments: list[object], message: str
+) -> None:
+    code, out, errors = ask(toy / "checkpoints", *arguments)
+    assert code == 1
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not out
 
 
-def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
-    result = ask(tmp_path, "what?")
+def test_a_process_of_its_own_ends_likewise(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_vita.inference", str(tmp_path), "what?"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
     assert "neither a checkpoint" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def echo(request: dict[str, Any]) -> str:
+    if texts_of(request)[-1].strip() == "bad":
+        raise RefusalError(400, "bad is bad")
+    return f"you said {texts_of(request)[-1].strip()}"
+
+
+@pytest.fixture
+def server() -> Iterator[FakeChatServer]:
+    with serving(echo) as running:
+        yield running
+
+
+@pytest.fixture
+def client(ask: Client, server: FakeChatServer) -> Client:
+    """The same with the server."""
+    return partial(ask, "--server", server.url)
+
+
+def test_a_server_answers_in_place_of_a_checkpoint(server: FakeChatServer, client: Client, toy: Path) -> None:
+    assert client("hello", "--image", toy / "images" / "0.png")[:2] == (0, "you said hello \n")
+    (request,) = server.requests
+    assert request["model"] == "tiny"
+    assert request["stream"] is True
+    assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
+
+
+def test_every_sampling_option_reaches_the_server(server: FakeChatServer, client: Client) -> None:
+    options = {
+        "max-new-tokens": 7, "temperature": 0.5, "top-k": 3, "top-p": 0.9, "repetition-penalty": 1.5,
+        "presence-penalty": 0.25, "frequency-penalty": 0.75, "seed": 9, "n": 2, "logprobs": 1, "length-penalty": 2.0,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    code, out, _ = client("hello", *words, "--stop", "x", "--stop", "y", "--ignore-end", "--model", "large")
+    assert code == 0
+    request = server.requests[0]
+    wanted = {name.replace("-", "_"): value for name, value in options.items()}
+    wanted |= {"max_tokens": wanted.pop("max_new_tokens"), "logprobs": True, "top_logprobs": wanted["logprobs"]}
+    wanted |= {"stop": ["x", "y"], "ignore_end": True, "model": "large"}
+    assert {name: request[name] for name in wanted} == wanted
+    assert out.splitlines()[:3] == ["you said hello ", "[2] you said hello ", "   -0.500 'you'  of  'you' -0.500"]
+    client("hello", "--beams", "4")
+    assert server.requests[-1]["beams"] == 4
+
+
+def test_a_conversation_keeps_its_turns_and_media_until_it_is_reset(
+    server: FakeChatServer, client: Client, toy: Path
+) -> None:
+    image = toy / "images" / "0.png"
+    lines = [f"/image {image}", "one", "two", "/reset", "three", "/exit", "four"]
+    code, out, _ = client(stdin="\n".join(lines))
+    assert code == 0
+    assert out.splitlines() == ["you said one ", "you said two ", "you said three "]
+    assert [texts_of(r) for r in server.requests] == [["\none"], ["\none", "you said one ", "two"], ["three"]]
+    pictures = [sum("image_url" in str(message) for message in r["messages"]) for r in server.requests]
+    assert pictures == [1, 1, 0]
+
+
+def test_a_wrong_line_costs_that_line_alone(server: FakeChatServer, client: Client) -> None:
+    code, out, errors = client(stdin="one\n/image none.png\nbad\n\ntwo\n")
+    assert code == 0
+    assert out.splitlines()[-1] == "you said two "
+    assert "none.png: cannot be read" in errors
+    assert "400: bad is bad" in errors
+    assert texts_of(server.requests[-1]) == ["one", "you said one ", "two"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--server", "nowhere", "what?"], "must start with http"),
+        (["--server", "http://127.0.0.1:9", "--model", "m", "what?"], "127.0.0.1:9"),
+        (["--server", "http://127.0.0.1:9", "checkpoint", "what?"], "give the question alone"),
+        ([], "neither a checkpoint nor a --server"),
+    ],
+)
+def test_who_is_to_answer_must_be_clear(ask: Client, arguments: list[str], message: str) -> None:
+    code, _, errors = ask(*arguments)
+    assert code == 1
+    assert message in errors
+
+
+def test_control_c_stops_the_answer_and_not_the_conversation() -> None:
+    def answer(request: dict[str, Any]) -> str:
+        return "quick" if texts_of(request)[-1] == "short" else "word " * 600
+
+    with serving(answer, seconds_a_word=0.1) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "megatron_vita.inference", "--server", server.url],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("long\n")
+        process.stdin.flush()
+        assert process.stdout.read(9) == "word word"  # it comes word by word
+        os.kill(process.pid, signal.SIGINT)
+        out, _ = process.communicate("short\n", timeout=30)
+        assert out.splitlines()[-1] == "quick "
+        assert process.returncode == 0
+        assert server.left_early.wait(5)
+        assert texts_of(server.requests[-1])[0] == "long"
+        assert texts_of(server.requests[-1])[1].startswith("word word")

@@ -1,159 +1,205 @@
-"""Answers with the cache are those of whole forward passes, whatever else is in the batch."""
+"""Answers of the engine are those of whole forward passes, whatever the chunks, the batch and what was there before."""
 
-import io
+import itertools
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from megatron_vita import platform
-from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, Recipe, TextConfig, VisionConfig
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.inference.engine import Engine
-from megatron_vita.inference.prompt import MediaFile, Prompt, lay_out_prompt, prompt_tiles
-from megatron_vita.inference.sampling import Sampling, next_tokens
-from megatron_vita.text.train import train_sentencepiece
+from megatron_vita.inference.engine import Engine, EngineOptions
+from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
+from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
-WORDS = [
-    "what",
-    "color",
-    "is",
-    "the",
-    "shape",
-    "in",
-    "this",
-    "picture",
-    "a",
-    "red",
-    "circle",
-    "blue",
-    "square",
-    "yes",
-    "no",
-    "there",
-    "two",
-    "images",
-    "of",
-    "cats",
-]
+GREEDY = Sampling(max_new_tokens=10, logprobs=3, ignore_end=True)
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     platform.initialize_process()
-    model = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    train_sentencepiece([" ".join(WORDS)] * 50, model, vocab_size=320)
-    recipe = Recipe(
-        model=ModelConfig(
-            vision=VisionConfig(
-                image_size=16, patch_size=4, num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
-                layer_scale_init=1.0, init_method_std=0.2,
-            ),
-            language=LanguageConfig(
-                num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
-                kv_channels=8, vocab_size=384, init_method_std=0.4,
-            ),
-        ),
-        text=TextConfig(tokenizer=str(model)),
-        data=DataConfig(seq_length=256),
-    )  # fmt: skip
-    return Engine(recipe)
+    return tmp_path_factory.mktemp("tokenizer")
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 20)) -> MediaFile:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "PNG")
-    return MediaFile(name=f"picture-{seed}.png", data=data.getvalue())
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return tiny_engine(folder)
 
 
-def prompts() -> list[Prompt]:
-    return [
-        Prompt.ask("what color is the shape", images=[picture(1)]),
-        Prompt.ask("is there a red circle"),
-        Prompt.ask("two images of cats", images=[picture(2), picture(1, (16, 16))]),
-    ]
+def assert_is_whole_forward(engine: Engine, prompt: Prompt, answer: Answer) -> None:
+    """Each token is the likeliest, and log-probabilities are those of one forward pass over everything."""
+    rows = whole_logprobs(engine, engine.prepare(prompt), answer.token_ids)
+    for row, token, score in zip(rows, answer.token_ids, answer.scores, strict=False):
+        assert row.argmax().item() == token == score.chosen.token_id
+        values, ids = row.topk(3)
+        assert [s.token_id for s in score.likeliest] == ids.tolist()
+        torch.testing.assert_close(torch.tensor([s.logprob for s in score.likeliest]), values, atol=1e-5, rtol=0)
 
 
-def whole_forward_logits(engine: Engine, prompt: Prompt, said: list[int]) -> torch.Tensor:
-    """Logits after the prompt and what was said, from one ordinary forward pass without a cache: [V]."""
-    document = lay_out_prompt(prompt, form=engine.form)
-    ids = torch.cat([torch.from_numpy(document.input_ids), torch.tensor(said, dtype=torch.int64)])
-    tiles = torch.from_numpy(prompt_tiles(prompt, document, form=engine.form))
-    pack = engine._pack(ids, torch.tensor([len(ids)]), [document])
-    with torch.no_grad():
-        features = engine._encode_tiles(tiles)
-        logits = engine.model(torch.empty(0), pack, features=features, wanted_rows=torch.tensor([len(ids) - 1]))
-    return logits[0, : engine.tokenizer.vocab_size]
+@pytest.mark.parametrize(("chunk", "page"), [(1, 4), (7, 4), (24, 16), (1000, 128)])
+def test_any_chunks_and_pages_give_the_whole_forward(folder: Path, chunk: int, page: int) -> None:
+    engine = tiny_engine(folder, chunk_tokens=chunk, busy_chunk_tokens=chunk, page_tokens=page)
+    for prompt, answer in zip(prompts(), engine.generate(prompts(), sampling=GREEDY), strict=True):
+        assert_is_whole_forward(engine, prompt, answer)
 
 
-def test_greedy_answers_equal_whole_forward_passes_in_a_mixed_batch(engine: Engine) -> None:
-    sampling = Sampling(max_new_tokens=12)
-    for prompt, answer in zip(prompts(), engine.generate(prompts(), sampling=sampling), strict=True):
-        said: list[int] = []
-        for token in answer.token_ids:
-            assert whole_forward_logits(engine, prompt, said).argmax().item() == token
-            said.append(token)
-        assert answer.finished or len(said) == 12
+def test_an_answer_does_not_depend_on_when_others_come_and_go(engine: Engine) -> None:
+    alone = [engine.generate([prompt], sampling=GREEDY)[0] for prompt in prompts()]
+    numbers, pieces = [], []
+    for prompt in prompts():
+        numbers.append(engine.add(engine.prepare(prompt), GREEDY))
+        pieces += [piece for _ in range(3) for piece in engine.step()]
+    engine.cancel(numbers[1])
+    while engine.has_work:
+        pieces += engine.step()
+    for number, answer in zip(numbers, alone, strict=True):
+        tokens = [token for piece in of(pieces, number) for token in piece.token_ids]
+        if number == numbers[1]:
+            assert of(pieces, number)[-1].finish == "cancelled"
+            assert tokens == answer.token_ids[: len(tokens)]
+        else:
+            assert tokens == answer.token_ids
+        engine.forget(number)
 
 
-def test_an_answer_does_not_depend_on_the_batch(engine: Engine) -> None:
-    sampling = Sampling(max_new_tokens=8)
-    together = engine.generate(prompts(), sampling=sampling)
-    alone = [engine.generate([prompt], sampling=sampling)[0] for prompt in prompts()]
-    assert together == alone
+def of(pieces: list[AnswerPiece], number: int, choice: int = 0) -> list[AnswerPiece]:
+    return [piece for piece in pieces if (piece.request, piece.choice) == (number, choice)]
+
+
+def test_a_beginning_that_is_known_is_not_computed_again_and_changes_nothing(folder: Path) -> None:
+    engine = tiny_engine(folder)
+    first, other = (Prompt.ask(text, videos=[video()]) for text in ("what is in this", "is there a cat"))
+    engine.generate([first], sampling=GREEDY)
+    number = engine.add(prepared := engine.prepare(other), GREEDY)
+    pieces = []
+    while engine.has_work:
+        pieces += engine.step()
+    assert engine.usage(number).cached_tokens >= prepared.tokens * 0.6
+    answer = Answer(
+        text="",
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        finish="length",
+        scores=[score for piece in pieces for score in piece.scores],
+    )
+    assert_is_whole_forward(engine, other, answer)
+
+
+def test_other_pictures_behind_the_same_tokens_are_not_taken_for_known(folder: Path) -> None:
+    engine = tiny_engine(folder)
+    for seed in (1, 2, 3):
+        prompt = Prompt.ask("what color", images=[picture(seed)])
+        assert_is_whole_forward(engine, prompt, engine.generate([prompt], sampling=GREEDY)[0])
+
+
+def test_a_conversation_goes_on_from_its_last_answer(folder: Path) -> None:
+    engine = tiny_engine(folder)
+    question = Prompt.ask("what color is the shape", images=[picture(1)])
+    engine.generate([question], sampling=GREEDY)
+    later = [*question.messages, {"role": "assistant", "content": "red"}, {"role": "user", "content": "is this a cat"}]
+    prompt = Prompt(messages=later, images=question.images)
+    number = engine.add(engine.prepare(prompt), GREEDY)
+    while engine.has_work:
+        engine.step()
+    assert engine.usage(number).cached_tokens > engine.prepare(question).tokens * 0.8
+
+
+def test_the_cache_never_holds_more_than_it_has_and_all_is_answered(folder: Path) -> None:
+    engine = tiny_engine(folder, cache_tokens=160)
+    asked = [Prompt.ask("two images", images=[picture(seed)]) for seed in range(8)]
+    together = engine.generate(asked, sampling=GREEDY)
+    for prompt, answer in itertools.islice(zip(asked, together, strict=True), 0, None, 3):
+        assert_is_whole_forward(engine, prompt, answer)
+    assert engine.statistics().cache_tokens_used == 0
+    assert engine.statistics().running == engine.statistics().waiting == 0
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
+    long = engine.add(engine.prepare(Prompt.ask("what is in this " * 4, videos=[video(8)])), GREEDY)
+    engine.step()
+    short = engine.add(engine.prepare(Prompt.ask("yes")), Sampling(max_new_tokens=1, ignore_end=True))
+    order = []
+    while engine.has_work:
+        order += [piece.request for piece in engine.step()]
+    assert order[0] == short
+    assert long in order
 
 
 def test_the_same_seed_draws_the_same_and_another_differs(engine: Engine) -> None:
     def draw(seed: int) -> list[int]:
-        sampling = Sampling(max_new_tokens=16, temperature=1.5, seed=seed)
+        sampling = Sampling(max_new_tokens=16, temperature=1.5, seed=seed, ignore_end=True)
         return engine.generate(prompts()[:1], sampling=sampling)[0].token_ids
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
-def test_images_change_the_answer_distribution(engine: Engine) -> None:
-    one, other = (Prompt.ask("what color", images=[picture(seed)]) for seed in (1, 2))
-    assert not torch.allclose(whole_forward_logits(engine, one, []), whole_forward_logits(engine, other, []))
+def test_answers_of_one_request_differ_and_each_is_drawn_as_if_alone(engine: Engine) -> None:
+    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=5, n=3, logprobs=0, ignore_end=True)
+    answers = engine.generate(prompts()[:1], sampling=sampling)
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    for answer in answers:
+        rows = whole_logprobs(engine, engine.prepare(prompts()[0]), answer.token_ids)
+        expected = rows[:-1].gather(1, torch.tensor(answer.token_ids)[:, None]).squeeze(1)
+        actual = torch.tensor([score.chosen.logprob for score in answer.scores])
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_eight_bits_of_cache_change_log_probabilities_little(folder: Path, engine: Engine) -> None:
+    small = tiny_engine(folder, cache_dtype="fp8")
+    exact, rounded = (e.generate(prompts()[:1], sampling=GREEDY)[0].scores[1] for e in (engine, small))
+    difference = abs(exact.likeliest[0].logprob - rounded.likeliest[0].logprob)
+    assert 0 < difference < 0.05
+
+
+def test_a_damaged_picture_fails_its_own_request_alone(engine: Engine) -> None:
+    whole = picture(1)
+    cut = MediaFile(name="cut.png", data=whole.data[: len(whole.data) // 2])
+    asked = [Prompt.ask("what color", images=[cut]), Prompt.ask("what color", images=[whole])]
+    damaged, good = engine.generate(asked, sampling=GREEDY)
+    assert damaged.finish == "error"
+    assert "cut.png" in damaged.error
+    assert_is_whole_forward(engine, asked[1], good)
+
+
+def test_a_damaged_video_fails_its_own_request_alone(engine: Engine) -> None:
+    broken = MediaFile(name="broken.mp4", data=video().data[:-2000])
+    with pytest.raises(DataError, match=r"broken\.mp4"):
+        engine.prepare(Prompt.ask("what is in this", videos=[broken]))
 
 
 def test_a_literal_tag_in_a_question_is_text(engine: Engine) -> None:
-    document = lay_out_prompt(Prompt.ask("is <image> a red circle"), form=engine.form)
-    assert len(document.placements) == 0
+    prepared = engine.prepare(Prompt.ask("is <image> a red circle"))
+    assert prepared.tiles == 0
     special = {engine.tokenizer.special_id(name) for name in ("<image>", "<img>", "<IMG_CONTEXT>")}
-    assert not special & set(document.input_ids.tolist())
+    assert not special & set(prepared.document.input_ids.tolist())
+
+
+def test_what_can_never_be_answered_is_refused_with_numbers(folder: Path) -> None:
+    engine = tiny_engine(folder, cache_tokens=64, max_running=2)
+    long = engine.prepare(Prompt.ask("what is in this", videos=[video(8)]))
+    with pytest.raises(DataError, match=rf"prompt of {long.tokens} tokens.*cache, which has 64"):
+        engine.add(long, GREEDY)
+    with pytest.raises(DataError, match="at most 256 are possible"):
+        engine.add(engine.prepare(Prompt.ask("yes " * 300)), GREEDY)
+    with pytest.raises(DataError, match="3 answers at a time"):
+        engine.add(engine.prepare(Prompt.ask("yes")), Sampling(n=3))
+
+
+def test_layouts_that_cannot_serve_are_refused_by_name(folder: Path) -> None:
+    recipe = tiny_recipe(folder)
+    recipe.parallel.pipeline_model_parallel_size = 2
+    with pytest.raises(ConfigError, match="pipeline_model_parallel_size is 2"):
+        Engine(recipe)
+    recipe = tiny_recipe(folder)
+    recipe.parallel.context_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"1 processes.*is 2"):
+        Engine(recipe)
 
 
 @pytest.mark.parametrize(
-    ("sampling", "kept"),
-    [
-        (Sampling(temperature=1.0, top_k=2), {1, 2}),
-        (Sampling(temperature=1.0, top_p=0.6), {1}),
-        (Sampling(temperature=1.0, top_p=0.9), {1, 2}),
-        (Sampling(temperature=0.0), {1}),
-    ],
+    "wrong", [{"chunk_tokens": 0}, {"page_tokens": 3}, {"max_running": 0}, {"cache_dtype": "int4"}]
 )
-def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, kept: set[int]) -> None:
-    logits = torch.tensor([[0.01, 0.64, 0.3, 0.05]]).log().expand(500, 4)
-    drawn = next_tokens(logits, sampling=sampling, generator=torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == kept
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
-)
-def test_wrong_sampling_is_refused_by_name(wrong: dict) -> None:
+def test_wrong_options_are_refused_by_name(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Sampling(**wrong)
-
-
-def test_a_damaged_image_is_refused_by_name(engine: Engine) -> None:
-    whole = picture(3).data
-    broken = MediaFile(name="broken.png", data=whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"broken\.png"):
-        engine.generate([Prompt.ask("what color", images=[broken])], sampling=Sampling())
-    with pytest.raises(DataError, match=r"missing\.png"):
-        MediaFile.read(Path("missing.png"))
+        EngineOptions(**wrong)

@@ -39,6 +39,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--media-root", type=Path, action="append", default=[], metavar="DIR", help="folder that requests may name"
     )
     parser.add_argument("--allow-remote-media", action="store_true", help="fetch media from public http(s) addresses")
+    _add_engine_arguments(parser.add_argument_group("engine"))
     limits = parser.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
         name = f"--{field.name.replace('_', '-')}"
@@ -47,15 +48,42 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
+    """Those of EngineOptions, whose defaults hold for what is not given; to import it takes seconds."""
+    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each weight matrix")
+    group.add_argument("--context-parallel-size", type=int, help="ranks that share a prompt (default: all others)")
+    group.add_argument("--chunk-tokens", type=int, help="tokens of prompts in one forward pass (default: 32768)")
+    group.add_argument("--cache-tokens", type=int, help="room of the key-value cache (default: what memory leaves)")
+    group.add_argument("--cache-dtype", choices=("model", "fp8"), help="type of the key-value cache (default: model)")
+    group.add_argument("--max-running", type=int, help="answers that are decoded at a time (default: 64)")
+    group.add_argument("--max-context", type=int, help="tokens of a prompt and its answer (default: as in training)")
+
+
 def limits_of(arguments: argparse.Namespace) -> Limits:
     """The limits on the command line."""
     return Limits(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Limits)})
 
 
+def load_engine(arguments: argparse.Namespace) -> "Engine":
+    """The engine of a checkpoint, over all processes that torchrun has started."""
+    from megatron_vita.config import ParallelConfig
+    from megatron_vita.inference.engine import Engine, EngineOptions
+
+    tp, world = arguments.tensor_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    cp = arguments.context_parallel_size or max(1, world // tp)
+    names = [field.name for field in dataclasses.fields(EngineOptions)]
+    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    return Engine.from_checkpoint(
+        arguments.checkpoint,
+        tokenizer=arguments.tokenizer,
+        parallel=ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp),
+        options=EngineOptions(**given),
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Loads the model and serves it; the exit code."""
     from megatron_vita import platform
-    from megatron_vita.inference.engine import Engine
     from megatron_vita.inference.server.access import read_keys
     from megatron_vita.inference.server.app import ServerOptions
     from megatron_vita.inference.server.remote import RemoteFetcher
@@ -65,31 +93,30 @@ def run(arguments: argparse.Namespace) -> int:
     platform.set_up_logging(rank)
     limits = limits_of(arguments)
     keys = read_keys(arguments.api_key_file)
-    options = ServerOptions(
-        model_name=arguments.model_name or Path(arguments.checkpoint).resolve().name,
-        limits=limits,
-        keys=keys,
-        media_roots=arguments.media_root,
-        remote=RemoteFetcher(seconds=limits.fetch_seconds) if arguments.allow_remote_media else None,
-    )
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("no API key is set: whoever reaches %s can use this server", arguments.host)
-    engine = Engine.from_checkpoint(arguments.checkpoint, tokenizer=arguments.tokenizer)
-    if rank == 0:
-        code = serve(engine, options, host=arguments.host, port=arguments.port)
+    engine = load_engine(arguments)
+    if rank != 0:
+        work(engine)
     else:
-        code = work(engine)
-    if code == 0:
-        platform.leave_process()
-    return code
+        options = ServerOptions(
+            model_name=arguments.model_name or Path(arguments.checkpoint).resolve().name,
+            limits=dataclasses.replace(limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)),
+            keys=keys,
+            media_roots=arguments.media_root,
+            remote=RemoteFetcher(seconds=limits.fetch_seconds) if arguments.allow_remote_media else None,
+        )
+        if (code := serve(engine, options, host=arguments.host, port=arguments.port)) != 0:
+            return code
+    platform.leave_process()
+    return 0
 
 
-def work(engine: "Engine") -> int:
+def work(engine: "Engine") -> None:
     """What ranks other than the first do until it closes the engine. Told to stop, they let it finish its answers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.serve_as_worker()
-    return 0
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ class ResponseFormat(_Strict):
 class ChatRequest(_Strict):
     """The body of POST /v1/chat/completions. Null stands for a field's default, as at OpenAI.
 
-    `top_k`, `repetition_penalty`, `beams` and `max_frames` are extensions (`extra_body` of OpenAI's client).
+    What comes from `top_k` to `max_frames` are extensions (`extra_body` of OpenAI's client).
     """
 
     model: StrictStr
@@ -104,6 +104,8 @@ class ChatRequest(_Strict):
     top_k: StrictInt | None = None
     repetition_penalty: Number | None = None
     beams: StrictInt | None = None
+    length_penalty: Number | None = None
+    ignore_end: StrictBool | None = None
     max_frames: StrictInt | None = Field(None, ge=1)
     user: StrictStr | None = None
     response_format: ResponseFormat | None = None
@@ -179,6 +181,8 @@ def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> S
             n=_or(request.n, 1),
             logprobs=_or(request.top_logprobs, 0) if request.logprobs else None,
             beams=beams,
+            length_penalty=_or(request.length_penalty, 1.0),
+            ignore_end=bool(request.ignore_end),
         )
     except ConfigError as error:
         raise RefusalError(str(error), param=_request_field(str(error)), code="invalid_value") from error

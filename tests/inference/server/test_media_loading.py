@@ -5,7 +5,6 @@ import http.server
 import ipaddress
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,9 +19,7 @@ from running_server import RunningServer, running
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher, is_public
-
-sys.path.append(str(Path(__file__).parents[2] / "media"))
-from video_files import clip
+from tests.media.video_files import clip
 
 LIMITS = Limits(media_bytes=400_000, image_pixels=1_000_000, video_frames=5)
 

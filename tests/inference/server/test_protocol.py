@@ -90,11 +90,11 @@ def test_all_options_reach_the_engine(echo: RunningServer, client: openai.OpenAI
     ask(
         client, max_completion_tokens=7, temperature=0.5, top_p=0.9, n=2, stop=["x", "y"], seed=5,
         presence_penalty=0.1, frequency_penalty=0.2, logprobs=True, top_logprobs=3,
-        extra_body={"top_k": 4, "repetition_penalty": 1.1},
+        extra_body={"top_k": 4, "repetition_penalty": 1.1, "length_penalty": 0.5, "ignore_end": True},
     )  # fmt: skip
     assert echo.engine.samplings[-1] == Sampling(
         max_new_tokens=7, temperature=0.5, top_k=4, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1,
-        frequency_penalty=0.2, stop=("x", "y"), seed=5, n=2, logprobs=3,
+        frequency_penalty=0.2, stop=("x", "y"), seed=5, n=2, logprobs=3, length_penalty=0.5, ignore_end=True,
     )  # fmt: skip
 
 
@@ -176,6 +176,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"presence_penalty": 3}, "presence_penalty"),
+    ({"length_penalty": 11}, "length_penalty"),
+    ({"ignore_end": 1}, "ignore_end"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stream": "yes"}, "stream"),

@@ -1,0 +1,77 @@
+"""Whether an answer is right."""
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable
+
+_ARTICLES = {"a", "an", "the"}
+_LETTER_ALONE = re.compile(r"\(?([A-Z])\)?[.:]?", re.IGNORECASE)
+_LETTER_FIRST = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:,](?=\s))")
+_LETTER_NAMED = re.compile(
+    r"""\b(?i:(?:answer|option|choice)(?:\s+is)?|it(?:\s+is|'s))\s*:?\s*
+    (?: \(([A-Za-z])\) | ([A-Za-z])(?=[.)]?\s*$) | ([B-HJ-Z])(?![\w'])
+      | ([AI])(?![\w'])(?!\s+(?!or\b|and\b|but\b|as\b|because\b|since\b)[a-z]) )""",  # A and I may be words
+    re.VERBOSE,
+)
+
+
+def same_digits(answer: str, reference: str) -> bool:
+    """Whether an answer has these digits and no others, in whatever script and however they are grouped."""
+    return digits_of(answer) == digits_of(reference) != ""
+
+
+def digits_of(text: str) -> str:
+    """All digits of a text in their order, as 0-9."""
+    return "".join(str(digit) for char in text if (digit := unicodedata.decimal(char, None)) is not None)
+
+
+def normalized(text: str) -> str:
+    """A text without what answers of one meaning differ in: case, articles, punctuation, spaces, letter width.
+
+    Punctuation inside a word stays (3.5, don't). A text of nothing else is left as it is.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    words = [word.strip(string.punctuation) for word in plain.split()]
+    kept = [word for word in words if word and word not in _ARTICLES]
+    return " ".join(kept) or " ".join(plain.split())
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Whether both are the same when normalised."""
+    return normalized(answer) == normalized(reference)
+
+
+def contains(answer: str, reference: str) -> bool:
+    """Whether the reference's words follow one another in the answer, both normalised."""
+    wanted = normalized(reference)
+    return bool(wanted) and f" {wanted} " in f" {normalized(answer)} "
+
+
+def same_letter(answer: str, reference: str) -> bool:
+    """Whether both choose the same option of a multiple choice."""
+    chosen = choice_letter(answer)
+    return chosen is not None and chosen == choice_letter(reference)
+
+
+def choice_letter(text: str) -> str | None:
+    """The letter of the option that an answer chooses; None where it names none, or several.
+
+    Read are a letter alone (B, (B), B.), a letter that opens the answer (B) a cat, B. a cat), and a named one (the
+    answer is B, Option: (B)). A word that happens to be a letter, as in "A cat", is none.
+    """
+    text = text.strip()
+    if alone := _LETTER_ALONE.fullmatch(text):
+        return alone[1].upper()
+    if first := _LETTER_FIRST.match(text):
+        return first[1] or first[2]
+    named = {match[match.lastindex or 0].upper() for match in _LETTER_NAMED.finditer(text)}
+    return named.pop() if len(named) == 1 else None
+
+
+METRICS: dict[str, Callable[[str, str], bool]] = {
+    "exact": exact_match,
+    "contains": contains,
+    "letter": same_letter,
+}
+"""Metrics by name; each takes an answer and the reference."""

@@ -1,0 +1,138 @@
+"""Held-out questions: chat JSONL whose last assistant turn is the right answer."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.data.records import parse_record
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.answering import Answerer, Reply
+from megatron_vita.evaluation.grading import METRICS
+from megatron_vita.evaluation.results import ResultLog, Row, Task, run_tasks
+from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests import Sampling
+from megatron_vita.text.conversation import TextPart, check_messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A question: the turns before the answer, files of their media, the right answer, and its group ("" for none)."""
+
+    messages: list[dict[str, Any]]
+    images: list[Path]
+    videos: list[Path]
+    reference: str
+    group: str
+
+    def prompt(self) -> Prompt:
+        """With the media's content. DataError for a file that cannot be read."""
+        return Prompt(
+            messages=self.messages,
+            images=[MediaFile.read(path) for path in self.images],
+            videos=[MediaFile.read(path) for path in self.videos],
+        )
+
+
+def read_questions(path: Path, *, media: Path, group: str | None) -> list[HeldOut]:
+    """All questions of a chat JSONL, media relative to `media`, groups in field `group`.
+
+    DataError, with file and line, for a sample that is wrong or has no answer.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    named = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    questions = [_question(line, name, media=media, group=group) for name, line in named]
+    if not questions:
+        raise DataError(f"{path} has no questions")
+    return questions
+
+
+def _question(line: bytes, name: str, *, media: Path, group: str | None) -> HeldOut:
+    sample = parse_record(line, name)
+    try:
+        turns = check_messages(sample)
+        if group is not None and group not in sample:
+            raise DataError(f"no field {group}, by which answers are grouped, among {sorted(sample)}")
+        last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+        if last != len(turns) - 1 or last == 0:
+            raise DataError(f"the roles are {[turn.role for turn in turns]}: a question and last its answer are needed")
+        reference = "".join(part.text for part in turns[last].parts if isinstance(part, TextPart)).strip()
+        if not reference:
+            raise DataError("the last assistant turn is empty: it must hold the right answer")
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    return HeldOut(
+        messages=sample["messages"][:last],
+        images=[media / file for file in sample["images"]],
+        videos=[media / file for file in sample["videos"]],
+        reference=reference,
+        group=str(sample[group]) if group is not None else "",
+    )
+
+
+def run_questions(
+    answerer: Answerer,
+    questions: Sequence[HeldOut],
+    *,
+    metric: str,
+    folder: Path,
+    max_new_tokens: int,
+    settings: Row,
+) -> dict[str, Any]:
+    """Answers what `folder` does not have yet, writes answers.jsonl and its report, and gives the report."""
+    if metric not in METRICS:
+        raise ConfigError(f"metric is {metric!r}; known: {', '.join(METRICS)}")
+    log = ResultLog(folder / "answers.jsonl", settings=settings | {"max_new_tokens": max_new_tokens})
+
+    def task(index: int, question: HeldOut) -> Task:
+        def row(reply: Reply) -> Row:
+            answered = {"answer": reply.text.strip(), "reference": question.reference}
+            return {"question": question.messages[-1]["content"], "group": question.group, **answered}
+
+        return Task(key=str(index), prompt=question.prompt, row=row)
+
+    rows = run_tasks(
+        [task(index, question) for index, question in enumerate(questions)],
+        answerer=answerer,
+        log=log,
+        sampling=Sampling(max_new_tokens=max_new_tokens),
+        title="questions",
+        unit="question",
+    )
+    return write_report(rows, metric=metric, folder=folder, settings=settings)
+
+
+def write_report(rows: Sequence[Row], *, metric: str, folder: Path, settings: Row) -> dict[str, Any]:
+    """Writes report.json and report.md: right answers by group, and over all."""
+    rights = ["error" not in row and METRICS[metric](row["answer"], row["reference"]) for row in rows]
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for row, right in zip(rows, rights, strict=True):
+        groups[row["group"]].append(right)
+    groups.pop("", None)
+    report = {
+        "metric": metric,
+        "refused": sum("error" in row for row in rows),
+        "all": _score(rights),
+        "groups": {name: _score(of_group) for name, of_group in groups.items()},
+        "settings": settings,
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
+    return report
+
+
+def _score(rights: Sequence[bool]) -> Row:
+    return {"right": sum(rights), "asked": len(rights), "share": sum(rights) / len(rights)}
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    lines = [f"# Held-out questions ({report['metric']})", "", "| group | right | asked | share |", "|---|---|---|---|"]
+    for name, score in (("**all**", report["all"]), *report["groups"].items()):
+        lines.append(f"| {name} | {score['right']} | {score['asked']} | {100 * score['share']:.1f} % |")
+    lines += ["", f"{report['refused']} prompts were refused; they count as wrong."]
+    return "\n".join(lines) + "\n"

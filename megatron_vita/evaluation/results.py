@@ -1,0 +1,91 @@
+"""Results on disk, a line each as soon as it is there, and the work that they spare after a restart."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.answering import Answerer, Reply
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
+
+Row = dict[str, Any]
+
+
+class ResultLog:
+    """A JSONL file of rows, each with a key. Of rows with the same key the last counts."""
+
+    def __init__(self, path: Path, *, settings: Mapping[str, Any] | None = None) -> None:
+        """Takes up what is there. `settings` are kept beside it; ConfigError where they are others than before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if settings is not None:
+            _check_settings(path.with_suffix(".settings.json"), json.loads(json.dumps(settings)))
+        self.rows = _read_rows(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, key: str, row: Row) -> None:
+        """Keeps a row."""
+        self._file.write(json.dumps({"key": key, **row}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.rows[key] = row
+
+    def is_done(self, key: str) -> bool:
+        """Whether this was answered; what was refused is to be asked again."""
+        return key in self.rows and "error" not in self.rows[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A prompt, made when its turn comes, and the row that a reply to it becomes. `work` is what progress counts."""
+
+    key: str
+    prompt: Callable[[], Prompt]
+    row: Callable[[Reply], Row]
+    work: int = 1
+
+
+def run_tasks(
+    tasks: Sequence[Task], *, answerer: Answerer, log: ResultLog, sampling: Sampling, title: str, unit: str
+) -> list[Row]:
+    """Answers what the log does not have yet; gives the rows of all tasks. A refused prompt's row has an `error`."""
+    missing = [task for task in tasks if not log.is_done(task.key)]
+    work = sum(task.work for task in tasks)
+    with tqdm(total=work, initial=work - sum(t.work for t in missing), desc=title, unit=unit, smoothing=0.1) as bar:
+        replies = answerer.answers((task.prompt() for task in missing), sampling=sampling)
+        for task, reply in zip(missing, replies, strict=True):
+            log.add(task.key, task.row(reply) | ({"error": reply.error} if reply.error else {}))
+            bar.update(task.work)
+    return [log.rows[task.key] for task in tasks]
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise ConfigError(
+                f"{path}: the results there were made with {name} {before.get(name)!r}, and now it is "
+                f"{settings.get(name)!r}: choose another folder"
+            )
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _read_rows(path: Path) -> dict[str, Row]:
+    """Rows by key. A last line that a kill cut short is taken off the file."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        content = content[: content.rfind(b"\n") + 1]
+        path.write_bytes(content)
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(content.decode().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows[row.pop("key")] = row
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{path}:{number}: {line!r:.80} is no row of results: {error!r}") from error
+    return rows

@@ -1,0 +1,33 @@
+"""A conversation: earlier turns with their media, and what is shown with the next question."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vita.inference.prompt import MediaFile, Prompt
+
+
+@dataclass
+class Conversation:
+    """Turns so far. `images` and `videos` are of those turns, `next_images` and `next_videos` of the next question."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[MediaFile] = field(default_factory=list)
+    videos: list[MediaFile] = field(default_factory=list)
+    next_images: list[MediaFile] = field(default_factory=list)
+    next_videos: list[MediaFile] = field(default_factory=list)
+
+    def ask(self, question: str) -> Prompt:
+        """The prompt of the next question after all earlier turns; `keep` makes it one of them."""
+        asked = Prompt.ask(question, images=self.next_images, videos=self.next_videos)
+        return Prompt(
+            messages=[*self.messages, *asked.messages],
+            images=[*self.images, *asked.images],
+            videos=[*self.videos, *asked.videos],
+        )
+
+    def keep(self, prompt: Prompt, answer: str) -> None:
+        """Makes a prompt of `ask` and its answer earlier turns. Without an answer there is no turn."""
+        if answer:
+            self.messages = [*prompt.messages, {"role": "assistant", "content": answer}]
+            self.images, self.videos = list(prompt.images), list(prompt.videos)
+            self.next_images, self.next_videos = [], []

@@ -1,0 +1,154 @@
+"""Answers from a running server by OpenAI's chat completions protocol: ours, or any other that speaks it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import httpx2
+import openai
+
+from megatron_vita.errors import RefusedError, ServerError
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
+from megatron_vita.media.data_urls import data_url
+from megatron_vita.text.conversation import TextPart, check_messages
+
+KEY_VARIABLES = ("VITA_API_KEY", "OPENAI_API_KEY")
+_CONNECT_SECONDS, _ANSWER_SECONDS = 10, 3600  # a prompt of a million tokens may be read for minutes
+_OF_THE_PROMPT = (400, 413, 422)
+_STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "seed", "n")
+_BEYOND = ("top_k", "repetition_penalty", "beams", "length_penalty", "ignore_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenText:
+    """A token of an answer with its log-probability, and the likeliest ones in its place."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPiece:
+    """What came of one of the answers; `choice` says of which."""
+
+    choice: int = 0
+    text: str = ""
+    tokens: tuple[TokenText, ...] = ()  # where log-probabilities were asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A whole answer; `prompt_tokens` is None where the server does not tell."""
+
+    text: str
+    prompt_tokens: int | None
+
+
+class ChatServer:
+    """A server at `base_url` (such as http://localhost:8000/v1), with the key in the environment (KEY_VARIABLES)."""
+
+    def __init__(self, base_url: str, *, model: str | None = None) -> None:
+        """`model` None takes the first one that the server lists. Nothing is sent yet."""
+        if not base_url.startswith(("http://", "https://")):
+            raise ServerError(f"the server's URL is {base_url!r}: it must start with http:// or https://")
+        self.base_url = base_url
+        self._model = model
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=next(filter(None, map(os.environ.get, KEY_VARIABLES)), "none"),
+            timeout=openai.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
+        )
+
+    @cached_property
+    def model(self) -> str:
+        """The name of the model that answers. ServerError if the server lists none."""
+        if self._model is not None:
+            return self._model
+        with self._errors():
+            for model in self._client.models.list():
+                return model.id
+        raise ServerError(f"{self.base_url} lists no model: name one")
+
+    def complete(self, prompt: Prompt, *, sampling: Sampling) -> Completion:
+        """The first answer. RefusedError if the prompt is at fault, ServerError for all else."""
+        with self._errors():
+            response = self._client.chat.completions.create(**self._request(prompt, sampling))
+        usage = response.usage
+        return Completion(
+            text=response.choices[0].message.content or "",
+            prompt_tokens=usage.prompt_tokens if usage is not None else None,
+        )
+
+    def stream(self, prompt: Prompt, *, sampling: Sampling) -> Iterator[TextPiece]:
+        """Answers piece by piece. Leaving the iterator ends the request, and so the server's work on it."""
+        request = self._request(prompt, sampling)
+        with self._errors(), self._client.chat.completions.create(**request, stream=True) as chunks:
+            for chunk in chunks:
+                for choice in chunk.choices:
+                    scored = choice.logprobs.content if choice.logprobs else None
+                    yield TextPiece(
+                        choice=choice.index,
+                        text=choice.delta.content or "",
+                        tokens=tuple(map(_token_text, scored or ())),
+                    )
+
+    def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+        return {"model": self.model, "messages": openai_messages(prompt), **openai_options(sampling)}
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except openai.APIStatusError as error:
+            kind = RefusedError if error.status_code in _OF_THE_PROMPT else ServerError
+            raise kind(f"{self.base_url} answers {error.status_code}: {_reason(error)}") from error
+        except (openai.OpenAIError, httpx2.HTTPError) as error:
+            raise ServerError(f"{self.base_url}: {error.__cause__ or error}") from error
+
+
+def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    """A prompt's messages with its media as data URLs, in the places that they have in it. DataError if it is wrong."""
+    sample = {"messages": prompt.messages, "images": list(prompt.images), "videos": list(prompt.videos)}
+    files = {"image": iter(prompt.images), "video": iter(prompt.videos)}
+    messages = []
+    for turn in check_messages(sample, needs_answer=False):
+        parts: list[dict[str, Any]] = []
+        for part in turn.parts:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+            else:
+                kind: Literal["image", "video"] = "video" if part.kind == "video" else "image"
+                url = data_url(next(files[kind]).data, kind)
+                parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        content = "".join(texts) if len(texts) == len(parts) else parts  # plain text: some servers want no list
+        messages.append({"role": turn.role, "content": content})
+    return messages
+
+
+def openai_options(sampling: Sampling) -> dict[str, Any]:
+    """Sampling in the protocol's words. What it has no words for goes along by our names where it is no default."""
+    options: dict[str, Any] = {name: getattr(sampling, name) for name in _STANDARD}
+    options |= {"max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop) or openai.omit}
+    if sampling.logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+    defaults = Sampling()
+    beyond = {name: getattr(sampling, name) for name in _BEYOND if getattr(sampling, name) != getattr(defaults, name)}
+    return options | ({"extra_body": beyond} if beyond else {})
+
+
+def _token_text(token: Any) -> TokenText:
+    likeliest = tuple((other.token, other.logprob) for other in token.top_logprobs or ())
+    return TokenText(text=token.token, logprob=token.logprob, likeliest=likeliest)
+
+
+def _reason(error: openai.APIStatusError) -> str:
+    """The message in an error's body, or the body's beginning."""
+    body = error.body
+    message = body.get("message") if isinstance(body, dict) else None
+    return str(message or error.response.text)[:500]

@@ -1,0 +1,106 @@
+"""One new token of each of several sequences, in few shapes, so that CUDA graphs can replay the forward pass."""
+
+import torch
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.inference.attention import DecodeAttention
+from megatron_vita.inference.block_pool import SCRATCH_BLOCK
+from megatron_vita.inference.cache import KeyValueCache
+from megatron_vita.model.backends import rotary_angles
+from megatron_vita.model.language import LanguageModel
+from megatron_vita.parallel import groups
+
+_FIELDS = ("ids", "positions", "slots", "lengths")
+
+
+class Batch:
+    """The inputs of a forward pass over `size` sequences, at fixed addresses."""
+
+    def __init__(self, size: int, *, blocks: int) -> None:
+        device = platform.device()
+        self.host = torch.zeros(len(_FIELDS), size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(len(_FIELDS), size, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(size, blocks, dtype=torch.int32, device=device)
+        self.shown: list[tuple[int, int]] = [(-1, 0)] * size  # which sequence's table a row has, and how much of it
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+
+    def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
+        """Brings the table of a row up to date."""
+        shown, count = self.shown[row]
+        first = count if shown == sequence else 0
+        if first < len(blocks):
+            self.tables[row, first : len(blocks)] = blocks[first:].int().to(self.tables.device)
+        self.shown[row] = (sequence, len(blocks))
+
+
+class Decoder:
+    """Runs batches of new tokens, in sizes that are powers of two."""
+
+    def __init__(self, model: LanguageModel, cache: KeyValueCache, *, max_blocks: int, graphs: bool) -> None:
+        self.model, self.cache, self.max_blocks = model, cache, max_blocks
+        self.graphs = graphs and platform.on_cuda()
+        self._batches: dict[int, Batch] = {}
+
+    def run(self, rows: list[tuple[int, int, int]], *, tables: dict[int, Tensor]) -> Tensor:
+        """Logits [B, V] after rows of (sequence, token, its position), whose blocks are in `tables`."""
+        batch = self._batch_for(len(rows))
+        layout = self.cache.layout
+        batch.host.zero_()  # rows of padding: no keys, and written to the scratch block
+        for row, (sequence, token, position) in enumerate(rows):
+            blocks = tables[sequence]
+            batch.set_table(row, sequence, blocks)
+            _, slot = layout.slots(torch.tensor([position]), blocks)
+            kept = int(slot[0]) if len(slot) else SCRATCH_BLOCK * layout.page_tokens
+            batch.host[:, row] = torch.tensor([token, position, kept, layout.held(position + 1)])
+        batch.device.copy_(batch.host, non_blocking=True)
+        return self._forward_or_replay(batch)[: len(rows)]
+
+    def forget(self, sequence: int) -> None:
+        """The number of a sequence whose blocks have changed, or which has ended."""
+        for batch in self._batches.values():
+            batch.shown = [(-1, 0) if shown[0] == sequence else shown for shown in batch.shown]
+
+    def close(self) -> None:
+        """Drops the graphs: a process group cannot be left while they hold its operations."""
+        self._batches.clear()
+
+    def _batch_for(self, rows: int) -> Batch:
+        size = 1 << (rows - 1).bit_length()
+        if size not in self._batches:
+            self._batches[size] = Batch(size, blocks=self.max_blocks)
+        return self._batches[size]
+
+    def _forward_or_replay(self, batch: Batch) -> Tensor:
+        if not self.graphs:
+            return self._forward(batch)
+        if batch.graph is None:
+            self._capture(batch)
+        assert batch.graph is not None
+        assert batch.logits is not None
+        batch.graph.replay()
+        return batch.logits
+
+    def _capture(self, batch: Batch) -> None:
+        """Records the forward pass. It has run once before, so that kernels are compiled and buffers made."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        batch.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(batch.graph, capture_error_mode="thread_local"):
+            batch.logits = self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        ids, positions, slots, lengths = batch.device
+        attention = DecodeAttention(
+            cache=self.cache, cp_group=groups.context_group(), tables=batch.tables, lengths=lengths.int(), slots=slots
+        )
+        hidden = self.model.run_layers(
+            self.model.embed_rows(ids),
+            attention=attention,
+            angles=rotary_angles(positions, self.model.inverse_frequencies),
+        )
+        return self.model.project(hidden.squeeze(1))

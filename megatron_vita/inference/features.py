@@ -1,0 +1,112 @@
+"""Feature rows of tiles: each tile is encoded once, by one rank, in the step that computes its first placeholder."""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.config import Recipe
+from megatron_vita.data.form import DocumentFormat
+from megatron_vita.inference.step import PiecePlan, SequenceStart
+from megatron_vita.inference.tiles import TileDecoder, TileKey
+from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.media.normalize import normalize
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+from megatron_vita.parallel.collectives import concatenate_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRows:
+    """Rows [m, H] and the places [m] of the step's pack that they overwrite; what is wrong with which sequence."""
+
+    rows: Tensor
+    places: Tensor
+    failed: dict[int, str]
+
+
+class FeatureSource:
+    """Encodes the tiles of a step's pieces over all ranks."""
+
+    def __init__(self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat) -> None:
+        self.model, self.form = model, form
+        self.normalization = recipe.media.normalization
+        self.rows_per_tile = form.vision.image_token_length
+        self.decoder = TileDecoder(form)
+        self._sequences: dict[int, SequenceStart] = {}
+        self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
+
+    def add(self, start: SequenceStart) -> None:
+        """A sequence whose pieces will come."""
+        self._sequences[start.sequence] = start
+        self.decoder.add(start)
+
+    def forget(self, sequence: int) -> None:
+        """A sequence that has ended."""
+        self._sequences.pop(sequence, None)
+        self.decoder.forget(sequence)
+        for key in [key for key in self._left if key[0] == sequence]:
+            del self._left[key]
+
+    def of_pieces(self, pieces: list[PiecePlan], places: list[int]) -> FeatureRows | None:
+        """The feature rows of pieces that begin at `places` of the pack; None where they have no tiles. Collective."""
+        tiles = list(chain.from_iterable(map(self._tiles_of, pieces)))
+        if not tiles or not self.model.encodes:
+            return None
+        new = [tile for tile in tiles if tile not in self._left]
+        features, failed = self._encode(new)
+        known = self._left | dict(zip(new, features, strict=True))
+        rows, targets = [], []
+        for piece, place in zip(pieces, places, strict=True):
+            for key in self._tiles_of(piece):
+                begin = int(self._sequences[piece.sequence].placements[key[1]])
+                first, last = max(begin, piece.start), min(begin + self.rows_per_tile, piece.stop)
+                rows.append(known[key][first - begin : last - begin])
+                targets.append(torch.arange(first, last) - piece.start + place)
+                if begin + self.rows_per_tile > piece.stop:
+                    self._left[key] = known[key].clone()
+                else:
+                    self._left.pop(key, None)
+        return FeatureRows(rows=torch.cat(rows), places=torch.cat(targets), failed=failed)
+
+    def prefetch(self, piece: PiecePlan) -> None:
+        """Begins to decode this rank's tiles of a piece that will probably come alone."""
+        ends = self._sequences[piece.sequence].placements + self.rows_per_tile
+        tiles = [key for key in self._tiles_of(piece) if ends[key[1]] > piece.start + self.rows_per_tile]
+        if tiles and self.model.encodes:
+            self.decoder.prefetch([tiles[i] for i in self._hands(tiles)[groups.rank_layout().tile_rank]])
+
+    def _tiles_of(self, piece: PiecePlan) -> list[TileKey]:
+        """Tiles that have placeholders in a piece."""
+        placements = self._sequences[piece.sequence].placements
+        first = int(np.searchsorted(placements, piece.start - self.rows_per_tile, side="right"))
+        last = int(np.searchsorted(placements, piece.stop))
+        return [(piece.sequence, tile) for tile in range(first, last)]
+
+    def _hands(self, tiles: list[TileKey]) -> list[Tensor]:
+        """Which of the tiles each tile rank encodes."""
+        frames = torch.tensor([self._is_frame(*tile) for tile in tiles], dtype=torch.bool)
+        return deal_tiles(frames, groups.rank_layout().tile_ranks)
+
+    def _is_frame(self, sequence: int, tile: int) -> bool:
+        ends = np.cumsum([medium.num_tiles for medium in self._sequences[sequence].media])
+        return self._sequences[sequence].media[int(np.searchsorted(ends, tile, side="right"))].grid is None
+
+    def _encode(self, tiles: list[TileKey]) -> tuple[Tensor, dict[int, str]]:
+        """Features [n, rows, H] of tiles, on every rank, and what is wrong with which sequence."""
+        dtype = self.model.config.params_dtype
+        if not tiles:
+            return torch.empty(0, self.rows_per_tile, self.model.config.hidden_size, dtype=dtype), {}
+        hands, layout = self._hands(tiles), groups.rank_layout()
+        pixels, failed = self.decoder.decode([tiles[i] for i in hands[layout.tile_rank]])
+        own = self.model.encode(
+            normalize(torch.from_numpy(pixels).to(platform.device()), self.normalization, dtype=dtype)
+        )
+        if layout.tile_ranks == 1:
+            return own, failed
+        everything = concatenate_rows(own, counts=[len(hand) for hand in hands], group=groups.tile_group())
+        order = torch.argsort(torch.cat(hands)).to(everything.device)
+        return everything[order], failed

@@ -1,0 +1,216 @@
+"""Which requests are worked on in a step. Rank 0 alone decides; nothing here touches the device.
+
+Each request is promised the blocks that its prompt and its longest answers take before it begins, so that none is ever
+stopped for want of room. Steps with pieces of prompts and steps with new tokens take turns.
+"""
+
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+
+from megatron_vita.inference.block_pool import BlockPool
+from megatron_vita.inference.prompt import PreparedPrompt
+from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
+from megatron_vita.layout.blocks import BlockLayout
+
+
+@dataclass(kw_only=True)
+class Sequence:
+    """Tokens with a place in the cache."""
+
+    number: int
+    blocks: list[int]
+    length: int = 0  # tokens in the cache, or in the step under way
+    next_token: int = -1  # drawn, and not yet in the cache
+
+
+@dataclass(kw_only=True)
+class Request:
+    """A prompt on its way to its answers."""
+
+    number: int
+    prepared: PreparedPrompt
+    sampling: Sampling
+    keys: list[bytes]  # of the prompt's whole blocks
+    cached_tokens: int = 0
+    sequences: list[Sequence] = field(default_factory=list)  # one while the prompt is computed, then one per answer
+    ceiling: int = 0  # blocks that it may come to hold
+    taken: int = 0  # blocks that it has taken or shared so far
+    running: bool = False  # its answers are under way
+
+    @property
+    def width(self) -> int:
+        """Answers that are decoded at a time."""
+        return max(self.sampling.n, self.sampling.beams)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How much is done at a time."""
+
+    chunk_tokens: int
+    busy_chunk_tokens: int  # the same while answers are waiting for their next tokens
+    max_running: int
+    max_context: int
+
+
+class Scheduler:
+    """The waiting, the prompts under way and the answers under way."""
+
+    def __init__(self, pool: BlockPool, *, layout: BlockLayout, policy: Policy) -> None:
+        self.pool, self.layout, self.policy = pool, layout, policy
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []
+        self.running: list[Request] = []
+        self._numbers = itertools.count()
+        self._changes = Step()  # bookkeeping for the next step
+        self._decoded_last = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return bool(self.waiting or self.prefilling or self.running)
+
+    def ceiling_of(self, tokens: int, sampling: Sampling) -> int:
+        """The most blocks that a request can come to hold."""
+        longest = min(tokens + sampling.max_new_tokens, self.policy.max_context)
+        whole = tokens // self.layout.block_tokens
+        width = max(sampling.n, sampling.beams)
+        tail = self.layout.blocks_for(longest) - whole
+        return whole + width * tail + (width if sampling.beams > 1 else 0)  # beams are copied before they end
+
+    def next_step(self) -> Step | None:
+        """What to do next; None if there is nothing to do."""
+        step = None
+        if not (self.running and not self._decoded_last):
+            step = self._prefill()
+        step = step or self._decode()
+        if step is not None:
+            self._decoded_last = bool(step.decode)
+        return step
+
+    def take_changes(self) -> Step:
+        """Bookkeeping that the next step must carry, even where nothing is left to compute."""
+        changes, self._changes = self._changes, Step()
+        return changes
+
+    def end(self, request: Request) -> None:
+        """A request gives back all that it holds, wherever it stands."""
+        for group in (self.waiting, self.prefilling, self.running):
+            if request in group:
+                group.remove(request)
+        for sequence in list(request.sequences):
+            self.end_sequence(request, sequence)
+
+    def end_sequence(self, request: Request, sequence: Sequence) -> None:
+        """One answer of a request needs its tokens no longer."""
+        request.sequences.remove(sequence)
+        self.pool.give_back(sequence.blocks)
+        self._changes.forget.append(sequence.number)
+        if not request.sequences and request in self.running:
+            self.running.remove(request)
+
+    def start_answers(self, request: Request, width: int) -> None:
+        """A prompt is computed: it becomes `width` sequences that share its whole blocks."""
+        self.prefilling.remove(request)
+        self.running.append(request)
+        request.running = True
+        first = request.sequences[0]
+        request.sequences += [self.fork(request, first) for _ in range(width - 1)]
+
+    def fork(self, request: Request, parent: Sequence) -> Sequence:
+        """A sequence with the same tokens: whole blocks are shared, what is left is copied."""
+        whole, rest = divmod(parent.length, self.layout.block_tokens)
+        child = Sequence(number=next(self._numbers), blocks=parent.blocks[:whole], length=parent.length)
+        self.pool.share(child.blocks)
+        if rest:
+            child.blocks += self._take(request, 1)
+            self._changes.copy.append((parent.blocks[whole], child.blocks[whole]))
+        self._changes.tables[child.number] = list(child.blocks)
+        return child
+
+    def remember(self, sequence: Sequence, keys: list[bytes]) -> None:
+        """Whole blocks that are computed can be shared from now on."""
+        whole = sequence.length // self.layout.block_tokens
+        for block, key in zip(sequence.blocks[:whole], keys[:whole], strict=False):
+            self.pool.remember(block, key)
+
+    def _take(self, request: Request, number: int) -> list[int]:
+        request.taken += number
+        return self.pool.take(number)
+
+    def _promised(self) -> int:
+        """Blocks that requests under way may still take."""
+        return sum(max(r.ceiling - r.taken, 0) for r in (*self.prefilling, *self.running))
+
+    def _admit(self) -> None:
+        """Lets requests begin in the order in which they came, but for those that wait for others' blocks."""
+        for request in list(self.waiting):
+            # The last token is always computed, for its logits.
+            keys = request.keys[: (request.prepared.tokens - 1) // self.layout.block_tokens]
+            known = self.pool.known(keys)
+            if any(
+                keys[len(known) : len(known) + 1] == other.keys[len(known) : len(known) + 1] != []
+                for other in self.prefilling
+            ):
+                continue  # what it needs next is being computed
+            answers = sum(r.width for r in (*self.prefilling, *self.running))
+            room = self.pool.available_beside(known) - self._promised()
+            request.ceiling = self.ceiling_of(request.prepared.tokens, request.sampling)
+            if request.ceiling - len(known) > room or (answers and answers + request.width > self.policy.max_running):
+                return
+            self.waiting.remove(request)
+            self._begin(request, known)
+
+    def _begin(self, request: Request, known: list[int]) -> None:
+        self.pool.share(known)
+        request.cached_tokens = len(known) * self.layout.block_tokens
+        request.taken = len(known)
+        more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
+        sequence = Sequence(number=next(self._numbers), blocks=known + more, length=request.cached_tokens)
+        request.sequences = [sequence]
+        self.prefilling.append(request)
+        document = request.prepared.document
+        self._changes.begin.append(
+            SequenceStart(
+                sequence=sequence.number,
+                input_ids=document.input_ids,
+                placements=document.placements,
+                media=document.media,
+                files=request.prepared.files,
+            )
+        )
+        self._changes.tables[sequence.number] = list(sequence.blocks)
+
+    def _prefill(self) -> Step | None:
+        """Pieces of the prompts under way, those with the least left first, so that a short one never waits long."""
+        self._admit()
+        budget = self.policy.busy_chunk_tokens if self.running else self.policy.chunk_tokens
+        pieces = []
+        for request in sorted(self.prefilling, key=lambda r: (_left(r), r.number)):
+            sequence = request.sequences[0]
+            count = min(budget, _left(request))
+            if count == 0:
+                break
+            budget -= count
+            start, sequence.length = sequence.length, sequence.length + count
+            ends = _left(request) == 0
+            pieces.append(PiecePlan(sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends))
+        return Step(prefill=pieces) if pieces else None
+
+    def _decode(self) -> Step | None:
+        rows, grow = [], {}
+        for request in self.running:
+            for sequence in request.sequences:
+                if sequence.length == len(sequence.blocks) * self.layout.block_tokens:
+                    grow[sequence.number] = self._take(request, 1)
+                    sequence.blocks += grow[sequence.number]
+                rows.append((sequence.number, sequence.next_token, sequence.length))
+                sequence.length += 1
+        return Step(decode=rows, grow=grow) if rows else None
+
+
+def _left(request: Request) -> int:
+    """Tokens of the prompt that are not yet computed."""
+    return request.prepared.tokens - request.sequences[0].length

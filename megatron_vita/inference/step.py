@@ -1,0 +1,48 @@
+"""What rank 0 tells all ranks to do: one forward pass, and the bookkeeping that comes with it."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_vita.data.form import Medium
+from megatron_vita.inference.prompt import MediaFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceStart:
+    """A sequence whose prompt is to be computed."""
+
+    sequence: int
+    input_ids: np.ndarray  # int64 [L]
+    placements: np.ndarray  # int64 [N], first placeholder of each tile
+    media: list[Medium]
+    files: list[MediaFile]  # of `media`
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiecePlan:
+    """Tokens `start` to `stop` of a sequence's prompt."""
+
+    sequence: int
+    start: int
+    stop: int
+    ends_prompt: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Either pieces of prompts or one token of each of several sequences is computed; what else is said comes first."""
+
+    forget: list[int] = field(default_factory=list)  # sequences that have ended
+    begin: list[SequenceStart] = field(default_factory=list)
+    tables: dict[int, list[int]] = field(default_factory=dict)  # blocks of sequences, in place of those they had
+    grow: dict[int, list[int]] = field(default_factory=dict)  # blocks that sequences get in addition
+    copy: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy: (from, to)
+    prefill: list[PiecePlan] = field(default_factory=list)
+    decode: list[tuple[int, int, int]] = field(default_factory=list)  # sequence, its next token, that one's position
+    close: bool = False  # the service ends
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not (self.prefill or self.decode)

@@ -1,0 +1,108 @@
+"""Tokens become text as they come, and what was given never has to be taken back."""
+
+from collections.abc import Sequence
+
+from megatron_vita.text.tokenizer import Tokenizer
+
+_UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_WINDOW = 8
+"""Tokens with which a window begins anew."""
+_LONGEST_TAIL = 16
+"""Tokens that may wait for the rest of a character or of a run of bytes."""
+_CHARACTER_BYTES = 4
+
+
+class TextStream:
+    """The text of one answer, up to the first stop string.
+
+    All that `push` and `finish` return, joined, is `tokenizer.decode` of all ids, or what of it comes before the stop
+    string that is complete first. Only runs of more than 16 byte-fallback tokens may decode differently where they are
+    no text. Each token decodes a window of a few tokens: those that still wait, after the ones given last, which tell
+    decoders that theirs is not the text's beginning.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.stopped = False  # a stop string came
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._window: list[int] = []
+        self._known = 0  # tokens of the window whose text was given
+        self._known_length = 0  # characters of that text, as the window begins with it
+        self._held = ""  # may be the beginning of a stop string
+
+    def push(self, token_id: int) -> str:
+        """The text that this token adds for sure."""
+        if self.stopped or (token_id in self._tokenizer.special_ids and not self._keeps_apart()):
+            return ""
+        self._window.append(token_id)
+        return self._until_stop(self._decode_window())
+
+    def finish(self) -> str:
+        """What is left when no token follows."""
+        if self.stopped:
+            return ""
+        text = self._until_stop(self._tokenizer.decode(self._window)[self._known_length :])
+        rest, self._held = self._held, ""
+        self._window, self._known, self._known_length = [], 0, 0
+        return text + rest
+
+    def _keeps_apart(self) -> bool:
+        """Whether a special token after the window may change how what follows decodes."""
+        if not self._window:
+            return False
+        last = self._window[-1]
+        return last not in self._tokenizer.special_ids and last not in self._tokenizer.byte_ids
+
+    def _decode_window(self) -> str:
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(_UNDECODABLE) or self._window[-1] in self._tokenizer.byte_ids:
+            return self._shorten_window(text) if len(self._window) - self._known >= _LONGEST_TAIL else ""
+        new = text[self._known_length :]
+        if new:
+            if len(self._window) >= _LONGEST_WINDOW and self._known:
+                self._window = self._window[self._known :]
+                text = self._tokenizer.decode(self._window)
+            self._known, self._known_length = len(self._window), len(text)
+        return new
+
+    def _shorten_window(self, text: str) -> str:
+        """Gives the part of a long tail that further bytes cannot change."""
+        cut = self._cut(text)
+        new = self._tokenizer.decode(self._window[:cut])[self._known_length :]
+        self._window, self._known, self._known_length = self._window[cut:], 0, 0
+        return new
+
+    def _cut(self, text: str) -> int:
+        """Tokens of the window after which its text can be cut: a character's end, or else between wrong bytes.
+
+        Wrong bytes are left together where they decode together, and the last few, which may begin a character.
+        """
+        certain = len(self._window) - _CHARACTER_BYTES
+        for cut in range(len(self._window), certain, -1):
+            if not self._tokenizer.decode(self._window[:cut]).endswith(_UNDECODABLE):
+                return cut
+        for cut in range(certain, self._known + 1, -1):
+            if self._tokenizer.decode(self._window[:cut]) + self._tokenizer.decode(self._window[cut:]) == text:
+                return cut
+        return self._known + 1
+
+    def _until_stop(self, new: str) -> str:
+        """What of the held text and `new` comes before a stop string and cannot be the beginning of one."""
+        if not self._stop or not new:
+            return new
+        text = self._held + new
+        places = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)[1]]
+        held = self._beginning_of_stop(text)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop string begins."""
+        longest = min(len(text), max(map(len, self._stop)) - 1)
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0

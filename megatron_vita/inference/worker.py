@@ -1,0 +1,201 @@
+"""What every rank does in a step: its part of the forward pass over its part of the cache."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.config import Recipe
+from megatron_vita.data.form import DocumentFormat
+from megatron_vita.inference.attention import PrefillAttention, PromptPiece, held_places
+from megatron_vita.inference.cache import KeyValueCache
+from megatron_vita.inference.decoding import Decoder
+from megatron_vita.inference.features import FeatureSource
+from megatron_vita.inference.partial_attention import PLANNED_KEYS, PLANNED_ROWS
+from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
+from megatron_vita.layout.blocks import bounds_of, pad_to
+from megatron_vita.model.backends import rotary_angles
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Logits [rows, V], one row for each prompt that ended or each decoded token; sequences that failed, and why."""
+
+    logits: Tensor
+    failed: dict[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pack:
+    """Pieces one after another, each padded, and what of them this CP rank computes."""
+
+    pieces: list[PiecePlan]
+    starts: list[int]  # of the pieces in the pack
+    held: Tensor  # [T] places in the order of rows gathered over CP
+    mine: Tensor  # [t] places that this rank computes
+    ids: Tensor  # [T]
+    positions: Tensor  # [T] of each place in its sequence
+
+    def local_rows(self, places: Tensor) -> Tensor:
+        """The rows of this rank that compute places of the pack; -1 where another rank does."""
+        row = torch.full((len(self.ids),), -1)
+        row[self.mine] = torch.arange(len(self.mine))
+        return row[places]
+
+
+class Worker:
+    """Weights, cache and sequences of one rank. All ranks are given the same steps."""
+
+    def __init__(
+        self,
+        model: VitaModel,
+        cache: KeyValueCache,
+        *,
+        recipe: Recipe,
+        form: DocumentFormat,
+        max_blocks: int,
+        graphs: bool = True,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.features = FeatureSource(model, recipe=recipe, form=form)
+        self.decoder = Decoder(model.language_model, cache, max_blocks=max_blocks, graphs=graphs)
+        self._tables: dict[int, Tensor] = {}
+        self._prompts: dict[int, SequenceStart] = {}
+
+    @torch.no_grad()
+    def execute(self, step: Step) -> StepResult | None:
+        """Does what a step says; None where it computes nothing."""
+        self._keep_books(step)
+        if step.prefill:
+            return self._prefill(step.prefill)
+        if step.decode:
+            return StepResult(logits=self.decoder.run(step.decode, tables=self._tables), failed={})
+        return None
+
+    def _keep_books(self, step: Step) -> None:
+        for sequence in step.forget:
+            self._tables.pop(sequence, None)
+            self._prompts.pop(sequence, None)
+            self.features.forget(sequence)
+            self.decoder.forget(sequence)
+        for start in step.begin:
+            self._prompts[start.sequence] = start
+            self.features.add(start)
+        for sequence, blocks in step.tables.items():
+            self._tables[sequence] = torch.tensor(blocks, dtype=torch.int64)
+            self.decoder.forget(sequence)
+        for sequence, blocks in step.grow.items():
+            self._tables[sequence] = torch.cat([self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)])
+        self.cache.copy_blocks(step.copy)
+
+    def _prefill(self, pieces: list[PiecePlan]) -> StepResult:
+        pack = self._lay_out(pieces)
+        device = platform.device()
+        hidden = self.model.language_model.embed_rows(pack.ids[pack.mine].to(device))  # [t, 1, H]
+        failed = self._write_features(hidden, pack)
+        self._prefetch(pieces)
+        hidden = self.model.language_model.run_layers(
+            hidden,
+            attention=self._attention(pack),
+            angles=rotary_angles(pack.positions[pack.mine].to(device), self.model.language_model.inverse_frequencies),
+        )
+        for piece in pieces:
+            if piece.ends_prompt:
+                self.features.forget(piece.sequence)
+        return StepResult(logits=self._logits(hidden.squeeze(1), pack), failed=failed)
+
+    def _lay_out(self, pieces: list[PiecePlan]) -> _Pack:
+        ranks = groups.rank_layout().cp_size
+        lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
+        bounds = bounds_of(lengths)
+        ids = [
+            F.pad(
+                torch.from_numpy(self._prompts[p.sequence].input_ids[p.start : p.stop]), (0, length - p.stop + p.start)
+            )
+            for p, length in zip(pieces, lengths, strict=True)
+        ]
+        positions = [torch.arange(p.start, p.start + length) for p, length in zip(pieces, lengths, strict=True)]
+        held = held_places(bounds, cp_size=ranks)
+        return _Pack(
+            pieces=pieces,
+            starts=bounds[:-1].tolist(),
+            held=held,
+            mine=held.chunk(ranks)[groups.rank_layout().cp_rank],
+            ids=torch.cat(ids),
+            positions=torch.cat(positions),
+        )
+
+    def _write_features(self, hidden: Tensor, pack: _Pack) -> dict[int, str]:
+        """Overwrites the embeddings [t, 1, H] of placeholders; what is wrong with which sequence, of all ranks."""
+        features = self.features.of_pieces(pack.pieces, pack.starts)
+        if features is None:
+            return {}
+        rows = pack.local_rows(features.places)
+        here = rows >= 0
+        hidden[rows[here].to(hidden.device), 0] = features.rows[here.to(hidden.device)].to(hidden.dtype)
+        group = groups.host_group("train")
+        if group is None:
+            return features.failed
+        reports: list[dict[int, str]] = [{} for _ in range(group.size())]
+        dist.all_gather_object(reports, features.failed, group=group)
+        return {sequence: reason for report in reports for sequence, reason in report.items()}
+
+    def _prefetch(self, pieces: list[PiecePlan]) -> None:
+        """While the device computes, tiles of the piece are decoded that comes next if nothing else does."""
+        last = pieces[-1]
+        end = len(self._prompts[last.sequence].input_ids)
+        if not last.ends_prompt:
+            stop = min(last.stop + last.stop - last.start, end)
+            self.features.prefetch(
+                PiecePlan(sequence=last.sequence, start=last.stop, stop=stop, ends_prompt=stop == end)
+            )
+
+    def _attention(self, pack: _Pack) -> PrefillAttention:
+        layout, device = self.cache.layout, platform.device()
+        pieces, stored, slots = [], [], []
+        bounds = [*pack.starts, len(pack.ids)]
+        for piece, start, stop in zip(pack.pieces, pack.starts, bounds[1:], strict=True):
+            blocks = self._tables[piece.sequence]
+            here, places = layout.slots(torch.arange(piece.start, piece.stop), blocks)
+            stored.append(start + here.nonzero().squeeze(1))
+            slots.append(places)
+            before = blocks[: layout.blocks_for(piece.start)]
+            pieces.append(PromptPiece(start=start, length=stop - start, past=layout.held(piece.start), blocks=before))
+        gathered_row = torch.empty_like(pack.held)
+        gathered_row[pack.held] = torch.arange(len(pack.held))
+        return PrefillAttention(
+            cache=self.cache,
+            pieces=pieces,
+            cp_group=groups.context_group(),
+            held=pack.held.to(device),
+            gathered_row=gathered_row.to(device),
+            stored_rows=torch.cat(stored).to(device),
+            slots=torch.cat(slots).to(device),
+        )
+
+    def _logits(self, hidden: Tensor, pack: _Pack) -> Tensor:
+        """Logits [rows, V] after the prompts that end in this step: hidden [t, H]."""
+        places = [
+            start + piece.stop - piece.start - 1
+            for piece, start in zip(pack.pieces, pack.starts, strict=True)
+            if piece.ends_prompt
+        ]
+        rows = pack.local_rows(torch.tensor(places, dtype=torch.int64))
+        last = hidden.new_zeros(len(places), hidden.shape[1])
+        here = (rows >= 0).nonzero().squeeze(1)
+        last[here.to(hidden.device)] = hidden[rows[here].to(hidden.device)]
+        if groups.context_group().size() > 1 and places:
+            dist.all_reduce(last, group=groups.context_group())
+        return self.model.language_model.project(last)
+
+
+def _padded(length: int, cp_size: int) -> int:
+    """A piece's length with padding: for the zigzag of CP, and to what cuDNN takes where it is long."""
+    multiple = 2 * cp_size if cp_size > 1 else 1
+    return pad_to(length, math.lcm(PLANNED_ROWS, multiple) if length >= PLANNED_KEYS else multiple)

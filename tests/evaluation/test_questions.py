@@ -1,0 +1,129 @@
+"""Held-out questions: samples, metrics, groups, restarts."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.evaluation.answering import Reply
+from megatron_vita.evaluation.questions import read_questions, run_questions
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
+
+
+class Says:
+    """Answers in this order; None is a refusal, and what is beyond the end a kill."""
+
+    def __init__(self, *texts: str | None) -> None:
+        self.texts = list(texts)
+        self.prompts: list[Prompt] = []
+
+    def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+        for prompt in prompts:
+            if not self.texts:
+                raise KeyboardInterrupt
+            self.prompts.append(prompt)
+            text = self.texts.pop(0)
+            yield Reply(error="no") if text is None else Reply(text=text)
+
+
+def sample(question: str, answer: str, **fields: object) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **fields}
+
+
+def write(path: Path, *samples: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in samples))
+    return path
+
+
+def run(folder: Path, path: Path, answerer: Says, metric: str = "exact", group: str | None = None) -> dict:
+    questions = read_questions(path, media=path.parent, group=group)
+    return run_questions(answerer, questions, metric=metric, folder=folder, max_new_tokens=8, settings={"model": "m"})
+
+
+def test_answers_are_counted_by_group_and_over_all(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        sample("color?", "red", kind="color"),
+        sample("color?", "blue", kind="color"),
+        sample("shape?", "circle", kind="shape"),
+    )
+    report = run(tmp_path / "out", path, Says("Red.", "green", "a circle"), group="kind")
+    assert report["all"]["right"] == 2
+    assert report["groups"]["color"] == {"right": 1, "asked": 2, "share": 0.5}
+    assert report["groups"]["shape"] == {"right": 1, "asked": 1, "share": 1.0}
+    assert "| color | 1 | 2 | 50.0 % |" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("metric", "right"), [("exact", 1), ("contains", 3), ("letter", 2)])
+def test_the_metric_is_the_one_named(tmp_path: Path, metric: str, right: int) -> None:
+    path = write(tmp_path / "a.jsonl", *[sample("which?", "B")] * 4)
+    answerer = Says("b", "it is B", "(C) a cat", "perhaps b or c")
+    assert run(tmp_path / "out", path, answerer, metric)["all"]["right"] == right
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    path, answerer = write(tmp_path / "a.jsonl", sample("which?", "B")), Says()
+    with pytest.raises(ConfigError, match="known: exact, contains, letter"):
+        run(tmp_path / "out", path, answerer, "bleu")
+
+
+def test_a_question_comes_with_earlier_turns_and_media_and_without_its_answer(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(b"a cat")
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "<image>what?"},
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "color?"},
+        {"role": "assistant", "content": "black"},
+    ]
+    path = write(tmp_path / "a.jsonl", {"messages": turns, "images": ["cat.png"]})
+    answerer = Says("black")
+    assert run(tmp_path / "out", path, answerer)["all"]["right"] == 1
+    assert answerer.prompts[0].messages == turns[:-1]
+    assert [image.data for image in answerer.prompts[0].images] == [b"a cat"]
+
+
+def test_a_killed_run_asks_only_what_is_missing_or_was_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[sample(f"{n}?", str(n)) for n in range(4)])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", path, Says("0", None))
+    answerer = Says("1", "2", "3")
+    report = run(tmp_path / "out", path, answerer)
+    assert [prompt.messages[0]["content"] for prompt in answerer.prompts] == ["1?", "2?", "3?"]
+    assert (report["all"]["right"], report["refused"]) == (4, 0)
+
+
+def test_a_refused_question_is_wrong_whatever_its_reference(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", sample("which?", "B"))
+    report = run(tmp_path / "out", path, Says(None))
+    assert (report["all"]["right"], report["refused"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (sample("a?", ""), "last assistant turn is empty"),
+        ({"messages": [{"role": "user", "content": "a?"}]}, "no assistant turn"),
+        ({"messages": [*sample("a?", "b")["messages"], {"role": "user", "content": "c?"}]}, "last its answer"),
+        (sample("<image>a?", "b"), "1 places for images"),
+        (sample("a?", "b", color="red"), "no field kind"),
+        ("text", "a sample is a JSON object"),
+    ],
+)
+def test_a_wrong_sample_is_named_by_file_and_line(tmp_path: Path, line: object, message: str) -> None:
+    path = write(tmp_path / "a.jsonl", sample("a?", "b", kind="k"), line)
+    with pytest.raises(DataError, match=message) as caught:
+        read_questions(path, media=tmp_path, group="kind" if isinstance(line, dict) and "color" in line else None)
+    assert "a.jsonl:2" in str(caught.value)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        read_questions(tmp_path / "none.jsonl", media=tmp_path, group=None)
+    path = write(tmp_path / "a.jsonl", sample("<image>a?", "b", images=["none.png"]))
+    with pytest.raises(DataError, match=r"none\.png"):
+        run(tmp_path / "out", path, Says("b"))

@@ -1,0 +1,98 @@
+"""Any TP x CP of a checkpoint gives the answers of one process; a lost rank ends the service instead of hanging it."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import HERE, torchrun
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import store
+from tests.inference.tiny import tiny_engine, tiny_recipe
+
+TP, CP = "tensor_model_parallel_size", "context_parallel_size"
+LAYOUTS = {
+    2: [
+        ({TP: 2}, {}),
+        ({CP: 2}, {}),
+        ({CP: 2}, {"chunk_tokens": 1000, "page_tokens": 16}),
+        ({TP: 2, "vision_tensor_parallel": True}, {}),
+    ],
+    4: [({TP: 2, CP: 2}, {}), ({CP: 4}, {"chunk_tokens": 5, "page_tokens": 2})],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, saved by one process."""
+    platform.initialize_process()
+    folder = tmp_path_factory.mktemp("serving")
+    model = tiny_engine(folder).model
+    return store.save_checkpoint(
+        folder / "checkpoint",
+        step=1,
+        state={"model": store.model_state([model])},
+        manifest={"recipe": dataclasses.asdict(tiny_recipe(folder))},
+        keep=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    file = tmp_path_factory.mktemp("one") / "answers.json"
+    torchrun("serving_worker.py", str(checkpoint), json.dumps({str(file): [{}, {}]}), processes=1)
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("processes", list(LAYOUTS))
+def test_answers_are_those_of_one_process(
+    processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path
+) -> None:
+    files = {str(tmp_path / f"{number}.json"): layout for number, layout in enumerate(LAYOUTS[processes])}
+    torchrun("serving_worker.py", str(checkpoint), json.dumps(files), processes=processes)
+    for file, layout in files.items():
+        found = json.loads(Path(file).read_text())
+        for answer, right in zip(found, expected, strict=True):
+            assert {k: v for k, v in answer.items() if k != "scores"} == {
+                k: v for k, v in right.items() if k != "scores"
+            }, layout
+            assert scores(answer) == pytest.approx(scores(right), abs=1e-5), layout
+    assert [answer["finish"] for answer in expected].count("error") == 1
+
+
+def scores(answer: dict) -> list[float]:
+    return [token["logprob"] for score in answer["scores"] for token in (score["chosen"], *score["likeliest"])]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "steps", "doing"), [({TP: 2}, 5, "busy"), ({CP: 2}, 3, "busy"), ({TP: 2}, 2, "idle")]
+)
+def test_a_lost_rank_is_an_error_at_once(parallel: dict, steps: int, doing: str, tmp_path: Path) -> None:
+    tiny_recipe(tmp_path)  # makes the tokenizer
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(2):  # not by torchrun, which would end the others itself
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(HERE.parents[1]),
+        }  # fmt: skip
+        command = [
+            sys.executable,
+            str(HERE / "lost_rank_worker.py"),
+            str(tmp_path),
+            json.dumps(parallel),
+            str(steps),
+            doing,
+        ]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+    assert ranks[1].wait(timeout=120) == 3
+    assert ranks[0].wait(timeout=60) == 0
+    assert "a rank is gone" in (tmp_path / "error").read_text()
