@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import psutil
@@ -25,9 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield server
 
 
-def test_answers_and_scores_are_those_of_the_engine(
-    server: RunningServer, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_answers_and_scores_are_those_of_the_engine(server: RunningServer, tmp_path: Path) -> None:
     sampling = Sampling(max_new_tokens=8, logprobs=2)
     alone = tiny_engine(tmp_path).generate(prompts(), sampling=sampling)
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
