@@ -24,6 +24,9 @@ _HEAD = 64
 _WITH_INDEX = ("mov", "matroska")
 """Containers whose index tells where key frames are; what others call one may be of guessed places (MPEG-TS)."""
 
+_NO_PROTOCOLS = {"protocol_whitelist": "none"}
+"""Keeps FFmpeg within the file: playlists and session descriptions name other files and hosts, which it would open."""
+
 
 class Coded(NamedTuple):
     """A packet and when its frame is shown, in seconds of the container's clock; some (edited out) are not shown."""
@@ -122,7 +125,7 @@ def open_clip(data: File, name: str) -> Iterator[Clip]:
     Raises DataError, which names the video by `name`, if there is none or it holds no frame.
     """
     try:
-        with av.open(opened(data)) as container:
+        with av.open(opened(data), options=_NO_PROTOCOLS) as container:
             streams = [s for s in container.streams.video if _can_be_shown(s)]
             if not streams:
                 kinds = [stream.type for stream in container.streams]

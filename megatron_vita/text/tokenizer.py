@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -55,6 +56,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; special tokens are left out, or appear by name where `skip_special` is false."""
+
+    @abstractmethod
+    def token_bytes(self, index: int) -> bytes:
+        """The UTF-8 bytes that one token stands for, which may be a part of a character; a special token's name."""
 
     @cached_property
     @abstractmethod
@@ -148,6 +153,20 @@ class HuggingFaceTokenizer(Tokenizer):
         """See Tokenizer."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
+    def token_bytes(self, index: int) -> bytes:
+        """See Tokenizer."""
+        piece = self._backend.id_to_token(index)
+        if piece is None:
+            return b""
+        if index in self.special_ids:
+            return piece.encode()
+        return _spelled_bytes(piece) if self._spells_bytes else _piece_bytes(piece)
+
+    @cached_property
+    def _spells_bytes(self) -> bool:
+        """Whether each character of a vocabulary entry stands for a byte."""
+        return '"ByteLevel"' in json.dumps(json.loads(self._definition)["decoder"])
+
     @cached_property
     def byte_ids(self) -> frozenset[int]:
         """See Tokenizer. `ByteFallback` decoders know these tokens by name."""
@@ -194,11 +213,41 @@ class SentencePieceTokenizer(Tokenizer):
             return self._processor.decode(ids)
         return "" if skip_special else "".join(self._names[index] for index in ids)
 
+    def token_bytes(self, index: int) -> bytes:
+        """See Tokenizer."""
+        if index in self.special_ids:
+            return self._names[index].encode()
+        return _piece_bytes(self._processor.id_to_piece(index)) if index < self._processor.vocab_size() else b""
+
     @cached_property
     def fingerprint(self) -> str:
         """See Tokenizer."""
         names = json.dumps(self._special_ids, sort_keys=True)
         return hashlib.sha256(self._model + names.encode()).hexdigest()
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, others stand from U+0100 on in order."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_CHARACTERS = _byte_characters()
+
+
+def _spelled_bytes(piece: str) -> bytes:
+    """The bytes of an entry of a byte-level vocabulary; what was added to it as ordinary text is that text."""
+    if not all(character in _BYTE_CHARACTERS for character in piece):
+        return piece.encode()
+    return bytes(_BYTE_CHARACTERS[character] for character in piece)
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes of a SentencePiece entry: `<0x0A>` is a byte, and the lower one eighth block a space."""
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(byte.group(1))
+    return piece.replace("\u2581", " ").encode()
 
 
 def _runs(ids: Iterable[int], special_ids: frozenset[int]) -> list[list[int]]:

@@ -206,3 +206,9 @@ def test_damaged_bytes_raise_nothing_but_data_errors(file_format: str) -> None:
         except DataError as error:
             messages.append(str(error))
     assert all(message.startswith("clip: ") for message in messages)
+
+
+def test_a_file_that_names_another_place_to_read_from_is_refused_unopened() -> None:
+    session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    with pytest.raises(DataError, match="Invalid data"):  # and not: timed out, after waiting at port 5004
+        probe_video(session + b"a=rtpmap:96 H264/90000\n", "session.sdp")

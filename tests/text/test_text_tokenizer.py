@@ -128,6 +128,16 @@ def test_texts_encoded_one_by_one_decode_to_the_texts_joined(tokenizer: Tokenize
     assert tokenizer.decode([index for piece in pieces for index in tokenizer.encode(piece)]) == "".join(pieces)
 
 
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_bytes_of_tokens_joined_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_a_special_token_stands_for_its_name_and_an_id_beyond_all_for_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token_bytes(tokenizer.end_of_turn_id) == b"<|im_end|>"
+    assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
+
+
 def test_empty_text_has_no_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""

@@ -1,0 +1,115 @@
+"""Answers in OpenAI's form: one JSON object, or chunks of a stream of server-sent events."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vita.inference.requests import AnswerPiece, ScoredToken, TokenScore
+from megatron_vita.inference.server.interface import PreparedPrompt, Usage
+
+TokenBytes = Callable[[int], bytes]
+"""What a token stands for: some tokens are parts of a character."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerForm:
+    """What all chunks of an answer share."""
+
+    model: str
+    prepared: PreparedPrompt
+    token_bytes: TokenBytes
+    with_logprobs: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def chunk(self, choices: Iterable[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+        """A `chat.completion.chunk`."""
+        return self._head("chat.completion.chunk") | {"choices": list(choices)} | extra
+
+    def opening(self, n: int) -> dict[str, Any]:
+        """The first chunk, which tells the role of all `n` choices and what was sampled from the videos."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        choices = [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(n)]
+        return self.chunk(choices, **self._videos())
+
+    def continuation(self, piece: AnswerPiece) -> dict[str, Any] | None:
+        """The chunk of a piece; None where it tells nothing."""
+        if not (piece.text or piece.finish or piece.scores):
+            return None
+        choice = {
+            "index": piece.choice,
+            "delta": {"content": piece.text} if piece.text or piece.scores else {},
+            "logprobs": self._logprobs(piece.scores) if piece.scores else None,
+            "finish_reason": piece.finish,
+        }
+        return self.chunk([choice])
+
+    def completion(self, pieces: Iterable[AnswerPiece], *, n: int, usage: Usage) -> dict[str, Any]:
+        """The `chat.completion` of all pieces."""
+        choices = [_Choice() for _ in range(n)]
+        for piece in pieces:
+            choices[piece.choice].add(piece)
+        listed = [
+            {
+                "index": i,
+                "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+                "logprobs": self._logprobs(choice.scores) if self.with_logprobs else None,
+                "finish_reason": choice.finish,
+            }
+            for i, choice in enumerate(choices)
+        ]
+        return self._head("chat.completion") | {"choices": listed, "usage": usage_object(usage)} | self._videos()
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+
+    def _videos(self) -> dict[str, Any]:
+        """The extension `videos`: of each video its duration and the moments that were looked at, in seconds."""
+        videos = [{"name": v.name, "duration": v.duration, "times": list(v.times)} for v in self.prepared.videos]
+        return {"videos": videos} if videos else {}
+
+    def _logprobs(self, scores: Sequence[ScoredToken]) -> dict[str, Any]:
+        content = [
+            self._token(score.chosen) | {"top_logprobs": [self._token(other) for other in score.likeliest]}
+            for score in scores
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, score: TokenScore) -> dict[str, Any]:
+        data = self.token_bytes(score.token_id)
+        # JSON has no minus infinity; OpenAI's documents give -9999.0 for tokens that are next to impossible.
+        return {
+            "token": data.decode(errors="replace"),
+            "bytes": list(data),
+            "logprob": max(score.logprob, -9999.0),
+        }
+
+
+@dataclass
+class _Choice:
+    texts: list[str] = field(default_factory=list)
+    scores: list[ScoredToken] = field(default_factory=list)
+    finish: str | None = None
+
+    def add(self, piece: AnswerPiece) -> None:
+        self.texts.append(piece.text)
+        self.scores += piece.scores
+        self.finish = piece.finish or self.finish
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

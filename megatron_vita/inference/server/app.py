@@ -1,0 +1,142 @@
+"""The server's paths."""
+
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from megatron_vita.inference.server.access import RequireKey
+from megatron_vita.inference.server.chat import ChatEndpoint
+from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.media import MediaLoader
+from megatron_vita.inference.server.metrics import Metrics
+from megatron_vita.inference.server.refusals import RefusalError
+from megatron_vita.inference.server.remote import RemoteFetcher
+from megatron_vita.inference.server.service import EngineService
+
+_PAGE = Path(__file__).with_name("page.html")
+_PREPARING_THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What is served, to whom, and how much of it."""
+
+    model_name: str
+    limits: Limits = Limits()
+    keys: Sequence[str] = ()
+    media_roots: Sequence[Path] = ()
+    remote: RemoteFetcher | None = None
+
+
+def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
+    """The application. It starts the service and stops it; `state.chat` is the chat endpoint."""
+    pool = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+    metrics = Metrics(service)
+    media = MediaLoader(limits=options.limits, pool=pool, roots=options.media_roots, remote=options.remote)
+    chat = ChatEndpoint(
+        service=service,
+        limits=options.limits,
+        media=media,
+        metrics=metrics,
+        pool=pool,
+        model_name=options.model_name,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    # The pages that document an API load scripts from elsewhere, so there are none.
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.state.chat = chat
+    app.router.routes.append(Route("/v1/chat/completions", endpoint=chat, methods=["POST"]))
+    _add_small_paths(app, service=service, chat=chat, metrics=metrics)
+    app.add_exception_handler(HTTPException, _http_error)
+    if options.keys:
+        app.add_middleware(RequireKey, keys=options.keys)
+    return app
+
+
+def _add_small_paths(app: FastAPI, *, service: EngineService, chat: ChatEndpoint, metrics: Metrics) -> None:
+    page = _PAGE.read_text(encoding="utf-8")
+    headers = _page_headers(page)
+    models = [{"id": chat.model_name, "object": "model", "created": 0, "owned_by": "megatron_vita"}]
+
+    @app.get("/")
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": models}
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> dict[str, Any]:
+        if name != chat.model_name:
+            raise HTTPException(404, f"the model {name!r:.200} is not here: this server has {chat.model_name!r}")
+        return models[0]
+
+    @app.get("/health")
+    async def show_health() -> Response:
+        status = health(service, chat)
+        return JSONResponse(status, status_code=200 if status["status"] == "ok" else 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def health(service: EngineService, chat: ChatEndpoint) -> dict[str, Any]:
+    """Whether requests are answered, and what the engine is doing."""
+    now = service.statistics
+    return {
+        "status": "failed" if service.failure is not None else "stopping" if chat.draining else "ok",
+        "reason": service.failure,
+        "model": chat.model_name,
+        "open_requests": chat.open_requests,
+        "running": now.running,
+        "waiting": now.waiting,
+        "step_seconds": round(service.step_seconds(), 3),
+    }
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in OpenAI's form."""
+    assert isinstance(error, HTTPException)
+    return RefusalError(str(error.detail), status=error.status_code, headers=error.headers).response()
+
+
+def _page_headers(page: str) -> dict[str, str]:
+    """A policy that runs the page's own script and style, and nothing that anyone could put beside them."""
+    script, style = (_hash_of(page, tag) for tag in ("script", "style"))
+    policy = (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src blob: data:; "
+        "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+
+
+def _hash_of(page: str, tag: str) -> str:
+    """The hash by which a policy knows the text of the page's only such element."""
+    [text] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,122 @@
+"""One HTTP exchange: reading a body within limits, noticing that the client has gone, and sending events."""
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Send
+
+from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.refusals import RefusalError, too_large
+
+KEEP_ALIVE_SECONDS = 15.0
+"""A silent stream gets a comment so often, so that no proxy takes it for dead."""
+
+LINGER_SECONDS = 1.0
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The whole body. RefusalError as soon as it is known to be too large, or if it comes too slowly."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        # Browsers send other types to any site without asking it, so they must not be taken for requests.
+        raise RefusalError("the content type must be application/json", status=415, code="invalid_content_type")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limits.body_bytes:
+        raise _body_too_large(f"the body has {int(declared):,} bytes", limits)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.body_bytes:
+                    raise _body_too_large(f"the body has more than {limits.body_bytes:,} bytes", limits)
+    except TimeoutError as error:
+        message = f"the body did not come within {limits.body_seconds:g} seconds"
+        raise RefusalError(message, status=408, headers={"connection": "close"}) from error
+    return bytes(body)
+
+
+def _body_too_large(what: str, limits: Limits) -> RefusalError:
+    refusal = too_large(what, limit="body_bytes", most=limits.body_bytes)
+    refusal.headers["connection"] = "close"  # the rest of the body is not read
+    return refusal
+
+
+async def refuse_while_sending(refusal: RefusalError, request: Request, send: Send) -> None:
+    """Sends a refusal to a client that still sends its body, and throws that away for a moment.
+
+    A connection that is closed with unread bytes is reset, and the client may lose the response.
+    """
+    body = refusal.response()
+    await send({"type": "http.response.start", "status": body.status_code, "headers": body.raw_headers})
+    await send({"type": "http.response.body", "body": body.body, "more_body": True})
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(LINGER_SECONDS):
+            async for _ in request.stream():
+                pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`; cancels it, and raises ClientDisconnect, when the client goes away. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        with suppress(BaseException):  # its result was taken above, or nobody wants it
+            await task
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream:
+    """Server-sent events as the answer to a request."""
+
+    def __init__(self, send: Send) -> None:
+        self.started = False
+        self._send = send
+
+    async def send(self, data: dict[str, Any] | str) -> None:
+        """An event: an object as JSON, or a text as it is."""
+        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        await self._write(f"data: {text}\n\n")
+
+    async def comment(self) -> None:
+        """What clients pass over."""
+        await self._write(": waiting\n\n")
+
+    async def close(self) -> None:
+        """Ends the answer."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, text: str) -> None:
+        if not self.started:
+            self.started = True
+            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+
+class StatusSend:
+    """Sends on, and remembers the status."""
+
+    def __init__(self, send: Send) -> None:
+        self.status: int | None = None
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)

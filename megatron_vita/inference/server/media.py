@@ -1,0 +1,151 @@
+"""The images and videos of a request: data URLs, files under allowed folders, remote ones where those are allowed."""
+
+import asyncio
+import base64
+import binascii
+import os
+import re
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from megatron_vita.errors import DataError
+from megatron_vita.inference.prompt import MediaFile
+from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol import ChatRequest, ImagePart, VideoPart
+from megatron_vita.inference.server.refusals import RefusalError, too_large
+from megatron_vita.inference.server.remote import RemoteFetcher
+from megatron_vita.media.clip import open_clip
+from megatron_vita.media.frame_archive import is_archive
+from megatron_vita.media.images import image_size
+
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+class MediaLoader:
+    """Reads media within limits; what takes time runs in `pool`."""
+
+    def __init__(
+        self, *, limits: Limits, pool: Executor, roots: Sequence[Path] = (), remote: RemoteFetcher | None = None
+    ) -> None:
+        self._limits = limits
+        self._pool = pool
+        self._roots = [root.resolve(strict=True) for root in roots]
+        self._remote = remote
+
+    async def load(self, request: ChatRequest) -> tuple[list[MediaFile], list[MediaFile]]:
+        """Images and videos of a request, named by their fields. RefusalError names the field that is wrong."""
+        files: dict[type, list[MediaFile]] = {ImagePart: [], VideoPart: []}
+        left = self._limits.media_bytes
+        for field, part in request.parts():
+            try:
+                file = MediaFile(name=field, data=await self._read(_url(part), left))
+                await self._run(self._check_pixels, file, isinstance(part, VideoPart))
+            except RefusalError as error:
+                raise _about(field, error) from error
+            left -= len(file.data)
+            files[type(part)].append(file)
+        return files[ImagePart], files[VideoPart]
+
+    async def _read(self, url: str, most: int) -> bytes:
+        scheme = url[:9].split(":", 1)[0].lower() if ":" in url[:9] else ""
+        if scheme == "data":
+            return await self._run(_data_url, url, most)
+        if scheme in ("http", "https"):
+            if self._remote is None:
+                raise RefusalError(
+                    "remote URLs are off on this server (its option --allow-remote-media): send a data URL",
+                    code="remote_media_off",
+                )
+            return await self._remote.fetch(url, most=most)
+        return await self._run(self._file, url, most)
+
+    async def _run[*Args, T](self, function: Callable[[*Args], T], *arguments: *Args) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def _file(self, url: str, most: int) -> bytes:
+        """A file under one of the roots. What is elsewhere and what does not exist are refused alike."""
+        refusal = RefusalError(
+            f"{url!r:.200} is neither a data URL nor a file under the media folders of this server",
+            code="media_not_found",
+        )
+        try:
+            path = Path(_file_path(url))
+            for root in self._roots:
+                resolved = (root / path).resolve(strict=True) if (root / path).exists() else None
+                if resolved is not None and resolved.is_relative_to(root):
+                    return _read_file(resolved, most)
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+            raise refusal from error
+        raise refusal
+
+    def _check_pixels(self, file: MediaFile, is_video: bool) -> None:
+        """Refuses images, and videos whose frames are, larger than the limit, from their headers."""
+        try:
+            width, height = _frame_size(file) if is_video else image_size(file.data, file.name)
+        except DataError as error:
+            raise RefusalError(str(error), code="invalid_media") from error
+        if width * height > self._limits.image_pixels:
+            what = f"{width} x {height} pixels"
+            raise too_large(what, limit="image_pixels", most=self._limits.image_pixels, status=400)
+
+
+def _url(part: ImagePart | VideoPart) -> str:
+    return part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
+
+
+def _about(field: str, error: RefusalError) -> RefusalError:
+    """The same refusal with the field that it is about."""
+    message = str(error) if str(error).startswith(field) else f"{field}: {error}"
+    return RefusalError(message, status=error.status, param=field, code=error.code, headers=error.headers)
+
+
+def _data_url(url: str, most: int) -> bytes:
+    head = _DATA_URL.match(url)
+    if head is None:
+        raise RefusalError("a data URL must begin with data:TYPE;base64,", code="invalid_media")
+    payload = memoryview(url.encode("ascii", errors="replace"))[head.end() :]
+    size = len(payload) * 3 // 4
+    if size > most:
+        raise too_large(f"{size:,} bytes of media", limit="media_bytes", most=most)
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise RefusalError(f"the base64 of this data URL is invalid: {error}", code="invalid_media") from error
+    if not data:
+        raise RefusalError("this data URL is empty", code="invalid_media")
+    return data
+
+
+def _file_path(url: str) -> str:
+    """The path in a `file:` URL, or a path as it is. ValueError for a URL of another kind or machine."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"{parts.netloc} is another machine")
+        return unquote(parts.path)
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:", url):
+        raise ValueError(f"{parts.scheme} is no scheme of files")
+    return url
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    # A link that came since the path was resolved is not followed, and a pipe not waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise too_large(f"more than {most:,} bytes of media", limit="media_bytes", most=most)
+    return data
+
+
+def _frame_size(file: MediaFile) -> tuple[int, int]:
+    """Width and height of a video's frames; 0 for archives of pictures, whose decoder checks each."""
+    if is_archive(file.data):
+        return 0, 0
+    with open_clip(file.data, file.name) as clip:
+        return clip.codec.width, clip.codec.height

@@ -1,0 +1,66 @@
+"""The life of the server process: until it is told to stop, or until the engine fails."""
+
+import asyncio
+import logging
+import signal
+import socket
+import threading
+
+import uvicorn
+
+from megatron_vita.inference.server.app import ServerOptions, build_app
+from megatron_vita.inference.server.interface import ServedEngine
+from megatron_vita.inference.server.service import EngineService
+
+logger = logging.getLogger(__name__)
+
+_LAST_SECONDS = 5
+"""What clients get to read their last bytes after all answers were cut off."""
+
+
+class VitaServer(uvicorn.Server):
+    """A server that stops in order: no new requests, time for the open ones to end, then the engine."""
+
+    def __init__(self, engine: ServedEngine, options: ServerOptions, *, host: str, port: int) -> None:
+        self.service = EngineService(engine, on_failure=self._on_failure)
+        app = build_app(self.service, options)
+        self._chat = app.state.chat
+        self._drain_seconds = options.limits.drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=int(self._drain_seconds) + _LAST_SECONDS,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        self._chat.draining = True
+        if self._chat.open_requests:
+            logger.info("stopping: %d open requests get %g s", self._chat.open_requests, self._drain_seconds)
+        asyncio.get_running_loop().call_later(self._drain_seconds, self.service.cancel_all)
+        await super().shutdown(sockets)
+
+    def _on_failure(self) -> None:
+        self.should_exit = True
+
+
+def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int) -> int:
+    """Serves until SIGTERM or SIGINT (exit code 0) or until the engine fails (1)."""
+    server = VitaServer(engine, options, host=host, port=port)
+    if threading.current_thread() is threading.main_thread():
+        # After an orderly end uvicorn raises again the signals that it got: they have done their work.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+    server.run()
+    if server.service.failure is not None:
+        logger.critical("the server ends because %s", server.service.failure)
+        return 1
+    logger.info("the server has stopped")
+    return 0

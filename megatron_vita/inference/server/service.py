@@ -1,0 +1,202 @@
+"""The thread that owns the engine, and the bridge between it and the event loop.
+
+All calls of the engine but `prepare` are made in one thread, which takes commands between two steps. Pieces of answers
+go to the event loop, where each request reads its own. When the engine raises, the service has failed for good: every
+request, open or new, gets EngineFailedError.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vita.errors import ConfigError, DataError, VitaError
+from megatron_vita.inference.requests import AnswerPiece, Sampling
+from megatron_vita.inference.server.interface import ServedEngine, Statistics, Usage
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 2.0
+"""How long the thread waits for commands before it tells the engine that it is idle."""
+
+
+class EngineFailedError(VitaError):
+    """The engine can answer no more."""
+
+
+@dataclass(eq=False)
+class RequestStream:
+    """The pieces of one request's answers, read on the event loop. `usage` is there when all have come."""
+
+    choices: int
+    usage: Usage | None = None
+    number: int | None = None  # the engine's; of the engine's thread
+    left: int = 0  # answers that go on; of the engine's thread
+    arrivals: asyncio.Queue[AnswerPiece | EngineFailedError] = field(default_factory=asyncio.Queue)
+
+    async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
+        left = self.choices
+        while left:
+            arrival = await self.arrivals.get()
+            if isinstance(arrival, EngineFailedError):
+                raise arrival
+            left -= arrival.finish is not None
+            yield arrival
+
+
+class EngineService:
+    """Runs an engine in a thread of its own."""
+
+    def __init__(self, engine: ServedEngine, *, on_failure: Callable[[], None] = lambda: None) -> None:
+        """`on_failure` is called on the event loop when the engine has raised."""
+        self.engine = engine
+        self.failure: str | None = None
+        self.statistics: Statistics = engine.statistics()
+        self.on_failure = on_failure
+        self._step_began: float | None = None
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # no command may come after the last look for commands
+        self._ended: EngineFailedError | None = None
+        self._stopping = False
+        self._open: dict[int, RequestStream] = {}  # of the engine's thread
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begins, with the running event loop as the other end."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def submit(self, prepared: Any, sampling: Sampling) -> RequestStream:
+        """Adds a request. DataError if it can never fit; EngineFailedError if the engine has ended."""
+        stream = RequestStream(sampling.n)
+        added: Future[None] = Future()
+        self._command(lambda: self._add(stream, prepared, sampling, added))
+        try:
+            await asyncio.wrap_future(added)
+        except asyncio.CancelledError:
+            self.cancel(stream)
+            raise
+        return stream
+
+    def cancel(self, stream: RequestStream) -> None:
+        """Ends a request's answers; nothing happens where they have ended."""
+        try:
+            self._command(lambda: self._cancel(stream))
+        except EngineFailedError:
+            return  # then the request has ended, too
+
+    def cancel_all(self) -> None:
+        """Ends all answers: their last pieces have finish "cancelled"."""
+        try:
+            self._command(self._cancel_all)
+        except EngineFailedError:
+            return
+
+    async def stop(self, *, seconds: float = 30.0) -> None:
+        """Closes the engine after its present step; waits so long for it."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        await asyncio.to_thread(self._thread.join, seconds)
+        if self._thread.is_alive():
+            logger.warning("the engine did not end within %g seconds", seconds)
+
+    def step_seconds(self) -> float:
+        """How long the present step has taken; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._commands.put(command)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if self.engine.has_work:
+                    self._step()
+            self.engine.close()
+            self._end("the server is stopping")
+        except BaseException as error:  # whatever it is: without this thread nobody would get an answer
+            logger.exception("the engine failed; the server ends")
+            self.failure = f"the engine failed: {type(error).__name__}: {error}"
+            self._end(self.failure)
+            self._loop.call_soon_threadsafe(self.on_failure)
+
+    def _take_commands(self) -> None:
+        """Runs what has come; where there is nothing to do, waits for it."""
+        if not self.engine.has_work:
+            try:
+                self._commands.get(timeout=IDLE_SECONDS)()
+            except queue.Empty:
+                self.engine.idle()
+        while not self._commands.empty():
+            self._commands.get()()
+
+    def _step(self) -> None:
+        self._step_began = time.monotonic()
+        pieces = self.engine.step()
+        self._step_began = None
+        arrivals = [(self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open]
+        self.statistics = self.engine.statistics()
+        if arrivals:
+            self._loop.call_soon_threadsafe(_deliver, arrivals)
+
+    def _settle(self, piece: AnswerPiece) -> Usage | None:
+        """Lets the engine forget a request whose last answer has ended, and tells its usage."""
+        stream = self._open[piece.request]
+        stream.left -= piece.finish is not None
+        if stream.left:
+            return None
+        del self._open[piece.request]
+        usage = self.engine.usage(piece.request)
+        self.engine.forget(piece.request)
+        return usage
+
+    def _add(self, stream: RequestStream, prepared: Any, sampling: Sampling, added: "Future[None]") -> None:
+        if self._ended is not None or not added.set_running_or_notify_cancel():
+            added.set_exception(self._ended) if self._ended else None
+            return
+        try:
+            stream.number = self.engine.add(prepared, sampling)
+        except (DataError, ConfigError) as error:  # the request's fault; all else is the engine's
+            added.set_exception(error)
+            return
+        except BaseException as error:
+            added.set_exception(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))
+            raise
+        stream.left = stream.choices
+        self._open[stream.number] = stream
+        added.set_result(None)
+
+    def _cancel(self, stream: RequestStream) -> None:
+        if stream.number in self._open and self._ended is None:
+            self.engine.cancel(stream.number)
+
+    def _cancel_all(self) -> None:
+        for stream in self._open.values():
+            self._cancel(stream)
+
+    def _end(self, reason: str) -> None:
+        """Refuses all commands from now on, and ends what is open."""
+        error = EngineFailedError(reason)
+        with self._lock:
+            self._ended = error
+        while not self._commands.empty():
+            self._commands.get()()
+        for stream in self._open.values():
+            self._loop.call_soon_threadsafe(stream.arrivals.put_nowait, error)
+        self._open.clear()
+
+
+def _deliver(arrivals: list[tuple[RequestStream, AnswerPiece, Usage | None]]) -> None:
+    for stream, piece, usage in arrivals:
+        stream.usage = usage or stream.usage
+        stream.arrivals.put_nowait(piece)

@@ -1,0 +1,220 @@
+"""Requests end: at a disconnect, a deadline, the server's end, or the engine's; and nothing is left of them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import FakeEngine
+from running_server import RunningServer, body, refusal, running, wait_until
+
+from megatron_vita.inference.server.limits import Limits
+
+LONG = "x" * 4000
+FOLDER = Path(__file__).parent
+
+
+def slow(**fields: Any) -> FakeEngine:
+    """Answers take minutes."""
+    return FakeEngine(reply=LONG, step_seconds=0.02, **fields)
+
+
+def is_empty(server: RunningServer) -> bool:
+    return not server.engine.requests and server.client.get("/health").json()["open_requests"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_disconnect_cancels_the_request(stream: bool) -> None:
+    with running(slow()) as server:
+        data = json.dumps(body(stream=stream)).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+            wait_until(lambda: len(server.engine.requests) == 1)
+        wait_until(lambda: server.engine.cancelled == [0])
+        wait_until(lambda: is_empty(server))
+        assert server.engine.forgotten == [0]
+        assert 'vita_requests_total{status="499"} 1.0' in server.client.get("/metrics").text
+
+
+def test_a_stream_that_is_closed_early_is_cancelled() -> None:
+    with running(slow()) as server:
+        with server.client.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
+            next(response.iter_lines())
+        wait_until(lambda: is_empty(server))
+
+
+def test_pieces_are_sent_as_they_come() -> None:
+    with running(FakeEngine(reply="abcd", step_seconds=0.2)) as server:
+        with server.client.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
+            times = [time.monotonic() for line in response.iter_lines() if line.startswith("data: {")]
+        assert times[-1] - times[1] > 0.4
+
+
+def test_a_request_past_its_deadline_is_ended_with_504() -> None:
+    with running(slow(), limits=Limits(request_seconds=0.3)) as server:
+        response = server.chat()
+        assert refusal(response, 504)["code"] == "request_seconds_exceeded"
+        assert response.headers["x-should-retry"] == "false"
+        wait_until(lambda: is_empty(server))
+
+
+def test_a_stream_past_its_deadline_ends_with_an_error() -> None:
+    with running(slow(), limits=Limits(request_seconds=0.3)) as server:
+        last = server.chat(stream=True).text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_seconds_exceeded"
+        wait_until(lambda: is_empty(server))
+
+
+def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.chat._FAREWELL_SECONDS", 0.2)
+    engine = FakeEngine(reply="y" * 30_000)
+    with running(engine, limits=Limits(request_seconds=1.5, output_tokens=30_000)) as server:
+        data = json.dumps(body(stream=True, n=8, logprobs=True, top_logprobs=20)).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+            wait_until(lambda: len(engine.requests) == 1)
+            wait_until(lambda: is_empty(server))
+
+
+def test_a_silent_stream_gets_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.chat.KEEP_ALIVE_SECONDS", 0.05)
+    with running(FakeEngine(reply="ab", step_seconds=0.3)) as server:
+        assert ": waiting\n\n" in server.chat(stream=True).text
+
+
+def test_more_requests_than_the_limit_get_429() -> None:
+    with running(slow(), limits=Limits(open_requests=2)) as server:
+        streams = [server.client.stream("POST", "/v1/chat/completions", json=body(stream=True)) for _ in range(2)]
+        for stream in streams:
+            stream.__enter__()
+        response = server.chat()
+        error = refusal(response, 429)
+        assert (error["type"], error["code"]) == ("rate_limit_error", "open_requests_exceeded")
+        assert int(response.headers["retry-after"]) > 0
+        for stream in streams:
+            stream.__exit__(None, None, None)
+        wait_until(lambda: is_empty(server))
+        assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_media_that_cannot_be_decoded_end_the_request_alone() -> None:
+    with running(FakeEngine(decode_error="messages[0].content[0]: broken")) as server:
+        assert server.error(status=400)["message"] == "messages[0].content[0]: broken"
+        assert '"error":' in server.chat(stream=True).text
+        assert is_empty(server)
+
+
+def test_an_idle_engine_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.service.IDLE_SECONDS", 0.02)
+    with running(FakeEngine()) as server:
+        wait_until(lambda: server.engine.idles > 2)
+
+
+def test_the_engine_is_closed_when_the_server_stops() -> None:
+    with running(FakeEngine()) as server:
+        assert server.chat().status_code == 200
+    assert server.engine.closed
+
+
+def test_open_requests_may_end_while_the_server_stops_and_new_ones_are_refused() -> None:
+    with running(FakeEngine(reply="z" * 50, step_seconds=0.02)) as server:
+        answers = in_thread(lambda: server.chat())
+        wait_until(lambda: len(server.engine.requests) == 1)
+        with httpx.Client(base_url=server.url, trust_env=False) as other:
+            assert other.get("/health").status_code == 200
+            server.server.should_exit = True
+            wait_until(lambda: server.server.service is not None and server.server._chat.draining)
+            assert_refused_or_closed(other)
+        assert answers()[0].json()["choices"][0]["message"]["content"] == "z" * 50
+
+
+def assert_refused_or_closed(client: httpx.Client) -> None:
+    try:
+        refusal(client.post("/v1/chat/completions", json=body()), 503)
+    except httpx.TransportError:
+        return
+
+
+def in_thread(work: Any) -> Any:
+    """Starts `work`; the returned function waits for its result, in a list."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+
+    def result() -> list[Any]:
+        thread.join(30)
+        return results
+
+    return result
+
+
+def test_answers_that_take_too_long_are_cut_off_when_the_server_stops() -> None:
+    with running(slow(), limits=Limits(drain_seconds=0.3)) as server:
+        answers = in_thread(lambda: server.chat())
+        wait_until(lambda: len(server.engine.requests) == 1)
+        server.server.should_exit = True
+        assert refusal(answers()[0], 503)["code"] == "stopping"
+    assert server.engine.closed
+
+
+def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
+    with running(slow(fails_after=20)) as server:
+        answers = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
+        plain, stream = (answer()[0] for answer in answers)
+        assert "rank 1 is gone" in refusal(plain, 503)["message"]
+        last = stream.text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        wait_until(lambda: server.server.service.failure is not None)
+    assert "rank 1 is gone" in (server.server.service.failure or "")
+
+
+def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]:
+    """A server process with the engine of the tests, when it listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, str(FOLDER / "serve_fake.py"), str(port), *arguments]
+    environment = os.environ | {"PYTHONPATH": f"{FOLDER.parents[2]}:{FOLDER}"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
+
+    def listens() -> bool:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        try:
+            return client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(listens, 120)
+    return process, client
+
+
+def test_the_process_ends_with_1_and_a_reason_when_the_engine_fails() -> None:
+    process, client = start_process("--fails-after", "5")
+    assert "rank 1 is gone" in refusal(client.post("/v1/chat/completions", json=body(LONG)), 503)["message"]
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "the server ends because the engine failed: RuntimeError: rank 1 is gone" in log
+
+
+def test_the_process_finishes_its_answers_and_ends_with_0_at_sigterm() -> None:
+    process, client = start_process("--step-seconds", "0.02")
+    answers = in_thread(lambda: client.post("/v1/chat/completions", json=body("w" * 50)))
+    wait_until(lambda: client.get("/health").json()["running"] == 1)
+    process.send_signal(signal.SIGTERM)
+    assert answers()[0].json()["choices"][0]["message"]["content"] == "w" * 50
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 0, log
+    assert "the server has stopped" in log

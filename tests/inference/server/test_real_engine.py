@@ -1,0 +1,72 @@
+"""The server with the engine of a tiny random model: answers are the engine's own, and nothing piles up."""
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from running_server import MODEL, RunningServer, running, wait_until
+from soak import KINDS, soak
+
+from megatron_vita import platform
+from megatron_vita.inference.client import ChatServer, openai_messages
+from megatron_vita.inference.requests import Sampling
+from tests.inference.tiny import prompts, tiny_engine
+
+REQUESTS = 1000 if os.environ.get("VITA_TEST_ALL") else 10 * len(KINDS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    platform.initialize_process()
+    with running(tiny_engine(tmp_path_factory.mktemp("engine"))) as server:
+        yield server
+
+
+def test_answers_and_scores_are_those_of_the_engine(server: RunningServer, tmp_path: Path) -> None:
+    sampling = Sampling(max_new_tokens=8, logprobs=2)
+    alone = tiny_engine(tmp_path).generate(prompts(), sampling=sampling)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    for prompt, expected in zip(prompts(), alone, strict=True):
+        answer = client.chat.completions.create(
+            model=MODEL, messages=openai_messages(prompt), max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+        )
+        choice = answer.choices[0]
+        assert choice.message.content == expected.text
+        assert choice.finish_reason == expected.finish
+        got = [token.logprob for token in choice.logprobs.content]
+        assert got == pytest.approx([score.chosen.logprob for score in expected.scores], abs=1e-5)
+        assert answer.usage.prompt_tokens > 0
+
+
+def test_the_projects_own_client_works(server: RunningServer) -> None:
+    client = ChatServer(f"{server.url}/v1")
+    sampling = Sampling(max_new_tokens=8, logprobs=1)
+    for prompt in prompts():
+        whole = client.complete(prompt, sampling=sampling)
+        pieces = list(client.stream(prompt, sampling=sampling))
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert sum(len(piece.tokens) for piece in pieces) > 0
+
+
+def test_what_was_read_before_is_cached(server: RunningServer) -> None:
+    text = "is there a red circle or a blue square in this picture of two cats"
+    first, second = (server.chat(text, max_tokens=1).json()["usage"] for _ in range(2))
+    assert second["prompt_tokens"] == first["prompt_tokens"]
+    assert second["prompt_tokens_details"]["cached_tokens"] > first["prompt_tokens"] // 2
+
+
+def test_mixed_requests_end_as_they_should_and_leave_nothing(server: RunningServer) -> None:
+    assert not soak(server, requests=5 * len(KINDS))
+    gc.collect()
+    before = psutil.Process().memory_info().rss / 1e6
+    assert not soak(server, requests=REQUESTS)
+    wait_until(lambda: server.client.get("/health").json()["open_requests"] == 0)
+    wait_until(lambda: not server.engine.has_work)
+    gc.collect()
+    assert psutil.Process().memory_info().rss / 1e6 - before < 60
+    health = server.client.get("/health").json()
+    assert (health["status"], health["running"], health["waiting"]) == ("ok", 0, 0)
