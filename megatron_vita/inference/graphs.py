@@ -24,6 +24,7 @@ class Graph:
         with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream().wait_stream(stream)
+        self._function = function  # keeps alive what it reads
         self._graph = torch.cuda.CUDAGraph()
         Graph._pool = Graph._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(self._graph, pool=Graph._pool, capture_error_mode="thread_local"):
