@@ -14,7 +14,7 @@ _SEED_BITS = 63
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TextPart(_Strict):

@@ -69,13 +69,14 @@ class _Request:
 
 @dataclass
 class FakeEngine:
-    """Says `reply`, or else what it was asked, a byte a step; `{choice}` in it is the number of the choice."""
+    """Says `reply`, or else what it was asked, `step_bytes` a step; `{choice}` in it is the number of the choice."""
 
     reply: str | None = None
     step_seconds: float = 0.0
     max_context: int = 1 << 20
     fails_after: int | None = None  # steps
     decode_error: str = ""  # ends every answer
+    step_bytes: int = 1
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
 
     def __post_init__(self) -> None:
@@ -159,28 +160,28 @@ class FakeEngine:
         answer = request.answer.replace(b"{choice}", str(choice).encode())
         end = min([place for stop in request.sampling.stop if (place := answer.find(stop.encode())) >= 0] or [1 << 40])
         answer = answer[:end]
-        said = request.said[choice] = request.said[choice] + 1
-        self.completion_tokens += 1
-        is_cut = said >= request.sampling.max_new_tokens and said < len(answer)
-        is_last = said >= len(answer) or is_cut
+        before = request.said[choice]
+        said = request.said[choice] = min(before + self.step_bytes, request.sampling.max_new_tokens)
+        tokens = answer[before:said]
+        self.completion_tokens += len(tokens)
+        is_last = said >= min(len(answer), request.sampling.max_new_tokens)
         request.open[choice] = not is_last
-        token = answer[said - 1 : said]
         # half characters are held back
-        text = answer[:said].decode(errors="ignore")[len(answer[: said - 1].decode(errors="ignore")) :]
+        text = answer[:said].decode(errors="ignore")[len(answer[:before].decode(errors="ignore")) :]
         return AnswerPiece(
             request=number,
             choice=choice,
             text=text,
-            token_ids=tuple(token),
-            scores=self._scores(token, request.sampling),
-            finish=("length" if is_cut else "stop") if is_last else None,
+            token_ids=tuple(tokens),
+            scores=tuple(self._score(token, request.sampling.logprobs) for token in tokens)
+            if request.sampling.logprobs is not None
+            else (),
+            finish=("length" if said < len(answer) else "stop") if is_last else None,
         )
 
-    def _scores(self, token: bytes, sampling: Sampling) -> tuple[ScoredToken, ...]:
-        if sampling.logprobs is None or not token:
-            return ()
-        likeliest = tuple(TokenScore((token[0] + i) % 256, -0.5 - i) for i in range(sampling.logprobs))
-        return (ScoredToken(chosen=TokenScore(token[0], -0.5), likeliest=likeliest),)
+    def _score(self, token: int, count: int) -> ScoredToken:
+        likeliest = tuple(TokenScore((token + i) % 256, -0.5 - i) for i in range(count))
+        return ScoredToken(chosen=TokenScore(token, -0.5), likeliest=likeliest)
 
     def idle(self) -> None:
         self._own_thread()

@@ -1,15 +1,18 @@
 """Many requests of all kinds at once against a running server, whatever its engine."""
 
+import gc
 import itertools
 import json
 import socket
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 from media_makers import bomb, data_url, image, png, video
-from running_server import RunningServer, body
+from running_server import RunningServer, body, wait_until
 from webm import webm
 
 JSON = {"content-type": "application/json"}
@@ -88,3 +91,31 @@ def soak(server: RunningServer, *, requests: int, clients: int = 8) -> Counter[s
             if status != right:
                 wrong[f"{name}: {status}"] += 1
     return wrong
+
+
+KILOBYTES = 2000
+"""What Python may hold more after many requests: caches that fill, and no trace of a request."""
+MEGABYTES = 200
+"""The same of the whole process, whose allocator keeps a hundred megabytes more or less as it pleases."""
+
+
+def growth(server: RunningServer, *, requests: int) -> tuple[float, float]:
+    """Kilobytes of Python's, and megabytes of the process, that so many requests leave behind."""
+    assert not soak(server, requests=5 * len(KINDS))
+    tracemalloc.start()
+    try:
+        before = _held(server)
+        assert not soak(server, requests=requests)
+        after = _held(server)
+    finally:
+        tracemalloc.stop()
+    return (after[0] - before[0]) / 1e3, (after[1] - before[1]) / 1e6
+
+
+def _held(server: RunningServer) -> tuple[int, int]:
+    """Bytes when all requests have ended, and a last one with them, which takes the place of what was said last."""
+    wait_until(lambda: server.client.get("/health").json()["open_requests"] == 0)
+    for _ in range(10):
+        server.chat(max_tokens=1)
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0], psutil.Process().memory_info().rss

@@ -1,15 +1,13 @@
 """The server with the engine of a tiny random model: answers are the engine's own, and nothing piles up."""
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 from running_server import MODEL, RunningServer, running, wait_until
-from soak import KINDS, soak
+from soak import KILOBYTES, KINDS, MEGABYTES, growth
 
 from megatron_vita import platform
 from megatron_vita.inference.client import ChatServer, openai_messages
@@ -60,13 +58,9 @@ def test_what_was_read_before_is_cached(server: RunningServer) -> None:
 
 
 def test_mixed_requests_end_as_they_should_and_leave_nothing(server: RunningServer) -> None:
-    assert not soak(server, requests=5 * len(KINDS))
-    gc.collect()
-    before = psutil.Process().memory_info().rss / 1e6
-    assert not soak(server, requests=REQUESTS)
-    wait_until(lambda: server.client.get("/health").json()["open_requests"] == 0)
+    kilobytes, megabytes = growth(server, requests=REQUESTS)
+    assert kilobytes < KILOBYTES
+    assert megabytes < MEGABYTES
     wait_until(lambda: not server.engine.has_work)
-    gc.collect()
-    assert psutil.Process().memory_info().rss / 1e6 - before < 60
     health = server.client.get("/health").json()
     assert (health["status"], health["running"], health["waiting"]) == ("ok", 0, 0)
