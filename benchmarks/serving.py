@@ -92,7 +92,9 @@ def film(length: int, *, seed: int) -> PreparedPrompt:
         media=[Medium("film", frames, None, [float(i) for i in range(frames)])] if frames else [],
     )
     files = [MediaFile(name="film", data=bytes([seed]))]
-    return PreparedPrompt(document=document, files=files[: len(document.media)], videos=[])
+    return PreparedPrompt(
+        document=document, files=files[: len(document.media)], videos=[], tile_digests=[bytes([seed])] * frames
+    )
 
 
 def image(tiles: int, *, seed: int) -> PreparedPrompt:

@@ -73,6 +73,9 @@ class Decoder:
 
     def close(self) -> None:
         """Drops the graphs."""
+        for batch in self._batches.values():
+            if batch.graph is not None:
+                batch.graph.close()
         self._batches.clear()
 
     def _batch_for(self, rows: int) -> Batch:

@@ -125,6 +125,8 @@ class FeatureSource:
 
     def close(self) -> None:
         """Drops the graphs."""
+        for _, graph in self._graphs.values():
+            graph.close()
         self._graphs.clear()
 
     def _encode(self, tiles: list[TileKey]) -> tuple[Tensor, dict[int, str]]:

@@ -34,3 +34,8 @@ class Graph:
         """The function's output for what its inputs now hold."""
         self._graph.replay()
         return self._output
+
+    def close(self) -> None:
+        """Gives the recording back at once: whoever made it may be part of a cycle that is collected much later."""
+        self._graph.reset()
+        del self._function, self._output

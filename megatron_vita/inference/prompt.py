@@ -3,14 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_vita.data.documents import Document, assemble_document
-from megatron_vita.data.form import DocumentFormat
+from megatron_vita.data.form import DocumentFormat, Medium
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
@@ -70,6 +69,7 @@ class PreparedPrompt:
     document: Document
     files: list[MediaFile]  # of `document.media`
     videos: list[VideoFrames]
+    tile_digests: list[bytes]  # what each tile shows, as far as the cache must know
 
     @property
     def tokens(self) -> int:
@@ -81,15 +81,6 @@ class PreparedPrompt:
         """Image tiles and frames."""
         return len(self.document.placements)
 
-    @cached_property
-    def _tile_digests(self) -> list[bytes]:
-        """What each tile shows, as far as the cache must know."""
-        digests = []
-        for medium, file in zip(self.document.media, self.files, strict=True):
-            content = hashlib.sha256(file.data).digest()
-            digests += [content + repr((medium.grid, medium.times, tile)).encode() for tile in range(medium.num_tiles)]
-        return digests
-
     def block_keys(self, block_tokens: int, *, rows_per_tile: int, said: Sequence[int] = ()) -> list[bytes]:
         """What each whole block of the prompt, followed by the tokens `said`, holds, with all that comes before it."""
         ids = np.concatenate([self.document.input_ids, np.array(said, dtype=np.int64)])
@@ -100,7 +91,7 @@ class PreparedPrompt:
             state = hashlib.sha256(key + ids[start:stop].tobytes())
             first = np.searchsorted(placements, start - rows_per_tile, side="right")
             for tile in range(int(first), int(np.searchsorted(placements, stop))):
-                state.update(self._tile_digests[tile])
+                state.update(self.tile_digests[tile])
             keys.append(key := state.digest())
         return keys
 
@@ -123,11 +114,19 @@ def prepare_prompt(prompt: Prompt, *, form: DocumentFormat, max_frames: int | No
     document = assemble_document(turns, key="prompt", media=media, form=form)
     opening = generation_prompt(form.template, form.tokenizer)
     images, videos = iter(prompt.images), iter(prompt.videos)
+    files = [next(videos if medium.grid is None else images) for medium in document.media]
     return PreparedPrompt(
         document=replace(document, input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)])),
-        files=[next(videos if medium.grid is None else images) for medium in document.media],
+        files=files,
         videos=[
             VideoFrames(name=video.name, duration=info.duration, times=medium.times if medium else [])
             for video, info, medium in zip(prompt.videos, infos, shown, strict=True)
         ],
+        tile_digests=[digest for each in zip(document.media, files, strict=True) for digest in _digests(*each)],
     )
+
+
+def _digests(medium: Medium, file: MediaFile) -> list[bytes]:
+    content = hashlib.sha256(file.data)
+    content.update(repr((medium.grid, medium.times)).encode())
+    return [content.digest() + tile.to_bytes(4, "little") for tile in range(medium.num_tiles)]

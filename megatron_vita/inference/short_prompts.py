@@ -71,4 +71,6 @@ class ShortPrompts:
 
     def close(self) -> None:
         """Drops the graphs."""
+        for _, _, graph in self._graphs.values():
+            graph.close()
         self._graphs.clear()
