@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from fields import GPUS
 from torch import Tensor
 
 from megatron_vita.inference.cache import CacheShape, KeyValueCache
 from megatron_vita.inference.partial_attention import attend, join
 from megatron_vita.inference.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout
+
+pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 
 HEADS, GROUPS, WIDTH, PAGE = 14, 2, 128, 64
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}

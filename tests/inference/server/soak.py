@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import logging
 import socket
 import tracemalloc
 from collections import Counter
@@ -95,27 +96,36 @@ def soak(server: RunningServer, *, requests: int, clients: int = 8) -> Counter[s
 
 KILOBYTES = 2000
 """What Python may hold more after many requests: caches that fill, and no trace of a request."""
-MEGABYTES = 200
-"""The same of the whole process, whose allocator keeps a hundred megabytes more or less as it pleases."""
+MEGABYTES = 100
+"""The same of the whole process, whose allocator keeps some tens of megabytes more or less as it pleases."""
 
 
 def growth(server: RunningServer, *, requests: int) -> tuple[float, float]:
     """Kilobytes of Python's, and megabytes of the process, that so many requests leave behind."""
     assert not soak(server, requests=5 * len(KINDS))
-    tracemalloc.start()
+    process = psutil.Process()
+    _settle(server)
+    resident = process.memory_info().rss
+    assert not soak(server, requests=requests)
+    _settle(server)
+    resident = process.memory_info().rss - resident
+    level = logging.root.level
+    logging.root.setLevel(logging.WARNING)  # pytest keeps all records of a test, and others may have asked for more
+    tracemalloc.start()  # a pass of its own: its tables are as large as what it watches
     try:
-        before = _held(server)
+        before = tracemalloc.get_traced_memory()[0]
         assert not soak(server, requests=requests)
-        after = _held(server)
+        _settle(server)
+        traced = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    return (after[0] - before[0]) / 1e3, (after[1] - before[1]) / 1e6
+        logging.root.setLevel(level)
+    return traced / 1e3, resident / 1e6
 
 
-def _held(server: RunningServer) -> tuple[int, int]:
-    """Bytes when all requests have ended, and a last one with them, which takes the place of what was said last."""
+def _settle(server: RunningServer) -> None:
+    """Waits until all requests have ended, and makes some last ones, which take the place of what was said last."""
     wait_until(lambda: server.client.get("/health").json()["open_requests"] == 0)
     for _ in range(10):
         server.chat(max_tokens=1)
     gc.collect()
-    return tracemalloc.get_traced_memory()[0], psutil.Process().memory_info().rss
