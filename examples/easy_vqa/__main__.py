@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from examples.easy_vqa.prepare import PACKAGE
+
 HERE = Path(__file__).parent
 RUN = Path("runs/demo")
 DATASETS = ("captions-train", "captions-validation", "questions-train", "questions-validation")
@@ -40,12 +42,16 @@ def prepare_data() -> None:
             str(VOCABULARY),
         )
     for name in DATASETS:
-        source, out = str(RUN / "jsonl" / f"{name}.jsonl"), str(RUN / "shards" / name)
-        run("-m", "data_tools", "shard", source, "--out", out, "--media", "/")
+        run(*shard_command(RUN / "jsonl" / f"{name}.jsonl", RUN / "shards" / name))
     for stage in (1, 2):
         recipe = str(HERE / f"stage{stage}.yaml")
         run("-m", "data_tools", "index", recipe)
         run("-m", "data_tools", "plan", recipe)
+
+
+def shard_command(source: Path, out: Path) -> tuple[str, ...]:
+    """Writes shards of prepared samples, of which all must be right."""
+    return ("-m", "data_tools", "shard", str(source), "--out", str(out), "--media", str(PACKAGE), "--strict")
 
 
 def train_stage(stage: int) -> None:

@@ -87,7 +87,7 @@ def prepare(folder: Path) -> None:
 def _sample(user: str, assistant: str, image: Path) -> dict:
     return {
         "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
-        "images": [str(image)],
+        "images": [str(image.relative_to(PACKAGE))],
     }
 
 

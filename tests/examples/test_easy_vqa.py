@@ -1,10 +1,13 @@
 """The demo's data and grades are what they are said to be."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from examples.easy_vqa.__main__ import shard_command
 from examples.easy_vqa.grade import Graded, accuracy, answer_all, answer_blindly, swap_images
 from examples.easy_vqa.prepare import Question, caption, prepare, read_questions
 from megatron_vita.inference.engine import Answer
@@ -29,7 +32,7 @@ def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> 
     rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
     questions = [row for row in rows if "\n" in row["messages"][0]["content"]]
     assert len(questions) == len(read_questions("train")) == 38_575
-    assert all("/data/train/images/" in row["images"][0] for row in rows)
+    assert all(row["images"][0].startswith("train/images/") for row in rows)
     train, held_out = (
         {json.loads(line)["images"][0] for kind in ("captions", "questions")
          for line in (tmp_path / f"{kind}-{split}.jsonl").read_text().splitlines()}
@@ -37,6 +40,16 @@ def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> 
     )  # fmt: skip
     assert len(held_out) == 100
     assert not train & held_out
+
+
+def test_prepared_samples_are_what_shards_are_made_of(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    for kind in ("captions-train", "questions-validation"):
+        source = tmp_path / f"few-{kind}.jsonl"
+        source.write_text("".join((tmp_path / f"{kind}.jsonl").read_text().splitlines(keepends=True)[:3]))
+        done = subprocess.run([sys.executable, *shard_command(source, tmp_path / kind)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "3 samples" in done.stdout
 
 
 def test_blind_baselines_are_those_of_the_published_split() -> None:
