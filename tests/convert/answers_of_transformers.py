@@ -1,0 +1,35 @@
+"""Greedy answers of a transformers model, token by token, beside those of our engine."""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
+
+
+def assert_same_answer(engine: Engine, model: nn.Module, question: str, *, max_new_tokens: int) -> str:
+    """The engine's greedy answer, whose tokens and log-probabilities must be those of `model` within 1e-5."""
+    prompt = Prompt.ask(question)
+    (answer,) = engine.generate([prompt], sampling=Sampling(max_new_tokens=max_new_tokens, logprobs=1))
+    ids = engine.prepare(prompt).document.input_ids.tolist()
+    said: list[int] = []
+    logprobs: list[float] = []
+    while len(said) < max_new_tokens:
+        scores = _next_token(model, ids + said, tokens=engine.tokenizer.vocab_size)
+        token = int(scores.argmax())
+        if token in engine.end_ids:
+            break
+        said.append(token)
+        logprobs.append(float(scores[token]))
+    assert answer.token_ids == said
+    assert len(said) > 0
+    ours = [score.chosen.logprob for score in answer.scores[: len(said)]]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(logprobs), atol=1e-5, rtol=0)
+    return answer.text
+
+
+@torch.no_grad()
+def _next_token(model: nn.Module, ids: list[int], *, tokens: int) -> Tensor:
+    """Log-probabilities [tokens] after `ids`, from a whole forward pass; rows beyond the tokens are padding."""
+    return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].log_softmax(-1)
