@@ -12,10 +12,6 @@ from megatron_vita.data.form import DocumentFormat, Medium
 from megatron_vita.data.index import SampleRow
 from megatron_vita.data.records import Kind, encode_record, weight_of
 from megatron_vita.errors import DataError
-from megatron_vita.media.files import File, opened
-from megatron_vita.media.images import read_pixels
-from megatron_vita.media.tiling import cut_tiles
-from megatron_vita.media.video import decode_frames
 from megatron_vita.text.media_tokens import MediaTokens, image_tokens, video_tokens
 from megatron_vita.text.template import EncodedTurn, MediaPiece
 
@@ -168,29 +164,6 @@ def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
     if medium.grid is not None:
         return image_tokens(medium.grid, image_token_length=length, tokenizer=form.tokenizer)
     return video_tokens(medium.num_tiles, image_token_length=length, tokenizer=form.tokenizer)
-
-
-def decode_tiles(
-    medium: Medium,
-    data: File,
-    *,
-    name: str,
-    tiles: range,
-    form: DocumentFormat,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """Tiles `tiles` of a medium, uint8 [n,3,S,S], in `out` if given; of a video only these frames are decoded.
-
-    Raises DataError, which names the medium by `name`, if it cannot be decoded.
-    """
-    size = form.vision.image_size
-    if out is None:
-        out = np.empty((len(tiles), 3, size, size), dtype=np.uint8)
-    if medium.grid is None:
-        times = medium.times[tiles.start : tiles.stop]
-        return decode_frames(data, name, times=times, tile_size=size, normalization=form.media.normalization, out=out)
-    cut_tiles(read_pixels(opened(data).read(), name), medium.grid, tiling=form.tiling, tiles=tiles, out=out)
-    return out
 
 
 def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:

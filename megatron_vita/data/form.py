@@ -22,6 +22,18 @@ class Medium(NamedTuple):
     times: list[float]
 
 
+class TileFormat(NamedTuple):
+    """What decoding must know of a recipe."""
+
+    tiling: Tiling
+    normalization: str
+
+    @property
+    def size(self) -> int:
+        """Pixels of a tile's side."""
+        return self.tiling.tile_size
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentFormat:
     """All that turns a sample into a document."""
@@ -75,6 +87,11 @@ class DocumentFormat:
         listed = tuple(Grid(*map(int, grid.split("x"))) for grid in media.grids)
         grids = listed or grids_of(media.min_tiles, media.max_tiles)
         return Tiling(tile_size=self.vision.image_size, grids=grids, anyres=media.tiling == "anyres")
+
+    @property
+    def tile_format(self) -> TileFormat:
+        """What decoding needs."""
+        return TileFormat(self.tiling, self.media.normalization)
 
     @cached_property
     def _newline(self) -> int:

@@ -13,9 +13,12 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+import torch
+
 from megatron_vita.data.ledger import Damage
+from megatron_vita.data.shared_memory import receive_array
 from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, receive_tiles, work
+from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, work
 from megatron_vita.errors import VitaError
 
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
@@ -142,7 +145,7 @@ class _Pool:
                 reader.ready = True
                 return
             if isinstance(message, SentPack):
-                message.batch.tiles = receive_tiles(reader.pipe, message.shape)
+                message.batch.tiles = torch.from_numpy(receive_array(reader.pipe, message.shape))
                 job.result = ReadPack(message.batch, message.damages)
             else:
                 job.result = message

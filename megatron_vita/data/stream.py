@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from megatron_vita.config import DataConfig
 from megatron_vita.data.batch import Batch, collate, mark_frames
-from megatron_vita.data.documents import Document, blank_document, build_document, check_length, decode_tiles
+from megatron_vita.data.documents import Document, blank_document, build_document, check_length
 from megatron_vita.data.form import DocumentFormat, Medium
 from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_index, text_stamp
 from megatron_vita.data.ledger import Damage
@@ -21,6 +21,7 @@ from megatron_vita.data.records import parse_record
 from megatron_vita.data.shard_reader import ShardReader
 from megatron_vita.data.shards import Member
 from megatron_vita.data.storage import Location, ShardCache
+from megatron_vita.data.tiles import decode_tiles
 from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
 
@@ -182,7 +183,7 @@ class PackStream(Dataset):
         shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
         file = self._reader.open(shard, member=member, shard_size=self._index(shard).header.shard_size)
         name = f"{self._shard(entry)} {medium.member}"
-        decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset], out=out)
+        decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset].tile_format, out=out)
 
     def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
         shard, member = self._shard(entry), self._member(entry, row, name)

@@ -4,8 +4,6 @@ Tiles are decoded into shared memory that has no name, so that nothing is copied
 dies when.
 """
 
-import mmap
-import os
 import pickle
 import signal
 import time
@@ -13,14 +11,13 @@ import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from multiprocessing.reduction import recv_handle, send_handle
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from megatron_vita.data.batch import Batch
 from megatron_vita.data.ledger import Damage
+from megatron_vita.data.shared_memory import SharedArray
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import VitaError
 
@@ -108,7 +105,7 @@ def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
 
 
 def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Progress) -> None:
-    memory = _TileMemory()
+    memory = SharedArray()
     try:
         batch, damages = stream.read(task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate)
     except VitaError as error:
@@ -117,33 +114,6 @@ def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Prog
         tell(pipe, Failure(None, traceback.format_exc()))
     else:
         tell(pipe, SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape)))
-        send_handle(pipe, memory.descriptor, 0)  # the process is named on Windows alone
+        memory.send(pipe)
     finally:
         memory.close()
-
-
-def receive_tiles(pipe: Connection, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tiles that follow a `SentPack`, in memory that goes when the tensor does."""
-    descriptor = recv_handle(pipe)
-    try:
-        shared = mmap.mmap(descriptor, 0)
-    finally:
-        os.close(descriptor)
-    return torch.frombuffer(shared, dtype=torch.uint8)[: int(np.prod(shape))].view(shape)
-
-
-class _TileMemory:
-    """Memory of one pack's tiles, shared by file descriptor."""
-
-    descriptor = -1
-
-    def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
-        self.descriptor = os.memfd_create("tiles", os.MFD_CLOEXEC)
-        os.ftruncate(self.descriptor, max(size, 1))
-        shared = mmap.mmap(self.descriptor, 0)
-        return np.frombuffer(shared, dtype=np.uint8, count=size).reshape(shape)
-
-    def close(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import batched
 from typing import Protocol
 
-from megatron_vita.errors import DataError, RefusedError
+from megatron_vita.errors import DataError, LogitsError, RefusedError
 from megatron_vita.inference.client import ChatServer
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Answer, Sampling
@@ -61,6 +61,8 @@ class EngineAnswerer:
 
 def _reply(answer: Answer) -> Reply:
     """What an engine cannot finish (media that turn out to be damaged) is refused like what it does not begin."""
+    if answer.finish == "model_error":
+        raise LogitsError(answer.error)
     return Reply(error=answer.error) if answer.finish == "error" else Reply(text=answer.text)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from megatron_vita import platform
 from megatron_vita.commands import run_command
-from megatron_vita.errors import ConfigError, DataError, VitaError
+from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
 from megatron_vita.inference.chat import Conversation
 from megatron_vita.inference.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
 from megatron_vita.inference.prompt import MediaFile, Prompt
@@ -136,8 +136,8 @@ def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sa
 
     def stream(prompt: Prompt) -> Iterator[TextPiece]:
         for piece in engine.stream(prompt, sampling=sampling):
-            if piece.finish == "error":
-                raise DataError(piece.error)
+            if piece.error:
+                raise (DataError if piece.finish == "error" else LogitsError)(piece.error)
             tokens = tuple(_named(score, engine.tokenizer) for score in piece.scores)
             yield TextPiece(choice=piece.choice, text=piece.text, tokens=tokens)
 

@@ -67,9 +67,9 @@ class AnswerState:
         """Nobody wants the rest."""
         return self._end("cancelled")
 
-    def fail(self, error: str) -> AnswerPiece:
+    def fail(self, error: str, *, finish: FinishReason = "error") -> AnswerPiece:
         """The answer cannot go on; `error` is for whoever asked."""
-        return self._end("error", error=error)
+        return self._end(finish, error=error)
 
     def _end(
         self, reason: FinishReason, *, text: str = "", tokens: tuple[ScoredToken, ...] = (), error: str = ""

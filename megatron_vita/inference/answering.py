@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_vita.inference.answer_state import AnswerState
 from megatron_vita.inference.beams import BeamSearch
-from megatron_vita.inference.requests import AnswerPiece, ScoredToken
+from megatron_vita.inference.requests import AnswerPiece, FinishReason, ScoredToken
 from megatron_vita.inference.sampling import Draw
 from megatron_vita.inference.scheduler import Request, Scheduler, Sequence
 from megatron_vita.text.tokenizer import Tokenizer
@@ -70,9 +70,9 @@ class Answering:
         """Ends what is under way."""
         return self._end_all([state.cancel() for state in self.states if state.finish is None])
 
-    def fail(self, error: str) -> list[AnswerPiece]:
+    def fail(self, error: str, *, finish: FinishReason = "error") -> list[AnswerPiece]:
         """Ends what is under way because of an error, which whoever asked is told."""
-        return self._end_all([state.fail(error) for state in self.states if state.finish is None])
+        return self._end_all([state.fail(error, finish=finish) for state in self.states if state.finish is None])
 
     def _end_all(self, pieces: list[AnswerPiece]) -> list[AnswerPiece]:
         self._sequence_of.clear()

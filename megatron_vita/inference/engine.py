@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,24 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
+from megatron_vita.data.shared_memory import SharedFile
 from megatron_vita.data.split import document_format
 from megatron_vita.errors import ConfigError, DataError, EngineError, LogitsError, VitaError
+from megatron_vita.inference import media_readers
 from megatron_vita.inference.answering import Answering
 from megatron_vita.inference.block_pool import BlockPool
 from megatron_vita.inference.cache_size import build_cache
 from megatron_vita.inference.channel import StepChannel
-from megatron_vita.inference.prompt import PreparedPrompt, Prompt, prepare_prompt
+from megatron_vita.inference.media_readers import MediaReaders
+from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
 from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
 from megatron_vita.inference.sampling import Draw, draw_tokens
 from megatron_vita.inference.scheduler import Policy, Request, Scheduler
 from megatron_vita.inference.step import Step
+from megatron_vita.inference.tiles import DECODERS
 from megatron_vita.inference.watch import PeerWatch
 from megatron_vita.inference.worker import StepResult, Worker
+from megatron_vita.media.video import VideoInfo
 from megatron_vita.model.backends import TorchBackend
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
@@ -47,12 +53,15 @@ class EngineOptions:
     page_tokens: int = 128
     max_running: int = 64  # answers that are decoded at a time
     max_context: int | None = None  # tokens of prompt and answer; None: the recipe's data.seq_length
+    media_seconds: float = 60.0  # what looking at a video, decoding an image or up to 64 frames may take
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "busy_chunk_tokens", "page_tokens", "max_running"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.media_seconds < math.inf:
+            raise ConfigError(f"media_seconds is {self.media_seconds}: it must be positive")
         if self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(f"page_tokens is {self.page_tokens}: it must be a power of two")
         if self.cache_dtype not in ("model", "fp8"):
@@ -91,6 +100,10 @@ class Engine:
         self.recipe, self.options = recipe, options or EngineOptions()
         self.tokenizer = load_tokenizer(recipe.text.tokenizer)
         self.form = document_format(recipe, self.tokenizer)
+        # two readers are left to look at new videos while tiles are decoded
+        self._readers = MediaReaders(self.form.tile_format, count=DECODERS + 2, seconds=self.options.media_seconds)
+        if not self.form.text_only:
+            media_readers.start()
         self.model = build_model(recipe, backend=TorchBackend()).eval()
         if checkpoint is not None:
             store.load_weights([self.model], checkpoint)
@@ -133,7 +146,13 @@ class Engine:
         )
         longest = cache.layout.blocks_for(min(self.max_context, blocks * cache.layout.block_tokens)) + 1
         self.worker = Worker(
-            self.model, cache, recipe=self.recipe, form=self.form, max_blocks=longest, graphs=options.cuda_graphs
+            self.model,
+            cache,
+            recipe=self.recipe,
+            form=self.form,
+            readers=self._readers,
+            max_blocks=longest,
+            graphs=options.cuda_graphs,
         )
         self.worker.warm_up()
         self.layout = cache.layout
@@ -163,7 +182,10 @@ class Engine:
 
     def prepare(self, prompt: Prompt, *, max_frames: int | None = None) -> PreparedPrompt:
         """The prompt in tokens. Any thread may do it. DataError for what is wrong with it."""
-        return prepare_prompt(prompt, form=self.form, max_frames=max_frames)
+        return prepare_prompt(prompt, form=self.form, probe=self._probe, max_frames=max_frames)
+
+    def _probe(self, video: MediaFile) -> VideoInfo:
+        return self._readers.probe(SharedFile(video.data), video.name)
 
     def add(self, prepared: PreparedPrompt, sampling: Sampling) -> int:
         """Takes a request and gives its number. DataError if it can never be answered."""
@@ -340,7 +362,7 @@ class Engine:
             try:
                 pieces += owner.advance_beams(own)
             except LogitsError as error:
-                pieces += owner.fail(str(error))
+                pieces += owner.fail(str(error), finish="model_error")
         return pieces + self._draw_each(logits, draws)
 
     def _draw_each(self, logits: Tensor, draws: list[tuple[Answering, int, Draw]]) -> list[AnswerPiece]:
@@ -349,7 +371,7 @@ class Engine:
             scored = draw_tokens(logits[[row for _, row, _ in draws]], [draw for _, _, draw in draws])
         except LogitsError as error:
             wrong = {id(draws[row][0]): draws[row][0] for row in error.rows}
-            failed = [piece for owner in wrong.values() for piece in owner.fail(str(error))]
+            failed = [piece for owner in wrong.values() for piece in owner.fail(str(error), finish="model_error")]
             return failed + self._draw_each(logits, [draw for draw in draws if id(draw[0]) not in wrong])
         pieces: list[AnswerPiece] = []
         for owner, taken in itertools.groupby(zip(draws, scored, strict=True), key=lambda each: each[0][0]):

@@ -11,6 +11,7 @@ from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.form import DocumentFormat
 from megatron_vita.inference.graphs import Graph
+from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.step import PiecePlan, SequenceStart
 from megatron_vita.inference.tiles import TileDecoder, TileKey
 from megatron_vita.layout.dealing import deal_tiles
@@ -35,12 +36,14 @@ class FeatureRows:
 class FeatureSource:
     """Encodes the tiles of a step's pieces over all ranks."""
 
-    def __init__(self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat, graphs: bool) -> None:
+    def __init__(
+        self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat, readers: MediaReaders, graphs: bool
+    ) -> None:
         self.model, self.form, self.graphs = model, form, graphs
         self._graphs: dict[int, tuple[Tensor, Graph]] = {}  # by number of tiles: their pixels, and what encodes them
         self.normalization = recipe.media.normalization
         self.rows_per_tile = form.vision.image_token_length
-        self.decoder = TileDecoder(form)
+        self.decoder = TileDecoder(readers)
         self._sequences: dict[int, SequenceStart] = {}
         self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
 

@@ -1,7 +1,7 @@
 """Prompts: a conversation with its images and videos as bytes, laid out as training documents are."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from megatron_vita.data.documents import Document, assemble_document
 from megatron_vita.data.form import DocumentFormat, Medium
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
-from megatron_vita.media.video import probe_video
+from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.template import encode_turns, generation_prompt
 
@@ -59,6 +59,7 @@ class VideoFrames:
 
     name: str
     duration: float
+    size: tuple[int, int]  # width and height of its frames; 0 where each has its own
     times: list[float]
 
 
@@ -96,10 +97,13 @@ class PreparedPrompt:
         return keys
 
 
-def prepare_prompt(prompt: Prompt, *, form: DocumentFormat, max_frames: int | None = None) -> PreparedPrompt:
+def prepare_prompt(
+    prompt: Prompt, *, form: DocumentFormat, probe: Callable[[MediaFile], VideoInfo], max_frames: int | None = None
+) -> PreparedPrompt:
     """The prompt's tokens up to where the assistant speaks. DataError if messages or media are wrong.
 
-    `max_frames`: of each video at most so many frames, where that is less than the recipe's `media.max_frames`.
+    `probe` tells what kind of video a file is. `max_frames`: of each video at most so many frames, where that is less
+    than the recipe's `media.max_frames`.
     """
     sample = {
         "messages": prompt.messages,
@@ -107,7 +111,7 @@ def prepare_prompt(prompt: Prompt, *, form: DocumentFormat, max_frames: int | No
         "videos": [video.name for video in prompt.videos],
     }
     turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
-    infos = [probe_video(video.data, video.name) for video in prompt.videos]
+    infos = [probe(video) for video in prompt.videos]
     most = min(form.media.max_frames, form.media.max_frames if max_frames is None else max_frames)
     shown = [form.video(v.name, info, frames=most) for v, info in zip(prompt.videos, infos, strict=True)]
     media = {"image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images], "video": shown}
@@ -119,7 +123,7 @@ def prepare_prompt(prompt: Prompt, *, form: DocumentFormat, max_frames: int | No
         document=replace(document, input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)])),
         files=files,
         videos=[
-            VideoFrames(name=video.name, duration=info.duration, times=medium.times if medium else [])
+            VideoFrames(name=video.name, duration=info.duration, size=info.size, times=medium.times if medium else [])
             for video, info, medium in zip(prompt.videos, infos, shown, strict=True)
         ],
         tile_digests=[digest for each in zip(document.media, files, strict=True) for digest in _digests(*each)],

@@ -5,8 +5,9 @@ from typing import Literal
 
 from megatron_vita.errors import ConfigError
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""`stop`: the model ended its turn or a stop string came; `length`: max_new_tokens or the context's end."""
+FinishReason = Literal["stop", "length", "cancelled", "error", "model_error"]
+"""`stop`: the model ended its turn or a stop string came; `length`: max_new_tokens or the context's end; `error`: what
+was asked cannot be answered, such as a damaged image; `model_error`: the model's logits are no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class AnswerPiece:
     token_ids: tuple[int, ...] = ()
     scores: tuple[ScoredToken, ...] = ()  # where logprobs were asked for, one for each of token_ids
     finish: FinishReason | None = None  # the last piece of this answer has one
-    error: str = ""  # with finish "error", what went wrong, to be shown to whoever asked
+    error: str = ""  # what went wrong, to be shown to whoever asked
 
 
 @dataclass(frozen=True, kw_only=True)

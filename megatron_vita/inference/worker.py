@@ -15,6 +15,7 @@ from megatron_vita.inference.attention import PrefillAttention, PromptPiece, hel
 from megatron_vita.inference.cache import KeyValueCache
 from megatron_vita.inference.decoding import Decoder
 from megatron_vita.inference.features import FeatureSource
+from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.partial_attention import PLANNED_KEYS, PLANNED_ROWS
 from megatron_vita.inference.rotary import Rotation
 from megatron_vita.inference.short_prompts import LENGTHS, ShortPrompts, padded_length
@@ -61,12 +62,13 @@ class Worker:
         *,
         recipe: Recipe,
         form: DocumentFormat,
+        readers: MediaReaders,
         max_blocks: int,
         graphs: bool = True,
     ) -> None:
         self.model, self.cache = model, cache
         self.graphs = graphs and platform.on_cuda()
-        self.features = FeatureSource(model, recipe=recipe, form=form, graphs=self.graphs)
+        self.features = FeatureSource(model, recipe=recipe, form=form, readers=readers, graphs=self.graphs)
         self.decoder = Decoder(model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs)
         self.short_prompts = ShortPrompts(model.language_model, cache)
         self._tables: dict[int, Tensor] = {}

@@ -28,11 +28,15 @@ _ORIENTATIONS = (1, 8, 3, 6)
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What sampling needs to know: `duration` in seconds, mean frames per second, and the number of frames."""
+    """What sampling needs to know: `duration` in seconds, mean frames per second, and the number of frames.
+
+    `size` is the width and height of the frames by the file's head, 0 where each has its own.
+    """
 
     duration: float
     fps: float
     frames: int
+    size: tuple[int, int] = (0, 0)
 
 
 def probe_video(data: File, name: str) -> VideoInfo:
@@ -52,7 +56,8 @@ def probe_video(data: File, name: str) -> VideoInfo:
             if coded.is_shown and (coded.time > last.time or frames == 1):
                 last = coded
         duration, frames = last.time - clip.origin + clip.duration_of(last), max(frames, 1)
-        return VideoInfo(duration, frames / duration if duration else clip.rate, frames)
+        size = (clip.codec.width, clip.codec.height)
+        return VideoInfo(duration, frames / duration if duration else clip.rate, frames, size)
 
 
 def num_frames(info: VideoInfo, *, max_fps: float, max_frames: int) -> int:

@@ -9,12 +9,12 @@ from PIL import Image
 from toy_data import clip, picture, talk
 
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.documents import decode_tiles
 from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index_build import build_index
 from megatron_vita.data.lengths import document_lengths
 from megatron_vita.data.shards import MediaFile, SampleWriter
 from megatron_vita.data.split import plan_stamp
+from megatron_vita.data.tiles import decode_tiles
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
@@ -51,7 +51,7 @@ def test_tiles_of_an_image_are_those_that_its_size_told(form, tiling: str) -> No
         data = picture(size, "red", format="JPEG")
         medium = form.image("a.jpg", image_size(data, "a.jpg"))
         assert form.measure_image(size)[1] == medium.num_tiles
-        tiles = decode_tiles(medium, data, name="a.jpg", tiles=range(medium.num_tiles), form=form)
+        tiles = decode_tiles(medium, data, name="a.jpg", tiles=range(medium.num_tiles), form=form.tile_format)
         assert tiles.shape == (medium.num_tiles, 3, 28, 28)
         black = (tiles < 5).all(axis=1).any()
         assert black == (tiling == "anyres" and size in [(200, 100), (500, 20)])
@@ -62,9 +62,9 @@ def test_tiles_of_any_medium_are_written_into_a_given_array(form) -> None:
     media = [form.image("a.jpg", (200, 100)), form.video("b.mp4", probe_video(data["b.mp4"], "b.mp4"))]
     for medium in media:
         content, name = data[medium.member], medium.member
-        whole = decode_tiles(medium, content, name=name, tiles=range(medium.num_tiles), form=form)
+        whole = decode_tiles(medium, content, name=name, tiles=range(medium.num_tiles), form=form.tile_format)
         room = np.full((medium.num_tiles + 1, 3, 28, 28), 9, np.uint8)
-        out = decode_tiles(medium, content, name=name, tiles=range(1, 3), form=form, out=room[1:3])
+        out = decode_tiles(medium, content, name=name, tiles=range(1, 3), form=form.tile_format, out=room[1:3])
         assert np.shares_memory(out, room)
         assert (room[1:3] == whole[1:3]).all()
         assert (room[[0, *range(3, len(room))]] == 9).all()
@@ -86,7 +86,7 @@ def test_an_archive_of_frames_is_a_video_of_a_shard(form, tmp_path) -> None:
     assert "s0.video0.frames.zip" in row.members
     assert document_lengths(index, form=form).tiles.tolist() == [6]
     medium = form.video("s0.video0.frames.zip", row.videos[0])
-    tiles = decode_tiles(medium, data, name="frames", tiles=range(2, 5), form=form)
+    tiles = decode_tiles(medium, data, name="frames", tiles=range(2, 5), form=form.tile_format)
     assert tiles[:, 0, 14, 14].tolist() == [20 * number for number in (5, 7, 9)]
 
 

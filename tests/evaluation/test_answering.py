@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from chat_server import FakeChatServer, RefusalError, serving, texts_of
 
-from megatron_vita.errors import DataError, ServerError
+from megatron_vita.errors import DataError, LogitsError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
 from megatron_vita.inference.client import ChatServer, openai_messages, openai_options
 from megatron_vita.inference.prompt import MediaFile, Prompt
@@ -55,6 +55,15 @@ def test_an_engine_gets_several_prompts_at_a_time_and_a_refused_one_harms_no_oth
     assert [reply.text for reply in replies] == ["a", "", "c", ""]
     assert [reply.error for reply in replies] == ["", "bad is bad", "", "ugly is ugly"]
     assert engine.batches == [3, 1, 1, 1, 1]
+
+
+def test_a_model_whose_logits_are_no_numbers_ends_an_evaluation() -> None:
+    class Broken:
+        def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[Answer]:
+            return [Answer(text="", token_ids=[], finish="model_error", error="the logits are NaN")]
+
+    with pytest.raises(LogitsError, match="the logits are NaN"):
+        list(EngineAnswerer(Broken(), at_once=1).answers(questions("a"), sampling=GREEDY))
 
 
 def test_a_server_gets_several_requests_at_a_time_and_replies_keep_their_order(server: FakeChatServer) -> None:

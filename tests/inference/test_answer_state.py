@@ -81,12 +81,14 @@ def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(token
     assert (joined(pieces)[0], pieces[-1].finish) == ("", "stop")
 
 
-@pytest.mark.parametrize(("how", "finish"), [("cut", "length"), ("cancel", "cancelled"), ("fail", "error")])
+@pytest.mark.parametrize(
+    ("how", "finish"), [("cut", "length"), ("cancel", "cancelled"), ("fail", "error"), ("fail", "model_error")]
+)
 def test_an_answer_ended_from_outside_gives_the_text_that_waited(tokenizer: Tokenizer, how: str, finish: str) -> None:
     state = answer(tokenizer, stop=("the end",))
     (piece,) = take_all(state, tokenizer.encode("the"), tokenizer)
     assert piece.text == ""
-    last = state.fail("too hot") if how == "fail" else getattr(state, how)()
+    last = state.fail("too hot", finish=finish) if how == "fail" else getattr(state, how)()
     assert (last.text, last.token_ids, last.finish) == ("the", (), finish)
     assert last.error == ("too hot" if how == "fail" else "")
     assert state.finish == finish

@@ -168,6 +168,16 @@ def test_a_damaged_video_fails_its_own_request_alone(engine: Engine) -> None:
         engine.prepare(Prompt.ask("what is in this", videos=[broken]))
 
 
+def test_logits_that_are_no_numbers_end_answers_as_the_models_fault(folder: Path) -> None:
+    engine = tiny_engine(folder)
+    with torch.no_grad():
+        next(engine.model.language_model.decoder.layers[0].parameters()).fill_(torch.nan)
+    for sampling in (GREEDY, Sampling(max_new_tokens=4, beams=2)):
+        (answer,) = engine.generate([Prompt.ask("what color")], sampling=sampling)
+        assert (answer.finish, answer.token_ids) == ("model_error", [])
+        assert "highest logit is nan in 1 of 1 answers" in answer.error
+
+
 def test_a_literal_tag_in_a_question_is_text(engine: Engine) -> None:
     prepared = engine.prepare(Prompt.ask("is <image> a red circle"))
     assert prepared.tiles == 0

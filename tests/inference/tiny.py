@@ -19,7 +19,7 @@ from megatron_vita.config import (
     TextConfig,
     VisionConfig,
 )
-from megatron_vita.data.documents import decode_tiles
+from megatron_vita.data.tiles import decode_tiles
 from megatron_vita.inference.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt
 from megatron_vita.layout.dealing import deal_tiles
@@ -104,7 +104,9 @@ def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) ->
     )
     tiles = [np.zeros((0, 3, 16, 16), dtype=np.uint8)]
     for medium, file in zip(prepared.document.media, prepared.files, strict=True):
-        tiles.append(decode_tiles(medium, file.data, name=file.name, tiles=range(medium.num_tiles), form=engine.form))
+        tiles.append(
+            decode_tiles(medium, file.data, name=file.name, tiles=range(medium.num_tiles), form=engine.form.tile_format)
+        )
     mine = torch.from_numpy(np.concatenate(tiles))[deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
     wanted = torch.arange(prepared.tokens - 1, len(ids))
     rows = ((pack.positions[:, None] == wanted).any(1)).nonzero().squeeze(1)

@@ -56,6 +56,7 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--cache-tokens", type=int, help="room of the key-value cache (default: what memory leaves)")
     group.add_argument("--cache-dtype", choices=("model", "fp8"), help="type of the key-value cache (default: model)")
     group.add_argument("--max-running", type=int, help="answers that are decoded at a time (default: 64)")
+    group.add_argument("--media-seconds", type=float, help="seconds to decode an image or 64 frames (default: 60)")
     group.add_argument("--max-context", type=int, help="tokens of a prompt and its answer (default: as in training)")
 
 

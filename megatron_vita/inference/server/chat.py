@@ -29,7 +29,7 @@ from megatron_vita.inference.server.exchange import (
     while_connected,
 )
 from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.media import MediaLoader
+from megatron_vita.inference.server.media import MediaLoader, about, check_pixels
 from megatron_vita.inference.server.metrics import Metrics
 from megatron_vita.inference.server.protocol import ChatRequest, parse_request, sampling_of
 from megatron_vita.inference.server.refusals import NO_RETRY, RefusalError, too_large
@@ -151,6 +151,11 @@ class _Exchange:
         most = endpoint.limits.video_frames
         if any(len(video.times) > most for video in prepared.videos):
             prepared = await self._in_pool(partial(endpoint.service.engine.prepare, prompt, max_frames=most))
+        for video in prepared.videos:
+            try:
+                check_pixels(video.size, endpoint.limits)
+            except RefusalError as error:
+                raise about(video.name, error) from error
         if prepared.tokens > endpoint.limits.prompt_tokens:
             raise too_large(
                 f"the prompt has {prepared.tokens:,} tokens",
@@ -198,6 +203,8 @@ class _Exchange:
                 self._first = time.monotonic() - self._began
             if piece.finish == "error":
                 raise RefusalError(piece.error, code="invalid_media")
+            if piece.finish == "model_error":
+                raise RefusalError(piece.error, status=500, code="model_error", headers=NO_RETRY)
             if piece.finish == "cancelled":
                 raise RefusalError("the answer was cut off: the server is stopping", status=503, code="stopping")
             yield piece

@@ -8,12 +8,14 @@ from megatron_vita.inference.requests import AnswerPiece, Sampling
 
 
 class VideoFrames(Protocol):
-    """What was sampled from a video: moments in seconds from its start."""
+    """What was sampled from a video: moments in seconds from its start. `size`: width and height of a frame, or 0."""
 
     @property
     def name(self) -> str: ...
     @property
     def duration(self) -> float: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
     @property
     def times(self) -> Sequence[float]: ...
 

@@ -15,7 +15,7 @@ class Limits:
     body_bytes: int = described(64 << 20, "Bytes of a request's body, data URLs in it included.")
     media_files: int = described(64, "Images and videos of one request.")
     media_bytes: int = described(256 << 20, "Bytes of all images and videos of one request together.")
-    image_pixels: int = described(50_000_000, "Pixels of one image, from its header.")
+    image_pixels: int = described(50_000_000, "Pixels of an image, or of a video's frame, by its header.")
     video_frames: int = described(4096, "Frames taken from one video.")
     prompt_tokens: int = described(1 << 20, "Tokens of one prompt, those of its images and videos included.")
     output_tokens: int = described(4096, "Tokens of one answer, also where a request names no number.")

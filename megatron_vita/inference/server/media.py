@@ -17,8 +17,6 @@ from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import ChatRequest, ImagePart, VideoPart
 from megatron_vita.inference.server.refusals import RefusalError, too_large
 from megatron_vita.inference.server.remote import RemoteFetcher
-from megatron_vita.media.clip import open_clip
-from megatron_vita.media.frame_archive import is_archive
 from megatron_vita.media.images import image_size
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
@@ -42,9 +40,10 @@ class MediaLoader:
         for field, part in request.parts():
             try:
                 file = MediaFile(name=field, data=await self._read(_url(part), left))
-                await self._run(self._check_pixels, file, isinstance(part, VideoPart))
+                if isinstance(part, ImagePart):
+                    await self._run(self._check_pixels, file)
             except RefusalError as error:
-                raise _about(field, error) from error
+                raise about(field, error) from error
             left -= len(file.data)
             files[type(part)].append(file)
         return files[ImagePart], files[VideoPart]
@@ -81,22 +80,27 @@ class MediaLoader:
             raise refusal from error
         raise refusal
 
-    def _check_pixels(self, file: MediaFile, is_video: bool) -> None:
-        """Refuses images, and videos whose frames are, larger than the limit, from their headers."""
+    def _check_pixels(self, image: MediaFile) -> None:
+        """Refuses images that are larger than the limit by their headers."""
         try:
-            width, height = _frame_size(file) if is_video else image_size(file.data, file.name)
+            size = image_size(image.data, image.name)
         except DataError as error:
             raise RefusalError(str(error), code="invalid_media") from error
-        if width * height > self._limits.image_pixels:
-            what = f"{width} x {height} pixels"
-            raise too_large(what, limit="image_pixels", most=self._limits.image_pixels, status=400)
+        check_pixels(size, self._limits)
+
+
+def check_pixels(size: tuple[int, int], limits: Limits) -> None:
+    """RefusalError for an image or frame of a (width, height) beyond the limit."""
+    width, height = size
+    if width * height > limits.image_pixels:
+        raise too_large(f"{width} x {height} pixels", limit="image_pixels", most=limits.image_pixels, status=400)
 
 
 def _url(part: ImagePart | VideoPart) -> str:
     return part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
 
 
-def _about(field: str, error: RefusalError) -> RefusalError:
+def about(field: str, error: RefusalError) -> RefusalError:
     """The same refusal with the field that it is about."""
     message = str(error) if str(error).startswith(field) else f"{field}: {error}"
     return RefusalError(message, status=error.status, param=field, code=error.code, headers=error.headers)
@@ -141,11 +145,3 @@ def _read_file(path: Path, most: int) -> bytes:
     if len(data) > most:
         raise too_large(f"more than {most:,} bytes of media", limit="media_bytes", most=most)
     return data
-
-
-def _frame_size(file: MediaFile) -> tuple[int, int]:
-    """Width and height of a video's frames; 0 for archives of pictures, whose decoder checks each."""
-    if is_archive(file.data):
-        return 0, 0
-    with open_clip(file.data, file.name) as clip:
-        return clip.codec.width, clip.codec.height

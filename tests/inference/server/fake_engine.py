@@ -20,6 +20,7 @@ MAX_FRAMES = 16
 class FakeVideo:
     name: str
     duration: float
+    size: tuple[int, int]
     times: list[float]
 
 
@@ -76,6 +77,7 @@ class FakeEngine:
     max_context: int = 1 << 20
     fails_after: int | None = None  # steps
     decode_error: str = ""  # ends every answer
+    error_finish: FinishReason = "error"
     step_bytes: int = 1
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
 
@@ -120,7 +122,7 @@ class FakeEngine:
     def _video(self, video: MediaFile, max_frames: int) -> FakeVideo:
         info = probe_video(video.data, video.name)
         times = frame_times(info, max_fps=4.0, max_frames=max_frames)
-        return FakeVideo(name=video.name, duration=info.duration, times=times)
+        return FakeVideo(name=video.name, duration=info.duration, size=info.size, times=times)
 
     def add(self, prepared: FakePrepared, sampling: Sampling) -> int:
         self._own_thread()
@@ -155,7 +157,7 @@ class FakeEngine:
     def _piece(self, number: int, request: _Request, choice: int) -> AnswerPiece:
         if request.cancelled or self.decode_error:
             request.open[choice] = False
-            finish: FinishReason = "error" if self.decode_error else "cancelled"
+            finish: FinishReason = self.error_finish if self.decode_error else "cancelled"
             return AnswerPiece(request=number, choice=choice, finish=finish, error=self.decode_error)
         answer = request.answer.replace(b"{choice}", str(choice).encode())
         end = min([place for stop in request.sampling.stop if (place := answer.find(stop.encode())) >= 0] or [1 << 40])

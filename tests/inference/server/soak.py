@@ -97,17 +97,17 @@ def soak(server: RunningServer, *, requests: int, clients: int = 8) -> Counter[s
 KILOBYTES = 2000
 """What Python may hold more after many requests: caches that fill, and no trace of a request."""
 MEGABYTES = 100
-"""The same of the whole process over three rounds. Its allocator keeps tens of megabytes more or less as it pleases."""
+"""The same of the whole process, whose allocator keeps tens of megabytes more or less as it pleases."""
 
 
 def growth(server: RunningServer, *, requests: int) -> tuple[float, float]:
-    """Kilobytes of Python's that so many requests leave, and megabytes of the process that three times as many do.
+    """Kilobytes of Python's, and megabytes of the process, that so many requests leave behind.
 
     The latter lies between the least of three rounds and the least of the next three: what is left piles up,
     while an allocator that has kept more at one moment gives it back, or uses it, at another.
     """
     assert not soak(server, requests=5 * len(KINDS))
-    rounds = [_resident_after(server, requests=requests) for _ in range(6)]
+    rounds = [_resident_after(server, requests=requests // 3) for _ in range(6)]
     level = logging.root.level
     logging.root.setLevel(logging.WARNING)  # pytest keeps all records of a test, and others may have asked for more
     tracemalloc.start()  # a pass of its own: its tables are as large as what it watches

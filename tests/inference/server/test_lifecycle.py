@@ -116,6 +116,13 @@ def test_media_that_cannot_be_decoded_end_the_request_alone() -> None:
         assert is_empty(server)
 
 
+def test_logits_that_are_no_numbers_are_the_servers_fault() -> None:
+    with running(FakeEngine(decode_error="the logits are NaN", error_finish="model_error")) as server:
+        error = server.error(status=500)
+        assert (error["message"], error["type"], error["code"]) == ("the logits are NaN", "server_error", "model_error")
+        assert is_empty(server)
+
+
 def test_an_idle_engine_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_vita.inference.server.service.IDLE_SECONDS", 0.02)
     with running(FakeEngine()) as server:

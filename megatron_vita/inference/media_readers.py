@@ -1,0 +1,144 @@
+"""The readers of media that an engine may ask: processes of `media_reader.py`, and threads that wait for them."""
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_vita.data.form import Medium, TileFormat
+from megatron_vita.data.shared_memory import SharedFile, receive_array
+from megatron_vita.errors import DataError, PlatformError
+from megatron_vita.media.video import VideoInfo
+
+PROGRAM = "megatron_vita.inference.media_reader"
+_ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+"""Keeps libraries from starting threads in the program: forks of a process with threads could hang."""
+
+
+class Probe(NamedTuple):
+    """What kind of video is the file that follows? The answer is a VideoInfo."""
+
+    name: str
+
+
+class Decode(NamedTuple):
+    """What do tiles of the file that follows show? The answer is a shape, and an array of it that follows."""
+
+    name: str
+    medium: Medium
+    tiles: range
+    form: TileFormat
+
+
+Question = Probe | Decode
+Answer = VideoInfo | tuple[int, ...] | DataError
+
+
+class MediaReaders:
+    """At most `count` processes that read media. Any thread may ask; further ones wait for their turn."""
+
+    def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
+        """`seconds`: what one answer may take. Processes are started when they are needed."""
+        self.form, self._seconds = form, seconds
+        self._free: queue.LifoQueue[Connection | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    def probe(self, file: SharedFile, name: str) -> VideoInfo:
+        """What kind of video a file is. DataError, which names it by `name`, where it is none."""
+        with self._asked(Probe(name), file) as pipe:
+            return _checked(pipe.recv())
+
+    def decode(self, file: SharedFile, medium: Medium, *, name: str, tiles: range) -> np.ndarray:
+        """Tiles of a medium, uint8 [n, 3, S, S]. DataError, which names it by `name`, where it is damaged."""
+        with self._asked(Decode(name, medium, tiles, self.form), file) as pipe:
+            return receive_array(pipe, _checked(pipe.recv()))
+
+    @contextmanager
+    def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
+        """A reader that was asked. Where it ends without an answer, that is put down to the file: DataError."""
+        pipe, good, began = self._free.get(), None, time.monotonic()
+        try:
+            pipe = pipe or connect()
+            pipe.send((self._seconds, question))
+            file.send(pipe)
+            yield pipe
+            good = pipe
+        except DataError:
+            good = pipe
+            raise
+        except (EOFError, OSError) as error:
+            check()
+            late = time.monotonic() - began >= self._seconds
+            why = f"takes more than {self._seconds:g} seconds" if late else "ends the process that does it"
+            raise DataError(f"{question.name}: reading it {why}") from error
+        finally:
+            self._free.put(good)
+
+
+class _Program(NamedTuple):
+    """The running program; closing `orders` ends it."""
+
+    process: subprocess.Popen[bytes]
+    orders: socket.socket
+
+
+_programs: dict[str, _Program] = {}
+_lock = threading.Lock()
+
+
+def start() -> _Program:
+    """The program that forks readers, one for all engines of this process, with which it ends.
+
+    Nobody waits for it to come up, which takes seconds.
+    """
+    with _lock:
+        if PROGRAM not in _programs:
+            orders, theirs = socket.socketpair()
+            paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", PROGRAM],
+                    stdin=theirs.fileno(),
+                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": paths},
+                )
+            _programs[PROGRAM] = _Program(process, orders)
+        return _programs[PROGRAM]
+
+
+def connect() -> Connection:
+    """A new reader."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        socket.send_fds(start().orders, [b"."], [theirs.fileno()])
+    return Connection(ours.detach())
+
+
+def check() -> None:
+    """PlatformError if the program has ended, after which there is room for another."""
+    with suppress(subprocess.TimeoutExpired):
+        code = start().process.wait(timeout=0.2)
+        with _lock:
+            _programs.pop(PROGRAM)
+        raise PlatformError(f"the program that reads media has ended with code {code}; is there memory enough?")
+
+
+def _checked[T](answer: T | DataError) -> T:
+    if isinstance(answer, DataError):
+        raise answer
+    return answer

@@ -1,0 +1,34 @@
+"""The program that reads media, whose decoder hangs, crashes or fails where the name of a file says so."""
+
+import os
+import time
+
+from megatron_vita.inference import media_reader
+
+decode_tiles, probe_video = media_reader.decode_tiles, media_reader.probe_video
+
+
+def misbehave(name: str) -> None:
+    if "hangs" in name:
+        time.sleep(3600)
+    if "crashes" in name:
+        os.abort()
+    if "fails" in name:
+        raise ZeroDivisionError("of a decoder")
+
+
+def decode(*arguments: object, name: str, **options: object) -> object:
+    misbehave(name)
+    return decode_tiles(*arguments, name=name, **options)  # type: ignore[arg-type]
+
+
+def probe(file: object, name: str) -> object:
+    if "early" in name:
+        misbehave(name)
+    return probe_video(file, name)  # type: ignore[arg-type]
+
+
+media_reader.decode_tiles, media_reader.probe_video = decode, probe
+
+if __name__ == "__main__":
+    media_reader.main()

@@ -1,0 +1,179 @@
+"""Media are read in processes that may be killed: whatever a file does to a decoder, only its own request ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_vita import platform
+from megatron_vita.data.form import Medium, TileFormat
+from megatron_vita.data.shared_memory import SharedFile
+from megatron_vita.data.tiles import decode_tiles
+from megatron_vita.errors import DataError, PlatformError
+from megatron_vita.inference import media_readers
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.media_readers import MediaReaders
+from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests import Sampling
+from megatron_vita.media.tiling import Grid, Tiling
+from megatron_vita.media.video import probe_video
+from tests.inference.tiny import picture, tiny_engine, video
+
+FORM = TileFormat(Tiling(tile_size=16, grids=(Grid(2, 1),)), "imagenet")
+FRAMES = Medium("clip", 5, None, [0.0, 1.0, 2.0, 3.0, 4.0])
+GREEDY = Sampling(max_new_tokens=4)
+
+
+@pytest.fixture
+def readers() -> MediaReaders:
+    return MediaReaders(FORM, count=2, seconds=30)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine whose readers obey the names of files, and have 3 seconds."""
+    platform.initialize_process()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
+        engine = tiny_engine(tmp_path_factory.mktemp("engine"), media_seconds=3.0)
+        engine.generate([Prompt.ask("what is in this", videos=[video()])], sampling=GREEDY)
+        yield engine
+
+
+def program() -> psutil.Process:
+    """The program that forks readers."""
+    return psutil.Process(media_readers.start().process.pid)
+
+
+def count_of_new(before: set[int]) -> int:
+    """Readers that are not among those of `before`."""
+    return len({process.pid for process in program().children()} - before)
+
+
+@pytest.fixture
+def before() -> set[int]:
+    """Readers of others."""
+    return {process.pid for process in program().children()}
+
+
+def test_answers_are_those_of_this_process(readers: MediaReaders) -> None:
+    file = SharedFile(video().data)
+    assert readers.probe(file, "clip") == probe_video(video().data, "clip")
+    assert readers.probe(file, "clip").size[0] > 0
+    part = readers.decode(file, FRAMES, name="clip", tiles=range(1, 4))
+    assert np.array_equal(part, decode_tiles(FRAMES, video().data, name="clip", tiles=range(1, 4), form=FORM))
+    image = picture(1).data
+    grid = Medium("a", 3, Grid(2, 1), [])
+    tiles = readers.decode(SharedFile(image), grid, name="a", tiles=range(3))
+    assert np.array_equal(tiles, decode_tiles(grid, image, name="a", tiles=range(3), form=FORM))
+
+
+def test_what_forks_has_one_thread(readers: MediaReaders) -> None:
+    readers.probe(SharedFile(video().data), "clip")
+    assert program().num_threads() == 1
+
+
+def test_many_threads_share_the_readers_of_one_file(readers: MediaReaders, before: set[int]) -> None:
+    """Each process has its own place in the file."""
+    file, found = SharedFile(video().data), {}
+
+    def look(number: int) -> None:
+        found[number] = readers.decode(file, FRAMES, name="clip", tiles=range(number % 5, 5))
+
+    threads = [threading.Thread(target=look, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = decode_tiles(FRAMES, video().data, name="clip", tiles=range(5), form=FORM)
+    assert len(found) == 20
+    assert all(np.array_equal(tiles, whole[number % 5 :]) for number, tiles in found.items())
+    assert count_of_new(before) <= 2
+
+
+def test_errors_name_the_file_and_cost_no_process(readers: MediaReaders, before: set[int]) -> None:
+    for _ in range(5):
+        with pytest.raises(DataError, match=r"^text\.mp4: cannot read this video of 4 bytes"):
+            readers.probe(SharedFile(b"text"), "text.mp4")
+    assert count_of_new(before) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("hangs", "reading it takes more than 3 seconds"),
+        ("crashes", "reading it ends the process that does it"),
+        ("fails", "cannot be read: ZeroDivisionError: of a decoder"),
+    ],
+)
+def test_a_decoder_that_misbehaves_ends_one_request(hostile: Engine, name: str, reason: str) -> None:
+    good = Prompt.ask("what is in this", videos=[video()])
+    bad = Prompt.ask("what is in this", videos=[MediaFile(name=name, data=video(5 + len(name)).data)])
+    (alone,) = hostile.generate([good], sampling=GREEDY)
+    for _ in range(2):  # what it left in the cache must not be taken for known
+        one, ended, other = hostile.generate([good, bad, good], sampling=GREEDY)
+        assert (ended.finish, ended.error) == ("error", f"{name}: {reason}")
+        assert (one.token_ids, other.token_ids) == (alone.token_ids, alone.token_ids)
+    with pytest.raises(DataError, match=reason):
+        hostile.prepare(Prompt.ask("what", videos=[MediaFile(name=f"early {name}", data=video().data)]))
+
+
+def test_a_killed_reader_is_replaced(readers: MediaReaders, before: set[int]) -> None:
+    file = SharedFile(video().data)
+    readers.probe(file, "clip")
+    (reader,) = (process for process in program().children() if process.pid not in before)
+    reader.kill()
+    reader.wait(10)
+    with pytest.raises(DataError, match="clip: reading it ends the process"):
+        readers.probe(file, "clip")
+    assert readers.probe(file, "clip").frames > 0
+
+
+def test_a_program_that_has_ended_is_no_fault_of_the_file(readers: MediaReaders) -> None:
+    file = SharedFile(video().data)
+    readers.probe(file, "clip")
+    for process in (*program().children(), program()):
+        process.kill()
+    with pytest.raises(PlatformError, match="the program that reads media has ended with code -9"):
+        readers.probe(file, "clip")
+    assert readers.probe(file, "clip").frames > 0
+
+
+def test_readers_end_with_their_owner(readers: MediaReaders, before: set[int]) -> None:
+    fresh = MediaReaders(FORM, count=2, seconds=30)
+    fresh.probe(SharedFile(video().data), "clip")
+    assert count_of_new(before) == 1
+    del fresh
+    deadline = time.monotonic() + 10
+    while count_of_new(before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert count_of_new(before) == 0
+
+
+def test_readers_end_with_the_process_that_asked_them_however_it_ends() -> None:
+    code = (
+        "import sys\n"
+        "from tests.inference.test_media_readers import *\n"
+        "readers = MediaReaders(FORM, count=2, seconds=30)\n"
+        "readers.probe(SharedFile(video().data), 'clip')\n"
+        "print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2
+        os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, pids))
