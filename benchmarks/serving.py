@@ -34,6 +34,7 @@ from megatron_vita.config import (
 from megatron_vita.data.documents import Document
 from megatron_vita.data.form import Medium
 from megatron_vita.inference.engine import Engine, EngineOptions
+from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt
 from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.tiles import TileDecoder, TileKey
@@ -45,9 +46,9 @@ GIB = 1 << 30
 class RandomPixels(TileDecoder):
     """Tiles that are there at once."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        size = self.form.vision.image_size
+    def __init__(self, readers: MediaReaders) -> None:
+        super().__init__(readers)
+        size = readers.form.size
         self._pixels = np.random.default_rng(0).integers(0, 256, (512, 3, size, size), dtype=np.uint8)
 
     def prefetch(self, tiles: Sequence[TileKey]) -> None:
@@ -165,7 +166,7 @@ def main() -> None:
             cache_dtype=options.cache_dtype,
         ),
     )
-    engine.worker.features.decoder = RandomPixels(engine.form)
+    engine.worker.features.decoder = RandomPixels(engine.worker.features.decoder.readers)
     if dist.get_rank():
         engine.serve_as_worker()
     else:

@@ -38,7 +38,7 @@ class TileDecoder:
     """Has runs of tiles of the sequences under way decoded."""
 
     def __init__(self, readers: MediaReaders) -> None:
-        self._readers = readers
+        self.readers = readers
         self._sequences: dict[int, list[_File]] = {}
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="tiles")
         self._ahead: dict[tuple[int, int, int], Future[np.ndarray]] = {}
@@ -66,7 +66,7 @@ class TileDecoder:
 
     def decode(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
         """Pixels uint8 [n, 3, S, S], black where they cannot be had, and what is wrong with which sequence."""
-        size = self._readers.form.size
+        size = self.readers.form.size
         parts, failed = [np.zeros((0, 3, size, size), dtype=np.uint8)], {}
         runs = self._runs(tiles)
         self.prefetch(tiles)
@@ -99,4 +99,4 @@ class TileDecoder:
 
     def _decode(self, file: _File, first: int, count: int) -> np.ndarray:
         tiles = range(first - file.first, first - file.first + count)
-        return self._readers.decode(file.shared, file.medium, name=file.name, tiles=tiles)
+        return self.readers.decode(file.shared, file.medium, name=file.name, tiles=tiles)
