@@ -51,10 +51,10 @@ class RandomPixels(TileDecoder):
         size = readers.form.size
         self._pixels = np.random.default_rng(0).integers(0, 256, (512, 3, size, size), dtype=np.uint8)
 
-    def prefetch(self, tiles: Sequence[TileKey]) -> None:
+    def begin(self, sequence: int, tiles: Sequence[int]) -> None:
         """Nothing is to be done."""
 
-    def decode(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
+    def take(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
         """Any of them."""
         return self._pixels[: len(tiles)], {}
 

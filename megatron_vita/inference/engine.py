@@ -231,9 +231,7 @@ class Engine:
         step = self._scheduler.next_step()
         if step is None:
             return pieces
-        result = self._execute(step)
-        assert result is not None, "a step computes something"
-        return pieces + self._use(step, result)
+        return pieces + self._use(step, self._execute(step))
 
     def usage(self, number: int) -> Usage:
         """Tokens of a request, also after its end until `forget`."""
@@ -319,9 +317,16 @@ class Engine:
         """Tokens that end an answer."""
         return frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")})
 
-    def _execute(self, step: Step) -> StepResult | None:
+    def _execute(self, step: Step) -> StepResult:
         changes = self._scheduler.take_changes()
-        step = dataclasses.replace(changes, prefill=step.prefill, decode=step.decode, grow=step.grow, close=step.close)
+        step = dataclasses.replace(
+            step,
+            forget=changes.forget,
+            begin=changes.begin,
+            tables=changes.tables,
+            copy=changes.copy,
+            announce=changes.announce,
+        )
         with _ranks_are_there():
             if self._channel is not None:
                 self._channel.send(step)
@@ -335,6 +340,9 @@ class Engine:
 
     def _use(self, step: Step, result: StepResult) -> list[AnswerPiece]:
         """Draws tokens from the logits of a step."""
+        self._scheduler.note_ready(result.ready)
+        if result.logits is None:
+            return []
         by_sequence = {s.number: a for a in self._answering.values() for s in a.request.sequences}
         pieces: list[AnswerPiece] = []
         for sequence, reason in result.failed.items():

@@ -45,23 +45,26 @@ class FeatureSource:
         self.rows_per_tile = form.vision.image_token_length
         self.decoder = TileDecoder(readers)
         self._sequences: dict[int, SequenceStart] = {}
+        self._owner: dict[int, dict[int, int]] = {}  # of sequences' tiles that are dealt, the tile rank
         self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
 
     def add(self, start: SequenceStart) -> None:
         """A sequence whose pieces will come."""
         self._sequences[start.sequence] = start
+        self._owner[start.sequence] = {}
         self.decoder.add(start)
 
     def forget(self, sequence: int) -> None:
         """A sequence that has ended."""
         self._sequences.pop(sequence, None)
+        self._owner.pop(sequence, None)
         self.decoder.forget(sequence)
         for key in [key for key in self._left if key[0] == sequence]:
             del self._left[key]
 
     def of_pieces(self, pieces: list[PiecePlan], places: list[int]) -> FeatureRows | None:
         """The feature rows of pieces that begin at `places` of the pack; None where they have no tiles. Collective."""
-        tiles = list(chain.from_iterable(map(self._tiles_of, pieces)))
+        tiles = list(chain.from_iterable(self._tiles_of(p.sequence, p.start, p.stop) for p in pieces))
         if not tiles or not self.model.encodes:
             return None
         new = [tile for tile in tiles if tile not in self._left]
@@ -69,7 +72,7 @@ class FeatureSource:
         known = self._left | dict(zip(new, features, strict=True))
         rows, targets = [], []
         for piece, place in zip(pieces, places, strict=True):
-            for key in self._tiles_of(piece):
+            for key in self._tiles_of(piece.sequence, piece.start, piece.stop):
                 begin = int(self._sequences[piece.sequence].placements[key[1]])
                 first, last = max(begin, piece.start), min(begin + self.rows_per_tile, piece.stop)
                 rows.append(known[key][first - begin : last - begin])
@@ -80,24 +83,25 @@ class FeatureSource:
                     self._left.pop(key, None)
         return FeatureRows(rows=torch.cat(rows), places=torch.cat(targets), failed=failed)
 
-    def prefetch(self, piece: PiecePlan) -> None:
-        """Begins to decode this rank's tiles of a piece that will probably come alone."""
-        ends = self._sequences[piece.sequence].placements + self.rows_per_tile
-        tiles = [key for key in self._tiles_of(piece) if ends[key[1]] > piece.start + self.rows_per_tile]
-        if tiles and self.model.encodes:
-            self.decoder.prefetch([tiles[i] for i in self._hands(tiles)[groups.rank_layout().tile_rank]])
+    def announce(self, sequence: int, start: int, stop: int) -> None:
+        """Deals the tiles of tokens `start` to `stop` that are not yet dealt, and begins to decode this rank's.
 
-    def _tiles_of(self, piece: PiecePlan) -> list[TileKey]:
-        """Tiles that have placeholders in a piece."""
-        placements = self._sequences[piece.sequence].placements
-        first = int(np.searchsorted(placements, piece.start - self.rows_per_tile, side="right"))
-        last = int(np.searchsorted(placements, piece.stop))
-        return [(piece.sequence, tile) for tile in range(first, last)]
+        Ranks take turns to be the first, so that many prompts of one tile are not all one rank's.
+        """
+        owner, layout = self._owner[sequence], groups.rank_layout()
+        tiles = [tile for _, tile in self._tiles_of(sequence, start, stop) if tile not in owner]
+        frames = torch.tensor([self._is_frame(sequence, tile) for tile in tiles], dtype=torch.bool)
+        for rank, hand in enumerate(deal_tiles(frames, layout.tile_ranks), start=sequence):
+            owner.update({tiles[i]: rank % layout.tile_ranks for i in hand})
+        if self.model.encodes:
+            self.decoder.begin(sequence, [tile for tile in tiles if owner[tile] == layout.tile_rank])
 
-    def _hands(self, tiles: list[TileKey]) -> list[Tensor]:
-        """Which of the tiles each tile rank encodes."""
-        frames = torch.tensor([self._is_frame(*tile) for tile in tiles], dtype=torch.bool)
-        return deal_tiles(frames, groups.rank_layout().tile_ranks)
+    def _tiles_of(self, sequence: int, start: int, stop: int) -> list[TileKey]:
+        """Tiles that have placeholders among the tokens `start` to `stop`."""
+        placements = self._sequences[sequence].placements
+        first = int(np.searchsorted(placements, start - self.rows_per_tile, side="right"))
+        last = int(np.searchsorted(placements, stop))
+        return [(sequence, tile) for tile in range(first, last)]
 
     def _is_frame(self, sequence: int, tile: int) -> bool:
         ends = np.cumsum([medium.num_tiles for medium in self._sequences[sequence].media])
@@ -137,8 +141,10 @@ class FeatureSource:
         dtype = self.model.config.params_dtype
         if not tiles:
             return torch.empty(0, self.rows_per_tile, self.model.config.hidden_size, dtype=dtype), {}
-        hands, layout = self._hands(tiles), groups.rank_layout()
-        pixels, failed = self.decoder.decode([tiles[i] for i in hands[layout.tile_rank]])
+        layout = groups.rank_layout()
+        owners = torch.tensor([self._owner[sequence][tile] for sequence, tile in tiles])
+        hands = [(owners == rank).nonzero().squeeze(1) for rank in range(layout.tile_ranks)]
+        pixels, failed = self.decoder.take([tiles[i] for i in hands[layout.tile_rank]])
         own = self._encode_pixels(torch.from_numpy(pixels))
         if layout.tile_ranks == 1:
             return own, failed

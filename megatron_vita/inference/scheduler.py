@@ -6,13 +6,18 @@ stopped for want of room. Steps with pieces of prompts and steps with new tokens
 
 import itertools
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_vita.inference.block_pool import BlockPool
 from megatron_vita.inference.prompt import PreparedPrompt
 from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
 from megatron_vita.layout.blocks import BlockLayout
+
+PATIENCE = 0.02
+"""Seconds for which ranks that have nothing else to do wait for tiles, before they look for new requests."""
+AHEAD = 4
+"""Chunks whose tiles may be decoded, or wait to be, at a time: what they take of memory."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +43,8 @@ class Request:
     ceiling: int = 0  # blocks that it may come to hold
     taken: int = 0  # blocks that it has taken or shared so far
     running: bool = False  # its answers are under way
+    announced: int = 0  # tokens of the prompt whose tiles are being decoded, or are
+    ready: int = 0  # those of which all ranks have decoded theirs
 
     @property
     def width(self) -> int:
@@ -82,13 +89,23 @@ class Scheduler:
 
     def next_step(self) -> Step | None:
         """What to do next; None if there is nothing to do."""
+        self._admit()
+        self._announce()
         step = None
         if not (self.running and not self._decoded_last):
             step = self._prefill()
-        step = step or self._decode()
-        if step is not None:
-            self._decoded_last = bool(step.decode)
-        return step
+        awaited = [request.sequences[0].number for request in self.prefilling if request.ready < request.announced]
+        step = step or self._decode() or (Step(patience=PATIENCE) if awaited else None)
+        if step is None:
+            return None
+        self._decoded_last = bool(step.decode)
+        return replace(step, awaited=awaited)
+
+    def note_ready(self, sequences: list[int]) -> None:
+        """Awaited sequences whose announced tiles are decoded."""
+        for request in self.prefilling:
+            if request.sequences[0].number in sequences:
+                request.ready = request.announced
 
     def take_changes(self) -> Step:
         """Bookkeeping that the next step must carry, even where nothing is left to compute."""
@@ -170,6 +187,7 @@ class Scheduler:
         more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
         sequence = Sequence(number=next(self._numbers), blocks=known + more, length=request.cached_tokens)
         request.sequences = [sequence]
+        request.announced = request.ready = sequence.length if request.prepared.tiles else request.prepared.tokens
         self.prefilling.append(request)
         document = request.prepared.document
         self._changes.begin.append(
@@ -183,16 +201,38 @@ class Scheduler:
         )
         self._changes.tables[sequence.number] = list(sequence.blocks)
 
+    @property
+    def _chunk(self) -> int:
+        """Tokens of prompts in a step."""
+        return self.policy.busy_chunk_tokens if self.running else self.policy.chunk_tokens
+
+    def _by_what_is_left(self) -> list[Request]:
+        """The prompts under way, those with the least left first, so that a short one never waits long."""
+        return sorted(self.prefilling, key=lambda request: (_left(request), request.number))
+
+    def _announce(self) -> None:
+        """Has the tiles of coming pieces decoded: of each prompt two pieces ahead, of all together a bounded number."""
+        ahead = sum(r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles)
+        for request in self._by_what_is_left():
+            sequence, start = request.sequences[0], request.announced
+            stop = min(start + self._chunk, request.prepared.tokens)
+            if request.ready < start or start == stop or start - sequence.length > self._chunk:
+                continue
+            ahead += stop - start
+            if ahead > max(AHEAD * self.policy.chunk_tokens, stop - start):
+                return
+            request.announced = stop
+            self._changes.announce.append((sequence.number, start, stop))
+
     def _prefill(self) -> Step | None:
-        """Pieces of the prompts under way, those with the least left first, so that a short one never waits long."""
-        self._admit()
-        budget = self.policy.busy_chunk_tokens if self.running else self.policy.chunk_tokens
+        """Pieces of the prompts under way, as far as their tiles are decoded."""
+        budget = self._chunk
         pieces = []
-        for request in sorted(self.prefilling, key=lambda r: (_left(r), r.number)):
+        for request in self._by_what_is_left():
             sequence = request.sequences[0]
-            count = min(budget, _left(request))
+            count = min(budget, request.ready - sequence.length)
             if count == 0:
-                break
+                continue
             budget -= count
             start, sequence.length = sequence.length, sequence.length + count
             ends = _left(request) == 0

@@ -31,18 +31,19 @@ class PiecePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Either pieces of prompts or one token of each of several sequences is computed; what else is said comes first."""
+    """Either pieces of prompts or one token of each of several sequences is computed, or nothing.
+
+    What else is said comes first, but for `awaited`, which comes last.
+    """
 
     forget: list[int] = field(default_factory=list)  # sequences that have ended
     begin: list[SequenceStart] = field(default_factory=list)
     tables: dict[int, list[int]] = field(default_factory=dict)  # blocks of sequences, in place of those they had
     grow: dict[int, list[int]] = field(default_factory=dict)  # blocks that sequences get in addition
     copy: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy: (from, to)
+    announce: list[tuple[int, int, int]] = field(default_factory=list)  # sequence, first token, last: tiles to decode
     prefill: list[PiecePlan] = field(default_factory=list)
     decode: list[tuple[int, int, int]] = field(default_factory=list)  # sequence, its next token, that one's position
+    awaited: list[int] = field(default_factory=list)  # sequences of which rank 0 must know whether tiles are decoded
+    patience: float = 0.0  # seconds to wait for the first of them
     close: bool = False  # the service ends
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return not (self.prefill or self.decode)

@@ -1,11 +1,13 @@
-"""Tiles of prompts: decoded on the rank that encodes them, a step ahead where that can be known."""
+"""Tiles of prompts: decoded on the rank that encodes them, ahead of the step that does it."""
 
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,14 +36,21 @@ class _File:
     shared: SharedFile
 
 
+class _Coming(NamedTuple):
+    """A tile is part of what a run gives."""
+
+    run: Future[np.ndarray]
+    place: int
+
+
 class TileDecoder:
-    """Has runs of tiles of the sequences under way decoded."""
+    """Has tiles of the sequences under way decoded ahead of their use."""
 
     def __init__(self, readers: MediaReaders) -> None:
         self.readers = readers
         self._sequences: dict[int, list[_File]] = {}
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="tiles")
-        self._ahead: dict[tuple[int, int, int], Future[np.ndarray]] = {}
+        self._coming: dict[int, dict[int, _Coming]] = {}  # by sequence and tile
 
     def add(self, start: SequenceStart) -> None:
         """A sequence whose tiles will be asked for."""
@@ -50,46 +59,58 @@ class TileDecoder:
             _File(file.name, medium, first, SharedFile(file.data))
             for file, medium, first in zip(start.files, start.media, firsts, strict=False)
         ]
+        self._coming[start.sequence] = {}
 
     def forget(self, sequence: int) -> None:
         """A sequence whose tiles will not be asked for any longer."""
-        if self._sequences.pop(sequence, None) is None:
-            return
-        for key in [key for key in self._ahead if key[0] == sequence]:
-            self._ahead.pop(key).cancel()
+        self._sequences.pop(sequence, None)
+        for coming in self._coming.pop(sequence, {}).values():
+            coming.run.cancel()
 
-    def prefetch(self, tiles: Sequence[TileKey]) -> None:
-        """Begins to decode tiles that will probably be asked for in the same order."""
-        for run in self._runs(tiles):
-            if run not in self._ahead:
-                self._ahead[run] = self._pool.submit(self._decode, self._file(*run[:2]), *run[1:])
+    def begin(self, sequence: int, tiles: Sequence[int]) -> None:
+        """Begins to decode tiles of a sequence."""
+        for first, count in self._runs(sequence, tiles):
+            run = self._pool.submit(self._decode, self._file(sequence, first), first, count)
+            self._coming[sequence] |= {first + place: _Coming(run, place) for place in range(count)}
 
-    def decode(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
-        """Pixels uint8 [n, 3, S, S], black where they cannot be had, and what is wrong with which sequence."""
+    def ready(self, sequences: Sequence[int], *, patience: float = 0.0) -> list[int]:
+        """Those of which all tiles that were begun are decoded, or cannot be; waits so long for the first of them."""
+        deadline = time.monotonic() + patience
+        while True:
+            open_runs = {sequence: self._open_runs(sequence) for sequence in sequences}
+            found = [sequence for sequence, runs in open_runs.items() if not runs]
+            left = deadline - time.monotonic()
+            if found or left <= 0:
+                return found
+            wait(set().union(*open_runs.values()), timeout=left, return_when=FIRST_COMPLETED)
+
+    def take(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
+        """Pixels uint8 [n, 3, S, S] of tiles that were begun, black where they cannot be had, and what is wrong with
+        which sequence."""
         size = self.readers.form.size
-        parts, failed = [np.zeros((0, 3, size, size), dtype=np.uint8)], {}
-        runs = self._runs(tiles)
-        self.prefetch(tiles)
-        for run in runs:
-            sequence, _, count = run
+        pixels, failed = np.zeros((len(tiles), 3, size, size), dtype=np.uint8), {}
+        for place, (sequence, tile) in enumerate(tiles):
+            run, offset = self._coming[sequence].pop(tile)
             try:
-                parts.append(self._ahead.pop(run).result())
+                pixels[place] = run.result()[offset]
             except DataError as error:
                 failed[sequence] = str(error)
-                parts.append(np.zeros((count, 3, size, size), dtype=np.uint8))
-        return np.concatenate(parts), failed
+        return pixels, failed
 
-    def _runs(self, tiles: Sequence[TileKey]) -> list[tuple[int, int, int]]:
-        """(sequence, first tile, number) of tiles that follow one another in one medium."""
+    def _open_runs(self, sequence: int) -> set[Future[np.ndarray]]:
+        return {coming.run for coming in self._coming.get(sequence, {}).values() if not coming.run.done()}
+
+    def _runs(self, sequence: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
+        """(first tile, number) of tiles that follow one another in one medium."""
         most = min(max(-(-len(tiles) // DECODERS), _FEWEST), _MOST)
-        runs: list[tuple[int, int, int]] = []
-        for sequence, tile in tiles:
-            last = runs[-1] if runs else (-1, 0, 0)
-            follows = last[0] == sequence and last[1] + last[2] == tile and last[2] < most
-            if follows and self._file(sequence, tile) is self._file(sequence, last[1]):
-                runs[-1] = (sequence, last[1], last[2] + 1)
+        runs: list[tuple[int, int]] = []
+        for tile in tiles:
+            first, count = runs[-1] if runs else (-1, 0)
+            follows = first + count == tile and 0 < count < most
+            if follows and self._file(sequence, tile) is self._file(sequence, first):
+                runs[-1] = (first, count + 1)
             else:
-                runs.append((sequence, tile, 1))
+                runs.append((tile, 1))
         return runs
 
     def _file(self, sequence: int, tile: int) -> _File:

@@ -1,7 +1,7 @@
 """What every rank does in a step: its part of the forward pass over its part of the cache."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,12 @@ from megatron_vita.parallel import groups
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Logits [rows, V], one row for each prompt that ended or each decoded token; sequences that failed, and why."""
+    """Logits [rows, V], one row for each prompt that ended or each decoded token (none where nothing was computed);
+    sequences that failed, and why; awaited ones whose tiles are decoded on all ranks."""
 
-    logits: Tensor
-    failed: dict[int, str]
+    logits: Tensor | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+    ready: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +92,23 @@ class Worker:
             part.close()
 
     @torch.no_grad()
-    def execute(self, step: Step) -> StepResult | None:
-        """Does what a step says; None where it computes nothing."""
+    def execute(self, step: Step) -> StepResult:
+        """Does what a step says."""
         self._keep_books(step)
+        result = StepResult()
         if step.prefill:
-            return self._prefill(step.prefill)
-        if step.decode:
-            return StepResult(logits=self.decoder.run(step.decode, tables=self._tables), failed={})
-        return None
+            result = self._prefill(step.prefill)
+        elif step.decode:
+            result = StepResult(logits=self.decoder.run(step.decode, tables=self._tables))
+        return replace(result, ready=self._ready(step)) if step.awaited else result
+
+    def _ready(self, step: Step) -> list[int]:
+        """The awaited sequences whose tiles are decoded on all ranks."""
+        here = self.features.decoder.ready(step.awaited, patience=step.patience)
+        flags = torch.tensor([sequence in here for sequence in step.awaited], dtype=torch.uint8)
+        if (group := groups.host_group("train")) is not None:
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=group)
+        return [sequence for sequence, flag in zip(step.awaited, flags.tolist(), strict=True) if flag]
 
     def _keep_books(self, step: Step) -> None:
         for sequence in step.forget:
@@ -114,13 +125,14 @@ class Worker:
         for sequence, blocks in step.grow.items():
             self._tables[sequence] = torch.cat([self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)])
         self.cache.copy_blocks(step.copy)
+        for announced in step.announce:
+            self.features.announce(*announced)
 
     def _prefill(self, pieces: list[PiecePlan]) -> StepResult:
         pack = self._lay_out(pieces)
         model = self.model.language_model
         hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
         failed = self._write_features(hidden, pack)
-        self._prefetch(pieces)
         if pack.is_short:
             places, slots = self._stored(pack)
             hidden = self.short_prompts.run(hidden, places=places, slots=slots)
@@ -171,16 +183,6 @@ class Worker:
         reports: list[dict[int, str]] = [{} for _ in range(group.size())]
         dist.all_gather_object(reports, features.failed, group=group)
         return {sequence: reason for report in reports for sequence, reason in report.items()}
-
-    def _prefetch(self, pieces: list[PiecePlan]) -> None:
-        """While the device computes, tiles of the piece are decoded that comes next if nothing else does."""
-        last = pieces[-1]
-        end = len(self._prompts[last.sequence].input_ids)
-        if not last.ends_prompt:
-            stop = min(last.stop + last.stop - last.start, end)
-            self.features.prefetch(
-                PiecePlan(sequence=last.sequence, start=last.stop, stop=stop, ends_prompt=stop == end)
-            )
 
     def _stored(self, pack: _Pack) -> tuple[Tensor, Tensor]:
         """Places of the pack that are stored on this rank, and their slots."""

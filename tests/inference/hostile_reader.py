@@ -1,4 +1,4 @@
-"""The program that reads media, whose decoder hangs, crashes or fails where the name of a file says so."""
+"""The program that reads media, whose decoder is slow, hangs, crashes or fails where the name of a file says so."""
 
 import os
 import time
@@ -9,6 +9,8 @@ decode_tiles, probe_video = media_reader.decode_tiles, media_reader.probe_video
 
 
 def misbehave(name: str) -> None:
+    if "slow" in name:
+        time.sleep(1.5)
     if "hangs" in name:
         time.sleep(3600)
     if "crashes" in name:

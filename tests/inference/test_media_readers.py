@@ -22,7 +22,7 @@ from megatron_vita.inference import media_readers
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import AnswerPiece, Sampling
 from megatron_vita.media.tiling import Grid, Tiling
 from megatron_vita.media.video import probe_video
 from tests.inference.tiny import picture, tiny_engine, video
@@ -30,6 +30,7 @@ from tests.inference.tiny import picture, tiny_engine, video
 FORM = TileFormat(Tiling(tile_size=16, grids=(Grid(2, 1),)), "imagenet")
 FRAMES = Medium("clip", 5, None, [0.0, 1.0, 2.0, 3.0, 4.0])
 GREEDY = Sampling(max_new_tokens=4)
+LONG = Sampling(max_new_tokens=40, ignore_end=True)
 
 
 @pytest.fixture
@@ -124,6 +125,34 @@ def test_a_decoder_that_misbehaves_ends_one_request(hostile: Engine, name: str, 
         assert (one.token_ids, other.token_ids) == (alone.token_ids, alone.token_ids)
     with pytest.raises(DataError, match=reason):
         hostile.prepare(Prompt.ask("what", videos=[MediaFile(name=f"early {name}", data=video().data)]))
+
+
+def test_a_film_that_is_slow_to_decode_holds_nobody_up(hostile: Engine) -> None:
+    slow = hostile.prepare(Prompt.ask("what is in this", videos=[MediaFile(name="slow", data=video(7).data)]))
+    alone = hostile.generate([Prompt.ask("what color is the shape")], sampling=LONG)[0]
+    film = hostile.add(slow, GREEDY)
+    asked = [Prompt.ask("what color is the shape"), Prompt.ask("two images of cats", images=[picture(3)])]
+    others = [hostile.add(hostile.prepare(prompt), LONG) for prompt in asked]
+    pieces: list[AnswerPiece] = []
+    while hostile.has_work:
+        pieces += hostile.step()
+    assert [piece.request for piece in pieces if piece.finish][-1] == film
+    first_of_film = [piece.request for piece in pieces].index(film)
+    assert sum(piece.request in others for piece in pieces[:first_of_film]) >= 2 * 40
+    said = [token for piece in pieces if piece.request == others[0] for token in piece.token_ids]
+    assert said == alone.token_ids
+
+
+def test_a_request_whose_film_is_being_decoded_can_be_cancelled(hostile: Engine) -> None:
+    number = hostile.add(
+        hostile.prepare(Prompt.ask("what is in this", videos=[MediaFile(name="hangs", data=video(9).data)])), GREEDY
+    )
+    assert hostile.step() == []
+    hostile.cancel(number)
+    assert [piece.finish for piece in hostile.step()] == ["cancelled"]
+    hostile.forget(number)
+    assert not hostile.has_work
+    assert hostile.statistics().cache_tokens_used == 0
 
 
 def test_a_killed_reader_is_replaced(readers: MediaReaders, before: set[int]) -> None:
