@@ -75,6 +75,34 @@ def answer_of(page: Any) -> Callable[[], str]:
     return lambda: page.locator(".turn.assistant .text").last.inner_text()
 
 
+def test_the_end_stays_in_sight_while_media_grow_unless_the_reader_scrolls_away(page: Any) -> None:
+    page.set_viewport_size({"width": 900, "height": 420})
+    with running(FakeEngine(reply="red", step_bytes=8)) as server:
+        page.goto(server.url)
+        page.locator("#files").set_input_files(upload("film.webm", "video/webm", webm(seconds=3)))
+        page.locator("#attached video").wait_for()
+        ask(page, "What happens?")
+        page.locator("figure[data-drawn]").last.wait_for(state="attached")
+        top = page.locator(".turn.user")
+        page.locator(".facts").wait_for()
+        page.locator("#log").evaluate("log => { log.append(document.createElement('hr')); }")
+        late = page.locator("#log hr")
+        late.evaluate("line => { line.style.marginTop = '300px'; }")
+        wait_until(lambda: is_in_sight(page, late) and not is_in_sight(page, top))
+        page.mouse.move(400, 200)
+        page.mouse.wheel(0, -2000)
+        wait_until(lambda: is_in_sight(page, top))
+        late.evaluate("line => { line.style.marginTop = '600px'; }")
+        page.wait_for_timeout(200)
+        assert is_in_sight(page, top)
+
+
+def is_in_sight(page: Any, element: Any) -> bool:
+    """Whether an element's upper edge is between the head of the page and the question."""
+    box = element.bounding_box()
+    return 50 < box["y"] < page.locator("#composer").bounding_box()["y"]
+
+
 def test_an_image_is_sent_and_the_answer_streams_in(page: Any) -> None:
     with running(FakeEngine(reply=REPLY, step_seconds=0.01)) as server:
         page.goto(server.url)
