@@ -55,7 +55,7 @@ class MediaReaders:
     def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
         """`seconds`: what one answer may take. Processes are started when they are needed."""
         self.form, self._seconds = form, seconds
-        self._free: queue.LifoQueue[Connection | None] = queue.LifoQueue()
+        self._free: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
 
@@ -72,18 +72,19 @@ class MediaReaders:
     @contextmanager
     def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
         """A reader that was asked. Where it ends without an answer, that is put down to the file: DataError."""
-        pipe, good, began = self._free.get(), None, time.monotonic()
+        reader, good, began = self._free.get(), None, time.monotonic()
         try:
-            pipe = pipe or connect()
-            pipe.send((self._seconds, question))
-            file.send(pipe)
-            yield pipe
-            good = pipe
+            reader = reader or connect()
+            reader.pipe.send((self._seconds, question))
+            file.send(reader.pipe)
+            yield reader.pipe
+            good = reader
         except DataError:
-            good = pipe
+            good = reader
             raise
         except (EOFError, OSError) as error:
-            check()
+            assert reader is not None, "connect raises no such error"
+            check(reader.program)
             late = time.monotonic() - began >= self._seconds
             why = f"takes more than {self._seconds:g} seconds" if late else "ends the process that does it"
             raise DataError(f"{question.name}: reading it {why}") from error
@@ -96,6 +97,13 @@ class _Program(NamedTuple):
 
     process: subprocess.Popen[bytes]
     orders: socket.socket
+
+
+class _Reader(NamedTuple):
+    """The pipe to a reader, and what forked it."""
+
+    pipe: Connection
+    program: _Program
 
 
 _programs: dict[str, _Program] = {}
@@ -121,20 +129,25 @@ def start() -> _Program:
         return _programs[PROGRAM]
 
 
-def connect() -> Connection:
-    """A new reader."""
-    ours, theirs = socket.socketpair()
+def connect() -> _Reader:
+    """A new reader. PlatformError if the program has ended."""
+    program, (ours, theirs) = start(), socket.socketpair()
     with theirs:
-        socket.send_fds(start().orders, [b"."], [theirs.fileno()])
-    return Connection(ours.detach())
+        try:
+            socket.send_fds(program.orders, [b"."], [theirs.fileno()])
+        except OSError as error:
+            check(program)
+            raise PlatformError("the program that reads media cannot be reached") from error
+    return _Reader(Connection(ours.detach()), program)
 
 
-def check() -> None:
+def check(program: _Program) -> None:
     """PlatformError if the program has ended, after which there is room for another."""
     with suppress(subprocess.TimeoutExpired):
-        code = start().process.wait(timeout=0.2)
+        code = program.process.wait(timeout=0.2)
         with _lock:
-            _programs.pop(PROGRAM)
+            if _programs.get(PROGRAM) is program:
+                del _programs[PROGRAM]
         raise PlatformError(f"the program that reads media has ended with code {code}; is there memory enough?")
 
 

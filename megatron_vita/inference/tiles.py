@@ -101,13 +101,14 @@ class TileDecoder:
         return {coming.run for coming in self._coming.get(sequence, {}).values() if not coming.run.done()}
 
     def _runs(self, sequence: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
-        """(first tile, number) of tiles that follow one another in one medium."""
-        most = min(max(-(-len(tiles) // DECODERS), _FEWEST), _MOST)
+        """(first tile, number) of tiles that follow one another in one medium; those of an image stay together."""
+        frames = min(max(-(-len(tiles) // DECODERS), _FEWEST), _MOST)
         runs: list[tuple[int, int]] = []
         for tile in tiles:
             first, count = runs[-1] if runs else (-1, 0)
-            follows = first + count == tile and 0 < count < most
-            if follows and self._file(sequence, tile) is self._file(sequence, first):
+            file = self._file(sequence, tile)
+            has_room = count < frames or file.medium.grid is not None
+            if count and first + count == tile and file is self._file(sequence, first) and has_room:
                 runs[-1] = (first, count + 1)
             else:
                 runs.append((tile, 1))

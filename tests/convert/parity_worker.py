@@ -88,6 +88,7 @@ def main() -> None:
     for name, fields in layouts.items():
         for case in cases:
             run_case(folder / case, name, fields)
+    platform.leave_process()
 
 
 if __name__ == "__main__":

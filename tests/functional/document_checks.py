@@ -214,6 +214,7 @@ def main() -> None:
     found = {name: run_checks(tiny_recipe(**fields)) for name, fields in json.loads(sys.argv[2]).items()}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
+    platform.leave_process()
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def main() -> None:
     found["overlap, tied"] = overlap(folder / "tied" / "start", TIED)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
+    platform.leave_process()
 
 
 if __name__ == "__main__":

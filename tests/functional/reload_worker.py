@@ -61,6 +61,7 @@ def main() -> None:
         found[key] = second_step(layouts[taken_up_by], folder / saved_by, weights=folder / "weights" / key)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
+    platform.leave_process()
 
 
 if __name__ == "__main__":

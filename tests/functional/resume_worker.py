@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import load_recipe
 from megatron_vita.training import loop
@@ -58,6 +59,7 @@ def main() -> None:
     loop.train_step = recorded_step
     store.dist_checkpointing.save = dying_save
     loop.train(load_recipe(recipe, overrides))
+    platform.leave_process()
 
 
 if __name__ == "__main__":

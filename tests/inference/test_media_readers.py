@@ -174,6 +174,9 @@ def test_a_program_that_has_ended_is_no_fault_of_the_file(readers: MediaReaders)
     with pytest.raises(PlatformError, match="the program that reads media has ended with code -9"):
         readers.probe(file, "clip")
     assert readers.probe(file, "clip").frames > 0
+    program().kill()
+    with pytest.raises(PlatformError, match="the program that reads media has ended with code -9"):
+        MediaReaders(FORM, count=1, seconds=30).probe(file, "clip")
 
 
 def test_readers_end_with_their_owner(readers: MediaReaders, before: set[int]) -> None:
