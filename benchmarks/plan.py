@@ -110,9 +110,9 @@ def imbalance(recipe: Recipe, *, packs_per_replica: int) -> list[float]:
     plan = read_plan(plan_path(recipe, "train"))
     found = []
     for step in range(min(STEPS, plan.num_packs // recipe.training.global_batch_size)):
-        costs = pack_costs(recipe, plan, step=step)
         first = step * recipe.training.global_batch_size
-        hands = packs_of_replicas(recipe, plan, step=step, replicas=REPLICAS)
+        costs = pack_costs(recipe, plan, first=first)
+        hands = packs_of_replicas(recipe, plan, first=first, replicas=REPLICAS)
         sums = [sum(costs[pack - first] for pack in hand) for hand in hands]
         found.append(max(sums) / (sum(sums) / REPLICAS))
     return found

@@ -5,6 +5,7 @@ of. The parallel layout, the number of workers and the place of the files are no
 memory, so that all processes of a machine share one copy.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from megatron_vita.errors import DataError
 
 FORMAT_VERSION = 2
 COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows")
+LASTING = ("pack", "row", "start", "tokens", "tiles", "rows")  # what a plan that continues another keeps of it
+HASHED_AT_ONCE = 1 << 20  # documents
 REMEDY = "make the plan again: python -m data_tools plan RECIPE"
 
 
@@ -54,6 +57,7 @@ class PackPlan:
         self.columns = {name: np.asarray(columns[name], dtype=np.int32) for name in COLUMNS}
         self.datasets, self.stamp, self.history = list(datasets), stamp, list(history)
         self._path = path
+        self._hashed, self._hash = 0, hashlib.blake2b(digest_size=16)
         pack = self.columns["pack"]
         self.num_packs = int(pack[-1]) + 1 if len(pack) else 0
         self._starts = np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]]) if len(pack) else [0]
@@ -86,6 +90,20 @@ class PackPlan:
     def documents_before(self, pack_id: int) -> int:
         """Documents of the packs before `pack_id`."""
         return int(self._starts[pack_id])
+
+    def digest_before(self, pack_id: int) -> str:
+        """Tells the packs before `pack_id` from others, whatever became of the plan after them.
+
+        How datasets and shards are numbered does not matter: a plan that continues another may number them anew.
+        """
+        rows = self.documents_before(pack_id)
+        if rows < self._hashed:
+            self._hashed, self._hash = 0, hashlib.blake2b(digest_size=16)
+        for start in range(self._hashed, rows, HASHED_AT_ONCE):
+            block = slice(start, min(start + HASHED_AT_ONCE, rows))
+            self._hash.update(np.stack([self.columns[name][block] for name in LASTING], axis=1).tobytes())
+        self._hashed = rows
+        return self._hash.hexdigest()
 
     def before(self, pack_id: int) -> dict[str, np.ndarray]:
         """The columns of the packs before `pack_id`."""

@@ -34,10 +34,11 @@ logger = logging.getLogger(__name__)
 def train_batches(run: Run) -> "FinalBatches":
     """This rank's packs of all remaining steps, in order; each step's packs are dealt to the replicas by cost."""
     assert run.train_stream is not None
-    steps = range(run.step, run.recipe.training.train_iters)
+    size, start = run.recipe.training.global_batch_size, run.consumed_packs
+    firsts = range(start, start + (run.recipe.training.train_iters - run.step) * size, size)
     plan, group = run.train_stream.plan, groups.data_parallel_group()
     ids = itertools.chain.from_iterable(
-        packs_of_replicas(run.recipe, plan, step=step, replicas=group.size())[group.rank()] for step in steps
+        packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()] for first in firsts
     )
     noting = run.ledger_folder if groups.is_first_of_replica() else None
     run.ledger = Ledger(run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl")

@@ -147,7 +147,7 @@ def _fake_world(recipe: Recipe, *, rank: int, world_size: int) -> Iterator[None]
 
 
 def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int) -> list[int]:
-    costs = pack_costs(recipe, stream.plan, step=0)
+    costs = pack_costs(recipe, stream.plan, first=0)
     return [sum(costs[pack] for pack in hand) for hand in deal_packs(costs, data_parallel)]
 
 

@@ -1,5 +1,6 @@
 """Optimizer and schedule, both megatron-core's, from a recipe; gradients of the replicated vision parts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ def build_optimizer(
         end_wd=optimizer.weight_decay,
         wd_incr_steps=training.train_iters,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run obeys the recipe of now
     )
     core = chunks[0].config  # one object for all chunks
     core.grad_scale_func = built.scale_loss
@@ -123,15 +126,35 @@ def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
                 }
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state.
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe, recipe: Recipe) -> None:
+    """Loads an optimizer's state of a run of recipe `saved`; rates and Adam's constants are those of `recipe`.
 
-    megatron-core gives one `step` tensor to all parameters of torch's Adam, which would then count once for each.
+    megatron-core knows groups of parameters by their rates, so those in the state become those of now before. It gives
+    one `step` tensor to all parameters of torch's Adam, which would then count once for each.
     """
+    rates = dict(zip(_rates(saved), _rates(recipe), strict=True))
+    for group in _saved_groups(state):
+        group["max_lr"], group["min_lr"] = rates[group["max_lr"], group["min_lr"]]
+        group["betas"] = (recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2)
+        group["eps"] = recipe.optimizer.adam_eps
     optimizer.load_state_dict(state)
     for inner in _torch_adams(optimizer):
         for values in inner.state.values():
             values["step"] = values["step"].clone()
+
+
+def _rates(recipe: Recipe) -> list[tuple[float, float]]:
+    """Highest and lowest rate of all kinds of groups, in an order that does not depend on their values."""
+    others = [(rate["max_lr"], rate["min_lr"]) for rate in vision_rates(recipe).values()]
+    return [(recipe.optimizer.lr, recipe.optimizer.min_lr), *others]
+
+
+def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The groups of parameters in an optimizer's state, which may hold those of several."""
+    if isinstance(state, dict):
+        yield from state.get("param_groups", [])
+        for value in state.values():
+            yield from _saved_groups(value)
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:

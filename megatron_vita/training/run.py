@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita.checkpoint import store
-from megatron_vita.config import Recipe
+from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.stream import PackStream
 from megatron_vita.model.build import build_chunks, freeze_parts
@@ -23,6 +23,7 @@ from megatron_vita.training.optimizer import (
     load_optimizer_state,
     wrap_for_data_parallel,
 )
+from megatron_vita.training.position import changed_fields, check_parts
 from megatron_vita.training.streams import open_streams
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ def save_run(run: Run) -> Path:
         state=_state(run, loading=False),
         manifest={
             "consumed_packs": run.consumed_packs,
+            "plan_digest": run.train_stream.plan.digest_before(run.consumed_packs) if run.train_stream else "",
             "recipe": dataclasses.asdict(run.recipe),
             "damaged": [damage._asdict() for damage in run.read_damage()],
         },
@@ -156,13 +158,17 @@ def take_up(run: Run) -> None:
 def _resume(run: Run, checkpoint: Path) -> None:
     store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
     manifest = store.read_manifest(checkpoint)
+    saved = recipe_from_dict(manifest["recipe"])
+    check_parts(saved, run.recipe)
     state = store.load_state(checkpoint, _state(run, loading=True))
     store.set_model_state(run.cores, state["model"])
-    load_optimizer_state(run.optimizer, state["optimizer"])
+    load_optimizer_state(run.optimizer, state["optimizer"], saved=saved, recipe=run.recipe)
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
     run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])
     logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
+    if changes := list(changed_fields(manifest["recipe"], dataclasses.asdict(run.recipe))):
+        logger.info("resumed with changes: %s", "; ".join(changes))
 
 
 def _start_from(run: Run, checkpoint: Path) -> None:

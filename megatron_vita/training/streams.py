@@ -8,12 +8,14 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.layout.dealing import deal_packs
 from megatron_vita.planning.flops import variable_cost
 from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.training.position import check_plan, find_position
 
 
 def open_streams(recipe: Recipe, *, tile_share: tuple[int, int] | None) -> tuple[PackStream, PackStream | None]:
     """Training packs, and held-out ones where the recipe validates; `tile_share` as `PackStream` takes it.
 
-    ConfigError if the tokenizer does not fit the model or the plan is too short; DataError as `open_split` raises it.
+    ConfigError if the tokenizer does not fit the model or the plan is too short; CheckpointError if the run to be
+    resumed has consumed other packs than the plan has; DataError as `open_split` raises it.
     """
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     if tokenizer.vocab_size > recipe.model.language.vocab_size:
@@ -22,28 +24,19 @@ def open_streams(recipe: Recipe, *, tile_share: tuple[int, int] | None) -> tuple
             f"{recipe.text.tokenizer} has {tokenizer.vocab_size} entries"
         )
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=tile_share)
-    needed = recipe.training.train_iters * recipe.training.global_batch_size
-    if needed > len(train):
-        raise ConfigError(
-            f"training.train_iters {recipe.training.train_iters} x global_batch_size "
-            f"{recipe.training.global_batch_size} needs {needed} packs, but the plan {recipe.data.plan} holds "
-            f"{len(train)}: raise data.epochs and plan again, or lower train_iters to "
-            f"{len(train) // recipe.training.global_batch_size}"
-        )
+    check_plan(train.plan, recipe, find_position(recipe))
     if not recipe.training.eval_interval:
         return train, None
     return train, open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=tile_share)
 
 
-def pack_costs(recipe: Recipe, plan: PackPlan, *, step: int) -> list[int]:
-    """What each pack of a step costs beyond what all cost, by `variable_cost`."""
-    size = recipe.training.global_batch_size
-    packs = range(step * size, (step + 1) * size)
+def pack_costs(recipe: Recipe, plan: PackPlan, *, first: int) -> list[int]:
+    """What each pack of a step costs beyond what all cost, by `variable_cost`; `first` is the step's first pack."""
+    packs = range(first, first + recipe.training.global_batch_size)
     return [variable_cost(recipe, plan.lengths_of(pack), tiles=plan.tiles_of(pack)) for pack in packs]
 
 
-def packs_of_replicas(recipe: Recipe, plan: PackPlan, *, step: int, replicas: int) -> list[list[int]]:
-    """The packs of a step that each replica takes, of nearly equal cost."""
-    first = step * recipe.training.global_batch_size
-    hands = deal_packs(pack_costs(recipe, plan, step=step), replicas)
+def packs_of_replicas(recipe: Recipe, plan: PackPlan, *, first: int, replicas: int) -> list[list[int]]:
+    """The packs of a step that each replica takes, of nearly equal cost; `first` is the step's first pack."""
+    hands = deal_packs(pack_costs(recipe, plan, first=first), replicas)
     return [[first + pack for pack in hand] for hand in hands]

@@ -1,0 +1,135 @@
+"""A run taken up again obeys the recipe of now, and consumes each pack of its plan once."""
+
+import dataclasses
+import logging
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
+from toy_run import data_tools, make_toy_run
+
+from megatron_vita import platform
+from megatron_vita.config import load_recipe
+from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.training.batches import train_batches
+from megatron_vita.training.loop import train
+from megatron_vita.training.run import Run, open_run
+
+STEP, PACKS = 8, 32
+QUIET = ["data.num_workers=0", "training.eval_interval=0"]
+
+
+@pytest.fixture(scope="module", params=["distributed", "replicated"])
+def halfway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a run of twelve steps that stands at the eighth."""
+    platform.initialize_process()
+    path = make_toy_run(tmp_path_factory.mktemp("halfway"))
+    recipe = yaml.safe_load(path.read_text())
+    recipe["parallel"] = {"use_distributed_optimizer": request.param == "distributed"}
+    recipe["optimizer"] |= {"vision_lr_mult": 0.5, "vision_lr_decay": 0.9}
+    path.write_text(yaml.safe_dump(recipe))
+    train(load_recipe(path, [*QUIET, f"training.train_iters={STEP}"]))
+    return path
+
+
+def resumed(path: Path, *overrides: str) -> Run:
+    run = open_run(load_recipe(path, [*QUIET, *overrides]))
+    assert (run.step, run.consumed_packs) == (STEP, PACKS)
+    return run
+
+
+def test_rates_schedule_and_adams_constants_are_those_of_now(halfway: Path) -> None:
+    changes = {"lr": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "adam_beta2": 0.95, "adam_eps": 1e-7}
+    run = resumed(halfway, "training.train_iters=16", *(f"optimizer.{name}={value}" for name, value in changes.items()))
+    factors = {round(group["max_lr"] / 1e-3, 6) for group in run.optimizer.param_groups}
+    assert factors == {1.0, round(0.5 * 0.9, 6), round(0.5 * 0.9**2, 6)}
+    for group in run.optimizer.param_groups:
+        peak, low = group["max_lr"], group["min_lr"]
+        assert low == pytest.approx(peak / 10)
+        assert group["lr"] == pytest.approx(low + (peak - low) * (1 + math.cos(math.pi * STEP / 16)) / 2)
+        assert group["weight_decay"] == 0.1 * group["wd_mult"]
+        assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-7)
+
+
+def test_rates_of_a_run_left_as_it_is_do_not_move(halfway: Path) -> None:
+    run = resumed(halfway, f"training.train_iters={STEP + 1}")
+    first = open_run(load_recipe(halfway, [*QUIET, f"training.train_iters={STEP + 1}", "checkpoint.save=''"]))
+    first.schedule.step(STEP)
+    names = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "wd_mult")
+    for group, expected in zip(run.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        assert {name: group[name] for name in names} == {name: expected[name] for name in names}
+
+
+def test_what_changed_is_logged_by_field(halfway: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        resumed(halfway, "optimizer.lr=0.001")
+    assert "resumed with changes: optimizer.lr 0.001 (was 0.003); training.train_iters 12 (was 8)" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["vision_lr_mult", "vision_lr_decay"])
+def test_rates_of_the_tower_cannot_come_to_relate_otherwise(halfway: Path, field: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"optimizer.{field} is 0.7, but 0\.\d in the run to be resumed"):
+        resumed(halfway, f"optimizer.{field}=0.7")
+
+
+@pytest.mark.parametrize("part", ["vision_model", "projector", "language_model"])
+def test_other_parts_cannot_come_to_be_trained(halfway: Path, part: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"training.freeze_{part} is True, but False in the run to be resumed"):
+        resumed(halfway, f"training.freeze_{part}=true")
+
+
+def test_another_batch_size_goes_on_with_the_next_pack(halfway: Path) -> None:
+    run = resumed(halfway, "training.global_batch_size=2")
+    batches = train_batches(run)
+    seen = [next(batches).pack_id for _ in range(2 * (12 - STEP))]
+    batches.close()
+    assert seen == list(range(PACKS, PACKS + 2 * (12 - STEP)))
+
+
+def test_a_plan_must_suffice_for_what_is_left(halfway: Path) -> None:
+    packs = resumed(halfway).train_stream
+    assert packs is not None
+    most = STEP + (len(packs) - PACKS) // 2
+    resumed(halfway, "training.global_batch_size=2", f"training.train_iters={most}")
+    with pytest.raises(ConfigError, match=f"needs .* packs, but the plan .* holds {len(packs)}.* to {most}$"):
+        resumed(halfway, "training.global_batch_size=2", f"training.train_iters={most + 1}")
+
+
+@pytest.fixture
+def plan(halfway: Path, tmp_path: Path) -> list[str]:
+    """Overrides for a copy of the run's plan, which may be changed."""
+    source = Path(load_recipe(halfway, []).data.plan)
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return [f"data.plan={tmp_path}"]
+
+
+def test_a_plan_of_more_epochs_is_taken(halfway: Path, plan: list[str]) -> None:
+    more = [*plan, "data.epochs=6"]
+    data_tools("plan", halfway, *more)
+    resumed(halfway, *more, "training.train_iters=15")
+
+
+def test_a_plan_made_anew_is_refused(halfway: Path, plan: list[str]) -> None:
+    anew = [*plan, "data.seed=99"]
+    data_tools("plan", halfway, *anew)
+    with pytest.raises(CheckpointError, match=rf"step_0+{STEP}: the {PACKS} packs that this run has consumed are not"):
+        resumed(halfway, *anew)
+
+
+@pytest.mark.parametrize(("pack", "lost"), [(PACKS - 1, True), (PACKS, False), (PACKS + 1, False)])
+def test_a_plan_is_continued_from_where_the_run_stands_or_later(
+    halfway: Path, plan: list[str], pack: int, lost: bool
+) -> None:
+    dataset = dataclasses.asdict(load_recipe(halfway, []).data.train[0])
+    two = "data.train=" + yaml.safe_dump([dataset | {"name": "new"}, dataset], default_flow_style=True).strip()
+    data_tools("plan", halfway, *plan, two, "--continue-from", pack)
+    if lost:
+        with pytest.raises(CheckpointError, match=f"data_tools plan --continue-from {PACKS}"):
+            resumed(halfway, *plan, two)
+    else:
+        resumed(halfway, *plan, two)
