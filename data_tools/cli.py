@@ -62,14 +62,13 @@ def import_(
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
-) -> None:
+) -> int:
     """Turn samples of other formats into chat JSONL; run again to finish an interrupted run."""
     job = ImportJob(
         format=format, paths=sources, out=out, setting=Setting(media=media, media_out=media_out, prompt=prompt)
     )
     count = import_samples(job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
-    rejected = f"; {count['rejected']} rejected, listed in {rejected_path(out)}" if count["rejected"] else ""
-    typer.echo(f"{out}: {count['samples']} samples{rejected}")
+    return _report(out, count["samples"], count["rejected"], rejected_path(out))
 
 
 @app.command()
@@ -88,15 +87,22 @@ def shard(
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
-) -> None:
+) -> int:
     """Check samples and write them into shards; run again to finish an interrupted run."""
     reencode = Reencode(jpeg_quality=jpeg_quality, video_gop=video_gop, video_fps=video_fps)
     options = {"samples_per_shard": samples_per_shard, "strict": strict, "reencode": reencode}
     crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    code = 0
     for job in find_jobs(files, out=out, media=media, max_bytes=max_shard_mb * MEGABYTE, **options):
         count = make_shards(job, crew=crew)
-        rejected = f"; {len(count.rejected)} rejected, listed in {job.out / REJECTED}" if count.rejected else ""
-        typer.echo(f"{job.out}: {count.samples} samples{rejected}")
+        code = _report(job.out, count.samples, len(count.rejected), job.out / REJECTED) or code
+    return code
+
+
+def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
+    """Says what came out; the exit code, which is 1 where all was rejected."""
+    typer.echo(f"{out}: {samples} samples" + (f"; {rejected} rejected, listed in {listed}" if rejected else ""))
+    return 1 if rejected and not samples else 0
 
 
 @app.command()

@@ -20,13 +20,14 @@ from upath import UPath
 
 from megatron_vita.data.records import Kind
 from megatron_vita.data.shards import Member
-from megatron_vita.data.storage import Location, read_file
+from megatron_vita.data.storage import Location, read_file, read_tail
 from megatron_vita.errors import DataError
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.template import template_fingerprint
 from megatron_vita.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 3
+FOOTER_BYTES = 1 << 16  # of a remote index are asked for at once; most footers are shorter
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -136,22 +137,27 @@ def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHead
 
     `text` is what `text_stamp` gives for the tokenizer and template in use; None checks neither.
     """
-    with _opened(path) as file:
+    with _opened(path, footer_only=True) as file:
         return _header(file.schema_arrow, path, text)
 
 
 def read_index(path: Location, text: dict[str, str] | None = None) -> SampleIndex:
     """Reads an index, never the shard. Raises as `read_header` does."""
-    with _opened(path) as file:
+    with _opened(path, footer_only=False) as file:
         header = _header(file.schema_arrow, path, text)
         return SampleIndex(file.read(use_threads=False), header=header)
 
 
 @contextmanager
-def _opened(path: Location) -> Iterator[pq.ParquetFile]:
+def _opened(path: Location, *, footer_only: bool) -> Iterator[pq.ParquetFile]:
     """An index's file; what goes wrong inside the block is a DataError that names it."""
     try:
-        with pq.ParquetFile(path if isinstance(path, Path) else io.BytesIO(read_file(path)), memory_map=False) as file:
+        source: Path | io.BytesIO
+        if isinstance(path, Path):
+            source = path
+        else:
+            source = io.BytesIO(_read_footer(path) if footer_only else read_file(path))
+        with pq.ParquetFile(source, memory_map=False) as file:
             yield file
     except FileNotFoundError:
         raise DataError(f"{path}: the shard has no index; make it: python -m data_tools index RECIPE") from None
@@ -159,6 +165,13 @@ def _opened(path: Location) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{path}: not an index: {error}; make it again with data_tools index") from error
     except OSError as error:
         raise DataError(f"{path}: the index cannot be read: {error}; make it again with data_tools index") from error
+
+
+def _read_footer(path: UPath) -> bytes:
+    """The end of a remote Parquet file, with its whole footer, whose length stands before the last four bytes."""
+    tail = read_tail(path, FOOTER_BYTES)
+    needed = int.from_bytes(tail[-8:-4], "little") + 8
+    return tail if needed <= len(tail) else read_tail(path, needed)
 
 
 def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> IndexHeader:

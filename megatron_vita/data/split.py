@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from megatron_vita.config import DatasetConfig, Recipe
 from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index import IndexHeader, index_path, read_header, text_stamp
 from megatron_vita.data.plan import FORMAT_VERSION, read_plan
-from megatron_vita.data.storage import Location, find_files
+from megatron_vita.data.storage import Location, find_files, is_remote
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
+REQUESTS = 16  # to an object store at a time
 LIMITS = ("max_tiles", "max_frames", "max_fps")
 
 
@@ -86,7 +88,7 @@ def document_format(recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetCon
 
 
 def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[Source]:
-    """The datasets of a split with their shards. Reads footers of indexes only.
+    """The datasets of a split with their shards. Reads footers of indexes only, of remote ones many at a time.
 
     ConfigError if there is no dataset or a glob finds no shard; DataError if an index is missing or of another
     tokenizer or template.
@@ -98,7 +100,8 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
     sources = []
     for dataset in datasets:
         shards = find_shards(dataset)
-        headers = [read_header(index_path(shard), text) for shard in shards]
+        with ThreadPoolExecutor(REQUESTS if is_remote(shards[0]) else 1) as pool:
+            headers = list(pool.map(lambda shard: read_header(index_path(shard), text), shards))
         sources.append(Source(config=dataset, shards=shards, headers=headers))
     return sources
 

@@ -60,6 +60,12 @@ def read_file(location: UPath) -> bytes:
     return _patiently(lambda: location.fs.cat_file(location.path), str(location))
 
 
+def read_tail(location: UPath, size: int) -> bytes:
+    """The last `size` bytes of a remote file, or all of a shorter one, as `read_range`."""
+    whole = file_size(location)
+    return read_range(location, max(0, whole - size), whole)
+
+
 def file_size(location: Location) -> int:
     """Bytes of a file. OSError if it is not there."""
     if isinstance(location, Path):

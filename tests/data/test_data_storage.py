@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from s3_server import FaultyStore
 from toy_data import assert_same, changed, train_stream
 from upath import UPath
 
-from megatron_vita.data import open_split, read_packs, storage
+from megatron_vita.data import index, open_split, read_packs, split, storage
+from megatron_vita.data.index import IndexHeader
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
-from megatron_vita.data.split import plan_path
+from megatron_vita.data.split import find_sources, plan_path
 from megatron_vita.data.storage import ShardCache, find_files, read_range
 from megatron_vita.data.stream import PackStream
 from megatron_vita.data.worker import PackTask
@@ -76,6 +78,26 @@ def test_batches_are_those_of_a_disk_whatever_fails(
         assert_same(pack.batch, local[pack.batch.pack_id])
     assert store.reads > 0
     assert (store.failed > 0) == (faults > 0)
+
+
+@pytest.mark.parametrize("first_asked", [1 << 16, 100])
+def test_opening_reads_the_ends_of_remote_indexes_alone_and_many_at_a_time(
+    remote, world, monkeypatch: pytest.MonkeyPatch, first_asked: int
+) -> None:
+    recipe, _ = remote
+    local = find_sources(world.recipe, "train", tokenizer=world.tokenizer)
+    monkeypatch.setattr(index, "FOOTER_BYTES", first_asked)
+    monkeypatch.setattr(index, "read_file", lambda path: pytest.fail(f"all of {path} is read"))
+    all_three = threading.Barrier(3, timeout=20)
+
+    def read_header(path: UPath, text: dict[str, str]) -> IndexHeader:
+        if path.name.startswith("shapes"):
+            all_three.wait()
+        return index.read_header(path, text)
+
+    monkeypatch.setattr(split, "read_header", read_header)
+    found = find_sources(recipe, "train", tokenizer=world.tokenizer)
+    assert [source.headers for source in found] == [source.headers for source in local]
 
 
 def test_a_cached_shard_is_read_once(store: FaultyStore, remote, world, tmp_path: Path) -> None:

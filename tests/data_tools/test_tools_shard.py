@@ -65,6 +65,13 @@ def test_a_bad_sample_is_listed_and_the_others_go_on(tmp_path: Path, capsys, bad
     assert len(tars(tmp_path)) == 3
 
 
+def test_nothing_but_bad_samples_is_a_failure(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path)
+    path.write_text("{\n[]\n")
+    assert shard(path) == 1
+    assert f"toy: 0 samples; 2 rejected, listed in {tmp_path / 'toy/rejected.jsonl'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_strict_stops_at_a_bad_sample_by_file_and_line(tmp_path: Path, capsys, bad: str) -> None:
     path = write_world(tmp_path)
