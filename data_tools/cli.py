@@ -123,7 +123,7 @@ def index(
 
 @app.command()
 def validate(
-    targets: Annotated[list[Path], typer.Argument(help="A recipe (YAML), or shards (.tar).")],
+    targets: Annotated[list[str], typer.Argument(help="A recipe (YAML) and dotted overrides, or shards (.tar).")],
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",

@@ -40,15 +40,19 @@ class Validation:
     bad: list[tuple[Path, Entry]]
 
 
-def find_targets(targets: Sequence[Path]) -> tuple[list[Path], MediaConfig]:
-    """The shards that are named, or a recipe's, and how their videos are sampled. ConfigError for anything else."""
-    if len(targets) == 1 and targets[0].suffix in (".yaml", ".yml"):
-        recipe = load_recipe(targets[0], [])
+def find_targets(targets: list[str]) -> tuple[list[Path], MediaConfig]:
+    """The shards that are named, or those of a recipe and its overrides, and how their videos are sampled.
+
+    ConfigError for anything else.
+    """
+    if targets[0].endswith((".yaml", ".yml")):
+        recipe = load_recipe(Path(targets[0]), targets[1:])
         return find_all_shards(recipe), recipe.media
-    for target in targets:
+    shards = [Path(target) for target in targets]
+    for target in shards:
         if target.suffix != ".tar" or not target.is_file():
             raise ConfigError(f"{target}: one recipe (.yaml) or shards (.tar) are needed")
-    return list(targets), MediaConfig()
+    return shards, MediaConfig()
 
 
 def validate_shards(shards: Sequence[Path], *, media: MediaConfig, crew: Crew) -> Validation:
