@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 from torch.utils.data import Dataset
 
 from megatron_vita.config import DataConfig
@@ -26,6 +27,8 @@ from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
 
 OPEN_INDEXES = 64
+LONG_TEXT_BYTES = 64 << 20  # of texts longer than a pack are kept, four million tokens
+CACHES = ("_reader", "_index", "_long_texts")
 
 
 class ReadPack(NamedTuple):
@@ -148,6 +151,18 @@ class PackStream(Dataset):
         return document
 
     def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
+        """The whole document of a sample. A long text is kept, since a pack of its other parts may come soon."""
+        if not row.is_text or entry.tokens >= sum(tokens for _, tokens in row.pieces):
+            return self._build_anew(entry, row)
+        place = (entry.dataset, entry.shard, entry.row)
+        if place not in self._long_texts:
+            document = self._build_anew(entry, row)
+            if _bytes_of(document) > self._long_texts.maxsize:
+                return document
+            self._long_texts[place] = document
+        return self._long_texts[place]
+
+    def _build_anew(self, entry: DocumentEntry, row: SampleRow) -> Document:
         name = f"{self._shard(entry)} sample {row.key}"
         record = parse_record(row.record.encode() or self._read(entry, row, f"{row.key}.json"), name)
         return build_document(record, row, form=self.forms[entry.dataset])
@@ -202,13 +217,18 @@ class PackStream(Dataset):
         cache = ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
         self._reader = ShardReader(cache=cache)
         self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
+        self._long_texts: LRUCache[tuple[int, int, int], Document] = LRUCache(LONG_TEXT_BYTES, getsizeof=_bytes_of)
 
     def _read_index(self, shard: Location) -> SampleIndex:
         return read_index(index_path(shard), self._text)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_reader", "_index")}
+        return {name: value for name, value in vars(self).items() if name not in CACHES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._open_caches()
+
+
+def _bytes_of(document: Document) -> int:
+    return int(document.input_ids.nbytes + document.labels.nbytes)
