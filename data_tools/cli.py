@@ -129,15 +129,14 @@ def validate(
     executor: Executor = "local",
 ) -> int:
     """Decode all that shards hold; what is damaged is listed beside them, and the exit code is then 1."""
-    shards, media = find_targets(targets)
-    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
-    found = validate_shards(shards, media=media, crew=crew)
+    tasks = find_targets(targets)
+    found = validate_shards(tasks, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
     for shard, entry in found.bad[:MOST_SHOWN]:
         named = entry.reason.startswith(str(shard))
         typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
     if len(found.bad) > MOST_SHOWN:
         typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
-    typer.echo(f"{found.samples} samples in {len(shards)} shards; {len(found.bad)} bad, listed beside the shards")
+    typer.echo(f"{found.samples} samples in {len(tasks)} shards; {len(found.bad)} bad, listed beside the shards")
     return 1 if found.bad else 0
 
 

@@ -1,6 +1,7 @@
 """Decodes all that shards hold, in processes that may be killed, and lists what is damaged beside each shard."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +11,15 @@ from typing import Any, NamedTuple
 from data_tools.planning import find_all_shards
 from data_tools.pool import Crew, Steps, run_tasks
 from data_tools.progress import progress_bar
-from megatron_vita.config import MediaConfig, load_recipe
+from megatron_vita.config import MediaConfig, Recipe, load_recipe
 from megatron_vita.data.foreign import MemberRule, read_rule
 from megatron_vita.data.index_build import check_members, parse_sample, printable, scan_whole
 from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine, write_quarantine
 from megatron_vita.data.records import check_record
 from megatron_vita.data.shard_reader import ShardReader
 from megatron_vita.data.shards import ScannedSample
+from megatron_vita.data.split import find_shards
+from megatron_vita.data.storage import Location
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
@@ -25,11 +28,18 @@ FRAMES_AT_ONCE = 64
 SIDE = 16  # frames are decoded in full and kept small
 
 
+class Sampling(NamedTuple):
+    """How videos are sampled, as in a recipe."""
+
+    max_fps: float
+    max_frames: int
+
+
 class ValidateTask(NamedTuple):
-    """One shard to be decoded; `media` says how videos are sampled."""
+    """One shard to be decoded, and the ways in which its videos are sampled, ascending."""
 
     shard: Path
-    media: MediaConfig
+    samplings: list[Sampling]
 
 
 @dataclass(frozen=True)
@@ -40,43 +50,48 @@ class Validation:
     bad: list[tuple[Path, Entry]]
 
 
-def find_targets(targets: list[str]) -> tuple[list[Path], MediaConfig]:
-    """The shards that are named, or those of a recipe and its overrides, and how their videos are sampled.
+def find_targets(targets: list[str]) -> list[ValidateTask]:
+    """The shards that are named, or those of a recipe and its overrides, sampled as each of their datasets does.
 
     ConfigError for anything else.
     """
     if targets[0].endswith((".yaml", ".yml")):
-        recipe = load_recipe(Path(targets[0]), targets[1:])
-        return find_all_shards(recipe), recipe.media
+        return _recipe_targets(load_recipe(Path(targets[0]), targets[1:]))
     shards = [Path(target) for target in targets]
     for target in shards:
         if target.suffix != ".tar" or not target.is_file():
             raise ConfigError(f"{target}: one recipe (.yaml) or shards (.tar) are needed")
-    return shards, MediaConfig()
+    return [ValidateTask(shard, [Sampling(MediaConfig.max_fps, MediaConfig.max_frames)]) for shard in shards]
 
 
-def validate_shards(shards: Sequence[Path], *, media: MediaConfig, crew: Crew) -> Validation:
-    """Decodes every image and every frame that `media` may sample of the shards that were not decoded so before.
+def _recipe_targets(recipe: Recipe) -> list[ValidateTask]:
+    shards, samplings = find_all_shards(recipe), defaultdict[Location, set[Sampling]](set)
+    for dataset in (*recipe.data.train, *recipe.data.validation):
+        fps, frames = dataset.max_fps or recipe.media.max_fps, dataset.max_frames or recipe.media.max_frames
+        for shard in find_shards(dataset):
+            samplings[shard].add(Sampling(fps, frames))
+    return [ValidateTask(shard, sorted(samplings[shard])) for shard in shards]
+
+
+def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validation:
+    """Decodes every image and every frame that may be sampled of the shards that were not decoded so before.
 
     What is damaged is listed in the shard's quarantine file; nothing is deleted.
     """
-    tasks = [ValidateTask(shard, media) for shard in shards if not _is_current(shard, media)]
+    tasks = [target for target in targets if not _is_current(target)]
     size = sum(task.shard.stat().st_size for task in tasks)
     with progress_bar("validate", total=size, unit="B") as bar:
         for _ in run_tasks(_validate_shard, tasks, crew=crew, on_advance=bar.update):
             pass
-    lists = {shard: read_quarantine(shard) for shard in shards}
+    lists = {target.shard: read_quarantine(target.shard) for target in targets}
     samples = sum((quarantine.validated or {})["samples"] for quarantine in lists.values())
     bad = {(shard, entry.key): (shard, entry) for shard, found in lists.items() for entry in found.entries}
     return Validation(samples, list(bad.values()))
 
 
-def _is_current(shard: Path, media: MediaConfig) -> bool:
-    return _stamp(media).items() <= (read_quarantine(shard).validated or {}).items()
-
-
-def _stamp(media: MediaConfig) -> dict[str, Any]:
-    return {"max_fps": media.max_fps, "max_frames": media.max_frames}
+def _is_current(target: ValidateTask) -> bool:
+    done = (read_quarantine(target.shard).validated or {}).get("samplings", [])
+    return all(list(sampling) in done for sampling in target.samplings)
 
 
 def _validate_shard(task: ValidateTask, steps: Steps) -> None:
@@ -94,7 +109,7 @@ def _validate_shard(task: ValidateTask, steps: Steps) -> None:
         position = max(end, position)
     checker.close()
     found: Quarantine = read_quarantine(task.shard)
-    validated = {**_stamp(task.media), "samples": samples}
+    validated = {"samplings": [list(sampling) for sampling in task.samplings], "samples": samples}
     write_quarantine(found.replaced("validate", bad, validated=validated), task.shard)
 
 
@@ -102,7 +117,7 @@ class _Checker:
     """Decodes the samples of a shard, each medium a step, and videos some frames a step."""
 
     def __init__(self, task: ValidateTask, steps: Steps) -> None:
-        self._shard, self._media, self._steps = task.shard, task.media, steps
+        self._shard, self._samplings, self._steps = task.shard, task.samplings, steps
         self._size = task.shard.stat().st_size
         self._rule: MemberRule = read_rule(task.shard.parent)
         self._reader = ShardReader()
@@ -133,7 +148,7 @@ class _Checker:
 
     def _times(self, sample: ScannedSample, name: str, known: bool) -> list[float]:
         info = probe_video(self._read(sample, name), f"{self._shard} {name}")
-        return frame_times(info, max_fps=self._media.max_fps, max_frames=self._media.max_frames)
+        return sorted({time for sampling in self._samplings for time in frame_times(info, **sampling._asdict())})
 
     def _frames(self, sample: ScannedSample, name: str, times: Sequence[float], known: bool) -> None:
         if not known:

@@ -14,10 +14,12 @@ from toy_jsonl import write_world
 
 from data_tools import validation
 from data_tools.cli import main
+from megatron_vita.config import MediaConfig
 from megatron_vita.data.index import index_path, read_index
 from megatron_vita.data.quarantine import read_quarantine
 from megatron_vita.data.shards import MediaFile, SampleWriter
 from megatron_vita.media.images import open_image
+from megatron_vita.media.video import frame_times
 
 
 def film(seconds: int = 3) -> bytes:
@@ -105,7 +107,30 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path,
     assert second > first
     recipe = shard.parents[1] / "recipe.yaml"
     assert moment(str(recipe), "media.max_fps=5.0") > second
-    assert json.loads(path.read_text())["validated"] == {"max_fps": 5.0, "max_frames": 128, "samples": 5}
+    assert json.loads(path.read_text())["validated"] == {"samplings": [[5.0, 128]], "samples": 5}
+
+
+def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
+    asked: list[tuple[float, int]] = []
+    monkeypatch.setattr(
+        validation,
+        "frame_times",
+        lambda info, **sampling: asked.append(tuple(sampling.values())) or frame_times(info, **sampling),
+    )
+    recipe = shard.parents[1] / "recipe.yaml"
+    sets = (
+        "{name: a, shards: SHARDS, max_frames: 7}, {name: b, shards: SHARDS, max_fps: 3.0}, {name: c, shards: SHARDS}"
+    )
+    command = ["validate", str(recipe), f"data.train=[{sets}]".replace("SHARDS", str(shard)), "--workers", "0"]
+    assert main(command) == 1
+    usual = MediaConfig()
+    wanted = {(usual.max_fps, 7), (3.0, usual.max_frames), (usual.max_fps, usual.max_frames)}
+    assert set(asked) == wanted
+    validated = json.loads(shard.with_name("toy-000000.quarantine.json").read_text())["validated"]
+    assert {tuple(sampling) for sampling in validated["samplings"]} == wanted
+    asked.clear()
+    assert main([*command[:2], "--workers", "0"]) == 1
+    assert not asked
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
