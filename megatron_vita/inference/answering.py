@@ -72,6 +72,9 @@ class Answering:
 
     def fail(self, error: str, *, finish: FinishReason = "error") -> list[AnswerPiece]:
         """Ends what is under way because of an error, which whoever asked is told."""
+        if finish == "model_error":  # what was computed for it may be what is wrong
+            for sequence in self.request.sequences:
+                self.scheduler.pool.forget(sequence.blocks)
         return self._end_all([state.fail(error, finish=finish) for state in self.states if state.finish is None])
 
     def _end_all(self, pieces: list[AnswerPiece]) -> list[AnswerPiece]:

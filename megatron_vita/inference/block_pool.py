@@ -67,6 +67,15 @@ class BlockPool:
         if key not in self._block_of and block not in self._key_of:
             self._key_of[block], self._block_of[key] = key, block
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What these blocks hold is wrong: no further sequence shares them."""
+        for block in blocks:
+            if block in self._key_of:
+                del self._block_of[self._key_of.pop(block)]
+                if block in self._unused:
+                    del self._unused[block]
+                    self._free.append(block)
+
     def known(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning of `keys` that is known."""
         found = []

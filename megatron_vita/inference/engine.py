@@ -159,7 +159,7 @@ class Engine:
         self._pool = BlockPool(blocks)
         policy = Policy(
             chunk_tokens=options.chunk_tokens,
-            busy_chunk_tokens=options.busy_chunk_tokens,
+            busy_chunk_tokens=min(options.busy_chunk_tokens, options.chunk_tokens),
             max_running=options.max_running,
             max_context=self.max_context,
         )

@@ -131,7 +131,8 @@ class FeatureSource:
         self._graphs[size] = (buffer, Graph(lambda: self.model.encode(buffer)))
 
     def close(self) -> None:
-        """Drops the graphs."""
+        """Drops the graphs, and what is being decoded."""
+        self.decoder.close()
         for _, graph in self._graphs.values():
             graph.close()
         self._graphs.clear()

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Forks readers until the other end of standard input is closed."""
     logging.basicConfig(level=logging.WARNING, format="media %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # who started this decides, and may have answers to finish
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended readers need not be waited for
     with socket.socket(fileno=sys.stdin.fileno()) as orders:
         while True:

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import resource
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from megatron_vita.errors import DataError, PlatformError
 from megatron_vita.media.video import VideoInfo
 
 PROGRAM = "megatron_vita.inference.media_reader"
+MOST_DESCRIPTORS = 1 << 16
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -55,6 +58,7 @@ class MediaReaders:
     def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
         """`seconds`: what one answer may take. Processes are started when they are needed."""
         self.form, self._seconds = form, seconds
+        self._busy: set[_Reader] = set()
         self._free: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
@@ -75,6 +79,7 @@ class MediaReaders:
         reader, good, began = self._free.get(), None, time.monotonic()
         try:
             reader = reader or connect()
+            self._busy.add(reader)
             reader.pipe.send((self._seconds, question))
             file.send(reader.pipe)
             yield reader.pipe
@@ -83,13 +88,21 @@ class MediaReaders:
             good = reader
             raise
         except (EOFError, OSError) as error:
-            assert reader is not None, "connect raises no such error"
+            if reader is None:
+                raise DataError(f"{question.name}: no reader can be had for it: {error}") from error
             check(reader.program)
             late = time.monotonic() - began >= self._seconds
             why = f"takes more than {self._seconds:g} seconds" if late else "ends the process that does it"
             raise DataError(f"{question.name}: reading it {why}") from error
         finally:
+            self._busy.discard(reader)
             self._free.put(good)
+
+    def close(self) -> None:
+        """Nobody waits for answers any longer: those that come are DataError."""
+        for reader in list(self._busy):
+            with socket.socket(fileno=os.dup(reader.pipe.fileno())) as pipe:
+                pipe.shutdown(socket.SHUT_RDWR)
 
 
 class _Program(NamedTuple):
@@ -99,7 +112,8 @@ class _Program(NamedTuple):
     orders: socket.socket
 
 
-class _Reader(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Reader:
     """The pipe to a reader, and what forked it."""
 
     pipe: Connection
@@ -117,6 +131,7 @@ def start() -> _Program:
     """
     with _lock:
         if PROGRAM not in _programs:
+            _raise_descriptor_limit()
             orders, theirs = socket.socketpair()
             paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
             with theirs:
@@ -127,6 +142,14 @@ def start() -> _Program:
                 )
             _programs[PROGRAM] = _Program(process, orders)
         return _programs[PROGRAM]
+
+
+def _raise_descriptor_limit() -> None:
+    """Each file of each prompt under way has a descriptor: usual limits are for fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def connect() -> _Reader:

@@ -41,7 +41,7 @@ class Request:
     cached_tokens: int = 0
     sequences: list[Sequence] = field(default_factory=list)  # one while the prompt is computed, then one per answer
     ceiling: int = 0  # blocks that it may come to hold
-    taken: int = 0  # blocks that it has taken or shared so far
+    held: int = 0  # blocks that its sequences hold, each counted once
     running: bool = False  # its answers are under way
     announced: int = 0  # tokens of the prompt whose tiles are being decoded, or are
     ready: int = 0  # those of which all ranks have decoded theirs
@@ -123,8 +123,10 @@ class Scheduler:
     def end_sequence(self, request: Request, sequence: Sequence) -> None:
         """One answer of a request needs its tokens no longer."""
         request.sequences.remove(sequence)
+        request.held -= len(sequence.blocks) - _shared_blocks(sequence, request.sequences)
         self.pool.give_back(sequence.blocks)
         self._changes.forget.append(sequence.number)
+        self._changes.tables.pop(sequence.number, None)  # of a copy that no step has seen
         if not request.sequences and request in self.running:
             self.running.remove(request)
 
@@ -154,12 +156,12 @@ class Scheduler:
             self.pool.remember(block, key)
 
     def _take(self, request: Request, number: int) -> list[int]:
-        request.taken += number
+        request.held += number
         return self.pool.take(number)
 
     def _promised(self) -> int:
         """Blocks that requests under way may still take."""
-        return sum(max(r.ceiling - r.taken, 0) for r in (*self.prefilling, *self.running))
+        return sum(request.ceiling - request.held for request in (*self.prefilling, *self.running))
 
     def _admit(self) -> None:
         """Lets requests begin in the order in which they came, but for those that wait for others' blocks."""
@@ -183,11 +185,11 @@ class Scheduler:
     def _begin(self, request: Request, known: list[int]) -> None:
         self.pool.share(known)
         request.cached_tokens = len(known) * self.layout.block_tokens
-        request.taken = len(known)
+        request.held = len(known)
         more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
         sequence = Sequence(number=next(self._numbers), blocks=known + more, length=request.cached_tokens)
         request.sequences = [sequence]
-        request.announced = request.ready = sequence.length if request.prepared.tiles else request.prepared.tokens
+        request.announced = request.ready = max(sequence.length, min(_head(request), sequence.length + self._chunk))
         self.prefilling.append(request)
         document = request.prepared.document
         self._changes.begin.append(
@@ -215,7 +217,7 @@ class Scheduler:
         ahead = sum(r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles)
         for request in self._by_what_is_left():
             sequence, start = request.sequences[0], request.announced
-            stop = min(start + self._chunk, request.prepared.tokens)
+            stop = min(start + self._chunk, _head(request) if start < _head(request) else request.prepared.tokens)
             if request.ready < start or start == stop or start - sequence.length > self._chunk:
                 continue
             ahead += stop - start
@@ -254,3 +256,19 @@ class Scheduler:
 def _left(request: Request) -> int:
     """Tokens of the prompt that are not yet computed."""
     return request.prepared.tokens - request.sequences[0].length
+
+
+def _head(request: Request) -> int:
+    """Tokens before the first tile, which wait for nothing."""
+    return int(request.prepared.document.placements[0]) if request.prepared.tiles else request.prepared.tokens
+
+
+def _shared_blocks(sequence: Sequence, others: list[Sequence]) -> int:
+    """Of a sequence's blocks, those that one of the others begins with as well."""
+    most = 0
+    for other in others:
+        shared = min(len(sequence.blocks), len(other.blocks))
+        while shared > most and sequence.blocks[shared - 1] != other.blocks[shared - 1]:
+            shared -= 1
+        most = max(most, shared)
+    return most

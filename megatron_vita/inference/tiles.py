@@ -1,11 +1,13 @@
 """Tiles of prompts: decoded on the rank that encodes them, ahead of the step that does it."""
 
 import os
+import threading
 import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from megatron_vita.inference.step import SequenceStart
 
 DECODERS = min(16, os.cpu_count() or 1)
 """Runs of tiles that are decoded at a time."""
+SHARE = max(1, DECODERS // 2)
+"""Those of one sequence: a film whose decoding hangs leaves room for others."""
 _FEWEST, _MOST = 8, 64
 """Frames of a video in one run: a reader has to seek first, so fewer would waste work; more would take too long."""
 
@@ -43,6 +47,14 @@ class _Coming(NamedTuple):
     place: int
 
 
+@dataclass
+class _Queue:
+    """The runs of a sequence that have not begun, and how many are under way."""
+
+    waiting: deque[tuple[Future[np.ndarray], _File, int, int]] = field(default_factory=deque)
+    under_way: int = 0
+
+
 class TileDecoder:
     """Has tiles of the sequences under way decoded ahead of their use."""
 
@@ -51,6 +63,8 @@ class TileDecoder:
         self._sequences: dict[int, list[_File]] = {}
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="tiles")
         self._coming: dict[int, dict[int, _Coming]] = {}  # by sequence and tile
+        self._queues: dict[int, _Queue] = {}
+        self._lock = threading.Lock()  # of the queues
 
     def add(self, start: SequenceStart) -> None:
         """A sequence whose tiles will be asked for."""
@@ -59,19 +73,33 @@ class TileDecoder:
             _File(file.name, medium, first, SharedFile(file.data))
             for file, medium, first in zip(start.files, start.media, firsts, strict=False)
         ]
-        self._coming[start.sequence] = {}
+        self._coming[start.sequence], self._queues[start.sequence] = {}, _Queue()
 
     def forget(self, sequence: int) -> None:
         """A sequence whose tiles will not be asked for any longer."""
         self._sequences.pop(sequence, None)
+        if (queue := self._queues.pop(sequence, None)) is not None:
+            with self._lock:
+                queue.waiting.clear()
         for coming in self._coming.pop(sequence, {}).values():
             coming.run.cancel()
 
     def begin(self, sequence: int, tiles: Sequence[int]) -> None:
         """Begins to decode tiles of a sequence."""
+        queue = self._queues[sequence]
         for first, count in self._runs(sequence, tiles):
-            run = self._pool.submit(self._decode, self._file(sequence, first), first, count)
+            run: Future[np.ndarray] = Future()
             self._coming[sequence] |= {first + place: _Coming(run, place) for place in range(count)}
+            with self._lock:
+                queue.waiting.append((run, self._file(sequence, first), first, count))
+        self._go_on(queue)
+
+    def close(self) -> None:
+        """Waits for no decoder; what is under way is thrown away."""
+        for sequence in list(self._sequences):
+            self.forget(sequence)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.readers.close()
 
     def ready(self, sequences: Sequence[int], *, patience: float = 0.0) -> list[int]:
         """Those of which all tiles that were begun are decoded, or cannot be; waits so long for the first of them."""
@@ -119,6 +147,20 @@ class TileDecoder:
         files = self._sequences[sequence]
         return files[bisect_right(files, tile, key=lambda file: file.first) - 1]
 
-    def _decode(self, file: _File, first: int, count: int) -> np.ndarray:
-        tiles = range(first - file.first, first - file.first + count)
-        return self.readers.decode(file.shared, file.medium, name=file.name, tiles=tiles)
+    def _go_on(self, queue: _Queue, ended: int = 0) -> None:
+        """Begins the next runs of a sequence, of which `ended` have ended."""
+        with self._lock:
+            queue.under_way -= ended
+            while queue.waiting and queue.under_way < SHARE:
+                queue.under_way += 1
+                self._pool.submit(self._work, queue, *queue.waiting.popleft())
+
+    def _work(self, queue: _Queue, run: Future[np.ndarray], file: _File, first: int, count: int) -> None:
+        try:
+            if run.set_running_or_notify_cancel():
+                tiles = range(first - file.first, first - file.first + count)
+                run.set_result(self.readers.decode(file.shared, file.medium, name=file.name, tiles=tiles))
+        except BaseException as error:  # raised where the tiles are taken
+            run.set_exception(error)
+        finally:
+            self._go_on(queue, ended=1)

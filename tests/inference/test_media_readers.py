@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_vita.data.form import Medium, TileFormat
 from megatron_vita.data.shared_memory import SharedFile
 from megatron_vita.data.tiles import decode_tiles
 from megatron_vita.errors import DataError, PlatformError
-from megatron_vita.inference import media_readers
+from megatron_vita.inference import media_readers, tiles
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.prompt import MediaFile, Prompt
@@ -73,8 +74,8 @@ def test_answers_are_those_of_this_process(readers: MediaReaders) -> None:
     assert np.array_equal(part, decode_tiles(FRAMES, video().data, name="clip", tiles=range(1, 4), form=FORM))
     image = picture(1).data
     grid = Medium("a", 3, Grid(2, 1), [])
-    tiles = readers.decode(SharedFile(image), grid, name="a", tiles=range(3))
-    assert np.array_equal(tiles, decode_tiles(grid, image, name="a", tiles=range(3), form=FORM))
+    found = readers.decode(SharedFile(image), grid, name="a", tiles=range(3))
+    assert np.array_equal(found, decode_tiles(grid, image, name="a", tiles=range(3), form=FORM))
 
 
 def test_what_forks_has_one_thread(readers: MediaReaders) -> None:
@@ -96,7 +97,7 @@ def test_many_threads_share_the_readers_of_one_file(readers: MediaReaders, befor
         thread.join()
     whole = decode_tiles(FRAMES, video().data, name="clip", tiles=range(5), form=FORM)
     assert len(found) == 20
-    assert all(np.array_equal(tiles, whole[number % 5 :]) for number, tiles in found.items())
+    assert all(np.array_equal(part, whole[number % 5 :]) for number, part in found.items())
     assert count_of_new(before) <= 2
 
 
@@ -141,6 +142,86 @@ def test_a_film_that_is_slow_to_decode_holds_nobody_up(hostile: Engine) -> None:
     assert sum(piece.request in others for piece in pieces[:first_of_film]) >= 2 * 40
     said = [token for piece in pieces if piece.request == others[0] for token in piece.token_ids]
     assert said == alone.token_ids
+
+
+@pytest.fixture
+def long_films(hostile: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The engine has two decoders, and a film may be of so many runs."""
+    monkeypatch.setattr(tiles, "DECODERS", 2)
+    monkeypatch.setattr(tiles, "SHARE", 1)
+    monkeypatch.setattr(tiles, "_FEWEST", 1)
+    monkeypatch.setattr(hostile.worker.features.decoder, "_pool", ThreadPoolExecutor(2))
+    return hostile
+
+
+def test_a_film_that_hangs_leaves_decoders_to_others(long_films: Engine) -> None:
+    hangs = MediaFile(name="hangs", data=video(11).data)
+    film = long_films.add(long_films.prepare(Prompt.ask("what is in this", videos=[hangs])), GREEDY)
+    long_films.step()
+    began = time.monotonic()
+    image = long_films.add(long_films.prepare(Prompt.ask("two images of cats", images=[picture(77)])), GREEDY)
+    ended: list[AnswerPiece] = []
+    while not any(piece.request == image for piece in ended):
+        ended += [piece for piece in long_films.step() if piece.finish]
+    assert time.monotonic() - began < 2.0
+    long_films.cancel(film)
+    while long_films.has_work:
+        long_films.step()
+
+
+def test_a_beginning_shared_with_a_film_that_hangs_is_computed_at_once(hostile: Engine) -> None:
+    system = {"role": "system", "content": "yes there is a red circle in this picture"}
+
+    def ask(text: str, *films: MediaFile) -> int:
+        prompt = Prompt.ask(text, videos=films)
+        return hostile.add(hostile.prepare(Prompt(messages=[system, *prompt.messages], videos=list(films))), GREEDY)
+
+    films = [ask("what is in this", MediaFile(name="hangs", data=video(12 + k).data)) for k in range(2)]
+    text, began = ask("no cats"), time.monotonic()
+    ended: list[AnswerPiece] = []
+    while not any(piece.request == text for piece in ended):
+        ended += [piece for piece in hostile.step() if piece.finish]
+    assert time.monotonic() - began < 2.0
+    for film in films:
+        hostile.cancel(film)
+    while hostile.has_work:
+        hostile.step()
+
+
+def test_closing_waits_for_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
+    engine = tiny_engine(tmp_path, media_seconds=30.0)
+    engine.add(
+        engine.prepare(Prompt.ask("what is in this", videos=[MediaFile(name="hangs", data=video(5).data)])), GREEDY
+    )
+    engine.step()
+    threads, began = engine.worker.features.decoder._pool._threads, time.monotonic()
+    engine.close()
+    for thread in threads:
+        thread.join(10)
+    assert time.monotonic() - began < 5
+
+
+def test_signals_to_the_whole_service_leave_readers_to_it(readers: MediaReaders) -> None:
+    file = SharedFile(video().data)
+    readers.probe(file, "clip")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for process in (*program().children(), program()):
+            process.send_signal(number)
+        time.sleep(0.1)
+        assert readers.probe(file, "clip").frames > 0
+
+
+def test_there_are_descriptors_for_the_files_of_many_prompts() -> None:
+    code = (
+        "import resource\n"
+        "from megatron_vita.inference import media_readers\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
+        "media_readers.start()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)
 
 
 def test_a_request_whose_film_is_being_decoded_can_be_cancelled(hostile: Engine) -> None:

@@ -1,0 +1,104 @@
+"""What requests hold and are promised, and what is left of them when they have ended."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vita import platform
+from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
+from tests.inference.tiny import tiny_engine
+
+RED = Prompt.ask("is there a red circle")
+MANY = {
+    "answers": Sampling(max_new_tokens=30, n=8, temperature=1.0, seed=1, ignore_end=True),
+    "uneven answers": Sampling(max_new_tokens=30, n=8, temperature=1.0, seed=2),
+    "beams": Sampling(max_new_tokens=60, beams=8, ignore_end=True),
+    "one token": Sampling(max_new_tokens=1, n=8, temperature=1.0, seed=3, ignore_end=True),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process() -> None:
+    platform.initialize_process()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return tiny_engine(tmp_path_factory.mktemp("engine"), cache_tokens=900, chunk_tokens=64, busy_chunk_tokens=32)
+
+
+@pytest.mark.parametrize("sampling", MANY.values(), ids=MANY.keys())
+def test_what_a_request_holds_and_may_still_take_is_its_ceiling(engine: Engine, sampling: Sampling) -> None:
+    scheduler = engine._scheduler
+    number = engine.add(engine.prepare(RED), sampling)
+    (request,) = scheduler.waiting
+    while engine.has_work:
+        engine.step()
+        assert request.held == len({block for sequence in request.sequences for block in sequence.blocks})
+        assert request.held <= request.ceiling
+        if request.sequences:
+            assert scheduler._promised() == request.ceiling - request.held
+    engine.forget(number)
+    assert (request.held, engine._pool.used) == (0, 0)
+
+
+def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
+    beams = engine.add(engine.prepare(RED), Sampling(max_new_tokens=100, beams=8, ignore_end=True))
+    ended = []
+    for turn in range(100_000):
+        if turn >= 50 and len(engine._scheduler.waiting) < 2:
+            words = Prompt.ask(f"{['red', 'blue', 'cats', 'two'][turn % 4]} " + "yes " * (turn % 60))
+            engine.add(engine.prepare(words), Sampling(max_new_tokens=40, ignore_end=True))
+        ended += [piece for piece in engine.step() if piece.finish]
+        if any(piece.request == beams for piece in ended):
+            break
+    assert {piece.finish for piece in ended} == {"length"}
+    while engine.has_work:
+        engine.step()
+    assert engine._pool.used == 0
+
+
+@pytest.mark.parametrize("sampling", MANY.values(), ids=MANY.keys())
+@pytest.mark.parametrize("steps", [1, 3, 1000])
+def test_nothing_is_left_of_ended_or_cancelled_requests(engine: Engine, sampling: Sampling, steps: int) -> None:
+    number = engine.add(engine.prepare(RED), sampling)
+    for _ in range(steps):
+        if engine.has_work:
+            engine.step()
+    engine.cancel(number)
+    engine.step()
+    engine.forget(number)
+    engine.idle()
+    assert not engine.has_work
+    assert (engine.worker._tables, engine.worker._prompts) == ({}, {})
+    assert engine._pool.used == 0
+
+
+def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, chunk_tokens=8, busy_chunk_tokens=64)
+    engine.add(engine.prepare(RED), Sampling(max_new_tokens=30, ignore_end=True))
+    while not engine._scheduler.running:
+        engine.step()
+    engine.add(engine.prepare(Prompt.ask("no cats " * 9)), Sampling(max_new_tokens=2))
+    while engine.has_work:
+        step = engine._scheduler.next_step()
+        assert step is not None
+        assert sum(piece.stop - piece.start for piece in step.prefill) <= 8
+        engine._use(step, engine._execute(step))
+
+
+def test_numbers_that_went_wrong_are_not_shared(tmp_path: Path) -> None:
+    engine, sampling = tiny_engine(tmp_path), Sampling(max_new_tokens=4, ignore_end=True)
+    prompts = [RED, Prompt.ask("is there a red circle or two cats")]
+    weight = next(engine.model.language_model.decoder.layers[0].parameters())
+    right = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+        (failed,) = engine.generate([RED], sampling=sampling)
+        weight.copy_(right)
+    assert failed.finish == "model_error"
+    answers = engine.generate(prompts, sampling=sampling)
+    assert [answer.finish for answer in answers] == ["length", "length"]
