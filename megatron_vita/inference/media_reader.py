@@ -11,7 +11,7 @@ import socket
 import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import IO
+from typing import IO, NoReturn
 
 import torch
 
@@ -35,12 +35,20 @@ def main() -> None:
             _, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
             if not descriptors:
                 return
-            if os.fork() == 0:
-                orders.detach()
-                os.close(0)
-                serve(Connection(descriptors[0]))
-                os._exit(0)
+            with suppress(OSError):  # where there can be no further process, its question ends
+                if os.fork() == 0:
+                    _live(orders, Connection(descriptors[0]))
             os.close(descriptors[0])
+
+
+def _live(orders: socket.socket, pipe: Connection) -> NoReturn:
+    """A reader's whole life."""
+    try:
+        orders.detach()
+        os.close(0)
+        serve(pipe)
+    finally:
+        os._exit(0)
 
 
 def serve(pipe: Connection) -> None:

@@ -35,7 +35,7 @@ class Sampling:
             "temperature": (0 <= self.temperature <= 100, "from 0 to 100"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             "stop": (len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
