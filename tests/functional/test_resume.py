@@ -12,7 +12,7 @@ from toy_run import make_toy_run
 
 STEPS, PACKS = 12, 48
 ALL_DEATHS = ["step:1", "step:3", "step:4", "step:5", "step:8", "step:11", "saving:4", "saving:8", "saving:12"]
-DEATHS = ALL_DEATHS if os.environ.get("VITA_TEST_ALL") else ["step:5", "saving:8"]
+DEATHS = ALL_DEATHS if os.environ.get("VITA_TEST_ALL") else ["saving:8"]
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("processes", list(LAYOUTS))
+@pytest.mark.parametrize("processes", list(LAYOUTS) if os.environ.get("VITA_TEST_ALL") else [2])
 def test_answers_are_those_of_one_process(
     processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:
