@@ -240,6 +240,28 @@ def test_hugging_face_captions_and_questions(tmp_path: Path) -> None:
     assert "no text among the columns ['image', 'label']" in rejected[0]["reason"]
 
 
+def test_sources_of_one_name_keep_their_own_media(tmp_path: Path) -> None:
+    for name, color in (("en", "red"), ("de", "blue")):
+        (tmp_path / f"set/{name}").mkdir(parents=True)
+        row = {"image": {"bytes": picture(color, "BMP"), "path": None}, "caption": color}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"set/{name}/train-0.parquet")
+    out = tmp_path / "found"
+    samples, _ = convert("hf", tmp_path / "set", "--media-out", str(out))
+    found = {sample["messages"][1]["content"]: (out / sample["images"][0]).read_bytes() for sample in samples}
+    assert found == {color: picture(color, "BMP") for color in ("red", "blue")}
+
+
+def test_a_medium_of_an_earlier_import_gives_way_to_another_of_its_size(tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    for color in ("red", "blue"):
+        row = {"image": {"bytes": picture(color, "BMP"), "path": None}, "caption": color}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
+        (sample,), _ = convert("hf", tmp_path / "set.parquet", "--media-out", str(out))
+        assert (out / sample["images"][0]).read_bytes() == picture(color, "BMP")
+        for path in tmp_path.glob("out.*"):
+            path.unlink()
+
+
 def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
