@@ -368,6 +368,40 @@ def test_finished_sources_are_not_read_again_and_others_are_refused(tmp_path: Pa
     assert "another sources" in capsys.readouterr().err
 
 
+def test_a_result_of_which_nothing_tells_is_refused_before_the_work(tmp_path: Path, capsys) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("One?")}))
+    convert("llava", tmp_path / "set.jsonl")
+    (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("Two?")}))
+    (tmp_path / "out.progress.jsonl").unlink()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert "out.jsonl: it is there, but" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not (tmp_path / "out.parts").exists()
+    (tmp_path / "out.jsonl").unlink()
+    samples, _ = convert("llava", tmp_path / "set.jsonl")
+    assert samples[0]["messages"] == said("Two?")
+
+
+@pytest.mark.parametrize("change", ["another", "mended", "gone"])
+def test_a_folder_whose_files_changed_is_another_source(tmp_path: Path, capsys, change: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"set/{name}").mkdir(parents=True)
+        (tmp_path / f"set/{name}/1.png").write_bytes(picture())
+        (tmp_path / f"set/{name}/1.txt").write_text("One.")
+    command = ["import", "captions", str(tmp_path / "set"), "--media", str(tmp_path), "--out"]
+    assert main([*command, str(tmp_path / "set/out.jsonl")]) == 0
+    assert main([*command, str(tmp_path / "set/out.jsonl")]) == 0
+    if change == "another":
+        (tmp_path / "set/b/2.png").write_bytes(picture())
+    elif change == "mended":
+        (tmp_path / "set/b/1.txt").write_text("Two.")
+    else:
+        (tmp_path / "set/b/1.txt").unlink()
+    assert main([*command, str(tmp_path / "set/out.jsonl")]) == 1
+    assert "another sources" in capsys.readouterr().err
+
+
 def test_what_import_writes_shard_takes(tmp_path: Path, media: Path) -> None:
     (tmp_path / "set.json").write_text(json.dumps([{"image": "a.png", "conversations": human("<image>")}] * 3))
     convert("llava", tmp_path / "set.json", "--media", str(media))
