@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ def build_sound_index(
 ) -> tuple[SampleIndex, Quarantine]:
     """As `build_index`, but leaves out samples that cannot be read; gives the shard's quarantine with these in it."""
     quarantine = read_quarantine(shard)
-    known = quarantine.keys("validate")
+    scanned = list(scan_whole(shard, attempt))
+    known = _Known(quarantine, scanned)
     reader, bad = _Reader(shard, tokenizer, template), list[Entry]()
     rows = []
-    for sample, error in scan_whole(shard, attempt):
-        if sample.key in known:
+    for sample, error in scanned:
+        if sample in known:
             continue
         try:
             if error:
@@ -96,6 +98,25 @@ def _is_own(data: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and {"images", "videos"} <= set(record)
+
+
+class _Known:
+    """The samples that `validate` listed. Of those that share a key, an entry is of the one whose fault it tells; one
+    that tells no fault of the scan is of the one without.
+    """
+
+    def __init__(self, quarantine: Quarantine, scanned: Sequence[tuple[ScannedSample, str]]) -> None:
+        self._reasons = defaultdict[str, list[str]](list)
+        for entry in quarantine.entries:
+            if entry.by == "validate":
+                self._reasons[entry.key].append(entry.reason)
+        self._faults = tuple({sample.fault for sample, _ in scanned if sample.fault})
+
+    def __contains__(self, sample: ScannedSample) -> bool:
+        reasons = self._reasons.get(printable(sample.key), [])
+        if sample.fault:
+            return any(reason.endswith(sample.fault) for reason in reasons)
+        return any(not reason.endswith(self._faults) for reason in reasons)
 
 
 class _Reader:

@@ -33,10 +33,6 @@ class Quarantine:
     entries: list[Entry] = field(default_factory=list)
     validated: dict[str, Any] | None = None
 
-    def keys(self, by: str) -> set[str]:
-        """The keys that one of the tools listed."""
-        return {entry.key for entry in self.entries if entry.by == by}
-
     def replaced(self, by: str, entries: Iterable[Entry], *, validated: dict[str, Any] | None = None) -> "Quarantine":
         """The list with other entries of one of the tools."""
         kept = [entry for entry in self.entries if entry.by != by]

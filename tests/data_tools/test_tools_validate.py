@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tarfile
 import time
 from pathlib import Path
 
@@ -131,6 +132,27 @@ def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
     asked.clear()
     assert main([*command[:2], "--workers", "0"]) == 1
     assert not asked
+
+
+def write_texts(path: Path, texts: list[tuple[str, bytes]]) -> None:
+    """A tar of raw texts, whose keys may come again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, text in texts:
+            info = tarfile.TarInfo(f"{key}.txt")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+
+@pytest.mark.parametrize("first", ["index", "validate"])
+def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(shard: Path, first: str) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    write_texts(shard, [("a", b"One."), ("b", b"Two."), ("c", b"\xff"), ("a", b"Three."), ("c", b"Four.")])
+    for command in (first, "validate", "index"):
+        main([command, recipe, "--workers", "0"])
+    assert read_index(index_path(shard)).keys() == ["a", "b"]
+    listed = [(entry.key, entry.reason.split(": ")[-1][:10]) for entry in read_quarantine(shard).entries]
+    assert sorted(listed) == [("a", "an earlier"), ("c", "an earlier"), ("c", "byte 0xff ")]
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
