@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from megatron_vita.data.foreign import MemberRule, read_rule, record_of_members
+from megatron_vita.data.foreign import MemberRule, read_rule, record_of_members, rule_stamp
 from megatron_vita.data.index import SCHEMA, IndexHeader, SampleIndex, text_stamp
 from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine
 from megatron_vita.data.records import encode_record, is_raw_text, parse_record, pieces_of
@@ -57,7 +57,8 @@ def build_sound_index(
             bad.append(Entry("index", printable(sample.key), str(reason)))
     reader.close()
     quarantine = quarantine.replaced("index", bad)
-    return _as_index(rows, quarantine.shard_size, text_stamp(tokenizer, template)), quarantine
+    made_with = {"rule": rule_stamp(reader.rule), "left_out": quarantine.stamp(), **text_stamp(tokenizer, template)}
+    return _as_index(rows, quarantine.shard_size, made_with), quarantine
 
 
 def scan_whole(shard: Path, attempt: Attempt) -> Iterator[tuple[ScannedSample, str]]:
@@ -125,7 +126,7 @@ class _Reader:
     def __init__(self, shard: Path, tokenizer: Tokenizer, template: str) -> None:
         self._shard, self._tokenizer, self._template = shard, tokenizer, template
         self._size = shard.stat().st_size
-        self._rule = read_rule(shard.parent)
+        self.rule = read_rule(shard.parent)
         self._reader = ShardReader()
         self.close = self._reader.close
 
@@ -137,7 +138,7 @@ class _Reader:
             return self._reader.read(self._shard, member=sample.members[member], shard_size=self._size)
 
         try:
-            record, is_foreign = parse_sample(sample, read, self._rule)
+            record, is_foreign = parse_sample(sample, read, self.rule)
             kinds, tokens = pieces_of(encode_record(record, self._tokenizer, self._template))
             check_members(record, sample)
         except DataError as error:
@@ -170,13 +171,15 @@ def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
                 raise DataError(f"{field} names {name!r:.200}, which the shard does not hold")
 
 
-def _as_index(rows: list[dict[str, Any]], shard_size: int, text: dict[str, str]) -> SampleIndex:
+def _as_index(rows: list[dict[str, Any]], shard_size: int, made_with: dict[str, str]) -> SampleIndex:
     content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     header = IndexHeader(
         shard_size=shard_size,
         samples=len(rows),
         content=content,
-        tokenizer=text["tokenizer"],
-        template=text["template"],
+        tokenizer=made_with["tokenizer"],
+        template=made_with["template"],
+        rule=made_with["rule"],
+        left_out=made_with["left_out"],
     )
     return SampleIndex(pa.Table.from_pylist(rows, schema=SCHEMA), header=header)

@@ -4,6 +4,7 @@
 plan and no run meets it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -32,6 +33,11 @@ class Quarantine:
     shard_size: int
     entries: list[Entry] = field(default_factory=list)
     validated: dict[str, Any] | None = None
+
+    def stamp(self) -> str:
+        """What tells lists of other samples apart."""
+        keys = json.dumps(sorted(entry.key for entry in self.entries))
+        return hashlib.sha256(keys.encode()).hexdigest()
 
     def replaced(self, by: str, entries: Iterable[Entry], *, validated: dict[str, Any] | None = None) -> "Quarantine":
         """The list with other entries of one of the tools."""

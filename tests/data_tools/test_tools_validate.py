@@ -17,7 +17,7 @@ from data_tools import validation
 from data_tools.cli import main
 from megatron_vita.config import MediaConfig
 from megatron_vita.data.index import index_path, read_index
-from megatron_vita.data.quarantine import read_quarantine
+from megatron_vita.data.quarantine import quarantine_path, read_quarantine
 from megatron_vita.data.shards import MediaFile, SampleWriter
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
@@ -153,6 +153,39 @@ def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(shar
     assert read_index(index_path(shard)).keys() == ["a", "b"]
     listed = [(entry.key, entry.reason.split(": ")[-1][:10]) for entry in read_quarantine(shard).entries]
     assert sorted(listed) == [("a", "an earlier"), ("c", "an earlier"), ("c", "byte 0xff ")]
+
+
+def test_an_index_is_made_again_where_the_list_or_the_rule_it_was_made_with_is_gone(shard: Path, capsys) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    main(["validate", recipe, "--workers", "0"])
+
+    def written() -> int:
+        capsys.readouterr()
+        assert main(["index", recipe, "--workers", "0"]) == 0
+        return int(capsys.readouterr().out.split()[0])
+
+    assert [written(), written()] == [1, 0]
+    assert len(read_index(index_path(shard))) == 3
+    quarantine_path(shard).unlink()
+    assert [written(), written()] == [1, 0]
+    assert len(read_index(index_path(shard))) == 5
+    rule = shard.with_name("members.yaml")
+    for change in (lambda: rule.write_text("caption: alt\n"), rule.unlink):
+        change()
+        assert [written(), written()] == [1, 0]
+
+
+def test_an_index_takes_from_the_list_what_it_can_read_again(shard: Path) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    write_texts(shard, [("a", b"One."), ("b", b"Two.")])
+    rule = shard.with_name("members.yaml")
+    rule.write_text("text: alt\n")
+    assert main(["index", recipe, "--workers", "0"]) == 0
+    assert [entry.key for entry in read_quarantine(shard).entries] == ["a", "b"]
+    rule.unlink()
+    assert main(["index", recipe, "--workers", "0"]) == 0
+    assert read_quarantine(shard).entries == []
+    assert read_index(index_path(shard)).keys() == ["a", "b"]
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
