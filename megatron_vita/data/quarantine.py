@@ -70,11 +70,16 @@ def read_quarantine(shard: Path) -> Quarantine:
 
 
 def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
-    """Writes the list under a temporary name, then renames it; leaves alone a file that says the same."""
+    """Writes the list under a temporary name, then renames it; leaves alone a file that says the same.
+
+    It is never older than the shard, whose time may lie ahead.
+    """
     path = quarantine_path(shard)
     if path.exists() and read_quarantine(shard) == quarantine:
         return
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text)
+    newest = max(partial.stat().st_mtime_ns, shard.stat().st_mtime_ns)
+    os.utime(partial, ns=(newest, newest))
     os.replace(partial, path)

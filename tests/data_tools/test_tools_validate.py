@@ -17,7 +17,7 @@ from data_tools import validation
 from data_tools.cli import main
 from megatron_vita.config import MediaConfig
 from megatron_vita.data.index import index_path, read_index
-from megatron_vita.data.quarantine import quarantine_path, read_quarantine
+from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
 from megatron_vita.data.shards import MediaFile, SampleWriter
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
@@ -186,6 +186,24 @@ def test_an_index_takes_from_the_list_what_it_can_read_again(shard: Path) -> Non
     assert main(["index", recipe, "--workers", "0"]) == 0
     assert read_quarantine(shard).entries == []
     assert read_index(index_path(shard)).keys() == ["a", "b"]
+
+
+def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(shard: Path, capsys) -> None:
+    ahead = time.time() + 3600
+    os.utime(shard, (ahead, ahead))
+    assert main(["validate", str(shard), "--workers", "0"]) == 1
+    assert "5 samples in 1 shards; 2 bad" in capsys.readouterr().out
+    assert [entry.key for entry in read_quarantine(shard).entries] == ["b", "d"]
+
+
+def test_a_shard_that_changes_while_it_is_decoded_is_named(shard: Path, capsys, monkeypatch) -> None:
+    def changing(*_: object) -> None:
+        time.sleep(0.05)  # clocks of files tick slowly
+        os.utime(shard)
+
+    monkeypatch.setattr(validation, "write_quarantine", lambda *found: (write_quarantine(*found), changing()))
+    assert main(["validate", str(shard), "--workers", "0"]) == 1
+    assert f"error: {shard}: it changed while it was decoded; run validate again" in capsys.readouterr().err
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
