@@ -78,7 +78,7 @@ def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validatio
 
     What is damaged is listed in the shard's quarantine file; nothing is deleted. DataError if one changes meanwhile.
     """
-    tasks = [target for target in targets if not _is_current(target)]
+    tasks = [task for target in targets if (task := _with_earlier(target))]
     size = sum(task.shard.stat().st_size for task in tasks)
     with progress_bar("validate", total=size, unit="B") as bar:
         for _ in run_tasks(_validate_shard, tasks, crew=crew, on_advance=bar.update):
@@ -95,9 +95,11 @@ def _samples(shard: Path, found: Quarantine) -> int:
     return int(found.validated["samples"])
 
 
-def _is_current(target: ValidateTask) -> bool:
-    done = (read_quarantine(target.shard).validated or {}).get("samplings", [])
-    return all(list(sampling) in done for sampling in target.samplings)
+def _with_earlier(target: ValidateTask) -> ValidateTask | None:
+    """The task that also samples as the shard was sampled before, so that nothing found then is lost; None if done."""
+    earlier = (read_quarantine(target.shard).validated or {}).get("samplings", [])
+    done, wanted = {Sampling(*sampling) for sampling in earlier}, set(target.samplings)
+    return None if wanted <= done else ValidateTask(target.shard, sorted(wanted | done))
 
 
 def _validate_shard(task: ValidateTask, steps: Steps) -> None:

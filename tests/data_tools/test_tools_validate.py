@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -19,6 +20,7 @@ from megatron_vita.config import MediaConfig
 from megatron_vita.data.index import index_path, read_index
 from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
 from megatron_vita.data.shards import MediaFile, SampleWriter
+from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
 
@@ -108,7 +110,7 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path,
     assert second > first
     recipe = shard.parents[1] / "recipe.yaml"
     assert moment(str(recipe), "media.max_fps=5.0") > second
-    assert json.loads(path.read_text())["validated"] == {"samplings": [[5.0, 128]], "samples": 5}
+    assert json.loads(path.read_text())["validated"] == {"samplings": [[1.0, 128], [5.0, 128]], "samples": 5}
 
 
 def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
@@ -204,6 +206,27 @@ def test_a_shard_that_changes_while_it_is_decoded_is_named(shard: Path, capsys, 
     monkeypatch.setattr(validation, "write_quarantine", lambda *found: (write_quarantine(*found), changing()))
     assert main(["validate", str(shard), "--workers", "0"]) == 1
     assert f"error: {shard}: it changed while it was decoded; run validate again" in capsys.readouterr().err
+
+
+def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+
+    def failing(data: bytes, name: str, *, times: Sequence[float], tile_size: int) -> None:
+        if len(times) > 4:
+            raise DataError(f"{name}: bad")
+
+    monkeypatch.setattr(validation, "decode_frames", failing)
+    assert main(["validate", recipe, "media.max_frames=9", "media.max_fps=5.0", "--workers", "0"]) == 1
+    found = read_quarantine(shard)
+    assert [entry.key for entry in found.entries] == ["a", "b", "d"]
+    assert main(["validate", recipe, "media.max_frames=2", "--workers", "0"]) == 1
+    both = read_quarantine(shard)
+    assert both.entries == found.entries
+    assert both.validated == {"samplings": [[1.0, 2], [5.0, 9]], "samples": 5}
+    moment = quarantine_path(shard).stat().st_mtime_ns
+    for options in (("media.max_frames=9", "media.max_fps=5.0"), ("media.max_frames=2",)):
+        assert main(["validate", recipe, *options, "--workers", "0"]) == 1
+    assert quarantine_path(shard).stat().st_mtime_ns == moment
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
