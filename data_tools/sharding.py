@@ -20,7 +20,7 @@ from data_tools.pool import Crew, Steps
 from data_tools.progress import Progress, write_lines
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
-from megatron_vita.config import load_recipe
+from megatron_vita.config import DatasetConfig, load_recipe
 from megatron_vita.data.shards import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 
@@ -67,7 +67,8 @@ class ShardTask(NamedTuple):
 
 def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **options: Any) -> list[ShardJob]:
     """The work that a command line names: JSONL files that become shards in `out`, or a recipe whose datasets have
-    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both.
+    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both, or other files for
+    one folder.
     """
     if [file.suffix for file in files] not in ([".yaml"], [".yml"]):
         if out is None:
@@ -75,20 +76,31 @@ def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **opti
         return [ShardJob(files=files, media_root=media or Path(), out=out, **options)]
     if out is not None or media is not None:
         raise ConfigError("--out and --media are for JSONL files: a recipe's datasets name their folders")
-    data = load_recipe(files[0], []).data
-    jobs = {
-        dataset.shards: ShardJob(
-            files=[Path(dataset.jsonl)],
-            media_root=Path(dataset.media or Path(dataset.jsonl).parent),
-            out=Path(dataset.shards).parent,
-            **options,
-        )
-        for dataset in (*data.train, *data.validation)
-        if dataset.jsonl
-    }
+    return _recipe_jobs(files[0], options)
+
+
+def _recipe_jobs(recipe: Path, options: dict[str, Any]) -> list[ShardJob]:
+    data, jobs = load_recipe(recipe, []).data, dict[Path, ShardJob]()
+    for dataset in (*data.train, *data.validation):
+        if dataset.jsonl:
+            job = _job_of(dataset, options)
+            if (first := jobs.setdefault(job.out, job)) != job:
+                raise ConfigError(
+                    f"{recipe}: dataset {dataset.name}: its shards in {job.out} are made of {first.files[0]} with "
+                    f"media in {first.media_root} for another dataset; name another folder in its shards"
+                )
     if not jobs:
-        raise ConfigError(f"{files[0]}: none of its datasets has a jsonl")
+        raise ConfigError(f"{recipe}: none of its datasets has a jsonl")
     return list(jobs.values())
+
+
+def _job_of(dataset: DatasetConfig, options: dict[str, Any]) -> ShardJob:
+    return ShardJob(
+        files=[Path(dataset.jsonl)],
+        media_root=Path(dataset.media or Path(dataset.jsonl).parent),
+        out=Path(dataset.shards).parent,
+        **options,
+    )
 
 
 def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:

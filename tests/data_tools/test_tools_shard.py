@@ -196,6 +196,23 @@ def test_tars_that_earlier_work_left_are_removed_with_what_lies_beside_them(tmp_
     assert not (tmp_path / "toy/toy-000002.quarantine.json").exists()
 
 
+def test_datasets_of_one_folder_must_have_the_same_lines(tmp_path: Path, capsys) -> None:
+    write_world(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"messages": sample(0)["messages"]}) + "\n")
+
+    def recipe(*lines: str) -> str:
+        common = f"shards: '{tmp_path}/toy/*.tar', media: '{tmp_path}/media', ratio: 0.5"
+        sets = [f"{{name: d{i}, jsonl: '{tmp_path}/{name}', {common}}}" for i, name in enumerate(lines)]
+        (tmp_path / "recipe.yaml").write_text(f"data: {{train: [{', '.join(sets)}]}}\n")
+        return str(tmp_path / "recipe.yaml")
+
+    assert main(["shard", recipe("toy.jsonl", "other.jsonl")]) == 1
+    assert f"dataset d1: its shards in {tmp_path}/toy are made of {tmp_path}/toy.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "toy").exists()
+    assert main(["shard", recipe("toy.jsonl", "toy.jsonl"), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/toy: 12 samples\n"
+
+
 def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
     first, second = write_world(tmp_path / "a"), write_world(tmp_path / "b")
     assert main(["shard", str(first), str(second), "--out", str(tmp_path / "toy")]) == 1
