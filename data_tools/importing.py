@@ -4,6 +4,7 @@ Beside `NAME.jsonl` lie `NAME.rejected.jsonl`, a line for each sample left out, 
 work lasts the folder `NAME.parts` with a part for each source.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.formats import FORMATS
-from data_tools.formats.base import Candidate, Setting
+from data_tools.formats.base import Candidate, Setting, walk
+from data_tools.frames import IMAGE_SUFFIXES
 from data_tools.pool import Crew, Steps, judged
 from data_tools.progress import Progress
 from data_tools.samples import find_medium
@@ -53,12 +55,16 @@ class ImportTask(NamedTuple):
 def import_samples(job: ImportJob, *, crew: Crew) -> dict[str, int]:
     """Writes the JSONL file; gives how many samples there are and how many were rejected.
 
-    ConfigError if sources or folders are missing, or the output tells of other sources.
+    ConfigError if sources or folders are missing, or the output is of other sources or nothing tells of which.
     """
     _check_job(job)
     sources = FORMATS[job.format].list_sources(job.paths)
-    job.part(0, "samples").parent.mkdir(parents=True, exist_ok=True)
-    progress = Progress(job.out.with_suffix(".progress.jsonl"), stamp=_stamp(job, sources))
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    path = job.out.with_suffix(".progress.jsonl")
+    progress = Progress(path, stamp=_stamp(job, sources))
+    if job.out.exists() and len(progress.finished) < len(sources):
+        raise ConfigError(f"{job.out}: it is there, but {path} does not tell of it; delete it or choose another --out")
+    job.part(0, "samples").parent.mkdir(exist_ok=True)
     if not job.out.exists():
         for number in [n for n in progress.finished if not all(job.part(n, kind).exists() for kind in KINDS)]:
             del progress.finished[number]
@@ -89,8 +95,19 @@ def _check_job(job: ImportJob) -> None:
 
 def _stamp(job: ImportJob, sources: list[Path]) -> dict[str, Any]:
     setting = {name: str(value) for name, value in vars(job.setting).items()}
-    known = [[str(path), _size(path), path.stat().st_mtime_ns if path.is_file() else 0] for path in sources]
-    return {"format": job.format, **setting, "sources": known}
+    return {"format": job.format, **setting, "sources": [[str(path), *_version(path)] for path in sources]}
+
+
+def _version(source: Path) -> tuple[int, int | str]:
+    """A file's size and time of change; a folder's are those of all images and texts in it."""
+    if source.is_file():
+        return source.stat().st_size, source.stat().st_mtime_ns
+    digest = hashlib.sha256()
+    for path in walk(source):
+        if path.name.lower().endswith((*IMAGE_SUFFIXES, ".txt")):
+            known = path.stat() if path.exists() else path.lstat()
+            digest.update(f"{path.relative_to(source)!r} {known.st_size} {known.st_mtime_ns}\n".encode())
+    return 0, digest.hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -11,7 +11,7 @@ from data_tools.pool import Crew, Steps, run_tasks
 from data_tools.progress import progress_bar
 from data_tools.sharding import HERE
 from megatron_vita.config import Recipe
-from megatron_vita.data.foreign import RULE_FILE
+from megatron_vita.data.foreign import read_rule, rule_stamp
 from megatron_vita.data.index import index_path, read_header, text_stamp, write_index
 from megatron_vita.data.index_build import build_sound_index
 from megatron_vita.data.plan import PackPlan, read_plan, write_plan
@@ -83,7 +83,7 @@ def _index_shard(task: IndexTask, steps: Steps) -> None:
     bad = [entry for entry in quarantine.entries if entry.by == "index"]
     if bad and task.strict:
         raise DataError(bad[0].reason)
-    if quarantine.entries:
+    if quarantine.entries or quarantine_path(task.shard).exists():
         write_quarantine(quarantine, task.shard)
     write_index(index, index_path(task.shard))
 
@@ -94,7 +94,8 @@ _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iterator[str]:
     """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each.
 
-    `continue_from` keeps the packs before it of the training plan that is there.
+    `continue_from` keeps the packs before it of the training plan that is there. DataError, before it is written, for
+    a plan without packs.
     """
     tokenizer = load_recipe_tokenizer(recipe)
     rejected: list[Rejected] = []
@@ -103,6 +104,8 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
             path = plan_path(recipe, split)
             continued = Continuation(read_plan(path), continue_from) if continue_from and split == "train" else None
             plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict, continued=continued)
+            if not plan.num_packs:
+                raise DataError(f"data.{split}: no pack has a sample; raise the ratio or cap of its datasets")
             write_plan(plan, path)
             rejected += left_out
             yield _summary(path, plan, recipe, len(left_out))
@@ -121,12 +124,11 @@ def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:
 
 
 def _is_current(shard: Path, text: dict[str, str]) -> bool:
-    """Whether a shard's index is of this shard, and newer than all that it is made of."""
-    path = index_path(shard)
+    """Whether a shard's index is newer than the shard, and made with the rule and the quarantine of now."""
+    path, rule = index_path(shard), read_rule(shard.parent)
     try:
-        header = read_header(path, text)
+        header, left_out = read_header(path, text), read_quarantine(shard).stamp()
     except DataError:
         return False
-    sources = [shard, quarantine_path(shard), shard.with_name(RULE_FILE)]
-    newest = max(source.stat().st_mtime_ns for source in sources if source.exists())
-    return header.shard_size == shard.stat().st_size and path.stat().st_mtime_ns >= newest
+    is_of_shard = header.shard_size == shard.stat().st_size and path.stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    return is_of_shard and (header.rule, header.left_out) == (rule_stamp(rule), left_out)

@@ -7,6 +7,8 @@ it would be longer than `max_bytes`, it goes on in `NAME-000000_1.tar`.
 """
 
 import hashlib
+import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +20,14 @@ from data_tools.pool import Crew, Steps
 from data_tools.progress import Progress, write_lines
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
-from megatron_vita.config import load_recipe
+from megatron_vita.config import DatasetConfig, load_recipe
 from megatron_vita.data.shards import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 
 PROGRESS, REJECTED = "progress.jsonl", "rejected.jsonl"
 HERE, MEGABYTE = Crew(workers=0), 10**6
+MADE = r"-(\d{6}|[1-9]\d{6,})(_[1-9]\d*)?"  # follows a dataset's name in those of its shards
+BESIDE = r"\.(tar(\.whole)?(\.partial)?|index\.parquet|quarantine\.json)"
 Rejection = dict[str, Any]
 
 
@@ -63,7 +67,8 @@ class ShardTask(NamedTuple):
 
 def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **options: Any) -> list[ShardJob]:
     """The work that a command line names: JSONL files that become shards in `out`, or a recipe whose datasets have
-    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both.
+    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both, or other files for
+    one folder.
     """
     if [file.suffix for file in files] not in ([".yaml"], [".yml"]):
         if out is None:
@@ -71,24 +76,37 @@ def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **opti
         return [ShardJob(files=files, media_root=media or Path(), out=out, **options)]
     if out is not None or media is not None:
         raise ConfigError("--out and --media are for JSONL files: a recipe's datasets name their folders")
-    data = load_recipe(files[0], []).data
-    jobs = {
-        dataset.shards: ShardJob(
-            files=[Path(dataset.jsonl)],
-            media_root=Path(dataset.media or Path(dataset.jsonl).parent),
-            out=Path(dataset.shards).parent,
-            **options,
-        )
-        for dataset in (*data.train, *data.validation)
-        if dataset.jsonl
-    }
+    return _recipe_jobs(files[0], options)
+
+
+def _recipe_jobs(recipe: Path, options: dict[str, Any]) -> list[ShardJob]:
+    data, jobs = load_recipe(recipe, []).data, dict[Path, ShardJob]()
+    for dataset in (*data.train, *data.validation):
+        if dataset.jsonl:
+            job = _job_of(dataset, options)
+            if (first := jobs.setdefault(job.out, job)) != job:
+                raise ConfigError(
+                    f"{recipe}: dataset {dataset.name}: its shards in {job.out} are made of {first.files[0]} with "
+                    f"media in {first.media_root} for another dataset; name another folder in its shards"
+                )
     if not jobs:
-        raise ConfigError(f"{files[0]}: none of its datasets has a jsonl")
+        raise ConfigError(f"{recipe}: none of its datasets has a jsonl")
     return list(jobs.values())
+
+
+def _job_of(dataset: DatasetConfig, options: dict[str, Any]) -> ShardJob:
+    return ShardJob(
+        files=[Path(dataset.jsonl)],
+        media_root=Path(dataset.media or Path(dataset.jsonl).parent),
+        out=Path(dataset.shards).parent,
+        **options,
+    )
 
 
 def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
     """Writes the shards that are not there yet, and `rejected.jsonl`. Gives the counts of all, also of earlier runs.
+
+    Shards of the dataset's name that earlier work left, and this work does not have, are removed when it is done.
 
     A bad sample is left out, its file, line and reason listed. With `strict` the first one is a DataError that names
     file and line, and its shard is not written. ConfigError if the folder holds shards of other inputs.
@@ -109,6 +127,7 @@ def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_lines(job.out / REJECTED, rejected)
+    _remove_strays(job, results)
     return ShardCount(sum(count.samples for count in results), rejected, tars=sum(count.tars for count in results))
 
 
@@ -132,6 +151,15 @@ def _refuse_first(counts: list[ShardCount]) -> None:
             raise DataError("{file}:{line}: {reason}".format(**count.rejected[0]))
 
 
+def _remove_strays(job: ShardJob, results: list[ShardCount]) -> None:
+    """Removes tars that only this tool names so and that are not of this work, and the files beside them."""
+    mine = {job.shard_path(shard, tar).stem for shard, count in enumerate(results) for tar in range(count.tars)}
+    name = re.compile(f"(?P<stem>{re.escape(job.out.resolve().name)}{MADE}){BESIDE}")
+    for path in list(job.out.iterdir()):
+        if (match := name.fullmatch(path.name)) and match["stem"] not in mine:
+            path.unlink()
+
+
 def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
     """Writes a shard; gives the fields of its ShardCount."""
     job, count = task.job, ShardCount(0, [])
@@ -152,7 +180,10 @@ def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
 
 
 class _Tars:
-    """The tars of a shard: another is begun where a sample would make one longer than it may be."""
+    """The tars of a shard: another is begun where a sample would make one longer than it may be.
+
+    They get their names when all are whole.
+    """
 
     def __init__(self, job: ShardJob, shard: int) -> None:
         self._job, self._shard = job, shard
@@ -172,11 +203,24 @@ class _Tars:
 
     def __exit__(self, error_type: type | None, *rest: object) -> None:
         self._writer.__exit__(error_type, *rest)
+        for path in map(self._path, range(self.count)):
+            if error_type is None:
+                os.replace(_whole(path), path)
+            else:
+                _whole(path).unlink(missing_ok=True)
 
     def _begin(self) -> None:
-        self._writer = SampleWriter(self._job.shard_path(self._shard, self.count)).__enter__()
+        self._writer = SampleWriter(_whole(self._path(self.count))).__enter__()
         self._size = 0
         self.count += 1
+
+    def _path(self, tar: int) -> Path:
+        return self._job.shard_path(self._shard, tar)
+
+
+def _whole(path: Path) -> Path:
+    """Where a tar that is whole waits for the others of its shard."""
+    return path.with_name(path.name + ".whole")
 
 
 def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:

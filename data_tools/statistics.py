@@ -53,7 +53,7 @@ class DatasetStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanStatistics:
-    """A split's plan. Arrays have an entry for each pack; `shares` are tokens by dataset."""
+    """A split's plan. Arrays have an entry for each pack; `shares` are tokens by dataset, of those not gone."""
 
     split: str
     fill: np.ndarray
@@ -119,7 +119,9 @@ def _left_out(shard: Location) -> int:
 
 def _of_plan(plan: PackPlan, split: str, seq_length: int) -> PlanStatistics:
     pack, tokens = plan.columns["pack"], plan.columns["tokens"].astype(np.int64)
-    by_dataset = np.bincount(plan.columns["dataset"], weights=tokens, minlength=len(plan.datasets))
+    dataset = plan.columns["dataset"]
+    known = dataset >= 0
+    by_dataset = np.bincount(dataset[known], weights=tokens[known], minlength=len(plan.datasets))
     return PlanStatistics(
         split=split,
         fill=np.bincount(pack, weights=tokens, minlength=plan.num_packs) / seq_length,

@@ -76,22 +76,30 @@ def _recipe_targets(recipe: Recipe) -> list[ValidateTask]:
 def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validation:
     """Decodes every image and every frame that may be sampled of the shards that were not decoded so before.
 
-    What is damaged is listed in the shard's quarantine file; nothing is deleted.
+    What is damaged is listed in the shard's quarantine file; nothing is deleted. DataError if one changes meanwhile.
     """
-    tasks = [target for target in targets if not _is_current(target)]
+    tasks = [task for target in targets if (task := _with_earlier(target))]
     size = sum(task.shard.stat().st_size for task in tasks)
     with progress_bar("validate", total=size, unit="B") as bar:
         for _ in run_tasks(_validate_shard, tasks, crew=crew, on_advance=bar.update):
             pass
     lists = {target.shard: read_quarantine(target.shard) for target in targets}
-    samples = sum((quarantine.validated or {})["samples"] for quarantine in lists.values())
+    samples = sum(_samples(shard, found) for shard, found in lists.items())
     bad = {(shard, entry.key): (shard, entry) for shard, found in lists.items() for entry in found.entries}
     return Validation(samples, list(bad.values()))
 
 
-def _is_current(target: ValidateTask) -> bool:
-    done = (read_quarantine(target.shard).validated or {}).get("samplings", [])
-    return all(list(sampling) in done for sampling in target.samplings)
+def _samples(shard: Path, found: Quarantine) -> int:
+    if found.validated is None:
+        raise DataError(f"{shard}: it changed while it was decoded; run validate again")
+    return int(found.validated["samples"])
+
+
+def _with_earlier(target: ValidateTask) -> ValidateTask | None:
+    """The task that also samples as the shard was sampled before, so that nothing found then is lost; None if done."""
+    earlier = (read_quarantine(target.shard).validated or {}).get("samplings", [])
+    done, wanted = {Sampling(*sampling) for sampling in earlier}, set(target.samplings)
+    return None if wanted <= done else ValidateTask(target.shard, sorted(wanted | done))
 
 
 def _validate_shard(task: ValidateTask, steps: Steps) -> None:

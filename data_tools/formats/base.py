@@ -1,5 +1,6 @@
 """What formats have in common."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,15 +89,15 @@ def relative_to_media(path: Path, setting: Setting) -> str:
 
 
 def write_medium(data: bytes, *, source: Path, name: str, setting: Setting) -> str:
-    """Writes a medium found inside a source, and gives its path as samples name it."""
+    """Writes a medium found inside a source, and gives its path as samples name it: in a folder of the source's own."""
     assert setting.media_out is not None
-    path = Path(source.name.replace(".", "_"), f"{name}{_suffix(data)}")
+    where = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
+    path = Path(f"{source.name.replace('.', '_')}-{where}", f"{name}{_suffix(data)}")
     target = setting.media_out / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists() or target.stat().st_size != len(data):
-        partial = target.with_name(target.name + ".partial")
-        partial.write_bytes(data)
-        os.replace(partial, target)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, target)
     return path.as_posix()
 
 

@@ -49,13 +49,18 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class IndexHeader:
-    """What an index says of itself, read from its footer alone."""
+    """What an index says of itself, read from its footer alone.
+
+    `rule` and `left_out` tell the members' rule and the quarantine it was made with; empty: it does not say.
+    """
 
     shard_size: int
     samples: int
     tokenizer: str
     template: str
     content: str
+    rule: str = ""
+    left_out: str = ""
     format_version: int = FORMAT_VERSION
 
 

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from megatron_vita.data.foreign import MemberRule, read_rule, record_of_members
+from megatron_vita.data.foreign import MemberRule, read_rule, record_of_members, rule_stamp
 from megatron_vita.data.index import SCHEMA, IndexHeader, SampleIndex, text_stamp
 from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine
 from megatron_vita.data.records import encode_record, is_raw_text, parse_record, pieces_of
@@ -41,11 +42,12 @@ def build_sound_index(
 ) -> tuple[SampleIndex, Quarantine]:
     """As `build_index`, but leaves out samples that cannot be read; gives the shard's quarantine with these in it."""
     quarantine = read_quarantine(shard)
-    known = quarantine.keys("validate")
+    scanned = list(scan_whole(shard, attempt))
+    known = _Known(quarantine, scanned)
     reader, bad = _Reader(shard, tokenizer, template), list[Entry]()
     rows = []
-    for sample, error in scan_whole(shard, attempt):
-        if sample.key in known:
+    for sample, error in scanned:
+        if sample in known:
             continue
         try:
             if error:
@@ -55,7 +57,8 @@ def build_sound_index(
             bad.append(Entry("index", printable(sample.key), str(reason)))
     reader.close()
     quarantine = quarantine.replaced("index", bad)
-    return _as_index(rows, quarantine.shard_size, text_stamp(tokenizer, template)), quarantine
+    made_with = {"rule": rule_stamp(reader.rule), "left_out": quarantine.stamp(), **text_stamp(tokenizer, template)}
+    return _as_index(rows, quarantine.shard_size, made_with), quarantine
 
 
 def scan_whole(shard: Path, attempt: Attempt) -> Iterator[tuple[ScannedSample, str]]:
@@ -98,13 +101,32 @@ def _is_own(data: bytes) -> bool:
     return isinstance(record, dict) and {"images", "videos"} <= set(record)
 
 
+class _Known:
+    """The samples that `validate` listed. Of those that share a key, an entry is of the one whose fault it tells; one
+    that tells no fault of the scan is of the one without.
+    """
+
+    def __init__(self, quarantine: Quarantine, scanned: Sequence[tuple[ScannedSample, str]]) -> None:
+        self._reasons = defaultdict[str, list[str]](list)
+        for entry in quarantine.entries:
+            if entry.by == "validate":
+                self._reasons[entry.key].append(entry.reason)
+        self._faults = tuple({sample.fault for sample, _ in scanned if sample.fault})
+
+    def __contains__(self, sample: ScannedSample) -> bool:
+        reasons = self._reasons.get(printable(sample.key), [])
+        if sample.fault:
+            return any(reason.endswith(sample.fault) for reason in reasons)
+        return any(not reason.endswith(self._faults) for reason in reasons)
+
+
 class _Reader:
     """Reads the samples of one shard."""
 
     def __init__(self, shard: Path, tokenizer: Tokenizer, template: str) -> None:
         self._shard, self._tokenizer, self._template = shard, tokenizer, template
         self._size = shard.stat().st_size
-        self._rule = read_rule(shard.parent)
+        self.rule = read_rule(shard.parent)
         self._reader = ShardReader()
         self.close = self._reader.close
 
@@ -116,7 +138,7 @@ class _Reader:
             return self._reader.read(self._shard, member=sample.members[member], shard_size=self._size)
 
         try:
-            record, is_foreign = parse_sample(sample, read, self._rule)
+            record, is_foreign = parse_sample(sample, read, self.rule)
             kinds, tokens = pieces_of(encode_record(record, self._tokenizer, self._template))
             check_members(record, sample)
         except DataError as error:
@@ -149,13 +171,15 @@ def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
                 raise DataError(f"{field} names {name!r:.200}, which the shard does not hold")
 
 
-def _as_index(rows: list[dict[str, Any]], shard_size: int, text: dict[str, str]) -> SampleIndex:
+def _as_index(rows: list[dict[str, Any]], shard_size: int, made_with: dict[str, str]) -> SampleIndex:
     content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     header = IndexHeader(
         shard_size=shard_size,
         samples=len(rows),
         content=content,
-        tokenizer=text["tokenizer"],
-        template=text["template"],
+        tokenizer=made_with["tokenizer"],
+        template=made_with["template"],
+        rule=made_with["rule"],
+        left_out=made_with["left_out"],
     )
     return SampleIndex(pa.Table.from_pylist(rows, schema=SCHEMA), header=header)

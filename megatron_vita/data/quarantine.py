@@ -4,6 +4,7 @@
 plan and no run meets it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -33,9 +34,10 @@ class Quarantine:
     entries: list[Entry] = field(default_factory=list)
     validated: dict[str, Any] | None = None
 
-    def keys(self, by: str) -> set[str]:
-        """The keys that one of the tools listed."""
-        return {entry.key for entry in self.entries if entry.by == by}
+    def stamp(self) -> str:
+        """What tells lists of other samples apart."""
+        keys = json.dumps(sorted(entry.key for entry in self.entries))
+        return hashlib.sha256(keys.encode()).hexdigest()
 
     def replaced(self, by: str, entries: Iterable[Entry], *, validated: dict[str, Any] | None = None) -> "Quarantine":
         """The list with other entries of one of the tools."""
@@ -68,11 +70,16 @@ def read_quarantine(shard: Path) -> Quarantine:
 
 
 def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
-    """Writes the list under a temporary name, then renames it; leaves alone a file that says the same."""
+    """Writes the list under a temporary name, then renames it; leaves alone a file that says the same.
+
+    It is never older than the shard, whose time may lie ahead.
+    """
     path = quarantine_path(shard)
     if path.exists() and read_quarantine(shard) == quarantine:
         return
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text)
+    newest = max(partial.stat().st_mtime_ns, shard.stat().st_mtime_ns)
+    os.utime(partial, ns=(newest, newest))
     os.replace(partial, path)

@@ -1,5 +1,6 @@
 """The index: all metadata, never the shard; refused where it does not fit."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -69,6 +70,16 @@ def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(DataError, match="not a sample index"):
         read_index(path)
+
+
+def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer) -> None:
+    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"index"])
+    assert header.pop("rule")
+    assert header.pop("left_out")
+    pq.write_table(table.replace_schema_metadata({"index": json.dumps(header)}), path)
+    assert (len(read_index(path)), read_header(path).rule, read_header(path).left_out) == (2, "", "")
 
 
 def test_a_shard_without_samples_has_an_index(tmp_path: Path, tokenizer) -> None:

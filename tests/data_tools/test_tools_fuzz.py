@@ -89,7 +89,8 @@ def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(root: Path, capsy
         entries = read_quarantine(path).entries
         assert all(entry.reason and not WORST.search(entry.reason) for entry in entries)
         indexed = set(read_index(index_path(path)).keys())
-        assert not indexed & {entry.key for entry in entries if entry.by == "validate"}
+        alone = [entry for entry in entries if not entry.reason.endswith("has the same key")]
+        assert not indexed & {entry.key for entry in alone if entry.by == "validate"}
         used, listed = used + len(indexed), listed + len({(entry.key, entry.reason) for entry in entries})
     assert used > len(paths) / 2
     assert read_all(root / "recipe.yaml") > 0

@@ -240,6 +240,28 @@ def test_hugging_face_captions_and_questions(tmp_path: Path) -> None:
     assert "no text among the columns ['image', 'label']" in rejected[0]["reason"]
 
 
+def test_sources_of_one_name_keep_their_own_media(tmp_path: Path) -> None:
+    for name, color in (("en", "red"), ("de", "blue")):
+        (tmp_path / f"set/{name}").mkdir(parents=True)
+        row = {"image": {"bytes": picture(color, "BMP"), "path": None}, "caption": color}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"set/{name}/train-0.parquet")
+    out = tmp_path / "found"
+    samples, _ = convert("hf", tmp_path / "set", "--media-out", str(out))
+    found = {sample["messages"][1]["content"]: (out / sample["images"][0]).read_bytes() for sample in samples}
+    assert found == {color: picture(color, "BMP") for color in ("red", "blue")}
+
+
+def test_a_medium_of_an_earlier_import_gives_way_to_another_of_its_size(tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    for color in ("red", "blue"):
+        row = {"image": {"bytes": picture(color, "BMP"), "path": None}, "caption": color}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
+        (sample,), _ = convert("hf", tmp_path / "set.parquet", "--media-out", str(out))
+        assert (out / sample["images"][0]).read_bytes() == picture(color, "BMP")
+        for path in tmp_path.glob("out.*"):
+            path.unlink()
+
+
 def write_tar(path: Path, files: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
@@ -343,6 +365,40 @@ def test_finished_sources_are_not_read_again_and_others_are_refused(tmp_path: Pa
     assert os.stat(tmp_path / "out.jsonl").st_mtime_ns == before
     (tmp_path / "set.jsonl").write_text("{}")
     assert main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert "another sources" in capsys.readouterr().err
+
+
+def test_a_result_of_which_nothing_tells_is_refused_before_the_work(tmp_path: Path, capsys) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("One?")}))
+    convert("llava", tmp_path / "set.jsonl")
+    (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("Two?")}))
+    (tmp_path / "out.progress.jsonl").unlink()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert "out.jsonl: it is there, but" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not (tmp_path / "out.parts").exists()
+    (tmp_path / "out.jsonl").unlink()
+    samples, _ = convert("llava", tmp_path / "set.jsonl")
+    assert samples[0]["messages"] == said("Two?")
+
+
+@pytest.mark.parametrize("change", ["another", "mended", "gone"])
+def test_a_folder_whose_files_changed_is_another_source(tmp_path: Path, capsys, change: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"set/{name}").mkdir(parents=True)
+        (tmp_path / f"set/{name}/1.png").write_bytes(picture())
+        (tmp_path / f"set/{name}/1.txt").write_text("One.")
+    command = ["import", "captions", str(tmp_path / "set"), "--media", str(tmp_path), "--out"]
+    assert main([*command, str(tmp_path / "set/out.jsonl")]) == 0
+    assert main([*command, str(tmp_path / "set/out.jsonl")]) == 0
+    if change == "another":
+        (tmp_path / "set/b/2.png").write_bytes(picture())
+    elif change == "mended":
+        (tmp_path / "set/b/1.txt").write_text("Two.")
+    else:
+        (tmp_path / "set/b/1.txt").unlink()
+    assert main([*command, str(tmp_path / "set/out.jsonl")]) == 1
     assert "another sources" in capsys.readouterr().err
 
 

@@ -14,7 +14,9 @@ from toy_jsonl import sample, write_world
 
 from data_tools import sharding
 from data_tools.cli import main
+from megatron_vita.errors import DataError
 
+BESIDE = ("index.parquet", "quarantine.json")
 BAD = {
     "malformed JSON": ('{"messages": [', "not JSON"),
     "not an object": ("[1, 2]", "not a JSON object"),
@@ -144,6 +146,71 @@ def test_a_folder_of_other_inputs_is_refused(tmp_path: Path, capsys) -> None:
     path.write_text(path.read_text() + json.dumps(sample(3)) + "\n")
     assert shard(path, "--samples-per-shard", "5") == 1
     assert "another files" in capsys.readouterr().err
+
+
+def job(root: Path, **options) -> sharding.ShardJob:
+    """The work on the world under `root`, by the library."""
+    usual = {"samples_per_shard": 6, "strict": False}
+    files, media = [root / "toy.jsonl"], root / "media"
+    return sharding.ShardJob(files=files, media_root=media, out=root / "toy", **(usual | options))
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "toy").iterdir() if path.suffix not in (".json", ".jsonl"))
+
+
+def test_tars_of_a_part_that_fails_leave_nothing_behind(tmp_path: Path) -> None:
+    path = write_world(tmp_path)
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(DataError, match=r"toy\.jsonl:13"):
+        sharding.make_shards(job(tmp_path, strict=True, max_bytes=500, samples_per_shard=20))
+    assert names(tmp_path) == []
+
+
+def test_a_part_that_is_killed_leaves_no_tar_and_the_next_run_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    write_world(tmp_path)
+    monkeypatch.setattr(sharding._Tars, "__exit__", lambda *_: None)
+    sharding.make_shards(job(tmp_path, max_bytes=500, samples_per_shard=20))
+    assert names(tmp_path)
+    assert not tars(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "toy/progress.jsonl").unlink()
+    sharding.make_shards(job(tmp_path))
+    assert names(tmp_path) == ["toy-000000.tar", "toy-000001.tar"]
+
+
+def test_tars_that_earlier_work_left_are_removed_with_what_lies_beside_them(tmp_path: Path) -> None:
+    path = write_world(tmp_path)
+    sharding.make_shards(job(tmp_path, max_bytes=500, samples_per_shard=4))
+    assert {"toy-000000_1.tar", "toy-000002_1.tar"} <= set(names(tmp_path))
+    beside = [f"toy-{stem}.{suffix}" for stem in ("000000_1", "000002") for suffix in BESIDE]
+    others = ["toy-7.tar", "toy-000009_0.tar", "tot-000009.tar", "toy-000009.tar.gz", "toy-000009-old.tar"]
+    for name in (*beside, *others, *(f"toy-000000.{suffix}" for suffix in BESIDE)):
+        (tmp_path / "toy" / name).touch()
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
+    (tmp_path / "toy/progress.jsonl").unlink()
+    sharding.make_shards(job(tmp_path, samples_per_shard=4))
+    mine = ["toy-000000.index.parquet", "toy-000000.tar", "toy-000001.tar"]
+    assert names(tmp_path) == sorted([*mine, *others])
+    assert (tmp_path / "toy/toy-000000.quarantine.json").exists()
+    assert not (tmp_path / "toy/toy-000002.quarantine.json").exists()
+
+
+def test_datasets_of_one_folder_must_have_the_same_lines(tmp_path: Path, capsys) -> None:
+    write_world(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"messages": sample(0)["messages"]}) + "\n")
+
+    def recipe(*lines: str) -> str:
+        common = f"shards: '{tmp_path}/toy/*.tar', media: '{tmp_path}/media', ratio: 0.5"
+        sets = [f"{{name: d{i}, jsonl: '{tmp_path}/{name}', {common}}}" for i, name in enumerate(lines)]
+        (tmp_path / "recipe.yaml").write_text(f"data: {{train: [{', '.join(sets)}]}}\n")
+        return str(tmp_path / "recipe.yaml")
+
+    assert main(["shard", recipe("toy.jsonl", "other.jsonl")]) == 1
+    assert f"dataset d1: its shards in {tmp_path}/toy are made of {tmp_path}/toy.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "toy").exists()
+    assert main(["shard", recipe("toy.jsonl", "toy.jsonl"), "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/toy: 12 samples\n"
 
 
 def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:

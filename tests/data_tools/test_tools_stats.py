@@ -51,6 +51,17 @@ def test_the_plan_s_numbers_are_the_plan_s(recipe: Path) -> None:
     assert set(plan.shares) == {"toy", "again"}
 
 
+def test_packs_of_datasets_that_are_gone_are_no_dataset_s_share(recipe: Path) -> None:
+    assert main(["plan", str(recipe)]) == 0
+    again = f"data.train=[{{name: again, shards: '{recipe.parent}/toy/*.tar'}}]"
+    assert main(["plan", str(recipe), again, "--continue-from", "2"]) == 0
+    loaded = load_recipe(recipe, [again])
+    (plan,) = collect_statistics(loaded, load_recipe_tokenizer(loaded)).plans
+    assert set(plan.shares) == {"again"}
+    assert 0 < plan.shares["again"] < plan.tokens
+    assert main(["stats", str(recipe), again, "--out", str(recipe.parent / "stats.html")]) == 0
+
+
 def test_the_page_needs_nothing_else_and_shows_samples(recipe: Path, capsys) -> None:
     assert main(["plan", str(recipe)]) == 0
     out = recipe.parent / "pages/stats.html"

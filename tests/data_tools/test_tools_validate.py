@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -16,8 +18,9 @@ from data_tools import validation
 from data_tools.cli import main
 from megatron_vita.config import MediaConfig
 from megatron_vita.data.index import index_path, read_index
-from megatron_vita.data.quarantine import read_quarantine
+from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
 from megatron_vita.data.shards import MediaFile, SampleWriter
+from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
 
@@ -107,7 +110,7 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path,
     assert second > first
     recipe = shard.parents[1] / "recipe.yaml"
     assert moment(str(recipe), "media.max_fps=5.0") > second
-    assert json.loads(path.read_text())["validated"] == {"samplings": [[5.0, 128]], "samples": 5}
+    assert json.loads(path.read_text())["validated"] == {"samplings": [[1.0, 128], [5.0, 128]], "samples": 5}
 
 
 def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
@@ -131,6 +134,99 @@ def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
     asked.clear()
     assert main([*command[:2], "--workers", "0"]) == 1
     assert not asked
+
+
+def write_texts(path: Path, texts: list[tuple[str, bytes]]) -> None:
+    """A tar of raw texts, whose keys may come again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, text in texts:
+            info = tarfile.TarInfo(f"{key}.txt")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+
+@pytest.mark.parametrize("first", ["index", "validate"])
+def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(shard: Path, first: str) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    write_texts(shard, [("a", b"One."), ("b", b"Two."), ("c", b"\xff"), ("a", b"Three."), ("c", b"Four.")])
+    for command in (first, "validate", "index"):
+        main([command, recipe, "--workers", "0"])
+    assert read_index(index_path(shard)).keys() == ["a", "b"]
+    listed = [(entry.key, entry.reason.split(": ")[-1][:10]) for entry in read_quarantine(shard).entries]
+    assert sorted(listed) == [("a", "an earlier"), ("c", "an earlier"), ("c", "byte 0xff ")]
+
+
+def test_an_index_is_made_again_where_the_list_or_the_rule_it_was_made_with_is_gone(shard: Path, capsys) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    main(["validate", recipe, "--workers", "0"])
+
+    def written() -> int:
+        capsys.readouterr()
+        assert main(["index", recipe, "--workers", "0"]) == 0
+        return int(capsys.readouterr().out.split()[0])
+
+    assert [written(), written()] == [1, 0]
+    assert len(read_index(index_path(shard))) == 3
+    quarantine_path(shard).unlink()
+    assert [written(), written()] == [1, 0]
+    assert len(read_index(index_path(shard))) == 5
+    rule = shard.with_name("members.yaml")
+    for change in (lambda: rule.write_text("caption: alt\n"), rule.unlink):
+        change()
+        assert [written(), written()] == [1, 0]
+
+
+def test_an_index_takes_from_the_list_what_it_can_read_again(shard: Path) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+    write_texts(shard, [("a", b"One."), ("b", b"Two.")])
+    rule = shard.with_name("members.yaml")
+    rule.write_text("text: alt\n")
+    assert main(["index", recipe, "--workers", "0"]) == 0
+    assert [entry.key for entry in read_quarantine(shard).entries] == ["a", "b"]
+    rule.unlink()
+    assert main(["index", recipe, "--workers", "0"]) == 0
+    assert read_quarantine(shard).entries == []
+    assert read_index(index_path(shard)).keys() == ["a", "b"]
+
+
+def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(shard: Path, capsys) -> None:
+    ahead = time.time() + 3600
+    os.utime(shard, (ahead, ahead))
+    assert main(["validate", str(shard), "--workers", "0"]) == 1
+    assert "5 samples in 1 shards; 2 bad" in capsys.readouterr().out
+    assert [entry.key for entry in read_quarantine(shard).entries] == ["b", "d"]
+
+
+def test_a_shard_that_changes_while_it_is_decoded_is_named(shard: Path, capsys, monkeypatch) -> None:
+    def changing(*_: object) -> None:
+        time.sleep(0.05)  # clocks of files tick slowly
+        os.utime(shard)
+
+    monkeypatch.setattr(validation, "write_quarantine", lambda *found: (write_quarantine(*found), changing()))
+    assert main(["validate", str(shard), "--workers", "0"]) == 1
+    assert f"error: {shard}: it changed while it was decoded; run validate again" in capsys.readouterr().err
+
+
+def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) -> None:
+    recipe = str(shard.parents[1] / "recipe.yaml")
+
+    def failing(data: bytes, name: str, *, times: Sequence[float], tile_size: int) -> None:
+        if len(times) > 4:
+            raise DataError(f"{name}: bad")
+
+    monkeypatch.setattr(validation, "decode_frames", failing)
+    assert main(["validate", recipe, "media.max_frames=9", "media.max_fps=5.0", "--workers", "0"]) == 1
+    found = read_quarantine(shard)
+    assert [entry.key for entry in found.entries] == ["a", "b", "d"]
+    assert main(["validate", recipe, "media.max_frames=2", "--workers", "0"]) == 1
+    both = read_quarantine(shard)
+    assert both.entries == found.entries
+    assert both.validated == {"samplings": [[1.0, 2], [5.0, 9]], "samples": 5}
+    moment = quarantine_path(shard).stat().st_mtime_ns
+    for options in (("media.max_frames=9", "media.max_fps=5.0"), ("media.max_frames=2",)):
+        assert main(["validate", recipe, *options, "--workers", "0"]) == 1
+    assert quarantine_path(shard).stat().st_mtime_ns == moment
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
