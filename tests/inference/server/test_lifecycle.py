@@ -1,5 +1,6 @@
 """Requests end: at a disconnect, a deadline, the server's end, or the engine's; and nothing is left of them."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,7 +17,10 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import RunningServer, body, refusal, running, wait_until
 
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 
 LONG = "x" * 4000
 FOLDER = Path(__file__).parent
@@ -185,6 +189,35 @@ def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
         wait_until(lambda: server.server.service.failure is not None)
     assert "rank 1 is gone" in (server.server.service.failure or "")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_of_the_engine(fails: bool) -> None:
+    engine = FakeEngine(reply=LONG, step_seconds=0.5, fails_after=1 if fails else None)
+    told = threading.Event()
+    service = EngineService(engine, on_failure=told.set)
+
+    async def leave_early() -> None:
+        service.start()
+        stream = await service.submit(engine.prepare(Prompt.ask("hello")), Sampling(max_new_tokens=4000))
+        await asyncio.to_thread(wait_until, lambda: engine.steps == 1)
+        leaving = asyncio.create_task(service.submit(engine.prepare(Prompt.ask("bye")), Sampling()))
+        await asyncio.sleep(0.1)
+        leaving.cancel()
+        if not fails:
+            await service.stop()
+        with pytest.raises(EngineFailedError, match="rank 1 is gone" if fails else "is stopping"):
+            await asyncio.wait_for(_read(stream), 5)
+
+    asyncio.run(leave_early())
+    assert told.is_set() == fails
+    assert engine.closed != fails
+    assert bool(service.failure) == fails
+
+
+async def _read(stream: RequestStream) -> None:
+    async for _ in stream:
+        pass
 
 
 def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]:
