@@ -5,9 +5,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import AnswerPiece, Sampling
+from megatron_vita.inference.requests import AnswerPiece
 from megatron_vita.inference.server.answers import AnswerForm, usage_object
 from megatron_vita.inference.server.exchange import (
     KEEP_ALIVE_SECONDS,
@@ -54,6 +54,8 @@ class ChatEndpoint:
     model_name: str
     draining: bool = False
     open_requests: int = field(default=0, init=False)
+    _is_cut_off: bool = field(default=False, init=False)
+    _beginning: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, refuses, or gives up on a client that has gone."""
@@ -76,7 +78,7 @@ class ChatEndpoint:
         if self.service.failure is not None:
             raise EngineFailedError(self.service.failure)
         if self.draining:
-            raise RefusalError("the server is stopping", status=503, code="stopping")
+            raise stopping("the server is stopping")
         if self.open_requests >= self.limits.open_requests:
             raise too_many_requests(self.limits)
         self.open_requests += 1
@@ -84,6 +86,27 @@ class ChatEndpoint:
             yield
         finally:
             self.open_requests -= 1
+
+    def cut_off(self) -> None:
+        """Ends all open requests, also those that the engine does not have yet; none is added any more."""
+        self._is_cut_off = True
+        for timeout in self._beginning:
+            timeout.reschedule(0)
+        self.service.cancel_all()
+
+    @asynccontextmanager
+    async def beginning(self, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
+        """What comes before the engine has a request. RefusalError, with these headers, when all are cut off."""
+        try:
+            async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
+                self._beginning.add(timeout)
+                yield
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise stopping("the request was cut off: the server is stopping", headers) from error
+        finally:
+            self._beginning.discard(timeout)
 
 
 class _Exchange:
@@ -99,7 +122,8 @@ class _Exchange:
 
     async def run(self) -> None:
         """Reads, prepares and answers. Whatever goes wrong is raised."""
-        work = self._answer(await read_body(self._request, self._endpoint.limits))
+        async with self._endpoint.beginning({"connection": "close"}):
+            work = self._answer(await read_body(self._request, self._endpoint.limits))
         await while_connected(self._request.receive, work)
 
     async def refuse(self, refusal: RefusalError) -> None:
@@ -117,30 +141,37 @@ class _Exchange:
             logger.warning("a client does not read its answer: it is given up")
 
     async def _answer(self, body: bytes) -> None:
-        endpoint = self._endpoint
-        request: ChatRequest = await self._in_pool(partial(parse_request, body, limits=endpoint.limits))
-        del body
-        if request.model != endpoint.model_name:
-            message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
-            raise RefusalError(message, status=404, param="model", code="model_not_found")
-        sampling = sampling_of(request, limits=endpoint.limits, default_seed=secrets.randbits(63))
-        prepared = await self._prepare(request)
-        request = request.model_copy(update={"messages": []})  # with media in base64, while answers may take minutes
-        form = AnswerForm(
-            model=endpoint.model_name,
-            prepared=prepared,
-            token_bytes=endpoint.service.engine.tokenizer.token_bytes,
-            with_logprobs=bool(request.logprobs),
-        )
-        stream = await endpoint.service.submit(prepared, sampling)
+        async with self._endpoint.beginning():
+            request: ChatRequest = await self._in_pool(partial(parse_request, body, limits=self._endpoint.limits))
+            del body
+            form, stream = await self._begin(request)
+            request = request.model_copy(
+                update={"messages": []}
+            )  # with media in base64, while answers may take minutes
         try:
             if request.stream:
                 await self._stream(form, stream, includes_usage=request.includes_usage)
             else:
                 await self._complete(form, stream)
         finally:
-            endpoint.service.cancel(stream)
-        self._observe(stream, sampling)
+            self._endpoint.service.cancel(stream)
+        self._observe(stream)
+
+    async def _begin(self, request: ChatRequest) -> tuple[AnswerForm, RequestStream]:
+        """Gives a request to the engine; the form of its answer and its pieces."""
+        endpoint = self._endpoint
+        if request.model != endpoint.model_name:
+            message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
+            raise RefusalError(message, status=404, param="model", code="model_not_found")
+        sampling = sampling_of(request, limits=endpoint.limits, default_seed=secrets.randbits(63))
+        prepared = await self._prepare(request)
+        form = AnswerForm(
+            model=endpoint.model_name,
+            prepared=prepared,
+            token_bytes=endpoint.service.engine.tokenizer.token_bytes,
+            with_logprobs=bool(request.logprobs),
+        )
+        return form, await endpoint.service.submit(prepared, sampling)
 
     async def _prepare(self, request: ChatRequest) -> Any:
         """The engine's prompt. RefusalError or DataError if it is wrong or too long."""
@@ -206,10 +237,10 @@ class _Exchange:
             if piece.finish == "model_error":
                 raise RefusalError(piece.error, status=500, code="model_error", headers=NO_RETRY)
             if piece.finish == "cancelled":
-                raise RefusalError("the answer was cut off: the server is stopping", status=503, code="stopping")
+                raise stopping("the answer was cut off: the server is stopping")
             yield piece
 
-    def _observe(self, stream: RequestStream, sampling: Sampling) -> None:
+    def _observe(self, stream: RequestStream) -> None:
         total = time.monotonic() - self._began
         first = total if self._first is None else self._first
         self._endpoint.metrics.first_token.observe(first)
@@ -217,8 +248,13 @@ class _Exchange:
         if (usage := stream.usage) is not None:
             logger.info(
                 "answered: prompt %d tokens (%d cached), %d tokens in %d answers, %.2f s to the first, %.2f s in all",
-                *(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, sampling.n, first, total),
+                *(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, stream.choices, first, total),
             )
+
+
+def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="stopping", headers=headers)
 
 
 def too_many_requests(limits: Limits) -> RefusalError:

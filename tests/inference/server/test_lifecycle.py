@@ -180,6 +180,46 @@ def test_answers_that_take_too_long_are_cut_off_when_the_server_stops() -> None:
     assert server.engine.closed
 
 
+class SlowlyPrepared(FakeEngine):
+    """Looks at a prompt until `ready` is set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ready = threading.Event()
+
+    def prepare(self, prompt: Prompt, **options: Any) -> Any:
+        prepared = super().prepare(prompt, **options)
+        self.ready.wait(10)
+        return prepared
+
+
+def test_requests_that_are_still_prepared_when_the_time_to_end_is_over_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.running._LAST_SECONDS", 1)
+    engine = SlowlyPrepared(reply=LONG, step_seconds=0.02)
+    with running(engine, limits=Limits(drain_seconds=0.3)) as server:
+        answers = in_thread(lambda: server.chat())
+        wait_until(lambda: len(engine.prompts) == 1)
+        server.server.should_exit = True
+        assert refusal(answers()[0], 503)["code"] == "stopping"
+        engine.ready.set()
+    assert engine.closed
+    assert engine.samplings == []
+
+
+def test_bodies_that_are_still_read_when_the_time_to_end_is_over_get_503() -> None:
+    with (
+        running(FakeEngine(), limits=Limits(drain_seconds=0.3)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
+    ):
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 1)
+        server.server.should_exit = True
+        answer = connection.makefile().read()
+    assert " 503 " in answer
+    assert '"stopping"' in answer
+
+
 def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
     with running(slow(fails_after=20)) as server:
         answers = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
