@@ -44,13 +44,17 @@ _FAREWELL_SECONDS = 5.0
 
 @dataclass(kw_only=True)
 class ChatEndpoint:
-    """An ASGI application of this one path. `draining` refuses new requests, since the server is about to end."""
+    """An ASGI application of this one path. `draining` refuses new requests, since the server is about to end.
+
+    Prompts with videos, which wait for readers, are prepared in `probing`; all else that takes time runs in `pool`.
+    """
 
     service: EngineService
     limits: Limits
     media: MediaLoader
     metrics: Metrics
     pool: Executor
+    probing: Executor
     model_name: str
     draining: bool = False
     open_requests: int = field(default=0, init=False)
@@ -141,8 +145,11 @@ class _Exchange:
             logger.warning("a client does not read its answer: it is given up")
 
     async def _answer(self, body: bytes) -> None:
-        async with self._endpoint.beginning():
-            request: ChatRequest = await self._in_pool(partial(parse_request, body, limits=self._endpoint.limits))
+        endpoint = self._endpoint
+        async with endpoint.beginning():
+            request: ChatRequest = await _in_threads(
+                endpoint.pool, partial(parse_request, body, limits=endpoint.limits)
+            )
             del body
             form, stream = await self._begin(request)
             request = request.model_copy(
@@ -154,7 +161,7 @@ class _Exchange:
             else:
                 await self._complete(form, stream)
         finally:
-            self._endpoint.service.cancel(stream)
+            endpoint.service.cancel(stream)
         self._observe(stream)
 
     async def _begin(self, request: ChatRequest) -> tuple[AnswerForm, RequestStream]:
@@ -178,10 +185,12 @@ class _Exchange:
         endpoint = self._endpoint
         images, videos = await endpoint.media.load(request)
         prompt = Prompt(messages=request.prompt_messages(), images=images, videos=videos)
-        prepared = await self._in_pool(partial(endpoint.service.engine.prepare, prompt, max_frames=request.max_frames))
+        prepare = partial(endpoint.service.engine.prepare, prompt)
+        pool = endpoint.probing if videos else endpoint.pool
+        prepared = await _in_threads(pool, partial(prepare, max_frames=request.max_frames))
         most = endpoint.limits.video_frames
         if any(len(video.times) > most for video in prepared.videos):
-            prepared = await self._in_pool(partial(endpoint.service.engine.prepare, prompt, max_frames=most))
+            prepared = await _in_threads(pool, partial(prepare, max_frames=most))
         for video in prepared.videos:
             try:
                 check_pixels(video.size, endpoint.limits)
@@ -196,9 +205,6 @@ class _Exchange:
                 status=400,
             )
         return prepared
-
-    async def _in_pool[T](self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._endpoint.pool, work)
 
     async def _complete(self, form: AnswerForm, stream: RequestStream) -> None:
         pieces = [piece async for piece in self._pieces(stream)]
@@ -250,6 +256,10 @@ class _Exchange:
                 "answered: prompt %d tokens (%d cached), %d tokens in %d answers, %.2f s to the first, %.2f s in all",
                 *(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, stream.choices, first, total),
             )
+
+
+async def _in_threads[T](pool: Executor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:

@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from running_server import RunningServer, body, refusal, running
+from fake_engine import FakeEngine, FakeVideo
+from media_makers import data_url, video
+from running_server import RunningServer, body, refusal, running, wait_until
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.prompt import MediaFile
 from megatron_vita.inference.server.__main__ import limits_of, parse_arguments
 from megatron_vita.inference.server.access import read_keys
 from megatron_vita.inference.server.limits import Limits
+from tests.media.video_files import clip
 
 SMALL = Limits(body_bytes=200_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50)
 
@@ -179,6 +184,29 @@ def test_a_bad_request_leaves_others_unharmed(small: RunningServer) -> None:
     with small.client.stream("POST", "/v1/chat/completions", content=data, headers=JSON) as response:
         refusal(httpx.post(f"{small.url}/v1/chat/completions", content=b"{", headers=JSON, trust_env=False), 400)
         assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+class SlowlyProbed(FakeEngine):
+    """Looks at videos until `ready` is set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ready = threading.Event()
+
+    def _video(self, video: MediaFile, max_frames: int) -> FakeVideo:
+        self.ready.wait(20)
+        return super()._video(video, max_frames)
+
+
+def test_whoever_sends_text_does_not_wait_for_others_videos_to_be_looked_at() -> None:
+    film = video(data_url(clip(frames=2), "video/mp4"))
+    with running(SlowlyProbed()) as server, ThreadPoolExecutor(30) as pool:
+        answers = [pool.submit(server.chat, film) for _ in range(30)]
+        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 30)
+        assert server.client.post("/v1/chat/completions", json=body("still here"), timeout=5).status_code == 200
+        assert not any(answer.done() for answer in answers)
+        server.engine.ready.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 30
 
 
 JSON = {"content-type": "application/json"}

@@ -5,6 +5,7 @@ import http.server
 import ipaddress
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -97,6 +98,25 @@ def test_bombs_are_refused_from_their_headers(server: RunningServer) -> None:
         error = server.error(image(data_url(bomb(size, size))), status=400)
         assert error["code"] == code
         assert "pixels" in error["message"]
+
+
+def icon_of(data: bytes) -> bytes:
+    """An icon that says it has 16 x 16 pixels, whatever the picture in it."""
+    head = struct.pack("<HHH", 0, 1, 1)
+    return head + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(data), 22) + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"P6\n" + b" " * 200_000 + b"8 8 255\n" + b"\0" * 192, b"Pf 8 8 1\n" + b"\0" * 256, icon_of(png(2000, 2000))],
+    ids=["spaces", "floats", "icon"],
+)
+def test_kinds_whose_headers_are_slow_to_read_or_may_be_wrong_are_refused_unread(
+    server: RunningServer, data: bytes
+) -> None:
+    error = server.error(image(data_url(data)), status=400)
+    assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
+    assert "JPEG, PNG" in error["message"]
 
 
 def test_videos_of_large_frames_are_refused() -> None:
