@@ -22,7 +22,7 @@ from megatron_vita.media.images import image_size
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 _UNSAFE = re.compile(rb"P[0-9fFyY]|\x00\x00\x01\x00")
-"""How portable pixmaps begin, whose headers may be as long as their files, and icons, whose headers may be wrong."""
+"""How portable pixmaps begin, whose headers may be as long as files, and icons, which are decoded to be opened."""
 
 
 class MediaLoader:

@@ -20,6 +20,7 @@ from running_server import RunningServer, running
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher, is_public
+from megatron_vita.media.frame_archive import pack_frames
 from tests.media.video_files import clip
 
 LIMITS = Limits(media_bytes=400_000, image_pixels=1_000_000, video_frames=5)
@@ -111,9 +112,7 @@ def icon_of(data: bytes) -> bytes:
     [b"P6\n" + b" " * 200_000 + b"8 8 255\n" + b"\0" * 192, b"Pf 8 8 1\n" + b"\0" * 256, icon_of(png(2000, 2000))],
     ids=["spaces", "floats", "icon"],
 )
-def test_kinds_whose_headers_are_slow_to_read_or_may_be_wrong_are_refused_unread(
-    server: RunningServer, data: bytes
-) -> None:
+def test_kinds_whose_size_is_not_known_at_little_cost_are_refused_unread(server: RunningServer, data: bytes) -> None:
     error = server.error(image(data_url(data)), status=400)
     assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
     assert "JPEG, PNG" in error["message"]
@@ -123,6 +122,12 @@ def test_videos_of_large_frames_are_refused() -> None:
     with running(FakeEngine(), limits=Limits(image_pixels=1000)) as server:
         error = server.error(video(data_url(clip(frames=2), "video/mp4")), status=400)
         assert error["code"] == "image_pixels_exceeded"
+
+
+def test_videos_with_one_large_frame_are_refused(server: RunningServer) -> None:
+    frames = pack_frames([("a.png", png()), ("b.png", png(2000, 2000)), ("c.png", png())], 1.0)
+    error = server.error(video(data_url(frames, "application/zip")), status=400)
+    assert (error["code"], error["param"]) == ("image_pixels_exceeded", "messages[0].content[0]")
 
 
 @pytest.mark.parametrize("data", [b"text", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", b"PK\x03\x04rubbish"])
