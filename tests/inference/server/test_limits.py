@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from megatron_vita.inference.server.access import read_keys
 from megatron_vita.inference.server.limits import Limits
 from tests.media.video_files import clip
 
-SMALL = Limits(body_bytes=200_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50)
+SMALL = Limits(body_bytes=2_000_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,31 @@ def test_a_body_that_comes_too_slowly_is_refused(small: RunningServer) -> None:
         connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
         began = time.monotonic()
         assert b" 408 " in connection.recv(4096)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": ""}] * 30_000}],
+        [{"role": "user", "content": ""}] * 30_000,
+        [1] * 100_000, [""] * 300_000, ["\\"] * 600_000, [[]] * 100_000,
+    ],
+    ids=["parts", "messages", "numbers", "texts", "slashes", "lists"],
+)  # fmt: skip
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(messages: Any) -> None:
+    with running(FakeEngine()) as server:
+        assert server.error(status=400, messages=messages)["code"] == "too_many_values"
+
+
+def test_text_is_no_value_for_each_of_its_signs(small: RunningServer) -> None:
+    assert small.error('a, "b": [{\\\n' * 50_000, status=400)["code"] == "prompt_tokens_exceeded"
+
+
+def test_a_text_without_an_end_is_refused_at_once(small: RunningServer) -> None:
+    began = time.monotonic()
+    response = small.client.post("/v1/chat/completions", content=b'{"a": "' + b',\\"' * 60_000, headers=JSON)
+    refusal(response, 400)
     assert time.monotonic() - began < 5
 
 
