@@ -179,10 +179,20 @@ def test_remote_urls_are_off_by_default(server: RunningServer, url: str) -> None
     assert server.error(image(url), status=400)["code"] == "remote_media_off"
 
 
+def test_a_url_that_is_too_long_is_refused_unread(site: str) -> None:
+    with running(FakeEngine(), remote=Names(["127.0.0.1"]).fetcher()) as server:
+        assert server.chat(image(f"{site}/image?".ljust(8192, "a"))).status_code == 200
+        Site.asked.clear()
+        error = server.error(image(f"{site}/image?".ljust(8193, "a")), status=400)
+    assert "8,193 characters" in error["message"]
+    assert Site.asked == []
+
+
 PRIVATE = [
     "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
     "255.255.255.255", "240.0.0.1", "192.0.2.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
     "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:db8::1", "2001:0:1::",
+    "fec0::1", "feff::1", "168.63.129.16", "::ffff:168.63.129.16", "64:ff9b::a83f:8110",
 ]  # fmt: skip
 
 
@@ -231,7 +241,7 @@ class Site(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(b"x" * 1000)
             if self.path == "/slow":
                 time.sleep(3)
-            if self.path == "/image":
+            if self.path.split("?")[0] == "/image":
                 self.wfile.write(png())
         except OSError:
             return
