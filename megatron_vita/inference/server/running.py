@@ -31,6 +31,7 @@ class VitaServer(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                http="h11",  # others have no limit on headers
                 log_config=None,
                 access_log=False,
                 server_header=False,
