@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from megatron_vita.inference.server.access import RequireKey
+from megatron_vita.inference.server.access import RefuseForeignPages, RequireKey
 from megatron_vita.inference.server.chat import ChatEndpoint
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.media import MediaLoader
@@ -75,6 +75,8 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     if options.keys:
         app.add_middleware(RequireKey, keys=options.keys)
+    else:
+        app.add_middleware(RefuseForeignPages)
     return app
 
 

@@ -92,6 +92,45 @@ def test_a_text_without_an_end_is_refused_at_once(small: RunningServer) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_headers_have_a_limit_whatever_parsers_are_installed(small: RunningServer) -> None:
+    assert small.server.config.http == "h11"
+    with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"a" * 100_000)
+        assert b" 400 " in connection.recv(4096)
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://evil.example:{port}", "null", "http://127.0.0.1:1"])
+def test_pages_of_other_sites_get_no_answer_where_no_key_is_needed(small: RunningServer, origin: str) -> None:
+    small.engine.prompts.clear()
+    response = post_from(small, origin.format(port=small.port))
+    assert refusal(response, 403)["code"] == "foreign_origin"
+    assert small.engine.prompts == []
+
+
+def test_the_servers_own_page_and_what_is_no_page_get_answers(small: RunningServer) -> None:
+    assert post_from(small, small.url).status_code == 200
+    assert post_from(small, None).status_code == 200
+    for host in ("localhost", "[::1]", "gpu-box"):
+        assert post_from(small, f"http://{host}:{small.port}", host=f"{host}:{small.port}").status_code == 200
+
+
+def test_pages_of_other_sites_that_have_a_key_get_answers() -> None:
+    with running(FakeEngine(), keys=["secret"]) as server:
+        assert post_from(server, "http://evil.example", authorization="Bearer secret").status_code == 200
+
+
+def test_names_that_are_made_to_point_to_this_machine_give_pages_no_answer(small: RunningServer) -> None:
+    for host in ("evil.example", f"evil.example:{small.port}", "127.0.0.1.evil.example", "[", ""):
+        assert refusal(post_from(small, f"http://{host}", host=host), 403)["code"] == "foreign_origin"
+    assert post_from(small, None, host="evil.example").status_code == 200
+
+
+def post_from(server: RunningServer, origin: str | None, **headers: str) -> httpx.Response:
+    """A question that a page of `origin` sends."""
+    headers |= {} if origin is None else {"origin": origin}
+    return server.client.post("/v1/chat/completions", json=body(), headers=headers)
+
+
 def test_text_of_10_megabytes_is_refused_before_it_is_tokenized() -> None:
     with running(FakeEngine()) as server:
         error = server.error("a " * 5_000_000, status=400)
