@@ -5,8 +5,10 @@ A video is a file of any kind that FFmpeg reads, or an archive of pictures (`fra
 
 import itertools
 import logging
+import math
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import av
 import numpy as np
@@ -15,7 +17,7 @@ from megatron_vita.errors import DataError
 from megatron_vita.media.clip import open_clip
 from megatron_vita.media.files import File
 from megatron_vita.media.frame_archive import FrameArchive, is_archive
-from megatron_vita.media.images import Pixels
+from megatron_vita.media.images import Pixels, image_size
 from megatron_vita.media.normalize import mean_color
 from megatron_vita.media.picking import Picker, Take
 from megatron_vita.media.resize import Color, letterboxed
@@ -30,13 +32,14 @@ _ORIENTATIONS = (1, 8, 3, 6)
 class VideoInfo:
     """What sampling needs to know: `duration` in seconds, mean frames per second, and the number of frames.
 
-    `size` is the width and height of the frames by the file's head, 0 where each has its own.
+    `size`, which sampling does not need, is the width and height of the frames by the file's head, of an archive those
+    of its largest frame by that frame's head; 0 where none is known.
     """
 
     duration: float
     fps: float
     frames: int
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 def probe_video(data: File, name: str) -> VideoInfo:
@@ -45,8 +48,8 @@ def probe_video(data: File, name: str) -> VideoInfo:
     Raises DataError, which names the video by `name`, if there are none.
     """
     if is_archive(data):
-        archive = FrameArchive(data, name)
-        return VideoInfo(len(archive) / archive.fps, archive.fps, len(archive))
+        archive = _MeasuredArchive(data, name)
+        return VideoInfo(len(archive) / archive.fps, archive.fps, len(archive), archive.size())
     with open_clip(data, name) as clip:
         last, frames = clip.read(), 0
         assert last is not None, "a clip has a packet"
@@ -58,6 +61,21 @@ def probe_video(data: File, name: str) -> VideoInfo:
         duration, frames = last.time - clip.origin + clip.duration_of(last), max(frames, 1)
         size = (clip.codec.width, clip.codec.height)
         return VideoInfo(duration, frames / duration if duration else clip.rate, frames, size)
+
+
+class _MeasuredArchive(FrameArchive):
+    """An archive whose frames are measured by their headers."""
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the frame with the most pixels, 0 where no header can be read."""
+        sizes = [self._size(member) for member in self._members]
+        return max(sizes, key=math.prod)
+
+    def _size(self, member: zipfile.ZipInfo) -> tuple[int, int]:
+        try:
+            return image_size(self._archive.read(member), member.filename)
+        except Exception:  # as where frames are decoded, which passes over this one
+            return (0, 0)
 
 
 def num_frames(info: VideoInfo, *, max_fps: float, max_frames: int) -> int:

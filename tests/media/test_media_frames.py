@@ -38,6 +38,13 @@ def test_frames_come_in_the_order_in_which_they_were_packed_at_their_rate() -> N
     assert numbers(data, [-1.0]) == [0]
 
 
+def test_the_size_of_a_clip_is_that_of_its_largest_frame_by_the_headers() -> None:
+    sizes = [(8, 8), (90, 70), (100, 60)]
+    frames = [(f"{width}.png", file_of(Image.new("L", (width, height)), "PNG")) for width, height in sizes]
+    assert probe_video(pack_frames([*frames, ("text.png", b"text")], 1.0), "clip").size == (90, 70)
+    assert probe_video(pack_frames([("text.png", b"text")], 1.0), "clip").size == (0, 0)
+
+
 def test_samples_are_uniform_over_the_whole_clip() -> None:
     data = pack_frames(pictures(50), 1.0)
     times = frame_times(probe_video(data, "clip"), max_fps=1, max_frames=5)

@@ -50,7 +50,9 @@ def damage(data: bytes, which: range) -> bytes:
 @pytest.mark.parametrize(("file_format", "codec", "options"), FORMATS)
 def test_every_frame_is_found_at_its_time_in_every_kind_of_file(file_format: str, codec: str, options: dict) -> None:
     data = clip(file_format, codec, options=options)
-    assert probe_video(data, "clip") == VideoInfo(pytest.approx(2.4), pytest.approx(25), 60, (64, 64))
+    info = probe_video(data, "clip")
+    assert info == VideoInfo(pytest.approx(2.4), pytest.approx(25), 60)
+    assert info.size == (64, 64)
     times = [index / 25 for index in range(60)]
     slack = 1 if codec == "mpeg4" else 0  # coarse brightness
     assert np.abs(np.subtract(numbers(data, times), range(60))).max() <= slack

@@ -1,10 +1,12 @@
-"""Who may use the server: API keys."""
+"""Who may use the server: API keys, and without them not the pages of other sites."""
 
 import hashlib
 import hmac
+import ipaddress
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -55,6 +57,50 @@ class RequireKey:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all are compared
+
+
+class RefuseForeignPages:
+    """Refuses what browsers send for pages of other sites. Who is no browser names no origin, and passes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, or refuses before anything of the body is read."""
+        if scope["type"] == "http" and scope["method"] == "POST" and _is_foreign(scope):
+            message = "pages of other sites get no answer from a server without keys: set one, or open the server's own"
+            refusal = RefusalError(message, status=403, code="foreign_origin", headers={"connection": "close"})
+            await refusal.response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _is_foreign(scope: Scope) -> bool:
+    """Whether a page of another host sent a request, or one whose name was made to point to this machine."""
+    headers = Headers(scope=scope)
+    if (origin := headers.get("origin")) is None:
+        return False
+    host = headers.get("host", "").lower()
+    if not host or origin.lower().partition("://")[2] != host:
+        return True
+    return _is_address(scope["server"][0], of_this_machine=True) and not _is_own_name(host)
+
+
+def _is_own_name(host: str) -> bool:
+    """Whether nobody elsewhere can decide where a host leads: those of names with a dot can."""
+    try:
+        name = urlsplit(f"//{host}").hostname or "."
+    except ValueError:
+        return False
+    return "." not in name or name.endswith(".localhost") or _is_address(name)
+
+
+def _is_address(name: str, *, of_this_machine: bool = False) -> bool:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or not of_this_machine
 
 
 def _digest(key: str) -> bytes:

@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from megatron_vita.inference.server.access import RequireKey
+from megatron_vita.inference.server.access import RefuseForeignPages, RequireKey
 from megatron_vita.inference.server.chat import ChatEndpoint
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.media import MediaLoader
@@ -24,9 +24,12 @@ from megatron_vita.inference.server.metrics import Metrics
 from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher
 from megatron_vita.inference.server.service import EngineService
+from megatron_vita.inference.tiles import DECODERS
 
 _PAGE = Path(__file__).with_name("page.html")
 _PREPARING_THREADS = 4
+_PROBING_THREADS = DECODERS
+"""What waits for readers of media has threads of its own, fewer than there are readers: answers need some, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class ServerOptions:
 def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
     """The application. It starts the service and stops it; `state.chat` is the chat endpoint."""
     pool = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
+    probing = ThreadPoolExecutor(_PROBING_THREADS, thread_name_prefix="probe")
     metrics = Metrics(service)
     media = MediaLoader(limits=options.limits, pool=pool, roots=options.media_roots, remote=options.remote)
     chat = ChatEndpoint(
@@ -51,6 +55,7 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         media=media,
         metrics=metrics,
         pool=pool,
+        probing=probing,
         model_name=options.model_name,
     )
 
@@ -59,7 +64,8 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         service.start()
         yield
         await service.stop()
-        pool.shutdown(wait=False, cancel_futures=True)
+        for threads in (pool, probing):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # The pages that document an API load scripts from elsewhere, so there are none.
     app = FastAPI(lifespan=lifespan, openapi_url=None)
@@ -69,6 +75,8 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     if options.keys:
         app.add_middleware(RequireKey, keys=options.keys)
+    else:
+        app.add_middleware(RefuseForeignPages)
     return app
 
 

@@ -5,9 +5,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import AnswerPiece, Sampling
+from megatron_vita.inference.requests import AnswerPiece
 from megatron_vita.inference.server.answers import AnswerForm, usage_object
 from megatron_vita.inference.server.exchange import (
     KEEP_ALIVE_SECONDS,
@@ -44,16 +44,22 @@ _FAREWELL_SECONDS = 5.0
 
 @dataclass(kw_only=True)
 class ChatEndpoint:
-    """An ASGI application of this one path. `draining` refuses new requests, since the server is about to end."""
+    """An ASGI application of this one path. `draining` refuses new requests, since the server is about to end.
+
+    Prompts with videos, which wait for readers, are prepared in `probing`; all else that takes time runs in `pool`.
+    """
 
     service: EngineService
     limits: Limits
     media: MediaLoader
     metrics: Metrics
     pool: Executor
+    probing: Executor
     model_name: str
     draining: bool = False
     open_requests: int = field(default=0, init=False)
+    _is_cut_off: bool = field(default=False, init=False)
+    _beginning: set[asyncio.Timeout] = field(default_factory=set, init=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, refuses, or gives up on a client that has gone."""
@@ -76,7 +82,7 @@ class ChatEndpoint:
         if self.service.failure is not None:
             raise EngineFailedError(self.service.failure)
         if self.draining:
-            raise RefusalError("the server is stopping", status=503, code="stopping")
+            raise stopping("the server is stopping")
         if self.open_requests >= self.limits.open_requests:
             raise too_many_requests(self.limits)
         self.open_requests += 1
@@ -84,6 +90,27 @@ class ChatEndpoint:
             yield
         finally:
             self.open_requests -= 1
+
+    def cut_off(self) -> None:
+        """Ends all open requests, also those that the engine does not have yet; none is added any more."""
+        self._is_cut_off = True
+        for timeout in self._beginning:
+            timeout.reschedule(0)
+        self.service.cancel_all()
+
+    @asynccontextmanager
+    async def beginning(self, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
+        """What comes before the engine has a request. RefusalError, with these headers, when all are cut off."""
+        try:
+            async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
+                self._beginning.add(timeout)
+                yield
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise stopping("the request was cut off: the server is stopping", headers) from error
+        finally:
+            self._beginning.discard(timeout)
 
 
 class _Exchange:
@@ -99,7 +126,8 @@ class _Exchange:
 
     async def run(self) -> None:
         """Reads, prepares and answers. Whatever goes wrong is raised."""
-        work = self._answer(await read_body(self._request, self._endpoint.limits))
+        async with self._endpoint.beginning({"connection": "close"}):
+            work = self._answer(await read_body(self._request, self._endpoint.limits))
         await while_connected(self._request.receive, work)
 
     async def refuse(self, refusal: RefusalError) -> None:
@@ -118,21 +146,15 @@ class _Exchange:
 
     async def _answer(self, body: bytes) -> None:
         endpoint = self._endpoint
-        request: ChatRequest = await self._in_pool(partial(parse_request, body, limits=endpoint.limits))
-        del body
-        if request.model != endpoint.model_name:
-            message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
-            raise RefusalError(message, status=404, param="model", code="model_not_found")
-        sampling = sampling_of(request, limits=endpoint.limits, default_seed=secrets.randbits(63))
-        prepared = await self._prepare(request)
-        request = request.model_copy(update={"messages": []})  # with media in base64, while answers may take minutes
-        form = AnswerForm(
-            model=endpoint.model_name,
-            prepared=prepared,
-            token_bytes=endpoint.service.engine.tokenizer.token_bytes,
-            with_logprobs=bool(request.logprobs),
-        )
-        stream = await endpoint.service.submit(prepared, sampling)
+        async with endpoint.beginning():
+            request: ChatRequest = await _in_threads(
+                endpoint.pool, partial(parse_request, body, limits=endpoint.limits)
+            )
+            del body
+            form, stream = await self._begin(request)
+            request = request.model_copy(
+                update={"messages": []}
+            )  # with media in base64, while answers may take minutes
         try:
             if request.stream:
                 await self._stream(form, stream, includes_usage=request.includes_usage)
@@ -140,17 +162,35 @@ class _Exchange:
                 await self._complete(form, stream)
         finally:
             endpoint.service.cancel(stream)
-        self._observe(stream, sampling)
+        self._observe(stream)
+
+    async def _begin(self, request: ChatRequest) -> tuple[AnswerForm, RequestStream]:
+        """Gives a request to the engine; the form of its answer and its pieces."""
+        endpoint = self._endpoint
+        if request.model != endpoint.model_name:
+            message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
+            raise RefusalError(message, status=404, param="model", code="model_not_found")
+        sampling = sampling_of(request, limits=endpoint.limits, default_seed=secrets.randbits(63))
+        prepared = await self._prepare(request)
+        form = AnswerForm(
+            model=endpoint.model_name,
+            prepared=prepared,
+            token_bytes=endpoint.service.engine.tokenizer.token_bytes,
+            with_logprobs=bool(request.logprobs),
+        )
+        return form, await endpoint.service.submit(prepared, sampling)
 
     async def _prepare(self, request: ChatRequest) -> Any:
         """The engine's prompt. RefusalError or DataError if it is wrong or too long."""
         endpoint = self._endpoint
         images, videos = await endpoint.media.load(request)
         prompt = Prompt(messages=request.prompt_messages(), images=images, videos=videos)
-        prepared = await self._in_pool(partial(endpoint.service.engine.prepare, prompt, max_frames=request.max_frames))
+        prepare = partial(endpoint.service.engine.prepare, prompt)
+        pool = endpoint.probing if videos else endpoint.pool
+        prepared = await _in_threads(pool, partial(prepare, max_frames=request.max_frames))
         most = endpoint.limits.video_frames
         if any(len(video.times) > most for video in prepared.videos):
-            prepared = await self._in_pool(partial(endpoint.service.engine.prepare, prompt, max_frames=most))
+            prepared = await _in_threads(pool, partial(prepare, max_frames=most))
         for video in prepared.videos:
             try:
                 check_pixels(video.size, endpoint.limits)
@@ -165,9 +205,6 @@ class _Exchange:
                 status=400,
             )
         return prepared
-
-    async def _in_pool[T](self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._endpoint.pool, work)
 
     async def _complete(self, form: AnswerForm, stream: RequestStream) -> None:
         pieces = [piece async for piece in self._pieces(stream)]
@@ -206,10 +243,10 @@ class _Exchange:
             if piece.finish == "model_error":
                 raise RefusalError(piece.error, status=500, code="model_error", headers=NO_RETRY)
             if piece.finish == "cancelled":
-                raise RefusalError("the answer was cut off: the server is stopping", status=503, code="stopping")
+                raise stopping("the answer was cut off: the server is stopping")
             yield piece
 
-    def _observe(self, stream: RequestStream, sampling: Sampling) -> None:
+    def _observe(self, stream: RequestStream) -> None:
         total = time.monotonic() - self._began
         first = total if self._first is None else self._first
         self._endpoint.metrics.first_token.observe(first)
@@ -217,8 +254,17 @@ class _Exchange:
         if (usage := stream.usage) is not None:
             logger.info(
                 "answered: prompt %d tokens (%d cached), %d tokens in %d answers, %.2f s to the first, %.2f s in all",
-                *(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, sampling.n, first, total),
+                *(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, stream.choices, first, total),
             )
+
+
+async def _in_threads[T](pool: Executor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="stopping", headers=headers)
 
 
 def too_many_requests(limits: Limits) -> RefusalError:

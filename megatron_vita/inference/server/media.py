@@ -21,6 +21,9 @@ from megatron_vita.media.images import image_size
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
+_UNSAFE = re.compile(rb"P[0-9fFyY]|\x00\x00\x01\x00")
+"""How portable pixmaps begin, whose headers may be as long as files, and icons, which are decoded to be opened."""
+
 
 class MediaLoader:
     """Reads media within limits; what takes time runs in `pool`."""
@@ -81,7 +84,10 @@ class MediaLoader:
         raise refusal
 
     def _check_pixels(self, image: MediaFile) -> None:
-        """Refuses images that are larger than the limit by their headers."""
+        """Refuses images that are larger than the limit by their headers, and kinds that hide it."""
+        if _UNSAFE.match(image.data):
+            message = "portable pixmaps and icons are not read here: send JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF"
+            raise RefusalError(message, code="invalid_media")
         try:
             size = image_size(image.data, image.name)
         except DataError as error:

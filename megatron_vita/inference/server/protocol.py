@@ -1,5 +1,6 @@
 """Requests of OpenAI's chat completions, checked strictly: what is not known or not supported is refused by name."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
@@ -11,6 +12,9 @@ from megatron_vita.inference.server.refusals import RefusalError, too_large
 
 Number = StrictFloat | StrictInt
 _SEED_BITS = 63
+MAX_VALUES = 65_536
+"""Values of a body: each takes time and memory, however short it is. 4,096 messages with an image each have fewer."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 class _Strict(BaseModel):
@@ -136,6 +140,9 @@ class ChatRequest(_Strict):
 
 def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
     """The request in a JSON body. RefusalError names the first field that is wrong."""
+    if _has_too_many_values(body):
+        message = f"the body has more than {MAX_VALUES:,} values: fewer messages or parts of them are needed"
+        raise RefusalError(message, code="too_many_values")
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -158,6 +165,18 @@ def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
             status=400,
         )
     return request
+
+
+def _has_too_many_values(body: bytes) -> bool:
+    """By what comes before values, counted outside of texts; those are looked for only where they may matter."""
+    if _value_starts(body) <= MAX_VALUES:
+        return False
+    quotes = body.count(b'"') - body.count(b'\\"')
+    return quotes > 4 * MAX_VALUES or _value_starts(_STRING.sub(b"", body)) > MAX_VALUES
+
+
+def _value_starts(text: bytes) -> int:
+    return sum(text.count(sign) for sign in (b",", b"[", b"{"))
 
 
 def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> Sampling:

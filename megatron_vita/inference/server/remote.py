@@ -16,10 +16,14 @@ import httpcore
 from megatron_vita.inference.server.refusals import RefusalError, too_large
 
 MAX_REDIRECTS = 3
+MAX_URL_CHARACTERS = 8192
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[Address]]]
 _UNQUOTED = "/%:@!$&'()*+,;=?~"
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")
+_AZURE = ipaddress.IPv4Address("168.63.129.16")
+"""A public address by its number, behind which every virtual machine of Azure finds its host."""
 
 
 def is_public(address: Address) -> bool:
@@ -30,6 +34,8 @@ def is_public(address: Address) -> bool:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
+    if address == _AZURE or address in _SITE_LOCAL:
+        return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
@@ -99,6 +105,9 @@ class RemoteFetcher:
 
     async def _get(self, pool: httpcore.AsyncConnectionPool, url: str, most: int) -> bytes | str:
         """The body, or where it has moved to."""
+        if len(url) > MAX_URL_CHARACTERS:
+            message = f"{url!r:.200} has {len(url):,} characters: at most {MAX_URL_CHARACTERS:,} are taken"
+            raise RefusalError(message, code="invalid_url")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
             raise RefusalError(f"{url!r:.200}: a http or https URL with a host and without a user name is needed")

@@ -31,6 +31,7 @@ class VitaServer(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                http="h11",  # others have no limit on headers
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -44,7 +45,7 @@ class VitaServer(uvicorn.Server):
         self._chat.draining = True
         if self._chat.open_requests:
             logger.info("stopping: %d open requests get %g s", self._chat.open_requests, self._drain_seconds)
-        asyncio.get_running_loop().call_later(self._drain_seconds, self.service.cancel_all)
+        asyncio.get_running_loop().call_later(self._drain_seconds, self._chat.cut_off)
         await super().shutdown(sockets)
 
     def _on_failure(self) -> None:

@@ -127,8 +127,10 @@ class EngineService:
         except BaseException as error:  # whatever it is: without this thread nobody would get an answer
             logger.exception("the engine failed; the server ends")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
-            self._end(self.failure)
-            self._loop.call_soon_threadsafe(self.on_failure)
+            try:
+                self._end(self.failure)
+            finally:
+                self._loop.call_soon_threadsafe(self.on_failure)
 
     def _take_commands(self) -> None:
         """Runs what has come; where there is nothing to do, waits for it."""
@@ -161,8 +163,10 @@ class EngineService:
         return usage
 
     def _add(self, stream: RequestStream, prepared: Any, sampling: Sampling, added: "Future[None]") -> None:
-        if self._ended is not None or not added.set_running_or_notify_cancel():
-            added.set_exception(self._ended) if self._ended else None
+        if not added.set_running_or_notify_cancel():
+            return  # its client has gone
+        if self._ended is not None:
+            added.set_exception(self._ended)
             return
         try:
             stream.number = self.engine.add(prepared, sampling)

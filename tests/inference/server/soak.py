@@ -1,5 +1,6 @@
 """Many requests of all kinds at once against a running server, whatever its engine."""
 
+import ctypes
 import gc
 import itertools
 import json
@@ -96,16 +97,19 @@ def soak(server: RunningServer, *, requests: int, clients: int = 8) -> Counter[s
 
 KILOBYTES = 2000
 """What Python may hold more after many requests: caches that fill, and no trace of a request."""
-MEGABYTES = 100
-"""The same of the whole process, whose allocator keeps tens of megabytes more or less as it pleases."""
+MEGABYTES = 20
+"""The same of the whole process."""
+_C = ctypes.CDLL(None)
+_M_MMAP_THRESHOLD = -3
 
 
 def growth(server: RunningServer, *, requests: int) -> tuple[float, float]:
     """Kilobytes of Python's, and megabytes of the process, that so many requests leave behind.
 
-    The latter lies between the least of three rounds and the least of the next three: what is left piles up,
-    while an allocator that has kept more at one moment gives it back, or uses it, at another.
+    The latter lies between the least of three rounds and the least of the next three. The C library, which would keep
+    some tens of megabytes more or less for each thread's next blocks, gives back each large one from now on.
     """
+    assert _C.mallopt(_M_MMAP_THRESHOLD, 1 << 16), "the C library takes no thresholds"
     assert not soak(server, requests=5 * len(KINDS))
     rounds = [_resident_after(server, requests=requests // 3) for _ in range(6)]
     level = logging.root.level
@@ -123,9 +127,10 @@ def growth(server: RunningServer, *, requests: int) -> tuple[float, float]:
 
 
 def _resident_after(server: RunningServer, *, requests: int) -> int:
-    """Bytes of the process after so many requests."""
+    """Bytes of the process after so many requests, without what the C library could give back."""
     assert not soak(server, requests=requests)
     _settle(server)
+    _C.malloc_trim(0)
     return psutil.Process().memory_info().rss
 
 

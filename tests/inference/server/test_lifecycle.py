@@ -1,5 +1,6 @@
 """Requests end: at a disconnect, a deadline, the server's end, or the engine's; and nothing is left of them."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,7 +17,10 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import RunningServer, body, refusal, running, wait_until
 
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 
 LONG = "x" * 4000
 FOLDER = Path(__file__).parent
@@ -176,6 +180,46 @@ def test_answers_that_take_too_long_are_cut_off_when_the_server_stops() -> None:
     assert server.engine.closed
 
 
+class SlowlyPrepared(FakeEngine):
+    """Looks at a prompt until `ready` is set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ready = threading.Event()
+
+    def prepare(self, prompt: Prompt, **options: Any) -> Any:
+        prepared = super().prepare(prompt, **options)
+        self.ready.wait(10)
+        return prepared
+
+
+def test_requests_that_are_still_prepared_when_the_time_to_end_is_over_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.running._LAST_SECONDS", 1)
+    engine = SlowlyPrepared(reply=LONG, step_seconds=0.02)
+    with running(engine, limits=Limits(drain_seconds=0.3)) as server:
+        answers = in_thread(lambda: server.chat())
+        wait_until(lambda: len(engine.prompts) == 1)
+        server.server.should_exit = True
+        assert refusal(answers()[0], 503)["code"] == "stopping"
+        engine.ready.set()
+    assert engine.closed
+    assert engine.samplings == []
+
+
+def test_bodies_that_are_still_read_when_the_time_to_end_is_over_get_503() -> None:
+    with (
+        running(FakeEngine(), limits=Limits(drain_seconds=0.3)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
+    ):
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 1)
+        server.server.should_exit = True
+        answer = connection.makefile().read()
+    assert " 503 " in answer
+    assert '"stopping"' in answer
+
+
 def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
     with running(slow(fails_after=20)) as server:
         answers = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
@@ -185,6 +229,35 @@ def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
         wait_until(lambda: server.server.service.failure is not None)
     assert "rank 1 is gone" in (server.server.service.failure or "")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_of_the_engine(fails: bool) -> None:
+    engine = FakeEngine(reply=LONG, step_seconds=0.5, fails_after=1 if fails else None)
+    told = threading.Event()
+    service = EngineService(engine, on_failure=told.set)
+
+    async def leave_early() -> None:
+        service.start()
+        stream = await service.submit(engine.prepare(Prompt.ask("hello")), Sampling(max_new_tokens=4000))
+        await asyncio.to_thread(wait_until, lambda: engine.steps == 1)
+        leaving = asyncio.create_task(service.submit(engine.prepare(Prompt.ask("bye")), Sampling()))
+        await asyncio.sleep(0.1)
+        leaving.cancel()
+        if not fails:
+            await service.stop()
+        with pytest.raises(EngineFailedError, match="rank 1 is gone" if fails else "is stopping"):
+            await asyncio.wait_for(_read(stream), 5)
+
+    asyncio.run(leave_early())
+    assert told.is_set() == fails
+    assert engine.closed != fails
+    assert bool(service.failure) == fails
+
+
+async def _read(stream: RequestStream) -> None:
+    async for _ in stream:
+        pass
 
 
 def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]:

@@ -3,21 +3,27 @@
 import dataclasses
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from running_server import RunningServer, body, refusal, running
+from fake_engine import FakeEngine, FakeVideo
+from media_makers import data_url, video
+from running_server import RunningServer, body, refusal, running, wait_until
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.prompt import MediaFile
 from megatron_vita.inference.server.__main__ import limits_of, parse_arguments
 from megatron_vita.inference.server.access import read_keys
 from megatron_vita.inference.server.limits import Limits
+from tests.media.video_files import clip
 
-SMALL = Limits(body_bytes=200_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50)
+SMALL = Limits(body_bytes=2_000_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,70 @@ def test_a_body_that_comes_too_slowly_is_refused(small: RunningServer) -> None:
         began = time.monotonic()
         assert b" 408 " in connection.recv(4096)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": ""}] * 30_000}],
+        [{"role": "user", "content": ""}] * 30_000,
+        [1] * 100_000, [""] * 300_000, ["\\"] * 600_000, [[]] * 100_000,
+    ],
+    ids=["parts", "messages", "numbers", "texts", "slashes", "lists"],
+)  # fmt: skip
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(messages: Any) -> None:
+    with running(FakeEngine()) as server:
+        assert server.error(status=400, messages=messages)["code"] == "too_many_values"
+
+
+def test_text_is_no_value_for_each_of_its_signs(small: RunningServer) -> None:
+    assert small.error('a, "b": [{\\\n' * 50_000, status=400)["code"] == "prompt_tokens_exceeded"
+
+
+def test_a_text_without_an_end_is_refused_at_once(small: RunningServer) -> None:
+    began = time.monotonic()
+    response = small.client.post("/v1/chat/completions", content=b'{"a": "' + b',\\"' * 60_000, headers=JSON)
+    refusal(response, 400)
+    assert time.monotonic() - began < 5
+
+
+def test_headers_have_a_limit_whatever_parsers_are_installed(small: RunningServer) -> None:
+    assert small.server.config.http == "h11"
+    with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"a" * 100_000)
+        assert b" 400 " in connection.recv(4096)
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://evil.example:{port}", "null", "http://127.0.0.1:1"])
+def test_pages_of_other_sites_get_no_answer_where_no_key_is_needed(small: RunningServer, origin: str) -> None:
+    small.engine.prompts.clear()
+    response = post_from(small, origin.format(port=small.port))
+    assert refusal(response, 403)["code"] == "foreign_origin"
+    assert small.engine.prompts == []
+
+
+def test_the_servers_own_page_and_what_is_no_page_get_answers(small: RunningServer) -> None:
+    assert post_from(small, small.url).status_code == 200
+    assert post_from(small, None).status_code == 200
+    for host in ("localhost", "[::1]", "gpu-box"):
+        assert post_from(small, f"http://{host}:{small.port}", host=f"{host}:{small.port}").status_code == 200
+
+
+def test_pages_of_other_sites_that_have_a_key_get_answers() -> None:
+    with running(FakeEngine(), keys=["secret"]) as server:
+        assert post_from(server, "http://evil.example", authorization="Bearer secret").status_code == 200
+
+
+def test_names_that_are_made_to_point_to_this_machine_give_pages_no_answer(small: RunningServer) -> None:
+    for host in ("evil.example", f"evil.example:{small.port}", "127.0.0.1.evil.example", "[", ""):
+        assert refusal(post_from(small, f"http://{host}", host=host), 403)["code"] == "foreign_origin"
+    assert post_from(small, None, host="evil.example").status_code == 200
+
+
+def post_from(server: RunningServer, origin: str | None, **headers: str) -> httpx.Response:
+    """A question that a page of `origin` sends."""
+    headers |= {} if origin is None else {"origin": origin}
+    return server.client.post("/v1/chat/completions", json=body(), headers=headers)
 
 
 def test_text_of_10_megabytes_is_refused_before_it_is_tokenized() -> None:
@@ -179,6 +249,29 @@ def test_a_bad_request_leaves_others_unharmed(small: RunningServer) -> None:
     with small.client.stream("POST", "/v1/chat/completions", content=data, headers=JSON) as response:
         refusal(httpx.post(f"{small.url}/v1/chat/completions", content=b"{", headers=JSON, trust_env=False), 400)
         assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+class SlowlyProbed(FakeEngine):
+    """Looks at videos until `ready` is set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.ready = threading.Event()
+
+    def _video(self, video: MediaFile, max_frames: int) -> FakeVideo:
+        self.ready.wait(20)
+        return super()._video(video, max_frames)
+
+
+def test_whoever_sends_text_does_not_wait_for_others_videos_to_be_looked_at() -> None:
+    film = video(data_url(clip(frames=2), "video/mp4"))
+    with running(SlowlyProbed()) as server, ThreadPoolExecutor(30) as pool:
+        answers = [pool.submit(server.chat, film) for _ in range(30)]
+        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 30)
+        assert server.client.post("/v1/chat/completions", json=body("still here"), timeout=5).status_code == 200
+        assert not any(answer.done() for answer in answers)
+        server.engine.ready.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 30
 
 
 JSON = {"content-type": "application/json"}

@@ -5,6 +5,7 @@ import http.server
 import ipaddress
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from running_server import RunningServer, running
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher, is_public
+from megatron_vita.media.frame_archive import pack_frames
 from tests.media.video_files import clip
 
 LIMITS = Limits(media_bytes=400_000, image_pixels=1_000_000, video_frames=5)
@@ -99,10 +101,33 @@ def test_bombs_are_refused_from_their_headers(server: RunningServer) -> None:
         assert "pixels" in error["message"]
 
 
+def icon_of(data: bytes) -> bytes:
+    """An icon that says it has 16 x 16 pixels, whatever the picture in it."""
+    head = struct.pack("<HHH", 0, 1, 1)
+    return head + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(data), 22) + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"P6\n" + b" " * 200_000 + b"8 8 255\n" + b"\0" * 192, b"Pf 8 8 1\n" + b"\0" * 256, icon_of(png(2000, 2000))],
+    ids=["spaces", "floats", "icon"],
+)
+def test_kinds_whose_size_is_not_known_at_little_cost_are_refused_unread(server: RunningServer, data: bytes) -> None:
+    error = server.error(image(data_url(data)), status=400)
+    assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
+    assert "JPEG, PNG" in error["message"]
+
+
 def test_videos_of_large_frames_are_refused() -> None:
     with running(FakeEngine(), limits=Limits(image_pixels=1000)) as server:
         error = server.error(video(data_url(clip(frames=2), "video/mp4")), status=400)
         assert error["code"] == "image_pixels_exceeded"
+
+
+def test_videos_with_one_large_frame_are_refused(server: RunningServer) -> None:
+    frames = pack_frames([("a.png", png()), ("b.png", png(2000, 2000)), ("c.png", png())], 1.0)
+    error = server.error(video(data_url(frames, "application/zip")), status=400)
+    assert (error["code"], error["param"]) == ("image_pixels_exceeded", "messages[0].content[0]")
 
 
 @pytest.mark.parametrize("data", [b"text", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", b"PK\x03\x04rubbish"])
@@ -154,10 +179,20 @@ def test_remote_urls_are_off_by_default(server: RunningServer, url: str) -> None
     assert server.error(image(url), status=400)["code"] == "remote_media_off"
 
 
+def test_a_url_that_is_too_long_is_refused_unread(site: str) -> None:
+    with running(FakeEngine(), remote=Names(["127.0.0.1"]).fetcher()) as server:
+        assert server.chat(image(f"{site}/image?".ljust(8192, "a"))).status_code == 200
+        Site.asked.clear()
+        error = server.error(image(f"{site}/image?".ljust(8193, "a")), status=400)
+    assert "8,193 characters" in error["message"]
+    assert Site.asked == []
+
+
 PRIVATE = [
     "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
     "255.255.255.255", "240.0.0.1", "192.0.2.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
     "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::", "2001:db8::1", "2001:0:1::",
+    "fec0::1", "feff::1", "168.63.129.16", "::ffff:168.63.129.16", "64:ff9b::a83f:8110",
 ]  # fmt: skip
 
 
@@ -206,7 +241,7 @@ class Site(http.server.BaseHTTPRequestHandler):
                     self.wfile.write(b"x" * 1000)
             if self.path == "/slow":
                 time.sleep(3)
-            if self.path == "/image":
+            if self.path.split("?")[0] == "/image":
                 self.wfile.write(png())
         except OSError:
             return
