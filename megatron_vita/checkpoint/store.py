@@ -59,7 +59,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _write_text(folder / "latest", final.name)
-        _prune(folder, keep)
+        _prune(folder, keep, newest=final)
     dist.barrier()
     return final
 
@@ -154,8 +154,9 @@ def _write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step_*"))[:-keep]:
+def _prune(folder: Path, keep: int, *, newest: Path) -> None:
+    """Later steps than the newest are of a run that was taken up again before them: they stay."""
+    for old in sorted(path for path in folder.glob("step_*") if path.name <= newest.name)[:-keep]:
         shutil.rmtree(old)
 
 

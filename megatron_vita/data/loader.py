@@ -169,7 +169,7 @@ class _Pool:
             self._note_barren(f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS)
         else:
             job.strikes[document] += 1
-            if job.strikes[document] == (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+            if job.strikes[document] >= (STRIKES_OF_KILLS if code in KILLS else STRIKES):
                 deaths = f"{job.strikes[document]} processes ended while they read it (exit code {code})"
                 self._skip(reader, document, deaths)
         self._replace(reader)

@@ -131,6 +131,13 @@ class PackStream(Dataset):
         shard = self._shard(entry)
         return Damage(pack_id, document, shard.name, self._index(shard).row(entry.row).key, reason)
 
+    def fits(self, damage: Damage) -> bool:
+        """Whether an event is of the sample that the plan has in its place: it may be of the plan before."""
+        entries = self.plan.pack(damage.pack) if 0 <= damage.pack < len(self) else []
+        if not 0 <= damage.document < len(entries) or min(entries[damage.document][:2]) < 0:
+            return False
+        return self.damage(damage.pack, damage.document, damage.reason) == damage
+
     def _dealt(self, frames: torch.Tensor) -> torch.Tensor:
         """The tiles of a pack that this rank decodes."""
         if self._tile_share is None:

@@ -4,6 +4,9 @@ Tiles are decoded into shared memory that has no name, so that nothing is copied
 dies when.
 """
 
+import fcntl
+import multiprocessing
+import os
 import pickle
 import signal
 import time
@@ -93,6 +96,7 @@ def hear(pipe: Connection) -> Message:
 
 def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
     """Reads packs until the other end of the pipe is closed."""
+    _end_with_trainer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
@@ -102,6 +106,14 @@ def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
             _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _end_with_trainer() -> None:
+    """Has the kernel end this process, also in the midst of a decoder, when the trainer is gone."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    fcntl.fcntl(trainer.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(trainer.sentinel, fcntl.F_SETFL, fcntl.fcntl(trainer.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Progress) -> None:

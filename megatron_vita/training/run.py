@@ -66,9 +66,10 @@ class Run:
         return Path(self.recipe.checkpoint.save) / "damaged" if self.recipe.checkpoint.save else None
 
     def read_damage(self) -> list[Damage]:
-        """The damaged samples that are noted there, in the checkpoint taken up, or by this rank; each once, by pack."""
+        """The plan's damaged samples that are noted there, in the checkpoint taken up, or by this rank; each once."""
         noted = read_ledgers(self.ledger_folder) if self.ledger_folder else []
-        return merge_damage([*self.ledger.events(), *noted])
+        events = dict.fromkeys([*self.ledger.events(), *noted])
+        return merge_damage(event for event in events if self.train_stream is None or self.train_stream.fits(event))
 
     @property
     def train_sources(self) -> list[str]:

@@ -55,3 +55,35 @@ def test_a_job_killed_at_random_points_loses_and_repeats_nothing(world, tmp_path
     digests = [digest(stream[pack]) for pack in range(len(stream))]
     expected = [f"{i} {i % len(stream)} {digests[i % len(stream)]}" for i in range(last)]
     assert (folder / "read.log").read_text().splitlines() == expected
+
+
+HANGING_JOB = """
+import pickle, sys
+from pathlib import Path
+from hostile_streams import hostile
+from toy_data import train_stream
+from megatron_vita.data import read_packs
+from megatron_vita.data.worker import PackTask
+
+if __name__ == "__main__":
+    stream = hostile(train_stream(pickle.loads(Path(sys.argv[1]).read_bytes())), "hang", pack=1)
+    for pack in read_packs(stream, map(PackTask, range(2)), num_workers=1, sample_seconds=3600):
+        print("read", flush=True)
+"""
+
+
+def test_a_reader_in_a_decoder_does_not_outlive_the_job(world, tmp_path: Path) -> None:
+    (tmp_path / "world.pickle").write_bytes(pickle.dumps(world))
+    (tmp_path / "job.py").write_text(HANGING_JOB)
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "world.pickle")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        job.stdout.readline()
+        time.sleep(1)
+        readers = psutil.Process(job.pid).children(recursive=True)
+        job.kill()
+    _, alive = psutil.wait_procs(readers, timeout=10)
+    for reader in alive:
+        reader.kill()
+    assert not alive

@@ -116,6 +116,12 @@ def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(world, deed:
         assert_same(masked(whole, pack.batch, [1]), masked(whole, wanted, [1]))
 
 
+def test_a_sample_whose_readers_die_in_different_ways_costs_itself_alone(world, tmp_path) -> None:
+    stream = hostile(train_stream(world), "die_in_turns", pack=0, memory=str(tmp_path / "deaths"))
+    (pack,) = read_packs(stream, tasks(stream)[:1], num_workers=1)
+    assert "3 processes ended" in pack.damages[0].reason
+
+
 def test_a_pack_that_takes_long_is_not_taken_for_a_hang_of_a_sample(world) -> None:
     stream = hostile(train_stream(world), "dawdle", pack=0)
     pack = next(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))

@@ -14,6 +14,7 @@ from toy_run import data_tools, make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.config import load_recipe
+from megatron_vita.data.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.loop import train
@@ -88,6 +89,20 @@ def test_another_batch_size_goes_on_with_the_next_pack(halfway: Path) -> None:
     seen = [next(batches).pack_id for _ in range(2 * (12 - STEP))]
     batches.close()
     assert seen == list(range(PACKS, PACKS + 2 * (12 - STEP)))
+
+
+def test_events_of_other_samples_than_the_plans_are_passed_over(halfway: Path) -> None:
+    run = resumed(halfway)
+    assert run.train_stream is not None
+    event = run.train_stream.damage(PACKS, 0, "cut short")
+    old = [event._replace(key="another"), event._replace(document=999), event._replace(pack=9999)]
+    run.ledger = Ledger([event])
+    noted = Path(run.recipe.checkpoint.save) / "damaged" / "replica_00099.jsonl"
+    Ledger(path=noted).add(old)
+    try:
+        assert run.read_damage() == [event]
+    finally:
+        noted.unlink()
 
 
 def test_a_plan_must_suffice_for_what_is_left(halfway: Path) -> None:

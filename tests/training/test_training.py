@@ -64,6 +64,13 @@ def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Pat
             assert torch.equal(before[name], parameter) == name.startswith(frozen), name
 
 
+def test_a_checkpoint_just_saved_is_kept_when_later_ones_exist(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    store._prune(tmp_path, 1, newest=tmp_path / "step_00000004")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (4, 6, 8)]
+
+
 def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_model(
     recipe_path: Path, trained: Recipe, tmp_path: Path
 ) -> None:
