@@ -102,7 +102,7 @@ class PrefillAttention:
             return outs, lses
         received = [torch.empty_like(rows) for rows in (outs, lses)]
         for rows, target in zip((outs, lses), received, strict=True):
-            dist.all_to_all_single(target, rows[self.held], group=self.cp_group)
+            dist.all_to_all_single(target, rows[self.held].contiguous(), group=self.cp_group)
         return join_all(*(rows.unflatten(0, (ranks, -1)) for rows in received))
 
     def _attend_held(self, layer: int, queries: Tensor) -> Partial:

@@ -149,7 +149,8 @@ def attend_pages(
         query, keys, values, key_scales, value_scales, tables, lengths, parts, sums,
         keys.stride(0), 0 if scales is None else key_scales.stride(0), tables.stride(0), width**-0.5,
         batch, heads, MEMBERS=members, MEMBER_BLOCK=max(16, triton.next_power_of_2(members)),
-        WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), PAGE=page_tokens, SCALED=scales is not None,
+        WIDTH=width, WIDTH_BLOCK=max(16, triton.next_power_of_2(width)), PAGE=page_tokens,
+        PAGE_BLOCK=max(16, page_tokens), SCALED=scales is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     out = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device)
@@ -166,7 +167,7 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     query, keys, values, key_scales, value_scales, tables, lengths, parts, sums,
     group_stride, scale_stride, table_stride, scale, batch, heads,
     MEMBERS: tl.constexpr, MEMBER_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,  # noqa: N803
-    PAGE: tl.constexpr, SCALED: tl.constexpr,  # noqa: N803
+    PAGE: tl.constexpr, PAGE_BLOCK: tl.constexpr, SCALED: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """One split of the pages of a sequence, for all query heads of a key group."""
     split, group, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -174,7 +175,7 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     pages = tl.cdiv(length, PAGE)
     share = tl.cdiv(pages, tl.num_programs(0))
     first, last = split * share, tl.minimum((split + 1) * share, pages)
-    member, column, row = tl.arange(0, MEMBER_BLOCK), tl.arange(0, WIDTH_BLOCK), tl.arange(0, PAGE)
+    member, column, row = tl.arange(0, MEMBER_BLOCK), tl.arange(0, WIDTH_BLOCK), tl.arange(0, PAGE_BLOCK)
     head = group * MEMBERS + member
     real = (member < MEMBERS)[:, None] & (column < WIDTH)[None, :]
     q = tl.load(query + (sequence * heads + head)[:, None] * WIDTH + column[None, :], mask=real, other=0.0)
@@ -185,7 +186,7 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     gathered = tl.zeros([MEMBER_BLOCK, WIDTH_BLOCK], tl.float32)
     for page in range(first, last):
         slot = tl.load(tables + sequence * table_stride + page).to(tl.int64) * PAGE + row
-        seen = page * PAGE + row < length
+        seen = (row < PAGE) & (page * PAGE + row < length)
         mask = seen[:, None] & (column < WIDTH)[None, :]
         place = slot[:, None] * WIDTH + column[None, :]
         k = tl.load(keys + place, mask=mask, other=0.0).to(q.dtype)

@@ -18,6 +18,9 @@ PATIENCE = 0.02
 """Seconds for which ranks that have nothing else to do wait for tiles, before they look for new requests."""
 AHEAD = 4
 """Chunks whose tiles may be decoded, or wait to be, at a time: what they take of memory."""
+LONG_WAIT = 10
+"""Steps that a prompt waits for its first tiles, before the blocks that precede them are computed without: others may
+share them. Sooner would cut a short prompt in two."""
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,7 @@ class Request:
     running: bool = False  # its answers are under way
     announced: int = 0  # tokens of the prompt whose tiles are being decoded, or are
     ready: int = 0  # those of which all ranks have decoded theirs
+    waits: int = 0  # steps since tiles were announced that are not decoded yet
 
     @property
     def width(self) -> int:
@@ -106,6 +110,7 @@ class Scheduler:
         for request in self.prefilling:
             if request.sequences[0].number in sequences:
                 request.ready = request.announced
+            request.waits = request.waits + 1 if request.ready < request.announced else 0
 
     def take_changes(self) -> Step:
         """Bookkeeping that the next step must carry, even where nothing is left to compute."""
@@ -189,7 +194,11 @@ class Scheduler:
         more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
         sequence = Sequence(number=next(self._numbers), blocks=known + more, length=request.cached_tokens)
         request.sequences = [sequence]
-        request.announced = request.ready = max(sequence.length, min(_head(request), sequence.length + self._chunk))
+        without_tiles = min(_head(request), sequence.length + self._chunk)
+        if without_tiles in (request.prepared.tokens, sequence.length + self._chunk):
+            request.announced = request.ready = without_tiles
+        else:
+            request.announced = request.ready = sequence.length
         self.prefilling.append(request)
         document = request.prepared.document
         self._changes.begin.append(
@@ -217,7 +226,7 @@ class Scheduler:
         ahead = sum(r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles)
         for request in self._by_what_is_left():
             sequence, start = request.sequences[0], request.announced
-            stop = min(start + self._chunk, _head(request) if start < _head(request) else request.prepared.tokens)
+            stop = min(start + self._chunk, request.prepared.tokens)
             if request.ready < start or start == stop or start - sequence.length > self._chunk:
                 continue
             ahead += stop - start
@@ -232,14 +241,20 @@ class Scheduler:
         pieces = []
         for request in self._by_what_is_left():
             sequence = request.sequences[0]
-            count = min(budget, request.ready - sequence.length)
-            if count == 0:
+            count = min(budget, self._computable(request) - sequence.length)
+            if count <= 0:
                 continue
             budget -= count
             start, sequence.length = sequence.length, sequence.length + count
             ends = _left(request) == 0
             pieces.append(PiecePlan(sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends))
         return Step(prefill=pieces) if pieces else None
+
+    def _computable(self, request: Request) -> int:
+        """Tokens of the prompt that wait for no tile."""
+        if request.waits < LONG_WAIT:
+            return request.ready
+        return max(request.ready, _head(request) // self.layout.block_tokens * self.layout.block_tokens)
 
     def _decode(self) -> Step | None:
         rows, grow = [], {}

@@ -57,17 +57,18 @@ def test_joined_parts_are_the_whole(dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("fp8", [False, True])
-def test_new_tokens_see_the_pages_of_their_own_sequence(dtype: torch.dtype, fp8: bool) -> None:
+@pytest.mark.parametrize("page", [PAGE, 4])
+def test_new_tokens_see_the_pages_of_their_own_sequence(dtype: torch.dtype, fp8: bool, page: int) -> None:
     shape = CacheShape(layers=1, groups=GROUPS, width=WIDTH, dtype=dtype, fp8=fp8)
-    cache = KeyValueCache(BlockLayout(page_tokens=PAGE), shape, blocks=128, device=torch.device("cuda"))
+    cache = KeyValueCache(BlockLayout(page_tokens=page), shape, blocks=128, device=torch.device("cuda"))
     tables = torch.randperm(127)[:120].view(3, 40) + 1
-    lengths = [2500, 0, 701]
+    lengths = [39 * page + 3, 0, 11 * page - 3]
     query = noise(3, HEADS, WIDTH, dtype=dtype)
     expected = []
     for row, length in enumerate(lengths):
         key, value = (noise(length, GROUPS, WIDTH, dtype=dtype) for _ in range(2))
         at = torch.arange(length)
-        cache.write(1, key, value, slots=(tables[row][at // PAGE] * PAGE + at % PAGE).cuda())
+        cache.write(1, key, value, slots=(tables[row][at // page] * page + at % page).cuda())
         expected.append(plain(query[row : row + 1], key.transpose(0, 1), value.transpose(0, 1)) if length else None)
     out, lse = cache.attend_new(
         1, query, tables=tables.int().cuda(), lengths=torch.tensor(lengths, device="cuda", dtype=torch.int32)

@@ -9,7 +9,7 @@ from megatron_vita import platform
 from megatron_vita.inference.engine import Engine
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
-from tests.inference.tiny import tiny_engine
+from tests.inference.tiny import picture, tiny_engine
 
 RED = Prompt.ask("is there a red circle")
 MANY = {
@@ -88,6 +88,33 @@ def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
         assert step is not None
         assert sum(piece.stop - piece.start for piece in step.prefill) <= 8
         engine._use(step, engine._execute(step))
+
+
+def test_a_short_prompt_with_an_image_is_computed_in_one_piece(tmp_path: Path) -> None:
+    """The graphs of short prompts, and the tiles of chunks, depend on it."""
+    engine = tiny_engine(tmp_path, chunk_tokens=512, page_tokens=128)
+    engine.add(engine.prepare(Prompt.ask("what color", images=[picture(1)])), Sampling(max_new_tokens=1))
+    pieces = []
+    while engine.has_work:
+        step = engine._scheduler.next_step()
+        assert step is not None
+        pieces += step.prefill
+        engine._use(step, engine._execute(step))
+    assert [(piece.start, piece.ends_prompt) for piece in pieces] == [(0, True)]
+
+
+def test_pieces_of_a_prompt_with_images_are_whole_chunks(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, chunk_tokens=16, page_tokens=128)
+    images = [picture(seed, (16, 16)) for seed in range(6)]
+    engine.add(engine.prepare(Prompt.ask("what color", images=images)), Sampling(max_new_tokens=1))
+    starts = []
+    while engine.has_work:
+        step = engine._scheduler.next_step()
+        assert step is not None
+        starts += [piece.start for piece in step.prefill]
+        engine._use(step, engine._execute(step))
+    assert starts == list(range(0, 16 * len(starts), 16))
+    assert len(starts) > 2
 
 
 def test_numbers_that_went_wrong_are_not_shared(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from megatron_vita import platform
 from megatron_vita.config import (
     DataConfig,
     LanguageConfig,
@@ -110,12 +111,11 @@ def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) ->
     mine = torch.from_numpy(np.concatenate(tiles))[deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
     wanted = torch.arange(prepared.tokens - 1, len(ids))
     rows = ((pack.positions[:, None] == wanted).any(1)).nonzero().squeeze(1)
+    pixels = normalize(mine.to(platform.device()), engine.recipe.media.normalization, dtype=torch.float32)
     with torch.no_grad():
-        logits = engine.model(
-            normalize(mine, engine.recipe.media.normalization, dtype=torch.float32), pack, wanted_rows=rows
-        )
-        result = torch.zeros(len(wanted), logits.shape[1])
+        logits = engine.model(pixels, pack.to(platform.device()), wanted_rows=rows)
+        result = logits.new_zeros(len(wanted), logits.shape[1])
         result[pack.positions[rows] - prepared.tokens + 1] = logits
         if layout.cp_size > 1:
             dist.all_reduce(result, group=groups.context_group())
-    return result[:, : engine.tokenizer.vocab_size].log_softmax(-1)
+    return result[:, : engine.tokenizer.vocab_size].log_softmax(-1).cpu()
