@@ -13,12 +13,14 @@ import psutil
 from reading_job import digest
 from toy_data import train_stream
 
+from tests.environment import environment_with
+
 KILLS = 50 if os.environ.get("VITA_TEST_ALL") else 3
 HERE = Path(__file__).parent
 
 
 def start(world_file: Path, folder: Path, last: int) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
+    environment = environment_with(HERE)
     command = [sys.executable, str(HERE / "reading_job.py"), str(world_file), str(folder), str(last)]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -75,7 +77,7 @@ if __name__ == "__main__":
 def test_a_reader_in_a_decoder_does_not_outlive_the_job(world, tmp_path: Path) -> None:
     (tmp_path / "world.pickle").write_bytes(pickle.dumps(world))
     (tmp_path / "job.py").write_text(HANGING_JOB)
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"}
+    environment = environment_with(HERE)
     command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "world.pickle")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as job:
         assert job.stdout is not None

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.environment import environment_with
+
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "long_vita").glob("*b/stage*.yaml"))
 LAUNCHERS = sorted((ROOT / "examples" / "launch").iterdir())
 SIZES = ["7b", "14b", "72b"] if os.environ.get("VITA_TEST_ALL") else ["14b"]
-PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = environment_with()
 
 
 @pytest.fixture(scope="module")

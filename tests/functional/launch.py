@@ -1,6 +1,5 @@
 """Starts torchrun on a worker of this folder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from tests.environment import environment_with
 
 HERE = Path(__file__).parent
 MOST_PROCESSES = torch.cuda.device_count() if torch.cuda.is_available() else 8
@@ -20,12 +21,7 @@ def torchrun(
 
     Processes that have not ended after `seconds` are made to say where they stand, and fail the test.
     """
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONFAULTHANDLER": "1",
-    }
+    environment = environment_with(HERE, PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [str(HERE / script), *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

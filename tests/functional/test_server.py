@@ -1,6 +1,5 @@
 """The server as a command: on one process and on two, to an orderly end and to the loss of a rank."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from toy_run import make_toy_run
 from megatron_vita import platform
 from megatron_vita.config import load_recipe
 from megatron_vita.training.loop import train
+from tests.environment import environment_with
 from tests.inference.server.running_server import refusal, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -61,9 +61,7 @@ def service(checkpoints: Path, *, ranks: int, arguments: tuple[str, ...] = ()) -
     processes = [
         subprocess.Popen(
             command,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+            env=environment_with() | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

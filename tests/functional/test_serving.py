@@ -13,6 +13,7 @@ from launch import HERE, torchrun
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from tests.environment import environment_with
 from tests.inference.tiny import tiny_engine, tiny_recipe
 
 TP, CP = "tensor_model_parallel_size", "context_parallel_size"
@@ -79,11 +80,10 @@ def test_a_lost_rank_is_an_error_at_once(parallel: dict, steps: int, doing: str,
         port = probe.getsockname()[1]
     ranks = []
     for rank in range(2):  # not by torchrun, which would end the others itself
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE.parents[1]),
-        }  # fmt: skip
+        environment = environment_with(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )  # fmt: skip
         command = [
             sys.executable,
             str(HERE / "lost_rank_worker.py"),

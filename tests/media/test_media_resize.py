@@ -1,7 +1,6 @@
 """Resizing: what Pillow makes of the same picture, and the same on every processor."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from PIL import Image
 
 from megatron_vita.media.images import Pixels, open_image, read_pixels
 from megatron_vita.media.resize import fitting_size, letterboxed, squashed
+from tests.environment import environment_with
 
 BICUBIC = Image.Resampling.BICUBIC
 SIZES = [
@@ -88,7 +88,6 @@ def test_processors_without_vector_instructions_give_the_same_pixels() -> None:
         "pixels = squashed(Pixels(np.array(photograph((777, 555))), 1), (448, 336));"
         "print(hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest())"
     )
-    root = Path(__file__).parents[2]
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": f"{root}:{Path(__file__).parent}"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
+    env = environment_with(Path(__file__).parent, ATEN_CPU_CAPABILITY="default")
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
+from tests.environment import environment_with
 
 LONG = "x" * 4000
 FOLDER = Path(__file__).parent
@@ -266,8 +266,7 @@ def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, str(FOLDER / "serve_fake.py"), str(port), *arguments]
-    environment = os.environ | {"PYTHONPATH": f"{FOLDER.parents[2]}:{FOLDER}"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment_with(FOLDER))
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
 
     def listens() -> bool:
