@@ -8,7 +8,6 @@ attends to the pages that it holds, and partial results go back to the queries' 
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -16,7 +15,7 @@ from megatron_vita.inference.cache import KeyValueCache
 from megatron_vita.inference.partial_attention import attend, join, join_all
 from megatron_vita.inference.rotary import Rotation
 from megatron_vita.layout.zigzag import positions_of_rank
-from megatron_vita.parallel.collectives import gather_context
+from megatron_vita.parallel.collectives import exchange_rows, gather_context
 
 Partial = tuple[Tensor, Tensor]
 """Outputs [m, heads, d] and log-sum-exps [m, heads] over a part of the keys."""
@@ -100,9 +99,11 @@ class PrefillAttention:
         outs, lses = self._attend_held(layer, self._whole(query))
         if ranks == 1:
             return outs, lses
-        received = [torch.empty_like(rows) for rows in (outs, lses)]
-        for rows, target in zip((outs, lses), received, strict=True):
-            dist.all_to_all_single(target, rows[self.held].contiguous(), group=self.cp_group)
+        counts = [len(query)] * ranks
+        received = (
+            exchange_rows(rows[self.held], send_counts=counts, receive_counts=counts, group=self.cp_group)
+            for rows in (outs, lses)
+        )
         return join_all(*(rows.unflatten(0, (ranks, -1)) for rows in received))
 
     def _attend_held(self, layer: int, queries: Tensor) -> Partial:

@@ -60,9 +60,10 @@ def test_joined_parts_are_the_whole(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("page", [PAGE, 4])
 def test_new_tokens_see_the_pages_of_their_own_sequence(dtype: torch.dtype, fp8: bool, page: int) -> None:
     shape = CacheShape(layers=1, groups=GROUPS, width=WIDTH, dtype=dtype, fp8=fp8)
-    cache = KeyValueCache(BlockLayout(page_tokens=page), shape, blocks=128, device=torch.device("cuda"))
-    tables = torch.randperm(127)[:120].view(3, 40) + 1
-    lengths = [39 * page + 3, 0, 11 * page - 3]
+    pages = PAGE // page
+    cache = KeyValueCache(BlockLayout(page_tokens=page), shape, blocks=128 * pages, device=torch.device("cuda"))
+    tables = torch.randperm(127 * pages)[: 120 * pages].view(3, 40 * pages) + 1
+    lengths = [2500, 0, 701]
     query = noise(3, HEADS, WIDTH, dtype=dtype)
     expected = []
     for row, length in enumerate(lengths):
