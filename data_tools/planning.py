@@ -94,8 +94,7 @@ _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iterator[str]:
     """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each.
 
-    `continue_from` keeps the packs before it of the training plan that is there. DataError, before it is written, for
-    a plan without packs.
+    `continue_from` keeps the packs before it of the training plan that is there.
     """
     tokenizer = load_recipe_tokenizer(recipe)
     rejected: list[Rejected] = []
@@ -104,8 +103,6 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
             path = plan_path(recipe, split)
             continued = Continuation(read_plan(path), continue_from) if continue_from and split == "train" else None
             plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict, continued=continued)
-            if not plan.num_packs:
-                raise DataError(f"data.{split}: no pack has a sample; raise the ratio or cap of its datasets")
             write_plan(plan, path)
             rejected += left_out
             yield _summary(path, plan, recipe, len(left_out))

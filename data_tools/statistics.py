@@ -11,6 +11,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.data.form import DocumentFormat
 from megatron_vita.data.index import SampleIndex, index_path, read_index
 from megatron_vita.data.lengths import document_lengths
+from megatron_vita.data.packing import taken_of
 from megatron_vita.data.plan import PackPlan, read_plan
 from megatron_vita.data.quarantine import read_quarantine
 from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_path
@@ -42,8 +43,7 @@ class DatasetStatistics:
     @property
     def taken(self) -> int:
         """Samples that an epoch takes."""
-        taken = int(self.samples * self.source.ratio)
-        return min(taken, self.source.config.cap) if self.source.config.cap else taken
+        return taken_of(self.samples, ratio=self.source.ratio, cap=self.source.cap)
 
     @property
     def epoch_tokens(self) -> float:

@@ -6,6 +6,7 @@ the sample that hung, or that processes died on again and again. A process kille
 
 import itertools
 import multiprocessing
+import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -76,10 +77,10 @@ class _Job:
 class _Reader:
     """A process, the pipe to it, and the job it has."""
 
-    def __init__(self, context: ForkServerContext, stream: PackStream) -> None:
+    def __init__(self, context: ForkServerContext, pickled: bytes) -> None:
         self.pipe, theirs = context.Pipe()
         self.progress = Progress(context)
-        arguments = (theirs, stream, self.progress)
+        arguments = (theirs, pickled, self.progress)
         self.process: ForkServerProcess = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -104,6 +105,7 @@ class _Pool:
     def __init__(self, stream: PackStream, *, num_workers: int, sample_seconds: float) -> None:
         self.pending: deque[_Job] = deque()
         self._stream, self._limit = stream, sample_seconds
+        self._pickled = pickle.dumps(stream, protocol=5)
         # A fork of this process could inherit a lock that a thread holds, and hang.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
@@ -111,7 +113,7 @@ class _Pool:
         self._readers = [self._new_reader() for _ in range(num_workers)]
 
     def _new_reader(self) -> _Reader:
-        return _Reader(self._context, self._stream)
+        return _Reader(self._context, self._pickled)
 
     def assign(self) -> None:
         """Gives waiting jobs to idle readers."""

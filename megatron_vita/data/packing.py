@@ -27,6 +27,12 @@ class Shuffler:
         return np.argsort(self._bits.random_raw(length), kind="stable")
 
 
+def taken_of(samples: int, *, ratio: float, cap: int) -> int:
+    """How many of a dataset's samples an epoch takes: 0.29 of 100 are 29, though their product in floats is less."""
+    taken = int(samples * ratio + 1e-6)
+    return min(taken, cap) if cap else taken
+
+
 def sample_order(
     shard_sizes: list[list[int]], *, ratios: Sequence[float], caps: Sequence[int], shuffler: Shuffler
 ) -> np.ndarray:
@@ -42,8 +48,7 @@ def sample_order(
     for sizes, ratio, cap in zip(shard_sizes, ratios, caps, strict=True):
         bounds = np.cumsum([first, *sizes])
         order = [bounds[shard] + shuffler.permutation(sizes[shard]) for shard in shuffler.permutation(len(sizes))]
-        taken = int(sum(sizes) * ratio)
-        taken = min(taken, cap) if cap else taken
+        taken = taken_of(sum(sizes), ratio=ratio, cap=cap)
         orders.append(np.resize(np.concatenate([np.zeros(0, np.int64), *order]), taken))
         places.append((np.arange(taken) + 0.5) / max(taken, 1))
         first = int(bounds[-1])

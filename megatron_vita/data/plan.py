@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from megatron_vita.errors import DataError
+from megatron_vita.errors import DataError, ShardError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows")
 LASTING = ("pack", "row", "start", "tokens", "tiles", "rows")  # what a plan that continues another keeps of it
 HASHED_AT_ONCE = 1 << 20  # documents
@@ -114,11 +114,30 @@ class PackPlan:
             raise IndexError(f"pack {pack_id} of a plan of {self.num_packs} packs")
         return slice(int(self._starts[pack_id]), int(self._starts[pack_id + 1]))
 
+    def _fingerprint(self) -> str:
+        """Tells the plan from those of other inputs."""
+        about = json.dumps([self.datasets, self.stamp, self.history, self.num_documents], sort_keys=True)
+        return hashlib.sha256(about.encode()).hexdigest()
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the same file."""
         if self._path is not None:
-            return read_plan, (self._path,)
+            return _reopen, (self._path, self._fingerprint())
         return _rebuild, (self.columns, self.datasets, self.stamp, self.history)
+
+
+def _reopen(path: Path, fingerprint: str) -> PackPlan:
+    """The plan that a run has open, for its other processes."""
+    try:
+        plan = read_plan(path)
+    except DataError as error:
+        raise ShardError(f"{error} (the plan was replaced while a run has it open)") from error
+    if plan._fingerprint() != fingerprint:
+        raise ShardError(
+            f"{path}: the plan was replaced by another while a run has it open: end the run and resume it, which "
+            "checks the plan against what was consumed"
+        )
+    return plan
 
 
 def _rebuild(columns: dict[str, np.ndarray], datasets: list[str], stamp: dict, history: list[dict]) -> PackPlan:

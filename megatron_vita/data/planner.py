@@ -11,7 +11,7 @@ from megatron_vita.config import DataConfig, Recipe
 from megatron_vita.data.batch import padded_length
 from megatron_vita.data.index import index_path, read_index
 from megatron_vita.data.lengths import document_lengths
-from megatron_vita.data.packing import Shuffler, group_by_cost, interleave, pack_windows, sample_order
+from megatron_vita.data.packing import Shuffler, group_by_cost, interleave, pack_windows, sample_order, taken_of
 from megatron_vita.data.plan import COLUMNS, PackPlan
 from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_stamp
 from megatron_vita.errors import ConfigError, DataError
@@ -51,6 +51,7 @@ def make_plan(
     take; with `strict` the first of them is a DataError. DataError if none is left.
     """
     sources = find_sources(recipe, split, tokenizer=tokenizer)
+    _check_shares(sources)
     samples = _sample_table(recipe, sources, tokenizer)
     usable = _usable(recipe, samples)
     rejected = _rejected(split, sources, samples, usable=usable, recipe=recipe)
@@ -61,17 +62,37 @@ def make_plan(
         raise DataError(f"data.{split}: none of its {len(usable)} samples can be used. {first}")
     kept, history = _kept_packs(continued, sources)
     parts = [kept] if kept else []
+    num_packs = _packs_in(kept)
     for epoch in range(recipe.data.epochs if split == "train" else 1):
         seed = (recipe.data.seed, epoch) if continued is None else (recipe.data.seed, epoch, continued.pack)
         columns = _plan_epoch(
             recipe, sources, samples, usable=usable, shuffler=Shuffler(seed if split == "train" else None)
         )
-        columns["pack"] += int(parts[-1]["pack"][-1]) + 1 if parts and len(parts[-1]["pack"]) else 0
+        columns["pack"] += num_packs
+        num_packs = max(num_packs, _packs_in(columns))
         parts.append(columns)
+    if not num_packs:
+        raise DataError(f"data.{split}: the samples that its epochs take are all longer than a pack: raise the ratios")
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     stamp = plan_stamp(recipe, split, tokenizer=tokenizer, sources=sources)
     names = [source.name for source in sources]
     return PackPlan(columns, datasets=names, stamp=stamp, history=history), rejected
+
+
+def _packs_in(columns: dict[str, np.ndarray]) -> int:
+    """Packs up to the last one of some columns, which may have none."""
+    return int(columns["pack"][-1]) + 1 if columns and len(columns["pack"]) else 0
+
+
+def _check_shares(sources: Sequence[Source]) -> None:
+    """ConfigError for a dataset of which no epoch takes a sample."""
+    for source in sources:
+        samples = sum(header.samples for header in source.headers)
+        if samples and not taken_of(samples, ratio=source.ratio, cap=source.cap):
+            raise ConfigError(
+                f"dataset {source.name}: ratio {source.ratio:g} of its {samples} samples is less than one: an epoch "
+                f"would take none; a ratio of {1 / samples:.2g} takes one, or leave the dataset out"
+            )
 
 
 def _kept_packs(
@@ -79,7 +100,8 @@ def _kept_packs(
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """The columns that a plan keeps of the one it continues, told in datasets and shards of now, and their history.
 
-    A dataset or shard that the recipe no longer has is -1: such packs are done with, and cannot be read again.
+    A dataset or shard that the recipe no longer has, or whose samples are others, is -1: such packs are done with, and
+    cannot be read again.
     """
     if continued is None:
         return {}, []
@@ -88,19 +110,21 @@ def _kept_packs(
         raise ConfigError(f"--continue-from is {pack}: the plan has packs 0 to {plan.num_packs - 1}")
     columns = {name: column.copy() for name, column in plan.before(pack).items()}
     datasets, shards = columns["dataset"].copy(), columns["shard"].copy()
-    now = {source.name: (place, [path.name for path in source.shards]) for place, source in enumerate(sources)}
-    then = {entry["name"]: entry["shards"] for stamp in _stamps(plan) for entry in stamp.get("data.train", [])}
+    now = {source.name: (place, source.contents) for place, source in enumerate(sources)}
+    then = {entry["name"]: entry["shards"] for entry in plan.stamp["data.train"]}
     for place, name in enumerate(plan.datasets):
         mine = datasets == place
-        new_place, new_shards = now.get(name, (-1, []))
-        moved = np.array([new_shards.index(s) if s in new_shards else -1 for s in then.get(name, [])], dtype=np.int32)
+        new_place, new_shards = now.get(name, (-1, {}))
         columns["dataset"][mine] = new_place
-        columns["shard"][mine] = moved[shards[mine]] if len(moved) else -1
+        columns["shard"][mine] = _moved(shards[mine], then=then[name], now=new_shards)
     return columns, [*plan.history, {"packs": pack, "stamp": plan.stamp}]
 
 
-def _stamps(plan: PackPlan) -> list[dict[str, Any]]:
-    return [*(entry["stamp"] for entry in plan.history), plan.stamp]
+def _moved(shards: np.ndarray, *, then: dict[str, str], now: dict[str, str]) -> np.ndarray:
+    """Numbers of shards among those of now; -1 for what is gone, of other content, or was -1 before."""
+    places = {name: place for place, name in enumerate(now)}
+    moved = [places[name] if now.get(name) == content else -1 for name, content in then.items()]
+    return np.array([*moved, -1], dtype=np.int32)[shards]
 
 
 def _plan_epoch(

@@ -53,8 +53,8 @@ class _Pack:
 class PackStream(Dataset):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
-    `shards[dataset][shard]` are the files that the plan's entries count in, and `forms[dataset]` what their samples
-    become. `tile_share` is (rank, ranks) of the ranks
+    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` how their indexes' fingerprints
+    began when it was opened, and `forms[dataset]` what their samples become. `tile_share` is (rank, ranks) of the ranks
     that share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
     """
 
@@ -63,13 +63,14 @@ class PackStream(Dataset):
         plan: PackPlan,
         *,
         shards: Sequence[Sequence[Location]],
+        contents: Sequence[Sequence[str]],
         data: DataConfig,
         forms: Sequence[DocumentFormat],
         tile_share: tuple[int, int] | None,
     ) -> None:
         self.plan = plan
         self.forms = list(forms)
-        self._shards = shards
+        self._shards, self._contents = shards, contents
         self._data = data
         self._tile_share = tile_share
         self._text = text_stamp(forms[0].tokenizer, forms[0].template)
@@ -102,7 +103,7 @@ class PackStream(Dataset):
         entries = self.plan.pack(pack_id)
         if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
             raise ShardError(f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has")
-        rows = [self._index(self._shard(entry)).row(entry.row) for entry in entries]
+        rows = [self._row(entry) for entry in entries]
         pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
         documents = [self._document(pack, i) for i in range(len(entries))]
         tile_ids = self._dealt(mark_frames(documents))
@@ -123,13 +124,13 @@ class PackStream(Dataset):
     def documents(self, pack_id: int) -> list[Document]:
         """The documents of a pack, without their tiles. DataError naming shard and key of one that cannot be read."""
         entries = self.plan.pack(pack_id)
-        return [self._build(entry, self._index(self._shard(entry)).row(entry.row)) for entry in entries]
+        return [self._build(entry, self._row(entry)) for entry in entries]
 
     def damage(self, pack_id: int, document: int, reason: str) -> Damage:
         """The event that a document of a pack cannot be read."""
         entry = self.plan.pack(pack_id)[document]
         shard = self._shard(entry)
-        return Damage(pack_id, document, shard.name, self._index(shard).row(entry.row).key, reason)
+        return Damage(pack_id, document, shard.name, self._row(entry).key, reason)
 
     def fits(self, damage: Damage) -> bool:
         """Whether an event is of the sample that the plan has in its place: it may be of the plan before."""
@@ -203,13 +204,13 @@ class PackStream(Dataset):
     def _decode_medium(self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray) -> None:
         entry = pack.entries[i]
         shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
-        file = self._reader.open(shard, member=member, shard_size=self._index(shard).header.shard_size)
+        file = self._reader.open(shard, member=member, shard_size=self._shard_size(entry))
         name = f"{self._shard(entry)} {medium.member}"
         decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset].tile_format, out=out)
 
     def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
         shard, member = self._shard(entry), self._member(entry, row, name)
-        return self._reader.read(shard, member=member, shard_size=self._index(shard).header.shard_size)
+        return self._reader.read(shard, member=member, shard_size=self._shard_size(entry))
 
     def _member(self, entry: DocumentEntry, row: SampleRow, name: str) -> Member:
         if name not in row.members:
@@ -219,6 +220,12 @@ class PackStream(Dataset):
     def _shard(self, entry: DocumentEntry) -> Location:
         return self._shards[entry.dataset][entry.shard]
 
+    def _row(self, entry: DocumentEntry) -> SampleRow:
+        return self._index(entry.dataset, entry.shard).row(entry.row)
+
+    def _shard_size(self, entry: DocumentEntry) -> int:
+        return self._index(entry.dataset, entry.shard).header.shard_size
+
     def _open_caches(self) -> None:
         data = self._data
         cache = ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
@@ -226,8 +233,15 @@ class PackStream(Dataset):
         self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
         self._long_texts: LRUCache[tuple[int, int, int], Document] = LRUCache(LONG_TEXT_BYTES, getsizeof=_bytes_of)
 
-    def _read_index(self, shard: Location) -> SampleIndex:
-        return read_index(index_path(shard), self._text)
+    def _read_index(self, dataset: int, shard: int) -> SampleIndex:
+        path = index_path(self._shards[dataset][shard])
+        index = read_index(path, self._text)
+        if not index.header.content.startswith(self._contents[dataset][shard]):
+            raise ShardError(
+                f"{path}: the index was made anew after the plan was opened, and its samples are others: make the plan "
+                "again and resume, or put back the shard and its index as they were"
+            )
+        return index
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in CACHES}

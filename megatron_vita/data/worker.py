@@ -94,18 +94,27 @@ def hear(pipe: Connection) -> Message:
     return pickle.loads(pipe.recv_bytes())
 
 
-def work(pipe: Connection, stream: PackStream, progress: Progress) -> None:
-    """Reads packs until the other end of the pipe is closed."""
+def work(pipe: Connection, pickled: bytes, progress: Progress) -> None:
+    """Reads packs of a pickled PackStream until the other end of the pipe is closed."""
     _end_with_trainer()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
+        stream = _unpickled(pickled)
         progress.reset()
         tell(pipe, Ready())
         while True:
             _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _unpickled(pickled: bytes) -> PackStream | VitaError:
+    """The stream, or why it cannot be had here."""
+    try:
+        return pickle.loads(pickled)
+    except VitaError as error:
+        return error.with_traceback(None)
 
 
 def _end_with_trainer() -> None:
@@ -116,9 +125,11 @@ def _end_with_trainer() -> None:
     fcntl.fcntl(trainer.sentinel, fcntl.F_SETFL, fcntl.fcntl(trainer.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
-def _answer(pipe: Connection, stream: PackStream, task: PackTask, progress: Progress) -> None:
+def _answer(pipe: Connection, stream: PackStream | VitaError, task: PackTask, progress: Progress) -> None:
     memory = SharedArray()
     try:
+        if isinstance(stream, VitaError):
+            raise stream
         batch, damages = stream.read(task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate)
     except VitaError as error:
         tell(pipe, Failure(error.with_traceback(None), ""))

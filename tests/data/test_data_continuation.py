@@ -1,11 +1,15 @@
 """A plan that continues another: packs before the break stay, those after it are of the new mix."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from toy_data import assert_same, changed, make_world, train_stream
+from toy_data import assert_same, changed, make_world, train_stream, write_shard
 
 from megatron_vita.config import Recipe
 from megatron_vita.data import open_split
+from megatron_vita.data.index import index_path, write_index
+from megatron_vita.data.index_build import build_index
 from megatron_vita.data.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planner import Continuation, make_plan
 from megatron_vita.data.split import plan_path
@@ -92,3 +96,26 @@ def test_another_break_shuffles_anew(planned, world) -> None:
     ]
     assert named(plans[0], slice(4, 9)) != named(plans[1], slice(5, 10))
     assert train_stream(world).plan.history == []
+
+
+def test_a_shard_whose_samples_changed_is_not_read_by_its_old_rows(planned, world) -> None:
+    recipe, old = planned
+    shard = write_shard(Path(recipe.data.plan).parent / "more-000000.tar", range(31, 41))
+    write_index(build_index(shard, world.tokenizer, "chatml"), index_path(shard))
+    new, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
+    kept, mine = new.before(4), old.before(4)["dataset"] == old.datasets.index("more")
+    assert mine.any()
+    assert (kept["shard"][mine] == -1).all()
+    assert (kept["shard"][~mine] == old.before(4)["shard"][~mine]).all()
+
+
+def test_a_shard_that_is_gone_stays_gone_when_the_plan_is_continued_again(planned, world) -> None:
+    recipe, old = planned
+    gone = Path(recipe.data.plan).parent / "shapes-000000.tar"
+    gone.rename(gone.with_suffix(".away"))
+    first, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
+    second, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(first, 4))
+    lost = (old.before(4)["dataset"] == old.datasets.index("shapes")) & (old.before(4)["shard"] == 0)
+    assert lost.any()
+    for plan in (first, second):
+        assert ((plan.before(4)["shard"] == -1) == lost).all()

@@ -14,14 +14,19 @@ from multiprocessing.process import BaseProcess
 import pytest
 import torch
 from hostile_streams import hostile
-from toy_data import assert_same, damage, train_stream
+from toy_data import assert_same, changed, damage, train_stream, write_shard
 
 from megatron_vita.data import read_packs
 from megatron_vita.data.batch import Batch, mask_documents
 from megatron_vita.data.documents import NO_LOSS
+from megatron_vita.data.index import index_path, write_index
+from megatron_vita.data.index_build import build_index
+from megatron_vita.data.plan import write_plan
+from megatron_vita.data.planner import make_plan
+from megatron_vita.data.split import plan_path
 from megatron_vita.data.stream import PackStream, ReadPack
 from megatron_vita.data.worker import PackTask
-from megatron_vita.errors import DataError, VitaError
+from megatron_vita.errors import DataError, ShardError, VitaError
 
 
 def tasks(stream: PackStream) -> list[PackTask]:
@@ -236,3 +241,23 @@ def test_a_pause_of_the_trainer_is_not_taken_for_a_hang(world) -> None:
     stream = train_stream(world)
     packs = read_packs(stream, tasks(stream)[:3], num_workers=1, sample_seconds=3)
     assert iterate_slowly((pack for pack in packs if not pack.damages), 5.0) == 3
+
+
+def test_a_plan_replaced_while_a_run_has_it_open_ends_the_run(own_world) -> None:
+    stream = train_stream(own_world)
+    plan, _ = make_plan(changed(own_world.recipe, data={"seed": 7}), "train", tokenizer=own_world.tokenizer)
+    write_plan(plan, plan_path(own_world.recipe, "train"))
+    with pytest.raises(ShardError, match=r"train\.arrow: the plan was replaced by another while a run has it open"):
+        next(read_packs(stream, tasks(stream), num_workers=1))
+    plan_path(own_world.recipe, "train").unlink()
+    with pytest.raises(ShardError, match=r"train\.arrow: there is no plan.* replaced while a run has it open"):
+        next(read_packs(stream, tasks(stream), num_workers=1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_index_made_anew_while_a_run_has_the_plan_open_ends_the_run(own_world, num_workers: int) -> None:
+    stream = train_stream(own_world)
+    shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
+    write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
+    with pytest.raises(ShardError, match=r"more-000000\.index\.parquet: the index was made anew after the plan"):
+        list(read_packs(stream, tasks(stream), num_workers=num_workers))

@@ -10,6 +10,7 @@ from megatron_vita.data.packing import (
     interleave,
     pack_windows,
     sample_order,
+    taken_of,
 )
 
 
@@ -130,3 +131,11 @@ def test_packs_of_a_window_are_not_sorted_by_size() -> None:
     order, packs = pack_windows(lengths, capacity=1024, window=500, shuffler=Shuffler((1, 0)))
     longest = np.array([lengths[order[packs == pack]].max() for pack in range(packs[-1] + 1)])
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("samples", "ratio", "cap", "taken"),
+    [(100, 0.29, 0, 29), (100, 1.15, 0, 115), (7, 0.5, 0, 3), (100, 2.0, 150, 150)],
+)
+def test_shares_are_exact_and_rounded_down(samples: int, ratio: float, cap: int, taken: int) -> None:
+    assert taken_of(samples, ratio=ratio, cap=cap) == taken

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_data import changed, make_world, toy_recipe, write_shard
+from toy_data import changed, make_world, talk, toy_recipe, write_shard
 
 from megatron_vita.data.index import index_path, write_index
 from megatron_vita.data.index_build import build_index
 from megatron_vita.data.plan import read_plan, write_plan
 from megatron_vita.data.planner import make_plan
+from megatron_vita.data.shards import SampleWriter
 from megatron_vita.data.split import open_split, plan_path
 from megatron_vita.errors import ConfigError, DataError
 
@@ -105,14 +106,18 @@ def test_a_plan_of_another_recipe_is_refused_by_field_and_values(world, groups, 
 def test_a_plan_of_other_samples_is_refused(own_world) -> None:
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
     write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
-    with pytest.raises(DataError, match=r"data\.train\[1\]\.index_hash is"):
+    with pytest.raises(
+        DataError, match=r"data\.train\[1\]\.shards\.more-000000\.tar is \w{16} in the plan and \w{16} now"
+    ):
         open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
 
 
 def test_a_plan_of_fewer_shards_is_refused(own_world) -> None:
     shutil.copy(own_world.root / "more-000000.tar", own_world.root / "more-000001.tar")
     shutil.copy(own_world.root / "more-000000.index.parquet", own_world.root / "more-000001.index.parquet")
-    with pytest.raises(DataError, match=r"data\.train\[1\]\.shards has 1 entries in the plan and 2 now"):
+    with pytest.raises(
+        DataError, match=r"data\.train\[1\]\.shards\.more-000001\.tar is absent in the plan and \w{16} now"
+    ):
         open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
 
 
@@ -178,3 +183,29 @@ def test_counts_of_a_plan_are_those_of_its_columns(world) -> None:
     plan = read_plan(plan_path(world.recipe, "validation"))
     assert plan.num_tokens == np.sum(plan.columns["tokens"])
     assert plan.columns["tokens"].dtype == np.int32
+
+
+def test_an_epoch_without_packs_does_not_start_the_numbering_anew(tmp_path: Path, world) -> None:
+    """Each epoch takes half of two samples, of which one is longer than a pack."""
+    shard = tmp_path / "talk-000000.tar"
+    with SampleWriter(shard) as writer:
+        writer.write("short", record=talk("Which colour?", "It is red."), media={})
+        writer.write("long", record=talk("Which colour? " * 400, "It is red."), media={})
+    write_index(build_index(shard, world.tokenizer, "chatml"), index_path(shard))
+    entry = {"name": "talk", "shards": f"{tmp_path}/talk-*.tar", "ratio": 0.5}
+    recipe = changed(world.recipe, data={"train": [entry], "validation": [], "epochs": 12})
+    plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
+    assert 0 < plan.num_packs < 12
+    assert plan.columns["pack"].tolist() == list(range(plan.num_packs))
+    with pytest.raises(DataError, match=r"data\.train: the samples that its epochs take are all longer than a pack"):
+        for seed in range(20):
+            once = changed(recipe, data={"epochs": 1, "seed": seed})
+            assert make_plan(once, "train", tokenizer=world.tokenizer)[0].num_packs == 1
+
+
+def test_a_ratio_too_small_for_one_sample_is_refused(world) -> None:
+    entries = [vars(entry) for entry in world.recipe.data.train]
+    recipe = changed(world.recipe, data={"train": [entries[0], entries[1] | {"ratio": 0.05}]})
+    message = r"dataset more: ratio 0\.05 of its 10 samples is less than one: .* a ratio of 0\.1 takes one"
+    with pytest.raises(ConfigError, match=message):
+        make_plan(recipe, "train", tokenizer=world.tokenizer)

@@ -40,7 +40,9 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
     recipe = changed(world.recipe, data={"isolate_documents": False})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     apart = train_stream(world)
-    stream = PackStream(plan, shards=apart._shards, data=recipe.data, forms=apart.forms, tile_share=(0, 1))
+    stream = PackStream(
+        plan, shards=apart._shards, contents=apart._contents, data=recipe.data, forms=apart.forms, tile_share=(0, 1)
+    )
     for pack in range(len(stream)):
         batch, lengths = stream[pack], plan.lengths_of(pack).tolist()
         assert batch.cu_seqlens.tolist() == [0, 256]
