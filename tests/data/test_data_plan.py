@@ -197,10 +197,9 @@ def test_an_epoch_without_packs_does_not_start_the_numbering_anew(tmp_path: Path
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     assert 0 < plan.num_packs < 12
     assert plan.columns["pack"].tolist() == list(range(plan.num_packs))
+    single = [changed(recipe, data={"epochs": 1, "seed": seed}) for seed in range(20)]
     with pytest.raises(DataError, match=r"data\.train: the samples that its epochs take are all longer than a pack"):
-        for seed in range(20):
-            once = changed(recipe, data={"epochs": 1, "seed": seed})
-            assert make_plan(once, "train", tokenizer=world.tokenizer)[0].num_packs == 1
+        [make_plan(once, "train", tokenizer=world.tokenizer) for once in single]
 
 
 def test_a_ratio_too_small_for_one_sample_is_refused(world) -> None:
