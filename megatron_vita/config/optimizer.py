@@ -25,7 +25,7 @@ class OptimizerConfig:
             0 <= self.min_lr <= self.lr,
             f"optimizer.min_lr is {self.min_lr} and lr {self.lr}: 0 <= min_lr <= lr is needed",
         )
-        for name in ("vision_lr_mult", "vision_lr_decay"):
+        for name in ("lr", "vision_lr_mult", "vision_lr_decay"):
             require(getattr(self, name) > 0, f"optimizer.{name} is {getattr(self, name)}: it must be positive")
         require(
             0 <= self.lr_warmup_fraction < 1,

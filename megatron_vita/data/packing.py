@@ -132,16 +132,17 @@ def interleave(packed: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     return documents[order], packs[order]
 
 
-def group_by_cost(costs: np.ndarray, *, size: int, shuffler: Shuffler) -> np.ndarray:
+def group_by_cost(costs: np.ndarray, *, size: int, first: int = 0, shuffler: Shuffler) -> np.ndarray:
     """The new number of each pack, so that `size` packs that follow one another have like costs.
 
-    Packs stay within GROUP_BLOCK groups of where they were; groups are shuffled within it. Packs that fill no group
-    keep their place.
+    Groups begin at pack `first`. Packs stay within GROUP_BLOCK groups of where they were; groups are shuffled within
+    it. Packs that fill no group keep their place.
     """
     numbers = np.arange(len(costs))
     block = GROUP_BLOCK * size
-    for start in range(0, len(costs) // size * size, block):
-        stop = min(start + block, len(costs) // size * size)
+    end = first + (len(costs) - first) // size * size
+    for start in range(first, end, block):
+        stop = min(start + block, end)
         ascending = start + np.argsort(costs[start:stop], kind="stable")
         groups = ascending.reshape(-1, size)
         numbers[groups[shuffler.permutation(len(groups))].reshape(-1)] = np.arange(start, stop)

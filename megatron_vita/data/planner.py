@@ -15,7 +15,7 @@ from megatron_vita.data.packing import Shuffler, group_by_cost, interleave, pack
 from megatron_vita.data.plan import COLUMNS, PackPlan
 from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_stamp
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.planning.flops import cost_weights
+from megatron_vita.planning.flops import forward_weights
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -65,9 +65,8 @@ def make_plan(
     num_packs = _packs_in(kept)
     for epoch in range(recipe.data.epochs if split == "train" else 1):
         seed = (recipe.data.seed, epoch) if continued is None else (recipe.data.seed, epoch, continued.pack)
-        columns = _plan_epoch(
-            recipe, sources, samples, usable=usable, shuffler=Shuffler(seed if split == "train" else None)
-        )
+        shuffler = Shuffler(seed if split == "train" else None)
+        columns = _plan_epoch(recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs)
         columns["pack"] += num_packs
         num_packs = max(num_packs, _packs_in(columns))
         parts.append(columns)
@@ -134,8 +133,9 @@ def _plan_epoch(
     *,
     usable: np.ndarray,
     shuffler: Shuffler,
+    first: int,
 ) -> dict[str, np.ndarray]:
-    """The plan's columns of one epoch, packs counted from 0."""
+    """The plan's columns of one epoch, packs counted from 0, which will be pack `first` of the plan."""
     data = recipe.data
     order = sample_order(
         [[header.samples for header in source.headers] for source in sources],
@@ -148,7 +148,8 @@ def _plan_epoch(
     place, packs = _pack(documents["dataset"], lengths, data=data, shuffler=shuffler)
     if data.group_by_cost:
         costs = _pack_costs(recipe, lengths[place], documents["tiles"][place], packs)
-        packs = group_by_cost(costs, size=recipe.training.global_batch_size, shuffler=shuffler)[packs]
+        step = recipe.training.global_batch_size
+        packs = group_by_cost(costs, size=step, first=min(-first % step, len(costs)), shuffler=shuffler)[packs]
         regrouped = np.argsort(packs, kind="stable")
         place, packs = place[regrouped], packs[regrouped]
     return {"pack": packs} | {name: documents[name][place] for name in COLUMNS[1:]}
@@ -188,7 +189,7 @@ def _pack(
 
 
 def _pack_costs(recipe: Recipe, lengths: np.ndarray, tiles: np.ndarray, packs: np.ndarray) -> np.ndarray:
-    of_square, of_tile = cost_weights(recipe)
+    of_square, of_tile = forward_weights(recipe)
     return np.bincount(packs, weights=of_square * np.square(lengths.astype(np.float64)) + of_tile * tiles)
 
 

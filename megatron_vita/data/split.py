@@ -15,6 +15,7 @@ from megatron_vita.data.plan import FORMAT_VERSION, read_plan
 from megatron_vita.data.storage import Location, find_files, is_remote
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import ConfigError
+from megatron_vita.planning.flops import forward_weights
 from megatron_vita.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
@@ -140,6 +141,7 @@ def plan_stamp(recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: S
         "data.overlong": data.overlong,
         "data.packing_scope": data.packing_scope,
         "training.global_batch_size": recipe.training.global_batch_size if data.group_by_cost else "any",
+        "data.group_by_cost (FLOPs)": list(forward_weights(recipe)) if data.group_by_cost else "none",
         "model.text_only": recipe.model.text_only,
         "media.tiling": media.tiling,
         "media.grids": media.grids,

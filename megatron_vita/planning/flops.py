@@ -55,11 +55,16 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
 
 def cost_weights(recipe: Recipe) -> tuple[int, int]:
     """Terms of `variable_cost`: FLOPs for the square of a document's padded length, and for a tile."""
-    # Joined documents are one segment of the same length in all packs.
-    attention = attention_flops(recipe.model.language, [1]) if recipe.data.isolate_documents else 0
-    vision = 0 if recipe.model.text_only else tile_flops(recipe.model)
+    attention, vision = forward_weights(recipe)
     passes = 1 if recipe.training.freeze_vision_model else 3  # a frozen tower has no backward
     return 3 * attention // recipe.parallel.pipeline_model_parallel_size, passes * vision
+
+
+def forward_weights(recipe: Recipe) -> tuple[int, int]:
+    """The same of the forward pass, on whatever stages: of the model alone."""
+    # Joined documents are one segment of the same length in all packs.
+    attention = attention_flops(recipe.model.language, [1]) if recipe.data.isolate_documents else 0
+    return attention, 0 if recipe.model.text_only else tile_flops(recipe.model)
 
 
 def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int) -> int:

@@ -25,7 +25,7 @@ from megatron_vita.data.stream import PackStream, ReadPack
 from megatron_vita.data.worker import PackTask
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run
-from megatron_vita.training.streams import packs_of_replicas
+from megatron_vita.training.streams import packs_of_replicas, packs_of_validation
 
 CLOSING_SECONDS = 10
 logger = logging.getLogger(__name__)
@@ -48,12 +48,9 @@ def train_batches(run: Run) -> "FinalBatches":
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:
     """This rank's packs of one validation, and how many: the first of the held-out plan, the same each time."""
     assert run.validation_stream is not None
-    ranks = groups.data_parallel_group().size()
-    wanted = run.recipe.training.eval_iters * run.recipe.training.global_batch_size
-    count = min(wanted, len(run.validation_stream)) // ranks
-    if run.recipe.parallel.virtual_size is not None:
-        count -= count % run.recipe.parallel.pipeline_model_parallel_size
-    first = groups.data_parallel_group().rank() * count
+    group = groups.data_parallel_group()
+    count = packs_of_validation(run.recipe, len(run.validation_stream), replicas=group.size())
+    first = group.rank() * count
     ids = range(first, first + count)
     return _final_batches(run, run.validation_stream, ids, purpose="validation", ledger=Ledger()), count
 

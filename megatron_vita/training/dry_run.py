@@ -71,7 +71,7 @@ def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRu
     Without data, packs are taken to be full of tiles, with every eighth token scored.
     """
     data_parallel = recipe.data_parallel_size(world_size)
-    stream = open_streams(recipe, tile_share=None)[0] if with_data else None
+    stream = open_streams(recipe, tile_share=None, replicas=data_parallel)[0] if with_data else None
     packs = [_report_pack(recipe, stream, i) for i in range(min(PACKS_SHOWN, len(stream)))] if stream else []
     load, lengths = _heaviest(recipe, packs)
     flops = stage_flops(recipe, load, lengths=lengths)

@@ -11,6 +11,9 @@ from megatron_vita.data.plan import PackPlan
 from megatron_vita.errors import CheckpointError, ConfigError
 
 FIXED = (
+    "model.text_only",
+    "training.bf16",
+    "parallel.use_distributed_optimizer",
     "optimizer.vision_lr_mult",
     "optimizer.vision_lr_decay",
     "training.freeze_vision_model",
@@ -61,7 +64,7 @@ def check_plan(plan: PackPlan, recipe: Recipe, position: Position) -> None:
 
 def check_parts(saved: Recipe, now: Recipe) -> None:
     """CheckpointError if other parts are trained than in the run to be resumed, or the vision tower's rates relate
-    otherwise to the rest: the optimizer's groups of parameters would be others.
+    otherwise to the rest, or the optimizer's state is kept otherwise: its groups of parameters would be others.
     """
     for field in FIXED:
         then, value = (attrgetter(field)(recipe) for recipe in (saved, now))

@@ -84,12 +84,12 @@ class Run:
 
 def open_run(recipe: Recipe) -> Run:
     """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
-    recipe.data_parallel_size(dist.get_world_size())
+    replicas = recipe.data_parallel_size(dist.get_world_size())
     groups.initialize_groups(recipe.parallel)
     layout = groups.rank_layout()
     encodes = groups.is_first_stage() and not recipe.model.text_only
     share = (layout.tile_rank, layout.tile_ranks) if encodes else None
-    train_stream, validation_stream = open_streams(recipe, tile_share=share)
+    train_stream, validation_stream = open_streams(recipe, tile_share=share, replicas=replicas)
     run = assemble_run(recipe)
     run.train_stream, run.validation_stream = train_stream, validation_stream
     take_up(run)

@@ -11,10 +11,12 @@ from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.training.position import check_plan, find_position
 
 
-def open_streams(recipe: Recipe, *, tile_share: tuple[int, int] | None) -> tuple[PackStream, PackStream | None]:
+def open_streams(
+    recipe: Recipe, *, tile_share: tuple[int, int] | None, replicas: int
+) -> tuple[PackStream, PackStream | None]:
     """Training packs, and held-out ones where the recipe validates; `tile_share` as `PackStream` takes it.
 
-    ConfigError if the tokenizer does not fit the model or the plan is too short; CheckpointError if the run to be
+    ConfigError if the tokenizer does not fit the model or a plan is too short; CheckpointError if the run to be
     resumed has consumed other packs than the plan has; DataError as `open_split` raises it.
     """
     tokenizer = load_tokenizer(recipe.text.tokenizer)
@@ -27,7 +29,24 @@ def open_streams(recipe: Recipe, *, tile_share: tuple[int, int] | None) -> tuple
     check_plan(train.plan, recipe, find_position(recipe))
     if not recipe.training.eval_interval:
         return train, None
-    return train, open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=tile_share)
+    held_out = open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=tile_share)
+    if not packs_of_validation(recipe, len(held_out), replicas=replicas):
+        raise ConfigError(
+            f"the plan of data.validation holds {len(held_out)} packs, and a validation takes at most eval_iters "
+            f"{recipe.training.eval_iters} x global_batch_size {recipe.training.global_batch_size}: too few for "
+            f"each of {replicas} replicas to take {'as many as stages' if recipe.parallel.virtual_size else 'one'}: "
+            "hold out more, or set training.eval_interval to 0"
+        )
+    return train, held_out
+
+
+def packs_of_validation(recipe: Recipe, held_out: int, *, replicas: int) -> int:
+    """How many of the held-out packs each replica takes in a validation."""
+    wanted = recipe.training.eval_iters * recipe.training.global_batch_size
+    count = min(wanted, held_out) // replicas
+    if recipe.parallel.virtual_size is not None:
+        count -= count % recipe.parallel.pipeline_model_parallel_size
+    return count
 
 
 def pack_costs(recipe: Recipe, plan: PackPlan, *, first: int) -> list[int]:

@@ -111,6 +111,17 @@ def test_packs_of_a_step_have_like_costs_and_each_pack_one_number() -> None:
     assert (np.abs(numbers - np.arange(1003)) < 8 * 64).all()
 
 
+def test_groups_of_like_cost_are_whole_steps_where_an_epoch_begins_within_one() -> None:
+    costs = np.random.default_rng(0).lognormal(0, 1, 1003)
+    numbers = group_by_cost(costs, size=8, first=5, shuffler=Shuffler((1, 0)))
+    assert sorted(numbers) == list(range(1003))
+    assert numbers[:5].tolist() == [0, 1, 2, 3, 4]
+    grouped = np.empty_like(costs)
+    grouped[numbers] = costs
+    steps = grouped[5 : 5 + 992].reshape(-1, 8)
+    assert np.median(steps.max(1) / steps.mean(1)) < 1.05
+
+
 def test_lists_of_packs_are_spread_over_one_another() -> None:
     lists = [(np.arange(6), np.array([0, 0, 1, 2, 2, 3])), (6 + np.arange(2), np.array([0, 1]))]
     documents, packs = interleave(lists)

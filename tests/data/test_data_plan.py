@@ -14,6 +14,7 @@ from megatron_vita.data.planner import make_plan
 from megatron_vita.data.shards import SampleWriter
 from megatron_vita.data.split import open_split, plan_path
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.planning.flops import variable_cost
 
 
 def samples_of(plan):
@@ -32,6 +33,19 @@ def test_layout_and_workers_do_not_change_the_plan(world, tmp_path: Path) -> Non
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     write_plan(plan, tmp_path / "train.arrow")
     assert (tmp_path / "train.arrow").read_bytes() == plan_path(world.recipe, "train").read_bytes()
+
+
+def test_grouped_plans_know_no_stages_and_no_frozen_parts_and_group_whole_steps(world, tmp_path: Path) -> None:
+    recipe = changed(world.recipe, data={"group_by_cost": True, "epochs": 5}, training={"global_batch_size": 2})
+    other = changed(recipe, parallel={"pipeline_model_parallel_size": 2}, training={"freeze_vision_model": True})
+    plans = [make_plan(each, "train", tokenizer=world.tokenizer)[0] for each in (recipe, other)]
+    for place, plan in enumerate(plans):
+        write_plan(plan, tmp_path / str(place))
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    costs = np.array([variable_cost(recipe, plan.lengths_of(i), tiles=plan.tiles_of(i)) for i in range(plan.num_packs)])
+    pairs = costs[: len(costs) // 2 * 2].reshape(-1, 2)
+    shifted = costs[1 : (len(costs) + 1) // 2 * 2 - 1].reshape(-1, 2)
+    assert np.mean(pairs.max(1) / pairs.mean(1)) < np.mean(shifted.max(1) / shifted.mean(1)) - 0.05
 
 
 def test_each_epoch_has_every_sample_once_in_its_own_order(world) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from megatron_vita.data.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.loop import train
+from megatron_vita.training.position import check_parts
 from megatron_vita.training.run import Run, open_run
+from megatron_vita.training.streams import open_streams
 
 STEP, PACKS = 8, 32
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]
@@ -81,6 +84,22 @@ def test_rates_of_the_tower_cannot_come_to_relate_otherwise(halfway: Path, field
 def test_other_parts_cannot_come_to_be_trained(halfway: Path, part: str) -> None:
     with pytest.raises(CheckpointError, match=rf"training.freeze_{part} is True, but False in the run to be resumed"):
         resumed(halfway, f"training.freeze_{part}=true")
+
+
+@pytest.mark.parametrize("field", ["parallel.use_distributed_optimizer", "training.bf16", "model.text_only"])
+def test_how_state_is_kept_and_computed_cannot_change(halfway: Path, field: str) -> None:
+    saved = load_recipe(halfway)
+    value = attrgetter(field)(saved)
+    with pytest.raises(CheckpointError, match=rf"{field} is {not value}, but {value} in the run to be resumed"):
+        check_parts(saved, load_recipe(halfway, [f"{field}={str(not value).lower()}"]))
+
+
+def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfway: Path) -> None:
+    recipe = load_recipe(halfway, ["data.num_workers=0"])
+    _, held_out = open_streams(recipe, tile_share=None, replicas=2)
+    assert held_out is not None
+    with pytest.raises(ConfigError, match=rf"data.validation holds {len(held_out)} packs.* each of 64 replicas"):
+        open_streams(recipe, tile_share=None, replicas=64)
 
 
 def test_another_batch_size_goes_on_with_the_next_pack(halfway: Path) -> None:
