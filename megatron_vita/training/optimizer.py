@@ -8,10 +8,12 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_vita.config import Recipe
+from megatron_vita.errors import ConfigError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
@@ -73,6 +75,20 @@ def build_optimizer(
         waits = [chunk.no_sync for chunk in chunks]
         core.no_sync_func = waits if len(waits) > 1 else waits[0]
     return built, schedule
+
+
+def check_state_can_be_saved(recipe: Recipe) -> None:
+    """ConfigError where megatron-core could not save the optimizer's state: with torch's Adam it takes the number of
+    steps from a rank's state, of which stages that train nothing have none.
+    """
+    stages = recipe.parallel.pipeline_model_parallel_size
+    sharded = recipe.parallel.use_distributed_optimizer and not HAVE_APEX_OR_TE
+    if recipe.checkpoint.save and sharded and stages > 1 and recipe.training.freeze_language_model:
+        raise ConfigError(
+            f"parallel.use_distributed_optimizer is true with pipeline_model_parallel_size {stages} and "
+            "training.freeze_language_model: without Transformer Engine or apex the state of stages that train nothing "
+            "cannot be saved; set use_distributed_optimizer to false, which costs little where little is trained"
+        )
 
 
 def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:

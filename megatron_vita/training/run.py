@@ -20,6 +20,7 @@ from megatron_vita.parallel import groups
 from megatron_vita.training.optimizer import (
     allocate_adam_state,
     build_optimizer,
+    check_state_can_be_saved,
     load_optimizer_state,
     wrap_for_data_parallel,
 )
@@ -85,6 +86,7 @@ class Run:
 def open_run(recipe: Recipe) -> Run:
     """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
+    check_state_can_be_saved(recipe)
     groups.initialize_groups(recipe.parallel)
     layout = groups.rank_layout()
     encodes = groups.is_first_stage() and not recipe.model.text_only

@@ -17,6 +17,7 @@ from megatron_vita import platform
 from megatron_vita.config import load_recipe
 from megatron_vita.data.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.training import optimizer
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.loop import train
 from megatron_vita.training.position import check_parts
@@ -92,6 +93,18 @@ def test_how_state_is_kept_and_computed_cannot_change(halfway: Path, field: str)
     value = attrgetter(field)(saved)
     with pytest.raises(CheckpointError, match=rf"{field} is {not value}, but {value} in the run to be resumed"):
         check_parts(saved, load_recipe(halfway, [f"{field}={str(not value).lower()}"]))
+
+
+def test_state_that_could_not_be_saved_is_refused_at_the_start(halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = "parallel.pipeline_model_parallel_size=2"
+    frozen, sharded = "training.freeze_language_model=true", "parallel.use_distributed_optimizer=true"
+    monkeypatch.setattr(optimizer, "HAVE_APEX_OR_TE", False)
+    with pytest.raises(ConfigError, match="set use_distributed_optimizer to false"):
+        optimizer.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
+    for fine in ([stages, sharded], [frozen, sharded], [stages, frozen, "parallel.use_distributed_optimizer=false"]):
+        optimizer.check_state_can_be_saved(load_recipe(halfway, fine))
+    monkeypatch.setattr(optimizer, "HAVE_APEX_OR_TE", True)
+    optimizer.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
 
 
 def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfway: Path) -> None:
