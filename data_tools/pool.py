@@ -5,7 +5,6 @@ a step outlives the time limit or takes its process along, the process is replac
 known of its steps, and the step that did it is bad, for that reason.
 """
 
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 from data_tools.on_ray import run_on_ray
 from megatron_vita.errors import ConfigError, DataError, PlatformError, VitaError
+from megatron_vita.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 CORES = len(os.sched_getaffinity(0))
@@ -253,7 +253,7 @@ class _Worker:
 
 def _serve(pipe: Connection, work: Work) -> None:
     """A worker's life: one task after another, until it is killed or its watcher is gone."""
-    _end_with_watcher()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
@@ -268,11 +268,3 @@ def _serve(pipe: Connection, work: Work) -> None:
             return
         except Exception:
             pipe.send(("error", RuntimeError(traceback.format_exc())))
-
-
-def _end_with_watcher() -> None:
-    """Has the kernel end this process, also in the midst of a decoder, when the watcher is gone."""
-    watcher = multiprocessing.parent_process()
-    assert watcher is not None
-    fcntl.fcntl(watcher.sentinel, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(watcher.sentinel, fcntl.F_SETFL, fcntl.fcntl(watcher.sentinel, fcntl.F_GETFL) | os.O_ASYNC)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "platform", "config"}
+EVERYWHERE = {"errors", "processes", "platform", "config"}
 PURE = {"errors", "config", "media", "text", "layout", "planning"}
 MAY_IMPORT = {
     "errors": set(),
+    "processes": set(),
     "commands": {"errors"},
     "platform": {"errors"},
     "config": {"errors"},

@@ -49,7 +49,8 @@ def save_checkpoint(
     folder = Path(folder)
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
     if _first():
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_behind in folder.glob(".step_*.incomplete"):  # by a job that was killed while it saved
+            shutil.rmtree(left_behind, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(state, str(temporary), async_strategy="mcore")

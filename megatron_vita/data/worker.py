@@ -4,9 +4,6 @@ Tiles are decoded into shared memory that has no name, so that nothing is copied
 dies when.
 """
 
-import fcntl
-import multiprocessing
-import os
 import pickle
 import signal
 import time
@@ -23,6 +20,7 @@ from megatron_vita.data.ledger import Damage
 from megatron_vita.data.shared_memory import SharedArray
 from megatron_vita.data.stream import PackStream
 from megatron_vita.errors import VitaError
+from megatron_vita.processes import end_with_parent
 
 
 class PackTask(NamedTuple):
@@ -96,7 +94,7 @@ def hear(pipe: Connection) -> Message:
 
 def work(pipe: Connection, pickled: bytes, progress: Progress) -> None:
     """Reads packs of a pickled PackStream until the other end of the pipe is closed."""
-    _end_with_trainer()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
@@ -115,14 +113,6 @@ def _unpickled(pickled: bytes) -> PackStream | VitaError:
         return pickle.loads(pickled)
     except VitaError as error:
         return error.with_traceback(None)
-
-
-def _end_with_trainer() -> None:
-    """Has the kernel end this process, also in the midst of a decoder, when the trainer is gone."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-    fcntl.fcntl(trainer.sentinel, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(trainer.sentinel, fcntl.F_SETFL, fcntl.fcntl(trainer.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 def _answer(pipe: Connection, stream: PackStream | VitaError, task: PackTask, progress: Progress) -> None:

@@ -79,7 +79,7 @@ def _packs(report: DryRun) -> Iterator[str]:
     if not report.packs:
         yield "packs: not read; taken to be full of tiles, with every eighth token scored"
         return
-    yield "first packs, least to most over the ranks that share them:"
+    yield "next packs, least to most over the ranks that share them:"
     rows: list[Row] = [("pack", "documents", "tokens", "a CP rank", "tiles", "a rank", "loss rows", "a TP x CP rank")]
     rows += [_pack(pack) for pack in report.packs]
     yield from _table(rows)

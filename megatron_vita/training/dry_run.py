@@ -20,6 +20,7 @@ from megatron_vita.parallel import groups
 from megatron_vita.planning.memory import PackLoad, RankMemory, rank_memory
 from megatron_vita.planning.parameters import StageParameters, stage_parameters
 from megatron_vita.planning.stages import even_ends, stage_flops
+from megatron_vita.training.position import find_position
 from megatron_vita.training.streams import open_streams, pack_costs
 
 PACKS_SHOWN = 4
@@ -66,13 +67,15 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRun:
-    """Builds every pipeline stage and reads the first packs. VitaError for what would stop the run at its start.
+    """Builds every pipeline stage and reads the next packs. VitaError for what would stop the run at its start.
 
     Without data, packs are taken to be full of tiles, with every eighth token scored.
     """
     data_parallel = recipe.data_parallel_size(world_size)
     stream = open_streams(recipe, tile_share=None, replicas=data_parallel)[0] if with_data else None
-    packs = [_report_pack(recipe, stream, i) for i in range(min(PACKS_SHOWN, len(stream)))] if stream else []
+    first = find_position(recipe).consumed_packs
+    shown = range(first, min(first + PACKS_SHOWN, len(stream))) if stream else []
+    packs = [_report_pack(recipe, stream, pack) for pack in shown] if stream else []
     load, lengths = _heaviest(recipe, packs)
     flops = stage_flops(recipe, load, lengths=lengths)
     stages = [
@@ -84,7 +87,7 @@ def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRu
         data_parallel=data_parallel,
         stages=stages,
         packs=packs,
-        step_costs=_step_costs(recipe, stream, data_parallel) if stream else [],
+        step_costs=_step_costs(recipe, stream, data_parallel, first=first) if stream else [],
         better_ends=_better_ends(recipe, load, lengths),
     )
 
@@ -146,8 +149,10 @@ def _fake_world(recipe: Recipe, *, rank: int, world_size: int) -> Iterator[None]
         dist.destroy_process_group()
 
 
-def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int) -> list[int]:
-    costs = pack_costs(recipe, stream.plan, first=0)
+def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int, *, first: int) -> list[int]:
+    if first + recipe.training.global_batch_size > len(stream):  # the run is complete
+        return []
+    costs = pack_costs(recipe, stream.plan, first=first)
     return [sum(costs[pack] for pack in hand) for hand in deal_packs(costs, data_parallel)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import subprocess
 import sys
 from operator import attrgetter
 from pathlib import Path
@@ -20,9 +21,10 @@ from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training import optimizer
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.loop import train
-from megatron_vita.training.position import check_parts
-from megatron_vita.training.run import Run, open_run
+from megatron_vita.training.position import check_parts, find_position
+from megatron_vita.training.run import Run, open_run, save_run
 from megatron_vita.training.streams import open_streams
+from tests.environment import environment_with
 
 STEP, PACKS = 8, 32
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]
@@ -39,6 +41,13 @@ def halfway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     path.write_text(yaml.safe_dump(recipe))
     train(load_recipe(path, [*QUIET, f"training.train_iters={STEP}"]))
     return path
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a program of its own prints last."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment_with(), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def resumed(path: Path, *overrides: str) -> Run:
@@ -113,6 +122,25 @@ def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfwa
     assert held_out is not None
     with pytest.raises(ConfigError, match=rf"data.validation holds {len(held_out)} packs.* each of 64 replicas"):
         open_streams(recipe, tile_share=None, replicas=64)
+
+
+def test_a_dry_run_shows_the_packs_that_are_next(halfway: Path) -> None:
+    report = run_python(
+        "import sys; from megatron_vita.config import load_recipe; from megatron_vita.training.dry_run import dry_run;"
+        "report = dry_run(load_recipe(sys.argv[1]), world_size=1);"
+        "print([pack.pack_id for pack in report.packs], len(report.step_costs))",
+        str(halfway),
+    )
+    assert report == f"{list(range(PACKS, PACKS + 4))} 1"
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(halfway: Path) -> None:
+    run = resumed(halfway)
+    left_behind = Path(run.recipe.checkpoint.save) / ".step_00000099.incomplete"
+    left_behind.mkdir()
+    save_run(run)
+    assert not left_behind.exists()
+    assert find_position(run.recipe).step == STEP
 
 
 def test_another_batch_size_goes_on_with_the_next_pack(halfway: Path) -> None:
