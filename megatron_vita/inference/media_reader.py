@@ -4,12 +4,14 @@ For each connection that comes through standard input, a Unix socket, the progra
 question at a time. The kernel ends it, also in the midst of a decoder, where an answer takes too long.
 """
 
+import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import IO, NoReturn
 
@@ -60,13 +62,29 @@ def serve(pipe: Connection) -> None:
             file = receive_file(pipe)
             signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process: Python does not handle it
             tiles = SharedArray()
-            answer = _answer(question, file, tiles)
+            with _ends_with(pipe):
+                answer = _answer(question, file, tiles)
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(answer)
             if isinstance(answer, tuple):
                 tiles.send(pipe)
             tiles.close()
             file.close()
+
+
+@contextmanager
+def _ends_with(pipe: Connection) -> Iterator[None]:
+    """Meanwhile the kernel ends this process when the other end of a pipe is closed or shut down.
+
+    It sends SIGIO, which ends a process without a handler for it, at whatever happens to the pipe: nothing else may.
+    """
+    flags = fcntl.fcntl(pipe.fileno(), fcntl.F_GETFL)
+    fcntl.fcntl(pipe.fileno(), fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+    if pipe.poll():  # closed before
+        raise EOFError
+    yield
+    fcntl.fcntl(pipe.fileno(), fcntl.F_SETFL, flags)
 
 
 def _answer(question: Question, file: IO[bytes], tiles: SharedArray) -> Answer:

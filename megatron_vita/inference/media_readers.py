@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from megatron_vita.media.video import VideoInfo
 
 PROGRAM = "megatron_vita.inference.media_reader"
 MOST_DESCRIPTORS = 1 << 16
+_STOPPED = "it is read no longer"
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -58,7 +60,9 @@ class MediaReaders:
     def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
         """`seconds`: what one answer may take. Processes are started when they are needed."""
         self.form, self._seconds = form, seconds
-        self._busy: set[_Reader] = set()
+        self._busy: dict[_Reader, SharedFile] = {}  # and what they read
+        self._stopped: WeakSet[SharedFile] = WeakSet()
+        self._lock = threading.Lock()  # of both
         self._free: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
@@ -73,13 +77,31 @@ class MediaReaders:
         with self._asked(Decode(name, medium, tiles, self.form), file) as pipe:
             return receive_array(pipe, _checked(pipe.recv()))
 
+    def stop(self, file: SharedFile) -> None:
+        """Nobody waits for what is read of a file any longer: whoever does gets DataError, and its readers end."""
+        with self._lock:
+            self._stopped.add(file)
+            self._hang_up([reader for reader, read in self._busy.items() if read is file])
+
+    def close(self) -> None:
+        """Nobody waits for any answer any longer: those that come are DataError."""
+        with self._lock:
+            self._hang_up(list(self._busy))
+
+    def _hang_up(self, readers: "list[_Reader]") -> None:
+        """Ends readers; to be called with the lock, so that they are not yet another's."""
+        for reader in readers:
+            del self._busy[reader]
+            with socket.socket(fileno=os.dup(reader.pipe.fileno())) as pipe:
+                pipe.shutdown(socket.SHUT_RDWR)
+
     @contextmanager
     def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
         """A reader that was asked. Where it ends without an answer, that is put down to the file: DataError."""
         reader, good, began = self._free.get(), None, time.monotonic()
         try:
             reader = reader or connect()
-            self._busy.add(reader)
+            self._begin(reader, question, file)
             reader.pipe.send((self._seconds, question))
             file.send(reader.pipe)
             yield reader.pipe
@@ -90,19 +112,28 @@ class MediaReaders:
         except (EOFError, OSError) as error:
             if reader is None:
                 raise DataError(f"{question.name}: no reader can be had for it: {error}") from error
-            check(reader.program)
-            late = time.monotonic() - began >= self._seconds
-            why = f"takes more than {self._seconds:g} seconds" if late else "ends the process that does it"
-            raise DataError(f"{question.name}: reading it {why}") from error
+            raise DataError(f"{question.name}: {self._why_ended(reader, began)}") from error
         finally:
-            self._busy.discard(reader)
+            with self._lock:
+                if reader is None or self._busy.pop(reader, None) is None:
+                    good = None  # also where it answered, and was hung up then
             self._free.put(good)
 
-    def close(self) -> None:
-        """Nobody waits for answers any longer: those that come are DataError."""
-        for reader in list(self._busy):
-            with socket.socket(fileno=os.dup(reader.pipe.fileno())) as pipe:
-                pipe.shutdown(socket.SHUT_RDWR)
+    def _begin(self, reader: "_Reader", question: Question, file: SharedFile) -> None:
+        with self._lock:
+            self._busy[reader] = file
+            if file in self._stopped:
+                raise DataError(f"{question.name}: {_STOPPED}")
+
+    def _why_ended(self, reader: "_Reader", began: float) -> str:
+        """Why a reader that was asked at `began` gives no answer. PlatformError if it is not the file's fault."""
+        with self._lock:
+            if reader not in self._busy:
+                return _STOPPED
+        check(reader.program)
+        if time.monotonic() - began >= self._seconds:
+            return f"reading it takes more than {self._seconds:g} seconds"
+        return "reading it ends the process that does it"
 
 
 class _Program(NamedTuple):

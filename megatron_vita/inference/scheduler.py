@@ -8,6 +8,8 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from megatron_vita.inference.block_pool import BlockPool
 from megatron_vita.inference.prompt import PreparedPrompt
 from megatron_vita.inference.requests import Sampling
@@ -48,7 +50,7 @@ class Request:
     running: bool = False  # its answers are under way
     announced: int = 0  # tokens of the prompt whose tiles are being decoded, or are
     ready: int = 0  # those of which all ranks have decoded theirs
-    waits: int = 0  # steps since tiles were announced that are not decoded yet
+    waits: int = 0  # steps since something of it could be computed
 
     @property
     def width(self) -> int:
@@ -110,7 +112,7 @@ class Scheduler:
         for request in self.prefilling:
             if request.sequences[0].number in sequences:
                 request.ready = request.announced
-            request.waits = request.waits + 1 if request.ready < request.announced else 0
+            request.waits = request.waits + 1 if request.ready == request.sequences[0].length else 0
 
     def take_changes(self) -> Step:
         """Bookkeeping that the next step must carry, even where nothing is left to compute."""
@@ -229,9 +231,10 @@ class Scheduler:
             stop = min(start + self._chunk, request.prepared.tokens)
             if request.ready < start or start == stop or start - sequence.length > self._chunk:
                 continue
-            ahead += stop - start
-            if ahead > max(AHEAD * self.policy.chunk_tokens, stop - start):
-                return
+            if _has_tiles(request, start, stop):  # text waits for nobody's tiles
+                ahead += stop - start
+                if ahead > AHEAD * self.policy.chunk_tokens:
+                    continue
             request.announced = stop
             self._changes.announce.append((sequence.number, start, stop))
 
@@ -246,6 +249,8 @@ class Scheduler:
                 continue
             budget -= count
             start, sequence.length = sequence.length, sequence.length + count
+            request.ready = max(request.ready, sequence.length)
+            request.announced = max(request.announced, sequence.length)
             ends = _left(request) == 0
             pieces.append(PiecePlan(sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends))
         return Step(prefill=pieces) if pieces else None
@@ -276,6 +281,12 @@ def _left(request: Request) -> int:
 def _head(request: Request) -> int:
     """Tokens before the first tile, which wait for nothing."""
     return int(request.prepared.document.placements[0]) if request.prepared.tiles else request.prepared.tokens
+
+
+def _has_tiles(request: Request, start: int, stop: int) -> bool:
+    """Whether a tile begins among these tokens of the prompt."""
+    first, last = np.searchsorted(request.prepared.document.placements, (start, stop))
+    return bool(first < last)
 
 
 def _shared_blocks(sequence: Sequence, others: list[Sequence]) -> int:

@@ -76,13 +76,14 @@ class TileDecoder:
         self._coming[start.sequence], self._queues[start.sequence] = {}, _Queue()
 
     def forget(self, sequence: int) -> None:
-        """A sequence whose tiles will not be asked for any longer."""
-        self._sequences.pop(sequence, None)
+        """A sequence whose tiles will not be asked for any longer: what is being read for it ends."""
         if (queue := self._queues.pop(sequence, None)) is not None:
             with self._lock:
                 queue.waiting.clear()
         for coming in self._coming.pop(sequence, {}).values():
             coming.run.cancel()
+        for file in self._sequences.pop(sequence, []):
+            self.readers.stop(file.shared)
 
     def begin(self, sequence: int, tiles: Sequence[int]) -> None:
         """Begins to decode tiles of a sequence."""

@@ -1,7 +1,9 @@
 """Notices that another rank is gone, also while this one waits for it inside a kernel that would never end."""
 
+import hmac
 import logging
 import os
+import secrets
 import selectors
 import socket
 import threading
@@ -13,7 +15,10 @@ from torch.distributed import ProcessGroup
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 10
 """Time for what waits for the lost rank to fail with an error of its own, as it does on gloo."""
+HEARING_SECONDS = 5.0
+"""Time for who connects to say that it is a rank: a rank does so at once."""
 _GOODBYE = b"."
+_SECRET_BYTES, _RANK_BYTES = 32, 4
 
 
 class PeerWatch:
@@ -25,21 +30,31 @@ class PeerWatch:
     def __init__(self, group: ProcessGroup) -> None:
         self._peers: dict[socket.socket, int] = {}
         rank, ranks = group.rank(), group.size()
-        listener = socket.create_server(("", 0), backlog=ranks) if rank == 0 else None
-        place = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), listener.getsockname()[1] if listener else 0)]
+        listener = socket.create_server(("", 0)) if rank == 0 else None
+        address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), listener.getsockname()[1] if listener else 0)
+        place = [(address, secrets.token_bytes(_SECRET_BYTES))]
         dist.broadcast_object_list(place, group=group, group_src=0)
+        address, secret = place[0]
         if listener is None:
-            peer = socket.create_connection(place[0], timeout=60)
-            peer.sendall(rank.to_bytes(4, "little"))
+            peer = socket.create_connection(address, timeout=60)
+            peer.sendall(secret + rank.to_bytes(_RANK_BYTES, "little"))
             self._peers[peer] = 0
         else:
-            for _ in range(ranks - 1):
-                peer, _ = listener.accept()
-                self._peers[peer] = int.from_bytes(peer.recv(4, socket.MSG_WAITALL), "little")
-            listener.close()
+            with listener:
+                while len(self._peers) < ranks - 1:
+                    self._let_in(*listener.accept(), secret)
         for peer in self._peers:
             peer.settimeout(None)
         threading.Thread(target=self._watch, daemon=True, name="peer-watch").start()
+
+    def _let_in(self, peer: socket.socket, address: tuple[str, int], secret: bytes) -> None:
+        """A connection that says the secret is a rank's; others are closed: anyone may connect to a port."""
+        heard = _heard(peer, _SECRET_BYTES + _RANK_BYTES)
+        if hmac.compare_digest(heard[:-_RANK_BYTES], secret):
+            self._peers[peer] = int.from_bytes(heard[-_RANK_BYTES:], "little")
+            return
+        logger.warning("a connection from %s is no rank's: it is closed", address[0])
+        peer.close()
 
     def close(self) -> None:
         """This rank leaves in order."""
@@ -71,3 +86,18 @@ def _said(peer: socket.socket) -> bytes:
         return peer.recv(1)
     except OSError:
         return b""
+
+
+def _heard(peer: socket.socket, count: int) -> bytes:
+    """What a connection says first, `count` bytes; fewer where it closes or takes longer than HEARING_SECONDS."""
+    ends, heard = time.monotonic() + HEARING_SECONDS, b""
+    while len(heard) < count and (left := ends - time.monotonic()) > 0:
+        try:
+            peer.settimeout(left)
+            more = peer.recv(count - len(heard))
+        except OSError:
+            break
+        if not more:
+            break
+        heard += more
+    return heard

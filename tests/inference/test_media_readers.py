@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,6 +58,19 @@ def program() -> psutil.Process:
 def count_of_new(before: set[int]) -> int:
     """Readers that are not among those of `before`."""
     return len({process.pid for process in program().children()} - before)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def hostile_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers obey the names of files."""
+    monkeypatch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
 
 
 @pytest.fixture
@@ -167,6 +180,36 @@ def test_a_film_that_hangs_leaves_decoders_to_others(long_films: Engine) -> None
     long_films.cancel(film)
     while long_films.has_work:
         long_films.step()
+
+
+def test_what_is_read_for_a_cancelled_request_ends_at_once(long_films: Engine) -> None:
+    films = [MediaFile(name="hangs", data=video(14 + k).data) for k in range(2)]  # of all decoders
+    numbers = [
+        long_films.add(long_films.prepare(Prompt.ask("what is in this", videos=[film])), GREEDY) for film in films
+    ]
+    began = time.monotonic()
+    long_films.step()
+    wait_until(lambda: len(long_films._readers._busy) == 2)
+    for number in numbers:
+        long_films.cancel(number)
+    (answer,) = long_films.generate([Prompt.ask("two images of cats", images=[picture(78)])], sampling=GREEDY)
+    assert time.monotonic() - began < 2.0
+    assert not answer.error
+
+
+def test_readers_of_a_stopped_file_are_killed_and_others_go_on(hostile_program: None, before: set[int]) -> None:
+    readers, file = MediaReaders(FORM, count=3, seconds=30), SharedFile(video().data)
+    with ThreadPoolExecutor() as pool:
+        hang = [pool.submit(readers.decode, file, FRAMES, name="hangs", tiles=range(1)) for _ in range(2)]
+        slow = pool.submit(readers.decode, SharedFile(video().data), FRAMES, name="slow", tiles=range(1))
+        wait_until(lambda: count_of_new(before) == 3)
+        time.sleep(0.5)  # until they are in the midst of it
+        readers.stop(file)
+        wait_until(lambda: count_of_new(before) == 1)
+        assert all(isinstance(each.exception(1.0), DataError) for each in hang)
+        with pytest.raises(DataError, match="hangs: it is read no longer"):
+            readers.decode(file, FRAMES, name="hangs", tiles=range(1))
+        assert len(slow.result(10)) == 1
 
 
 def test_a_beginning_shared_with_a_film_that_hangs_is_computed_at_once(hostile: Engine) -> None:

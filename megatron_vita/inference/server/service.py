@@ -22,7 +22,9 @@ from megatron_vita.inference.server.interface import ServedEngine, Statistics, U
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 2.0
-"""How long the thread waits for commands before it tells the engine that it is idle."""
+"""How long the engine is left without a word: ranks that hear nothing for long take the first for gone."""
+TURN_SECONDS = 0.05
+"""How long commands are taken between two steps. More of them than that must not keep those under way waiting."""
 
 
 class EngineFailedError(VitaError):
@@ -59,6 +61,7 @@ class EngineService:
         self.statistics: Statistics = engine.statistics()
         self.on_failure = on_failure
         self._step_began: float | None = None
+        self._used = time.monotonic()  # when the engine last did something; of its thread
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no command may come after the last look for commands
         self._ended: EngineFailedError | None = None
@@ -122,6 +125,9 @@ class EngineService:
                 self._take_commands()
                 if self.engine.has_work:
                     self._step()
+                elif time.monotonic() - self._used >= IDLE_SECONDS:
+                    self.engine.idle()
+                    self._used = time.monotonic()
             self.engine.close()
             self._end("the server is stopping")
         except BaseException as error:  # whatever it is: without this thread nobody would get an answer
@@ -133,19 +139,22 @@ class EngineService:
                 self._loop.call_soon_threadsafe(self.on_failure)
 
     def _take_commands(self) -> None:
-        """Runs what has come; where there is nothing to do, waits for it."""
-        if not self.engine.has_work:
-            try:
-                self._commands.get(timeout=IDLE_SECONDS)()
-            except queue.Empty:
-                self.engine.idle()
-        while not self._commands.empty():
+        """Runs what has come, for a bounded time; where there is nothing to do, waits for it."""
+        idle_at = self._used + IDLE_SECONDS
+        patience = 0.0 if self.engine.has_work else max(idle_at - time.monotonic(), 0.0)
+        try:
+            command = self._commands.get(timeout=patience)
+        except queue.Empty:
+            return
+        command()
+        ends = time.monotonic() + TURN_SECONDS
+        while not self._commands.empty() and time.monotonic() < ends:
             self._commands.get()()
 
     def _step(self) -> None:
         self._step_began = time.monotonic()
         pieces = self.engine.step()
-        self._step_began = None
+        self._step_began, self._used = None, time.monotonic()
         arrivals = [(self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open]
         self.statistics = self.engine.statistics()
         if arrivals:

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, FakePrepared
 from running_server import RunningServer, body, refusal, running, wait_until
 
+from megatron_vita.errors import DataError
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.server.limits import Limits
@@ -258,6 +260,60 @@ def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_o
 async def _read(stream: RequestStream) -> None:
     async for _ in stream:
         pass
+
+
+class SlowToRefuse(FakeEngine):
+    """Takes longer to refuse a prompt than it takes to send the next one."""
+
+    def add(self, prepared: FakePrepared, sampling: Sampling) -> int:
+        if prepared.text == "bad":
+            time.sleep(0.002)
+            raise DataError("a bad prompt")
+        return super().add(prepared, sampling)
+
+
+def under_refusals(engine: FakeEngine, work: Callable[[EngineService], Awaitable[None]]) -> None:
+    """Does `work` with a service that has always bad prompts to refuse."""
+    service = EngineService(engine)
+
+    async def refused() -> None:
+        while True:
+            with pytest.raises(DataError):
+                await service.submit(engine.prepare(Prompt.ask("bad")), Sampling())
+
+    async def main() -> None:
+        service.start()
+        senders = [asyncio.create_task(refused()) for _ in range(16)]
+        try:
+            await asyncio.wait_for(work(service), 5)
+        finally:
+            for sender in senders:
+                sender.cancel()
+            await asyncio.wait(senders)
+            await service.stop()
+
+    asyncio.run(main())
+
+
+def test_answers_go_on_under_a_steady_stream_of_refused_requests() -> None:
+    engine = SlowToRefuse(reply="abc")
+
+    async def answer(service: EngineService) -> None:
+        await _read(await service.submit(engine.prepare(Prompt.ask("good")), Sampling(max_new_tokens=3)))
+
+    under_refusals(engine, answer)
+
+
+def test_other_ranks_hear_of_the_first_under_a_steady_stream_of_refused_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.service.IDLE_SECONDS", 0.02)
+    engine = SlowToRefuse()
+
+    async def idle(_: EngineService) -> None:
+        await asyncio.to_thread(wait_until, lambda: engine.idles > 2, 4)
+
+    under_refusals(engine, idle)
 
 
 def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]:

@@ -1,0 +1,109 @@
+"""Ranks watch each other over connections that only ranks can have."""
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytest
+
+from megatron_vita.inference import watch
+from megatron_vita.inference.watch import PeerWatch
+
+Place = tuple[tuple[str, int], bytes]
+
+
+@dataclass
+class FakeGroup:
+    """One rank of two, which are threads of this process."""
+
+    own: int
+    place: Future[Place]
+
+    def rank(self) -> int:
+        return self.own
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
+    """The ranks that are mourned, in a process that goes on."""
+    lost: queue.Queue[int] = queue.Queue()
+
+    def broadcast(said: list[Place], *, group: FakeGroup, group_src: int) -> None:
+        if group.own == group_src:
+            group.place.set_result(said[0])
+        said[0] = group.place.result(10)
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(watch.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(PeerWatch, "_mourn", lambda _, rank: lost.put(rank))
+    monkeypatch.setattr(watch, "HEARING_SECONDS", 0.3)
+    return lost
+
+
+def watches(first_guest: Callable[[tuple[str, int]], None]) -> tuple[PeerWatch, PeerWatch]:
+    """Those of rank 0 and rank 1, which comes after `first_guest` has been at rank 0's address."""
+    place: Future[Place] = Future()
+    with ThreadPoolExecutor() as pool:
+        zero = pool.submit(PeerWatch, FakeGroup(0, place))  # type: ignore[arg-type]
+        first_guest(place.result(10)[0])
+        one = PeerWatch(FakeGroup(1, place))  # type: ignore[arg-type]
+        return zero.result(10), one
+
+
+def silent(_: socket.socket) -> None:
+    """Keeps its connection, and says nothing."""
+
+
+def slow(stranger: socket.socket) -> None:
+    def drip() -> None:
+        with suppress(OSError):
+            for _ in range(20):
+                time.sleep(0.1)
+                stranger.sendall(b"x")
+
+    threading.Thread(target=drip, daemon=True).start()
+
+
+STRANGERS: dict[str, Callable[[socket.socket], None]] = {
+    "hangs up": lambda stranger: stranger.close(),
+    "says a rank": lambda stranger: stranger.sendall((1).to_bytes(4, "little")),
+    "says much": lambda stranger: stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100),
+    "silent": silent,
+    "slow": slow,
+}
+
+
+@pytest.mark.parametrize("behave", STRANGERS.values(), ids=STRANGERS.keys())
+def test_a_stranger_that_connects_first_is_not_taken_for_a_rank(
+    lost: "queue.Queue[int]", behave: Callable[[socket.socket], None]
+) -> None:
+    with socket.socket() as stranger:
+
+        def come(address: tuple[str, int]) -> None:
+            stranger.connect(address)
+            behave(stranger)
+
+        began = time.monotonic()
+        zero, one = watches(come)
+        assert time.monotonic() - began < 1.0
+    assert list(zero._peers.values()) == [1]
+    with pytest.raises(queue.Empty):
+        lost.get(timeout=0.1)
+    for peer in one._peers:
+        peer.shutdown(socket.SHUT_RDWR)  # as at the end of its process
+    assert {lost.get(timeout=2), lost.get(timeout=2)} == {0, 1}
+
+
+def test_ranks_that_leave_in_order_are_not_mourned(lost: "queue.Queue[int]") -> None:
+    for each in watches(lambda _: None):
+        each.close()
+    with pytest.raises(queue.Empty):
+        lost.get(timeout=0.2)
