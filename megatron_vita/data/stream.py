@@ -19,9 +19,10 @@ from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_in
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.plan import DocumentEntry, PackPlan
 from megatron_vita.data.records import parse_record
+from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.shard_reader import ShardReader
 from megatron_vita.data.shards import Member
-from megatron_vita.data.storage import Location, ShardCache
+from megatron_vita.data.storage import Location
 from megatron_vita.data.tiles import decode_tiles
 from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.dealing import deal_tiles
