@@ -144,9 +144,7 @@ def _fill(partial: Path, shard: UPath, size: int) -> None:
                 data = read_range(shard, start, min(start + CHUNK, size))
             file.write(data)
         file.flush()
-        os.fsync(
-            file.fileno()
-        )  # the size is right from the start: no copy may be left with holes by a machine that stops
+        os.fsync(file.fileno())  # since its size is right from the start: a machine that stops must leave no holes
 
 
 @contextmanager

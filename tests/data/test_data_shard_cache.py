@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -145,12 +146,13 @@ def die_while_writing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [FIRST, SECOND])
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, asked: UPath) -> None:
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: UPath) -> None:
     writer = multiprocessing.get_context("forkserver").Process(target=die_while_writing, args=(tmp_path,))
     writer.start()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
     assert sizes(tmp_path, ".partial") == [SIZE]
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits for a process that is dead"))
     assert read(tmp_path, asked, limit=SIZE) in (b"1" * 20, b"2" * 20)
     assert not sizes(tmp_path, ".partial")
 
