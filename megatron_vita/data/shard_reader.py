@@ -32,7 +32,11 @@ class ShardReader:
         return self._read_local(shard, member, shard_size)
 
     def open(self, shard: Location, *, member: Member, shard_size: int) -> IO[bytes]:
-        """`member` as a file, of which only what is asked for is read and held. Its methods raise as `read` does."""
+        """`member` as a file, of which only what is asked for is read and held. Its methods raise as `read` does.
+
+        ShardError, as `read`, from here: decoders take what goes wrong while they read for damage to the file.
+        """
+        self.read(shard, member=Member(member.name, member.offset, 0), shard_size=shard_size)
         is_far = not isinstance(shard, Path) and self._cache is None
         return io.BufferedReader(_MemberFile(self, shard, member, shard_size), FAR_BUFFER if is_far else NEAR_BUFFER)
 

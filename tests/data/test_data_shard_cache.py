@@ -79,6 +79,21 @@ def test_a_copy_evicted_as_soon_as_it_is_found_is_read(tmp_path: Path, monkeypat
     assert evicted
 
 
+def test_a_copy_evicted_as_soon_as_it_is_made_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, other = Path.rename, threading.Thread(target=read, args=(tmp_path, SECOND), kwargs={"limit": SIZE})
+
+    def rename_then_evict(path: Path, target: Path) -> None:
+        rename(path, target)
+        if FIRST.name in target.name:
+            other.start()
+            other.join(0.3)
+
+    monkeypatch.setattr(Path, "rename", rename_then_evict)
+    assert read(tmp_path, FIRST, limit=SIZE) == b"1" * 20
+    other.join(20)
+    assert [path.name.split("-")[1] for path in tmp_path.glob("*.tar")] == [SECOND.name]
+
+
 def test_readers_that_evict_each_others_copies_read_on(tmp_path: Path) -> None:
     def alternate(start: int) -> list[bytes]:
         return [read(tmp_path, (FIRST, SECOND)[(start + i) % 2], limit=SIZE)[:1] for i in range(40)]
@@ -87,6 +102,14 @@ def test_readers_that_evict_each_others_copies_read_on(tmp_path: Path) -> None:
         first, second = threads.map(alternate, (0, 1))
     assert first == [b"1", b"2"] * 20
     assert second == [b"2", b"1"] * 20
+
+
+def test_a_file_of_a_shard_that_is_gone_is_not_opened(tmp_path: Path) -> None:
+    """Decoders take whatever goes wrong while they read for damage."""
+    gone = UPath("memory://cached/gone.tar")
+    for shard, cache in ((gone, ShardCache(tmp_path, limit=SIZE)), (gone, None), (tmp_path / "gone.tar", None)):
+        with pytest.raises(ShardError, match=r"gone.tar: cannot open the shard"):
+            ShardReader(cache=cache).open(shard, member=MEMBER, shard_size=SIZE)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from s3_server import FaultyStore
 from toy_data import assert_same, changed, train_stream
 from upath import UPath
 
-from megatron_vita.data import index, open_split, read_packs, split, storage
+from megatron_vita.data import index, open_split, read_packs, shard_cache, split, storage
 from megatron_vita.data.index import IndexHeader
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
@@ -170,6 +170,21 @@ def test_a_store_that_fails_for_good_costs_the_sample_and_says_why(
     assert len(pack.damages) == len(pack.batch.sample_keys)
     assert f"s3://{bucket}/deep/" in pack.damages[0].reason
     assert "(2 attempts)" in pack.damages[0].reason
+
+
+def test_a_shard_that_cannot_be_copied_stops_the_run_and_damages_no_sample(
+    remote, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, bucket = remote
+    with pytest.raises(ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"):
+        stream_of(recipe, world, cache=str(tmp_path / "small"), cache_gib=1e-6).read(0)
+
+    def fail(*_: object) -> bytes:
+        raise OSError("the store is down")
+
+    monkeypatch.setattr(shard_cache, "read_range", fail)
+    with pytest.raises(ShardError, match=rf"s3://{bucket}/deep/.*tar: cannot copy the shard: the store is down"):
+        stream_of(recipe, world, cache=str(tmp_path / "cache")).read(0)
 
 
 def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
