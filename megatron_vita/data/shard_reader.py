@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.shards import Member
-from megatron_vita.data.storage import Location, check_size, file_size, read_range
+from megatron_vita.data.storage import Location, check_size, file_size, is_remote, read_range
 from megatron_vita.errors import DataError, ShardError
 
 NEAR_BUFFER, FAR_BUFFER = 1 << 17, 1 << 22  # bytes read at once of a file that is read part by part
@@ -63,10 +63,11 @@ class ShardReader:
     def _open(self, shard: Location, shard_size: int) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
-            if not isinstance(shard, Path):
+            if is_remote(shard):
                 os.utime(self._files[shard])  # for the cache, which drops what was used least recently
             return self._files[shard]
         descriptor = self._open_anew(shard, shard_size)
+        self._close_evicted()
         try:
             check_size(shard, os.fstat(descriptor).st_size, shard_size)
         except ShardError:
@@ -85,6 +86,12 @@ class ShardReader:
             return os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(f"{shard}: cannot open the shard: {error.strerror}") from error
+
+    def _close_evicted(self) -> None:
+        """Closes copies that the cache has dropped: while they are open, they take disk that it counts as free."""
+        for shard, descriptor in list(self._files.items()):
+            if is_remote(shard) and not os.fstat(descriptor).st_nlink:
+                os.close(self._files.pop(shard))
 
     def close(self) -> None:
         """Closes every open shard."""

@@ -112,6 +112,14 @@ def test_a_file_of_a_shard_that_is_gone_is_not_opened(tmp_path: Path) -> None:
             ShardReader(cache=cache).open(shard, member=MEMBER, shard_size=SIZE)
 
 
+def test_an_evicted_copy_gives_its_disk_back_when_the_next_one_is_opened(tmp_path: Path) -> None:
+    reader = ShardReader(cache=ShardCache(tmp_path, limit=SIZE))
+    for shard in (FIRST, SECOND, FIRST, SECOND):
+        reader.read(shard, member=MEMBER, shard_size=SIZE)
+        held = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        assert sum(str(tmp_path) in target for target in held) == 1, held
+
+
 @pytest.fixture
 def slow_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Has a copy of FIRST begin, as the first event tells, and end when the second one is set."""
