@@ -7,33 +7,36 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.shards import Member
-from megatron_vita.data.storage import Location, ShardCache, check_size, file_size, read_range
+from megatron_vita.data.storage import Location, check_size, file_size, is_remote, read_range
 from megatron_vita.errors import DataError, ShardError
 
 NEAR_BUFFER, FAR_BUFFER = 1 << 17, 1 << 22  # bytes read at once of a file that is read part by part
 
 
 class ShardReader:
-    """Keeps the local shards of the latest reads open. With a `cache`, remote shards are read from whole copies."""
+    """Keeps the local shards, or copies, of the latest reads open. With a `cache`, copies of remote ones are read."""
 
     def __init__(self, *, cache: ShardCache | None = None, max_open: int = 64) -> None:
         self._cache, self._max_open = cache, max_open
-        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Location, int] = OrderedDict()
         self._check_remote = lru_cache(maxsize=4096)(_check_remote)
 
     def read(self, shard: Location, *, member: Member, shard_size: int) -> bytes:
         """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes of its index;
         DataError if they cannot be read.
         """
-        if not isinstance(shard, Path):
-            if self._cache is None:
-                return self._read_remote(shard, member, shard_size)
-            return self._read_local(self._cache.fetch(shard, size=shard_size), member, shard_size)
+        if not isinstance(shard, Path) and self._cache is None:
+            return self._read_remote(shard, member, shard_size)
         return self._read_local(shard, member, shard_size)
 
     def open(self, shard: Location, *, member: Member, shard_size: int) -> IO[bytes]:
-        """`member` as a file, of which only what is asked for is read and held. Its methods raise as `read` does."""
+        """`member` as a file, of which only what is asked for is read and held. Its methods raise as `read` does.
+
+        ShardError, as `read`, from here: decoders take what goes wrong while they read for damage to the file.
+        """
+        self.read(shard, member=Member(member.name, member.offset, 0), shard_size=shard_size)
         is_far = not isinstance(shard, Path) and self._cache is None
         return io.BufferedReader(_MemberFile(self, shard, member, shard_size), FAR_BUFFER if is_far else NEAR_BUFFER)
 
@@ -47,33 +50,48 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"{shard}: cannot read {member.name}: {error}") from error
 
-    def _read_local(self, path: Path, member: Member, shard_size: int) -> bytes:
-        descriptor = self._open(path, shard_size)
+    def _read_local(self, shard: Location, member: Member, shard_size: int) -> bytes:
+        descriptor = self._open(shard, shard_size)
         try:
             data = os.pread(descriptor, member.size, member.offset)
         except OSError as error:
-            raise DataError(f"{path}: cannot read {member.name}: {error.strerror}") from error
+            raise DataError(f"{shard}: cannot read {member.name}: {error.strerror}") from error
         if len(data) != member.size:
-            raise DataError(f"{path}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
+            raise DataError(f"{shard}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
         return data
 
-    def _open(self, path: Path, shard_size: int) -> int:
-        if path in self._files:
-            self._files.move_to_end(path)
-            return self._files[path]
+    def _open(self, shard: Location, shard_size: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            if is_remote(shard):
+                os.utime(self._files[shard])  # for the cache, which drops what was used least recently
+            return self._files[shard]
+        descriptor = self._open_anew(shard, shard_size)
+        self._close_evicted()
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ShardError(f"{path}: cannot open the shard: {error.strerror}") from error
-        try:
-            check_size(path, os.fstat(descriptor).st_size, shard_size)
+            check_size(shard, os.fstat(descriptor).st_size, shard_size)
         except ShardError:
             os.close(descriptor)
             raise
-        self._files[path] = descriptor
+        self._files[shard] = descriptor
         if len(self._files) > self._max_open:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
+
+    def _open_anew(self, shard: Location, shard_size: int) -> int:
+        if not isinstance(shard, Path):
+            assert self._cache is not None
+            return self._cache.open(shard, size=shard_size)
+        try:
+            return os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ShardError(f"{shard}: cannot open the shard: {error.strerror}") from error
+
+    def _close_evicted(self) -> None:
+        """Closes copies that the cache has dropped: while they are open, they take disk that it counts as free."""
+        for shard, descriptor in list(self._files.items()):
+            if is_remote(shard) and not os.fstat(descriptor).st_nlink:
+                os.close(self._files.pop(shard))
 
     def close(self) -> None:
         """Closes every open shard."""

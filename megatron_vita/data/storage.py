@@ -1,19 +1,14 @@
-"""Where shards lie: on local disks or, through fsspec, in object stores; parts of files, and a cache of whole shards.
+"""Where shards lie: on local disks or, through fsspec, in object stores; parts of files.
 
 A name with a scheme (`s3://bucket/mix/*.tar`) is remote. Credentials and endpoints are those of the environment, as
 fsspec and the store's own library read them.
 """
 
-import fcntl
 import glob
-import hashlib
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 from upath import UPath
@@ -23,7 +18,6 @@ from megatron_vita.errors import ConfigError, DataError, ShardError
 Location = Path | UPath
 ATTEMPTS = 5
 FIRST_PAUSE = 0.2  # seconds before the second attempt, doubled before each further one
-CHUNK = 16 << 20  # bytes of a shard copied at once
 logger = logging.getLogger(__name__)
 
 
@@ -88,64 +82,6 @@ def _patiently[T](action: Callable[[], T], name: str) -> T:
     raise AssertionError("unreachable")
 
 
-class ShardCache:
-    """Copies of remote shards in a local folder, shared by all processes of a machine; those used least go first."""
-
-    def __init__(self, folder: Path, *, limit: int) -> None:
-        self._folder, self._limit = folder, limit
-
-    def fetch(self, shard: UPath, *, size: int) -> Path:
-        """The local copy of a shard, made now if need be. ShardError if the shard has not `size` bytes."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{hashlib.sha256(f'{shard} {size}'.encode()).hexdigest()[:16]}-{shard.name}"
-        copy = self._folder / name
-        if not _touch(copy):
-            with self._locked(name):
-                if not _touch(copy):  # another process was faster
-                    self._make_room(size)
-                    self._copy(shard, copy, size)
-        return copy
-
-    def _copy(self, shard: UPath, copy: Path, size: int) -> None:
-        partial = copy.with_name(copy.name + ".partial")
-        check_size(shard, file_size(shard), size)
-        try:
-            with open(partial, "wb") as file:
-                for start in range(0, size, CHUNK):
-                    file.write(read_range(shard, start, min(start + CHUNK, size)))
-            partial.rename(copy)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _make_room(self, size: int) -> None:
-        if size > self._limit:
-            raise ConfigError(f"data.cache_gib is {self._limit / 2**30:g}: a shard of {size} bytes does not fit")
-        with self._locked("room"):
-            copies = sorted(self._copies(), key=lambda copy: copy[1])
-            room = self._limit - sum(held for _, _, held in copies)
-            for path, _, held in copies:
-                if room >= size:
-                    break
-                path.unlink(missing_ok=True)  # who reads it keeps it open
-                room += held
-
-    def _copies(self) -> Iterator[tuple[Path, int, int]]:
-        """Path, time of last use and size of each copy."""
-        for entry in os.scandir(self._folder):
-            if entry.name.endswith((".tar", ".partial")):
-                try:
-                    status = entry.stat()
-                except FileNotFoundError:
-                    continue
-                yield Path(entry.path), status.st_mtime_ns, status.st_size
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[Any]:
-        with open(self._folder / f".{name}.lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
 def check_size(shard: Location, found: int, planned: int) -> None:
     """ShardError unless a shard has the size that its index was made of."""
     if found != planned:
@@ -160,12 +96,3 @@ def refuse_remote(location: Location, what: str) -> Path:
     if not isinstance(location, Path):
         raise DataError(f"{location}: {what} needs shards on a local disk; do it before they are uploaded")
     return location
-
-
-def _touch(copy: Path) -> bool:
-    """Notes that a copy is used now; whether it is there."""
-    try:
-        os.utime(copy)
-    except FileNotFoundError:
-        return False
-    return True

@@ -19,11 +19,12 @@ from megatron_vita.data.index import SampleIndex, SampleRow, index_path, read_in
 from megatron_vita.data.ledger import Damage
 from megatron_vita.data.plan import DocumentEntry, PackPlan
 from megatron_vita.data.records import parse_record
+from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.shard_reader import ShardReader
 from megatron_vita.data.shards import Member
-from megatron_vita.data.storage import Location, ShardCache
+from megatron_vita.data.storage import Location
 from megatron_vita.data.tiles import decode_tiles
-from megatron_vita.errors import DataError, ShardError, VitaError
+from megatron_vita.errors import DataError, ShardError
 from megatron_vita.layout.dealing import deal_tiles
 
 OPEN_INDEXES = 64
@@ -176,13 +177,13 @@ class PackStream(Dataset):
         return build_document(record, row, form=self.forms[entry.dataset])
 
     def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:
-        """What `read` gives of document `i`; where it cannot, notes the damage and gives None."""
+        """What `read` gives of document `i`; where the data cannot be read, notes the damage and gives None."""
         pack.progress(i)
         try:
             return read()
         except ShardError:
             raise
-        except VitaError as error:
+        except DataError as error:
             shard, key = self._shard(pack.entries[i]), pack.rows[i].key
             reason = str(error) if str(shard) in str(error) else f"{shard} sample {key}: {error}"
             pack.skip.add(i)

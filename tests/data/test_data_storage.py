@@ -12,12 +12,13 @@ from s3_server import FaultyStore
 from toy_data import assert_same, changed, train_stream
 from upath import UPath
 
-from megatron_vita.data import index, open_split, read_packs, split, storage
+from megatron_vita.data import index, open_split, read_packs, shard_cache, split, storage
 from megatron_vita.data.index import IndexHeader
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
+from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.split import find_sources, plan_path
-from megatron_vita.data.storage import ShardCache, find_files, read_range
+from megatron_vita.data.storage import find_files, read_range
 from megatron_vita.data.stream import PackStream
 from megatron_vita.data.worker import PackTask
 from megatron_vita.errors import ConfigError, DataError, ShardError
@@ -118,24 +119,25 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(remote, 
     sizes = [shard.stat().st_size for shard in shards]
     limit = sum(sizes[:2]) + sizes[3] // 2
     cache = ShardCache(tmp_path / "cache", limit=limit)
-    copies = []
-    for number in (0, 1, 0, 2, 3, 0):
-        copies.append(cache.fetch(shards[number], size=sizes[number]))
+    for time, number in enumerate((0, 1, 0, 2, 3, 0)):
+        descriptor = cache.open(shards[number], size=sizes[number])
         held = list((tmp_path / "cache").glob("*.tar"))
         assert sum(path.stat().st_size for path in held) <= limit
-        os.utime(copies[-1], ns=(len(copies), len(copies)))  # a clock that does not stand still
+        os.utime(descriptor, ns=(time, time))  # a clock that does not stand still
         if number == 2:
-            assert copies[0] in held
-            assert copies[1] not in held
-    assert copies[-1].read_bytes() == (world.root / shards[0].name).read_bytes()
+            assert {path.name.split("-", 1)[1] for path in held} == {shards[0].name, shards[2].name}
+        assert os.pread(descriptor, sizes[number] + 1, 0) == (world.root / shards[number].name).read_bytes()
+        os.close(descriptor)
     with pytest.raises(ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"):
-        ShardCache(tmp_path / "small", limit=10).fetch(shards[0], size=sizes[0])
+        ShardCache(tmp_path / "small", limit=10).open(shards[0], size=sizes[0])
 
 
-def fetch_all(cache: ShardCache, shards: list, sizes: list[int]) -> None:
+def open_all(cache: ShardCache, shards: list, sizes: list[int]) -> None:
     for _ in range(3):
         for shard, size in zip(shards, sizes, strict=True):
-            assert cache.fetch(shard, size=size).name.endswith(shard.name)
+            descriptor = cache.open(shard, size=size)
+            assert os.fstat(descriptor).st_size == size
+            os.close(descriptor)
 
 
 def test_processes_share_a_cache_and_copy_each_shard_once(store: FaultyStore, remote, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_processes_share_a_cache_and_copy_each_shard_once(store: FaultyStore, re
     cache = ShardCache(tmp_path / "cache", limit=sum(sizes))
     store.reads = 0
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=fetch_all, args=(cache, shards, sizes)) for _ in range(3)]
+    processes = [context.Process(target=open_all, args=(cache, shards, sizes)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -168,6 +170,21 @@ def test_a_store_that_fails_for_good_costs_the_sample_and_says_why(
     assert len(pack.damages) == len(pack.batch.sample_keys)
     assert f"s3://{bucket}/deep/" in pack.damages[0].reason
     assert "(2 attempts)" in pack.damages[0].reason
+
+
+def test_a_shard_that_cannot_be_copied_stops_the_run_and_damages_no_sample(
+    remote, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, bucket = remote
+    with pytest.raises(ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"):
+        stream_of(recipe, world, cache=str(tmp_path / "small"), cache_gib=1e-6).read(0)
+
+    def fail(*_: object) -> bytes:
+        raise OSError("the store is down")
+
+    monkeypatch.setattr(shard_cache, "read_range", fail)
+    with pytest.raises(ShardError, match=rf"s3://{bucket}/deep/.*tar: cannot copy the shard: the store is down"):
+        stream_of(recipe, world, cache=str(tmp_path / "cache")).read(0)
 
 
 def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
