@@ -3,6 +3,8 @@
 import io
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -10,7 +12,7 @@ from typing import IO, Any
 from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.shards import Member
 from megatron_vita.data.storage import Location, check_size, file_size, is_remote, read_range
-from megatron_vita.errors import DataError, ShardError
+from megatron_vita.errors import DataError, ShardError, VitaError
 
 NEAR_BUFFER, FAR_BUFFER = 1 << 17, 1 << 22  # bytes read at once of a file that is read part by part
 
@@ -31,14 +33,21 @@ class ShardReader:
             return self._read_remote(shard, member, shard_size)
         return self._read_local(shard, member, shard_size)
 
-    def open(self, shard: Location, *, member: Member, shard_size: int) -> IO[bytes]:
-        """`member` as a file, of which only what is asked for is read and held. Its methods raise as `read` does.
-
-        ShardError, as `read`, from here: decoders take what goes wrong while they read for damage to the file.
+    @contextmanager
+    def open(self, shard: Location, *, member: Member, shard_size: int) -> Iterator[IO[bytes]]:
+        """`member` as a file, of which only what is asked for is read and held. Raises as `read` does, in the end also
+        what went wrong in between: decoders take it for damage to the file, and show frames in place of others.
         """
         self.read(shard, member=Member(member.name, member.offset, 0), shard_size=shard_size)
         is_far = not isinstance(shard, Path) and self._cache is None
-        return io.BufferedReader(_MemberFile(self, shard, member, shard_size), FAR_BUFFER if is_far else NEAR_BUFFER)
+        file = _MemberFile(self, shard, member, shard_size)
+        try:
+            yield io.BufferedReader(file, FAR_BUFFER if is_far else NEAR_BUFFER)
+        except Exception:
+            if file.failure is None:
+                raise
+        if file.failure is not None:
+            raise file.failure
 
     def _read_remote(self, shard: Location, member: Member, shard_size: int) -> bytes:
         assert not isinstance(shard, Path)
@@ -111,6 +120,7 @@ class _MemberFile(io.RawIOBase):
     def __init__(self, reader: ShardReader, shard: Location, member: Member, shard_size: int) -> None:
         self._reader, self._shard, self._member, self._shard_size = reader, shard, member, shard_size
         self._position = 0
+        self.failure: VitaError | None = None  # the first
 
     def readable(self) -> bool:
         return True
@@ -132,7 +142,11 @@ class _MemberFile(io.RawIOBase):
         size = max(min(len(buffer), self._member.size - self._position), 0)
         if size:
             part = Member(self._member.name, self._member.offset + self._position, size)
-            buffer[:size] = self._reader.read(self._shard, member=part, shard_size=self._shard_size)
+            try:
+                buffer[:size] = self._reader.read(self._shard, member=part, shard_size=self._shard_size)
+            except VitaError as error:
+                self.failure = self.failure or error
+                raise
             self._position += size
         return size
 

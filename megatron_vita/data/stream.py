@@ -205,9 +205,9 @@ class PackStream(Dataset):
     def _decode_medium(self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray) -> None:
         entry = pack.entries[i]
         shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
-        file = self._reader.open(shard, member=member, shard_size=self._shard_size(entry))
         name = f"{self._shard(entry)} {medium.member}"
-        decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset].tile_format, out=out)
+        with self._reader.open(shard, member=member, shard_size=self._shard_size(entry)) as file:
+            decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset].tile_format, out=out)
 
     def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
         shard, member = self._shard(entry), self._member(entry, row, name)

@@ -14,11 +14,11 @@ import fsspec
 import pytest
 from upath import UPath
 
-from megatron_vita.data import shard_cache, storage
+from megatron_vita.data import shard_cache, shard_reader, storage
 from megatron_vita.data.shard_cache import ShardCache
 from megatron_vita.data.shard_reader import ShardReader
 from megatron_vita.data.shards import Member
-from megatron_vita.errors import ConfigError, ShardError
+from megatron_vita.errors import ConfigError, DataError, ShardError
 
 SIZE = 1000
 MEMBER = Member("a.png", 10, 20)
@@ -109,7 +109,29 @@ def test_a_file_of_a_shard_that_is_gone_is_not_opened(tmp_path: Path) -> None:
     gone = UPath("memory://cached/gone.tar")
     for shard, cache in ((gone, ShardCache(tmp_path, limit=SIZE)), (gone, None), (tmp_path / "gone.tar", None)):
         with pytest.raises(ShardError, match=r"gone.tar: cannot open the shard"):
-            ShardReader(cache=cache).open(shard, member=MEMBER, shard_size=SIZE)
+            ShardReader(cache=cache).open(shard, member=MEMBER, shard_size=SIZE).__enter__()
+
+
+@pytest.mark.parametrize("decoder", ["passes over it", "wraps it"])
+def test_a_read_that_failed_is_told_whatever_a_decoder_makes_of_it(
+    decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a film would show other frames where the store failed for a moment."""
+
+    def fail(*_: object) -> bytes:
+        raise OSError("the store is down")
+
+    def decode() -> None:
+        with ShardReader().open(FIRST, member=MEMBER, shard_size=SIZE) as file:
+            try:
+                file.read(1)
+            except DataError:
+                if decoder == "wraps it":
+                    raise DataError("the film is damaged") from None
+
+    monkeypatch.setattr(shard_reader, "read_range", fail)
+    with pytest.raises(DataError, match=r"cannot read .*: the store is down"):
+        decode()
 
 
 def test_an_evicted_copy_gives_its_disk_back_when_the_next_one_is_opened(tmp_path: Path) -> None:
