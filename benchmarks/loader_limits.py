@@ -5,7 +5,8 @@
 The pack is one film of 68 minutes (720p, 30 frames a second), 4,048 frames of which are dealt over the ranks. Memory
 is the PSS of the process that reads it, watched every 50 ms, over that before it reads anything. The resume is at pack
 1,000,000 of a plan with 8 short texts in each pack, in a process of its own, whose index and plan files are not in the
-page cache: it opens the split, starts a loader process and waits for a batch. Prints medians over the rounds.
+page cache: it opens the split, takes the digest of the packs consumed, starts a loader process and waits for a batch.
+Prints medians over the rounds.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from video import MINUTES, film, repeated
 from data_tools.planning import index_shards, write_plans
 from megatron_vita.config import DatasetConfig, Recipe, load_recipe, recipe_from_dict
 from megatron_vita.data.index import index_path
-from megatron_vita.data.loader import read_packs
+from megatron_vita.data.loader import read_packs, start_early
 from megatron_vita.data.plan import PackPlan, write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.shards import MediaFile, SampleWriter
@@ -170,7 +171,9 @@ def first_batch(file: Path) -> dict[str, float]:
     recipe = load_recipe(file)
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     start = time.perf_counter()
+    start_early()
     stream = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=(0, 1))
+    stream.plan.digest_before(PACK)
     opened = time.perf_counter()
     packs = read_packs(stream, map(PackTask, range(PACK, len(stream))), num_workers=1)
     pack = next(packs)

@@ -11,6 +11,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 
@@ -26,6 +27,21 @@ KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that other
 STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
 STARTING_SECONDS = 120
 BARREN_DEATHS, BARREN_KILLS = 3, 20  # of processes that have read nothing yet: the machine cannot run them
+
+
+def start_early() -> None:
+    """Starts the process that loader processes are forked from. It imports what they need, which takes a second or two,
+    beside whatever is done here meanwhile.
+    """
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    # A fork of this process could inherit a lock that a thread holds, and hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def read_packs(
@@ -106,9 +122,7 @@ class _Pool:
         self.pending: deque[_Job] = deque()
         self._stream, self._limit = stream, sample_seconds
         self._pickled = pickle.dumps(stream, protocol=5)
-        # A fork of this process could inherit a lock that a thread holds, and hang.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
+        self._context = _context()
         self._barren = 0
         self._readers = [self._new_reader() for _ in range(num_workers)]
 
