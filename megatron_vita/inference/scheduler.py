@@ -20,6 +20,8 @@ PATIENCE = 0.02
 """Seconds for which ranks that have nothing else to do wait for tiles, before they look for new requests."""
 AHEAD = 4
 """Chunks whose tiles may be decoded, or wait to be, at a time: what they take of memory."""
+OLDEST_FIRST = 4
+"""Of so many steps with pieces of prompts, the last begins with the oldest prompt."""
 LONG_WAIT = 10
 """Steps that a prompt waits for its first tiles, before the blocks that precede them are computed without: others may
 share them. Sooner would cut a short prompt in two."""
@@ -79,6 +81,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._changes = Step()  # bookkeeping for the next step
         self._decoded_last = False
+        self._pieces = 0  # steps with pieces of prompts
 
     @property
     def has_work(self) -> bool:
@@ -219,14 +222,18 @@ class Scheduler:
         """Tokens of prompts in a step."""
         return self.policy.busy_chunk_tokens if self.running else self.policy.chunk_tokens
 
-    def _by_what_is_left(self) -> list[Request]:
-        """The prompts under way, those with the least left first, so that a short one never waits long."""
+    def _in_turn(self) -> list[Request]:
+        """The prompts under way, those with the least left first, so that a short one never waits long; but now and
+        then the oldest first, so that a long one gets on however many short ones come.
+        """
+        if self._pieces % OLDEST_FIRST == OLDEST_FIRST - 1:
+            return list(self.prefilling)
         return sorted(self.prefilling, key=lambda request: (_left(request), request.number))
 
     def _announce(self) -> None:
         """Has the tiles of coming pieces decoded: of each prompt two pieces ahead, of all together a bounded number."""
         ahead = sum(r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles)
-        for request in self._by_what_is_left():
+        for request in self._in_turn():
             sequence, start = request.sequences[0], request.announced
             stop = min(start + self._chunk, request.prepared.tokens)
             if request.ready < start or start == stop or start - sequence.length > self._chunk:
@@ -242,7 +249,7 @@ class Scheduler:
         """Pieces of the prompts under way, as far as their tiles are decoded."""
         budget = self._chunk
         pieces = []
-        for request in self._by_what_is_left():
+        for request in self._in_turn():
             sequence = request.sequences[0]
             count = min(budget, self._computable(request) - sequence.length)
             if count <= 0:
@@ -253,6 +260,7 @@ class Scheduler:
             request.announced = max(request.announced, sequence.length)
             ends = _left(request) == 0
             pieces.append(PiecePlan(sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends))
+        self._pieces += bool(pieces)
         return Step(prefill=pieces) if pieces else None
 
     def _computable(self, request: Request) -> int:

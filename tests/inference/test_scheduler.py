@@ -90,6 +90,17 @@ def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
         engine._use(step, engine._execute(step))
 
 
+def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> None:
+    engine, one = tiny_engine(tmp_path, chunk_tokens=16, busy_chunk_tokens=16), Sampling(max_new_tokens=1)
+    long = engine.add(engine.prepare(Prompt.ask("no cats " * 45)), one)
+    for turn in range(200):
+        while len(engine._scheduler.prefilling) + len(engine._scheduler.waiting) < 5:
+            engine.add(engine.prepare(Prompt.ask(f"{['red', 'blue', 'cats', 'two'][turn % 4]} {turn}")), one)
+        if any(piece.request == long for piece in engine.step()):
+            return
+    pytest.fail("the long prompt is never computed")
+
+
 def test_a_short_prompt_with_an_image_is_computed_in_one_piece(tmp_path: Path) -> None:
     """The graphs of short prompts, and the tiles of chunks, depend on it."""
     engine = tiny_engine(tmp_path, chunk_tokens=512, page_tokens=128)
