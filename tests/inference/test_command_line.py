@@ -197,6 +197,7 @@ def test_control_c_stops_the_answer_and_not_the_conversation() -> None:
     def answer(request: dict[str, Any]) -> str:
         return "quick" if texts_of(request)[-1] == "short" else "word " * 600
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, as do their children
     with serving(answer, seconds_a_word=0.1) as server:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "megatron_vita.inference", "--server", server.url],
