@@ -81,6 +81,7 @@ def test_every_layout_masks_the_same_samples_and_has_the_same_losses(
     assert manifest["damaged"] == events
 
 
+@pytest.mark.skipif(not os.environ.get("VITA_TEST_ALL"), reason="takes a minute; make test-all")
 def test_a_replay_masks_what_was_masked_though_it_could_be_read_by_now(
     whole: Path, spoilt_keys: list[str], tmp_path: Path
 ) -> None:
