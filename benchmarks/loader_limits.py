@@ -32,7 +32,7 @@ from video import MINUTES, film, repeated
 from data_tools.planning import index_shards, write_plans
 from megatron_vita.config import DatasetConfig, Recipe, load_recipe, recipe_from_dict
 from megatron_vita.data.index import index_path
-from megatron_vita.data.loader import read_packs, start_early
+from megatron_vita.data.loader import read_packs, start_fork_server
 from megatron_vita.data.plan import PackPlan, write_plan
 from megatron_vita.data.planner import make_plan
 from megatron_vita.data.shards import MediaFile, SampleWriter
@@ -171,7 +171,7 @@ def first_batch(file: Path) -> dict[str, float]:
     recipe = load_recipe(file)
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     start = time.perf_counter()
-    start_early()
+    start_fork_server()
     stream = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=(0, 1))
     stream.plan.digest_before(PACK)
     opened = time.perf_counter()

@@ -59,7 +59,7 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     return PackStream(
         plan,
         shards=[[shard]],
-        contents=[[index.header.content[:16]]],
+        contents=[[index.header.fingerprint]],
         data=dataclasses.replace(recipe.data, seq_length=length),
         forms=[form],
         tile_share=(0, 1),

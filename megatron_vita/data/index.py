@@ -63,6 +63,11 @@ class IndexHeader:
     left_out: str = ""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells what the index says of its samples from what others say; short, since plans keep that of each shard."""
+        return self.content[:16]
+
 
 class SampleRow(NamedTuple):
     """A sample's metadata: whether it is raw text, kinds of its pieces in order and tokens of those that are text,

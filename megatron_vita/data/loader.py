@@ -29,7 +29,7 @@ STARTING_SECONDS = 120
 BARREN_DEATHS, BARREN_KILLS = 3, 20  # of processes that have read nothing yet: the machine cannot run them
 
 
-def start_early() -> None:
+def start_fork_server() -> None:
     """Starts the process that loader processes are forked from. It imports what they need, which takes a second or two,
     beside whatever is done here meanwhile.
     """

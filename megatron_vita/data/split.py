@@ -38,8 +38,8 @@ class Source:
 
     @property
     def contents(self) -> dict[str, str]:
-        """The shards' names, with a fingerprint of what their indexes say."""
-        return {shard.name: header.content[:16] for shard, header in zip(self.shards, self.headers, strict=True)}
+        """The shards' names, with the fingerprints of their indexes."""
+        return {shard.name: header.fingerprint for shard, header in zip(self.shards, self.headers, strict=True)}
 
     @property
     def ratio(self) -> float:

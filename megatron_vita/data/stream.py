@@ -54,9 +54,9 @@ class _Pack:
 class PackStream(Dataset):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
-    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` how their indexes' fingerprints
-    began when it was opened, and `forms[dataset]` what their samples become. `tile_share` is (rank, ranks) of the ranks
-    that share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
+    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the fingerprints their
+    indexes had when it was opened, `forms[dataset]` what their samples become. `tile_share` is (rank, ranks) of the ranks that
+    share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class PackStream(Dataset):
     def _read_index(self, dataset: int, shard: int) -> SampleIndex:
         path = index_path(self._shards[dataset][shard])
         index = read_index(path, self._text)
-        if not index.header.content.startswith(self._contents[dataset][shard]):
+        if index.header.fingerprint != self._contents[dataset][shard]:
             raise ShardError(
                 f"{path}: the index was made anew after the plan was opened, and its samples are others: make the plan "
                 "again and resume, or put back the shard and its index as they were"

@@ -199,11 +199,8 @@ class Scheduler:
         more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
         sequence = Sequence(number=next(self._numbers), blocks=known + more, length=request.cached_tokens)
         request.sequences = [sequence]
-        without_tiles = min(_head(request), sequence.length + self._chunk)
-        if without_tiles in (request.prepared.tokens, sequence.length + self._chunk):
-            request.announced = request.ready = without_tiles
-        else:
-            request.announced = request.ready = sequence.length
+        stop = min(sequence.length + self._chunk, request.prepared.tokens)
+        request.announced = request.ready = stop if stop <= _head(request) else sequence.length
         self.prefilling.append(request)
         document = request.prepared.document
         self._changes.begin.append(

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
-from megatron_vita.data.loader import start_early
+from megatron_vita.data.loader import start_fork_server
 from megatron_vita.data.stream import PackStream
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
@@ -89,7 +89,7 @@ def open_run(recipe: Recipe) -> Run:
     replicas = recipe.data_parallel_size(dist.get_world_size())
     check_state_can_be_saved(recipe)
     if recipe.data.num_workers:
-        start_early()
+        start_fork_server()
     groups.initialize_groups(recipe.parallel)
     layout = groups.rank_layout()
     encodes = groups.is_first_stage() and not recipe.model.text_only
