@@ -54,9 +54,9 @@ class _Pack:
 class PackStream(Dataset):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
-    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the fingerprints their
-    indexes had when it was opened, `forms[dataset]` what their samples become. `tile_share` is (rank, ranks) of the ranks that
-    share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
+    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the fingerprints that their
+    indexes had when it was opened, `forms[dataset]` what their samples become. `tile_share` is (rank, ranks) of the
+    ranks that share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
     """
 
     def __init__(

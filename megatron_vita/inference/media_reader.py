@@ -22,6 +22,7 @@ from megatron_vita.data.tiles import decode_tiles
 from megatron_vita.errors import DataError
 from megatron_vita.inference.media_readers import Answer, Probe, Question
 from megatron_vita.media.video import probe_video
+from megatron_vita.processes import end_with
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,9 @@ def serve(pipe: Connection) -> None:
 
 @contextmanager
 def _ends_with(pipe: Connection) -> Iterator[None]:
-    """Meanwhile the kernel ends this process when the other end of a pipe is closed or shut down.
-
-    It sends SIGIO, which ends a process without a handler for it, at whatever happens to the pipe: nothing else may.
-    """
+    """Meanwhile the kernel ends this process when the other end of a pipe is closed or shut down."""
     flags = fcntl.fcntl(pipe.fileno(), fcntl.F_GETFL)
-    fcntl.fcntl(pipe.fileno(), fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(pipe.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+    end_with(pipe.fileno())
     if pipe.poll():  # closed before
         raise EOFError
     yield
