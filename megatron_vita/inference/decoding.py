@@ -7,7 +7,7 @@ from megatron_vita import platform
 from megatron_vita.inference.attention import DecodeAttention
 from megatron_vita.inference.block_pool import SCRATCH_BLOCK
 from megatron_vita.inference.cache import KeyValueCache
-from megatron_vita.inference.graphs import Graph
+from megatron_vita.inference.graphs import Graph, GraphPool
 from megatron_vita.inference.rotary import Rotation
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.parallel import groups
@@ -38,9 +38,11 @@ class Batch:
 class Decoder:
     """Runs batches of new tokens, in sizes that are powers of two."""
 
-    def __init__(self, model: LanguageModel, cache: KeyValueCache, *, max_blocks: int, graphs: bool) -> None:
+    def __init__(
+        self, model: LanguageModel, cache: KeyValueCache, *, max_blocks: int, graphs: GraphPool | None
+    ) -> None:
         self.model, self.cache, self.max_blocks = model, cache, max_blocks
-        self.graphs = graphs and platform.on_cuda()
+        self.graphs = graphs
         self._batches: dict[int, Batch] = {}
 
     def run(self, rows: list[tuple[int, int, int]], *, tables: dict[int, Tensor]) -> Tensor:
@@ -55,28 +57,21 @@ class Decoder:
             inputs[row] = [token, position, inputs[row][2] if slot is None else slot, layout.held(position + 1)]
         batch.host.copy_(torch.tensor(inputs).T)
         batch.device.copy_(batch.host, non_blocking=True)
-        if not self.graphs:
+        if self.graphs is None:
             return self._forward(batch)[: len(rows)]
-        if batch.graph is None:
-            batch.graph = Graph(lambda: self._forward(batch))
-        return batch.graph.launch()[: len(rows)]
+        return self.record(len(rows)).launch()[: len(rows)]
 
-    def record(self, rows: int) -> None:
-        """Makes the graph of batches of so many rows. Collective."""
+    def record(self, rows: int) -> Graph:
+        """The graph of batches of so many rows, made where it is not there. Collective."""
+        assert self.graphs is not None, "this decoder works without graphs"
         batch = self._batch_for(rows)
-        batch.graph = batch.graph or Graph(lambda: self._forward(batch))
+        batch.graph = batch.graph or self.graphs.record(lambda: self._forward(batch))
+        return batch.graph
 
     def forget(self, sequence: int) -> None:
         """The number of a sequence whose blocks have changed, or which has ended."""
         for batch in self._batches.values():
             batch.shown = [(-1, 0) if shown[0] == sequence else shown for shown in batch.shown]
-
-    def close(self) -> None:
-        """Drops the graphs."""
-        for batch in self._batches.values():
-            if batch.graph is not None:
-                batch.graph.close()
-        self._batches.clear()
 
     def _batch_for(self, rows: int) -> Batch:
         size = 1 << (rows - 1).bit_length()

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,7 +111,9 @@ class Engine:
         self.max_context = self.options.max_context or recipe.data.seq_length
         group = groups.host_group("train")
         self._channel = None if group is None else StepChannel(group)
-        self._watch = None if group is None else PeerWatch(group)
+        self.on_lost_rank: Callable[[EngineError], None] = lambda _: None
+        """Called when another rank is gone, by a thread of its own: a step may wait for that rank inside a kernel."""
+        self._watch = None if group is None else PeerWatch(group, on_loss=self._lose)
         self._closed = False
         self._start()
 
@@ -306,6 +308,9 @@ class Engine:
         while not (step := self.receive_step()).close:
             self.worker.execute(step)
         self._leave()
+
+    def _lose(self, rank: int) -> None:
+        self.on_lost_rank(EngineError(f"the engine cannot go on: a rank is gone: rank {rank}"))
 
     def _leave(self) -> None:
         if self._watch is not None:

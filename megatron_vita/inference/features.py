@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.form import DocumentFormat
-from megatron_vita.inference.graphs import Graph
+from megatron_vita.inference.graphs import Graph, GraphPool
 from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.step import PiecePlan, SequenceStart
 from megatron_vita.inference.tiles import TileDecoder, TileKey
@@ -37,7 +37,7 @@ class FeatureSource:
     """Encodes the tiles of a step's pieces over all ranks."""
 
     def __init__(
-        self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat, readers: MediaReaders, graphs: bool
+        self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat, readers: MediaReaders, graphs: GraphPool | None
     ) -> None:
         self.model, self.form, self.graphs = model, form, graphs
         self._graphs: dict[int, tuple[Tensor, Graph]] = {}  # by number of tiles: their pixels, and what encodes them
@@ -111,31 +111,24 @@ class FeatureSource:
         """uint8 [n, 3, S, S] -> features [n, rows, H]."""
         dtype = self.model.config.params_dtype
         tiles = normalize(pixels.to(platform.device()), self.normalization, dtype=dtype)
-        if not self.graphs or not 0 < len(tiles) <= _FEW_TILES:
+        if self.graphs is None or not 0 < len(tiles) <= _FEW_TILES:
             return self.model.encode(tiles)
-        size = 1 << (len(tiles) - 1).bit_length()
-        if size not in self._graphs:
-            self._record(size)
-        buffer, graph = self._graphs[size]
+        buffer, graph = self._graph_for(1 << (len(tiles) - 1).bit_length())
         buffer[: len(tiles)] = tiles
         return graph.launch()[: len(tiles)].clone()
 
     def warm_up(self) -> None:
         """Makes the graphs of few tiles. Collective where the tower is split over TP."""
         for exponent in range(_FEW_TILES.bit_length() if self.graphs and self.model.encodes else 0):
-            self._record(1 << exponent)
+            self._graph_for(1 << exponent)
 
-    def _record(self, size: int) -> None:
-        side, dtype = self.form.vision.image_size, self.model.config.params_dtype
-        buffer = torch.zeros(size, 3, side, side, dtype=dtype, device=platform.device())
-        self._graphs[size] = (buffer, Graph(lambda: self.model.encode(buffer)))
-
-    def close(self) -> None:
-        """Drops the graphs, and what is being decoded."""
-        self.decoder.close()
-        for _, graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+    def _graph_for(self, size: int) -> tuple[Tensor, Graph]:
+        assert self.graphs is not None, "tiles are encoded without graphs here"
+        if size not in self._graphs:
+            side, dtype = self.form.vision.image_size, self.model.config.params_dtype
+            buffer = torch.zeros(size, 3, side, side, dtype=dtype, device=platform.device())
+            self._graphs[size] = (buffer, self.graphs.record(lambda: self.model.encode(buffer)))
+        return self._graphs[size]
 
     def _encode(self, tiles: list[TileKey]) -> tuple[Tensor, dict[int, str]]:
         """Features [n, rows, H] of tiles, on every rank, and what is wrong with which sequence."""

@@ -7,7 +7,7 @@ from megatron_vita import platform
 from megatron_vita.inference.attention import PrefillAttention, PromptPiece, held_places
 from megatron_vita.inference.block_pool import SCRATCH_BLOCK
 from megatron_vita.inference.cache import KeyValueCache
-from megatron_vita.inference.graphs import Graph
+from megatron_vita.inference.graphs import Graph, GraphPool
 from megatron_vita.inference.rotary import Rotation
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.parallel import groups
@@ -24,8 +24,8 @@ def padded_length(length: int) -> int | None:
 class ShortPrompts:
     """The layers over whole prompts of the known lengths."""
 
-    def __init__(self, model: LanguageModel, cache: KeyValueCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: LanguageModel, cache: KeyValueCache, *, graphs: GraphPool) -> None:
+        self.model, self.cache, self.graphs = model, cache, graphs
         self._graphs: dict[int, tuple[Tensor, Tensor, Graph]] = {}  # embeddings, slots, graph
 
     def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor) -> Tensor:
@@ -66,11 +66,5 @@ class ShortPrompts:
         )
         shape = (length // ranks, 1, self.model.config.hidden_size)
         embeddings = torch.zeros(shape, dtype=self.model.config.params_dtype, device=device)
-        graph = Graph(lambda: self.model.run_layers(embeddings, attention=attention))
+        graph = self.graphs.record(lambda: self.model.run_layers(embeddings, attention=attention))
         self._graphs[length] = (embeddings, slots, graph)
-
-    def close(self) -> None:
-        """Drops the graphs."""
-        for _, _, graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()

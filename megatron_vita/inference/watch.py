@@ -8,13 +8,14 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 10
-"""Time for what waits for the lost rank to fail with an error of its own, as it does on gloo."""
+"""Time for who is told to end in order, and for what waits for the lost rank to fail by itself, as it does on gloo."""
 HEARING_SECONDS = 5.0
 """Time for who connects to say that it is a rank: a rank does so at once."""
 _GOODBYE = b"."
@@ -27,7 +28,9 @@ class PeerWatch:
     Collective. The exit code is then 1, and the log says which rank is gone.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
+    def __init__(self, group: ProcessGroup, *, on_loss: Callable[[int], None]) -> None:
+        """`on_loss` is called with the rank that is gone, by the thread that watches."""
+        self._on_loss = on_loss
         self._peers: dict[socket.socket, int] = {}
         rank, ranks = group.rank(), group.size()
         listener = socket.create_server(("", 0)) if rank == 0 else None
@@ -77,8 +80,11 @@ class PeerWatch:
 
     def _mourn(self, rank: int) -> None:
         logger.error("rank %d is gone: the service ends", rank)
-        time.sleep(GRACE_SECONDS)
-        os._exit(1)  # threads that wait inside a kernel cannot be ended in any other way
+        try:
+            self._on_loss(rank)
+            time.sleep(GRACE_SECONDS)
+        finally:
+            os._exit(1)  # threads that wait inside a kernel cannot be ended in any other way
 
 
 def _said(peer: socket.socket) -> bytes:

@@ -15,6 +15,7 @@ from megatron_vita.inference.attention import PrefillAttention, PromptPiece, hel
 from megatron_vita.inference.cache import KeyValueCache
 from megatron_vita.inference.decoding import Decoder
 from megatron_vita.inference.features import FeatureSource
+from megatron_vita.inference.graphs import GraphPool
 from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.partial_attention import PLANNED_KEYS, PLANNED_ROWS
 from megatron_vita.inference.rotary import Rotation
@@ -69,17 +70,17 @@ class Worker:
         graphs: bool = True,
     ) -> None:
         self.model, self.cache = model, cache
-        self.graphs = graphs and platform.on_cuda()
+        self.graphs = GraphPool() if graphs and platform.on_cuda() else None
         self.features = FeatureSource(model, recipe=recipe, form=form, readers=readers, graphs=self.graphs)
         self.decoder = Decoder(model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs)
-        self.short_prompts = ShortPrompts(model.language_model, cache)
+        self.short_prompts = ShortPrompts(model.language_model, cache, graphs=self.graphs) if self.graphs else None
         self._tables: dict[int, Tensor] = {}
         self._prompts: dict[int, SequenceStart] = {}
 
     @torch.no_grad()
     def warm_up(self) -> None:
         """Makes the graphs that single requests need, so that the first of them does not wait. Collective."""
-        if self.graphs:
+        if self.short_prompts is not None:
             for length in LENGTHS:
                 if length % (2 * groups.context_group().size()) == 0:
                     self.short_prompts.record(length)
@@ -87,9 +88,10 @@ class Worker:
             self.features.warm_up()
 
     def close(self) -> None:
-        """Drops all graphs: a process group cannot be left while they hold its operations."""
-        for part in (self.decoder, self.short_prompts, self.features):
-            part.close()
+        """Drops all graphs, for a process group cannot be left while they hold its operations; and what is decoded."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.features.decoder.close()
 
     @torch.no_grad()
     def execute(self, step: Step) -> StepResult:
@@ -133,7 +135,7 @@ class Worker:
         model = self.model.language_model
         hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
         failed = self._write_features(hidden, pack)
-        if pack.is_short:
+        if pack.is_short and self.short_prompts is not None:
             places, slots = self._stored(pack)
             hidden = self.short_prompts.run(hidden, places=places, slots=slots)
         else:
@@ -147,7 +149,7 @@ class Worker:
         ranks = groups.rank_layout().cp_size
         lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
         first = pieces[0]
-        short = padded_length(first.stop) if self.graphs and len(pieces) == 1 and first.start == 0 else None
+        short = padded_length(first.stop) if self.short_prompts and len(pieces) == 1 and first.start == 0 else None
         if short is not None and short % (2 * ranks) == 0:
             lengths = [short]
         bounds = bounds_of(lengths)

@@ -33,7 +33,7 @@ class FakeGroup:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
-    """The ranks that are mourned, in a process that goes on."""
+    """The ranks that are mourned, and then the exit code of each process that ends so; this one goes on."""
     lost: queue.Queue[int] = queue.Queue()
 
     def broadcast(said: list[Place], *, group: FakeGroup, group_src: int) -> None:
@@ -43,18 +43,21 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(watch.dist, "broadcast_object_list", broadcast)
-    monkeypatch.setattr(PeerWatch, "_mourn", lambda _, rank: lost.put(rank))
+    monkeypatch.setattr(watch.os, "_exit", lost.put)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(watch, "HEARING_SECONDS", 0.3)
     return lost
 
 
-def watches(first_guest: Callable[[tuple[str, int]], None]) -> tuple[PeerWatch, PeerWatch]:
+def watches(
+    first_guest: Callable[[tuple[str, int]], None], *, on_loss: Callable[[int], None] = lambda _: None
+) -> tuple[PeerWatch, PeerWatch]:
     """Those of rank 0 and rank 1, which comes after `first_guest` has been at rank 0's address."""
     place: Future[Place] = Future()
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(PeerWatch, FakeGroup(0, place))  # type: ignore[arg-type]
+        zero = pool.submit(PeerWatch, FakeGroup(0, place), on_loss=on_loss)  # type: ignore[arg-type]
         first_guest(place.result(10)[0])
-        one = PeerWatch(FakeGroup(1, place))  # type: ignore[arg-type]
+        one = PeerWatch(FakeGroup(1, place), on_loss=on_loss)  # type: ignore[arg-type]
         return zero.result(10), one
 
 
@@ -92,14 +95,24 @@ def test_a_stranger_that_connects_first_is_not_taken_for_a_rank(
             behave(stranger)
 
         began = time.monotonic()
-        zero, one = watches(come)
+        zero, one = watches(come, on_loss=lost.put)
         assert time.monotonic() - began < 1.0
     assert list(zero._peers.values()) == [1]
     with pytest.raises(queue.Empty):
         lost.get(timeout=0.1)
     for peer in one._peers:
         peer.shutdown(socket.SHUT_RDWR)  # as at the end of its process
-    assert {lost.get(timeout=2), lost.get(timeout=2)} == {0, 1}
+    assert sorted(lost.get(timeout=2) for _ in range(4)) == [0, 1, 1, 1]  # two ranks, and two times exit code 1
+
+
+def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(lost: "queue.Queue[int]") -> None:
+    def fail(rank: int) -> None:
+        raise RuntimeError("nobody listens")
+
+    zero, _ = watches(lambda _: None, on_loss=fail)
+    for peer in zero._peers:
+        peer.shutdown(socket.SHUT_RDWR)
+    assert [lost.get(timeout=2), lost.get(timeout=2)] == [1, 1]
 
 
 def test_ranks_that_leave_in_order_are_not_mourned(lost: "queue.Queue[int]") -> None:

@@ -1,8 +1,9 @@
 """What the server needs of an engine, as types: the engine itself and stand-ins for it have these members."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from megatron_vita.errors import EngineError
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import AnswerPiece, Sampling
 
@@ -68,7 +69,9 @@ class TokenReader(Protocol):
 
 
 class ServedEngine(Protocol):
-    """The engine. `prepare` may be called from any thread, all else from one only."""
+    """The engine. `prepare` may be called from any thread, all else from one only; `on_lost_rank` is called by any."""
+
+    on_lost_rank: Callable[[EngineError], None]
 
     @property
     def tokenizer(self) -> TokenReader: ...

@@ -1,11 +1,12 @@
 """The thread that owns the engine, and the bridge between it and the event loop.
 
 All calls of the engine but `prepare` are made in one thread, which takes commands between two steps. Pieces of answers
-go to the event loop, where each request reads its own. When the engine raises, the service has failed for good: every
-request, open or new, gets EngineFailedError.
+go to the event loop, where each request reads its own. When the engine raises, or says that it has lost a rank, the
+service has failed for good: every request, open or new, gets EngineFailedError.
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -55,7 +56,7 @@ class EngineService:
     """Runs an engine in a thread of its own."""
 
     def __init__(self, engine: ServedEngine, *, on_failure: Callable[[], None] = lambda: None) -> None:
-        """`on_failure` is called on the event loop when the engine has raised."""
+        """`on_failure` is called on the event loop when the engine has failed."""
         self.engine = engine
         self.failure: str | None = None
         self.statistics: Statistics = engine.statistics()
@@ -72,6 +73,7 @@ class EngineService:
     def start(self) -> None:
         """Begins, with the running event loop as the other end."""
         self._loop = asyncio.get_running_loop()
+        self.engine.on_lost_rank = self._fail
         self._thread.start()
 
     async def submit(self, prepared: Any, sampling: Sampling) -> RequestStream:
@@ -101,11 +103,12 @@ class EngineService:
             return
 
     async def stop(self, *, seconds: float = 30.0) -> None:
-        """Closes the engine after its present step; waits so long for it."""
+        """Closes the engine after its present step; waits so long for it, unless it has failed."""
         self._stopping = True
         self._commands.put(lambda: None)
-        await asyncio.to_thread(self._thread.join, seconds)
-        if self._thread.is_alive():
+        if self.failure is None:
+            await asyncio.to_thread(self._thread.join, seconds)
+        if self.failure is None and self._thread.is_alive():
             logger.warning("the engine did not end within %g seconds", seconds)
 
     def step_seconds(self) -> float:
@@ -121,22 +124,27 @@ class EngineService:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._stopping and self._ended is None:
                 self._take_commands()
                 if self.engine.has_work:
                     self._step()
                 elif time.monotonic() - self._used >= IDLE_SECONDS:
                     self.engine.idle()
                     self._used = time.monotonic()
-            self.engine.close()
-            self._end("the server is stopping")
+            if self._ended is None:
+                self.engine.close()
+                self._end("the server is stopping")
         except BaseException as error:  # whatever it is: without this thread nobody would get an answer
             logger.exception("the engine failed; the server ends")
-            self.failure = f"the engine failed: {type(error).__name__}: {error}"
-            try:
-                self._end(self.failure)
-            finally:
-                self._loop.call_soon_threadsafe(self.on_failure)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends the service, by the thread of the engine or the one that misses a rank. The first failure is told."""
+        self.failure = self.failure or f"the engine failed: {type(error).__name__}: {error}"
+        try:
+            self._end(self.failure)
+        finally:
+            self._loop.call_soon_threadsafe(self.on_failure)
 
     def _take_commands(self) -> None:
         """Runs what has come, for a bounded time; where there is nothing to do, waits for it."""
@@ -188,6 +196,8 @@ class EngineService:
         stream.left = stream.choices
         self._open[stream.number] = stream
         added.set_result(None)
+        if self._ended is not None:  # since the look above: by another thread, which did not see this request
+            self._loop.call_soon_threadsafe(stream.arrivals.put_nowait, self._ended)
 
     def _cancel(self, stream: RequestStream) -> None:
         if stream.number in self._open and self._ended is None:
@@ -198,15 +208,14 @@ class EngineService:
             self._cancel(stream)
 
     def _end(self, reason: str) -> None:
-        """Refuses all commands from now on, and ends what is open."""
-        error = EngineFailedError(reason)
+        """Refuses all commands from now on, and ends what is open. Any thread may do it, also once more."""
         with self._lock:
-            self._ended = error
-        while not self._commands.empty():
-            self._commands.get()()
-        for stream in self._open.values():
-            self._loop.call_soon_threadsafe(stream.arrivals.put_nowait, error)
-        self._open.clear()
+            self._ended = self._ended or EngineFailedError(reason)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
+        for stream in list(self._open.values()):
+            self._loop.call_soon_threadsafe(stream.arrivals.put_nowait, self._ended)
 
 
 def _deliver(arrivals: list[tuple[RequestStream, AnswerPiece, Usage | None]]) -> None:

@@ -17,7 +17,7 @@ import pytest
 from fake_engine import FakeEngine, FakePrepared
 from running_server import RunningServer, body, refusal, running, wait_until
 
-from megatron_vita.errors import DataError
+from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
 from megatron_vita.inference.server.limits import Limits
@@ -231,6 +231,26 @@ def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
         wait_until(lambda: server.server.service.failure is not None)
     assert "rank 1 is gone" in (server.server.service.failure or "")
+
+
+def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_503_and_the_server_ends() -> None:
+    engine = slow()
+    with running(engine) as server:
+        open_requests = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
+        wait_until(lambda: len(engine.requests) == 2)
+        engine.step_seconds = 120
+        time.sleep(0.1)
+        waiting = in_thread(server.chat)  # the engine's thread does not look for it
+        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 3)
+        engine.on_lost_rank(EngineError("a rank is gone: rank 1"))
+        plain, stream, late = (answer()[0] for answer in (*open_requests, waiting))
+        for answer in (plain, late):
+            assert "EngineError: a rank is gone: rank 1" in refusal(answer, 503)["message"]
+        last = stream.text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        wait_until(lambda: server.server.should_exit)
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("fails", [True, False])
