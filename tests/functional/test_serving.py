@@ -66,6 +66,23 @@ def test_answers_are_those_of_one_process(
     assert [answer["finish"] for answer in expected].count("error") == 1
 
 
+def test_a_cache_of_eight_bits_is_split_over_context_ranks_too(
+    checkpoint: Path, expected: list[dict], tmp_path: Path
+) -> None:
+    file = tmp_path / "answers.json"
+    layout = [{CP: 2}, {"cache_dtype": "fp8"}]
+    torchrun("serving_worker.py", str(checkpoint), json.dumps({str(file): layout}), processes=2)
+    rounded, exact = likeliest_first_tokens(json.loads(file.read_text())), likeliest_first_tokens(expected)
+    assert rounded == pytest.approx(exact, abs=0.05)
+    assert rounded != pytest.approx(exact, abs=1e-5)
+
+
+def likeliest_first_tokens(answers: list[dict]) -> list[float]:
+    """Their log-probabilities, which do not depend on what is drawn."""
+    firsts = [answer["scores"][0] for answer in answers if answer["scores"]]
+    return [first["likeliest"][0]["logprob"] for first in firsts if first["likeliest"]]
+
+
 def scores(answer: dict) -> list[float]:
     return [token["logprob"] for score in answer["scores"] for token in (score["chosen"], *score["likeliest"])]
 
