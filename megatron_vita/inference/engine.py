@@ -111,8 +111,8 @@ class Engine:
         self.max_context = self.options.max_context or recipe.data.seq_length
         group = groups.host_group("train")
         self._channel = None if group is None else StepChannel(group)
-        self.on_lost_rank: Callable[[EngineError], None] = lambda _: None
-        """Called when another rank is gone, by a thread of its own: a step may wait for that rank inside a kernel."""
+        self._lost: list[EngineError] = []
+        self._tell_loss: Callable[[EngineError], None] = self._lost.append
         self._watch = None if group is None else PeerWatch(group, on_loss=self._lose)
         self._closed = False
         self._start()
@@ -306,11 +306,18 @@ class Engine:
     def serve_as_worker(self) -> None:
         """Does what rank 0 says until it closes. EngineError if rank 0 is gone."""
         while not (step := self.receive_step()).close:
-            self.worker.execute(step)
+            with _ranks_are_there():
+                self.worker.execute(step)
         self._leave()
 
+    def on_lost_rank(self, told: Callable[[EngineError], None]) -> None:
+        """Has `told` called when another rank is gone, by any thread: a step may wait for it inside a kernel."""
+        self._tell_loss = told
+        for error in self._lost:  # it was gone before
+            told(error)
+
     def _lose(self, rank: int) -> None:
-        self.on_lost_rank(EngineError(f"the engine cannot go on: a rank is gone: rank {rank}"))
+        self._tell_loss(EngineError(f"the engine cannot go on: a rank is gone: rank {rank}"))
 
     def _leave(self) -> None:
         if self._watch is not None:

@@ -13,11 +13,17 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_vita.errors import EngineError
+
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 10
 """Time for who is told to end in order, and for what waits for the lost rank to fail by itself, as it does on gloo."""
 HEARING_SECONDS = 5.0
 """Time for who connects to say that it is a rank: a rank does so at once."""
+JOINING_SECONDS = 60.0
+"""Time for all ranks to connect."""
+_KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
+"""A host that lost its power or its network says nothing: it is asked after 10 silent seconds, 3 times."""
 _GOODBYE = b"."
 _SECRET_BYTES, _RANK_BYTES = 32, 4
 
@@ -29,7 +35,7 @@ class PeerWatch:
     """
 
     def __init__(self, group: ProcessGroup, *, on_loss: Callable[[int], None]) -> None:
-        """`on_loss` is called with the rank that is gone, by the thread that watches."""
+        """`on_loss` is called with a rank that is gone, by the thread that watches. EngineError if one never comes."""
         self._on_loss = on_loss
         self._peers: dict[socket.socket, int] = {}
         rank, ranks = group.rank(), group.size()
@@ -39,16 +45,28 @@ class PeerWatch:
         dist.broadcast_object_list(place, group=group, group_src=0)
         address, secret = place[0]
         if listener is None:
-            peer = socket.create_connection(address, timeout=60)
+            peer = socket.create_connection(address, timeout=JOINING_SECONDS)
             peer.sendall(secret + rank.to_bytes(_RANK_BYTES, "little"))
             self._peers[peer] = 0
         else:
             with listener:
-                while len(self._peers) < ranks - 1:
-                    self._let_in(*listener.accept(), secret)
+                self._let_all_in(listener, ranks - 1, secret)
         for peer in self._peers:
             peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEP_ALIVE.items():
+                peer.setsockopt(socket.IPPROTO_TCP, option, value)
         threading.Thread(target=self._watch, daemon=True, name="peer-watch").start()
+
+    def _let_all_in(self, listener: socket.socket, ranks: int, secret: bytes) -> None:
+        ends = time.monotonic() + JOINING_SECONDS
+        while len(self._peers) < ranks:
+            listener.settimeout(max(ends - time.monotonic(), 0.001))
+            try:
+                self._let_in(*listener.accept(), secret)
+            except TimeoutError as error:
+                missing = sorted(set(range(1, ranks + 1)) - set(self._peers.values()))
+                raise EngineError(f"ranks {missing} did not connect within {JOINING_SECONDS:g} seconds") from error
 
     def _let_in(self, peer: socket.socket, address: tuple[str, int], secret: bytes) -> None:
         """A connection that says the secret is a rank's; others are closed: anyone may connect to a port."""
@@ -60,7 +78,8 @@ class PeerWatch:
         peer.close()
 
     def close(self) -> None:
-        """This rank leaves in order."""
+        """This rank leaves in order. What is lost from now on is told to nobody."""
+        self._on_loss = lambda _: None
         for peer in self._peers:
             try:
                 peer.sendall(_GOODBYE)

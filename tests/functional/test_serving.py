@@ -66,6 +66,7 @@ def test_answers_are_those_of_one_process(
     assert [answer["finish"] for answer in expected].count("error") == 1
 
 
+@pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="20 seconds: make test-all")
 def test_a_cache_of_eight_bits_is_split_over_context_ranks_too(
     checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:

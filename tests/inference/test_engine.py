@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_vita import platform
-from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
+from megatron_vita.inference.step import Step
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
 GREEDY = Sampling(max_new_tokens=10, logprobs=3, ignore_end=True)
@@ -150,6 +151,16 @@ def test_eight_bits_of_cache_change_log_probabilities_little(folder: Path, engin
     exact, rounded = (e.generate(prompts()[:1], sampling=GREEDY)[0].scores[1] for e in (engine, small))
     difference = abs(exact.likeliest[0].logprob - rounded.likeliest[0].logprob)
     assert 0 < difference < 0.05
+
+
+def test_a_worker_that_fails_in_any_way_is_one_clear_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step: Step) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "receive_step", Step)
+    monkeypatch.setattr(engine.worker, "execute", fail)
+    with pytest.raises(EngineError, match="cannot go on: a rank is gone or failed: CUDA out of memory"):
+        engine.serve_as_worker()
 
 
 def test_a_damaged_picture_fails_its_own_request_alone(engine: Engine) -> None:

@@ -4,6 +4,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from megatron_vita.errors import EngineError
 from megatron_vita.inference import watch
 from megatron_vita.inference.watch import PeerWatch
 
@@ -113,6 +115,26 @@ def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(lost: "q
     for peer in zero._peers:
         peer.shutdown(socket.SHUT_RDWR)
     assert [lost.get(timeout=2), lost.get(timeout=2)] == [1, 1]
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch, lost: "queue.Queue[int]") -> None:
+    monkeypatch.setattr(watch, "JOINING_SECONDS", 0.3)
+    with pytest.raises(EngineError, match=r"ranks \[1\] did not connect within 0\.3 seconds"):
+        PeerWatch(FakeGroup(0, Future()), on_loss=lost.put)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_left_keeps_nothing_of_who_was_to_be_told(lost: "queue.Queue[int]") -> None:
+    class Engine:
+        def lose(self, rank: int) -> None:
+            lost.put(rank)
+
+    engine = Engine()
+    both = watches(lambda _: None, on_loss=engine.lose)
+    gone = weakref.ref(engine)
+    del engine
+    for each in both:
+        each.close()
+    assert gone() is None, "its weights would fill the memory that the next engine wants"
 
 
 def test_ranks_that_leave_in_order_are_not_mourned(lost: "queue.Queue[int]") -> None:

@@ -125,11 +125,14 @@ def work(engine: "Engine") -> None:
 
 
 def main() -> None:
-    """A user's error is one line and exit code 1. A failed engine's threads and peers are not waited for."""
+    """A user's error is one line, any other has a traceback; exit code 1, and no threads or peers are waited for."""
     try:
         code = run(parse_arguments())
     except VitaError as error:
         logging.getLogger("megatron_vita").error("%s", error)
+        code = 1
+    except Exception:
+        logging.getLogger("megatron_vita").critical("a fault of this program ends it", exc_info=True)
         code = 1
     logging.shutdown()
     if code:

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2
 CLIENT_GONE = 499
-_FAREWELL_SECONDS = 5.0
+_FAREWELL_SECONDS = 4.0
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class ChatEndpoint:
     draining: bool = False
     open_requests: int = field(default=0, init=False)
     _is_cut_off: bool = field(default=False, init=False)
-    _beginning: set[asyncio.Timeout] = field(default_factory=set, init=False)
+    _cuts: set[asyncio.Timeout] = field(default_factory=set, init=False)  # one of each open request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, refuses, or gives up on a client that has gone."""
@@ -92,25 +92,31 @@ class ChatEndpoint:
             self.open_requests -= 1
 
     def cut_off(self) -> None:
-        """Ends all open requests, also those that the engine does not have yet; none is added any more."""
+        """Ends all open requests at once, whatever they wait for; none is added any more."""
         self._is_cut_off = True
-        for timeout in self._beginning:
-            timeout.reschedule(0)
-        self.service.cancel_all()
+        for timeout in self._cuts:
+            if not timeout.expired():
+                timeout.reschedule(0)
 
     @asynccontextmanager
-    async def beginning(self, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
-        """What comes before the engine has a request. RefusalError, with these headers, when all are cut off."""
+    async def until_cut_off(self, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
+        """What a request does. RefusalError, with these headers, when all are cut off."""
         try:
             async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
-                self._beginning.add(timeout)
+                self._cuts.add(timeout)
                 yield
         except TimeoutError as error:
             if not timeout.expired():
                 raise
-            raise stopping("the request was cut off: the server is stopping", headers) from error
+            raise self._end_of_request(headers) from error
         finally:
-            self._beginning.discard(timeout)
+            self._cuts.discard(timeout)
+
+    def _end_of_request(self, headers: Mapping[str, str] | None) -> RefusalError:
+        """Why a request is cut off."""
+        if self.service.failure is None:
+            return stopping("the request was cut off: the server is stopping", headers)
+        return engine_failed(self.service.failure, headers)
 
 
 class _Exchange:
@@ -126,9 +132,10 @@ class _Exchange:
 
     async def run(self) -> None:
         """Reads, prepares and answers. Whatever goes wrong is raised."""
-        async with self._endpoint.beginning({"connection": "close"}):
+        async with self._endpoint.until_cut_off({"connection": "close"}):
             work = self._answer(await read_body(self._request, self._endpoint.limits))
-        await while_connected(self._request.receive, work)
+        async with self._endpoint.until_cut_off():
+            await while_connected(self._request.receive, work)
 
     async def refuse(self, refusal: RefusalError) -> None:
         """Sends a refusal: as the response, or as the last event where the stream has begun."""
@@ -146,15 +153,10 @@ class _Exchange:
 
     async def _answer(self, body: bytes) -> None:
         endpoint = self._endpoint
-        async with endpoint.beginning():
-            request: ChatRequest = await _in_threads(
-                endpoint.pool, partial(parse_request, body, limits=endpoint.limits)
-            )
-            del body
-            form, stream = await self._begin(request)
-            request = request.model_copy(
-                update={"messages": []}
-            )  # with media in base64, while answers may take minutes
+        request: ChatRequest = await _in_threads(endpoint.pool, partial(parse_request, body, limits=endpoint.limits))
+        del body
+        form, stream = await self._begin(request)
+        request = request.model_copy(update={"messages": []})  # with media in base64, while answers may take minutes
         try:
             if request.stream:
                 await self._stream(form, stream, includes_usage=request.includes_usage)
@@ -242,8 +244,6 @@ class _Exchange:
                 raise RefusalError(piece.error, code="invalid_media")
             if piece.finish == "model_error":
                 raise RefusalError(piece.error, status=500, code="model_error", headers=NO_RETRY)
-            if piece.finish == "cancelled":
-                raise stopping("the answer was cut off: the server is stopping")
             yield piece
 
     def _observe(self, stream: RequestStream) -> None:
@@ -267,6 +267,11 @@ def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalE
     return RefusalError(message, status=503, code="stopping", headers=headers)
 
 
+def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="engine_failed", headers=headers)
+
+
 def too_many_requests(limits: Limits) -> RefusalError:
     """Status 429."""
     return RefusalError(
@@ -286,7 +291,7 @@ def _refusal(error: Exception, limits: Limits) -> RefusalError:
         part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
         return RefusalError(str(error), param=part.group() if part else "messages", code="invalid_prompt")
     if isinstance(error, EngineFailedError):
-        return RefusalError(str(error), status=503, code="engine_failed")
+        return engine_failed(str(error))
     if isinstance(error, TimeoutError):
         message = f"no full answer within {limits.request_seconds:g} seconds (the server's option --request-seconds)"
         return RefusalError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)

@@ -22,7 +22,7 @@ class Limits:
     choices: int = described(8, "Answers (n) or beams of one request.")
     body_seconds: float = described(60.0, "Seconds in which the body of a request must have come.")
     request_seconds: float = described(600.0, "Seconds from the start of a request to the end of its answer.")
-    drain_seconds: float = described(30.0, "Seconds that open requests get to end when the server is told to stop.")
+    drain_seconds: float = described(20.0, "Seconds that open requests get to end when the server is told to stop.")
     fetch_seconds: float = described(30.0, "Seconds in which a remote image or video must have come.")
 
     def __post_init__(self) -> None:

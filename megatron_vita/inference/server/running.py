@@ -5,6 +5,8 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -15,7 +17,7 @@ from megatron_vita.inference.server.service import EngineService
 logger = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5
-"""What clients get to read their last bytes after all answers were cut off."""
+"""What clients get to read their last bytes after all answers were cut off; more than ChatEndpoint gives them."""
 
 
 class VitaServer(uvicorn.Server):
@@ -26,6 +28,7 @@ class VitaServer(uvicorn.Server):
         app = build_app(self.service, options)
         self._chat = app.state.chat
         self._drain_seconds = options.limits.drain_seconds
+        self._hurry: Callable[[], object] = lambda: None
         super().__init__(
             uvicorn.Config(
                 app,
@@ -45,15 +48,26 @@ class VitaServer(uvicorn.Server):
         self._chat.draining = True
         if self._chat.open_requests:
             logger.info("stopping: %d open requests get %g s", self._chat.open_requests, self._drain_seconds)
-        asyncio.get_running_loop().call_later(self._drain_seconds, self._chat.cut_off)
+        loop = asyncio.get_running_loop()
+        self._hurry = lambda: loop.call_soon_threadsafe(self._chat.cut_off)
+        loop.call_later(0 if self.force_exit else self._drain_seconds, self._chat.cut_off)
         await super().shutdown(sockets)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See uvicorn. Who says it twice does not want to wait."""
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            self._hurry()
+
     def _on_failure(self) -> None:
+        logger.critical("the server ends because %s", self.service.failure)
+        self.config.timeout_graceful_shutdown = _LAST_SECONDS
+        self._chat.cut_off()
         self.should_exit = True
 
 
 def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int) -> int:
-    """Serves until SIGTERM or SIGINT (exit code 0) or until the engine fails (1)."""
+    """Serves until SIGTERM or SIGINT (exit code 0) or until the engine fails (1), which includes not ending in time."""
     server = VitaServer(engine, options, host=host, port=port)
     if threading.current_thread() is threading.main_thread():
         # After an orderly end uvicorn raises again the signals that it got: they have done their work.
@@ -61,7 +75,9 @@ def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int)
             signal.signal(number, lambda *_: None)
     server.run()
     if server.service.failure is not None:
-        logger.critical("the server ends because %s", server.service.failure)
+        return 1
+    if server.service.is_running:
+        logger.critical("the server ends before its engine, which does not")
         return 1
     logger.info("the server has stopped")
     return 0

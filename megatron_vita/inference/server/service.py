@@ -26,6 +26,8 @@ IDLE_SECONDS = 2.0
 """How long the engine is left without a word: ranks that hear nothing for long take the first for gone."""
 TURN_SECONDS = 0.05
 """How long commands are taken between two steps. More of them than that must not keep those under way waiting."""
+_LOOK_SECONDS = 0.02
+"""How often the end of the engine is looked for."""
 
 
 class EngineFailedError(VitaError):
@@ -73,8 +75,8 @@ class EngineService:
     def start(self) -> None:
         """Begins, with the running event loop as the other end."""
         self._loop = asyncio.get_running_loop()
-        self.engine.on_lost_rank = self._fail
         self._thread.start()
+        self.engine.on_lost_rank(self._fail)
 
     async def submit(self, prepared: Any, sampling: Sampling) -> RequestStream:
         """Adds a request. DataError if it can never fit; EngineFailedError if the engine has ended."""
@@ -95,21 +97,20 @@ class EngineService:
         except EngineFailedError:
             return  # then the request has ended, too
 
-    def cancel_all(self) -> None:
-        """Ends all answers: their last pieces have finish "cancelled"."""
-        try:
-            self._command(self._cancel_all)
-        except EngineFailedError:
-            return
-
     async def stop(self, *, seconds: float = 30.0) -> None:
-        """Closes the engine after its present step; waits so long for it, unless it has failed."""
+        """Closes the engine after its present step; waits so long for it, or until it fails."""
         self._stopping = True
         self._commands.put(lambda: None)
-        if self.failure is None:
-            await asyncio.to_thread(self._thread.join, seconds)
-        if self.failure is None and self._thread.is_alive():
+        ends = time.monotonic() + seconds
+        while self.is_running and self.failure is None and time.monotonic() < ends:
+            await asyncio.sleep(_LOOK_SECONDS)
+        if self.is_running and self.failure is None:
             logger.warning("the engine did not end within %g seconds", seconds)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's thread has not ended."""
+        return self._thread.is_alive()
 
     def step_seconds(self) -> float:
         """How long the present step has taken; 0 between steps."""
@@ -140,11 +141,14 @@ class EngineService:
 
     def _fail(self, error: BaseException) -> None:
         """Ends the service, by the thread of the engine or the one that misses a rank. The first failure is told."""
-        self.failure = self.failure or f"the engine failed: {type(error).__name__}: {error}"
+        reason = f"the engine failed: {type(error).__name__}: {error}"
+        with self._lock:
+            is_first, self.failure = self.failure is None, self.failure or reason
         try:
             self._end(self.failure)
         finally:
-            self._loop.call_soon_threadsafe(self.on_failure)
+            if is_first:
+                self._loop.call_soon_threadsafe(self.on_failure)
 
     def _take_commands(self) -> None:
         """Runs what has come, for a bounded time; where there is nothing to do, waits for it."""
@@ -156,8 +160,9 @@ class EngineService:
             return
         command()
         ends = time.monotonic() + TURN_SECONDS
-        while not self._commands.empty() and time.monotonic() < ends:
-            self._commands.get()()
+        with contextlib.suppress(queue.Empty):
+            while time.monotonic() < ends:
+                self._commands.get_nowait()()
 
     def _step(self) -> None:
         self._step_began = time.monotonic()
@@ -202,10 +207,6 @@ class EngineService:
     def _cancel(self, stream: RequestStream) -> None:
         if stream.number in self._open and self._ended is None:
             self.engine.cancel(stream.number)
-
-    def _cancel_all(self) -> None:
-        for stream in self._open.values():
-            self._cancel(stream)
 
     def _end(self, reason: str) -> None:
         """Refuses all commands from now on, and ends what is open. Any thread may do it, also once more."""

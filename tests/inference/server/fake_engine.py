@@ -3,9 +3,10 @@
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron_vita.errors import DataError
+from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import AnswerPiece, FinishReason, Sampling, ScoredToken, TokenScore
 from megatron_vita.media.images import image_size
@@ -203,6 +204,9 @@ class FakeEngine:
         return FakeStatistics(
             running=len(self.requests), cache_tokens_used=used, completion_tokens_total=self.completion_tokens
         )
+
+    def on_lost_rank(self, told: Callable[[EngineError], None]) -> None:
+        self.tell_loss = told
 
     def close(self) -> None:
         self._own_thread()

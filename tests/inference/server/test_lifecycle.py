@@ -182,6 +182,19 @@ def test_answers_that_take_too_long_are_cut_off_when_the_server_stops() -> None:
     assert server.engine.closed
 
 
+def test_answers_are_cut_off_in_time_also_where_a_step_of_the_engine_takes_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_vita.inference.server.running._LAST_SECONDS", 1)
+    engine = FakeEngine(reply=LONG, step_seconds=4)
+    with running(engine, limits=Limits(drain_seconds=0.3)) as server:
+        answers = in_thread(lambda: server.chat())
+        wait_until(lambda: server.server.service.step_seconds() > 0)
+        server.server.should_exit = True
+        assert refusal(answers()[0], 503)["code"] == "stopping"
+    assert engine.closed
+
+
 class SlowlyPrepared(FakeEngine):
     """Looks at a prompt until `ready` is set."""
 
@@ -242,7 +255,7 @@ def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_50
         time.sleep(0.1)
         waiting = in_thread(server.chat)  # the engine's thread does not look for it
         wait_until(lambda: server.client.get("/health").json()["open_requests"] == 3)
-        engine.on_lost_rank(EngineError("a rank is gone: rank 1"))
+        engine.tell_loss(EngineError("a rank is gone: rank 1"))
         plain, stream, late = (answer()[0] for answer in (*open_requests, waiting))
         for answer in (plain, late):
             assert "EngineError: a rank is gone: rank 1" in refusal(answer, 503)["message"]
@@ -251,6 +264,37 @@ def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_50
         wait_until(lambda: server.server.should_exit)
         began = time.monotonic()
     assert time.monotonic() - began < 5
+
+
+def test_when_a_rank_is_lost_bodies_that_are_still_read_get_503_with_the_reason() -> None:
+    engine = FakeEngine()
+    with (
+        running(engine) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
+    ):
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+        connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 1)
+        began = time.monotonic()
+        engine.tell_loss(EngineError("a rank is gone: rank 1"))
+        answer = connection.makefile().read()
+    assert time.monotonic() - began < 8
+    assert " 503 " in answer
+    assert '"engine_failed"' in answer
+
+
+def test_when_a_rank_is_lost_while_the_server_stops_the_engine_is_waited_for_no_longer() -> None:
+    engine = FakeEngine(step_seconds=60)
+    service = EngineService(engine)
+
+    async def stop() -> None:
+        service.start()
+        await service.submit(engine.prepare(Prompt.ask("hello")), Sampling())
+        asyncio.get_running_loop().call_later(0.3, engine.tell_loss, EngineError("a rank is gone: rank 1"))
+        await asyncio.wait_for(service.stop(), 5)
+
+    asyncio.run(stop())
+    assert "rank 1" in (service.failure or "")
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -362,6 +406,19 @@ def test_the_process_ends_with_1_and_a_reason_when_the_engine_fails() -> None:
     _, log = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "the server ends because the engine failed: RuntimeError: rank 1 is gone" in log
+
+
+def test_the_process_ends_with_1_where_its_engine_does_not_end() -> None:
+    process, client = start_process("--step-seconds", "100")
+    answers = in_thread(lambda: client.post("/v1/chat/completions", json=body()))
+    wait_until(lambda: client.get("/health").json()["step_seconds"] > 0)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)  # whoever says it twice does not want to wait
+    assert refusal(answers()[0], 503)["code"] == "stopping"
+    _, log = process.communicate(timeout=5)
+    assert process.returncode == 1, log
+    assert "the server ends before its engine" in log
 
 
 def test_the_process_finishes_its_answers_and_ends_with_0_at_sigterm() -> None:
