@@ -34,6 +34,10 @@ class CheckpointError(VitaError, ValueError):
     """A checkpoint is missing, incomplete or of another model."""
 
 
+class StoppedError(VitaError):
+    """A run was told to stop before its last step."""
+
+
 class PlatformError(VitaError, RuntimeError):
     """The machine or its packages cannot run what was asked."""
 

@@ -8,12 +8,16 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -21,9 +25,12 @@ from megatron_vita.config import recipe_from_dict
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.platform.saving import write_without_a_manager
 
+write_without_a_manager()
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_\d{8,}")
 logger = logging.getLogger(__name__)
 
 
@@ -49,15 +56,18 @@ def save_checkpoint(
     folder = Path(folder)
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
     if _first():
-        for left_behind in folder.glob(".step_*.incomplete"):  # by a job that was killed while it saved
+        for left_behind in folder.glob(".step_*.incomplete"):  # by a job that was killed while it saved or removed
             shutil.rmtree(left_behind, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(temporary), async_strategy="mcore")
+    replicas = groups.data_parallel_group(with_context_parallel=True)
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)  # each writes its share
+    dist_checkpointing.save(state, str(temporary), sharded_strategy=strategy, async_strategy="mcore")
     dist.barrier()
     if _first():
         _write_text(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}))
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _remove(final)
         temporary.rename(final)
         _write_text(folder / "latest", final.name)
         _prune(folder, keep, newest=final)
@@ -156,9 +166,22 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _prune(folder: Path, keep: int, *, newest: Path) -> None:
-    """Later steps than the newest are of a run that was taken up again before them: they stay."""
-    for old in sorted(path for path in folder.glob("step_*") if path.name <= newest.name)[:-keep]:
-        shutil.rmtree(old)
+    """Later steps than the newest are of a run that was taken up again before them: they stay, and so does what was not
+    saved here under this name, such as a copy or a link.
+    """
+    saved = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_symlink()]
+    for old in sorted(path for path in saved if path.name <= newest.name)[:-keep]:
+        _remove(old)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Hides it first: a kill must not leave half of it under its name. What resists stays, with a warning."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}.incomplete")
+    try:
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("%s: cannot be removed: %s", checkpoint, error)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from megatron_vita.errors import PlatformError
 from megatron_vita.platform.packages import has_transformer_engine, refuse_unrelated_apex
 
 refuse_unrelated_apex()
@@ -37,7 +38,10 @@ def device() -> torch.device:
 
 
 def initialize_process(timeout_minutes: float = 30) -> None:
-    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU), or a world of one."""
+    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU), or a world of one.
+
+    PlatformError for one of several processes that no launcher has told its rank: each would be a world of one.
+    """
     if torch.distributed.is_initialized():
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -47,6 +51,7 @@ def initialize_process(timeout_minutes: float = 30) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     store = None
     if "RANK" not in os.environ:
+        _refuse_many()
         store = torch.distributed.HashStore()
     torch.distributed.init_process_group(
         "nccl" if on_cuda() else "gloo",
@@ -56,6 +61,15 @@ def initialize_process(timeout_minutes: float = 30) -> None:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         device_id=torch.device("cuda", local_rank) if on_cuda() else None,
     )
+
+
+def _refuse_many() -> None:
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if int(os.environ.get(name) or "1") > 1:
+            raise PlatformError(
+                f"this is one of {os.environ[name]} processes ({name}), but RANK is not set, so that each would train "
+                "by itself: start them with torchrun (examples/launch)"
+            )
 
 
 def leave_process() -> None:

@@ -53,10 +53,11 @@ class LogCallback:
 
 
 class TensorBoardCallback:
-    """Scalars of each step, and the loss of each source."""
+    """Scalars of each step, and the loss of each source. Those that a killed run wrote after its checkpoint go."""
 
-    def __init__(self, folder: str) -> None:
-        self.writer = SummaryWriter(folder) if dist.get_rank() == 0 else None
+    def __init__(self, folder: str, *, step: int) -> None:
+        """`step`: where the run stands."""
+        self.writer = SummaryWriter(folder, purge_step=step + 1) if dist.get_rank() == 0 else None
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Writes on rank 0."""
@@ -75,6 +76,7 @@ class TensorBoardCallback:
         scalars |= {f"train/loss/{source}": loss for source, loss in metrics.source_losses.items()}
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, run.step)
+        self.writer.flush()
 
     def add_validation(self, metrics: StepMetrics) -> None:
         """Writes the held-out loss, and that of each source."""
@@ -82,6 +84,7 @@ class TensorBoardCallback:
             self.writer.add_scalar("validation/loss", metrics.loss, metrics.step)
             for source, loss in metrics.source_losses.items():
                 self.writer.add_scalar(f"validation/loss/{source}", loss, metrics.step)
+            self.writer.flush()
 
 
 class DamageCallback:
@@ -108,7 +111,7 @@ class DamageCallback:
 
 
 class ValidationCallback:
-    """Loss on held-out packs every `eval_interval` steps and after the last."""
+    """Loss on held-out packs every `eval_interval` steps and after the last, unless the run is to stop."""
 
     def __init__(self, tensorboard: TensorBoardCallback | None) -> None:
         self.tensorboard = tensorboard
@@ -116,7 +119,7 @@ class ValidationCallback:
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Validates and logs."""
         training = run.recipe.training
-        if run.step % training.eval_interval and run.step != training.train_iters:
+        if metrics.stops or (run.step % training.eval_interval and run.step != training.train_iters):
             return
         batches, count = validation_batches(run)
         try:
@@ -130,27 +133,29 @@ class ValidationCallback:
 
 
 class SaveCallback:
-    """A checkpoint every `save_interval` steps and after the last."""
+    """A checkpoint every `save_interval` steps, after the last, and where the run is to stop."""
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Saves on all ranks."""
-        if run.step % run.recipe.checkpoint.save_interval and run.step != run.recipe.training.train_iters:
+        last = metrics.stops or run.step == run.recipe.training.train_iters
+        if run.step % run.recipe.checkpoint.save_interval and not last:
             return
         path: Path = save_run(run)
         logger.info("saved %s", path)
 
 
 def build_callbacks(run: Run) -> list[Callback]:
-    """The callbacks that a recipe asks for, in the order in which they run."""
+    """The callbacks that a recipe asks for, in the order in which they run: what can fail comes after saving."""
     recipe = run.recipe
     callbacks: list[Callback] = [LogCallback(), DamageCallback(run)]
-    tensorboard = TensorBoardCallback(recipe.training.tensorboard_dir) if recipe.training.tensorboard_dir else None
+    if recipe.checkpoint.save:
+        callbacks.append(SaveCallback())
+    folder = recipe.training.tensorboard_dir
+    tensorboard = TensorBoardCallback(folder, step=run.step) if folder else None
     if tensorboard is not None:
         callbacks.append(tensorboard)
     if run.validation_stream is not None:
         callbacks.append(ValidationCallback(tensorboard))
-    if recipe.checkpoint.save:
-        callbacks.append(SaveCallback())
     return callbacks
 
 

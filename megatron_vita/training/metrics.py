@@ -26,6 +26,7 @@ class StepMetrics:
     documents: int
     damaged: int  # documents that could not be read
     seconds: float
+    stops: bool = False  # some rank was told to stop
     grad_norm: float = 0.0
     lr: float = 0.0
 
@@ -51,6 +52,7 @@ class Meter:
     tiles: int = 0
     documents: int = 0
     damaged: int = 0
+    stops: int = 0  # 1 where this rank was told to stop
 
     def __post_init__(self) -> None:
         self.losses = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64)  # last row: the tail
@@ -76,7 +78,7 @@ class Meter:
 
     def reduce(self, step: int) -> StepMetrics:
         """Sums over the world. Collective."""
-        names = ("tokens", "positions", "tiles", "documents", "damaged")
+        names = ("tokens", "positions", "tiles", "documents", "damaged", "stops")
         counts = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64)
         sums = torch.cat([self.losses.flatten(), counts]).to(platform.device())
         dist.all_reduce(sums)
@@ -96,6 +98,7 @@ class Meter:
             tiles=total_of["tiles"],
             documents=total_of["documents"],
             damaged=total_of["damaged"],
+            stops=total_of["stops"] > 0,
             fill=total_of["tokens"] / max(total_of["positions"], 1),
             seconds=time.perf_counter() - self.started,
         )

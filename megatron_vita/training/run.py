@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.loader import start_fork_server
@@ -26,6 +26,7 @@ from megatron_vita.training.optimizer import (
     wrap_for_data_parallel,
 )
 from megatron_vita.training.position import changed_fields, check_parts
+from megatron_vita.training.stopping import StopRequest
 from megatron_vita.training.streams import open_streams
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Run:
     train_stream: PackStream | None = None
     validation_stream: PackStream | None = None
     ledger: Ledger = dataclasses.field(default_factory=Ledger)  # of samples that this rank's replica could not read
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     step: int = 0
     consumed_packs: int = 0
 
@@ -88,6 +90,8 @@ def open_run(recipe: Recipe) -> Run:
     """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
     check_state_can_be_saved(recipe)
+    if recipe.checkpoint.save:
+        shared_folder.check(Path(recipe.checkpoint.save))
     if recipe.data.num_workers:
         start_fork_server()
     groups.initialize_groups(recipe.parallel)
@@ -124,14 +128,18 @@ def save_run(run: Run) -> Path:
         run.recipe.checkpoint.save,
         step=run.step,
         state=_state(run, loading=False),
-        manifest={
-            "consumed_packs": run.consumed_packs,
-            "plan_digest": run.train_stream.plan.digest_before(run.consumed_packs) if run.train_stream else "",
-            "recipe": dataclasses.asdict(run.recipe),
-            "damaged": [damage._asdict() for damage in run.read_damage()],
-        },
+        manifest=_manifest(run) if dist.get_rank() == 0 else {},
         keep=run.recipe.checkpoint.keep,
     )
+
+
+def _manifest(run: Run) -> dict[str, Any]:
+    return {
+        "consumed_packs": run.consumed_packs,
+        "plan_digest": run.train_stream.plan.digest_before(run.consumed_packs) if run.train_stream else "",
+        "recipe": dataclasses.asdict(run.recipe),
+        "damaged": [damage._asdict() for damage in run.read_damage()],
+    }
 
 
 def settle_weights(run: Run) -> None:

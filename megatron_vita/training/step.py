@@ -27,6 +27,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     meter = Meter(run.train_sources)
     _run_schedule(run, batches, meter=meter, num_microbatches=run.microbatches, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
+    meter.stops = int(bool(run.stop.heard))
     metrics = meter.reduce(run.step + 1)
     metrics.grad_norm, metrics.lr = float(grad_norm), get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
@@ -89,7 +90,8 @@ def forward_step(
     )
     weights = batch.loss_weights
     scale = 1.0 if weights is None else weights[pack.positions[pack.loss_rows]]
-    output = model(prepare_tiles(batch.tiles, run), pack.to(platform.device()), row_scale=scale)
+    tiles = batch.tiles if model.module.encodes else batch.tiles[:0]  # of interleaved chunks the first alone encodes
+    output = model(prepare_tiles(tiles, run), pack.to(platform.device()), row_scale=scale)
     return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, meter=meter)
 
 

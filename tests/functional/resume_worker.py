@@ -1,10 +1,14 @@
-"""Run by torchrun: trains a recipe, writes what each step read and lost, and dies by SIGKILL where it is told to.
+"""Run by torchrun: trains a recipe, writes what each step read and lost, and dies or is told to stop where it is said.
 
-Arguments: recipe, file for the records, place of death ("step:7", "saving:8" or "never"), overrides.
+Arguments: recipe, file for the records, place of its end, overrides. Its end is SIGKILL after a step ("step:7") or in
+the middle of saving ("saving:8"), SIGTERM to torchrun ("term:7"), SIGUSR1 to the last rank ("usr1:7"), or "never".
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -28,6 +32,16 @@ def die() -> None:
     me.kill()
 
 
+def be_told_to_stop(run: Run, how: str) -> None:
+    """Returns when the signal has come to whom it comes."""
+    if how == "term" and dist.get_rank() == 0:
+        psutil.Process().parent().terminate()
+    if how == "usr1" and dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    while not run.stop.heard and (how == "term" or dist.get_rank() == dist.get_world_size() - 1):
+        time.sleep(0.01)
+
+
 def main() -> None:
     """Wraps a step, to record it, and the writing of a checkpoint, to die in the middle of it."""
     recipe, records, death, *overrides = sys.argv[1:]
@@ -49,6 +63,8 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         if where == "step" and metrics.step == int(at) and dist.get_rank() == 0:
             die()
+        if where in ("term", "usr1") and metrics.step == int(at):
+            be_told_to_stop(run, where)
         return metrics
 
     def dying_save(state, path, **options) -> None:

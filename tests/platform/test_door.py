@@ -63,3 +63,12 @@ def test_importing_config_media_and_text_does_not_import_megatron_core() -> None
         "sys.exit('megatron.core' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_many_processes_that_were_told_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(PlatformError, match=rf"one of 8 processes \({name}\), but RANK is not set.*torchrun"):
+        platform.initialize_process()

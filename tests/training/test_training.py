@@ -3,8 +3,10 @@
 import dataclasses
 import logging
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 from toy_run import data_tools, make_toy_run
 
 from megatron_vita import platform
-from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.data import Batch
-from megatron_vita.errors import CheckpointError, ConfigError, DataError, VitaError
-from megatron_vita.training import loop
+from megatron_vita.errors import CheckpointError, ConfigError, DataError, StoppedError, VitaError
+from megatron_vita.training import callbacks, loop
 from megatron_vita.training.loop import train
 from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import open_run
+from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import train_step
 
 PARTS = ("vision_model", "projector", "language_model")
@@ -69,6 +71,110 @@ def test_a_checkpoint_just_saved_is_kept_when_later_ones_exist(tmp_path: Path) -
         (tmp_path / f"step_{step:08d}").mkdir()
     store._prune(tmp_path, 1, newest=tmp_path / "step_00000004")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (4, 6, 8)]
+
+
+def test_only_what_was_saved_under_its_own_name_is_removed(tmp_path: Path) -> None:
+    others = ["step_00000002_best", "step_00000002.tar", "best"]
+    for name in ("step_00000002", "step_00000004", "step_00000006", *others):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000003").symlink_to("best")
+    store._prune(tmp_path, 2, newest=tmp_path / "step_00000006")
+    left = ["step_00000003", "step_00000004", "step_00000006", *others]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing_and_is_no_checkpoint_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError("device or resource busy")
+
+    for step in (2, 4):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(store.shutil, "rmtree", busy)
+        store._prune(tmp_path, 1, newest=tmp_path / "step_00000004")
+    assert "step_00000002: cannot be removed: device or resource busy" in caplog.text
+    assert not (tmp_path / "step_00000002").exists()
+
+
+def test_a_checkpoint_that_is_due_is_saved_before_validation_can_fail(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise DataError("a held-out shard is gone")
+
+    monkeypatch.setattr(callbacks, "validation_batches", fail)
+    with pytest.raises(DataError, match="held-out"):
+        train(load_recipe(recipe_path, [*FAST, "training.eval_interval=2", f"checkpoint.save={tmp_path}"]))
+    assert (tmp_path / "latest").read_text() == "step_00000002"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def told(run: Run, batches: Iterator[Batch]) -> StepMetrics:
+        if run.step == 1:
+            os.kill(os.getpid(), number)
+        return train_step(run, batches)
+
+    monkeypatch.setattr(loop, "train_step", told)
+    monkeypatch.setattr(callbacks, "validation_batches", lambda _: pytest.fail("there is no time for it"))
+    before = signal.getsignal(number)
+    fields = ["training.train_iters=4", "training.eval_interval=2", f"checkpoint.save={tmp_path}"]
+    with pytest.raises(StoppedError, match=rf"told to stop \({number.name}\) after step 2 of 4: saved"):
+        train(load_recipe(recipe_path, [*FAST, *fields]))
+    assert (tmp_path / "latest").read_text() == "step_00000002"
+    assert signal.getsignal(number) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(recipe_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"checkpoint.save .*/file/checkpoints: cannot be written"):
+        open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path / 'file' / 'checkpoints'}"]))
+
+
+@pytest.mark.parametrize(
+    ("probe", "newest", "problem"),
+    [
+        ("absent", "", "is not the folder that the first rank has"),
+        ("probe", "step_00000008", "the newest checkpoint is none, and step_00000008 for the first rank"),
+        ("probe", "", ""),
+    ],
+)
+def test_a_folder_that_differs_from_the_first_ranks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: str, newest: str, problem: str
+) -> None:
+    monkeypatch.setattr(shared_folder, "VISIBLE_SECONDS", 0.1)
+    (tmp_path / "probe").touch()
+    found = shared_folder._look_for(tmp_path, probe, newest)
+    assert (problem in found) if problem else not found
+
+
+def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:
+    shared_folder.check(tmp_path / "new" / "checkpoints")
+    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
+
+
+def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_there_at_once(tmp_path: Path) -> None:
+    def steps_shown() -> list[int]:
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        return [event.step for event in events.Scalars("validation/loss")]
+
+    first = callbacks.TensorBoardCallback(str(tmp_path), step=0)
+    for step in (2, 4, 6):
+        first.add_validation(metrics_of(step))
+    assert steps_shown() == [2, 4, 6]
+    again = callbacks.TensorBoardCallback(str(tmp_path), step=4)
+    again.add_validation(metrics_of(8))
+    assert steps_shown() == [2, 4, 8]
+
+
+def metrics_of(step: int) -> StepMetrics:
+    counts = {"loss_rows": 1, "tokens": 1, "tiles": 0, "documents": 1, "damaged": 0}
+    return StepMetrics(step=step, loss=1.0, source_losses={}, fill=1.0, seconds=1.0, **counts)
 
 
 def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_model(
