@@ -17,7 +17,7 @@ VISIBLE_SECONDS = 90.0
 def check(folder: Path) -> None:
     """Makes `folder` where it is not there. Collective.
 
-    CheckpointError, on all ranks, if it cannot be written, or if some rank does not see there what the first sees.
+    CheckpointError, on all ranks, if one cannot write there, or does not see there what the first sees.
     """
     said: list[tuple[str, str, str]] = [_prepare(folder) if dist.get_rank() == 0 else ("", "", "")]
     dist.broadcast_object_list(said, src=0)
@@ -58,11 +58,16 @@ def _look_for(folder: Path, probe: str, newest: str) -> str:
 
 def _difference(folder: Path, probe: str, newest: str) -> str:
     where = f"checkpoint.save {folder} on {socket.gethostname()}"
-    if not (folder / probe).exists():
-        return f"{where} is not the folder that the first rank has: it must be on a file system that all hosts share"
+    own = folder / f"{probe}.{dist.get_rank()}"  # each rank will write
     try:
+        if not (folder / probe).exists():
+            return (
+                f"{where} is not the folder that the first rank has: it must be on a file system that all hosts share"
+            )
+        own.touch()
+        own.unlink()
         found = _newest(folder)
-    except CheckpointError as error:
+    except (OSError, CheckpointError) as error:
         return f"{where}: {error}"
     if found != newest:
         return f"{where}: the newest checkpoint is {found or 'none'}, and {newest or 'none'} for the first rank"

@@ -62,7 +62,13 @@ def save_checkpoint(
     dist.barrier()
     replicas = groups.data_parallel_group(with_context_parallel=True)
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)  # each writes its share
-    dist_checkpointing.save(state, str(temporary), sharded_strategy=strategy, async_strategy="mcore")
+    dist_checkpointing.save(
+        state,
+        str(temporary),
+        sharded_strategy=strategy,
+        validate_access_integrity=False,  # the strategy does, once it is known who writes what
+        async_strategy="mcore",
+    )
     dist.barrier()
     if _first():
         _write_text(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}))

@@ -95,8 +95,7 @@ def hear(pipe: Connection) -> Message:
 def work(pipe: Connection, pickled: bytes, progress: Progress) -> None:
     """Reads packs of a pickled PackStream until the other end of the pipe is closed."""
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent decides, and may have a step to finish
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     try:
         stream = _unpickled(pickled)

@@ -119,7 +119,8 @@ class ValidationCallback:
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Validates and logs."""
         training = run.recipe.training
-        if metrics.stops or (run.step % training.eval_interval and run.step != training.train_iters):
+        is_last = run.step == training.train_iters
+        if not is_last and (metrics.stops or run.step % training.eval_interval):
             return
         batches, count = validation_batches(run)
         try:

@@ -2,17 +2,21 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ONE_SECONDS = 5.0
+"""Signals within it are one: a supervisor and a launcher may both pass on what one of them got."""
 
 
 class StopRequest:
-    """Hears SIGTERM, which launchers and schedulers send, and SIGUSR1, while it is entered. A second one kills."""
+    """Hears SIGTERM, which launchers and schedulers send, and SIGUSR1, while it is entered. Another one later kills."""
 
     def __init__(self) -> None:
-        self.heard = ""  # the signal's name
+        self.heard = ""  # the first signal's name
+        self._heard_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -27,5 +31,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.heard = signal.Signals(number).name
-        signal.signal(number, self._before[signal.Signals(number)])
+        now = time.monotonic()
+        if not self.heard:
+            self.heard, self._heard_at = signal.Signals(number).name, now
+        elif now - self._heard_at > ONE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

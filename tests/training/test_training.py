@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.data import Batch
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, StoppedError, VitaError
-from megatron_vita.training import callbacks, loop
+from megatron_vita.training import callbacks, loop, stopping
 from megatron_vita.training.loop import train
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, open_run
@@ -116,7 +117,8 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
 ) -> None:
     def told(run: Run, batches: Iterator[Batch]) -> StepMetrics:
         if run.step == 1:
-            os.kill(os.getpid(), number)
+            for _ in range(2):  # a launcher and a supervisor
+                os.kill(os.getpid(), number)
         return train_step(run, batches)
 
     monkeypatch.setattr(loop, "train_step", told)
@@ -150,6 +152,30 @@ def test_a_folder_that_differs_from_the_first_ranks_is_named(
     (tmp_path / "probe").touch()
     found = shared_folder._look_for(tmp_path, probe, newest)
     assert (problem in found) if problem else not found
+    assert [file.name for file in tmp_path.iterdir()] == ["probe"]
+
+
+def test_a_rank_that_cannot_write_there_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shared_folder, "VISIBLE_SECONDS", 0.1)
+    (tmp_path / "probe").touch()
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert "Permission denied" in shared_folder._look_for(tmp_path, "probe", "")
+
+
+def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    monkeypatch.setattr(stopping, "ONE_SECONDS", 0.05)
+    with stopping.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.heard, raised) == ("SIGUSR1", [])
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert raised == [signal.SIGTERM]
 
 
 def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:

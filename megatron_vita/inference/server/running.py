@@ -20,6 +20,10 @@ _LAST_SECONDS = 5
 """What clients get to read their last bytes after all answers were cut off; more than ChatEndpoint gives them."""
 
 
+_HURRY_SECONDS = 2.0
+"""What the engine gets to end after a second SIGINT."""
+
+
 class VitaServer(uvicorn.Server):
     """A server that stops in order: no new requests, time for the open ones to end, then the engine."""
 
@@ -52,6 +56,8 @@ class VitaServer(uvicorn.Server):
         self._hurry = lambda: loop.call_soon_threadsafe(self._chat.cut_off)
         loop.call_later(0 if self.force_exit else self._drain_seconds, self._chat.cut_off)
         await super().shutdown(sockets)
+        if self.force_exit:  # then uvicorn leaves out the end of the application
+            await self.service.stop(seconds=_HURRY_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn. Who says it twice does not want to wait."""

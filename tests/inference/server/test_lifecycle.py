@@ -421,6 +421,18 @@ def test_the_process_ends_with_1_where_its_engine_does_not_end() -> None:
     assert "the server ends before its engine" in log
 
 
+def test_a_second_sigint_cuts_answers_off_and_ends_an_engine_that_can_end() -> None:
+    process, client = start_process("--step-seconds", "0.05")
+    answers = in_thread(lambda: client.post("/v1/chat/completions", json=body(LONG)))
+    wait_until(lambda: client.get("/health").json()["running"] == 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert refusal(answers()[0], 503)["code"] == "stopping"
+    _, log = process.communicate(timeout=5)
+    assert process.returncode == 0, log
+
+
 def test_the_process_finishes_its_answers_and_ends_with_0_at_sigterm() -> None:
     process, client = start_process("--step-seconds", "0.02")
     answers = in_thread(lambda: client.post("/v1/chat/completions", json=body("w" * 50)))
