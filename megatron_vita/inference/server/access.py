@@ -9,9 +9,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.server.exchange import refuse_while_sending
 from megatron_vita.inference.server.refusals import RefusalError
 
 VARIABLE = "VITA_API_KEY"
@@ -42,13 +44,13 @@ class RequireKey:
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on, or refuses before anything of the body is read."""
+        """Passes on, or refuses without a look at the body."""
         if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._is_known(Headers(scope=scope)):
             headers = {"www-authenticate": "Bearer", "connection": "close"}
             refusal = RefusalError(
                 "an API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key", headers=headers
             )
-            await refusal.response()(scope, receive, send)
+            await refuse_while_sending(refusal, Request(scope, receive), send)
         else:
             await self._app(scope, receive, send)
 
@@ -66,11 +68,11 @@ class RefuseForeignPages:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on, or refuses before anything of the body is read."""
+        """Passes on, or refuses without a look at the body."""
         if scope["type"] == "http" and scope["method"] == "POST" and _is_foreign(scope):
             message = "pages of other sites get no answer from a server without keys: set one, or open the server's own"
             refusal = RefusalError(message, status=403, code="foreign_origin", headers={"connection": "close"})
-            await refusal.response()(scope, receive, send)
+            await refuse_while_sending(refusal, Request(scope, receive), send)
         else:
             await self._app(scope, receive, send)
 

@@ -107,6 +107,21 @@ def test_pages_of_other_sites_get_no_answer_where_no_key_is_needed(small: Runnin
     assert small.engine.prompts == []
 
 
+@pytest.mark.parametrize("keys", [[], ["secret"]])
+def test_who_still_sends_when_he_is_refused_reads_why(keys: list[str]) -> None:
+    with (
+        running(FakeEngine(), keys=keys) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
+    ):
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\norigin: http://evil.example\r\n"
+        connection.sendall(f"{head}content-length: 2000\r\n\r\n".encode())
+        for _ in range(2):
+            time.sleep(0.2)
+            connection.sendall(b"x" * 1000)
+        answer = connection.makefile().read()
+    assert ('"invalid_api_key"' if keys else '"foreign_origin"') in answer
+
+
 def test_the_servers_own_page_and_what_is_no_page_get_answers(small: RunningServer) -> None:
     assert post_from(small, small.url).status_code == 200
     assert post_from(small, None).status_code == 200
