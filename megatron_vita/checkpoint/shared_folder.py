@@ -36,11 +36,12 @@ def _prepare(folder: Path) -> tuple[str, str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / probe).touch()
-        return probe, _newest(folder), ""
     except OSError as error:
         return "", "", f"checkpoint.save {folder}: cannot be written: {error}"
-    except CheckpointError as error:
-        return probe, "", str(error)
+    try:
+        return probe, _newest(folder), ""
+    except (OSError, CheckpointError) as error:
+        return probe, "", f"checkpoint.save {folder}: {error}"
 
 
 def _newest(folder: Path) -> str:

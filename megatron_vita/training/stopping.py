@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-ONE_SECONDS = 5.0
+REPEAT_SECONDS = 5.0
 """Signals within it are one: a supervisor and a launcher may both pass on what one of them got."""
 
 
@@ -34,6 +34,6 @@ class StopRequest:
         now = time.monotonic()
         if not self.heard:
             self.heard, self._heard_at = signal.Signals(number).name, now
-        elif now - self._heard_at > ONE_SECONDS:
+        elif now - self._heard_at > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

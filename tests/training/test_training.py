@@ -168,7 +168,7 @@ def test_a_rank_that_cannot_write_there_is_heard_of(tmp_path: Path, monkeypatch:
 def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
-    monkeypatch.setattr(stopping, "ONE_SECONDS", 0.05)
+    monkeypatch.setattr(stopping, "REPEAT_SECONDS", 0.05)
     with stopping.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -176,6 +176,13 @@ def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.Monkey
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert raised == [signal.SIGTERM]
+
+
+def test_a_latest_checkpoint_that_cannot_be_read_is_no_matter_of_writing_and_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(CheckpointError, match=rf"checkpoint.save {tmp_path}: .*latest"):
+        shared_folder.check(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
 def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5
 """What clients get to read their last bytes after all answers were cut off; more than ChatEndpoint gives them."""
-
-
 _HURRY_SECONDS = 2.0
 """What the engine gets to end after a second SIGINT."""
 
@@ -83,7 +81,7 @@ def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int)
     if server.service.failure is not None:
         return 1
     if server.service.is_running:
-        logger.critical("the server ends before its engine, which does not")
+        logger.critical("the server ends before its engine, whose step has taken %.0f s", server.service.step_seconds())
         return 1
     logger.info("the server has stopped")
     return 0
