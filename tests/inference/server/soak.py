@@ -1,20 +1,15 @@
 """Many requests of all kinds at once against a running server, whatever its engine."""
 
-import ctypes
-import gc
 import itertools
 import json
-import logging
 import socket
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import psutil
 from media_makers import bomb, data_url, image, png, video
-from running_server import RunningServer, body, wait_until
+from running_server import RunningServer, body
 from webm import webm
 
 JSON = {"content-type": "application/json"}
@@ -93,50 +88,3 @@ def soak(server: RunningServer, *, requests: int, clients: int = 8) -> Counter[s
             if status != right:
                 wrong[f"{name}: {status}"] += 1
     return wrong
-
-
-KILOBYTES = 2000
-"""What Python may hold more after many requests: caches that fill, and no trace of a request."""
-MEGABYTES = 20
-"""The same of the whole process."""
-_C = ctypes.CDLL(None)
-_M_MMAP_THRESHOLD = -3
-
-
-def growth(server: RunningServer, *, requests: int) -> tuple[float, float]:
-    """Kilobytes of Python's, and megabytes of the process, that so many requests leave behind.
-
-    The latter lies between the least of three rounds and the least of the next three. The C library, which would keep
-    some tens of megabytes more or less for each thread's next blocks, gives back each large one from now on.
-    """
-    assert _C.mallopt(_M_MMAP_THRESHOLD, 1 << 16), "the C library takes no thresholds"
-    assert not soak(server, requests=5 * len(KINDS))
-    rounds = [_resident_after(server, requests=requests // 3) for _ in range(6)]
-    level = logging.root.level
-    logging.root.setLevel(logging.WARNING)  # pytest keeps all records of a test, and others may have asked for more
-    tracemalloc.start()  # a pass of its own: its tables are as large as what it watches
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        assert not soak(server, requests=requests)
-        _settle(server)
-        traced = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
-        logging.root.setLevel(level)
-    return traced / 1e3, (min(rounds[3:]) - min(rounds[:3])) / 1e6
-
-
-def _resident_after(server: RunningServer, *, requests: int) -> int:
-    """Bytes of the process after so many requests, without what the C library could give back."""
-    assert not soak(server, requests=requests)
-    _settle(server)
-    _C.malloc_trim(0)
-    return psutil.Process().memory_info().rss
-
-
-def _settle(server: RunningServer) -> None:
-    """Waits until all requests have ended, and makes some last ones, which take the place of what was said last."""
-    wait_until(lambda: server.client.get("/health").json()["open_requests"] == 0)
-    for _ in range(10):
-        server.chat(max_tokens=1)
-    gc.collect()
