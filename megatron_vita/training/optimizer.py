@@ -1,6 +1,5 @@
 """Optimizer and schedule, both megatron-core's, from a recipe; gradients of the replicated vision parts."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,18 +7,24 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_vita.config import Recipe
-from megatron_vita.errors import ConfigError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
+BUCKET_SIZE, BUCKET_SIZE_PER_RANK = 40_000_000, 1_000_000
+"""Gradients in a bucket, at the least: megatron-core's own defaults where it makes several."""
+
 
 def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataParallel:
-    """The model with gradient buffers that are reduced over data- and context-parallel ranks."""
+    """The model with gradient buffers that are reduced over data- and context-parallel ranks.
+
+    A distributed optimizer gathers its state for a checkpoint by the buckets of these buffers, on the device. Left to
+    itself, megatron-core makes one bucket of all gradients unless they are reduced early and on the first stage.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
@@ -27,7 +32,13 @@ def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataP
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         check_for_nan_in_grad=False,
     )
-    wrapped = DistributedDataParallel(model.config, config, model)
+    ranks = groups.data_parallel_group(with_context_parallel=True).size()
+    layout = None
+    if config.use_distributed_optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        size = max(BUCKET_SIZE, BUCKET_SIZE_PER_RANK * ranks)
+        layout = DistributedOptimizer.compute_full_param_layout(trained, size, ranks, config)
+    wrapped = DistributedDataParallel(model.config, config, model, full_param_layout=layout)
     wrapped.broadcast_params()
     return wrapped
 
@@ -77,20 +88,6 @@ def build_optimizer(
     return built, schedule
 
 
-def check_state_can_be_saved(recipe: Recipe) -> None:
-    """ConfigError where megatron-core could not save the optimizer's state: with torch's Adam it takes the number of
-    steps from a rank's state, of which stages that train nothing have none.
-    """
-    stages = recipe.parallel.pipeline_model_parallel_size
-    sharded = recipe.parallel.use_distributed_optimizer and not HAVE_APEX_OR_TE
-    if recipe.checkpoint.save and sharded and stages > 1 and recipe.training.freeze_language_model:
-        raise ConfigError(
-            f"parallel.use_distributed_optimizer is true with pipeline_model_parallel_size {stages} and "
-            "training.freeze_language_model: without Transformer Engine or apex the state of stages that train nothing "
-            "cannot be saved; set use_distributed_optimizer to false, which costs little where little is trained"
-        )
-
-
 def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Learning rates of the vision tower's layers, where they differ from the rest.
 
@@ -125,54 +122,3 @@ def finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None = None,
     grads = [p.main_grad for part in parts for p in part.parameters() if p.requires_grad]
     for work in [dist.all_reduce(grad, group=group, async_op=True) for grad in grads]:
         work.wait()
-
-
-def allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam its state tensors before the first step, so that a checkpoint can be loaded into them.
-
-    Fused Adam allocates its own.
-    """
-    for inner in _torch_adams(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe, recipe: Recipe) -> None:
-    """Loads an optimizer's state of a run of recipe `saved`; rates and Adam's constants are those of `recipe`.
-
-    megatron-core knows groups of parameters by their rates, so those in the state become those of now before. It gives
-    one `step` tensor to all parameters of torch's Adam, which would then count once for each.
-    """
-    rates = dict(zip(_rates(saved), _rates(recipe), strict=True))
-    for group in _saved_groups(state):
-        group["max_lr"], group["min_lr"] = rates[group["max_lr"], group["min_lr"]]
-        group["betas"] = (recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2)
-        group["eps"] = recipe.optimizer.adam_eps
-    optimizer.load_state_dict(state)
-    for inner in _torch_adams(optimizer):
-        for values in inner.state.values():
-            values["step"] = values["step"].clone()
-
-
-def _rates(recipe: Recipe) -> list[tuple[float, float]]:
-    """Highest and lowest rate of all kinds of groups, in an order that does not depend on their values."""
-    others = [(rate["max_lr"], rate["min_lr"]) for rate in vision_rates(recipe).values()]
-    return [(recipe.optimizer.lr, recipe.optimizer.min_lr), *others]
-
-
-def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
-    """The groups of parameters in an optimizer's state, which may hold those of several."""
-    if isinstance(state, dict):
-        yield from state.get("param_groups", [])
-        for value in state.values():
-            yield from _saved_groups(value)
-
-
-def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    parts = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
-    return [part for part in parts if isinstance(part, torch.optim.Adam | torch.optim.AdamW)]

@@ -15,16 +15,12 @@ from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.loader import start_fork_server
 from megatron_vita.data.stream import PackStream
+from megatron_vita.errors import CheckpointError
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
-from megatron_vita.training.optimizer import (
-    allocate_adam_state,
-    build_optimizer,
-    check_state_can_be_saved,
-    load_optimizer_state,
-    wrap_for_data_parallel,
-)
+from megatron_vita.training import optimizer_state
+from megatron_vita.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vita.training.position import changed_fields, check_parts
 from megatron_vita.training.stopping import StopRequest
 from megatron_vita.training.streams import open_streams
@@ -89,7 +85,7 @@ class Run:
 def open_run(recipe: Recipe) -> Run:
     """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
-    check_state_can_be_saved(recipe)
+    optimizer_state.check_state_can_be_saved(recipe)
     if recipe.checkpoint.save:
         shared_folder.check(Path(recipe.checkpoint.save))
     if recipe.data.num_workers:
@@ -151,11 +147,8 @@ def settle_weights(run: Run) -> None:
 
 
 def _state(run: Run, *, loading: bool) -> dict[str, Any]:
-    metadata = store.sharding_metadata()
     model = store.model_state(run.cores)
-    if loading:
-        allocate_adam_state(run.optimizer)
-    optimizer = run.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    optimizer = optimizer_state.sharded_state(run.optimizer, run.chunks, model, loading=loading)
     return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
 
@@ -176,7 +169,10 @@ def _resume(run: Run, checkpoint: Path) -> None:
     check_parts(saved, run.recipe)
     state = store.load_state(checkpoint, _state(run, loading=True))
     store.set_model_state(run.cores, state["model"])
-    load_optimizer_state(run.optimizer, state["optimizer"], saved=saved, recipe=run.recipe)
+    try:
+        optimizer_state.load(run.optimizer, state["optimizer"], run.cores, saved=saved, recipe=run.recipe)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
     run.schedule.load_state_dict(state["schedule"])
     run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
     run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])

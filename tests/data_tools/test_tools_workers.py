@@ -15,7 +15,7 @@ from toy_jsonl import sample, write_world
 from data_tools.cli import main
 from megatron_vita.media.video import VideoInfo, decode_frames, probe_video
 
-SLOW_SIDE = 13000
+SLOW_SIDE, SLOW_IMAGES = 13000, 50
 
 
 def shard(root: Path, out: str, *options: str) -> dict[str, bytes]:
@@ -53,10 +53,11 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_sample_that_takes_too_long_is_left_out_and_its_shard_is_whole(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=4)
     Image.new("L", (SLOW_SIDE, SLOW_SIDE)).save(tmp_path / "media/slow.png", compress_level=1)
-    add(path, images=["slow.png"])
+    asked = {"role": "user", "content": "<image>" * SLOW_IMAGES}
+    add(path, messages=[asked, {"role": "assistant", "content": "black"}], images=["slow.png"] * SLOW_IMAGES)
     add(path)
-    made = shard(tmp_path, "a", "--workers", "1", "--time-limit", "0.3")
-    assert rejected(tmp_path, "a") == ["it took longer than the time limit of 0.3 s"]
+    made = shard(tmp_path, "a", "--workers", "1", "--time-limit", "3")
+    assert rejected(tmp_path, "a") == ["it took longer than the time limit of 3 s"]
     (tmp_path / "media/slow.png").write_bytes(b"")
     quick = shard(tmp_path, "b", "--workers", "1")
     assert {name: data for name, data in made.items() if name.endswith("tar")} == {

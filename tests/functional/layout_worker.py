@@ -16,11 +16,15 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.parallel import groups
+from megatron_vita.training import optimizer
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, assemble_run, settle_weights
 from megatron_vita.training.step import train_step
 
 STEPS = 3
+BUCKET = 5000
+"""Gradients that are reduced, and gathered for a checkpoint, together: as many buckets as a real model has."""
+optimizer.BUCKET_SIZE, optimizer.BUCKET_SIZE_PER_RANK = BUCKET, 0
 
 
 def my_batches(run: Run, step: int) -> list:
@@ -64,10 +68,19 @@ def open_layout(fields: dict, start: Path | None) -> Run:
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
+    if recipe.parallel.use_distributed_optimizer:
+        check_buckets(run)
     if start is not None:
         load_weights(run.cores, store.find_checkpoint(start))
         run.optimizer.reload_model_params()
     return run
+
+
+def check_buckets(run: Run) -> None:
+    """On every stage, whether gradients are reduced early or not."""
+    for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
+        for bucket in buffer.buckets:
+            assert len(bucket.params) == 1 or bucket.numel_unpadded < BUCKET + max(p.numel() for p in bucket.params)
 
 
 def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> list[StepMetrics]:

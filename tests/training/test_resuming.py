@@ -1,5 +1,6 @@
 """A run taken up again obeys the recipe of now, and consumes each pack of its plan once."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -18,7 +19,7 @@ from megatron_vita import platform
 from megatron_vita.config import load_recipe
 from megatron_vita.data.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.training import optimizer
+from megatron_vita.training import optimizer, optimizer_state
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.loop import train
 from megatron_vita.training.position import check_parts, find_position
@@ -96,6 +97,24 @@ def test_other_parts_cannot_come_to_be_trained(halfway: Path, part: str) -> None
         resumed(halfway, f"training.freeze_{part}=true")
 
 
+@pytest.mark.parametrize("bf16", ["true", "false"])
+def test_an_optimizers_state_that_was_written_for_other_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bf16: str
+) -> None:
+    monkeypatch.setattr(optimizer, "BUCKET_SIZE", 3000)
+    monkeypatch.setattr(optimizer, "BUCKET_SIZE_PER_RANK", 0)
+    recipe = load_recipe(make_toy_run(tmp_path), [*QUIET, f"training.bf16={bf16}", "training.train_iters=1"])
+    train(recipe)
+    run = open_run(recipe)
+    padded = [bucket for bucket in run.chunks[0].buffers[0].buckets if len(bucket.grad_data) > bucket.numel_unpadded]
+    assert len(padded) > 1
+    with monkeypatch.context() as broken:
+        broken.setattr(optimizer_state, "_places_without_padding", contextlib.nullcontext)
+        save_run(run)
+    with pytest.raises(CheckpointError, match=r"step_00000001: the optimizer's weights are not those of the model"):
+        open_run(recipe)
+
+
 @pytest.mark.parametrize("field", ["parallel.use_distributed_optimizer", "training.bf16", "model.text_only"])
 def test_how_state_is_kept_and_computed_cannot_change(halfway: Path, field: str) -> None:
     saved = load_recipe(halfway)
@@ -107,13 +126,13 @@ def test_how_state_is_kept_and_computed_cannot_change(halfway: Path, field: str)
 def test_state_that_could_not_be_saved_is_refused_at_the_start(halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = "parallel.pipeline_model_parallel_size=2"
     frozen, sharded = "training.freeze_language_model=true", "parallel.use_distributed_optimizer=true"
-    monkeypatch.setattr(optimizer, "HAVE_APEX_OR_TE", False)
+    monkeypatch.setattr(optimizer_state, "HAVE_APEX_OR_TE", False)
     with pytest.raises(ConfigError, match="set use_distributed_optimizer to false"):
-        optimizer.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
+        optimizer_state.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
     for fine in ([stages, sharded], [frozen, sharded], [stages, frozen, "parallel.use_distributed_optimizer=false"]):
-        optimizer.check_state_can_be_saved(load_recipe(halfway, fine))
-    monkeypatch.setattr(optimizer, "HAVE_APEX_OR_TE", True)
-    optimizer.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
+        optimizer_state.check_state_can_be_saved(load_recipe(halfway, fine))
+    monkeypatch.setattr(optimizer_state, "HAVE_APEX_OR_TE", True)
+    optimizer_state.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
 
 
 def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfway: Path) -> None:
