@@ -53,6 +53,20 @@ def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
     )
 
 
+def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
+    """Bytes of its host's memory that a rank of pipeline stage `stage` takes while a checkpoint is written.
+
+    Each rank gathers all of a distributed optimizer's state, weights in fp32 and two moments, there; then it writes a
+    copy of its share of that and of the weights.
+    """
+    parallel = recipe.parallel
+    parameters = stage_parameters(recipe, stage)
+    sharded = parallel.use_distributed_optimizer
+    state = parameters.trainable(recipe) * (12 if sharded or recipe.training.bf16 else 8)
+    share = (state + parameters.total * _value(recipe)) // (data_parallel * parallel.context_parallel_size)
+    return state * sharded + share
+
+
 def _value(recipe: Recipe) -> int:
     return 2 if recipe.training.bf16 else 4
 

@@ -18,7 +18,7 @@ def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
     sections = (
         _layout(recipe, report, ranks_per_node),
         _stages(recipe, report),
-        _memory(report),
+        _memory(recipe, report, ranks_per_node),
         _packs(report),
         _balance(recipe, report),
     )
@@ -66,13 +66,17 @@ def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
     yield from _table(rows)
 
 
-def _memory(report: DryRun) -> Iterator[str]:
+def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
     yield "memory of a rank in GiB, estimated, libraries' own (2 to 4) not counted:"
     names = ("weights", "gradients", "optimizer", "activations", "vision", "output", "total")
     rows: list[Row] = [("stage", *names)]
     for i, stage in enumerate(report.stages):
         rows.append((str(i), *(f"{getattr(stage.memory, name) / GIB:.1f}" for name in names)))
     yield from _table(rows)
+    if recipe.checkpoint.save:
+        ranks = min(ranks_per_node, report.world_size)
+        saving = max(stage.saving for stage in report.stages) * ranks / GIB
+        yield f"writing a checkpoint takes about {saving:.1f} GiB of a node's own memory, with {ranks} ranks a node"
 
 
 def _packs(report: DryRun) -> Iterator[str]:

@@ -17,7 +17,7 @@ from megatron_vita.layout.dealing import deal_packs, deal_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
-from megatron_vita.planning.memory import PackLoad, RankMemory, rank_memory
+from megatron_vita.planning.memory import PackLoad, RankMemory, rank_memory, saving_memory
 from megatron_vita.planning.parameters import StageParameters, stage_parameters
 from megatron_vita.planning.stages import even_ends, stage_flops
 from megatron_vita.training.position import find_position
@@ -51,6 +51,7 @@ class StageReport:
     parameters: StageParameters
     trained: int
     memory: RankMemory
+    saving: int  # bytes of its host's memory while a checkpoint is written
     flops: int  # for the first pack
 
 
@@ -133,6 +134,7 @@ def _report_stage(recipe: Recipe, stage: int, *, world_size: int, load: PackLoad
         parameters=parameters,
         trained=parameters.trainable(recipe),
         memory=rank_memory(recipe, stage, data_parallel=data_parallel, load=load),
+        saving=saving_memory(recipe, stage, data_parallel=data_parallel),
         flops=flops,
     )
 
