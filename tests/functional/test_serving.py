@@ -24,6 +24,7 @@ LAYOUTS = {
         ({CP: 2}, {"chunk_tokens": 1000, "page_tokens": 16}),
         ({TP: 2, "vision_tensor_parallel": True}, {}),
     ],
+    3: [({CP: 3}, {}), ({CP: 3}, {"chunk_tokens": 7, "page_tokens": 2})],
     4: [({TP: 2, CP: 2}, {}), ({CP: 4}, {"chunk_tokens": 5, "page_tokens": 2})],
 }
 

@@ -28,7 +28,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6, "num_query_groups": 3,
     }  # fmt: skip
     recipe["data"] |= {"seq_length": 288, "document_alignment": 12, "plan": str(path.parent / "plan3")}
-    recipe["training"] |= {"global_batch_size": 6, "train_iters": 2 * len(LAYOUTS)}
+    recipe["training"] |= {"global_batch_size": 6, "train_iters": 2 * len(LAYOUTS), "eval_interval": 1}
     recipe["optimizer"] |= {"min_lr": recipe["optimizer"]["lr"], "lr_warmup_fraction": 0.0}  # whatever train_iters is
     recipe["checkpoint"]["save_interval"] = 2
     path.write_text(yaml.safe_dump(recipe))
