@@ -57,7 +57,7 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     """Bytes of its host's memory that a rank of pipeline stage `stage` takes while a checkpoint is written.
 
     Each rank gathers all of a distributed optimizer's state, weights in fp32 and two moments, there; then it writes a
-    copy of its share of that and of the weights.
+    copy of its share of that and of the weights. Blocks that torch pins and rounds up on GPUs are not counted.
     """
     parallel = recipe.parallel
     parameters = stage_parameters(recipe, stage)

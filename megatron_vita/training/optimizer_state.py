@@ -1,6 +1,8 @@
 """The state of megatron-core's optimizers in a checkpoint that any layout can read."""
 
 import contextlib
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +11,15 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer as Buffer
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.model.vita import VitaModel
 from megatron_vita.training.optimizer import vision_rates
+
+_END = 64
+"""Weights at either end of a share that are looked at when it is written: what is misplaced is so as a whole."""
 
 
 def check_state_can_be_saved(recipe: Recipe) -> None:
@@ -35,13 +39,20 @@ def check_state_can_be_saved(recipe: Recipe) -> None:
 def sharded_state(
     optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel], model: dict[str, Any], *, loading: bool
 ) -> Any:
-    """The sharded state of an optimizer beside that of the `model`, to be written or to be filled. Collective."""
+    """The sharded state of an optimizer beside that of the `model`, to be written or to be filled. Collective.
+
+    CheckpointError, on all ranks, if what is to be written is not what the ranks have.
+    """
     if loading:
         _allocate_adam_state(optimizer)
     with contextlib.ExitStack() as stack:
         for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
             stack.enter_context(_places_without_padding(buffer))
-        return optimizer.sharded_state_dict(model, is_loading=loading, metadata=store.sharding_metadata())
+        state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=store.sharding_metadata())
+    if not loading:
+        wrong = [share.name for share in _shares(optimizer, chunks) if not share.is_in(state)]
+        _refuse(wrong, "megatron-core gathered other weights than the ranks have, and nothing was written")
+    return state
 
 
 @contextlib.contextmanager
@@ -49,8 +60,8 @@ def _places_without_padding(buffer: Buffer) -> Iterator[None]:
     """Has each parameter's place in `buffer` counted without what pads the buckets before its own.
 
     megatron-core gathers the buckets of a distributed optimizer one after the other without their padding, and looks
-    for parameters there at their places in the padded buffer (0.19.2): all after the first padding would be written
-    with their neighbours' values.
+    for parameters there at their places in the padded buffer (0.19.2; mended upstream by pull request 5077): all after
+    the first padding would be written with their neighbours' values.
     """
     padded = buffer.param_index_map
     starts, start = [], 0
@@ -82,26 +93,79 @@ def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def load(
-    optimizer: MegatronOptimizer, state: dict[str, Any], models: list[VitaModel], *, saved: Recipe, recipe: Recipe
+    optimizer: MegatronOptimizer,
+    chunks: list[DistributedDataParallel],
+    state: dict[str, Any],
+    *,
+    saved: Recipe,
+    recipe: Recipe,
 ) -> None:
-    """Loads the state of a run of recipe `saved` beside the weights of `models`, which must be loaded. Collective.
+    """Loads the state of a run of recipe `saved` beside the weights of `chunks`, which must be loaded. Collective.
 
-    CheckpointError, on all ranks, unless the weights that the optimizer keeps round to those of the models.
+    CheckpointError, on all ranks, unless the weights that a distributed optimizer keeps round to those of the model.
     """
-    trained = [(name, p) for model in models for name, p in model.named_parameters() if p.requires_grad]
-    weights = [p.detach().clone() for _, p in trained]
+    shares = list(_shares(optimizer, chunks))
+    kept = [share.model.clone() if share.in_place else share.model for share in shares]
     _load(optimizer, state, saved=saved, recipe=recipe)
-    for part in _parts(optimizer):
-        if hasattr(part, "_copy_main_params_to_model_params"):  # none where they are the model's own
-            part._copy_main_params_to_model_params()
-    wrong = [name for (name, p), weight in zip(trained, weights, strict=True) if not torch.equal(p, weight)]
+    wrong = [share.name for share, weights in zip(shares, kept, strict=True) if not share.rounds_to(weights)]
+    _refuse(
+        wrong,
+        "the optimizer's weights are not those of the model: its state was written wrongly; checkpoint.load starts a "
+        "run from the model's weights alone",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What one rank keeps of a parameter for a distributed optimizer."""
+
+    name: str
+    index: int  # of the parameter in the optimizer's state
+    place: slice  # in the flattened parameter
+    main: torch.Tensor  # weights in fp32
+    model: torch.Tensor  # the model's, in its type
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the optimizer has no weights of its own."""
+        return self.main.data_ptr() == self.model.data_ptr()
+
+    def rounds_to(self, weights: torch.Tensor) -> bool:
+        """Whether `weights` are its own in the model's type."""
+        return torch.equal(self.main.to(weights.dtype), weights)
+
+    def is_in(self, state: dict[str, Any]) -> bool:
+        """Whether a gathered `state` has the share's weights, by those at its ends."""
+        gathered = state["param_state"][self.index]["param"].data.flatten()[self.place]
+        return torch.equal(_ends(gathered), _ends(self.main).to(gathered.device))
+
+
+def _ends(values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([values[:_END], values[-_END:]])
+
+
+def _shares(optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> Iterator[_Share]:
+    """This rank's shares; none of a replicated optimizer, and none on a stage that trains nothing."""
+    names = {p: name for chunk in chunks for name, p in chunk.module.named_parameters()}
+    parts = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    assert len(parts) <= 1, "one optimizer has all parameters"
+    for part in (part for part in parts if not part.is_stub_optimizer):
+        order = {p: i for i, p in enumerate(p for buffer in part.buffers for p in buffer.param_index_map)}
+        whole = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
+        mains = itertools.chain(*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups)
+        for p, main in zip(whole, mains, strict=True):
+            found = part._get_model_param_range_map(p)["param"]
+            place = slice(found.start, found.end)
+            model = p.detach().view(-1)[place]
+            yield _Share(name=names[p], index=order[p], place=place, main=main.detach(), model=model)
+
+
+def _refuse(names: list[str], reason: str) -> None:
+    """CheckpointError on all ranks if any has names. Collective."""
     of_ranks: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, wrong)
+    dist.all_gather_object(of_ranks, names)
     if found := sorted({name for names in of_ranks for name in names}):
-        raise CheckpointError(
-            f"the optimizer's weights are not those of the model in {len(found)} parameters, the first {found[0]}: its "
-            "state was written wrongly; checkpoint.load starts a run from the model's weights alone"
-        )
+        raise CheckpointError(f"{reason} ({len(found)} parameters, the first {found[0]})")
 
 
 def _load(optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe, recipe: Recipe) -> None:

@@ -170,7 +170,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     state = store.load_state(checkpoint, _state(run, loading=True))
     store.set_model_state(run.cores, state["model"])
     try:
-        optimizer_state.load(run.optimizer, state["optimizer"], run.cores, saved=saved, recipe=run.recipe)
+        optimizer_state.load(run.optimizer, run.chunks, state["optimizer"], saved=saved, recipe=run.recipe)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     run.schedule.load_state_dict(state["schedule"])
