@@ -88,8 +88,7 @@ def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> li
 
     `fields` are added to the layout's.
     """
-    kind = "tied" if layout.value("model") == "tied" else "untied"
-    run = open_layout(layout.fields | (fields or {}), folder / f"start_{kind}")
+    run = open_layout(layout.fields | (fields or {}), folder / f"start_{layout.start}")
     metrics = [train_step(run, iter(my_batches(run, 0)))]
     save_tensors(run, folder / layout.name / "gradients", whole_gradients(run))
     metrics += [train_step(run, iter(my_batches(run, step))) for step in range(1, STEPS)]

@@ -53,6 +53,7 @@ FEATURES: dict[str, dict[str, dict]] = {
     "model": {
         "untied": {},
         "tied": {"untie_embeddings_and_output_weights": False},
+        "qwen3": {"qk_layernorm": True, "add_qkv_bias": False},
         "text_only": {"text_only": True},
     },
     "frozen": {
@@ -92,6 +93,12 @@ class Layout:
         """Fields of the recipe."""
         chosen = [FEATURES[feature][value] for feature, value in zip(FEATURES, self.values, strict=True)]
         return {name: field for fields in chosen for name, field in fields.items()}
+
+    @property
+    def start(self) -> str:
+        """The kind of model whose first weights it takes: those of a whole one are also for text alone."""
+        kind = self.value("model")
+        return "untied" if kind == "text_only" else kind
 
     @property
     def reference(self) -> "Layout":

@@ -25,7 +25,16 @@ from megatron_vita.training.run import Run
 ALL = bool(os.environ.get("VITA_TEST_ALL"))
 PLAIN = [
     layout_of(*values)
-    for values in (("tp2",), ("tp2sp",), ("cp2",), ("pp2",), ("pp2vpp2",), ("dp2", "overlapped"), ("tp2", "cp2"))
+    for values in (
+        ("tp2",),
+        ("tp2sp",),
+        ("cp2",),
+        ("pp2",),
+        ("pp2vpp2",),
+        ("dp2", "overlapped"),
+        ("tp2", "cp2"),
+        ("tp2", "qwen3"),
+    )
 ]
 COVERING = covering_layouts()
 EIGHT = [layout_of("tp2sp", "cp2", "pp2", "overlapped", "full")]
@@ -36,7 +45,7 @@ LAYOUTS = [layout for layout in LAYOUTS if layout.world <= MOST_PROCESSES]
 def run_references(folder: Path, layouts: list[Layout]) -> None:
     """The single process that each layout is compared with; all start from the same weights."""
     platform.initialize_process()
-    for kind in ("untied", "tied"):
+    for kind in dict.fromkeys(layout.start for layout in layouts):
         save_tensors(open_layout(layout_of(kind).fields, None), folder / f"start_{kind}")
     for reference in dict.fromkeys(layout.reference for layout in layouts):
         write_metrics(run_steps(reference, folder), folder / f"{reference.name}.json")
@@ -56,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def readers(results: Path) -> dict[str, Run]:
     """Runs of a single process that read the gradients and weights of any layout, by kind of model."""
-    return {kind: open_layout(layout_of(kind).fields, None) for kind in ("untied", "tied", "text_only")}
+    return {kind: open_layout(layout_of(kind).fields, None) for kind in FEATURES["model"]}
 
 
 def tensors(reader: Run, folder: Path) -> dict[str, torch.Tensor]:
