@@ -64,7 +64,7 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     sharded = parallel.use_distributed_optimizer
     state = parameters.trainable(recipe) * (12 if sharded or recipe.training.bf16 else 8)
     share = (state + parameters.total * _value(recipe)) // (data_parallel * parallel.context_parallel_size)
-    return state * sharded + share
+    return (state if sharded else 0) + share
 
 
 def _value(recipe: Recipe) -> int:
