@@ -1,4 +1,5 @@
-"""Trains a stage: torchrun --nproc_per_node GPUS pretrain_vita.py RECIPE.yaml [group.field=value ...]"""
+"""Trains a stage: torchrun --nproc_per_node GPUS pretrain_vita.py RECIPE.yaml [group.field=value
+...]"""
 
 import argparse
 import logging
@@ -17,16 +18,31 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="the stage's recipe, a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="group.field=value", help="fields that replace the recipe's")
-    parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny: a miniature on made-up data")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="group.field=value", help="fields that replace the recipe's"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=["full", "tiny"],
+        default="full",
+        help="tiny: a miniature on made-up data",
+    )
     dry = parser.add_argument_group("dry run")
     dry.add_argument(
-        "--dry-run", action="store_true", help="show and check what the run would be, on this machine alone"
+        "--dry-run",
+        action="store_true",
+        help="show and check what the run would be, on this machine alone",
     )
-    dry.add_argument("--world-size", type=int, default=0, help="ranks of the run; one replica if not given")
+    dry.add_argument(
+        "--world-size", type=int, default=0, help="ranks of the run; one replica if not given"
+    )
     dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks of a node")
-    dry.add_argument("--device-memory-gib", type=float, default=0, help="refuse a run estimated to need more")
-    dry.add_argument("--without-data", action="store_true", help="leave the plan and its packs unread")
+    dry.add_argument(
+        "--device-memory-gib", type=float, default=0, help="refuse a run estimated to need more"
+    )
+    dry.add_argument(
+        "--without-data", action="store_true", help="leave the plan and its packs unread"
+    )
     return parser.parse_intermixed_args()  # overrides may follow options
 
 
@@ -48,7 +64,11 @@ def main() -> None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         from megatron_vita import platform  # imports torch: after the recipe has been checked
 
-        world_size = arguments.world_size or int(os.environ.get("WORLD_SIZE", "0")) or recipe.parallel.replica_size
+        world_size = (
+            arguments.world_size
+            or int(os.environ.get("WORLD_SIZE", "0"))
+            or recipe.parallel.replica_size
+        )
         if arguments.scale == "tiny":
             from data_tools.miniature import open_miniature
 

@@ -2,10 +2,10 @@
 
     python benchmarks/conversion.py [--folder DIR] [--layers 28] [--rounds 3]
 
-Writes safetensors of Qwen2.5-7B's shapes (15.2 GB; fewer layers make less) with random bf16 weights. Then, in turns:
-copies the files, converts them to a distributed checkpoint, and converts that back. Each begins with a cold page cache
-of what it reads and ends when all it wrote is on the disk. Peak memory is the process's resident set, which counts
-pages of mapped files, too.
+Writes safetensors of Qwen2.5-7B's shapes (15.2 GB; fewer layers make less) with random bf16
+weights. Then, in turns: copies the files, converts them to a distributed checkpoint, and converts
+that back. Each begins with a cold page cache of what it reads and ends when all it wrote is on the
+disk. Peak memory is the process's resident set, which counts pages of mapped files, too.
 """
 
 import argparse
@@ -32,7 +32,11 @@ from megatron_vita.convert.transfers import Transfer
 def shape(layers: int) -> LanguageConfig:
     """Qwen2.5-7B with so many layers."""
     return LanguageConfig(
-        num_layers=layers, hidden_size=3584, ffn_hidden_size=18944, num_attention_heads=28, num_query_groups=4
+        num_layers=layers,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
     )
 
 
@@ -40,11 +44,15 @@ def write_model(folder: Path, layers: int) -> int:
     """Writes the synthetic model, and returns its bytes."""
     folder.mkdir(parents=True)
     language = shape(layers)
-    shapes = stored_shapes(ModelConfig(text_only=True, language=language), parts=("language_model",))
+    shapes = stored_shapes(
+        ModelConfig(text_only=True, language=language), parts=("language_model",)
+    )
     transfers = []
     for rule in language_table(language):
         place = place_of(rule.ours)
-        transfers.append(Transfer(rule=rule, place=place, whole=shapes[place.key], dtype=torch.bfloat16))
+        transfers.append(
+            Transfer(rule=rule, place=place, whole=shapes[place.key], dtype=torch.bfloat16)
+        )
     groups = [transfer.their_infos(folder) for transfer in transfers]
     writer = SafetensorsWriter(folder, groups, largest=5 << 30)
     for group in groups:
@@ -94,8 +102,12 @@ def convert(command: str, source: Path, destination: Path) -> tuple[float, float
 
 def main() -> None:
     """Prints a table of medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/conversion"), help="where some 45 GB have room")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/conversion"), help="where some 45 GB have room"
+    )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -115,7 +127,9 @@ def main() -> None:
     for name, measured in rows.items():
         seconds, peak = statistics.median(s for s, _ in measured), max(peak for _, peak in measured)
         every = ", ".join(f"{s:.1f}" for s, _ in measured)
-        sys.stdout.write(f"| {name} | {seconds:.1f} ({every}) | {seconds / base:.2f} | {peak:.2f} |\n")
+        sys.stdout.write(
+            f"| {name} | {seconds:.1f} ({every}) | {seconds / base:.2f} | {peak:.2f} |\n"
+        )
 
 
 if __name__ == "__main__":

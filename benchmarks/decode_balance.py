@@ -2,8 +2,9 @@
 
     python benchmarks/decode_balance.py [--ranks 4]
 
-Makes packs of a film (720p, H.264), of photographs (1600 x 1200 JPEG, 13 tiles each) and of both, and reads each as
-every rank would, one after another in one process. Prints CPU seconds, and the slowest rank's over the mean.
+Makes packs of a film (720p, H.264), of photographs (1600 x 1200 JPEG, 13 tiles each) and of both,
+and reads each as every rank would, one after another in one process. Prints CPU seconds, and the
+slowest rank's over the mean.
 """
 
 import argparse
@@ -33,7 +34,9 @@ def film() -> bytes:
     buffer, noise = io.BytesIO(), np.random.default_rng(0)
     background = noise.integers(0, 255, (720, 1280, 3), dtype=np.uint8) // 4
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "g": "48"})
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"preset": "ultrafast", "g": "48"}
+        )
         stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
         for i in range(SECONDS * FPS):
             picture = np.roll(background, 3 * i, axis=1)
@@ -65,8 +68,12 @@ def write_pack(folder: Path, name: str, *, films: int, photographs: int) -> Reci
     question = "<image>\n" * photographs + "<video>\n" * films + "What is it?"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A picture."}]
     lines = raw / "samples.jsonl"
-    lines.write_text(json.dumps({"messages": turns, "images": pictures, "videos": ["film.mp4"] * films}) + "\n")
-    make_shards(ShardJob(files=[lines], media_root=raw, out=folder / name, samples_per_shard=9, strict=True))
+    lines.write_text(
+        json.dumps({"messages": turns, "images": pictures, "videos": ["film.mp4"] * films}) + "\n"
+    )
+    make_shards(
+        ShardJob(files=[lines], media_root=raw, out=folder / name, samples_per_shard=9, strict=True)
+    )
     recipe = Recipe(
         text=TextConfig(tokenizer=str(folder / "words.model")),
         media=MediaConfig(max_frames=SECONDS),
@@ -95,16 +102,29 @@ def measure(recipe: Recipe, ranks: int) -> tuple[list[int], list[float]]:
 
 def main() -> None:
     """Measures all packs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=4)
     ranks = parser.parse_args().ranks
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train_sentencepiece(["What is it? A picture. user assistant"] * 9, folder / "words.model", vocab_size=320)
+        train_sentencepiece(
+            ["What is it? A picture. user assistant"] * 9, folder / "words.model", vocab_size=320
+        )
         (folder / "film.mp4").write_bytes(film())
-        lines = ["| pack | tiles a rank | CPU seconds a rank | slowest / mean |", "|---|---|---|---|"]
-        for kind, films, photographs in (("film", 1, 0), ("photographs", 0, PHOTOGRAPHS), ("both", 1, PHOTOGRAPHS)):
-            tiles, seconds = measure(write_pack(folder, kind, films=films, photographs=photographs), ranks)
+        lines = [
+            "| pack | tiles a rank | CPU seconds a rank | slowest / mean |",
+            "|---|---|---|---|",
+        ]
+        for kind, films, photographs in (
+            ("film", 1, 0),
+            ("photographs", 0, PHOTOGRAPHS),
+            ("both", 1, PHOTOGRAPHS),
+        ):
+            tiles, seconds = measure(
+                write_pack(folder, kind, films=films, photographs=photographs), ranks
+            )
             shown = ", ".join(f"{s:.2f}" for s in seconds)
             ratio = max(seconds) / np.mean(seconds)
             lines.append(f"| {kind} | {min(tiles)} to {max(tiles)} | {shown} | {ratio:.3f} |")

@@ -1,10 +1,11 @@
-"""Images a second on one core: from a JPEG file to the tiles of dynamic tiling, beside Pillow and Hugging Face.
+"""Images a second on one core: from a JPEG file to the tiles of dynamic tiling, beside Pillow and
+Hugging Face.
 
     python benchmarks/images.py [--rounds 7]
 
-Every way takes the same file to the same 12 tiles and thumbnail of 448 pixels, as 8-bit values. Hugging Face's fast
-processor needs torchvision; without it, its row is left out. Prints medians of CPU seconds over rounds in which the
-ways take turns, and how far pixels are from Pillow's.
+Every way takes the same file to the same 12 tiles and thumbnail of 448 pixels, as 8-bit values.
+Hugging Face's fast processor needs torchvision; without it, its row is left out. Prints medians of
+CPU seconds over rounds in which the ways take turns, and how far pixels are from Pillow's.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def photograph(size: tuple[int, int], **options: object) -> bytes:
         pixels += (large - 128) * (strength / 64)
     pixels += noise.normal(0, 2, (size[1], size[0], 1))
     file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90, subsampling=2, **options)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+        file, "JPEG", quality=90, subsampling=2, **options
+    )
     return file.getvalue()
 
 
@@ -78,14 +81,20 @@ def simplejpeg_pillow(data: bytes) -> np.ndarray:
 def upright(data: bytes) -> Image.Image:
     """By Pillow alone."""
     image = Image.open(io.BytesIO(data))
-    return image.transpose(Image.Transpose.ROTATE_270) if image.getexif().get(0x0112) == 6 else image
+    return (
+        image.transpose(Image.Transpose.ROTATE_270) if image.getexif().get(0x0112) == 6 else image
+    )
 
 
 def cells(image: Image.Image, thumbnail: Image.Image) -> np.ndarray:
     """The thumbnail and the cells of the grid that suits the image."""
     cols, rows = GRID if image.width > image.height else GRID[::-1]
     canvas = np.asarray(image.resize((cols * SIDE, rows * SIDE), Image.Resampling.BICUBIC))
-    parts = canvas.reshape(rows, SIDE, cols, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIDE, SIDE)
+    parts = (
+        canvas.reshape(rows, SIDE, cols, SIDE, 3)
+        .transpose(0, 2, 4, 1, 3)
+        .reshape(-1, 3, SIDE, SIDE)
+    )
     return np.concatenate([np.asarray(thumbnail).transpose(2, 0, 1)[None], parts])
 
 
@@ -93,7 +102,12 @@ def hugging_face(kind: type) -> Way:
     """A processor for InternVL up to 8-bit tiles; its thumbnail comes last."""
     size = {"height": SIDE, "width": SIDE}
     processor = kind(
-        size=size, crop_to_patches=True, min_patches=1, max_patches=12, do_rescale=False, do_normalize=False
+        size=size,
+        crop_to_patches=True,
+        min_patches=1,
+        max_patches=12,
+        do_rescale=False,
+        do_normalize=False,
     )
 
     def tiles(data: bytes) -> np.ndarray:
@@ -126,7 +140,9 @@ def measure(ways: dict[str, Way], data: bytes, rounds: int) -> list[str]:
 
 def main() -> None:
     """Measures all ways on three files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
@@ -148,7 +164,11 @@ def main() -> None:
     }
     for name, data in files.items():
         turned = open_image(data, name).height > open_image(data, name).width
-        chosen = {key: way for key, way in ways.items() if not (turned and way is not ours and way is not pillow)}
+        chosen = {
+            key: way
+            for key, way in ways.items()
+            if not (turned and way is not ours and way is not pillow)
+        }
         print(f"\n{name}, {len(data) / 1e6:.2f} MB\n")  # noqa: T201
         print("| way | CPU ms | images/s | speed / Pillow's | largest difference | mean | equal |")  # noqa: T201
         print("|---|---|---|---|---|---|---|")  # noqa: T201

@@ -1,16 +1,20 @@
-"""Samples and frames that one loader process reads in a CPU second, beside plain webdataset and Megatron-Energon.
+"""Samples and frames that one loader process reads in a CPU second, beside plain webdataset and
+Megatron-Energon.
 
-    python benchmarks/loader.py [--rounds 3] [--peer-python VENV/bin/python] [--kinds text photographs films]
+    python benchmarks/loader.py [--rounds 3] [--peer-python VENV/bin/python] [--kinds text
+    photographs films]
 
-Makes shards of text chats, of photographs (1600 x 1200 JPEG: 12 tiles and a thumbnail) and of films (720p H.264, half a
-minute to a minute long, a frame a second), and reads them as packs with our reader in one worker process, with
-webdataset in torchdata's StatefulDataLoader and with Energon, in processes of their own that take turns. CPU seconds
-are those of the reading process, of the worker and of what lies between, once both have warmed up. Checks that all make
-the same token ids, labels and tiles of a sample. Prints medians over the rounds.
+Makes shards of text chats, of photographs (1600 x 1200 JPEG: 12 tiles and a thumbnail) and of films
+(720p H.264, half a minute to a minute long, a frame a second), and reads them as packs with our
+reader in one worker process, with webdataset in torchdata's StatefulDataLoader and with Energon, in
+processes of their own that take turns. CPU seconds are those of the reading process, of the worker
+and of what lies between, once both have warmed up. Checks that all make the same token ids, labels
+and tiles of a sample. Prints medians over the rounds.
 
 The peers run by a Python that has them:
 
-    python -m venv VENV && VENV/bin/pip install torch pillow tokenizers psutil webdataset torchdata megatron-energon av
+    python -m venv VENV && VENV/bin/pip install torch pillow tokenizers psutil webdataset torchdata
+    megatron-energon av
 """
 
 import argparse
@@ -59,9 +63,13 @@ def train_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=12000, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=12000, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator([WORDS], trainer)
-    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS])
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS]
+    )
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -78,7 +86,11 @@ def chat(noise: random.Random, opening: str = "", turns: int = 1) -> dict[str, A
     contents = [words(noise, 150 if i % 2 else 40) for i in range(2 * turns)]
     contents[0] = opening + contents[0]
     roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+    return {
+        "messages": [
+            {"role": roles[i % 2], "content": content} for i, content in enumerate(contents)
+        ]
+    }
 
 
 def cut_films() -> list[bytes]:
@@ -129,7 +141,12 @@ def make_shards(kind: str, folder: Path) -> Recipe:
             "media": {"max_fps": 1.0, "max_tiles": 12},
             "data": {
                 "train": [{"name": kind, "shards": str(folder / "*.tar")}],
-                **{"plan": str(folder / "plan"), "seq_length": LENGTH, "epochs": 3, "document_alignment": 1},
+                **{
+                    "plan": str(folder / "plan"),
+                    "seq_length": LENGTH,
+                    "epochs": 3,
+                    "document_alignment": 1,
+                },
             },
         }
     )
@@ -153,7 +170,12 @@ def told(pack: ReadPack) -> dict[str, Any]:
     batch, count = pack.batch, len(pack.batch.sample_keys)
     ends = torch.searchsorted(batch.placements, batch.document_starts[1 : count + 1].long())
     return {
-        **{"ids": batch.input_ids, "labels": batch.labels, "tiles": batch.tiles, "keys": batch.sample_keys},
+        **{
+            "ids": batch.input_ids,
+            "labels": batch.labels,
+            "tiles": batch.tiles,
+            "keys": batch.sample_keys,
+        },
         "lengths": batch.document_starts.diff()[:count].tolist(),
         "counts": ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist(),
     }
@@ -162,7 +184,9 @@ def told(pack: ReadPack) -> dict[str, Any]:
 def run(command: list[str]) -> dict[str, Any] | None:
     """What a reader in a process of its own tells; None where it fails, which it has said."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
+    return (
+        json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
+    )
 
 
 def find_peers(python: str) -> list[str]:
@@ -174,7 +198,9 @@ def find_peers(python: str) -> list[str]:
         if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0:
             found.append(peer)
         else:
-            sys.stderr.write(f"{peer} is not measured: {python} lacks {modules[peer]}; see --help for how to get it\n")
+            sys.stderr.write(
+                f"{peer} is not measured: {python} lacks {modules[peer]}; see --help for how to get it\n"
+            )
     return found
 
 
@@ -182,7 +208,13 @@ def compare(kind: str, folder: Path, *, python: str, peers: list[str], rounds: i
     """The rows of a table."""
     recipe = make_shards(kind, folder)
     if "energon" in peers:
-        options = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
+        options = [
+            "--non-interactive",
+            "--split-ratio",
+            "1,0,0",
+            "--sample-type",
+            "CrudeWebdataset",
+        ]
         energon = [python, str(Path(python).with_name("energon")), "prepare", *options, str(folder)]
         subprocess.run(energon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     plan = read_plan(plan_path(recipe, "train"))
@@ -233,15 +265,22 @@ def row(kind: str, reader: str, found: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--kinds", nargs="+", choices=list(COUNTS), default=list(COUNTS))
     for hidden in ("--ours", "--warm-up", "--batches"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS, type=Path if hidden == "--ours" else int)
+        parser.add_argument(
+            hidden, help=argparse.SUPPRESS, type=Path if hidden == "--ours" else int
+        )
     options = parser.parse_args()
     if options.ours:
-        sys.stdout.write(json.dumps(read_ours(options.ours, warm_up=options.warm_up, batches=options.batches)) + "\n")
+        sys.stdout.write(
+            json.dumps(read_ours(options.ours, warm_up=options.warm_up, batches=options.batches))
+            + "\n"
+        )
         return
     peers = find_peers(options.peer_python)
     sys.stdout.write(
@@ -251,7 +290,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for kind in options.kinds:
             python = options.peer_python
-            rows = compare(kind, Path(name) / kind, python=python, peers=peers, rounds=options.rounds)
+            rows = compare(
+                kind, Path(name) / kind, python=python, peers=peers, rounds=options.rounds
+            )
             sys.stdout.write("\n".join(rows) + "\n")
             sys.stdout.flush()
 

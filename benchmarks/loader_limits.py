@@ -1,12 +1,14 @@
-"""Memory of a loader process at a pack of a million tokens, and seconds from a resume to the first batch.
+"""Memory of a loader process at a pack of a million tokens, and seconds from a resume to the first
+batch.
 
     python benchmarks/loader_limits.py [--ranks 8 1] [--shards 1000 10000] [--rounds 3]
 
-The pack is one film of 68 minutes (720p, 30 frames a second), 4,048 frames of which are dealt over the ranks. Memory
-is the PSS of the process that reads it, watched every 50 ms, over that before it reads anything. The resume is at pack
-1,000,000 of a plan with 8 short texts in each pack, in a process of its own, whose index and plan files are not in the
-page cache: it opens the split, takes the digest of the packs consumed, starts a loader process and waits for a batch.
-Prints medians over the rounds.
+The pack is one film of 68 minutes (720p, 30 frames a second), 4,048 frames of which are dealt over
+the ranks. Memory is the PSS of the process that reads it, watched every 50 ms, over that before it
+reads anything. The resume is at pack 1,000,000 of a plan with 8 short texts in each pack, in a
+process of its own, whose index and plan files are not in the
+page cache: it opens the split, takes the digest of the packs consumed, starts a loader process and
+waits for a batch. Prints medians over the rounds.
 """
 
 import argparse
@@ -80,7 +82,9 @@ def pss(process: int | None) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
-def write_sample(shard: Path, *, samples: int, question: str, media: dict[str, list[MediaFile]]) -> None:
+def write_sample(
+    shard: Path, *, samples: int, question: str, media: dict[str, list[MediaFile]]
+) -> None:
     """A shard of equal samples."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A picture."}]
     with SampleWriter(shard) as writer:
@@ -90,7 +94,9 @@ def write_sample(shard: Path, *, samples: int, question: str, media: dict[str, l
 
 def make_recipe(folder: Path, **data: Any) -> Recipe:
     """Of all shards of a folder."""
-    train_sentencepiece(["What is it? A picture. user assistant"] * 9, folder / "words.model", vocab_size=320)
+    train_sentencepiece(
+        ["What is it? A picture. user assistant"] * 9, folder / "words.model", vocab_size=320
+    )
     return recipe_from_dict(
         {
             "text": {"tokenizer": str(folder / "words.model")},
@@ -116,7 +122,10 @@ def memory(folder: Path, all_ranks: list[int]) -> Iterator[str]:
     for ranks in all_ranks:
         watch = Watch()
         stream = open_split(
-            recipe, split="train", tokenizer=load_tokenizer(recipe.text.tokenizer), tile_share=(ranks // 2, ranks)
+            recipe,
+            split="train",
+            tokenizer=load_tokenizer(recipe.text.tokenizer),
+            tile_share=(ranks // 2, ranks),
         )
         start = time.perf_counter()
         (pack,) = read_packs(stream, watched(watch), num_workers=1, prefetch=1)
@@ -137,7 +146,8 @@ def watched(watch: Watch) -> Iterator[PackTask]:
 
 
 def make_long_run(folder: Path, shards: int) -> Recipe:
-    """Shards (links to one) and their indexes (copies of one), and a plan of more packs than a million."""
+    """Shards (links to one) and their indexes (copies of one), and a plan of more packs than a
+    million."""
     first = folder / "made-000000.tar"
     write_sample(first, samples=SAMPLES, question="What is it?", media={})
     recipe = make_recipe(folder, seq_length=1024)
@@ -152,7 +162,10 @@ def make_long_run(folder: Path, shards: int) -> Recipe:
     number = packs * DOCUMENTS
     columns = {name: np.full(number, value) for name, value in columns_of(first, recipe).items()}
     columns["pack"] = np.repeat(np.arange(packs), DOCUMENTS)
-    columns |= {"shard": noise.integers(0, shards, number), "row": noise.integers(0, SAMPLES, number)}
+    columns |= {
+        "shard": noise.integers(0, shards, number),
+        "row": noise.integers(0, SAMPLES, number),
+    }
     stamp = plan_stamp(recipe, "train", tokenizer=tokenizer, sources=sources)
     write_plan(PackPlan(columns, datasets=["made"], stamp=stamp), plan_path(recipe, "train"))
     return recipe
@@ -202,7 +215,9 @@ def resume(folder: Path, shards: int, rounds: int) -> str:
     for _ in range(rounds):
         forget(recipe)
         done = subprocess.run(
-            [sys.executable, __file__, "--first-batch", str(file)], stdout=subprocess.PIPE, check=True
+            [sys.executable, __file__, "--first-batch", str(file)],
+            stdout=subprocess.PIPE,
+            check=True,
         )
         found.append(json.loads(done.stdout))
     opened, read = (statistics.median(each[name] for each in found) for name in ("open", "read"))
@@ -212,7 +227,9 @@ def resume(folder: Path, shards: int, rounds: int) -> str:
 
 def main() -> None:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 1])
     parser.add_argument("--shards", type=int, nargs="*", default=[1000, 10000])
     parser.add_argument("--rounds", type=int, default=3)
@@ -223,10 +240,14 @@ def main() -> None:
         return
     say = print
     with tempfile.TemporaryDirectory() as name:
-        say("| shards | open the split, s | first batch, s | both, s | slowest round |\n|---|---|---|---|---|")
+        say(
+            "| shards | open the split, s | first batch, s | both, s | slowest round |\n|---|---|---|---|---|"
+        )
         for shards in options.shards:
             say(resume(Path(name) / str(shards), shards, options.rounds), flush=True)
-        say("\n| ranks | frames | tiles, MB | film, MB | PSS before, MB | most over it, MB | bar, MB | not tiles | s |")
+        say(
+            "\n| ranks | frames | tiles, MB | film, MB | PSS before, MB | most over it, MB | bar, MB | not tiles | s |"
+        )
         say("|---|---|---|---|---|---|---|---|---|")
         (Path(name) / "film").mkdir()
         for row in memory(Path(name) / "film", options.ranks) if options.ranks else ():

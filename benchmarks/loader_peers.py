@@ -1,8 +1,11 @@
-"""Plain webdataset and Megatron-Energon, each doing what our reader does; run by `loader.py` with the peers' Python.
+"""Plain webdataset and Megatron-Energon, each doing what our reader does; run by `loader.py` with
+the peers' Python.
 
-    python benchmarks/loader_peers.py {webdataset,energon} FOLDER --batch 4 --length 16384 --warm-up 2 --batches 8
+    python benchmarks/loader_peers.py {webdataset,energon} FOLDER --batch 4 --length 16384 --warm-up
+    2 --batches 8
 
-Imports nothing of this project. Images are decoded and resized by Pillow; films by PyAV, through Energon's AVDecoder
+Imports nothing of this project. Images are decoded and resized by Pillow; films by PyAV, through
+Energon's AVDecoder
 there. Writes a line of JSON: what it read, its CPU and wall seconds, and a summary of some samples.
 """
 
@@ -32,7 +35,9 @@ class Encoder:
     """From a sample's JSON and media to token ids, labels and tiles, as most users write it."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+        self._tokenizer = tokenizers.Tokenizer.from_file(
+            str(folder / "tokenizer" / "tokenizer.json")
+        )
 
     def __call__(self, sample: Sample) -> Sample:
         record = sample["json"]
@@ -57,7 +62,9 @@ class Encoder:
             scored = message["role"] == "assistant"
             opening = [self._id("<|im_start|>"), *self._encode(message["role"] + "\n")]
             words: list[int] = []
-            for i, part in enumerate(message["content"].replace("<video>", "<image>").split("<image>")):
+            for i, part in enumerate(
+                message["content"].replace("<video>", "<image>").split("<image>")
+            ):
                 words += (next(media) if i else []) + self._encode(part)
             words += [self._id("<|im_end|>"), *self._encode("\n")]
             ids += opening + words
@@ -86,7 +93,11 @@ def image_tiles(picture: Image.Image) -> tuple[list[np.ndarray], tuple[int, int]
     aspect = picture.width / picture.height
     cols, rows = min(grids, key=lambda grid: (abs(grid[0] / grid[1] - aspect), -grid[0] * grid[1]))
     large = picture.resize((cols * SIDE, rows * SIDE), Image.Resampling.BICUBIC)
-    boxes = [(x * SIDE, y * SIDE, x * SIDE + SIDE, y * SIDE + SIDE) for y in range(rows) for x in range(cols)]
+    boxes = [
+        (x * SIDE, y * SIDE, x * SIDE + SIDE, y * SIDE + SIDE)
+        for y in range(rows)
+        for x in range(cols)
+    ]
     cut = [picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), *map(large.crop, boxes)]
     return [np.asarray(tile).transpose(2, 0, 1) for tile in cut], (cols, rows)
 
@@ -107,14 +118,18 @@ def moments(duration: float) -> list[float]:
 
 
 def plain_frames(data: bytes) -> Iterator[Image.Image]:
-    """All frames decoded in order in one thread, as loader processes do it; the wanted ones made pictures."""
+    """All frames decoded in order in one thread, as loader processes do it; the wanted ones made
+    pictures."""
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         wanted = moments(float((stream.duration or 0) * (stream.time_base or 0)))
         taken = 0
         for frame in container.decode(stream):
-            if taken < len(wanted) and (frame.time or 0.0) + 1 / float(stream.average_rate or 1) > wanted[taken] + 5e-4:
+            if (
+                taken < len(wanted)
+                and (frame.time or 0.0) + 1 / float(stream.average_rate or 1) > wanted[taken] + 5e-4
+            ):
                 taken += 1
                 yield frame.to_image()
 
@@ -135,14 +150,24 @@ def collate(samples: list[Sample], length: int) -> Sample:
     length = max(length, sum(lengths))
     ids, labels = torch.zeros(length, dtype=torch.int64), torch.full((length,), -100)
     for name, tensor in (("ids", ids), ("labels", labels)):
-        tensor[: sum(lengths)] = torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
+        tensor[: sum(lengths)] = torch.from_numpy(
+            np.concatenate([sample[name] for sample in samples])
+        )
     tiles = torch.from_numpy(np.concatenate([sample["tiles"] for sample in samples]))
     keys = [sample["key"] for sample in samples]
-    return {"ids": ids, "labels": labels, "tiles": tiles, "keys": keys, "lengths": lengths, "counts": counts}
+    return {
+        "ids": ids,
+        "labels": labels,
+        "tiles": tiles,
+        "keys": keys,
+        "lengths": lengths,
+        "counts": counts,
+    }
 
 
 def summaries(pack: Sample) -> Sample:
-    """What readers must agree on, by key: sums of ids and labels, number of tiles, mean of the middles of two."""
+    """What readers must agree on, by key: sums of ids and labels, number of tiles, mean of the
+    middles of two."""
     facts: Sample = {}
     start, first = 0, 0
     for key, length, count in zip(pack["keys"], pack["lengths"], pack["counts"], strict=True):
@@ -160,7 +185,11 @@ def webdataset_loader(folder: Path, batch: int, length: int) -> Iterator[Sample]
 
     shards = [str(path) for path in sorted(folder.glob("*.tar"))]
     samples = webdataset.WebDataset(shards, shardshuffle=False, nodesplitter=None).decode("pilrgb")
-    packs = samples.map(Encoder(folder)).repeat().batched(batch, collation_fn=lambda rows: collate(rows, length))
+    packs = (
+        samples.map(Encoder(folder))
+        .repeat()
+        .batched(batch, collation_fn=lambda rows: collate(rows, length))
+    )
     return iter(StatefulDataLoader(packs, batch_size=None, num_workers=1, prefetch_factor=2))
 
 
@@ -205,9 +234,11 @@ def cpu_seconds() -> float:
 
 
 def measure(packs: Iterator[Sample], *, warm_up: int, batches: int) -> Sample:
-    """CPU and wall seconds of `batches` packs after `warm_up` ones, with the same number read ahead before and after.
+    """CPU and wall seconds of `batches` packs after `warm_up` ones, with the same number read ahead
+    before and after.
 
-    A pack has "ids", "labels" and "tiles", and of each of its samples in turn "keys", "lengths" and "counts" (tiles).
+    A pack has "ids", "labels" and "tiles", and of each of its samples in turn "keys", "lengths" and
+    "counts" (tiles).
     """
     for _ in range(warm_up):
         next(packs)
@@ -224,7 +255,9 @@ def measure(packs: Iterator[Sample], *, warm_up: int, batches: int) -> Sample:
 
 def main() -> None:
     """Reads, and tells."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("peer", choices=("webdataset", "energon"))
     parser.add_argument("folder", type=Path)
     for option in ("--batch", "--length", "--warm-up", "--batches"):

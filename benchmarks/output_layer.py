@@ -1,11 +1,13 @@
-"""Time and memory of the output layer against full logits and other libraries, and of prefill with and without it.
+"""Time and memory of the output layer against full logits and other libraries, and of prefill with
+and without it.
 
     python benchmarks/output_layer.py loss --out results.md
     torchrun --nproc_per_node 2 benchmarks/output_layer.py ranks prefill --out results.md
 
-`loss` needs a GPU, liger-kernel and cut-cross-entropy; `ranks` (two GPUs against one) and `prefill` need two GPUs.
-`--tiny` runs the same on any machine, for a look at the script itself. Tables go to the end of the file and are printed
-last. Memory is what a forward and backward pass takes at its peak over what it was given, gradients included.
+`loss` needs a GPU, liger-kernel and cut-cross-entropy; `ranks` (two GPUs against one) and `prefill`
+need two GPUs. `--tiny` runs the same on any machine, for a look at the script itself. Tables go to
+the end of the file and are printed last. Memory is what a forward and backward pass takes at its
+peak over what it was given, gradients included.
 """
 
 import argparse
@@ -48,13 +50,19 @@ class Table:
 
     def add(self, *cells: object) -> None:
         """Appends a row and shows it at once."""
-        self.rows.append([f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells])
+        self.rows.append(
+            [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        )
         if not dist.is_initialized() or dist.get_rank() == 0:
             sys.stderr.write(" | ".join(self.rows[-1]) + "\n")
 
     def __str__(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return f"\n## {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        return (
+            f"\n## {self.title}\n\n"
+            + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            + "\n"
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,9 @@ def make_layer(sizes: Sizes, **options: Any) -> OutputLayer:
     recipe.model.language.hidden_size = sizes.hidden
     config = transformer_config(recipe, fused=False)
     config.perform_initialization = False
-    layer = OutputLayer(config, vocab_size=sizes.vocab, options=OutputConfig(**options), owns_weight=True)
+    layer = OutputLayer(
+        config, vocab_size=sizes.vocab, options=OutputConfig(**options), owns_weight=True
+    )
     with torch.no_grad():
         layer.weight.normal_(std=0.02)
     return layer
@@ -139,8 +149,11 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def measure(call: Callable[[], Any], *, reset: Callable[[], None], seconds: float) -> tuple[float, float] | None:
-    """Median seconds of 3 calls or more, and GiB at the peak over what was there before; None: out of memory."""
+def measure(
+    call: Callable[[], Any], *, reset: Callable[[], None], seconds: float
+) -> tuple[float, float] | None:
+    """Median seconds of 3 calls or more, and GiB at the peak over what was there before; None: out
+    of memory."""
     free()
     try:
         reset()
@@ -154,7 +167,9 @@ def measure(call: Callable[[], Any], *, reset: Callable[[], None], seconds: floa
         peak = torch.cuda.max_memory_allocated() if platform.on_cuda() else 0
         times: list[float] = []
         several = dist.get_world_size() > 1  # ranks must make as many calls as one another
-        while len(times) < (10 if several else 3) or (not several and sum(times) < seconds and len(times) < 20):
+        while len(times) < (10 if several else 3) or (
+            not several and sum(times) < seconds and len(times) < 20
+        ):
             reset()
             times.append(seconds_of(call))
         return statistics.median(times), (peak - before) / GIB
@@ -168,7 +183,9 @@ def measure(call: Callable[[], Any], *, reset: Callable[[], None], seconds: floa
 def ours(layer: OutputLayer, problem: Problem) -> Callable[[], None]:
     """Forward and backward of the output layer."""
     hidden = problem.hidden.unsqueeze(1)
-    return lambda: layer(hidden, rows=problem.rows, labels=problem.labels).sum().backward(retain_graph=False)
+    return lambda: (
+        layer(hidden, rows=problem.rows, labels=problem.labels).sum().backward(retain_graph=False)
+    )
 
 
 def full_logits(weight: Tensor, problem: Problem, *, selected: bool) -> Callable[[], None]:
@@ -191,7 +208,9 @@ def pick(problem: Problem, selected: bool) -> tuple[Tensor, Tensor]:
 
 def liger(weight: Tensor, problem: Problem, *, selected: bool) -> Callable[[], None]:
     """Liger Kernel's fused linear cross entropy."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
+    from liger_kernel.ops.fused_linear_cross_entropy import (
+        LigerFusedLinearCrossEntropyFunction as Fused,
+    )
 
     def call() -> None:
         hidden, labels = pick(problem, selected)
@@ -239,7 +258,8 @@ def time_losses(sizes: Sizes) -> Iterator[Table]:
     for positions, rows in ((131_072, 6_554), (32_768, 32_768)):
         positions, rows = sizes.positions(positions), max(1, sizes.positions(rows))
         table = Table(
-            f"{rows:,} loss rows of {positions:,} positions, forward and backward", ["what", "ms", "GiB at the peak"]
+            f"{rows:,} loss rows of {positions:,} positions, forward and backward",
+            ["what", "ms", "GiB at the peak"],
         )
         problem = make_problem(sizes, positions=positions, rows=rows)
         reset = reset_of(layer, problem)
@@ -264,13 +284,22 @@ def memory_by_length(sizes: Sizes) -> Iterator[Table]:
     """What is taken beside inputs, gradients and one copy of the scored rows."""
     groups.initialize_groups(Recipe().parallel)
     layer = make_layer(sizes)
-    head = ["positions", "loss rows", "ms", "GiB at the peak", "of which gradients and scored rows", "the rest"]
+    head = [
+        "positions",
+        "loss rows",
+        "ms",
+        "GiB at the peak",
+        "of which gradients and scored rows",
+        "the rest",
+    ]
     table = Table("Memory by length, bf16 .grad", head)
     for positions, share in ((8_192, 0.05), (131_072, 0.05), (131_072, 1.0), (1_048_576, 0.05)):
         positions = sizes.positions(positions)
         rows = int(positions * share)
         problem = make_problem(sizes, positions=positions, rows=rows)
-        result = measure(ours(layer, problem), reset=reset_of(layer, problem), seconds=sizes.seconds)
+        result = measure(
+            ours(layer, problem), reset=reset_of(layer, problem), seconds=sizes.seconds
+        )
         copy = rows if rows < positions else 0
         needed = 2 * (positions * sizes.hidden + copy * sizes.hidden + layer.weight.numel()) / GIB
         rest = "" if result is None else result[1] - needed
@@ -284,7 +313,10 @@ def chunk_sizes(sizes: Sizes) -> Iterator[Table]:
     """What a larger or smaller buffer of logits would do."""
     groups.initialize_groups(Recipe().parallel)
     layer = make_layer(sizes)
-    table = Table("Size of the buffer of logits", ["MiB", "gradient", "ms for 6,554 rows", "ms for 32,768 rows"])
+    table = Table(
+        "Size of the buffer of logits",
+        ["MiB", "gradient", "ms for 6,554 rows", "ms for 32,768 rows"],
+    )
     rows = [max(1, sizes.positions(count)) for count in (6_554, 32_768)]
     problems = [make_problem(sizes, positions=count, rows=count) for count in rows]
     for main_grad in (False, True):
@@ -292,7 +324,9 @@ def chunk_sizes(sizes: Sizes) -> Iterator[Table]:
             layer.weight.main_grad = torch.zeros(layer.weight.shape, device=layer.weight.device)
         for mebibytes in (192, 320, 448, 480, 896):
             layer.chunk_bytes = mebibytes << 20
-            found = [measure(ours(layer, p), reset=reset_of(layer, p), seconds=0.3) for p in problems]
+            found = [
+                measure(ours(layer, p), reset=reset_of(layer, p), seconds=0.3) for p in problems
+            ]
             times = [row_of(result)[0] for result in found]
             table.add(mebibytes, "fp32 main_grad" if main_grad else "bf16 .grad", *times)
     yield table
@@ -304,7 +338,10 @@ def softmax_step(sizes: Sizes) -> Iterator[Table]:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     groups.initialize_groups(Recipe().parallel)
-    form, shard = LossForm(vocab_size=sizes.vocab), Shard(start=0, columns=sizes.vocab, group=groups.tensor_group())
+    form, shard = (
+        LossForm(vocab_size=sizes.vocab),
+        Shard(start=0, columns=sizes.vocab, group=groups.tensor_group()),
+    )
     rows = max(1, sizes.positions(1408))
     logits = torch.randn(rows, sizes.vocab, device=platform.device()).bfloat16()
     targets = torch.randint(0, sizes.vocab, (rows,), device=logits.device)
@@ -313,12 +350,18 @@ def softmax_step(sizes: Sizes) -> Iterator[Table]:
     def step() -> None:
         summary = summarize(logits, targets=targets, shard=shard)
         form.losses(summary)
-        write_gradient(logits, targets=targets, shard=shard, summary=summary, scale=scale, form=form)
+        write_gradient(
+            logits, targets=targets, shard=shard, summary=summary, scale=scale, form=form
+        )
 
     def peer() -> None:
-        LigerCrossEntropyFunction.apply(logits.requires_grad_(), targets, None, -100, 0.0, 0.0, "sum", None, False)
+        LigerCrossEntropyFunction.apply(
+            logits.requires_grad_(), targets, None, -100, 0.0, 0.0, "sum", None, False
+        )
 
-    table = Table(f"Softmax and gradient of {rows:,} rows of bf16 logits, in place", ["what", "ms", "GiB"])
+    table = Table(
+        f"Softmax and gradient of {rows:,} rows of bf16 logits, in place", ["what", "ms", "GiB"]
+    )
     for name, call in (("this output layer", step), ("Liger 0.8.5's inner kernel", peer)):
         table.add(name, *row_of(measure(call, reset=lambda: None, seconds=0.2)))
     yield table
@@ -327,7 +370,10 @@ def softmax_step(sizes: Sizes) -> Iterator[Table]:
 def two_ranks(sizes: Sizes) -> Iterator[Table]:
     """One GPU against tensor parallelism over two, on 5 % of 131,072 rows."""
     positions, rows = sizes.positions(131_072), sizes.positions(6_554)
-    table = Table(f"{rows:,} loss rows of {positions:,} positions on two GPUs", ["layout", "ms", "GiB a GPU", "of TP1"])
+    table = Table(
+        f"{rows:,} loss rows of {positions:,} positions on two GPUs",
+        ["layout", "ms", "GiB a GPU", "of TP1"],
+    )
     one = 0.0
     for name, tp, sequence_parallel in (("TP1", 1, False), ("TP2", 2, False), ("TP2+SP", 2, True)):
         parallel = Recipe().parallel
@@ -341,7 +387,9 @@ def two_ranks(sizes: Sizes) -> Iterator[Table]:
         for kind in ("bf16 .grad", "fp32 main_grad"):
             if kind == "fp32 main_grad":
                 layer.weight.main_grad = torch.zeros(layer.weight.shape, device=layer.weight.device)
-            result = measure(ours(layer, problem), reset=reset_of(layer, problem), seconds=sizes.seconds)
+            result = measure(
+                ours(layer, problem), reset=reset_of(layer, problem), seconds=sizes.seconds
+            )
             assert result is not None
             one = result[0] if name == "TP1" and kind == "bf16 .grad" else one
             table.add(f"{name}, {kind}", *row_of(result), result[0] / one)
@@ -352,7 +400,8 @@ def two_ranks(sizes: Sizes) -> Iterator[Table]:
 
 @dataclass
 class PrefillAttention:
-    """Causal attention of one document that fills a cache allocated beforehand, query group by query group."""
+    """Causal attention of one document that fills a cache allocated beforehand, query group by
+    query group."""
 
     keys: Tensor  # [layers, groups, T, d]
     values: Tensor
@@ -395,7 +444,12 @@ class Prefill:
         recipe.parallel.tensor_model_parallel_size = 2
         shape: LanguageConfig = recipe.model.language
         if sizes.scale > 1:
-            shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size = 2, 64, 128, 1000
+            shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size = (
+                2,
+                64,
+                128,
+                1000,
+            )
             shape.num_attention_heads, shape.num_query_groups, shape.kv_channels = 4, 2, 16
         groups.initialize_groups(recipe.parallel)
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -405,7 +459,12 @@ class Prefill:
         config.perform_initialization = False
         self.shape, self.backend = shape, PrefillBackend()
         self.model = LanguageModel(
-            config, shape=shape, output=recipe.model.output, backend=self.backend, pre_process=True, post_process=True
+            config,
+            shape=shape,
+            output=recipe.model.output,
+            backend=self.backend,
+            pre_process=True,
+            post_process=True,
         ).to(platform.device())
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -414,7 +473,8 @@ class Prefill:
 
     @torch.no_grad()
     def run(self, tokens: int, *, full: bool, layers: int) -> float | None:
-        """Seconds until the last row's logits, through `layers` layers with the cache of all; None: out of memory."""
+        """Seconds until the last row's logits, through `layers` layers with the cache of all; None:
+        out of memory."""
         free()  # also what an earlier call that ran out of memory held
         self.model.output_layer.full_logits = full
         self.model.decoder.layers = self.layers[:layers]
@@ -425,7 +485,9 @@ class Prefill:
                 torch.empty(room, device=device, dtype=torch.bfloat16),
                 torch.empty(room, device=device, dtype=torch.bfloat16),
             )
-            ids = torch.randint(0, shape.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)).to(device)
+            ids = torch.randint(
+                0, shape.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)
+            ).to(device)
             bounds = torch.tensor([0, tokens], dtype=torch.int32)
             return seconds_of(lambda: self._forward(ids, bounds))
         except torch.OutOfMemoryError:
@@ -441,7 +503,8 @@ class Prefill:
     def longest(self, *, full: bool, low: int, high: int, step: int) -> int:
         """Longest context that fits, to within `step`, if `low` does and `high` does not.
 
-        Weights and cache are those of all layers; two are run, since every layer after the first takes as much.
+        Weights and cache are those of all layers; two are run, since every layer after the first
+        takes as much.
         """
         while high - low > step:
             middle = (low + high) // 2 // step * step
@@ -458,9 +521,12 @@ def prefill(sizes: Sizes) -> Iterator[Table]:
         "output layer", "tokens", "times"
     ]))  # fmt: skip
     if platform.on_cuda():
-        torch.cuda.set_per_process_memory_fraction(0.96)  # the same on both ranks, so that both run out together
+        # the same on both ranks, so that both run out together
+        torch.cuda.set_per_process_memory_fraction(0.96)
     model.run(unit, full=False, layers=1)
-    bounds = {True: (16, 18), False: (74, 81)} if sizes.scale == 1 else {True: (1, 4), False: (2, 8)}
+    bounds = (
+        {True: (16, 18), False: (74, 81)} if sizes.scale == 1 else {True: (1, 4), False: (2, 8)}
+    )
     limits = {
         full: model.longest(full=full, low=unit * low, high=unit * high, step=unit)
         for full, (low, high) in bounds.items()
@@ -471,12 +537,24 @@ def prefill(sizes: Sizes) -> Iterator[Table]:
         both -= unit
     longest.add("full logits", f"{both:,}", 1.0)
     longest.add("wanted rows", f"{limits[False]:,}", limits[False] / both)
-    yield (times := Table("Prefill time by length, seconds", ["tokens", "full logits", "wanted rows", "share"]))
+    yield (
+        times := Table(
+            "Prefill time by length, seconds", ["tokens", "full logits", "wanted rows", "share"]
+        )
+    )
     for tokens in sorted({both, *(unit * count for count in sizes.prefill)}):
-        full = None if tokens > both else model.run(tokens, full=True, layers=every) if tokens < both else longest_time
+        full = (
+            None
+            if tokens > both
+            else model.run(tokens, full=True, layers=every)
+            if tokens < both
+            else longest_time
+        )
         wanted = model.run(tokens, full=False, layers=every)
         share = f"{wanted / full:.3f}" if full and wanted else ""
-        times.add(f"{tokens:,}", OUT_OF_MEMORY if full is None else full, wanted or OUT_OF_MEMORY, share)
+        times.add(
+            f"{tokens:,}", OUT_OF_MEMORY if full is None else full, wanted or OUT_OF_MEMORY, share
+        )
 
 
 PARTS: dict[str, list[Callable[[Sizes], Iterator[Table]]]] = {
@@ -491,24 +569,37 @@ def describe_device() -> str:
     """The hardware and the versions that count."""
     if not platform.on_cuda():
         return "CPU"
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return (
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    )
 
 
 def main() -> None:
     """Measures the parts that are named and writes their tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, help="file to append the tables to")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--prefill", type=int, nargs="*", help="lengths to prefill, in units of 8,192 tokens")
+    parser.add_argument(
+        "--prefill", type=int, nargs="*", help="lengths to prefill, in units of 8,192 tokens"
+    )
     arguments = parser.parse_args()
     platform.initialize_process()
     sizes = TINY if arguments.tiny else FULL_SIZE
     if arguments.prefill is not None:
         sizes = replace(sizes, prefill=tuple(arguments.prefill))
-    tables = [table for part in arguments.parts for measurement in PARTS[part] for table in measurement(sizes)]
+    tables = [
+        table
+        for part in arguments.parts
+        for measurement in PARTS[part]
+        for table in measurement(sizes)
+    ]
     if dist.get_rank() == 0:
-        text = f"\n{describe_device()}; `{' '.join(sys.argv)}`\n" + "".join(str(table) for table in tables)
+        text = f"\n{describe_device()}; `{' '.join(sys.argv)}`\n" + "".join(
+            str(table) for table in tables
+        )
         if arguments.out:
             with arguments.out.open("a") as file:
                 file.write(text)

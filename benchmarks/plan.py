@@ -2,9 +2,10 @@
 
     python benchmarks/plan.py [--samples 1000000]
 
-Makes indexes (no media) of a mix like that of Long-VITA's stages: captions of one tiled image, documents, several
-images, films, short questions of text, mathematics and long texts. Plans it at three lengths, each in a process of its
-own, and prints seconds, peak memory, fill, and the costs of 8 replicas.
+Makes indexes (no media) of a mix like that of Long-VITA's stages: captions of one tiled image,
+documents, several images, films, short questions of text, mathematics and long texts. Plans it at
+three lengths, each in a process of its own, and prints seconds, peak memory, fill, and the costs of
+8 replicas.
 """
 
 import argparse
@@ -21,7 +22,14 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data.index import SCHEMA, IndexHeader, SampleIndex, index_path, text_stamp, write_index
+from megatron_vita.data.index import (
+    SCHEMA,
+    IndexHeader,
+    SampleIndex,
+    index_path,
+    text_stamp,
+    write_index,
+)
 from megatron_vita.data.plan import read_plan
 from megatron_vita.data.records import Kind
 from megatron_vita.data.split import plan_path
@@ -31,27 +39,49 @@ from megatron_vita.training.streams import pack_costs, packs_of_replicas
 
 SHARD = 1000
 LENGTHS = {16384: 60, 32768: 120, 131072: 500}  # and frames of a film
-MIX = {"caption": 0.35, "document": 0.15, "images": 0.1, "film": 0.05, "text": 0.25, "math": 0.08, "long": 0.02}
-SIDES = np.array([(640, 480), (1024, 768), (800, 1200), (500, 375), (448, 448), (1920, 1080), (1700, 2200)])
+MIX = {
+    "caption": 0.35,
+    "document": 0.15,
+    "images": 0.1,
+    "film": 0.05,
+    "text": 0.25,
+    "math": 0.08,
+    "long": 0.02,
+}
+SIDES = np.array(
+    [(640, 480), (1024, 768), (800, 1200), (500, 375), (448, 448), (1920, 1080), (1700, 2200)]
+)
 REPLICAS, STEPS = 8, 100
 
 
-def write_shard(path: Path, numbers: np.ndarray, *, kinds: np.ndarray, text: dict[str, str]) -> None:
+def write_shard(
+    path: Path, numbers: np.ndarray, *, kinds: np.ndarray, text: dict[str, str]
+) -> None:
     """An index of made-up samples, and an empty file in the shard's place."""
     noise = np.random.default_rng(int(numbers[0]))
-    rows = [_sample(str(kind), int(number), noise) for kind, number in zip(kinds, numbers, strict=True)]
+    rows = [
+        _sample(str(kind), int(number), noise) for kind, number in zip(kinds, numbers, strict=True)
+    ]
     header = IndexHeader(shard_size=0, samples=len(rows), content=path.name, **text)
-    write_index(SampleIndex(pa.Table.from_pylist(rows, schema=SCHEMA), header=header), index_path(path))
+    write_index(
+        SampleIndex(pa.Table.from_pylist(rows, schema=SCHEMA), header=header), index_path(path)
+    )
     path.touch()
 
 
 def _sample(kind: str, number: int, noise: np.random.Generator) -> dict:
-    words = {"text": 5.3, "math": 5.6, "long": 9.2}.get(kind, 4.8)  # logarithms of median token counts
+    # logarithms of median token counts
+    words = {"text": 5.3, "math": 5.6, "long": 9.2}.get(kind, 4.8)
     answer = int(np.exp(noise.normal(words, 0.8 if kind != "long" else 1.0))) + 4
     images = {"caption": 1, "document": 1, "images": int(noise.integers(2, 7))}.get(kind, 0)
     films = int(kind == "film")
     sizes = SIDES[noise.integers(0, len(SIDES) - (kind != "document"), images)]
-    pieces = [(Kind.TEXT, 12), *[(Kind.IMAGE, 0)] * images, *[(Kind.VIDEO, 0)] * films, (Kind.LOSS, answer)]
+    pieces = [
+        (Kind.TEXT, 12),
+        *[(Kind.IMAGE, 0)] * images,
+        *[(Kind.VIDEO, 0)] * films,
+        (Kind.LOSS, answer),
+    ]
     duration = float(np.clip(np.exp(noise.normal(4.2, 1.0)), 5, 7200)) if films else 0.0
     return {
         "key": f"{number:08d}", "is_text": False, "record": "",
@@ -66,7 +96,9 @@ def _sample(kind: str, number: int, noise: np.random.Generator) -> dict:
 def make_mix(folder: Path, samples: int) -> None:
     """Indexes of all shards; each dataset is a kind."""
     tokenizer_file = folder / "toy.model"
-    train_sentencepiece(["a few words to begin with", "and some more of them"] * 20, tokenizer_file, vocab_size=300)
+    train_sentencepiece(
+        ["a few words to begin with", "and some more of them"] * 20, tokenizer_file, vocab_size=300
+    )
     text = text_stamp(load_tokenizer(str(tokenizer_file)), "chatml")
     for kind, share in MIX.items():
         for start in range(0, int(samples * share), SHARD):
@@ -86,7 +118,12 @@ def recipe_of(folder: Path, length: int, **data: object) -> Recipe:
             "model": {"language": language},
             "text": {"tokenizer": str(folder / "toy.model")},
             "media": {"max_tiles": 12, "max_frames": LENGTHS[length]},
-            "data": {"train": datasets, "seq_length": length, "plan": str(folder / f"plan-{length}"), **data},
+            "data": {
+                "train": datasets,
+                "seq_length": length,
+                "plan": str(folder / f"plan-{length}"),
+                **data,
+            },
             "training": {"global_batch_size": 64},
         }
     )
@@ -97,7 +134,9 @@ def run_plan(recipe: Recipe, folder: Path) -> tuple[float, float]:
     file = folder / "recipe.json"  # JSON is YAML
     file.write_text(json.dumps(dataclasses.asdict(recipe)))
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "data_tools", "plan", str(file)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_tools", "plan", str(file)], stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit("data_tools plan failed")
@@ -120,7 +159,9 @@ def imbalance(recipe: Recipe, *, packs_per_replica: int) -> list[float]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=1_000_000)
     samples = parser.parse_args().samples
     lines = []
@@ -133,7 +174,9 @@ def main() -> None:
             plan = read_plan(plan_path(recipe, "train"))
             fill = plan.num_tokens / (plan.num_packs * length)
             many, one = (imbalance(recipe, packs_per_replica=packs) for packs in (8, 1))
-            grouped = recipe_of(folder, length, group_by_cost=True, plan=str(folder / f"grouped-{length}"))
+            grouped = recipe_of(
+                folder, length, group_by_cost=True, plan=str(folder / f"grouped-{length}")
+            )
             grouped.training.global_batch_size = REPLICAS
             run_plan(grouped, folder)
             alike = imbalance(grouped, packs_per_replica=1)

@@ -1,9 +1,11 @@
-"""Memory that writing a checkpoint takes beside the run's own, in bytes for each parameter of a rank.
+"""Memory that writing a checkpoint takes beside the run's own, in bytes for each parameter of a
+rank.
 
-    python benchmarks/saving_memory.py [--bucket-size N] [--replicated]      alone, or by torchrun as N replicas
+    python benchmarks/saving_memory.py [--bucket-size N] [--replicated]      alone, or by torchrun
+    as N replicas
 
-A language model of 155 M parameters in bf16. Prints a table: what a rank's host memory grew by at the
-most, with the processes that write, the dry run's estimate of it, and on GPUs the device's.
+A language model of 155 M parameters in bf16. Prints a table: what a rank's host memory grew by at
+the most, with the processes that write, the dry run's estimate of it, and on GPUs the device's.
 """
 
 import argparse
@@ -110,7 +112,9 @@ def measure(run: Run) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bucket-size", type=float, default=optimizer.BUCKET_SIZE)
     parser.add_argument("--replicated", action="store_true")
     arguments = parser.parse_args()

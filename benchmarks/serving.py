@@ -1,11 +1,14 @@
-"""Prefill, decode and time to first token of the engine at real shapes, with random weights and pixels.
+"""Prefill, decode and time to first token of the engine at real shapes, with random weights and
+pixels.
 
-    torchrun --nproc_per_node 2 benchmarks/serving.py --shape qwen2.5-7b --tp 2 --lengths 131072,1048576
+    torchrun --nproc_per_node 2 benchmarks/serving.py --shape qwen2.5-7b --tp 2 --lengths
+    131072,1048576
 
-A prompt is a film of one frame for each 258 tokens; its pixels are drawn before the clock starts, so that vision is in
-the times and decoding of pixels is not. Prefill is from the request to its first token; a first pass over another film
-of two chunks compiles kernels. TFLOP/s are those of the language model's matrices and of causal attention, per GPU.
-`--first-token` adds prompts of one image.
+A prompt is a film of one frame for each 258 tokens; its pixels are drawn before the clock starts,
+so that vision is in the times and decoding of pixels is not. Prefill is from the request to its
+first token; a first pass over another film of two chunks compiles kernels. TFLOP/s are those of the
+language model's matrices and of causal attention, per GPU. `--first-token` adds prompts of one
+image.
 """
 
 import argparse
@@ -49,7 +52,9 @@ class RandomPixels(TileDecoder):
     def __init__(self, readers: MediaReaders) -> None:
         super().__init__(readers)
         size = readers.form.size
-        self._pixels = np.random.default_rng(0).integers(0, 256, (512, 3, size, size), dtype=np.uint8)
+        self._pixels = np.random.default_rng(0).integers(
+            0, 256, (512, 3, size, size), dtype=np.uint8
+        )
 
     def begin(self, sequence: int, tiles: Sequence[int]) -> None:
         """Nothing is to be done."""
@@ -94,7 +99,10 @@ def film(length: int, *, seed: int) -> PreparedPrompt:
     )
     files = [MediaFile(name="film", data=bytes([seed]))]
     return PreparedPrompt(
-        document=document, files=files[: len(document.media)], videos=[], tile_digests=[bytes([seed])] * frames
+        document=document,
+        files=files[: len(document.media)],
+        videos=[],
+        tile_digests=[bytes([seed])] * frames,
     )
 
 
@@ -138,18 +146,26 @@ def first_tokens(engine: Engine, options: argparse.Namespace) -> list[str]:
     rows = []
     for tiles in (1, 13):
         times = [run(engine, image(tiles, seed=10 * tiles + i), tokens=2)[0] for i in range(12)]
-        rows.append(f"| {options.tp} x {options.cp} | {tiles} | {1e3 * statistics.median(times[3:]):.1f} |")
+        rows.append(
+            f"| {options.tp} x {options.cp} | {tiles} | {1e3 * statistics.median(times[3:]):.1f} |"
+        )
         print(rows[-1], flush=True)  # noqa: T201
     return rows
 
 
 def main() -> None:
     """Rank 0 measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
-    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",") if part], default=[4096])
+    parser.add_argument(
+        "--lengths",
+        type=lambda text: [int(part) for part in text.split(",") if part],
+        default=[4096],
+    )
     parser.add_argument("--tokens", type=int, default=65, help="new tokens after each prompt")
     parser.add_argument("--chunk-tokens", type=int, default=32768)
     parser.add_argument("--cache-dtype", default="model")

@@ -1,8 +1,10 @@
-"""The peer of `serving.py`: transformers' InternVL of the same shape on one GPU, with random weights and pixels.
+"""The peer of `serving.py`: transformers' InternVL of the same shape on one GPU, with random
+weights and pixels.
 
     python benchmarks/serving_peer.py --lengths 8192,32768,131072,262144
 
-Prefill with a key-value cache and the last logits alone, pixels in; and the time to the first token of one image.
+Prefill with a key-value cache and the last logits alone, pixels in; and the time to the first token
+of one image.
 """
 
 import argparse
@@ -54,7 +56,8 @@ def first_token(model: InternVLForConditionalGeneration, length: int, frames: in
     torch.cuda.synchronize()
     start = time.perf_counter()
     features = [
-        model.get_image_features(pixel_values=part.cuda().to(torch.bfloat16).div_(255)) for part in pixels.split(64)
+        model.get_image_features(pixel_values=part.cuda().to(torch.bfloat16).div_(255))
+        for part in pixels.split(64)
     ]
     rows = torch.cat([getattr(part, "pooler_output", part).flatten(0, -2) for part in features])
     ids = ids.cuda()
@@ -67,9 +70,13 @@ def first_token(model: InternVLForConditionalGeneration, length: int, frames: in
 
 def main() -> None:
     """Rows as those of `serving.py`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-7b")
-    parser.add_argument("--lengths", type=lambda text: [int(part) for part in text.split(",") if part], default=[])
+    parser.add_argument(
+        "--lengths", type=lambda text: [int(part) for part in text.split(",") if part], default=[]
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     model = build(options.shape)
@@ -78,7 +85,10 @@ def main() -> None:
         times = [first_token(model, tiles * ROWS_OF_FRAME + 32, tiles) for _ in range(12)]
         rows.append(f"| transformers | {tiles} | {1e3 * statistics.median(times[3:]):.1f} |")
     for length in options.lengths:
-        times = [first_token(model, length, length // ROWS_OF_FRAME) for _ in range(3 if length <= 65536 else 1)]
+        times = [
+            first_token(model, length, length // ROWS_OF_FRAME)
+            for _ in range(3 if length <= 65536 else 1)
+        ]
         rate = causal_flops(options.shape, length) / min(times) / 1e12
         memory = torch.cuda.max_memory_allocated() / GIB
         rows.append(f"| transformers | {length} | {min(times):.2f} | {rate:.0f} | {memory:.1f} |")

@@ -2,9 +2,10 @@
 
     python benchmarks/video.py [--rounds 5] [--readers 8]
 
-Films of a minute are made with key frames every 250 and every 30 of 30 frames a second; the hour is the minute's
-packets 60 times over. Beside ours, every frame is decoded by PyAV and the wanted ones are resized by Pillow. Prints
-medians of CPU seconds over rounds in which the two take turns, and of each reader those beside one reader's alone.
+Films of a minute are made with key frames every 250 and every 30 of 30 frames a second; the hour is
+the minute's packets 60 times over. Beside ours, every frame is decoded by PyAV and the wanted ones
+are resized by Pillow. Prints medians of CPU seconds over rounds in which the two take turns, and of
+each reader those beside one reader's alone.
 """
 
 import argparse
@@ -31,12 +32,16 @@ def film(gop: int) -> bytes:
     scene = np.full((1080, 2560, 3), 128.0, dtype=np.float32)
     for cells, strength in ((10, 60), (60, 40), (400, 20)):
         small = Image.fromarray(noise.integers(0, 256, (cells // 2, cells, 3), dtype=np.uint8))
-        scene += (np.asarray(small.resize((2560, 1080), Image.Resampling.BICUBIC)) - 128.0) * (strength / 128)
+        scene += (np.asarray(small.resize((2560, 1080), Image.Resampling.BICUBIC)) - 128.0) * (
+            strength / 128
+        )
     background = scene.clip(0, 245).astype(np.uint8)
     grain = noise.integers(0, 8, (8, HEIGHT, WIDTH, 1), dtype=np.uint8)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "26", "g": str(gop)})
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"preset": "veryfast", "crf": "26", "g": str(gop)}
+        )
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for i in range(SECONDS * FPS):
             x, y = int(640 + 630 * np.sin(i / 200)), int(180 + 170 * np.sin(i / 130))
@@ -70,7 +75,8 @@ def ours(data: bytes, times: list[float]) -> np.ndarray:
 
 
 def plain(data: bytes, times: list[float]) -> np.ndarray:
-    """All frames decoded in one thread; the wanted ones padded to a square and resized by Pillow."""
+    """All frames decoded in one thread; the wanted ones padded to a square and resized by
+    Pillow."""
     tiles = []
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].codec_context.thread_count = 1
@@ -78,7 +84,11 @@ def plain(data: bytes, times: list[float]) -> np.ndarray:
             if len(tiles) < len(times) and (frame.time or 0.0) + 1 / FPS > times[len(tiles)] + 5e-4:
                 square = Image.new("RGB", (WIDTH, WIDTH), mean_color("imagenet"))
                 square.paste(frame.to_image(), (0, (WIDTH - HEIGHT) // 2))
-                tiles.append(np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1))
+                tiles.append(
+                    np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(
+                        2, 0, 1
+                    )
+                )
     return np.stack(tiles)
 
 
@@ -92,10 +102,15 @@ def seconds_of(call: Callable[[], object]) -> float:
 def compare(data: bytes, name: str, rounds: int) -> str:
     """A row of a table."""
     times = frame_times(probe_video(data, name), max_fps=1, max_frames=10**6)
-    pairs = [(seconds_of(lambda: ours(data, times)), seconds_of(lambda: plain(data, times))) for _ in range(rounds)]
+    pairs = [
+        (seconds_of(lambda: ours(data, times)), seconds_of(lambda: plain(data, times)))
+        for _ in range(rounds)
+    ]
     mine, other = (statistics.median(values) for values in zip(*pairs, strict=True))
     inner = slice(104, -104)  # plain blends the padding's edge with the picture
-    difference = np.abs(ours(data, times)[:, :, inner].astype(int) - plain(data, times)[:, :, inner]).max()
+    difference = np.abs(
+        ours(data, times)[:, :, inner].astype(int) - plain(data, times)[:, :, inner]
+    ).max()
     return (
         f"| {name} | {len(data) / 1e6:.1f} | {mine:.2f} | {SECONDS / mine:.0f} | {other:.2f} | {SECONDS / other:.0f} | "
         f"{other / mine:.2f} | {difference} |"
@@ -118,18 +133,24 @@ def split(data: bytes, name: str, readers: int) -> str:
 
 def main() -> None:
     """Measures both films and both hours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--readers", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
     films = {f"key frame every {gop}": film(gop) for gop in (250, 30)}
     say = print
-    say("| film of a minute | MB | CPU s | x real time | plain: CPU s | x real time | plain / ours | difference |")
+    say(
+        "| film of a minute | MB | CPU s | x real time | plain: CPU s | x real time | plain / ours | difference |"
+    )
     say("|---|---|---|---|---|---|---|---|")
     for name, data in films.items():
         say(compare(data, name, options.rounds), flush=True)
-    say("\n| film of an hour | MB | probe, CPU s | alone | median reader | slowest reader | slowest / alone |")
+    say(
+        "\n| film of an hour | MB | probe, CPU s | alone | median reader | slowest reader | slowest / alone |"
+    )
     say("|---|---|---|---|---|---|---|")
     for name, data in films.items():
         say(split(repeated(data, MINUTES), name, options.readers), flush=True)

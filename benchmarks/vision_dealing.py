@@ -2,9 +2,11 @@
 
     torchrun --nproc_per_node 2 benchmarks/vision_dealing.py [--out FILE.json] [--scale tiny]
 
-Qwen2.5-7B's shape with InternViT-300M, random weights, packs of 32K tokens of which 60 % are image tokens. Prints a
-table: time of a step, of vision in forward and backward, of the exchange of feature rows, bytes sent, and memory beside
-what `planning/` estimated. On four GPUs: TP2 x CP2 and hierarchical CP. `--scale tiny` runs it anywhere, for a look.
+Qwen2.5-7B's shape with InternViT-300M, random weights, packs of 32K tokens of which 60 % are image
+tokens. Prints a
+table: time of a step, of vision in forward and backward, of the exchange of feature rows, bytes
+sent, and memory beside what `planning/` estimated. On four GPUs: TP2 x CP2 and hierarchical CP.
+`--scale tiny` runs it anywhere, for a look.
 """
 
 import argparse
@@ -51,7 +53,9 @@ IMAGE_SHARE = 0.6
 def layouts(world: int) -> dict[str, dict]:
     """Layouts that fill `world` ranks."""
     if world == 2:
-        return {"TP2+SP": TP} | {f"CP2 {kind}": CP | {"cp_comm_type": kind} for kind in ("p2p", "all_gather", "a2a")}
+        return {"TP2+SP": TP} | {
+            f"CP2 {kind}": CP | {"cp_comm_type": kind} for kind in ("p2p", "all_gather", "a2a")
+        }
     hierarchy = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
     return {"TP2+SP x CP2": TP | CP, "CP4 a2a+p2p": {"context_parallel_size": 4} | hierarchy}
 
@@ -59,7 +63,11 @@ def layouts(world: int) -> dict[str, dict]:
 def make_recipe(parallel: dict, *, tiny: bool) -> Recipe:
     """The benchmark's recipe, or one that a laptop can run."""
     language = LanguageConfig(
-        num_layers=28, hidden_size=3584, ffn_hidden_size=18944, num_attention_heads=28, num_query_groups=4
+        num_layers=28,
+        hidden_size=3584,
+        ffn_hidden_size=18944,
+        num_attention_heads=28,
+        num_query_groups=4,
     )
     model = ModelConfig(language=language)
     if tiny:
@@ -80,19 +88,24 @@ def make_recipe(parallel: dict, *, tiny: bool) -> Recipe:
 
 
 def make_pack(recipe: Recipe, *, seed: int) -> Batch:
-    """Documents of equal length with their tiles at the start, a tenth of the other tokens scored; all tiles."""
+    """Documents of equal length with their tiles at the start, a tenth of the other tokens scored;
+    all tiles."""
     generator = torch.Generator().manual_seed(seed)
     length, rows = recipe.data.seq_length, recipe.model.vision.image_token_length
     each = length // DOCUMENTS
     per_document = int(each * IMAGE_SHARE / rows)
-    placements = torch.cat([d * each + torch.arange(per_document) * (rows + 2) + 1 for d in range(DOCUMENTS)])
+    placements = torch.cat(
+        [d * each + torch.arange(per_document) * (rows + 2) + 1 for d in range(DOCUMENTS)]
+    )
     ids = torch.randint(0, recipe.model.language.vocab_size, (length,), generator=generator)
     labels = torch.where(torch.rand(length, generator=generator) < 0.1, ids.roll(-1), -100)
     for start in placements.tolist():
         labels[start - 1 : start + rows] = -100
     bounds = (torch.arange(DOCUMENTS + 1) * each).int()
     side = recipe.model.vision.image_size
-    tiles = torch.randint(0, 256, (len(placements), 3, side, side), dtype=torch.uint8, generator=generator)
+    tiles = torch.randint(
+        0, 256, (len(placements), 3, side, side), dtype=torch.uint8, generator=generator
+    )
     return Batch(
         pack_id=seed, input_ids=ids, labels=labels, document_starts=bounds, cu_seqlens=bounds,
         document_sources=torch.zeros(DOCUMENTS, dtype=torch.int64), tiles=tiles,
@@ -136,7 +149,8 @@ def _event() -> Any:
 
 
 def watch_vision(model: VitaModel, clock: Clock) -> None:
-    """Marks vision's forward, and its backward from the projector's output to the tower's embeddings."""
+    """Marks vision's forward, and its backward from the projector's output to the tower's
+    embeddings."""
     encode = model.encode
 
     def timed(tiles: torch.Tensor) -> torch.Tensor:
@@ -173,7 +187,8 @@ def watched_exchange(clock: Clock, sent: list[int]) -> Iterator[None]:
 
 
 def duplicate_vision(model: VitaModel, pack: Batch) -> None:
-    """Every rank encodes all tiles, and keeps what it would have been dealt: the work that dealing spares."""
+    """Every rank encodes all tiles, and keeps what it would have been dealt: the work that dealing
+    spares."""
     layout = groups.rank_layout()
     dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
     encode = model.encode
@@ -199,13 +214,18 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
             steps.append(_timed_step(run, batch, clock))
     names = ("step", "vision forward", "vision backward", "exchange")
     result = {name: statistics.median(step[name] for step in steps[WARM_UP:]) for name in names}
-    result |= {"vision": result["vision forward"] + result["vision backward"], "sent": float(sum(sent))}
+    result |= {
+        "vision": result["vision forward"] + result["vision backward"],
+        "sent": float(sum(sent)),
+    }
     result["tiles"] = float(len(batch.tiles))
     result["peak"] = float(torch.cuda.max_memory_allocated()) if platform.on_cuda() else 0.0
     result = _slowest(result)
     load = PackLoad(tiles=len(pack.tiles), rows=int((pack.labels != -100).sum()))
     result["estimated"] = float(rank_memory(recipe, 0, data_parallel=1, load=load).total)
-    flops = 3 * pack_flops(recipe, pack.cu_seqlens.diff().tolist(), tiles=load.tiles, rows=load.rows)
+    flops = 3 * pack_flops(
+        recipe, pack.cu_seqlens.diff().tolist(), tiles=load.tiles, rows=load.rows
+    )
     result["TFLOP/s"] = flops / result["step"] / dist.get_world_size() / 1e12
     result["tokens/s"] = recipe.data.seq_length / result["step"] / dist.get_world_size()
     return result
@@ -251,16 +271,23 @@ COLUMNS: dict[str, Callable[[dict[str, float]], str]] = {
 def table(results: dict[str, dict[str, float]]) -> str:
     """Markdown, with the ratio of vision times that dealing is judged by."""
     lines = ["| layout | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(show(r) for show in COLUMNS.values()) + " |" for name, r in results.items()]
+    lines += [
+        f"| {name} | " + " | ".join(show(r) for show in COLUMNS.values()) + " |"
+        for name, r in results.items()
+    ]
     for name, result in results.items():
         if (other := results.get(f"{name}, duplicated")) is not None:
-            lines.append(f"\n{name}: vision time dealt / duplicated {result['vision'] / other['vision']:.3f}")
+            lines.append(
+                f"\n{name}: vision time dealt / duplicated {result['vision'] / other['vision']:.3f}"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measures every layout dealt, and the first two also duplicated."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--scale", choices=["full", "tiny"], default="full")
     arguments = parser.parse_args()

@@ -1,1 +1,2 @@
-"""The preprocessing command line, `python -m data_tools COMMAND`: from JSONL files to a pack plan, and a look at it."""
+"""The preprocessing command line, `python -m data_tools COMMAND`: from JSONL files to a pack plan,
+and a look at it."""

@@ -10,7 +10,8 @@ MOST_BINS = 24
 
 
 def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | None = None) -> str:
-    """A histogram of values of at least 0; `log` makes each bin wider by one factor, `top` is where the axis ends."""
+    """A histogram of values of at least 0; `log` makes each bin wider by one factor, `top` is where
+    the axis ends."""
     if not len(values):
         return '<p class="none">none</p>'
     edges = _doubling_edges(values) if log else _even_edges(values, top)
@@ -39,13 +40,17 @@ def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | 
 def stacked_bar(shares: dict[str, float], colors: Sequence[str]) -> str:
     """One bar that is divided as the shares are, with a legend below."""
     whole = sum(shares.values()) or 1
-    parts = [(name, value / whole, colors[i % len(colors)]) for i, (name, value) in enumerate(shares.items())]
+    parts = [
+        (name, value / whole, colors[i % len(colors)])
+        for i, (name, value) in enumerate(shares.items())
+    ]
     pieces = "".join(
         f'<span style="width:{100 * share:.3f}%;background:{color}" title="{escape(name)}: {share:.1%}"></span>'
         for name, share, color in parts
     )
     legend = "".join(
-        f'<li><i style="background:{color}"></i>{escape(name)} <b>{share:.1%}</b></li>' for name, share, color in parts
+        f'<li><i style="background:{color}"></i>{escape(name)} <b>{share:.1%}</b></li>'
+        for name, share, color in parts
     )
     return f'<div class="stack">{pieces}</div><ul class="legend">{legend}</ul>'
 

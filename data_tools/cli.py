@@ -29,10 +29,18 @@ app = typer.Typer(
 MOST_SHOWN = 50
 Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
-Workers = Annotated[int, typer.Option(help="Worker processes; 0 works in this one, without a time limit.")]
-TimeLimit = Annotated[float, typer.Option(help="Seconds that one sample may take; one that takes longer is bad.")]
-Executor = Annotated[str, typer.Option(help="local, or ray: the Ray cluster that this machine belongs to.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")]
+Workers = Annotated[
+    int, typer.Option(help="Worker processes; 0 works in this one, without a time limit.")
+]
+TimeLimit = Annotated[
+    float, typer.Option(help="Seconds that one sample may take; one that takes longer is bad.")
+]
+Executor = Annotated[
+    str, typer.Option(help="local, or ray: the Ray cluster that this machine belongs to.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")
+]
 
 
 def main(arguments: list[str]) -> int:
@@ -56,34 +64,57 @@ def import_(
     format: Annotated[str, typer.Argument(help=f"What the sources are: {', '.join(FORMATS)}.")],
     sources: Annotated[list[Path], typer.Argument(help="Files or folders.")],
     out: Annotated[Path, typer.Option(help="File to write, NAME.jsonl.")],
-    media: Annotated[Path, typer.Option(help="Folder that the samples' image and video paths start from.")] = Path(),
-    media_out: Annotated[Path | None, typer.Option(help="Folder for media found inside the sources.")] = None,
-    prompt: Annotated[str, typer.Option(help="What the user asks where there is only a caption.")] = "Describe it.",
+    media: Annotated[
+        Path, typer.Option(help="Folder that the samples' image and video paths start from.")
+    ] = Path(),
+    media_out: Annotated[
+        Path | None, typer.Option(help="Folder for media found inside the sources.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What the user asks where there is only a caption.")
+    ] = "Describe it.",
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
 ) -> int:
     """Turn samples of other formats into chat JSONL; run again to finish an interrupted run."""
     job = ImportJob(
-        format=format, paths=sources, out=out, setting=Setting(media=media, media_out=media_out, prompt=prompt)
+        format=format,
+        paths=sources,
+        out=out,
+        setting=Setting(media=media, media_out=media_out, prompt=prompt),
     )
-    count = import_samples(job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
+    count = import_samples(
+        job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor)
+    )
     return _report(out, count["samples"], count["rejected"], rejected_path(out))
 
 
 @app.command()
 def shard(
-    files: Annotated[list[Path], typer.Argument(help="JSONL files; or one recipe, whose datasets name theirs.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the dataset: its shards, progress, rejections.")] = None,
+    files: Annotated[
+        list[Path], typer.Argument(help="JSONL files; or one recipe, whose datasets name theirs.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the dataset: its shards, progress, rejections.")
+    ] = None,
     media: Annotated[
         Path | None, typer.Option(help="Folder that the samples' image and video paths start from.")
     ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Lines that become one shard.")] = 1000,
-    max_shard_mb: Annotated[int, typer.Option(help="Megabytes from which a shard goes on in another tar.")] = 0,
+    max_shard_mb: Annotated[
+        int, typer.Option(help="Megabytes from which a shard goes on in another tar.")
+    ] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
-    jpeg_quality: Annotated[int, typer.Option(help="Store images as JPEG of this quality; 0 keeps them.")] = 0,
-    video_gop: Annotated[float, typer.Option(help="Re-cut videos: seconds from key frame to key frame.")] = 0.0,
-    video_fps: Annotated[float, typer.Option(help="Re-cut videos: frames a second, those that sampling takes.")] = 0.0,
+    jpeg_quality: Annotated[
+        int, typer.Option(help="Store images as JPEG of this quality; 0 keeps them.")
+    ] = 0,
+    video_gop: Annotated[
+        float, typer.Option(help="Re-cut videos: seconds from key frame to key frame.")
+    ] = 0.0,
+    video_fps: Annotated[
+        float, typer.Option(help="Re-cut videos: frames a second, those that sampling takes.")
+    ] = 0.0,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
@@ -101,7 +132,10 @@ def shard(
 
 def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
     """Says what came out; the exit code, which is 1 where all was rejected."""
-    typer.echo(f"{out}: {samples} samples" + (f"; {rejected} rejected, listed in {listed}" if rejected else ""))
+    typer.echo(
+        f"{out}: {samples} samples"
+        + (f"; {rejected} rejected, listed in {listed}" if rejected else "")
+    )
     return 1 if rejected and not samples else 0
 
 
@@ -109,7 +143,9 @@ def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
 def index(
     recipe: RecipePath,
     overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be read.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a sample that cannot be read.")
+    ] = False,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
@@ -117,26 +153,35 @@ def index(
     """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
     crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
     count = index_shards(load_recipe(recipe, overrides or []), crew=crew, strict=strict)
-    left_out = f"; {count.left_out} samples left out, listed beside the shards" if count.left_out else ""
+    left_out = (
+        f"; {count.left_out} samples left out, listed beside the shards" if count.left_out else ""
+    )
     typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
 
 
 @app.command()
 def validate(
-    targets: Annotated[list[str], typer.Argument(help="A recipe (YAML) and dotted overrides, or shards (.tar).")],
+    targets: Annotated[
+        list[str], typer.Argument(help="A recipe (YAML) and dotted overrides, or shards (.tar).")
+    ],
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
 ) -> int:
-    """Decode all that shards hold; what is damaged is listed beside them, and the exit code is then 1."""
+    """Decode all that shards hold; what is damaged is listed beside them, and the exit code is then
+    1."""
     tasks = find_targets(targets)
-    found = validate_shards(tasks, crew=Crew(workers=workers, time_limit=time_limit, executor=executor))
+    found = validate_shards(
+        tasks, crew=Crew(workers=workers, time_limit=time_limit, executor=executor)
+    )
     for shard, entry in found.bad[:MOST_SHOWN]:
         named = entry.reason.startswith(str(shard))
         typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
     if len(found.bad) > MOST_SHOWN:
         typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
-    typer.echo(f"{found.samples} samples in {len(tasks)} shards; {len(found.bad)} bad, listed beside the shards")
+    typer.echo(
+        f"{found.samples} samples in {len(tasks)} shards; {len(found.bad)} bad, listed beside the shards"
+    )
     return 1 if found.bad else 0
 
 
@@ -144,14 +189,20 @@ def validate(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at a sample that cannot be used.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a sample that cannot be used.")
+    ] = False,
     continue_from: Annotated[
         int,
-        typer.Option(help="Keep the packs before this one of the training plan that is there: the mix changes."),
+        typer.Option(
+            help="Keep the packs before this one of the training plan that is there: the mix changes."
+        ),
     ] = 0,
 ) -> None:
     """Plan the packs of a recipe's training and validation data."""
-    for line in write_plans(load_recipe(recipe, overrides or []), strict=strict, continue_from=continue_from):
+    for line in write_plans(
+        load_recipe(recipe, overrides or []), strict=strict, continue_from=continue_from
+    ):
         typer.echo(line)
 
 
@@ -162,7 +213,8 @@ def stats(
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("stats.html"),
     samples: Annotated[int, typer.Option(help="Samples of each dataset to show.")] = 6,
 ) -> None:
-    """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of the plan, samples."""
+    """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of the plan,
+    samples."""
     loaded = load_recipe(recipe, overrides or [])
     found = write_report(loaded, title=recipe.stem, out=out, samples=samples)
     typer.echo(f"{out}: {len(found.datasets)} datasets, {len(found.plans)} plans")
@@ -174,10 +226,16 @@ def inspect(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
     pack: Annotated[int, typer.Option(help="Number of a pack of the plan.")] = 0,
-    sample: Annotated[str, typer.Option(help="Show this sample alone, SHARD.tar:KEY; needs no plan.")] = "",
+    sample: Annotated[
+        str, typer.Option(help="Show this sample alone, SHARD.tar:KEY; needs no plan.")
+    ] = "",
     png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,
 ) -> None:
     """Show a pack or a sample as the model sees it: text, loss, tiles."""
     loaded = load_recipe(recipe, overrides or [])
-    text = inspect_sample(loaded, sample, png=png) if sample else inspect_pack(loaded, split, pack, png=png)
+    text = (
+        inspect_sample(loaded, sample, png=png)
+        if sample
+        else inspect_pack(loaded, split, pack, png=png)
+    )
     typer.echo(text)

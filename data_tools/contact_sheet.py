@@ -1,4 +1,5 @@
-"""A pack as a picture: a strip of the whole pack, then each document's text, loss marked, beside its tiles in order."""
+"""A pack as a picture: a strip of the whole pack, then each document's text, loss marked, beside
+its tiles in order."""
 
 import re
 from collections.abc import Iterator
@@ -14,12 +15,19 @@ TEXT_EDGE = WIDTH - MARGIN - COLUMNS * (THUMBNAIL + GAP) - GAP
 MAX_TILES, MAX_CHARACTERS = 96, 1500
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 INK, PAPER, FAINT = "#1c1c1c", "#ffffff", "#8a8a8a"
-COLORS = {"text": "#e6e6e6", "loss": "#a6dba0", "tile": "#9ecae1", "frame": "#c9b8e6", "padding": "#c9a7a7"}
+COLORS = {
+    "text": "#e6e6e6",
+    "loss": "#a6dba0",
+    "tile": "#9ecae1",
+    "frame": "#c9b8e6",
+    "padding": "#c9a7a7",
+}
 LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "frame": "frame", "padding": "padding"}
 
 
 def draw_sheet(view: PackView) -> Image.Image:
-    """The contact sheet. Long texts are cut in the middle, and of many tiles of a document the first are shown."""
+    """The contact sheet. Long texts are cut in the middle, and of many tiles of a document the
+    first are shown."""
     sheet = _Sheet()
     sheet.line(view.title, INK)
     sheet.legend()
@@ -75,7 +83,9 @@ class _Sheet:
             position = document.start
             for run in document.runs:
                 left, right = MARGIN + position * scale, MARGIN + (position + run.tokens) * scale
-                self._draw.rectangle([left, self._y, max(left, right - 1), self._y + STRIP], fill=COLORS[run.kind])
+                self._draw.rectangle(
+                    [left, self._y, max(left, right - 1), self._y + STRIP], fill=COLORS[run.kind]
+                )
                 position += run.tokens
         for document in view.documents:
             x = MARGIN + document.start * scale
@@ -85,24 +95,32 @@ class _Sheet:
     def document(self, view: PackView, document: DocumentView) -> None:
         """Text on the left, tiles on the right; text alone takes the whole width."""
         top = self._y
-        self._runs([_shortened(run) for run in document.runs], TEXT_EDGE if document.tiles else WIDTH - MARGIN)
+        self._runs(
+            [_shortened(run) for run in document.runs],
+            TEXT_EDGE if document.tiles else WIDTH - MARGIN,
+        )
         bottom, self._y = self._y, top
         self._tiles(view, document)
         self._y = max(self._y, bottom)
 
     def _runs(self, runs: list[Run], edge: int) -> None:
-        """Flows the runs' words over lines, each on its kind's colour; a line break of the text breaks the line."""
+        """Flows the runs' words over lines, each on its kind's colour; a line break of the text
+        breaks the line."""
         x = MARGIN
         for run in runs:
             is_words = run.kind in ("text", "loss")
-            for word in re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text) if is_words else [run.text]:
+            for word in (
+                re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text) if is_words else [run.text]
+            ):
                 shown = "\u21b5" if word == "\n" else word
                 for part in self._fitting(shown, edge - MARGIN):
                     width = int(self._font.getlength(part)) + 1
                     if x + width > edge:
                         self.skip(LINE)
                         x = MARGIN
-                    self._draw.rectangle([x, self._y, x + width, self._y + LINE - 3], fill=COLORS[run.kind])
+                    self._draw.rectangle(
+                        [x, self._y, x + width, self._y + LINE - 3], fill=COLORS[run.kind]
+                    )
                     self._draw.text((x, self._y + 1), part, fill=INK, font=self._font)
                     x += width
                 if word == "\n":
@@ -111,17 +129,27 @@ class _Sheet:
         self.skip(LINE + GAP if x > MARGIN else GAP)
 
     def _tiles(self, view: PackView, document: DocumentView) -> None:
-        """The document's tiles from left to right, each with its number in the pack and its place or time."""
+        """The document's tiles from left to right, each with its number in the pack and its place
+        or time."""
         step = THUMBNAIL + GAP
         shown = document.tiles[:MAX_TILES]
         for place, tile in enumerate(shown):
             if place and place % COLUMNS == 0:
                 self.skip(step + CAPTION)
             x = TEXT_EDGE + 2 * GAP + place % COLUMNS * step
-            image = Image.fromarray(view.tiles[tile].transpose(1, 2, 0)).resize((THUMBNAIL, THUMBNAIL))
-            self._draw.rectangle([x - 1, self._y - 1, x + THUMBNAIL, self._y + THUMBNAIL], outline=FAINT)
+            image = Image.fromarray(view.tiles[tile].transpose(1, 2, 0)).resize(
+                (THUMBNAIL, THUMBNAIL)
+            )
+            self._draw.rectangle(
+                [x - 1, self._y - 1, x + THUMBNAIL, self._y + THUMBNAIL], outline=FAINT
+            )
             self._canvas.paste(image, (x, self._y))
-            self._draw.text((x, self._y + THUMBNAIL + 2), f"{tile}: {view.labels[tile]}", fill=INK, font=self._small)
+            self._draw.text(
+                (x, self._y + THUMBNAIL + 2),
+                f"{tile}: {view.labels[tile]}",
+                fill=INK,
+                font=self._small,
+            )
         if shown:
             self.skip(step + CAPTION)
         if len(document.tiles) > len(shown):
@@ -142,7 +170,11 @@ class _Sheet:
     def _fitting(self, word: str, width: int) -> Iterator[str]:
         """A word in parts of at most `width` pixels; texts without spaces would leave the sheet."""
         while self._font.getlength(word) > width:
-            cut = next(i for i in range(len(word), 0, -1) if i == 1 or self._font.getlength(word[:i]) <= width)
+            cut = next(
+                i
+                for i in range(len(word), 0, -1)
+                if i == 1 or self._font.getlength(word[:i]) <= width
+            )
             yield word[:cut]
             word = word[cut:]
         yield word
@@ -157,7 +189,8 @@ def _shortened(run: Run) -> Run:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The first of FONTS that the system has; else the one inside Pillow, which knows Latin letters only."""
+    """The first of FONTS that the system has; else the one inside Pillow, which knows Latin letters
+    only."""
     for name in FONTS:
         try:
             return ImageFont.truetype(name, size)

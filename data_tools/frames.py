@@ -12,12 +12,16 @@ RATE_FILE = "fps.txt"
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """The frame images of a folder, in the order of their names: numbers by value, so that 10 follows 9."""
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+    """The frame images of a folder, in the order of their names: numbers by value, so that 10
+    follows 9."""
+    return sorted(
+        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural
+    )
 
 
 def read_frames(folder: Path) -> bytes:
-    """The frames of a folder packed into one file. Their rate is in its `fps.txt`, one a second where that is missing.
+    """The frames of a folder packed into one file. Their rate is in its `fps.txt`, one a second
+    where that is missing.
 
     DataError if there are none, a frame is a link, or `fps.txt` holds no positive number.
     """
@@ -25,7 +29,9 @@ def read_frames(folder: Path) -> bytes:
     if not paths:
         raise DataError(f"{folder}: no frame images ({', '.join(IMAGE_SUFFIXES)}) in this folder")
     if links := [path.name for path in paths if path.is_symlink() or not path.is_file()]:
-        raise DataError(f"{folder}: the frame {links[0]} is a link or no file: plain files are needed")
+        raise DataError(
+            f"{folder}: the frame {links[0]} is a link or no file: plain files are needed"
+        )
     return pack_frames([(path.name, path.read_bytes()) for path in paths], _rate(folder))
 
 
@@ -39,11 +45,16 @@ def _rate(folder: Path) -> float:
     except ValueError:
         rate = 0.0
     if not 0 < rate < 1e4:
-        raise DataError(f"{path}: {text!r:.80} is no frame rate: a number of frames per second is needed")
+        raise DataError(
+            f"{path}: {text!r:.80} is no frame rate: a number of frames per second is needed"
+        )
     return rate
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
     """Sorts by the texts and numbers of a name, in turns."""
     parts = re.split(r"([0-9]+)", path.name)
-    return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)]
+    return [
+        (text, int(number or 0))
+        for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)
+    ]

@@ -1,7 +1,8 @@
-"""From other formats to our chat JSONL, source by source, in worker processes; an interrupted run goes on.
+"""From other formats to our chat JSONL, source by source, in worker processes; an interrupted run
+goes on.
 
-Beside `NAME.jsonl` lie `NAME.rejected.jsonl`, a line for each sample left out, `NAME.progress.jsonl`, and while the
-work lasts the folder `NAME.parts` with a part for each source.
+Beside `NAME.jsonl` lie `NAME.rejected.jsonl`, a line for each sample left out,
+`NAME.progress.jsonl`, and while the work lasts the folder `NAME.parts` with a part for each source.
 """
 
 import hashlib
@@ -55,7 +56,8 @@ class ImportTask(NamedTuple):
 def import_samples(job: ImportJob, *, crew: Crew) -> dict[str, int]:
     """Writes the JSONL file; gives how many samples there are and how many were rejected.
 
-    ConfigError if sources or folders are missing, or the output is of other sources or nothing tells of which.
+    ConfigError if sources or folders are missing, or the output is of other sources or nothing
+    tells of which.
     """
     _check_job(job)
     sources = FORMATS[job.format].list_sources(job.paths)
@@ -63,13 +65,19 @@ def import_samples(job: ImportJob, *, crew: Crew) -> dict[str, int]:
     path = job.out.with_suffix(".progress.jsonl")
     progress = Progress(path, stamp=_stamp(job, sources))
     if job.out.exists() and len(progress.finished) < len(sources):
-        raise ConfigError(f"{job.out}: it is there, but {path} does not tell of it; delete it or choose another --out")
+        raise ConfigError(
+            f"{job.out}: it is there, but {path} does not tell of it; delete it or choose another --out"
+        )
     job.part(0, "samples").parent.mkdir(exist_ok=True)
     if not job.out.exists():
-        for number in [n for n in progress.finished if not all(job.part(n, kind).exists() for kind in KINDS)]:
+        for number in [
+            n for n in progress.finished if not all(job.part(n, kind).exists() for kind in KINDS)
+        ]:
             del progress.finished[number]
     tasks = {number: ImportTask(job, number, source) for number, source in enumerate(sources)}
-    left = sum(_size(task.source) for number, task in tasks.items() if number not in progress.finished)
+    left = sum(
+        _size(task.source) for number, task in tasks.items() if number not in progress.finished
+    )
     progress.run(_import_source, tasks, crew=crew, total=left, unit="B" if left else "samples")
     _join_parts(job, len(sources))
     return {kind: sum(progress.finished[number][kind] for number in tasks) for kind in KINDS}
@@ -90,12 +98,18 @@ def _check_job(job: ImportJob) -> None:
     if not job.setting.media.is_dir():
         raise ConfigError(f"--media {job.setting.media} is not a folder")
     if FORMATS[job.format].writes_media and job.setting.media_out is None:
-        raise ConfigError(f"{job.format} holds media inside its files: name a folder for them with --media-out")
+        raise ConfigError(
+            f"{job.format} holds media inside its files: name a folder for them with --media-out"
+        )
 
 
 def _stamp(job: ImportJob, sources: list[Path]) -> dict[str, Any]:
     setting = {name: str(value) for name, value in vars(job.setting).items()}
-    return {"format": job.format, **setting, "sources": [[str(path), *_version(path)] for path in sources]}
+    return {
+        "format": job.format,
+        **setting,
+        "sources": [[str(path), *_version(path)] for path in sources],
+    }
 
 
 def _version(source: Path) -> tuple[int, int | str]:
@@ -106,7 +120,9 @@ def _version(source: Path) -> tuple[int, int | str]:
     for path in walk(source):
         if path.name.lower().endswith((*IMAGE_SUFFIXES, ".txt")):
             known = path.stat() if path.exists() else path.lstat()
-            digest.update(f"{path.relative_to(source)!r} {known.st_size} {known.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{path.relative_to(source)!r} {known.st_size} {known.st_mtime_ns}\n".encode()
+            )
     return 0, digest.hexdigest()
 
 
@@ -115,12 +131,16 @@ def _size(path: Path) -> int:
 
 
 def _import_source(task: ImportTask, steps: Steps) -> dict[str, int]:
-    """Writes the two parts of a source; gives their lengths. What ends its reading is the last rejection."""
+    """Writes the two parts of a source; gives their lengths. What ends its reading is the last
+    rejection."""
     counts = dict.fromkeys(KINDS, 0)
     paths = {kind: task.job.part(task.number, kind) for kind in KINDS}
     partials = {kind: path.with_name(path.name + ".partial") for kind, path in paths.items()}
     with ExitStack() as stack:
-        files = {kind: stack.enter_context(open(path, "w", encoding="utf-8")) for kind, path in partials.items()}
+        files = {
+            kind: stack.enter_context(open(path, "w", encoding="utf-8"))
+            for kind, path in partials.items()
+        }
         for kind, entry in _sorted_samples(task, steps):
             files[kind].write(json.dumps(entry, ensure_ascii=kind == "rejected") + "\n")
             counts[kind] += 1
@@ -130,7 +150,8 @@ def _import_source(task: ImportTask, steps: Steps) -> dict[str, int]:
 
 
 def _sorted_samples(task: ImportTask, steps: Steps) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("samples", sample) or ("rejected", where and why) of each candidate of a source; a step reads some of them."""
+    """("samples", sample) or ("rejected", where and why) of each candidate of a source; a step
+    reads some of them."""
     candidates = FORMATS[task.job.format].read(task.source, task.job.setting)
     position, in_bytes = 0, _size(task.source) > 0
     while True:
@@ -160,11 +181,19 @@ def _read_batch(candidates: Iterator[Candidate]) -> tuple[list[Candidate], str]:
 
 def _judged(task: ImportTask, candidate: Candidate) -> tuple[str, dict[str, Any]]:
     setting = task.job.setting
-    root = setting.media_out if FORMATS[task.job.format].writes_media and setting.media_out else setting.media
+    root = (
+        setting.media_out
+        if FORMATS[task.job.format].writes_media and setting.media_out
+        else setting.media
+    )
     try:
         return "samples", judged(partial(_checked, candidate, root))
     except DataError as error:
-        return "rejected", {"source": str(task.source), "place": candidate.place, "reason": str(error)}
+        return "rejected", {
+            "source": str(task.source),
+            "place": candidate.place,
+            "reason": str(error),
+        }
 
 
 def _checked(candidate: Candidate, root: Path) -> dict[str, Any]:

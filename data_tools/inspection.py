@@ -29,7 +29,9 @@ def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> 
     if not 0 <= pack < len(stream):
         raise ConfigError(f"--pack is {pack}; the {split} plan has packs 0 to {len(stream) - 1}")
     names = [dataset.name for dataset in getattr(recipe.data, split)]
-    view = view_pack(stream, pack, recipe=recipe, tokenizer=tokenizer, names=names, title=f"{split} pack {pack}")
+    view = view_pack(
+        stream, pack, recipe=recipe, tokenizer=tokenizer, names=names, title=f"{split} pack {pack}"
+    )
     return _show(view, png)
 
 
@@ -40,7 +42,9 @@ def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
         raise ConfigError(f"--sample is {sample!r}: SHARD.tar:KEY is needed")
     tokenizer = load_recipe_tokenizer(recipe)
     stream = _stream_of_sample(recipe, Path(shard), key, tokenizer=tokenizer)
-    view = view_pack(stream, 0, recipe=recipe, tokenizer=tokenizer, names=[shard], title=f"sample {key}")
+    view = view_pack(
+        stream, 0, recipe=recipe, tokenizer=tokenizer, names=[shard], title=f"sample {key}"
+    )
     return _show(view, png)
 
 
@@ -48,13 +52,17 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     index = read_index(index_path(shard), text_stamp(tokenizer, recipe.text.template))
     keys = index.keys()
     if key not in keys:
-        raise DataError(f"{shard}: no sample {key!r} among {len(keys)}, the first of which is {keys[:1]}")
+        raise DataError(
+            f"{shard}: no sample {key!r} among {len(keys)}, the first of which is {keys[:1]}"
+        )
     row = keys.index(key)
     form = document_format(recipe, tokenizer)
     lengths = document_lengths(index, form=form)
     counts = (lengths.tokens[row], lengths.tiles[row], lengths.rows[row])
     entry = (0, 0, 0, row, 0, *counts)
-    plan = PackPlan({name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={})
+    plan = PackPlan(
+        {name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={}
+    )
     length = padded_length(int(lengths.tokens[row]), recipe.data.document_alignment)
     return PackStream(
         plan,

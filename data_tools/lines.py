@@ -17,7 +17,8 @@ class Line(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """`lines` lines of a file that are not empty: from byte `offset` on, where line number `number` begins."""
+    """`lines` lines of a file that are not empty: from byte `offset` on, where line number `number`
+    begins."""
 
     file: Path
     offset: int
@@ -33,7 +34,8 @@ def read_lines(files: list[Path]) -> Iterator[Line]:
 
 
 def divide_lines(files: list[Path], *, size: int) -> Iterator[list[Stretch]]:
-    """The lines that are not empty in runs of `size`, which may begin in one file and end in another.
+    """The lines that are not empty in runs of `size`, which may begin in one file and end in
+    another.
 
     DataError if a file cannot be read.
     """

@@ -1,4 +1,5 @@
-"""Made-up data for the miniature of a recipe: samples for each of its datasets, a tokenizer, indexes, plans."""
+"""Made-up data for the miniature of a recipe: samples for each of its datasets, a tokenizer,
+indexes, plans."""
 
 import io
 import json
@@ -21,14 +22,20 @@ from megatron_vita.text.train import train_sentencepiece
 
 logger = logging.getLogger(__name__)
 FOLDER = Path("runs/miniature")
-COLORS = {"red": (220, 40, 40), "green": (40, 200, 70), "blue": (50, 70, 220), "white": (240, 240, 240)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 200, 70),
+    "blue": (50, 70, 220),
+    "white": (240, 240, 240),
+}
 SIZES = ((64, 64), (160, 90), (90, 160), (120, 120))
 SAMPLES = 24
 SECONDS = 20
 
 
 def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
-    """The recipe's miniature for `world_size` ranks, its data made by the first of them; `alone`: by this process."""
+    """The recipe's miniature for `world_size` ranks, its data made by the first of them; `alone`:
+    by this process."""
     tiny = shrink(recipe, world_size=world_size, bf16=platform.on_cuda(), data=FOLDER)
     if not alone:
         platform.initialize_process()
@@ -38,7 +45,9 @@ def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
         dist.barrier()
     if tiny.checkpoint.load and not Path(tiny.checkpoint.load).exists():
         if alone or dist.get_rank() == 0:
-            logger.warning("%s is not there: the miniature starts from first weights", tiny.checkpoint.load)
+            logger.warning(
+                "%s is not there: the miniature starts from first weights", tiny.checkpoint.load
+            )
         tiny.checkpoint.load = ""
     return tiny
 
@@ -48,7 +57,12 @@ def make_miniature_data(recipe: Recipe) -> None:
     tokenizer = Path(recipe.text.tokenizer)
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     if not tokenizer.exists():
-        texts = [part for i in range(200) for turn in _conversation(i)["messages"] for part in [turn["content"]]]
+        texts = [
+            part
+            for i in range(200)
+            for turn in _conversation(i)["messages"]
+            for part in [turn["content"]]
+        ]
         train_sentencepiece(texts, tokenizer, vocab_size=400)
     for dataset in (*recipe.data.train, *recipe.data.validation):
         _make_dataset(Path(dataset.shards).parent)
@@ -70,7 +84,9 @@ def _make_dataset(folder: Path) -> None:
             (raw / path).write_bytes(content)
     lines = raw / "samples.jsonl"
     lines.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    make_shards(ShardJob(files=[lines], media_root=raw, out=folder, samples_per_shard=SAMPLES, strict=True))
+    make_shards(
+        ShardJob(files=[lines], media_root=raw, out=folder, samples_per_shard=SAMPLES, strict=True)
+    )
 
 
 def _conversation(number: int) -> dict:
@@ -80,10 +96,18 @@ def _conversation(number: int) -> dict:
     question, answer = {
         "image": ("<image>\nWhich color does the picture show?", color),
         "two images": ("<image>\n<image>\nWhich color do the pictures show?", color),
-        "video": (f"<video>\nWhat happens in film number {number}?", f"It stays {color} for {SECONDS} seconds."),
+        "video": (
+            f"<video>\nWhat happens in film number {number}?",
+            f"It stays {color} for {SECONDS} seconds.",
+        ),
         "text": (f"Say {color} {number % 9 + 1} times.", " ".join([color] * (number % 9 + 1))),
     }[kind]
-    sample: dict = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    sample: dict = {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
     if "image" in kind:
         sample["images"] = [f"{number}-{i}.png" for i in range(2 if kind == "two images" else 1)]
     if kind == "video":
@@ -104,7 +128,9 @@ def _media(sample: dict, number: int) -> Iterator[tuple[str, bytes]]:
         yield name, _film(color, noise)
 
 
-def _shade(color: np.ndarray, noise: np.random.Generator, shape: tuple[int, int, int]) -> np.ndarray:
+def _shade(
+    color: np.ndarray, noise: np.random.Generator, shape: tuple[int, int, int]
+) -> np.ndarray:
     return np.clip(color + noise.integers(-15, 16, shape), 0, 255).astype(np.uint8)
 
 
@@ -114,6 +140,8 @@ def _film(color: np.ndarray, noise: np.random.Generator) -> bytes:
         stream = container.add_stream("mpeg4", rate=2)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for _ in range(2 * SECONDS):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(_shade(color, noise, (48, 64, 3)))))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(_shade(color, noise, (48, 64, 3))))
+            )
         container.mux(stream.encode())
     return buffer.getvalue()

@@ -1,4 +1,5 @@
-"""The same work on a Ray cluster. Ray is no requirement: it is imported when a command is given `--executor ray`.
+"""The same work on a Ray cluster. Ray is no requirement: it is imported when a command is given
+`--executor ray`.
 
 Source and output folders must be seen by all machines under the same paths.
 """
@@ -12,9 +13,11 @@ TASKS_PER_CORE = 2
 
 
 def run_on_ray(run_one: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """(number, result) of each task, as they end, from the cluster that RAY_ADDRESS or `ray start` names.
+    """(number, result) of each task, as they end, from the cluster that RAY_ADDRESS or `ray start`
+    names.
 
-    PlatformError if Ray is missing or no cluster runs; the first VitaError of a task is raised here.
+    PlatformError if Ray is missing or no cluster runs; the first VitaError of a task is raised
+    here.
     """
     ray = _connected()
 
@@ -46,9 +49,13 @@ def _connected() -> Any:
     try:
         import ray
     except ImportError:
-        raise PlatformError("--executor ray: the package ray is not installed; pip install ray") from None
+        raise PlatformError(
+            "--executor ray: the package ray is not installed; pip install ray"
+        ) from None
     try:
         ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False)
     except ConnectionError as error:
-        raise PlatformError(f"--executor ray: no Ray cluster runs here ({error}); ray start --head") from error
+        raise PlatformError(
+            f"--executor ray: no Ray cluster runs here ({error}); ray start --head"
+        ) from error
     return ray

@@ -28,7 +28,9 @@ REJECTED = "rejected.jsonl"
 def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     """The recipe's tokenizer. ConfigError if it names none."""
     if not recipe.text.tokenizer:
-        raise ConfigError("text.tokenizer is empty: name a tokenizer folder or a SentencePiece .model file")
+        raise ConfigError(
+            "text.tokenizer is empty: name a tokenizer folder or a SentencePiece .model file"
+        )
     return load_tokenizer(recipe.text.tokenizer)
 
 
@@ -43,7 +45,8 @@ class IndexTask(NamedTuple):
 
 @dataclass
 class IndexCount:
-    """What became of the shards of a recipe: indexes written, indexes that were current, samples left out of these."""
+    """What became of the shards of a recipe: indexes written, indexes that were current, samples
+    left out of these."""
 
     written: int
     current: int
@@ -53,14 +56,16 @@ class IndexCount:
 def index_shards(recipe: Recipe, *, crew: Crew = HERE, strict: bool = True) -> IndexCount:
     """Indexes the shards of all datasets.
 
-    Samples that cannot be read are left out and listed in the quarantine beside the shard; with `strict` the first one
-    is a DataError naming shard and key.
+    Samples that cannot be read are left out and listed in the quarantine beside the shard; with
+    `strict` the first one is a DataError naming shard and key.
     """
     tokenizer = load_recipe_tokenizer(recipe)
     shards = find_all_shards(recipe)
     text = text_stamp(tokenizer, recipe.text.template)
     stale = [shard for shard in shards if not _is_current(shard, text)]
-    tasks = [IndexTask(shard, recipe.text.tokenizer, recipe.text.template, strict) for shard in stale]
+    tasks = [
+        IndexTask(shard, recipe.text.tokenizer, recipe.text.template, strict) for shard in stale
+    ]
     with progress_bar("index", total=len(stale), unit="shards") as bar:
         for _ in run_tasks(_index_shard, tasks, crew=crew):
             bar.update()
@@ -92,7 +97,8 @@ _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 
 
 def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iterator[str]:
-    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a line about each.
+    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a
+    line about each.
 
     `continue_from` keeps the packs before it of the training plan that is there.
     """
@@ -101,13 +107,21 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):
             path = plan_path(recipe, split)
-            continued = Continuation(read_plan(path), continue_from) if continue_from and split == "train" else None
-            plan, left_out = make_plan(recipe, split, tokenizer=tokenizer, strict=strict, continued=continued)
+            continued = (
+                Continuation(read_plan(path), continue_from)
+                if continue_from and split == "train"
+                else None
+            )
+            plan, left_out = make_plan(
+                recipe, split, tokenizer=tokenizer, strict=strict, continued=continued
+            )
             write_plan(plan, path)
             rejected += left_out
             yield _summary(path, plan, recipe, len(left_out))
     path = Path(recipe.data.plan) / REJECTED
-    path.write_text("".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in rejected))
+    path.write_text(
+        "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in rejected)
+    )
     if rejected:
         yield f"{len(rejected)} samples that cannot be used, listed in {path}"
 
@@ -121,11 +135,15 @@ def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:
 
 
 def _is_current(shard: Path, text: dict[str, str]) -> bool:
-    """Whether a shard's index is newer than the shard, and made with the rule and the quarantine of now."""
+    """Whether a shard's index is newer than the shard, and made with the rule and the quarantine of
+    now."""
     path, rule = index_path(shard), read_rule(shard.parent)
     try:
         header, left_out = read_header(path, text), read_quarantine(shard).stamp()
     except DataError:
         return False
-    is_of_shard = header.shard_size == shard.stat().st_size and path.stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    is_of_shard = (
+        header.shard_size == shard.stat().st_size
+        and path.stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    )
     return is_of_shard and (header.rule, header.left_out) == (rule_stamp(rule), left_out)

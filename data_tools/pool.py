@@ -1,8 +1,10 @@
-"""Work in processes that may be killed: a decoder that hangs or crashes costs one sample, never the job.
+"""Work in processes that may be killed: a decoder that hangs or crashes costs one sample, never the
+job.
 
-A task is made of steps, usually one for each sample. A worker tells its watcher when it begins and ends a step; where
-a step outlives the time limit or takes its process along, the process is replaced, the task starts again with what is
-known of its steps, and the step that did it is bad, for that reason.
+A task is made of steps, usually one for each sample. A worker tells its watcher when it begins and
+ends a step; where a step outlives the time limit or takes its process along, the process is
+replaced, the task starts again with what is known of its steps, and the step that did it is bad,
+for that reason.
 """
 
 import logging
@@ -29,13 +31,19 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Where a file lay in memory, which some decoders tell: reasons are the same in every run."""
 FAULT = "this sample meets a fault of the program"
 EXECUTORS = ("local", "ray")
-PRELOADED = ["data_tools.sharding", "data_tools.importing", "data_tools.validation", "data_tools.planning"]
+PRELOADED = [
+    "data_tools.sharding",
+    "data_tools.importing",
+    "data_tools.validation",
+    "data_tools.planning",
+]
 Work = Callable[[Any, "Steps"], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crew:
-    """Who does the work: `workers` processes of this machine (0: this process, without a time limit), or a cluster.
+    """Who does the work: `workers` processes of this machine (0: this process, without a time
+    limit), or a cluster.
 
     `time_limit` is what a step may take, in seconds.
     """
@@ -54,7 +62,8 @@ class Crew:
 
 
 class Steps:
-    """The steps of a task, counted as they come: the same ones in the same order whenever the task is done again."""
+    """The steps of a task, counted as they come: the same ones in the same order whenever the task
+    is done again."""
 
     def __init__(self, verdicts: dict[int, str], tell: Callable[..., object]) -> None:
         self._verdicts, self._tell, self._count, self.amount = verdicts, tell, 0, 0
@@ -65,9 +74,11 @@ class Steps:
         self._tell("at", self.amount)
 
     def run(self, action: Callable[[bool], Any]) -> Any:
-        """What `action(known)` gives; `known`: an earlier attempt found this step good, so nothing need be checked.
+        """What `action(known)` gives; `known`: an earlier attempt found this step good, so nothing
+        need be checked.
 
-        DataError with the reason if the step is bad: by itself, by its time, by the death of its process.
+        DataError with the reason if the step is bad: by itself, by its time, by the death of its
+        process.
         """
         number, self._count = self._count, self._count + 1
         verdict = self._verdicts.get(number)
@@ -87,7 +98,8 @@ class Steps:
 def judged(action: Callable[[], Any]) -> Any:
     """What `action`, which reads a sample, gives. Whatever is wrong with the sample is a DataError.
 
-    What nobody foresaw is, too, with FAULT in front, and logged: one sample in a million must not end the work.
+    What nobody foresaw is, too, with FAULT in front, and logged: one sample in a million must not
+    end the work.
     """
     try:
         return action()
@@ -103,12 +115,16 @@ def judged(action: Callable[[], Any]) -> Any:
 
 
 def run_tasks(
-    work: Work, tasks: Sequence[Any], *, crew: Crew, on_advance: Callable[[int], object] = lambda amount: None
+    work: Work,
+    tasks: Sequence[Any],
+    *,
+    crew: Crew,
+    on_advance: Callable[[int], object] = lambda amount: None,
 ) -> Iterator[tuple[int, Any]]:
     """(number of the task, `work(task, steps)`) of each task, in the order in which they end.
 
-    `work` is a function of a module; `on_advance` is given what it reports. The first VitaError that `work` raises is
-    raised here and ends all.
+    `work` is a function of a module; `on_advance` is given what it reports. The first VitaError
+    that `work` raises is raised here and ends all.
     """
     if not tasks:
         return iter(())
@@ -135,7 +151,9 @@ def _run_one(work: Work, crew: Crew, task: Any) -> tuple[Any, int]:
     return result, sum(amounts)
 
 
-def _run_here(work: Work, tasks: Sequence[Any], on_advance: Callable[[int], object]) -> Iterator[tuple[int, Any]]:
+def _run_here(
+    work: Work, tasks: Sequence[Any], on_advance: Callable[[int], object]
+) -> Iterator[tuple[int, Any]]:
     for number, task in enumerate(tasks):
         steps = Steps({}, lambda *_: None)
         yield number, work(task, steps)
@@ -145,14 +163,18 @@ def _run_here(work: Work, tasks: Sequence[Any], on_advance: Callable[[int], obje
 class _Watch:
     """Deals tasks to worker processes and replaces those that hang or die."""
 
-    def __init__(self, work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]) -> None:
+    def __init__(
+        self, work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]
+    ) -> None:
         self._work, self._tasks, self._crew, self._on_advance = work, tasks, crew, on_advance
         self._waiting = deque(range(len(tasks)))
         self._workers: list[_Worker] = []
 
     def results(self) -> Iterator[tuple[int, Any]]:
         try:
-            self._workers = [_Worker(self._work) for _ in range(min(self._crew.workers, len(self._tasks)))]
+            self._workers = [
+                _Worker(self._work) for _ in range(min(self._crew.workers, len(self._tasks)))
+            ]
             for worker in self._workers:
                 self._deal(worker)
             while busy := [worker for worker in self._workers if worker.task is not None]:
@@ -161,7 +183,10 @@ class _Watch:
                     if worker.pipe in ready:
                         yield from self._listen(worker)
                     elif worker.is_late():
-                        self._replace(worker, f"it took longer than the time limit of {self._crew.time_limit:g} s")
+                        self._replace(
+                            worker,
+                            f"it took longer than the time limit of {self._crew.time_limit:g} s",
+                        )
         finally:
             for worker in self._workers:
                 worker.kill()
@@ -201,14 +226,17 @@ class _Watch:
         """Kills a worker; another takes its task up again, without the step that it was at."""
         assert worker.task is not None
         if worker.step is None:
-            raise PlatformError(f"a worker process ended between two samples: {reason}; is there memory enough?")
+            raise PlatformError(
+                f"a worker process ended between two samples: {reason}; is there memory enough?"
+            )
         worker.verdicts[worker.step] = reason
         worker.restart()
         worker.send(self._tasks[worker.task])
 
 
 class _Worker:
-    """A worker process, its task, the step that it is at, the verdicts on earlier steps and how far it was."""
+    """A worker process, its task, the step that it is at, the verdicts on earlier steps and how far
+    it was."""
 
     def __init__(self, work: Work) -> None:
         self._work = work

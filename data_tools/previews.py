@@ -1,4 +1,5 @@
-"""A few samples of each dataset as HTML: small pictures, frames with their times, and what is said, loss marked."""
+"""A few samples of each dataset as HTML: small pictures, frames with their times, and what is said,
+loss marked."""
 
 import base64
 import io
@@ -40,12 +41,17 @@ def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
     reader.close()
 
 
-def _card(shard: Location, row: SampleRow, size: int, reader: ShardReader, dataset: DatasetStatistics) -> str:
+def _card(
+    shard: Location, row: SampleRow, size: int, reader: ShardReader, dataset: DatasetStatistics
+) -> str:
     def read(member: str) -> bytes:
         return reader.read(shard, member=row.members[member], shard_size=size)
 
     record = parse_record(row.record.encode() or read(f"{row.key}.json"), row.key)
-    pictures = [_figure(open_image(read(name), name), f"image {i + 1}") for i, name in enumerate(record["images"])]
+    pictures = [
+        _figure(open_image(read(name), name), f"image {i + 1}")
+        for i, name in enumerate(record["images"])
+    ]
     more = len(pictures) - MOST_IMAGES
     shown = pictures[:MOST_IMAGES] + ([f'<p class="none">and {more} more</p>'] if more > 0 else [])
     for name, info in zip(record["videos"], row.videos, strict=True):
@@ -79,7 +85,11 @@ def _turns(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _cut(text: str) -> str:
-    short = text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} … {len(text) - MOST_CHARACTERS:,} more"
+    short = (
+        text
+        if len(text) <= MOST_CHARACTERS
+        else f"{text[:MOST_CHARACTERS]} … {len(text) - MOST_CHARACTERS:,} more"
+    )
     return re.sub(r"\n+", "<br>", escape(short.strip()))
 
 
@@ -88,6 +98,4 @@ def _figure(image: Image.Image, caption: str) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><img alt="{caption}" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    return f'<figure><img alt="{caption}" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'

@@ -1,4 +1,5 @@
-"""What of a piece of work is finished, on disk, so that an interrupted run goes on where it stopped."""
+"""What of a piece of work is finished, on disk, so that an interrupted run goes on where it
+stopped."""
 
 import json
 import os
@@ -13,10 +14,11 @@ from megatron_vita.errors import ConfigError, DataError
 
 
 class Progress:
-    """A JSONL file: the stamp (what the work is made of), then a line for each finished part, in the order they ended.
+    """A JSONL file: the stamp (what the work is made of), then a line for each finished part, in
+    the order they ended.
 
-    ConfigError if the file tells of finished parts of other work, naming the field; DataError if it is damaged.
-    A torn last line is passed over.
+    ConfigError if the file tells of finished parts of other work, naming the field; DataError if it
+    is damaged. A torn last line is passed over.
     """
 
     def __init__(self, path: Path, *, stamp: dict[str, Any]) -> None:
@@ -33,7 +35,8 @@ class Progress:
         self.finished: dict[int, Any] = {entry["part"]: entry["result"] for entry in entries[1:]}
 
     def run(self, work: Work, tasks: dict[int, Any], *, crew: Crew, total: int, unit: str) -> None:
-        """Does the tasks that are not finished, whose results JSON must hold; `total` of `unit`s are ahead."""
+        """Does the tasks that are not finished, whose results JSON must hold; `total` of `unit`s
+        are ahead."""
         numbers = [number for number in tasks if number not in self.finished]
         waiting = [tasks[number] for number in numbers]
         with (
@@ -48,7 +51,13 @@ class Progress:
 def progress_bar(name: object, *, total: int, unit: str) -> tqdm:
     """Amount done, rate and time left; bytes in their multiples."""
     scaled = unit == "B"
-    return tqdm(total=total, desc=str(name), unit=unit if scaled else f" {unit}", unit_scale=scaled, mininterval=1)
+    return tqdm(
+        total=total,
+        desc=str(name),
+        unit=unit if scaled else f" {unit}",
+        unit_scale=scaled,
+        mininterval=1,
+    )
 
 
 def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
@@ -65,7 +74,9 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             if text.endswith(b"\n"):
                 yield json.loads(text)
     except ValueError as error:
-        raise DataError(f"{path}: damaged: {error}; delete it and what was made, and begin again") from error
+        raise DataError(
+            f"{path}: damaged: {error}; delete it and what was made, and begin again"
+        ) from error
 
 
 def _append(file: Any, entries: Iterable[dict[str, Any]]) -> None:

@@ -1,4 +1,5 @@
-"""Media encoded anew on their way into a shard: images as JPEG, videos in short groups of pictures at a low rate."""
+"""Media encoded anew on their way into a shard: images as JPEG, videos in short groups of pictures
+at a low rate."""
 
 import bisect
 import io
@@ -26,9 +27,11 @@ TOLERANCE = 5e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Reencode:
-    """What changes; 0 leaves as it is. `jpeg_quality` of 1 to 100; `video_gop` in seconds, `video_fps` frames a second.
+    """What changes; 0 leaves as it is. `jpeg_quality` of 1 to 100; `video_gop` in seconds,
+    `video_fps` frames a second.
 
-    Where only `video_fps` is given, a key frame begins each second. Sound is left out, orientation is made real.
+    Where only `video_fps` is given, a key frame begins each second. Sound is left out, orientation
+    is made real.
     """
 
     jpeg_quality: int = 0
@@ -37,10 +40,14 @@ class Reencode:
 
     def __post_init__(self) -> None:
         if not 0 <= self.jpeg_quality <= 100:
-            raise ConfigError(f"--jpeg-quality is {self.jpeg_quality}: 1 to 100, or 0 to keep images as they are")
+            raise ConfigError(
+                f"--jpeg-quality is {self.jpeg_quality}: 1 to 100, or 0 to keep images as they are"
+            )
         for name in ("video_gop", "video_fps"):
             if not 0 <= getattr(self, name) < 1e4:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative"
+                )
 
     def __call__(self, kind: str, file: MediaFile) -> MediaFile:
         """The medium as it goes into the shard. DataError if it cannot be decoded."""
@@ -51,7 +58,8 @@ class Reencode:
         return file
 
     def _video(self, data: bytes) -> bytes:
-        """The video re-cut. At a lower rate, a frame is what the source shows in the middle of the frame's time.
+        """The video re-cut. At a lower rate, a frame is what the source shows in the middle of the
+        frame's time.
 
         So sampling at that rate or a lower divisor of it finds the same pictures as in the source.
         """
@@ -86,7 +94,11 @@ def _shown_at(data: bytes, moments: list[float]) -> Iterator[av.VideoFrame]:
     last: av.VideoFrame | None = None
     with av.open(io.BytesIO(data)) as container:
         for time, frame in _timed(cast(InputContainer, container)):
-            stop = bisect.bisect_left(moments, time - TOLERANCE, lo=place) if last is not None else place
+            stop = (
+                bisect.bisect_left(moments, time - TOLERANCE, lo=place)
+                if last is not None
+                else place
+            )
             yield from itertools.repeat(cast(av.VideoFrame, last), stop - place)
             place, last = stop, frame
     if last is None:
@@ -95,8 +107,11 @@ def _shown_at(data: bytes, moments: list[float]) -> Iterator[av.VideoFrame]:
 
 
 def _timed(container: InputContainer) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Frames with their times from the first one; counted where the container has none. Bad packets are passed over."""
-    stream = next(s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+    """Frames with their times from the first one; counted where the container has none. Bad packets
+    are passed over."""
+    stream = next(
+        s for s in container.streams.video if not s.disposition & Disposition.attached_pic
+    )
     stream.codec_context.thread_count = 1
     rate, first = float(stream.average_rate or 25), None
     count = 0
@@ -120,7 +135,9 @@ def _encode(frames: Iterator[av.VideoFrame], *, rate: Fraction, gop: int) -> byt
             image = frame.to_image().rotate(frame.rotation, expand=True)
             if stream is None:
                 stream = _new_stream(container, rate=rate, gop=gop, size=image.size)
-            picture = av.VideoFrame.from_image(image).reformat(stream.width, stream.height, "yuv420p")
+            picture = av.VideoFrame.from_image(image).reformat(
+                stream.width, stream.height, "yuv420p"
+            )
             picture.pts, picture.time_base = i, 1 / rate
             container.mux(stream.encode(picture))
         assert stream is not None, "there is a frame for each moment"
@@ -128,7 +145,9 @@ def _encode(frames: Iterator[av.VideoFrame], *, rate: Fraction, gop: int) -> byt
     return buffer.getvalue()
 
 
-def _new_stream(container: OutputContainer, *, rate: Fraction, gop: int, size: tuple[int, int]) -> VideoStream:
+def _new_stream(
+    container: OutputContainer, *, rate: Fraction, gop: int, size: tuple[int, int]
+) -> VideoStream:
     stream = container.add_stream("libx264", rate=rate, options=X264)
     stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)
     stream.pix_fmt, stream.gop_size, stream.time_base = "yuv420p", gop, 1 / rate

@@ -1,4 +1,5 @@
-"""A recipe's data as one HTML file that needs nothing else: counts, histograms, the plan, samples to look at."""
+"""A recipe's data as one HTML file that needs nothing else: counts, histograms, the plan, samples
+to look at."""
 
 from collections.abc import Iterator
 from html import escape
@@ -21,12 +22,18 @@ COLUMNS = [
 
 
 def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Statistics:
-    """Writes the report on a recipe's datasets, with `samples` previews of each. DataError if an index is missing."""
+    """Writes the report on a recipe's datasets, with `samples` previews of each. DataError if an
+    index is missing."""
     statistics = collect_statistics(recipe, load_recipe_tokenizer(recipe))
     body = "".join(_sections(recipe, statistics, title=title, samples=samples))
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f"{page}<style>{STYLE}</style></head><body><main>{body}</main></body></html>", encoding="utf-8")
+    out.write_text(
+        f"{page}<style>{STYLE}</style></head><body><main>{body}</main></body></html>",
+        encoding="utf-8",
+    )
     return statistics
 
 
@@ -62,14 +69,21 @@ def _cards(train: list[DatasetStatistics], plans: list[PlanStatistics]) -> str:
     }
     for plan in plans:
         if plan.split == "train":
-            values |= {"packs planned": f"{len(plan.fill):,}", "fill of the packs": f"{plan.fill.mean():.2%}"}
-    cards = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in values.items())
+            values |= {
+                "packs planned": f"{len(plan.fill):,}",
+                "fill of the packs": f"{plan.fill.mean():.2%}",
+            }
+    cards = "".join(
+        f"<div><b>{value}</b><span>{name}</span></div>" for name, value in values.items()
+    )
     return f'<section class="cards">{cards}</section>'
 
 
 def _table(datasets: list[DatasetStatistics]) -> str:
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _row(found))}</tr>" for found in datasets)
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{cell}</td>' for cell in _row(found))}</tr>" for found in datasets
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -101,9 +115,7 @@ def _plan(plan: PlanStatistics, seq_length: int) -> str:
         "Documents in a pack": histogram(plan.documents, unit="documents"),
         "Tiles in a pack": histogram(plan.tiles, unit="tiles"),
     }
-    lead = (
-        f"{plan.tokens:,} tokens in packs of {seq_length:,}; {plan.rows / max(plan.tokens, 1):.1%} of them carry loss."
-    )
+    lead = f"{plan.tokens:,} tokens in packs of {seq_length:,}; {plan.rows / max(plan.tokens, 1):.1%} of them carry loss."
     shares = stacked_bar({name: float(count) for name, count in plan.shares.items()}, COLORS)
     return f"<section><h2>Plan: {plan.split}</h2><p>{lead}</p>{shares}{_charts(charts)}</section>"
 
@@ -111,7 +123,9 @@ def _plan(plan: PlanStatistics, seq_length: int) -> str:
 def _dataset(found: DatasetStatistics, samples: int) -> str:
     charts = {"Tokens of a sample": histogram(found.tokens, unit="tokens", log=True)}
     if found.tiles.any():
-        charts["Tiles of a sample"] = histogram(found.tiles, unit="tiles", log=bool(found.tiles.max() > 64))
+        charts["Tiles of a sample"] = histogram(
+            found.tiles, unit="tiles", log=bool(found.tiles.max() > 64)
+        )
     if len(found.seconds):
         charts["Seconds of a video"] = histogram(found.seconds, unit="seconds", log=True)
     charts["Tokens with loss in a sample"] = histogram(found.rows, unit="tokens", log=True)
@@ -122,7 +136,9 @@ def _dataset(found: DatasetStatistics, samples: int) -> str:
 
 
 def _charts(charts: dict[str, str]) -> str:
-    figures = "".join(f"<figure><figcaption>{name}</figcaption>{chart}</figure>" for name, chart in charts.items())
+    figures = "".join(
+        f"<figure><figcaption>{name}</figcaption>{chart}</figure>" for name, chart in charts.items()
+    )
     return f'<div class="charts">{figures}</div>'
 
 

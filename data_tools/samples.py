@@ -29,13 +29,17 @@ class Sample:
 
 
 def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
-    """The sample of a line, its media read and decoded. DataError, to whose message the caller adds file and line.
+    """The sample of a line, its media read and decoded. DataError, to whose message the caller adds
+    file and line.
 
     `decode` false reads media only: they are known to be good.
     """
     sample = parse_line(line)
     check_record(sample)
-    media = {kind: list(_read_media(sample.get(f"{kind}s") or [], kind, media_root)) for kind in MEDIA_KINDS}
+    media = {
+        kind: list(_read_media(sample.get(f"{kind}s") or [], kind, media_root))
+        for kind in MEDIA_KINDS
+    }
     for kind, files in media.items() if decode else ():
         for i, file in enumerate(files):
             _CHECKS[kind](file.data, f"{kind}s[{i}] {sample[f'{kind}s'][i]}")
@@ -46,22 +50,29 @@ def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
 
 
 def find_medium(name: Any, field: str, *, root: Path) -> Path:
-    """The path of a medium that a sample names, which must lie in `root`, also when links are followed.
+    """The path of a medium that a sample names, which must lie in `root`, also when links are
+    followed.
 
-    DataError, naming `field` and the path, for absolute paths, `..`, links that lead outside, and what is not there.
+    DataError, naming `field` and the path, for absolute paths, `..`, links that lead outside, and
+    what is not there.
     """
     if not isinstance(name, str) or not name:
         raise DataError(f"{field} is {name!r:.80}: a path under the media folder is needed")
     if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(f"{field} {name} lies outside the media folder {root}: a path under it is needed")
+        raise DataError(
+            f"{field} {name} lies outside the media folder {root}: a path under it is needed"
+        )
     path = root / name
     try:
         is_link = stat.S_ISLNK(os.lstat(path).st_mode)
         real = path.resolve(strict=True) if is_link else _resolved(path.parent)
     except FileNotFoundError as error:
         raise DataError(f"{field} {name}: cannot read {path}: no such file") from error
-    except (OSError, ValueError, RuntimeError) as error:  # names too long, with zero bytes, links in circles
-        raise DataError(f"{field} {name!r:.200}: not a path: {getattr(error, 'strerror', error)}") from error
+    # names too long, with zero bytes, links in circles
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{field} {name!r:.200}: not a path: {getattr(error, 'strerror', error)}"
+        ) from error
     if not real.is_relative_to(_resolved(root)):
         raise DataError(f"{field} {name} is a link to outside the media folder {root}")
     return path
@@ -69,7 +80,8 @@ def find_medium(name: Any, field: str, *, root: Path) -> Path:
 
 @lru_cache(maxsize=1 << 14)
 def _resolved(folder: Path) -> Path:
-    """A folder with its links followed: most media share theirs, and each look at a disk takes time."""
+    """A folder with its links followed: most media share theirs, and each look at a disk takes
+    time."""
     return folder.resolve()
 
 
@@ -80,12 +92,15 @@ def parse_line(line: Line) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from error
     if not isinstance(sample, dict):
-        raise DataError(f"a {type(sample).__name__}, not a JSON object: a line holds one sample {{...}}")
+        raise DataError(
+            f"a {type(sample).__name__}, not a JSON object: a line holds one sample {{...}}"
+        )
     return sample
 
 
 def sample_key(line: Line) -> str:
-    """The name of a sample in its shard: the file's, without characters that mean something in one, and the line."""
+    """The name of a sample in its shard: the file's, without characters that mean something in one,
+    and the line."""
     return f"{key_stem(line.file)}-{line.number:08d}"
 
 
@@ -111,7 +126,11 @@ def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
 
 def _suffix(path: Path) -> str:
     """The suffix of a medium, without what a name in a shard must not hold."""
-    return FRAMES_SUFFIX if path.name.endswith(FRAMES_SUFFIX) else re.sub(r"[^a-z0-9.]", "", path.suffix.lower())
+    return (
+        FRAMES_SUFFIX
+        if path.name.endswith(FRAMES_SUFFIX)
+        else re.sub(r"[^a-z0-9.]", "", path.suffix.lower())
+    )
 
 
 def _check_image(data: bytes, name: str) -> None:

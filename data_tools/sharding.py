@@ -1,9 +1,10 @@
 """From JSONL files to shards, in worker processes; an interrupted run goes on where it stopped.
 
-A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (what the shards are made of, then a line for each
-finished one) and `rejected.jsonl` (a line for each sample left out). Shard i is made of the i-th run of
-`samples_per_shard` lines, whether or not they are good, so no shard depends on another, nor on who writes it. Where
-it would be longer than `max_bytes`, it goes on in `NAME-000000_1.tar`.
+A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (what the shards are made of,
+then a line for each finished one) and `rejected.jsonl` (a line for each sample left out). Shard i
+is made of the i-th run of `samples_per_shard` lines, whether or not they are good, so no shard
+depends on another, nor on who writes it. Where it would be longer than `max_bytes`, it goes on in
+`NAME-000000_1.tar`.
 """
 
 import hashlib
@@ -65,17 +66,21 @@ class ShardTask(NamedTuple):
     stretches: list[Stretch]
 
 
-def find_jobs(files: list[Path], *, out: Path | None, media: Path | None, **options: Any) -> list[ShardJob]:
-    """The work that a command line names: JSONL files that become shards in `out`, or a recipe whose datasets have
-    JSONL files. `options` are ShardJob's other fields. ConfigError if it names neither, or both, or other files for
-    one folder.
+def find_jobs(
+    files: list[Path], *, out: Path | None, media: Path | None, **options: Any
+) -> list[ShardJob]:
+    """The work that a command line names: JSONL files that become shards in `out`, or a recipe
+    whose datasets have JSONL files. `options` are ShardJob's other fields. ConfigError if it names
+    neither, or both, or other files for one folder.
     """
     if [file.suffix for file in files] not in ([".yaml"], [".yml"]):
         if out is None:
             raise ConfigError("--out is needed: the folder of the dataset")
         return [ShardJob(files=files, media_root=media or Path(), out=out, **options)]
     if out is not None or media is not None:
-        raise ConfigError("--out and --media are for JSONL files: a recipe's datasets name their folders")
+        raise ConfigError(
+            "--out and --media are for JSONL files: a recipe's datasets name their folders"
+        )
     return _recipe_jobs(files[0], options)
 
 
@@ -104,12 +109,15 @@ def _job_of(dataset: DatasetConfig, options: dict[str, Any]) -> ShardJob:
 
 
 def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
-    """Writes the shards that are not there yet, and `rejected.jsonl`. Gives the counts of all, also of earlier runs.
+    """Writes the shards that are not there yet, and `rejected.jsonl`. Gives the counts of all, also
+    of earlier runs.
 
-    Shards of the dataset's name that earlier work left, and this work does not have, are removed when it is done.
+    Shards of the dataset's name that earlier work left, and this work does not have, are removed
+    when it is done.
 
-    A bad sample is left out, its file, line and reason listed. With `strict` the first one is a DataError that names
-    file and line, and its shard is not written. ConfigError if the folder holds shards of other inputs.
+    A bad sample is left out, its file, line and reason listed. With `strict` the first one is a
+    DataError that names file and line, and its shard is not written. ConfigError if the folder
+    holds shards of other inputs.
     """
     _check_job(job)
     job.out.mkdir(parents=True, exist_ok=True)
@@ -122,27 +130,38 @@ def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
             del counts[shard], progress.finished[shard]
     if job.strict:
         _refuse_first([counts[shard] for shard in sorted(counts)])
-    left = sum(stretch.lines for shard, task in tasks.items() if shard not in counts for stretch in task.stretches)
+    left = sum(
+        stretch.lines
+        for shard, task in tasks.items()
+        if shard not in counts
+        for stretch in task.stretches
+    )
     progress.run(_write_shard, tasks, crew=crew, total=left, unit="samples")
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_lines(job.out / REJECTED, rejected)
     _remove_strays(job, results)
-    return ShardCount(sum(count.samples for count in results), rejected, tars=sum(count.tars for count in results))
+    return ShardCount(
+        sum(count.samples for count in results), rejected, tars=sum(count.tars for count in results)
+    )
 
 
 def _check_job(job: ShardJob) -> None:
     if job.samples_per_shard < 1:
         raise ConfigError(f"--samples-per-shard is {job.samples_per_shard}: it must be at least 1")
     if job.max_bytes < 0:
-        raise ConfigError(f"--max-shard-mb is {job.max_bytes / MEGABYTE:g}: it must not be negative")
+        raise ConfigError(
+            f"--max-shard-mb is {job.max_bytes / MEGABYTE:g}: it must not be negative"
+        )
     if not job.media_root.is_dir():
         raise ConfigError(f"--media {job.media_root} is not a folder")
     stems = Counter(map(key_stem, job.files))
     if len(stems) < len(job.files):
         stem = stems.most_common(1)[0][0]
         same = ", ".join(str(path) for path in job.files if key_stem(path) == stem)
-        raise ConfigError(f"{same}: samples get their names from these files' names, which must differ")
+        raise ConfigError(
+            f"{same}: samples get their names from these files' names, which must differ"
+        )
 
 
 def _refuse_first(counts: list[ShardCount]) -> None:
@@ -152,8 +171,13 @@ def _refuse_first(counts: list[ShardCount]) -> None:
 
 
 def _remove_strays(job: ShardJob, results: list[ShardCount]) -> None:
-    """Removes tars that only this tool names so and that are not of this work, and the files beside them."""
-    mine = {job.shard_path(shard, tar).stem for shard, count in enumerate(results) for tar in range(count.tars)}
+    """Removes tars that only this tool names so and that are not of this work, and the files beside
+    them."""
+    mine = {
+        job.shard_path(shard, tar).stem
+        for shard, count in enumerate(results)
+        for tar in range(count.tars)
+    }
     name = re.compile(f"(?P<stem>{re.escape(job.out.resolve().name)}{MADE}){BESIDE}")
     for path in list(job.out.iterdir()):
         if (match := name.fullmatch(path.name)) and match["stem"] not in mine:
@@ -171,7 +195,9 @@ def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
             except DataError as error:
                 if job.strict:
                     raise DataError(f"{line.file}:{line.number}: {error}") from error
-                count.rejected.append({"file": str(line.file), "line": line.number, "reason": str(error)})
+                count.rejected.append(
+                    {"file": str(line.file), "line": line.number, "reason": str(error)}
+                )
                 continue
             tars.write(sample)
             count.samples += 1
@@ -194,7 +220,9 @@ class _Tars:
         return self
 
     def write(self, sample: Sample) -> None:
-        size = sum(len(file.data) for files in sample.media.values() for file in files) + len(str(sample.record))
+        size = sum(len(file.data) for files in sample.media.values() for file in files) + len(
+            str(sample.record)
+        )
         if self._job.max_bytes and self._size and self._size + size > self._job.max_bytes:
             self._writer.__exit__(None)
             self._begin()
@@ -224,9 +252,12 @@ def _whole(path: Path) -> Path:
 
 
 def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
-    """The sample of a line, its media decoded unless it is known to be good, and encoded anew where that is wanted."""
+    """The sample of a line, its media decoded unless it is known to be good, and encoded anew where
+    that is wanted."""
     sample = check_line(line, media_root=job.media_root, decode=not known)
-    media = {kind: [job.reencode(kind, file) for file in files] for kind, files in sample.media.items()}
+    media = {
+        kind: [job.reencode(kind, file) for file in files] for kind, files in sample.media.items()
+    }
     return replace(sample, media=media)
 
 

@@ -21,7 +21,8 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetStatistics:
-    """One dataset of a split. Arrays have an entry for each sample (int64), `seconds` for each video."""
+    """One dataset of a split. Arrays have an entry for each sample (int64), `seconds` for each
+    video."""
 
     name: str
     split: str
@@ -53,7 +54,8 @@ class DatasetStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanStatistics:
-    """A split's plan. Arrays have an entry for each pack; `shares` are tokens by dataset, of those not gone."""
+    """A split's plan. Arrays have an entry for each pack; `shares` are tokens by dataset, of those
+    not gone."""
 
     split: str
     fill: np.ndarray
@@ -73,7 +75,8 @@ class Statistics:
 
 
 def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
-    """DataError if an index is missing; a plan may be, one that is there need not fit the recipe any more."""
+    """DataError if an index is missing; a plan may be, one that is there need not fit the recipe
+    any more."""
     datasets, plans = [], []
     for split in get_args(Split):
         if split == "validation" and not recipe.data.validation:
@@ -82,7 +85,9 @@ def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
             form = document_format(recipe, tokenizer, dataset=source.config)
             datasets.append(_of_dataset(source, split, form))
         if recipe.data.plan and plan_path(recipe, split).exists():
-            plans.append(_of_plan(read_plan(plan_path(recipe, split)), split, recipe.data.seq_length))
+            plans.append(
+                _of_plan(read_plan(plan_path(recipe, split)), split, recipe.data.seq_length)
+            )
     return Statistics(datasets=datasets, plans=plans)
 
 

@@ -1,4 +1,5 @@
-"""Decodes all that shards hold, in processes that may be killed, and lists what is damaged beside each shard."""
+"""Decodes all that shards hold, in processes that may be killed, and lists what is damaged beside
+each shard."""
 
 import itertools
 from collections import defaultdict
@@ -44,14 +45,16 @@ class ValidateTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found: samples looked at, and an entry for each that is bad, also for those that `index` listed."""
+    """What was found: samples looked at, and an entry for each that is bad, also for those that
+    `index` listed."""
 
     samples: int
     bad: list[tuple[Path, Entry]]
 
 
 def find_targets(targets: list[str]) -> list[ValidateTask]:
-    """The shards that are named, or those of a recipe and its overrides, sampled as each of their datasets does.
+    """The shards that are named, or those of a recipe and its overrides, sampled as each of their
+    datasets does.
 
     ConfigError for anything else.
     """
@@ -61,22 +64,30 @@ def find_targets(targets: list[str]) -> list[ValidateTask]:
     for target in shards:
         if target.suffix != ".tar" or not target.is_file():
             raise ConfigError(f"{target}: one recipe (.yaml) or shards (.tar) are needed")
-    return [ValidateTask(shard, [Sampling(MediaConfig.max_fps, MediaConfig.max_frames)]) for shard in shards]
+    return [
+        ValidateTask(shard, [Sampling(MediaConfig.max_fps, MediaConfig.max_frames)])
+        for shard in shards
+    ]
 
 
 def _recipe_targets(recipe: Recipe) -> list[ValidateTask]:
     shards, samplings = find_all_shards(recipe), defaultdict[Location, set[Sampling]](set)
     for dataset in (*recipe.data.train, *recipe.data.validation):
-        fps, frames = dataset.max_fps or recipe.media.max_fps, dataset.max_frames or recipe.media.max_frames
+        fps, frames = (
+            dataset.max_fps or recipe.media.max_fps,
+            dataset.max_frames or recipe.media.max_frames,
+        )
         for shard in find_shards(dataset):
             samplings[shard].add(Sampling(fps, frames))
     return [ValidateTask(shard, sorted(samplings[shard])) for shard in shards]
 
 
 def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validation:
-    """Decodes every image and every frame that may be sampled of the shards that were not decoded so before.
+    """Decodes every image and every frame that may be sampled of the shards that were not decoded
+    so before.
 
-    What is damaged is listed in the shard's quarantine file; nothing is deleted. DataError if one changes meanwhile.
+    What is damaged is listed in the shard's quarantine file; nothing is deleted. DataError if one
+    changes meanwhile.
     """
     tasks = [task for target in targets if (task := _with_earlier(target))]
     size = sum(task.shard.stat().st_size for task in tasks)
@@ -85,7 +96,11 @@ def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validatio
             pass
     lists = {target.shard: read_quarantine(target.shard) for target in targets}
     samples = sum(_samples(shard, found) for shard, found in lists.items())
-    bad = {(shard, entry.key): (shard, entry) for shard, found in lists.items() for entry in found.entries}
+    bad = {
+        (shard, entry.key): (shard, entry)
+        for shard, found in lists.items()
+        for entry in found.entries
+    }
     return Validation(samples, list(bad.values()))
 
 
@@ -96,7 +111,8 @@ def _samples(shard: Path, found: Quarantine) -> int:
 
 
 def _with_earlier(target: ValidateTask) -> ValidateTask | None:
-    """The task that also samples as the shard was sampled before, so that nothing found then is lost; None if done."""
+    """The task that also samples as the shard was sampled before, so that nothing found then is
+    lost; None if done."""
     earlier = (read_quarantine(target.shard).validated or {}).get("samplings", [])
     done, wanted = {Sampling(*sampling) for sampling in earlier}, set(target.samplings)
     return None if wanted <= done else ValidateTask(target.shard, sorted(wanted | done))
@@ -112,7 +128,9 @@ def _validate_shard(task: ValidateTask, steps: Steps) -> None:
             checker.check(sample)
         except DataError as reason:
             bad.append(Entry("validate", printable(sample.key), str(reason)))
-        end = max((member.offset + member.size for member in sample.members.values()), default=position)
+        end = max(
+            (member.offset + member.size for member in sample.members.values()), default=position
+        )
         steps.advance(max(end - position, 0))
         position = max(end, position)
     checker.close()
@@ -156,11 +174,21 @@ class _Checker:
 
     def _times(self, sample: ScannedSample, name: str, known: bool) -> list[float]:
         info = probe_video(self._read(sample, name), f"{self._shard} {name}")
-        return sorted({time for sampling in self._samplings for time in frame_times(info, **sampling._asdict())})
+        return sorted(
+            {
+                time
+                for sampling in self._samplings
+                for time in frame_times(info, **sampling._asdict())
+            }
+        )
 
-    def _frames(self, sample: ScannedSample, name: str, times: Sequence[float], known: bool) -> None:
+    def _frames(
+        self, sample: ScannedSample, name: str, times: Sequence[float], known: bool
+    ) -> None:
         if not known:
-            decode_frames(self._read(sample, name), f"{self._shard} {name}", times=times, tile_size=SIDE)
+            decode_frames(
+                self._read(sample, name), f"{self._shard} {name}", times=times, tile_size=SIDE
+            )
 
     def _read(self, sample: ScannedSample, name: str) -> bytes:
         return self._reader.read(self._shard, member=sample.members[name], shard_size=self._size)

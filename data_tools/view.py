@@ -16,7 +16,8 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Run(NamedTuple):
-    """Tokens of one kind in a row: "text", "loss", "tile" or "frame" (with the tokens around it), "padding"."""
+    """Tokens of one kind in a row: "text", "loss", "tile" or "frame" (with the tokens around it),
+    "padding"."""
 
     kind: str
     text: str
@@ -25,7 +26,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentView:
-    """A document of a batch: its bounds in the pack, padding included, and its tiles, counted in the pack."""
+    """A document of a batch: its bounds in the pack, padding included, and its tiles, counted in
+    the pack."""
 
     title: str
     start: int
@@ -46,19 +48,45 @@ class PackView:
 
 
 def view_pack(
-    stream: PackStream, pack: int, *, recipe: Recipe, tokenizer: Tokenizer, names: list[str], title: str
+    stream: PackStream,
+    pack: int,
+    *,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    names: list[str],
+    title: str,
 ) -> PackView:
     """Takes a pack of a stream apart again. `names` are the datasets'."""
     batch = stream[pack]
-    labels = [label for document in stream.documents(pack) for medium in document.media for label in _labels(medium)]
-    runs = _Runs(batch, labels=labels, tile_tokens=recipe.model.vision.image_token_length, tokenizer=tokenizer)
+    labels = [
+        label
+        for document in stream.documents(pack)
+        for medium in document.media
+        for label in _labels(medium)
+    ]
+    runs = _Runs(
+        batch,
+        labels=labels,
+        tile_tokens=recipe.model.vision.image_token_length,
+        tokenizer=tokenizer,
+    )
     documents, placements = [], batch.placements.numpy()
     for i, (start, stop) in enumerate(itertools.pairwise(batch.document_starts.tolist())):
         source = int(batch.document_sources[i])
-        name = "tail" if source == TAIL_SOURCE else f"document {i}: {batch.sample_keys[i]} from {names[source]}"
+        name = (
+            "tail"
+            if source == TAIL_SOURCE
+            else f"document {i}: {batch.sample_keys[i]} from {names[source]}"
+        )
         tiles = range(*np.searchsorted(placements, (start, stop)).tolist())
         documents.append(
-            DocumentView(title=name, start=start, stop=stop, runs=list(runs.between(start, stop)), tiles=tiles)
+            DocumentView(
+                title=name,
+                start=start,
+                stop=stop,
+                runs=list(runs.between(start, stop)),
+                tiles=tiles,
+            )
         )
     length = len(batch.input_ids)
     rows = int((batch.labels != NO_LOSS).sum())
@@ -66,21 +94,33 @@ def view_pack(
         f"{title}: {len(batch.sample_keys)} documents, {batch.num_tokens} of {length} tokens "
         f"({batch.num_tokens / length:.1%}), {rows} loss rows, {len(placements)} tiles"
     )
-    return PackView(title=summary, seq_length=length, documents=documents, tiles=batch.tiles.numpy(), labels=labels)
+    return PackView(
+        title=summary,
+        seq_length=length,
+        documents=documents,
+        tiles=batch.tiles.numpy(),
+        labels=labels,
+    )
 
 
 def describe(view: PackView) -> Iterator[str]:
-    """Lines of text: for each document its text with tiles as [tile N], frames with times, loss marked `loss|`."""
+    """Lines of text: for each document its text with tiles as [tile N], frames with times, loss
+    marked `loss|`."""
     yield view.title
     for document in view.documents:
         yield heading(document)
         for is_loss, runs in itertools.groupby(document.runs, key=lambda run: run.kind == "loss"):
-            yield ("  loss| " if is_loss else "      | ") + "".join(run.text for run in runs).replace("\n", "\\n")
+            yield ("  loss| " if is_loss else "      | ") + "".join(
+                run.text for run in runs
+            ).replace("\n", "\\n")
 
 
 def heading(document: DocumentView) -> str:
     """A document's title with its counts."""
-    counts = {kind: sum(run.tokens for run in document.runs if run.kind == kind) for kind in ("loss", "padding")}
+    counts = {
+        kind: sum(run.tokens for run in document.runs if run.kind == kind)
+        for kind in ("loss", "padding")
+    }
     tiles = f", tiles {document.tiles.start} to {document.tiles.stop - 1}" if document.tiles else ""
     return (
         f"{document.title}: tokens {document.start} to {document.stop - 1}, "
@@ -100,10 +140,13 @@ def _labels(medium: Medium) -> list[str]:
 class _Runs:
     """Groups a batch's tokens into runs."""
 
-    def __init__(self, batch: Batch, *, labels: list[str], tile_tokens: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, batch: Batch, *, labels: list[str], tile_tokens: int, tokenizer: Tokenizer
+    ) -> None:
         self._labels, self._frames = labels, batch.frames.tolist()
         self._ids = batch.input_ids.numpy()
-        self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])  # is this token predicted?
+        # is this token predicted?
+        self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])
         self._tokenizer = tokenizer
         self._tile = np.full(len(self._ids), -1)
         for tile, place in enumerate(batch.placements.tolist()):
@@ -112,7 +155,14 @@ class _Runs:
     def between(self, start: int, stop: int) -> Iterator[Run]:
         end = self._unpadded_end(start, stop)
         kinds = [
-            (f"tile {self._tile[i]}" if self._tile[i] >= 0 else "loss" if self._loss[i] else "text", i)
+            (
+                f"tile {self._tile[i]}"
+                if self._tile[i] >= 0
+                else "loss"
+                if self._loss[i]
+                else "text",
+                i,
+            )
             for i in range(start, end)
         ]
         for kind, group in itertools.groupby(kinds, key=lambda item: item[0]):
@@ -127,6 +177,10 @@ class _Runs:
             yield Run("padding", f"[padding {stop - end}]", stop - end)
 
     def _unpadded_end(self, start: int, stop: int) -> int:
-        while stop > start and self._ids[stop - 1] == self._tokenizer.pad_id and not self._loss[stop - 1]:
+        while (
+            stop > start
+            and self._ids[stop - 1] == self._tokenizer.pad_id
+            and not self._loss[stop - 1]
+        ):
             stop -= 1
         return stop

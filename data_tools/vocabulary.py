@@ -12,7 +12,8 @@ from megatron_vita.text.train import train_sentencepiece
 
 
 def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> int:
-    """Trains a SentencePiece model and gives the number of texts. DataError naming file and line of a bad one."""
+    """Trains a SentencePiece model and gives the number of texts. DataError naming file and line of
+    a bad one."""
     if out.suffix != ".model":
         raise ConfigError(f"--out {out}: the name must end in .model")
     texts = [text for line in read_lines(files) for text in _texts(line)]

@@ -1,4 +1,5 @@
-"""How command lines end: what a user can cause is one line on stderr, `error: ...`, and exit code 1."""
+"""How command lines end: what a user can cause is one line on stderr, `error: ...`, and exit code
+1."""
 
 import typer
 

@@ -13,9 +13,11 @@ def end_with_parent() -> None:
 
 
 def end_with(pipe: int) -> None:
-    """Has the kernel end this process, also in the midst of a decoder, when the other end of a pipe is closed.
+    """Has the kernel end this process, also in the midst of a decoder, when the other end of a pipe
+    is closed.
 
-    It sends SIGIO, which ends a process without a handler for it, at whatever happens to the pipe: nothing else may.
+    It sends SIGIO, which ends a process without a handler for it, at whatever happens to the pipe:
+    nothing else may.
     """
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)

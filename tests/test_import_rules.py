@@ -22,11 +22,32 @@ MAY_IMPORT = {
     "parallel": EVERYWHERE | {"layout"},
     "model": EVERYWHERE | {"parallel", "layout"},
     "checkpoint": EVERYWHERE | {"model", "parallel"},
-    "training": EVERYWHERE | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
+    "training": EVERYWHERE
+    | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
     "inference": EVERYWHERE
-    | {"commands", "media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
+    | {
+        "commands",
+        "media",
+        "text",
+        "layout",
+        "planning",
+        "data",
+        "parallel",
+        "model",
+        "checkpoint",
+    },
     "convert": EVERYWHERE
-    | {"commands", "media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
+    | {
+        "commands",
+        "media",
+        "text",
+        "layout",
+        "planning",
+        "data",
+        "parallel",
+        "model",
+        "checkpoint",
+    },
     "evaluation": EVERYWHERE | {"commands", "checkpoint", "media", "text", "data", "inference"},
 }
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))
@@ -53,10 +74,14 @@ def test_no_room_imports_a_higher_one(path: Path) -> None:
     if room == "__init__":
         return
     rooms = {name.split(".")[1] for name in imports(path) if name.startswith("megatron_vita.")}
-    assert rooms <= MAY_IMPORT[room] | {room}, f"{room} may not import {rooms - MAY_IMPORT[room] - {room}}"
+    assert rooms <= MAY_IMPORT[room] | {room}, (
+        f"{room} may not import {rooms - MAY_IMPORT[room] - {room}}"
+    )
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in PURE], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if room_of(p) in PURE], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_pure_rooms_import_neither_megatron_core_nor_torch_distributed(path: Path) -> None:
     found = {name for name in imports(path) if name.startswith(("megatron.", "torch.distributed"))}
     assert not found

@@ -1,4 +1,5 @@
-"""Formats that `import` reads, each in a file of its own: what its sources are, and the samples in one of them."""
+"""Formats that `import` reads, each in a file of its own: what its sources are, and the samples in
+one of them."""
 
 from data_tools.formats import captions, frames, hf, llava, sharegpt, webdataset
 from data_tools.formats.base import Format

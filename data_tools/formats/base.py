@@ -22,7 +22,8 @@ MAGIC = (
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What an import is told: where media lie, where those found inside sources are written, the captions' question."""
+    """What an import is told: where media lie, where those found inside sources are written, the
+    captions' question."""
 
     media: Path
     media_out: Path | None
@@ -30,8 +31,8 @@ class Setting:
 
 
 class Candidate(NamedTuple):
-    """A sample that may be good: its place in the source, how it is made (which may be a DataError), and the bytes of
-    the source up to its end, for the progress.
+    """A sample that may be good: its place in the source, how it is made (which may be a
+    DataError), and the bytes of the source up to its end, for the progress.
     """
 
     place: str
@@ -40,7 +41,8 @@ class Candidate(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A format: the sources (files or folders) among what a user names, and the samples of a source.
+    """A format: the sources (files or folders) among what a user names, and the samples of a
+    source.
 
     Reading raises DataError where the source cannot be read on.
     """
@@ -60,7 +62,8 @@ def refuse(reason: str) -> Callable[[], dict[str, Any]]:
 
 
 def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
-    """Files as they are named, and those with one of the suffixes in folders, sorted. ConfigError if there are none."""
+    """Files as they are named, and those with one of the suffixes in folders, sorted. ConfigError
+    if there are none."""
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -74,7 +77,8 @@ def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and those in it, in the order of their names; links to folders are not followed."""
+    """The files of a folder and those in it, in the order of their names; links to folders are not
+    followed."""
     for root, folders, names in os.walk(folder):
         folders.sort()
         yield from (Path(root, name) for name in sorted(names))
@@ -85,11 +89,14 @@ def relative_to_media(path: Path, setting: Setting) -> str:
     try:
         return path.absolute().relative_to(setting.media.absolute()).as_posix()
     except ValueError:
-        raise DataError(f"{path} lies outside the media folder {setting.media}: name another with --media") from None
+        raise DataError(
+            f"{path} lies outside the media folder {setting.media}: name another with --media"
+        ) from None
 
 
 def write_medium(data: bytes, *, source: Path, name: str, setting: Setting) -> str:
-    """Writes a medium found inside a source, and gives its path as samples name it: in a folder of the source's own."""
+    """Writes a medium found inside a source, and gives its path as samples name it: in a folder of
+    the source's own."""
     assert setting.media_out is not None
     where = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
     path = Path(f"{source.name.replace('.', '_')}-{where}", f"{name}{_suffix(data)}")

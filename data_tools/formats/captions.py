@@ -1,4 +1,5 @@
-"""Folders of images, each with a caption in a text file of the same name: `a/cat.jpg` and `a/cat.txt`."""
+"""Folders of images, each with a caption in a text file of the same name: `a/cat.jpg` and
+`a/cat.txt`."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,4 +1,5 @@
-"""Folders of frame images, each a video, with a caption beside it: `clips/a/0001.jpg`, ... and `clips/a.txt`.
+"""Folders of frame images, each a video, with a caption beside it: `clips/a/0001.jpg`, ... and
+`clips/a.txt`.
 
 A file `fps.txt` among the frames holds their rate.
 """
@@ -18,4 +19,6 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     for root, folders, names in os.walk(source):
         folders.sort()
         if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names) and Path(root) != source:
-            yield Candidate(root, partial(captioned, Path(root), field="videos", setting=setting), 0)
+            yield Candidate(
+                root, partial(captioned, Path(root), field="videos", setting=setting), 0
+            )

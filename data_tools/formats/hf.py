@@ -1,8 +1,8 @@
 """Folders of Hugging Face `datasets`: Parquet or Arrow files with images inside.
 
-A row has a conversation (`messages`, `conversations` or `texts`), or `question` and `answer`, or a caption (`caption`
-or `text`), and images in `images` or `image`: each {bytes, path}. Bytes are written out; a path alone is taken from
-the media folder.
+A row has a conversation (`messages`, `conversations` or `texts`), or `question` and `answer`, or a
+caption (`caption` or `text`), and images in `images` or `image`: each {bytes, path}. Bytes are
+written out; a path alone is taken from the media folder.
 """
 
 from collections.abc import Iterator
@@ -62,16 +62,24 @@ def _arrow(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:
                 yield batch.slice(start, ROWS), file.tell() / max(file.size(), 1)
 
 
-def _sample(row_values: dict[str, Any], *, source: Path, row: int, setting: Setting) -> dict[str, Any]:
+def _sample(
+    row_values: dict[str, Any], *, source: Path, row: int, setting: Setting
+) -> dict[str, Any]:
     found = row_values.get("images") or row_values.get("image") or []
     images = [
         _write_image(image, name=f"{row:08d}-{i}", source=source, setting=setting)
         for i, image in enumerate(found if isinstance(found, list) else [found])
     ]
     media = {"images": images, "videos": []}
-    sample = _conversation(row_values, media, setting.prompt) | ({"images": images} if images else {})
+    sample = _conversation(row_values, media, setting.prompt) | (
+        {"images": images} if images else {}
+    )
     sample.pop("videos", None)
-    return {"id": row_values["id"], **sample} if isinstance(row_values.get("id"), str | int) else sample
+    return (
+        {"id": row_values["id"], **sample}
+        if isinstance(row_values.get("id"), str | int)
+        else sample
+    )
 
 
 def _conversation(row: dict[str, Any], media: dict[str, list[str]], prompt: str) -> dict[str, Any]:
@@ -79,7 +87,11 @@ def _conversation(row: dict[str, Any], media: dict[str, list[str]], prompt: str)
     if turns is not None:
         return {"messages": place_media(chat_messages(turns), media)}
     if "question" in row and "answer" in row:
-        return {"messages": place_media(chat_messages([{"user": row["question"], "assistant": row["answer"]}]), media)}
+        return {
+            "messages": place_media(
+                chat_messages([{"user": row["question"], "assistant": row["answer"]}]), media
+            )
+        }
     name = next((field for field in CAPTIONS if field in row), None)
     if name is None:
         known = ", ".join((*CHAT_FIELDS, "question and answer", *CAPTIONS))

@@ -1,4 +1,5 @@
-"""LLaVA's JSON: objects with `image` or `video` (a path or several) and `conversations` of human and gpt."""
+"""LLaVA's JSON: objects with `image` or `video` (a path or several) and `conversations` of human
+and gpt."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,10 @@ def _sample(found: dict[str, Any]) -> dict[str, Any]:
     if media["videos"] and not media["images"]:
         # LLaVA's video sets say <image> where the video stands.
         messages = [_with_video_tag(message) for message in messages]
-    sample = {"messages": place_media(messages, media), **{field: paths for field, paths in media.items() if paths}}
+    sample = {
+        "messages": place_media(messages, media),
+        **{field: paths for field, paths in media.items() if paths},
+    }
     return {"id": found["id"], **sample} if "id" in found else sample
 
 

@@ -15,7 +15,9 @@ CHUNK, MAX_ITEM = 1 << 18, 1 << 30
 OUTSIDE, IN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
 
 
-def read_objects(path: Path, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Iterator[Candidate]:
+def read_objects(
+    path: Path, make: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[Candidate]:
     """A candidate for each object of a file, made by `make` of the object.
 
     DataError where an array is broken, or if the file cannot be read.
@@ -25,7 +27,9 @@ def read_objects(path: Path, make: Callable[[dict[str, Any]], dict[str, Any]]) -
             head = file.read(HEAD)
             start = len(BOM) if head.startswith(BOM) else 0
             file.seek(start)
-            found = _array_items(file, path) if head[start:].lstrip().startswith(b"[") else _lines(file)
+            found = (
+                _array_items(file, path) if head[start:].lstrip().startswith(b"[") else _lines(file)
+            )
             for place, item, position in found:
                 yield Candidate(place, _maker(item, make), position)
     except OSError as error:
@@ -39,11 +43,14 @@ def _array_items(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any, int]]:
             yield f"object {place}", _parsed(text), file.tell()
             place += 1
     except DataError as error:
-        raise DataError(f"{path}: the JSON array is broken behind object {place - 1}: {error}") from error
+        raise DataError(
+            f"{path}: the JSON array is broken behind object {place - 1}: {error}"
+        ) from error
 
 
 def _split_array(file: BinaryIO) -> Iterator[bytes]:
-    """The text of each item of an array, none of which need be JSON. DataError if the array does not end."""
+    """The text of each item of an array, none of which need be JSON. DataError if the array does
+    not end."""
     depth, quoted, skip, item = 0, False, 0, bytearray()
     for chunk in iter(partial(file.read, CHUNK), b""):
         start, position = 0, skip
@@ -95,7 +102,11 @@ def _parsed(text: bytes) -> Any:
         return DataError(f"not JSON: {error}")
 
 
-def _maker(item: Any, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+def _maker(
+    item: Any, make: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Callable[[], dict[str, Any]]:
     if isinstance(item, dict):
         return partial(make, item)
-    return refuse(str(item) if isinstance(item, DataError) else f"a {type(item).__name__}, not a JSON object")
+    return refuse(
+        str(item) if isinstance(item, DataError) else f"a {type(item).__name__}, not a JSON object"
+    )

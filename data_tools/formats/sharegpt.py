@@ -1,4 +1,5 @@
-"""ShareGPT's JSON: `conversations` of human and gpt, perhaps with `system`, `images` and `videos`."""
+"""ShareGPT's JSON: `conversations` of human and gpt, perhaps with `system`, `images` and
+`videos`."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Plain webdataset tars: images or videos with a caption or a conversation; see `megatron_vita/data/foreign.py`."""
+"""Plain webdataset tars: images or videos with a caption or a conversation; see
+`megatron_vita/data/foreign.py`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,14 +23,24 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     rule, reader = read_rule(source.parent), ShardReader()
     rule = replace(rule, prompt=setting.prompt)
     for number, sample in enumerate(scan_shard(source)):
-        make = partial(_sample, sample, source=source, number=number, reader=reader, rule=rule, setting=setting)
+        make = partial(
+            _sample, sample, source=source, number=number, reader=reader, rule=rule, setting=setting
+        )
         last = max((member.offset + member.size for member in sample.members.values()), default=0)
-        yield Candidate(f"sample {sample.key}", refuse(sample.fault) if sample.fault else make, last)
+        yield Candidate(
+            f"sample {sample.key}", refuse(sample.fault) if sample.fault else make, last
+        )
     reader.close()
 
 
 def _sample(
-    sample: ScannedSample, *, source: Path, number: int, reader: ShardReader, rule: MemberRule, setting: Setting
+    sample: ScannedSample,
+    *,
+    source: Path,
+    number: int,
+    reader: ShardReader,
+    rule: MemberRule,
+    setting: Setting,
 ) -> dict[str, Any]:
     def read_member(name: str) -> bytes:
         return reader.read(source, member=sample.members[name], shard_size=source.stat().st_size)
@@ -39,7 +50,9 @@ def _sample(
         names = record.pop(field, [])
         # Named by number: a member's own name may lead anywhere.
         paths = [
-            write_medium(read_member(name), source=source, name=f"{number:08d}-{i}", setting=setting)
+            write_medium(
+                read_member(name), source=source, name=f"{number:08d}-{i}", setting=setting
+            )
             for i, name in enumerate(names)
         ]
         record |= {field: paths} if paths else {}

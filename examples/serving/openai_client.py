@@ -1,6 +1,7 @@
 """Asks a running server with OpenAI's client: openai_client.py FILE... QUESTION
 
-The files are images and videos. The server is at VITA_SERVER (http://127.0.0.1:8000), its key in VITA_API_KEY.
+The files are images and videos. The server is at VITA_SERVER (http://127.0.0.1:8000), its key in
+VITA_API_KEY.
 """
 
 import base64
@@ -43,7 +44,9 @@ def main(*files: str, question: str) -> None:
         sys.stdout.write("".join(choice.delta.content or "" for choice in chunk.choices))
         sys.stdout.flush()
         if chunk.usage:
-            sys.stdout.write(f"\n[{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens]\n")
+            sys.stdout.write(
+                f"\n[{chunk.usage.prompt_tokens} + {chunk.usage.completion_tokens} tokens]\n"
+            )
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
-"""Checkpoints: distributed state in megatron-core's `torch_dist` format, with a manifest, whole or not there at all."""
+"""Checkpoints: distributed state in megatron-core's `torch_dist` format, with a manifest, whole or
+not there at all."""
 
 import megatron_vita.platform  # noqa: F401  adapts torch to the machine before megatron-core is imported

@@ -1,4 +1,5 @@
-"""The folder of a run's checkpoints, looked at before the run begins: it must be one folder for all ranks."""
+"""The folder of a run's checkpoints, looked at before the run begins: it must be one folder for all
+ranks."""
 
 import secrets
 import socket
@@ -17,7 +18,8 @@ VISIBLE_SECONDS = 90.0
 def check(folder: Path) -> None:
     """Makes `folder` where it is not there. Collective.
 
-    CheckpointError, on all ranks, if one cannot write there, or does not see there what the first sees.
+    CheckpointError, on all ranks, if one cannot write there, or does not see there what the first
+    sees.
     """
     said: list[tuple[str, str, str]] = [_prepare(folder) if dist.get_rank() == 0 else ("", "", "")]
     dist.broadcast_object_list(said, src=0)
@@ -31,7 +33,8 @@ def check(folder: Path) -> None:
 
 
 def _prepare(folder: Path) -> tuple[str, str, str]:
-    """By the first rank: the name of a file made there, the newest checkpoint's name, and what is wrong."""
+    """By the first rank: the name of a file made there, the newest checkpoint's name, and what is
+    wrong."""
     probe = f".probe_{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,8 @@ def _newest(folder: Path) -> str:
 
 
 def _look_for(folder: Path, probe: str, newest: str) -> str:
-    """What is wrong with the folder as this rank sees it, after time for what the first rank sees to appear."""
+    """What is wrong with the folder as this rank sees it, after time for what the first rank sees
+    to appear."""
     ends = time.monotonic() + VISIBLE_SECONDS
     while (problem := _difference(folder, probe, newest)) and time.monotonic() < ends:
         time.sleep(0.5)
@@ -62,9 +66,7 @@ def _difference(folder: Path, probe: str, newest: str) -> str:
     own = folder / f"{probe}.{dist.get_rank()}"  # each rank will write
     try:
         if not (folder / probe).exists():
-            return (
-                f"{where} is not the folder that the first rank has: it must be on a file system that all hosts share"
-            )
+            return f"{where} is not the folder that the first rank has: it must be on a file system that all hosts share"
         own.touch()
         own.unlink()
         found = _newest(folder)

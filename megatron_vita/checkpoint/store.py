@@ -16,7 +16,9 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
@@ -49,19 +51,22 @@ def sharding_metadata() -> dict[str, Any]:
 def save_checkpoint(
     folder: str | Path, *, step: int, state: dict[str, Any], manifest: dict[str, Any], keep: int
 ) -> Path:
-    """Writes a sharded `state` and its `manifest` (plain values) as the newest checkpoint; keeps the `keep` newest.
+    """Writes a sharded `state` and its `manifest` (plain values) as the newest checkpoint; keeps
+    the `keep` newest.
 
     Collective. A kill at any moment leaves the last complete checkpoint as the latest.
     """
     folder = Path(folder)
     final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
     if _first():
-        for left_behind in folder.glob(".step_*.incomplete"):  # by a job that was killed while it saved or removed
+        # by a job that was killed while it saved or removed
+        for left_behind in folder.glob(".step_*.incomplete"):
             shutil.rmtree(left_behind, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
     replicas = groups.data_parallel_group(with_context_parallel=True)
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)  # each writes its share
+    # each writes its share
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)
     dist_checkpointing.save(
         state,
         str(temporary),
@@ -71,7 +76,10 @@ def save_checkpoint(
     )
     dist.barrier()
     if _first():
-        _write_text(temporary / MANIFEST, json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}))
+        _write_text(
+            temporary / MANIFEST,
+            json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}),
+        )
         if final.exists():
             _remove(final)
         temporary.rename(final)
@@ -93,34 +101,43 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest in it; CheckpointError if there is none."""
+    """`path` itself if it is a checkpoint, else the newest in it; CheckpointError if there is
+    none."""
     path = Path(path)
     if (path / MANIFEST).exists():
         return path
     newest = latest_checkpoint(path)
     if newest is None:
-        raise CheckpointError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a folder of checkpoints (no `latest`)")
+        raise CheckpointError(
+            f"{path}: neither a checkpoint (no {MANIFEST}) nor a folder of checkpoints (no `latest`)"
+        )
     return newest
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; CheckpointError if it cannot be read or is of another format version."""
+    """The manifest of a checkpoint; CheckpointError if it cannot be read or is of another format
+    version."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{checkpoint / MANIFEST}: cannot be read: {error}") from error
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{checkpoint}: format version {version}; this version reads {FORMAT_VERSION}")
+        raise CheckpointError(
+            f"{checkpoint}: format version {version}; this version reads {FORMAT_VERSION}"
+        )
     return manifest
 
 
 def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
-    """CheckpointError, naming the first field that differs, unless the checkpoint is of the same model shapes.
+    """CheckpointError, naming the first field that differs, unless the checkpoint is of the same
+    model shapes.
 
     A text-only model may be the language model of a whole one.
     """
-    found = _flatten(dataclasses.asdict(recipe_from_dict(read_manifest(checkpoint)["recipe"]).model))
+    found = _flatten(
+        dataclasses.asdict(recipe_from_dict(read_manifest(checkpoint)["recipe"]).model)
+    )
     free = ("text_only", "vision.", "projector.") if model["text_only"] else ()
     for name, value in _flatten(model).items():
         if name.startswith(free) or name.endswith(("init", "init_method_std")):
@@ -134,7 +151,9 @@ def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
 def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Fills a sharded `state` from a checkpoint, whatever layout wrote it. Collective."""
     try:
-        return dist_checkpointing.load(state, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
+        return dist_checkpointing.load(
+            state, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED
+        )
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {reason[0]}") from error
@@ -142,7 +161,10 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def model_state(chunks: list[VitaModel]) -> dict[str, Any]:
     """The sharded state of a rank's chunks of the model."""
-    return {str(i): chunk.sharded_state_dict(metadata=sharding_metadata()) for i, chunk in enumerate(chunks)}
+    return {
+        str(i): chunk.sharded_state_dict(metadata=sharding_metadata())
+        for i, chunk in enumerate(chunks)
+    }
 
 
 def set_model_state(chunks: list[VitaModel], state: dict[str, Any]) -> None:
@@ -172,16 +194,19 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _prune(folder: Path, keep: int, *, newest: Path) -> None:
-    """Later steps than the newest are of a run that was taken up again before them: they stay, and so does what was not
-    saved here under this name, such as a copy or a link.
+    """Later steps than the newest are of a run that was taken up again before them: they stay, and
+    so does what was not saved here under this name, such as a copy or a link.
     """
-    saved = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_symlink()]
+    saved = [
+        path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_symlink()
+    ]
     for old in sorted(path for path in saved if path.name <= newest.name)[:-keep]:
         _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Hides it first: a kill must not leave half of it under its name. What resists stays, with a warning."""
+    """Hides it first: a kill must not leave half of it under its name. What resists stays, with a
+    warning."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}.incomplete")
     try:
         checkpoint.rename(hidden)
@@ -193,5 +218,9 @@ def _remove(checkpoint: Path) -> None:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{name}": value}
+        )
     return flat

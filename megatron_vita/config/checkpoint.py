@@ -7,12 +7,17 @@ from megatron_vita.config.fields import described, require
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Saving and loading. A run resumes from the latest checkpoint in `save`; `load` is where a fresh run starts."""
+    """Saving and loading. A run resumes from the latest checkpoint in `save`; `load` is where a
+    fresh run starts."""
 
     save: str = described("", "Folder for this run's checkpoints; empty saves none.")
     save_interval: int = described(500, "Steps between checkpoints; the last step is always saved.")
-    keep: int = described(2, "Checkpoints kept in `save`; older ones are deleted once a newer one is complete.")
-    load: str = described("", "Checkpoint whose weights a fresh run starts from, such as the previous stage's.")
+    keep: int = described(
+        2, "Checkpoints kept in `save`; older ones are deleted once a newer one is complete."
+    )
+    load: str = described(
+        "", "Checkpoint whose weights a fresh run starts from, such as the previous stage's."
+    )
 
     def __post_init__(self) -> None:
         require(

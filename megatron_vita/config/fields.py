@@ -1,4 +1,5 @@
-"""How a recipe field carries its own documentation: `lr: float = described(1e-4, "Peak learning rate.")`."""
+"""How a recipe field carries its own documentation: `lr: float = described(1e-4, "Peak learning
+rate.")`."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +8,8 @@ from megatron_vita.errors import ConfigError
 
 
 def described(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
-    """A dataclass field with a default (a list or dataclass is copied for each owner) and one line of documentation."""
+    """A dataclass field with a default (a list or dataclass is copied for each owner) and one line
+    of documentation."""
     metadata = {"doc": doc}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)

@@ -16,7 +16,9 @@ def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
             yield f"\n{prefix}{field.name}: {field.metadata['doc']}"
             yield from describe_fields(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
-        type_name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+        type_name = (
+            hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+        )
         yield f"  {prefix}{field.name}: {_short(type_name)} = {_default(field)}\n      {field.metadata['doc']}"
         for item in typing.get_args(hint):
             if dataclasses.is_dataclass(item):
@@ -24,7 +26,11 @@ def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
 
 
 def _short(type_name: str) -> str:
-    return type_name.replace("megatron_vita.config.data.", "").replace("<class '", "").replace("'>", "")
+    return (
+        type_name.replace("megatron_vita.config.data.", "")
+        .replace("<class '", "")
+        .replace("'>", "")
+    )
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -16,10 +16,11 @@ from megatron_vita.errors import ConfigError
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe file and applies `group.field=value` overrides, whose values are YAML.
 
-    A file may name others that it builds on: `base: [stage.yaml, model.yaml]`, relative to itself. Later ones replace
-    fields of earlier ones, and its own fields replace all of theirs.
+    A file may name others that it builds on: `base: [stage.yaml, model.yaml]`, relative to itself.
+    Later ones replace fields of earlier ones, and its own fields replace all of theirs.
 
-    Raises ConfigError for a missing file, bad YAML, an unknown field (naming the nearest known one) or a bad value.
+    Raises ConfigError for a missing file, bad YAML, an unknown field (naming the nearest known one)
+    or a bad value.
     """
     tree = _read_tree(Path(path))
     for override in overrides:
@@ -31,7 +32,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file as plain values, with those of its bases; `readers` are the files that led to it."""
+    """A recipe file as plain values, with those of its bases; `readers` are the files that led to
+    it."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -99,7 +101,11 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 
 def _unknown(full_name: str, name: str, known: dict[str, Any]) -> str:
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {full_name[: -len(str(name))]}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    hint = (
+        f"did you mean {full_name[: -len(str(name))]}{nearest[0]}?"
+        if nearest
+        else f"known: {', '.join(known)}"
+    )
     return f"unknown field {full_name}; {hint}"
 
 

@@ -19,13 +19,16 @@ class MediaConfig:
         "anyres keeps their aspect ratio, on black, in the grid that keeps most pixels (LLaVA-NeXT).",
     )
     grids: list[str] = described(
-        [], "Grids to choose from, as COLSxROWS, earlier ones first if alike; none: all of min_tiles to max_tiles."
+        [],
+        "Grids to choose from, as COLSxROWS, earlier ones first if alike; none: all of min_tiles to max_tiles.",
     )
     min_tiles: int = described(1, "Fewest tiles an image is cut into.")
     max_tiles: int = described(12, "Most tiles an image is cut into, its thumbnail not counted.")
     max_fps: float = described(1.0, "Most frames taken from one second of video.")
     max_frames: int = described(128, "Most frames taken from one video.")
-    normalization: str = described("imagenet", "Mean and deviation of pixel values: imagenet, clip or siglip.")
+    normalization: str = described(
+        "imagenet", "Mean and deviation of pixel values: imagenet, clip or siglip."
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -33,14 +36,18 @@ class MediaConfig:
             f"media.min_tiles is {self.min_tiles} and media.max_tiles {self.max_tiles}: "
             "1 <= min_tiles <= max_tiles is needed",
         )
-        require(self.tiling in TILINGS, f"media.tiling is {self.tiling!r}; known: {', '.join(TILINGS)}")
+        require(
+            self.tiling in TILINGS, f"media.tiling is {self.tiling!r}; known: {', '.join(TILINGS)}"
+        )
         for grid in self.grids:
             require(
                 re.fullmatch(r"[1-9]\d{0,2}x[1-9]\d{0,2}", str(grid)) is not None,
                 f"media.grids holds {grid!r}: COLSxROWS is needed, as 2x1",
             )
         require(self.max_fps > 0, f"media.max_fps is {self.max_fps}: it must be positive")
-        require(self.max_frames >= 1, f"media.max_frames is {self.max_frames}: it must be at least 1")
+        require(
+            self.max_frames >= 1, f"media.max_frames is {self.max_frames}: it must be at least 1"
+        )
         require(
             self.normalization in NORMALIZATIONS,
             f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}",

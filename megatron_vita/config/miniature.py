@@ -1,4 +1,5 @@
-"""A recipe's miniature: the same stage with everything large made small, for few processes and made-up data."""
+"""A recipe's miniature: the same stage with everything large made small, for few processes and
+made-up data."""
 
 import copy
 from dataclasses import replace
@@ -17,7 +18,15 @@ LAYERS = 4
 STEPS = 4
 SUFFIX = "-tiny"
 VISION_KINDS = (
-    *("normalization", "qk_layernorm", "add_qkv_bias", "activation", "class_token", "patch_bias", "pre_norm"),
+    *(
+        "normalization",
+        "qk_layernorm",
+        "add_qkv_bias",
+        "activation",
+        "class_token",
+        "patch_bias",
+        "pre_norm",
+    ),
     *("post_norm", "norm_after", "layer_scale"),
 )
 VOCABULARY = 512  # of the made-up tokenizer, with room for special tokens
@@ -26,8 +35,9 @@ VOCABULARY = 512  # of the made-up tokenizer, with room for special tokens
 def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe:
     """The miniature for `world_size` ranks, with data and tokenizer in the folder `data`.
 
-    What a stage is stays: what is frozen and recomputed, which documents see which, rates, datasets and their ratios,
-    kinds of parallelism as far as the ranks reach. Its plan and checkpoints are those of the recipe with `-tiny` added.
+    What a stage is stays: what is frozen and recomputed, which documents see which, rates, datasets
+    and their ratios, kinds of parallelism as far as the ranks reach. Its plan and checkpoints are
+    those of the recipe with `-tiny` added.
     """
     tiny = copy.deepcopy(recipe)
     tiny.parallel = _shrink_parallel(recipe.parallel, world_size)
@@ -36,7 +46,10 @@ def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe
     tiny.media.max_frames = max(2, recipe.media.max_frames // FRAMES_FACTOR)
     tiny.data.seq_length = min(max(256, recipe.data.seq_length // LENGTH_FACTOR), LONGEST)
     tiny.data.train, tiny.data.validation = (
-        [DatasetConfig(name=d.name, shards=str(data / d.name / "*.tar"), ratio=d.ratio) for d in datasets]
+        [
+            DatasetConfig(name=d.name, shards=str(data / d.name / "*.tar"), ratio=d.ratio)
+            for d in datasets
+        ]
         for datasets in (recipe.data.train, recipe.data.validation)
     )
     tiny.data.epochs, tiny.data.num_workers = 64, min(recipe.data.num_workers, 1)
@@ -52,7 +65,8 @@ def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe
 
 
 def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
-    """Sizes halved, the largest first, until a replica fits; what needs a size that is gone goes with it."""
+    """Sizes halved, the largest first, until a replica fits; what needs a size that is gone goes
+    with it."""
     tiny = copy.deepcopy(parallel)
     names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"]
     while tiny.replica_size > world_size or world_size % tiny.replica_size:
@@ -63,7 +77,10 @@ def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
         tiny.virtual_pipeline_model_parallel_size = 1
     if tiny.tensor_model_parallel_size == 1:
         tiny.sequence_parallel = tiny.vision_tensor_parallel = False
-    if tiny.context_parallel_size != parallel.context_parallel_size and tiny.cp_comm_type == "a2a+p2p":
+    if (
+        tiny.context_parallel_size != parallel.context_parallel_size
+        and tiny.cp_comm_type == "a2a+p2p"
+    ):
         tiny.cp_comm_type, tiny.hierarchical_context_parallel_sizes = "p2p", []
     return tiny
 
@@ -85,7 +102,9 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
         qk_layernorm=model.language.qk_layernorm,
         untie_embeddings_and_output_weights=model.language.untie_embeddings_and_output_weights,
     )
-    small = VisionConfig(image_size=56, num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+    small = VisionConfig(
+        image_size=56, num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4
+    )
     tiny.vision = replace(small, **{name: getattr(model.vision, name) for name in VISION_KINDS})
     return tiny
 

@@ -9,11 +9,16 @@ from megatron_vita.config.fields import described, require
 class OutputConfig:
     """Projection onto the vocabulary, and the loss."""
 
-    label_smoothing: float = described(0.0, "Share of each target that is spread evenly over the vocabulary.")
-    z_loss: float = described(0.0, "Weight of the squared logarithm of the softmax's sum, added to each row's loss.")
+    label_smoothing: float = described(
+        0.0, "Share of each target that is spread evenly over the vocabulary."
+    )
+    z_loss: float = described(
+        0.0, "Weight of the squared logarithm of the softmax's sum, added to each row's loss."
+    )
     chunk_mib: int = described(448, "MiB of logits that are held at once.")
     full_logits: bool = described(
-        False, "Compute and keep fp32 logits of every position, as a yardstick: memory grows with length."
+        False,
+        "Compute and keep fp32 logits of every position, as a yardstick: memory grows with length.",
     )
 
     def __post_init__(self) -> None:
@@ -21,5 +26,10 @@ class OutputConfig:
             0.0 <= self.label_smoothing < 1.0,
             f"model.output.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1",
         )
-        require(self.z_loss >= 0.0, f"model.output.z_loss is {self.z_loss}: it must not be negative")
-        require(self.chunk_mib >= 1, f"model.output.chunk_mib is {self.chunk_mib}: it must be at least 1")
+        require(
+            self.z_loss >= 0.0, f"model.output.z_loss is {self.z_loss}: it must not be negative"
+        )
+        require(
+            self.chunk_mib >= 1,
+            f"model.output.chunk_mib is {self.chunk_mib}: it must be at least 1",
+        )

@@ -13,30 +13,56 @@ class ParallelConfig:
     """Tensor, pipeline and context parallelism; what is left of the world is data parallelism."""
 
     tensor_model_parallel_size: int = described(1, "Ranks that share each weight matrix (TP).")
-    pipeline_model_parallel_size: int = described(1, "Ranks that share the layers in sequence (PP).")
+    pipeline_model_parallel_size: int = described(
+        1, "Ranks that share the layers in sequence (PP)."
+    )
     context_parallel_size: int = described(1, "Ranks that share each document's tokens (CP).")
-    sequence_parallel: bool = described(False, "Split activations between layers along the sequence over TP.")
+    sequence_parallel: bool = described(
+        False, "Split activations between layers along the sequence over TP."
+    )
     cp_comm_type: str = described(
-        "p2p", "How te attends over CP: p2p (ring), all_gather, a2a (by heads), a2a+p2p. torch always gathers keys."
+        "p2p",
+        "How te attends over CP: p2p (ring), all_gather, a2a (by heads), a2a+p2p. torch always gathers keys.",
     )
     hierarchical_context_parallel_sizes: list[int] = described(
-        [], "For a2a+p2p: ranks that exchange heads, then ranks in the ring; their product is context_parallel_size."
+        [],
+        "For a2a+p2p: ranks that exchange heads, then ranks in the ring; their product is context_parallel_size.",
     )
     vision_tensor_parallel: bool = described(
-        False, "Split the vision tower over TP, for one too large for each rank; tiles are then dealt over CP alone."
+        False,
+        "Split the vision tower over TP, for one too large for each rank; tiles are then dealt over CP alone.",
     )
-    virtual_pipeline_model_parallel_size: int = described(1, "Chunks of layers of each stage, interleaved (VPP).")
-    num_layers_in_first_pipeline_stage: int = described(0, "Its layers, fewer since it has the vision tower; 0: even.")
-    num_layers_in_last_pipeline_stage: int = described(0, "Its layers, fewer since it has the output layer; 0: even.")
-    overlap_grad_reduce: bool = described(False, "Reduce gradients while the backward pass goes on.")
-    overlap_param_gather: bool = described(False, "Gather updated weights while the forward pass goes on.")
-    use_distributed_optimizer: bool = described(True, "Split optimizer state over data-parallel ranks.")
-    attention_backend: str = described("auto", "torch, te (Transformer Engine), or auto: te on CUDA, torch on CPU.")
+    virtual_pipeline_model_parallel_size: int = described(
+        1, "Chunks of layers of each stage, interleaved (VPP)."
+    )
+    num_layers_in_first_pipeline_stage: int = described(
+        0, "Its layers, fewer since it has the vision tower; 0: even."
+    )
+    num_layers_in_last_pipeline_stage: int = described(
+        0, "Its layers, fewer since it has the output layer; 0: even."
+    )
+    overlap_grad_reduce: bool = described(
+        False, "Reduce gradients while the backward pass goes on."
+    )
+    overlap_param_gather: bool = described(
+        False, "Gather updated weights while the forward pass goes on."
+    )
+    use_distributed_optimizer: bool = described(
+        True, "Split optimizer state over data-parallel ranks."
+    )
+    attention_backend: str = described(
+        "auto", "torch, te (Transformer Engine), or auto: te on CUDA, torch on CPU."
+    )
 
     def __post_init__(self) -> None:
-        sizes = [f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline")]
+        sizes = [
+            f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline")
+        ]
         for name in (*sizes, "context_parallel_size"):
-            require(getattr(self, name) >= 1, f"parallel.{name} is {getattr(self, name)}: it must be at least 1")
+            require(
+                getattr(self, name) >= 1,
+                f"parallel.{name} is {getattr(self, name)}: it must be at least 1",
+            )
         require(
             self.attention_backend in ATTENTION_BACKENDS,
             f"parallel.attention_backend is {self.attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}",
@@ -51,7 +77,8 @@ class ParallelConfig:
             "parallel.vision_tensor_parallel needs tensor_model_parallel_size of at least 2, which is 1",
         )
         require(
-            not self.overlap_param_gather or (self.overlap_grad_reduce and self.use_distributed_optimizer),
+            not self.overlap_param_gather
+            or (self.overlap_grad_reduce and self.use_distributed_optimizer),
             "parallel.overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
         )
         require(
@@ -90,7 +117,10 @@ class ParallelConfig:
     def layers_of_stages(self, num_layers: int) -> list[int]:
         """Layers of each pipeline stage; ConfigError if they do not divide."""
         stages = self.pipeline_model_parallel_size
-        first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        first, last = (
+            self.num_layers_in_first_pipeline_stage,
+            self.num_layers_in_last_pipeline_stage,
+        )
         require(
             stages > 1 or not (first or last),
             "parallel.num_layers_in_..._pipeline_stage is set, but there is one stage",
@@ -119,4 +149,8 @@ class ParallelConfig:
     @property
     def replica_size(self) -> int:
         """Ranks that hold one copy of the model (TP x CP x PP)."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )

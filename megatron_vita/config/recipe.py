@@ -96,7 +96,11 @@ class Recipe:
     def _check_sequence(self) -> None:
         tp, cp = self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
         alignment, length = self.data.document_alignment, self.data.seq_length
-        chunked, name = (alignment, "document_alignment") if self.data.isolate_documents else (length, "seq_length")
+        chunked, name = (
+            (alignment, "document_alignment")
+            if self.data.isolate_documents
+            else (length, "seq_length")
+        )
         require(
             cp == 1 or chunked % (2 * cp) == 0,
             f"data.{name} {chunked} is not a multiple of {2 * cp}, twice parallel.context_parallel_size {cp}: "
@@ -122,7 +126,8 @@ class Recipe:
         )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas in a world of `world_size` ranks; ConfigError if it or the global batch does not divide."""
+        """Replicas in a world of `world_size` ranks; ConfigError if it or the global batch does not
+        divide."""
         replica = self.parallel.replica_size
         require(
             world_size % replica == 0,
@@ -138,7 +143,8 @@ class Recipe:
         )
         microbatches = self.training.global_batch_size // data_parallel
         require(
-            self.parallel.virtual_size is None or microbatches % self.parallel.pipeline_model_parallel_size == 0,
+            self.parallel.virtual_size is None
+            or microbatches % self.parallel.pipeline_model_parallel_size == 0,
             f"training.global_batch_size {self.training.global_batch_size} gives {microbatches} packs to each of "
             f"{data_parallel} replicas; interleaved stages need a multiple of pipeline_model_parallel_size "
             f"{self.parallel.pipeline_model_parallel_size}",

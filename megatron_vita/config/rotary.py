@@ -13,23 +13,39 @@ class RopeScalingConfig:
     """Scaling of rotary frequencies. Fields that a kind does not use must keep their defaults."""
 
     kind: str = described(
-        "none", "none, linear (position interpolation), llama3 (Llama 3.1) or yarn (arXiv 2309.00071)."
+        "none",
+        "none, linear (position interpolation), llama3 (Llama 3.1) or yarn (arXiv 2309.00071).",
     )
     factor: float = described(1.0, "How many times longer.")
-    original_length: int = described(0, "llama3, yarn: tokens of the length that the model was trained at.")
-    low_freq_factor: float = described(1.0, "llama3: wavelengths above original_length / this are scaled in full.")
-    high_freq_factor: float = described(4.0, "llama3: wavelengths below original_length / this stay.")
-    beta_fast: float = described(32.0, "yarn: dimensions of more turns than this in original_length stay.")
-    beta_slow: float = described(1.0, "yarn: dimensions of fewer turns than this are scaled in full.")
+    original_length: int = described(
+        0, "llama3, yarn: tokens of the length that the model was trained at."
+    )
+    low_freq_factor: float = described(
+        1.0, "llama3: wavelengths above original_length / this are scaled in full."
+    )
+    high_freq_factor: float = described(
+        4.0, "llama3: wavelengths below original_length / this stay."
+    )
+    beta_fast: float = described(
+        32.0, "yarn: dimensions of more turns than this in original_length stay."
+    )
+    beta_slow: float = described(
+        1.0, "yarn: dimensions of fewer turns than this are scaled in full."
+    )
     truncate: bool = described(True, "yarn: bounds of the ramp are rounded to whole dimensions.")
-    attention_scale: float = described(0.0, "yarn: factor on queries and keys; 0: 0.1 ln(factor) + 1.")
+    attention_scale: float = described(
+        0.0, "yarn: factor on queries and keys; 0: 0.1 ln(factor) + 1."
+    )
 
     def __post_init__(self) -> None:
         require(
             self.kind in KINDS,
             f"model.language.rope_scaling.kind is {self.kind!r}; known: {', '.join(KINDS)}",
         )
-        require(self.factor >= 1, f"model.language.rope_scaling.factor is {self.factor}: it must be at least 1")
+        require(
+            self.factor >= 1,
+            f"model.language.rope_scaling.factor is {self.factor}: it must be at least 1",
+        )
         require(
             self.kind not in ("llama3", "yarn") or self.original_length > 0,
             f"model.language.rope_scaling.original_length is {self.original_length}: {self.kind} needs the length that "

@@ -11,7 +11,9 @@ TEMPLATES = ("chatml", "plain")
 class TextConfig:
     """How conversations become token ids."""
 
-    tokenizer: str = described("", "Folder of a Hugging Face tokenizer, or a SentencePiece .model file.")
+    tokenizer: str = described(
+        "", "Folder of a Hugging Face tokenizer, or a SentencePiece .model file."
+    )
     template: str = described("chatml", "Prompt format: chatml or plain.")
 
     def __post_init__(self) -> None:

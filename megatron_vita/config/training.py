@@ -14,30 +14,47 @@ class TrainingConfig:
     """The loop."""
 
     train_iters: int = described(1000, "Optimizer steps.")
-    global_batch_size: int = described(8, "Packs of one optimizer step, over all data-parallel ranks.")
+    global_batch_size: int = described(
+        8, "Packs of one optimizer step, over all data-parallel ranks."
+    )
     seed: int = described(1234, "Seed of first weights.")
     bf16: bool = described(False, "Compute in bfloat16, with fp32 main weights.")
     freeze_vision_model: bool = described(False, "Leave the vision tower as it is.")
     freeze_projector: bool = described(False, "Leave the projector as it is.")
     freeze_language_model: bool = described(False, "Leave the language model as it is.")
-    recompute_granularity: str = described("none", "none, full (whole layers) or selective (parts of each layer).")
+    recompute_granularity: str = described(
+        "none", "none, full (whole layers) or selective (parts of each layer)."
+    )
     recompute_method: str = described(
-        "block", "Of full: block (the first layers of each stage, one by one) or uniform (all, in groups)."
+        "block",
+        "Of full: block (the first layers of each stage, one by one) or uniform (all, in groups).",
     )
     recompute_num_layers: int = described(
-        0, "Of full: layers of each stage that block recomputes, 0 for all; layers of a group of uniform, 0 for 1."
+        0,
+        "Of full: layers of each stage that block recomputes, 0 for all; layers of a group of uniform, 0 for 1.",
     )
     recompute_modules: list[str] = described(["core_attn"], "Of selective: core_attn, mlp.")
     recompute_vision: bool = described(False, "Recompute the layers of the vision tower.")
-    vision_tiles_at_once: int = described(64, "Tiles that a rank encodes at once; more go through the tower in turns.")
+    vision_tiles_at_once: int = described(
+        64, "Tiles that a rank encodes at once; more go through the tower in turns."
+    )
     eval_interval: int = described(0, "Steps between validations; 0 never validates.")
     eval_iters: int = described(8, "Batches of global_batch_size packs that one validation reads.")
     log_interval: int = described(1, "Steps between log lines.")
     tensorboard_dir: str = described("", "Folder for TensorBoard; empty writes none.")
 
     def __post_init__(self) -> None:
-        for name in ("train_iters", "global_batch_size", "eval_iters", "log_interval", "vision_tiles_at_once"):
-            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in (
+            "train_iters",
+            "global_batch_size",
+            "eval_iters",
+            "log_interval",
+            "vision_tiles_at_once",
+        ):
+            require(
+                getattr(self, name) >= 1,
+                f"training.{name} is {getattr(self, name)}: it must be at least 1",
+            )
         self._check_recompute()
 
     def _check_recompute(self) -> None:

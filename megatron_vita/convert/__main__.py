@@ -16,13 +16,17 @@ app = typer.Typer(
     help="Convert weights between Hugging Face folders and distributed checkpoints, on the CPU, tensor by tensor.",
 )
 
-Verify = Annotated[bool, typer.Option("--verify", help="Compare every tensor both ways, and logits where they fit.")]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare every tensor both ways, and logits where they fit."),
+]
 
 
 @app.command()
 def from_hf(
     sources: Annotated[
-        list[Path], typer.Argument(help="Hugging Face folders or GGUF files: a whole model, or its parts.")
+        list[Path],
+        typer.Argument(help="Hugging Face folders or GGUF files: a whole model, or its parts."),
     ],
     destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
     projector: Annotated[
@@ -34,27 +38,40 @@ def from_hf(
     from megatron_vita.convert.importing import import_weights
 
     work = import_weights(sources, destination, projector=projector)
-    typer.echo(f"{destination}: {sum(transfer.nbytes for transfer, _ in work.transfers) / 1e9:.2f} GB")
+    typer.echo(
+        f"{destination}: {sum(transfer.nbytes for transfer, _ in work.transfers) / 1e9:.2f} GB"
+    )
     if verify:
         from megatron_vita.convert.verify import compare_logits, compare_tensors
 
         compare_tensors(work.transfers, destination)
-        typer.echo(f"all tensors are equal both ways; {compare_logits(destination, work.language.path)}")
+        typer.echo(
+            f"all tensors are equal both ways; {compare_logits(destination, work.language.path)}"
+        )
 
 
 @app.command()
 def to_hf(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
+    ],
     destination: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
-    layout: Annotated[str, typer.Option(help="Layout to write, which may be of one part; that of the origin.")] = "",
-    like: Annotated[Path | None, typer.Option(help="Folder whose config and tokenizer are taken over.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Layout to write, which may be of one part; that of the origin.")
+    ] = "",
+    like: Annotated[
+        Path | None, typer.Option(help="Folder whose config and tokenizer are taken over.")
+    ] = None,
     verify: Verify = False,
 ) -> None:
     """Write a Hugging Face folder from a distributed checkpoint."""
     from megatron_vita.convert.exporting import export_checkpoint
 
     work = export_checkpoint(source, destination, layout=layout, like=like)
-    typer.echo(f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.layout.name}")
+    typer.echo(
+        f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.layout.name}"
+    )
     if verify:
         from megatron_vita.convert.safetensors_in import SafetensorsSource
         from megatron_vita.convert.verify import compare_logits, compare_tensors
@@ -67,10 +84,14 @@ def to_hf(
 
 @app.command()
 def from_megatron(
-    source: Annotated[Path, typer.Argument(help="Megatron checkpoint: iterations, ranks, or torch_dist.")],
+    source: Annotated[
+        Path, typer.Argument(help="Megatron checkpoint: iterations, ranks, or torch_dist.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
     recipe: Annotated[Path, typer.Option(help="Recipe (YAML) with the model's shapes.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Hugging Face tokenizer folder that travels along.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face tokenizer folder that travels along.")
+    ] = None,
 ) -> None:
     """Write a distributed checkpoint from Long-VITA's Megatron checkpoint or a GPTModel's."""
     from megatron_vita.config import load_recipe
@@ -82,8 +103,13 @@ def from_megatron(
 
 @app.command()
 def to_megatron(
-    source: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")],
-    destination: Annotated[Path, typer.Argument(help="megatron-core checkpoint (torch_dist) of a GPTModel to write.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(help="megatron-core checkpoint (torch_dist) of a GPTModel to write.")
+    ],
 ) -> None:
     """Write the language model as megatron-core's checkpoint of a GPTModel."""
     from megatron_vita.convert.megatron import export_megatron

@@ -30,8 +30,9 @@ def kept_folders(checkpoint: Path) -> list[Path]:
 def choose_layout(
     checkpoint: Path, model: ModelConfig, *, layout: str, like: Path | None
 ) -> tuple[Layout, Path | None]:
-    """The named layout, that of `like`, that which the checkpoint came in, or that of its parts; and the folder whose
-    config and companions are taken over, if there is one. CheckpointError for one that does not fit the model.
+    """The named layout, that of `like`, that which the checkpoint came in, or that of its parts;
+    and the folder whose config and companions are taken over, if there is one. CheckpointError for
+    one that does not fit the model.
     """
     kept = kept_folders(checkpoint)
     if like is not None:
@@ -75,19 +76,24 @@ def config_fields(
     def differing(fields: dict[str, Any]) -> str | None:
         return _difference(layout, layout.read(Config(fields, CONFIG), names), model)
 
-    part_of_more = "vision_config" in base and layout.parts == ("vision_model",) and layout is not EVA
+    part_of_more = (
+        "vision_config" in base and layout.parts == ("vision_model",) and layout is not EVA
+    )
     if base and not part_of_more and differing(base) is None:
         return base
     fields = layout.write(model, base)
     if (field := differing(fields)) is not None:
-        raise CheckpointError(f"layout {layout.name} is of other models: it cannot say {field}; use another layout")
+        raise CheckpointError(
+            f"layout {layout.name} is of other models: it cannot say {field}; use another layout"
+        )
     fields["dtype"] = str(transfers[0].dtype).removeprefix("torch.")
     fields.pop("torch_dtype", None)
     return fields
 
 
 def _difference(layout: Layout, one: ModelConfig, other: ModelConfig) -> str | None:
-    """The first field in which two models differ, in the parts of a layout; first weights do not count."""
+    """The first field in which two models differ, in the parts of a layout; first weights do not
+    count."""
     for part in (part.removesuffix("_model") for part in layout.parts):
         mine = asdict(getattr(other, part))
         for name, value in asdict(getattr(one, part)).items():

@@ -1,11 +1,22 @@
-"""Files that travel with weights: tokenizer, chat template, generation and processor configs, code, licence."""
+"""Files that travel with weights: tokenizer, chat template, generation and processor configs, code,
+licence."""
 
 import shutil
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
 SPARE = "spare"  # in a folder of companions: tensors that the model has no use for
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
 
 
 def copy_companions(source: Path, destination: Path) -> None:
@@ -18,4 +29,6 @@ def copy_companions(source: Path, destination: Path) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer that transformers reads."""
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )

@@ -23,9 +23,13 @@ class Config:
         try:
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read as a Hugging Face config: {error}") from error
+            raise CheckpointError(
+                f"{path}: cannot be read as a Hugging Face config: {error}"
+            ) from error
         if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: holds {type(values).__name__}: an object of fields is needed")
+            raise CheckpointError(
+                f"{path}: holds {type(values).__name__}: an object of fields is needed"
+            )
         return cls(values, str(path))
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -44,14 +48,18 @@ class Config:
         """A field that holds fields."""
         value = self.need(name)
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}: an object of fields is needed")
+            raise CheckpointError(
+                f"{self.where}: {name} is {value!r}: an object of fields is needed"
+            )
         return Config(value, f"{self.where}: {name}")
 
     def must_be(self, name: str, known: Sequence[Any], default: Any) -> Any:
         """A field whose value must be one of `known`."""
         value = self.get(name, default)
         if value not in known:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; supported: {', '.join(map(repr, known))}")
+            raise CheckpointError(
+                f"{self.where}: {name} is {value!r}; supported: {', '.join(map(repr, known))}"
+            )
         return value
 
     def side(self, name: str, default: int) -> int:
@@ -65,4 +73,7 @@ class Config:
 
 def updated(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """`base` with `fields`; a field that is [side, side] in `base` stays a list."""
-    return base | {n: [v, v] if isinstance(base.get(n), list) and isinstance(v, int) else v for n, v in fields.items()}
+    return base | {
+        n: [v, v] if isinstance(base.get(n), list) and isinstance(v, int) else v
+        for n, v in fields.items()
+    }

@@ -1,4 +1,5 @@
-"""Distributed checkpoints read tensor by tensor, whatever layout wrote them. No pickle of theirs runs code."""
+"""Distributed checkpoints read tensor by tensor, whatever layout wrote them. No pickle of theirs
+runs code."""
 
 import mmap
 import pickle
@@ -8,14 +9,22 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from megatron_vita.convert.table import Place
 from megatron_vita.convert.tensors import TensorInfo
 from megatron_vita.errors import CheckpointError
 
 _SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_SAFE_NAMES = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"))
+_SAFE_NAMES = (
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+)
 _METADATA = ".metadata"
 
 Box = list[tuple[int, int]]  # first and last + 1, axis by axis
@@ -25,7 +34,8 @@ class DistSource:
     """The tensors of a `torch_dist` checkpoint by key; `infos` has shapes with all layers."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what the checkpoint says of itself. CheckpointError if it cannot be read or would run code."""
+        """Reads what the checkpoint says of itself. CheckpointError if it cannot be read or would
+        run code."""
         self.folder = folder
         self._reader = FileSystemReader(folder)
         self._maps: dict[Path, mmap.mmap] = {}
@@ -41,7 +51,8 @@ class DistSource:
         self._places = {(index.fqn, index.offset): info for index, info in stored.items()}
 
     def read(self, place: Place, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or one layer of it without the axis of layers; `rows`: only these of its first axis.
+        """A tensor, or one layer of it without the axis of layers; `rows`: only these of its first
+        axis.
 
         It may be a view of the file.
         """
@@ -50,13 +61,21 @@ class DistSource:
             box[0] = (place.layer, place.layer + 1)
         if rows is not None:
             box[0 if place.layer is None else 1] = rows
-        parts = [(chunk, cut) for chunk in self._chunks[place.key] if (cut := _overlap(_box_of(chunk), box))]
+        parts = [
+            (chunk, cut)
+            for chunk in self._chunks[place.key]
+            if (cut := _overlap(_box_of(chunk), box))
+        ]
         if sum(_count(cut) for _, cut in parts) != _count(box):
-            raise CheckpointError(f"{self.folder}: the parts of tensor {place.key} do not make up all of it")
+            raise CheckpointError(
+                f"{self.folder}: the parts of tensor {place.key} do not make up all of it"
+            )
         if len(parts) == 1:
             whole = self._load(place.key, *parts[0])
         else:
-            whole = torch.empty([stop - start for start, stop in box], dtype=self.infos[place.key].dtype)
+            whole = torch.empty(
+                [stop - start for start, stop in box], dtype=self.infos[place.key].dtype
+            )
             for chunk, cut in parts:
                 _narrow(whole, cut, within=box).copy_(self._load(place.key, chunk, cut))
         return whole if place.layer is None else whole.squeeze(0)
@@ -64,11 +83,16 @@ class DistSource:
     def release(self, place: Place) -> None:
         """Gives memory that `read` took for a file's pages back to the system."""
         for chunk in self._chunks[place.key]:
-            if place.layer is None or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]:
+            if (
+                place.layer is None
+                or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]
+            ):
                 stored = self._places[(place.key, chunk.offsets)]
                 first = -(-stored.offset // mmap.PAGESIZE) * mmap.PAGESIZE
                 if (length := stored.offset + stored.length - first) > 0:
-                    self._map(self.folder / stored.relative_path).madvise(mmap.MADV_DONTNEED, first, length)
+                    self._map(self.folder / stored.relative_path).madvise(
+                        mmap.MADV_DONTNEED, first, length
+                    )
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, cut: Box) -> Tensor:
         """What lies in a box of the whole, from a chunk that holds it."""
@@ -77,13 +101,18 @@ class DistSource:
         try:
             tensor = self._view(file, stored)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file}: tensor {key} cannot be read: {_first_line(error)}") from error
+            raise CheckpointError(
+                f"{file}: tensor {key} cannot be read: {_first_line(error)}"
+            ) from error
         if tensor.shape != chunk.sizes:
-            raise CheckpointError(f"{file}: tensor {key} has {list(tensor.shape)} there, not {list(chunk.sizes)}")
+            raise CheckpointError(
+                f"{file}: tensor {key} has {list(tensor.shape)} there, not {list(chunk.sizes)}"
+            )
         return _narrow(tensor, cut, within=_box_of(chunk))
 
     def _view(self, file: Path, stored: _StorageInfo) -> Tensor:
-        """A tensor as `torch.save` wrote it: its description is loaded, its values are where they lie in the file."""
+        """A tensor as `torch.save` wrote it: its description is loaded, its values are where they
+        lie in the file."""
         with file.open("rb") as opened, torch.serialization.skip_data():
             part = self._reader._slice_file(opened, stored)
             described = torch.load(part, map_location="cpu", weights_only=True)
@@ -95,13 +124,16 @@ class DistSource:
             return described
         if start + count * described.itemsize > stored.offset + stored.length:
             raise ValueError("its values reach beyond its place")
-        values = torch.frombuffer(memoryview(self._map(file)), dtype=described.dtype, count=count, offset=start)
+        values = torch.frombuffer(
+            memoryview(self._map(file)), dtype=described.dtype, count=count, offset=start
+        )
         return values.as_strided(described.size(), described.stride(), described.storage_offset())
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as opened:
-                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
+                # torch wants it writable
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
 
 
@@ -153,9 +185,13 @@ def _read_metadata(file: Path) -> Metadata:
         with file.open("rb") as stream:
             metadata = _SafeUnpickler(cast(IO[bytes], stream)).load()
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file.parent}: is no distributed checkpoint: it has no {file.name}") from error
+        raise CheckpointError(
+            f"{file.parent}: is no distributed checkpoint: it has no {file.name}"
+        ) from error
     except Exception as error:  # whatever damaged bytes make pickle raise
         raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}") from error
     if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{file}: holds {type(metadata).__name__}, not the metadata of a checkpoint")
+        raise CheckpointError(
+            f"{file}: holds {type(metadata).__name__}, not the metadata of a checkpoint"
+        )
     return metadata

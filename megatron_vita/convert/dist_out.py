@@ -1,7 +1,7 @@
 """Distributed checkpoints written by one process, tensor by tensor.
 
-megatron-core's own save holds the whole state; torch's distributed checkpoint asks a planner for each tensor when its
-turn comes, and megatron-core reads what it writes.
+megatron-core's own save holds the whole state; torch's distributed checkpoint asks a planner for
+each tensor when its turn comes, and megatron-core reads what it writes.
 """
 
 import io
@@ -41,7 +41,8 @@ from megatron_vita.convert.table import Place
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A tensor of the checkpoint, whole or one layer of it, and how it is made when its turn comes."""
+    """A tensor of the checkpoint, whole or one layer of it, and how it is made when its turn
+    comes."""
 
     place: Place
     rows: tuple[int, int] | None  # of the tensor or layer, where it is only some of them
@@ -106,7 +107,8 @@ class _Planner(SavePlanner):
         for piece in self.pieces.values():
             properties = TensorProperties(dtype=piece.dtype)
             entry = described.setdefault(
-                piece.place.key, TensorStorageMetadata(properties=properties, size=Size(piece.whole), chunks=[])
+                piece.place.key,
+                TensorStorageMetadata(properties=properties, size=Size(piece.whole), chunks=[]),
             )
             entry.chunks.append(ChunkStorageMetadata(offsets=piece.offsets, sizes=piece.sizes))
         return all_plans, Metadata(state_dict_metadata=described)
@@ -138,7 +140,8 @@ def _item(index: MetadataIndex, piece: Piece) -> WriteItem:
 
 
 class _OneByOne(FileSystemWriter):
-    """torch's writer keeps a reference to every tensor until the file is complete; this one to none."""
+    """torch's writer keeps a reference to every tensor until the file is complete; this one to
+    none."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """All items into one file, in the order of the plan."""

@@ -47,16 +47,25 @@ def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
     chosen, like = choose_layout(checkpoint, recipe.model, layout=layout, like=like)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=chosen.parts)
-    transfers = plan_export(chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint)
+    transfers = plan_export(
+        chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
+    )
     if lost := shapes.keys() - {transfer.place.key for transfer in transfers}:
-        raise CheckpointError(f"layout {chosen.name} is of other models: it has no place for tensor {min(lost)}")
+        raise CheckpointError(
+            f"layout {chosen.name} is of other models: it has no place for tensor {min(lost)}"
+        )
     base = Config.read(like).values if like is not None else {}
     config = config_fields(chosen, recipe.model, base=base, transfers=transfers)
-    return Export(recipe=recipe, layout=chosen, like=like, config=config, source=source, transfers=transfers)
+    return Export(
+        recipe=recipe, layout=chosen, like=like, config=config, source=source, transfers=transfers
+    )
 
 
-def export_checkpoint(checkpoint: Path, destination: Path, *, layout: str = "", like: Path | None = None) -> Export:
-    """Writes the Hugging Face folder `destination`. CheckpointError, with nothing written, for what is wrong."""
+def export_checkpoint(
+    checkpoint: Path, destination: Path, *, layout: str = "", like: Path | None = None
+) -> Export:
+    """Writes the Hugging Face folder `destination`. CheckpointError, with nothing written, for what
+    is wrong."""
     work = plan(checkpoint, layout=layout, like=like)
     with new_folder(destination) as folder:
         _write_companions(work, folder)
@@ -67,7 +76,8 @@ def export_checkpoint(checkpoint: Path, destination: Path, *, layout: str = "", 
 
 
 def _write_companions(work: Export, folder: Path) -> None:
-    """Those of the folder that is taken over; else what is known of the parts, the language model's last."""
+    """Those of the folder that is taken over; else what is known of the parts, the language model's
+    last."""
     if work.like is not None:
         companions.copy_companions(work.like, folder)
         return
@@ -75,7 +85,12 @@ def _write_companions(work: Export, folder: Path) -> None:
     known = [kept for kept in parts if parts[kept] & set(work.layout.parts)]
     known.sort(key=lambda kept: "language_model" in parts[kept])
     tokenizer = work.source.folder / work.recipe.text.tokenizer
-    if not known and tokenizer.is_dir() and "language_model" in work.layout.parts and work.recipe.text.tokenizer:
+    if (
+        not known
+        and tokenizer.is_dir()
+        and "language_model" in work.layout.parts
+        and work.recipe.text.tokenizer
+    ):
         known = [tokenizer]
     for kept in known:
         companions.copy_companions(kept, folder)
@@ -89,17 +104,23 @@ def _spare(work: Export) -> SafetensorsSource | None:
 
 
 def _write_tensors(work: Export, folder: Path) -> None:
-    groups: list[Mapping[str, TensorInfo]] = [transfer.their_infos(folder) for transfer in work.transfers]
+    groups: list[Mapping[str, TensorInfo]] = [
+        transfer.their_infos(folder) for transfer in work.transfers
+    ]
     spare = _spare(work)
     if spare is not None:
         groups.append(spare.infos)
     writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
-    with Progress("writing", nbytes=sum(transfer.nbytes for transfer in work.transfers)) as progress:
+    with Progress(
+        "writing", nbytes=sum(transfer.nbytes for transfer in work.transfers)
+    ) as progress:
         for transfer in work.transfers:
             for names, rows in transfer.portions():
                 ours = read_ours(work.source, transfer, rows)
                 check_finite(ours, name=transfer.place.key, file=work.source.folder)
-                for name, tensor in (transfer.split(ours) if rows is None else {names[0]: ours}).items():
+                for name, tensor in (
+                    transfer.split(ours) if rows is None else {names[0]: ours}
+                ).items():
                     writer.write(name, tensor)
                     progress.advance(tensor.nbytes)
             work.source.release(transfer.place)

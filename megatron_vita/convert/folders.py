@@ -11,9 +11,11 @@ from megatron_vita.errors import CheckpointError
 
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `destination` when all went well, and is removed when not.
+    """A folder to write into, which takes the name `destination` when all went well, and is removed
+    when not.
 
-    CheckpointError if there is something of that name. A kill leaves a hidden folder, which the next try removes.
+    CheckpointError if there is something of that name. A kill leaves a hidden folder, which the
+    next try removes.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists and is not an empty folder; name a new one")

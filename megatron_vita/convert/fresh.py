@@ -21,7 +21,9 @@ class FreshProjector:
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
         projector = Projector(model)
         projector.initialize(torch.Generator().manual_seed(SEED))
-        self._tensors = {f"projector.{name}": value.to(dtype) for name, value in projector.state_dict().items()}
+        self._tensors = {
+            f"projector.{name}": value.to(dtype) for name, value in projector.state_dict().items()
+        }
         self.rules = [Rule((name,), name) for name in self._tensors]
         self.infos: Mapping[str, TensorInfo] = {
             name: TensorInfo(file=Path("fresh projector"), dtype=dtype, shape=tuple(value.shape))

@@ -45,7 +45,9 @@ class GgufSource:
         self.config = self._read_config()
         self._stored = {_their_name(tensor.name, file): tensor for tensor in self._reader.tensors}
         self._infos = {
-            name: TensorInfo(file=file, dtype=torch.float32, shape=tuple(reversed(tensor.shape.tolist())))
+            name: TensorInfo(
+                file=file, dtype=torch.float32, shape=tuple(reversed(tensor.shape.tolist()))
+            )
             for name, tensor in self._stored.items()
         }
 
@@ -59,10 +61,13 @@ class GgufSource:
         stored = self._stored[name]
         values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).float()
         whole = values.view(self._infos[name].shape)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
+            name.split(".")[-2]
+        )
         if heads is None or self.config.need("model_type") != "llama":
             return whole
-        # llama.cpp turns neighbouring rows; Hugging Face turns a row of the first half with one of the second.
+        # llama.cpp turns neighbouring rows; Hugging Face turns a row of the first half with one of
+        # the second.
         return whole.unflatten(0, (self.config.need(heads), -1, 2)).transpose(1, 2).flatten(0, 2)
 
     def release(self, name: str) -> None:
@@ -80,8 +85,13 @@ class GgufSource:
                 f"{self.file}: general.architecture is {family!r}; supported: {', '.join(map(repr, FAMILIES))}"
             )
         if (scaling := self._field(f"{family}.{_SCALING}", "none")) != "none":
-            raise CheckpointError(f"{self.file}: {family}.{_SCALING} is {scaling!r}; supported: 'none'")
-        heads, width = self._field(f"{family}.attention.head_count"), self._field(f"{family}.embedding_length")
+            raise CheckpointError(
+                f"{self.file}: {family}.{_SCALING} is {scaling!r}; supported: 'none'"
+            )
+        heads, width = (
+            self._field(f"{family}.attention.head_count"),
+            self._field(f"{family}.embedding_length"),
+        )
         fields = {
             "architectures": [FAMILIES[family]],
             "model_type": family,
@@ -93,9 +103,15 @@ class GgufSource:
             "head_dim": self._field(f"{family}.attention.key_length", width // heads),
             "vocab_size": len(self._field("tokenizer.ggml.tokens", [])),
             "max_position_embeddings": self._field(f"{family}.context_length"),
-            "rms_norm_eps": round(self._field(f"{family}.attention.layer_norm_rms_epsilon"), 12),  # was fp32
-            "rope_parameters": {"rope_type": "default", "rope_theta": self._field(f"{family}.rope.freq_base", 1e4)},
-            "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in self._reader.tensors),
+            # was fp32
+            "rms_norm_eps": round(self._field(f"{family}.attention.layer_norm_rms_epsilon"), 12),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self._field(f"{family}.rope.freq_base", 1e4),
+            },
+            "tie_word_embeddings": all(
+                tensor.name != "output.weight" for tensor in self._reader.tensors
+            ),
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
             "dtype": "float32",
@@ -120,7 +136,11 @@ def write_gguf_companions(file: Path, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True
+        )
     except Exception as error:  # whatever its many loaders raise
-        raise CheckpointError(f"{file}: its tokenizer cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{file}: its tokenizer cannot be read: {type(error).__name__}: {error}"
+        ) from error
     tokenizer.save_pretrained(folder)

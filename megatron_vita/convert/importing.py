@@ -33,9 +33,12 @@ class Import:
 
 
 def plan(sources: list[Opened], *, projector: str) -> Import:
-    """Puts parts together; a projector that no source has is fresh. CheckpointError for missing or doubled ones."""
+    """Puts parts together; a projector that no source has is fresh. CheckpointError for missing or
+    doubled ones."""
     model, fresh = _combine(sources, projector)
-    parts = {part for source in sources for part in source.layout.parts} | ({"projector"} if fresh else set())
+    parts = {part for source in sources for part in source.layout.parts} | (
+        {"projector"} if fresh else set()
+    )
     shapes = stored_shapes(model, parts=tuple(parts))
     transfers: list[tuple[Transfer, TensorSource]] = []
     for source in sources:
@@ -44,7 +47,9 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
         made = FreshProjector(model, dtype=transfers[-1][0].dtype)
-        planned = plan_import(made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector"))
+        planned = plan_import(
+            made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector")
+        )
         transfers += [(transfer, made) for transfer in planned]
     assert_complete(transfers, shapes)
     return Import(model=model, sources=sources, transfers=transfers)
@@ -56,7 +61,9 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
     for source in sources:
         for part in source.layout.parts:
             if part in owner:
-                raise CheckpointError(f"{owner[part].path} and {source.path} both hold a {part}: one is needed")
+                raise CheckpointError(
+                    f"{owner[part].path} and {source.path} both hold a {part}: one is needed"
+                )
             owner[part] = source
     if "vision_model" not in owner:
         return owner["language_model"].model, False
@@ -77,7 +84,8 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
 
 
 def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
-    """The rule with rows added to the vocabulary, where the whole model has more than the source."""
+    """The rule with rows added to the vocabulary, where the whole model has more than the
+    source."""
     rows = model.language.vocab_size
     if "language_model" not in source.layout.parts or source.model.language.vocab_size == rows:
         return rule
@@ -86,20 +94,26 @@ def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
     return dataclasses.replace(rule, cut=Grown(rows=rows, given=source.model.language.vocab_size))
 
 
-def assert_complete(transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]) -> None:
+def assert_complete(
+    transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]
+) -> None:
     """The transfers make up the model, nothing missing and nothing twice."""
     given: dict[str, int] = {}
     for transfer, _ in transfers:
-        given[transfer.place.key] = given.get(transfer.place.key, 0) + torch.Size(transfer.shape).numel()
+        given[transfer.place.key] = (
+            given.get(transfer.place.key, 0) + torch.Size(transfer.shape).numel()
+        )
     assert given == {key: torch.Size(shape).numel() for key, shape in shapes.items()}, (
         "a table does not cover the model"
     )
 
 
 def import_weights(paths: Sequence[Path], destination: Path, *, projector: str) -> Import:
-    """Writes the checkpoint `destination` from folders or GGUF files that hold the parts of one model.
+    """Writes the checkpoint `destination` from folders or GGUF files that hold the parts of one
+    model.
 
-    projector: the kind of a projector that none of them has. CheckpointError, with nothing written, for what is wrong.
+    projector: the kind of a projector that none of them has. CheckpointError, with nothing written,
+    for what is wrong.
     """
     work = plan([open_source(path) for path in paths], projector=projector)
     companions = {source.layout.name: source.write_companions for source in work.sources}

@@ -8,7 +8,13 @@ from megatron_vita.convert.config_file import Config
 from megatron_vita.errors import CheckpointError, ConfigError
 
 FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-_ROPE_KINDS = {"default": "none", "none": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+_ROPE_KINDS = {
+    "default": "none",
+    "none": "none",
+    "linear": "linear",
+    "llama3": "llama3",
+    "yarn": "yarn",
+}
 
 
 def read_language(config: Config, *, tied: bool) -> LanguageConfig:
@@ -48,7 +54,8 @@ def read_language(config: Config, *, tied: bool) -> LanguageConfig:
 
 
 def write_language(shape: LanguageConfig, base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `shape`; a base without a model type becomes the family that has such layers."""
+    """`base` with the fields of `shape`; a base without a model type becomes the family that has
+    such layers."""
     family = base.get("model_type") or _family(shape)
     fields = {
         "architectures": base.get("architectures", [FAMILIES[family]]),
@@ -74,7 +81,10 @@ def write_language(shape: LanguageConfig, base: dict[str, Any]) -> dict[str, Any
     if "rope_theta" in base:
         fields |= {"rope_theta": shape.rotary_base, "rope_scaling": scaling}
     else:
-        fields["rope_parameters"] = {"rope_theta": shape.rotary_base, **(scaling or {"rope_type": "default"})}
+        fields["rope_parameters"] = {
+            "rope_theta": shape.rotary_base,
+            **(scaling or {"rope_type": "default"}),
+        }
     return base | fields
 
 
@@ -137,8 +147,15 @@ def _write_scaling(scaling: RopeScalingConfig) -> dict[str, Any] | None:
     if scaling.kind != "linear":
         fields["original_max_position_embeddings"] = scaling.original_length
     if scaling.kind == "llama3":
-        fields |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        fields |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
     if scaling.kind == "yarn":
-        fields |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        fields |= {
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+            "truncate": scaling.truncate,
+        }
         fields |= {"attention_factor": scaling.attention_scale} if scaling.attention_scale else {}
     return fields

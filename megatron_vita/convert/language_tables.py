@@ -1,4 +1,5 @@
-"""Names of language models: Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2 share them, and differ in which they have.
+"""Names of language models: Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2 share them, and differ in
+which they have.
 
 Ours are GPTModel's names in checkpoints, where a norm belongs to the linear layer that follows it.
 """
@@ -7,18 +8,30 @@ from megatron_vita.config import LanguageConfig
 from megatron_vita.convert.table import Cut, Grouped, Joined, Rule, expand, row
 
 
-def language_table(shape: LanguageConfig, *, theirs: str = "model.", head: str = "lm_head.") -> list[Rule]:
+def language_table(
+    shape: LanguageConfig, *, theirs: str = "model.", head: str = "lm_head."
+) -> list[Rule]:
     """All rows of a language model; `theirs` and `head` come before their names."""
-    layers = [*_layer(Grouped(shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups))]
+    layers = [
+        *_layer(
+            Grouped(shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups)
+        )
+    ]
     if not shape.add_qkv_bias:
         layers = [rule for rule in layers if not rule.ours.endswith("linear_qkv.bias")]
     if not shape.qk_layernorm:
-        layers = [rule for rule in layers if not rule.ours.endswith(("q_layernorm.weight", "k_layernorm.weight"))]
+        layers = [
+            rule
+            for rule in layers
+            if not rule.ours.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+        ]
     ends = [
         row("embed_tokens.weight", "embedding.word_embeddings.weight"),
         row("norm.weight", "decoder.final_layernorm.weight"),
     ]
-    rules = list(expand([*ends, *layers], layers=shape.num_layers, theirs=theirs, ours="language_model."))
+    rules = list(
+        expand([*ends, *layers], layers=shape.num_layers, theirs=theirs, ours="language_model.")
+    )
     if shape.untie_embeddings_and_output_weights:
         rules.append(row(f"{head}weight", "language_model.output_layer.weight"))
     return rules

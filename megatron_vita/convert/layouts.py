@@ -1,4 +1,5 @@
-"""Layouts of Hugging Face folders: which parts of the model they hold, and by which names and fields."""
+"""Layouts of Hugging Face folders: which parts of the model they hold, and by which names and
+fields."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ class Layout:
     name: str
     parts: tuple[str, ...]
     read: Callable[[Config, Collection[str]], ModelConfig]  # from a config and the names of tensors
-    write: Callable[[ModelConfig, Fields], Fields]  # a config from shapes; the second is what it may start from
+    # a config from shapes; the second is what it may start from
+    write: Callable[[ModelConfig, Fields], Fields]
     table: Callable[[ModelConfig], list[Rule]]
     projector: str = "internvl"  # the kind, where it has one
-    spare: tuple[str, ...] = ()  # beginnings of names that the model has no use for, and that travel along
-    others: tuple[str, ...] = ()  # beginnings of names that belong to models around this part, and are left behind
+    # beginnings of names that the model has no use for, and that travel along
+    spare: tuple[str, ...] = ()
+    # beginnings of names that belong to models around this part, and are left behind
+    others: tuple[str, ...] = ()
 
 
 def _tied(config: Config, tensors: Collection[str], head: str) -> bool:
@@ -59,7 +63,9 @@ def _read_chat(config: Config, tensors: Collection[str]) -> ModelConfig:
     return ModelConfig(
         vision=read_internvit(config.part("vision_config")),
         projector=ProjectorConfig(kind="internvl"),
-        language=read_language(config.part("llm_config"), tied=_tied(config, tensors, "language_model.lm_head.")),
+        language=read_language(
+            config.part("llm_config"), tied=_tied(config, tensors, "language_model.lm_head.")
+        ),
     )
 
 
@@ -71,7 +77,9 @@ def _read_hf(config: Config, tensors: Collection[str]) -> ModelConfig:
     return ModelConfig(
         vision=read_internvit(config.part("vision_config")),
         projector=ProjectorConfig(kind="internvl"),
-        language=read_language(config.part("text_config"), tied=_tied(config, tensors, "language_model.lm_head.")),
+        language=read_language(
+            config.part("text_config"), tied=_tied(config, tensors, "language_model.lm_head.")
+        ),
     )
 
 
@@ -105,13 +113,18 @@ def _whole_table(
     return lambda model: [
         *names.vision_table(vision, model.vision, theirs=tower),
         *names.projector_table(projector, model),
-        *language_table(model.language, theirs="language_model.model.", head="language_model.lm_head."),
+        *language_table(
+            model.language, theirs="language_model.model.", head="language_model.lm_head."
+        ),
     ]
 
 
 def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
     """Long-VITA's config is Qwen2's with a `visual` that describes the tower."""
-    visual, language = config.part("visual"), Config(config.values | {"model_type": "qwen2"}, config.where)
+    visual, language = (
+        config.part("visual"),
+        Config(config.values | {"model_type": "qwen2"}, config.where),
+    )
     return ModelConfig(
         vision=read_internvit(visual),
         projector=ProjectorConfig(kind="long_vita"),
@@ -188,7 +201,8 @@ def _clip_table(prefix: str) -> Callable[[ModelConfig], list[Rule]]:
 
 
 def _clip_layouts(kind: str) -> Iterator[Layout]:
-    """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole models have them."""
+    """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole
+    models have them."""
     siglip = kind == "siglip"
     read = read_siglip if siglip else read_clip
     for name, prefix in ((kind, ""), (kind + PREFIXED, "vision_model.")):
@@ -199,7 +213,13 @@ def _clip_layouts(kind: str) -> Iterator[Layout]:
             write=lambda model, base: write_clip(model.vision, base, siglip=siglip),
             table=_clip_table(prefix),
             spare=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
-            others=("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias"),
+            others=(
+                "text_model.",
+                "text_projection.",
+                "visual_projection.",
+                "logit_scale",
+                "logit_bias",
+            ),
         )
 
 
@@ -213,7 +233,8 @@ EVA = Layout(
 )
 _TOWERS = (*_clip_layouts("clip"), *_clip_layouts("siglip"), EVA)
 LAYOUTS = {
-    layout.name: layout for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, *_TOWERS)
+    layout.name: layout
+    for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, *_TOWERS)
 }
 _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
     "intern_vit_6b": INTERNVIT,
@@ -229,7 +250,8 @@ _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
 
 
 def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
-    """The layout of a folder with this config and tensors; CheckpointError, naming its model type, if there is none."""
+    """The layout of a folder with this config and tensors; CheckpointError, naming its model type,
+    if there is none."""
     if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
         return LONG_VITA
     layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]

@@ -25,11 +25,14 @@ from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError
 
 
-def import_megatron(source: Path, destination: Path, *, recipe: Recipe, tokenizer: Path | None) -> None:
+def import_megatron(
+    source: Path, destination: Path, *, recipe: Recipe, tokenizer: Path | None
+) -> None:
     """Writes the checkpoint `destination` from a Megatron one of the shapes that `recipe` gives.
 
-    source: a folder of iterations or one of ranks (Long-VITA's, or a GPTModel's where `model.text_only`), or
-    megatron-core's `torch_dist` of a GPTModel. CheckpointError, with nothing written, for what does not fit.
+    source: a folder of iterations or one of ranks (Long-VITA's, or a GPTModel's where
+    `model.text_only`), or megatron-core's `torch_dist` of a GPTModel. CheckpointError, with nothing
+    written, for what does not fit.
     """
     if not source.is_dir():
         raise CheckpointError(f"{source}: is no folder")
@@ -47,15 +50,20 @@ def import_megatron(source: Path, destination: Path, *, recipe: Recipe, tokenize
     transfers = [(transfer, tensors) for transfer in planned]
     assert_complete(transfers, shapes)
     companions = {} if tokenizer is None else {CAUSAL.name: partial(copy_companions, tokenizer)}
-    write_checkpoint(destination, transfers, model=model, companions=companions, tokenizer=CAUSAL.name)
+    write_checkpoint(
+        destination, transfers, model=model, companions=companions, tokenizer=CAUSAL.name
+    )
 
 
 def export_megatron(checkpoint: Path, destination: Path) -> None:
-    """Writes the language model of a checkpoint as megatron-core's `torch_dist` of a GPTModel, for any TP and PP."""
+    """Writes the language model of a checkpoint as megatron-core's `torch_dist` of a GPTModel, for
+    any TP and PP."""
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     source, shapes = DistSource(checkpoint), stored_shapes(recipe.model, parts=CAUSAL.parts)
-    transfers = plan_export(gpt_table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint)
+    transfers = plan_export(
+        gpt_table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
+    )
     nbytes = sum(transfer.nbytes for transfer in transfers)
     with new_folder(destination) as folder, Progress("writing", nbytes=nbytes) as progress:
         write_distributed(folder, [_piece(transfer, source, progress) for transfer in transfers])
@@ -70,4 +78,11 @@ def _piece(transfer: Transfer, source: DistSource, progress: Progress) -> Piece:
         progress.advance(transfer.nbytes)
 
     (theirs,) = transfer.rule.theirs
-    return Piece(place=place_of(theirs), rows=None, whole=transfer.whole, dtype=transfer.dtype, make=make, done=done)
+    return Piece(
+        place=place_of(theirs),
+        rows=None,
+        whole=transfer.whole,
+        dtype=transfer.dtype,
+        make=make,
+        done=done,
+    )

@@ -1,4 +1,5 @@
-"""Megatron checkpoints as sources of tensors: a file for each rank, or megatron-core's `torch_dist`."""
+"""Megatron checkpoints as sources of tensors: a file for each rank, or megatron-core's
+`torch_dist`."""
 
 import argparse
 import re
@@ -44,10 +45,12 @@ Stage = list[dict[str, Tensor]]  # the tensors of each TP rank, by name
 
 
 class RanksSource:
-    """`iter_*/mp_rank_XX[_XXX]/model_optim_rng.pt`, put together over tensor- and pipeline-parallel ranks."""
+    """`iter_*/mp_rank_XX[_XXX]/model_optim_rng.pt`, put together over tensor- and pipeline-parallel
+    ranks."""
 
     def __init__(self, folder: Path, *, vocab_size: int) -> None:
-        """`vocab_size`: rows of the vocabulary that are no padding. CheckpointError for ranks that do not fit."""
+        """`vocab_size`: rows of the vocabulary that are no padding. CheckpointError for ranks that
+        do not fit."""
         self.folder = _iteration(folder)
         stages = [[_tensors(file) for file in files] for files in _rank_files(self.folder)]
         self._parts: dict[str, list[Tensor]] = {}
@@ -88,11 +91,16 @@ class RanksSource:
                 name = f"{found[1]}{int(found[2]) + first_layer}{found[3]}"
             lacking = next((i for i, tensors in enumerate(stage) if given not in tensors), None)
             if lacking is not None:
-                raise CheckpointError(f"{file}: has tensor {given}, but tensor-parallel rank {lacking} has not")
+                raise CheckpointError(
+                    f"{file}: has tensor {given}, but tensor-parallel rank {lacking} has not"
+                )
             parts = [tensors[given] for tensors in stage]
             if _axis(name) is None and not all(same_bits(part, parts[0]) for part in parts):
-                raise CheckpointError(f"{file}: tensor {given} differs between tensor-parallel ranks")
-            self._parts.setdefault(name, parts)  # the last stage of a tied model has the embedding again
+                raise CheckpointError(
+                    f"{file}: tensor {given} differs between tensor-parallel ranks"
+                )
+            # the last stage of a tied model has the embedding again
+            self._parts.setdefault(name, parts)
             self._files.setdefault(name, file)
         return len(layers)
 
@@ -113,13 +121,20 @@ def _is_vocabulary(name: str) -> bool:
 
 
 def _axis(name: str) -> int | None:
-    if name.startswith(VISION) and ".layers." not in name and name.split(".")[-2].startswith("linear_"):
+    if (
+        name.startswith(VISION)
+        and ".layers." not in name
+        and name.split(".")[-2].startswith("linear_")
+    ):
         return 0 if "fc1" in name else 1  # the projector's
-    return next((axis for ending, axis in _SPLIT.items() if f".{name}".endswith(f".{ending}")), None)
+    return next(
+        (axis for ending, axis in _SPLIT.items() if f".{name}".endswith(f".{ending}")), None
+    )
 
 
 def _plain_name(given: str) -> str:
-    """The name in `long_vita_table`: without what stands around the vision tower's and the projector's ends."""
+    """The name in `long_vita_table`: without what stands around the vision tower's and the
+    projector's ends."""
     for old, new in _OTHER_NAMES.items():
         given = given.replace(old, new)
     if not given.startswith(VISION):
@@ -143,7 +158,8 @@ def _iteration(folder: Path) -> Path:
 
 
 def _rank_files(folder: Path) -> list[list[Path]]:
-    """Files by pipeline rank, then by tensor-parallel rank. CheckpointError if ranks are missing."""
+    """Files by pipeline rank, then by tensor-parallel rank. CheckpointError if ranks are
+    missing."""
     ranks: dict[tuple[int, int], Path] = {}
     for entry in folder.iterdir():
         if (found := _RANK.fullmatch(entry.name)) is not None:
@@ -152,7 +168,9 @@ def _rank_files(folder: Path) -> list[list[Path]]:
     for stage in range(stages):
         for rank in range(width):
             if (stage, rank) not in ranks:
-                raise CheckpointError(f"{folder}: has no tensor-parallel rank {rank} of pipeline rank {stage}")
+                raise CheckpointError(
+                    f"{folder}: has no tensor-parallel rank {rank} of pipeline rank {stage}"
+                )
     return [[ranks[stage, rank] for rank in range(width)] for stage in range(stages)]
 
 
@@ -172,7 +190,9 @@ class CoreSource:
         """`names`: those of the tensors that are looked for; others are left behind."""
         self._source = DistSource(folder)
         self._vocab_size = vocab_size
-        self._infos = {name: self._info(name) for name in names if place_of(name).key in self._source.infos}
+        self._infos = {
+            name: self._info(name) for name in names if place_of(name).key in self._source.infos
+        }
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:

@@ -1,6 +1,7 @@
 """Names in Megatron checkpoints: GPTModel's, and those of Long-VITA's vision tower and projector.
 
-Long-VITA's names are known from its converters' description (their ends: what stands before them is not relied on).
+Long-VITA's names are known from its converters' description (their ends: what stands before them is
+not relied on).
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ def gpt_table(model: ModelConfig) -> list[Rule]:
 def long_vita_table(model: ModelConfig) -> list[Rule]:
     """All rows of a Long-VITA checkpoint, with the names that `ends` gives its tensors."""
     tower = vision_table(_tower(model.vision), model.vision)
-    rules = [Rule(tuple(VISION + name for name in rule.theirs), rule.ours, rule.cut) for rule in tower]
+    rules = [
+        Rule(tuple(VISION + name for name in rule.theirs), rule.ours, rule.cut) for rule in tower
+    ]
     return [*gpt_table(model), *rules, *expand(_PROJECTOR, layers=0, theirs=VISION)]
 
 

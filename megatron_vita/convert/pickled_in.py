@@ -16,16 +16,20 @@ SINGLE = "pytorch_model.bin"
 
 
 def load_pickle(file: Path) -> Any:
-    """What a file holds. CheckpointError if it is damaged, of torch's old format, or more than plain data."""
+    """What a file holds. CheckpointError if it is damaged, of torch's old format, or more than
+    plain data."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: there is no such file") from error
     except pickle.UnpicklingError as error:
         reason = next(
-            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
+            str(error),
         )
-        raise CheckpointError(f"{file}: holds more than tensors and plain values, and is not run: {reason}") from error
+        raise CheckpointError(
+            f"{file}: holds more than tensors and plain values, and is not run: {reason}"
+        ) from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -39,11 +43,15 @@ class PickledSource:
         self._infos: dict[str, TensorInfo] = {}
         for file in _files(folder):
             loaded = load_pickle(file)
-            if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            if not isinstance(loaded, dict) or not all(
+                isinstance(value, Tensor) for value in loaded.values()
+            ):
                 raise CheckpointError(f"{file}: is no dictionary of tensors")
             for name, tensor in loaded.items():
                 self._tensors[name] = tensor
-                self._infos[name] = TensorInfo(file=file, dtype=tensor.dtype, shape=tuple(tensor.shape))
+                self._infos[name] = TensorInfo(
+                    file=file, dtype=tensor.dtype, shape=tuple(tensor.shape)
+                )
 
     @property
     def infos(self) -> dict[str, TensorInfo]:

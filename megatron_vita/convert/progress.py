@@ -10,7 +10,13 @@ class Progress:
 
     def __init__(self, title: str, *, nbytes: int, stream: TextIO | None = None) -> None:
         self._bar = tqdm(
-            total=nbytes, desc=title, unit="B", unit_scale=True, unit_divisor=1024, file=stream, mininterval=0.5
+            total=nbytes,
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            file=stream,
+            mininterval=0.5,
         )
 
     def advance(self, nbytes: int) -> None:

@@ -1,6 +1,7 @@
 """Safetensors folders, memory-mapped: headers are checked first, tensors are views of the file.
 
-The format is read here and not by its library, whose map of a file stays in memory, and whose errors name no file.
+The format is read here and not by its library, whose map of a file stays in memory, and whose
+errors name no file.
 """
 
 import json
@@ -51,7 +52,9 @@ class SafetensorsSource:
             header = read_header(file)
             for name, info in header.items():
                 if name in self._tensors:
-                    raise CheckpointError(f"{file}: tensor {name} is in {self._tensors[name].file.name}, too")
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is in {self._tensors[name].file.name}, too"
+                    )
                 self._tensors[name] = info
         _check_index(path, self._tensors)
         self._maps: dict[Path, mmap.mmap] = {}
@@ -68,7 +71,9 @@ class SafetensorsSource:
         if count == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         view = memoryview(self._map(info.file))
-        return torch.frombuffer(view, dtype=info.dtype, count=count, offset=info.start).view(info.shape)
+        return torch.frombuffer(view, dtype=info.dtype, count=count, offset=info.start).view(
+            info.shape
+        )
 
     def expect(self, name: str) -> None:
         """Tells the system that a tensor will be read soon."""
@@ -87,12 +92,14 @@ class SafetensorsSource:
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as opened:
-                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
+                # torch wants it writable
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file. CheckpointError if the header is damaged or the file is shorter than it says."""
+    """The tensors of a file. CheckpointError if the header is damaged or the file is shorter than
+    it says."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -104,11 +111,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(opened.read(length))
             header.pop("__metadata__", None)
-            entries = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
+            entries = {
+                name: _entry(file, name, fields, 8 + length) for name, fields in header.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{file}: its header is not that of a safetensors file: {error!r}") from error
+            raise CheckpointError(
+                f"{file}: its header is not that of a safetensors file: {error!r}"
+            ) from error
     for name, info in entries.items():
         if info.start + info.nbytes > size:
             raise CheckpointError(
@@ -120,8 +131,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _entry(file: Path, name: str, fields: dict[str, Any], data: int) -> StoredTensor:
     start, stop = fields["data_offsets"]
     if fields["dtype"] not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {fields['dtype']}; known: {', '.join(DTYPES)}")
-    info = StoredTensor(file=file, dtype=DTYPES[fields["dtype"]], shape=tuple(fields["shape"]), start=data + start)
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {fields['dtype']}; known: {', '.join(DTYPES)}"
+        )
+    info = StoredTensor(
+        file=file, dtype=DTYPES[fields["dtype"]], shape=tuple(fields["shape"]), start=data + start
+    )
     if stop - start != info.nbytes:
         raise CheckpointError(
             f"{file}: tensor {name} of {fields['dtype']} {list(info.shape)} needs {info.nbytes} bytes, "
@@ -143,7 +158,9 @@ def _files(path: Path) -> list[Path]:
     for file in files:
         if not file.exists():
             names = [name for name, of in _weight_map(path).items() if path / of == file]
-            raise CheckpointError(f"{path / INDEX}: names {file.name} for tensor {names[0]}, but there is no such file")
+            raise CheckpointError(
+                f"{path / INDEX}: names {file.name} for tensor {names[0]}, but there is no such file"
+            )
     return files
 
 
@@ -163,8 +180,14 @@ def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
         return
     for name, file in _weight_map(path).items():
         if name not in infos:
-            raise CheckpointError(f"{path / file}: has no tensor {name}, which {INDEX} places there")
+            raise CheckpointError(
+                f"{path / file}: has no tensor {name}, which {INDEX} places there"
+            )
         if infos[name].file.name != file:
-            raise CheckpointError(f"{path / INDEX}: places tensor {name} in {file}; it is in {infos[name].file.name}")
+            raise CheckpointError(
+                f"{path / INDEX}: places tensor {name} in {file}; it is in {infos[name].file.name}"
+            )
     for name in infos.keys() - _weight_map(path).keys():
-        raise CheckpointError(f"{infos[name].file}: has tensor {name}, of which {INDEX} knows nothing")
+        raise CheckpointError(
+            f"{infos[name].file}: has tensor {name}, of which {INDEX} knows nothing"
+        )

@@ -14,9 +14,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes the tensors of `groups`, in their order, into files of at most `largest` bytes; groups stay together."""
+    """Writes the tensors of `groups`, in their order, into files of at most `largest` bytes; groups
+    stay together."""
 
-    def __init__(self, folder: Path, groups: list[Mapping[str, TensorInfo]], *, largest: int) -> None:
+    def __init__(
+        self, folder: Path, groups: list[Mapping[str, TensorInfo]], *, largest: int
+    ) -> None:
         self.folder = folder
         shards = list(_shards(groups, largest))
         self._names = _file_names(len(shards))
@@ -49,7 +52,9 @@ class SafetensorsWriter:
         self._file.write(_header(tensors))
 
 
-def _shards(groups: list[Mapping[str, TensorInfo]], largest: int) -> Iterator[dict[str, TensorInfo]]:
+def _shards(
+    groups: list[Mapping[str, TensorInfo]], largest: int
+) -> Iterator[dict[str, TensorInfo]]:
     shard: dict[str, TensorInfo] = {}
     size = 0
     for group in groups:
@@ -73,7 +78,11 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
     start = 0
     for name, info in tensors.items():
         stop = start + info.nbytes
-        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, stop]}
+        header[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, stop],
+        }
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned

@@ -1,4 +1,5 @@
-"""The tensors that a model has in checkpoints, from the model itself, built without memory for weights."""
+"""The tensors that a model has in checkpoints, from the model itself, built without memory for
+weights."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +15,18 @@ from megatron_vita.parallel import groups
 
 
 def stored_shapes(model: ModelConfig, *, parts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes by key in a distributed checkpoint, the decoder's layers stacked, of the given parts of a model."""
+    """Shapes by key in a distributed checkpoint, the decoder's layers stacked, of the given parts
+    of a model."""
     platform.initialize_process()
     recipe = Recipe(model=model)
     groups.initialize_groups(recipe.parallel)
     state = store.model_state(build_on_meta(recipe))
     shapes = {tensor.key: tuple(tensor.global_shape) for tensor in _tensors(state)}
-    return {key: shape for key, shape in shapes.items() if key.startswith(tuple(f"{part}." for part in parts))}
+    return {
+        key: shape
+        for key, shape in shapes.items()
+        if key.startswith(tuple(f"{part}." for part in parts))
+    }
 
 
 def _tensors(state: Any) -> Iterator[ShardedTensor]:

@@ -33,7 +33,8 @@ class Opened:
     config: Config
     model: ModelConfig  # of which the layout's parts count
     tensors: TensorSource
-    repeated: tuple[str, ...] = ()  # an output layer that the config ties to the embedding, and that is equal to it
+    # an output layer that the config ties to the embedding, and that is equal to it
+    repeated: tuple[str, ...] = ()
 
     def spare(self) -> dict[str, TensorInfo]:
         """Tensors that the model has no use for, and that travel along."""
@@ -45,13 +46,19 @@ class Opened:
         aside = (*self.layout.spare, *self.layout.others, *self.repeated)
         needed = {name for rule in self.layout.table(self.model) for name in rule.theirs}
         infos = self.tensors.infos
-        return {name: info for name, info in infos.items() if name in needed or not name.startswith(aside)}
+        return {
+            name: info
+            for name, info in infos.items()
+            if name in needed or not name.startswith(aside)
+        }
 
     def write_companions(self, folder: Path) -> None:
         """Writes what travels with the weights, the config included."""
         if spare := self.spare():
             (folder / SPARE).mkdir(parents=True)
-            writer = SafetensorsWriter(folder / SPARE, [spare], largest=sum(info.nbytes for info in spare.values()))
+            writer = SafetensorsWriter(
+                folder / SPARE, [spare], largest=sum(info.nbytes for info in spare.values())
+            )
             for name in spare:
                 writer.write(name, self.tensors.read(name))
             writer.close()
@@ -71,18 +78,23 @@ class Opened:
 
 
 def open_source(path: Path) -> Opened:
-    """Reads config and headers. CheckpointError, naming file and field or tensor, if anything is wrong with them."""
+    """Reads config and headers. CheckpointError, naming file and field or tensor, if anything is
+    wrong with them."""
     if path.suffix == GGUF:
         from megatron_vita.convert.gguf_in import GgufSource
 
         packed = GgufSource(path)
         return _opened(path, packed.config, packed)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is neither a folder with config.json and safetensors nor a {GGUF} file")
+        raise CheckpointError(
+            f"{path}: is neither a folder with config.json and safetensors nor a {GGUF} file"
+        )
     config = Config.read(path)
     pickled = any((path / name).exists() for name in (pickled_in.SINGLE, pickled_in.INDEX))
     safe = any((path / name).exists() for name in (safetensors_in.SINGLE, safetensors_in.INDEX))
-    return _opened(path, config, PickledSource(path) if pickled and not safe else SafetensorsSource(path))
+    return _opened(
+        path, config, PickledSource(path) if pickled and not safe else SafetensorsSource(path)
+    )
 
 
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
@@ -93,5 +105,12 @@ def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
             tied = layout.read(config, tensors.infos.keys() - {head})
             is_tied = not tied.language.untie_embeddings_and_output_weights
             if is_tied and same_bits(tensors.read(head), tensors.read(embedding)):
-                return Opened(path=path, layout=layout, config=config, model=tied, tensors=tensors, repeated=(head,))
+                return Opened(
+                    path=path,
+                    layout=layout,
+                    config=config,
+                    model=tied,
+                    tensors=tensors,
+                    repeated=(head,),
+                )
     return Opened(path=path, layout=layout, config=config, model=model, tensors=tensors)

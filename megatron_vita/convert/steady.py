@@ -1,4 +1,5 @@
-"""Files that go to the disk while they are written, so that making sure of them at the end takes no time."""
+"""Files that go to the disk while they are written, so that making sure of them at the end takes no
+time."""
 
 import io
 import os
@@ -20,7 +21,8 @@ class SteadyFile(io.FileIO):
         self._since = 0
 
     def write(self, data: Any) -> int:
-        """Writes all of `data`, piece by piece: in large ones the system takes several times as long."""
+        """Writes all of `data`, piece by piece: in large ones the system takes several times as
+        long."""
         view = memoryview(data).cast("B")
         left = view
         while len(left):
@@ -32,7 +34,8 @@ class SteadyFile(io.FileIO):
         return len(view)
 
     def close(self) -> None:
-        """Makes sure of the file. OSError, also of requests before, such as for a disk that is full."""
+        """Makes sure of the file. OSError, also of requests before, such as for a disk that is
+        full."""
         if self.closed:
             return
         try:

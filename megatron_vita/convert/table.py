@@ -23,19 +23,26 @@ class Cut:
 
 @dataclass(frozen=True)
 class Grouped(Cut):
-    """Query, key and value, row by row -> for each query group its queries, its key and its value."""
+    """Query, key and value, row by row -> for each query group its queries, its key and its
+    value."""
 
     groups: int
     queries: int  # of a group
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """[heads * d, ...], [groups * d, ...] twice -> [(heads + 2 groups) * d, ...]."""
-        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(
+            0, 1
+        )
 
     def split(self, whole: Tensor) -> list[Tensor]:
         """See Cut."""
         rows = whole.unflatten(0, (self.groups, self.queries + 2, -1))
-        bounds = (0, self.queries), (self.queries, self.queries + 1), (self.queries + 1, self.queries + 2)
+        bounds = (
+            (0, self.queries),
+            (self.queries, self.queries + 1),
+            (self.queries + 1, self.queries + 2),
+        )
         return [rows[:, start:stop].flatten(0, 2) for start, stop in bounds]
 
 
@@ -67,7 +74,8 @@ class Stacked(Cut):
 
 
 class InThree(Cut):
-    """One tensor whose first axis we fold into [3, ...]: query, key and value that lie together already."""
+    """One tensor whose first axis we fold into [3, ...]: query, key and value that lie together
+    already."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """See Cut."""
@@ -115,7 +123,9 @@ def row(theirs: str | tuple[str, ...], ours: str, cut: Cut = WHOLE) -> Rule:
     return Rule((theirs,) if isinstance(theirs, str) else theirs, ours, cut)
 
 
-def expand(rules: Iterable[Rule], *, layers: int, theirs: str = "", ours: str = "") -> Iterator[Rule]:
+def expand(
+    rules: Iterable[Rule], *, layers: int, theirs: str = "", ours: str = ""
+) -> Iterator[Rule]:
     """Rows for every layer, with prefixes `theirs` and `ours` before the names of either side."""
     for rule in rules:
         prefixed = Rule(tuple(theirs + name for name in rule.theirs), ours + rule.ours, rule.cut)
@@ -127,7 +137,8 @@ def expand(rules: Iterable[Rule], *, layers: int, theirs: str = "", ours: str = 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a distributed checkpoint: megatron-core stacks the decoder's layers along a first axis."""
+    """Where a tensor lies in a distributed checkpoint: megatron-core stacks the decoder's layers
+    along a first axis."""
 
     key: str
     layer: int | None = None

@@ -1,4 +1,5 @@
-"""Which tensors of theirs make up which of ours, checked by shape and type before any of them is read."""
+"""Which tensors of theirs make up which of ours, checked by shape and type before any of them is
+read."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from megatron_vita.errors import CheckpointError
 
 Rows = tuple[int, int] | None
 Shapes = Mapping[str, tuple[int, ...]]
-_BUFFERS = (".rotary_emb.inv_freq", ".position_ids")  # that old files carry, and that are no weights
+# that old files carry, and that are no weights
+_BUFFERS = (".rotary_emb.inv_freq", ".position_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +60,34 @@ class Transfer:
     def their_infos(self, file: Path) -> dict[str, TensorInfo]:
         """What theirs look like, by name, where they are to be in `file`."""
         parts = self.split(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return {name: TensorInfo(file=file, dtype=self.dtype, shape=tuple(t.shape)) for name, t in parts.items()}
+        return {
+            name: TensorInfo(file=file, dtype=self.dtype, shape=tuple(t.shape))
+            for name, t in parts.items()
+        }
 
 
 def plan_import(
     rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
 ) -> list[Transfer]:
-    """The transfers of one folder. CheckpointError, naming tensor and file, for the first that is missing, extra,
-    misshaped or of a wrong type."""
+    """The transfers of one folder. CheckpointError, naming tensor and file, for the first that is
+    missing, extra, misshaped or of a wrong type."""
     transfers = []
     for rule in rules:
         for name in rule.theirs:
             if name not in infos:
                 raise CheckpointError(f"{source}: has no tensor {name}, which its config calls for")
         place = place_of(rule.ours)
-        transfer = Transfer(rule=rule, place=place, whole=shapes[place.key], dtype=infos[rule.theirs[0]].dtype)
+        transfer = Transfer(
+            rule=rule, place=place, whole=shapes[place.key], dtype=infos[rule.theirs[0]].dtype
+        )
         _check_theirs(transfer, infos)
         transfers.append(transfer)
     known = {name for transfer in transfers for name in transfer.rule.theirs}
     for name in infos.keys() - known:
         if not name.endswith(_BUFFERS):
-            raise CheckpointError(f"{infos[name].file}: has tensor {name}, which its config does not call for")
+            raise CheckpointError(
+                f"{infos[name].file}: has tensor {name}, which its config does not call for"
+            )
     _check_layers(transfers, infos)
     return transfers
 
@@ -117,13 +126,16 @@ def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) ->
 def plan_export(
     rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
 ) -> list[Transfer]:
-    """The transfers out of a distributed checkpoint. CheckpointError, naming the tensor, for what it does not hold."""
+    """The transfers out of a distributed checkpoint. CheckpointError, naming the tensor, for what
+    it does not hold."""
     transfers = []
     for rule in rules:
         place = place_of(rule.ours)
         found, expected = infos.get(place.key), shapes[place.key]
         if found is None:
-            raise CheckpointError(f"{source}: has no tensor {place.key}, which its recipe calls for")
+            raise CheckpointError(
+                f"{source}: has no tensor {place.key}, which its recipe calls for"
+            )
         if found.shape != expected and not _is_padded(place.key, found.shape, expected):
             raise CheckpointError(
                 f"{source}: tensor {place.key} has shape {list(found.shape)}; its recipe calls for {list(expected)}"

@@ -1,4 +1,5 @@
-"""Whether a conversion is right: every tensor both ways, bit by bit, and one forward pass where it fits."""
+"""Whether a conversion is right: every tensor both ways, bit by bit, and one forward pass where it
+fits."""
 
 import logging
 from pathlib import Path
@@ -29,9 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: Path) -> None:
-    """CheckpointError, naming the tensor, unless theirs make up ours and ours come apart into theirs."""
+    """CheckpointError, naming the tensor, unless theirs make up ours and ours come apart into
+    theirs."""
     source = DistSource(checkpoint)
-    with Progress("comparing", nbytes=sum(transfer.nbytes for transfer, _ in transfers)) as progress:
+    with Progress(
+        "comparing", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
+    ) as progress:
         for transfer, theirs in transfers:
             ours = read_ours(source, transfer)
             if not same_bits(transfer.join(theirs.read), ours):
@@ -40,22 +44,28 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
                 )
             for name, tensor in transfer.split(ours).items():
                 if not same_bits(tensor, theirs.read(name)):
-                    raise CheckpointError(f"{checkpoint}: tensor {transfer.place} does not come apart into {name}")
+                    raise CheckpointError(
+                        f"{checkpoint}: tensor {transfer.place} does not come apart into {name}"
+                    )
                 theirs.release(name)
             source.release(transfer.place)
             progress.advance(transfer.nbytes)
 
 
 def compare_logits(checkpoint: Path, folder: Path | None) -> str:
-    """Runs one forward pass of the checkpoint's language model and, where it can load `folder`, of transformers.
+    """Runs one forward pass of the checkpoint's language model and, where it can load `folder`, of
+    transformers.
 
-    Says in a sentence what was seen. CheckpointError if logits are no numbers, or not those of transformers.
+    Says in a sentence what was seen. CheckpointError if logits are no numbers, or not those of
+    transformers.
     """
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     needed = model_parameters(recipe.model) * 4 * (1 if folder is None else 2)
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:
-        return f"no forward pass: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+        return (
+            f"no forward pass: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
+        )
     ids = torch.arange(PROBE) % recipe.model.language.vocab_size
     ours = _our_logits(checkpoint, ids)
     if not bool(torch.isfinite(ours).all()):
@@ -78,7 +88,11 @@ def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
     """fp32 logits [t, V] of a text."""
     platform.initialize_process()
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    recipe.parallel, recipe.data, recipe.training.bf16 = ParallelConfig(), DataConfig(seq_length=PROBE), False
+    recipe.parallel, recipe.data, recipe.training.bf16 = (
+        ParallelConfig(),
+        DataConfig(seq_length=PROBE),
+        False,
+    )
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe).eval()
     store.load_weights([model], checkpoint)
@@ -92,7 +106,11 @@ def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
         layout=groups.rank_layout(),
     )
     size = recipe.model.vision.image_size
-    return model(torch.zeros(0, 3, size, size), pack.to(platform.device()), wanted_rows=torch.arange(len(ids))).cpu()
+    return model(
+        torch.zeros(0, 3, size, size),
+        pack.to(platform.device()),
+        wanted_rows=torch.arange(len(ids)),
+    ).cpu()
 
 
 @torch.no_grad()
@@ -109,6 +127,8 @@ def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
         loader = AutoModelForImageTextToText if whole else AutoModelForCausalLM
         model = loader.from_pretrained(folder, dtype=torch.float32, **place).eval()
     except (ValueError, KeyError, OSError) as error:
-        logger.warning("%s: transformers does not load it, so that logits are not compared: %s", folder, error)
+        logger.warning(
+            "%s: transformers does not load it, so that logits are not compared: %s", folder, error
+        )
         return None
     return model(input_ids=ids[None]).logits[0].float()

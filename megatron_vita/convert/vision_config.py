@@ -21,8 +21,12 @@ def read_internvit(config: Config) -> VisionConfig:
     try:
         return VisionConfig(
             **_common(config),
-            normalization=_NORMS[config.must_be("norm_type", tuple(_NORMS), "layer_norm" if hf else "rms_norm")],
-            qk_layernorm=config.get("use_qk_norm", False) if hf else config.get("qk_normalization", True),
+            normalization=_NORMS[
+                config.must_be("norm_type", tuple(_NORMS), "layer_norm" if hf else "rms_norm")
+            ],
+            qk_layernorm=config.get("use_qk_norm", False)
+            if hf
+            else config.get("qk_normalization", True),
             add_qkv_bias=config.get("attention_bias" if hf else "qkv_bias", False),
         )
     except ConfigError as error:
@@ -127,8 +131,14 @@ def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> di
 
 def write_eva(shape: VisionConfig, base: dict[str, Any]) -> dict[str, Any]:
     """`base`, a GLM-4V config, with the fields of `shape` in its vision part."""
-    heads = {"num_heads": shape.num_attention_heads, "num_positions": shape.tokens, "hidden_act": "gelu"}
-    fields = {name: value for name, value in _written(shape).items() if name != "num_attention_heads"}
+    heads = {
+        "num_heads": shape.num_attention_heads,
+        "num_positions": shape.tokens,
+        "hidden_act": "gelu",
+    }
+    fields = {
+        name: value for name, value in _written(shape).items() if name != "num_attention_heads"
+    }
     vision = updated(base.get("vision_config", {}), fields | heads | {"in_channels": 3})
     return base | {"model_type": "chatglm", "vision_config": vision}
 

@@ -74,8 +74,16 @@ EVA = (  # EVA2-CLIP as CogVLM and GLM-4V carry it
     row("patch_embedding.cls_embedding", "embeddings.class_token", Leading(1)),
     row("patch_embedding.position_embedding.weight", "embeddings.position_embedding", Leading(1)),
     *_both("patch_embedding.proj", "embeddings.patch_embedding"),
-    row("transformer.layers.{i}.attention.query_key_value.weight", "layers.{i}.attention.qkv.weight", InThree()),
-    row("transformer.layers.{i}.attention.query_key_value.bias", "layers.{i}.attention.qkv.bias", InThree()),
+    row(
+        "transformer.layers.{i}.attention.query_key_value.weight",
+        "layers.{i}.attention.qkv.weight",
+        InThree(),
+    ),
+    row(
+        "transformer.layers.{i}.attention.query_key_value.bias",
+        "layers.{i}.attention.qkv.bias",
+        InThree(),
+    ),
     *_both("transformer.layers.{i}.attention.dense", "layers.{i}.attention.projection"),
     *_both("transformer.layers.{i}.input_layernorm", "layers.{i}.norm1"),
     *_both("transformer.layers.{i}.mlp.fc1", "layers.{i}.mlp.fc1"),

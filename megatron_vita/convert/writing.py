@@ -1,4 +1,5 @@
-"""A checkpoint from tensors that are to be moved: weights, companions, manifest, and a recipe to build on."""
+"""A checkpoint from tensors that are to be moved: weights, companions, manifest, and a recipe to
+build on."""
 
 import dataclasses
 import json
@@ -31,11 +32,13 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint, whole or not at all.
 
-    companions: what writes the files that travel along, by the name of their folder; `tokenizer` names that which has
-    the tokenizer.
+    companions: what writes the files that travel along, by the name of their folder; `tokenizer`
+    names that which has the tokenizer.
     """
     with new_folder(destination) as folder:
-        with Progress("reading", nbytes=sum(transfer.nbytes for transfer, _ in transfers)) as progress:
+        with Progress(
+            "reading", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
+        ) as progress:
             write_distributed(folder, _pieces(transfers, progress))
         for name, write in companions.items():
             write(folder / FOLDER / name)
@@ -47,7 +50,8 @@ def write_checkpoint(
 
 
 def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) -> list[Piece]:
-    """What is to be written: a tensor of ours, or part of one where theirs only follow one another."""
+    """What is to be written: a tensor of ours, or part of one where theirs only follow one
+    another."""
     return [
         _piece(transfer, source, names=names, rows=rows, progress=progress)
         for transfer, source in transfers
@@ -56,7 +60,12 @@ def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) 
 
 
 def _piece(
-    transfer: Transfer, source: TensorSource, *, names: tuple[str, ...], rows: Rows, progress: Progress
+    transfer: Transfer,
+    source: TensorSource,
+    *,
+    names: tuple[str, ...],
+    rows: Rows,
+    progress: Progress,
 ) -> Piece:
     def read(name: str) -> Tensor:
         tensor = source.read(name)
@@ -79,7 +88,12 @@ def _piece(
 
 
 def _manifest(recipe: Recipe) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "step": 0, "consumed_packs": 0, "recipe": dataclasses.asdict(recipe)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "consumed_packs": 0,
+        "recipe": dataclasses.asdict(recipe),
+    }
 
 
 def _as_yaml(recipe: Recipe, destination: Path) -> str:
@@ -87,4 +101,7 @@ def _as_yaml(recipe: Recipe, destination: Path) -> str:
     groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
     if recipe.text.tokenizer:
         groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
-    return "# The shapes of these weights: name this file as a base of a stage's recipe.\n" + yaml.safe_dump(groups)
+    return (
+        "# The shapes of these weights: name this file as a base of a stage's recipe.\n"
+        + yaml.safe_dump(groups)
+    )

@@ -1,4 +1,5 @@
-"""From shards to a `Batch`: shard files, their index, the pack plan, documents, the stream. Knows nothing of models."""
+"""From shards to a `Batch`: shard files, their index, the pack plan, documents, the stream. Knows
+nothing of models."""
 
 from megatron_vita.data.batch import Batch
 from megatron_vita.data.loader import read_packs

@@ -16,9 +16,10 @@ TAIL_SOURCE = -1
 class Batch:
     """One pack of T tokens, D documents and N tiles, of which this rank holds n.
 
-    A document is padded at its end with ordinary pad tokens without loss. Room left at the end of the pack is one last
-    document of pad tokens, so that `cu_seqlens[-1]` is T always. Where documents see earlier ones, nothing but the end
-    of the pack is padded, and `cu_seqlens` is one segment.
+    A document is padded at its end with ordinary pad tokens without loss. Room left at the end of
+    the pack is one last document of pad tokens, so that `cu_seqlens[-1]` is T always. Where
+    documents see earlier ones, nothing but the end of the pack is padded, and `cu_seqlens` is one
+    segment.
     """
 
     pack_id: int
@@ -30,7 +31,8 @@ class Batch:
     document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
     tiles: torch.Tensor  # [n,3,S,S] uint8: this rank's
     tile_ids: torch.Tensor  # [n] int64: which of the pack's they are, ascending
-    placements: torch.Tensor  # [N] int64: position of the first placeholder of each tile of the pack
+    # [N] int64: position of the first placeholder of each tile of the pack
+    placements: torch.Tensor
     frames: torch.Tensor  # [N] bool: whether it is of a video
     num_tokens: int  # padding not counted
     sample_keys: list[str]
@@ -46,12 +48,16 @@ def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
     """Whether each tile of a pack is of a video: [N] bool."""
     media = [medium for document in documents for medium in document.media]
     counts = torch.tensor([medium.num_tiles for medium in media], dtype=torch.int64)
-    return torch.tensor([medium.grid is None for medium in media], dtype=torch.bool).repeat_interleave(counts)
+    return torch.tensor(
+        [medium.grid is None for medium in media], dtype=torch.bool
+    ).repeat_interleave(counts)
 
 
-def mask_documents(batch: Batch, documents: Sequence[int], *, pad_id: int, rows_per_tile: int) -> Batch:
-    """The batch with some documents blank: pad tokens without loss, black tiles. The same on all ranks of a replica,
-    whatever each has read of them.
+def mask_documents(
+    batch: Batch, documents: Sequence[int], *, pad_id: int, rows_per_tile: int
+) -> Batch:
+    """The batch with some documents blank: pad tokens without loss, black tiles. The same on all
+    ranks of a replica, whatever each has read of them.
     """
     input_ids, labels = batch.input_ids.clone(), batch.labels.clone()
     placements, tiles = batch.placements.clone(), batch.tiles
@@ -59,9 +65,13 @@ def mask_documents(batch: Batch, documents: Sequence[int], *, pad_id: int, rows_
         start, stop = batch.document_starts[document : document + 2].tolist()
         input_ids[start:stop], labels[start:stop] = pad_id, NO_LOSS
         first, last = torch.searchsorted(batch.placements, torch.tensor([start, stop])).tolist()
-        placements[first:last] = start + torch.from_numpy(blank_placements(last - first, rows_per_tile))
+        placements[first:last] = start + torch.from_numpy(
+            blank_placements(last - first, rows_per_tile)
+        )
         tiles[(batch.tile_ids >= first) & (batch.tile_ids < last)] = 0
-    return replace(batch, input_ids=input_ids, labels=labels, placements=placements, masked=sorted(documents))
+    return replace(
+        batch, input_ids=input_ids, labels=labels, placements=placements, masked=sorted(documents)
+    )
 
 
 def collate(
@@ -74,17 +84,28 @@ def collate(
     tiles: torch.Tensor,
     tile_ids: torch.Tensor,
 ) -> Batch:
-    """Lays documents one after another in a pack of `data.seq_length` tokens. They must fit: the plan saw to it."""
+    """Lays documents one after another in a pack of `data.seq_length` tokens. They must fit: the
+    plan saw to it."""
     seq_length = data.seq_length
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, NO_LOSS, dtype=np.int64)
-    starts = np.cumsum([0, *(padded_length(len(document), data.padding_multiple) for document in documents)])
-    assert starts[-1] <= seq_length, f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"
+    starts = np.cumsum(
+        [0, *(padded_length(len(document), data.padding_multiple) for document in documents)]
+    )
+    assert starts[-1] <= seq_length, (
+        f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"
+    )
     weights = np.ones(seq_length, dtype=np.float32)
     for start, document in zip(starts, documents, strict=False):
         here = slice(start, start + len(document))
-        input_ids[here], labels[here], weights[here] = document.input_ids, document.labels, document.weight
-    placements = [start + document.placements for start, document in zip(starts, documents, strict=False)]
+        input_ids[here], labels[here], weights[here] = (
+            document.input_ids,
+            document.labels,
+            document.weight,
+        )
+    placements = [
+        start + document.placements for start, document in zip(starts, documents, strict=False)
+    ]
     all_sources = list(sources)
     if starts[-1] < seq_length:
         starts = np.append(starts, seq_length)
@@ -94,9 +115,13 @@ def collate(
         pack_id=pack_id,
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        loss_weights=torch.from_numpy(weights) if any(document.weight != 1 for document in documents) else None,
+        loss_weights=torch.from_numpy(weights)
+        if any(document.weight != 1 for document in documents)
+        else None,
         document_starts=bounds,
-        cu_seqlens=bounds if data.isolate_documents else torch.tensor([0, seq_length], dtype=torch.int32),
+        cu_seqlens=bounds
+        if data.isolate_documents
+        else torch.tensor([0, seq_length], dtype=torch.int32),
         document_sources=torch.tensor(all_sources, dtype=torch.int64),
         tiles=tiles,
         tile_ids=tile_ids,

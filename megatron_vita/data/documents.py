@@ -22,8 +22,9 @@ NO_LOSS = -100
 class Document:
     """A sample ready to be packed.
 
-    `input_ids` and `labels` are int64 [L]; a label is the next token where that one carries loss, else -100.
-    `placements` int64 [N] holds the position of each tile's first placeholder; `media` has N tiles in the same order.
+    `input_ids` and `labels` are int64 [L]; a label is the next token where that one carries loss,
+    else -100. `placements` int64 [N] holds the position of each tile's first placeholder; `media`
+    has N tiles in the same order.
     """
 
     key: str
@@ -46,16 +47,24 @@ class Document:
         held = int(np.searchsorted(self.placements, tokens))
         media = [medium for medium, end in zip(self.media, tiles[1:], strict=True) if end <= held]
         placements = self.placements[: sum(medium.num_tiles for medium in media)]
-        return replace(self, input_ids=self.input_ids[:tokens], labels=labels, placements=placements, media=media)
+        return replace(
+            self,
+            input_ids=self.input_ids[:tokens],
+            labels=labels,
+            placements=placements,
+            media=media,
+        )
 
     def part(self, start: int, stop: int) -> "Document":
-        """Tokens `start` to `stop` of raw text; the last of them is still trained to predict the one that follows."""
+        """Tokens `start` to `stop` of raw text; the last of them is still trained to predict the
+        one that follows."""
         assert not self.media, "raw text has no media"
         return replace(self, input_ids=self.input_ids[start:stop], labels=self.labels[start:stop])
 
 
 def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentFormat) -> Document:
-    """The document of a sample: its JSON `record` and its `row` of the index; what is left of it if it is too long.
+    """The document of a sample: its JSON `record` and its `row` of the index; what is left of it if
+    it is too long.
 
     DataError if the tags do not fit the media.
     """
@@ -66,13 +75,18 @@ def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentForm
         name = next(names[kind])
         media[kind.name.lower()].append(medium and medium._replace(member=name))
     turns = encode_record(record, form.tokenizer, form.template)
-    document = assemble_document(turns, key=row.key, media=media, form=form, weight=weight_of(record))
+    document = assemble_document(
+        turns, key=row.key, media=media, form=form, weight=weight_of(record)
+    )
     return document if row.is_text else document.cut(left.tokens)
 
 
 def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFormat) -> Document:
-    """What stands for a sample that cannot be read: as many tokens and tiles as the plan counted, without loss."""
-    media = [medium for _, medium in _media_left(row, _fit_row(row, form), form) if medium is not None]
+    """What stands for a sample that cannot be read: as many tokens and tiles as the plan counted,
+    without loss."""
+    media = [
+        medium for _, medium in _media_left(row, _fit_row(row, form), form) if medium is not None
+    ]
     ends = np.cumsum([medium.num_tiles for medium in media])
     return Document(
         key=row.key,
@@ -84,11 +98,14 @@ def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFor
 
 
 def blank_placements(tiles: int, rows_per_tile: int) -> np.ndarray:
-    """Where the feature rows of a sample's tiles go that cannot be read: side by side from its first token, [N]."""
+    """Where the feature rows of a sample's tiles go that cannot be read: side by side from its
+    first token, [N]."""
     return np.arange(tiles, dtype=np.int64) * rows_per_tile
 
 
-def _media_left(row: SampleRow, left: Fit, form: DocumentFormat) -> Iterator[tuple[Kind, Medium | None]]:
+def _media_left(
+    row: SampleRow, left: Fit, form: DocumentFormat
+) -> Iterator[tuple[Kind, Medium | None]]:
     """The media of a sample in order, yet without names; None for those left out."""
     kept, images, videos = iter(left.kept), iter(row.image_sizes), iter(row.videos)
     for kind, _ in row.pieces:
@@ -99,7 +116,8 @@ def _media_left(row: SampleRow, left: Fit, form: DocumentFormat) -> Iterator[tup
 
 
 def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:
-    """What is left of a sample; all of it where it is not too long, or where nothing would be left."""
+    """What is left of a sample; all of it where it is not too long, or where nothing would be
+    left."""
     images, videos = iter(row.image_sizes), iter(row.videos)
     pieces = []
     for kind, tokens in row.pieces:
@@ -123,8 +141,8 @@ def assemble_document(
     form: DocumentFormat,
     weight: float = 1.0,
 ) -> Document:
-    """The turns' tokens in order, each place of a medium filled by its placeholder sequence (Long-VITA, arXiv
-    2502.05177), or by nothing where the medium is left out (None).
+    """The turns' tokens in order, each place of a medium filled by its placeholder sequence
+    (Long-VITA, arXiv 2502.05177), or by nothing where the medium is left out (None).
 
     DataError for media where the model is text-only.
     """
@@ -142,7 +160,9 @@ def assemble_document(
         if medium is None:
             continue
         if form.text_only:
-            raise DataError(f"{medium.member}: the model takes no {piece.kind}s, since model.text_only is true")
+            raise DataError(
+                f"{medium.member}: the model takes no {piece.kind}s, since model.text_only is true"
+            )
         used.append(medium)
         sequence = _placeholders(medium, form)
         placements += [len(ids) + offset for offset in sequence.offsets]

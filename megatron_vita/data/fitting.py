@@ -1,4 +1,5 @@
-"""Documents that are longer than a pack: what is left of them, by the recipe's policy, known from the index alone."""
+"""Documents that are longer than a pack: what is left of them, by the recipe's policy, known from
+the index alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,16 @@ def whole(pieces: Sequence[Piece]) -> Fit:
     return _fit(pieces, [piece.tiles for piece in pieces if piece.kind >= Kind.IMAGE])
 
 
-def fit(pieces: Sequence[Piece], *, limit: int, policy: str, video_tokens: Callable[[int], int]) -> Fit | None:
-    """What `policy` leaves of a document of more than `limit` tokens; None where that is nothing to learn from.
+def fit(
+    pieces: Sequence[Piece], *, limit: int, policy: str, video_tokens: Callable[[int], int]
+) -> Fit | None:
+    """What `policy` leaves of a document of more than `limit` tokens; None where that is nothing to
+    learn from.
 
-    `reject`: nothing. `cut`: its beginning; a medium is not cut but left out with all that follows. `drop_media`: all
-    text, and media from the first on as far as they fit; of the last video as many frames as fit, taken evenly from the
-    whole of it. `video_tokens` gives the tokens of a video of so many frames.
+    `reject`: nothing. `cut`: its beginning; a medium is not cut but left out with all that follows.
+    `drop_media`: all text, and media from the first on as far as they fit; of the last video as
+    many frames as fit, taken evenly from the whole of it. `video_tokens` gives the tokens of a
+    video of so many frames.
     """
     if policy == "reject":
         return None
@@ -59,7 +64,9 @@ def _cut(pieces: Sequence[Piece], limit: int) -> Fit:
     return _fit(kept, tiles + [0] * (media - len(tiles)))
 
 
-def _drop_media(pieces: Sequence[Piece], limit: int, video_tokens: Callable[[int], int]) -> Fit | None:
+def _drop_media(
+    pieces: Sequence[Piece], limit: int, video_tokens: Callable[[int], int]
+) -> Fit | None:
     left = limit - sum(piece.tokens for piece in pieces if piece.kind < Kind.IMAGE)
     if left < 0:
         return None
@@ -87,6 +94,7 @@ def _fit(pieces: Sequence[Piece], kept: list[int]) -> Fit:
     return Fit(
         tokens=sum(piece.tokens for piece in pieces),
         tiles=sum(kept),
-        rows=rows - (opens is not None and opens.kind == Kind.LOSS),  # nothing comes before a first token to predict it
+        # nothing comes before a first token to predict it
+        rows=rows - (opens is not None and opens.kind == Kind.LOSS),
         kept=tuple(kept),
     )

@@ -1,8 +1,10 @@
-"""Samples of other makers as conversations of ours: turns of other names, captions, tar members without a record.
+"""Samples of other makers as conversations of ours: turns of other names, captions, tar members
+without a record.
 
-In a plain webdataset tar, the files of a sample share a key: `KEY.jpg` with `KEY.txt`, a caption, or with `KEY.json`,
-which holds a conversation (a list of turns, alone or as messages, conversations or conversation; Megatron-Energon's
-chat samples are such) or an object with a caption. A file `members.yaml` beside the shards may say otherwise.
+In a plain webdataset tar, the files of a sample share a key: `KEY.jpg` with `KEY.txt`, a caption,
+or with `KEY.json`, which holds a conversation (a list of turns, alone or as messages, conversations
+or conversation; Megatron-Energon's chat samples are such) or an object with a caption. A file
+`members.yaml` beside the shards may say otherwise.
 """
 
 import json
@@ -18,7 +20,20 @@ from megatron_vita.text.conversation import ROLES
 
 RULE_FILE = "members.yaml"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-VIDEO_SUFFIXES = ("mp4", "mkv", "webm", "avi", "mov", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "frames.zip")
+VIDEO_SUFFIXES = (
+    "mp4",
+    "mkv",
+    "webm",
+    "avi",
+    "mov",
+    "m4v",
+    "mpg",
+    "mpeg",
+    "ts",
+    "flv",
+    "wmv",
+    "frames.zip",
+)
 TEXT_SUFFIXES = ("json", "txt")
 CHAT_FIELDS = ("messages", "conversations", "conversation", "texts")
 OTHER_ROLES = {"chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -29,8 +44,9 @@ TAGS = {"images": "<image>", "videos": "<video>"}
 class MemberRule:
     """How the members of a tar become a conversation: the fields of `members.yaml`.
 
-    `text` is the suffix of the member with the text (empty: `json`, else `txt`), `caption` the field of a JSON object
-    that holds a caption, `prompt` what the user asks where there is only a caption.
+    `text` is the suffix of the member with the text (empty: `json`, else `txt`), `caption` the
+    field of a JSON object that holds a caption, `prompt` what the user asks where there is only a
+    caption.
     """
 
     text: str = ""
@@ -39,7 +55,8 @@ class MemberRule:
 
 
 def read_rule(folder: Path) -> MemberRule:
-    """The rule for the shards of a folder, the default where it has no `members.yaml`. ConfigError naming a field."""
+    """The rule for the shards of a folder, the default where it has no `members.yaml`. ConfigError
+    naming a field."""
     path = folder / RULE_FILE
     if not path.exists():
         return MemberRule()
@@ -60,8 +77,11 @@ def rule_stamp(rule: MemberRule) -> str:
     return json.dumps(asdict(rule), sort_keys=True)
 
 
-def record_of_members(names: Sequence[str], read: Callable[[str], bytes], *, rule: MemberRule) -> dict[str, Any]:
-    """The record of a sample whose members are `names` (`KEY.suffix`), of which `read` gives the bytes.
+def record_of_members(
+    names: Sequence[str], read: Callable[[str], bytes], *, rule: MemberRule
+) -> dict[str, Any]:
+    """The record of a sample whose members are `names` (`KEY.suffix`), of which `read` gives the
+    bytes.
 
     DataError, naming the member, if there is no text or it is neither a conversation nor a caption.
     """
@@ -80,24 +100,34 @@ def record_of_members(names: Sequence[str], read: Callable[[str], bytes], *, rul
     turns = _turns_in(content)
     if turns is not None:
         return {"messages": place_media(chat_messages(turns), media), **media}
-    caption = content.get(rule.caption, content.get("text")) if isinstance(content, dict) else content
+    caption = (
+        content.get(rule.caption, content.get("text")) if isinstance(content, dict) else content
+    )
     return caption_record(caption, media, prompt=rule.prompt, name=name)
 
 
-def caption_record(caption: Any, media: Mapping[str, list[str]], *, prompt: str, name: str) -> dict[str, Any]:
-    """A question about media and a caption that answers it; raw text if there are no media. DataError by `name`."""
+def caption_record(
+    caption: Any, media: Mapping[str, list[str]], *, prompt: str, name: str
+) -> dict[str, Any]:
+    """A question about media and a caption that answers it; raw text if there are no media.
+    DataError by `name`."""
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(f"{name}: the caption is {caption!r:.80}: text is needed")
     if not any(media.values()):
         return {"text": caption.strip()}
-    turns = [{"role": "user", "content": literal(prompt)}, {"role": "assistant", "content": caption.strip()}]
+    turns = [
+        {"role": "user", "content": literal(prompt)},
+        {"role": "assistant", "content": caption.strip()},
+    ]
     return {"messages": place_media(turns, media), **media}
 
 
 def chat_messages(turns: Any) -> list[dict[str, Any]]:
-    """Turns as {role, content}: of {from, value}, of {role, content}, or of {user, assistant} pairs.
+    """Turns as {role, content}: of {from, value}, of {role, content}, or of {user, assistant}
+    pairs.
 
-    DataError, naming the turn, for anything else; roles that nobody knows are left to `check_messages`.
+    DataError, naming the turn, for anything else; roles that nobody knows are left to
+    `check_messages`.
     """
     if not isinstance(turns, list):
         raise DataError(f"the conversation is {type(turns).__name__}: a list of turns is needed")
@@ -112,12 +142,17 @@ def chat_messages(turns: Any) -> list[dict[str, Any]]:
         elif {"role", "content"} <= set(turn):
             messages.append({"role": _role(turn["role"]), "content": turn["content"]})
         else:
-            raise DataError(f"turn {i} has {sorted(map(str, turn))}: from and value, or role and content are needed")
+            raise DataError(
+                f"turn {i} has {sorted(map(str, turn))}: from and value, or role and content are needed"
+            )
     return messages
 
 
-def place_media(messages: list[dict[str, Any]], media: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """The messages with a tag for each medium: where no user turn has one, tags go before the first user's text."""
+def place_media(
+    messages: list[dict[str, Any]], media: Mapping[str, Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """The messages with a tag for each medium: where no user turn has one, tags go before the first
+    user's text."""
     users = [message for message in messages if message["role"] != "assistant"]
     if not users or any(not isinstance(message["content"], str) for message in users):
         return messages
@@ -128,7 +163,8 @@ def place_media(messages: list[dict[str, Any]], media: Mapping[str, Sequence[Any
     )
     first = next((message for message in users if message["role"] == "user"), users[0])
     return [
-        message | {"content": missing + message["content"]} if message is first else message for message in messages
+        message | {"content": missing + message["content"]} if message is first else message
+        for message in messages
     ]
 
 
@@ -140,7 +176,8 @@ def literal(text: str) -> str:
 
 
 def suffix_of(name: str) -> str:
-    """What follows the first dot of a member's file name, in lower case: webdataset's rule for what it holds."""
+    """What follows the first dot of a member's file name, in lower case: webdataset's rule for what
+    it holds."""
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
@@ -165,4 +202,6 @@ def _decoded(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8: byte {data[error.start]:#x} at {error.start}") from error
+        raise DataError(
+            f"{name}: not UTF-8: byte {data[error.start]:#x} at {error.start}"
+        ) from error

@@ -1,4 +1,5 @@
-"""What a recipe says about turning samples into documents, and how long and how many tiles media then are."""
+"""What a recipe says about turning samples into documents, and how long and how many tiles media
+then are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Medium(NamedTuple):
-    """An image or video of a document, in file `member`. A video has no grid, an image no frame times (seconds)."""
+    """An image or video of a document, in file `member`. A video has no grid, an image no frame
+    times (seconds)."""
 
     member: str
     num_tiles: int
@@ -49,7 +51,9 @@ class DocumentFormat:
     def measure_image(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tokens and tiles of an image of (width, height)."""
         grid, length = self._grid(size), self.vision.image_token_length
-        return count_image_tokens(grid, image_token_length=length, newline_length=self._newline), num_tiles(grid)
+        return count_image_tokens(
+            grid, image_token_length=length, newline_length=self._newline
+        ), num_tiles(grid)
 
     def measure_video(self, info: VideoInfo) -> tuple[int, int]:
         """Tokens and frames of a video."""
@@ -60,13 +64,17 @@ class DocumentFormat:
         """Tokens of a video of so many frames."""
         return count_video_tokens(frames, image_token_length=self.vision.image_token_length)
 
-    def image(self, member: str, size: tuple[int, int], *, tiles: int | None = None) -> Medium | None:
-        """An image of (width, height) with the grid it is cut into; None if `tiles` is 0: it is left out."""
+    def image(
+        self, member: str, size: tuple[int, int], *, tiles: int | None = None
+    ) -> Medium | None:
+        """An image of (width, height) with the grid it is cut into; None if `tiles` is 0: it is
+        left out."""
         grid = self._grid(size)
         return None if tiles == 0 else Medium(member, num_tiles(grid), grid, [])
 
     def video(self, member: str, info: VideoInfo, *, frames: int | None = None) -> Medium | None:
-        """A video with the times of its frames, fewer than usual where `frames` says so; None if that is 0."""
+        """A video with the times of its frames, fewer than usual where `frames` says so; None if
+        that is 0."""
         most = self.media.max_frames if frames is None else frames
         if most == 0:
             return None
@@ -74,7 +82,8 @@ class DocumentFormat:
         return Medium(member, len(times), None, list(times))
 
     def fit(self, pieces: Sequence[Piece]) -> Fit | None:
-        """What the policy leaves of a document that is longer than a pack; None where it leaves nothing."""
+        """What the policy leaves of a document that is longer than a pack; None where it leaves
+        nothing."""
         return fit(pieces, limit=self.limit, policy=self.overlong, video_tokens=self.video_tokens)
 
     def _grid(self, size: tuple[int, int]) -> Grid:
@@ -86,7 +95,9 @@ class DocumentFormat:
         media = self.media
         listed = tuple(Grid(*map(int, grid.split("x"))) for grid in media.grids)
         grids = listed or grids_of(media.min_tiles, media.max_tiles)
-        return Tiling(tile_size=self.vision.image_size, grids=grids, anyres=media.tiling == "anyres")
+        return Tiling(
+            tile_size=self.vision.image_size, grids=grids, anyres=media.tiling == "anyres"
+        )
 
     @property
     def tile_format(self) -> TileFormat:

@@ -1,7 +1,9 @@
-"""The index beside each shard: all that plans and readers need, so that no tar is ever scanned in training.
+"""The index beside each shard: all that plans and readers need, so that no tar is ever scanned in
+training.
 
-`train-000000.tar` has `train-000000.index.parquet`, a row for each sample in shard order. It does not depend on how
-images are tiled or frames sampled, only on the tokenizer and the template, whose fingerprints it carries.
+`train-000000.tar` has `train-000000.index.parquet`, a row for each sample in shard order. It does
+not depend on how images are tiled or frames sampled, only on the tokenizer and the template, whose
+fingerprints it carries.
 """
 
 import io
@@ -51,7 +53,8 @@ SCHEMA = pa.schema(
 class IndexHeader:
     """What an index says of itself, read from its footer alone.
 
-    `rule` and `left_out` tell the members' rule and the quarantine it was made with; empty: it does not say.
+    `rule` and `left_out` tell the members' rule and the quarantine it was made with; empty: it does
+    not say.
     """
 
     shard_size: int
@@ -65,14 +68,15 @@ class IndexHeader:
 
     @property
     def fingerprint(self) -> str:
-        """Tells what the index says of its samples from what others say; short, since plans keep that of each shard."""
+        """Tells what the index says of its samples from what others say; short, since plans keep
+        that of each shard."""
         return self.content[:16]
 
 
 class SampleRow(NamedTuple):
-    """A sample's metadata: whether it is raw text, kinds of its pieces in order and tokens of those that are text,
-    (width, height) of its images after EXIF rotation, its videos, its files. `record` is its JSON where the shard,
-    made by others, holds none.
+    """A sample's metadata: whether it is raw text, kinds of its pieces in order and tokens of those
+    that are text, (width, height) of its images after EXIF rotation, its videos, its files.
+    `record` is its JSON where the shard, made by others, holds none.
     """
 
     key: str
@@ -99,11 +103,16 @@ class SampleIndex:
     def row(self, row: int) -> SampleRow:
         """The metadata of one sample."""
         values = {name: column[row].as_py() for name, column in self._columns.items()}
-        members = zip(values["member_names"], values["member_offsets"], values["member_sizes"], strict=True)
+        members = zip(
+            values["member_names"], values["member_offsets"], values["member_sizes"], strict=True
+        )
         return SampleRow(
             key=values["key"],
             is_text=values["is_text"],
-            pieces=[(Kind(k), n) for k, n in zip(values["piece_kinds"], values["piece_tokens"], strict=True)],
+            pieces=[
+                (Kind(k), n)
+                for k, n in zip(values["piece_kinds"], values["piece_tokens"], strict=True)
+            ],
             image_sizes=list(zip(values["image_widths"], values["image_heights"], strict=True)),
             videos=_videos(values),
             members={member[0]: Member(*member) for member in members},
@@ -143,7 +152,8 @@ def write_index(index: SampleIndex, path: Path) -> None:
 
 
 def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHeader:
-    """Reads an index's footer. DataError if there is none, or it was made with another tokenizer or template.
+    """Reads an index's footer. DataError if there is none, or it was made with another tokenizer or
+    template.
 
     `text` is what `text_stamp` gives for the tokenizer and template in use; None checks neither.
     """
@@ -170,15 +180,22 @@ def _opened(path: Location, *, footer_only: bool) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(source, memory_map=False) as file:
             yield file
     except FileNotFoundError:
-        raise DataError(f"{path}: the shard has no index; make it: python -m data_tools index RECIPE") from None
+        raise DataError(
+            f"{path}: the shard has no index; make it: python -m data_tools index RECIPE"
+        ) from None
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not an index: {error}; make it again with data_tools index") from error
+        raise DataError(
+            f"{path}: not an index: {error}; make it again with data_tools index"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}: the index cannot be read: {error}; make it again with data_tools index") from error
+        raise DataError(
+            f"{path}: the index cannot be read: {error}; make it again with data_tools index"
+        ) from error
 
 
 def _read_footer(path: UPath) -> bytes:
-    """The end of a remote Parquet file, with its whole footer, whose length stands before the last four bytes."""
+    """The end of a remote Parquet file, with its whole footer, whose length stands before the last
+    four bytes."""
     tail = read_tail(path, FOOTER_BYTES)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     return tail if needed <= len(tail) else read_tail(path, needed)
@@ -188,7 +205,9 @@ def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> I
     try:
         header = IndexHeader(**json.loads((schema.metadata or {})[b"index"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a sample index; make it again with data_tools index") from error
+        raise DataError(
+            f"{path}: not a sample index; make it again with data_tools index"
+        ) from error
     if header.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path}: index format {header.format_version}, this version reads {FORMAT_VERSION}; "
@@ -204,5 +223,9 @@ def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> I
 
 
 def _videos(values: dict[str, list]) -> list[VideoInfo]:
-    columns = zip(values["video_durations"], values["video_fps"], values["video_frames"], strict=True)
-    return [VideoInfo(duration=duration, fps=fps, frames=frames) for duration, fps, frames in columns]
+    columns = zip(
+        values["video_durations"], values["video_fps"], values["video_frames"], strict=True
+    )
+    return [
+        VideoInfo(duration=duration, fps=fps, frames=frames) for duration, fps, frames in columns
+    ]

@@ -38,9 +38,14 @@ def build_index(shard: Path, tokenizer: Tokenizer, template: str) -> SampleIndex
 
 
 def build_sound_index(
-    shard: Path, tokenizer: Tokenizer, template: str, *, attempt: Attempt = lambda action: action(False)
+    shard: Path,
+    tokenizer: Tokenizer,
+    template: str,
+    *,
+    attempt: Attempt = lambda action: action(False),
 ) -> tuple[SampleIndex, Quarantine]:
-    """As `build_index`, but leaves out samples that cannot be read; gives the shard's quarantine with these in it."""
+    """As `build_index`, but leaves out samples that cannot be read; gives the shard's quarantine
+    with these in it."""
     quarantine = read_quarantine(shard)
     scanned = list(scan_whole(shard, attempt))
     known = _Known(quarantine, scanned)
@@ -57,12 +62,17 @@ def build_sound_index(
             bad.append(Entry("index", printable(sample.key), str(reason)))
     reader.close()
     quarantine = quarantine.replaced("index", bad)
-    made_with = {"rule": rule_stamp(reader.rule), "left_out": quarantine.stamp(), **text_stamp(tokenizer, template)}
+    made_with = {
+        "rule": rule_stamp(reader.rule),
+        "left_out": quarantine.stamp(),
+        **text_stamp(tokenizer, template),
+    }
     return _as_index(rows, quarantine.shard_size, made_with), quarantine
 
 
 def scan_whole(shard: Path, attempt: Attempt) -> Iterator[tuple[ScannedSample, str]]:
-    """The samples of a shard, each with why it cannot be used or ""; last, with an empty key, what ended the scan."""
+    """The samples of a shard, each with why it cannot be used or ""; last, with an empty key, what
+    ended the scan."""
     samples, end = attempt(partial(_scan, shard))
     yield from samples
     if end:
@@ -74,8 +84,11 @@ def printable(key: str) -> str:
     return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def parse_sample(sample: ScannedSample, read: Callable[[str], bytes], rule: MemberRule) -> tuple[dict[str, Any], bool]:
-    """A sample's record, and whether it is of another maker: made of its members, not stored as `{key}.json`."""
+def parse_sample(
+    sample: ScannedSample, read: Callable[[str], bytes], rule: MemberRule
+) -> tuple[dict[str, Any], bool]:
+    """A sample's record, and whether it is of another maker: made of its members, not stored as
+    `{key}.json`."""
     name = f"{sample.key}.json"
     if name in sample.members and _is_own(data := read(name)):
         return parse_record(data, name), False
@@ -86,7 +99,14 @@ def _scan(shard: Path, _: bool) -> tuple[list[tuple[ScannedSample, str]], str]:
     found: list[tuple[ScannedSample, str]] = []
     try:
         for sample in scan_shard(shard):
-            found.append((sample, f"{shard} sample {printable(sample.key)}: {sample.fault}" if sample.fault else ""))
+            found.append(
+                (
+                    sample,
+                    f"{shard} sample {printable(sample.key)}: {sample.fault}"
+                    if sample.fault
+                    else "",
+                )
+            )
     except DataError as error:
         return found, str(error)
     return found, ""
@@ -102,11 +122,13 @@ def _is_own(data: bytes) -> bool:
 
 
 class _Known:
-    """The samples that `validate` listed. Of those that share a key, an entry is of the one whose fault it tells; one
-    that tells no fault of the scan is of the one without.
+    """The samples that `validate` listed. Of those that share a key, an entry is of the one whose
+    fault it tells; one that tells no fault of the scan is of the one without.
     """
 
-    def __init__(self, quarantine: Quarantine, scanned: Sequence[tuple[ScannedSample, str]]) -> None:
+    def __init__(
+        self, quarantine: Quarantine, scanned: Sequence[tuple[ScannedSample, str]]
+    ) -> None:
         self._reasons = defaultdict[str, list[str]](list)
         for entry in quarantine.entries:
             if entry.by == "validate":
@@ -135,7 +157,9 @@ class _Reader:
         name = f"{self._shard} sample {sample.key}"
 
         def read(member: str) -> bytes:
-            return self._reader.read(self._shard, member=sample.members[member], shard_size=self._size)
+            return self._reader.read(
+                self._shard, member=sample.members[member], shard_size=self._size
+            )
 
         try:
             record, is_foreign = parse_sample(sample, read, self.rule)
@@ -144,7 +168,9 @@ class _Reader:
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         sizes = [image_size(read(member), f"{self._shard} {member}") for member in record["images"]]
-        videos = [probe_video(read(member), f"{self._shard} {member}") for member in record["videos"]]
+        videos = [
+            probe_video(read(member), f"{self._shard} {member}") for member in record["videos"]
+        ]
         return {
             "key": sample.key,
             "is_text": is_raw_text(record),
@@ -163,7 +189,8 @@ class _Reader:
 
 
 def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
-    """DataError if a record, which must be checked, names a medium that is not a member of its sample."""
+    """DataError if a record, which must be checked, names a medium that is not a member of its
+    sample."""
     for field in ("images", "videos"):
         record[field] = record.get(field) or []
         for name in record[field]:
@@ -171,7 +198,9 @@ def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
                 raise DataError(f"{field} names {name!r:.200}, which the shard does not hold")
 
 
-def _as_index(rows: list[dict[str, Any]], shard_size: int, made_with: dict[str, str]) -> SampleIndex:
+def _as_index(
+    rows: list[dict[str, Any]], shard_size: int, made_with: dict[str, str]
+) -> SampleIndex:
     content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     header = IndexHeader(
         shard_size=shard_size,

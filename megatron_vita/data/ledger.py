@@ -1,8 +1,11 @@
-"""The ledger: which samples could not be read, so that a resumed run masks in a pack what was masked in it before.
+"""The ledger: which samples could not be read, so that a resumed run masks in a pack what was
+masked in it before.
 
-A folder holds a JSONL file for each replica, with a line for each event, on disk before the pack is used. Checkpoints
-carry a copy. A replay obeys events of the same pack only: whatever struck a sample once (a time limit, a storage fault)
-strikes again there, and another pack of another epoch tries the sample anew.
+A folder holds a JSONL file for each replica, with a line for each event, on disk before the pack is
+used. Checkpoints
+carry a copy. A replay obeys events of the same pack only: whatever struck a sample once (a time
+limit, a storage fault) strikes again there, and another pack of another epoch tries the sample
+anew.
 """
 
 import json
@@ -39,18 +42,26 @@ class Ledger:
 
     def events(self) -> list[Damage]:
         """All events."""
-        return [damage for events in list(self._by_pack.values()) for damage in list(events.values())]
+        return [
+            damage for events in list(self._by_pack.values()) for damage in list(events.values())
+        ]
 
     def add(self, damages: Iterable[Damage]) -> None:
         """Notes events that are new, and writes them to the disk."""
-        new = [damage for damage in damages if damage.document not in self._by_pack.get(damage.pack, {})]
+        new = [
+            damage
+            for damage in damages
+            if damage.document not in self._by_pack.get(damage.pack, {})
+        ]
         for damage in new:
             self._by_pack.setdefault(damage.pack, {})[damage.document] = damage
         if new and self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(self._path)
             with open(self._path, "a") as file:
-                file.writelines(json.dumps(damage._asdict(), ensure_ascii=False) + "\n" for damage in new)
+                file.writelines(
+                    json.dumps(damage._asdict(), ensure_ascii=False) + "\n" for damage in new
+                )
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -82,4 +93,6 @@ def _parse(line: bytes, path: Path) -> Damage:
     try:
         return Damage(**json.loads(line))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a ledger of damaged samples: {error}; mend this line: {line!r}") from error
+        raise DataError(
+            f"{path}: not a ledger of damaged samples: {error}; mend this line: {line!r}"
+        ) from error

@@ -1,7 +1,8 @@
 """Reads packs ahead in supervised processes, in the order asked for.
 
-A process that makes no progress for too long is killed, and one that dies is replaced. The pack is read again: without
-the sample that hung, or that processes died on again and again. A process killed from outside costs time alone.
+A process that makes no progress for too long is killed, and one that dies is replaced. The pack is
+read again: without the sample that hung, or that processes died on again and again. A process
+killed from outside costs time alone.
 """
 
 import itertools
@@ -23,15 +24,17 @@ from megatron_vita.data.stream import PackStream, ReadPack
 from megatron_vita.data.worker import Failure, PackTask, Progress, Ready, SentPack, hear, work
 from megatron_vita.errors import VitaError
 
-KILLS = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of processes that others end, rarely for what they read
+# exit codes of processes that others end, rarely for what they read
+KILLS = (-signal.SIGKILL, -signal.SIGTERM)
 STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
 STARTING_SECONDS = 120
-BARREN_DEATHS, BARREN_KILLS = 3, 20  # of processes that have read nothing yet: the machine cannot run them
+# of processes that have read nothing yet: the machine cannot run them
+BARREN_DEATHS, BARREN_KILLS = 3, 20
 
 
 def start_fork_server() -> None:
-    """Starts the process that loader processes are forked from. It imports what they need, which takes a second or two,
-    beside whatever is done here meanwhile.
+    """Starts the process that loader processes are forked from. It imports what they need, which
+    takes a second or two, beside whatever is done here meanwhile.
     """
     _context()
     forkserver.ensure_running()
@@ -45,12 +48,18 @@ def _context() -> ForkServerContext:
 
 
 def read_packs(
-    stream: PackStream, tasks: Iterable[PackTask], *, num_workers: int, prefetch: int = 2, sample_seconds: float = 300.0
+    stream: PackStream,
+    tasks: Iterable[PackTask],
+    *,
+    num_workers: int,
+    prefetch: int = 2,
+    sample_seconds: float = 300.0,
 ) -> Iterator[ReadPack]:
-    """The packs of `tasks` in that order, read by `num_workers` processes (0: by this one, without time limit).
+    """The packs of `tasks` in that order, read by `num_workers` processes (0: by this one, without
+    time limit).
 
-    At most `prefetch` packs are being read or wait to be taken. An error of a process is raised here as it was there.
-    Closing or dropping the iterator ends the processes.
+    At most `prefetch` packs are being read or wait to be taken. An error of a process is raised
+    here as it was there. Closing or dropping the iterator ends the processes.
     """
     if not num_workers:
         for task in tasks:
@@ -85,7 +94,9 @@ class _Job:
 
     def take(self) -> ReadPack:
         if isinstance(self.result, Failure):
-            raise self.result.error or RuntimeError(f"reading pack {self.task.pack_id} failed:\n{self.result.trace}")
+            raise self.result.error or RuntimeError(
+                f"reading pack {self.task.pack_id} failed:\n{self.result.trace}"
+            )
         assert self.result is not None
         return ReadPack(self.result.batch, self.damages + self.result.damages)
 
@@ -106,7 +117,8 @@ class _Reader:
     def give(self, job: _Job) -> None:
         self.job = job
         self.progress.reset()
-        with suppress(BrokenPipeError, ConnectionResetError):  # its death shows when it is next listened to
+        # its death shows when it is next listened to
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(job.task)
 
     def end(self) -> None:
@@ -150,7 +162,9 @@ class _Pool:
 
     def _patience(self, reader: _Reader) -> float:
         """Seconds in which a reader must get on."""
-        return (self._limit if reader.ready else max(self._limit, STARTING_SECONDS)) - reader.progress.silence
+        return (
+            self._limit if reader.ready else max(self._limit, STARTING_SECONDS)
+        ) - reader.progress.silence
 
     def _listen(self, reader: _Reader) -> None:
         job = reader.job
@@ -182,11 +196,15 @@ class _Pool:
         reader.process.join(timeout=10)
         code = reader.process.exitcode
         if (document := reader.progress.document) is None:
-            self._note_barren(f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS)
+            self._note_barren(
+                f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS
+            )
         else:
             job.strikes[document] += 1
             if job.strikes[document] >= (STRIKES_OF_KILLS if code in KILLS else STRIKES):
-                deaths = f"{job.strikes[document]} processes ended while they read it (exit code {code})"
+                deaths = (
+                    f"{job.strikes[document]} processes ended while they read it (exit code {code})"
+                )
                 self._skip(reader, document, deaths)
         self._replace(reader)
 

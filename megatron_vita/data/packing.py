@@ -1,7 +1,7 @@
 """In which order samples come and which share a pack: pure functions of sizes and a seed.
 
-Random numbers are raw 64-bit words of PCG64, whose stream numpy keeps the same in every version; orders are stable
-sorts by them. So a plan does not depend on the numpy that made it.
+Random numbers are raw 64-bit words of PCG64, whose stream numpy keeps the same in every version;
+orders are stable sorts by them. So a plan does not depend on the numpy that made it.
 """
 
 import bisect
@@ -28,26 +28,36 @@ class Shuffler:
 
 
 def taken_of(samples: int, *, ratio: float, cap: int) -> int:
-    """How many of a dataset's samples an epoch takes: 0.29 of 100 are 29, though their product in floats is less."""
+    """How many of a dataset's samples an epoch takes: 0.29 of 100 are 29, though their product in
+    floats is less."""
     taken = int(samples * ratio + 1e-6)
     return min(taken, cap) if cap else taken
 
 
 def sample_order(
-    shard_sizes: list[list[int]], *, ratios: Sequence[float], caps: Sequence[int], shuffler: Shuffler
+    shard_sizes: list[list[int]],
+    *,
+    ratios: Sequence[float],
+    caps: Sequence[int],
+    shuffler: Shuffler,
 ) -> np.ndarray:
     """An epoch's order of samples, as positions in the datasets' shards laid end to end.
 
-    `shard_sizes` holds the samples of each shard of each dataset, of which an epoch takes the share `ratios`, the first
-    of its order, or goes round again, and at most `caps` (0: no limit). In each dataset shards are shuffled, then
-    samples inside each shard, so that neighbours come from few files. Datasets are then interleaved evenly: each is
-    spread over the epoch in proportion to its size, and every window sees the epoch's mix.
+    `shard_sizes` holds the samples of each shard of each dataset, of which an epoch takes the share
+    `ratios`, the first of its order, or goes round again, and at most `caps` (0: no limit). In each
+    dataset shards are shuffled, then
+    samples inside each shard, so that neighbours come from few files. Datasets are then interleaved
+    evenly: each is spread over the epoch in proportion to its size, and every window sees the
+    epoch's mix.
     """
     orders, places = [], []
     first = 0
     for sizes, ratio, cap in zip(shard_sizes, ratios, caps, strict=True):
         bounds = np.cumsum([first, *sizes])
-        order = [bounds[shard] + shuffler.permutation(sizes[shard]) for shard in shuffler.permutation(len(sizes))]
+        order = [
+            bounds[shard] + shuffler.permutation(sizes[shard])
+            for shard in shuffler.permutation(len(sizes))
+        ]
         taken = taken_of(sum(sizes), ratio=ratio, cap=cap)
         orders.append(np.resize(np.concatenate([np.zeros(0, np.int64), *order]), taken))
         places.append((np.arange(taken) + 0.5) / max(taken, 1))
@@ -58,7 +68,8 @@ def sample_order(
 
 
 def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
-    """The pack of each document: longest first, each into the pack with the least room that takes it.
+    """The pack of each document: longest first, each into the pack with the least room that takes
+    it.
 
     No length exceeds `capacity`.
     """
@@ -83,9 +94,11 @@ def pack_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Packs documents, given in their shuffled order, window by window.
 
-    Returns (order, packs): the documents' positions sorted by pack, in a pack by their place, and the pack of each.
-    Documents of packs that stay emptier than most go on to the next window, so that each window need not end with packs
-    half full. The packs of a window are shuffled: else each would go from long documents to short ones.
+    Returns (order, packs): the documents' positions sorted by pack, in a pack by their place, and
+    the pack of each. Documents of packs that stay emptier than most go on to the next window, so
+    that each window need not end with packs
+    half full. The packs of a window are shuffled: else each would go from long documents to short
+    ones.
     """
     orders, packs, first_pack = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     waiting = np.zeros(0, dtype=np.int64)
@@ -107,8 +120,8 @@ def pack_windows(
 
 
 def _carried(lengths: np.ndarray, packs: np.ndarray, *, capacity: int, most: int) -> np.ndarray:
-    """Which documents go on to the next window: at most `most`, those of the emptiest packs, none of a pack that is
-    fuller than WELL_FILLED, and not those of every pack.
+    """Which documents go on to the next window: at most `most`, those of the emptiest packs, none
+    of a pack that is fuller than WELL_FILLED, and not those of every pack.
     """
     fill = np.bincount(packs, weights=lengths) / capacity
     members = np.bincount(packs)
@@ -120,23 +133,28 @@ def _carried(lengths: np.ndarray, packs: np.ndarray, *, capacity: int, most: int
 
 
 def interleave(packed: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of packs, each (documents sorted by pack, pack of each), as one over which each of them is spread."""
+    """Lists of packs, each (documents sorted by pack, pack of each), as one over which each of them
+    is spread."""
     counts = [int(packs.max(initial=-1)) + 1 for _, packs in packed]
     places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
     numbers = np.empty(len(places), dtype=np.int64)
     numbers[np.argsort(places, kind="stable")] = np.arange(len(places))
     firsts = np.cumsum([0, *counts])
     documents = np.concatenate([order for order, _ in packed])
-    packs = np.concatenate([numbers[first + packs] for first, (_, packs) in zip(firsts, packed, strict=False)])
+    packs = np.concatenate(
+        [numbers[first + packs] for first, (_, packs) in zip(firsts, packed, strict=False)]
+    )
     order = np.argsort(packs, kind="stable")
     return documents[order], packs[order]
 
 
-def group_by_cost(costs: np.ndarray, *, size: int, first: int = 0, shuffler: Shuffler) -> np.ndarray:
+def group_by_cost(
+    costs: np.ndarray, *, size: int, first: int = 0, shuffler: Shuffler
+) -> np.ndarray:
     """The new number of each pack, so that `size` packs that follow one another have like costs.
 
-    Groups begin at pack `first`. Packs stay within GROUP_BLOCK groups of where they were; groups are shuffled within
-    it. Packs that fill no group keep their place.
+    Groups begin at pack `first`. Packs stay within GROUP_BLOCK groups of where they were; groups
+    are shuffled within it. Packs that fill no group keep their place.
     """
     numbers = np.arange(len(costs))
     block = GROUP_BLOCK * size

@@ -1,8 +1,9 @@
-"""The pack plan: which documents share a pack, in which global order. Made before training, read by every rank.
+"""The pack plan: which documents share a pack, in which global order. Made before training, read by
+every rank.
 
-A plan is one Arrow file with a row for each document, sorted by pack, and a stamp: every input that it is a function
-of. The parallel layout, the number of workers and the place of the files are not among them. The file is mapped into
-memory, so that all processes of a machine share one copy.
+A plan is one Arrow file with a row for each document, sorted by pack, and a stamp: every input that
+it is a function of. The parallel layout, the number of workers and the place of the files are not
+among them. The file is mapped into memory, so that all processes of a machine share one copy.
 """
 
 import hashlib
@@ -19,13 +20,15 @@ from megatron_vita.errors import DataError, ShardError
 
 FORMAT_VERSION = 3
 COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows")
-LASTING = ("pack", "row", "start", "tokens", "tiles", "rows")  # what a plan that continues another keeps of it
+# what a plan that continues another keeps of it
+LASTING = ("pack", "row", "start", "tokens", "tiles", "rows")
 HASHED_AT_ONCE = 1 << 20  # documents
 REMEDY = "make the plan again: python -m data_tools plan RECIPE"
 
 
 class DocumentEntry(NamedTuple):
-    """A document of a pack: `dataset` of the plan's, `shard` of the dataset's sorted shards, `row` of its index.
+    """A document of a pack: `dataset` of the plan's, `shard` of the dataset's sorted shards, `row`
+    of its index.
 
     Its `tokens` begin at token `start` of the sample; `rows` of them are scored.
     """
@@ -40,9 +43,11 @@ class DocumentEntry(NamedTuple):
 
 
 class PackPlan:
-    """Packs as columns: `columns[name]` has an int32 for each document, sorted by pack; `datasets` are names.
+    """Packs as columns: `columns[name]` has an int32 for each document, sorted by pack; `datasets`
+    are names.
 
-    `history` says of each earlier plan that this one continues, which packs come from it: {"packs": int, "stamp": ...}.
+    `history` says of each earlier plan that this one continues, which packs come from it: {"packs":
+    int, "stamp": ...}.
     """
 
     def __init__(
@@ -60,7 +65,11 @@ class PackPlan:
         self._hashed, self._hash = 0, hashlib.blake2b(digest_size=16)
         pack = self.columns["pack"]
         self.num_packs = int(pack[-1]) + 1 if len(pack) else 0
-        self._starts = np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]]) if len(pack) else [0]
+        self._starts = (
+            np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]])
+            if len(pack)
+            else [0]
+        )
         assert len(self._starts) == self.num_packs + 1, "every pack has a document"
 
     @property
@@ -94,14 +103,17 @@ class PackPlan:
     def digest_before(self, pack_id: int) -> str:
         """Tells the packs before `pack_id` from others, whatever became of the plan after them.
 
-        How datasets and shards are numbered does not matter: a plan that continues another may number them anew.
+        How datasets and shards are numbered does not matter: a plan that continues another may
+        number them anew.
         """
         rows = self.documents_before(pack_id)
         if rows < self._hashed:
             self._hashed, self._hash = 0, hashlib.blake2b(digest_size=16)
         for start in range(self._hashed, rows, HASHED_AT_ONCE):
             block = slice(start, min(start + HASHED_AT_ONCE, rows))
-            self._hash.update(np.stack([self.columns[name][block] for name in LASTING], axis=1).tobytes())
+            self._hash.update(
+                np.stack([self.columns[name][block] for name in LASTING], axis=1).tobytes()
+            )
         self._hashed = rows
         return self._hash.hexdigest()
 
@@ -116,7 +128,9 @@ class PackPlan:
 
     def _fingerprint(self) -> str:
         """Tells the plan from those of other inputs."""
-        about = json.dumps([self.datasets, self.stamp, self.history, self.num_documents], sort_keys=True)
+        about = json.dumps(
+            [self.datasets, self.stamp, self.history, self.num_documents], sort_keys=True
+        )
         return hashlib.sha256(about.encode()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,14 +154,24 @@ def _reopen(path: Path, fingerprint: str) -> PackPlan:
     return plan
 
 
-def _rebuild(columns: dict[str, np.ndarray], datasets: list[str], stamp: dict, history: list[dict]) -> PackPlan:
+def _rebuild(
+    columns: dict[str, np.ndarray], datasets: list[str], stamp: dict, history: list[dict]
+) -> PackPlan:
     return PackPlan(columns, datasets=datasets, stamp=stamp, history=history)
 
 
 def write_plan(plan: PackPlan, path: Path) -> None:
-    """Writes a plan under a temporary name, then renames it. Same plan, same bytes (of one pyarrow version)."""
-    about = {"format_version": FORMAT_VERSION, "datasets": plan.datasets, "stamp": plan.stamp, "history": plan.history}
-    table = pa.table(plan.columns).replace_schema_metadata({"plan": json.dumps(about, sort_keys=True)})
+    """Writes a plan under a temporary name, then renames it. Same plan, same bytes (of one pyarrow
+    version)."""
+    about = {
+        "format_version": FORMAT_VERSION,
+        "datasets": plan.datasets,
+        "stamp": plan.stamp,
+        "history": plan.history,
+    }
+    table = pa.table(plan.columns).replace_schema_metadata(
+        {"plan": json.dumps(about, sort_keys=True)}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -156,7 +180,8 @@ def write_plan(plan: PackPlan, path: Path) -> None:
 
 
 def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackPlan:
-    """Maps a plan. DataError if it is missing, or of other inputs than `expected_stamp`, naming field and values."""
+    """Maps a plan. DataError if it is missing, or of other inputs than `expected_stamp`, naming
+    field and values."""
     if not path.exists():
         raise DataError(f"{path}: there is no plan; {REMEDY}")
     try:
@@ -164,24 +189,41 @@ def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackP
         about = json.loads(table.schema.metadata[b"plan"])
         version = about["format_version"]
         columns = (
-            {name: table[name].combine_chunks().to_numpy() for name in COLUMNS} if version == FORMAT_VERSION else {}
+            {name: table[name].combine_chunks().to_numpy() for name in COLUMNS}
+            if version == FORMAT_VERSION
+            else {}
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a pack plan: {error}; {REMEDY}") from error
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: plan format {version}, this version reads {FORMAT_VERSION}; {REMEDY}")
-    plan = PackPlan(columns, datasets=about["datasets"], stamp=about["stamp"], history=about["history"], path=path)
-    if expected_stamp is not None and (differences := list(compare_stamps(plan.stamp, expected_stamp))):
-        raise DataError(f"{path}: the plan does not fit the recipe: {'; '.join(differences[:3])}; {REMEDY}")
+        raise DataError(
+            f"{path}: plan format {version}, this version reads {FORMAT_VERSION}; {REMEDY}"
+        )
+    plan = PackPlan(
+        columns,
+        datasets=about["datasets"],
+        stamp=about["stamp"],
+        history=about["history"],
+        path=path,
+    )
+    if expected_stamp is not None and (
+        differences := list(compare_stamps(plan.stamp, expected_stamp))
+    ):
+        raise DataError(
+            f"{path}: the plan does not fit the recipe: {'; '.join(differences[:3])}; {REMEDY}"
+        )
     return plan
 
 
 def compare_stamps(planned: Any, wanted: Any, field: str = "") -> Iterator[str]:
-    """A phrase for each field that differs between a plan's stamp and the one that the recipe gives now."""
+    """A phrase for each field that differs between a plan's stamp and the one that the recipe gives
+    now."""
     if isinstance(planned, dict) and isinstance(wanted, dict):
         for name in sorted(planned.keys() | wanted.keys()):
             inner = f"{field}.{name}" if field else name
-            yield from compare_stamps(planned.get(name, "absent"), wanted.get(name, "absent"), inner)
+            yield from compare_stamps(
+                planned.get(name, "absent"), wanted.get(name, "absent"), inner
+            )
     elif isinstance(planned, list) and isinstance(wanted, list) and len(planned) == len(wanted):
         for i, pair in enumerate(zip(planned, wanted, strict=True)):
             yield from compare_stamps(*pair, f"{field}[{i}]")

@@ -11,7 +11,14 @@ from megatron_vita.config import DataConfig, Recipe
 from megatron_vita.data.batch import padded_length
 from megatron_vita.data.index import index_path, read_index
 from megatron_vita.data.lengths import document_lengths
-from megatron_vita.data.packing import Shuffler, group_by_cost, interleave, pack_windows, sample_order, taken_of
+from megatron_vita.data.packing import (
+    Shuffler,
+    group_by_cost,
+    interleave,
+    pack_windows,
+    sample_order,
+    taken_of,
+)
 from megatron_vita.data.plan import COLUMNS, PackPlan
 from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_stamp
 from megatron_vita.errors import ConfigError, DataError
@@ -45,17 +52,21 @@ def make_plan(
     strict: bool = False,
     continued: Continuation | None = None,
 ) -> tuple[PackPlan, list[Rejected]]:
-    """Plans a split: `data.epochs` shuffled epochs of the training data, one of the validation data as it lies.
+    """Plans a split: `data.epochs` shuffled epochs of the training data, one of the validation data
+    as it lies.
 
-    Gives also the samples left out because they are longer than a pack, or have media that a text-only model cannot
-    take; with `strict` the first of them is a DataError. DataError if none is left.
+    Gives also the samples left out because they are longer than a pack, or have media that a
+    text-only model cannot take; with `strict` the first of them is a DataError. DataError if none
+    is left.
     """
     sources = find_sources(recipe, split, tokenizer=tokenizer)
     _check_shares(sources)
     samples = _sample_table(recipe, sources, tokenizer)
     usable = _usable(recipe, samples)
     rejected = _rejected(split, sources, samples, usable=usable, recipe=recipe)
-    first = f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}" if rejected else ""
+    first = (
+        f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}" if rejected else ""
+    )
     if strict and rejected:
         raise DataError(first)
     if not usable.any():
@@ -64,14 +75,22 @@ def make_plan(
     parts = [kept] if kept else []
     num_packs = _packs_in(kept)
     for epoch in range(recipe.data.epochs if split == "train" else 1):
-        seed = (recipe.data.seed, epoch) if continued is None else (recipe.data.seed, epoch, continued.pack)
+        seed = (
+            (recipe.data.seed, epoch)
+            if continued is None
+            else (recipe.data.seed, epoch, continued.pack)
+        )
         shuffler = Shuffler(seed if split == "train" else None)
-        columns = _plan_epoch(recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs)
+        columns = _plan_epoch(
+            recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs
+        )
         columns["pack"] += num_packs
         num_packs = max(num_packs, _packs_in(columns))
         parts.append(columns)
     if not num_packs:
-        raise DataError(f"data.{split}: the samples that its epochs take are all longer than a pack: raise the ratios")
+        raise DataError(
+            f"data.{split}: the samples that its epochs take are all longer than a pack: raise the ratios"
+        )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     stamp = plan_stamp(recipe, split, tokenizer=tokenizer, sources=sources)
     names = [source.name for source in sources]
@@ -97,16 +116,19 @@ def _check_shares(sources: Sequence[Source]) -> None:
 def _kept_packs(
     continued: Continuation | None, sources: Sequence[Source]
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """The columns that a plan keeps of the one it continues, told in datasets and shards of now, and their history.
+    """The columns that a plan keeps of the one it continues, told in datasets and shards of now,
+    and their history.
 
-    A dataset or shard that the recipe no longer has, or whose samples are others, is -1: such packs are done with, and
-    cannot be read again.
+    A dataset or shard that the recipe no longer has, or whose samples are others, is -1: such packs
+    are done with, and cannot be read again.
     """
     if continued is None:
         return {}, []
     plan, pack = continued.plan, continued.pack
     if not 0 < pack <= plan.num_packs:
-        raise ConfigError(f"--continue-from is {pack}: the plan has packs 0 to {plan.num_packs - 1}")
+        raise ConfigError(
+            f"--continue-from is {pack}: the plan has packs 0 to {plan.num_packs - 1}"
+        )
     columns = {name: column.copy() for name, column in plan.before(pack).items()}
     datasets, shards = columns["dataset"].copy(), columns["shard"].copy()
     now = {source.name: (place, source.contents) for place, source in enumerate(sources)}
@@ -120,7 +142,8 @@ def _kept_packs(
 
 
 def _moved(shards: np.ndarray, *, then: dict[str, str], now: dict[str, str]) -> np.ndarray:
-    """Numbers of shards among those of now; -1 for what is gone, of other content, or was -1 before."""
+    """Numbers of shards among those of now; -1 for what is gone, of other content, or was -1
+    before."""
     places = {name: place for place, name in enumerate(now)}
     moved = [places[name] if now.get(name) == content else -1 for name, content in then.items()]
     return np.array([*moved, -1], dtype=np.int32)[shards]
@@ -135,7 +158,8 @@ def _plan_epoch(
     shuffler: Shuffler,
     first: int,
 ) -> dict[str, np.ndarray]:
-    """The plan's columns of one epoch, packs counted from 0, which will be pack `first` of the plan."""
+    """The plan's columns of one epoch, packs counted from 0, which will be pack `first` of the
+    plan."""
     data = recipe.data
     order = sample_order(
         [[header.samples for header in source.headers] for source in sources],
@@ -149,17 +173,24 @@ def _plan_epoch(
     if data.group_by_cost:
         costs = _pack_costs(recipe, lengths[place], documents["tiles"][place], packs)
         step = recipe.training.global_batch_size
-        packs = group_by_cost(costs, size=step, first=min(-first % step, len(costs)), shuffler=shuffler)[packs]
+        packs = group_by_cost(
+            costs, size=step, first=min(-first % step, len(costs)), shuffler=shuffler
+        )[packs]
         regrouped = np.argsort(packs, kind="stable")
         place, packs = place[regrouped], packs[regrouped]
     return {"pack": packs} | {name: documents[name][place] for name in COLUMNS[1:]}
 
 
-def _split_texts(samples: dict[str, np.ndarray], order: np.ndarray, *, limit: int) -> dict[str, np.ndarray]:
+def _split_texts(
+    samples: dict[str, np.ndarray], order: np.ndarray, *, limit: int
+) -> dict[str, np.ndarray]:
     """The documents of samples taken in `order`: raw texts longer than a pack become several."""
     tokens = samples["tokens"][order]
     parts = np.where(samples["is_text"][order], -(-tokens // limit), 1)
-    documents = {name: np.repeat(samples[name][order], parts) for name in (*COLUMNS[1:4], "tokens", "tiles", "rows")}
+    documents = {
+        name: np.repeat(samples[name][order], parts)
+        for name in (*COLUMNS[1:4], "tokens", "tiles", "rows")
+    }
     part = np.arange(len(documents["tokens"])) - np.repeat(np.cumsum(parts) - parts, parts)
     whole = documents["tokens"]
     start = part * limit
@@ -182,19 +213,29 @@ def _pack(
     packed = []
     for members in scopes:
         order, packs = pack_windows(
-            lengths[members], capacity=data.seq_length, window=data.shuffle_window, shuffler=shuffler
+            lengths[members],
+            capacity=data.seq_length,
+            window=data.shuffle_window,
+            shuffler=shuffler,
         )
         packed.append((members[order], packs))
     return packed[0] if len(packed) == 1 else interleave(packed)
 
 
-def _pack_costs(recipe: Recipe, lengths: np.ndarray, tiles: np.ndarray, packs: np.ndarray) -> np.ndarray:
+def _pack_costs(
+    recipe: Recipe, lengths: np.ndarray, tiles: np.ndarray, packs: np.ndarray
+) -> np.ndarray:
     of_square, of_tile = forward_weights(recipe)
-    return np.bincount(packs, weights=of_square * np.square(lengths.astype(np.float64)) + of_tile * tiles)
+    return np.bincount(
+        packs, weights=of_square * np.square(lengths.astype(np.float64)) + of_tile * tiles
+    )
 
 
-def _sample_table(recipe: Recipe, sources: list[Source], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """A column for each of the plan's, with a value for each sample of the datasets' shards laid end to end."""
+def _sample_table(
+    recipe: Recipe, sources: list[Source], tokenizer: Tokenizer
+) -> dict[str, np.ndarray]:
+    """A column for each of the plan's, with a value for each sample of the datasets' shards laid
+    end to end."""
     names = ("dataset", "shard", "row", "tokens", "tiles", "rows", "is_text")
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     for dataset, source in enumerate(sources):
@@ -216,10 +257,16 @@ def _usable(recipe: Recipe, samples: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _rejected(
-    split: str, sources: list[Source], samples: dict[str, np.ndarray], *, usable: np.ndarray, recipe: Recipe
+    split: str,
+    sources: list[Source],
+    samples: dict[str, np.ndarray],
+    *,
+    usable: np.ndarray,
+    recipe: Recipe,
 ) -> list[Rejected]:
     rejected = []
-    keys = lru_cache(maxsize=1)(lambda shard: read_index(index_path(shard)).keys())  # samples come shard by shard
+    # samples come shard by shard
+    keys = lru_cache(maxsize=1)(lambda shard: read_index(index_path(shard)).keys())
     for sample in np.flatnonzero(~usable):
         source = sources[samples["dataset"][sample]]
         path = source.shards[samples["shard"][sample]]
@@ -227,5 +274,7 @@ def _rejected(
         reason = f"{tokens} tokens do not fit data.seq_length {recipe.data.seq_length}"
         if tokens <= recipe.data.seq_length:
             reason = f"has images or videos ({tiles} tiles), which model.text_only cannot take"
-        rejected.append(Rejected(split, source.name, str(path), keys(path)[int(samples["row"][sample])], reason))
+        rejected.append(
+            Rejected(split, source.name, str(path), keys(path)[int(samples["row"][sample])], reason)
+        )
     return rejected

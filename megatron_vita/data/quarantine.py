@@ -1,7 +1,8 @@
-"""The list of a shard's samples that must not be used, beside it: `train-000000.quarantine.json`. Nothing is deleted.
+"""The list of a shard's samples that must not be used, beside it: `train-000000.quarantine.json`.
+Nothing is deleted.
 
-`index` lists what it cannot read, `validate` what cannot be decoded; an index leaves out what the list names, so no
-plan and no run meets it.
+`index` lists what it cannot read, `validate` what cannot be decoded; an index leaves out what the
+list names, so no plan and no run meets it.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """A sample left out, by whom (`index` or `validate`) and why; no key stands for the rest of the tar."""
+    """A sample left out, by whom (`index` or `validate`) and why; no key stands for the rest of the
+    tar."""
 
     by: str
     key: str
@@ -28,7 +30,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Quarantine:
-    """The list for a shard of `shard_size` bytes; `validated` says how all of it was decoded, if it was."""
+    """The list for a shard of `shard_size` bytes; `validated` says how all of it was decoded, if it
+    was."""
 
     shard_size: int
     entries: list[Entry] = field(default_factory=list)
@@ -39,11 +42,15 @@ class Quarantine:
         keys = json.dumps(sorted(entry.key for entry in self.entries))
         return hashlib.sha256(keys.encode()).hexdigest()
 
-    def replaced(self, by: str, entries: Iterable[Entry], *, validated: dict[str, Any] | None = None) -> "Quarantine":
+    def replaced(
+        self, by: str, entries: Iterable[Entry], *, validated: dict[str, Any] | None = None
+    ) -> "Quarantine":
         """The list with other entries of one of the tools."""
         kept = [entry for entry in self.entries if entry.by != by]
         return Quarantine(
-            shard_size=self.shard_size, entries=sorted([*kept, *entries]), validated=validated or self.validated
+            shard_size=self.shard_size,
+            entries=sorted([*kept, *entries]),
+            validated=validated or self.validated,
         )
 
 
@@ -53,8 +60,8 @@ def quarantine_path(shard: Path) -> Path:
 
 
 def read_quarantine(shard: Path) -> Quarantine:
-    """The list of a shard; an empty one where there is none, or one of an earlier shard of this name: of another size,
-    or older than the shard. DataError if it is damaged.
+    """The list of a shard; an empty one where there is none, or one of an earlier shard of this
+    name: of another size, or older than the shard. DataError if it is damaged.
     """
     path, empty = quarantine_path(shard), Quarantine(shard_size=shard.stat().st_size)
     if not path.exists() or path.stat().st_mtime_ns < shard.stat().st_mtime_ns:
@@ -70,7 +77,8 @@ def read_quarantine(shard: Path) -> Quarantine:
 
 
 def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
-    """Writes the list under a temporary name, then renames it; leaves alone a file that says the same.
+    """Writes the list under a temporary name, then renames it; leaves alone a file that says the
+    same.
 
     It is never older than the shard, whose time may lie ahead.
     """

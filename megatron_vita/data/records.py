@@ -24,25 +24,32 @@ class Kind(IntEnum):
 
 
 def parse_record(data: bytes, name: str) -> dict[str, Any]:
-    """The JSON of a sample, which has `messages` or `text`. DataError naming `name` if it is anything else."""
+    """The JSON of a sample, which has `messages` or `text`. DataError naming `name` if it is
+    anything else."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not (is_raw_text(record) or isinstance(record.get("messages"), list)):
-        raise DataError(f"{name}: a sample is a JSON object with a list of messages, or with a text")
+    if not isinstance(record, dict) or not (
+        is_raw_text(record) or isinstance(record.get("messages"), list)
+    ):
+        raise DataError(
+            f"{name}: a sample is a JSON object with a list of messages, or with a text"
+        )
     for field in ("images", "videos"):
         record[field] = record.get(field) or []
     return record
 
 
 def is_raw_text(record: Mapping[str, Any]) -> bool:
-    """Whether a sample is `{"text": ...}`: a document with loss on every token, split over packs where it is longer."""
+    """Whether a sample is `{"text": ...}`: a document with loss on every token, split over packs
+    where it is longer."""
     return "text" in record and not {"messages", "conversations"} & set(record)
 
 
 def check_record(record: Mapping[str, Any]) -> None:
-    """DataError, naming field and value, unless the sample is a conversation or raw text with a sensible weight."""
+    """DataError, naming field and value, unless the sample is a conversation or raw text with a
+    sensible weight."""
     weight_of(record)
     if not is_raw_text(record):
         check_messages(record)
@@ -51,23 +58,35 @@ def check_record(record: Mapping[str, Any]) -> None:
     if not isinstance(text, str) or not text:
         raise DataError(f"text is {text!r:.80}: a string that is not empty is needed")
     if any(record.get(field) for field in ("images", "videos")):
-        raise DataError("a sample with a text has no images or videos: a conversation (messages) can have them")
+        raise DataError(
+            "a sample with a text has no images or videos: a conversation (messages) can have them"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"text has the lone surrogate {text[error.start]!r} at character {error.start}") from error
+        raise DataError(
+            f"text has the lone surrogate {text[error.start]!r} at character {error.start}"
+        ) from error
 
 
 def weight_of(record: Mapping[str, Any]) -> float:
-    """The factor on the losses of a sample, 1 where it names none. DataError unless it is a number of at least 0."""
+    """The factor on the losses of a sample, 1 where it names none. DataError unless it is a number
+    of at least 0."""
     weight = record.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 <= weight < math.inf
+    ):
         raise DataError(f"weight is {weight!r:.80}: a number of at least 0 is needed")
     return float(weight)
 
 
-def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> list[EncodedTurn]:
-    """A sample's turns in token ids, with the places of its media; raw text is one turn that ends the text."""
+def encode_record(
+    record: Mapping[str, Any], tokenizer: Tokenizer, template: str
+) -> list[EncodedTurn]:
+    """A sample's turns in token ids, with the places of its media; raw text is one turn that ends
+    the text."""
     if is_raw_text(record):
         check_record(record)
         ids = [*tokenizer.encode(record["text"]), tokenizer.special_id(END_OF_TEXT)]

@@ -1,4 +1,5 @@
-"""Copies of remote shards in a local folder of bounded size, shared by all processes of a machine."""
+"""Copies of remote shards in a local folder of bounded size, shared by all processes of a
+machine."""
 
 import errno
 import fcntl
@@ -29,20 +30,25 @@ class _File(NamedTuple):
 class ShardCache:
     """Whole copies of shards; those used least recently go first.
 
-    A copy being written is a `.partial` of the final size, which so is reserved. Its writer holds the lock of its name,
-    which the kernel frees when the process dies. Files are reserved, finished and evicted under the lock `room` alone.
+    A copy being written is a `.partial` of the final size, which so is reserved. Its writer holds
+    the lock of its name, which the kernel frees when the process dies. Files are reserved, finished
+    and evicted under the lock `room` alone.
     """
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         self._folder, self._limit = folder, limit
 
     def open(self, shard: UPath, *, size: int) -> int:
-        """A descriptor of the copy of a shard, which is made now if need be; it can be read though others evict it.
+        """A descriptor of the copy of a shard, which is made now if need be; it can be read though
+        others evict it.
 
-        ShardError if the store does not give the shard, or one of other than `size` bytes; ConfigError if the folder
-        cannot hold it.
+        ShardError if the store does not give the shard, or one of other than `size` bytes;
+        ConfigError if the folder cannot hold it.
         """
-        copy = self._folder / f"{hashlib.sha256(f'{shard} {size}'.encode()).hexdigest()[:16]}-{shard.name}"
+        copy = (
+            self._folder
+            / f"{hashlib.sha256(f'{shard} {size}'.encode()).hexdigest()[:16]}-{shard.name}"
+        )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor = _open_copy(copy)
@@ -73,7 +79,9 @@ class ShardCache:
     def _reserve(self, partial: Path, size: int) -> bool:
         """Evicts what must go and makes the file; False while what others write leaves no room."""
         if size > self._limit:
-            raise ConfigError(f"data.cache_gib is {self._limit / 2**30:g}: a shard of {size} bytes does not fit")
+            raise ConfigError(
+                f"data.cache_gib is {self._limit / 2**30:g}: a shard of {size} bytes does not fit"
+            )
         with self._locked("room"):
             self._remove_abandoned()
             reserved = size + sum(file.size for file in self._files(".partial"))
@@ -144,12 +152,14 @@ def _fill(partial: Path, shard: UPath, size: int) -> None:
                 data = read_range(shard, start, min(start + CHUNK, size))
             file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # since its size is right from the start: a machine that stops must leave no holes
+        # since its size is right from the start: a machine that stops must leave no holes
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def _failures_of(shard: UPath) -> Iterator[None]:
-    """Failures of the store as ShardError: all samples of a shard that cannot be copied are lost, none is damaged."""
+    """Failures of the store as ShardError: all samples of a shard that cannot be copied are lost,
+    none is damaged."""
     try:
         yield
     except FileNotFoundError as error:

@@ -18,7 +18,8 @@ NEAR_BUFFER, FAR_BUFFER = 1 << 17, 1 << 22  # bytes read at once of a file that 
 
 
 class ShardReader:
-    """Keeps the local shards, or copies, of the latest reads open. With a `cache`, copies of remote ones are read."""
+    """Keeps the local shards, or copies, of the latest reads open. With a `cache`, copies of remote
+    ones are read."""
 
     def __init__(self, *, cache: ShardCache | None = None, max_open: int = 64) -> None:
         self._cache, self._max_open = cache, max_open
@@ -26,8 +27,8 @@ class ShardReader:
         self._check_remote = lru_cache(maxsize=4096)(_check_remote)
 
     def read(self, shard: Location, *, member: Member, shard_size: int) -> bytes:
-        """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes of its index;
-        DataError if they cannot be read.
+        """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes
+        of its index; DataError if they cannot be read.
         """
         if not isinstance(shard, Path) and self._cache is None:
             return self._read_remote(shard, member, shard_size)
@@ -35,8 +36,10 @@ class ShardReader:
 
     @contextmanager
     def open(self, shard: Location, *, member: Member, shard_size: int) -> Iterator[IO[bytes]]:
-        """`member` as a file, of which only what is asked for is read and held. Raises as `read` does, in the end also
-        what went wrong in between: decoders take it for damage to the file, and show frames in place of others.
+        """`member` as a file, of which only what is asked for is read and held. Raises as `read`
+        does, in the end also
+        what went wrong in between: decoders take it for damage to the file, and show frames in
+        place of others.
         """
         self.read(shard, member=Member(member.name, member.offset, 0), shard_size=shard_size)
         is_far = not isinstance(shard, Path) and self._cache is None
@@ -53,7 +56,11 @@ class ShardReader:
         assert not isinstance(shard, Path)
         try:
             self._check_remote(shard, shard_size)
-            return read_range(shard, member.offset, member.offset + member.size) if member.size else b""
+            return (
+                read_range(shard, member.offset, member.offset + member.size)
+                if member.size
+                else b""
+            )
         except FileNotFoundError as error:
             raise ShardError(f"{shard}: cannot open the shard: it is not there") from error
         except OSError as error:
@@ -66,14 +73,17 @@ class ShardReader:
         except OSError as error:
             raise DataError(f"{shard}: cannot read {member.name}: {error.strerror}") from error
         if len(data) != member.size:
-            raise DataError(f"{shard}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short")
+            raise DataError(
+                f"{shard}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short"
+            )
         return data
 
     def _open(self, shard: Location, shard_size: int) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
             if is_remote(shard):
-                os.utime(self._files[shard])  # for the cache, which drops what was used least recently
+                # for the cache, which drops what was used least recently
+                os.utime(self._files[shard])
             return self._files[shard]
         descriptor = self._open_anew(shard, shard_size)
         self._close_evicted()
@@ -97,7 +107,8 @@ class ShardReader:
             raise ShardError(f"{shard}: cannot open the shard: {error.strerror}") from error
 
     def _close_evicted(self) -> None:
-        """Closes copies that the cache has dropped: while they are open, they take disk that it counts as free."""
+        """Closes copies that the cache has dropped: while they are open, they take disk that it
+        counts as free."""
         for shard, descriptor in list(self._files.items()):
             if is_remote(shard) and not os.fstat(descriptor).st_nlink:
                 os.close(self._files.pop(shard))
@@ -117,8 +128,15 @@ class ShardReader:
 class _MemberFile(io.RawIOBase):
     """A member of a shard, read part by part."""
 
-    def __init__(self, reader: ShardReader, shard: Location, member: Member, shard_size: int) -> None:
-        self._reader, self._shard, self._member, self._shard_size = reader, shard, member, shard_size
+    def __init__(
+        self, reader: ShardReader, shard: Location, member: Member, shard_size: int
+    ) -> None:
+        self._reader, self._shard, self._member, self._shard_size = (
+            reader,
+            shard,
+            member,
+            shard_size,
+        )
         self._position = 0
         self.failure: VitaError | None = None  # the first
 
@@ -143,7 +161,9 @@ class _MemberFile(io.RawIOBase):
         if size:
             part = Member(self._member.name, self._member.offset + self._position, size)
             try:
-                buffer[:size] = self._reader.read(self._shard, member=part, shard_size=self._shard_size)
+                buffer[:size] = self._reader.read(
+                    self._shard, member=part, shard_size=self._shard_size
+                )
             except VitaError as error:
                 self.failure = self.failure or error
                 raise

@@ -1,7 +1,8 @@
-"""Shards: plain webdataset `.tar` files, written with the same bytes for the same samples, read by byte offset.
+"""Shards: plain webdataset `.tar` files, written with the same bytes for the same samples, read by
+byte offset.
 
-A sample is `{key}.json` (messages, names of its media members, perhaps an id) with `{key}.image0.png`, ...,
-`{key}.video0.mp4`, ... beside it, the media bytes as they were found.
+A sample is `{key}.json` (messages, names of its media members, perhaps an id) with
+`{key}.image0.png`, ..., `{key}.video0.mp4`, ... beside it, the media bytes as they were found.
 """
 
 import json
@@ -37,7 +38,8 @@ class MediaFile(NamedTuple):
 
 
 class SampleWriter:
-    """Writes one shard under a temporary name; leaving the `with` block without an error gives it its own."""
+    """Writes one shard under a temporary name; leaving the `with` block without an error gives it
+    its own."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,7 +51,8 @@ class SampleWriter:
         return self
 
     def write(self, key: str, *, record: dict[str, Any], media: dict[str, list[MediaFile]]) -> None:
-        """Adds a sample. `record` is its JSON without media names; `media` holds the files by kind, in order."""
+        """Adds a sample. `record` is its JSON without media names; `media` holds the files by kind,
+        in order."""
         files: dict[str, bytes] = {}
         names: dict[str, list[str]] = {}
         for kind in MEDIA_KINDS:
@@ -69,7 +72,8 @@ class SampleWriter:
 
 
 class ScannedSample(NamedTuple):
-    """A sample as the headers of a shard tell of it: its members by name; `fault` says why it cannot be used."""
+    """A sample as the headers of a shard tell of it: its members by name; `fault` says why it
+    cannot be used."""
 
     key: str
     members: dict[str, Member]
@@ -77,17 +81,22 @@ class ScannedSample(NamedTuple):
 
 
 def scan_shard(path: Path) -> Iterator[ScannedSample]:
-    """The samples of a shard in file order, from the tar headers alone; members with one key in a row are a sample.
+    """The samples of a shard in file order, from the tar headers alone; members with one key in a
+    row are a sample.
 
-    Keys are what stands before the first dot of a file's name, folders included, as in webdataset. Raises DataError
-    where the tar is damaged or cut short, after the samples that are whole.
+    Keys are what stands before the first dot of a file's name, folders included, as in webdataset.
+    Raises DataError where the tar is damaged or cut short, after the samples that are whole.
     """
     keys: set[str] = set()
     pending: ScannedSample | None = None
     try:
         with tarfile.open(path, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for info in _headers(tar, path.stat().st_size):
-                if (match := MEMBER_NAME.fullmatch(info.name)) is None or META_NAME.match(info.name) or info.isdir():
+                if (
+                    (match := MEMBER_NAME.fullmatch(info.name)) is None
+                    or META_NAME.match(info.name)
+                    or info.isdir()
+                ):
                     continue
                 if pending is None or match[1] != pending.key:
                     if pending is not None:
@@ -97,19 +106,31 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
                 fault = pending.fault or _fault_of_member(info, pending.members)
                 pending.members[info.name] = Member(info.name, info.offset_data, info.size)
                 pending = pending._replace(fault=fault)
-    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError, EOFError) as error:
+    except (
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        EOFError,
+    ) as error:
         behind = f" at sample {pending.key!r:.200}" if pending else ""
-        raise DataError(f"{path}: not a readable .tar shard: {error}{behind}; what follows is lost") from error
+        raise DataError(
+            f"{path}: not a readable .tar shard: {error}{behind}; what follows is lost"
+        ) from error
     if pending is not None:
         yield pending
 
 
 def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar of `size` bytes, none of which is kept. tarfile.ReadError unless they end with zeros."""
+    """The headers of a tar of `size` bytes, none of which is kept. tarfile.ReadError unless they
+    end with zeros."""
     before = -1
     while (info := tar.next()) is not None:
         if not before < tar.offset <= size or info.size < 0:
-            raise tarfile.ReadError(f"the header at byte {info.offset} says that the member has {info.size} bytes")
+            raise tarfile.ReadError(
+                f"the header at byte {info.offset} says that the member has {info.size} bytes"
+            )
         before = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # they would add up to the whole list
         yield info
@@ -117,7 +138,9 @@ def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     tar.fileobj.seek(tar.offset)
     end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
     if end != bytes(2 * tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged" if end else "it is cut short")
+        raise tarfile.ReadError(
+            f"the header at byte {tar.offset} is damaged" if end else "it is cut short"
+        )
 
 
 def _fault_of_key(key: str, earlier: set[str]) -> str:

@@ -1,4 +1,5 @@
-"""Memory that processes share by file descriptor: it has no name, so nothing is left behind, whoever dies when."""
+"""Memory that processes share by file descriptor: it has no name, so nothing is left behind,
+whoever dies when."""
 
 import mmap
 import os
@@ -10,7 +11,8 @@ import numpy as np
 
 
 class SharedArray:
-    """A uint8 array that is filled by one process and sent to another without a copy. It must be closed."""
+    """A uint8 array that is filled by one process and sent to another without a copy. It must be
+    closed."""
 
     def __init__(self) -> None:
         self._descriptor = -1
@@ -45,7 +47,8 @@ def receive_array(pipe: Connection, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class SharedFile:
-    """Bytes that other processes read as a file. The memory goes with the object and its last reader."""
+    """Bytes that other processes read as a file. The memory goes with the object and its last
+    reader."""
 
     def __init__(self, data: bytes) -> None:
         self._file = os.fdopen(os.memfd_create("media", os.MFD_CLOEXEC), "wb")
@@ -61,6 +64,7 @@ def receive_file(pipe: Connection) -> IO[bytes]:
     """The file that the other end sends, to be read and closed."""
     descriptor = recv_handle(pipe)
     try:
-        return open(f"/proc/self/fd/{descriptor}", "rb")  # a place of its own in the file, which processes would share
+        # a place of its own in the file, which processes would share
+        return open(f"/proc/self/fd/{descriptor}", "rb")
     finally:
         os.close(descriptor)

@@ -39,7 +39,10 @@ class Source:
     @property
     def contents(self) -> dict[str, str]:
         """The shards' names, with the fingerprints of their indexes."""
-        return {shard.name: header.fingerprint for shard, header in zip(self.shards, self.headers, strict=True)}
+        return {
+            shard.name: header.fingerprint
+            for shard, header in zip(self.shards, self.headers, strict=True)
+        }
 
     @property
     def ratio(self) -> float:
@@ -52,12 +55,14 @@ class Source:
         return self.config.cap
 
 
-def open_split(recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share: tuple[int, int] | None) -> PackStream:
+def open_split(
+    recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share: tuple[int, int] | None
+) -> PackStream:
     """The packs of a recipe's training or validation data, as its plan has them.
 
-    `tile_share` is (rank, ranks) of the ranks that share a pack's tiles, None for ranks that need none. Raises
-    ConfigError if the recipe names no data or plan, DataError if shards, indexes or plan are missing or do not fit
-    the recipe; both say what to run.
+    `tile_share` is (rank, ranks) of the ranks that share a pack's tiles, None for ranks that need
+    none. Raises ConfigError if the recipe names no data or plan, DataError if shards, indexes or
+    plan are missing or do not fit the recipe; both say what to run.
     """
     path = plan_path(recipe, split)
     sources = find_sources(recipe, split, tokenizer=tokenizer)
@@ -75,13 +80,22 @@ def open_split(recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share
 def plan_path(recipe: Recipe, split: Split) -> Path:
     """The plan file of a split. ConfigError if the recipe names no plan folder."""
     if not recipe.data.plan:
-        raise ConfigError("data.plan is empty: name the folder that `python -m data_tools plan RECIPE` writes")
+        raise ConfigError(
+            "data.plan is empty: name the folder that `python -m data_tools plan RECIPE` writes"
+        )
     return Path(recipe.data.plan) / f"{split}.arrow"
 
 
-def document_format(recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetConfig | None = None) -> DocumentFormat:
-    """What a recipe says about turning samples into documents; those of `dataset`, which may have limits of its own."""
-    own = {} if dataset is None else {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
+def document_format(
+    recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetConfig | None = None
+) -> DocumentFormat:
+    """What a recipe says about turning samples into documents; those of `dataset`, which may have
+    limits of its own."""
+    own = (
+        {}
+        if dataset is None
+        else {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
+    )
     return DocumentFormat(
         tokenizer=tokenizer,
         template=recipe.text.template,
@@ -94,10 +108,11 @@ def document_format(recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetCon
 
 
 def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[Source]:
-    """The datasets of a split with their shards. Reads footers of indexes only, of remote ones many at a time.
+    """The datasets of a split with their shards. Reads footers of indexes only, of remote ones many
+    at a time.
 
-    ConfigError if there is no dataset or a glob finds no shard; DataError if an index is missing or of another
-    tokenizer or template.
+    ConfigError if there is no dataset or a glob finds no shard; DataError if an index is missing or
+    of another tokenizer or template.
     """
     datasets: list[DatasetConfig] = getattr(recipe.data, split)
     if not datasets:
@@ -113,7 +128,8 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
 
 
 def find_shards(dataset: DatasetConfig) -> list[Location]:
-    """A dataset's shards, sorted by name. ConfigError if its glob finds none or finds two of one name."""
+    """A dataset's shards, sorted by name. ConfigError if its glob finds none or finds two of one
+    name."""
     paths = sorted(find_files(dataset.shards), key=lambda path: path.name)
     if not paths:
         raise ConfigError(
@@ -122,13 +138,19 @@ def find_shards(dataset: DatasetConfig) -> list[Location]:
     names = [path.name for path in paths]
     for path, following in itertools.pairwise(paths):
         if path.name == following.name:
-            raise ConfigError(f"dataset {dataset.name}: two shards are called {path.name}: {path} and {following}")
+            raise ConfigError(
+                f"dataset {dataset.name}: two shards are called {path.name}: {path} and {following}"
+            )
     if wrong := [name for name in names if not name.endswith(".tar")]:
-        raise ConfigError(f"dataset {dataset.name}: {dataset.shards} finds {wrong[0]}, which is not a .tar shard")
+        raise ConfigError(
+            f"dataset {dataset.name}: {dataset.shards} finds {wrong[0]}, which is not a .tar shard"
+        )
     return paths
 
 
-def plan_stamp(recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: Sequence[Source]) -> dict[str, Any]:
+def plan_stamp(
+    recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: Sequence[Source]
+) -> dict[str, Any]:
     """Every input that a split's plan is a function of, by the recipe's own field names."""
     data, media, vision = recipe.data, recipe.media, recipe.model.vision
     stamp = {
@@ -140,8 +162,12 @@ def plan_stamp(recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: S
         "data.shuffle_window": data.shuffle_window,
         "data.overlong": data.overlong,
         "data.packing_scope": data.packing_scope,
-        "training.global_batch_size": recipe.training.global_batch_size if data.group_by_cost else "any",
-        "data.group_by_cost (FLOPs)": list(forward_weights(recipe)) if data.group_by_cost else "none",
+        "training.global_batch_size": recipe.training.global_batch_size
+        if data.group_by_cost
+        else "any",
+        "data.group_by_cost (FLOPs)": list(forward_weights(recipe))
+        if data.group_by_cost
+        else "none",
         "model.text_only": recipe.model.text_only,
         "media.tiling": media.tiling,
         "media.grids": media.grids,
@@ -160,7 +186,10 @@ def plan_stamp(recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: S
 
 
 def _fingerprints(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str]:
-    return {f"{name}_fingerprint": value for name, value in text_stamp(tokenizer, recipe.text.template).items()}
+    return {
+        f"{name}_fingerprint": value
+        for name, value in text_stamp(tokenizer, recipe.text.template).items()
+    }
 
 
 def _source_stamp(source: Source) -> dict[str, Any]:

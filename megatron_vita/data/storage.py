@@ -1,7 +1,7 @@
 """Where shards lie: on local disks or, through fsspec, in object stores; parts of files.
 
-A name with a scheme (`s3://bucket/mix/*.tar`) is remote. Credentials and endpoints are those of the environment, as
-fsspec and the store's own library read them.
+A name with a scheme (`s3://bucket/mix/*.tar`) is remote. Credentials and endpoints are those of the
+environment, as fsspec and the store's own library read them.
 """
 
 import glob
@@ -27,18 +27,23 @@ def is_remote(location: Location) -> bool:
 
 
 def find_files(pattern: str) -> list[Location]:
-    """The files that a glob finds. ConfigError if its scheme is unknown or its store cannot be listed."""
+    """The files that a glob finds. ConfigError if its scheme is unknown or its store cannot be
+    listed."""
     if "://" not in pattern:
         return [Path(path) for path in glob.glob(pattern, recursive=True)]
     try:
         store, inner = fsspec.core.url_to_fs(pattern)
-        return [UPath(store.unstrip_protocol(path)) for path in _patiently(lambda: store.glob(inner), pattern)]
+        return [
+            UPath(store.unstrip_protocol(path))
+            for path in _patiently(lambda: store.glob(inner), pattern)
+        ]
     except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"{pattern}: cannot be listed: {error}") from error
 
 
 def read_range(location: UPath, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` of a remote file, tried again where the store fails. OSError if it goes on failing."""
+    """Bytes `start` to `stop` of a remote file, tried again where the store fails. OSError if it
+    goes on failing."""
 
     def read() -> bytes:
         data = location.fs.cat_file(location.path, start=start, end=stop)
@@ -68,7 +73,8 @@ def file_size(location: Location) -> int:
 
 
 def _patiently[T](action: Callable[[], T], name: str) -> T:
-    """Tries again after failures that may pass, of which stores have many kinds. OSError in the end."""
+    """Tries again after failures that may pass, of which stores have many kinds. OSError in the
+    end."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
@@ -76,7 +82,9 @@ def _patiently[T](action: Callable[[], T], name: str) -> T:
             raise
         except Exception as error:
             if attempt == ATTEMPTS - 1:
-                raise OSError(0, f"{type(error).__name__}: {error} ({ATTEMPTS} attempts)") from error
+                raise OSError(
+                    0, f"{type(error).__name__}: {error} ({ATTEMPTS} attempts)"
+                ) from error
             logger.info("%s: %s: %s; trying again", name, type(error).__name__, error)
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
@@ -94,5 +102,7 @@ def check_size(shard: Location, found: int, planned: int) -> None:
 def refuse_remote(location: Location, what: str) -> Path:
     """The path of a local file. DataError, saying `what` cannot be done, for a remote one."""
     if not isinstance(location, Path):
-        raise DataError(f"{location}: {what} needs shards on a local disk; do it before they are uploaded")
+        raise DataError(
+            f"{location}: {what} needs shards on a local disk; do it before they are uploaded"
+        )
     return location

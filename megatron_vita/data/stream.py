@@ -1,4 +1,5 @@
-"""`PackStream`: from a pack's number to its Batch, reading only that pack and decoding only this rank's tiles."""
+"""`PackStream`: from a pack's number to its Batch, reading only that pack and decoding only this
+rank's tiles."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -54,9 +55,10 @@ class _Pack:
 class PackStream(Dataset):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
-    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the fingerprints that their
-    indexes had when it was opened, `forms[dataset]` what their samples become. `tile_share` is (rank, ranks) of the
-    ranks that share a pack's tiles; None decodes no tile, for ranks that hold no vision tower.
+    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the
+    fingerprints that their indexes had when it was opened, `forms[dataset]` what their samples
+    become. `tile_share` is (rank, ranks) of the ranks that share a pack's tiles; None decodes no
+    tile, for ranks that hold no vision tower.
     """
 
     def __init__(
@@ -93,17 +95,23 @@ class PackStream(Dataset):
         *,
         skip: Collection[int] = (),
         progress: Callable[[int], None] = lambda document: None,
-        allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda shape: np.empty(shape, dtype=np.uint8),
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda shape: np.empty(
+            shape, dtype=np.uint8
+        ),
     ) -> ReadPack:
-        """Reads one pack. What is there of documents that cannot be read, or are to be skipped, is not the same on all
+        """Reads one pack. What is there of documents that cannot be read, or are to be skipped, is
+        not the same on all
         ranks yet: `mask_documents` makes it so.
 
-        `progress` is told the document about to be read, before each of its files; `allocate` gives the array for the
-        tiles. DataError if a shard or an index is missing or does not fit the plan.
+        `progress` is told the document about to be read, before each of its files; `allocate` gives
+        the array for the tiles. DataError if a shard or an index is missing or does not fit the
+        plan.
         """
         entries = self.plan.pack(pack_id)
         if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
-            raise ShardError(f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has")
+            raise ShardError(
+                f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has"
+            )
         rows = [self._row(entry) for entry in entries]
         pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
         documents = [self._document(pack, i) for i in range(len(entries))]
@@ -123,7 +131,8 @@ class PackStream(Dataset):
         return ReadPack(batch, pack.damages)
 
     def documents(self, pack_id: int) -> list[Document]:
-        """The documents of a pack, without their tiles. DataError naming shard and key of one that cannot be read."""
+        """The documents of a pack, without their tiles. DataError naming shard and key of one that
+        cannot be read."""
         entries = self.plan.pack(pack_id)
         return [self._build(entry, self._row(entry)) for entry in entries]
 
@@ -134,7 +143,8 @@ class PackStream(Dataset):
         return Damage(pack_id, document, shard.name, self._row(entry).key, reason)
 
     def fits(self, damage: Damage) -> bool:
-        """Whether an event is of the sample that the plan has in its place: it may be of the plan before."""
+        """Whether an event is of the sample that the plan has in its place: it may be of the plan
+        before."""
         entries = self.plan.pack(damage.pack) if 0 <= damage.pack < len(self) else []
         if not 0 <= damage.document < len(entries) or min(entries[damage.document][:2]) < 0:
             return False
@@ -150,7 +160,9 @@ class PackStream(Dataset):
     def _document(self, pack: "_Pack", i: int) -> Document:
         entry, row = pack.entries[i], pack.rows[i]
         form = self.forms[entry.dataset]
-        document = None if i in pack.skip else self._attempt(pack, i, lambda: self._build(entry, row))
+        document = (
+            None if i in pack.skip else self._attempt(pack, i, lambda: self._build(entry, row))
+        )
         if document is None:
             return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, form=form)
         if row.is_text and (entry.start or entry.tokens < len(document)):
@@ -160,7 +172,8 @@ class PackStream(Dataset):
         return document
 
     def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
-        """The whole document of a sample. A long text is kept, since a pack of its other parts may come soon."""
+        """The whole document of a sample. A long text is kept, since a pack of its other parts may
+        come soon."""
         if not row.is_text or entry.tokens >= sum(tokens for _, tokens in row.pieces):
             return self._build_anew(entry, row)
         place = (entry.dataset, entry.shard, entry.row)
@@ -173,11 +186,14 @@ class PackStream(Dataset):
 
     def _build_anew(self, entry: DocumentEntry, row: SampleRow) -> Document:
         name = f"{self._shard(entry)} sample {row.key}"
-        record = parse_record(row.record.encode() or self._read(entry, row, f"{row.key}.json"), name)
+        record = parse_record(
+            row.record.encode() or self._read(entry, row, f"{row.key}.json"), name
+        )
         return build_document(record, row, form=self.forms[entry.dataset])
 
     def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:
-        """What `read` gives of document `i`; where the data cannot be read, notes the damage and gives None."""
+        """What `read` gives of document `i`; where the data cannot be read, notes the damage and
+        gives None."""
         pack.progress(i)
         try:
             return read()
@@ -190,8 +206,11 @@ class PackStream(Dataset):
             pack.damages.append(Damage(pack.id, i, shard.name, key, reason))
             return None
 
-    def _decode(self, pack: "_Pack", documents: list[Document], wanted: np.ndarray, tiles: np.ndarray) -> None:
-        """Fills `tiles` with those `wanted` of the pack, but for those of documents that cannot be read."""
+    def _decode(
+        self, pack: "_Pack", documents: list[Document], wanted: np.ndarray, tiles: np.ndarray
+    ) -> None:
+        """Fills `tiles` with those `wanted` of the pack, but for those of documents that cannot be
+        read."""
         first = 0
         for i, document in enumerate(documents):
             for medium in document.media:
@@ -200,14 +219,27 @@ class PackStream(Dataset):
                 first += medium.num_tiles
                 if len(mine) and i not in pack.skip:
                     part = range(mine[0], mine[-1] + 1)
-                    self._attempt(pack, i, partial(self._decode_medium, pack, i, medium, part, tiles[start:stop]))
+                    self._attempt(
+                        pack,
+                        i,
+                        partial(self._decode_medium, pack, i, medium, part, tiles[start:stop]),
+                    )
 
-    def _decode_medium(self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray) -> None:
+    def _decode_medium(
+        self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray
+    ) -> None:
         entry = pack.entries[i]
         shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
         name = f"{self._shard(entry)} {medium.member}"
         with self._reader.open(shard, member=member, shard_size=self._shard_size(entry)) as file:
-            decode_tiles(medium, file, name=name, tiles=part, form=self.forms[entry.dataset].tile_format, out=out)
+            decode_tiles(
+                medium,
+                file,
+                name=name,
+                tiles=part,
+                form=self.forms[entry.dataset].tile_format,
+                out=out,
+            )
 
     def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
         shard, member = self._shard(entry), self._member(entry, row, name)
@@ -215,7 +247,9 @@ class PackStream(Dataset):
 
     def _member(self, entry: DocumentEntry, row: SampleRow, name: str) -> Member:
         if name not in row.members:
-            raise DataError(f"{self._shard(entry)} sample {row.key}: the index has no member {name}")
+            raise DataError(
+                f"{self._shard(entry)} sample {row.key}: the index has no member {name}"
+            )
         return row.members[name]
 
     def _shard(self, entry: DocumentEntry) -> Location:
@@ -229,10 +263,14 @@ class PackStream(Dataset):
 
     def _open_caches(self) -> None:
         data = self._data
-        cache = ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
+        cache = (
+            ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
+        )
         self._reader = ShardReader(cache=cache)
         self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
-        self._long_texts: LRUCache[tuple[int, int, int], Document] = LRUCache(LONG_TEXT_BYTES, getsizeof=_bytes_of)
+        self._long_texts: LRUCache[tuple[int, int, int], Document] = LRUCache(
+            LONG_TEXT_BYTES, getsizeof=_bytes_of
+        )
 
     def _read_index(self, dataset: int, shard: int) -> SampleIndex:
         path = index_path(self._shards[dataset][shard])

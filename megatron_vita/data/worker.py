@@ -1,7 +1,7 @@
 """What a reader process does: takes tasks from a pipe, shows what it works on, sends packs back.
 
-Tiles are decoded into shared memory that has no name, so that nothing is copied and nothing is left behind, whoever
-dies when.
+Tiles are decoded into shared memory that has no name, so that nothing is copied and nothing is left
+behind, whoever dies when.
 """
 
 import pickle
@@ -83,7 +83,8 @@ Message = Ready | Failure | SentPack
 
 
 def tell(pipe: Connection, message: Message) -> None:
-    """Sends a message by value: torch's own way through a pipe needs room in /dev/shm and a living sender."""
+    """Sends a message by value: torch's own way through a pipe needs room in /dev/shm and a living
+    sender."""
     pipe.send_bytes(pickle.dumps(message, protocol=5))
 
 
@@ -115,18 +116,24 @@ def _unpickled(pickled: bytes) -> PackStream | VitaError:
         return error.with_traceback(None)
 
 
-def _answer(pipe: Connection, stream: PackStream | VitaError, task: PackTask, progress: Progress) -> None:
+def _answer(
+    pipe: Connection, stream: PackStream | VitaError, task: PackTask, progress: Progress
+) -> None:
     memory = SharedArray()
     try:
         if isinstance(stream, VitaError):
             raise stream
-        batch, damages = stream.read(task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate)
+        batch, damages = stream.read(
+            task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate
+        )
     except VitaError as error:
         tell(pipe, Failure(error.with_traceback(None), ""))
     except Exception:  # a mistake of ours, shown by the parent
         tell(pipe, Failure(None, traceback.format_exc()))
     else:
-        tell(pipe, SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape)))
+        tell(
+            pipe, SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape))
+        )
         memory.send(pipe)
     finally:
         memory.close()

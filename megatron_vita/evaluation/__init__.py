@@ -1,1 +1,2 @@
-"""What a model can do: needles in haystacks of pages, held-out questions, adapters to public harnesses."""
+"""What a model can do: needles in haystacks of pages, held-out questions, adapters to public
+harnesses."""

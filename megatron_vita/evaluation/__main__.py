@@ -21,10 +21,14 @@ app = typer.Typer(
     help="Measure what a checkpoint, or a model behind --server URL, can do. A run that was cut short goes on.",
 )
 
-Checkpoint = Annotated[Path | None, typer.Argument(help="A checkpoint, or a folder of checkpoints: its newest.")]
+Checkpoint = Annotated[
+    Path | None, typer.Argument(help="A checkpoint, or a folder of checkpoints: its newest.")
+]
 Server = Annotated[str | None, typer.Option(help="Base URL of a server, instead of a checkpoint.")]
 Model = Annotated[str | None, typer.Option(help="Which of the server's models; its first.")]
-Out = Annotated[Path, typer.Option(help="Folder of results, and of those of an earlier run that is taken up.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder of results, and of those of an earlier run that is taken up.")
+]
 
 
 @app.command()
@@ -34,16 +38,28 @@ def needle(
     server: Server = None,
     model: Model = None,
     pages: Annotated[str, typer.Option(help="Lengths of haystacks in pages, as 1,8,64.")] = "",
-    lengths: Annotated[str, typer.Option(help="Lengths in tokens, as 4k,32k,1m (of 1024); checkpoints only.")] = "",
-    depths: Annotated[int, typer.Option(min=1, help="Depths, evenly from the first page to the last.")] = 11,
+    lengths: Annotated[
+        str, typer.Option(help="Lengths in tokens, as 4k,32k,1m (of 1024); checkpoints only.")
+    ] = "",
+    depths: Annotated[
+        int, typer.Option(min=1, help="Depths, evenly from the first page to the last.")
+    ] = 11,
     needles: Annotated[int, typer.Option(min=1, help="Questions of each length and depth.")] = 3,
     seed: Annotated[int, typer.Option(help="Of codes, names, and places.")] = 0,
-    text: Annotated[list[Path] | None, typer.Option(help="Text of the haystack (may be repeated).")] = None,
-    media: Annotated[str, typer.Option(help="Pages as images, or as frames of one video.")] = "images",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text of the haystack (may be repeated).")
+    ] = None,
+    media: Annotated[
+        str, typer.Option(help="Pages as images, or as frames of one video.")
+    ] = "images",
     page_size: Annotated[int, typer.Option(help="Width and height of a page in pixels.")] = 448,
-    font: Annotated[str, typer.Option(help="Font of even width: a family, or a file.")] = "DejaVu Sans Mono",
+    font: Annotated[
+        str, typer.Option(help="Font of even width: a family, or a file.")
+    ] = "DejaVu Sans Mono",
     font_size: Annotated[int, typer.Option(min=4, help="Pixels.")] = 16,
-    shared: Annotated[bool, typer.Option("--shared", help="Needles of all depths in one haystack.")] = False,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Needles of all depths in one haystack.")
+    ] = False,
     at_once: Annotated[int, typer.Option(min=1, help="Prompts under way at a time.")] = 1,
 ) -> None:
     """Hide codes on pages of text, ask for them, and draw a heat map of what was found."""
@@ -52,35 +68,51 @@ def needle(
     from megatron_vita.evaluation.pages import Book, PageStyle, read_text
 
     style = PageStyle(size=page_size, font=font, font_size=font_size)
-    haystack = Haystack(book=Book(read_text(text or ()), style=style), seed=seed, media=media, shared=shared)
+    haystack = Haystack(
+        book=Book(read_text(text or ()), style=style), seed=seed, media=media, shared=shared
+    )
     counts = [_number(word, "pages") for word in pages.split(",") if word]
     tokens = [_number(word, "lengths") for word in lengths.split(",") if word]
     if bool(counts) == bool(tokens):
         raise ConfigError("either --pages or --lengths must say how long the haystacks are")
     if tokens and server is not None:
-        raise ConfigError("--lengths needs a checkpoint, whose recipe tells the tokens of a page: give --pages")
+        raise ConfigError(
+            "--lengths needs a checkpoint, whose recipe tells the tokens of a page: give --pages"
+        )
     answerer, name = _answerer(checkpoint, server=server, model=model, at_once=at_once)
     known: dict[int, int] = {}
     if isinstance(answerer, EngineAnswerer):
         form = answerer.engine.form  # type: ignore[attr-defined]
         counts += [pages_within(length, form=form, style=style, media=media) for length in tokens]
-        known = {count: count_tokens(count, form=form, style=style, media=media) for count in counts}
+        known = {
+            count: count_tokens(count, form=form, style=style, media=media) for count in counts
+        }
     places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
     grid = Grid(pages=sorted(set(counts)), depths=places, needles=needles, tokens=known)
     report = run_needles(answerer, haystack=haystack, grid=grid, folder=out, model=name)
-    typer.echo(f"{report['right']} of {report['asked']} codes found; {out / 'report.md'}, {out / 'heat_map.png'}")
+    typer.echo(
+        f"{report['right']} of {report['asked']} codes found; {out / 'report.md'}, {out / 'heat_map.png'}"
+    )
 
 
 @app.command()
 def questions(
-    samples: Annotated[Path, typer.Argument(help="Chat JSONL; last assistant turns are the right answers.")],
+    samples: Annotated[
+        Path, typer.Argument(help="Chat JSONL; last assistant turns are the right answers.")
+    ],
     out: Out,
     checkpoint: Checkpoint = None,
     server: Server = None,
     model: Model = None,
-    metric: Annotated[str, typer.Option(help="exact, contains (both normalised) or letter (of an option).")] = "exact",
-    group: Annotated[str | None, typer.Option(help="Field of the samples by which answers are counted apart.")] = None,
-    media: Annotated[Path | None, typer.Option(help="Where relative media paths begin; at the JSONL's folder.")] = None,
+    metric: Annotated[
+        str, typer.Option(help="exact, contains (both normalised) or letter (of an option).")
+    ] = "exact",
+    group: Annotated[
+        str | None, typer.Option(help="Field of the samples by which answers are counted apart.")
+    ] = None,
+    media: Annotated[
+        Path | None, typer.Option(help="Where relative media paths begin; at the JSONL's folder.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
     at_once: Annotated[int, typer.Option(min=1, help="Prompts under way at a time.")] = 16,
 ) -> None:
@@ -91,12 +123,19 @@ def questions(
     answerer, name = _answerer(checkpoint, server=server, model=model, at_once=at_once)
     settings = {"model": name, "samples": hashlib.sha256(samples.read_bytes()).hexdigest()[:16]}
     report = run_questions(
-        answerer, held_out, metric=metric, folder=out, max_new_tokens=max_new_tokens, settings=settings
+        answerer,
+        held_out,
+        metric=metric,
+        folder=out,
+        max_new_tokens=max_new_tokens,
+        settings=settings,
     )
     typer.echo(f"{report['all']['right']} of {report['all']['asked']} right; {out / 'report.md'}")
 
 
-def _answerer(checkpoint: Path | None, *, server: str | None, model: str | None, at_once: int) -> tuple[Answerer, str]:
+def _answerer(
+    checkpoint: Path | None, *, server: str | None, model: str | None, at_once: int
+) -> tuple[Answerer, str]:
     """Who answers, and its name in results."""
     if (checkpoint is None) == (server is None):
         raise ConfigError("either a checkpoint or a --server must answer")
@@ -115,7 +154,9 @@ def _number(word: str, option: str) -> int:
     """A whole number, in which k stands for 1024 and m for 1024 x 1024."""
     found = re.fullmatch(r"([1-9]\d*)([km]?)", word.strip().lower())
     if found is None:
-        raise ConfigError(f"--{option} has {word!r}: whole numbers from 1 are needed, as 512 or 32k or 1m")
+        raise ConfigError(
+            f"--{option} has {word!r}: whole numbers from 1 are needed, as 512 or 32k or 1m"
+        )
     return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2]]
 
 

@@ -47,7 +47,9 @@ class EngineAnswerer:
         """See `Answerer`."""
         for batch in batched(prompts, self.at_once):
             try:
-                yield from [_reply(answer) for answer in self.engine.generate(batch, sampling=sampling)]
+                yield from [
+                    _reply(answer) for answer in self.engine.generate(batch, sampling=sampling)
+                ]
             except DataError:
                 for prompt in batch:  # one of them is refused: which?
                     yield self._answer(prompt, sampling)
@@ -60,7 +62,8 @@ class EngineAnswerer:
 
 
 def _reply(answer: Answer) -> Reply:
-    """What an engine cannot finish (media that turn out to be damaged) is refused like what it does not begin."""
+    """What an engine cannot finish (media that turn out to be damaged) is refused like what it does
+    not begin."""
     if answer.finish == "model_error":
         raise LogitsError(answer.error)
     return Reply(error=answer.error) if answer.finish == "error" else Reply(text=answer.text)

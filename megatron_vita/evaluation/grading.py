@@ -11,23 +11,28 @@ _LETTER_FIRST = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:,](?=\s))")
 _LETTER_NAMED = re.compile(
     r"""\b(?i:(?:answer|option|choice)(?:\s+is)?|it(?:\s+is|'s))\s*:?\s*
     (?: \(([A-Za-z])\) | ([A-Za-z])(?=[.)]?\s*$) | ([B-HJ-Z])(?![\w'])
-      | ([AI])(?![\w'])(?!\s+(?!or\b|and\b|but\b|as\b|because\b|since\b)[a-z]) )""",  # A and I may be words
+      # A and I may be words
+      | ([AI])(?![\w'])(?!\s+(?!or\b|and\b|but\b|as\b|because\b|since\b)[a-z]) )""",
     re.VERBOSE,
 )
 
 
 def same_digits(answer: str, reference: str) -> bool:
-    """Whether an answer has these digits and no others, in whatever script and however they are grouped."""
+    """Whether an answer has these digits and no others, in whatever script and however they are
+    grouped."""
     return digits_of(answer) == digits_of(reference) != ""
 
 
 def digits_of(text: str) -> str:
     """All digits of a text in their order, as 0-9."""
-    return "".join(str(digit) for char in text if (digit := unicodedata.decimal(char, None)) is not None)
+    return "".join(
+        str(digit) for char in text if (digit := unicodedata.decimal(char, None)) is not None
+    )
 
 
 def normalized(text: str) -> str:
-    """A text without what answers of one meaning differ in: case, articles, punctuation, spaces, letter width.
+    """A text without what answers of one meaning differ in: case, articles, punctuation, spaces,
+    letter width.
 
     Punctuation inside a word stays (3.5, don't). A text of nothing else is left as it is.
     """
@@ -57,7 +62,8 @@ def same_letter(answer: str, reference: str) -> bool:
 def choice_letter(text: str) -> str | None:
     """The letter of the option that an answer chooses; None where it names none, or several.
 
-    Read are a letter alone (B, (B), B.), a letter that opens the answer (B) a cat, B. a cat), and a named one (the
+    Read are a letter alone (B, (B), B.), a letter that opens the answer (B) a cat, B. a cat), and a
+    named one (the
     answer is B, Option: (B)). A word that happens to be a letter, as in "A cat", is none.
     """
     text = text.strip()

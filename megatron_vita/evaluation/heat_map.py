@@ -9,7 +9,12 @@ LIGHT = (0.2, 0.8)  # shares whose cells are so dark outside of these that their
 
 
 def draw_heat_map(
-    path: Path, *, shares: Sequence[Sequence[float]], lengths: Sequence[str], depths: Sequence[float], title: str
+    path: Path,
+    *,
+    shares: Sequence[Sequence[float]],
+    lengths: Sequence[str],
+    depths: Sequence[float],
+    title: str,
 ) -> None:
     """Writes a PNG; `shares` are by depth, then by length."""
     size = (max(5.0, 2.4 + 0.85 * len(lengths)), max(3.0, 1.9 + 0.42 * len(depths)))
@@ -19,7 +24,9 @@ def draw_heat_map(
     for row, by_length in enumerate(shares):
         for column, share in enumerate(by_length):
             color = "black" if LIGHT[0] <= share <= LIGHT[1] else "white"
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=9)
+            axes.text(
+                column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=9
+            )
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
     axes.set_xticks([x - 0.5 for x in range(1, len(lengths))], minor=True)
@@ -29,5 +36,7 @@ def draw_heat_map(
     axes.spines[:].set_visible(False)
     axes.set(xlabel="length of the prompt", ylabel="depth of the needle")
     axes.set_title(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label="codes found, %", format=lambda share, _: f"{100 * share:.0f}")
+    figure.colorbar(
+        image, ax=axes, label="codes found, %", format=lambda share, _: f"{100 * share:.0f}"
+    )
     figure.savefig(path)

@@ -20,7 +20,8 @@ WRONG_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Lengths in pages, depths from 0 to 1, and needles of a cell; `tokens` of so many pages, where they are known."""
+    """Lengths in pages, depths from 0 to 1, and needles of a cell; `tokens` of so many pages, where
+    they are known."""
 
     pages: Sequence[int]
     depths: Sequence[float]
@@ -37,8 +38,11 @@ class Grid:
         ]
 
 
-def run_needles(answerer: Answerer, *, haystack: Haystack, grid: Grid, folder: Path, model: str) -> dict[str, Any]:
-    """Answers what `folder` does not have yet, writes its report and heat map, and gives the report."""
+def run_needles(
+    answerer: Answerer, *, haystack: Haystack, grid: Grid, folder: Path, model: str
+) -> dict[str, Any]:
+    """Answers what `folder` does not have yet, writes its report and heat map, and gives the
+    report."""
     settings = _settings(haystack, grid, model)
     log = ResultLog(folder / "needles.jsonl", settings=settings)
 
@@ -47,10 +51,20 @@ def run_needles(answerer: Answerer, *, haystack: Haystack, grid: Grid, folder: P
 
         def row(reply: Reply) -> Row:
             right = same_digits(reply.text, needle.code)
-            graded = {"code": needle.code, "answer": reply.text, "right": right, "prompt_tokens": reply.prompt_tokens}
+            graded = {
+                "code": needle.code,
+                "answer": reply.text,
+                "right": right,
+                "prompt_tokens": reply.prompt_tokens,
+            }
             return {**asdict(cell), "page": cell.page, "name": needle.name, **graded}
 
-        return Task(key=cell.key, prompt=lambda: haystack.prompt(cell, depths=grid.depths), row=row, work=cell.pages)
+        return Task(
+            key=cell.key,
+            prompt=lambda: haystack.prompt(cell, depths=grid.depths),
+            row=row,
+            work=cell.pages,
+        )
 
     rows = run_tasks(
         [task(cell) for cell in grid.cells()],
@@ -72,11 +86,15 @@ def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path
         "refused": sum("error" in row for row in rows),
         "lengths": lengths,
         "depths": list(grid.depths),
-        "shares": [[_share(rows, length["pages"], depth) for length in lengths] for depth in grid.depths],
+        "shares": [
+            [_share(rows, length["pages"], depth) for length in lengths] for depth in grid.depths
+        ],
         "settings": settings,
         "wrong": [row for row in rows if not row["right"]][:WRONG_SHOWN],
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
     draw_heat_map(
         folder / "heat_map.png",
@@ -103,9 +121,17 @@ def _settings(haystack: Haystack, grid: Grid, model: str) -> Row:
 
 
 def _length(pages: int, rows: Sequence[Row], grid: Grid) -> Row:
-    """A column: its pages, and its prompts' tokens: the median of what was told, or else what the grid knows."""
-    tokens = [row["prompt_tokens"] for row in rows if row["pages"] == pages and row["prompt_tokens"] is not None]
-    return {"pages": pages, "tokens": int(statistics.median(tokens)) if tokens else grid.tokens.get(pages)}
+    """A column: its pages, and its prompts' tokens: the median of what was told, or else what the
+    grid knows."""
+    tokens = [
+        row["prompt_tokens"]
+        for row in rows
+        if row["pages"] == pages and row["prompt_tokens"] is not None
+    ]
+    return {
+        "pages": pages,
+        "tokens": int(statistics.median(tokens)) if tokens else grid.tokens.get(pages),
+    }
 
 
 def _share(rows: Sequence[Row], pages: int, depth: float) -> float:
@@ -115,7 +141,10 @@ def _share(rows: Sequence[Row], pages: int, depth: float) -> float:
 
 def _label(length: Row) -> str:
     """A length in words: 512, 32K, 1M tokens (of 1024), and the pages."""
-    tokens, pages = length["tokens"], f"{length['pages']:,} pages" if length["pages"] > 1 else "1 page"
+    tokens, pages = (
+        length["tokens"],
+        f"{length['pages']:,} pages" if length["pages"] > 1 else "1 page",
+    )
     if tokens is None:
         return pages
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
@@ -139,9 +168,17 @@ def _markdown(report: dict[str, Any]) -> str:
     for depth, shares in zip(report["depths"], report["shares"], strict=True):
         lines.append(f"| {depth:.0%} | {' | '.join(f'{share:.0%}' for share in shares)} |")
     lines += ["", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in report["settings"].items() if name != "depths"]
+    lines += [
+        f"| {name} | {value} |" for name, value in report["settings"].items() if name != "depths"
+    ]
     if report["wrong"]:
-        lines += ["", "Not found (the first):", "", "| pages | depth | code | answer |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "Not found (the first):",
+            "",
+            "| pages | depth | code | answer |",
+            "|---|---|---|---|",
+        ]
     for row in report["wrong"]:
         said = row.get("error") or row["answer"]
         cell = " ".join(said.replace("|", "\\|").split())[:80]

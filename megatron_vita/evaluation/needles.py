@@ -1,4 +1,5 @@
-"""Needles: sentences with a code, hidden on the pages of a haystack at chosen depths, and the questions for them."""
+"""Needles: sentences with a code, hidden on the pages of a haystack at chosen depths, and the
+questions for them."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,20 @@ from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.template import encode_turns, generation_prompt
 
-COLORS = ("red", "blue", "green", "yellow", "black", "white", "brown", "orange", "purple", "grey", "pink", "golden")
+COLORS = (
+    "red",
+    "blue",
+    "green",
+    "yellow",
+    "black",
+    "white",
+    "brown",
+    "orange",
+    "purple",
+    "grey",
+    "pink",
+    "golden",
+)
 THINGS = ("door", "gate", "safe", "locker", "cabinet", "drawer", "chest", "garage")
 NAMES = tuple(f"{color} {thing}" for color in COLORS for thing in THINGS)
 LONGEST_ANSWER = 32  # tokens
@@ -41,7 +55,8 @@ class Needle:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One question: pages of the haystack, depth of the needle in it (0 first page, 1 last), and which try."""
+    """One question: pages of the haystack, depth of the needle in it (0 first page, 1 last), and
+    which try."""
 
     pages: int
     depth: float
@@ -62,8 +77,8 @@ class Cell:
 class Haystack:
     """What cells have in common. The same seed gives the same prompts.
 
-    `shared`: needles of all depths lie in one haystack. Whoever reuses a common beginning of prompts then reads each
-    haystack once; needles not asked for are distractors.
+    `shared`: needles of all depths lie in one haystack. Whoever reuses a common beginning of
+    prompts then reads each haystack once; needles not asked for are distractors.
     """
 
     book: Book
@@ -90,7 +105,9 @@ class Haystack:
 
     def _needles(self, cell: Cell, *, depths: Sequence[float]) -> dict[float, Needle]:
         if len(depths) > len(NAMES):
-            raise ConfigError(f"{len(depths)} depths are asked for: at most {len(NAMES)} are possible")
+            raise ConfigError(
+                f"{len(depths)} depths are asked for: at most {len(NAMES)} are possible"
+            )
         draw = self._random(cell, "needles")
         codes = [str(code) for code in draw.sample(range(10_000, 100_000), len(depths))]
         chosen = draw.sample(NAMES, len(depths))
@@ -100,7 +117,9 @@ class Haystack:
         """Page -> line -> text: each needle in a part of its page that it has for itself."""
         on_page: dict[int, list[Needle]] = {}
         for depth, needle in hidden.items():
-            on_page.setdefault(Cell(pages=cell.pages, depth=depth, trial=cell.trial).page, []).append(needle)
+            on_page.setdefault(
+                Cell(pages=cell.pages, depth=depth, trial=cell.trial).page, []
+            ).append(needle)
         draw = self._random(cell, f"places {[*hidden]}")
         return {page: self._lines(needles, draw) for page, needles in on_page.items()}
 
@@ -133,7 +152,8 @@ def as_prompt(pages: Iterable[bytes], question: str, *, media: str) -> Prompt:
 
 
 def count_tokens(pages: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
-    """Most tokens of a prompt of so many pages. ConfigError if frames of a video would be left out."""
+    """Most tokens of a prompt of so many pages. ConfigError if frames of a video would be left
+    out."""
     text = max(_text_tokens(name, form) for name in NAMES)
     if media == "images":
         return text + pages * form.measure_image((style.size, style.size))[0]

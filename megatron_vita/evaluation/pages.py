@@ -18,7 +18,8 @@ LEADING = 1.25  # distance of lines in font sizes
 
 @dataclass(frozen=True, kw_only=True)
 class PageStyle:
-    """How a page looks; lengths in pixels. `font` is a family that is installed, of even width, or a font file."""
+    """How a page looks; lengths in pixels. `font` is a family that is installed, of even width, or
+    a font file."""
 
     size: int = 448
     font: str = "DejaVu Sans Mono"
@@ -28,7 +29,9 @@ class PageStyle:
     def face(self) -> ImageFont.FreeTypeFont:
         """The font. ConfigError if it cannot be found or read."""
         try:
-            return ImageFont.truetype(self.font if Path(self.font).is_file() else _font_file(self.font), self.font_size)
+            return ImageFont.truetype(
+                self.font if Path(self.font).is_file() else _font_file(self.font), self.font_size
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(f"font {self.font!r}, size {self.font_size}: {error}") from error
 
@@ -65,7 +68,12 @@ class PageStyle:
         page = Image.new("L", (self.size, self.size), 255)
         pen = ImageDraw.Draw(page)
         for index, line in enumerate(lines):
-            pen.text((self.margin, self.margin + index * LEADING * self.font_size), line, fill=30, font=self.face)
+            pen.text(
+                (self.margin, self.margin + index * LEADING * self.font_size),
+                line,
+                fill=30,
+                font=self.face,
+            )
         file = io.BytesIO()
         page.save(file, "PNG")
         return file.getvalue()
@@ -87,14 +95,17 @@ class Book:
 
     def _draw(self, number: int, replaced: Mapping[int, str] | None = None) -> bytes:
         first = number * self.style.lines
-        texts = [self.lines[line % len(self.lines)] for line in range(first, first + self.style.lines)]
+        texts = [
+            self.lines[line % len(self.lines)] for line in range(first, first + self.style.lines)
+        ]
         for line, text in (replaced or {}).items():
             texts[line] = text
         return self.style.draw(texts)
 
 
 def read_text(paths: Iterable[str | Path]) -> str:
-    """The haystack's text: these files, or where there are none, the reference of the Python language (0.5 MB)."""
+    """The haystack's text: these files, or where there are none, the reference of the Python
+    language (0.5 MB)."""
     texts = []
     for path in paths:
         try:
@@ -105,7 +116,8 @@ def read_text(paths: Iterable[str | Path]) -> str:
 
 
 def _font_file(family: str) -> str:
-    """Where an installed font is; matplotlib brings DejaVu. ValueError if there is none of this family."""
+    """Where an installed font is; matplotlib brings DejaVu. ValueError if there is none of this
+    family."""
     from matplotlib import font_manager
 
     return font_manager.findfont(family, fallback_to_default=False)

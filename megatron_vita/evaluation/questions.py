@@ -19,7 +19,8 @@ from megatron_vita.text.conversation import TextPart, check_messages
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A question: the turns before the answer, files of their media, the right answer, and its group ("" for none)."""
+    """A question: the turns before the answer, files of their media, the right answer, and its
+    group ("" for none)."""
 
     messages: list[dict[str, Any]]
     images: list[Path]
@@ -45,7 +46,9 @@ def read_questions(path: Path, *, media: Path, group: str | None) -> list[HeldOu
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    named = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    named = (
+        (f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()
+    )
     questions = [_question(line, name, media=media, group=group) for name, line in named]
     if not questions:
         raise DataError(f"{path} has no questions")
@@ -57,11 +60,17 @@ def _question(line: bytes, name: str, *, media: Path, group: str | None) -> Held
     try:
         turns = check_messages(sample)
         if group is not None and group not in sample:
-            raise DataError(f"no field {group}, by which answers are grouped, among {sorted(sample)}")
+            raise DataError(
+                f"no field {group}, by which answers are grouped, among {sorted(sample)}"
+            )
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         if last != len(turns) - 1 or last == 0:
-            raise DataError(f"the roles are {[turn.role for turn in turns]}: a question and last its answer are needed")
-        reference = "".join(part.text for part in turns[last].parts if isinstance(part, TextPart)).strip()
+            raise DataError(
+                f"the roles are {[turn.role for turn in turns]}: a question and last its answer are needed"
+            )
+        reference = "".join(
+            part.text for part in turns[last].parts if isinstance(part, TextPart)
+        ).strip()
         if not reference:
             raise DataError("the last assistant turn is empty: it must hold the right answer")
     except DataError as error:
@@ -84,15 +93,22 @@ def run_questions(
     max_new_tokens: int,
     settings: Row,
 ) -> dict[str, Any]:
-    """Answers what `folder` does not have yet, writes answers.jsonl and its report, and gives the report."""
+    """Answers what `folder` does not have yet, writes answers.jsonl and its report, and gives the
+    report."""
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}; known: {', '.join(METRICS)}")
-    log = ResultLog(folder / "answers.jsonl", settings=settings | {"max_new_tokens": max_new_tokens})
+    log = ResultLog(
+        folder / "answers.jsonl", settings=settings | {"max_new_tokens": max_new_tokens}
+    )
 
     def task(index: int, question: HeldOut) -> Task:
         def row(reply: Reply) -> Row:
             answered = {"answer": reply.text.strip(), "reference": question.reference}
-            return {"question": question.messages[-1]["content"], "group": question.group, **answered}
+            return {
+                "question": question.messages[-1]["content"],
+                "group": question.group,
+                **answered,
+            }
 
         return Task(key=str(index), prompt=question.prompt, row=row)
 
@@ -107,7 +123,9 @@ def run_questions(
     return write_report(rows, metric=metric, folder=folder, settings=settings)
 
 
-def write_report(rows: Sequence[Row], *, metric: str, folder: Path, settings: Row) -> dict[str, Any]:
+def write_report(
+    rows: Sequence[Row], *, metric: str, folder: Path, settings: Row
+) -> dict[str, Any]:
     """Writes report.json and report.md: right answers by group, and over all."""
     rights = [METRICS[metric](row["answer"], row["reference"]) for row in rows]
     groups: dict[str, list[bool]] = defaultdict(list)
@@ -121,7 +139,9 @@ def write_report(rows: Sequence[Row], *, metric: str, folder: Path, settings: Ro
         "groups": {name: _score(of_group) for name, of_group in groups.items()},
         "settings": settings,
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
     return report
 
@@ -131,8 +151,15 @@ def _score(rights: Sequence[bool]) -> Row:
 
 
 def _markdown(report: dict[str, Any]) -> str:
-    lines = [f"# Held-out questions ({report['metric']})", "", "| group | right | asked | share |", "|---|---|---|---|"]
+    lines = [
+        f"# Held-out questions ({report['metric']})",
+        "",
+        "| group | right | asked | share |",
+        "|---|---|---|---|",
+    ]
     for name, score in (("**all**", report["all"]), *report["groups"].items()):
-        lines.append(f"| {name} | {score['right']} | {score['asked']} | {100 * score['share']:.1f} % |")
+        lines.append(
+            f"| {name} | {score['right']} | {score['asked']} | {100 * score['share']:.1f} % |"
+        )
     lines += ["", f"{report['refused']} prompts were refused; they count as wrong."]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
-"""Results on disk, a line each as soon as it is there, and the work that they spare after a restart."""
+"""Results on disk, a line each as soon as it is there, and the work that they spare after a
+restart."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,8 @@ class ResultLog:
     """A JSONL file of rows, each with a key. Of rows with the same key the last counts."""
 
     def __init__(self, path: Path, *, settings: Mapping[str, Any] | None = None) -> None:
-        """Takes up what is there. `settings` are kept beside it; ConfigError where they are others than before."""
+        """Takes up what is there. `settings` are kept beside it; ConfigError where they are others
+        than before."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if settings is not None:
             _check_settings(path.with_suffix(".settings.json"), json.loads(json.dumps(settings)))
@@ -40,7 +42,8 @@ class ResultLog:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A prompt, made when its turn comes, and the row that a reply to it becomes. `work` is what progress counts."""
+    """A prompt, made when its turn comes, and the row that a reply to it becomes. `work` is what
+    progress counts."""
 
     key: str
     prompt: Callable[[], Prompt]
@@ -49,12 +52,25 @@ class Task:
 
 
 def run_tasks(
-    tasks: Sequence[Task], *, answerer: Answerer, log: ResultLog, sampling: Sampling, title: str, unit: str
+    tasks: Sequence[Task],
+    *,
+    answerer: Answerer,
+    log: ResultLog,
+    sampling: Sampling,
+    title: str,
+    unit: str,
 ) -> list[Row]:
-    """Answers what the log does not have yet; gives the rows of all tasks. A refused prompt's row has an `error`."""
+    """Answers what the log does not have yet; gives the rows of all tasks. A refused prompt's row
+    has an `error`."""
     missing = [task for task in tasks if not log.is_done(task.key)]
     work = sum(task.work for task in tasks)
-    with tqdm(total=work, initial=work - sum(t.work for t in missing), desc=title, unit=unit, smoothing=0.1) as bar:
+    with tqdm(
+        total=work,
+        initial=work - sum(t.work for t in missing),
+        desc=title,
+        unit=unit,
+        smoothing=0.1,
+    ) as bar:
         replies = answerer.answers((task.prompt() for task in missing), sampling=sampling)
         for task, reply in zip(missing, replies, strict=True):
             log.add(task.key, task.row(reply) | ({"error": reply.error} if reply.error else {}))
@@ -87,5 +103,7 @@ def _read_rows(path: Path) -> dict[str, Row]:
             row = json.loads(line)
             rows[row.pop("key")] = row
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DataError(f"{path}:{number}: {line!r:.80} is no row of results: {error!r}") from error
+            raise DataError(
+                f"{path}:{number}: {line!r:.80} is no row of results: {error!r}"
+            ) from error
     return rows

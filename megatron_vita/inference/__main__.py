@@ -31,28 +31,55 @@ DEFAULTS = Sampling()
 @app.command(help=HELP)
 def ask(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken.")
+        str | None,
+        typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
     ] = None,
     question: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
     image: Annotated[list[str] | None, typer.Option(help="An image (may be repeated).")] = None,
     video: Annotated[list[str] | None, typer.Option(help="A video (may be repeated).")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The tokenizer, if not where the checkpoint says.")] = None,
-    server: Annotated[str | None, typer.Option(help="Base URL of a server, as http://localhost:8000/v1.")] = None,
-    model: Annotated[str | None, typer.Option(help="Which of the server's models; its first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = DEFAULTS.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = DEFAULTS.temperature,
-    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")] = DEFAULTS.top_k,
-    top_p: Annotated[float, typer.Option(help="Draw from likeliest tokens of this probability.")] = DEFAULTS.top_p,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against what was said or asked.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Against tokens that the answer has.")] = 0.0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer, if not where the checkpoint says.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Base URL of a server, as http://localhost:8000/v1.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Which of the server's models; its first.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an answer.")
+    ] = DEFAULTS.max_new_tokens,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token.")
+    ] = DEFAULTS.temperature,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")
+    ] = DEFAULTS.top_k,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from likeliest tokens of this probability.")
+    ] = DEFAULTS.top_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: against what was said or asked.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Against tokens that the answer has.")
+    ] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, times how often.")] = 0.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text (may be repeated).")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text (may be repeated).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = DEFAULTS.seed,
     n: Annotated[int, typer.Option("--n", help="Answers to give.")] = DEFAULTS.n,
-    logprobs: Annotated[int | None, typer.Option(help="List tokens with this many likeliest ones.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="List tokens with this many likeliest ones.")
+    ] = None,
     beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = DEFAULTS.beams,
-    length_penalty: Annotated[float, typer.Option(help="Of beam search: length to this power divides scores.")] = 1.0,
-    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on to --max-new-tokens.")] = False,
+    length_penalty: Annotated[
+        float, typer.Option(help="Of beam search: length to this power divides scores.")
+    ] = 1.0,
+    ignore_end: Annotated[
+        bool, typer.Option("--ignore-end", help="Go on to --max-new-tokens.")
+    ] = False,
 ) -> int:
     """One question, or a conversation; gives the exit code."""
     sampling = Sampling(
@@ -75,7 +102,9 @@ def ask(
     if server is None:
         stream = _local_stream(checkpoint, tokenizer=tokenizer, sampling=sampling)
     elif question is not None or tokenizer is not None:
-        raise ConfigError(f"--server {server}: it has its checkpoint and its tokenizer, so give the question alone")
+        raise ConfigError(
+            f"--server {server}: it has its checkpoint and its tokenizer, so give the question alone"
+        )
     else:
         question = checkpoint
         stream = partial(ChatServer(server, model=model).stream, sampling=sampling)
@@ -86,7 +115,8 @@ def ask(
 
 
 def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -> None:
-    """Answers line by line until /exit or the end of the input. A wrong line is complained of and passed over."""
+    """Answers line by line until /exit or the end of the input. A wrong line is complained of and
+    passed over."""
     for line in lines:
         command, _, file = line.partition(" ")
         try:
@@ -105,7 +135,8 @@ def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -
 
 
 def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
-    """Shows the answer as it comes, and keeps it. False if Ctrl-C stopped it: then what was said by then is kept."""
+    """Shows the answer as it comes, and keeps it. False if Ctrl-C stopped it: then what was said by
+    then is kept."""
     prompt, pieces, finished = conversation.ask(question), list[TextPiece](), True
     several = False
     try:
@@ -147,11 +178,16 @@ def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sa
 def _named(score: ScoredToken, tokenizer: Tokenizer) -> TokenText:
     """A token by its text."""
     likeliest = tuple((tokenizer.decode([one.token_id]), one.logprob) for one in score.likeliest)
-    return TokenText(text=tokenizer.decode([score.chosen.token_id]), logprob=score.chosen.logprob, likeliest=likeliest)
+    return TokenText(
+        text=tokenizer.decode([score.chosen.token_id]),
+        logprob=score.chosen.logprob,
+        likeliest=likeliest,
+    )
 
 
 def _lines() -> Iterator[str]:
-    """Lines of the terminal, with a mark where one is awaited and editing of the line, or of a file."""
+    """Lines of the terminal, with a mark where one is awaited and editing of the line, or of a
+    file."""
     if not sys.stdin.isatty():
         yield from map(str.strip, sys.stdin)
         return

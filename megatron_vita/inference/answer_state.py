@@ -13,7 +13,9 @@ from megatron_vita.text.tokenizer import Tokenizer
 class AnswerState:
     """What is drawn for one of a request's answers, and what was said of it so far."""
 
-    def __init__(self, sampling: Sampling, *, request: int, choice: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, sampling: Sampling, *, request: int, choice: int, tokenizer: Tokenizer
+    ) -> None:
         self.sampling = sampling
         self.request = request
         self.choice = choice
@@ -23,17 +25,26 @@ class AnswerState:
         self._stream = TextStream(tokenizer, sampling.stop)
         self._penalties: Penalties | None = None
 
-    def see_prompt(self, prompt_ids: Tensor, *, vocab_size: int, device: torch.device | str) -> None:
-        """What penalties need to know, before the first draw: prompt_ids [t] int64 on the CPU; see Penalties."""
+    def see_prompt(
+        self, prompt_ids: Tensor, *, vocab_size: int, device: torch.device | str
+    ) -> None:
+        """What penalties need to know, before the first draw: prompt_ids [t] int64 on the CPU; see
+        Penalties."""
         if has_penalties(self.sampling):
             self._penalties = Penalties(prompt_ids, vocab_size=vocab_size, device=device)
 
     def draw(self) -> Draw:
         """How the next token is drawn."""
-        return Draw(sampling=self.sampling, choice=self.choice, step=len(self.ids), penalties=self._penalties)
+        return Draw(
+            sampling=self.sampling,
+            choice=self.choice,
+            step=len(self.ids),
+            penalties=self._penalties,
+        )
 
     def take(self, scored: ScoredToken, *, end_ids: frozenset[int]) -> AnswerPiece:
-        """The next token. One of `end_ids` ends the answer and is no part of it, unless ends are ignored."""
+        """The next token. One of `end_ids` ends the answer and is no part of it, unless ends are
+        ignored."""
         assert self.finish is None
         token_id = scored.chosen.token_id
         if token_id in end_ids and not self.sampling.ignore_end:
@@ -72,7 +83,12 @@ class AnswerState:
         return self._end(finish, error=error)
 
     def _end(
-        self, reason: FinishReason, *, text: str = "", tokens: tuple[ScoredToken, ...] = (), error: str = ""
+        self,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        tokens: tuple[ScoredToken, ...] = (),
+        error: str = "",
     ) -> AnswerPiece:
         assert self.finish is None
         text += self._stream.finish()

@@ -1,4 +1,5 @@
-"""The answers of one request: what is drawn next for each, and which sequence of the cache continues it."""
+"""The answers of one request: what is drawn next for each, and which sequence of the cache
+continues it."""
 
 import torch
 from torch import Tensor
@@ -75,7 +76,9 @@ class Answering:
         if finish == "model_error":  # what was computed for it may be what is wrong
             for sequence in self.request.sequences:
                 self.scheduler.pool.forget(sequence.blocks)
-        return self._end_all([state.fail(error, finish=finish) for state in self.states if state.finish is None])
+        return self._end_all(
+            [state.fail(error, finish=finish) for state in self.states if state.finish is None]
+        )
 
     def _end_all(self, pieces: list[AnswerPiece]) -> list[AnswerPiece]:
         self._sequence_of.clear()
@@ -93,20 +96,24 @@ class Answering:
         self.scheduler.end_sequence(self.request, sequence)
 
     def advance_beams(self, logits: Tensor) -> list[AnswerPiece]:
-        """Beam search goes one token further, on logits [W, V] of the live beams. LogitsError as from `draw_tokens`."""
+        """Beam search goes one token further, on logits [W, V] of the live beams. LogitsError as
+        from `draw_tokens`."""
         assert self.beams is not None
         self.beams.advance(logits)
         if not self.request.running:
             self.scheduler.start_answers(self.request, 1)
         if self.beams.done:
             found = self.beams.results(len(self.states))
-            pieces = [state.take_beam(answer) for state, answer in zip(self.states, found, strict=False)]
+            pieces = [
+                state.take_beam(answer) for state, answer in zip(self.states, found, strict=False)
+            ]
             return self._end_all(pieces + [state.cut() for state in self.states[len(found) :]])
         self._continue_beams(self.beams.parents, self.beams.tokens)
         return []
 
     def _continue_beams(self, parents: list[int], tokens: list[int]) -> None:
-        """The sequences of the new beams: the first child of a beam goes on with its parent's, others with copies."""
+        """The sequences of the new beams: the first child of a beam goes on with its parent's,
+        others with copies."""
         old = list(self.request.sequences)
         new: list[Sequence] = []
         for parent in parents:

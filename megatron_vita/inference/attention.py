@@ -1,8 +1,9 @@
-"""What attention sees in a step of the engine: pieces of prompts over all that is cached before them, or one new token
-of each of several sequences over all that it has.
+"""What attention sees in a step of the engine: pieces of prompts over all that is cached before
+them, or one new token of each of several sequences over all that it has.
 
-Under context parallelism keys never travel to queries that are far from them: queries of a step are gathered, each rank
-attends to the pages that it holds, and partial results go back to the queries' owners, where they are merged.
+Under context parallelism keys never travel to queries that are far from them: queries of a step are
+gathered, each rank attends to the pages that it holds, and partial results go back to the queries'
+owners, where they are merged.
 """
 
 from dataclasses import dataclass
@@ -41,12 +42,16 @@ class Run:
 
 
 def runs_of(piece: PromptPiece, *, cp_size: int, cp_rank: int) -> list[Run]:
-    """The rows of a piece that a CP rank computes: chunks `cp_rank` and `2 * cp_size - 1 - cp_rank` of 2 * CP."""
+    """The rows of a piece that a CP rank computes: chunks `cp_rank` and `2 * cp_size - 1 - cp_rank`
+    of 2 * CP."""
     row = piece.start // cp_size
     if cp_size == 1:
         return [Run(row, 0, piece.length)]
     chunk = piece.length // (2 * cp_size)
-    return [Run(row, cp_rank * chunk, chunk), Run(row + chunk, (2 * cp_size - 1 - cp_rank) * chunk, chunk)]
+    return [
+        Run(row, cp_rank * chunk, chunk),
+        Run(row + chunk, (2 * cp_size - 1 - cp_rank) * chunk, chunk),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,8 @@ class PrefillAttention:
     rotation: Rotation  # of this rank's rows
     cp_group: ProcessGroup
     held: Tensor  # [T] places of the pack that rank 0 computes, then those of rank 1, ...
-    gathered_row: Tensor  # [T] its inverse: where each place of the pack is among rows gathered over CP
+    # [T] its inverse: where each place of the pack is among rows gathered over CP
+    gathered_row: Tensor
     stored_rows: Tensor  # places of the pack that are stored on this rank
     slots: Tensor  # and where
     qkv_format: str = "documents"
@@ -75,7 +81,11 @@ class PrefillAttention:
 
     def _whole(self, rows: Tensor) -> Tensor:
         """Rows of all CP ranks in the order of the pack: [t, ...] -> [T, ...]."""
-        return rows if self.cp_group.size() == 1 else gather_context(rows, self.cp_group)[self.gathered_row]
+        return (
+            rows
+            if self.cp_group.size() == 1
+            else gather_context(rows, self.cp_group)[self.gathered_row]
+        )
 
     def _attend_within(self, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
         """Each row over the earlier rows of its own piece: keys, values [groups, T, d]."""
@@ -101,7 +111,9 @@ class PrefillAttention:
             return outs, lses
         counts = [len(query)] * ranks
         received = (
-            exchange_rows(rows[self.held], send_counts=counts, receive_counts=counts, group=self.cp_group)
+            exchange_rows(
+                rows[self.held], send_counts=counts, receive_counts=counts, group=self.cp_group
+            )
             for rows in (outs, lses)
         )
         return join_all(*(rows.unflatten(0, (ranks, -1)) for rows in received))
@@ -117,7 +129,10 @@ class PrefillAttention:
         for piece in self.pieces:
             part = self._attend_piece(layer, queries, piece)
             if part is not None:
-                outs[piece.start : piece.start + piece.length], lses[piece.start : piece.start + piece.length] = part
+                (
+                    outs[piece.start : piece.start + piece.length],
+                    lses[piece.start : piece.start + piece.length],
+                ) = part
         return outs, lses
 
     def _attend_piece(self, layer: int, queries: Tensor, piece: PromptPiece) -> Partial | None:
@@ -134,20 +149,27 @@ class DecodeAttention:
     cp_group: ProcessGroup
     tables: Tensor  # [B, blocks] int32
     lengths: Tensor  # [B] int32, tokens held here, with the new ones
-    slots: Tensor  # [B] where the new tokens are stored; the scratch block where that is another rank's
+    # [B] where the new tokens are stored; the scratch block where that is another rank's
+    slots: Tensor
     qkv_format: str = "documents"
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, heads, d]; key, value [B, groups, d] -> [B, heads, d]."""
-        query = self.cache.rotate_and_write(layer, query, key, value, rotation=self.rotation, slots=self.slots)
+        query = self.cache.rotate_and_write(
+            layer, query, key, value, rotation=self.rotation, slots=self.slots
+        )
         out, lse = self.cache.attend_new(layer, query, tables=self.tables, lengths=self.lengths)
         if self.cp_group.size() > 1:
             ranks = self.cp_group.size()
-            packed = gather_context(torch.cat([out, lse[..., None]], -1), self.cp_group).unflatten(0, (ranks, -1))
+            packed = gather_context(torch.cat([out, lse[..., None]], -1), self.cp_group).unflatten(
+                0, (ranks, -1)
+            )
             out, _ = join_all(packed[..., :-1], packed[..., -1])
         return out.to(query.dtype)
 
 
 def held_places(bounds: Tensor, *, cp_size: int) -> Tensor:
     """The places of a pack with bounds [D+1] in the order of rows gathered over CP: [T]."""
-    return torch.cat([positions_of_rank(bounds, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)])
+    return torch.cat(
+        [positions_of_rank(bounds, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
+    )

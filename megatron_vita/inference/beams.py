@@ -1,4 +1,5 @@
-"""Beam search over one request, apart from the model: log-probabilities in, which beams go on with which tokens out."""
+"""Beam search over one request, apart from the model: log-probabilities in, which beams go on with
+which tokens out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class _Beam:
 class BeamSearch:
     """The `beams` likeliest answers as transformers finds them with early_stopping=False.
 
-    Each `advance` takes logits of the live beams, in the order of the last call's `parents` and `tokens`: at first one
-    row, that of the prompt. When `done`, `results` are what was found.
+    Each `advance` takes logits of the live beams, in the order of the last call's `parents` and
+    `tokens`: at first one row, that of the prompt. When `done`, `results` are what was found.
     """
 
     def __init__(self, sampling: Sampling, *, end_ids: frozenset[int]) -> None:
@@ -60,7 +61,8 @@ class BeamSearch:
         self._length = 0
 
     def advance(self, logits: Tensor) -> None:
-        """A step of all live beams by their logits [W, V]. Raises LogitsError where logits are NaN or infinite."""
+        """A step of all live beams by their logits [W, V]. Raises LogitsError where logits are NaN
+        or infinite."""
         assert not self.done
         assert len(logits) == len(self._live)
         candidates = self._candidates(logits)
@@ -69,7 +71,8 @@ class BeamSearch:
         live = []
         for place, (parent, beam) in enumerate(candidates):
             ends = beam.token.chosen.token_id in self._end_ids
-            if (ends or last) and place < self._sampling.beams:  # worse ones stand by for beams that end
+            # worse ones stand by for beams that end
+            if (ends or last) and place < self._sampling.beams:
                 self._finish(beam, "stop" if ends else "length")
             if not ends:
                 live.append((parent, beam))
@@ -84,7 +87,8 @@ class BeamSearch:
         return self._finished[:count]
 
     def _candidates(self, logits: Tensor) -> list[tuple[int, _Beam]]:
-        """The best continuations with the row each continues: enough for `beams` that do not end."""
+        """The best continuations with the row each continues: enough for `beams` that do not
+        end."""
         vocab_size = logits.shape[-1]
         logprobs = logits.float().log_softmax(dim=-1)
         totals = [beam.total if beam else 0.0 for beam in self._live]
@@ -92,15 +96,22 @@ class BeamSearch:
         count = min(self._sampling.beams * (1 + max(1, len(self._end_ids))), len(sums))
         values, places = likeliest_tokens(sums.unsqueeze(0), count)
         width = min(self._sampling.logprobs or 0, vocab_size)
-        others, ids = likeliest_tokens(logprobs, width) if width else (logprobs[:, :0], logprobs[:, :0])
+        others, ids = (
+            likeliest_tokens(logprobs, width) if width else (logprobs[:, :0], logprobs[:, :0])
+        )
         found = torch.cat(
-            [part.double().flatten() for part in (logits.amax(-1), values, places, logprobs.take(places), others, ids)]
+            [
+                part.double().flatten()
+                for part in (logits.amax(-1), values, places, logprobs.take(places), others, ids)
+            ]
         ).tolist()  # the only wait for the device
         refuse_unless_finite(found[: len(logits)])
         found = found[len(logits) :]
         likeliest = self._likeliest(found[3 * count :], width)
         candidates = []
-        for total, place, logprob in zip(found[:count], found[count:], found[2 * count : 3 * count], strict=False):
+        for total, place, logprob in zip(
+            found[:count], found[count:], found[2 * count : 3 * count], strict=False
+        ):
             parent, token_id = divmod(int(place), vocab_size)
             token = ScoredToken(chosen=TokenScore(token_id, logprob), likeliest=likeliest[parent])
             candidates.append((parent, _Beam(token=token, before=self._live[parent], total=total)))
@@ -109,17 +120,25 @@ class BeamSearch:
     def _likeliest(self, numbers: list[float], width: int) -> list[tuple[TokenScore, ...]]:
         """Per live beam the likeliest tokens: `numbers` are all log-probabilities, then all ids."""
         rows = len(self._live)
-        scores = [TokenScore(int(i), p) for p, i in zip(numbers[: rows * width], numbers[rows * width :], strict=True)]
+        scores = [
+            TokenScore(int(i), p)
+            for p, i in zip(numbers[: rows * width], numbers[rows * width :], strict=True)
+        ]
         return [tuple(scores[row * width : (row + 1) * width]) for row in range(rows)]
 
     def _finish(self, beam: _Beam, reason: FinishReason) -> None:
         score = beam.total / self._length**self._sampling.length_penalty
         tokens = tuple(beam.chain())[::-1]
-        answer = BeamAnswer(tokens=tokens[:-1] if reason == "stop" else tokens, score=score, finish=reason)
-        self._finished = sorted([*self._finished, answer], key=lambda one: -one.score)[: self._sampling.beams]
+        answer = BeamAnswer(
+            tokens=tokens[:-1] if reason == "stop" else tokens, score=score, finish=reason
+        )
+        self._finished = sorted([*self._finished, answer], key=lambda one: -one.score)[
+            : self._sampling.beams
+        ]
 
     def _can_improve(self, best: _Beam) -> bool:
-        """Whether the best live beam, at its present length, beats the worst answer of a full list."""
+        """Whether the best live beam, at its present length, beats the worst answer of a full
+        list."""
         if len(self._finished) < self._sampling.beams:
             return True
         return best.total / self._length**self._sampling.length_penalty > self._finished[-1].score

@@ -1,7 +1,8 @@
 """Which blocks of the cache are whose. Blocks that several sequences begin with are held once.
 
-A block is known by the chain of everything that came before it: tokens, and the pictures behind placeholders. Blocks
-that no sequence uses any longer stay known until their room is needed, the longest unused first.
+A block is known by the chain of everything that came before it: tokens, and the pictures behind
+placeholders. Blocks that no sequence uses any longer stay known until their room is needed, the
+longest unused first.
 """
 
 from collections import OrderedDict
@@ -21,7 +22,8 @@ class BlockPool:
         self._users = [0] * count
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # known blocks without a user, longest unused first
+        # known blocks without a user, longest unused first
+        self._unused: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
@@ -49,7 +51,8 @@ class BlockPool:
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """A sequence no longer uses these blocks."""
-        for block in reversed(blocks):  # so that the end of a sequence is forgotten before its beginning
+        # so that the end of a sequence is forgotten before its beginning
+        for block in reversed(blocks):
             self._users[block] -= 1
             assert self._users[block] >= 0, f"block {block} was given back twice"
             if self._users[block] == 0:

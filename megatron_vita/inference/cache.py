@@ -18,7 +18,8 @@ _FP8_MAX = 448.0
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What a rank keeps of each token that it holds. `fp8`: in 8 bits (E4M3), each row with a scale of its own."""
+    """What a rank keeps of each token that it holds. `fp8`: in 8 bits (E4M3), each row with a scale
+    of its own."""
 
     layers: int
     groups: int
@@ -29,23 +30,34 @@ class CacheShape:
     @property
     def bytes_per_token(self) -> int:
         """Memory of one token."""
-        return 2 * self.layers * self.groups * (self.width + 4 if self.fp8 else self.width * self.dtype.itemsize)
+        return (
+            2
+            * self.layers
+            * self.groups
+            * (self.width + 4 if self.fp8 else self.width * self.dtype.itemsize)
+        )
 
 
 class KeyValueCache:
-    """Pages of keys and values [groups, slots, d] by layer, counted from 1 as megatron-core does."""
+    """Pages of keys and values [groups, slots, d] by layer, counted from 1 as megatron-core
+    does."""
 
-    def __init__(self, layout: BlockLayout, shape: CacheShape, *, blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: BlockLayout, shape: CacheShape, *, blocks: int, device: torch.device
+    ) -> None:
         self.layout, self.dtype = layout, shape.dtype
         slots, layers = blocks * layout.page_tokens, range(shape.layers)
         rows = (shape.groups, slots, shape.width)
         stored = _FP8 if shape.fp8 else shape.dtype
         self._keys = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
         self._values = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
-        self._scales = [torch.zeros(2, *rows[:2], device=device) for _ in layers] if shape.fp8 else None
+        self._scales = (
+            [torch.zeros(2, *rows[:2], device=device) for _ in layers] if shape.fp8 else None
+        )
 
     def write(self, layer: int, key: Tensor, value: Tensor, *, slots: Tensor) -> None:
-        """Stores rows [n, groups, d] in slots [n]; of equal slots (padding in the scratch block) any."""
+        """Stores rows [n, groups, d] in slots [n]; of equal slots (padding in the scratch block)
+        any."""
         for which, rows in enumerate((key, value)):
             store = (self._keys, self._values)[which][layer - 1]
             rows = rows.transpose(0, 1)  # [groups, n, d]
@@ -57,9 +69,17 @@ class KeyValueCache:
             store[:, slots] = rows
 
     def rotate_and_write(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, rotation: Rotation, slots: Tensor
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        rotation: Rotation,
+        slots: Tensor,
     ) -> Tensor:
-        """Rotates query [n, heads, d], which is returned, and key [n, groups, d], which is stored as value is."""
+        """Rotates query [n, heads, d], which is returned, and key [n, groups, d], which is stored
+        as value is."""
         if not query.is_cuda or self._scales is not None:
             self.write(layer, rotation.rotate(key), value, slots=slots)
             return rotation.rotate(query)
@@ -70,8 +90,11 @@ class KeyValueCache:
             keys=self._keys[layer - 1], values=self._values[layer - 1], slots=slots,
         )  # fmt: skip
 
-    def attend_past(self, layer: int, query: Tensor, *, blocks: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
-        """Partial attention of query [m, heads, d] over the first `length` tokens here; None where that is 0."""
+    def attend_past(
+        self, layer: int, query: Tensor, *, blocks: Tensor, length: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Partial attention of query [m, heads, d] over the first `length` tokens here; None where
+        that is 0."""
         result = None
         for key, value in self._read(layer, blocks, length):
             part = attend(query, key, value)
@@ -79,14 +102,17 @@ class KeyValueCache:
         return result
 
     def _read(self, layer: int, blocks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [groups, n, d] of a sequence, no more than GATHERED_TOKENS at a time unless side by side."""
+        """Keys and values [groups, n, d] of a sequence, no more than GATHERED_TOKENS at a time
+        unless side by side."""
         page = self.layout.page_tokens
         blocks = blocks[: -(-length // page)]
         if not length:
             return
         if self._scales is None and consecutive(blocks):
             start = int(blocks[0]) * page
-            yield tuple(store[layer - 1][:, start : start + length] for store in (self._keys, self._values))  # type: ignore[misc]
+            yield tuple(
+                store[layer - 1][:, start : start + length] for store in (self._keys, self._values)
+            )  # type: ignore[misc]
             return
         for part in blocks.split(GATHERED_TOKENS // page):
             count = min(length, len(part) * page)
@@ -100,19 +126,37 @@ class KeyValueCache:
         blocks = blocks.to(store.device)
         if self._scales is None:
             return store.unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2)
-        rows = store.view(torch.uint8).unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2).view(_FP8)
-        scale = self._scales[layer - 1][which].unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2)
+        rows = (
+            store.view(torch.uint8)
+            .unflatten(1, (-1, page))
+            .index_select(1, blocks)
+            .flatten(1, 2)
+            .view(_FP8)
+        )
+        scale = (
+            self._scales[layer - 1][which]
+            .unflatten(1, (-1, page))
+            .index_select(1, blocks)
+            .flatten(1, 2)
+        )
         return rows.to(self.dtype) * scale[..., None].to(self.dtype)
 
-    def attend_new(self, layer: int, query: Tensor, *, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_new(
+        self, layer: int, query: Tensor, *, tables: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Partial attention of one token of each of B sequences over what is held here.
 
-        query [B, heads, d]; tables [B, blocks]; lengths [B]. Returns fp32 out [B, heads, d], log-sum-exp [B, heads].
+        query [B, heads, d]; tables [B, blocks]; lengths [B]. Returns fp32 out [B, heads, d],
+        log-sum-exp [B, heads].
         """
         if query.is_cuda:
             from megatron_vita.inference.kernels import attend_pages
 
-            scales = None if self._scales is None else (self._scales[layer - 1][0], self._scales[layer - 1][1])
+            scales = (
+                None
+                if self._scales is None
+                else (self._scales[layer - 1][0], self._scales[layer - 1][1])
+            )
             return attend_pages(
                 query, self._keys[layer - 1], self._values[layer - 1], tables=tables, lengths=lengths,
                 page_tokens=self.layout.page_tokens, scales=scales,

@@ -51,7 +51,8 @@ def _free_bytes() -> int:
 
 
 def _needed_bytes(recipe: Recipe, chunk_tokens: int) -> int:
-    """Activations of a chunk of prompt: what one layer and attention's partial results hold at a time."""
+    """Activations of a chunk of prompt: what one layer and attention's partial results hold at a
+    time."""
     shape, layout = recipe.model.language, groups.rank_layout()
     heads = shape.num_attention_heads * shape.kv_channels // layout.tp_size
     per_token = 6 * shape.hidden_size + 4 * shape.ffn_hidden_size // layout.tp_size

@@ -1,4 +1,5 @@
-"""How rank 0's steps reach the other ranks: one message between hosts where a step is small, as decode's are."""
+"""How rank 0's steps reach the other ranks: one message between hosts where a step is small, as
+decode's are."""
 
 import pickle
 

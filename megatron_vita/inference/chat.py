@@ -8,7 +8,8 @@ from megatron_vita.inference.prompt import MediaFile, Prompt
 
 @dataclass
 class Conversation:
-    """Turns so far. `images` and `videos` are of those turns, `next_images` and `next_videos` of the next question."""
+    """Turns so far. `images` and `videos` are of those turns, `next_images` and `next_videos` of
+    the next question."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[MediaFile] = field(default_factory=list)
@@ -26,7 +27,8 @@ class Conversation:
         )
 
     def keep(self, prompt: Prompt, answer: str) -> None:
-        """Makes a prompt of `ask` and its answer earlier turns. Without an answer there is no turn."""
+        """Makes a prompt of `ask` and its answer earlier turns. Without an answer there is no
+        turn."""
         if answer:
             self.messages = [*prompt.messages, {"role": "assistant", "content": answer}]
             self.images, self.videos = list(prompt.images), list(prompt.videos)

@@ -1,4 +1,5 @@
-"""Answers from a running server by OpenAI's chat completions protocol: ours, or any other that speaks it."""
+"""Answers from a running server by OpenAI's chat completions protocol: ours, or any other that
+speaks it."""
 
 import os
 from collections.abc import Iterator
@@ -50,12 +51,15 @@ class Completion:
 
 
 class ChatServer:
-    """A server at `base_url` (such as http://localhost:8000/v1), with the key in the environment (KEY_VARIABLES)."""
+    """A server at `base_url` (such as http://localhost:8000/v1), with the key in the environment
+    (KEY_VARIABLES)."""
 
     def __init__(self, base_url: str, *, model: str | None = None) -> None:
         """`model` None takes the first one that the server lists. Nothing is sent yet."""
         if not base_url.startswith(("http://", "https://")):
-            raise ServerError(f"the server's URL is {base_url!r}: it must start with http:// or https://")
+            raise ServerError(
+                f"the server's URL is {base_url!r}: it must start with http:// or https://"
+            )
         self.base_url = base_url
         self._model = model
         self._client = openai.OpenAI(
@@ -85,7 +89,8 @@ class ChatServer:
         )
 
     def stream(self, prompt: Prompt, *, sampling: Sampling) -> Iterator[TextPiece]:
-        """Answers piece by piece. Leaving the iterator ends the request, and so the server's work on it."""
+        """Answers piece by piece. Leaving the iterator ends the request, and so the server's work
+        on it."""
         request = self._request(prompt, sampling)
         with self._errors(), self._client.chat.completions.create(**request, stream=True) as chunks:
             for chunk in chunks:
@@ -98,7 +103,11 @@ class ChatServer:
                     )
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
-        return {"model": self.model, "messages": openai_messages(prompt), **openai_options(sampling)}
+        return {
+            "model": self.model,
+            "messages": openai_messages(prompt),
+            **openai_options(sampling),
+        }
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -112,8 +121,13 @@ class ChatServer:
 
 
 def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt's messages with its media as data URLs, in the places that they have in it. DataError if it is wrong."""
-    sample = {"messages": prompt.messages, "images": list(prompt.images), "videos": list(prompt.videos)}
+    """A prompt's messages with its media as data URLs, in the places that they have in it.
+    DataError if it is wrong."""
+    sample = {
+        "messages": prompt.messages,
+        "images": list(prompt.images),
+        "videos": list(prompt.videos),
+    }
     files = {"image": iter(prompt.images), "video": iter(prompt.videos)}
     messages = []
     for turn in check_messages(sample, needs_answer=False):
@@ -126,19 +140,25 @@ def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
                 url = data_url(next(files[kind]).data, kind)
                 parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
         texts = [part["text"] for part in parts if part["type"] == "text"]
-        content = "".join(texts) if len(texts) == len(parts) else parts  # plain text: some servers want no list
+        # plain text: some servers want no list
+        content = "".join(texts) if len(texts) == len(parts) else parts
         messages.append({"role": turn.role, "content": content})
     return messages
 
 
 def openai_options(sampling: Sampling) -> dict[str, Any]:
-    """Sampling in the protocol's words. What it has no words for goes along by our names where it is no default."""
+    """Sampling in the protocol's words. What it has no words for goes along by our names where it
+    is no default."""
     options: dict[str, Any] = {name: getattr(sampling, name) for name in _STANDARD}
     options |= {"max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop) or openai.omit}
     if sampling.logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     defaults = Sampling()
-    beyond = {name: getattr(sampling, name) for name in _BEYOND if getattr(sampling, name) != getattr(defaults, name)}
+    beyond = {
+        name: getattr(sampling, name)
+        for name in _BEYOND
+        if getattr(sampling, name) != getattr(defaults, name)
+    }
     return options | ({"extra_body": beyond} if beyond else {})
 
 

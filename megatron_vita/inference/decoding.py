@@ -1,4 +1,5 @@
-"""One new token of each of several sequences, in few shapes, so that CUDA graphs can replay the forward pass."""
+"""One new token of each of several sequences, in few shapes, so that CUDA graphs can replay the
+forward pass."""
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ class Batch:
 
     def __init__(self, size: int, *, blocks: int) -> None:
         device = platform.device()
-        self.host = torch.zeros(len(_FIELDS), size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.host = torch.zeros(
+            len(_FIELDS), size, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
         self.device = torch.zeros(len(_FIELDS), size, dtype=torch.int64, device=device)
         self.tables = torch.zeros(size, blocks, dtype=torch.int32, device=device)
-        self.shown: list[tuple[int, int]] = [(-1, 0)] * size  # which sequence's table a row has, and how much of it
+        # which sequence's table a row has, and how much of it
+        self.shown: list[tuple[int, int]] = [(-1, 0)] * size
         self.graph: Graph | None = None
 
     def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
@@ -39,22 +43,34 @@ class Decoder:
     """Runs batches of new tokens, in sizes that are powers of two."""
 
     def __init__(
-        self, model: LanguageModel, cache: KeyValueCache, *, max_blocks: int, graphs: GraphPool | None
+        self,
+        model: LanguageModel,
+        cache: KeyValueCache,
+        *,
+        max_blocks: int,
+        graphs: GraphPool | None,
     ) -> None:
         self.model, self.cache, self.max_blocks = model, cache, max_blocks
         self.graphs = graphs
         self._batches: dict[int, Batch] = {}
 
     def run(self, rows: list[tuple[int, int, int]], *, tables: dict[int, Tensor]) -> Tensor:
-        """Logits [B, V] after rows of (sequence, token, its position), whose blocks are in `tables`."""
+        """Logits [B, V] after rows of (sequence, token, its position), whose blocks are in
+        `tables`."""
         batch = self._batch_for(len(rows))
         layout = self.cache.layout
-        inputs = [[0, 0, SCRATCH_BLOCK * layout.page_tokens, 0]] * len(batch.shown)  # of padding: no keys
+        # of padding: no keys
+        inputs = [[0, 0, SCRATCH_BLOCK * layout.page_tokens, 0]] * len(batch.shown)
         for row, (sequence, token, position) in enumerate(rows):
             blocks = tables[sequence]
             batch.set_table(row, sequence, blocks)
             slot = layout.slot(position, blocks)
-            inputs[row] = [token, position, inputs[row][2] if slot is None else slot, layout.held(position + 1)]
+            inputs[row] = [
+                token,
+                position,
+                inputs[row][2] if slot is None else slot,
+                layout.held(position + 1),
+            ]
         batch.host.copy_(torch.tensor(inputs).T)
         batch.device.copy_(batch.host, non_blocking=True)
         if self.graphs is None:
@@ -83,7 +99,11 @@ class Decoder:
         ids, positions, slots, lengths = batch.device
         attention = DecodeAttention(
             cache=self.cache,
-            rotation=Rotation.at(positions, inverse_frequencies=self.model.inverse_frequencies, shape=self.model.shape),
+            rotation=Rotation.at(
+                positions,
+                inverse_frequencies=self.model.inverse_frequencies,
+                shape=self.model.shape,
+            ),
             cp_group=groups.context_group(),
             tables=batch.tables,
             lengths=lengths.int(),

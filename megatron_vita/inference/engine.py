@@ -48,12 +48,15 @@ class EngineOptions:
 
     chunk_tokens: int = 32768  # tokens of prompts in one forward pass
     busy_chunk_tokens: int = 4096  # the same while answers wait for their next tokens
-    cache_tokens: int | None = None  # room of the cache; None: what memory leaves on CUDA, 65,536 elsewhere
+    # room of the cache; None: what memory leaves on CUDA, 65,536 elsewhere
+    cache_tokens: int | None = None
     cache_dtype: Literal["model", "fp8"] = "model"
     page_tokens: int = 128
     max_running: int = 64  # answers that are decoded at a time
-    max_context: int | None = None  # tokens of prompt and answer; None: the recipe's data.seq_length
-    media_seconds: float = 60.0  # what looking at a video, decoding an image or up to 64 frames may take
+    # tokens of prompt and answer; None: the recipe's data.seq_length
+    max_context: int | None = None
+    # what looking at a video, decoding an image or up to 64 frames may take
+    media_seconds: float = 60.0
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
@@ -93,15 +96,24 @@ class EngineStatistics:
 class Engine:
     """A model over TP x CP ranks. Rank 0 takes requests; the others call `serve_as_worker`."""
 
-    def __init__(self, recipe: Recipe, *, options: EngineOptions | None = None, checkpoint: Path | None = None) -> None:
-        """Weights of a checkpoint, or first ones. The process group must exist, and be one replica without PP."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        options: EngineOptions | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Weights of a checkpoint, or first ones. The process group must exist, and be one replica
+        without PP."""
         _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
         self.recipe, self.options = recipe, options or EngineOptions()
         self.tokenizer = load_tokenizer(recipe.text.tokenizer)
         self.form = document_format(recipe, self.tokenizer)
         # two readers are left to look at new videos while tiles are decoded
-        self._readers = MediaReaders(self.form.tile_format, count=DECODERS + 2, seconds=self.options.media_seconds)
+        self._readers = MediaReaders(
+            self.form.tile_format, count=DECODERS + 2, seconds=self.options.media_seconds
+        )
         if not self.form.text_only:
             media_readers.start()
         self.model = build_model(recipe, backend=TorchBackend()).eval()
@@ -133,7 +145,8 @@ class Engine:
         recipe.parallel = parallel or ParallelConfig()
         if tokenizer is not None:
             recipe.text.tokenizer = tokenizer
-        elif (inside := checkpoint / recipe.text.tokenizer).exists():  # converted weights bring theirs
+        # converted weights bring theirs
+        elif (inside := checkpoint / recipe.text.tokenizer).exists():
             recipe.text.tokenizer = str(inside)
         return cls(recipe, options=options, checkpoint=checkpoint)
 
@@ -146,7 +159,9 @@ class Engine:
             chunk_tokens=options.chunk_tokens,
             fp8=options.cache_dtype == "fp8",
         )
-        longest = cache.layout.blocks_for(min(self.max_context, blocks * cache.layout.block_tokens)) + 1
+        longest = (
+            cache.layout.blocks_for(min(self.max_context, blocks * cache.layout.block_tokens)) + 1
+        )
         self.worker = Worker(
             self.model,
             cache,
@@ -170,7 +185,12 @@ class Engine:
         self._ended_early: list[AnswerPiece] = []
         self._numbers = itertools.count()
         self._totals = Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=0)
-        logger.info("%d layers, cache of %d tokens (%s)", shape.num_layers, self.cache_tokens, options.cache_dtype)
+        logger.info(
+            "%d layers, cache of %d tokens (%s)",
+            shape.num_layers,
+            self.cache_tokens,
+            options.cache_dtype,
+        )
 
     @property
     def cache_tokens(self) -> int:
@@ -197,7 +217,9 @@ class Engine:
             )
         width = max(sampling.n, sampling.beams)
         if width > self.options.max_running:
-            raise DataError(f"{width} answers at a time are asked for; at most {self.options.max_running} are possible")
+            raise DataError(
+                f"{width} answers at a time are asked for; at most {self.options.max_running} are possible"
+            )
         needed = self._scheduler.ceiling_of(prepared.tokens, sampling)
         if needed > self._pool.count - 1:
             raise DataError(
@@ -206,8 +228,12 @@ class Engine:
             )
         room = self.max_context - prepared.tokens
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        keys = prepared.block_keys(self.layout.block_tokens, rows_per_tile=self.form.vision.image_token_length)
-        request = Request(number=next(self._numbers), prepared=prepared, sampling=sampling, keys=keys)
+        keys = prepared.block_keys(
+            self.layout.block_tokens, rows_per_tile=self.form.vision.image_token_length
+        )
+        request = Request(
+            number=next(self._numbers), prepared=prepared, sampling=sampling, keys=keys
+        )
         self._answering[request.number] = Answering(
             request,
             scheduler=self._scheduler,
@@ -224,11 +250,13 @@ class Engine:
             self._ended_early += self._answering[number].cancel()
 
     def idle(self) -> None:
-        """To be called now and then where there is no work: it shows the other ranks that this one is there."""
+        """To be called now and then where there is no work: it shows the other ranks that this one
+        is there."""
         self._execute(Step())
 
     def step(self) -> list[AnswerPiece]:
-        """One forward pass, and what it adds to answers. EngineError where the engine cannot go on."""
+        """One forward pass, and what it adds to answers. EngineError where the engine cannot go
+        on."""
         pieces, self._ended_early = self._ended_early, []
         step = self._scheduler.next_step()
         if step is None:
@@ -248,7 +276,10 @@ class Engine:
         """A request that has ended and is not asked about any longer."""
         usage = self.usage(number)
         self._totals = Usage(
-            **{name: value + getattr(usage, name) for name, value in dataclasses.asdict(self._totals).items()}
+            **{
+                name: value + getattr(usage, name)
+                for name, value in dataclasses.asdict(self._totals).items()
+            }
         )
         del self._answering[number]
 
@@ -262,11 +293,13 @@ class Engine:
             cache_tokens_used=self._pool.used * self.layout.block_tokens,
             prompt_tokens_total=self._totals.prompt_tokens + sum(u.prompt_tokens for u in now),
             cached_tokens_total=self._totals.cached_tokens + sum(u.cached_tokens for u in now),
-            completion_tokens_total=self._totals.completion_tokens + sum(u.completion_tokens for u in now),
+            completion_tokens_total=self._totals.completion_tokens
+            + sum(u.completion_tokens for u in now),
         )
 
     def generate(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[Answer]:
-        """Answers to prompts, `sampling.n` for each, in order. DataError for a prompt that is wrong."""
+        """Answers to prompts, `sampling.n` for each, in order. DataError for a prompt that is
+        wrong."""
         prepared = [self.prepare(prompt) for prompt in prompts]
         numbers: list[int] = []
         try:
@@ -280,10 +313,13 @@ class Engine:
                 self.cancel(number)
                 self.forget(number)
             self._ended_early = []
-        return [_joined(pieces, number, choice) for number in numbers for choice in range(sampling.n)]
+        return [
+            _joined(pieces, number, choice) for number in numbers for choice in range(sampling.n)
+        ]
 
     def stream(self, prompt: Prompt, *, sampling: Sampling) -> Iterator[AnswerPiece]:
-        """Pieces of the answers to one prompt as they come, of an engine that has nothing else to do.
+        """Pieces of the answers to one prompt as they come, of an engine that has nothing else to
+        do.
 
         Closing the iterator cancels what is left. DataError for a prompt that is wrong.
         """
@@ -311,7 +347,8 @@ class Engine:
         self._leave()
 
     def on_lost_rank(self, told: Callable[[EngineError], None]) -> None:
-        """Has `told` called when another rank is gone, by any thread: a step may wait for it inside a kernel."""
+        """Has `told` called when another rank is gone, by any thread: a step may wait for it inside
+        a kernel."""
         self._tell_loss = told
         for error in self._lost:  # it was gone before
             told(error)
@@ -327,7 +364,9 @@ class Engine:
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return frozenset({self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")})
+        return frozenset(
+            {self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")}
+        )
 
     def _execute(self, step: Step) -> StepResult:
         changes = self._scheduler.take_changes()
@@ -368,7 +407,8 @@ class Engine:
         return pieces + self._draw(logits, [by_sequence.get(sequence) for sequence in rows])
 
     def _draw(self, logits: Tensor, owners: list[Answering | None]) -> list[AnswerPiece]:
-        """What the logits [rows, V] of a step add to answers; rows of one request follow one another."""
+        """What the logits [rows, V] of a step add to answers; rows of one request follow one
+        another."""
         pieces: list[AnswerPiece] = []
         draws: list[tuple[Answering, int, Draw]] = []
         for owner, group in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
@@ -385,16 +425,29 @@ class Engine:
                 pieces += owner.fail(str(error), finish="model_error")
         return pieces + self._draw_each(logits, draws)
 
-    def _draw_each(self, logits: Tensor, draws: list[tuple[Answering, int, Draw]]) -> list[AnswerPiece]:
-        """One token for each draw (of whom, row, how); requests whose logits are no numbers fail."""
+    def _draw_each(
+        self, logits: Tensor, draws: list[tuple[Answering, int, Draw]]
+    ) -> list[AnswerPiece]:
+        """One token for each draw (of whom, row, how); requests whose logits are no numbers
+        fail."""
         try:
-            scored = draw_tokens(logits[[row for _, row, _ in draws]], [draw for _, _, draw in draws])
+            scored = draw_tokens(
+                logits[[row for _, row, _ in draws]], [draw for _, _, draw in draws]
+            )
         except LogitsError as error:
             wrong = {id(draws[row][0]): draws[row][0] for row in error.rows}
-            failed = [piece for owner in wrong.values() for piece in owner.fail(str(error), finish="model_error")]
-            return failed + self._draw_each(logits, [draw for draw in draws if id(draw[0]) not in wrong])
+            failed = [
+                piece
+                for owner in wrong.values()
+                for piece in owner.fail(str(error), finish="model_error")
+            ]
+            return failed + self._draw_each(
+                logits, [draw for draw in draws if id(draw[0]) not in wrong]
+            )
         pieces: list[AnswerPiece] = []
-        for owner, taken in itertools.groupby(zip(draws, scored, strict=True), key=lambda each: each[0][0]):
+        for owner, taken in itertools.groupby(
+            zip(draws, scored, strict=True), key=lambda each: each[0][0]
+        ):
             pieces += owner.take([token for _, token in taken])
         return pieces
 
@@ -437,4 +490,6 @@ def _ranks_are_there() -> Iterator[None]:
         raise
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise EngineError(f"the engine cannot go on: a rank is gone or failed: {reason[0]}") from error
+        raise EngineError(
+            f"the engine cannot go on: a rank is gone or failed: {reason[0]}"
+        ) from error

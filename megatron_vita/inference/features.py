@@ -1,4 +1,5 @@
-"""Feature rows of tiles: each tile is encoded once, by one rank, in the step that computes its first placeholder."""
+"""Feature rows of tiles: each tile is encoded once, by one rank, in the step that computes its
+first placeholder."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -26,7 +27,8 @@ _FEW_TILES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRows:
-    """Rows [m, H] and the places [m] of the step's pack that they overwrite; what is wrong with which sequence."""
+    """Rows [m, H] and the places [m] of the step's pack that they overwrite; what is wrong with
+    which sequence."""
 
     rows: Tensor
     places: Tensor
@@ -37,15 +39,23 @@ class FeatureSource:
     """Encodes the tiles of a step's pieces over all ranks."""
 
     def __init__(
-        self, model: VitaModel, *, recipe: Recipe, form: DocumentFormat, readers: MediaReaders, graphs: GraphPool | None
+        self,
+        model: VitaModel,
+        *,
+        recipe: Recipe,
+        form: DocumentFormat,
+        readers: MediaReaders,
+        graphs: GraphPool | None,
     ) -> None:
         self.model, self.form, self.graphs = model, form, graphs
-        self._graphs: dict[int, tuple[Tensor, Graph]] = {}  # by number of tiles: their pixels, and what encodes them
+        # by number of tiles: their pixels, and what encodes them
+        self._graphs: dict[int, tuple[Tensor, Graph]] = {}
         self.normalization = recipe.media.normalization
         self.rows_per_tile = form.vision.image_token_length
         self.decoder = TileDecoder(readers)
         self._sequences: dict[int, SequenceStart] = {}
-        self._owner: dict[int, dict[int, int]] = {}  # of sequences' tiles that are dealt, the tile rank
+        # of sequences' tiles that are dealt, the tile rank
+        self._owner: dict[int, dict[int, int]] = {}
         self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
 
     def add(self, start: SequenceStart) -> None:
@@ -63,8 +73,11 @@ class FeatureSource:
             del self._left[key]
 
     def of_pieces(self, pieces: list[PiecePlan], places: list[int]) -> FeatureRows | None:
-        """The feature rows of pieces that begin at `places` of the pack; None where they have no tiles. Collective."""
-        tiles = list(chain.from_iterable(self._tiles_of(p.sequence, p.start, p.stop) for p in pieces))
+        """The feature rows of pieces that begin at `places` of the pack; None where they have no
+        tiles. Collective."""
+        tiles = list(
+            chain.from_iterable(self._tiles_of(p.sequence, p.start, p.stop) for p in pieces)
+        )
         if not tiles or not self.model.encodes:
             return None
         new = [tile for tile in tiles if tile not in self._left]
@@ -84,7 +97,8 @@ class FeatureSource:
         return FeatureRows(rows=torch.cat(rows), places=torch.cat(targets), failed=failed)
 
     def announce(self, sequence: int, start: int, stop: int) -> None:
-        """Deals the tiles of tokens `start` to `stop` that are not yet dealt, and begins to decode this rank's.
+        """Deals the tiles of tokens `start` to `stop` that are not yet dealt, and begins to decode
+        this rank's.
 
         Ranks take turns to be the first, so that many prompts of one tile are not all one rank's.
         """
@@ -94,7 +108,9 @@ class FeatureSource:
         for rank, hand in enumerate(deal_tiles(frames, layout.tile_ranks), start=sequence):
             owner.update({tiles[i]: rank % layout.tile_ranks for i in hand})
         if self.model.encodes:
-            self.decoder.begin(sequence, [tile for tile in tiles if owner[tile] == layout.tile_rank])
+            self.decoder.begin(
+                sequence, [tile for tile in tiles if owner[tile] == layout.tile_rank]
+            )
 
     def _tiles_of(self, sequence: int, start: int, stop: int) -> list[TileKey]:
         """Tiles that have placeholders among the tokens `start` to `stop`."""
@@ -105,7 +121,10 @@ class FeatureSource:
 
     def _is_frame(self, sequence: int, tile: int) -> bool:
         ends = np.cumsum([medium.num_tiles for medium in self._sequences[sequence].media])
-        return self._sequences[sequence].media[int(np.searchsorted(ends, tile, side="right"))].grid is None
+        return (
+            self._sequences[sequence].media[int(np.searchsorted(ends, tile, side="right"))].grid
+            is None
+        )
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """uint8 [n, 3, S, S] -> features [n, rows, H]."""
@@ -134,7 +153,9 @@ class FeatureSource:
         """Features [n, rows, H] of tiles, on every rank, and what is wrong with which sequence."""
         dtype = self.model.config.params_dtype
         if not tiles:
-            return torch.empty(0, self.rows_per_tile, self.model.config.hidden_size, dtype=dtype), {}
+            return torch.empty(
+                0, self.rows_per_tile, self.model.config.hidden_size, dtype=dtype
+            ), {}
         layout = groups.rank_layout()
         owners = torch.tensor([self._owner[sequence][tile] for sequence, tile in tiles])
         hands = [(owners == rank).nonzero().squeeze(1) for rank in range(layout.tile_ranks)]
@@ -142,6 +163,8 @@ class FeatureSource:
         own = self._encode_pixels(torch.from_numpy(pixels))
         if layout.tile_ranks == 1:
             return own, failed
-        everything = concatenate_rows(own, counts=[len(hand) for hand in hands], group=groups.tile_group())
+        everything = concatenate_rows(
+            own, counts=[len(hand) for hand in hands], group=groups.tile_group()
+        )
         order = torch.argsort(torch.cat(hands)).to(everything.device)
         return everything[order], failed

@@ -1,4 +1,5 @@
-"""CUDA graphs: a forward pass over tensors at fixed addresses, recorded once and launched as one."""
+"""CUDA graphs: a forward pass over tensors at fixed addresses, recorded once and launched as
+one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,12 @@ from torch import Tensor
 
 
 class Graph:
-    """A recorded call. Its inputs are whatever tensors the function reads: contents may change, but not their place."""
+    """A recorded call. Its inputs are whatever tensors the function reads: contents may change, but
+    not their place."""
 
     def __init__(self, function: Callable[[], Tensor], *, pool: Any) -> None:
-        """Runs the function once, so that kernels are compiled and buffers made, then records it."""
+        """Runs the function once, so that kernels are compiled and buffers made, then records
+        it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -40,7 +43,8 @@ class GraphPool:
     """
 
     def __init__(self) -> None:
-        self._handle = torch.cuda.graph_pool_handle()  # its memory is gone with its last graph, and so is its use
+        # its memory is gone with its last graph, and so is its use
+        self._handle = torch.cuda.graph_pool_handle()
         self._graphs: list[Graph] = []
 
     def record(self, function: Callable[[], Tensor]) -> Graph:
@@ -49,6 +53,7 @@ class GraphPool:
         return self._graphs[-1]
 
     def close(self) -> None:
-        """Gives all graphs back at once: whoever made them may be part of a cycle that is collected much later."""
+        """Gives all graphs back at once: whoever made them may be part of a cycle that is collected
+        much later."""
         while self._graphs:
             self._graphs.pop().close()

@@ -1,4 +1,5 @@
-"""Triton kernels of serving: rotary positions, attention of new tokens over their pages, joining of partial results."""
+"""Triton kernels of serving: rotary positions, attention of new tokens over their pages, joining of
+partial results."""
 
 import torch
 import triton
@@ -41,7 +42,9 @@ def _join(  # type: ignore[no-untyped-def]
     x = tl.load(a + row * a_row + head * a_head + column, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(b + row * b_row + head * b_head + column, mask=inside, other=0.0).to(tl.float32)
     joined = (x * weight_a + y * weight_b) * scale
-    tl.store(out + (row * heads + head) * WIDTH + column, joined.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + (row * heads + head) * WIDTH + column, joined.to(out.dtype.element_ty), mask=inside
+    )
     tl.store(lse + row * heads + head, tl.where(total > 0, tl.log(total) + peak, -float("inf")))
 
 
@@ -50,7 +53,9 @@ def rotate_on_cuda(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     count, heads, width = rows.shape
     out = torch.empty(count, heads, width, dtype=rows.dtype, device=rows.device)
     block = triton.next_power_of_2(width // 2)
-    _rotate[(count, heads)](rows, cos, sin, out, *rows.stride()[:2], heads, HALF=width // 2, BLOCK=block, num_warps=1)
+    _rotate[(count, heads)](
+        rows, cos, sin, out, *rows.stride()[:2], heads, HALF=width // 2, BLOCK=block, num_warps=1
+    )
     return out
 
 
@@ -71,7 +76,9 @@ def _turn(source, cos, sin, target, HALF: tl.constexpr, BLOCK: tl.constexpr):  #
     first = tl.load(source + column, mask=inside).to(tl.float32)
     second = tl.load(source + HALF + column, mask=inside).to(tl.float32)
     tl.store(target + column, (first * c - second * s).to(target.dtype.element_ty), mask=inside)
-    tl.store(target + HALF + column, (second * c + first * s).to(target.dtype.element_ty), mask=inside)
+    tl.store(
+        target + HALF + column, (second * c + first * s).to(target.dtype.element_ty), mask=inside
+    )
 
 
 def rotate_and_store(
@@ -111,7 +118,14 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     cos += row * HALF
     sin += row * HALF
     if head < heads:
-        _turn(query + row * q_row + head * q_head, cos, sin, out + (row * heads + head) * 2 * HALF, HALF, BLOCK)
+        _turn(
+            query + row * q_row + head * q_head,
+            cos,
+            sin,
+            out + (row * heads + head) * 2 * HALF,
+            HALF,
+            BLOCK,
+        )
     else:
         group = (head - heads).to(tl.int64)
         place = group * group_stride + tl.load(slots + row) * 2 * HALF
@@ -132,11 +146,13 @@ def attend_pages(
     page_tokens: int,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one token of each of B sequences over the pages that are held here; safe in CUDA graphs.
+    """Attention of one token of each of B sequences over the pages that are held here; safe in CUDA
+    graphs.
 
-    query [B, heads, d]; keys, values [groups, slots, d]; tables [B, pages] int32, page numbers of each sequence;
-    lengths [B] int32, tokens held here. `scales` [groups, slots] fp32 each where keys and values are of 8 bits.
-    Returns out [B, heads, d] and log-sum-exp [B, heads], both fp32; -inf where there are no keys.
+    query [B, heads, d]; keys, values [groups, slots, d]; tables [B, pages] int32, page numbers of
+    each sequence; lengths [B] int32, tokens held here. `scales` [groups, slots] fp32 each where
+    keys and values are of 8 bits. Returns out [B, heads, d] and log-sum-exp [B, heads], both fp32;
+    -inf where there are no keys.
     """
     batch, heads, width = query.shape
     groups = len(keys)
@@ -175,10 +191,16 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     pages = tl.cdiv(length, PAGE)
     share = tl.cdiv(pages, tl.num_programs(0))
     first, last = split * share, tl.minimum((split + 1) * share, pages)
-    member, column, row = tl.arange(0, MEMBER_BLOCK), tl.arange(0, WIDTH_BLOCK), tl.arange(0, PAGE_BLOCK)
+    member, column, row = (
+        tl.arange(0, MEMBER_BLOCK),
+        tl.arange(0, WIDTH_BLOCK),
+        tl.arange(0, PAGE_BLOCK),
+    )
     head = group * MEMBERS + member
     real = (member < MEMBERS)[:, None] & (column < WIDTH)[None, :]
-    q = tl.load(query + (sequence * heads + head)[:, None] * WIDTH + column[None, :], mask=real, other=0.0)
+    q = tl.load(
+        query + (sequence * heads + head)[:, None] * WIDTH + column[None, :], mask=real, other=0.0
+    )
     keys += group.to(tl.int64) * group_stride
     values += group.to(tl.int64) * group_stride
     peak = tl.full([MEMBER_BLOCK], -1e30, tl.float32)
@@ -192,21 +214,31 @@ def _attend_pages(  # type: ignore[no-untyped-def]
         k = tl.load(keys + place, mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SCALED:
-            scores *= tl.load(key_scales + group * scale_stride + slot, mask=seen, other=0.0)[None, :]
+            scores *= tl.load(key_scales + group * scale_stride + slot, mask=seen, other=0.0)[
+                None, :
+            ]
         scores = tl.where(seen[None, :], scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(peak - higher)
         total = total * shrink + tl.sum(weights, 1)
         if SCALED:
-            weights *= tl.load(value_scales + group * scale_stride + slot, mask=seen, other=0.0)[None, :]
+            weights *= tl.load(value_scales + group * scale_stride + slot, mask=seen, other=0.0)[
+                None, :
+            ]
         v = tl.load(values + place, mask=mask, other=0.0).to(q.dtype)
-        gathered = gathered * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
+        gathered = gathered * shrink[:, None] + tl.dot(
+            weights.to(q.dtype), v, input_precision="ieee"
+        )
         peak = higher
     place = (split * batch + sequence) * heads + head
     result = gathered / tl.maximum(total, 1e-30)[:, None]
     tl.store(parts + place[:, None] * WIDTH + column[None, :], result, mask=real)
-    tl.store(sums + place, tl.where(total > 0, tl.log(total) + peak, -float("inf")), mask=member < MEMBERS)
+    tl.store(
+        sums + place,
+        tl.where(total > 0, tl.log(total) + peak, -float("inf")),
+        mask=member < MEMBERS,
+    )
 
 
 @triton.jit
@@ -226,4 +258,6 @@ def _join_splits(  # type: ignore[no-untyped-def]
     rows = tl.load(parts + place[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
     joined = tl.sum(rows * weights[:, None], 0) / tl.maximum(total, 1e-30)
     tl.store(out + (sequence * heads + head) * WIDTH + column, joined, mask=column < WIDTH)
-    tl.store(lse + sequence * heads + head, tl.where(total > 0, tl.log(total) + peak, -float("inf")))
+    tl.store(
+        lse + sequence * heads + head, tl.where(total > 0, tl.log(total) + peak, -float("inf"))
+    )

@@ -1,7 +1,9 @@
-"""Reads media in processes that may be killed: whatever a file does to a decoder, only its own request ends.
+"""Reads media in processes that may be killed: whatever a file does to a decoder, only its own
+request ends.
 
-For each connection that comes through standard input, a Unix socket, the program forks a reader, which answers one
-question at a time. The kernel ends it, also in the midst of a decoder, where an answer takes too long.
+For each connection that comes through standard input, a Unix socket, the program forks a reader,
+which answers one question at a time. The kernel ends it, also in the midst of a decoder, where an
+answer takes too long.
 """
 
 import fcntl
@@ -31,7 +33,8 @@ def main() -> None:
     """Forks readers until the other end of standard input is closed."""
     logging.basicConfig(level=logging.WARNING, format="media %(levelname)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # who started this decides, and may have answers to finish
+        # who started this decides, and may have answers to finish
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended readers need not be waited for
     with socket.socket(fileno=sys.stdin.fileno()) as orders:
         while True:
@@ -55,13 +58,15 @@ def _live(orders: socket.socket, pipe: Connection) -> NoReturn:
 
 
 def serve(pipe: Connection) -> None:
-    """A reader's life: it answers questions, each with the seconds that it may take, until the other end is closed."""
+    """A reader's life: it answers questions, each with the seconds that it may take, until the
+    other end is closed."""
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             seconds, question = pipe.recv()
             file = receive_file(pipe)
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # whose signal ends the process: Python does not handle it
+            # whose signal ends the process: Python does not handle it
+            signal.setitimer(signal.ITIMER_REAL, seconds)
             tiles = SharedArray()
             with _ends_with(pipe):
                 answer = _answer(question, file, tiles)
@@ -75,7 +80,8 @@ def serve(pipe: Connection) -> None:
 
 @contextmanager
 def _ends_with(pipe: Connection) -> Iterator[None]:
-    """Meanwhile the kernel ends this process when the other end of a pipe is closed or shut down."""
+    """Meanwhile the kernel ends this process when the other end of a pipe is closed or shut
+    down."""
     flags = fcntl.fcntl(pipe.fileno(), fcntl.F_GETFL)
     end_with(pipe.fileno())
     if pipe.poll():  # closed before
@@ -85,13 +91,21 @@ def _ends_with(pipe: Connection) -> Iterator[None]:
 
 
 def _answer(question: Question, file: IO[bytes], tiles: SharedArray) -> Answer:
-    """What a question asks; decoded tiles lie in `tiles`. DataError for whatever is wrong with the file."""
+    """What a question asks; decoded tiles lie in `tiles`. DataError for whatever is wrong with the
+    file."""
     try:
         if isinstance(question, Probe):
             return probe_video(file, question.name)
         side = question.form.size
         out = tiles.allocate((len(question.tiles), 3, side, side))
-        decode_tiles(question.medium, file, name=question.name, tiles=question.tiles, form=question.form, out=out)
+        decode_tiles(
+            question.medium,
+            file,
+            name=question.name,
+            tiles=question.tiles,
+            form=question.form,
+            out=out,
+        )
         return out.shape
     except DataError as error:
         return error.with_traceback(None)

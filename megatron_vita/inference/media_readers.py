@@ -1,4 +1,5 @@
-"""The readers of media that an engine may ask: processes of `media_reader.py`, and threads that wait for them."""
+"""The readers of media that an engine may ask: processes of `media_reader.py`, and threads that
+wait for them."""
 
 import os
 import queue
@@ -42,7 +43,8 @@ class Probe(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """What do tiles of the file that follows show? The answer is a shape, and an array of it that follows."""
+    """What do tiles of the file that follows show? The answer is a shape, and an array of it that
+    follows."""
 
     name: str
     medium: Medium
@@ -55,7 +57,8 @@ Answer = VideoInfo | tuple[int, ...] | DataError
 
 
 class MediaReaders:
-    """At most `count` processes that read media. Any thread may ask; further ones wait for their turn."""
+    """At most `count` processes that read media. Any thread may ask; further ones wait for their
+    turn."""
 
     def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
         """`seconds`: what one answer may take. Processes are started when they are needed."""
@@ -73,12 +76,14 @@ class MediaReaders:
             return _checked(pipe.recv())
 
     def decode(self, file: SharedFile, medium: Medium, *, name: str, tiles: range) -> np.ndarray:
-        """Tiles of a medium, uint8 [n, 3, S, S]. DataError, which names it by `name`, where it is damaged."""
+        """Tiles of a medium, uint8 [n, 3, S, S]. DataError, which names it by `name`, where it is
+        damaged."""
         with self._asked(Decode(name, medium, tiles, self.form), file) as pipe:
             return receive_array(pipe, _checked(pipe.recv()))
 
     def stop(self, file: SharedFile) -> None:
-        """Nobody waits for what is read of a file any longer: whoever does gets DataError, and its readers end."""
+        """Nobody waits for what is read of a file any longer: whoever does gets DataError, and its
+        readers end."""
         with self._lock:
             self._stopped.add(file)
             self._hang_up([reader for reader, read in self._busy.items() if read is file])
@@ -97,7 +102,8 @@ class MediaReaders:
 
     @contextmanager
     def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
-        """A reader that was asked. Where it ends without an answer, that is put down to the file: DataError."""
+        """A reader that was asked. Where it ends without an answer, that is put down to the file:
+        DataError."""
         reader, good, began = self._free.get(), None, time.monotonic()
         try:
             reader = reader or connect()
@@ -126,7 +132,8 @@ class MediaReaders:
                 raise DataError(f"{question.name}: {_STOPPED}")
 
     def _why_ended(self, reader: "_Reader", began: float) -> str:
-        """Why a reader that was asked at `began` gives no answer. PlatformError if it is not the file's fault."""
+        """Why a reader that was asked at `began` gives no answer. PlatformError if it is not the
+        file's fault."""
         with self._lock:
             if reader not in self._busy:
                 return _STOPPED
@@ -202,7 +209,9 @@ def check(program: _Program) -> None:
         with _lock:
             if _programs.get(PROGRAM) is program:
                 del _programs[PROGRAM]
-        raise PlatformError(f"the program that reads media has ended with code {code}; is there memory enough?")
+        raise PlatformError(
+            f"the program that reads media has ended with code {code}; is there memory enough?"
+        )
 
 
 def _checked[T](answer: T | DataError) -> T:

@@ -1,6 +1,8 @@
-"""Attention over a part of the keys: results come with the log-sum-exp of their scores, by which parts are merged.
+"""Attention over a part of the keys: results come with the log-sum-exp of their scores, by which
+parts are merged.
 
-cuDNN's kernels are the fastest on CUDA but are planned for each shape, so they take what is large and regular.
+cuDNN's kernels are the fastest on CUDA but are planned for each shape, so they take what is large
+and regular.
 """
 
 import functools
@@ -12,8 +14,11 @@ PLANNED_ROWS, PLANNED_KEYS = 1024, 8192
 """cuDNN takes queries in multiples of the first over at least so many keys."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """query [m, heads, d]; key, value [groups, n, d], n > 0 -> out [m, heads, d], log-sum-exp [m, heads] in fp32.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """query [m, heads, d]; key, value [groups, n, d], n > 0 -> out [m, heads, d], log-sum-exp [m,
+    heads] in fp32.
 
     `causal`: query i sees keys up to i; then n = m.
     """
@@ -23,11 +28,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -
     elif query.dtype == torch.float32:
         heads = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal
+        )[:2]
     elif k.shape[2] >= PLANNED_KEYS and q.shape[2] % PLANNED_ROWS == 0:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False
+        )[:2]
     else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)[
+            :2
+        ]
     lse = lse.reshape(q.shape[1], -1)[:, : len(query)]  # some kernels pad rows or add a dimension
     return out[0].transpose(0, 1), lse.T
 

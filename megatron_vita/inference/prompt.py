@@ -1,4 +1,5 @@
-"""Prompts: a conversation with its images and videos as bytes, laid out as training documents are."""
+"""Prompts: a conversation with its images and videos as bytes, laid out as training documents
+are."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -35,16 +36,21 @@ class MediaFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Messages as in the chat JSONL; text contents hold the tags `<image>` and `<video>`, or are lists of parts."""
+    """Messages as in the chat JSONL; text contents hold the tags `<image>` and `<video>`, or are
+    lists of parts."""
 
     messages: list[dict[str, Any]]
     images: Sequence[MediaFile] = ()
     videos: Sequence[MediaFile] = ()
 
     @classmethod
-    def ask(cls, question: str, *, images: Sequence[MediaFile] = (), videos: Sequence[MediaFile] = ()) -> "Prompt":
+    def ask(
+        cls, question: str, *, images: Sequence[MediaFile] = (), videos: Sequence[MediaFile] = ()
+    ) -> "Prompt":
         """One question after its media; whatever it says is literal text."""
-        parts: list[dict[str, str]] = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in images] + [
+            {"type": "video"} for _ in videos
+        ]
         text = f"\n{question}" if parts else question
         return cls(
             messages=[{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
@@ -82,8 +88,11 @@ class PreparedPrompt:
         """Image tiles and frames."""
         return len(self.document.placements)
 
-    def block_keys(self, block_tokens: int, *, rows_per_tile: int, said: Sequence[int] = ()) -> list[bytes]:
-        """What each whole block of the prompt, followed by the tokens `said`, holds, with all that comes before it."""
+    def block_keys(
+        self, block_tokens: int, *, rows_per_tile: int, said: Sequence[int] = ()
+    ) -> list[bytes]:
+        """What each whole block of the prompt, followed by the tokens `said`, holds, with all that
+        comes before it."""
         ids = np.concatenate([self.document.input_ids, np.array(said, dtype=np.int64)])
         placements = self.document.placements
         key, keys = b"", []
@@ -98,12 +107,17 @@ class PreparedPrompt:
 
 
 def prepare_prompt(
-    prompt: Prompt, *, form: DocumentFormat, probe: Callable[[MediaFile], VideoInfo], max_frames: int | None = None
+    prompt: Prompt,
+    *,
+    form: DocumentFormat,
+    probe: Callable[[MediaFile], VideoInfo],
+    max_frames: int | None = None,
 ) -> PreparedPrompt:
-    """The prompt's tokens up to where the assistant speaks. DataError if messages or media are wrong.
+    """The prompt's tokens up to where the assistant speaks. DataError if messages or media are
+    wrong.
 
-    `probe` tells what kind of video a file is. `max_frames`: of each video at most so many frames, where that is less
-    than the recipe's `media.max_frames`.
+    `probe` tells what kind of video a file is. `max_frames`: of each video at most so many frames,
+    where that is less than the recipe's `media.max_frames`.
     """
     sample = {
         "messages": prompt.messages,
@@ -113,20 +127,35 @@ def prepare_prompt(
     turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
     infos = [probe(video) for video in prompt.videos]
     most = min(form.media.max_frames, form.media.max_frames if max_frames is None else max_frames)
-    shown = [form.video(v.name, info, frames=most) for v, info in zip(prompt.videos, infos, strict=True)]
-    media = {"image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images], "video": shown}
+    shown = [
+        form.video(v.name, info, frames=most) for v, info in zip(prompt.videos, infos, strict=True)
+    ]
+    media = {
+        "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
+        "video": shown,
+    }
     document = assemble_document(turns, key="prompt", media=media, form=form)
     opening = generation_prompt(form.template, form.tokenizer)
     images, videos = iter(prompt.images), iter(prompt.videos)
     files = [next(videos if medium.grid is None else images) for medium in document.media]
     return PreparedPrompt(
-        document=replace(document, input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)])),
+        document=replace(
+            document,
+            input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)]),
+        ),
         files=files,
         videos=[
-            VideoFrames(name=video.name, duration=info.duration, size=info.size, times=medium.times if medium else [])
+            VideoFrames(
+                name=video.name,
+                duration=info.duration,
+                size=info.size,
+                times=medium.times if medium else [],
+            )
             for video, info, medium in zip(prompt.videos, infos, shown, strict=True)
         ],
-        tile_digests=[digest for each in zip(document.media, files, strict=True) for digest in _digests(*each)],
+        tile_digests=[
+            digest for each in zip(document.media, files, strict=True) for digest in _digests(*each)
+        ],
     )
 
 

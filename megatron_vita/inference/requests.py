@@ -1,4 +1,5 @@
-"""What is asked of the engine and what comes back: sampling options, scored tokens, pieces of answers."""
+"""What is asked of the engine and what comes back: sampling options, scored tokens, pieces of
+answers."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,13 +19,16 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
-    repetition_penalty: float = 1.0  # of tokens in prompt or answer (CTRL, arXiv 1909.05858, section 4.1)
-    presence_penalty: float = 0.0  # taken from the logit of each token that the answer has (OpenAI's definition)
+    # of tokens in prompt or answer (CTRL, arXiv 1909.05858, section 4.1)
+    repetition_penalty: float = 1.0
+    # taken from the logit of each token that the answer has (OpenAI's definition)
+    presence_penalty: float = 0.0
     frequency_penalty: float = 0.0  # the same, times how often
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
     seed: int = 0
     n: int = 1  # answers to draw
-    logprobs: int | None = None  # with each token its log-probability and those of this many likeliest ones
+    # with each token its log-probability and those of this many likeliest ones
+    logprobs: int | None = None
     beams: int = 1  # above 1: beam search, whose `n` best answers are given
     length_penalty: float = 1.0  # of beam search: scores are divided by length to this power
     ignore_end: bool = False  # goes on to max_new_tokens whatever the model says
@@ -49,7 +53,9 @@ class Sampling:
             if not right:  # a comparison with NaN is false, so NaN is refused too
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        if self.beams > 1 and (self.temperature > 0 or self.n > self.beams or penalties != (1, 0, 0)):
+        if self.beams > 1 and (
+            self.temperature > 0 or self.n > self.beams or penalties != (1, 0, 0)
+        ):
             raise ConfigError(
                 f"beams is {self.beams}: beam search needs temperature 0, no penalties, and n of at most as many"
             )
@@ -57,7 +63,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token and its natural-log probability under the model's own distribution, before temperature and penalties."""
+    """A token and its natural-log probability under the model's own distribution, before
+    temperature and penalties."""
 
     token_id: int
     logprob: float
@@ -65,7 +72,8 @@ class TokenScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredToken:
-    """A token of an answer with the likeliest tokens in its place, best first (none where logprobs is 0)."""
+    """A token of an answer with the likeliest tokens in its place, best first (none where logprobs
+    is 0)."""
 
     chosen: TokenScore
     likeliest: tuple[TokenScore, ...] = ()
@@ -75,8 +83,9 @@ class ScoredToken:
 class AnswerPiece:
     """What a step of the engine added to one answer.
 
-    `text` never needs to be taken back: half characters and what may become a stop string are held back. All pieces'
-    texts joined are the answer. With beam search everything comes in one last piece per answer.
+    `text` never needs to be taken back: half characters and what may become a stop string are held
+    back. All pieces' texts joined are the answer. With beam search everything comes in one last
+    piece per answer.
     """
 
     request: int

@@ -16,7 +16,9 @@ class Rotation:
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, *, inverse_frequencies: Tensor, shape: LanguageConfig) -> "Rotation":
+    def at(
+        cls, positions: Tensor, *, inverse_frequencies: Tensor, shape: LanguageConfig
+    ) -> "Rotation":
         """Of rows at `positions` [t]."""
         angles = positions[:, None].float() * inverse_frequencies
         factor = shape.rope_scaling.attention_factor
@@ -30,4 +32,6 @@ class Rotation:
             return rotate_on_cuda(rows, self.cos, self.sin)
         cos, sin = self.cos[:, None], self.sin[:, None]
         first, second = rows.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(rows.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
+            rows.dtype
+        )

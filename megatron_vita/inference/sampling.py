@@ -1,8 +1,9 @@
 """From logits to the next token of each answer.
 
-A draw depends on its row's logits, its options and (seed, choice, step) alone: not on the rest of the batch, the device
-or the layout. Tokens keep the order of their ids under the cumulative distribution, so that the rounding of another
-layout, which may swap two tokens of nearly equal probability in an order by probability, moves no more than borders.
+A draw depends on its row's logits, its options and (seed, choice, step) alone: not on the rest of
+the batch, the device or the layout. Tokens keep the order of their ids under the cumulative
+distribution, so that the rounding of another layout, which may swap two tokens of nearly equal
+probability in an order by probability, moves no more than borders.
 """
 
 import math
@@ -24,7 +25,9 @@ class Penalties:
 
     def __init__(self, prompt_ids: Tensor, *, vocab_size: int, device: torch.device | str) -> None:
         """`vocab_size` is the width of the logits; prompt_ids [t] int64 on the CPU."""
-        self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, prompt_ids, True).to(device)
+        self.in_prompt = (
+            torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, prompt_ids, True).to(device)
+        )
         self.counts = torch.zeros(vocab_size, device=device)
 
     def add(self, token_id: int) -> None:
@@ -44,20 +47,29 @@ class Draw:
 
 def has_penalties(sampling: Sampling) -> bool:
     """Whether a draw must know which tokens came before."""
-    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
+    return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (
+        1,
+        0,
+        0,
+    )
 
 
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[ScoredToken]:
     """The next token of each row of logits [B, V].
 
-    Where `logprobs` is None, `likeliest` is empty and `logprob` NaN. The device is waited for once. Raises LogitsError,
-    which names the rows, where logits are NaN or infinite; the other rows can be drawn again without them.
+    Where `logprobs` is None, `likeliest` is empty and `logprob` NaN. The device is waited for once.
+    Raises LogitsError, which names the rows, where logits are NaN or infinite; the other rows can
+    be drawn again without them.
     """
     assert len(logits) == len(draws)
     if not draws:
         return []
     peaks, tokens = logits.max(dim=-1)  # of equal ones the first; NaN where a row has any
-    if shaped := [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0 or draw.penalties is not None]:
+    if shaped := [
+        i
+        for i, draw in enumerate(draws)
+        if draw.sampling.temperature > 0 or draw.penalties is not None
+    ]:
         rows = upload(shaped, like=tokens)
         tokens[rows] = _shaped_tokens(logits[rows].float(), [draws[i] for i in shaped])
     parts = [peaks.double(), tokens.double()]
@@ -68,7 +80,10 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[ScoredToken]:
         parts.append(_scores(logits[rows].float(), tokens[rows], width=width).flatten())
     values = torch.cat(parts).tolist()
     refuse_unless_finite(values[: len(draws)])
-    found = [ScoredToken(chosen=TokenScore(int(token), math.nan)) for token in values[len(draws) : 2 * len(draws)]]
+    found = [
+        ScoredToken(chosen=TokenScore(int(token), math.nan))
+        for token in values[len(draws) : 2 * len(draws)]
+    ]
     for place, i in enumerate(scored):
         row = values[2 * len(draws) + place * (1 + 2 * width) :][: 1 + 2 * width]
         likeliest = tuple(map(TokenScore, map(int, row[1 : 1 + width]), row[1 + width :]))
@@ -78,13 +93,21 @@ def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[ScoredToken]:
 
 
 def likeliest_tokens(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and ids [R, count] of the highest of rows [R, V], best first, the lower id first among equal ones.
+    """Values and ids [R, count] of the highest of rows [R, V], best first, the lower id first among
+    equal ones.
 
-    `torch.topk` leaves open which of equal values it takes, and a stable sort of everything takes long.
+    `torch.topk` leaves open which of equal values it takes, and a stable sort of everything takes
+    long.
     """
-    kept = _highest(rows, rows.topk(count).values[:, -1:], torch.full((len(rows), 1), count, device=rows.device))
+    kept = _highest(
+        rows, rows.topk(count).values[:, -1:], torch.full((len(rows), 1), count, device=rows.device)
+    )
     places = torch.arange(rows.shape[-1], device=rows.device)
-    ids = torch.where(kept, places, rows.shape[-1]).topk(count, largest=False).values.clamp(max=rows.shape[-1] - 1)
+    ids = (
+        torch.where(kept, places, rows.shape[-1])
+        .topk(count, largest=False)
+        .values.clamp(max=rows.shape[-1] - 1)
+    )
     values, order = rows.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, order)
 
@@ -100,13 +123,17 @@ def refuse_unless_finite(peaks: Sequence[float]) -> None:
 
 
 def uniform_number(seed: int, *, choice: int, step: int) -> float:
-    """A multiple of 2**-52 in [0, 1) that these three decide (Philox, Salmon et al. 2011, in counter mode)."""
-    generator = np.random.Philox(key=np.array([seed, choice], np.uint64), counter=np.array([step, 0, 0, 0], np.uint64))
+    """A multiple of 2**-52 in [0, 1) that these three decide (Philox, Salmon et al. 2011, in
+    counter mode)."""
+    generator = np.random.Philox(
+        key=np.array([seed, choice], np.uint64), counter=np.array([step, 0, 0, 0], np.uint64)
+    )
     return (int(generator.random_raw()) >> 12) * 2.0**-52
 
 
 def candidate_logits(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """What is drawn from: fp32 logits [R, V] after penalties, temperature, top-k and top-p, -inf for what is left out.
+    """What is drawn from: fp32 logits [R, V] after penalties, temperature, top-k and top-p, -inf
+    for what is left out.
 
     Rows of temperature 0 keep temperature 1 and all tokens.
     """
@@ -115,8 +142,11 @@ def candidate_logits(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         logits = logits.index_copy(0, rows, _penalise(logits[rows], [draws[i] for i in penalised]))
     if warm := [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]:
         rows = upload(warm, like=logits, dtype=torch.int64)
-        scaled = logits[rows] - logits[rows].amax(dim=-1, keepdim=True)  # the highest is 0: division cannot overflow
-        scaled = scaled / _column([max(draws[i].sampling.temperature, _SMALLEST) for i in warm], scaled)
+        # the highest is 0: division cannot overflow
+        scaled = logits[rows] - logits[rows].amax(dim=-1, keepdim=True)
+        scaled = scaled / _column(
+            [max(draws[i].sampling.temperature, _SMALLEST) for i in warm], scaled
+        )
         logits = logits.index_copy(0, rows, _cut(scaled, [draws[i].sampling for i in warm]))
     return logits
 
@@ -127,12 +157,17 @@ def _shaped_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     tokens = logits.argmax(dim=-1)
     if warm := [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]:
         rows = upload(warm, like=tokens)
-        # In double precision: the rounding of exponentials and of their sum would depend on the device.
+        # In double precision: the rounding of exponentials and of their sum would depend on the
+        # device.
         cumulative = logits[rows].double().softmax(dim=-1).cumsum(dim=-1)
-        numbers = [uniform_number(draws[i].sampling.seed, choice=draws[i].choice, step=draws[i].step) for i in warm]
+        numbers = [
+            uniform_number(draws[i].sampling.seed, choice=draws[i].choice, step=draws[i].step)
+            for i in warm
+        ]
         targets = cumulative[:, -1:] * _column(numbers, cumulative)
         found = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
-        tokens[rows] = found.clamp(max=logits.shape[-1] - 1)  # NaN finds no place; its row is refused later
+        # NaN finds no place; its row is refused later
+        tokens[rows] = found.clamp(max=logits.shape[-1] - 1)
     return tokens
 
 
@@ -143,13 +178,16 @@ def _penalise(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     present = counts > 0
     seen = torch.stack([penalty.in_prompt for penalty in penalties]) | present
     repetition = _column([draw.sampling.repetition_penalty for draw in draws], logits)
-    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    logits = torch.where(
+        seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits
+    )
     logits = logits - _column([draw.sampling.presence_penalty for draw in draws], logits) * present
     return logits - _column([draw.sampling.frequency_penalty for draw in draws], logits) * counts
 
 
 def _cut(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
-    """Logits [R, V] with -inf outside of the top-k, and of these of the smallest likeliest set that reaches top-p."""
+    """Logits [R, V] with -inf outside of the top-k, and of these of the smallest likeliest set that
+    reaches top-p."""
     vocab_size = logits.shape[-1]
     top_k = [min(option.top_k or vocab_size, vocab_size) for option in options]
     cut = [i for i, option in enumerate(options) if top_k[i] < vocab_size or option.top_p < 1]
@@ -157,26 +195,33 @@ def _cut(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
         return logits
     rows = upload(cut, like=logits, dtype=torch.int64)
     whole, width = logits[rows], max(top_k[i] for i in cut)
-    ordered = whole.topk(width).values if width < vocab_size else whole.sort(dim=-1, descending=True).values
+    ordered = (
+        whole.topk(width).values
+        if width < vocab_size
+        else whole.sort(dim=-1, descending=True).values
+    )
     limits = upload([top_k[i] for i in cut], like=rows).unsqueeze(1)
     ordered = ordered.masked_fill(torch.arange(width, device=rows.device) >= limits, -math.inf)
     probabilities = ordered.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     # Rounded sums can reach 1 early, so that for top-p 1 the border is beyond all sums.
     border = _column([options[i].top_p if options[i].top_p < 1 else 2 for i in cut], before)
-    counts = (before < border).sum(dim=-1, keepdim=True).clamp(min=1).minimum(limits)  # NaN is below nothing
+    # NaN is below nothing
+    counts = (before < border).sum(dim=-1, keepdim=True).clamp(min=1).minimum(limits)
     kept = _highest(whole, ordered.gather(1, counts - 1), counts)
     return logits.index_copy(0, rows, whole.masked_fill(~kept, -math.inf))
 
 
 def _highest(rows: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
-    """A mask of the `counts` [R, 1] highest of rows [R, V]; the lowest of them are `thresholds` [R, 1]."""
+    """A mask of the `counts` [R, 1] highest of rows [R, V]; the lowest of them are `thresholds` [R,
+    1]."""
     above, equal = rows > thresholds, rows == thresholds
     return above | (equal & (equal.cumsum(dim=-1) <= counts - above.sum(dim=-1, keepdim=True)))
 
 
 def _scores(logits: Tensor, tokens: Tensor, *, width: int) -> Tensor:
-    """Log-probabilities of `tokens` [R], then ids, then log-probabilities of the likeliest: [R, 1 + 2 * width]."""
+    """Log-probabilities of `tokens` [R], then ids, then log-probabilities of the likeliest: [R, 1 +
+    2 * width]."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).double()
     if width == 0:
@@ -186,7 +231,8 @@ def _scores(logits: Tensor, tokens: Tensor, *, width: int) -> Tensor:
 
 
 def upload(values: Sequence[float], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers as a tensor on the device of `like`, of its type unless told, without waiting for the device."""
+    """Numbers as a tensor on the device of `like`, of its type unless told, without waiting for the
+    device."""
     pinned = like.device.type == "cuda"  # from other memory a copy waits
     tensor = torch.tensor(values, dtype=dtype or like.dtype, pin_memory=pinned)
     return tensor.to(like.device, non_blocking=True)

@@ -1,7 +1,8 @@
 """Which requests are worked on in a step. Rank 0 alone decides; nothing here touches the device.
 
-Each request is promised the blocks that its prompt and its longest answers take before it begins, so that none is ever
-stopped for want of room. Steps with pieces of prompts and steps with new tokens take turns.
+Each request is promised the blocks that its prompt and its longest answers take before it begins,
+so that none is ever stopped for want of room. Steps with pieces of prompts and steps with new
+tokens take turns.
 """
 
 import itertools
@@ -46,7 +47,8 @@ class Request:
     sampling: Sampling
     keys: list[bytes]  # of the prompt's whole blocks
     cached_tokens: int = 0
-    sequences: list[Sequence] = field(default_factory=list)  # one while the prompt is computed, then one per answer
+    # one while the prompt is computed, then one per answer
+    sequences: list[Sequence] = field(default_factory=list)
     ceiling: int = 0  # blocks that it may come to hold
     held: int = 0  # blocks that its sequences hold, each counted once
     running: bool = False  # its answers are under way
@@ -94,7 +96,8 @@ class Scheduler:
         whole = tokens // self.layout.block_tokens
         width = max(sampling.n, sampling.beams)
         tail = self.layout.blocks_for(longest) - whole
-        return whole + width * tail + (width if sampling.beams > 1 else 0)  # beams are copied before they end
+        # beams are copied before they end
+        return whole + width * tail + (width if sampling.beams > 1 else 0)
 
     def next_step(self) -> Step | None:
         """What to do next; None if there is nothing to do."""
@@ -103,7 +106,11 @@ class Scheduler:
         step = None
         if not (self.running and not self._decoded_last):
             step = self._prefill()
-        awaited = [request.sequences[0].number for request in self.prefilling if request.ready < request.announced]
+        awaited = [
+            request.sequences[0].number
+            for request in self.prefilling
+            if request.ready < request.announced
+        ]
         step = step or self._decode() or (Step(patience=PATIENCE) if awaited else None)
         if step is None:
             return None
@@ -151,7 +158,9 @@ class Scheduler:
     def fork(self, request: Request, parent: Sequence) -> Sequence:
         """A sequence with the same tokens: whole blocks are shared, what is left is copied."""
         whole, rest = divmod(parent.length, self.layout.block_tokens)
-        child = Sequence(number=next(self._numbers), blocks=parent.blocks[:whole], length=parent.length)
+        child = Sequence(
+            number=next(self._numbers), blocks=parent.blocks[:whole], length=parent.length
+        )
         self.pool.share(child.blocks)
         if rest:
             child.blocks += self._take(request, 1)
@@ -174,7 +183,8 @@ class Scheduler:
         return sum(request.ceiling - request.held for request in (*self.prefilling, *self.running))
 
     def _admit(self) -> None:
-        """Lets requests begin in the order in which they came, but for those that wait for others' blocks."""
+        """Lets requests begin in the order in which they came, but for those that wait for others'
+        blocks."""
         for request in list(self.waiting):
             # The last token is always computed, for its logits.
             keys = request.keys[: (request.prepared.tokens - 1) // self.layout.block_tokens]
@@ -187,7 +197,9 @@ class Scheduler:
             answers = sum(r.width for r in (*self.prefilling, *self.running))
             room = self.pool.available_beside(known) - self._promised()
             request.ceiling = self.ceiling_of(request.prepared.tokens, request.sampling)
-            if request.ceiling - len(known) > room or (answers and answers + request.width > self.policy.max_running):
+            if request.ceiling - len(known) > room or (
+                answers and answers + request.width > self.policy.max_running
+            ):
                 return
             self.waiting.remove(request)
             self._begin(request, known)
@@ -197,7 +209,9 @@ class Scheduler:
         request.cached_tokens = len(known) * self.layout.block_tokens
         request.held = len(known)
         more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
-        sequence = Sequence(number=next(self._numbers), blocks=known + more, length=request.cached_tokens)
+        sequence = Sequence(
+            number=next(self._numbers), blocks=known + more, length=request.cached_tokens
+        )
         request.sequences = [sequence]
         stop = min(sequence.length + self._chunk, request.prepared.tokens)
         request.announced = request.ready = stop if stop <= _head(request) else sequence.length
@@ -220,16 +234,20 @@ class Scheduler:
         return self.policy.busy_chunk_tokens if self.running else self.policy.chunk_tokens
 
     def _in_turn(self) -> list[Request]:
-        """The prompts under way, those with the least left first, so that a short one never waits long; but now and
-        then the oldest first, so that a long one gets on however many short ones come.
+        """The prompts under way, those with the least left first, so that a short one never waits
+        long; but now and then the oldest first, so that a long one gets on however many short ones
+        come.
         """
         if self._pieces % OLDEST_FIRST == OLDEST_FIRST - 1:
             return list(self.prefilling)
         return sorted(self.prefilling, key=lambda request: (_left(request), request.number))
 
     def _announce(self) -> None:
-        """Has the tiles of coming pieces decoded: of each prompt two pieces ahead, of all together a bounded number."""
-        ahead = sum(r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles)
+        """Has the tiles of coming pieces decoded: of each prompt two pieces ahead, of all together
+        a bounded number."""
+        ahead = sum(
+            r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles
+        )
         for request in self._in_turn():
             sequence, start = request.sequences[0], request.announced
             stop = min(start + self._chunk, request.prepared.tokens)
@@ -256,7 +274,11 @@ class Scheduler:
             request.ready = max(request.ready, sequence.length)
             request.announced = max(request.announced, sequence.length)
             ends = _left(request) == 0
-            pieces.append(PiecePlan(sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends))
+            pieces.append(
+                PiecePlan(
+                    sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends
+                )
+            )
         self._pieces += bool(pieces)
         return Step(prefill=pieces) if pieces else None
 
@@ -264,7 +286,9 @@ class Scheduler:
         """Tokens of the prompt that wait for no tile."""
         if request.waits < LONG_WAIT:
             return request.ready
-        return max(request.ready, _head(request) // self.layout.block_tokens * self.layout.block_tokens)
+        return max(
+            request.ready, _head(request) // self.layout.block_tokens * self.layout.block_tokens
+        )
 
     def _decode(self) -> Step | None:
         rows, grow = [], {}
@@ -285,7 +309,11 @@ def _left(request: Request) -> int:
 
 def _head(request: Request) -> int:
     """Tokens before the first tile, which wait for nothing."""
-    return int(request.prepared.document.placements[0]) if request.prepared.tiles else request.prepared.tokens
+    return (
+        int(request.prepared.document.placements[0])
+        if request.prepared.tiles
+        else request.prepared.tokens
+    )
 
 
 def _has_tiles(request: Request, start: int, stop: int) -> bool:

@@ -1,4 +1,5 @@
-"""Short prompts that come alone: their time is that of launching kernels, which CUDA graphs save."""
+"""Short prompts that come alone: their time is that of launching kernels, which CUDA graphs
+save."""
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class ShortPrompts:
         self._graphs: dict[int, tuple[Tensor, Tensor, Graph]] = {}  # embeddings, slots, graph
 
     def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor) -> Tensor:
-        """Last hidden states of embeddings [t, 1, H], this rank's rows of a prompt of one of LENGTHS.
+        """Last hidden states of embeddings [t, 1, H], this rank's rows of a prompt of one of
+        LENGTHS.
 
         Keys at `places` of the prompt are stored at `slots`.
         """
@@ -45,14 +47,22 @@ class ShortPrompts:
 
     def record(self, length: int) -> None:
         """Makes the graph of a length. Collective."""
-        device, ranks, rank = platform.device(), groups.context_group().size(), groups.context_group().rank()
+        device, ranks, rank = (
+            platform.device(),
+            groups.context_group().size(),
+            groups.context_group().rank(),
+        )
         held = held_places(torch.tensor([0, length]), cp_size=ranks)
         gathered_row = torch.empty_like(held)
         gathered_row[held] = torch.arange(length)
         slots = torch.full((length,), SCRATCH_BLOCK * self.cache.layout.page_tokens, device=device)
         attention = PrefillAttention(
             cache=self.cache,
-            pieces=[PromptPiece(start=0, length=length, past=0, blocks=torch.empty(0, dtype=torch.int64))],
+            pieces=[
+                PromptPiece(
+                    start=0, length=length, past=0, blocks=torch.empty(0, dtype=torch.int64)
+                )
+            ],
             rotation=Rotation.at(
                 held.chunk(ranks)[rank].to(device),
                 inverse_frequencies=self.model.inverse_frequencies,

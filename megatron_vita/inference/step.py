@@ -38,12 +38,17 @@ class Step:
 
     forget: list[int] = field(default_factory=list)  # sequences that have ended
     begin: list[SequenceStart] = field(default_factory=list)
-    tables: dict[int, list[int]] = field(default_factory=dict)  # blocks of sequences, in place of those they had
-    grow: dict[int, list[int]] = field(default_factory=dict)  # blocks that sequences get in addition
+    # blocks of sequences, in place of those they had
+    tables: dict[int, list[int]] = field(default_factory=dict)
+    # blocks that sequences get in addition
+    grow: dict[int, list[int]] = field(default_factory=dict)
     copy: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy: (from, to)
-    announce: list[tuple[int, int, int]] = field(default_factory=list)  # sequence, first token, last: tiles to decode
+    # sequence, first token, last: tiles to decode
+    announce: list[tuple[int, int, int]] = field(default_factory=list)
     prefill: list[PiecePlan] = field(default_factory=list)
-    decode: list[tuple[int, int, int]] = field(default_factory=list)  # sequence, its next token, that one's position
-    awaited: list[int] = field(default_factory=list)  # sequences of which rank 0 must know whether tiles are decoded
+    # sequence, its next token, that one's position
+    decode: list[tuple[int, int, int]] = field(default_factory=list)
+    # sequences of which rank 0 must know whether tiles are decoded
+    awaited: list[int] = field(default_factory=list)
     patience: float = 0.0  # seconds to wait for the first of them
     close: bool = False  # the service ends

@@ -15,10 +15,11 @@ _CHARACTER_BYTES = 4
 class TextStream:
     """The text of one answer, up to the first stop string.
 
-    All that `push` and `finish` return, joined, is `tokenizer.decode` of all ids, or what of it comes before the stop
-    string that is complete first. Only runs of more than 16 byte-fallback tokens may decode differently where they are
-    no text. Each token decodes a window of a few tokens: those that still wait, after the ones given last, which tell
-    decoders that theirs is not the text's beginning.
+    All that `push` and `finish` return, joined, is `tokenizer.decode` of all ids, or what of it
+    comes before the stop string that is complete first. Only runs of more than 16 byte-fallback
+    tokens may decode differently where they are
+    no text. Each token decodes a window of a few tokens: those that still wait, after the ones
+    given last, which tell decoders that theirs is not the text's beginning.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -56,7 +57,11 @@ class TextStream:
     def _decode_window(self) -> str:
         text = self._tokenizer.decode(self._window)
         if text.endswith(_UNDECODABLE) or self._window[-1] in self._tokenizer.byte_ids:
-            return self._shorten_window(text) if len(self._window) - self._known >= _LONGEST_TAIL else ""
+            return (
+                self._shorten_window(text)
+                if len(self._window) - self._known >= _LONGEST_TAIL
+                else ""
+            )
         new = text[self._known_length :]
         if new:
             if len(self._window) >= _LONGEST_WINDOW and self._known:
@@ -73,21 +78,28 @@ class TextStream:
         return new
 
     def _cut(self, text: str) -> int:
-        """Tokens of the window after which its text can be cut: a character's end, or else between wrong bytes.
+        """Tokens of the window after which its text can be cut: a character's end, or else between
+        wrong bytes.
 
-        Wrong bytes are left together where they decode together, and the last few, which may begin a character.
+        Wrong bytes are left together where they decode together, and the last few, which may begin
+        a character.
         """
         certain = len(self._window) - _CHARACTER_BYTES
         for cut in range(len(self._window), certain, -1):
             if not self._tokenizer.decode(self._window[:cut]).endswith(_UNDECODABLE):
                 return cut
         for cut in range(certain, self._known + 1, -1):
-            if self._tokenizer.decode(self._window[:cut]) + self._tokenizer.decode(self._window[cut:]) == text:
+            if (
+                self._tokenizer.decode(self._window[:cut])
+                + self._tokenizer.decode(self._window[cut:])
+                == text
+            ):
                 return cut
         return self._known + 1
 
     def _until_stop(self, new: str) -> str:
-        """What of the held text and `new` comes before a stop string and cannot be the beginning of one."""
+        """What of the held text and `new` comes before a stop string and cannot be the beginning of
+        one."""
         if not self._stop or not new:
             return new
         text = self._held + new

@@ -76,7 +76,8 @@ class TileDecoder:
         self._coming[start.sequence], self._queues[start.sequence] = {}, _Queue()
 
     def forget(self, sequence: int) -> None:
-        """A sequence whose tiles will not be asked for any longer: what is being read for it ends."""
+        """A sequence whose tiles will not be asked for any longer: what is being read for it
+        ends."""
         if (queue := self._queues.pop(sequence, None)) is not None:
             with self._lock:
                 queue.waiting.clear()
@@ -103,7 +104,8 @@ class TileDecoder:
         self.readers.close()
 
     def ready(self, sequences: Sequence[int], *, patience: float = 0.0) -> list[int]:
-        """Those of which all tiles that were begun are decoded, or cannot be; waits so long for the first of them."""
+        """Those of which all tiles that were begun are decoded, or cannot be; waits so long for the
+        first of them."""
         deadline = time.monotonic() + patience
         while True:
             open_runs = {sequence: self._open_runs(sequence) for sequence in sequences}
@@ -114,8 +116,8 @@ class TileDecoder:
             wait(set().union(*open_runs.values()), timeout=left, return_when=FIRST_COMPLETED)
 
     def take(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
-        """Pixels uint8 [n, 3, S, S] of tiles that were begun, black where they cannot be had, and what is wrong with
-        which sequence."""
+        """Pixels uint8 [n, 3, S, S] of tiles that were begun, black where they cannot be had, and
+        what is wrong with which sequence."""
         size = self.readers.form.size
         pixels, failed = np.zeros((len(tiles), 3, size, size), dtype=np.uint8), {}
         for place, (sequence, tile) in enumerate(tiles):
@@ -127,10 +129,15 @@ class TileDecoder:
         return pixels, failed
 
     def _open_runs(self, sequence: int) -> set[Future[np.ndarray]]:
-        return {coming.run for coming in self._coming.get(sequence, {}).values() if not coming.run.done()}
+        return {
+            coming.run
+            for coming in self._coming.get(sequence, {}).values()
+            if not coming.run.done()
+        }
 
     def _runs(self, sequence: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
-        """(first tile, number) of tiles that follow one another in one medium; those of an image stay together."""
+        """(first tile, number) of tiles that follow one another in one medium; those of an image
+        stay together."""
         frames = min(max(-(-len(tiles) // DECODERS), _FEWEST), _MOST)
         runs: list[tuple[int, int]] = []
         for tile in tiles:
@@ -156,11 +163,15 @@ class TileDecoder:
                 queue.under_way += 1
                 self._pool.submit(self._work, queue, *queue.waiting.popleft())
 
-    def _work(self, queue: _Queue, run: Future[np.ndarray], file: _File, first: int, count: int) -> None:
+    def _work(
+        self, queue: _Queue, run: Future[np.ndarray], file: _File, first: int, count: int
+    ) -> None:
         try:
             if run.set_running_or_notify_cancel():
                 tiles = range(first - file.first, first - file.first + count)
-                run.set_result(self.readers.decode(file.shared, file.medium, name=file.name, tiles=tiles))
+                run.set_result(
+                    self.readers.decode(file.shared, file.medium, name=file.name, tiles=tiles)
+                )
         except BaseException as error:  # raised where the tiles are taken
             run.set_exception(error)
         finally:

@@ -1,4 +1,5 @@
-"""Notices that another rank is gone, also while this one waits for it inside a kernel that would never end."""
+"""Notices that another rank is gone, also while this one waits for it inside a kernel that would
+never end."""
 
 import hmac
 import logging
@@ -29,18 +30,23 @@ _SECRET_BYTES, _RANK_BYTES = 32, 4
 
 
 class PeerWatch:
-    """A connection of each other rank to the first. One that closes without a goodbye ends this process.
+    """A connection of each other rank to the first. One that closes without a goodbye ends this
+    process.
 
     Collective. The exit code is then 1, and the log says which rank is gone.
     """
 
     def __init__(self, group: ProcessGroup, *, on_loss: Callable[[int], None]) -> None:
-        """`on_loss` is called with a rank that is gone, by the thread that watches. EngineError if one never comes."""
+        """`on_loss` is called with a rank that is gone, by the thread that watches. EngineError if
+        one never comes."""
         self._on_loss = on_loss
         self._peers: dict[socket.socket, int] = {}
         rank, ranks = group.rank(), group.size()
         listener = socket.create_server(("", 0)) if rank == 0 else None
-        address = (os.environ.get("MASTER_ADDR", "127.0.0.1"), listener.getsockname()[1] if listener else 0)
+        address = (
+            os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            listener.getsockname()[1] if listener else 0,
+        )
         place = [(address, secrets.token_bytes(_SECRET_BYTES))]
         dist.broadcast_object_list(place, group=group, group_src=0)
         address, secret = place[0]
@@ -66,10 +72,13 @@ class PeerWatch:
                 self._let_in(*listener.accept(), secret)
             except TimeoutError as error:
                 missing = sorted(set(range(1, ranks + 1)) - set(self._peers.values()))
-                raise EngineError(f"ranks {missing} did not connect within {JOINING_SECONDS:g} seconds") from error
+                raise EngineError(
+                    f"ranks {missing} did not connect within {JOINING_SECONDS:g} seconds"
+                ) from error
 
     def _let_in(self, peer: socket.socket, address: tuple[str, int], secret: bytes) -> None:
-        """A connection that says the secret is a rank's; others are closed: anyone may connect to a port."""
+        """A connection that says the secret is a rank's; others are closed: anyone may connect to a
+        port."""
         heard = _heard(peer, _SECRET_BYTES + _RANK_BYTES)
         if hmac.compare_digest(heard[:-_RANK_BYTES], secret):
             self._peers[peer] = int.from_bytes(heard[-_RANK_BYTES:], "little")
@@ -114,7 +123,8 @@ def _said(peer: socket.socket) -> bytes:
 
 
 def _heard(peer: socket.socket, count: int) -> bytes:
-    """What a connection says first, `count` bytes; fewer where it closes or takes longer than HEARING_SECONDS."""
+    """What a connection says first, `count` bytes; fewer where it closes or takes longer than
+    HEARING_SECONDS."""
     ends, heard = time.monotonic() + HEARING_SECONDS, b""
     while len(heard) < count and (left := ends - time.monotonic()) > 0:
         try:

@@ -28,8 +28,9 @@ from megatron_vita.parallel import groups
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Logits [rows, V], one row for each prompt that ended or each decoded token (none where nothing was computed);
-    sequences that failed, and why; awaited ones whose tiles are decoded on all ranks."""
+    """Logits [rows, V], one row for each prompt that ended or each decoded token (none where
+    nothing was computed); sequences that failed, and why; awaited ones whose tiles are decoded on
+    all ranks."""
 
     logits: Tensor | None = None
     failed: dict[int, str] = field(default_factory=dict)
@@ -71,15 +72,22 @@ class Worker:
     ) -> None:
         self.model, self.cache = model, cache
         self.graphs = GraphPool() if graphs and platform.on_cuda() else None
-        self.features = FeatureSource(model, recipe=recipe, form=form, readers=readers, graphs=self.graphs)
-        self.decoder = Decoder(model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs)
-        self.short_prompts = ShortPrompts(model.language_model, cache, graphs=self.graphs) if self.graphs else None
+        self.features = FeatureSource(
+            model, recipe=recipe, form=form, readers=readers, graphs=self.graphs
+        )
+        self.decoder = Decoder(
+            model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
+        )
+        self.short_prompts = (
+            ShortPrompts(model.language_model, cache, graphs=self.graphs) if self.graphs else None
+        )
         self._tables: dict[int, Tensor] = {}
         self._prompts: dict[int, SequenceStart] = {}
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Makes the graphs that single requests need, so that the first of them does not wait. Collective."""
+        """Makes the graphs that single requests need, so that the first of them does not wait.
+        Collective."""
         if self.short_prompts is not None:
             for length in LENGTHS:
                 if length % (2 * groups.context_group().size()) == 0:
@@ -88,7 +96,8 @@ class Worker:
             self.features.warm_up()
 
     def close(self) -> None:
-        """Drops all graphs, for a process group cannot be left while they hold its operations; and what is decoded."""
+        """Drops all graphs, for a process group cannot be left while they hold its operations; and
+        what is decoded."""
         if self.graphs is not None:
             self.graphs.close()
         self.features.decoder.close()
@@ -110,7 +119,9 @@ class Worker:
         flags = torch.tensor([sequence in here for sequence in step.awaited], dtype=torch.uint8)
         if (group := groups.host_group("train")) is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=group)
-        return [sequence for sequence, flag in zip(step.awaited, flags.tolist(), strict=True) if flag]
+        return [
+            sequence for sequence, flag in zip(step.awaited, flags.tolist(), strict=True) if flag
+        ]
 
     def _keep_books(self, step: Step) -> None:
         for sequence in step.forget:
@@ -125,7 +136,9 @@ class Worker:
             self._tables[sequence] = torch.tensor(blocks, dtype=torch.int64)
             self.decoder.forget(sequence)
         for sequence, blocks in step.grow.items():
-            self._tables[sequence] = torch.cat([self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)])
+            self._tables[sequence] = torch.cat(
+                [self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)]
+            )
         self.cache.copy_blocks(step.copy)
         for announced in step.announce:
             self.features.announce(*announced)
@@ -149,17 +162,25 @@ class Worker:
         ranks = groups.rank_layout().cp_size
         lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
         first = pieces[0]
-        short = padded_length(first.stop) if self.short_prompts and len(pieces) == 1 and first.start == 0 else None
+        short = (
+            padded_length(first.stop)
+            if self.short_prompts and len(pieces) == 1 and first.start == 0
+            else None
+        )
         if short is not None and short % (2 * ranks) == 0:
             lengths = [short]
         bounds = bounds_of(lengths)
         ids = [
             F.pad(
-                torch.from_numpy(self._prompts[p.sequence].input_ids[p.start : p.stop]), (0, length - p.stop + p.start)
+                torch.from_numpy(self._prompts[p.sequence].input_ids[p.start : p.stop]),
+                (0, length - p.stop + p.start),
             )
             for p, length in zip(pieces, lengths, strict=True)
         ]
-        positions = [torch.arange(p.start, p.start + length) for p, length in zip(pieces, lengths, strict=True)]
+        positions = [
+            torch.arange(p.start, p.start + length)
+            for p, length in zip(pieces, lengths, strict=True)
+        ]
         held = held_places(bounds, cp_size=ranks)
         return _Pack(
             pieces=pieces,
@@ -172,13 +193,16 @@ class Worker:
         )
 
     def _write_features(self, hidden: Tensor, pack: _Pack) -> dict[int, str]:
-        """Overwrites the embeddings [t, 1, H] of placeholders; what is wrong with which sequence, of all ranks."""
+        """Overwrites the embeddings [t, 1, H] of placeholders; what is wrong with which sequence,
+        of all ranks."""
         features = self.features.of_pieces(pack.pieces, pack.starts)
         if features is None:
             return {}
         rows = pack.local_rows(features.places)
         here = rows >= 0
-        hidden[rows[here].to(hidden.device), 0] = features.rows[here.to(hidden.device)].to(hidden.dtype)
+        hidden[rows[here].to(hidden.device), 0] = features.rows[here.to(hidden.device)].to(
+            hidden.dtype
+        )
         group = groups.host_group("train")
         if group is None:
             return features.failed
@@ -191,7 +215,9 @@ class Worker:
         layout = self.cache.layout
         stored, slots = [], []
         for piece, start in zip(pack.pieces, pack.starts, strict=True):
-            here, places = layout.slots(torch.arange(piece.start, piece.stop), self._tables[piece.sequence])
+            here, places = layout.slots(
+                torch.arange(piece.start, piece.stop), self._tables[piece.sequence]
+            )
             stored.append(start + here.nonzero().squeeze(1))
             slots.append(places)
         return torch.cat(stored), torch.cat(slots)
@@ -243,6 +269,7 @@ class Worker:
 
 
 def _padded(length: int, cp_size: int) -> int:
-    """A piece's length with padding: for the zigzag of CP, and to what cuDNN takes where it is long."""
+    """A piece's length with padding: for the zigzag of CP, and to what cuDNN takes where it is
+    long."""
     multiple = 2 * cp_size if cp_size > 1 else 1
     return pad_to(length, math.lcm(PLANNED_ROWS, multiple) if length >= PLANNED_KEYS else multiple)

@@ -1,7 +1,8 @@
 """Where the keys and values of a sequence lie: pages of tokens, dealt in turn over the CP ranks.
 
-A block is one page on each CP rank, under the same number on all of them. Block `i` of a sequence holds its positions
-from `i * block_tokens`; the first page of them lies on CP rank 0, the next on rank 1, ...
+A block is one page on each CP rank, under the same number on all of them. Block `i` of a sequence
+holds its positions from `i * block_tokens`; the first page of them lies on CP rank 0, the next on
+rank 1, ...
 """
 
 from dataclasses import dataclass
@@ -28,9 +29,12 @@ class BlockLayout:
         return -(-tokens // self.block_tokens)
 
     def held(self, tokens: int) -> int:
-        """How many of a sequence's first `tokens` tokens lie on this rank: the first rows of its pages, in order."""
+        """How many of a sequence's first `tokens` tokens lie on this rank: the first rows of its
+        pages, in order."""
         blocks, rest = divmod(tokens, self.block_tokens)
-        return blocks * self.page_tokens + min(max(rest - self.cp_rank * self.page_tokens, 0), self.page_tokens)
+        return blocks * self.page_tokens + min(
+            max(rest - self.cp_rank * self.page_tokens, 0), self.page_tokens
+        )
 
     def slot(self, position: int, blocks: Tensor) -> int | None:
         """The slot of one position, or None where another rank has it."""
@@ -42,7 +46,8 @@ class BlockLayout:
     def slots(self, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Which of `positions` [n] of a sequence lie here, as a mask [n], and the slots of those.
 
-        A slot is block * page_tokens + row of the page; `blocks` are the numbers of the sequence's blocks.
+        A slot is block * page_tokens + row of the page; `blocks` are the numbers of the sequence's
+        blocks.
         """
         block, rest = positions // self.block_tokens, positions % self.block_tokens
         here = rest // self.page_tokens == self.cp_rank

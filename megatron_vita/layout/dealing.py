@@ -1,4 +1,5 @@
-"""Who works on what: the tiles of a pack that each rank encodes, the packs of a step that each replica takes."""
+"""Who works on what: the tiles of a pack that each rank encodes, the packs of a step that each
+replica takes."""
 
 from collections.abc import Sequence
 
@@ -8,12 +9,14 @@ from torch import Tensor
 
 
 def deal_tiles(frames: Tensor, ranks: int) -> list[Tensor]:
-    """The tiles of a pack that each of `ranks` ranks decodes and encodes, ascending: `frames` [N] bool marks those that
-    are frames of videos, the others are of images.
+    """The tiles of a pack that each of `ranks` ranks decodes and encodes, ascending: `frames` [N]
+    bool marks those that are frames of videos, the others are of images.
 
-    Each rank has a contiguous run of the image tiles and one of the frames, since a frame costs many times the decoding
-    of an image's tile. Numbers of image tiles differ by at most one, and so do numbers of all tiles. Contiguity keeps
-    media whole where possible: at most `ranks - 1` images and `ranks - 1` videos of a pack are opened by two ranks.
+    Each rank has a contiguous run of the image tiles and one of the frames, since a frame costs
+    many times the decoding of an image's tile. Numbers of image tiles differ by at most one, and so
+    do numbers of all tiles. Contiguity keeps
+    media whole where possible: at most `ranks - 1` images and `ranks - 1` videos of a pack are
+    opened by two ranks.
     """
     of_images, of_videos = (~frames).nonzero().squeeze(1), frames.nonzero().squeeze(1)
     images = _split(len(of_images), [len(of_images) // ranks] * ranks, order=range(ranks))
@@ -31,10 +34,12 @@ def _split(total: int, shares: list[int], *, order: Sequence[int]) -> list[int]:
 
 
 def deal_packs(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """The packs of a step for each of `ranks` replicas: equally many, in ascending order, of nearly equal cost.
+    """The packs of a step for each of `ranks` replicas: equally many, in ascending order, of nearly
+    equal cost.
 
-    The dearest pack goes first, each to the replica with the least cost that has room; then packs are exchanged with
-    the dearest replica as long as that makes it cheaper. `len(costs)` must be a multiple of `ranks`.
+    The dearest pack goes first, each to the replica with the least cost that has room; then packs
+    are exchanged with the dearest replica as long as that makes it cheaper. `len(costs)` must be a
+    multiple of `ranks`.
     """
     room = len(costs) // ranks
     assert room * ranks == len(costs), f"{len(costs)} packs over {ranks} replicas"
@@ -52,7 +57,8 @@ def deal_packs(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def _lower_the_dearest(hands: list[list[int]], sums: np.ndarray, cost: np.ndarray) -> bool:
-    """Exchanges one pack of the dearest replica so that the dearer of the two becomes as cheap as can be."""
+    """Exchanges one pack of the dearest replica so that the dearer of the two becomes as cheap as
+    can be."""
     dearest = int(np.argmax(sums))
     best, exchange = sums[dearest] * (1 - 1e-9), None
     for other in range(len(hands)):

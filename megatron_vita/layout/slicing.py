@@ -1,6 +1,8 @@
-"""A rank's part of a pack: its tokens and labels, the way of the feature rows, and the rows that carry loss.
+"""A rank's part of a pack: its tokens and labels, the way of the feature rows, and the rows that
+carry loss.
 
-All of it follows from the pack's metadata, which every rank of a replica has; nothing here communicates.
+All of it follows from the pack's metadata, which every rank of a replica has; nothing here
+communicates.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +19,8 @@ ELSEWHERE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
-    """Where a rank stands in its replica, and whether TP ranks encode tiles together or each its own."""
+    """Where a rank stands in its replica, and whether TP ranks encode tiles together or each its
+    own."""
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -27,18 +30,24 @@ class RankLayout:
 
     @property
     def tile_ranks(self) -> int:
-        """Ranks that share the tiles of a pack: TP x CP, TP fastest; CP alone where TP ranks encode together."""
+        """Ranks that share the tiles of a pack: TP x CP, TP fastest; CP alone where TP ranks encode
+        together."""
         return self.cp_size if self.vision_tensor_parallel else self.tp_size * self.cp_size
 
     @property
     def tile_rank(self) -> int:
         """This rank among them."""
-        return self.cp_rank if self.vision_tensor_parallel else self.cp_rank * self.tp_size + self.tp_rank
+        return (
+            self.cp_rank
+            if self.vision_tensor_parallel
+            else self.cp_rank * self.tp_size + self.tp_rank
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRoute:
-    """How feature rows travel from the rank that encoded their tile to the rank that holds their placeholder."""
+    """How feature rows travel from the rank that encoded their tile to the rank that holds their
+    placeholder."""
 
     send_order: Tensor  # this rank's feature rows, sorted by the rank they go to
     send_counts: list[int]  # rows to each tile rank
@@ -48,7 +57,8 @@ class FeatureRoute:
 
 @dataclass(frozen=True, kw_only=True)
 class PackSlice:
-    """What one rank computes of a pack; t = T / CP. Sequence shares are the t / TP rows of each TP rank."""
+    """What one rank computes of a pack; t = T / CP. Sequence shares are the t / TP rows of each TP
+    rank."""
 
     positions: Tensor  # [t] positions of the pack that this CP rank holds
     input_ids: Tensor  # [t], on the device
@@ -57,7 +67,8 @@ class PackSlice:
     route: FeatureRoute
 
     def to(self, device: torch.device) -> "PackSlice":
-        """The same with its input ids on `device`; what only decides shapes and routes stays on the host."""
+        """The same with its input ids on `device`; what only decides shapes and routes stays on the
+        host."""
         return replace(self, input_ids=self.input_ids.to(device))
 
     @property
@@ -78,8 +89,8 @@ def slice_pack(
 ) -> PackSlice:
     """The part of a pack that the rank at `layout` computes.
 
-    `input_ids`, `labels` [T]; `cu_seqlens` [D+1]; `placements` [N] position of each tile's first placeholder; `frames`
-    [N] bool, whether it is of a video.
+    `input_ids`, `labels` [T]; `cu_seqlens` [D+1]; `placements` [N] position of each tile's first
+    placeholder; `frames` [N] bool, whether it is of a video.
     """
     owner = owners(cu_seqlens, layout.cp_size)
     positions = (owner == layout.cp_rank).nonzero().squeeze(1)
@@ -89,18 +100,25 @@ def slice_pack(
         input_ids=input_ids[positions],
         labels=labels[positions],
         cu_seqlens=cu_seqlens,
-        route=route_features(owner, placements=placements, hands=hands, rows_per_tile=rows_per_tile, layout=layout),
+        route=route_features(
+            owner, placements=placements, hands=hands, rows_per_tile=rows_per_tile, layout=layout
+        ),
     )
 
 
 def route_features(
-    owner: Tensor, *, placements: Tensor, hands: list[Tensor], rows_per_tile: int, layout: RankLayout
+    owner: Tensor,
+    *,
+    placements: Tensor,
+    hands: list[Tensor],
+    rows_per_tile: int,
+    layout: RankLayout,
 ) -> FeatureRoute:
     """The way of every feature row of a pack, seen from the rank at `layout`.
 
-    `hands` are the tiles of each tile rank, ascending. Rows arrive ordered by source rank and, within one, by tile.
-    Where TP ranks encode together, each has all rows of its tiles and sends those for its own sequence share and for
-    those of equal TP rank.
+    `hands` are the tiles of each tile rank, ascending. Rows arrive ordered by source rank and,
+    within one, by tile. Where TP ranks encode together, each has all rows of its tiles and sends
+    those for its own sequence share and for those of equal TP rank.
     """
     destination, share_row = _holders(owner, layout)
     position = placements[:, None] + torch.arange(rows_per_tile)  # [N, rows_per_tile]
@@ -117,7 +135,8 @@ def route_features(
 
 
 def _holders(owner: Tensor, layout: RankLayout) -> tuple[Tensor, Tensor]:
-    """For each position of the pack: the tile rank whose sequence share holds it, and its row in that share.
+    """For each position of the pack: the tile rank whose sequence share holds it, and its row in
+    that share.
 
     Where TP ranks encode together, ELSEWHERE stands for shares of another TP rank.
     """

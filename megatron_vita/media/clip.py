@@ -29,7 +29,8 @@ _NO_PROTOCOLS = {"protocol_whitelist": "none"}
 
 
 class Coded(NamedTuple):
-    """A packet and when its frame is shown, in seconds of the container's clock; some (edited out) are not shown."""
+    """A packet and when its frame is shown, in seconds of the container's clock; some (edited out)
+    are not shown."""
 
     packet: av.Packet
     time: float
@@ -39,9 +40,9 @@ class Coded(NamedTuple):
 class Clip:
     """A video stream.
 
-    `origin` is the time of the first frame; `rate` is of frames in a second, 0 if unknown. Where `counts` is true, the
-    container has no times (raw streams), or those of decoding only (AVI): then the frames that are decoded must be
-    counted, since their own times mean nothing.
+    `origin` is the time of the first frame; `rate` is of frames in a second, 0 if unknown. Where
+    `counts` is true, the container has no times (raw streams), or those of decoding only (AVI):
+    then the frames that are decoded must be counted, since their own times mean nothing.
     """
 
     def __init__(self, stream: av.VideoStream, name: str) -> None:
@@ -75,10 +76,13 @@ class Clip:
         self._timeless = len(known) < len(stamps)
         self.counts = self._timeless or (bool(self.codec.has_b_frames) and known == sorted(known))
         times = [self._time(packet, place) for place, packet in enumerate(head)]
-        self.origin = min((t for t, p in zip(times, head, strict=True) if not p.is_discard), default=times[0])
+        self.origin = min(
+            (t for t, p in zip(times, head, strict=True) if not p.is_discard), default=times[0]
+        )
 
     def read(self) -> Coded | None:
-        """The next packet in the order of the file; None at its end, or where it cannot be read on."""
+        """The next packet in the order of the file; None at its end, or where it cannot be read
+        on."""
         packet = next(self._packets, None)
         if packet is None:
             return None
@@ -87,7 +91,8 @@ class Clip:
         return coded
 
     def seek(self, moment: float, *, beyond: float) -> bool:
-        """Goes on at a key frame before `moment`, if the container's index knows one that comes after `beyond`."""
+        """Goes on at a key frame before `moment`, if the container's index knows one that comes
+        after `beyond`."""
         if not self._has_index or self.counts:
             return False
         stamp, entries = int((moment + TOLERANCE) / self._unit), self._stream.index_entries
@@ -134,7 +139,9 @@ def open_clip(data: File, name: str) -> Iterator[Clip]:
             streams[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             yield Clip(streams[0], name)
     except av.FFmpegError as error:
-        raise DataError(f"{name}: cannot read this video of {num_bytes(data)} bytes: {error}") from error
+        raise DataError(
+            f"{name}: cannot read this video of {num_bytes(data)} bytes: {error}"
+        ) from error
 
 
 def _can_be_shown(stream: av.VideoStream) -> bool:

@@ -1,9 +1,10 @@
-"""A video as an archive of its frames: one ZIP file whose members are image files, for clips kept as frame folders.
+"""A video as an archive of its frames: one ZIP file whose members are image files, for clips kept
+as frame folders.
 
-Format, by the usual suffix `.frames.zip`: members are stored (not compressed: images are already), in the order in
-which they are shown, whatever their names; folders among them are passed over. The archive's comment is the number of
-frames in a second, in decimal digits (`2`, `0.5`, `29.97`); without a comment it is 1. Frame i is shown from second
-i / fps on.
+Format, by the usual suffix `.frames.zip`: members are stored (not compressed: images are already),
+in the order in which they are shown, whatever their names; folders among them are passed over. The
+archive's comment is the number of frames in a second, in decimal digits (`2`, `0.5`, `29.97`);
+without a comment it is 1. Frame i is shown from second i / fps on.
 """
 
 import io
@@ -29,7 +30,8 @@ def is_archive(data: File) -> bool:
 
 
 def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
-    """An archive of image files (name, content) that are shown in this order. The same input gives the same bytes.
+    """An archive of image files (name, content) that are shown in this order. The same input gives
+    the same bytes.
 
     Raises DataError if `fps` is not positive or there is no frame.
     """
@@ -45,29 +47,36 @@ def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
 
 
 class FrameArchive:
-    """An opened archive of `len` frames, `fps` in a second. DataError, by `name`, for what does not keep the format."""
+    """An opened archive of `len` frames, `fps` in a second. DataError, by `name`, for what does not
+    keep the format."""
 
     def __init__(self, data: File, name: str) -> None:
         self._name = name
         try:
             self._archive = zipfile.ZipFile(opened(data))
         except Exception as error:  # BadZipFile, ValueError, struct.error and many more
-            raise DataError(f"{name}: cannot read this archive of frames, {num_bytes(data)} bytes: {error}") from error
+            raise DataError(
+                f"{name}: cannot read this archive of frames, {num_bytes(data)} bytes: {error}"
+            ) from error
         self._members = [member for member in self._archive.infolist() if not member.is_dir()]
         if not self._members:
             raise DataError(f"{name}: this archive of frames holds none")
         for member in self._members:
             if member.compress_type != zipfile.ZIP_STORED:
-                raise DataError(f"{name}: {member.filename} is compressed; frames must be stored (zip -0)")
+                raise DataError(
+                    f"{name}: {member.filename} is compressed; frames must be stored (zip -0)"
+                )
         self.fps = _rate(self._archive.comment, name)
 
     def __len__(self) -> int:
         return len(self._members)
 
     def show(self, times: Sequence[float], take: Callable[[int, Pixels | None], None]) -> None:
-        """Hands on the frame of each time (its place, and None where it is that of the time before).
+        """Hands on the frame of each time (its place, and None where it is that of the time
+        before).
 
-        For a frame that cannot be read stands the one before, at the start the one after. DataError if none can be.
+        For a frame that cannot be read stands the one before, at the start the one after. DataError
+        if none can be.
         """
         shown: int | None = None
         lost: set[int] = set()
@@ -83,7 +92,9 @@ class FrameArchive:
                     break
                 lost.add(nearest)
             else:
-                raise DataError(f"{self._name}: none of the {len(self)} frames of this video can be read")
+                raise DataError(
+                    f"{self._name}: none of the {len(self)} frames of this video can be read"
+                )
 
     def _read(self, frame: int) -> Pixels | None:
         member = self._members[frame]

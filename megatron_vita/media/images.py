@@ -1,7 +1,8 @@
 """Image files of the usual kinds as 8-bit RGB.
 
-Ordinary JPEGs are decoded by simplejpeg, whose pixels are Pillow's bit for bit in a third of the time; all others, and
-those which simplejpeg finds fault with, by Pillow, which so has the last word on what is too damaged to be used.
+Ordinary JPEGs are decoded by simplejpeg, whose pixels are Pillow's bit for bit in a third of the
+time; all others, and those which simplejpeg finds fault with, by Pillow, which so has the last word
+on what is too damaged to be used.
 """
 
 import io
@@ -30,7 +31,8 @@ MAX_PIXELS = 2**29 // 3
 
 
 class Pixels(NamedTuple):
-    """An image as it is stored: uint8 `[height, width, 3]` in RGB, and the EXIF orientation (1 to 8) it is seen in."""
+    """An image as it is stored: uint8 `[height, width, 3]` in RGB, and the EXIF orientation (1 to
+    8) it is seen in."""
 
     stored: np.ndarray
     orientation: int
@@ -45,11 +47,11 @@ class Pixels(NamedTuple):
 def read_pixels(data: bytes, name: str) -> Pixels:
     """The first picture in `data`, fully decoded.
 
-    Transparent pixels are laid over white. Grey values of more than 8 bits are scaled to 8: 16-bit ones by their range,
-    32-bit and floating point ones from their own minimum and maximum.
+    Transparent pixels are laid over white. Grey values of more than 8 bits are scaled to 8: 16-bit
+    ones by their range, 32-bit and floating point ones from their own minimum and maximum.
 
-    Raises DataError, which names the image by `name`, for anything that cannot be decoded to its end and for images of
-    more than MAX_PIXELS (decompression bombs).
+    Raises DataError, which names the image by `name`, for anything that cannot be decoded to its
+    end and for images of more than MAX_PIXELS (decompression bombs).
     """
     try:
         with _opened(data) as image:
@@ -58,7 +60,8 @@ def read_pixels(data: bytes, name: str) -> Pixels:
                 return Pixels(plain, orientation)
             image.load()
             return Pixels(np.array(_to_rgb(image)), orientation)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and many more
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and many more
+    except Exception as error:
         raise _unreadable(name, data, error) from error
 
 
@@ -66,13 +69,16 @@ def open_image(data: bytes, name: str) -> Image.Image:
     """What `read_pixels` reads, turned upright."""
     pixels = read_pixels(data, name)
     image = Image.fromarray(pixels.stored)
-    return image.transpose(_UPRIGHT[pixels.orientation]) if pixels.orientation in _UPRIGHT else image
+    return (
+        image.transpose(_UPRIGHT[pixels.orientation]) if pixels.orientation in _UPRIGHT else image
+    )
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
     """Width and height in pixels of what `open_image` returns, from the header alone.
 
-    Raises DataError, which names the image by `name`, if the header cannot be read or tells of too many pixels.
+    Raises DataError, which names the image by `name`, if the header cannot be read or tells of too
+    many pixels.
     """
     try:
         with _opened(data) as image:
@@ -83,7 +89,8 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def turned(tiles: np.ndarray, orientation: int) -> np.ndarray:
-    """Planes `[..., height, width]` of an image as stored, as they are seen in its EXIF orientation; a view."""
+    """Planes `[..., height, width]` of an image as stored, as they are seen in its EXIF
+    orientation; a view."""
     if orientation >= 5:
         tiles = tiles.swapaxes(-1, -2)
     if orientation in (3, 4, 7, 8):
@@ -102,7 +109,8 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """uint8 `[height, width, 3]` of a JPEG in colour or grey; None for others and where anything is wrong with it."""
+    """uint8 `[height, width, 3]` of a JPEG in colour or grey; None for others and where anything is
+    wrong with it."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     try:
@@ -113,13 +121,15 @@ def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
 
 def _unreadable(name: str, data: bytes, error: Exception) -> DataError:
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, UnidentifiedImageError):  # its own message tells where the file lay in memory
+    # its own message tells where the file lay in memory
+    if isinstance(error, UnidentifiedImageError):
         reason = f"it is of none of the kinds {', '.join(FORMATS)}"
     return DataError(f"{name}: cannot read this image of {len(data)} bytes: {reason}")
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 (upright) where it is missing or damaged. A PNG's is looked for in front of its pixels only."""
+    """1 to 8; 1 (upright) where it is missing or damaged. A PNG's is looked for in front of its
+    pixels only."""
     if image.format == "TIFF":
         return 1  # Pillow itself turns these while loading
     try:

@@ -15,14 +15,22 @@ NORMALIZATION: dict[str, tuple[Color, Color]] = {
 TILES_AT_ONCE = 32
 
 
-def normalize(tiles: torch.Tensor, kind: str, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 `[n, 3, S, S]` as `dtype` of the same shape: `(tiles / 255 - mean) / std`, on the device of `tiles`.
+def normalize(
+    tiles: torch.Tensor, kind: str, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """uint8 `[n, 3, S, S]` as `dtype` of the same shape: `(tiles / 255 - mean) / std`, on the
+    device of `tiles`.
 
-    Computed in float32, some tiles at a time, so that a `dtype` of half the size needs no room for float32 of all.
+    Computed in float32, some tiles at a time, so that a `dtype` of half the size needs no room for
+    float32 of all.
     """
-    mean, std = (torch.tensor(color, device=tiles.device).view(3, 1, 1) for color in _constants(kind))
+    mean, std = (
+        torch.tensor(color, device=tiles.device).view(3, 1, 1) for color in _constants(kind)
+    )
     normalized = torch.empty(tiles.shape, dtype=dtype, device=tiles.device)
-    for part, source in zip(normalized.split(TILES_AT_ONCE), tiles.split(TILES_AT_ONCE), strict=True):
+    for part, source in zip(
+        normalized.split(TILES_AT_ONCE), tiles.split(TILES_AT_ONCE), strict=True
+    ):
         part.copy_((source.to(torch.float32) / 255 - mean) / std)
     return normalized
 

@@ -21,8 +21,9 @@ Take = Callable[[int, av.VideoFrame | None], None]
 
 
 class Picked(NamedTuple):
-    """What was taken for a moment: the time of the frame; whether it is the one that the file tells to be shown then;
-    and whether it lies between the key frame from which was decoded and the moment."""
+    """What was taken for a moment: the time of the frame; whether it is the one that the file tells
+    to be shown then; and whether it lies between the key frame from which was decoded and the
+    moment."""
 
     time: float
     is_exact: bool
@@ -32,12 +33,15 @@ class Picked(NamedTuple):
 class Picker:
     """One pass over a clip, for ascending `moments` (seconds of the clip's clock).
 
-    Packets that cannot be decoded are passed over: the frame before (at the start, the one after) stands for what they
-    held. The pass may `jump` to the last key frame before a moment, and `skip` frames that neither a moment nor another
-    frame needs; then a damaged video may give another frame than in a pass without, but never one said to be exact.
+    Packets that cannot be decoded are passed over: the frame before (at the start, the one after)
+    stands for what they held. The pass may `jump` to the last key frame before a moment, and `skip`
+    frames that neither a moment nor another frame needs; then a damaged video may give another
+    frame than in a pass without, but never one said to be exact.
     """
 
-    def __init__(self, clip: Clip, moments: list[float], take: Take, *, jump: bool, skip: bool) -> None:
+    def __init__(
+        self, clip: Clip, moments: list[float], take: Take, *, jump: bool, skip: bool
+    ) -> None:
         self.lost: set[float] = set()  # times of the packets that cannot be decoded
         self._clip = clip
         self._moments = moments
@@ -54,7 +58,8 @@ class Picker:
         self._last: tuple[float, av.VideoFrame] | None = None
 
     def run(self) -> list[Picked]:
-        """Takes a frame for each moment; for fewer, if no frame can be decoded from the last one's key frame on."""
+        """Takes a frame for each moment; for fewer, if no frame can be decoded from the last one's
+        key frame on."""
         for place, moment in enumerate(self._moments):
             self._read_past(moment, jump=self._jump)
             if self._last and len(self._picked) == place and self._last[0] == self._target(moment):
@@ -67,13 +72,21 @@ class Picker:
         return self._picked
 
     def _read_past(self, moment: float, *, jump: bool = False) -> None:
-        """Reads until the frame shown at `moment` is known, and forgets what is not needed for it on the way."""
-        if jump and moment > self._newest + _WORTH_A_SEEK and self._clip.seek(moment, beyond=self._newest):
+        """Reads until the frame shown at `moment` is known, and forgets what is not needed for it
+        on the way."""
+        if (
+            jump
+            and moment > self._newest + _WORTH_A_SEEK
+            and self._clip.seek(moment, beyond=self._newest)
+        ):
             self._coming.clear()
             self._broken = True
         if jump:
             self._forget_before(moment)
-        while len(self._times) - bisect.bisect_right(self._times, moment + TOLERANCE) < _REORDERED and self._read():
+        while (
+            len(self._times) - bisect.bisect_right(self._times, moment + TOLERANCE) < _REORDERED
+            and self._read()
+        ):
             if jump and self._coming[-1].packet.is_keyframe:
                 self._forget_before(moment)
 
@@ -91,7 +104,10 @@ class Picker:
     def _forget_before(self, moment: float) -> None:
         """Drops what comes before the last key frame that is not later than `moment`."""
         for place in range(len(self._coming) - 1, 0, -1):
-            if self._coming[place].packet.is_keyframe and self._coming[place].time <= moment + TOLERANCE:
+            if (
+                self._coming[place].packet.is_keyframe
+                and self._coming[place].time <= moment + TOLERANCE
+            ):
                 self._coming = deque(islice(self._coming, place, None))
                 self._broken = True
                 return
@@ -124,14 +140,18 @@ class Picker:
             self._take(*self._last)
 
     def _offer(self, frames: list[av.VideoFrame], place: int) -> None:
-        """Frames in the order in which they are shown; that of moment `place` is known to be its target."""
+        """Frames in the order in which they are shown; that of moment `place` is known to be its
+        target."""
         for frame in frames:
             time = self._clip.time_of(frame)
             if time is None:
                 counted = min(self._first + self._shown, len(self._times) - 1)
                 time = self._times[counted] if self._times else self._start
             self._shown += 1
-            while len(self._picked) < len(self._moments) and time > self._moments[len(self._picked)] + TOLERANCE:
+            while (
+                len(self._picked) < len(self._moments)
+                and time > self._moments[len(self._picked)] + TOLERANCE
+            ):
                 self._take(*(self._last or (time, frame)))
             self._last = (time, frame)
             if len(self._picked) == place and time == self._target(self._moments[place]):
@@ -147,7 +167,11 @@ class Picker:
 
     def _target(self, moment: float) -> float:
         """Time of the frame shown at `moment`, if it has been read past."""
-        return self._times[max(bisect.bisect_right(self._times, moment + TOLERANCE) - 1, 0)] if self._times else moment
+        return (
+            self._times[max(bisect.bisect_right(self._times, moment + TOLERANCE) - 1, 0)]
+            if self._times
+            else moment
+        )
 
     def _is_wanted(self, time: float) -> bool:
         """Whether the frame of this time is shown at any moment."""

@@ -1,9 +1,11 @@
-"""Resizing of 8-bit pictures: Pillow's bicubic filter with antialiasing, computed by torch's uint8 kernels.
+"""Resizing of 8-bit pictures: Pillow's bicubic filter with antialiasing, computed by torch's uint8
+kernels.
 
-Those round weights to 16 bits where Pillow has 32, so one value in 500 differs from Pillow's by 1 of 255. Each axis is
-resized in a pass of its own, whose result is rounded to 8 bits; the order of the passes shows where values overshoot,
-and is Pillow's. Of pictures that are not made much smaller, two such passes would put 5 values in a million 2 apart:
-there Pillow itself carries out the first. (Of large photographs one in 100 million is 2 apart.)
+Those round weights to 16 bits where Pillow has 32, so one value in 500 differs from Pillow's by 1
+of 255. Each axis is resized in a pass of its own, whose result is rounded to 8 bits; the order of
+the passes shows where values overshoot, and is Pillow's. Of pictures that are not made much
+smaller, two such passes would put 5 values in a million 2 apart: there Pillow itself carries out
+the first. (Of large photographs one in 100 million is 2 apart.)
 """
 
 import math
@@ -24,16 +26,20 @@ Size = tuple[int, int]
 def squashed(pixels: Pixels, size: Size) -> np.ndarray:
     """The upright image in `size`, regardless of its aspect ratio: uint8 `[3, size[1], size[0]]`.
 
-    It is resized as it is stored and turned then, which is quicker, but comes out as if turned first.
+    It is resized as it is stored and turned then, which is quicker, but comes out as if turned
+    first.
     """
     sideways = pixels.orientation >= 5
     stored_size = size[::-1] if sideways else size
     columns_first = _columns_first(pixels.size, size) != sideways
-    return turned(_resize(pixels.stored, stored_size, columns_first=columns_first), pixels.orientation)
+    return turned(
+        _resize(pixels.stored, stored_size, columns_first=columns_first), pixels.orientation
+    )
 
 
 def letterboxed(pixels: Pixels, size: Size, color: Color) -> np.ndarray:
-    """The upright image in the middle of a canvas of one colour, as large as it fits: uint8 `[3, size[1], size[0]]`."""
+    """The upright image in the middle of a canvas of one colour, as large as it fits: uint8 `[3,
+    size[1], size[0]]`."""
     width, height = fitting_size(pixels.size, size)
     canvas = np.empty((3, size[1], size[0]), dtype=np.uint8)
     canvas[:] = np.array(color, dtype=np.uint8)[:, None, None]
@@ -43,7 +49,8 @@ def letterboxed(pixels: Pixels, size: Size, color: Color) -> np.ndarray:
 
 
 def fitting_size(size: Size, box: Size) -> Size:
-    """The largest size within `box` of `size`'s aspect ratio, rounded up (as by Hugging Face's LLaVA-NeXT)."""
+    """The largest size within `box` of `size`'s aspect ratio, rounded up (as by Hugging Face's
+    LLaVA-NeXT)."""
     wide, high = box[0] / size[0], box[1] / size[1]
     if wide < high:
         return box[0], min(math.ceil(size[1] * wide), box[1])
@@ -62,7 +69,8 @@ def _resize(pixels: np.ndarray, size: Size, *, columns_first: bool) -> np.ndarra
     between = (width, size[1]) if columns_first else (size[0], height)
     if min(width / size[0], height / size[1]) < LARGE_REDUCTION:
         pixels = np.array(Image.fromarray(pixels).resize(between, Image.Resampling.BICUBIC))
-    # In this order the tensor is one of `channels_last`, for which torch is twice as fast, even to its first stride.
+    # In this order the tensor is one of `channels_last`, for which torch is twice as fast, even to
+    # its first stride.
     planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # [1,3,height,width]
     for shape in ((between[1], between[0]), (size[1], size[0])):
         planes = functional.interpolate(planes, size=shape, mode="bicubic", antialias=True)

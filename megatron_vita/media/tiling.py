@@ -1,8 +1,9 @@
 """Which grid an image is cut into, and the cutting.
 
-Two ways: `dynamic` tiling squashes the image to the grid whose shape is nearest to its own (InternVL 1.5, arXiv
-2404.16821); `anyres` tiling keeps its aspect ratio, on the black canvas of the grid that keeps most of its pixels
-(LLaVA-NeXT). In both the first tile is the whole image, squashed to a square; it is the only one of a grid of one cell.
+Two ways: `dynamic` tiling squashes the image to the grid whose shape is nearest to its own
+(InternVL 1.5, arXiv 2404.16821); `anyres` tiling keeps its aspect ratio, on the black canvas of the
+grid that keeps most of its pixels (LLaVA-NeXT). In both the first tile is the whole image, squashed
+to a square; it is the only one of a grid of one cell.
 """
 
 import functools
@@ -25,7 +26,8 @@ class Grid(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How images are cut into tiles of `tile_size` pixels a side: into one of `grids`, earlier ones first if alike."""
+    """How images are cut into tiles of `tile_size` pixels a side: into one of `grids`, earlier ones
+    first if alike."""
 
     tile_size: int
     grids: tuple[Grid, ...]
@@ -34,19 +36,28 @@ class Tiling(NamedTuple):
 
 @functools.cache
 def grids_of(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    """All grids of `min_tiles` to `max_tiles` cells, from few to many, narrow ones first among equal counts.
+    """All grids of `min_tiles` to `max_tiles` cells, from few to many, narrow ones first among
+    equal counts.
 
     Raises ConfigError if there is none.
     """
     sides = range(1, max_tiles + 1)
-    grids = [Grid(cols, rows) for cols in sides for rows in sides if min_tiles <= cols * rows <= max_tiles]
+    grids = [
+        Grid(cols, rows)
+        for cols in sides
+        for rows in sides
+        if min_tiles <= cols * rows <= max_tiles
+    ]
     if not grids:
-        raise ConfigError(f"no grid has {min_tiles} to {max_tiles} tiles: 1 <= min_tiles <= max_tiles is needed")
+        raise ConfigError(
+            f"no grid has {min_tiles} to {max_tiles} tiles: 1 <= min_tiles <= max_tiles is needed"
+        )
     return tuple(sorted(grids, key=lambda grid: (grid.cols * grid.rows, grid.cols)))
 
 
 def choose_grid(size: Size, tiling: Tiling) -> Grid:
-    """The grid for an image of `size` (width, height) in pixels. DataError if a side is not positive."""
+    """The grid for an image of `size` (width, height) in pixels. DataError if a side is not
+    positive."""
     width, height = size
     if width < 1 or height < 1:
         raise DataError(f"image size is {width} x {height} pixels: both sides must be at least 1")
@@ -56,8 +67,9 @@ def choose_grid(size: Size, tiling: Tiling) -> Grid:
 def _nearest_grid(size: Size, tiling: Tiling) -> Grid:
     """The grid whose cols/rows is nearest to width/height.
 
-    Among equally near grids a later one wins only if the image has more than half as many pixels as that grid.
-    Ratios are compared in float64, so that choices equal those of the Hugging Face image processor for InternVL.
+    Among equally near grids a later one wins only if the image has more than half as many pixels as
+    that grid. Ratios are compared in float64, so that choices equal those of the Hugging Face image
+    processor for InternVL.
     """
     width, height = size
     aspect, cell = width / height, tiling.tile_size**2
@@ -71,9 +83,11 @@ def _nearest_grid(size: Size, tiling: Tiling) -> Grid:
 
 
 def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
-    """The grid that shows most of the image's pixels, and among those the one with least of its own left empty.
+    """The grid that shows most of the image's pixels, and among those the one with least of its own
+    left empty.
 
-    Sizes are rounded as by Hugging Face's image processor for LLaVA-NeXT, so that choices are the same.
+    Sizes are rounded as by Hugging Face's image processor for LLaVA-NeXT, so that choices are the
+    same.
     """
     width, height = size
 
@@ -87,7 +101,8 @@ def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
 
 
 def num_tiles(grid: tuple[int, int]) -> int:
-    """Tiles that an image cut into `grid` yields: one for each cell, and a thumbnail if there is more than one cell."""
+    """Tiles that an image cut into `grid` yields: one for each cell, and a thumbnail if there is
+    more than one cell."""
     cells = grid[0] * grid[1]
     return cells + 1 if cells > 1 else 1
 
@@ -95,8 +110,8 @@ def num_tiles(grid: tuple[int, int]) -> int:
 def cut_tiles(pixels: Pixels, grid: Grid, *, tiling: Tiling, tiles: range, out: np.ndarray) -> None:
     """Writes tiles `tiles` of an image into `out`, uint8 `[len(tiles), 3, S, S]`.
 
-    Tile 0 is the thumbnail, the others are the cells row by row. Those that are not asked for cost nothing but their
-    share of one resizing to the grid, where any cell is asked for.
+    Tile 0 is the thumbnail, the others are the cells row by row. Those that are not asked for cost
+    nothing but their share of one resizing to the grid, where any cell is asked for.
     """
     side = tiling.tile_size
     if 0 in tiles:

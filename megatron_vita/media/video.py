@@ -30,10 +30,11 @@ _ORIENTATIONS = (1, 8, 3, 6)
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What sampling needs to know: `duration` in seconds, mean frames per second, and the number of frames.
+    """What sampling needs to know: `duration` in seconds, mean frames per second, and the number of
+    frames.
 
-    `size`, which sampling does not need, is the width and height of the frames by the file's head, of an archive those
-    of its largest frame by that frame's head; 0 where none is known.
+    `size`, which sampling does not need, is the width and height of the frames by the file's head,
+    of an archive those of its largest frame by that frame's head; 0 where none is known.
     """
 
     duration: float
@@ -43,7 +44,8 @@ class VideoInfo:
 
 
 def probe_video(data: File, name: str) -> VideoInfo:
-    """Counts the compressed frames, which a truncated file's header would not tell; none is decoded.
+    """Counts the compressed frames, which a truncated file's header would not tell; none is
+    decoded.
 
     Raises DataError, which names the video by `name`, if there are none.
     """
@@ -85,10 +87,11 @@ def num_frames(info: VideoInfo, *, max_fps: float, max_frames: int) -> int:
 
 
 def frame_times(info: VideoInfo, *, max_fps: float, max_frames: int) -> list[float]:
-    """Moments to look at, in seconds from the first frame: the middles of `num_frames` equal parts of the video.
+    """Moments to look at, in seconds from the first frame: the middles of `num_frames` equal parts
+    of the video.
 
-    So no moment of it is farther from a sampled one than half a part. (Long-VITA steps from the first frame and leaves
-    the end unsampled.)
+    So no moment of it is farther from a sampled one than half a part. (Long-VITA steps from the
+    first frame and leaves the end unsampled.)
     """
     frames = num_frames(info, max_fps=max_fps, max_frames=max_frames)
     return [(index + 0.5) * info.duration / frames for index in range(frames)]
@@ -103,18 +106,24 @@ def decode_frames(
     normalization: str = "imagenet",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The frames shown at `times` (ascending, in seconds from the first frame) as uint8 `[len(times), 3, S, S]`.
+    """The frames shown at `times` (ascending, in seconds from the first frame) as uint8
+    `[len(times), 3, S, S]`.
 
-    They are written into `out`, if given. Each is turned upright and shown as large as it fits (bicubic) in the middle
-    of a square of the mean colour of `normalization`. What cannot be decoded is passed over: the frame before (at the
-    start, the one after) stands for it. Only what `times` need is decoded.
+    They are written into `out`, if given. Each is turned upright and shown as large as it fits
+    (bicubic) in the middle
+    of a square of the mean colour of `normalization`. What cannot be decoded is passed over: the
+    frame before (at the start, the one after) stands for it. Only what `times` need is decoded.
 
     Raises DataError, which names the video by `name`, if no frame can be decoded.
     """
-    assert all(earlier <= later for earlier, later in itertools.pairwise(times)), "times must ascend"
+    assert all(earlier <= later for earlier, later in itertools.pairwise(times)), (
+        "times must ascend"
+    )
     tiles = _Tiles(times, tile_size, mean_color(normalization), out)
     if times and is_archive(data):
-        FrameArchive(data, name).show(times, lambda place, pixels: tiles.show(place, pixels, before=place - 1))
+        FrameArchive(data, name).show(
+            times, lambda place, pixels: tiles.show(place, pixels, before=place - 1)
+        )
     elif times:
         _show_clip(data, name, tiles)
     return tiles.out
@@ -123,19 +132,26 @@ def decode_frames(
 class _Tiles:
     """The tiles of `times`, to be filled one by one."""
 
-    def __init__(self, times: Sequence[float], tile_size: int, color: Color, out: np.ndarray | None) -> None:
+    def __init__(
+        self, times: Sequence[float], tile_size: int, color: Color, out: np.ndarray | None
+    ) -> None:
         self.times = times
-        self.out = np.empty((len(times), 3, tile_size, tile_size), dtype=np.uint8) if out is None else out
+        self.out = (
+            np.empty((len(times), 3, tile_size, tile_size), dtype=np.uint8) if out is None else out
+        )
         self._box = (tile_size, tile_size)
         self._color = color
 
     def show(self, place: int, pixels: Pixels | None, *, before: int) -> None:
         """Draws tile `place`; without pixels it is that of place `before`."""
-        self.out[place] = self.out[before] if pixels is None else letterboxed(pixels, self._box, self._color)
+        self.out[place] = (
+            self.out[before] if pixels is None else letterboxed(pixels, self._box, self._color)
+        )
 
 
 def _show_clip(data: File, name: str, tiles: _Tiles) -> None:
-    """Draws the frame of each time. What one pass does not surely find, is looked for with less haste."""
+    """Draws the frame of each time. What one pass does not surely find, is looked for with less
+    haste."""
     left = list(range(len(tiles.times)))
     lost: set[float] = set()
     for jump, skip in ((True, True), (True, False), (False, False)):
@@ -158,7 +174,11 @@ def _drawn(tiles: _Tiles, places: list[int]) -> Take:
     """Draws what is taken for moment number i as tile `places[i]`."""
 
     def take(number: int, frame: av.VideoFrame | None) -> None:
-        tiles.show(places[number], None if frame is None else _pixels(frame), before=places[max(number - 1, 0)])
+        tiles.show(
+            places[number],
+            None if frame is None else _pixels(frame),
+            before=places[max(number - 1, 0)],
+        )
 
     return take
 

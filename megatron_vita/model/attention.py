@@ -1,4 +1,5 @@
-"""The `torch` attention backend's place in megatron-core. What is attended to is the business of `documents.py`."""
+"""The `torch` attention backend's place in megatron-core. What is attended to is the business of
+`documents.py`."""
 
 from typing import Any
 

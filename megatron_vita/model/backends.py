@@ -1,6 +1,7 @@
 """Attention backends: how layers are built, and what they are told of a pack's documents.
 
-`torch` runs everywhere. `te` is Transformer Engine's layer, untouched, for CUDA. Both write the same checkpoint.
+`torch` runs everywhere. `te` is Transformer Engine's layer, untouched, for CUDA. Both write the
+same checkpoint.
 """
 
 import logging
@@ -31,11 +32,15 @@ logger = logging.getLogger(__name__)
 class AttentionBackend(Protocol):
     """What the language model asks of a backend."""
 
-    def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec | TransformerBlockSubmodules:
-        """The layers of a pipeline stage; `qk_layernorm`: with an RMSNorm of each query and key head."""
+    def block_spec(
+        self, num_layers: int, *, qk_layernorm: bool
+    ) -> ModuleSpec | TransformerBlockSubmodules:
+        """The layers of a pipeline stage; `qk_layernorm`: with an RMSNorm of each query and key
+        head."""
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """The pack for attention, and rotary angles, from the documents' bounds [D+1] on the host."""
+        """The pack for attention, and rotary angles, from the documents' bounds [D+1] on the
+        host."""
 
 
 def rotary_angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
@@ -83,7 +88,8 @@ class TransformerEngineBackend:
         return layer
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """One tensor as padded and unpadded bounds; angles of the longest document, which each document restarts."""
+        """One tensor as padded and unpadded bounds; angles of the longest document, which each
+        document restarts."""
         longest = int(cu_seqlens.diff().max())
         device = inverse_frequencies.device
         bounds = cu_seqlens.to(device)
@@ -95,13 +101,15 @@ class TransformerEngineBackend:
             cu_seqlens_kv_padded=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            pad_between_seqs=False,  # else Transformer Engine compares the two tensors on the device, every layer
+            # else Transformer Engine compares the two tensors on the device, every layer
+            pad_between_seqs=False,
         )
         return packed, rotary_angles(torch.arange(longest, device=device), inverse_frequencies)
 
 
 def choose_backend(recipe: Recipe) -> AttentionBackend:
-    """The backend that a recipe names; `auto` takes Transformer Engine where it and CUDA are present, in bf16.
+    """The backend that a recipe names; `auto` takes Transformer Engine where it and CUDA are
+    present, in bf16.
 
     PlatformError if Transformer Engine is missing or finds no fused attention.
     """
@@ -109,12 +117,16 @@ def choose_backend(recipe: Recipe) -> AttentionBackend:
     usable = platform.on_cuda() and platform.has_transformer_engine()
     if name == "te" and not usable:
         missing = "Transformer Engine" if platform.on_cuda() else "CUDA"
-        raise PlatformError(f"parallel.attention_backend is te, but {missing} is not present; use torch or auto")
+        raise PlatformError(
+            f"parallel.attention_backend is te, but {missing} is not present; use torch or auto"
+        )
     if name == "te" or (name == "auto" and usable and recipe.training.bf16):
         _check_fused_attention(recipe)
         return TransformerEngineBackend()
     if platform.on_cuda() and name == "auto" and not usable:
-        logger.warning("Transformer Engine is not installed: the slower torch attention backend is used")
+        logger.warning(
+            "Transformer Engine is not installed: the slower torch attention backend is used"
+        )
     return TorchBackend()
 
 

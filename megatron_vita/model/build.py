@@ -10,14 +10,20 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.model.backends import AttentionBackend, TorchBackend, TransformerEngineBackend, choose_backend
+from megatron_vita.model.backends import (
+    AttentionBackend,
+    TorchBackend,
+    TransformerEngineBackend,
+    choose_backend,
+)
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionWork, VitaModel
 from megatron_vita.parallel import groups
 
 
 def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
-    """megatron-core's view of the language model; `fused` takes kernels that need Transformer Engine."""
+    """megatron-core's view of the language model; `fused` takes kernels that need Transformer
+    Engine."""
     shape, parallel = recipe.model.language, recipe.parallel
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
     attention_factor = shape.rope_scaling.attention_factor
@@ -55,9 +61,11 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
         **_recomputation(recipe),
         calculate_per_token_loss=True,
-        attention_backend=AttnBackend.fused,  # keeps Transformer Engine from falling back to unfused attention
+        # keeps Transformer Engine from falling back to unfused attention
+        attention_backend=AttnBackend.fused,
         use_cpu_initialization=not platform.on_cuda(),
-        apply_rope_fusion=fused and attention_factor == 1.0,  # Transformer Engine's fused kernel takes no factor
+        # Transformer Engine's fused kernel takes no factor
+        apply_rope_fusion=fused and attention_factor == 1.0,
         bias_activation_fusion=fused,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -69,12 +77,16 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 
 def _recomputation(recipe: Recipe) -> dict[str, Any]:
-    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what given parts make inside."""
+    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what given
+    parts make inside."""
     training = recipe.training
     if training.recompute_granularity == "none":
         return {}
     if training.recompute_granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": training.recompute_modules}
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": training.recompute_modules,
+        }
     every = max(recipe.parallel.layers_of_stages(recipe.model.language.num_layers))
     number = training.recompute_num_layers or (every if training.recompute_method == "block" else 1)
     return {
@@ -85,7 +97,8 @@ def _recomputation(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> VitaModel:
-    """This rank's stage of the model, which is one chunk, with first weights. See `build_chunks`."""
+    """This rank's stage of the model, which is one chunk, with first weights. See
+    `build_chunks`."""
     (model,) = build_chunks(recipe, backend=backend)
     return model
 
@@ -96,11 +109,15 @@ def build_on_meta(recipe: Recipe) -> list[VitaModel]:
     config = transformer_config(recipe, fused=False)
     config.use_cpu_initialization = True  # its other way names a CUDA device
     with torch.device("meta"):
-        return [_assemble_chunk(recipe, config=config, backend=backend, chunk=chunk) for chunk in _chunks(recipe)]
+        return [
+            _assemble_chunk(recipe, config=config, backend=backend, chunk=chunk)
+            for chunk in _chunks(recipe)
+        ]
 
 
 def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> list[VitaModel]:
-    """This rank's chunks of the model with first weights from `training.seed`. Groups must be initialized.
+    """This rank's chunks of the model with first weights from `training.seed`. Groups must be
+    initialized.
 
     `backend` replaces the one that the recipe names.
     """
@@ -109,21 +126,28 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    return [_build_chunk(recipe, config=config, backend=backend, chunk=chunk) for chunk in _chunks(recipe)]
+    return [
+        _build_chunk(recipe, config=config, backend=backend, chunk=chunk)
+        for chunk in _chunks(recipe)
+    ]
 
 
 def _chunks(recipe: Recipe) -> range:
     return range(recipe.parallel.virtual_pipeline_model_parallel_size)
 
 
-def _build_chunk(recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int) -> VitaModel:
+def _build_chunk(
+    recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int
+) -> VitaModel:
     model = _assemble_chunk(recipe, config=config, backend=backend, chunk=chunk)
     model.initialize_vision(recipe.training.seed)
     model.to(platform.device())
     return model.bfloat16() if recipe.training.bf16 else model
 
 
-def _assemble_chunk(recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int) -> VitaModel:
+def _assemble_chunk(
+    recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int
+) -> VitaModel:
     virtual = recipe.parallel.virtual_size is not None
     return VitaModel(
         config,
@@ -135,7 +159,8 @@ def _assemble_chunk(recipe: Recipe, *, config: TransformerConfig, backend: Atten
             recompute=recipe.training.recompute_vision,
         ),
         pre_process=groups.is_first_stage(chunk),
-        post_process=groups.is_last_stage() and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
+        post_process=groups.is_last_stage()
+        and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
         vp_stage=chunk if virtual else None,
     )
 

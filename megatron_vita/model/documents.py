@@ -1,7 +1,8 @@
-"""What attention must know of a pack's documents, for the `torch` backend: rows grouped by document length.
+"""What attention must know of a pack's documents, for the `torch` backend: rows grouped by document
+length.
 
-Documents of one length are attended to in one batched call; since lengths are multiples of the document alignment,
-there are few groups.
+Documents of one length are attended to in one batched call; since lengths are multiples of the
+document alignment, there are few groups.
 """
 
 from dataclasses import dataclass, replace
@@ -17,11 +18,13 @@ from megatron_vita.parallel.collectives import gather_context
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """`count` documents of the same length; q rows are this rank's, k rows all of the document's."""
+    """`count` documents of the same length; q rows are this rank's, k rows all of the
+    document's."""
 
     count: int
     length: int
-    mask: Tensor | None  # [q rows of one document, length], None where plain causal attention is meant
+    # [q rows of one document, length], None where plain causal attention is meant
+    mask: Tensor | None
 
     @property
     def query_rows(self) -> int:
@@ -31,14 +34,16 @@ class DocumentGroup:
     def attend(self, query: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
         """Attention of all documents of the group at once; rows of a document are consecutive."""
         q, k, v = (x.unflatten(0, (self.count, -1)).transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.mask is None
+        )
         return out.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedDocuments:
-    """Passed through megatron-core in the place of its PackedSeqParams; any `qkv_format` but "thd" leaves rotary
-    positions to the caller."""
+    """Passed through megatron-core in the place of its PackedSeqParams; any `qkv_format` but "thd"
+    leaves rotary positions to the caller."""
 
     query_order: Tensor  # [t] local rows, group by group, document by document
     key_order: Tensor  # [T] rows of the keys gathered over CP, in the same order
@@ -48,13 +53,19 @@ class PackedDocuments:
 
     def to(self, device: torch.device) -> "PackedDocuments":
         """The same with its tensors on `device`."""
-        groups = [replace(g, mask=None if g.mask is None else g.mask.to(device)) for g in self.groups]
+        groups = [
+            replace(g, mask=None if g.mask is None else g.mask.to(device)) for g in self.groups
+        ]
         return replace(
-            self, query_order=self.query_order.to(device), key_order=self.key_order.to(device), groups=groups
+            self,
+            query_order=self.query_order.to(device),
+            key_order=self.key_order.to(device),
+            groups=groups,
         )
 
     def attend(self, _layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention inside each document. query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
+        """Causal attention inside each document. query [t, heads, d]; key, value [t, groups, d] ->
+        [t, heads, d]."""
         if self.cp_group is not None:
             key, value = (gather_context(x, self.cp_group) for x in (key, value))
         repeats = query.shape[1] // key.shape[1]
@@ -63,7 +74,9 @@ class PackedDocuments:
         results, q_row, k_row = [], 0, 0
         for group in self.groups:
             q_next, k_next = q_row + group.query_rows, k_row + group.count * group.length
-            results.append(group.attend(query[q_row:q_next], key=key[k_row:k_next], value=value[k_row:k_next]))
+            results.append(
+                group.attend(query[q_row:q_next], key=key[k_row:k_next], value=value[k_row:k_next])
+            )
             q_row, k_row = q_next, k_next
         ordered = torch.cat(results)
         return torch.empty_like(ordered).index_copy(0, self.query_order, ordered)
@@ -72,13 +85,15 @@ class PackedDocuments:
 def pack_documents(
     cu_seqlens: Tensor, *, cp_size: int = 1, cp_rank: int = 0, cp_group: ProcessGroup | None = None
 ) -> tuple[PackedDocuments, Tensor]:
-    """Groups the documents of a pack, and gives the rotary position of each of this rank's rows [t].
+    """Groups the documents of a pack, and gives the rotary position of each of this rank's rows
+    [t].
 
     `cu_seqlens` [D+1] on the host. Empty documents are left out.
     """
     lengths = cu_seqlens.diff().to(torch.int64)
     held = [positions_of_rank(cu_seqlens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
-    gathered_row = torch.empty(int(lengths.sum()), dtype=torch.int64)  # pack position -> row of gathered keys
+    # pack position -> row of gathered keys
+    gathered_row = torch.empty(int(lengths.sum()), dtype=torch.int64)
     gathered_row[torch.cat(held)] = torch.arange(len(gathered_row))
     local_row = torch.full_like(gathered_row, -1)  # pack position -> row held here
     local_row[held[cp_rank]] = torch.arange(len(held[cp_rank]))
@@ -90,16 +105,24 @@ def pack_documents(
         positions = (starts[:, None] + torch.arange(length)).flatten()
         rows = local_row[positions]
         groups.append(
-            DocumentGroup(count=len(starts), length=length, mask=_mask(rows[:length] >= 0) if cp_size > 1 else None)
+            DocumentGroup(
+                count=len(starts),
+                length=length,
+                mask=_mask(rows[:length] >= 0) if cp_size > 1 else None,
+            )
         )
         query_order.append(rows[rows >= 0])
         key_order.append(gathered_row[positions])
     documents = PackedDocuments(
-        query_order=torch.cat(query_order), key_order=torch.cat(key_order), groups=groups, cp_group=cp_group
+        query_order=torch.cat(query_order),
+        key_order=torch.cat(key_order),
+        groups=groups,
+        cp_group=cp_group,
     )
     return documents, offsets_in_document(cu_seqlens)[held[cp_rank]]
 
 
 def _mask(held: Tensor) -> Tensor:
-    """Causal mask [held offsets, offsets] of a document of which this rank holds the offsets marked in `held`."""
+    """Causal mask [held offsets, offsets] of a document of which this rank holds the offsets marked
+    in `held`."""
     return held.nonzero() >= torch.arange(len(held))

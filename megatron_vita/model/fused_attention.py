@@ -1,4 +1,5 @@
-"""Transformer Engine's attention, fused or not at all: unfused attention holds all scores, and is an error here.
+"""Transformer Engine's attention, fused or not at all: unfused attention holds all scores, and is
+an error here.
 
 Imported only where Transformer Engine is used.
 """
@@ -16,7 +17,8 @@ from megatron_vita.errors import PlatformError
 
 
 class FusedAttention(TEDotProductAttention):
-    """megatron-core's wrapper; the language model has switched unfused attention off (`NVTE_UNFUSED_ATTN`)."""
+    """megatron-core's wrapper; the language model has switched unfused attention off
+    (`NVTE_UNFUSED_ATTN`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the parent's. PlatformError where only unfused attention would do."""
@@ -27,7 +29,8 @@ class FusedAttention(TEDotProductAttention):
 
 
 def check_fused_attention(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> None:
-    """Runs attention once, forward and backward, on two short documents; PlatformError if it is not fused."""
+    """Runs attention once, forward and backward, on two short documents; PlatformError if it is not
+    fused."""
     os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # as megatron-core sets it later for the layers
     shape = (32, heads, width)
     query = torch.randn(shape, device=platform.device(), dtype=dtype, requires_grad=True)

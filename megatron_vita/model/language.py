@@ -1,8 +1,9 @@
-"""The language model: a thin composition of megatron-core's embedding, transformer block and output layer.
+"""The language model: a thin composition of megatron-core's embedding, transformer block and output
+layer.
 
-megatron-core's GPTModel is deprecated and its successor has no hook at the output, so its parts are put together here,
-where positions and rows are explicit. This is the one file that knows which parts those are. Names of parameters are
-GPTModel's, so checkpoints of either fit the other.
+megatron-core's GPTModel is deprecated and its successor has no hook at the output, so its parts are
+put together here, where positions and rows are explicit. This is the one file that knows which
+parts those are. Names of parameters are GPTModel's, so checkpoints of either fit the other.
 """
 
 from typing import Any
@@ -75,7 +76,8 @@ class LanguageModel(LanguageModule):
         self.decoder.set_input_tensor(tensors[0])
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings of this rank's share of the sequence: ids [t] -> [t / TP, H], also without SP."""
+        """Word embeddings of this rank's share of the sequence: ids [t] -> [t / TP, H], also
+        without SP."""
         x = self.embedding(input_ids[None], None)
         if not self.config.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
@@ -84,7 +86,8 @@ class LanguageModel(LanguageModule):
     def decode(self, share: Tensor | None, *, cu_seqlens: Tensor) -> Tensor:
         """Runs this stage's layers.
 
-        `share` [t / TP, H] on the first stage, None after it; returns [t / TP, 1, H] with SP and [t, 1, H] without.
+        `share` [t / TP, H] on the first stage, None after it; returns [t / TP, 1, H] with SP and
+        [t, 1, H] without.
         """
         if share is not None:
             share = share.unsqueeze(1)
@@ -92,14 +95,21 @@ class LanguageModel(LanguageModule):
                 share = gather_from_sequence_parallel_region(
                     share, tensor_parallel_output_grad=False, group=self.tp_group
                 )
-        documents, angles = self.backend.describe(cu_seqlens, inverse_frequencies=self.inverse_frequencies)
+        documents, angles = self.backend.describe(
+            cu_seqlens, inverse_frequencies=self.inverse_frequencies
+        )
         return self.run_layers(share, attention=documents, angles=angles)
 
-    def run_layers(self, hidden: Tensor | None, *, attention: Any, angles: Tensor | None = None) -> Tensor:
-        """This stage's layers on rows [t, 1, H], which see what `attention` says, at rotary `angles` [t, 1, 1, d];
-        without angles, `attention` rotates queries and keys itself."""
+    def run_layers(
+        self, hidden: Tensor | None, *, attention: Any, angles: Tensor | None = None
+    ) -> Tensor:
+        """This stage's layers on rows [t, 1, H], which see what `attention` says, at rotary
+        `angles` [t, 1, 1, d]; without angles, `attention` rotates queries and keys itself."""
         return self.decoder(
-            hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=angles,
+            packed_seq_params=attention,
         )
 
     def embed_rows(self, input_ids: Tensor) -> Tensor:
@@ -108,12 +118,27 @@ class LanguageModel(LanguageModule):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [L, V] of rows [L, H] that every TP rank has, for serving."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else None
+        )
         return self.output_layer.project(hidden, weight=weight)
 
     def output(
-        self, hidden: Tensor, *, rows: Tensor, labels: Tensor | None = None, row_scale: float | Tensor = 1.0
+        self,
+        hidden: Tensor,
+        *,
+        rows: Tensor,
+        labels: Tensor | None = None,
+        row_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """Losses [L] or logits [L, V] of rows of the slice; see `OutputLayer.forward`."""
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden, rows=rows, labels=labels, row_scale=row_scale, weight=weight)
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else None
+        )
+        return self.output_layer(
+            hidden, rows=rows, labels=labels, row_scale=row_scale, weight=weight
+        )

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, whose gradient each
-    tensor-parallel rank then has for its rows only."""
+    """megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, whose
+    gradient each tensor-parallel rank then has for its rows only."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))

@@ -21,18 +21,26 @@ from megatron_vita.model.weight_gradient import GradientLedger
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding and of the output layer over all TP ranks: the next multiple of their number."""
+    """Rows of the embedding and of the output layer over all TP ranks: the next multiple of their
+    number."""
     return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
 class OutputLayer(ColumnParallelLinear):
     """Projection onto a vocabulary shard, with the loss.
 
-    Call it, and do not read `.weight` from outside: hooks on its forward wait for weights that are still on their way
-    (megatron-core's `overlap_param_gather`).
+    Call it, and do not read `.weight` from outside: hooks on its forward wait for weights that are
+    still on their way (megatron-core's `overlap_param_gather`).
     """
 
-    def __init__(self, config: TransformerConfig, *, vocab_size: int, options: OutputConfig, owns_weight: bool) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vocab_size: int,
+        options: OutputConfig,
+        owns_weight: bool,
+    ) -> None:
         super().__init__(
             config.hidden_size,
             padded_vocabulary(vocab_size, config.tensor_model_parallel_size),
@@ -47,7 +55,9 @@ class OutputLayer(ColumnParallelLinear):
         self.allreduce_dgrad = config.tensor_model_parallel_size > 1
         self.full_logits = options.full_logits
         self.chunk_bytes = options.chunk_mib << 20
-        self.form = LossForm(vocab_size=vocab_size, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+        self.form = LossForm(
+            vocab_size=vocab_size, label_smoothing=options.label_smoothing, z_loss=options.z_loss
+        )
         width = self.output_size_per_partition
         start = self.tp_group.rank() * width
         columns = min(max(vocab_size - start, 0), width)
@@ -67,14 +77,18 @@ class OutputLayer(ColumnParallelLinear):
 
         hidden: [t / TP, 1, H] under sequence parallelism, else [t, 1, H].
         rows, labels: [L], rows of the slice, ascending, and their target tokens; both on the host.
-        row_scale: the gradient of each loss that will arrive in backward, one number or [L]: gradients are made for it
+        row_scale: the gradient of each loss that will arrive in backward, one number or [L]:
+        gradients are made for it
             in the forward, so they precede any loss scale. Backward checks it.
         weight: the word embedding, where the layer has no weight of its own.
         """
         weight = self.weight if weight is None else weight
         hidden = hidden.squeeze(1)
         selected = locate_rows(
-            rows, hidden=hidden, sequence_parallel=self.config.sequence_parallel, group=self.tp_group
+            rows,
+            hidden=hidden,
+            sequence_parallel=self.config.sequence_parallel,
+            group=self.tp_group,
         )
         if labels is None:
             return self._row_logits(hidden, rows=rows, selected=selected, weight=weight)
@@ -100,9 +114,12 @@ class OutputLayer(ColumnParallelLinear):
             )
 
     def project(self, rows: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        """Logits [L, V] on every TP rank of rows [L, H] that all of them have; `weight` as in `forward`."""
+        """Logits [L, V] on every TP rank of rows [L, H] that all of them have; `weight` as in
+        `forward`."""
         logits = self._project(rows, self.weight if weight is None else weight)
-        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[:, : self.form.vocab_size]
+        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[
+            :, : self.form.vocab_size
+        ]
 
     def _project(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Rows [L, H], the same on all TP ranks -> logits of this shard [L, v]."""
@@ -119,24 +136,36 @@ class OutputLayer(ColumnParallelLinear):
         )
         return select_rows(hidden, rows=every)
 
-    def _row_logits(self, hidden: Tensor, *, rows: Tensor, selected: SelectedRows, weight: Tensor) -> Tensor:
+    def _row_logits(
+        self, hidden: Tensor, *, rows: Tensor, selected: SelectedRows, weight: Tensor
+    ) -> Tensor:
         taken = self._all_rows(hidden) if self.full_logits else select_rows(hidden, rows=selected)
         logits = self.project(taken, weight=weight)
         return logits[rows.to(logits.device)] if self.full_logits else logits
 
-    def _losses_of_full_logits(self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-        """The yardstick: fp32 logits of every position of the slice, by megatron-core's cross entropy."""
+    def _losses_of_full_logits(
+        self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor
+    ) -> Tensor:
+        """The yardstick: fp32 logits of every position of the slice, by megatron-core's cross
+        entropy."""
         columns, group = self.shard.columns, self.tp_group
         logits = self._project(self._all_rows(hidden), weight).float()  # [t, v]
-        targets = torch.zeros(len(logits), dtype=labels.dtype).index_copy(0, rows, labels).to(logits.device)
+        targets = (
+            torch.zeros(len(logits), dtype=labels.dtype)
+            .index_copy(0, rows, labels)
+            .to(logits.device)
+        )
         here = (targets >= self.shard.start) & (targets < self.shard.start + columns)
         column = (targets - self.shard.start).where(here, 0)
         target = logits.gather(1, column[:, None]).squeeze(1).where(here, 0.0)
         target = reduce_from_tensor_model_parallel_region(target, group=group)
         total = reduce_from_tensor_model_parallel_region(logits[:, :columns].sum(1), group=group)
         padding = torch.arange(logits.shape[1], device=logits.device) >= columns
-        logits = logits.masked_fill(padding, -torch.inf)  # a copy, which cross entropy may overwrite
-        entropy = vocab_parallel_cross_entropy(logits[:, None], targets[:, None], tp_group=group).squeeze(1)
+        # a copy, which cross entropy may overwrite
+        logits = logits.masked_fill(padding, -torch.inf)
+        entropy = vocab_parallel_cross_entropy(
+            logits[:, None], targets[:, None], tp_group=group
+        ).squeeze(1)
         log_sum, smoothing = entropy + target, self.form.label_smoothing
         losses = (1 - smoothing) * entropy + smoothing * (log_sum - total / self.form.vocab_size)
         losses = losses + self.form.z_loss * log_sum.square()

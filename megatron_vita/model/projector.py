@@ -10,8 +10,9 @@ from megatron_vita.config import ModelConfig
 class Projector(nn.Module):
     """LayerNorm, Linear, exact GELU, Linear.
 
-    Kind `long_vita`: the hidden layer has the vision tower's width and nothing has a bias (Long-VITA's
-    `pre_proj_layernorm` and MLP). Kind `internvl`: it has the language model's width, with biases (InternVL's `mlp1`).
+    Kind `long_vita`: the hidden layer has the vision tower's width and nothing has a bias
+    (Long-VITA's `pre_proj_layernorm` and MLP). Kind `internvl`: it has the language model's width,
+    with biases (InternVL's `mlp1`).
     """
 
     def __init__(self, config: ModelConfig) -> None:

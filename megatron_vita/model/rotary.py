@@ -1,4 +1,5 @@
-"""Frequencies of rotary positions, scaled where a model reaches beyond the length that it was trained at."""
+"""Frequencies of rotary positions, scaled where a model reaches beyond the length that it was
+trained at."""
 
 import math
 
@@ -11,7 +12,9 @@ from megatron_vita.config import LanguageConfig, RopeScalingConfig
 
 def inverse_frequencies(shape: LanguageConfig) -> Tensor:
     """Radians per token of each pair of dimensions [kv_channels / 2], fp32, on the host."""
-    exponents = torch.arange(0, shape.kv_channels, 2, dtype=torch.float32, device="cpu") / shape.kv_channels
+    exponents = (
+        torch.arange(0, shape.kv_channels, 2, dtype=torch.float32, device="cpu") / shape.kv_channels
+    )
     plain = 1.0 / shape.rotary_base**exponents
     scaling = shape.rope_scaling
     if scaling.kind == "none":
@@ -23,14 +26,16 @@ def inverse_frequencies(shape: LanguageConfig) -> Tensor:
 
 
 def _llama3_share(plain: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """How much of each frequency stays as it is: by turns in the original length (Llama 3.1's reference code)."""
+    """How much of each frequency stays as it is: by turns in the original length (Llama 3.1's
+    reference code)."""
     turns = scaling.original_length * plain / (2 * math.pi)
     ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return ramp.clamp(0, 1)
 
 
 def _yarn_share(shape: LanguageConfig) -> Tensor:
-    """How much of each frequency stays as it is: a ramp over dimensions (YaRN, section 3.2, NTK by parts)."""
+    """How much of each frequency stays as it is: a ramp over dimensions (YaRN, section 3.2, NTK by
+    parts)."""
     scaling, width = shape.rope_scaling, shape.kv_channels
 
     def dimension_of(turns: float) -> float:
@@ -41,15 +46,17 @@ def _yarn_share(shape: LanguageConfig) -> Tensor:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(
+        high - low, 1e-3
+    )
     return 1 - ramp.clamp(0, 1)
 
 
 def scale_rotary_positions(config: TransformerConfig, factor: float) -> None:
     """Makes megatron-core's attention multiply rotated queries and keys by `factor`.
 
-    It reads YaRN's fields from a config that has them, and computes (0.1 * yarn_mscale * ln(scaling) + 1) from them:
-    with a scaling of e, yarn_mscale is 10 * (factor - 1).
+    It reads YaRN's fields from a config that has them, and computes (0.1 * yarn_mscale *
+    ln(scaling) + 1) from them: with a scaling of e, yarn_mscale is 10 * (factor - 1).
     """
     if factor != 1.0:
         config.yarn_rotary_scaling_factor = math.e  # type: ignore[attr-defined]

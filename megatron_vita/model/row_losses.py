@@ -1,4 +1,5 @@
-"""Losses of selected rows in chunks, with their gradients made in the same pass: no logits are kept for backward."""
+"""Losses of selected rows in chunks, with their gradients made in the same pass: no logits are kept
+for backward."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,8 +46,12 @@ class _RowLosses(torch.autograd.Function):
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         rows = scoring.rows.gather(hidden)
         # A copy of the selected rows is ours: their gradients take its place.
-        ctx.row_gradients = None if not wants_hidden else rows if rows is not hidden else torch.empty_like(rows)
-        ctx.weight_gradient = scoring.ledger.open(weight, training=scoring.training) if wants_weight else None
+        ctx.row_gradients = (
+            None if not wants_hidden else rows if rows is not hidden else torch.empty_like(rows)
+        )
+        ctx.weight_gradient = (
+            scoring.ledger.open(weight, training=scoring.training) if wants_weight else None
+        )
         chunks = _Chunks(rows, weight, scoring)
         return chunks.run(weight_gradient=ctx.weight_gradient, row_gradients=ctx.row_gradients)
 
@@ -65,7 +70,8 @@ class _RowLosses(torch.autograd.Function):
 
 
 def _check_arriving(grad: Tensor, scale: Tensor) -> None:
-    """VitaError unless the gradient of each loss is what the forward assumed; on CUDA an assertion on the device."""
+    """VitaError unless the gradient of each loss is what the forward assumed; on CUDA an assertion
+    on the device."""
     right = torch.isclose(grad, scale, rtol=1e-5, atol=0.0).all()
     message = "a gradient other than row_scale arrived at the output layer, which made its gradients for row_scale"
     if grad.is_cuda:
@@ -81,8 +87,11 @@ class _Chunks:
         self.rows, self.weight, self.scoring = rows, weight, scoring
         self.scale = scoring.scale.expand(len(rows))
 
-    def run(self, *, weight_gradient: WeightGradient | None, row_gradients: Tensor | None) -> Tensor:
-        """Losses [L]; adds to `weight_gradient` and fills `row_gradients` [L, H], which may be the rows themselves."""
+    def run(
+        self, *, weight_gradient: WeightGradient | None, row_gradients: Tensor | None
+    ) -> Tensor:
+        """Losses [L]; adds to `weight_gradient` and fills `row_gradients` [L, H], which may be the
+        rows themselves."""
         losses = self.rows.new_empty(len(self.rows), dtype=torch.float32)
         reductions = []
         for chunk, logits in self._logits():
@@ -102,7 +111,8 @@ class _Chunks:
             if weight_gradient is not None:
                 weight_gradient.add(logits, part)
             if row_gradients is not None:
-                torch.mm(logits, self.weight, out=row_gradients[chunk])  # last: it may overwrite `part`
+                # last: it may overwrite `part`
+                torch.mm(logits, self.weight, out=row_gradients[chunk])
                 reductions.append(self._reduce(row_gradients[chunk]))
         for reduction in reductions:
             if reduction is not None:
@@ -125,6 +135,7 @@ class _Chunks:
             yield chunk, logits
 
     def _reduce(self, gradients: Tensor) -> dist.Work | None:
-        """Sums a chunk of row gradients over the vocabulary shards, beside the next chunk's computation."""
+        """Sums a chunk of row gradients over the vocabulary shards, beside the next chunk's
+        computation."""
         group = self.scoring.shard.group
         return dist.all_reduce(gradients, group=group, async_op=True) if group.size() > 1 else None

@@ -18,7 +18,8 @@ class SelectedRows:
 
     mine: Tensor  # [counts[rank]] rows of this rank's hidden state, ascending, on its device
     length: int  # rows of this rank's hidden state
-    counts: list[int] | None  # rows on each TP rank under sequence parallelism; None where each rank has them all
+    # rows on each TP rank under sequence parallelism; None where each rank has them all
+    counts: list[int] | None
     group: ProcessGroup
 
     @property
@@ -27,14 +28,20 @@ class SelectedRows:
         return self.counts is None and len(self.mine) == self.length
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """The rows [L, H] of `hidden` [length, H] on every TP rank; `hidden` itself where it is whole. Not recorded."""
+        """The rows [L, H] of `hidden` [length, H] on every TP rank; `hidden` itself where it is
+        whole. Not recorded."""
         if self.is_whole:
             return hidden
         picked = hidden.index_select(0, self.mine)
-        return picked if self.counts is None else concatenate_rows(picked, counts=self.counts, group=self.group)
+        return (
+            picked
+            if self.counts is None
+            else concatenate_rows(picked, counts=self.counts, group=self.group)
+        )
 
     def spread(self, rows: Tensor) -> Tensor:
-        """The gradient of `hidden` [length, H] from that of the rows [L, H], the same on all TP ranks."""
+        """The gradient of `hidden` [length, H] from that of the rows [L, H], the same on all TP
+        ranks."""
         if self.is_whole:
             return rows
         if self.counts is not None:
@@ -42,17 +49,22 @@ class SelectedRows:
         return rows.new_zeros(self.length, *rows.shape[1:]).index_copy_(0, self.mine, rows)
 
 
-def locate_rows(rows: Tensor, *, hidden: Tensor, sequence_parallel: bool, group: ProcessGroup) -> SelectedRows:
+def locate_rows(
+    rows: Tensor, *, hidden: Tensor, sequence_parallel: bool, group: ProcessGroup
+) -> SelectedRows:
     """Finds `rows` [L] of the slice, ascending, on the host.
 
-    `hidden` [t / TP, ...] holds this rank's share of the slice under sequence parallelism, else all of it [t, ...].
+    `hidden` [t / TP, ...] holds this rank's share of the slice under sequence parallelism, else all
+    of it [t, ...].
     """
     length, counts, mine = len(hidden), None, rows
     if sequence_parallel:
         holder = rows // length
         counts = torch.bincount(holder, minlength=group.size()).tolist()
         mine = rows[holder == group.rank()] % length
-    return SelectedRows(mine=mine.to(hidden.device, non_blocking=True), length=length, counts=counts, group=group)
+    return SelectedRows(
+        mine=mine.to(hidden.device, non_blocking=True), length=length, counts=counts, group=group
+    )
 
 
 def select_rows(hidden: Tensor, *, rows: SelectedRows) -> Tensor:
@@ -60,4 +72,6 @@ def select_rows(hidden: Tensor, *, rows: SelectedRows) -> Tensor:
     if rows.is_whole:
         return hidden
     picked = hidden[rows.mine]
-    return picked if rows.counts is None else gather_rows(picked, counts=rows.counts, group=rows.group)
+    return (
+        picked if rows.counts is None else gather_rows(picked, counts=rows.counts, group=rows.group)
+    )

@@ -1,7 +1,9 @@
-"""Cross entropy of logits that lie on TP ranks by vocabulary shard, and its gradient, for a chunk of rows.
+"""Cross entropy of logits that lie on TP ranks by vocabulary shard, and its gradient, for a chunk
+of rows.
 
-A shard is summed up in four numbers a row; those of all shards, in one collective, give the loss and all that the
-gradient needs. The gradient is written over the logits. Plain torch on CPU, Triton on CUDA.
+A shard is summed up in four numbers a row; those of all shards, in one collective, give the loss
+and all that the gradient needs. The gradient is written over the logits. Plain torch on CPU, Triton
+on CUDA.
 """
 
 from dataclasses import dataclass
@@ -11,12 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-LOWEST = -1e30  # the largest logit of a shard without columns; finite, so that differences are no NaN
+# the largest logit of a shard without columns; finite, so that differences are no NaN
+LOWEST = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossForm:
-    """Cross entropy with label smoothing (as torch's `cross_entropy` has it) and z-loss (PaLM, section 5).
+    """Cross entropy with label smoothing (as torch's `cross_entropy` has it) and z-loss (PaLM,
+    section 5).
 
     For a row with logits x, log-sum-exp Z and target y over V tokens:
     loss = Z - (1 - smoothing) x[y] - smoothing mean(x) + z_loss Z^2.
@@ -54,7 +58,8 @@ class Summary:
 
 
 def summarize(logits: Tensor, *, targets: Tensor, shard: Shard) -> Summary:
-    """Of logits [r, v], with targets [r] counted from the shard's first column. Collective over the shard's group."""
+    """Of logits [r, v], with targets [r] counted from the shard's first column. Collective over the
+    shard's group."""
     parts = _summarize_shard(logits, targets=targets, columns=shard.columns)[None]  # [1, 4, r]
     if shard.group.size() > 1:
         gathered = parts.new_empty(shard.group.size(), *parts.shape[1:])
@@ -67,7 +72,8 @@ def summarize(logits: Tensor, *, targets: Tensor, shard: Shard) -> Summary:
 
 
 def _summarize_shard(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor:
-    """Largest logit, sum of exponentials relative to it, the target's logit (or 0) and the sum of logits: [4, r]."""
+    """Largest logit, sum of exponentials relative to it, the target's logit (or 0) and the sum of
+    logits: [4, r]."""
     if logits.is_cuda:
         from megatron_vita.model.softmax_triton import summarize_on_cuda
 
@@ -81,11 +87,20 @@ def _summarize_shard(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor
 
 
 def write_gradient(
-    logits: Tensor, *, targets: Tensor, shard: Shard, summary: Summary, scale: Tensor, form: LossForm
+    logits: Tensor,
+    *,
+    targets: Tensor,
+    shard: Shard,
+    summary: Summary,
+    scale: Tensor,
+    form: LossForm,
 ) -> None:
     """Overwrites logits [r, v] by the gradient of the sum of `scale` [r] times the losses."""
     slope = scale * (1 + 2 * form.z_loss * summary.log_sum)
-    aim, floor = scale * (1 - form.label_smoothing), scale * (form.label_smoothing / form.vocab_size)
+    aim, floor = (
+        scale * (1 - form.label_smoothing),
+        scale * (form.label_smoothing / form.vocab_size),
+    )
     if logits.is_cuda:
         from megatron_vita.model.softmax_triton import write_gradient_on_cuda
 

@@ -1,4 +1,5 @@
-"""The Triton side of `softmax`: logits are read once for their summary, and once more to be overwritten."""
+"""The Triton side of `softmax`: logits are read once for their summary, and once more to be
+overwritten."""
 
 import torch
 import triton
@@ -9,19 +10,32 @@ _BLOCK, _WARPS = 4096, 8
 
 
 def summarize_on_cuda(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor:
-    """[4, r]: largest logit, sum of exponentials relative to it, the target's logit or 0, sum of logits."""
+    """[4, r]: largest logit, sum of exponentials relative to it, the target's logit or 0, sum of
+    logits."""
     rows = len(logits)
     parts = torch.empty(4, rows, device=logits.device, dtype=torch.float32)
-    _summarize[(rows,)](logits, targets, parts, rows, columns, logits.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
+    _summarize[(rows,)](
+        logits, targets, parts, rows, columns, logits.stride(0), BLOCK=_BLOCK, num_warps=_WARPS
+    )
     return parts
 
 
-def write_gradient_on_cuda(logits: Tensor, *, targets: Tensor, columns: int, factors: Tensor) -> None:
+def write_gradient_on_cuda(
+    logits: Tensor, *, targets: Tensor, columns: int, factors: Tensor
+) -> None:
     """Overwrites logits [r, v]; `factors` [4, r] are log-sum, slope, aim and floor."""
     rows, width = logits.shape
     grid = (rows, triton.cdiv(width, _BLOCK))
     _write_gradient[grid](
-        logits, targets, factors, rows, columns, width, logits.stride(0), BLOCK=_BLOCK, num_warps=_WARPS
+        logits,
+        targets,
+        factors,
+        rows,
+        columns,
+        width,
+        logits.stride(0),
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
     )
 
 
@@ -58,5 +72,11 @@ def _write_gradient(logits, targets, factors, rows, columns, width, stride, BLOC
     x = tl.load(logits, mask=column < columns, other=-float("inf")).to(tl.float32)
     log_sum, slope = tl.load(factors + row), tl.load(factors + rows + row)
     aim, floor = tl.load(factors + 2 * rows + row), tl.load(factors + 3 * rows + row)
-    gradient = tl.exp(x - log_sum) * slope - floor - tl.where(column == tl.load(targets + row), aim, 0.0)
-    tl.store(logits, tl.where(column < columns, gradient, 0.0).to(logits.dtype.element_ty), mask=column < width)
+    gradient = (
+        tl.exp(x - log_sum) * slope - floor - tl.where(column == tl.load(targets + row), aim, 0.0)
+    )
+    tl.store(
+        logits,
+        tl.where(column < columns, gradient, 0.0).to(logits.dtype.element_ty),
+        mask=column < width,
+    )

@@ -1,9 +1,11 @@
-"""Vision transformers: InternViT, and by options CLIP, SigLIP and EVA2-CLIP, up to their last hidden state.
+"""Vision transformers: InternViT, and by options CLIP, SigLIP and EVA2-CLIP, up to their last
+hidden state.
 
-Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form: the InternVL 2.5
-model cards), transformers' CLIPVisionModel and SiglipVisionModel, and GLM-4V's EVA2CLIPModel. Every rank holds the
-whole tower and encodes tiles of its own, unless the tower is split over a tensor-parallel group (`vision_parts.py`),
-whose ranks then encode the same tiles together.
+Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form:
+the InternVL 2.5 model cards), transformers' CLIPVisionModel and SiglipVisionModel, and GLM-4V's
+EVA2CLIPModel. Every rank holds the whole tower and encodes tiles of its own, unless the tower is
+split over a tensor-parallel group (`vision_parts.py`), whose ranks then encode the same tiles
+together.
 """
 
 import math
@@ -42,7 +44,8 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Norms before each branch or at its end; LayerScale multiplies the branch, its bias included."""
+    """Norms before each branch or at its end; LayerScale multiplies the branch, its bias
+    included."""
 
     def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
@@ -68,21 +71,26 @@ class VisionTower(nn.Module):
     """Tiles to features, four patches joined into each feature row."""
 
     def __init__(self, config: VisionConfig, *, tp_group: ProcessGroup | None = None) -> None:
-        """`tp_group`: the ranks that the tower is split over; None where each rank holds all of it."""
+        """`tp_group`: the ranks that the tower is split over; None where each rank holds all of
+        it."""
         super().__init__()
         self.config = config
         self.split = Split(tp_group)
         self.embeddings = VisionEmbeddings(config)
-        self.layers = nn.ModuleList(VisionLayer(config, self.split) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            VisionLayer(config, self.split) for _ in range(config.num_layers)
+        )
         self.post_norm = build_norm(config) if config.post_norm else None
         self.recompute = False  # keep only the inputs of layers for the backward pass
         for name, parameter in self.named_parameters():
             parameter.tensor_model_parallel = self.split.axis_of(name) is not None  # type: ignore[attr-defined]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """First weights for training from scratch, the same on every rank for the same generator, however split.
+        """First weights for training from scratch, the same on every rank for the same generator,
+        however split.
 
-        The patch embedding sees pixels of unit deviation, whatever the patch's size: its deviation is 1 / sqrt(fan in).
+        The patch embedding sees pixels of unit deviation, whatever the patch's size: its deviation
+        is 1 / sqrt(fan in).
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("scale1", "scale2")):
@@ -91,7 +99,11 @@ class VisionTower(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 fan_in = parameter[0].numel()
-                std = fan_in**-0.5 if name == "embeddings.patch_embedding.weight" else self.config.init_method_std
+                std = (
+                    fan_in**-0.5
+                    if name == "embeddings.patch_embedding.weight"
+                    else self.config.init_method_std
+                )
                 whole = torch.empty(self._whole_shape(name, parameter))
                 nn.init.normal_(whole, std=std, generator=generator)
                 with torch.no_grad():
@@ -100,15 +112,22 @@ class VisionTower(nn.Module):
     def _whole_shape(self, name: str, parameter: Tensor) -> list[int]:
         shape, axis = list(parameter.shape), self.split.axis_of(name)
         if axis is not None:
-            shape[axis] = self.config.ffn_hidden_size if ".mlp." in name else self.config.hidden_size
+            shape[axis] = (
+                self.config.ffn_hidden_size if ".mlp." in name else self.config.hidden_size
+            )
         return shape
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] -> features [n, rows, 4 * H]; the class token is dropped."""
+        """Normalised tiles [n, 3, S, S] -> features [n, rows, 4 * H]; the class token is
+        dropped."""
         x = self.embeddings(tiles)
         for layer in self.layers:
             # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute and self.training else layer(x)
+            x = (
+                checkpoint(layer, x, use_reentrant=False)
+                if self.recompute and self.training
+                else layer(x)
+            )
         if self.post_norm is not None:
             x = self.post_norm(x)
         return pixel_shuffle(x[:, 1:] if self.config.class_token else x)
@@ -120,7 +139,10 @@ class VisionTower(nn.Module):
         assert not sharded_offsets
         state = self.state_dict(prefix="", keep_vars=True)
         axes = {name: axis for name in state if (axis := self.split.axis_of(name)) is not None}
-        groups_of_state = {"tp_group": groups.tensor_group(), "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        groups_of_state = {
+            "tp_group": groups.tensor_group(),
+            "dp_cp_group": (metadata or {})["dp_cp_group"],
+        }
         sharded = make_sharded_tensors_for_checkpoint(state, prefix, axes, **groups_of_state)
         for name in self.split.padded:
             for key in (key for key in sharded if key.endswith(name)):
@@ -131,11 +153,16 @@ class VisionTower(nn.Module):
 def pixel_shuffle(patches: Tensor) -> Tensor:
     """Joins patches two by two: [n, side * side, C] -> [n, side * side / 4, 4 * C], both row-major.
 
-    A cell holds, in this order, its upper left, upper right, lower left and lower right patch, as InternVL's second
-    version of pixel shuffle with a scale of 0.5 does. An odd grid gets a column and a row of zeros at its end.
+    A cell holds, in this order, its upper left, upper right, lower left and lower right patch, as
+    InternVL's second version of pixel shuffle with a scale of 0.5 does. An odd grid gets a column
+    and a row of zeros at its end.
     """
     n, count, channels = patches.shape
     side = math.isqrt(count)
     odd, cells = side % 2, -(-side // 2)
     grid = F.pad(patches.view(n, side, side, channels), (0, 0, 0, odd, 0, odd)) if odd else patches
-    return grid.reshape(n, cells, 2, cells, 2, channels).transpose(2, 3).reshape(n, cells**2, 4 * channels)
+    return (
+        grid.reshape(n, cells, 2, cells, 2, channels)
+        .transpose(2, 3)
+        .reshape(n, cells**2, 4 * channels)
+    )

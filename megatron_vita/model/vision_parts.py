@@ -1,7 +1,9 @@
-"""Parts of a vision layer that can be split over a tensor-parallel group: attention by heads, the MLP by width.
+"""Parts of a vision layer that can be split over a tensor-parallel group: attention by heads, the
+MLP by width.
 
-Heads that do not divide are padded by heads of zeros, which stay zero: their output is zero, so no gradient reaches
-them. All sums over the group are megatron-core's; without a group they are left out.
+Heads that do not divide are padded by heads of zeros, which stay zero: their output is zero, so no
+gradient reaches them. All sums over the group are megatron-core's; without a group they are left
+out.
 """
 
 from collections.abc import Callable
@@ -52,7 +54,8 @@ class Split:
         self.ranks, self.rank = (1, 0) if group is None else (group.size(), group.rank())
 
     def axis_of(self, name: str) -> int | None:
-        """The axis along which the parameter `name` of the tower is split; None if each rank holds all of it."""
+        """The axis along which the parameter `name` of the tower is split; None if each rank holds
+        all of it."""
         if self.group is None:
             return None
         return next((axis for ending, axis in _AXES.items() if name.endswith(ending)), None)
@@ -70,12 +73,19 @@ class Split:
         return part
 
     def share(self, x: Tensor) -> Tensor:
-        """`x`, the same on all ranks, as the input of work that is split: gradients are summed on the way back."""
-        return x if self.group is None else copy_to_tensor_model_parallel_region(x, group=self.group)
+        """`x`, the same on all ranks, as the input of work that is split: gradients are summed on
+        the way back."""
+        return (
+            x if self.group is None else copy_to_tensor_model_parallel_region(x, group=self.group)
+        )
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, on each of them; all receive the same gradient."""
-        return x if self.group is None else reduce_from_tensor_model_parallel_region(x, group=self.group)
+        return (
+            x
+            if self.group is None
+            else reduce_from_tensor_model_parallel_region(x, group=self.group)
+        )
 
 
 def build_norm(config: VisionConfig) -> nn.Module:
@@ -85,7 +95,8 @@ def build_norm(config: VisionConfig) -> nn.Module:
 
 
 class HeadsNorm(nn.Module):
-    """RMSNorm over all heads together, of which this rank has some (InternViT-6B's norm of queries and keys)."""
+    """RMSNorm over all heads together, of which this rank has some (InternViT-6B's norm of queries
+    and keys)."""
 
     def __init__(self, config: VisionConfig, split: Split, width: int) -> None:
         super().__init__()
@@ -95,7 +106,8 @@ class HeadsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         squares = x.float().square().sum(-1, keepdim=True)
-        # Each rank's part of the gradient of the sum comes from its own heads: summed on the way back, too.
+        # Each rank's part of the gradient of the sum comes from its own heads: summed on the way
+        # back, too.
         mean = self.split.share(self.split.sum(squares)) / self.total
         return (x.float() * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight
 
@@ -110,7 +122,9 @@ class QueryKeyValue(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, s, H] -> [n, s, 3 * width]."""
-        return F.linear(x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten())
+        return F.linear(
+            x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten()
+        )
 
 
 class VisionAttention(nn.Module):

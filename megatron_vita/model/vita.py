@@ -24,13 +24,15 @@ from megatron_vita.parallel.collectives import exchange_rows
 class VisionWork:
     """How tiles are encoded."""
 
-    tensor_parallel: bool = False  # the tower is split over TP; else each TP rank encodes tiles of its own
+    # the tower is split over TP; else each TP rank encodes tiles of its own
+    tensor_parallel: bool = False
     tiles_at_once: int = 64
     recompute: bool = False
 
 
 class VitaModel(MegatronModule):
-    """A pipeline stage of the whole model; the first stage also holds the vision tower and the projector."""
+    """A pipeline stage of the whole model; the first stage also holds the vision tower and the
+    projector."""
 
     def __init__(
         self,
@@ -44,7 +46,8 @@ class VitaModel(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.model_type = ModelType.encoder_or_decoder  # which pipeline schedule megatron-core takes
+        # which pipeline schedule megatron-core takes
+        self.model_type = ModelType.encoder_or_decoder
         self.shapes = shapes
         self.vp_stage = vp_stage
         self.pre_process, self.post_process = pre_process, post_process
@@ -52,7 +55,8 @@ class VitaModel(MegatronModule):
         self.encodes = pre_process and not shapes.text_only
         if self.encodes:
             self.vision_model = VisionTower(
-                shapes.vision, tp_group=groups.tensor_group() if vision_work.tensor_parallel else None
+                shapes.vision,
+                tp_group=groups.tensor_group() if vision_work.tensor_parallel else None,
             )
             self.vision_model.recompute = vision_work.recompute
             self.projector = Projector(shapes)
@@ -65,23 +69,28 @@ class VitaModel(MegatronModule):
             post_process=post_process,
             vp_stage=vp_stage,
         )
-        self.share_embeddings_and_output_weights = self.language_model.share_embeddings_and_output_weights
+        self.share_embeddings_and_output_weights = (
+            self.language_model.share_embeddings_and_output_weights
+        )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Takes the previous stage's output, as megatron-core's schedules give it."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """The word embedding that first and last stage share, for megatron-core's gradient reduction."""
+        """The word embedding that first and last stage share, for megatron-core's gradient
+        reduction."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def parts_with_partial_gradients(self) -> list[nn.Module]:
-        """The parts whose gradient each TP rank has for its own tiles only: their sum over TP is the gradient."""
+        """The parts whose gradient each TP rank has for its own tiles only: their sum over TP is
+        the gradient."""
         dealt = self.encodes and not self.vision_work.tensor_parallel
         return [self.vision_model, self.projector] if dealt else []
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H], a bounded number of tiles at once."""
+        """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H], a bounded number of
+        tiles at once."""
         turns = tiles.split(self.vision_work.tiles_at_once) if len(tiles) else [tiles]
         features = torch.cat([self.projector(self.vision_model(turn)) for turn in turns])
         if self.vision_work.tensor_parallel:  # each TP rank takes other rows of them
@@ -99,13 +108,15 @@ class VitaModel(MegatronModule):
     ) -> Tensor:
         """One pack.
 
-        tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored where there is no tower.
+        tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored where there is no
+        tower.
         features: feature rows of those tiles where they were encoded before [n, rows per tile, H].
         wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
-        row_scale: the gradient that backward will bring to each loss (a loss scale, or weights [L]).
+        row_scale: the gradient that backward will bring to each loss (a loss scale, or weights
+        [L]).
 
-        Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`, or the logits
-        [rows, V] of `wanted_rows` where those are given.
+        Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`,
+        or the logits [rows, V] of `wanted_rows` where those are given.
         """
         share = self._embed(tiles, pack, features) if self.pre_process else None
         hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
@@ -114,17 +125,22 @@ class VitaModel(MegatronModule):
         if wanted_rows is not None:
             return self.language_model.output(hidden, rows=wanted_rows)
         scored = pack.loss_rows
-        return self.language_model.output(hidden, rows=scored, labels=pack.labels[scored], row_scale=row_scale)
+        return self.language_model.output(
+            hidden, rows=scored, labels=pack.labels[scored], row_scale=row_scale
+        )
 
     def _embed(self, tiles: Tensor, pack: PackSlice, features: Tensor | None) -> Tensor:
         """This rank's share of the sequence [t / TP, H]: word embeddings and feature rows."""
         share = self.language_model.embed(pack.input_ids)
         if not self.encodes:
             return share
-        return self._write_features(share, self.encode(tiles) if features is None else features, pack)
+        return self._write_features(
+            share, self.encode(tiles) if features is None else features, pack
+        )
 
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
-        """Overwrites placeholder rows with features, which travel to the ranks that hold the placeholders."""
+        """Overwrites placeholder rows with features, which travel to the ranks that hold the
+        placeholders."""
         device, route = embeddings.device, pack.route
         rows = features.flatten(0, 1)[route.send_order.to(device)]
         rows = exchange_rows(
@@ -138,7 +154,8 @@ class VitaModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Sharded state of all parts, for megatron-core's distributed checkpoints, the same for every backend.
+        """Sharded state of all parts, for megatron-core's distributed checkpoints, the same for
+        every backend.
 
         Transformer Engine's `_extra_state` holds scales of 8-bit formats, which are not used.
         """

@@ -1,9 +1,10 @@
 """Where the weight gradient goes that the output layer makes in its forward pass.
 
-Where megatron-core has given the weight an fp32 `main_grad`, chunks are added to it at once, as megatron-core's own
-fused layers do in backward. This is right only for a forward whose backward follows. So a forward in evaluation, or
-while an earlier one still awaits its backward (activation recomputation runs a layer twice), holds its gradient until
-its own backward; and one that was dropped without a backward is refused by the next.
+Where megatron-core has given the weight an fp32 `main_grad`, chunks are added to it at once, as
+megatron-core's own fused layers do in backward. This is right only for a forward whose backward
+follows. So a forward in evaluation, or while an earlier one still awaits its backward (activation
+recomputation runs a layer twice), holds its gradient until its own backward; and one that was
+dropped without a backward is refused by the next.
 """
 
 import weakref
@@ -44,8 +45,9 @@ class WeightGradient:
 def _mark_as_added(weight: Tensor) -> None:
     """Tells megatron-core's hook that `main_grad` is complete.
 
-    Under overlapped reduction the hook wants to see some `.grad`. megatron-core's layers allocate one of full size; a
-    single zero, expanded, will do, but where another layer shares the weight (`zero_out_wgrad`) and will add its own.
+    Under overlapped reduction the hook wants to see some `.grad`. megatron-core's layers allocate
+    one of full size; a single zero, expanded, will do, but where another layer shares the weight
+    (`zero_out_wgrad`) and will add its own.
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return
@@ -61,8 +63,11 @@ class GradientLedger:
         self._last: weakref.ref[WeightGradient] | None = None
 
     def open(self, weight: Tensor, *, training: bool) -> WeightGradient:
-        """For a new forward. VitaError if the last one's backward never ran, since its gradient is in `main_grad`."""
-        direct = training and hasattr(weight, "main_grad") and not self._is_awaiting_backward(weight)
+        """For a new forward. VitaError if the last one's backward never ran, since its gradient is
+        in `main_grad`."""
+        direct = (
+            training and hasattr(weight, "main_grad") and not self._is_awaiting_backward(weight)
+        )
         gradient = WeightGradient(weight, direct=direct)
         if direct:
             self._last = weakref.ref(gradient)

@@ -10,7 +10,9 @@ from torch.distributed import ProcessGroup
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup
+    ) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         return _all_to_all(rows, send, receive, group)
 
@@ -25,8 +27,11 @@ def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Proces
     return received
 
 
-def exchange_rows(rows: Tensor, *, send_counts: list[int], receive_counts: list[int], group: ProcessGroup) -> Tensor:
-    """Sends the first `send_counts[0]` of `rows` [n, ...] to rank 0, the next to rank 1, ...; returns those received.
+def exchange_rows(
+    rows: Tensor, *, send_counts: list[int], receive_counts: list[int], group: ProcessGroup
+) -> Tensor:
+    """Sends the first `send_counts[0]` of `rows` [n, ...] to rank 0, the next to rank 1, ...;
+    returns those received.
 
     Received rows [m, ...] are ordered by source rank. Gradients return the same way.
     """
@@ -36,7 +41,8 @@ def exchange_rows(rows: Tensor, *, send_counts: list[int], receive_counts: list[
 
 
 def concatenate_rows(rows: Tensor, *, counts: list[int], group: ProcessGroup) -> Tensor:
-    """All ranks' `rows` [counts[rank], ...] one after another, on every rank, with no second copy. Not recorded."""
+    """All ranks' `rows` [counts[rank], ...] one after another, on every rank, with no second copy.
+    Not recorded."""
     gathered = rows.new_empty(sum(counts), *rows.shape[1:])
     if len(set(counts)) == 1:
         dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
@@ -44,7 +50,9 @@ def concatenate_rows(rows: Tensor, *, counts: list[int], group: ProcessGroup) ->
     parts = gathered.split(counts)
     parts[group.rank()].copy_(rows)
     works = [
-        dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts) if len(part)
+        dist.broadcast(part, group=group, group_src=rank, async_op=True)
+        for rank, part in enumerate(parts)
+        if len(part)
     ]
     for work in works:
         work.wait()
@@ -90,5 +98,6 @@ class _GatherContext(torch.autograd.Function):
 
 
 def gather_context(rows: Tensor, group: ProcessGroup) -> Tensor:
-    """All ranks' `rows` [t, ...] one after another: [ranks * t, ...]. Gradients are summed over the ranks."""
+    """All ranks' `rows` [t, ...] one after another: [ranks * t, ...]. Gradients are summed over the
+    ranks."""
     return rows if group.size() == 1 else _GatherContext.apply(rows, group)

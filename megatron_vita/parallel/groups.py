@@ -19,7 +19,8 @@ _GROUP_FIELDS = (
 )
 HostPurpose = Literal["train", "validation"]
 _host_groups: dict[str, ProcessGroup] = {}  # of this rank's replica, by what they are for
-_current = ParallelConfig()  # what the groups were made for, beside megatron-core's own global state
+# what the groups were made for, beside megatron-core's own global state
+_current = ParallelConfig()
 
 
 def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> None:
@@ -87,9 +88,12 @@ def rank_layout() -> RankLayout:
 
 
 def tile_group() -> ProcessGroup:
-    """The ranks of a pipeline stage that share a pack's tiles: TP x CP, or CP where TP ranks encode together."""
+    """The ranks of a pipeline stage that share a pack's tiles: TP x CP, or CP where TP ranks encode
+    together."""
     return (
-        context_group() if _current.vision_tensor_parallel else parallel_state.get_tensor_and_context_parallel_group()
+        context_group()
+        if _current.vision_tensor_parallel
+        else parallel_state.get_tensor_and_context_parallel_group()
     )
 
 
@@ -114,7 +118,8 @@ def is_first_stage(chunk: int = 0) -> bool:
 
 
 def is_last_stage() -> bool:
-    """Whether this rank is on the last pipeline stage, whose last chunk of layers computes losses."""
+    """Whether this rank is on the last pipeline stage, whose last chunk of layers computes
+    losses."""
     return parallel_state.is_pipeline_last_stage()
 
 

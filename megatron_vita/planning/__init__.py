@@ -1,1 +1,2 @@
-"""Costs that follow from a recipe alone: parameters, floating-point operations, memory, load of pipeline stages."""
+"""Costs that follow from a recipe alone: parameters, floating-point operations, memory, load of
+pipeline stages."""

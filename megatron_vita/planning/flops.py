@@ -1,7 +1,7 @@
 """Floating-point operations of matrix products, forward, for work that is split over nothing.
 
-Attention is causal and inside documents, as Megatron-LM counts it; a training step without recomputation is three times
-the forward.
+Attention is causal and inside documents, as Megatron-LM counts it; a training step without
+recomputation is three times the forward.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,9 @@ def tile_flops(model: ModelConfig) -> int:
     """Of tower and projector for one tile."""
     vision, language = model.vision, model.language
     hidden = language.hidden_size if model.projector.kind == "internvl" else vision.hidden_size
-    projector = 2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
+    projector = (
+        2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
+    )
     return _tower_flops(vision) + projector
 
 
@@ -40,12 +42,15 @@ def _tower_flops(vision: VisionConfig) -> int:
     width, tokens = vision.hidden_size, vision.tokens
     linear = 2 * tokens * (4 * width * width + 2 * width * vision.ffn_hidden_size)
     attention = 4 * tokens * tokens * width
-    return vision.num_layers * (linear + attention) + 2 * vision.patches * 3 * vision.patch_size**2 * width
+    return (
+        vision.num_layers * (linear + attention)
+        + 2 * vision.patches * 3 * vision.patch_size**2 * width
+    )
 
 
 def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles: int) -> int:
-    """What a pack costs beyond what every pack costs: FLOPs of attention inside its documents, of `lengths` tokens, and
-    of its tiles, on the first pipeline stage, forward and backward.
+    """What a pack costs beyond what every pack costs: FLOPs of attention inside its documents, of
+    `lengths` tokens, and of its tiles, on the first pipeline stage, forward and backward.
     """
     alignment = recipe.data.document_alignment
     padded = -(-np.asarray(lengths, dtype=np.int64) // alignment) * alignment
@@ -54,7 +59,8 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
 
 
 def cost_weights(recipe: Recipe) -> tuple[int, int]:
-    """Terms of `variable_cost`: FLOPs for the square of a document's padded length, and for a tile."""
+    """Terms of `variable_cost`: FLOPs for the square of a document's padded length, and for a
+    tile."""
     attention, vision = forward_weights(recipe)
     passes = 1 if recipe.training.freeze_vision_model else 3  # a frozen tower has no backward
     return 3 * attention // recipe.parallel.pipeline_model_parallel_size, passes * vision

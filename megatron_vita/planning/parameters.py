@@ -7,14 +7,16 @@ from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConf
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """A language model layer on one TP rank: parameters that are split over TP, and those that each rank has."""
+    """A language model layer on one TP rank: parameters that are split over TP, and those that each
+    rank has."""
 
     split: int
     whole: int
 
 
 def language_layer(language: LanguageConfig) -> LayerShape:
-    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the norms included."""
+    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the norms
+    included."""
     width, heads = language.hidden_size, language.num_attention_heads * language.kv_channels
     inner = heads + 2 * language.num_query_groups * language.kv_channels
     attention = inner * width + heads * width + (inner if language.add_qkv_bias else 0)
@@ -23,14 +25,17 @@ def language_layer(language: LanguageConfig) -> LayerShape:
 
 
 def vision_tower(vision: VisionConfig) -> LayerShape:
-    """Of the whole tower; `split` is what a TP group divides where the tower is split over it, heads not padded."""
+    """Of the whole tower; `split` is what a TP group divides where the tower is split over it,
+    heads not padded."""
     width, ffn = vision.hidden_size, vision.ffn_hidden_size
     norm = width * (2 if vision.normalization == "LayerNorm" else 1)
     scales = 2 * width if vision.layer_scale else 0
     split = 4 * width * width + 2 * ffn * width + ffn
     split += (3 * width if vision.add_qkv_bias else 0) + (2 * width if vision.qk_layernorm else 0)
     embeddings = 3 * vision.patch_size**2 * width + vision.tokens * width
-    embeddings += width * (vision.patch_bias + vision.class_token) + norm * (vision.pre_norm + vision.post_norm)
+    embeddings += width * (vision.patch_bias + vision.class_token) + norm * (
+        vision.pre_norm + vision.post_norm
+    )
     return LayerShape(
         split=vision.num_layers * split,
         whole=vision.num_layers * (2 * norm + scales + 2 * width) + embeddings,
@@ -46,7 +51,8 @@ def projector(model: ModelConfig) -> int:
 
 
 def word_embedding(language: LanguageConfig) -> int:
-    """Also those of an output layer with weights of its own. Rows that pad the vocabulary for TP are not counted."""
+    """Also those of an output layer with weights of its own. Rows that pad the vocabulary for TP
+    are not counted."""
     return language.vocab_size * language.hidden_size
 
 
@@ -82,7 +88,10 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
     """Parameters on one rank of pipeline stage `stage`, as the recipe lays the model out."""
     model, parallel = recipe.model, recipe.parallel
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layer, layers = language_layer(model.language), parallel.layers_of_stages(model.language.num_layers)[stage]
+    layer, layers = (
+        language_layer(model.language),
+        parallel.layers_of_stages(model.language.num_layers)[stage],
+    )
     first, last = stage == 0, stage == stages - 1
     encodes = first and not model.text_only
     vocabulary = -(-model.language.vocab_size // tp) * model.language.hidden_size
@@ -91,7 +100,8 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
         vision=_vision(recipe) if encodes else 0,
         projector=projector(model) if encodes else 0,
         embedding=vocabulary if first else 0,
-        layers=layers * (layer.split // tp + layer.whole) + (model.language.hidden_size if last else 0),
+        layers=layers * (layer.split // tp + layer.whole)
+        + (model.language.hidden_size if last else 0),
         output=vocabulary if last and not (first and tied) else 0,
     )
 
@@ -104,7 +114,11 @@ def _vision(recipe: Recipe) -> int:
         return tower.split + tower.whole
     width, heads = vision.hidden_size, vision.num_attention_heads
     mine = -(-heads // tp) * (width // heads)
-    attention = 4 * width * mine + (3 * mine if vision.add_qkv_bias else 0) + (2 * mine if vision.qk_layernorm else 0)
+    attention = (
+        4 * width * mine
+        + (3 * mine if vision.add_qkv_bias else 0)
+        + (2 * mine if vision.qk_layernorm else 0)
+    )
     mlp = (2 * width + 1) * vision.ffn_hidden_size // tp
     return vision.num_layers * (attention + mlp) + tower.whole
 

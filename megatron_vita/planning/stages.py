@@ -1,4 +1,5 @@
-"""How evenly pipeline stages are loaded, and how many layers the ends should hold, which also do other work."""
+"""How evenly pipeline stages are loaded, and how many layers the ends should hold, which also do
+other work."""
 
 from megatron_vita.config import Recipe
 from megatron_vita.planning.flops import attention_flops, linear_flops, output_flops, tile_flops
@@ -17,17 +18,23 @@ def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[i
 def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[int]) -> list[int]:
     language = recipe.model.language
     segments = lengths if recipe.data.isolate_documents else [recipe.data.seq_length]
-    all_layers = linear_flops(language, recipe.data.seq_length) + attention_flops(language, segments)
+    all_layers = linear_flops(language, recipe.data.seq_length) + attention_flops(
+        language, segments
+    )
     loads = [3 * all_layers * count // language.num_layers for count in counts]
     if not recipe.model.text_only:
-        loads[0] += load.tiles * tile_flops(recipe.model) * (1 if recipe.training.freeze_vision_model else 3)
+        loads[0] += (
+            load.tiles
+            * tile_flops(recipe.model)
+            * (1 if recipe.training.freeze_vision_model else 3)
+        )
     loads[-1] += 3 * output_flops(language, load.rows)
     return loads
 
 
 def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[int, int]:
-    """Layers of the first and of the last pipeline stage that make the slowest stage fastest; those of now if none
-    is better. At least 2 stages.
+    """Layers of the first and of the last pipeline stage that make the slowest stage fastest; those
+    of now if none is better. At least 2 stages.
     """
     total, stages = recipe.model.language.num_layers, recipe.parallel.pipeline_model_parallel_size
     now = recipe.parallel.layers_of_stages(total)
@@ -35,9 +42,15 @@ def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[in
     for first in range(1, total):
         for last in range(1, total - first + 1):
             between = total - first - last
-            if (between % (stages - 2) if stages > 2 else between) or (stages > 2 and between < stages - 2):
+            if (between % (stages - 2) if stages > 2 else between) or (
+                stages > 2 and between < stages - 2
+            ):
                 continue
-            counts = [first, *([between // (stages - 2)] * (stages - 2) if stages > 2 else []), last]
+            counts = [
+                first,
+                *([between // (stages - 2)] * (stages - 2) if stages > 2 else []),
+                last,
+            ]
             slowest = max(_loads(recipe, load, lengths=lengths, counts=counts))
             if slowest < best:
                 best, ends = slowest, (first, last)

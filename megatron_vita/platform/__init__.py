@@ -1,7 +1,7 @@
 """The door to the machine: device, backend, logging.
 
-Importing it on a machine without CUDA makes megatron-core run there. Every room that imports megatron-core imports this
-one first, in its `__init__`.
+Importing it on a machine without CUDA makes megatron-core run there. Every room that imports
+megatron-core imports this one first, in its `__init__`.
 """
 
 import datetime
@@ -18,13 +18,21 @@ refuse_unrelated_apex()
 # Its warnings speak of its own deprecations and of packages that are optional here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of CUDA, where there is none
+# of CUDA, where there is none
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     from megatron_vita.platform.cpu import adapt_to_cpu
 
     undo_adaptation = adapt_to_cpu()
 
-__all__ = ["device", "has_transformer_engine", "initialize_process", "leave_process", "on_cuda", "set_up_logging"]
+__all__ = [
+    "device",
+    "has_transformer_engine",
+    "initialize_process",
+    "leave_process",
+    "on_cuda",
+    "set_up_logging",
+]
 
 
 def on_cuda() -> bool:
@@ -38,9 +46,11 @@ def device() -> torch.device:
 
 
 def initialize_process(timeout_minutes: float = 30) -> None:
-    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU), or a world of one.
+    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU), or a world of
+    one.
 
-    PlatformError for one of several processes that no launcher has told its rank: each would be a world of one.
+    PlatformError for one of several processes that no launcher has told its rank: each would be a
+    world of one.
     """
     if torch.distributed.is_initialized():
         return
@@ -48,7 +58,9 @@ def initialize_process(timeout_minutes: float = 30) -> None:
     if on_cuda():
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
     store = None
     if "RANK" not in os.environ:
         _refuse_many()
@@ -79,7 +91,8 @@ def leave_process() -> None:
 
 
 def set_up_logging(rank: int) -> None:
-    """Rank 0 logs everything from INFO up; other ranks only warnings and errors, prefixed with their rank."""
+    """Rank 0 logs everything from INFO up; other ranks only warnings and errors, prefixed with
+    their rank."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,

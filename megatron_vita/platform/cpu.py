@@ -1,9 +1,10 @@
 """What megatron-core 0.19.2 needs in order to run without CUDA.
 
-It calls CUDA unconditionally: for the current device, for buffers, streams and random states. Each such entry point of
-torch is answered here by its CPU counterpart. Plain wrappers are used and not a TorchFunctionMode, because a mode is
-not active inside autograd's backward pass, where recomputed activations need it. `torch.cuda.is_available` stays
-false. Nothing of this is ever active on a machine with CUDA.
+It calls CUDA unconditionally: for the current device, for buffers, streams and random states. Each
+such entry point of torch is answered here by its CPU counterpart. Plain wrappers are used and not a
+TorchFunctionMode, because a mode is not active inside autograd's backward pass, where recomputed
+activations need it. `torch.cuda.is_available` stays false. Nothing of this is ever active on a
+machine with CUDA.
 """
 
 import contextlib
@@ -16,7 +17,17 @@ import torch
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
-_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
+_FACTORIES = (
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "tensor",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+)
 
 
 class _Stream:
@@ -43,7 +54,9 @@ _STREAM = _Stream()
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or getattr(device, "type", None) == "cuda"
+    return (isinstance(device, str) and device.startswith("cuda")) or getattr(
+        device, "type", None
+    ) == "cuda"
 
 
 def _on_cpu(factory: Callable) -> Callable:
@@ -99,12 +112,14 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _torch_patches() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement), grouped by the reason for which megatron-core needs it."""
     cuda = torch.cuda
-    device = [  # "which device is mine": rotary positions, collectives, pipeline messages, gradient buffers
+    # "which device is mine": rotary positions, collectives, pipeline messages, gradient buffers
+    device = [
         (cuda, "current_device", lambda: CPU),
         (cuda, "device_count", lambda: 1),
         (cuda, "set_device", _nothing),
     ]
-    order = [  # "wait for the device", side streams of overlapped communication and of checkpointing
+    # "wait for the device", side streams of overlapped communication and of checkpointing
+    order = [
         (cuda, "synchronize", _nothing),
         (cuda, "empty_cache", _nothing),
         (cuda, "current_stream", lambda *_, **__: _STREAM),
@@ -119,14 +134,16 @@ def _torch_patches() -> list[tuple[Any, str, Any]]:
         (cuda, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         (cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)),
     ]
-    placement = [  # buffers made with device="cuda" or moved there: schedules, masks, clipping, the optimizer
+    # buffers made with device="cuda" or moved there: schedules, masks, clipping, the optimizer
+    placement = [
         *((torch, name, _on_cpu(getattr(torch, name))) for name in _FACTORIES),
         (torch.Tensor, "to", _to_cpu(torch.Tensor.to)),
         (torch.Tensor, "cuda", _itself),
         (torch.Tensor, "pin_memory", _itself),
         (torch.nn.Module, "cuda", _itself),
     ]
-    names = [  # clip_grads.py and distrib_optimizer.py compare type names with "torch.cuda.FloatTensor"
+    # clip_grads.py and distrib_optimizer.py compare type names with "torch.cuda.FloatTensor"
+    names = [
         (torch.Tensor, "type", _cuda_type_names(torch.Tensor.type)),
     ]
     return device + order + random + placement + names
@@ -140,7 +157,8 @@ def _megatron_patches() -> list[tuple[Any, str, Any]]:
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
-        """torch's Adam keeps a `step` tensor that the sharded state does not carry: fused Adam has none."""
+        """torch's Adam keeps a `step` tensor that the sharded state does not carry: fused Adam has
+        none."""
         with torch.no_grad():
             return set_states(self, model_param, {"step": None, **tensors})
 
@@ -154,9 +172,11 @@ def _megatron_patches() -> list[tuple[Any, str, Any]]:
 
 
 def adapt_to_cpu() -> Callable[[], None]:
-    """Adapts torch, then megatron-core, to a machine without CUDA; returns a function that undoes all of it."""
+    """Adapts torch, then megatron-core, to a machine without CUDA; returns a function that undoes
+    all of it."""
     assert not torch.cuda.is_available(), "never on a machine with CUDA"
-    _device_constructors()  # remembers the factories by which `with torch.device(...)` knows them, before they change
+    # remembers the factories by which `with torch.device(...)` knows them, before they change
+    _device_constructors()
     undo = contextlib.ExitStack()
     for patches in (_torch_patches, _megatron_patches):
         for owner, name, replacement in patches():

@@ -7,11 +7,15 @@ from megatron_vita.errors import PlatformError
 
 
 def refuse_unrelated_apex() -> None:
-    """Raises PlatformError if `apex` is not NVIDIA's: the package index has an unrelated one of that name.
+    """Raises PlatformError if `apex` is not NVIDIA's: the package index has an unrelated one of
+    that name.
 
     megatron-core takes any `apex` that it can import, and then fails far from the cause.
     """
-    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("apex.optimizers") is not None:
+    if (
+        importlib.util.find_spec("apex") is None
+        or importlib.util.find_spec("apex.optimizers") is not None
+    ):
         return
     try:
         version = importlib.metadata.version("apex")

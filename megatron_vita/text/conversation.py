@@ -46,17 +46,21 @@ class Turn:
 def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> list[Turn]:
     """The turns of `{"messages": [{"role", "content"}, ...], "images": [...], "videos": [...]}`.
 
-    `conversations` is read where there is no `messages`. Content is text or a list of parts: `{"type": "text", "text"}`
-    (always literal), `{"type": "image"}`, `{"type": "video"}`. In the text of users and of the system, `<image>` and
-    `<video>` are places of media and `\\<image>` is the literal tag; what an assistant says as text is always literal.
-    `needs_answer` false accepts a conversation in which no assistant speaks yet, as a prompt is.
+    `conversations` is read where there is no `messages`. Content is text or a list of parts:
+    `{"type": "text", "text"}` (always literal), `{"type": "image"}`, `{"type": "video"}`. In the
+    text of users and of the system, `<image>` and `<video>` are places of media and `\\<image>` is
+    the literal tag; what an assistant says as text is always literal. `needs_answer` false accepts
+    a conversation in which no assistant speaks yet, as a prompt is.
 
-    Raises DataError, naming the field and its value, for anything else and where places and media differ in number.
+    Raises DataError, naming the field and its value, for anything else and where places and media
+    differ in number.
     """
     messages = _messages(sample)
     turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if needs_answer and all(turn.role != "assistant" for turn in turns):
-        raise DataError(f"no assistant turn among the roles {[turn.role for turn in turns]}: at least one is needed")
+        raise DataError(
+            f"no assistant turn among the roles {[turn.role for turn in turns]}: at least one is needed"
+        )
     if not any(turn.parts for turn in turns):
         raise DataError("every turn of messages is empty: at least one needs content")
     for kind in MEDIA_KINDS:
@@ -66,12 +70,18 @@ def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> l
 
 def _messages(sample: Mapping[str, Any]) -> list[Any]:
     if not isinstance(sample, Mapping):
-        raise DataError(f"the sample is {type(sample).__name__}: an object with the field messages is needed")
+        raise DataError(
+            f"the sample is {type(sample).__name__}: an object with the field messages is needed"
+        )
     messages = sample.get("messages", sample.get("conversations"))
     if messages is None:
-        raise DataError(f"no field messages among {sorted(sample)}: a list of {{role, content}} is needed")
+        raise DataError(
+            f"no field messages among {sorted(sample)}: a list of {{role, content}} is needed"
+        )
     if not isinstance(messages, list):
-        raise DataError(f"messages is {type(messages).__name__}: a list of {{role, content}} is needed")
+        raise DataError(
+            f"messages is {type(messages).__name__}: a list of {{role, content}} is needed"
+        )
     if not messages:
         raise DataError("messages is an empty list: at least one turn is needed")
     return messages
@@ -86,11 +96,15 @@ def _turn(message: Any, field: str) -> Turn:
     role = ROLES[message["role"]]
     content = message["content"]
     if isinstance(content, str):
-        parts: list[TextPart | MediaPart] = [TextPart(content)] if role == "assistant" else _tagged_parts(content)
+        parts: list[TextPart | MediaPart] = (
+            [TextPart(content)] if role == "assistant" else _tagged_parts(content)
+        )
     elif isinstance(content, list):
         parts = [_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
     else:
-        raise DataError(f"{field}.content is {type(content).__name__}: a string or a list of parts is needed")
+        raise DataError(
+            f"{field}.content is {type(content).__name__}: a string or a list of parts is needed"
+        )
     return Turn(role, _joined(parts, f"{field}.content"))
 
 
@@ -117,7 +131,8 @@ def _part(part: Any, field: str) -> TextPart | MediaPart:
 
 
 def _joined(parts: list[TextPart | MediaPart], field: str) -> list[TextPart | MediaPart]:
-    """Joins neighbouring texts, drops empty ones and refuses half characters, which no tokenizer can encode."""
+    """Joins neighbouring texts, drops empty ones and refuses half characters, which no tokenizer
+    can encode."""
     joined: list[TextPart | MediaPart] = []
     for part in parts:
         if isinstance(part, TextPart) and joined and isinstance(joined[-1], TextPart):
@@ -140,4 +155,6 @@ def _check_count(sample: Mapping[str, Any], turns: list[Turn], kind: str) -> Non
         raise DataError(f"{field} is {type(media).__name__}: a list is needed")
     places = sum(part == MediaPart(kind) for turn in turns for part in turn.parts)
     if places != len(media):
-        raise DataError(f"messages has {places} places for {field} (<{kind}>) and {field} lists {len(media)}")
+        raise DataError(
+            f"messages has {places} places for {field} (<{kind}>) and {field} lists {len(media)}"
+        )

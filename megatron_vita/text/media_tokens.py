@@ -1,4 +1,5 @@
-"""The token sequence that stands for an image or a video, and its length. Layout: Long-VITA (arXiv 2502.05177)."""
+"""The token sequence that stands for an image or a video, and its length. Layout: Long-VITA (arXiv
+2502.05177)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +11,19 @@ from megatron_vita.text.tokenizer import Tokenizer
 class MediaTokens:
     """One image or video in token ids.
 
-    `offsets` holds the place in `ids` of each tile's first placeholder, in the order of the tiles: an image's thumbnail
-    first, then its cells row by row; a video's frames in time.
+    `offsets` holds the place in `ids` of each tile's first placeholder, in the order of the tiles:
+    an image's thumbnail first, then its cells row by row; a video's frames in time.
     """
 
     ids: list[int]
     offsets: list[int]
 
 
-def image_tokens(grid: tuple[int, int], *, image_token_length: int, tokenizer: Tokenizer) -> MediaTokens:
-    """`<img>` placeholders `</img>`; if `grid` (cols, rows) has more than one cell, then for each row a newline and for
-    each of its cells `<patch>` placeholders `</patch>`."""
+def image_tokens(
+    grid: tuple[int, int], *, image_token_length: int, tokenizer: Tokenizer
+) -> MediaTokens:
+    """`<img>` placeholders `</img>`; if `grid` (cols, rows) has more than one cell, then for each
+    row a newline and for each of its cells `<patch>` placeholders `</patch>`."""
     cols, rows = grid
     ids, offsets = _wrapped("img", image_token_length, tokenizer), [1]
     if cols * rows > 1:
@@ -39,7 +42,9 @@ def video_tokens(frames: int, *, image_token_length: int, tokenizer: Tokenizer) 
     return MediaTokens(frame * frames, _starts(0, frames, frame))
 
 
-def count_image_tokens(grid: tuple[int, int], *, image_token_length: int, newline_length: int) -> int:
+def count_image_tokens(
+    grid: tuple[int, int], *, image_token_length: int, newline_length: int
+) -> int:
     """Length of `image_tokens`, where a newline is `newline_length` tokens."""
     cols, rows = grid
     tile = image_token_length + 2

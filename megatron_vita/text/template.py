@@ -14,7 +14,8 @@ from megatron_vita.text.tokenizer import Tokenizer
 class Template:
     """How a turn is framed: `{opening}{role}{after_role}` content `{closing}{after_closing}`.
 
-    Opening and closing are special tokens. `frames_all` false frames no turn but the assistant's, and without a role.
+    Opening and closing are special tokens. `frames_all` false frames no turn but the assistant's,
+    and without a role.
     """
 
     opening: str
@@ -26,9 +27,15 @@ class Template:
 
 TEMPLATES = {
     "chatml": Template(
-        opening="<|im_start|>", after_role="\n", closing="<|im_end|>", after_closing="\n", frames_all=True
+        opening="<|im_start|>",
+        after_role="\n",
+        closing="<|im_end|>",
+        after_closing="\n",
+        frames_all=True,
     ),
-    "plain": Template(opening="", after_role="", closing="<|endoftext|>", after_closing="", frames_all=False),
+    "plain": Template(
+        opening="", after_role="", closing="<|endoftext|>", after_closing="", frames_all=False
+    ),
 }
 
 
@@ -42,7 +49,8 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class MediaPiece:
-    """The place of the next image or video; `kind` is "image" or "video". Its tokens are never scored."""
+    """The place of the next image or video; `kind` is "image" or "video". Its tokens are never
+    scored."""
 
     kind: str
 
@@ -103,7 +111,8 @@ def _encode_turn(turn: Turn, tokenizer: Tokenizer, frame: Template) -> EncodedTu
 
 
 def _append(pieces: EncodedTurn, ids: list[int], *, loss: bool) -> None:
-    """Adds ids to the last piece if that is text of the same kind, so that a turn has as few pieces as it can."""
+    """Adds ids to the last piece if that is text of the same kind, so that a turn has as few pieces
+    as it can."""
     if not ids:
         return
     last = pieces[-1] if pieces else None

@@ -1,4 +1,5 @@
-"""Tokenizers: a Hugging Face folder or a SentencePiece model behind one face, with this project's special tokens."""
+"""Tokenizers: a Hugging Face folder or a SentencePiece model behind one face, with this project's
+special tokens."""
 
 import hashlib
 import itertools
@@ -16,7 +17,8 @@ import tokenizers
 
 from megatron_vita.errors import ConfigError
 
-# Texts are encoded one by one, which the threads of `tokenizers` do not speed up; unused, they allow a fork, too.
+# Texts are encoded one by one, which the threads of `tokenizers` do not speed up; unused, they
+# allow a fork, too.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEDIA_TOKENS = (
@@ -33,13 +35,16 @@ PAD = "<|endoftext|>"
 SPECIAL_TOKENS = (*MEDIA_TOKENS, "<|im_start|>", END_OF_TURN, PAD)
 """Special tokens that every tokenizer has after loading: those it lacks are appended in this order."""
 
-# A ModelProto's field 3 (normalizer_spec) with add_dummy_prefix and remove_extra_whitespaces false. Protocol buffers
-# merge a repeated singular message into the first, so that appending these bytes to a model changes just these fields.
+# A ModelProto's field 3 (normalizer_spec) with add_dummy_prefix and remove_extra_whitespaces false.
+# Protocol buffers
+# merge a repeated singular message into the first, so that appending these bytes to a model changes
+# just these fields.
 _KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Special tokens are reached by `special_id` alone, never by their names in a text."""
+    """Text to token ids and back. Special tokens are reached by `special_id` alone, never by their
+    names in a text."""
 
     def __init__(self, special_ids: dict[str, int], vocab_size: int) -> None:
         self._special_ids = special_ids
@@ -48,23 +53,27 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, none of them special: the name of a special token is encoded as the characters it has.
+        """Ids of `text`, none of them special: the name of a special token is encoded as the
+        characters it has.
 
         Texts that are encoded one by one decode, when their ids are joined, to the texts joined.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; special tokens are left out, or appear by name where `skip_special` is false."""
+        """The text of `ids`; special tokens are left out, or appear by name where `skip_special` is
+        false."""
 
     @abstractmethod
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes that one token stands for, which may be a part of a character; a special token's name."""
+        """The UTF-8 bytes that one token stands for, which may be a part of a character; a special
+        token's name."""
 
     @cached_property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 over all that decides how text is encoded: vocabulary, merges, special tokens."""
+        """Hexadecimal SHA-256 over all that decides how text is encoded: vocabulary, merges,
+        special tokens."""
 
     def special_id(self, name: str) -> int:
         """Id of a special token. Raises ConfigError if there is none of that name."""
@@ -99,11 +108,12 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a Hugging Face tokenizer folder or a SentencePiece `.model` file. Nothing is downloaded.
+    """Reads a Hugging Face tokenizer folder or a SentencePiece `.model` file. Nothing is
+    downloaded.
 
     Special tokens that are missing get the ids after the last one (of Qwen2.5: 151665 and on).
-    Raises ConfigError if there is no such tokenizer, if it puts spaces between texts that are encoded one by one, or if
-    it is a SentencePiece model that loses line breaks.
+    Raises ConfigError if there is no such tokenizer, if it puts spaces between texts that are
+    encoded one by one, or if it is a SentencePiece model that loses line breaks.
     """
     path = Path(path)
     if path.is_dir():
@@ -111,7 +121,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif path.suffix == ".model" and path.is_file():
         tokenizer = _read_sentencepiece(path)
     else:
-        raise ConfigError(f"{path} is neither a Hugging Face tokenizer folder nor a SentencePiece .model file")
+        raise ConfigError(
+            f"{path} is neither a Hugging Face tokenizer folder nor a SentencePiece .model file"
+        )
     joined = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
     if joined == "a b":
         raise ConfigError(
@@ -129,7 +141,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = tokenizers.Tokenizer.from_str(definition)
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS])
+        self._backend.add_special_tokens(
+            [tokenizers.AddedToken(name, normalized=False) for name in SPECIAL_TOKENS]
+        )
         self._backend.encode_special_tokens = True
         added = self._backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(added.items()) if token.special}
@@ -140,12 +154,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
-        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # without offsets
+        # without offsets
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self.special_ids.isdisjoint(ids):
             return ids
         encoding = self._backend.encode(text, add_special_tokens=False)
         for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if index in self.special_ids and stop - start > 1:  # models that look whole words up in the vocabulary
+            # models that look whole words up in the vocabulary
+            if index in self.special_ids and stop - start > 1:
                 return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
         return ids
 
@@ -177,18 +193,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """See Tokenizer."""
         definition = json.loads(self._backend.to_str())
-        decisive = {key: definition[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+        decisive = {
+            key: definition[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, given as the bytes of its file. It is made to keep all spaces and to add none."""
+    """A SentencePiece model, given as the bytes of its file. It is made to keep all spaces and to
+    add none."""
 
     def __init__(self, model: bytes) -> None:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model + _KEEP_SPACES)
         size = self._processor.vocab_size()
-        special = {self._processor.id_to_piece(index): index for index in range(size) if self._is_special(index)}
+        special = {
+            self._processor.id_to_piece(index): index
+            for index in range(size)
+            if self._is_special(index)
+        }
         missing = [name for name in SPECIAL_TOKENS if name not in special]
         special |= {name: size + place for place, name in enumerate(missing)}
         self._names = {index: name for name, index in special.items()}
@@ -217,7 +240,11 @@ class SentencePieceTokenizer(Tokenizer):
         """See Tokenizer."""
         if index in self.special_ids:
             return self._names[index].encode()
-        return _piece_bytes(self._processor.id_to_piece(index)) if index < self._processor.vocab_size() else b""
+        return (
+            _piece_bytes(self._processor.id_to_piece(index))
+            if index < self._processor.vocab_size()
+            else b""
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -227,24 +254,29 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, others stand from U+0100 on in order."""
+    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, others stand from
+    U+0100 on in order."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
 
 
 _BYTE_CHARACTERS = _byte_characters()
 
 
 def _spelled_bytes(piece: str) -> bytes:
-    """The bytes of an entry of a byte-level vocabulary; what was added to it as ordinary text is that text."""
+    """The bytes of an entry of a byte-level vocabulary; what was added to it as ordinary text is
+    that text."""
     if not all(character in _BYTE_CHARACTERS for character in piece):
         return piece.encode()
     return bytes(_BYTE_CHARACTERS[character] for character in piece)
 
 
 def _piece_bytes(piece: str) -> bytes:
-    """The bytes of a SentencePiece entry: `<0x0A>` is a byte, and the lower one eighth block a space."""
+    """The bytes of a SentencePiece entry: `<0x0A>` is a byte, and the lower one eighth block a
+    space."""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(byte.group(1))
     return piece.replace("\u2581", " ").encode()
@@ -262,9 +294,13 @@ def _read_folder(path: Path) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # whatever its many loaders raise
-        raise ConfigError(f"{path}: cannot read a Hugging Face tokenizer: {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"{path}: cannot read a Hugging Face tokenizer: {type(error).__name__}: {error}"
+        ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"{path}: {type(tokenizer).__name__} has no tokenizer.json form; one that has is needed")
+        raise ConfigError(
+            f"{path}: {type(tokenizer).__name__} has no tokenizer.json form; one that has is needed"
+        )
     return tokenizer.backend_tokenizer.to_str()
 
 

@@ -14,13 +14,16 @@ from megatron_vita.text.tokenizer import SPECIAL_TOKENS
 def train_sentencepiece(
     lines: Iterable[str], model_path: str | Path, *, vocab_size: int, model_type: str = "bpe"
 ) -> None:
-    """Trains a model of `vocab_size` pieces ("bpe" or "unigram") on `lines` and writes it to `model_path`.
+    """Trains a model of `vocab_size` pieces ("bpe" or "unigram") on `lines` and writes it to
+    `model_path`.
 
-    Text comes back from it unchanged, line breaks and runs of spaces included, except that U+2581 becomes a space (it
-    is SentencePiece's own mark of one). Digits are single pieces, a line break is one token, and characters that no
-    piece covers become bytes. The special tokens are control symbols. Same lines, same bytes.
+    Text comes back from it unchanged, line breaks and runs of spaces included, except that U+2581
+    becomes a space (it is SentencePiece's own mark of one). Digits are single pieces, a line break
+    is one token, and characters that no piece covers become bytes. The special tokens are control
+    symbols. Same lines, same bytes.
 
-    Raises DataError if there is no text or if it does not suit `vocab_size`, saying which size does.
+    Raises DataError if there is no text or if it does not suit `vocab_size`, saying which size
+    does.
     """
     model = io.BytesIO()
     try:
@@ -61,7 +64,9 @@ def _explained(message: str, vocab_size: int) -> DataError:
     if "sentences_.empty()" in message:
         return DataError("there is no text to train a tokenizer on")
     if high := re.search(r"size too high .* <= (\d+)", message):
-        return DataError(f"vocab_size {vocab_size} is too large for this little text: at most {high[1]} works")
+        return DataError(
+            f"vocab_size {vocab_size} is too large for this little text: at most {high[1]} works"
+        )
     if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return DataError(
             f"vocab_size {vocab_size} is too small: the special tokens, 256 bytes and the characters of this text "

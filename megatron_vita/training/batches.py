@@ -1,8 +1,8 @@
 """A rank's batches, final: all ranks of a replica have agreed on which samples are damaged.
 
-A sample that cannot be read is met by the one rank that decodes it, but changes labels on all. So each pack passes
-through an agreement of its replica's ranks, in a thread of its own, since the stages of a pipeline ask for their packs
-at different times.
+A sample that cannot be read is met by the one rank that decodes it, but changes labels on all. So
+each pack passes through an agreement of its replica's ranks, in a thread of its own, since the
+stages of a pipeline ask for their packs at different times.
 """
 
 import itertools
@@ -32,34 +32,44 @@ logger = logging.getLogger(__name__)
 
 
 def train_batches(run: Run) -> "FinalBatches":
-    """This rank's packs of all remaining steps, in order; each step's packs are dealt to the replicas by cost."""
+    """This rank's packs of all remaining steps, in order; each step's packs are dealt to the
+    replicas by cost."""
     assert run.train_stream is not None
     size, start = run.recipe.training.global_batch_size, run.consumed_packs
     firsts = range(start, start + (run.recipe.training.train_iters - run.step) * size, size)
     plan, group = run.train_stream.plan, groups.data_parallel_group()
     ids = itertools.chain.from_iterable(
-        packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()] for first in firsts
+        packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()]
+        for first in firsts
     )
     noting = run.ledger_folder if groups.is_first_of_replica() else None
-    run.ledger = Ledger(run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl")
+    run.ledger = Ledger(
+        run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl"
+    )
     return _final_batches(run, run.train_stream, ids, purpose="train", ledger=run.ledger)
 
 
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:
-    """This rank's packs of one validation, and how many: the first of the held-out plan, the same each time."""
+    """This rank's packs of one validation, and how many: the first of the held-out plan, the same
+    each time."""
     assert run.validation_stream is not None
     group = groups.data_parallel_group()
     count = packs_of_validation(run.recipe, len(run.validation_stream), replicas=group.size())
     first = group.rank() * count
     ids = range(first, first + count)
-    return _final_batches(run, run.validation_stream, ids, purpose="validation", ledger=Ledger()), count
+    return _final_batches(
+        run, run.validation_stream, ids, purpose="validation", ledger=Ledger()
+    ), count
 
 
 def _final_batches(
     run: Run, stream: PackStream, ids: Iterable[int], *, purpose: groups.HostPurpose, ledger: Ledger
 ) -> "FinalBatches":
     data = run.recipe.data
-    tasks = (PackTask(pack, frozenset(damage.document for damage in ledger.of_pack(pack))) for pack in ids)
+    tasks = (
+        PackTask(pack, frozenset(damage.document for damage in ledger.of_pack(pack)))
+        for pack in ids
+    )
     packs = read_packs(
         stream,
         tasks,
@@ -72,7 +82,8 @@ def _final_batches(
 
 
 class Agreement:
-    """Makes packs final: what one rank of the group could not read is masked by all, and noted in the ledger."""
+    """Makes packs final: what one rank of the group could not read is masked by all, and noted in
+    the ledger."""
 
     def __init__(self, stream: PackStream, ledger: Ledger, *, group: ProcessGroup | None) -> None:
         self._stream, self._ledger, self._group = stream, ledger, group
@@ -82,12 +93,23 @@ class Agreement:
         batch = pack.batch
         damages = self._gather(pack)
         for damage in pack.damages:
-            logger.warning("pack %d: sample masked: %s: %s: %s", *damage[:1], damage.shard, damage.key, damage.reason)
+            logger.warning(
+                "pack %d: sample masked: %s: %s: %s",
+                *damage[:1],
+                damage.shard,
+                damage.key,
+                damage.reason,
+            )
         self._ledger.add(damages)
         if not (masked := [damage.document for damage in self._ledger.of_pack(batch.pack_id)]):
             return batch
         form = self._stream.forms[0]
-        return mask_documents(batch, masked, pad_id=form.tokenizer.pad_id, rows_per_tile=form.vision.image_token_length)
+        return mask_documents(
+            batch,
+            masked,
+            pad_id=form.tokenizer.pad_id,
+            rows_per_tile=form.vision.image_token_length,
+        )
 
     def _gather(self, pack: ReadPack) -> list[Damage]:
         if self._group is None:
@@ -104,10 +126,14 @@ class Agreement:
 class FinalBatches(Iterator[Batch]):
     """Iterates over packs that a thread has read and made final, one ahead of the one in use."""
 
-    def __init__(self, packs: Generator[ReadPack] | Iterator[ReadPack], finish: Callable[[ReadPack], Batch]) -> None:
+    def __init__(
+        self, packs: Generator[ReadPack] | Iterator[ReadPack], finish: Callable[[ReadPack], Batch]
+    ) -> None:
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(packs, finish), name="batches", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(packs, finish), name="batches", daemon=True
+        )
         self._thread.start()
 
     def __next__(self) -> Batch:
@@ -118,7 +144,8 @@ class FinalBatches(Iterator[Batch]):
         raise item
 
     def close(self) -> None:
-        """Ends the thread and the loader processes; a thread that waits for a lost rank ends with this process."""
+        """Ends the thread and the loader processes; a thread that waits for a lost rank ends with
+        this process."""
         self._closed.set()
         deadline = time.monotonic() + CLOSING_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:

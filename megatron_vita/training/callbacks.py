@@ -1,4 +1,5 @@
-"""Side features of the loop: logging, TensorBoard, validation, saving. Each runs on every rank after every step."""
+"""Side features of the loop: logging, TensorBoard, validation, saving. Each runs on every rank
+after every step."""
 
 import logging
 from pathlib import Path
@@ -53,7 +54,8 @@ class LogCallback:
 
 
 class TensorBoardCallback:
-    """Scalars of each step, and the loss of each source. Those that a killed run wrote after its checkpoint go."""
+    """Scalars of each step, and the loss of each source. Those that a killed run wrote after its
+    checkpoint go."""
 
     def __init__(self, folder: str, *, step: int) -> None:
         """`step`: where the run stands."""
@@ -111,7 +113,8 @@ class DamageCallback:
 
 
 class ValidationCallback:
-    """Loss on held-out packs every `eval_interval` steps and after the last, unless the run is to stop."""
+    """Loss on held-out packs every `eval_interval` steps and after the last, unless the run is to
+    stop."""
 
     def __init__(self, tensorboard: TensorBoardCallback | None) -> None:
         self.tensorboard = tensorboard
@@ -146,7 +149,8 @@ class SaveCallback:
 
 
 def build_callbacks(run: Run) -> list[Callback]:
-    """The callbacks that a recipe asks for, in the order in which they run: what can fail comes after saving."""
+    """The callbacks that a recipe asks for, in the order in which they run: what can fail comes
+    after saving."""
     recipe = run.recipe
     callbacks: list[Callback] = [LogCallback(), DamageCallback(run)]
     if recipe.checkpoint.save:

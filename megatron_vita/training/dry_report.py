@@ -33,7 +33,9 @@ def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
         parallel.pipeline_model_parallel_size,
     )
     sizes = f"TP {tp} x CP {cp} x DP {report.data_parallel} x PP {pp}"
-    extras = [f"{parallel.virtual_pipeline_model_parallel_size} chunks a stage"] * (parallel.virtual_size is not None)
+    extras = [f"{parallel.virtual_pipeline_model_parallel_size} chunks a stage"] * (
+        parallel.virtual_size is not None
+    )
     extras += ["sequence parallel"] * parallel.sequence_parallel
     extras += [f"CP by {parallel.cp_comm_type}"] * (cp > 1) + [
         "distributed optimizer"
@@ -62,7 +64,15 @@ def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
     total = sum(stage.flops for stage in report.stages)
     for i, stage in enumerate(report.stages):
         counts = [_count(getattr(stage.parameters, name)) for name in names]
-        rows.append((str(i), str(stage.layers), *counts, _count(stage.trained), f"{stage.flops / total:.1%}"))
+        rows.append(
+            (
+                str(i),
+                str(stage.layers),
+                *counts,
+                _count(stage.trained),
+                f"{stage.flops / total:.1%}",
+            )
+        )
     yield from _table(rows)
 
 
@@ -84,7 +94,18 @@ def _packs(report: DryRun) -> Iterator[str]:
         yield "packs: not read; taken to be full of tiles, with every eighth token scored"
         return
     yield "next packs, least to most over the ranks that share them:"
-    rows: list[Row] = [("pack", "documents", "tokens", "a CP rank", "tiles", "a rank", "loss rows", "a TP x CP rank")]
+    rows: list[Row] = [
+        (
+            "pack",
+            "documents",
+            "tokens",
+            "a CP rank",
+            "tiles",
+            "a rank",
+            "loss rows",
+            "a TP x CP rank",
+        )
+    ]
     rows += [_pack(pack) for pack in report.packs]
     yield from _table(rows)
 
@@ -107,7 +128,9 @@ def _balance(recipe: Recipe, report: DryRun) -> Iterator[str]:
             "stages would be loaded more evenly with parallel.num_layers_in_first_pipeline_stage="
             f"{first} parallel.num_layers_in_last_pipeline_stage={last}"
         )
-    if len(report.stages) > 1 and recipe.training.global_batch_size // report.data_parallel < len(report.stages):
+    if len(report.stages) > 1 and recipe.training.global_batch_size // report.data_parallel < len(
+        report.stages
+    ):
         yield "fewer packs to a replica than pipeline stages: some stages always wait"
 
 
@@ -122,8 +145,11 @@ _REMEDIES = {
 
 
 def check_memory(report: DryRun, device_gib: float) -> None:
-    """ConfigError, with what takes the most and what helps, if a rank is estimated to need more than a device has."""
-    stage, memory = max(((i, stage.memory) for i, stage in enumerate(report.stages)), key=lambda item: item[1].total)
+    """ConfigError, with what takes the most and what helps, if a rank is estimated to need more
+    than a device has."""
+    stage, memory = max(
+        ((i, stage.memory) for i, stage in enumerate(report.stages)), key=lambda item: item[1].total
+    )
     if memory.total <= device_gib * GIB:
         return
     largest = max(_REMEDIES, key=lambda name: getattr(memory, name))
@@ -143,4 +169,6 @@ def _count(number: int) -> str:
 def _table(rows: Sequence[Row]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        yield "  " + " | ".join(value.rjust(width) for value, width in zip(row, widths, strict=True))
+        yield "  " + " | ".join(
+            value.rjust(width) for value, width in zip(row, widths, strict=True)
+        )

@@ -1,4 +1,5 @@
-"""What a run would be, without its cluster: stages on the meta device in a fake world, memory, first packs."""
+"""What a run would be, without its cluster: stages on the meta device in a fake world, memory,
+first packs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -64,11 +65,13 @@ class DryRun:
     stages: list[StageReport]
     packs: list[PackReport]
     step_costs: list[int]  # of each replica's packs of the first step; empty without data
-    better_ends: tuple[int, int] | None  # layers of first and last stage that would load the stages more evenly
+    # layers of first and last stage that would load the stages more evenly
+    better_ends: tuple[int, int] | None
 
 
 def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRun:
-    """Builds every pipeline stage and reads the next packs. VitaError for what would stop the run at its start.
+    """Builds every pipeline stage and reads the next packs. VitaError for what would stop the run
+    at its start.
 
     Without data, packs are taken to be full of tiles, with every eighth token scored.
     """
@@ -105,7 +108,9 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
         lengths=lengths,
         tokens=count_by_rank(is_token, batch.cu_seqlens, tp_size=1, cp_size=cp).flatten().numpy(),
         tiles=np.array([len(hand) for hand in deal_tiles(batch.frames, parallel.tile_ranks)]),
-        rows=count_by_rank(batch.labels != IGNORED_LABEL, batch.cu_seqlens, tp_size=tp, cp_size=cp).numpy(),
+        rows=count_by_rank(
+            batch.labels != IGNORED_LABEL, batch.cu_seqlens, tp_size=tp, cp_size=cp
+        ).numpy(),
     )
 
 
@@ -113,23 +118,33 @@ def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[i
     """The most tiles and loss rows of the packs read, and the documents of the first."""
     length = recipe.data.seq_length
     if not packs:
-        tiles = 0 if recipe.model.text_only else length // (recipe.model.vision.image_token_length + 2)
+        tiles = (
+            0 if recipe.model.text_only else length // (recipe.model.vision.image_token_length + 2)
+        )
         return PackLoad(tiles=tiles, rows=length // 8), [length]
     loads = [pack.load for pack in packs]
-    heaviest = PackLoad(tiles=max(load.tiles for load in loads), rows=max(load.rows for load in loads))
+    heaviest = PackLoad(
+        tiles=max(load.tiles for load in loads), rows=max(load.rows for load in loads)
+    )
     return heaviest, packs[0].lengths
 
 
-def _report_stage(recipe: Recipe, stage: int, *, world_size: int, load: PackLoad, flops: int) -> StageReport:
+def _report_stage(
+    recipe: Recipe, stage: int, *, world_size: int, load: PackLoad, flops: int
+) -> StageReport:
     parallel = recipe.parallel
     ranks = world_size // parallel.pipeline_model_parallel_size
     parameters, first = stage_parameters(recipe, stage), stage * ranks
     with _fake_world(recipe, rank=first, world_size=world_size):
         built = sum(p.numel() for chunk in build_on_meta(recipe) for p in chunk.parameters())
-    assert built == parameters.total, f"stage {stage}: {built} parameters were built, {parameters.total} planned"
+    assert built == parameters.total, (
+        f"stage {stage}: {built} parameters were built, {parameters.total} planned"
+    )
     data_parallel = world_size // parallel.replica_size
     return StageReport(
-        ranks=range(first, first + parallel.tensor_model_parallel_size * parallel.context_parallel_size),
+        ranks=range(
+            first, first + parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        ),
         layers=parallel.layers_of_stages(recipe.model.language.num_layers)[stage],
         parameters=parameters,
         trained=parameters.trainable(recipe),

@@ -44,5 +44,9 @@ def _farewell(run: Run) -> str:
     return (
         f"told to stop ({run.stop.heard or 'another rank was'}) after step {run.step} of "
         f"{run.recipe.training.train_iters}: "
-        + ("saved; the same command goes on" if run.recipe.checkpoint.save else "nothing is saved: set checkpoint.save")
+        + (
+            "saved; the same command goes on"
+            if run.recipe.checkpoint.save
+            else "nothing is saved: set checkpoint.save"
+        )
     )

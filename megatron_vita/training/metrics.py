@@ -19,7 +19,8 @@ class StepMetrics:
     step: int
     loss: float  # per loss row
     loss_rows: int
-    source_losses: dict[str, float]  # per dataset, per loss row; datasets without a row are left out
+    # per dataset, per loss row; datasets without a row are left out
+    source_losses: dict[str, float]
     tokens: int  # without padding
     tiles: int
     fill: float  # tokens / positions
@@ -55,7 +56,8 @@ class Meter:
     stops: int = 0  # 1 where this rank was told to stop
 
     def __post_init__(self) -> None:
-        self.losses = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64)  # last row: the tail
+        # last row: the tail
+        self.losses = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64)
 
     def add_batch(self, batch: Batch) -> None:
         """Counts a pack once for its whole replica; called where its losses are computed."""
@@ -67,7 +69,8 @@ class Meter:
             self.damaged += len(batch.masked)
 
     def add_losses(self, losses: torch.Tensor, *, batch: Batch, pack: PackSlice) -> None:
-        """Adds the losses [L] of a slice to their documents' sources; each context-parallel rank adds its own."""
+        """Adds the losses [L] of a slice to their documents' sources; each context-parallel rank
+        adds its own."""
         if groups.tensor_group().rank() != 0:
             return
         positions = pack.positions[pack.loss_rows]

@@ -1,11 +1,20 @@
-"""Optimizer and schedule, both megatron-core's, from a recipe; gradients of the replicated vision parts."""
+"""Optimizer and schedule, both megatron-core's, from a recipe; gradients of the replicated vision
+parts."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -22,8 +31,9 @@ BUCKET_SIZE, BUCKET_SIZE_PER_RANK = 40_000_000, 1_000_000
 def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataParallel:
     """The model with gradient buffers that are reduced over data- and context-parallel ranks.
 
-    A distributed optimizer gathers its state for a checkpoint by the buckets of these buffers, on the device. Left to
-    itself, megatron-core makes one bucket of all gradients unless they are reduced early and on the first stage.
+    A distributed optimizer gathers its state for a checkpoint by the buckets of these buffers, on
+    the device. Left to itself, megatron-core makes one bucket of all gradients unless they are
+    reduced early and on the first stage.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -91,8 +101,9 @@ def build_optimizer(
 def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Learning rates of the vision tower's layers, where they differ from the rest.
 
-    Depth counts from 0 (patches, positions and class token) over 1 (first layer) to the number of layers; the factor is
-    vision_lr_mult * vision_lr_decay ** (layers + 1 - depth), as in Long-VITA's layer-wise decay.
+    Depth counts from 0 (patches, positions and class token) over 1 (first layer) to the number of
+    layers; the factor is vision_lr_mult * vision_lr_decay ** (layers + 1 - depth), as in
+    Long-VITA's layer-wise decay.
     """
     optimizer, layers = recipe.optimizer, recipe.model.vision.num_layers
     if optimizer.vision_lr_mult == optimizer.vision_lr_decay == 1.0:
@@ -108,11 +119,14 @@ def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     return rates
 
 
-def finalize_gradients(model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-    """megatron-core's reduction and scaling, then the sum over TP ranks of what each has from its own tiles.
+def finalize_gradients(
+    model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """megatron-core's reduction and scaling, then the sum over TP ranks of what each has from its
+    own tiles.
 
-    megatron-core sums replicated gradients over TP only under sequence parallelism, and not for plain modules. All of
-    it is linear, so the order does not matter.
+    megatron-core sums replicated gradients over TP only under sequence parallelism, and not for
+    plain modules. All of it is linear, so the order does not matter.
     """
     finalize_model_grads(model, num_tokens, *args, **kwargs)
     group = groups.tensor_group()

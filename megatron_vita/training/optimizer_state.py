@@ -23,8 +23,8 @@ _END = 64
 
 
 def check_state_can_be_saved(recipe: Recipe) -> None:
-    """ConfigError where megatron-core could not save the optimizer's state: with torch's Adam it takes the number of
-    steps from a rank's state, of which stages that train nothing have none.
+    """ConfigError where megatron-core could not save the optimizer's state: with torch's Adam it
+    takes the number of steps from a rank's state, of which stages that train nothing have none.
     """
     stages = recipe.parallel.pipeline_model_parallel_size
     sharded = recipe.parallel.use_distributed_optimizer and not HAVE_APEX_OR_TE
@@ -37,9 +37,14 @@ def check_state_can_be_saved(recipe: Recipe) -> None:
 
 
 def sharded_state(
-    optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel], model: dict[str, Any], *, loading: bool
+    optimizer: MegatronOptimizer,
+    chunks: list[DistributedDataParallel],
+    model: dict[str, Any],
+    *,
+    loading: bool,
 ) -> Any:
-    """The sharded state of an optimizer beside that of the `model`, to be written or to be filled. Collective.
+    """The sharded state of an optimizer beside that of the `model`, to be written or to be filled.
+    Collective.
 
     CheckpointError, on all ranks, if what is to be written is not what the ranks have.
     """
@@ -48,10 +53,15 @@ def sharded_state(
     with contextlib.ExitStack() as stack:
         for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
             stack.enter_context(_places_without_padding(buffer))
-        state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=store.sharding_metadata())
+        state = optimizer.sharded_state_dict(
+            model, is_loading=loading, metadata=store.sharding_metadata()
+        )
     if not loading:
         wrong = [share.name for share in _shares(optimizer, chunks) if not share.is_in(state)]
-        _refuse(wrong, "megatron-core gathered other weights than the ranks have, and nothing was written")
+        _refuse(
+            wrong,
+            "megatron-core gathered other weights than the ranks have, and nothing was written",
+        )
     return state
 
 
@@ -59,9 +69,10 @@ def sharded_state(
 def _places_without_padding(buffer: Buffer) -> Iterator[None]:
     """Has each parameter's place in `buffer` counted without what pads the buckets before its own.
 
-    megatron-core gathers the buckets of a distributed optimizer one after the other without their padding, and looks
-    for parameters there at their places in the padded buffer (0.19.2; mended upstream by pull request 5077): all after
-    the first padding would be written with their neighbours' values.
+    megatron-core gathers the buckets of a distributed optimizer one after the other without their
+    padding, and looks for parameters there at their places in the padded buffer (0.19.2; mended
+    upstream by pull request 5077): all after the first padding would be written with their
+    neighbours' values.
     """
     padded = buffer.param_index_map
     starts, start = [], 0
@@ -69,7 +80,8 @@ def _places_without_padding(buffer: Buffer) -> Iterator[None]:
         starts.append(start - bucket.offset)
         start += bucket.numel_unpadded
     buffer.param_index_map = {
-        p: (first + starts[bucket], last + starts[bucket], bucket) for p, (first, last, bucket) in padded.items()
+        p: (first + starts[bucket], last + starts[bucket], bucket)
+        for p, (first, last, bucket) in padded.items()
     }
     try:
         yield
@@ -78,7 +90,8 @@ def _places_without_padding(buffer: Buffer) -> Iterator[None]:
 
 
 def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam its state tensors before the first step, so that a checkpoint can be loaded into them.
+    """Gives torch's Adam its state tensors before the first step, so that a checkpoint can be
+    loaded into them.
 
     Fused Adam allocates its own.
     """
@@ -100,14 +113,20 @@ def load(
     saved: Recipe,
     recipe: Recipe,
 ) -> None:
-    """Loads the state of a run of recipe `saved` beside the weights of `chunks`, which must be loaded. Collective.
+    """Loads the state of a run of recipe `saved` beside the weights of `chunks`, which must be
+    loaded. Collective.
 
-    CheckpointError, on all ranks, unless the weights that a distributed optimizer keeps round to those of the model.
+    CheckpointError, on all ranks, unless the weights that a distributed optimizer keeps round to
+    those of the model.
     """
     shares = list(_shares(optimizer, chunks))
     kept = [share.model.clone() if share.in_place else share.model for share in shares]
     _load(optimizer, state, saved=saved, recipe=recipe)
-    wrong = [share.name for share, weights in zip(shares, kept, strict=True) if not share.rounds_to(weights)]
+    wrong = [
+        share.name
+        for share, weights in zip(shares, kept, strict=True)
+        if not share.rounds_to(weights)
+    ]
     _refuse(
         wrong,
         "the optimizer's weights are not those of the model: its state was written wrongly; checkpoint.load starts a "
@@ -144,20 +163,27 @@ def _ends(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values[:_END], values[-_END:]])
 
 
-def _shares(optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]) -> Iterator[_Share]:
-    """This rank's shares; none of a replicated optimizer, and none on a stage that trains nothing."""
+def _shares(
+    optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]
+) -> Iterator[_Share]:
+    """This rank's shares; none of a replicated optimizer, and none on a stage that trains
+    nothing."""
     names = {p: name for chunk in chunks for name, p in chunk.module.named_parameters()}
     parts = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
     assert len(parts) <= 1, "one optimizer has all parameters"
     for part in (part for part in parts if not part.is_stub_optimizer):
-        order = {p: i for i, p in enumerate(p for buffer in part.buffers for p in buffer.param_index_map)}
+        order = {
+            p: i for i, p in enumerate(p for buffer in part.buffers for p in buffer.param_index_map)
+        }
         whole = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
         mains = itertools.chain(*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups)
         for p, main in zip(whole, mains, strict=True):
             found = part._get_model_param_range_map(p)["param"]
             place = slice(found.start, found.end)
             model = p.detach().view(-1)[place]
-            yield _Share(name=names[p], index=order[p], place=place, main=main.detach(), model=model)
+            yield _Share(
+                name=names[p], index=order[p], place=place, main=main.detach(), model=model
+            )
 
 
 def _refuse(names: list[str], reason: str) -> None:
@@ -168,11 +194,15 @@ def _refuse(names: list[str], reason: str) -> None:
         raise CheckpointError(f"{reason} ({len(found)} parameters, the first {found[0]})")
 
 
-def _load(optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe, recipe: Recipe) -> None:
-    """Loads an optimizer's state of a run of recipe `saved`; rates and Adam's constants are those of `recipe`.
+def _load(
+    optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe, recipe: Recipe
+) -> None:
+    """Loads an optimizer's state of a run of recipe `saved`; rates and Adam's constants are those
+    of `recipe`.
 
-    megatron-core knows groups of parameters by their rates, so those in the state become those of now before. It gives
-    one `step` tensor to all parameters of torch's Adam, which would then count once for each.
+    megatron-core knows groups of parameters by their rates, so those in the state become those of
+    now before. It gives one `step` tensor to all parameters of torch's Adam, which would then count
+    once for each.
     """
     rates = dict(zip(_rates(saved), _rates(recipe), strict=True))
     for group in _saved_groups(state):
@@ -186,7 +216,8 @@ def _load(optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe,
 
 
 def _rates(recipe: Recipe) -> list[tuple[float, float]]:
-    """Highest and lowest rate of all kinds of groups, in an order that does not depend on their values."""
+    """Highest and lowest rate of all kinds of groups, in an order that does not depend on their
+    values."""
     others = [(rate["max_lr"], rate["min_lr"]) for rate in vision_rates(recipe).values()]
     return [(recipe.optimizer.lr, recipe.optimizer.min_lr), *others]
 

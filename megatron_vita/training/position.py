@@ -1,4 +1,5 @@
-"""Where a run stands, as its newest checkpoint says, held against the recipe and the plan of now."""
+"""Where a run stands, as its newest checkpoint says, held against the recipe and the plan of
+now."""
 
 from collections.abc import Iterator
 from operator import attrgetter
@@ -37,12 +38,14 @@ def find_position(recipe: Recipe) -> Position:
     if newest is None:
         return Position()
     manifest = store.read_manifest(newest)
-    return Position(manifest["step"], manifest["consumed_packs"], manifest.get("plan_digest", ""), newest)
+    return Position(
+        manifest["step"], manifest["consumed_packs"], manifest.get("plan_digest", ""), newest
+    )
 
 
 def check_plan(plan: PackPlan, recipe: Recipe, position: Position) -> None:
-    """ConfigError if a plan is too short for the steps that are left; CheckpointError if its packs up to the position
-    are not those that the run has consumed.
+    """ConfigError if a plan is too short for the steps that are left; CheckpointError if its packs
+    up to the position are not those that the run has consumed.
     """
     training, consumed = recipe.training, position.consumed_packs
     needed = consumed + max(0, training.train_iters - position.step) * training.global_batch_size
@@ -63,8 +66,9 @@ def check_plan(plan: PackPlan, recipe: Recipe, position: Position) -> None:
 
 
 def check_parts(saved: Recipe, now: Recipe) -> None:
-    """CheckpointError if other parts are trained than in the run to be resumed, or the vision tower's rates relate
-    otherwise to the rest, or the optimizer's state is kept otherwise: its groups of parameters would be others.
+    """CheckpointError if other parts are trained than in the run to be resumed, or the vision
+    tower's rates relate otherwise to the rest, or the optimizer's state is kept otherwise: its
+    groups of parameters would be others.
     """
     for field in FIXED:
         then, value = (attrgetter(field)(recipe) for recipe in (saved, now))
@@ -76,9 +80,12 @@ def check_parts(saved: Recipe, now: Recipe) -> None:
 
 
 def changed_fields(then: Any, now: Any, field: str = "") -> Iterator[str]:
-    """A phrase for each field of a recipe that differs between `then` and `now`, both as plain values."""
+    """A phrase for each field of a recipe that differs between `then` and `now`, both as plain
+    values."""
     if isinstance(then, dict) and isinstance(now, dict):
         for name in now:
-            yield from changed_fields(then.get(name), now[name], f"{field}.{name}" if field else name)
+            yield from changed_fields(
+                then.get(name), now[name], f"{field}.{name}" if field else name
+            )
     elif then != now:
         yield f"{field} {now!r} (was {then!r})"

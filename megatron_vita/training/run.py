@@ -39,7 +39,8 @@ class Run:
     microbatches: int
     train_stream: PackStream | None = None
     validation_stream: PackStream | None = None
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)  # of samples that this rank's replica could not read
+    # of samples that this rank's replica could not read
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     step: int = 0
     consumed_packs: int = 0
@@ -63,13 +64,18 @@ class Run:
     @property
     def ledger_folder(self) -> Path | None:
         """Where damaged samples are noted: beside the checkpoints."""
-        return Path(self.recipe.checkpoint.save) / "damaged" if self.recipe.checkpoint.save else None
+        return (
+            Path(self.recipe.checkpoint.save) / "damaged" if self.recipe.checkpoint.save else None
+        )
 
     def read_damage(self) -> list[Damage]:
-        """The plan's damaged samples that are noted there, in the checkpoint taken up, or by this rank; each once."""
+        """The plan's damaged samples that are noted there, in the checkpoint taken up, or by this
+        rank; each once."""
         noted = read_ledgers(self.ledger_folder) if self.ledger_folder else []
         events = dict.fromkeys([*self.ledger.events(), *noted])
-        return merge_damage(event for event in events if self.train_stream is None or self.train_stream.fits(event))
+        return merge_damage(
+            event for event in events if self.train_stream is None or self.train_stream.fits(event)
+        )
 
     @property
     def train_sources(self) -> list[str]:
@@ -83,7 +89,8 @@ class Run:
 
 
 def open_run(recipe: Recipe) -> Run:
-    """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts from. Collective."""
+    """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts
+    from. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
     optimizer_state.check_state_can_be_saved(recipe)
     if recipe.checkpoint.save:
@@ -132,14 +139,17 @@ def save_run(run: Run) -> Path:
 def _manifest(run: Run) -> dict[str, Any]:
     return {
         "consumed_packs": run.consumed_packs,
-        "plan_digest": run.train_stream.plan.digest_before(run.consumed_packs) if run.train_stream else "",
+        "plan_digest": run.train_stream.plan.digest_before(run.consumed_packs)
+        if run.train_stream
+        else "",
         "recipe": dataclasses.asdict(run.recipe),
         "damaged": [damage._asdict() for damage in run.read_damage()],
     }
 
 
 def settle_weights(run: Run) -> None:
-    """Waits for updated weights that are still being gathered beside the next forward pass. Collective."""
+    """Waits for updated weights that are still being gathered beside the next forward pass.
+    Collective."""
     if run.recipe.parallel.overlap_param_gather:
         for chunk in run.chunks:
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -153,7 +163,8 @@ def _state(run: Run, *, loading: bool) -> dict[str, Any]:
 
 
 def take_up(run: Run) -> None:
-    """Resumes from the latest checkpoint of this run, or takes the weights that the recipe starts from. Collective."""
+    """Resumes from the latest checkpoint of this run, or takes the weights that the recipe starts
+    from. Collective."""
     settings = run.recipe.checkpoint
     newest = store.latest_checkpoint(settings.save) if settings.save else None
     if newest is not None:
@@ -170,7 +181,9 @@ def _resume(run: Run, checkpoint: Path) -> None:
     state = store.load_state(checkpoint, _state(run, loading=True))
     store.set_model_state(run.cores, state["model"])
     try:
-        optimizer_state.load(run.optimizer, run.chunks, state["optimizer"], saved=saved, recipe=run.recipe)
+        optimizer_state.load(
+            run.optimizer, run.chunks, state["optimizer"], saved=saved, recipe=run.recipe
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     run.schedule.load_state_dict(state["schedule"])

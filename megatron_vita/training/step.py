@@ -29,7 +29,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     _, grad_norm, _ = run.optimizer.step()
     meter.stops = int(bool(run.stop.heard))
     metrics = meter.reduce(run.step + 1)
-    metrics.grad_norm, metrics.lr = float(grad_norm), get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
+    metrics.grad_norm, metrics.lr = (
+        float(grad_norm),
+        get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0,
+    )
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
         raise VitaError(
             f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run diverged in packs "
@@ -44,7 +47,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
 
 @torch.no_grad()
 def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> StepMetrics:
-    """Loss of this rank's `num_microbatches` held-out packs and those of all other replicas. Collective."""
+    """Loss of this rank's `num_microbatches` held-out packs and those of all other replicas.
+    Collective."""
     meter = Meter(run.validation_sources)
     for chunk in run.chunks:
         chunk.eval()
@@ -62,7 +66,9 @@ def _run_schedule(
         taken = [next(batches) for _ in range(num_microbatches)]
         packs = [iter(taken) for _ in run.chunks]
     get_forward_backward_func()(
-        forward_step_func=partial(forward_step, rows_per_tile=run.rows_per_tile, meter=meter, run=run),
+        forward_step_func=partial(
+            forward_step, rows_per_tile=run.rows_per_tile, meter=meter, run=run
+        ),
         data_iterator=packs,
         model=run.chunks,
         num_microbatches=num_microbatches,
@@ -90,7 +96,8 @@ def forward_step(
     )
     weights = batch.loss_weights
     scale = 1.0 if weights is None else weights[pack.positions[pack.loss_rows]]
-    tiles = batch.tiles if model.module.encodes else batch.tiles[:0]  # of interleaved chunks the first alone encodes
+    # of interleaved chunks the first alone encodes
+    tiles = batch.tiles if model.module.encodes else batch.tiles[:0]
     output = model(prepare_tiles(tiles, run), pack.to(platform.device()), row_scale=scale)
     return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, meter=meter)
 
@@ -104,8 +111,8 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
 def sum_losses(
     losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, meter: Meter
 ) -> tuple[Tensor, Tensor, dict]:
-    """Sum of the losses [L], each times its weight, and their number, by which megatron-core divides that of the whole
-    global batch.
+    """Sum of the losses [L], each times its weight, and their number, by which megatron-core
+    divides that of the whole global batch.
     """
     losses = losses * (scale.to(losses.device) if isinstance(scale, Tensor) else scale)
     meter.add_losses(losses, batch=batch, pack=pack)

@@ -12,7 +12,8 @@ REPEAT_SECONDS = 5.0
 
 
 class StopRequest:
-    """Hears SIGTERM, which launchers and schedulers send, and SIGUSR1, while it is entered. Another one later kills."""
+    """Hears SIGTERM, which launchers and schedulers send, and SIGUSR1, while it is entered. Another
+    one later kills."""
 
     def __init__(self) -> None:
         self.heard = ""  # the first signal's name
@@ -21,11 +22,16 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) or signal.SIG_DFL for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._hear) or signal.SIG_DFL for number in SIGNALS
+            }
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

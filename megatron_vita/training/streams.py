@@ -14,10 +14,12 @@ from megatron_vita.training.position import check_plan, find_position
 def open_streams(
     recipe: Recipe, *, tile_share: tuple[int, int] | None, replicas: int
 ) -> tuple[PackStream, PackStream | None]:
-    """Training packs, and held-out ones where the recipe validates; `tile_share` as `PackStream` takes it.
+    """Training packs, and held-out ones where the recipe validates; `tile_share` as `PackStream`
+    takes it.
 
-    ConfigError if the tokenizer does not fit the model or a plan is too short; CheckpointError if the run to be
-    resumed has consumed other packs than the plan has; DataError as `open_split` raises it.
+    ConfigError if the tokenizer does not fit the model or a plan is too short; CheckpointError if
+    the run to be resumed has consumed other packs than the plan has; DataError as `open_split`
+    raises it.
     """
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     if tokenizer.vocab_size > recipe.model.language.vocab_size:
@@ -50,12 +52,18 @@ def packs_of_validation(recipe: Recipe, held_out: int, *, replicas: int) -> int:
 
 
 def pack_costs(recipe: Recipe, plan: PackPlan, *, first: int) -> list[int]:
-    """What each pack of a step costs beyond what all cost, by `variable_cost`; `first` is the step's first pack."""
+    """What each pack of a step costs beyond what all cost, by `variable_cost`; `first` is the
+    step's first pack."""
     packs = range(first, first + recipe.training.global_batch_size)
-    return [variable_cost(recipe, plan.lengths_of(pack), tiles=plan.tiles_of(pack)) for pack in packs]
+    return [
+        variable_cost(recipe, plan.lengths_of(pack), tiles=plan.tiles_of(pack)) for pack in packs
+    ]
 
 
-def packs_of_replicas(recipe: Recipe, plan: PackPlan, *, first: int, replicas: int) -> list[list[int]]:
-    """The packs of a step that each replica takes, of nearly equal cost; `first` is the step's first pack."""
+def packs_of_replicas(
+    recipe: Recipe, plan: PackPlan, *, first: int, replicas: int
+) -> list[list[int]]:
+    """The packs of a step that each replica takes, of nearly equal cost; `first` is the step's
+    first pack."""
     hands = deal_packs(pack_costs(recipe, plan, first=first), replicas)
     return [[first + pack for pack in hand] for hand in hands]

@@ -1,4 +1,5 @@
-"""Recipes are read strictly: unknown names, wrong types and sizes that do not divide are refused by name."""
+"""Recipes are read strictly: unknown names, wrong types and sizes that do not divide are refused by
+name."""
 
 import dataclasses
 import subprocess
@@ -21,7 +22,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_values_of_the_file_and_then_of_overrides_replace_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "optimizer: {lr: 3e-4}\nparallel: {tensor_model_parallel_size: 4}\n")
-    recipe = load_recipe(path, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"])
+    recipe = load_recipe(
+        path, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    )
     assert recipe.optimizer.lr == 3e-4
     assert recipe.parallel.tensor_model_parallel_size == 2
     assert recipe.parallel.sequence_parallel is True
@@ -30,12 +33,18 @@ def test_values_of_the_file_and_then_of_overrides_replace_defaults(tmp_path: Pat
 
 def test_a_recipe_builds_on_others_in_order_and_its_own_fields_win(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
-    write(tmp_path / "parts", "optimizer: {lr: 1e-3, clip_grad: 2.0}\ntraining: {seed: 1}\n").rename(
-        tmp_path / "a.yaml"
-    )
+    write(
+        tmp_path / "parts", "optimizer: {lr: 1e-3, clip_grad: 2.0}\ntraining: {seed: 1}\n"
+    ).rename(tmp_path / "a.yaml")
     write(tmp_path / "parts", "base: [../a.yaml]\noptimizer: {lr: 2e-3}\n")
-    recipe = load_recipe(write(tmp_path, "base: [a.yaml, parts/recipe.yaml]\noptimizer: {min_lr: 1e-4}\n"))
-    assert (recipe.optimizer.lr, recipe.optimizer.clip_grad, recipe.optimizer.min_lr) == (2e-3, 2.0, 1e-4)
+    recipe = load_recipe(
+        write(tmp_path, "base: [a.yaml, parts/recipe.yaml]\noptimizer: {min_lr: 1e-4}\n")
+    )
+    assert (recipe.optimizer.lr, recipe.optimizer.clip_grad, recipe.optimizer.min_lr) == (
+        2e-3,
+        2.0,
+        1e-4,
+    )
     assert recipe.training.seed == 1
 
 
@@ -62,7 +71,10 @@ def test_a_recipe_survives_the_way_through_plain_values() -> None:
     [
         ("optimizer: {learning_rate: 1}", "unknown field optimizer.learning_rate"),
         ("optimiser: {lr: 1}", "unknown field optimiser; did you mean optimizer"),
-        ("parallel: {tensor_model_parallel: 2}", "did you mean parallel.tensor_model_parallel_size"),
+        (
+            "parallel: {tensor_model_parallel: 2}",
+            "did you mean parallel.tensor_model_parallel_size",
+        ),
         ("training: {train_iters: many}", "training.train_iters is 'many': int is needed"),
         ("training: {bf16: 1}", "training.bf16 is 1: bool is needed"),
         ("data: {train: {name: x}}", "data.train is .*: a list is needed"),
@@ -73,7 +85,9 @@ def test_a_recipe_survives_the_way_through_plain_values() -> None:
         ("format_version: 99", "format_version is 99"),
     ],
 )
-def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_recipes_are_refused_by_field_and_value(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         load_recipe(write(tmp_path, text))
     assert "recipe.yaml" in str(error.value)
@@ -82,36 +96,78 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("parallel.tensor_model_parallel_size=3", "num_attention_heads 40 is not a multiple of .* 3"),
-        ("parallel.pipeline_model_parallel_size=5", "48 layers do not divide over 5 pipeline stages"),
+        (
+            "parallel.tensor_model_parallel_size=3",
+            "num_attention_heads 40 is not a multiple of .* 3",
+        ),
+        (
+            "parallel.pipeline_model_parallel_size=5",
+            "48 layers do not divide over 5 pipeline stages",
+        ),
         ("parallel.num_layers_in_first_pipeline_stage=2", "is set, but there is one stage"),
         ("parallel.virtual_pipeline_model_parallel_size=2", "2 needs several pipeline stages"),
         ("parallel.overlap_param_gather=true", "overlap_param_gather needs overlap_grad_reduce"),
-        ("training.recompute_granularity=all", "recompute_granularity is 'all'; known: none, full, selective"),
-        ("training.recompute_num_layers=2", "recompute_num_layers is 2, which needs recompute_granularity full"),
+        (
+            "training.recompute_granularity=all",
+            "recompute_granularity is 'all'; known: none, full, selective",
+        ),
+        (
+            "training.recompute_num_layers=2",
+            "recompute_num_layers is 2, which needs recompute_granularity full",
+        ),
         ("optimizer.vision_lr_mult=0", "vision_lr_mult is 0.0: it must be positive"),
         ("parallel.context_parallel_size=3", "document_alignment 16 is not a multiple of 6"),
         ("parallel.context_parallel_size=0", "context_parallel_size is 0: it must be at least 1"),
-        ("parallel.sequence_parallel=true", "sequence_parallel needs tensor_model_parallel_size of at least 2"),
-        ("parallel.attention_backend=flash", "attention_backend is 'flash'; known: auto, torch, te"),
-        ("data.seq_length=1000", "seq_length 1000 is not a multiple of .*16; the nearest that is: 992"),
+        (
+            "parallel.sequence_parallel=true",
+            "sequence_parallel needs tensor_model_parallel_size of at least 2",
+        ),
+        (
+            "parallel.attention_backend=flash",
+            "attention_backend is 'flash'; known: auto, torch, te",
+        ),
+        (
+            "data.seq_length=1000",
+            "seq_length 1000 is not a multiple of .*16; the nearest that is: 992",
+        ),
         ("model.vision.image_size=450", "image_size 450 is not a multiple of twice patch_size 14"),
         ("model.vision.num_attention_heads=15", "hidden_size 1024 is not a multiple of .* 15"),
-        ("parallel.cp_comm_type=ring", r"cp_comm_type is 'ring'; known: p2p, all_gather, a2a, a2a\+p2p"),
-        ("parallel.hierarchical_context_parallel_sizes=[2, 2]", r"needs cp_comm_type a2a\+p2p; it is p2p"),
+        (
+            "parallel.cp_comm_type=ring",
+            r"cp_comm_type is 'ring'; known: p2p, all_gather, a2a, a2a\+p2p",
+        ),
+        (
+            "parallel.hierarchical_context_parallel_sizes=[2, 2]",
+            r"needs cp_comm_type a2a\+p2p; it is p2p",
+        ),
         (
             "parallel.vision_tensor_parallel=true",
             "vision_tensor_parallel needs tensor_model_parallel_size of at least 2",
         ),
         ("parallel.attention_backend=te", "attention_backend te needs training.bf16"),
         ("training.recompute_method=all", "recompute_method is 'all'; known: block, uniform"),
-        ("training.recompute_method=uniform", "recompute_method is uniform, which needs recompute_granularity full"),
-        ("training.recompute_modules=[mlp]", "which needs recompute_granularity selective; it is none"),
+        (
+            "training.recompute_method=uniform",
+            "recompute_method is uniform, which needs recompute_granularity full",
+        ),
+        (
+            "training.recompute_modules=[mlp]",
+            "which needs recompute_granularity selective; it is none",
+        ),
         ("training.recompute_modules=[moe]", "recompute_modules is .*; known: core_attn, mlp"),
         ("training.vision_tiles_at_once=0", "vision_tiles_at_once is 0: it must be at least 1"),
-        ("model.vision.normalization=GroupNorm", "normalization is 'GroupNorm'; known: LayerNorm, RMSNorm"),
-        ("data.train=[{name: a, shards: b, ratio: 0}]", "dataset a: ratio is 0.0: it must be positive"),
-        ("model.language.num_query_groups=7", "num_attention_heads 40 is not a multiple of num_query_groups 7"),
+        (
+            "model.vision.normalization=GroupNorm",
+            "normalization is 'GroupNorm'; known: LayerNorm, RMSNorm",
+        ),
+        (
+            "data.train=[{name: a, shards: b, ratio: 0}]",
+            "dataset a: ratio is 0.0: it must be positive",
+        ),
+        (
+            "model.language.num_query_groups=7",
+            "num_attention_heads 40 is not a multiple of num_query_groups 7",
+        ),
         ("model.language.kv_channels=127", "kv_channels is 127"),
         ("model.projector.kind=linear", "kind is 'linear'; known: long_vita, internvl"),
         ("media.max_tiles=0", "min_tiles <= max_tiles is needed"),
@@ -129,7 +185,9 @@ def test_wrong_recipes_are_refused_by_field_and_value(tmp_path: Path, text: str,
         ("format_version.x=1", "format_version is not a group"),
     ],
 )
-def test_values_that_cannot_work_are_refused_with_what_would(tmp_path: Path, override: str, message: str) -> None:
+def test_values_that_cannot_work_are_refused_with_what_would(
+    tmp_path: Path, override: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, "format_version: 1"), [override])
 
@@ -159,22 +217,31 @@ def test_values_that_cannot_work_are_refused_with_what_would(tmp_path: Path, ove
         (["model.text_only=true", "training.freeze_language_model=true"], "nothing is left to train"),
     ],
 )  # fmt: skip
-def test_fields_that_cannot_work_together_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_fields_that_cannot_work_together_are_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(write(tmp_path, "format_version: 1"), overrides)
 
 
 def test_uneven_first_and_last_stages_share_the_layers_that_are_left(tmp_path: Path) -> None:
-    first, last = "parallel.num_layers_in_first_pipeline_stage=10", "parallel.num_layers_in_last_pipeline_stage=14"
+    first, last = (
+        "parallel.num_layers_in_first_pipeline_stage=10",
+        "parallel.num_layers_in_last_pipeline_stage=14",
+    )
     path = write(tmp_path, "parallel: {pipeline_model_parallel_size: 4}")
     assert load_recipe(path, [first, last]).parallel.layers_of_stages(48) == [10, 12, 12, 14]
     assert load_recipe(path).parallel.layers_of_stages(48) == [12, 12, 12, 12]
-    with pytest.raises(ConfigError, match=r"48 layers do not divide over 4 pipeline stages of which \{0: 10\}"):
+    with pytest.raises(
+        ConfigError, match=r"48 layers do not divide over 4 pipeline stages of which \{0: 10\}"
+    ):
         load_recipe(path, [first])
 
 
 def test_freezing_everything_is_refused(tmp_path: Path) -> None:
-    parts = [f"training.freeze_{part}=true" for part in ("vision_model", "projector", "language_model")]
+    parts = [
+        f"training.freeze_{part}=true" for part in ("vision_model", "projector", "language_model")
+    ]
     with pytest.raises(ConfigError, match="nothing is left to train"):
         load_recipe(write(tmp_path, "format_version: 1"), parts)
 
@@ -193,7 +260,9 @@ def test_interleaved_stages_need_packs_in_multiples_of_their_number() -> None:
     recipe = Recipe()
     recipe.parallel.pipeline_model_parallel_size = 3
     recipe.parallel.virtual_pipeline_model_parallel_size = 2
-    with pytest.raises(ConfigError, match=r"gives 8 packs to each of 1 replicas; .* multiple of .* 3"):
+    with pytest.raises(
+        ConfigError, match=r"gives 8 packs to each of 1 replicas; .* multiple of .* 3"
+    ):
         recipe.data_parallel_size(3)
     recipe.training.global_batch_size = 9
     assert recipe.data_parallel_size(3) == 1
@@ -219,7 +288,10 @@ def test_help_lists_every_field_with_type_default_and_a_line() -> None:
 def test_the_entry_prints_help_and_fails_in_one_line(tmp_path: Path) -> None:
     def entry(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, "pretrain_vita.py", *arguments], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, "pretrain_vita.py", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
         )
 
     shown = entry("--help")

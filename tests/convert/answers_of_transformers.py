@@ -8,10 +8,15 @@ from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
 
 
-def assert_same_answer(engine: Engine, model: nn.Module, question: str, *, max_new_tokens: int) -> str:
-    """The engine's greedy answer, whose tokens and log-probabilities must be those of `model` within 1e-5."""
+def assert_same_answer(
+    engine: Engine, model: nn.Module, question: str, *, max_new_tokens: int
+) -> str:
+    """The engine's greedy answer, whose tokens and log-probabilities must be those of `model`
+    within 1e-5."""
     prompt = Prompt.ask(question)
-    (answer,) = engine.generate([prompt], sampling=Sampling(max_new_tokens=max_new_tokens, logprobs=1))
+    (answer,) = engine.generate(
+        [prompt], sampling=Sampling(max_new_tokens=max_new_tokens, logprobs=1)
+    )
     ids = engine.prepare(prompt).document.input_ids.tolist()
     said: list[int] = []
     logprobs: list[float] = []
@@ -31,5 +36,6 @@ def assert_same_answer(engine: Engine, model: nn.Module, question: str, *, max_n
 
 @torch.no_grad()
 def _next_token(model: nn.Module, ids: list[int], *, tokens: int) -> Tensor:
-    """Log-probabilities [tokens] after `ids`, from a whole forward pass; rows beyond the tokens are padding."""
+    """Log-probabilities [tokens] after `ids`, from a whole forward pass; rows beyond the tokens are
+    padding."""
     return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].log_softmax(-1)

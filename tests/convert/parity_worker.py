@@ -28,7 +28,11 @@ Outputs = list[Tensor]
 def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
     """A run at a layout with the weights of a converted checkpoint."""
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    recipe.parallel, recipe.data, recipe.training.bf16 = ParallelConfig(**fields), DataConfig(seq_length=length), False
+    recipe.parallel, recipe.data, recipe.training.bf16 = (
+        ParallelConfig(**fields),
+        DataConfig(seq_length=length),
+        False,
+    )
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     store.load_weights(run.cores, checkpoint)
@@ -55,7 +59,9 @@ def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tupl
         layout=layout,
     )
     tiles = inputs["tiles"][deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
-    return model(tiles, pack, wanted_rows=torch.arange(len(ids))), partial(weigh, target=inputs["target"], seen=seen)
+    return model(tiles, pack, wanted_rows=torch.arange(len(ids))), partial(
+        weigh, target=inputs["target"], seen=seen
+    )
 
 
 def run_case(folder: Path, name: str, fields: dict) -> None:

@@ -1,4 +1,5 @@
-"""What comes in answers as transformers does, through our inference, wherever the checkpoint lies."""
+"""What comes in answers as transformers does, through our inference, wherever the checkpoint
+lies."""
 
 import sys
 from pathlib import Path

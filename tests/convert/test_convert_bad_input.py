@@ -76,7 +76,9 @@ def test_an_extra_tensor(folder: Path) -> None:
 
 
 def test_old_buffers_are_no_extra_tensors(folder: Path) -> None:
-    change(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    change(
+        folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    )
     import_weights([folder], folder.parent / "ours", projector="internvl")
 
 
@@ -177,7 +179,10 @@ def test_a_pickle_of_tensors_is_read(folder: Path) -> None:
     torch.save(tensors, folder / "pytorch_model.bin")
     import_weights([folder], folder.parent / "ours", projector="internvl")
     export_checkpoint(folder.parent / "ours", folder.parent / "again")
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in tensors_of(folder.parent / "again").items())
+    assert all(
+        torch.equal(tensor, tensors[name])
+        for name, tensor in tensors_of(folder.parent / "again").items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,21 +192,30 @@ def test_a_pickle_of_tensors_is_read(folder: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "'dynamic'",
+        ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0.5}}, "factor"),
         ({"num_attention_heads": 3}, "num_query_groups"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
     ],
 )
-def test_a_config_that_the_model_cannot_follow_is_refused_by_field(folder: Path, fields: dict, said: str) -> None:
+def test_a_config_that_the_model_cannot_follow_is_refused_by_field(
+    folder: Path, fields: dict, said: str
+) -> None:
     change_config(folder, **fields)
     refused(folder, "config.json", said)
 
 
 def test_parts_that_do_not_make_a_model(folder: Path, tmp_path: Path) -> None:
     vision = save_vision(tmp_path / "vit")
-    for sources, said in (([vision], "vision tower alone"), ([folder, folder], "both hold"), ([tmp_path / "no"], "no")):
+    for sources, said in (
+        ([vision], "vision tower alone"),
+        ([folder, folder], "both hold"),
+        ([tmp_path / "no"], "no"),
+    ):
         with pytest.raises(CheckpointError, match=said):
             import_weights(sources, tmp_path / "ours", projector="internvl")
     assert not (tmp_path / "ours").exists()
@@ -246,7 +260,9 @@ def test_layouts_that_do_not_fit(ours: Path) -> None:
     refused_out(ours, "'nonsense'", "internvl-chat", layout="nonsense")
 
 
-def test_layouts_of_other_models_are_refused_by_what_they_cannot_say(folder: Path, tmp_path: Path) -> None:
+def test_layouts_of_other_models_are_refused_by_what_they_cannot_say(
+    folder: Path, tmp_path: Path
+) -> None:
     import_weights([folder, save_vision(tmp_path / "vit")], tmp_path / "ours", projector="internvl")
     refused_out(tmp_path / "ours", "layers.0.scale1", layout="clip")
     refused_out(tmp_path / "ours", "clip", "is of layout causal", layout="clip", like=folder)
@@ -257,7 +273,9 @@ def test_layouts_of_other_models_are_refused_by_what_they_cannot_say(folder: Pat
     refused_out(tmp_path / "ours 2", "use_mean_pooling", layout="internvit-hf")
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -269,7 +287,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     ours = folder.parent / "ours"
-    monkeypatch.setattr("megatron_vita.convert.writing._as_yaml", lambda *_: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(
+        "megatron_vita.convert.writing._as_yaml", lambda *_: os.kill(os.getpid(), 9)
+    )
     child = os.fork()
     if child == 0:
         import_weights([folder], ours, projector="internvl")

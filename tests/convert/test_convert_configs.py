@@ -65,7 +65,12 @@ def test_large_towers_are_read_as_published() -> None:
 
 
 def test_scaled_rotary_positions_are_read_from_either_generation_of_configs() -> None:
-    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    llama3 = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     expected = RopeScalingConfig(kind="llama3", factor=8.0, original_length=8192)
     assert read(LLAMA | {"rope_scaling": llama3 | {"rope_type": "llama3"}}).rope_scaling == expected
     new = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
@@ -77,7 +82,9 @@ def test_scaled_rotary_positions_are_read_from_either_generation_of_configs() ->
     assert (scaled.kind, scaled.factor, scaled.original_length) == ("yarn", 4.0, 32768)
     assert scaled.attention_factor == pytest.approx(0.1 * 1.3862943611 + 1)
     deep = yarn | {"mscale": 1.0, "mscale_all_dim": 1.0}
-    assert read(QWEN | SIZES["7b"] | {"rope_scaling": deep}).rope_scaling.attention_factor == pytest.approx(1.0)
+    assert read(
+        QWEN | SIZES["7b"] | {"rope_scaling": deep}
+    ).rope_scaling.attention_factor == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +106,9 @@ def test_what_is_written_is_read_again_the_same_in_either_generation(scaling: di
 def test_missing_and_wrong_fields_are_said_with_their_place() -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: has no field intermediate_size"):
         read({name: value for name, value in LLAMA.items() if name != "intermediate_size"})
-    with pytest.raises(CheckpointError, match=r"config\.json: attention_bias is True; supported: False"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: attention_bias is True; supported: False"
+    ):
         read(LLAMA | {"attention_bias": True})
     with pytest.raises(CheckpointError, match=r"image_size is \[448, 224\]: only squares"):
         read_internvit(Config(INTERNVIT | {"image_size": [448, 224]}, "config.json"))

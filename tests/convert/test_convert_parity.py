@@ -1,4 +1,5 @@
-"""Converted models give transformers' logits and gradients in fp32, on one process and at TP2, TP2 with SP, and PP2."""
+"""Converted models give transformers' logits and gradients in fp32, on one process and at TP2, TP2
+with SP, and PP2."""
 
 import itertools
 import json
@@ -39,7 +40,11 @@ HERE = Path(__file__).parent
 LENGTH = 32
 FAMILIES = [*LANGUAGE, *WHOLE, "internvl-chat"]
 TP = {"tensor_model_parallel_size": 2}
-LAYOUTS = {"tp2": TP, "tp2sp": TP | {"sequence_parallel": True}, "pp2": {"pipeline_model_parallel_size": 2}}
+LAYOUTS = {
+    "tp2": TP,
+    "tp2sp": TP | {"sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+}
 
 
 MIXED = ["clip", "siglip-ragged", "internvit-large"]
@@ -77,7 +82,9 @@ def expect(model: nn.Module, inputs: dict[str, Tensor], folder: Path, family: st
     torch.save(logits.detach(), folder / "logits.pt")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.copy_(
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
     write(model, folder / "gradients", family)
 
 
@@ -96,7 +103,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MIXED:
         mix(name, folder / name, language=folder / "qwen2" / "theirs")
     cases, layouts = [*FAMILIES, *MIXED], LAYOUTS | {"tp2together": TOGETHER}
-    torchrun(HERE / "parity_worker.py", str(folder), json.dumps(cases), json.dumps(layouts), processes=2)
+    torchrun(
+        HERE / "parity_worker.py", str(folder), json.dumps(cases), json.dumps(layouts), processes=2
+    )
     return folder
 
 
@@ -110,7 +119,9 @@ def mix(name: str, case: Path, *, language: Path) -> None:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "tp2together"])
 @pytest.mark.parametrize("name", MIXED)
-def test_parts_put_together_are_the_same_model_at_any_layout(folder: Path, name: str, layout: str) -> None:
+def test_parts_put_together_are_the_same_model_at_any_layout(
+    folder: Path, name: str, layout: str
+) -> None:
     case = folder / name
     expected, actual = (torch.load(case / path / "logits.pt") for path in ("single", layout))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -126,9 +137,14 @@ def test_parts_put_together_are_the_same_model_at_any_layout(folder: Path, name:
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [*itertools.product(FAMILIES, ["single", *LAYOUTS]), *((family, "single") for family in SCALED)],
+    [
+        *itertools.product(FAMILIES, ["single", *LAYOUTS]),
+        *((family, "single") for family in SCALED),
+    ],
 )
-def test_logits_and_gradients_are_those_of_transformers(folder: Path, family: str, layout: str) -> None:
+def test_logits_and_gradients_are_those_of_transformers(
+    folder: Path, family: str, layout: str
+) -> None:
     case = folder / family
     expected, actual = (torch.load(path / "logits.pt") for path in (case, case / layout))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,5 @@
-"""In and out again: the same tensors bit by bit, the same names, the same config, loadable by transformers."""
+"""In and out again: the same tensors bit by bit, the same names, the same config, loadable by
+transformers."""
 
 import json
 import sys
@@ -10,7 +11,12 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_folders import LANGUAGE, SCALED, WHOLE, model_of, save, save_chat, save_vision, tensors_of
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from megatron_vita.checkpoint.store import find_checkpoint, read_manifest
 from megatron_vita.config import load_recipe, recipe_from_dict
@@ -20,7 +26,12 @@ from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 
 FAMILIES = [*LANGUAGE, *SCALED, *WHOLE, "internvl-chat", "internvl-chat-large"]
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
 
 
 def make(family: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -40,11 +51,15 @@ def assert_same_folder(one: Path, other: Path) -> None:
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
-    assert json.loads((one / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+    assert json.loads((one / "config.json").read_text()) == json.loads(
+        (other / "config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_round_trip_keeps_tensors_names_config_and_companions(family: str, tmp_path: Path) -> None:
+def test_a_round_trip_keeps_tensors_names_config_and_companions(
+    family: str, tmp_path: Path
+) -> None:
     folder = make(family, tmp_path / "theirs")
     ours = bring_in(folder, to=tmp_path / "ours")
     export_checkpoint(ours, tmp_path / "again")
@@ -56,14 +71,18 @@ def test_a_round_trip_keeps_tensors_names_config_and_companions(family: str, tmp
 
 
 @pytest.mark.parametrize("family", [*LANGUAGE, *SCALED, *WHOLE])
-def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(family: str, tmp_path: Path) -> None:
+def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(
+    family: str, tmp_path: Path
+) -> None:
     model = model_of(family)
     ours = bring_in(save(model, tmp_path / "theirs", dtype=torch.float32), to=tmp_path / "ours")
     for file in (ours / "hugging_face").rglob("config.json"):
         file.unlink()
     export_checkpoint(ours, tmp_path / "again")
     loader = AutoModelForImageTextToText if family in WHOLE else AutoModelForCausalLM
-    loaded, report = loader.from_pretrained(tmp_path / "again", output_loading_info=True, dtype="auto")
+    loaded, report = loader.from_pretrained(
+        tmp_path / "again", output_loading_info=True, dtype="auto"
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     for name, tensor in model.state_dict().items():
@@ -88,7 +107,9 @@ def test_parts_are_put_together_with_a_fresh_projector_and_taken_out_again(tmp_p
     import_weights([language, vision], tmp_path / "ours", projector="long_vita")
     model = recipe_from_dict(read_manifest(tmp_path / "ours")["recipe"]).model
     assert (model.text_only, model.projector.kind) == (False, "long_vita")
-    (tmp_path / "ours" / "hugging_face" / "internvit-hf" / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "ours" / "hugging_face" / "internvit-hf" / "preprocessor_config.json").write_text(
+        "{}"
+    )
     (tmp_path / "ours" / "hugging_face" / "causal" / "preprocessor_config.json").unlink()
     export_checkpoint(tmp_path / "ours", tmp_path / "whole")
     assert (tmp_path / "whole" / "preprocessor_config.json").read_text() == "{}"
@@ -99,7 +120,9 @@ def test_parts_are_put_together_with_a_fresh_projector_and_taken_out_again(tmp_p
     assert_same_folder(language, tmp_path / "llm again")
 
 
-def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens_needs_it(tmp_path: Path) -> None:
+def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens_needs_it(
+    tmp_path: Path,
+) -> None:
     model = model_of("qwen2")
     model.resize_token_embeddings(10, mean_resizing=False)
     language, vision = save(model, tmp_path / "llm"), save_vision(tmp_path / "vit")
@@ -109,13 +132,17 @@ def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert after[name].shape[0] > 7 + 17
         assert torch.equal(after[name][:10], before[name])
-        torch.testing.assert_close(after[name][10:], before[name].mean(0).expand_as(after[name][10:]))
+        torch.testing.assert_close(
+            after[name][10:], before[name].mean(0).expand_as(after[name][10:])
+        )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert loaded.config.vocab_size == after["lm_head.weight"].shape[0]
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_beside_tied_embeddings_is_theirs_if_equal_and_its_own_if_not(equal: bool, tmp_path: Path) -> None:
+def test_a_head_beside_tied_embeddings_is_theirs_if_equal_and_its_own_if_not(
+    equal: bool, tmp_path: Path
+) -> None:
     """Some published files hold the output layer although the config ties it."""
     folder = save(model_of("qwen2-tied"), tmp_path / "theirs")
     tensors = tensors_of(folder)
@@ -151,12 +178,19 @@ def test_the_recipe_beside_the_weights_is_a_base_for_a_stage(tmp_path: Path) -> 
     assert Path(recipe.text.tokenizer, "tokenizer.json").exists()
 
 
-def test_the_command_line_converts_and_verifies_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line_converts_and_verifies_both_ways(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = save(model_of("llama-tied"), tmp_path / "theirs")
     assert main(["from-hf", str(folder), str(tmp_path / "ours"), "--verify"]) == 0
     assert main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "again"), "--verify"]) == 0
     said = capsys.readouterr()
-    assert said.out.count("all tensors are equal both ways; one forward pass gave transformers' logits") == 2
+    assert (
+        said.out.count(
+            "all tensors are equal both ways; one forward pass gave transformers' logits"
+        )
+        == 2
+    )
     assert "B/s" in said.err
     assert_same_folder(folder, tmp_path / "again")
     assert main(["from-hf", str(folder), str(tmp_path / "ours")]) == 1

@@ -1,4 +1,5 @@
-"""Vision towers come in beside a language model: features, gradients and round trips are those of their owners."""
+"""Vision towers come in beside a language model: features, gradients and round trips are those of
+their owners."""
 
 import json
 import math
@@ -12,7 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import TILE, TOWERS, model_of, randomize, save, save_whole_clip, tensors_of, tower_of
+from toy_folders import (
+    TILE,
+    TOWERS,
+    model_of,
+    randomize,
+    save,
+    save_whole_clip,
+    tensors_of,
+    tower_of,
+)
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from megatron_vita import platform
@@ -55,7 +65,10 @@ def joined(hidden: Tensor, *, class_token: bool) -> Tensor:
         return grid[:, row, column] if row < side and column < side else zero
 
     corners = [(r, c) for r in range(0, side, 2) for c in range(0, side, 2)]
-    cells = [torch.cat([at(r, c), at(r, c + 1), at(r + 1, c), at(r + 1, c + 1)], dim=-1) for r, c in corners]
+    cells = [
+        torch.cat([at(r, c), at(r, c + 1), at(r + 1, c), at(r + 1, c + 1)], dim=-1)
+        for r, c in corners
+    ]
     return torch.stack(cells, dim=1)
 
 
@@ -71,7 +84,9 @@ def assert_same_features_and_gradients(tower: VisionTower, expected: Tensor, til
 
 
 def random_tiles(size: int = TILE) -> Tensor:
-    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    return torch.randn(
+        3, 3, size, size, generator=torch.Generator().manual_seed(4)
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -81,18 +96,28 @@ def test_features_gradients_and_round_trip(name: str, language: Path, tmp_path: 
     tower, recipe = bring_in(tmp_path / "tower", language, tmp_path / "ours")
     tiles = random_tiles(recipe.model.vision.image_size)
     hidden = theirs(pixel_values=tiles).last_hidden_state
-    assert_same_features_and_gradients(tower, joined(hidden, class_token="siglip" not in name), tiles)
+    assert_same_features_and_gradients(
+        tower, joined(hidden, class_token="siglip" not in name), tiles
+    )
     grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     assert tower.embeddings.patch_embedding.weight.grad is not None
-    (patch,) = (grad for n, grad in grads.items() if n.endswith(("patch_embedding.weight", "projection.weight")))
-    torch.testing.assert_close(tower.embeddings.patch_embedding.weight.grad, patch, atol=1e-4, rtol=1e-5)
+    (patch,) = (
+        grad
+        for n, grad in grads.items()
+        if n.endswith(("patch_embedding.weight", "projection.weight"))
+    )
+    torch.testing.assert_close(
+        tower.embeddings.patch_embedding.weight.grad, patch, atol=1e-4, rtol=1e-5
+    )
 
     layout = "internvit-hf" if "internvit" in name else name.split("-")[0]
     export_checkpoint(tmp_path / "ours", tmp_path / "again", layout=layout)
     before, after = tensors_of(tmp_path / "tower"), tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
-    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("tower", "again")]
+    configs = [
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("tower", "again")
+    ]
     assert configs[0] == configs[1]
     loaded, report = type(theirs).from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not report["missing_keys"]
@@ -117,7 +142,9 @@ def test_a_prefixed_siglip_tower_keeps_its_prefix(language: Path, tmp_path: Path
     """transformers 4 wrote `vision_model.` before all names."""
     theirs = tower_of("siglip")
     theirs.save_pretrained(tmp_path / "tower")
-    tensors = {f"vision_model.{name}": tensor for name, tensor in tensors_of(tmp_path / "tower").items()}
+    tensors = {
+        f"vision_model.{name}": tensor for name, tensor in tensors_of(tmp_path / "tower").items()
+    }
     save_file(tensors, tmp_path / "tower" / "model.safetensors")
     bring_in(tmp_path / "tower", language, tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="siglip-prefixed")
@@ -128,39 +155,60 @@ def test_a_prefixed_siglip_tower_keeps_its_prefix(language: Path, tmp_path: Path
 
 
 class Eva(nn.Module):
-    """EVA2-CLIP in plain PyTorch: a norm at the end of each branch; query, key and value in one matrix."""
+    """EVA2-CLIP in plain PyTorch: a norm at the end of each branch; query, key and value in one
+    matrix."""
 
     def __init__(self) -> None:
         super().__init__()
         width, ffn, patches = 32, 64, (TILE // 14) ** 2
-        shapes = {"patch_embedding.proj.weight": (width, 3, 14, 14), "patch_embedding.proj.bias": (width,)}
+        shapes = {
+            "patch_embedding.proj.weight": (width, 3, 14, 14),
+            "patch_embedding.proj.bias": (width,),
+        }
         shapes |= {"patch_embedding.cls_embedding": (1, width)}
         shapes |= {"patch_embedding.position_embedding.weight": (patches + 1, width)}
         for i in range(2):
-            linear = {"attention.query_key_value": (3 * width, width), "attention.dense": (width, width)}
+            linear = {
+                "attention.query_key_value": (3 * width, width),
+                "attention.dense": (width, width),
+            }
             linear |= {"mlp.fc1": (ffn, width), "mlp.fc2": (width, ffn)}
             for name, shape in linear.items():
                 shapes[f"transformer.layers.{i}.{name}.weight"] = shape
                 shapes[f"transformer.layers.{i}.{name}.bias"] = shape[:1]
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                shapes |= {f"transformer.layers.{i}.{norm}.{kind}": (width,) for kind in ("weight", "bias")}
-        self.weights = nn.ParameterDict({n.replace(".", "|"): nn.Parameter(torch.zeros(s)) for n, s in shapes.items()})
+                shapes |= {
+                    f"transformer.layers.{i}.{norm}.{kind}": (width,) for kind in ("weight", "bias")
+                }
+        self.weights = nn.ParameterDict(
+            {n.replace(".", "|"): nn.Parameter(torch.zeros(s)) for n, s in shapes.items()}
+        )
         randomize(self)
 
     def forward(self, tiles: Tensor) -> Tensor:
         w = {name.replace("|", "."): p for name, p in self.weights.items()}
-        x = F.conv2d(tiles, w["patch_embedding.proj.weight"], w["patch_embedding.proj.bias"], stride=14)
+        x = F.conv2d(
+            tiles, w["patch_embedding.proj.weight"], w["patch_embedding.proj.bias"], stride=14
+        )
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([w["patch_embedding.cls_embedding"].expand(len(x), 1, -1), x], dim=1)
         x = x + w["patch_embedding.position_embedding.weight"]
         for i in range(2):
-            p = {n.removeprefix(f"transformer.layers.{i}."): t for n, t in w.items() if f"layers.{i}." in n}
-            qkv = F.linear(x, p["attention.query_key_value.weight"], p["attention.query_key_value.bias"])
+            p = {
+                n.removeprefix(f"transformer.layers.{i}."): t
+                for n, t in w.items()
+                if f"layers.{i}." in n
+            }
+            qkv = F.linear(
+                x, p["attention.query_key_value.weight"], p["attention.query_key_value.bias"]
+            )
             q, k, v = qkv.view(*x.shape[:2], 3, 4, 8).permute(2, 0, 3, 1, 4)
             scores = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
             mixed = (scores @ v).transpose(1, 2).flatten(2)
             out = F.linear(mixed, p["attention.dense.weight"], p["attention.dense.bias"])
-            x = x + F.layer_norm(out, (32,), p["input_layernorm.weight"], p["input_layernorm.bias"], 1e-6)
+            x = x + F.layer_norm(
+                out, (32,), p["input_layernorm.weight"], p["input_layernorm.bias"], 1e-6
+            )
             out = F.gelu(F.linear(x, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
             out = F.linear(out, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
             norm = p["post_attention_layernorm.weight"], p["post_attention_layernorm.bias"]
@@ -171,13 +219,30 @@ class Eva(nn.Module):
 def test_eva_is_taken_out_of_a_glm_folder(language: Path, tmp_path: Path) -> None:
     eva, folder = Eva(), tmp_path / "glm"
     folder.mkdir()
-    tensors = {f"transformer.vision.{n.replace('|', '.')}": t.detach() for n, t in eva.weights.items()}
+    tensors = {
+        f"transformer.vision.{n.replace('|', '.')}": t.detach() for n, t in eva.weights.items()
+    }
     save_file(
-        tensors | {"transformer.vision.linear_proj.gate_proj.weight": torch.ones(2)}, folder / "model.safetensors"
+        tensors | {"transformer.vision.linear_proj.gate_proj.weight": torch.ones(2)},
+        folder / "model.safetensors",
     )
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_heads": 4, "in_channels": 3}
-    vision |= {"image_size": TILE, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "num_positions": 17}
-    (folder / "config.json").write_text(json.dumps({"model_type": "chatglm", "vision_config": vision}))
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "in_channels": 3,
+    }
+    vision |= {
+        "image_size": TILE,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "num_positions": 17,
+    }
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "chatglm", "vision_config": vision})
+    )
     tower, _ = bring_in(folder, language, tmp_path / "ours")
     tiles = random_tiles()
     assert_same_features_and_gradients(tower, joined(eva(tiles), class_token=True), tiles)
@@ -191,4 +256,6 @@ def test_an_odd_grid_is_padded_with_zeros_at_its_right_and_bottom() -> None:
     patches = torch.arange(9.0).view(1, 9, 1) + 1
     expected = torch.tensor([[1, 2, 4, 5], [3, 0, 6, 0], [7, 8, 0, 0], [9, 0, 0, 0]]).float()
     assert torch.equal(pixel_shuffle(patches)[0], expected)
-    assert VisionConfig(image_size=384, patch_size=14, ragged_grid=True).image_token_length == 14 * 14
+    assert (
+        VisionConfig(image_size=384, patch_size=14, ragged_grid=True).image_token_length == 14 * 14
+    )

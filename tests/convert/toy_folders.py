@@ -1,4 +1,5 @@
-"""Tiny Hugging Face folders of each family, with random weights, as their libraries and authors write them."""
+"""Tiny Hugging Face folders of each family, with random weights, as their libraries and authors
+write them."""
 
 import json
 import sys
@@ -60,10 +61,18 @@ def internvl(vision: dict, *, tied: bool = False) -> InternVLForConditionalGener
 
 
 LANGUAGE = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **theta(1e6), tie_word_embeddings=False)),
-    "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, **theta(1e6), tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, **theta(1e6), head_dim=16, tie_word_embeddings=False)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **theta(1e5), tie_word_embeddings=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, **theta(1e6), tie_word_embeddings=False)
+    ),
+    "qwen2-tied": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, **theta(1e6), tie_word_embeddings=True)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SHAPE, **theta(1e6), head_dim=16, tie_word_embeddings=False)
+    ),
+    "llama-tied": lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, **theta(1e5), tie_word_embeddings=True)
+    ),
 }
 SCALED = {
     "llama-linear": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **theta(1e4, rope_type="linear", factor=4.0))),
@@ -111,15 +120,22 @@ def save(model: nn.Module, folder: Path, *, dtype: torch.dtype = torch.float32) 
 
 
 def add_companions(folder: Path) -> None:
-    words = {word: i for i, word in enumerate(["<unk>", "a", "b", " ", "\n", "<|im_start|>", "<|im_end|>"])}
+    words = {
+        word: i
+        for i, word in enumerate(["<unk>", "a", "b", " ", "\n", "<|im_start|>", "<|im_end|>"])
+    }
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>"
+    )
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     GenerationConfig(temperature=0.25, do_sample=True, eos_token_id=6).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.25], "size": TILE}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.5, 0.25], "size": TILE})
+    )
 
 
 TOWER = VISION | {"image_size": TILE, "patch_size": 14}
@@ -147,9 +163,15 @@ def save_vision(folder: Path, *, large: bool = False) -> Path:
 
 def save_whole_clip(folder: Path) -> CLIPModel:
     """CLIP with its text tower, as most published folders hold it."""
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = CLIPConfig(
-        vision_config=CLIPVisionConfig(**TOWER).to_dict(), text_config=CLIPTextConfig(**text, vocab_size=50).to_dict()
+        vision_config=CLIPVisionConfig(**TOWER).to_dict(),
+        text_config=CLIPTextConfig(**text, vocab_size=50).to_dict(),
     )
     model = CLIPModel(config)
     randomize(model)
@@ -157,10 +179,15 @@ def save_whole_clip(folder: Path) -> CLIPModel:
     return model
 
 
-def save_chat(model: InternVLForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save_chat(
+    model: InternVLForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float32
+) -> Path:
     """The same weights in OpenGVLab's layout, with its names and config fields."""
     folder.mkdir(parents=True)
-    save_file({name: t.to(dtype).contiguous() for name, t in chat_tensors(model).items()}, folder / "model.safetensors")
+    save_file(
+        {name: t.to(dtype).contiguous() for name, t in chat_tensors(model).items()},
+        folder / "model.safetensors",
+    )
     vision, text = model.config.vision_config, model.config.text_config.to_dict()
     config = {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "downsample_ratio": 0.5,

@@ -33,4 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> SimpleNamespac
 @pytest.fixture
 def own_world(tmp_path: Path, tokenizer) -> SimpleNamespace:
     """A world of the test's own, to be damaged."""
-    return SimpleNamespace(root=tmp_path, recipe=make_world(tmp_path, tokenizer), tokenizer=tokenizer)
+    return SimpleNamespace(
+        root=tmp_path, recipe=make_world(tmp_path, tokenizer), tokenizer=tokenizer
+    )

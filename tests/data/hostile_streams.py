@@ -9,9 +9,9 @@ from megatron_vita.data.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):
-    """At `document` of `pack` does `deed`: hang, die, die_of_memory, die_in_turns or die_once; or earlier: break,
-    start_dying, start_hanging or start_slowly. If the deed is dawdle, it takes its time before each file of each
-    document.
+    """At `document` of `pack` does `deed`: hang, die, die_of_memory, die_in_turns or die_once; or
+    earlier: break, start_dying, start_hanging or start_slowly. If the deed is dawdle, it takes its
+    time before each file of each document.
     """
 
     pack = document = -1
@@ -53,13 +53,18 @@ class HostileStream(PackStream):
         elif self.deed == "die_in_turns":
             with open(self.memory, "a") as file:
                 file.write(".")
-            os.kill(os.getpid(), signal.SIGSEGV if Path(self.memory).stat().st_size == 3 else signal.SIGKILL)
+            os.kill(
+                os.getpid(),
+                signal.SIGSEGV if Path(self.memory).stat().st_size == 3 else signal.SIGKILL,
+            )
         elif self.deed == "die_once" and not Path(self.memory).exists():
             Path(self.memory).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hostile(stream: PackStream, deed: str, *, pack: int, document: int = 0, memory: str = "") -> HostileStream:
+def hostile(
+    stream: PackStream, deed: str, *, pack: int, document: int = 0, memory: str = ""
+) -> HostileStream:
     """The stream, turned hostile."""
     stream.__class__ = HostileStream
     stream.deed, stream.pack, stream.document, stream.memory = deed, pack, document, memory

@@ -1,7 +1,8 @@
-"""A job that reads packs and saves its position now and then, as training does. Arguments: world (pickled), folder.
+"""A job that reads packs and saves its position now and then, as training does. Arguments: world
+(pickled), folder.
 
-`read.log` has a line for each pack read: its number and a digest of its batch; `position` is written with the log's
-length, so that a job that goes on drops what it will read again.
+`read.log` has a line for each pack read: its number and a digest of its batch; `position` is
+written with the log's length, so that a job that goes on drops what it will read again.
 """
 
 import hashlib
@@ -21,7 +22,14 @@ EVERY = 3
 def digest(batch: Batch) -> str:
     """Of all tensors of a batch."""
     found = hashlib.sha256()
-    for tensor in (batch.input_ids, batch.labels, batch.cu_seqlens, batch.tiles, batch.tile_ids, batch.placements):
+    for tensor in (
+        batch.input_ids,
+        batch.labels,
+        batch.cu_seqlens,
+        batch.tiles,
+        batch.tile_ids,
+        batch.placements,
+    ):
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
@@ -36,7 +44,9 @@ def main() -> None:
     with open(folder / "read.log", "a") as log:
         log.truncate(length)
         tasks = (PackTask(i % len(stream)) for i in range(consumed, last))
-        for i, pack in enumerate(read_packs(stream, tasks, num_workers=2, prefetch=3), start=consumed):
+        for i, pack in enumerate(
+            read_packs(stream, tasks, num_workers=2, prefetch=3), start=consumed
+        ):
             log.write(f"{i} {pack.batch.pack_id} {digest(pack.batch)}\n")
             log.flush()
             if i % EVERY == EVERY - 1 or i == last - 1:

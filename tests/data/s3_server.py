@@ -1,4 +1,5 @@
-"""An S3 store on loopback that fails as stores do, at a set rate: errors, cut bodies, dropped connections."""
+"""An S3 store on loopback that fails as stores do, at a set rate: errors, cut bodies, dropped
+connections."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,8 @@ from werkzeug.serving import make_server
 
 
 class FaultyStore:
-    """Serves the store; `faults` is the share of object reads that go wrong, evenly spread, `reads` counts them."""
+    """Serves the store; `faults` is the share of object reads that go wrong, evenly spread, `reads`
+    counts them."""
 
     def __init__(self) -> None:
         self._store = DomainDispatcherApplication(create_backend_app)
@@ -25,7 +27,9 @@ class FaultyStore:
         self._server.shutdown()
 
     def __call__(self, environ: dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        is_read = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith((".tar", ".parquet"))
+        is_read = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(
+            (".tar", ".parquet")
+        )
         self.reads += is_read
         if not is_read or int(self.reads * self.faults) == int((self.reads - 1) * self.faults):
             return self._store(environ, start_response)

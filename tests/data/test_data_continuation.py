@@ -25,7 +25,10 @@ def datasets(recipe: Recipe, **replaced: float) -> dict:
 def named(plan: PackPlan, packs: slice) -> list[tuple]:
     """Documents of some packs, by the names of their datasets."""
     inside = np.isin(plan.columns["pack"], np.arange(plan.num_packs)[packs])
-    rows = zip(*(plan.columns[name][inside].tolist() for name in ("dataset", "shard", "row", "tokens")), strict=True)
+    rows = zip(
+        *(plan.columns[name][inside].tolist() for name in ("dataset", "shard", "row", "tokens")),
+        strict=True,
+    )
     return [(plan.datasets[dataset] if dataset >= 0 else "gone", *rest) for dataset, *rest in rows]
 
 
@@ -56,10 +59,13 @@ def test_a_continued_plan_is_read_and_continued_again(planned, world) -> None:
     write_plan(first, plan_path(mixed, "train"))
     stream = train_stream_of(mixed, world)
     for pack, batch in enumerate(before):
-        batch.document_sources = 1 - batch.document_sources.where(batch.document_sources >= 0, 2)  # the order changed
+        # the order changed
+        batch.document_sources = 1 - batch.document_sources.where(batch.document_sources >= 0, 2)
         assert_same(stream[pack], batch)
     final = changed(recipe, data=datasets(recipe, shapes=1.0, more=1.0) | {"epochs": 1})
-    second, _ = make_plan(final, "train", tokenizer=world.tokenizer, continued=Continuation(first, 7))
+    second, _ = make_plan(
+        final, "train", tokenizer=world.tokenizer, continued=Continuation(first, 7)
+    )
     assert named(second, slice(7)) == named(first, slice(7))
     assert [entry["packs"] for entry in second.history] == [4, 7]
 
@@ -77,7 +83,9 @@ def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(planned, wo
     assert {name for name, *_ in named(new, slice(4, None))} == {"more"}
     write_plan(new, plan_path(mixed, "train"))
     stream = train_stream_of(mixed, world)
-    with pytest.raises(DataError, match="pack 0 holds a sample of a dataset or shard that the recipe no longer has"):
+    with pytest.raises(
+        DataError, match="pack 0 holds a sample of a dataset or shard that the recipe no longer has"
+    ):
         stream[0]
     assert stream[4].sample_keys
 
@@ -85,14 +93,17 @@ def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(planned, wo
 @pytest.mark.parametrize("pack", [-1, 999])
 def test_a_break_outside_the_plan_is_refused(planned, world, pack: int) -> None:
     recipe, old = planned
-    with pytest.raises(ConfigError, match=f"--continue-from is {pack}: the plan has packs 0 to {old.num_packs - 1}"):
+    with pytest.raises(
+        ConfigError, match=f"--continue-from is {pack}: the plan has packs 0 to {old.num_packs - 1}"
+    ):
         make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))
 
 
 def test_another_break_shuffles_anew(planned, world) -> None:
     recipe, old = planned
     plans = [
-        make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))[0] for pack in (4, 5)
+        make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))[0]
+        for pack in (4, 5)
     ]
     assert named(plans[0], slice(4, 9)) != named(plans[1], slice(5, 10))
     assert train_stream(world).plan.history == []
@@ -114,8 +125,12 @@ def test_a_shard_that_is_gone_stays_gone_when_the_plan_is_continued_again(planne
     gone = Path(recipe.data.plan).parent / "shapes-000000.tar"
     gone.rename(gone.with_suffix(".away"))
     first, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
-    second, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(first, 4))
-    lost = (old.before(4)["dataset"] == old.datasets.index("shapes")) & (old.before(4)["shard"] == 0)
+    second, _ = make_plan(
+        recipe, "train", tokenizer=world.tokenizer, continued=Continuation(first, 4)
+    )
+    lost = (old.before(4)["dataset"] == old.datasets.index("shapes")) & (
+        old.before(4)["shard"] == 0
+    )
     assert lost.any()
     for plan in (first, second):
         assert ((plan.before(4)["shard"] == -1) == lost).all()

@@ -1,4 +1,5 @@
-"""Documents: their length is known from metadata, labels stay inside them, tiles stand where they belong."""
+"""Documents: their length is known from metadata, labels stay inside them, tiles stand where they
+belong."""
 
 from dataclasses import replace
 
@@ -25,14 +26,18 @@ def documents_of(shard, form: DocumentFormat):
     index, reader = build_index(shard, form.tokenizer, form.template), ShardReader()
     for i in range(len(index)):
         row = index.row(i)
-        data = reader.read(shard, member=row.members[f"{row.key}.json"], shard_size=index.header.shard_size)
+        data = reader.read(
+            shard, member=row.members[f"{row.key}.json"], shard_size=index.header.shard_size
+        )
         yield build_document(parse_record(data, row.key), row, form=form)
 
 
 @pytest.fixture
 def form(world) -> DocumentFormat:
     recipe = world.recipe
-    return DocumentFormat(tokenizer=world.tokenizer, template="chatml", media=recipe.media, vision=recipe.model.vision)
+    return DocumentFormat(
+        tokenizer=world.tokenizer, template="chatml", media=recipe.media, vision=recipe.model.vision
+    )
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain"])
@@ -50,20 +55,28 @@ def test_lengths_from_metadata_are_those_of_the_documents(
 def assert_counted(lengths: Lengths, documents: list[Document]) -> None:
     assert lengths.tokens.tolist() == [len(document) for document in documents]
     assert lengths.tiles.tolist() == [len(document.placements) for document in documents]
-    assert lengths.tiles.tolist() == [sum(medium.num_tiles for medium in document.media) for document in documents]
-    assert lengths.rows.tolist() == [int((document.labels != NO_LOSS).sum()) for document in documents]
+    assert lengths.tiles.tolist() == [
+        sum(medium.num_tiles for medium in document.media) for document in documents
+    ]
+    assert lengths.rows.tolist() == [
+        int((document.labels != NO_LOSS).sum()) for document in documents
+    ]
 
 
 @pytest.mark.parametrize("policy", ["reject", "cut", "drop_media"])
 @pytest.mark.parametrize("limit", [40, 60, 80, 110])
-def test_what_is_left_of_long_documents_is_counted_from_metadata(shard, form, policy: str, limit: int) -> None:
+def test_what_is_left_of_long_documents_is_counted_from_metadata(
+    shard, form, policy: str, limit: int
+) -> None:
     form = replace(form, limit=limit, overlong=policy)
     lengths = document_lengths(build_index(shard, form.tokenizer, form.template), form=form)
     documents = list(documents_of(shard, form))
     assert_counted(lengths, documents)
     whole = [len(document) for document in documents_of(shard, replace(form, limit=0))]
     assert max(whole) > limit
-    left = [len(document) for length, document in zip(whole, documents, strict=True) if length > limit]
+    left = [
+        len(document) for length, document in zip(whole, documents, strict=True) if length > limit
+    ]
     assert policy != "reject" or min(left) > limit
     assert policy != "drop_media" or limit < 110 or max(left) <= limit
 
@@ -71,15 +84,26 @@ def test_what_is_left_of_long_documents_is_counted_from_metadata(shard, form, po
 def test_dropping_media_keeps_all_text_and_as_many_frames_as_fit(shard, form) -> None:
     whole = list(documents_of(shard, form))[1]
     frame = form.video_tokens(1)
-    left = list(documents_of(shard, replace(form, limit=len(whole) - frame, overlong="drop_media")))[1]
+    left = list(
+        documents_of(shard, replace(form, limit=len(whole) - frame, overlong="drop_media"))
+    )[1]
     kept = [(medium.member, medium.num_tiles) for medium in left.media]
-    assert kept == [(medium.member, medium.num_tiles) for medium in whole.media[:2]]  # the last picture goes whole
+    # the last picture goes whole
+    assert kept == [(medium.member, medium.num_tiles) for medium in whole.media[:2]]
     lost = sum(form.measure_image(size)[0] for size in [(90, 30)])
-    fewer = list(documents_of(shard, replace(form, limit=len(whole) - lost - 2 * frame, overlong="drop_media")))[1]
+    fewer = list(
+        documents_of(
+            shard, replace(form, limit=len(whole) - lost - 2 * frame, overlong="drop_media")
+        )
+    )[1]
     clip = fewer.media[1]
     assert clip.num_tiles == whole.media[1].num_tiles - 2
-    assert clip.times == [(i + 0.5) * 2.0 / clip.num_tiles for i in range(clip.num_tiles)]  # evenly over the 2 s
-    text = {form.tokenizer.special_id(f"<{kind}>") for kind in ("img", "/img", "vid", "/vid", "patch", "/patch")}
+    # evenly over the 2 s
+    assert clip.times == [(i + 0.5) * 2.0 / clip.num_tiles for i in range(clip.num_tiles)]
+    text = {
+        form.tokenizer.special_id(f"<{kind}>")
+        for kind in ("img", "/img", "vid", "/vid", "patch", "/patch")
+    }
     assert np.isin(fewer.input_ids, list(text)).sum() < np.isin(whole.input_ids, list(text)).sum()
     assert (fewer.labels != NO_LOSS).sum() == (whole.labels != NO_LOSS).sum()
 
@@ -123,5 +147,8 @@ def test_media_come_in_the_order_of_the_conversation(shard, form) -> None:
 def test_a_document_that_is_not_as_planned_is_named_with_both_numbers(shard, form) -> None:
     document = next(documents_of(shard, form))
     tokens = len(document)
-    with pytest.raises(DataError, match=rf"x\.tar sample k: .*{tokens} tokens and 3 tiles, the plan counted 7 and 2"):
+    with pytest.raises(
+        DataError,
+        match=rf"x\.tar sample k: .*{tokens} tokens and 3 tiles, the plan counted 7 and 2",
+    ):
         check_length(document, name="x.tar sample k", tokens=7, tiles=2)

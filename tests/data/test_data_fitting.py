@@ -28,7 +28,8 @@ def test_reject_leaves_nothing() -> None:
     [
         (91, Fit(tokens=91, tiles=7, rows=39, kept=(5, 2))),
         (73, Fit(tokens=73, tiles=7, rows=21, kept=(5, 2))),
-        (71, Fit(tokens=60, tiles=5, rows=20, kept=(5, 0))),  # the video would be cut: it goes, and what follows
+        # the video would be cut: it goes, and what follows
+        (71, Fit(tokens=60, tiles=5, rows=20, kept=(5, 0))),
         (45, Fit(tokens=45, tiles=5, rows=5, kept=(5, 0))),
         (40, None),  # nothing is scored
         (39, None),
@@ -51,9 +52,25 @@ def test_cut_keeps_the_beginning_and_no_half_medium(limit: int, expected: Fit | 
         (35, None),  # the text alone is longer
     ],
 )
-def test_drop_media_keeps_all_text_and_media_from_the_first_on(limit: int, expected: Fit | None) -> None:
-    pieces = [QUESTION, Piece(IMAGE, 30, 5), Piece(VIDEO, 72, 12), Piece(TEXT, 6), Piece(IMAGE, 8, 1), ANSWER]
+def test_drop_media_keeps_all_text_and_media_from_the_first_on(
+    limit: int, expected: Fit | None
+) -> None:
+    pieces = [
+        QUESTION,
+        Piece(IMAGE, 30, 5),
+        Piece(VIDEO, 72, 12),
+        Piece(TEXT, 6),
+        Piece(IMAGE, 8, 1),
+        ANSWER,
+    ]
     if limit == 150:  # a last video too long for the rest
-        pieces = [QUESTION, Piece(IMAGE, 30, 5), Piece(VIDEO, 66, 11), ANSWER, Piece(TEXT, 6), Piece(VIDEO, 600, 100)]
+        pieces = [
+            QUESTION,
+            Piece(IMAGE, 30, 5),
+            Piece(VIDEO, 66, 11),
+            ANSWER,
+            Piece(TEXT, 6),
+            Piece(VIDEO, 600, 100),
+        ]
         expected = Fit(tokens=150, tiles=19, rows=20, kept=(5, 11, 3))
     assert left_of(pieces, limit, "drop_media") == expected

@@ -9,12 +9,24 @@ from pathlib import Path
 import pytest
 from toy_data import picture, talk, toy_recipe, write_shard
 
-from megatron_vita.data.foreign import MemberRule, chat_messages, place_media, read_rule, record_of_members
+from megatron_vita.data.foreign import (
+    MemberRule,
+    chat_messages,
+    place_media,
+    read_rule,
+    record_of_members,
+)
 from megatron_vita.data.index import index_path, read_index, write_index
 from megatron_vita.data.index_build import build_index, build_sound_index
 from megatron_vita.data.plan import write_plan
 from megatron_vita.data.planner import make_plan
-from megatron_vita.data.quarantine import Entry, Quarantine, quarantine_path, read_quarantine, write_quarantine
+from megatron_vita.data.quarantine import (
+    Entry,
+    Quarantine,
+    quarantine_path,
+    read_quarantine,
+    write_quarantine,
+)
 from megatron_vita.data.shards import MediaFile, SampleWriter, scan_shard
 from megatron_vita.data.split import open_split, plan_path
 from megatron_vita.errors import ConfigError, DataError
@@ -41,12 +53,20 @@ def record(files: dict[str, bytes], **rule: str) -> dict:
 def test_a_caption_answers_the_prompt() -> None:
     found = record(CAPTIONED, prompt="What is <image>?")
     assert found["images"] == ["0.jpg"]
-    assert [turn["content"] for turn in found["messages"]] == ["<image>\nWhat is \\<image>?", "A red square."]
+    assert [turn["content"] for turn in found["messages"]] == [
+        "<image>\nWhat is \\<image>?",
+        "A red square.",
+    ]
 
 
 def test_a_conversation_is_found_in_json() -> None:
     turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "Red."}]
-    for content in (turns, {"conversations": turns}, {"conversation": turns}, talk("Which?", "Red.")):
+    for content in (
+        turns,
+        {"conversations": turns},
+        {"conversation": turns},
+        talk("Which?", "Red."),
+    ):
         found = record({"a/b.x.PNG": b"", "a/b.json": json.dumps(content).encode()})
         assert found["images"] == ["a/b.x.PNG"]
         assert [turn["content"] for turn in found["messages"]] == ["<image>\nWhich?", "Red."]
@@ -83,7 +103,9 @@ def test_members_that_are_no_sample_are_named(files: dict[str, bytes], reason: s
 def test_turns_of_many_makers() -> None:
     pairs = chat_messages([{"user": "a", "assistant": "b", "source": "x"}])
     assert pairs == talk("a", "b")["messages"]
-    assert chat_messages([{"role": "model", "content": "c"}]) == [{"role": "assistant", "content": "c"}]
+    assert chat_messages([{"role": "model", "content": "c"}]) == [
+        {"role": "assistant", "content": "c"}
+    ]
 
 
 def test_tags_are_placed_only_where_there_are_none() -> None:
@@ -115,7 +137,9 @@ def test_a_run_reads_shards_of_others(tmp_path: Path, tokenizer, tokenizer_path:
     texts = {}
     for pack in range(len(stream)):
         batch = stream[pack]
-        for key, start, stop in zip(batch.sample_keys, batch.document_starts, batch.document_starts[1:], strict=False):
+        for key, start, stop in zip(
+            batch.sample_keys, batch.document_starts, batch.document_starts[1:], strict=False
+        ):
             texts[key] = tokenizer.decode(batch.input_ids[start:stop].tolist())
     assert "A red square." in texts["0"]
     assert "Just words, many words." in texts["1"]
@@ -124,8 +148,16 @@ def test_a_run_reads_shards_of_others(tmp_path: Path, tokenizer, tokenizer_path:
 
 
 FAULTS = {
-    "link": ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "k.jpg", "is a link, a device or sparse"),
-    "hard link": ({"type": tarfile.LNKTYPE, "linkname": "0.jpg"}, "k.jpg", "is a link, a device or sparse"),
+    "link": (
+        {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+        "k.jpg",
+        "is a link, a device or sparse",
+    ),
+    "hard link": (
+        {"type": tarfile.LNKTYPE, "linkname": "0.jpg"},
+        "k.jpg",
+        "is a link, a device or sparse",
+    ),
     "parent": ({}, "../k.jpg", "leads out of the folder"),
     "absolute": ({}, "/etc/k.jpg", "leads out of the folder"),
     "not UTF-8": ({}, "\udcff.jpg", "its key is not UTF-8"),
@@ -152,7 +184,9 @@ def test_members_that_must_not_be_used_are_listed_and_the_others_are_indexed(
 
 
 def test_a_member_that_comes_twice_spoils_its_sample(tmp_path: Path, tokenizer) -> None:
-    shard = write_tar(write_tar(tmp_path / "a.tar", CAPTIONED), {"0.txt": b"Again.", "1.txt": b"Next."})
+    shard = write_tar(
+        write_tar(tmp_path / "a.tar", CAPTIONED), {"0.txt": b"Again.", "1.txt": b"Next."}
+    )
     index, quarantine = build_sound_index(shard, tokenizer, "chatml")
     assert index.keys() == ["1"]
     assert "two members are called '0.txt'" in quarantine.entries[0].reason
@@ -160,7 +194,10 @@ def test_a_member_that_comes_twice_spoils_its_sample(tmp_path: Path, tokenizer) 
 
 def test_of_a_damaged_tar_the_whole_samples_before_are_used(tmp_path: Path, tokenizer) -> None:
     whole = write_shard(tmp_path / "a.tar", range(8)).read_bytes()
-    headers = [min(m.offset for m in sample.members.values()) - 512 for sample in scan_shard(tmp_path / "a.tar")]
+    headers = [
+        min(m.offset for m in sample.members.values()) - 512
+        for sample in scan_shard(tmp_path / "a.tar")
+    ]
     for name, data in {
         "cut in a member": whole[: headers[5] + 700],
         "cut in a header": whole[: headers[5] + 100],
@@ -186,9 +223,13 @@ def test_a_header_with_a_negative_size_ends_the_scan(tmp_path: Path) -> None:
         list(scan_shard(shard))
 
 
-def test_what_validate_listed_is_left_out_and_other_shards_lists_are_not_obeyed(tmp_path: Path, tokenizer) -> None:
+def test_what_validate_listed_is_left_out_and_other_shards_lists_are_not_obeyed(
+    tmp_path: Path, tokenizer
+) -> None:
     shard = write_shard(tmp_path / "a.tar", range(4))
-    listed = Quarantine(shard_size=shard.stat().st_size).replaced("validate", [Entry("validate", "s0001", "why")])
+    listed = Quarantine(shard_size=shard.stat().st_size).replaced(
+        "validate", [Entry("validate", "s0001", "why")]
+    )
     write_quarantine(listed, shard)
     assert build_index(shard, tokenizer, "chatml").keys() == ["s0000", "s0002", "s0003"]
     write_shard(shard, range(5))
@@ -212,8 +253,14 @@ def test_a_list_is_written_only_where_it_changes(tmp_path: Path) -> None:
 
 def test_own_samples_that_name_what_is_not_theirs_are_bad(tmp_path: Path, tokenizer) -> None:
     with SampleWriter(tmp_path / "a.tar") as writer:
-        writer.write("k", record=talk("<image>", "b"), media={"image": [MediaFile(".png", picture((9, 9), "red"))]})
+        writer.write(
+            "k",
+            record=talk("<image>", "b"),
+            media={"image": [MediaFile(".png", picture((9, 9), "red"))]},
+        )
     data = (tmp_path / "a.tar").read_bytes().replace(b'["k.image0.png"]', b'[{"k.imag": 0 }]')
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(DataError, match=r"images names \{'k.imag': 0\}, which the shard does not hold"):
+    with pytest.raises(
+        DataError, match=r"images names \{'k.imag': 0\}, which the shard does not hold"
+    ):
         build_index(tmp_path / "a.tar", tokenizer, "chatml")

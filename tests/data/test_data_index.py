@@ -29,25 +29,33 @@ def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
     row = index.row(1)
     assert row.image_sizes == [(200, 100), (90, 30)]
     assert (row.videos[0].frames, row.videos[0].duration, row.videos[0].fps) == (16, 2.0, 8.0)
-    assert list(row.members) == ["s0001.image0.png", "s0001.image1.jpg", "s0001.json", "s0001.video0.mp4"]
+    assert list(row.members) == [
+        "s0001.image0.png",
+        "s0001.image1.jpg",
+        "s0001.json",
+        "s0001.video0.mp4",
+    ]
     kinds = [kind for kind, _ in row.pieces if kind >= Kind.IMAGE]
     assert kinds == [Kind.IMAGE, Kind.VIDEO, Kind.IMAGE]
     assert all(tokens > 0 for kind, tokens in row.pieces if kind < Kind.IMAGE)
 
 
 def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer) -> None:
-    exif = (
-        b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
-    )
+    exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
     with SampleWriter(tmp_path / "a.tar") as writer:
         image = MediaFile(".jpg", picture((120, 40), "red", format="JPEG", exif=exif))
         writer.write("k", record=talk("<image>", "b"), media={"image": [image]})
     assert build_index(tmp_path / "a.tar", tokenizer, "chatml").row(0).image_sizes == [(40, 120)]
 
 
-def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(tmp_path: Path, tokenizer) -> None:
+def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
+    tmp_path: Path, tokenizer
+) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
-    with pytest.raises(DataError, match=f"made with tokenizer {tokenizer.fingerprint}, the recipe's tokenizer is 123"):
+    with pytest.raises(
+        DataError,
+        match=f"made with tokenizer {tokenizer.fingerprint}, the recipe's tokenizer is 123",
+    ):
         read_index(path, {"tokenizer": "123"})
 
 
@@ -58,7 +66,9 @@ def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer) -> N
 
 
 def test_a_missing_index_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.index\.parquet: the shard has no index.*data_tools index"):
+    with pytest.raises(
+        DataError, match=r"a\.index\.parquet: the shard has no index.*data_tools index"
+    ):
         read_index(index_path(tmp_path / "a.tar"))
 
 
@@ -79,7 +89,11 @@ def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer)
     assert header.pop("rule")
     assert header.pop("left_out")
     pq.write_table(table.replace_schema_metadata({"index": json.dumps(header)}), path)
-    assert (len(read_index(path)), read_header(path).rule, read_header(path).left_out) == (2, "", "")
+    assert (len(read_index(path)), read_header(path).rule, read_header(path).left_out) == (
+        2,
+        "",
+        "",
+    )
 
 
 def test_a_shard_without_samples_has_an_index(tmp_path: Path, tokenizer) -> None:
@@ -91,7 +105,9 @@ def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer) -> None:
     contents = set()
     for image in (picture((40, 40), "red"), picture((40, 44), "red")):
         with SampleWriter(tmp_path / "a.tar") as writer:
-            writer.write("k", record=talk("<image>", "b"), media={"image": [MediaFile(".png", image)]})
+            writer.write(
+                "k", record=talk("<image>", "b"), media={"image": [MediaFile(".png", image)]}
+            )
         contents.add(build_index(tmp_path / "a.tar", tokenizer, "chatml").header.content)
     assert len(contents) == 2
 
@@ -104,7 +120,9 @@ def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer) -> None:
         (talk("<video>", "b"), {"video": [MediaFile(".mp4", clip()[:90])]}, r"k\.video0\.mp4"),
     ],
 )
-def test_a_bad_sample_is_named_by_shard_and_key(tmp_path: Path, tokenizer, record, media, names: str) -> None:
+def test_a_bad_sample_is_named_by_shard_and_key(
+    tmp_path: Path, tokenizer, record, media, names: str
+) -> None:
     with SampleWriter(tmp_path / "a.tar") as writer:
         writer.write("k", record=record, media=media)
     with pytest.raises(DataError, match=rf"a\.tar {names}"):

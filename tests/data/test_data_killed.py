@@ -1,4 +1,5 @@
-"""A job killed at random points, with all its processes, and started again loses and repeats no pack."""
+"""A job killed at random points, with all its processes, and started again loses and repeats no
+pack."""
 
 import os
 import pickle
@@ -21,7 +22,13 @@ HERE = Path(__file__).parent
 
 def start(world_file: Path, folder: Path, last: int) -> subprocess.Popen:
     environment = environment_with(HERE)
-    command = [sys.executable, str(HERE / "reading_job.py"), str(world_file), str(folder), str(last)]
+    command = [
+        sys.executable,
+        str(HERE / "reading_job.py"),
+        str(world_file),
+        str(folder),
+        str(last),
+    ]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
@@ -39,7 +46,11 @@ def test_a_job_killed_at_random_points_loses_and_repeats_nothing(world, tmp_path
     folder.mkdir()
     kills = 0
     while kills < KILLS:
-        size = int((folder / "position").read_text().split()[1]) if (folder / "position").exists() else 0
+        size = (
+            int((folder / "position").read_text().split()[1])
+            if (folder / "position").exists()
+            else 0
+        )
         job = start(world_file, folder, last)
         wait_for_progress(job, folder, size)
         time.sleep(draw.random() * 0.3)

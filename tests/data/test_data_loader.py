@@ -1,4 +1,5 @@
-"""The loader: packs in order whatever happens to its processes, and what cannot be read is masked, not fatal."""
+"""The loader: packs in order whatever happens to its processes, and what cannot be read is masked,
+not fatal."""
 
 import multiprocessing
 import os
@@ -41,7 +42,11 @@ def masked(stream: PackStream, batch: Batch, documents: list[int]) -> Batch:
 
 def readers() -> list[BaseProcess]:
     """The loader's processes, and not those that others have left."""
-    return [process for process in multiprocessing.active_children() if isinstance(process, ForkServerProcess)]
+    return [
+        process
+        for process in multiprocessing.active_children()
+        if isinstance(process, ForkServerProcess)
+    ]
 
 
 def assert_workers_end() -> None:
@@ -52,7 +57,9 @@ def assert_workers_end() -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "prefetch"), [(0, 1), (1, 1), (1, 4), (3, 2), (3, 7)])
-def test_order_and_content_do_not_depend_on_workers_or_prefetch(world, num_workers: int, prefetch: int) -> None:
+def test_order_and_content_do_not_depend_on_workers_or_prefetch(
+    world, num_workers: int, prefetch: int
+) -> None:
     stream = train_stream(world, (1, 2))
     ids = [3, 0, 2, 1, 3]
     packs = list(read_packs(stream, map(PackTask, ids), num_workers=num_workers, prefetch=prefetch))
@@ -105,10 +112,16 @@ def test_processes_killed_at_random_points_lose_and_repeat_nothing(world) -> Non
         ("die_of_memory", "5 processes ended .*-9"),
     ],
 )
-def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(world, deed: str, reason: str) -> None:
+def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(
+    world, deed: str, reason: str
+) -> None:
     whole = train_stream(world)
     stream = hostile(train_stream(world), deed, pack=2, document=1)
-    packs = list(read_packs(stream, tasks(stream), num_workers=2, sample_seconds=5 if deed == "hang" else 300))
+    packs = list(
+        read_packs(
+            stream, tasks(stream), num_workers=2, sample_seconds=5 if deed == "hang" else 300
+        )
+    )
     for pack in packs:
         wanted = whole[pack.batch.pack_id]
         if pack.batch.pack_id != 2:
@@ -135,7 +148,9 @@ def test_a_pack_that_takes_long_is_not_taken_for_a_hang_of_a_sample(world) -> No
 
 
 def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> None:
-    stream = hostile(train_stream(world), "die_once", pack=1, document=0, memory=str(tmp_path / "done"))
+    stream = hostile(
+        train_stream(world), "die_once", pack=1, document=0, memory=str(tmp_path / "done")
+    )
     packs = list(read_packs(stream, tasks(stream), num_workers=1))
     assert (tmp_path / "done").exists()
     assert not any(pack.damages for pack in packs)
@@ -144,14 +159,18 @@ def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> N
 
 def test_readers_that_die_before_they_read_anything_stop_the_run(world) -> None:
     stream = hostile(train_stream(world), "start_dying", pack=0)
-    with pytest.raises(VitaError, match=r"3 loader processes ended \(exit code -11\) before they read anything"):
+    with pytest.raises(
+        VitaError, match=r"3 loader processes ended \(exit code -11\) before they read anything"
+    ):
         list(read_packs(stream, tasks(stream), num_workers=1))
     assert_workers_end()
 
 
 def test_readers_that_hang_before_they_read_anything_stop_the_run(world) -> None:
     stream = hostile(train_stream(world), "start_hanging", pack=0)
-    with pytest.raises(VitaError, match=r"3 loader processes were silent for 1 seconds before they read anything"):
+    with pytest.raises(
+        VitaError, match=r"3 loader processes were silent for 1 seconds before they read anything"
+    ):
         list(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))
     assert_workers_end()
 
@@ -164,7 +183,9 @@ def test_a_slow_start_is_not_taken_for_a_hang(world) -> None:
 
 def test_a_mistake_of_ours_is_shown_with_its_traceback(world) -> None:
     stream = hostile(train_stream(world), "break", pack=0)
-    with pytest.raises(RuntimeError, match=r"pack 0 failed:\n(?s:.*)in read(?s:.*)a mistake of ours"):
+    with pytest.raises(
+        RuntimeError, match=r"pack 0 failed:\n(?s:.*)in read(?s:.*)a mistake of ours"
+    ):
         list(read_packs(stream, tasks(stream), num_workers=1))
 
 
@@ -191,14 +212,18 @@ def test_documents_to_skip_are_not_read(own_world, num_workers: int) -> None:
     key = damage(own_world).split(".")[0]
     stream = train_stream(own_world)
     (pack, document), *_ = [
-        (pack, keys.index(key)) for pack in range(len(stream)) if key in (keys := stream.read(pack).batch.sample_keys)
+        (pack, keys.index(key))
+        for pack in range(len(stream))
+        if key in (keys := stream.read(pack).batch.sample_keys)
     ]
     (found,) = read_packs(stream, [PackTask(pack, frozenset([document]))], num_workers=num_workers)
     assert not found.damages
 
 
 @pytest.mark.parametrize("share", [(0, 1), (1, 3)])
-def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(world, share: tuple[int, int]) -> None:
+def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(
+    world, share: tuple[int, int]
+) -> None:
     stream = train_stream(world, share)
     for pack in range(len(stream)):
         batch = stream[pack]
@@ -245,19 +270,29 @@ def test_a_pause_of_the_trainer_is_not_taken_for_a_hang(world) -> None:
 
 def test_a_plan_replaced_while_a_run_has_it_open_ends_the_run(own_world) -> None:
     stream = train_stream(own_world)
-    plan, _ = make_plan(changed(own_world.recipe, data={"seed": 7}), "train", tokenizer=own_world.tokenizer)
+    plan, _ = make_plan(
+        changed(own_world.recipe, data={"seed": 7}), "train", tokenizer=own_world.tokenizer
+    )
     write_plan(plan, plan_path(own_world.recipe, "train"))
-    with pytest.raises(ShardError, match=r"train\.arrow: the plan was replaced by another while a run has it open"):
+    with pytest.raises(
+        ShardError, match=r"train\.arrow: the plan was replaced by another while a run has it open"
+    ):
         next(read_packs(stream, tasks(stream), num_workers=1))
     plan_path(own_world.recipe, "train").unlink()
-    with pytest.raises(ShardError, match=r"train\.arrow: there is no plan.* replaced while a run has it open"):
+    with pytest.raises(
+        ShardError, match=r"train\.arrow: there is no plan.* replaced while a run has it open"
+    ):
         next(read_packs(stream, tasks(stream), num_workers=1))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_index_made_anew_while_a_run_has_the_plan_open_ends_the_run(own_world, num_workers: int) -> None:
+def test_an_index_made_anew_while_a_run_has_the_plan_open_ends_the_run(
+    own_world, num_workers: int
+) -> None:
     stream = train_stream(own_world)
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
     write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
-    with pytest.raises(ShardError, match=r"more-000000\.index\.parquet: the index was made anew after the plan"):
+    with pytest.raises(
+        ShardError, match=r"more-000000\.index\.parquet: the index was made anew after the plan"
+    ):
         list(read_packs(stream, tasks(stream), num_workers=num_workers))

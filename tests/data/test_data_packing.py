@@ -1,4 +1,5 @@
-"""Order and packing: each document once, none too much in a pack, windows kept, datasets mixed evenly."""
+"""Order and packing: each document once, none too much in a pack, windows kept, datasets mixed
+evenly."""
 
 import numpy as np
 import pytest
@@ -21,12 +22,19 @@ def test_no_pack_overflows_and_none_could_have_been_spared_greedily(seed: int) -
     fill = np.bincount(packs, weights=lengths)
     assert fill.max() <= 1024
     assert (fill > 0).all()
-    assert (fill[:-1] + fill[1:] > 1024).all()  # first fit leaves no two neighbours that fit together
+    # first fit leaves no two neighbours that fit together
+    assert (fill[:-1] + fill[1:] > 1024).all()
     assert len(fill) <= 11 / 9 * np.ceil(lengths.sum() / 1024) + 1
 
 
 def test_documents_go_into_the_first_pack_with_room() -> None:
-    assert best_fit_decreasing(np.array([16, 64, 48, 32, 16]), capacity=64).tolist() == [1, 0, 1, 2, 2]
+    assert best_fit_decreasing(np.array([16, 64, 48, 32, 16]), capacity=64).tolist() == [
+        1,
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_permutations_are_those_of_every_numpy() -> None:
@@ -35,7 +43,9 @@ def test_permutations_are_those_of_every_numpy() -> None:
 
 
 def test_every_sample_comes_once() -> None:
-    order = sample_order([[3, 0, 5], [4], []], ratios=[1, 1, 1], caps=[0, 0, 0], shuffler=Shuffler((1, 0)))
+    order = sample_order(
+        [[3, 0, 5], [4], []], ratios=[1, 1, 1], caps=[0, 0, 0], shuffler=Shuffler((1, 0))
+    )
     assert sorted(order) == list(range(12))
 
 
@@ -48,13 +58,17 @@ def test_samples_of_a_shard_stay_together() -> None:
 
 
 def test_datasets_are_mixed_in_proportion_everywhere() -> None:
-    order = sample_order([[100] * 9, [10] * 30], ratios=[1, 1], caps=[0, 0], shuffler=Shuffler((1, 0)))
+    order = sample_order(
+        [[100] * 9, [10] * 30], ratios=[1, 1], caps=[0, 0], shuffler=Shuffler((1, 0))
+    )
     second = (order >= 900).reshape(-1, 40).sum(axis=1)
     assert (np.abs(second - 10) <= 1).all()
 
 
 def test_a_ratio_takes_a_share_or_goes_round_again() -> None:
-    order = sample_order([[60, 40], [10]], ratios=[0.1, 2.5], caps=[0, 0], shuffler=Shuffler((1, 0)))
+    order = sample_order(
+        [[60, 40], [10]], ratios=[0.1, 2.5], caps=[0, 0], shuffler=Shuffler((1, 0))
+    )
     counts = np.bincount(order, minlength=110)
     assert (counts[:100].sum(), counts[:100].max()) == (10, 1)
     assert sorted(counts[100:]) == [2] * 5 + [3] * 5
@@ -79,7 +93,9 @@ def test_packs_are_full_on_a_realistic_mix(capacity: int) -> None:
     """Chats, images of 1 to 13 tiles, and films: real tokens over T, at the default alignment."""
     draw = np.random.default_rng(0)
     kind, count = draw.random(60_000), 60_000
-    tokens = np.exp(draw.normal(5.7, 0.8, count)) + (kind > 0.25) * 260 * draw.choice([1, 3, 5, 7, 9, 13], count)
+    tokens = np.exp(draw.normal(5.7, 0.8, count)) + (kind > 0.25) * 260 * draw.choice(
+        [1, 3, 5, 7, 9, 13], count
+    )
     frames = np.minimum(np.exp(draw.normal(4.2, 0.7, count)), capacity // 258 - 2)
     tokens = np.minimum(np.where(kind > 0.9, 258 * frames + 100, tokens), capacity).astype(np.int64)
     padded = -(-tokens // 16) * 16
@@ -107,7 +123,8 @@ def test_packs_of_a_step_have_like_costs_and_each_pack_one_number() -> None:
     before = costs[:1000].reshape(-1, 8)
     assert np.median(steps.max(1) / steps.mean(1)) < 1.05
     assert np.median(before.max(1) / before.mean(1)) > 1.5
-    assert abs(np.corrcoef(steps.mean(1), np.arange(125))[0, 1]) < 0.3  # steps are not sorted by cost
+    # steps are not sorted by cost
+    assert abs(np.corrcoef(steps.mean(1), np.arange(125))[0, 1]) < 0.3
     assert (np.abs(numbers - np.arange(1003)) < 8 * 64).all()
 
 
@@ -148,5 +165,7 @@ def test_packs_of_a_window_are_not_sorted_by_size() -> None:
     ("samples", "ratio", "cap", "taken"),
     [(100, 0.29, 0, 29), (100, 1.15, 0, 115), (7, 0.5, 0, 3), (100, 2.0, 150, 150)],
 )
-def test_shares_are_exact_and_rounded_down(samples: int, ratio: float, cap: int, taken: int) -> None:
+def test_shares_are_exact_and_rounded_down(
+    samples: int, ratio: float, cap: int, taken: int
+) -> None:
     assert taken_of(samples, ratio=ratio, cap=cap) == taken

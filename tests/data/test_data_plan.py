@@ -1,4 +1,5 @@
-"""The plan: a pure function of indexes, recipe and seed, refused where it does not fit, nothing lost silently."""
+"""The plan: a pure function of indexes, recipe and seed, refused where it does not fit, nothing
+lost silently."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +19,9 @@ from megatron_vita.planning.flops import variable_cost
 
 
 def samples_of(plan):
-    return list(zip(*(plan.columns[name].tolist() for name in ("dataset", "shard", "row")), strict=True))
+    return list(
+        zip(*(plan.columns[name].tolist() for name in ("dataset", "shard", "row")), strict=True)
+    )
 
 
 def test_same_inputs_give_same_bytes_wherever_they_lie(world, tmp_path: Path) -> None:
@@ -28,21 +31,38 @@ def test_same_inputs_give_same_bytes_wherever_they_lie(world, tmp_path: Path) ->
 
 
 def test_layout_and_workers_do_not_change_the_plan(world, tmp_path: Path) -> None:
-    parallel = {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}
-    recipe = changed(world.recipe, parallel=parallel, data={"num_workers": 5}, training={"global_batch_size": 64})
+    parallel = {
+        "context_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+    }
+    recipe = changed(
+        world.recipe, parallel=parallel, data={"num_workers": 5}, training={"global_batch_size": 64}
+    )
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     write_plan(plan, tmp_path / "train.arrow")
     assert (tmp_path / "train.arrow").read_bytes() == plan_path(world.recipe, "train").read_bytes()
 
 
-def test_grouped_plans_know_no_stages_and_no_frozen_parts_and_group_whole_steps(world, tmp_path: Path) -> None:
-    recipe = changed(world.recipe, data={"group_by_cost": True, "epochs": 5}, training={"global_batch_size": 2})
-    other = changed(recipe, parallel={"pipeline_model_parallel_size": 2}, training={"freeze_vision_model": True})
+def test_grouped_plans_know_no_stages_and_no_frozen_parts_and_group_whole_steps(
+    world, tmp_path: Path
+) -> None:
+    recipe = changed(
+        world.recipe, data={"group_by_cost": True, "epochs": 5}, training={"global_batch_size": 2}
+    )
+    other = changed(
+        recipe, parallel={"pipeline_model_parallel_size": 2}, training={"freeze_vision_model": True}
+    )
     plans = [make_plan(each, "train", tokenizer=world.tokenizer)[0] for each in (recipe, other)]
     for place, plan in enumerate(plans):
         write_plan(plan, tmp_path / str(place))
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
-    costs = np.array([variable_cost(recipe, plan.lengths_of(i), tiles=plan.tiles_of(i)) for i in range(plan.num_packs)])
+    costs = np.array(
+        [
+            variable_cost(recipe, plan.lengths_of(i), tiles=plan.tiles_of(i))
+            for i in range(plan.num_packs)
+        ]
+    )
     pairs = costs[: len(costs) // 2 * 2].reshape(-1, 2)
     shifted = costs[1 : (len(costs) + 1) // 2 * 2 - 1].reshape(-1, 2)
     assert np.mean(pairs.max(1) / pairs.mean(1)) < np.mean(shifted.max(1) / shifted.mean(1)) - 0.05
@@ -101,16 +121,24 @@ def test_joined_documents_are_packed_without_padding(world) -> None:
     [
         ({"data": {"seq_length": 512}}, "data.seq_length is 256 in the plan and 512 now"),
         ({"data": {"seed": 7}}, "data.seed is 1234 in the plan and 7 now"),
-        ({"data": {"document_alignment": 32}}, "data.document_alignment is 16 in the plan and 32 now"),
+        (
+            {"data": {"document_alignment": 32}},
+            "data.document_alignment is 16 in the plan and 32 now",
+        ),
         ({"data": {"shuffle_window": 9}}, "data.shuffle_window is 16 in the plan and 9 now"),
-        ({"data": {"isolate_documents": False}}, "data.isolate_documents is True in the plan and False now"),
+        (
+            {"data": {"isolate_documents": False}},
+            "data.isolate_documents is True in the plan and False now",
+        ),
         ({"model": {"text_only": True}}, "model.text_only is False in the plan and True now"),
         ({"data": {"epochs": 2}}, "data.epochs is 1 in the plan and 2 now"),
         ({"media": {"max_tiles": 6}}, "media.max_tiles is 4 in the plan and 6 now"),
         ({"media": {"max_fps": 1.0}}, "media.max_fps is 4.0 in the plan and 1.0 now"),
     ],
 )
-def test_a_plan_of_another_recipe_is_refused_by_field_and_values(world, groups, message: str) -> None:
+def test_a_plan_of_another_recipe_is_refused_by_field_and_values(
+    world, groups, message: str
+) -> None:
     recipe = changed(world.recipe, **groups)
     with pytest.raises(DataError, match=message.replace(".", r"\.")) as error:
         open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
@@ -121,23 +149,29 @@ def test_a_plan_of_other_samples_is_refused(own_world) -> None:
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
     write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
     with pytest.raises(
-        DataError, match=r"data\.train\[1\]\.shards\.more-000000\.tar is \w{16} in the plan and \w{16} now"
+        DataError,
+        match=r"data\.train\[1\]\.shards\.more-000000\.tar is \w{16} in the plan and \w{16} now",
     ):
         open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
 
 
 def test_a_plan_of_fewer_shards_is_refused(own_world) -> None:
     shutil.copy(own_world.root / "more-000000.tar", own_world.root / "more-000001.tar")
-    shutil.copy(own_world.root / "more-000000.index.parquet", own_world.root / "more-000001.index.parquet")
+    shutil.copy(
+        own_world.root / "more-000000.index.parquet", own_world.root / "more-000001.index.parquet"
+    )
     with pytest.raises(
-        DataError, match=r"data\.train\[1\]\.shards\.more-000001\.tar is absent in the plan and \w{16} now"
+        DataError,
+        match=r"data\.train\[1\]\.shards\.more-000001\.tar is absent in the plan and \w{16} now",
     ):
         open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
 
 
 def test_a_missing_plan_says_what_to_run(world) -> None:
     recipe = changed(world.recipe, data={"plan": "/nowhere"})
-    with pytest.raises(DataError, match=r"/nowhere/train\.arrow: there is no plan; .*data_tools plan RECIPE"):
+    with pytest.raises(
+        DataError, match=r"/nowhere/train\.arrow: there is no plan; .*data_tools plan RECIPE"
+    ):
         open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
 
 
@@ -146,13 +180,26 @@ def test_a_missing_plan_says_what_to_run(world) -> None:
     [
         ({"plan": ""}, "train", r"data\.plan is empty"),
         ({"validation": []}, "validation", r"data\.validation is empty"),
-        ({"train": [{"name": "x", "shards": "/no/*.tar"}]}, "train", r"/no/\*\.tar finds no shards"),
-        ({"train": [{"name": "x", "shards": "/dev/null"}]}, "train", "null, which is not a .tar shard"),
+        (
+            {"train": [{"name": "x", "shards": "/no/*.tar"}]},
+            "train",
+            r"/no/\*\.tar finds no shards",
+        ),
+        (
+            {"train": [{"name": "x", "shards": "/dev/null"}]},
+            "train",
+            "null, which is not a .tar shard",
+        ),
     ],
 )
 def test_a_recipe_without_data_is_refused(world, fields, split, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        open_split(changed(world.recipe, data=fields), split=split, tokenizer=world.tokenizer, tile_share=None)
+        open_split(
+            changed(world.recipe, data=fields),
+            split=split,
+            tokenizer=world.tokenizer,
+            tile_share=None,
+        )
 
 
 def test_two_shards_of_one_name_are_refused(own_world) -> None:
@@ -173,7 +220,11 @@ def test_samples_longer_than_a_pack_are_left_out_and_listed(world) -> None:
     recipe = toy_recipe(world.root, seq_length=128)
     plan, rejected = make_plan(recipe, "train", tokenizer=world.tokenizer)
     whole = read_plan(plan_path(world.recipe, "train"))
-    too_long = [key for key in zip(samples_of(whole), whole.columns["tokens"].tolist(), strict=True) if key[1] > 128]
+    too_long = [
+        key
+        for key in zip(samples_of(whole), whole.columns["tokens"].tolist(), strict=True)
+        if key[1] > 128
+    ]
     assert len(rejected) == len(too_long) == 40 - plan.num_documents > 0
     tokens = {int(entry.reason.split()[0]) for entry in rejected}
     assert tokens == {length for _, length in too_long}
@@ -182,13 +233,19 @@ def test_samples_longer_than_a_pack_are_left_out_and_listed(world) -> None:
 
 
 def test_a_strict_plan_stops_at_a_sample_longer_than_a_pack(world) -> None:
-    with pytest.raises(DataError, match=r"shapes-000000\.tar sample s\d+: \d+ tokens do not fit data.seq_length 128"):
-        make_plan(toy_recipe(world.root, seq_length=128), "train", tokenizer=world.tokenizer, strict=True)
+    with pytest.raises(
+        DataError,
+        match=r"shapes-000000\.tar sample s\d+: \d+ tokens do not fit data.seq_length 128",
+    ):
+        make_plan(
+            toy_recipe(world.root, seq_length=128), "train", tokenizer=world.tokenizer, strict=True
+        )
 
 
 def test_a_plan_without_any_sample_is_refused(world) -> None:
     with pytest.raises(
-        DataError, match=r"none of its 40 samples can be used\. .* 48 tokens do not fit data\.seq_length 16"
+        DataError,
+        match=r"none of its 40 samples can be used\. .* 48 tokens do not fit data\.seq_length 16",
     ):
         make_plan(toy_recipe(world.root, seq_length=16), "train", tokenizer=world.tokenizer)
 
@@ -212,7 +269,9 @@ def test_an_epoch_without_packs_does_not_start_the_numbering_anew(tmp_path: Path
     assert 0 < plan.num_packs < 12
     assert plan.columns["pack"].tolist() == list(range(plan.num_packs))
     single = [changed(recipe, data={"epochs": 1, "seed": seed}) for seed in range(20)]
-    with pytest.raises(DataError, match=r"data\.train: the samples that its epochs take are all longer than a pack"):
+    with pytest.raises(
+        DataError, match=r"data\.train: the samples that its epochs take are all longer than a pack"
+    ):
         [make_plan(once, "train", tokenizer=world.tokenizer) for once in single]
 
 

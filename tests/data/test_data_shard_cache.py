@@ -1,4 +1,5 @@
-"""The cache of remote shards: failures of store and disk, and several processes that evict, write and die."""
+"""The cache of remote shards: failures of store and disk, and several processes that evict, write
+and die."""
 
 import errno
 import multiprocessing
@@ -45,8 +46,14 @@ def sizes(folder: Path, suffix: str) -> list[int]:
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (ConnectionError("the store is down"), r"first.tar: cannot copy the shard: .*the store is down \(5 attempts\)"),
-        (PermissionError("no such key for you"), r"first.tar: cannot copy the shard: no such key for you"),
+        (
+            ConnectionError("the store is down"),
+            r"first.tar: cannot copy the shard: .*the store is down \(5 attempts\)",
+        ),
+        (
+            PermissionError("no such key for you"),
+            r"first.tar: cannot copy the shard: no such key for you",
+        ),
         (FileNotFoundError("gone"), r"first.tar: cannot open the shard: it is not there"),
     ],
 )
@@ -64,7 +71,9 @@ def test_a_failure_of_the_store_is_one_of_the_shard(
     assert read(tmp_path, FIRST) == b"1" * 20
 
 
-def test_a_copy_evicted_as_soon_as_it_is_found_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_evicted_as_soon_as_it_is_found_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read(tmp_path, FIRST)
     mark_used, evicted = os.utime, []
 
@@ -79,8 +88,13 @@ def test_a_copy_evicted_as_soon_as_it_is_found_is_read(tmp_path: Path, monkeypat
     assert evicted
 
 
-def test_a_copy_evicted_as_soon_as_it_is_made_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename, other = Path.rename, threading.Thread(target=read, args=(tmp_path, SECOND), kwargs={"limit": SIZE})
+def test_a_copy_evicted_as_soon_as_it_is_made_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, other = (
+        Path.rename,
+        threading.Thread(target=read, args=(tmp_path, SECOND), kwargs={"limit": SIZE}),
+    )
 
     def rename_then_evict(path: Path, target: Path) -> None:
         rename(path, target)
@@ -107,7 +121,11 @@ def test_readers_that_evict_each_others_copies_read_on(tmp_path: Path) -> None:
 def test_a_file_of_a_shard_that_is_gone_is_not_opened(tmp_path: Path) -> None:
     """Decoders take whatever goes wrong while they read for damage."""
     gone = UPath("memory://cached/gone.tar")
-    for shard, cache in ((gone, ShardCache(tmp_path, limit=SIZE)), (gone, None), (tmp_path / "gone.tar", None)):
+    for shard, cache in (
+        (gone, ShardCache(tmp_path, limit=SIZE)),
+        (gone, None),
+        (tmp_path / "gone.tar", None),
+    ):
         with pytest.raises(ShardError, match=r"gone.tar: cannot open the shard"):
             ShardReader(cache=cache).open(shard, member=MEMBER, shard_size=SIZE).__enter__()
 
@@ -138,12 +156,16 @@ def test_an_evicted_copy_gives_its_disk_back_when_the_next_one_is_opened(tmp_pat
     reader = ShardReader(cache=ShardCache(tmp_path, limit=SIZE))
     for shard in (FIRST, SECOND, FIRST, SECOND):
         reader.read(shard, member=MEMBER, shard_size=SIZE)
-        held = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+        held = [
+            os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()
+        ]
         assert sum(str(tmp_path) in target for target in held) == 1, held
 
 
 @pytest.fixture
-def slow_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+def slow_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Has a copy of FIRST begin, as the first event tells, and end when the second one is set."""
     begun, may_end = threading.Event(), threading.Event()
     read_range = shard_cache.read_range
@@ -199,8 +221,12 @@ def die_while_writing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [FIRST, SECOND])
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: UPath) -> None:
-    writer = multiprocessing.get_context("forkserver").Process(target=die_while_writing, args=(tmp_path,))
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: UPath
+) -> None:
+    writer = multiprocessing.get_context("forkserver").Process(
+        target=die_while_writing, args=(tmp_path,)
+    )
     writer.start()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
@@ -210,16 +236,18 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pyte
     assert not sizes(tmp_path, ".partial")
 
 
-def test_a_full_disk_ends_the_run_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_run_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        wanted = (
-            rf"data.cache {tmp_path}: .*first.tar, {SIZE} bytes: No space.*; the disk at /.* has \d+ bytes free: free"
-        )
-        with pytest.raises(ConfigError, match=wanted + r" the disk, or lower data.cache_gib, which is 9\.3"):
+        wanted = rf"data.cache {tmp_path}: .*first.tar, {SIZE} bytes: No space.*; the disk at /.* has \d+ bytes free: free"
+        with pytest.raises(
+            ConfigError, match=wanted + r" the disk, or lower data.cache_gib, which is 9\.3"
+        ):
             read(tmp_path, FIRST)
     assert not sizes(tmp_path, ".partial")
     assert read(tmp_path, FIRST) == b"1" * 20
@@ -227,11 +255,15 @@ def test_a_full_disk_ends_the_run_and_says_what_to_do(tmp_path: Path, monkeypatc
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"data.cache .*/file/cache: cannot keep a copy of .*first.tar"):
+    with pytest.raises(
+        ConfigError, match=r"data.cache .*/file/cache: cannot keep a copy of .*first.tar"
+    ):
         read(tmp_path / "file" / "cache", FIRST)
 
 
-def test_a_copy_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[list[int]] = []
     monkeypatch.setattr(os, "fsync", lambda _: seen.append(sizes(tmp_path, ".tar")))
     read(tmp_path, FIRST)

@@ -1,4 +1,5 @@
-"""Shards: same bytes for the same samples, whole or not at all, readable by webdataset, read by offset."""
+"""Shards: same bytes for the same samples, whole or not at all, readable by webdataset, read by
+offset."""
 
 import os
 from pathlib import Path
@@ -52,7 +53,9 @@ def test_a_truncated_tar_is_named(tmp_path: Path) -> None:
 def test_a_shard_changed_since_its_index_is_refused(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", range(2))
     size = shard.stat().st_size
-    with pytest.raises(DataError, match=f"has {size} bytes, its index was made of one with {size + 1}"):
+    with pytest.raises(
+        DataError, match=f"has {size} bytes, its index was made of one with {size + 1}"
+    ):
         ShardReader().read(shard, member=Member("x", 0, 1), shard_size=size + 1)
 
 

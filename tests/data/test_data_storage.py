@@ -1,4 +1,5 @@
-"""Object stores: the same batches as from a disk, by range reads or through a cache of bounded size, with faults."""
+"""Object stores: the same batches as from a disk, by range reads or through a cache of bounded
+size, with faults."""
 
 import multiprocessing
 import os
@@ -27,12 +28,19 @@ from megatron_vita.errors import ConfigError, DataError, ShardError
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory):
     server = FaultyStore()
-    settings = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    settings = {
+        "AWS_ENDPOINT_URL": server.url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}).items():
+        for name, value in (
+            settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}
+        ).items():
             patch.setenv(name, value)
         patch.setattr(storage, "FIRST_PAUSE", 0.01)
-        forkserver._forkserver._stop()  # processes have the environment in which their server was started
+        # processes have the environment in which their server was started
+        forkserver._forkserver._stop()
         yield server
     forkserver._forkserver._stop()
     server.close()
@@ -40,22 +48,29 @@ def store(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture
 def remote(store: FaultyStore, world, tmp_path: Path):
-    """The toy world's shards and indexes in a bucket of their own; gives its recipe and the bucket's name."""
+    """The toy world's shards and indexes in a bucket of their own; gives its recipe and the
+    bucket's name."""
     store.faults = 0
     bucket = f"mix-{tmp_path.name.replace('_', '-').lower()}"[:60].rstrip("-")
     files = fsspec.filesystem("s3")
     files.mkdir(bucket)
     for path in (*world.root.glob("*.tar"), *world.root.glob("*.parquet")):
         files.put_file(str(path), f"{bucket}/deep/{path.name}")
-    datasets = [{"name": name, "shards": f"s3://{bucket}/deep/{name}-*.tar"} for name in ("shapes", "more")]
-    recipe = changed(world.recipe, data={"train": datasets, "validation": [], "plan": str(tmp_path / "plan")})
+    datasets = [
+        {"name": name, "shards": f"s3://{bucket}/deep/{name}-*.tar"} for name in ("shapes", "more")
+    ]
+    recipe = changed(
+        world.recipe, data={"train": datasets, "validation": [], "plan": str(tmp_path / "plan")}
+    )
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     write_plan(plan, plan_path(recipe, "train"))
     return recipe, bucket
 
 
 def stream_of(recipe, world, **data) -> PackStream:
-    return open_split(changed(recipe, data=data), split="train", tokenizer=world.tokenizer, tile_share=(0, 1))
+    return open_split(
+        changed(recipe, data=data), split="train", tokenizer=world.tokenizer, tile_share=(0, 1)
+    )
 
 
 def test_a_plan_of_remote_shards_is_that_of_local_ones(remote, world) -> None:
@@ -113,7 +128,9 @@ def test_a_cached_shard_is_read_once(store: FaultyStore, remote, world, tmp_path
     assert store.reads == 2 * 4  # the header and an index of each of four shards, no shard
 
 
-def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(remote, world, tmp_path: Path) -> None:
+def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(
+    remote, world, tmp_path: Path
+) -> None:
     _, bucket = remote
     shards = sorted(find_files(f"s3://{bucket}/deep/*.tar"), key=lambda shard: shard.name)
     sizes = [shard.stat().st_size for shard in shards]
@@ -126,9 +143,14 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(remote, 
         os.utime(descriptor, ns=(time, time))  # a clock that does not stand still
         if number == 2:
             assert {path.name.split("-", 1)[1] for path in held} == {shards[0].name, shards[2].name}
-        assert os.pread(descriptor, sizes[number] + 1, 0) == (world.root / shards[number].name).read_bytes()
+        assert (
+            os.pread(descriptor, sizes[number] + 1, 0)
+            == (world.root / shards[number].name).read_bytes()
+        )
         os.close(descriptor)
-    with pytest.raises(ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"):
+    with pytest.raises(
+        ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"
+    ):
         ShardCache(tmp_path / "small", limit=10).open(shards[0], size=sizes[0])
 
 
@@ -140,7 +162,9 @@ def open_all(cache: ShardCache, shards: list, sizes: list[int]) -> None:
             os.close(descriptor)
 
 
-def test_processes_share_a_cache_and_copy_each_shard_once(store: FaultyStore, remote, tmp_path: Path) -> None:
+def test_processes_share_a_cache_and_copy_each_shard_once(
+    store: FaultyStore, remote, tmp_path: Path
+) -> None:
     _, bucket = remote
     shards = find_files(f"s3://{bucket}/deep/*.tar")
     sizes = [shard.stat().st_size for shard in shards]
@@ -176,14 +200,18 @@ def test_a_shard_that_cannot_be_copied_stops_the_run_and_damages_no_sample(
     remote, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, bucket = remote
-    with pytest.raises(ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"):
+    with pytest.raises(
+        ConfigError, match=r"data.cache_gib is .*: a shard of \d+ bytes does not fit"
+    ):
         stream_of(recipe, world, cache=str(tmp_path / "small"), cache_gib=1e-6).read(0)
 
     def fail(*_: object) -> bytes:
         raise OSError("the store is down")
 
     monkeypatch.setattr(shard_cache, "read_range", fail)
-    with pytest.raises(ShardError, match=rf"s3://{bucket}/deep/.*tar: cannot copy the shard: the store is down"):
+    with pytest.raises(
+        ShardError, match=rf"s3://{bucket}/deep/.*tar: cannot copy the shard: the store is down"
+    ):
         stream_of(recipe, world, cache=str(tmp_path / "cache")).read(0)
 
 
@@ -193,7 +221,10 @@ def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
     files = fsspec.filesystem("s3")
     files.pipe_file(f"{bucket}/deep/more-000000.tar", b"another")
     files.invalidate_cache()
-    with pytest.raises(ShardError, match=r"more-000000.tar: the shard has 7 bytes, its index was made of one with \d+"):
+    with pytest.raises(
+        ShardError,
+        match=r"more-000000.tar: the shard has 7 bytes, its index was made of one with \d+",
+    ):
         [stream[pack] for pack in range(len(stream))]
     again = stream_of(recipe, world)
     files.rm(f"{bucket}/deep/more-000000.tar")

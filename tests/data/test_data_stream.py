@@ -1,4 +1,5 @@
-"""The stream: a pack's number gives its Batch, the same for any share of tiles and any number of workers."""
+"""The stream: a pack's number gives its Batch, the same for any share of tiles and any number of
+workers."""
 
 import pickle
 
@@ -41,7 +42,12 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     apart = train_stream(world)
     stream = PackStream(
-        plan, shards=apart._shards, contents=apart._contents, data=recipe.data, forms=apart.forms, tile_share=(0, 1)
+        plan,
+        shards=apart._shards,
+        contents=apart._contents,
+        data=recipe.data,
+        forms=apart.forms,
+        tile_share=(0, 1),
     )
     for pack in range(len(stream)):
         batch, lengths = stream[pack], plan.lengths_of(pack).tolist()
@@ -57,12 +63,16 @@ def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) ->
     tails = 0
     for pack in range(len(stream)):
         batch, entries = stream[pack], stream.plan.pack(pack)
-        for i, (start, stop) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)):
+        for i, (start, stop) in enumerate(
+            zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
+        ):
             used = entries[i].tokens if i < len(entries) else 0
             assert (batch.labels[start + max(used - 1, 0) : stop] == NO_LOSS).all()
             assert (batch.input_ids[start + used : stop] == world.tokenizer.pad_id).all()
             tails += i == len(entries)
-        assert batch.document_sources.tolist()[: len(entries)] == [entry.dataset for entry in entries]
+        assert batch.document_sources.tolist()[: len(entries)] == [
+            entry.dataset for entry in entries
+        ]
         assert batch.document_sources.tolist()[len(entries) :] in ([], [-1])
     assert tails
 
@@ -72,7 +82,10 @@ def test_placements_count_from_the_start_of_the_pack(world) -> None:
     special = world.tokenizer.special_id
     for pack in range(len(stream)):
         batch = stream[pack]
-        opening = torch.isin(batch.input_ids, torch.tensor([special(f"<{kind}>") for kind in ("img", "vid", "patch")]))
+        opening = torch.isin(
+            batch.input_ids,
+            torch.tensor([special(f"<{kind}>") for kind in ("img", "vid", "patch")]),
+        )
         assert torch.equal(torch.nonzero(opening)[:, 0] + 1, batch.placements)
 
 
@@ -82,7 +95,9 @@ def test_the_ranks_tiles_joined_are_all_tiles(world, ranks: int) -> None:
     shares = [train_stream(world, (rank, ranks)) for rank in range(ranks)]
     for pack in range(len(whole)):
         batches = [share[pack] for share in shares]
-        assert sorted(torch.cat([batch.tile_ids for batch in batches]).tolist()) == list(range(len(whole[pack].tiles)))
+        assert sorted(torch.cat([batch.tile_ids for batch in batches]).tolist()) == list(
+            range(len(whole[pack].tiles))
+        )
         for batch in batches:
             assert torch.equal(batch.tiles, whole[pack].tiles[batch.tile_ids])
             assert torch.equal(batch.placements, whole[pack].placements)
@@ -91,7 +106,13 @@ def test_the_ranks_tiles_joined_are_all_tiles(world, ranks: int) -> None:
 
 def test_tiles_are_those_of_their_placeholders(world) -> None:
     stream = train_stream(world)
-    colors = dict(zip(COLORS, [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 165, 0), (128, 0, 128)], strict=True))
+    colors = dict(
+        zip(
+            COLORS,
+            [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 165, 0), (128, 0, 128)],
+            strict=True,
+        )
+    )
     checked = 0
     for pack in range(len(stream)):
         batch = stream[pack]
@@ -106,7 +127,9 @@ def test_tiles_are_those_of_their_placeholders(world) -> None:
     assert checked > 15
 
 
-def test_a_rank_without_a_vision_tower_decodes_nothing(world, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_a_vision_tower_decodes_nothing(
+    world, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stream_module, "decode_tiles", None)
     stream = train_stream(world, None)
     batches = [stream[pack] for pack in range(len(stream))]
@@ -145,7 +168,9 @@ def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world)
     stream = train_stream(world)
     tokens = stream.plan.pack(0)[0].tokens
     stream.plan.columns["tokens"] = stream.plan.columns["tokens"] + 3
-    with pytest.raises(DataError, match=rf"\.tar sample s\d+: .*has {tokens} tokens .*counted {tokens + 3}"):
+    with pytest.raises(
+        DataError, match=rf"\.tar sample s\d+: .*has {tokens} tokens .*counted {tokens + 3}"
+    ):
         stream[0]
 
 

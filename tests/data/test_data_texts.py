@@ -21,7 +21,8 @@ LENGTH = 256
 
 @pytest.fixture
 def texts(world) -> dict[str, tuple[str, list[int]]]:
-    """Texts and their token ids by key; of one token, just a pack, one token more, and several packs."""
+    """Texts and their token ids by key; of one token, just a pack, one token more, and several
+    packs."""
     ids, words = {}, ["It", "is", "red.", "How", "much", "is", "seven?", "A", "clip.", ""]
     for key, length in {
         "one": 2,
@@ -50,7 +51,9 @@ def packs(world, texts, tmp_path: Path) -> PackStream:
         for key, (text, _) in texts.items():
             writer.write(key, record={"text": text}, media={})
     write_index(build_index(shard, world.tokenizer, "chatml"), index_path(shard))
-    recipe = toy_recipe(tmp_path, train=[{"name": "shapes", "shards": str(shard)}], validation=[], seq_length=LENGTH)
+    recipe = toy_recipe(
+        tmp_path, train=[{"name": "shapes", "shards": str(shard)}], validation=[], seq_length=LENGTH
+    )
     write_plan(make_plan(recipe, "train", tokenizer=world.tokenizer)[0], plan_path(recipe, "train"))
     return open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=(0, 1))
 
@@ -60,9 +63,13 @@ def parts_of(packs: PackStream) -> dict[str, list[tuple[int, np.ndarray, np.ndar
     found: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for pack_id in range(len(packs)):
         batch, entries = packs[pack_id], packs.plan.pack(pack_id)
-        for key, first, entry in zip(batch.sample_keys, batch.document_starts.tolist(), entries, strict=False):
+        for key, first, entry in zip(
+            batch.sample_keys, batch.document_starts.tolist(), entries, strict=False
+        ):
             where = slice(first, first + entry.tokens)
-            found.setdefault(key, []).append((entry.start, batch.input_ids[where].numpy(), batch.labels[where].numpy()))
+            found.setdefault(key, []).append(
+                (entry.start, batch.input_ids[where].numpy(), batch.labels[where].numpy())
+            )
     return {key: sorted(parts, key=lambda part: part[0]) for key, parts in found.items()}
 
 
@@ -82,10 +89,14 @@ def test_every_token_of_a_text_is_in_one_pack_and_predicts_the_next(
     assert packs.plan.columns["rows"].sum() == sum(len(ids) - 1 for _, ids in texts.values())
 
 
-def test_a_long_text_is_tokenized_once_for_all_its_packs(packs: PackStream, texts, world, monkeypatch) -> None:
+def test_a_long_text_is_tokenized_once_for_all_its_packs(
+    packs: PackStream, texts, world, monkeypatch
+) -> None:
     encoded: list[str] = []
     tokenizer = type(packs.forms[0].tokenizer)
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text))
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text)
+    )
     parts_of(packs)
     assert sorted(encoded) == sorted(text for text, _ in texts.values())

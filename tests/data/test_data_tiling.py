@@ -1,4 +1,5 @@
-"""Tilings and archives of frames from the recipe to tiles: counts from metadata alone, tiles into given arrays."""
+"""Tilings and archives of frames from the recipe to tiles: counts from metadata alone, tiles into
+given arrays."""
 
 import io
 from dataclasses import replace
@@ -23,7 +24,9 @@ from megatron_vita.media.video import probe_video
 @pytest.fixture
 def form(world) -> DocumentFormat:
     recipe = world.recipe
-    return DocumentFormat(tokenizer=world.tokenizer, template="chatml", media=recipe.media, vision=recipe.model.vision)
+    return DocumentFormat(
+        tokenizer=world.tokenizer, template="chatml", media=recipe.media, vision=recipe.model.vision
+    )
 
 
 def with_media(form: DocumentFormat, **fields) -> DocumentFormat:
@@ -32,14 +35,19 @@ def with_media(form: DocumentFormat, **fields) -> DocumentFormat:
 
 def test_the_recipe_says_how_images_are_cut(form) -> None:
     size = (180, 100)
-    dynamic, anyres = (with_media(form, max_tiles=4, tiling=tiling) for tiling in ("dynamic", "anyres"))
+    dynamic, anyres = (
+        with_media(form, max_tiles=4, tiling=tiling) for tiling in ("dynamic", "anyres")
+    )
     assert (dynamic.image("a", size).grid, anyres.image("a", size).grid) == ((2, 1), (2, 2))
 
 
 def test_only_listed_grids_are_chosen(form) -> None:
     for tiling in ("dynamic", "anyres"):
         listed = with_media(form, tiling=tiling, grids=["2x1", "1x2", "2x2", "1x3", "3x1"])
-        grids = {listed.image("a", size).grid for size in [(9, 9), (900, 900), (100, 900), (900, 100), (400, 200)]}
+        grids = {
+            listed.image("a", size).grid
+            for size in [(9, 9), (900, 900), (100, 900), (900, 100), (400, 200)]
+        }
         assert grids <= {(2, 1), (1, 2), (2, 2), (1, 3), (3, 1)}
         assert len(grids) > 2
 
@@ -51,7 +59,9 @@ def test_tiles_of_an_image_are_those_that_its_size_told(form, tiling: str) -> No
         data = picture(size, "red", format="JPEG")
         medium = form.image("a.jpg", image_size(data, "a.jpg"))
         assert form.measure_image(size)[1] == medium.num_tiles
-        tiles = decode_tiles(medium, data, name="a.jpg", tiles=range(medium.num_tiles), form=form.tile_format)
+        tiles = decode_tiles(
+            medium, data, name="a.jpg", tiles=range(medium.num_tiles), form=form.tile_format
+        )
         assert tiles.shape == (medium.num_tiles, 3, 28, 28)
         black = (tiles < 5).all(axis=1).any()
         assert black == (tiling == "anyres" and size in [(200, 100), (500, 20)])
@@ -59,12 +69,19 @@ def test_tiles_of_an_image_are_those_that_its_size_told(form, tiling: str) -> No
 
 def test_tiles_of_any_medium_are_written_into_a_given_array(form) -> None:
     data = {"a.jpg": picture((200, 100), "blue", format="JPEG"), "b.mp4": clip()}
-    media = [form.image("a.jpg", (200, 100)), form.video("b.mp4", probe_video(data["b.mp4"], "b.mp4"))]
+    media = [
+        form.image("a.jpg", (200, 100)),
+        form.video("b.mp4", probe_video(data["b.mp4"], "b.mp4")),
+    ]
     for medium in media:
         content, name = data[medium.member], medium.member
-        whole = decode_tiles(medium, content, name=name, tiles=range(medium.num_tiles), form=form.tile_format)
+        whole = decode_tiles(
+            medium, content, name=name, tiles=range(medium.num_tiles), form=form.tile_format
+        )
         room = np.full((medium.num_tiles + 1, 3, 28, 28), 9, np.uint8)
-        out = decode_tiles(medium, content, name=name, tiles=range(1, 3), form=form.tile_format, out=room[1:3])
+        out = decode_tiles(
+            medium, content, name=name, tiles=range(1, 3), form=form.tile_format, out=room[1:3]
+        )
         assert np.shares_memory(out, room)
         assert (room[1:3] == whole[1:3]).all()
         assert (room[[0, *range(3, len(room))]] == 9).all()

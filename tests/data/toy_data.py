@@ -1,4 +1,5 @@
-"""A toy world: two datasets of pictures, clips and plain talk, in shards with indexes, and a recipe of them."""
+"""A toy world: two datasets of pictures, clips and plain talk, in shards with indexes, and a recipe
+of them."""
 
 import dataclasses
 import io
@@ -55,13 +56,21 @@ def talk(*turns: str) -> dict[str, Any]:
 
 
 def toy_sample(number: int) -> tuple[dict[str, Any], dict[str, list[MediaFile]]]:
-    """Sample `number`: one in four is text alone, one in five has a clip and two pictures, the others one picture."""
+    """Sample `number`: one in four is text alone, one in five has a clip and two pictures, the
+    others one picture."""
     color, size = COLORS[number % len(COLORS)], SIZES[number % 3 + (number % 7 == 0)]
     image = MediaFile(".png", picture(size, color))
     if number % 4 == 3:
-        return talk(f"How much is {number} + {number}?", f"It is {2 * number}. " * (1 + number % 5)), {}
+        return talk(
+            f"How much is {number} + {number}?", f"It is {2 * number}. " * (1 + number % 5)
+        ), {}
     if number % 5 == 1:
-        record = talk("<image>Here is a clip: <video>\nand this: <image>", "A clip.", "Sure?", "Yes, <image> is a tag.")
+        record = talk(
+            "<image>Here is a clip: <video>\nand this: <image>",
+            "A clip.",
+            "Sure?",
+            "Yes, <image> is a tag.",
+        )
         second = MediaFile(".jpg", picture((90, 30), "gray", format="JPEG"))
         return record, {"image": [image, second], "video": [MediaFile(".mp4", clip())]}
     return talk("<image>\nWhich colour?", f"It is {color}."), {"image": [image]}
@@ -80,7 +89,12 @@ def write_shard(path: Path, numbers: range) -> Path:
 def toy_recipe(root: Path, **data: Any) -> Recipe:
     """Trains on `shapes` (30 samples in 3 shards) and `more` (10 in one), validates on `more`."""
     shapes, more = ({"name": name, "shards": f"{root}/{name}-*.tar"} for name in ("shapes", "more"))
-    fields = {"seq_length": 256, "document_alignment": 16, "shuffle_window": 16, "plan": f"{root}/plan"}
+    fields = {
+        "seq_length": 256,
+        "document_alignment": 16,
+        "shuffle_window": 16,
+        "plan": f"{root}/plan",
+    }
     vision = {"image_size": 28, "patch_size": 7, "hidden_size": 32, "num_attention_heads": 2}
     return recipe_from_dict(
         {
@@ -102,7 +116,9 @@ def changed(recipe: Recipe, **groups: dict) -> Recipe:
 
 def make_world(root: Path, tokenizer: Tokenizer) -> Recipe:
     """Shards, indexes and plans under `root`."""
-    shards = [write_shard(root / f"shapes-00000{i}.tar", range(10 * i, 10 * i + 10)) for i in range(3)]
+    shards = [
+        write_shard(root / f"shapes-00000{i}.tar", range(10 * i, 10 * i + 10)) for i in range(3)
+    ]
     shards.append(write_shard(root / "more-000000.tar", range(30, 40)))
     for shard in shards:
         write_index(build_index(shard, tokenizer, "chatml"), index_path(shard))
@@ -121,7 +137,9 @@ def assert_same(first: Batch, second: Batch) -> None:
     """Two batches have the same values."""
     for name, value in vars(first).items():
         other = getattr(second, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, (
+            name
+        )
 
 
 def damage(world, suffix: str = ".png") -> str:

@@ -1,4 +1,5 @@
-"""A seeded source of hostile inputs: lines of JSONL with their media, and tars; the same seed gives the same ones."""
+"""A seeded source of hostile inputs: lines of JSONL with their media, and tars; the same seed gives
+the same ones."""
 
 import io
 import json
@@ -21,7 +22,12 @@ NAMES = (
     "a/",
     "./0.jpg",
 )
-LINKS = {"symbolic": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE, "device": tarfile.CHRTYPE}
+LINKS = {
+    "symbolic": tarfile.SYMTYPE,
+    "hard": tarfile.LNKTYPE,
+    "fifo": tarfile.FIFOTYPE,
+    "device": tarfile.CHRTYPE,
+}
 HUGE_LINE = 100_000_000
 
 
@@ -99,7 +105,8 @@ def odd_texts(dice: random.Random, *, huge: bool) -> Iterator[bytes]:
     yield json.dumps(whole).encode("utf-16")
     yield json.dumps(whole).replace("Hm?", "Caf\xe9").encode("latin-1")
     yield from (
-        json.dumps(whole | {"weight": value}).encode() for value in (-1, float("nan"), float("inf"), "x", None, 2)
+        json.dumps(whole | {"weight": value}).encode()
+        for value in (-1, float("nan"), float("inf"), "x", None, 2)
     )
     for value in (None, 7, "x", [], {}, [[]], [None], [{}], float("nan"), "\ud800", -(10**30)):
         for field in ("messages", "images", "videos", "text", "id", "conversations"):
@@ -144,11 +151,24 @@ def tars(count: int, seed: int) -> Iterator[bytes]:
     """Odd tars, then damaged ones."""
     dice = random.Random(seed)
     whole = tar_of(good_members())
-    yield from (b"", b"text", bytes(512), bytes(1024), bytes(10240), whole[:-1024], whole + b"x", b"\x1f\x8b" + whole)
+    yield from (
+        b"",
+        b"text",
+        bytes(512),
+        bytes(1024),
+        bytes(10240),
+        whole[:-1024],
+        whole + b"x",
+        b"\x1f\x8b" + whole,
+    )
     yield from (tar_of([*good_members(), (name, b"x", {})]) for name in NAMES)
     for kind in LINKS.values():
         yield tar_of(
-            [("1.jpg", b"", {"type": kind, "linkname": "/etc/hostname"}), ("1.txt", b"A link.", {}), *good_members()]
+            [
+                ("1.jpg", b"", {"type": kind, "linkname": "/etc/hostname"}),
+                ("1.txt", b"A link.", {}),
+                *good_members(),
+            ]
         )
     yield tar_of([*good_members(), *good_members()])
     yield tar_of([*good_members(), ("0.txt", b"Again.", {})])
@@ -156,7 +176,9 @@ def tars(count: int, seed: int) -> Iterator[bytes]:
     for suffix, data in [*images().values(), *videos().values()]:
         yield tar_of([("0" + suffix, data, {}), ("0.txt", b"A caption.", {}), *good_members("9")])
     for text in odd_texts(dice, huge=False):
-        yield tar_of([("0.png", images()["plain"][1], {}), ("0.json", text, {}), *good_members("9")])
+        yield tar_of(
+            [("0.png", images()["plain"][1], {}), ("0.json", text, {}), *good_members("9")]
+        )
     for size in (-1, -512, 2**40, 2**62):
         yield resized(whole, size)
     number = 0
@@ -181,7 +203,9 @@ def good_members(key: str = "0") -> list[tuple[str, bytes, dict[str, Any]]]:
 
 def tar_of(members: list[tuple[str, bytes, dict[str, Any]]]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, errors="surrogateescape"
+    ) as tar:
         for name, data, fields in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -197,7 +221,8 @@ def resized(data: bytes, size: int) -> bytes:
 
 
 def with_damaged_header(data: bytes, dice: random.Random) -> bytes:
-    """A tar with a byte of its first header changed, the checksum fitting, or a byte of any block."""
+    """A tar with a byte of its first header changed, the checksum fitting, or a byte of any
+    block."""
     if dice.random() < 0.5:
         return with_header(data, dice.randrange(512), dice.randbytes(1))
     harmed = bytearray(data)

@@ -29,17 +29,26 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return picture if mode == "L" else picture.convert("RGB").convert(mode)
 
 
-def png_of(width: int, height: int, *, depth: int = 1, color: int = 0, rows: int | None = None) -> bytes:
+def png_of(
+    width: int, height: int, *, depth: int = 1, color: int = 0, rows: int | None = None
+) -> bytes:
     """A PNG of black pixels whose header tells any size; `rows` of them are really there."""
     line = bytes(1 + (width * depth * {0: 1, 2: 3, 6: 4}[color] + 7) // 8)
     pixels = zlib.compressobj(1)
-    data = b"".join(pixels.compress(line) for _ in range(height if rows is None else rows)) + pixels.flush()
+    data = (
+        b"".join(pixels.compress(line) for _ in range(height if rows is None else rows))
+        + pixels.flush()
+    )
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 @cache
@@ -63,9 +72,15 @@ def images() -> dict[str, File]:
         "alpha": (".webp", saved(noise(40, 30).convert("RGBA"), "WEBP")),
         "one bit": (".png", saved(noise(40, 30, "L").convert("1"), "PNG")),
         "rotated": (".jpg", saved(noise(40, 30), "JPEG", exif=exif)),
-        "broken EXIF": (".jpg", saved(noise(40, 30), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")),
+        "broken EXIF": (
+            ".jpg",
+            saved(noise(40, 30), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
+        ),
         "animated": (".gif", saved(frames[0], "GIF", save_all=True, append_images=frames[1:])),
-        "animated webp": (".webp", saved(frames[0].convert("RGB"), "WEBP", save_all=True, append_images=frames[1:])),
+        "animated webp": (
+            ".webp",
+            saved(frames[0].convert("RGB"), "WEBP", save_all=True, append_images=frames[1:]),
+        ),
         "30,000 wide": (".png", png_of(30000, 2)),
         "30,000 high": (".png", png_of(2, 30000, depth=8, color=2)),
         "30,000 square, not there": (".png", png_of(30000, 30000, rows=4)),
@@ -78,7 +93,10 @@ def images() -> dict[str, File]:
         "portable": (".ppm", saved(noise(40, 30), "PPM")),
         "portable of any size": (".ppm", b"P6 99999999 99999999 255\n"),
         "tga": (".tga", saved(noise(40, 30), "TGA")),
-        "program": (".eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n"),
+        "program": (
+            ".eps",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n",
+        ),
         "empty": (".jpg", b""),
         "text": (".jpg", b"This is no picture."),
         "html": (".png", b"<html><body>404 Not Found</body></html>"),
@@ -88,7 +106,12 @@ def images() -> dict[str, File]:
 
 
 def film(
-    file_format: str = "mp4", codec: str = "mpeg4", *, frames: int = 12, gop: int = 4, stamp: Callable = lambda i: i
+    file_format: str = "mp4",
+    codec: str = "mpeg4",
+    *,
+    frames: int = 12,
+    gop: int = 4,
+    stamp: Callable = lambda i: i,
 ) -> bytes:
     """A small video at 4 frames a second."""
     buffer = io.BytesIO()
@@ -97,7 +120,9 @@ def film(
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", gop
         stream.codec_context.time_base = Fraction(1, 4)
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * i % 256, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((32, 48, 3), 20 * i % 256, np.uint8), format="rgb24"
+            )
             frame.pts = stamp(i)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -108,14 +133,18 @@ def sound() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
 
 
-def zipped(*members: tuple[str, bytes], comment: bytes = b"", compression: int = zipfile.ZIP_STORED) -> bytes:
+def zipped(
+    *members: tuple[str, bytes], comment: bytes = b"", compression: int = zipfile.ZIP_STORED
+) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.comment = comment
@@ -152,11 +181,23 @@ def videos() -> dict[str, File]:
         "list of files": (".mp4", b"ffconcat version 1.0\nfile /etc/hostname\n"),
         "frames": (".frames.zip", pack_frames([(f"{i}.jpg", picture) for i in range(5)], 2.0)),
         "no frames": (".frames.zip", zipped(comment=b"2")),
-        "frames with paths": (".frames.zip", zipped(("../../a.jpg", picture), ("/b.jpg", picture), comment=b"1")),
-        "frames that are none": (".frames.zip", zipped(("a.jpg", b"x"), ("b.jpg", b""), comment=b"1")),
+        "frames with paths": (
+            ".frames.zip",
+            zipped(("../../a.jpg", picture), ("/b.jpg", picture), comment=b"1"),
+        ),
+        "frames that are none": (
+            ".frames.zip",
+            zipped(("a.jpg", b"x"), ("b.jpg", b""), comment=b"1"),
+        ),
         "frames at no rate": (".frames.zip", zipped(("a.jpg", picture), comment=b"-3")),
-        "frames, zip bomb": (".frames.zip", zipped(("a.bmp", bytes(1 << 26)), compression=zipfile.ZIP_DEFLATED)),
-        "frames, one of them a bomb": (".frames.zip", zipped(("a.png", images()["bomb"][1]), ("b.jpg", picture))),
+        "frames, zip bomb": (
+            ".frames.zip",
+            zipped(("a.bmp", bytes(1 << 26)), compression=zipfile.ZIP_DEFLATED),
+        ),
+        "frames, one of them a bomb": (
+            ".frames.zip",
+            zipped(("a.png", images()["bomb"][1]), ("b.jpg", picture)),
+        ),
     }
 
 

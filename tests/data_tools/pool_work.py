@@ -10,7 +10,8 @@ from megatron_vita.errors import DataError
 
 
 def act(task: tuple[str, list[str]], steps: Steps) -> list[str]:
-    """Does the steps of a task, each named by what happens in it, and notes in a file which of them are begun."""
+    """Does the steps of a task, each named by what happens in it, and notes in a file which of them
+    are begun."""
     log, names = task
     return [_outcome(name, Path(log), steps) for name in names]
 

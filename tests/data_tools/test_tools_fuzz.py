@@ -39,7 +39,10 @@ QUICK = ("--workers", "2", "--time-limit", "30")
 def root(tmp_path: Path) -> Path:
     """A tokenizer and a recipe for shards in `toy`."""
     path = write_world(tmp_path)
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
+        == 0
+    )
     recipe = (tmp_path / "recipe.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(recipe.replace("seq_length: 256", "seq_length: 4096"))
     return tmp_path
@@ -49,14 +52,24 @@ def read_all(recipe_path: Path) -> int:
     """Plans the shards and reads every pack as training does; gives the number of documents."""
     assert main(["plan", str(recipe_path)]) == 0
     recipe = load_recipe(recipe_path, [])
-    stream = open_split(recipe, split="train", tokenizer=load_recipe_tokenizer(recipe), tile_share=(0, 1))
+    stream = open_split(
+        recipe, split="train", tokenizer=load_recipe_tokenizer(recipe), tile_share=(0, 1)
+    )
     return sum(len(stream[pack].sample_keys) for pack in range(len(stream)))
 
 
 def test_each_line_ends_in_a_shard_or_in_the_list(root: Path, capsys) -> None:
     lines = write_lines(root / "lines.jsonl", root / "odd", count=LINES, seed=SEED, huge=WHOLE)
     begun = time.monotonic()
-    arguments = ["shard", str(root / "lines.jsonl"), "--media", str(root / "odd"), "--out", str(root / "toy"), *QUICK]
+    arguments = [
+        "shard",
+        str(root / "lines.jsonl"),
+        "--media",
+        str(root / "odd"),
+        "--out",
+        str(root / "toy"),
+        *QUICK,
+    ]
     assert main([*arguments, "--samples-per-shard", "40"]) == 0
     shards = sorted((root / "toy").glob("*.tar"))
     used = {int(sample.key[-8:]) for shard in shards for sample in scan_shard(shard)}
@@ -74,7 +87,8 @@ def test_each_line_ends_in_a_shard_or_in_the_list(root: Path, capsys) -> None:
     assert main(["index", str(root / "recipe.yaml"), *QUICK]) == 0
     assert sum(len(read_index(index_path(shard))) for shard in shards) + bad == len(used)
     assert read_all(root / "recipe.yaml") > 0
-    print(f"{lines} lines: {len(used)} used, {len(listed)} listed, {time.monotonic() - begun:.0f} s")  # noqa: T201
+    seconds = time.monotonic() - begun
+    print(f"{lines} lines: {len(used)} used, {len(listed)} listed, {seconds:.0f} s")  # noqa: T201
 
 
 def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(root: Path, capsys) -> None:
@@ -91,12 +105,19 @@ def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(root: Path, capsy
         indexed = set(read_index(index_path(path)).keys())
         alone = [entry for entry in entries if not entry.reason.endswith("has the same key")]
         assert not indexed & {entry.key for entry in alone if entry.by == "validate"}
-        used, listed = used + len(indexed), listed + len({(entry.key, entry.reason) for entry in entries})
+        used, listed = (
+            used + len(indexed),
+            listed + len({(entry.key, entry.reason) for entry in entries}),
+        )
     assert used > len(paths) / 2
     assert read_all(root / "recipe.yaml") > 0
     out = ["--out", str(root / "found.jsonl"), "--media-out", str(root / "found")]
     assert main(["import", "webdataset", str(root / "toy"), *out, *QUICK]) == 0
-    outside = [path for path in (root / "found").rglob("*") if not path.resolve().is_relative_to(root / "found")]
+    outside = [
+        path
+        for path in (root / "found").rglob("*")
+        if not path.resolve().is_relative_to(root / "found")
+    ]
     assert not outside
     print(f"{len(paths)} tars: {used} used, {listed} listed, {time.monotonic() - begun:.0f} s")  # noqa: T201
 
@@ -114,13 +135,17 @@ def hostile_sources(folder: Path, format: str, count: int) -> int:
             (folder / f"{i}.json").write_bytes(damaged(whole, dice))
         return len(texts)
     image = {"bytes": images()["plain"][1], "path": "0.png"}
-    table = pa.Table.from_pylist([{"image": image, "conversations": turns, "id": i} for i in range(20)])
+    table = pa.Table.from_pylist(
+        [{"image": image, "conversations": turns, "id": i} for i in range(20)]
+    )
     whole, stream = io.BytesIO(), io.BytesIO()
     pq.write_table(table, whole)
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     for i in range(count):
-        name, data = (f"{i}.parquet", whole.getvalue()) if i % 2 else (f"{i}.arrow", stream.getvalue())
+        name, data = (
+            (f"{i}.parquet", whole.getvalue()) if i % 2 else (f"{i}.arrow", stream.getvalue())
+        )
         (folder / name).write_bytes(damaged(data, dice))
     return 0
 
@@ -129,7 +154,14 @@ def hostile_sources(folder: Path, format: str, count: int) -> int:
 def test_hostile_sources_are_imported_as_far_as_they_can_be_read(root: Path, format: str) -> None:
     lines = hostile_sources(root / "sources", format, count=150 if WHOLE else 15)
     (root / "media/0.png").write_bytes(images()["plain"][1])
-    out = ["--out", str(root / "out.jsonl"), "--media", str(root / "media"), "--media-out", str(root / "found")]
+    out = [
+        "--out",
+        str(root / "out.jsonl"),
+        "--media",
+        str(root / "media"),
+        "--media-out",
+        str(root / "found"),
+    ]
     assert main(["import", format, str(root / "sources"), *out, *QUICK]) == 0
     entries = [json.loads(line) for line in (root / "out.rejected.jsonl").read_text().splitlines()]
     samples = [json.loads(line) for line in (root / "out.jsonl").read_text().splitlines()]
@@ -138,7 +170,20 @@ def test_hostile_sources_are_imported_as_far_as_they_can_be_read(root: Path, for
     of_lines = [entry for entry in entries if entry["source"].endswith("lines.jsonl")]
     assert 0 < len(of_lines) <= lines or format == "hf"
     media = root / ("found" if format == "hf" else "media")
-    assert main(["shard", str(root / "out.jsonl"), "--media", str(media), "--out", str(root / "toy"), *QUICK]) == 0
+    assert (
+        main(
+            [
+                "shard",
+                str(root / "out.jsonl"),
+                "--media",
+                str(media),
+                "--out",
+                str(root / "toy"),
+                *QUICK,
+            ]
+        )
+        == 0
+    )
 
 
 def test_checking_the_same_inputs_again_takes_no_more_memory(root: Path) -> None:
@@ -163,15 +208,33 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
 def test_the_odd_media_are_used_or_not_as_they_should_be(tmp_path: Path) -> None:
     """Of the media that a decoder must take or refuse, those of a clear case."""
     refused = {
-        "image": {"30,000 square, not there", "largest size", "no size", "portable of any size", "tga", "program"}
+        "image": {
+            "30,000 square, not there",
+            "largest size",
+            "no size",
+            "portable of any size",
+            "tga",
+            "program",
+        }
         | {"empty", "text", "html", "svg", "zeros", "bomb"},
-        "video": {"sound alone", "no index", "empty", "text", "no frames", "frames that are none", "frames at no rate"}
+        "video": {
+            "sound alone",
+            "no index",
+            "empty",
+            "text",
+            "no frames",
+            "frames that are none",
+            "frames at no rate",
+        }
         | {"frames, zip bomb", "playlist", "list of files"},
     }
     for kind, files in (("image", images()), ("video", videos())):
         for i, (name, (suffix, data)) in enumerate(files.items()):
             (tmp_path / f"{kind}{i}{suffix}").write_bytes(data)
-            turns = [{"role": "user", "content": f"<{kind}>"}, {"role": "assistant", "content": "Yes."}]
+            turns = [
+                {"role": "user", "content": f"<{kind}>"},
+                {"role": "assistant", "content": "Yes."},
+            ]
             text = json.dumps({"messages": turns, f"{kind}s": [f"{kind}{i}{suffix}"]})
             (tmp_path / "one.jsonl").write_text(text)
             (line,) = read_lines([tmp_path / "one.jsonl"])

@@ -1,4 +1,5 @@
-"""`import`: each format becomes chat JSONL that `shard` takes; bad samples are listed; a killed run goes on."""
+"""`import`: each format becomes chat JSONL that `shard` takes; bad samples are listed; a killed run
+goes on."""
 
 import io
 import json
@@ -34,7 +35,9 @@ def media(tmp_path: Path) -> Path:
     return folder
 
 
-def convert(format: str, source: Path, *options: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def convert(
+    format: str, source: Path, *options: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The samples and the rejections that `import` makes of a source."""
     root = source.parent
     out = root / "out.jsonl"
@@ -77,27 +80,45 @@ def test_llava_images_videos_and_text(tmp_path: Path, media: Path) -> None:
 
 
 def test_llava_lines_are_read_too(tmp_path: Path, media: Path) -> None:
-    lines = [{"image": "a.png", "conversations": human("<image>")}, {"image": "b.png", "conversations": human("Hm?")}]
+    lines = [
+        {"image": "a.png", "conversations": human("<image>")},
+        {"image": "b.png", "conversations": human("Hm?")},
+    ]
     (tmp_path / "set.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     samples, _ = convert("llava", tmp_path / "set.jsonl", "--media", str(media))
     assert [sample["images"] for sample in samples] == [["a.png"], ["b.png"]]
 
 
 BAD = {
-    "absolute path": ({"image": "/etc/passwd", "conversations": human("<image>")}, "lies outside the media folder"),
-    "parent folder": ({"image": "../x.png", "conversations": human("<image>")}, "lies outside the media folder"),
-    "link outside": ({"image": "link.png", "conversations": human("<image>")}, "is a link to outside"),
+    "absolute path": (
+        {"image": "/etc/passwd", "conversations": human("<image>")},
+        "lies outside the media folder",
+    ),
+    "parent folder": (
+        {"image": "../x.png", "conversations": human("<image>")},
+        "lies outside the media folder",
+    ),
+    "link outside": (
+        {"image": "link.png", "conversations": human("<image>")},
+        "is a link to outside",
+    ),
     "missing file": ({"image": "no.png", "conversations": human("<image>")}, "no such file"),
     "no path": ({"image": 7, "conversations": human("<image>")}, "image is 7"),
     "path with a zero byte": ({"image": "a\0b", "conversations": human("<image>")}, "not a path"),
     "name too long": ({"image": "a" * 5000, "conversations": human("<image>")}, "not a path"),
-    "tags and paths differ": ({"image": "a.png", "conversations": human("<image><image>")}, "2 places for images"),
+    "tags and paths differ": (
+        {"image": "a.png", "conversations": human("<image><image>")},
+        "2 places for images",
+    ),
     "unknown role": ({"conversations": [{"from": "dog", "value": "Wuff"}]}, "role is 'dog'"),
     "no answer": ({"conversations": human("Hm?")[:1]}, "no assistant turn"),
     "no conversation": ({"image": "a.png"}, "a list of turns is needed"),
     "turn without text": ({"conversations": [{"from": "human"}]}, "turn 0 has ['from']"),
     "lone surrogate": ({"conversations": human("\ud800")}, "lone surrogate"),
-    "id with a surrogate": ({"id": "\udfff", "conversations": human("Hm?")}, "surrogates not allowed"),
+    "id with a surrogate": (
+        {"id": "\udfff", "conversations": human("Hm?")},
+        "surrogates not allowed",
+    ),
     "not an object": ([1, 2], "a list, not a JSON object"),
 }
 
@@ -136,7 +157,9 @@ def test_arrays_are_split_where_their_items_end(tmp_path: Path, monkeypatch, chu
     for indent, ascii_only in ((None, True), (2, False)):
         text = json.dumps(items, indent=indent, ensure_ascii=ascii_only) + "\n"
         (tmp_path / "set.json").write_bytes(b"\xef\xbb\xbf \n" + text.encode())
-        found = [candidate.make() for candidate in objects.read_objects(tmp_path / "set.json", dict)]
+        found = [
+            candidate.make() for candidate in objects.read_objects(tmp_path / "set.json", dict)
+        ]
         assert found == items
 
 
@@ -151,7 +174,9 @@ def test_arrays_are_split_where_their_items_end(tmp_path: Path, monkeypatch, chu
         ("[]", 0, ""),
     ],
 )
-def test_what_is_no_object_is_one_bad_sample(tmp_path: Path, text: str, samples: int, reason: str) -> None:
+def test_what_is_no_object_is_one_bad_sample(
+    tmp_path: Path, text: str, samples: int, reason: str
+) -> None:
     (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
     found, reasons = 0, ""
     try:
@@ -169,13 +194,18 @@ def test_what_is_no_object_is_one_bad_sample(tmp_path: Path, text: str, samples:
 
 def test_a_long_array_needs_no_memory_for_all_of_it(tmp_path: Path) -> None:
     with open(tmp_path / "set.json", "w") as file:
-        file.write("[" + ",".join(json.dumps({"n": i, "pad": "x" * 10000}) for i in range(10000)) + "]")
+        file.write(
+            "[" + ",".join(json.dumps({"n": i, "pad": "x" * 10000}) for i in range(10000)) + "]"
+        )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert sum(1 for _ in objects.read_objects(tmp_path / "set.json", dict)) == 10000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes, of 100 MB
+    # kilobytes, of 100 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
-def test_sharegpt_keeps_systems_and_takes_tags_literally_where_there_are_no_media(tmp_path: Path, media: Path) -> None:
+def test_sharegpt_keeps_systems_and_takes_tags_literally_where_there_are_no_media(
+    tmp_path: Path, media: Path
+) -> None:
     found = [
         {"system": "Be brief.", "conversations": human("What does <image> do in HTML?")},
         {"conversations": human("<image>Hm?"), "images": ["a.png"]},
@@ -193,13 +223,22 @@ def test_sharegpt_keeps_systems_and_takes_tags_literally_where_there_are_no_medi
 
 
 ROWS = [
-    {"images": [{"bytes": picture(), "path": None}], "texts": [{"user": "Which?", "assistant": "Red."}]},
+    {
+        "images": [{"bytes": picture(), "path": None}],
+        "texts": [{"user": "Which?", "assistant": "Red."}],
+    },
     {
         "images": [{"bytes": picture("blue", "JPEG"), "path": "x.jpg"}] * 2,
         "texts": [{"user": "Two?", "assistant": "Yes"}],
     },
-    {"images": [{"bytes": None, "path": "a.png"}], "texts": [{"user": "By path?", "assistant": "Yes"}]},
-    {"images": [{"bytes": None, "path": "../a.png"}], "texts": [{"user": "Outside?", "assistant": "Yes"}]},
+    {
+        "images": [{"bytes": None, "path": "a.png"}],
+        "texts": [{"user": "By path?", "assistant": "Yes"}],
+    },
+    {
+        "images": [{"bytes": None, "path": "../a.png"}],
+        "texts": [{"user": "Outside?", "assistant": "Yes"}],
+    },
     {"images": [], "texts": [{"user": "Words?", "assistant": "Yes"}]},
     {"images": None, "texts": None},
 ]
@@ -213,28 +252,39 @@ def test_hugging_face_folders_with_images_inside(tmp_path: Path, media: Path, ki
     if kind == "parquet":
         pq.write_table(table, path, row_group_size=2)
     else:
-        with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(str(path), table.schema) as writer:
+        with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(
+            str(path), table.schema
+        ) as writer:
             writer.write_table(table)
     out = tmp_path / "found"
-    samples, rejected = convert("hf", tmp_path / "set", "--media", str(media), "--media-out", str(out))
+    samples, rejected = convert(
+        "hf", tmp_path / "set", "--media", str(media), "--media-out", str(out)
+    )
     assert [len(sample.get("images", [])) for sample in samples] == [1, 2, 1, 0]
     assert samples[0]["messages"] == said("<image>\nWhich?", answer="Red.")
-    assert [(out / name).read_bytes()[:4] for name in samples[1]["images"]] == [b"\xff\xd8\xff\xe0"] * 2
+    assert [(out / name).read_bytes()[:4] for name in samples[1]["images"]] == [
+        b"\xff\xd8\xff\xe0"
+    ] * 2
     assert (out / samples[2]["images"][0]).read_bytes() == (media / "a.png").read_bytes()
     assert [entry["place"] for entry in rejected] == ["row 3", "row 5"]
 
 
 def test_hugging_face_captions_and_questions(tmp_path: Path) -> None:
     image = {"bytes": picture(), "path": None}
-    pq.write_table(pa.Table.from_pylist([{"image": image, "caption": " A red one. "}]), tmp_path / "a.parquet")
     pq.write_table(
-        pa.Table.from_pylist([{"image": image, "question": "Which?", "answer": "Red."}]), tmp_path / "b.parquet"
+        pa.Table.from_pylist([{"image": image, "caption": " A red one. "}]), tmp_path / "a.parquet"
+    )
+    pq.write_table(
+        pa.Table.from_pylist([{"image": image, "question": "Which?", "answer": "Red."}]),
+        tmp_path / "b.parquet",
     )
     pq.write_table(pa.Table.from_pylist([{"image": image, "label": 3}]), tmp_path / "c.parquet")
     (tmp_path / "set").mkdir()
     for name in "abc":
         os.rename(tmp_path / f"{name}.parquet", tmp_path / f"set/{name}.parquet")
-    samples, rejected = convert("hf", tmp_path / "set", "--media-out", str(tmp_path / "found"), "--prompt", "Say.")
+    samples, rejected = convert(
+        "hf", tmp_path / "set", "--media-out", str(tmp_path / "found"), "--prompt", "Say."
+    )
     assert samples[0]["messages"] == said("<image>\nSay.", answer="A red one.")
     assert samples[1]["messages"] == said("<image>\nWhich?", answer="Red.")
     assert "no text among the columns ['image', 'label']" in rejected[0]["reason"]
@@ -247,7 +297,10 @@ def test_sources_of_one_name_keep_their_own_media(tmp_path: Path) -> None:
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"set/{name}/train-0.parquet")
     out = tmp_path / "found"
     samples, _ = convert("hf", tmp_path / "set", "--media-out", str(out))
-    found = {sample["messages"][1]["content"]: (out / sample["images"][0]).read_bytes() for sample in samples}
+    found = {
+        sample["messages"][1]["content"]: (out / sample["images"][0]).read_bytes()
+        for sample in samples
+    }
     assert found == {color: picture(color, "BMP") for color in ("red", "blue")}
 
 
@@ -307,7 +360,9 @@ def test_folders_of_captions(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture())
         if caption:
-            path.with_suffix(".txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+            path.with_suffix(".txt").write_bytes(
+                caption if isinstance(caption, bytes) else caption.encode()
+            )
     samples, rejected = convert("captions", tmp_path / "set", "--media", str(tmp_path / "set"))
     assert samples == [
         {"messages": said("<image>\nDescribe it.", answer="Two."), "images": ["a.png"]},
@@ -349,7 +404,9 @@ def test_media_outside_the_media_folder_are_refused_by_name(tmp_path: Path, medi
         (["llava", "empty", "--out", "o.jsonl"], "empty: no file with .json or .jsonl"),
     ],
 )
-def test_what_cannot_be_imported_is_refused(tmp_path: Path, capsys, monkeypatch, arguments, message: str) -> None:
+def test_what_cannot_be_imported_is_refused(
+    tmp_path: Path, capsys, monkeypatch, arguments, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.json").write_text("[]")
     Path("empty").mkdir()
@@ -364,7 +421,10 @@ def test_finished_sources_are_not_read_again_and_others_are_refused(tmp_path: Pa
     convert("llava", tmp_path / "set.jsonl")
     assert os.stat(tmp_path / "out.jsonl").st_mtime_ns == before
     (tmp_path / "set.jsonl").write_text("{}")
-    assert main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert (
+        main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+        == 1
+    )
     assert "another sources" in capsys.readouterr().err
 
 
@@ -374,7 +434,10 @@ def test_a_result_of_which_nothing_tells_is_refused_before_the_work(tmp_path: Pa
     (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("Two?")}))
     (tmp_path / "out.progress.jsonl").unlink()
     before = (tmp_path / "out.jsonl").read_bytes()
-    assert main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 1
+    assert (
+        main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+        == 1
+    )
     assert "out.jsonl: it is there, but" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert not (tmp_path / "out.parts").exists()
@@ -384,7 +447,9 @@ def test_a_result_of_which_nothing_tells_is_refused_before_the_work(tmp_path: Pa
 
 
 @pytest.mark.parametrize("change", ["another", "mended", "gone"])
-def test_a_folder_whose_files_changed_is_another_source(tmp_path: Path, capsys, change: str) -> None:
+def test_a_folder_whose_files_changed_is_another_source(
+    tmp_path: Path, capsys, change: str
+) -> None:
     for name in ("a", "b"):
         (tmp_path / f"set/{name}").mkdir(parents=True)
         (tmp_path / f"set/{name}/1.png").write_bytes(picture())
@@ -403,7 +468,21 @@ def test_a_folder_whose_files_changed_is_another_source(tmp_path: Path, capsys, 
 
 
 def test_what_import_writes_shard_takes(tmp_path: Path, media: Path) -> None:
-    (tmp_path / "set.json").write_text(json.dumps([{"image": "a.png", "conversations": human("<image>")}] * 3))
+    (tmp_path / "set.json").write_text(
+        json.dumps([{"image": "a.png", "conversations": human("<image>")}] * 3)
+    )
     convert("llava", tmp_path / "set.json", "--media", str(media))
-    assert main(["shard", str(tmp_path / "out.jsonl"), "--media", str(media), "--out", str(tmp_path / "toy")]) == 0
+    assert (
+        main(
+            [
+                "shard",
+                str(tmp_path / "out.jsonl"),
+                "--media",
+                str(media),
+                "--out",
+                str(tmp_path / "toy"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "toy/rejected.jsonl").read_text() == ""

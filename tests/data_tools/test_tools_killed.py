@@ -1,4 +1,5 @@
-"""Killed at any point and run again, each command ends with the bytes of an undisturbed run and does nothing twice."""
+"""Killed at any point and run again, each command ends with the bytes of an undisturbed run and
+does nothing twice."""
 
 import json
 import os
@@ -23,42 +24,86 @@ EIGHT = ("--samples-per-shard", "8")
 def command(name: str, root: Path) -> list[str]:
     """The command on a world under `root`, by two workers."""
     return {
-        "import": ["import", "llava", f"{root}/sets", "--out", f"{root}/made/out.jsonl", "--media", f"{root}/media"],
-        "shard": ["shard", f"{root}/toy.jsonl", "--media", f"{root}/media", "--out", f"{root}/made/toy", *EIGHT],
+        "import": [
+            "import",
+            "llava",
+            f"{root}/sets",
+            "--out",
+            f"{root}/made/out.jsonl",
+            "--media",
+            f"{root}/media",
+        ],
+        "shard": [
+            "shard",
+            f"{root}/toy.jsonl",
+            "--media",
+            f"{root}/media",
+            "--out",
+            f"{root}/made/toy",
+            *EIGHT,
+        ],
         "index": ["index", f"{root}/recipe.yaml"],
         "validate": ["validate", f"{root}/recipe.yaml"],
     }[name] + ["--workers", "2"]
 
 
 def prepare(name: str, root: Path) -> None:
-    """What the command begins with: samples of which some are bad, in shards where it needs shards."""
+    """What the command begins with: samples of which some are bad, in shards where it needs
+    shards."""
     path = write_world(root, count=SAMPLES)
     lines = path.read_text().splitlines()
     lines[50], lines[100] = "{", json.dumps(sample(0) | {"images": ["none.png"]})
     path.write_text("\n".join(lines))
-    (root / "recipe.yaml").write_text((root / "recipe.yaml").read_text().replace(f"{root}/toy/", f"{root}/made/toy/"))
+    (root / "recipe.yaml").write_text(
+        (root / "recipe.yaml").read_text().replace(f"{root}/toy/", f"{root}/made/toy/")
+    )
     if name == "import":
         (root / "sets").mkdir()
         for i in range(SOURCES):
-            talks = [{"conversations": sample(k)["messages"], "image": f"{k}.png"} for k in range(100 * (1 + i % 7))]
+            talks = [
+                {"conversations": sample(k)["messages"], "image": f"{k}.png"}
+                for k in range(100 * (1 + i % 7))
+            ]
             (root / f"sets/{i:02d}.json").write_text(json.dumps([*talks, {"image": "none.png"}]))
     if name in ("index", "validate"):
         assert main(command("shard", root)) == 0
         shard = root / "made/toy/toy-000003.tar"
         shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"\x89PMG", 1))
-        good = [line for i, line in enumerate((root / "toy.jsonl").read_text().splitlines()) if i not in (50, 100)]
+        good = [
+            line
+            for i, line in enumerate((root / "toy.jsonl").read_text().splitlines())
+            if i not in (50, 100)
+        ]
         (root / "good.jsonl").write_text("\n".join(good))
-        assert main(["tokenizer", f"{root}/good.jsonl", "--out", f"{root}/toy.model", "--vocab-size", "320"]) == 0
+        assert (
+            main(
+                [
+                    "tokenizer",
+                    f"{root}/good.jsonl",
+                    "--out",
+                    f"{root}/toy.model",
+                    "--vocab-size",
+                    "320",
+                ]
+            )
+            == 0
+        )
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """What was made, apart from progress files, whose lines are in the order in which the work ended."""
-    found = (path for path in sorted((root / "made").rglob("*")) if path.is_file() and "progress" not in path.name)
+    """What was made, apart from progress files, whose lines are in the order in which the work
+    ended."""
+    found = (
+        path
+        for path in sorted((root / "made").rglob("*"))
+        if path.is_file() and "progress" not in path.name
+    )
     return {str(path.relative_to(root)): path.read_bytes() for path in found}
 
 
 def kill(name: str, root: Path, *, at: int, pause: float) -> None:
-    """Runs the command as its own process, and kills that `pause` seconds after `at` parts are finished."""
+    """Runs the command as its own process, and kills that `pause` seconds after `at` parts are
+    finished."""
     arguments = [sys.executable, "-m", "data_tools", *command(name, root)]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(finished(name, root)) < at:
@@ -75,13 +120,17 @@ def moments(path: Path) -> int:
 def finished(name: str, root: Path) -> list[str]:
     """The files that are finished, and recorded to be, where the command keeps a record."""
     made = root / "made"
-    progress = made / {"import": "out.progress.jsonl", "shard": "toy/progress.jsonl"}.get(name, "none")
+    progress = made / {"import": "out.progress.jsonl", "shard": "toy/progress.jsonl"}.get(
+        name, "none"
+    )
     if name in ("index", "validate"):
         suffix = {"index": "*.index.parquet", "validate": "*.quarantine.json"}[name]
         return [str(path.relative_to(root)) for path in made.rglob(suffix)]
     lines = progress.read_bytes().splitlines(keepends=True)[1:] if progress.exists() else []
     parts = [json.loads(line)["part"] for line in lines if line.endswith(b"\n")]
-    pattern = {"import": "made/out.parts/{:06d}.samples.jsonl", "shard": "made/toy/toy-{:06d}.tar"}[name]
+    pattern = {"import": "made/out.parts/{:06d}.samples.jsonl", "shard": "made/toy/toy-{:06d}.tar"}[
+        name
+    ]
     return [found for part in parts if (root / (found := pattern.format(part))).exists()]
 
 
@@ -99,10 +148,18 @@ def test_a_killed_command_run_again_ends_as_an_undisturbed_one(tmp_path: Path, n
         before: dict[str, int] = {}
         for at in (dice.randint(0, SOURCES // 2), dice.randint(SOURCES // 2, SOURCES)):
             kill(name, root, at=at, pause=dice.uniform(0, 0.02))
-            assert all(moments(root / path) == moment for path, moment in before.items() if (root / path).exists())
+            assert all(
+                moments(root / path) == moment
+                for path, moment in before.items()
+                if (root / path).exists()
+            )
             before = {path: moments(root / path) for path in finished(name, root)}
             assert len(before) >= at or (name == "import" and (root / "made/out.jsonl").exists())
         assert main(command(name, root)) == code
         assert files(root) == wanted
-        assert all(moments(root / path) == moment for path, moment in before.items() if (root / path).exists())
+        assert all(
+            moments(root / path) == moment
+            for path, moment in before.items()
+            if (root / path).exists()
+        )
         assert not [path for path in root.rglob("*") if path.suffix in (".partial", ".parts")]

@@ -15,8 +15,16 @@ from megatron_vita.data.plan import read_plan
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     path = write_world(tmp_path)
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
-    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
+        == 0
+    )
+    assert (
+        main(
+            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+        )
+        == 0
+    )
     assert main(["index", str(tmp_path / "recipe.yaml")]) == 0
     return tmp_path
 
@@ -37,7 +45,9 @@ def test_a_plan_names_samples_longer_than_a_pack(world: Path, capsys) -> None:
     recipe = str(world / "recipe.yaml")
     assert main(["plan", recipe, "data.seq_length=80"]) == 0
     assert "6 samples that cannot be used" in capsys.readouterr().out
-    entries = [json.loads(line) for line in (world / "plan/rejected.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (world / "plan/rejected.jsonl").read_text().splitlines()
+    ]
     assert len(entries) == 6
     assert entries[0]["key"] == "toy-00000001"
     assert main(["plan", recipe, "data.seq_length=80", "--strict"]) == 1
@@ -92,7 +102,9 @@ def test_a_sheet_shows_tiles_in_order_beside_the_text(world: Path, capsys) -> No
         (["--sample", "{world}/toy/toy-000000.tar:none"], "no sample 'none' among 12"),
     ],
 )
-def test_inspect_refuses_what_is_not_there(world: Path, capsys, arguments: list[str], message: str) -> None:
+def test_inspect_refuses_what_is_not_there(
+    world: Path, capsys, arguments: list[str], message: str
+) -> None:
     arguments = [argument.replace("{world}", str(world)) for argument in arguments]
     assert main(["inspect", str(world / "recipe.yaml"), *arguments]) == 1
     assert message in capsys.readouterr().err
@@ -106,7 +118,10 @@ def test_a_pack_past_the_last_is_refused(world: Path, capsys) -> None:
 
 def test_a_tokenizer_too_large_for_its_text_is_refused(tmp_path: Path, capsys) -> None:
     path = write_world(tmp_path)
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "x.model"), "--vocab-size", "9000"]) == 1
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "x.model"), "--vocab-size", "9000"])
+        == 1
+    )
     assert "at most" in capsys.readouterr().err
     assert main(["tokenizer", str(path), "--out", str(tmp_path / "x.txt")]) == 1
     assert "must end in .model" in capsys.readouterr().err
@@ -139,14 +154,28 @@ def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(tmp_path: Pa
     turns = sample(0)["messages"]
     film = {"messages": [turns[0] | {"content": "<video>\nHm?"}, turns[1]], "videos": ["film"]}
     path.write_text(path.read_text() + json.dumps(film) + "\n")
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
-    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
+        == 0
+    )
+    assert (
+        main(
+            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+        )
+        == 0
+    )
     for command in ("index", "plan"):
         assert main([command, str(tmp_path / "recipe.yaml")]) == 0
     capsys.readouterr()
     png = tmp_path / "pack.png"
-    arguments = ["inspect", str(tmp_path / "recipe.yaml"), "--sample", f"{tmp_path}/toy/toy-000000.tar:toy-00000003"]
+    arguments = [
+        "inspect",
+        str(tmp_path / "recipe.yaml"),
+        "--sample",
+        f"{tmp_path}/toy/toy-000000.tar:toy-00000003",
+    ]
     assert main([*arguments, "--png", str(png)]) == 0
     assert "[tile 0, 0.5 s][tile 1, 1.5 s][tile 2, 2.5 s][tile 3, 3.5 s]" in capsys.readouterr().out
     colors = {color for _, color in Image.open(png).getcolors(maxcolors=1 << 20)}
-    assert {(201, 184, 230), (30, 0, 0), (90, 0, 0)} <= colors  # of frame runs; of the frames at 0.5 and 1.5 s
+    # of frame runs; of the frames at 0.5 and 1.5 s
+    assert {(201, 184, 230), (30, 0, 0), (90, 0, 0)} <= colors

@@ -1,4 +1,5 @@
-"""The pool: what hangs or dies costs one step, with its reason; the rest of the task and all others go on."""
+"""The pool: what hangs or dies costs one step, with its reason; the rest of the task and all others
+go on."""
 
 import os
 import signal
@@ -50,14 +51,19 @@ def test_a_task_begun_again_knows_what_was_good_and_what_was_bad(tmp_path: Path)
 
 def test_a_step_without_memory_is_bad(tmp_path: Path) -> None:
     for crew in (QUICK, Crew(workers=0)):
-        assert outcomes(tmp_path / "log", "full", "a", crew=crew) == ["it needs more memory than there is", "a done"]
+        assert outcomes(tmp_path / "log", "full", "a", crew=crew) == [
+            "it needs more memory than there is",
+            "a done",
+        ]
 
 
 def test_each_task_is_done_once_by_any_number_of_workers(tmp_path: Path) -> None:
     tasks = [(str(tmp_path / f"log{i}"), [f"t{i}", "bad"]) for i in range(12)]
     for workers in (0, 1, 3):
         reported: list[int] = []
-        results = dict(run_tasks(act, tasks, crew=Crew(workers=workers), on_advance=reported.append))
+        results = dict(
+            run_tasks(act, tasks, crew=Crew(workers=workers), on_advance=reported.append)
+        )
         assert results == {i: [f"t{i} done", "it is bad"] for i in range(12)}
         assert sum(reported) == 24
 
@@ -89,7 +95,9 @@ def test_workers_end_with_a_killed_watcher(tmp_path: Path) -> None:
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
-    assert not [process for process in alive if "resource_tracker" not in " ".join(process.cmdline())]
+    assert not [
+        process for process in alive if "resource_tracker" not in " ".join(process.cmdline())
+    ]
 
 
 @pytest.mark.parametrize(

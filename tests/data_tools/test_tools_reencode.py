@@ -1,4 +1,5 @@
-"""Media encoded anew: the same pictures, smaller; what sampling finds in a re-cut video is what it found before."""
+"""Media encoded anew: the same pictures, smaller; what sampling finds in a re-cut video is what it
+found before."""
 
 import io
 from pathlib import Path
@@ -18,7 +19,8 @@ from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
 
 def film(*, frames: int = 250, rate: int = 25, rotation: int = 0) -> bytes:
-    """A video with one key frame: frame i has brightness i / 250 on the left, the opposite on the right."""
+    """A video with one key frame: frame i has brightness i / 250 on the left, the opposite on the
+    right."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"g": "1000", "crf": "10"})
@@ -40,11 +42,17 @@ def sampled(data: bytes, fps: float) -> np.ndarray:
 
 def key_frames(data: bytes) -> list[float]:
     with av.open(io.BytesIO(data)) as container:
-        return [float(packet.pts * packet.time_base) for packet in container.demux(video=0) if packet.is_keyframe]
+        return [
+            float(packet.pts * packet.time_base)
+            for packet in container.demux(video=0)
+            if packet.is_keyframe
+        ]
 
 
 @pytest.mark.parametrize("rotation", [0, 90])
-def test_a_video_at_the_sampling_rate_shows_the_same_frames_from_many_key_frames(rotation: int) -> None:
+def test_a_video_at_the_sampling_rate_shows_the_same_frames_from_many_key_frames(
+    rotation: int,
+) -> None:
     source = film(rotation=rotation)
     made = Reencode(video_fps=2.0, video_gop=1.0)("video", MediaFile(".mkv", source))
     assert made.suffix == ".mp4"
@@ -79,7 +87,21 @@ def test_images_become_jpeg_and_other_media_stay(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=4)
     Image.effect_noise((200, 100), 50).convert("RGB").save(tmp_path / "media/0.png")
     out = str(tmp_path / "toy")
-    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", out, "--jpeg-quality", "80"]) == 0
+    assert (
+        main(
+            [
+                "shard",
+                str(path),
+                "--media",
+                str(tmp_path / "media"),
+                "--out",
+                out,
+                "--jpeg-quality",
+                "80",
+            ]
+        )
+        == 0
+    )
     shard = tmp_path / "toy/toy-000000.tar"
     member = next(scan_shard(shard)).members["toy-00000001.image0.jpg"]
     data = ShardReader().read(shard, member=member, shard_size=shard.stat().st_size)
@@ -93,7 +115,14 @@ def test_images_become_jpeg_and_other_media_stay(tmp_path: Path) -> None:
 
 def test_another_quality_is_another_work(tmp_path: Path, capsys) -> None:
     path = write_world(tmp_path, count=4)
-    arguments = ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+    arguments = [
+        "shard",
+        str(path),
+        "--media",
+        str(tmp_path / "media"),
+        "--out",
+        str(tmp_path / "toy"),
+    ]
     assert main(arguments) == 0
     assert main([*arguments, "--jpeg-quality", "80"]) == 1
     assert "another reencode" in capsys.readouterr().err
@@ -106,7 +135,11 @@ def test_what_cannot_be_encoded_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "option"),
-    [("jpeg_quality", 101, "--jpeg-quality"), ("video_gop", -1.0, "--video-gop"), ("video_fps", -1.0, "--video-fps")],
+    [
+        ("jpeg_quality", 101, "--jpeg-quality"),
+        ("video_gop", -1.0, "--video-gop"),
+        ("video_fps", -1.0, "--video-fps"),
+    ],
 )
 def test_impossible_settings_are_refused(field: str, value: float, option: str) -> None:
     with pytest.raises(ConfigError, match=option):

@@ -1,4 +1,5 @@
-"""`shard`: bad samples are listed or stop it, by file and line; an interrupted run goes on to the same bytes."""
+"""`shard`: bad samples are listed or stop it, by file and line; an interrupted run goes on to the
+same bytes."""
 
 import json
 import os
@@ -21,14 +22,23 @@ BAD = {
     "malformed JSON": ('{"messages": [', "not JSON"),
     "not an object": ("[1, 2]", "not a JSON object"),
     "missing image": (json.dumps(sample(0) | {"images": ["none.png"]}), "cannot read"),
-    "outside image": (json.dumps(sample(0) | {"images": ["../toy.jsonl"]}), "outside the media folder"),
+    "outside image": (
+        json.dumps(sample(0) | {"images": ["../toy.jsonl"]}),
+        "outside the media folder",
+    ),
     "truncated JPEG": (json.dumps(sample(0) | {"images": ["cut.jpg"]}), "truncated"),
-    "tag count": (json.dumps(sample(0) | {"images": []}), "1 places for images (<image>) and images lists 0"),
+    "tag count": (
+        json.dumps(sample(0) | {"images": []}),
+        "1 places for images (<image>) and images lists 0",
+    ),
     "empty conversation": (json.dumps({"messages": []}), "messages is an empty list"),
     "path is no text": (json.dumps(sample(0) | {"images": [7]}), "images[0] is 7"),
     "broken video": (
         json.dumps(
-            {"messages": [{"role": "user", "content": "<video>"}, *sample(0)["messages"][1:]], "videos": ["no.mp4"]}
+            {
+                "messages": [{"role": "user", "content": "<video>"}, *sample(0)["messages"][1:]],
+                "videos": ["no.mp4"],
+            }
         ),
         "videos[0] no.mp4",
     ),
@@ -37,7 +47,15 @@ BAD = {
 
 def shard(path: Path, *options: str) -> int:
     return main(
-        ["shard", str(path), "--media", str(path.parent / "media"), "--out", str(path.parent / "toy"), *options]
+        [
+            "shard",
+            str(path),
+            "--media",
+            str(path.parent / "media"),
+            "--out",
+            str(path.parent / "toy"),
+            *options,
+        ]
     )
 
 
@@ -71,7 +89,10 @@ def test_nothing_but_bad_samples_is_a_failure(tmp_path: Path, capsys) -> None:
     path = write_world(tmp_path)
     path.write_text("{\n[]\n")
     assert shard(path) == 1
-    assert f"toy: 0 samples; 2 rejected, listed in {tmp_path / 'toy/rejected.jsonl'}" in capsys.readouterr().out
+    assert (
+        f"toy: 0 samples; 2 rejected, listed in {tmp_path / 'toy/rejected.jsonl'}"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -94,7 +115,9 @@ def test_strict_also_stops_at_a_sample_that_an_earlier_run_left_out(tmp_path: Pa
     assert f"error: {path}:5: not JSON" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch
+) -> None:
     whole, path = write_world(tmp_path / "a"), write_world(tmp_path / "b")
     for world in (whole, path):
         insert_bad(world, "{")
@@ -121,7 +144,15 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path,
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=400)
-    command = [sys.executable, "-m", "data_tools", "shard", str(path), "--media", str(tmp_path / "media")]
+    command = [
+        sys.executable,
+        "-m",
+        "data_tools",
+        "shard",
+        str(path),
+        "--media",
+        str(tmp_path / "media"),
+    ]
     command += ["--out", str(tmp_path / "toy"), "--samples-per-shard", "4"]
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
@@ -156,7 +187,9 @@ def job(root: Path, **options) -> sharding.ShardJob:
 
 
 def names(root: Path) -> list[str]:
-    return sorted(path.name for path in (root / "toy").iterdir() if path.suffix not in (".json", ".jsonl"))
+    return sorted(
+        path.name for path in (root / "toy").iterdir() if path.suffix not in (".json", ".jsonl")
+    )
 
 
 def test_tars_of_a_part_that_fails_leave_nothing_behind(tmp_path: Path) -> None:
@@ -167,7 +200,9 @@ def test_tars_of_a_part_that_fails_leave_nothing_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_part_that_is_killed_leaves_no_tar_and_the_next_run_nothing_else(tmp_path: Path, monkeypatch) -> None:
+def test_a_part_that_is_killed_leaves_no_tar_and_the_next_run_nothing_else(
+    tmp_path: Path, monkeypatch
+) -> None:
     write_world(tmp_path)
     monkeypatch.setattr(sharding._Tars, "__exit__", lambda *_: None)
     sharding.make_shards(job(tmp_path, max_bytes=500, samples_per_shard=20))
@@ -184,7 +219,13 @@ def test_tars_that_earlier_work_left_are_removed_with_what_lies_beside_them(tmp_
     sharding.make_shards(job(tmp_path, max_bytes=500, samples_per_shard=4))
     assert {"toy-000000_1.tar", "toy-000002_1.tar"} <= set(names(tmp_path))
     beside = [f"toy-{stem}.{suffix}" for stem in ("000000_1", "000002") for suffix in BESIDE]
-    others = ["toy-7.tar", "toy-000009_0.tar", "tot-000009.tar", "toy-000009.tar.gz", "toy-000009-old.tar"]
+    others = [
+        "toy-7.tar",
+        "toy-000009_0.tar",
+        "tot-000009.tar",
+        "toy-000009.tar.gz",
+        "toy-000009-old.tar",
+    ]
     for name in (*beside, *others, *(f"toy-000000.{suffix}" for suffix in BESIDE)):
         (tmp_path / "toy" / name).touch()
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
@@ -202,12 +243,17 @@ def test_datasets_of_one_folder_must_have_the_same_lines(tmp_path: Path, capsys)
 
     def recipe(*lines: str) -> str:
         common = f"shards: '{tmp_path}/toy/*.tar', media: '{tmp_path}/media', ratio: 0.5"
-        sets = [f"{{name: d{i}, jsonl: '{tmp_path}/{name}', {common}}}" for i, name in enumerate(lines)]
+        sets = [
+            f"{{name: d{i}, jsonl: '{tmp_path}/{name}', {common}}}" for i, name in enumerate(lines)
+        ]
         (tmp_path / "recipe.yaml").write_text(f"data: {{train: [{', '.join(sets)}]}}\n")
         return str(tmp_path / "recipe.yaml")
 
     assert main(["shard", recipe("toy.jsonl", "other.jsonl")]) == 1
-    assert f"dataset d1: its shards in {tmp_path}/toy are made of {tmp_path}/toy.jsonl" in capsys.readouterr().err
+    assert (
+        f"dataset d1: its shards in {tmp_path}/toy are made of {tmp_path}/toy.jsonl"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "toy").exists()
     assert main(["shard", recipe("toy.jsonl", "toy.jsonl"), "--workers", "1"]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/toy: 12 samples\n"
@@ -227,12 +273,17 @@ def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
         (["shard", "x.jsonl"], "--out is needed"),
         (["shard", "x.yaml", "--out", "x"], "a recipe's datasets name their folders"),
         (["shard", "x.jsonl", "--out", "x", "--max-shard-mb", "-1"], "--max-shard-mb is -1"),
-        (["shard", "x.jsonl", "--out", "x", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
+        (
+            ["shard", "x.jsonl", "--out", "x", "--samples-per-shard", "0"],
+            "--samples-per-shard is 0",
+        ),
         (["index", "/no.yaml"], "/no.yaml: cannot read the recipe"),
         (["nothing"], "No such command 'nothing'"),
     ],
 )
-def test_user_errors_are_one_line_and_code_1(tmp_path: Path, capsys, monkeypatch, arguments, message: str) -> None:
+def test_user_errors_are_one_line_and_code_1(
+    tmp_path: Path, capsys, monkeypatch, arguments, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()

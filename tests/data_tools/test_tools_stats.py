@@ -1,4 +1,5 @@
-"""`stats`: numbers from indexes and plans, samples to look at, in one file that needs nothing else."""
+"""`stats`: numbers from indexes and plans, samples to look at, in one file that needs nothing
+else."""
 
 import re
 from pathlib import Path
@@ -19,8 +20,18 @@ from megatron_vita.config import load_recipe
 def recipe(tmp_path: Path) -> Path:
     """Twelve samples, the second dataset the same with half the ratio, a plan of the first."""
     path = write_world(tmp_path)
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
-    arguments = ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
+        == 0
+    )
+    arguments = [
+        "shard",
+        str(path),
+        "--media",
+        str(tmp_path / "media"),
+        "--out",
+        str(tmp_path / "toy"),
+    ]
     assert main([*arguments, "--samples-per-shard", "5"]) == 0
     recipe = tmp_path / "recipe.yaml"
     second = f"{{name: again, shards: '{tmp_path}/toy/*.tar', ratio: 0.5, cap: 4}}"
@@ -37,7 +48,9 @@ def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
     assert first.tiles.tolist() == [4 + 1, 2 + 1] * 6
     tokenizer = load_recipe_tokenizer(loaded)
     answers = [f"It is number {i}, no doubt about it.<|im_end|>\n" for i in range(12)]
-    assert first.rows.tolist() == [len(tokenizer.encode(answer.replace("<|im_end|>", ""))) + 1 for answer in answers]
+    assert first.rows.tolist() == [
+        len(tokenizer.encode(answer.replace("<|im_end|>", ""))) + 1 for answer in answers
+    ]
     assert again.epoch_tokens == pytest.approx(first.tokens.mean() * 4)
 
 
@@ -87,10 +100,20 @@ def test_a_sample_that_cannot_be_read_says_why(recipe: Path) -> None:
 def test_what_samples_say_is_not_taken_for_html(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=1)
     path.write_text(path.read_text().replace("Which number", "<script>alert(1)<\\/script> Which"))
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "310"]) == 0
-    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "310"])
+        == 0
+    )
+    assert (
+        main(
+            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+        )
+        == 0
+    )
     assert main(["index", str(tmp_path / "recipe.yaml")]) == 0
-    assert main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "stats.html")]) == 0
+    assert (
+        main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "stats.html")]) == 0
+    )
     page = (tmp_path / "stats.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
@@ -98,17 +121,29 @@ def test_what_samples_say_is_not_taken_for_html(tmp_path: Path) -> None:
 
 def test_without_an_index_stats_says_what_to_run(tmp_path: Path, capsys) -> None:
     path = write_world(tmp_path)
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
-    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
+        == 0
+    )
+    assert (
+        main(
+            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+        )
+        == 0
+    )
     assert main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "x.html")]) == 1
     assert "python -m data_tools index" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[0], [1], [0, 0, 5], list(range(1000)), [1, 1_000_000], [4096] * 3, [0.2, 0.9]])
+@pytest.mark.parametrize(
+    "values", [[0], [1], [0, 0, 5], list(range(1000)), [1, 1_000_000], [4096] * 3, [0.2, 0.9]]
+)
 def test_each_value_is_counted_once_in_a_histogram(values: list[float], log: bool) -> None:
     svg = histogram(np.array(values), unit="things", log=log)
-    assert sum(int(count.replace(",", "")) for count in re.findall(r"things: ([\d,]+)", svg)) == len(values)
+    assert sum(
+        int(count.replace(",", "")) for count in re.findall(r"things: ([\d,]+)", svg)
+    ) == len(values)
     edges = [mark.text for mark in ElementTree.fromstring(svg).iter("text")]
     assert 2 <= len(edges) <= 10
 

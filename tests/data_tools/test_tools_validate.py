@@ -32,7 +32,9 @@ def film(seconds: int = 3) -> bytes:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for _ in range(10 * seconds):
-            frame = av.VideoFrame.from_ndarray(noise.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                noise.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
@@ -48,16 +50,24 @@ def cut_jpeg() -> bytes:
 def write(path: Path, media: dict[str, dict[str, list[MediaFile]]]) -> None:
     with SampleWriter(path) as writer:
         for key, files in media.items():
-            content = "<image>" * len(files.get("image", [])) + "<video>" * len(files.get("video", [])) + "Hm?"
+            content = (
+                "<image>" * len(files.get("image", []))
+                + "<video>" * len(files.get("video", []))
+                + "Hm?"
+            )
             talk = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
             writer.write(key, record={"messages": talk}, media=files)
 
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """Of five samples, one has an image that is cut short, one a video of which nothing can be decoded."""
+    """Of five samples, one has an image that is cut short, one a video of which nothing can be
+    decoded."""
     path = write_world(tmp_path)
-    assert main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"]) == 0
+    assert (
+        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
+        == 0
+    )
     (tmp_path / "toy").mkdir()
     good = (tmp_path / "media/0.png").read_bytes()
     whole = film()
@@ -68,7 +78,9 @@ def shard(tmp_path: Path) -> Path:
             "a": {"image": [MediaFile(".png", good)], "video": [MediaFile(".mp4", whole)]},
             "b": {"image": [MediaFile(".png", good), MediaFile(".jpg", cut_jpeg())]},
             "c": {},
-            "d": {"video": [MediaFile(".mp4", whole[:start] + b"\xff" * (end - start) + whole[end:])]},
+            "d": {
+                "video": [MediaFile(".mp4", whole[:start] + b"\xff" * (end - start) + whole[end:])]
+            },
             "e": {"image": [MediaFile(".png", good)]},
         },
     )
@@ -84,16 +96,23 @@ def test_what_cannot_be_decoded_is_listed_and_left_out(shard: Path, capsys) -> N
     out = capsys.readouterr().out
     assert f"{shard} b.image1.jpg: cannot read this image" in out
     assert "5 samples in 1 shards; 2 bad" in out
-    assert [(entry.by, entry.key) for entry in read_quarantine(shard).entries] == [("validate", "b"), ("validate", "d")]
+    assert [(entry.by, entry.key) for entry in read_quarantine(shard).entries] == [
+        ("validate", "b"),
+        ("validate", "d"),
+    ]
     assert shard.read_bytes() == before
     assert main(["index", recipe]) == 0
     assert "1 indexes written, 0 were current; 2 samples left out" in capsys.readouterr().out
     assert read_index(index_path(shard)).keys() == ["a", "c", "e"]
 
 
-def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path, capsys, monkeypatch) -> None:
+def test_shards_are_decoded_once_unless_they_or_the_sampling_change(
+    shard: Path, capsys, monkeypatch
+) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(validation, "open_image", lambda data, name: decoded.append(name) or open_image(data, name))
+    monkeypatch.setattr(
+        validation, "open_image", lambda data, name: decoded.append(name) or open_image(data, name)
+    )
     path = shard.with_name("toy-000000.quarantine.json")
 
     def moment(target: str, *options: str) -> int:
@@ -110,7 +129,10 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(shard: Path,
     assert second > first
     recipe = shard.parents[1] / "recipe.yaml"
     assert moment(str(recipe), "media.max_fps=5.0") > second
-    assert json.loads(path.read_text())["validated"] == {"samplings": [[1.0, 128], [5.0, 128]], "samples": 5}
+    assert json.loads(path.read_text())["validated"] == {
+        "samplings": [[1.0, 128], [5.0, 128]],
+        "samples": 5,
+    }
 
 
 def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
@@ -118,13 +140,19 @@ def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         validation,
         "frame_times",
-        lambda info, **sampling: asked.append(tuple(sampling.values())) or frame_times(info, **sampling),
+        lambda info, **sampling: (
+            asked.append(tuple(sampling.values())) or frame_times(info, **sampling)
+        ),
     )
     recipe = shard.parents[1] / "recipe.yaml"
-    sets = (
-        "{name: a, shards: SHARDS, max_frames: 7}, {name: b, shards: SHARDS, max_fps: 3.0}, {name: c, shards: SHARDS}"
-    )
-    command = ["validate", str(recipe), f"data.train=[{sets}]".replace("SHARDS", str(shard)), "--workers", "0"]
+    sets = "{name: a, shards: SHARDS, max_frames: 7}, {name: b, shards: SHARDS, max_fps: 3.0}, {name: c, shards: SHARDS}"
+    command = [
+        "validate",
+        str(recipe),
+        f"data.train=[{sets}]".replace("SHARDS", str(shard)),
+        "--workers",
+        "0",
+    ]
     assert main(command) == 1
     usual = MediaConfig()
     wanted = {(usual.max_fps, 7), (3.0, usual.max_frames), (usual.max_fps, usual.max_frames)}
@@ -147,17 +175,25 @@ def write_texts(path: Path, texts: list[tuple[str, bytes]]) -> None:
 
 
 @pytest.mark.parametrize("first", ["index", "validate"])
-def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(shard: Path, first: str) -> None:
+def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(
+    shard: Path, first: str
+) -> None:
     recipe = str(shard.parents[1] / "recipe.yaml")
-    write_texts(shard, [("a", b"One."), ("b", b"Two."), ("c", b"\xff"), ("a", b"Three."), ("c", b"Four.")])
+    write_texts(
+        shard, [("a", b"One."), ("b", b"Two."), ("c", b"\xff"), ("a", b"Three."), ("c", b"Four.")]
+    )
     for command in (first, "validate", "index"):
         main([command, recipe, "--workers", "0"])
     assert read_index(index_path(shard)).keys() == ["a", "b"]
-    listed = [(entry.key, entry.reason.split(": ")[-1][:10]) for entry in read_quarantine(shard).entries]
+    listed = [
+        (entry.key, entry.reason.split(": ")[-1][:10]) for entry in read_quarantine(shard).entries
+    ]
     assert sorted(listed) == [("a", "an earlier"), ("c", "an earlier"), ("c", "byte 0xff ")]
 
 
-def test_an_index_is_made_again_where_the_list_or_the_rule_it_was_made_with_is_gone(shard: Path, capsys) -> None:
+def test_an_index_is_made_again_where_the_list_or_the_rule_it_was_made_with_is_gone(
+    shard: Path, capsys
+) -> None:
     recipe = str(shard.parents[1] / "recipe.yaml")
     main(["validate", recipe, "--workers", "0"])
 
@@ -190,7 +226,9 @@ def test_an_index_takes_from_the_list_what_it_can_read_again(shard: Path) -> Non
     assert read_index(index_path(shard)).keys() == ["a", "b"]
 
 
-def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(shard: Path, capsys) -> None:
+def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(
+    shard: Path, capsys
+) -> None:
     ahead = time.time() + 3600
     os.utime(shard, (ahead, ahead))
     assert main(["validate", str(shard), "--workers", "0"]) == 1
@@ -198,14 +236,21 @@ def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(shard
     assert [entry.key for entry in read_quarantine(shard).entries] == ["b", "d"]
 
 
-def test_a_shard_that_changes_while_it_is_decoded_is_named(shard: Path, capsys, monkeypatch) -> None:
+def test_a_shard_that_changes_while_it_is_decoded_is_named(
+    shard: Path, capsys, monkeypatch
+) -> None:
     def changing(*_: object) -> None:
         time.sleep(0.05)  # clocks of files tick slowly
         os.utime(shard)
 
-    monkeypatch.setattr(validation, "write_quarantine", lambda *found: (write_quarantine(*found), changing()))
+    monkeypatch.setattr(
+        validation, "write_quarantine", lambda *found: (write_quarantine(*found), changing())
+    )
     assert main(["validate", str(shard), "--workers", "0"]) == 1
-    assert f"error: {shard}: it changed while it was decoded; run validate again" in capsys.readouterr().err
+    assert (
+        f"error: {shard}: it changed while it was decoded; run validate again"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) -> None:
@@ -216,7 +261,9 @@ def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) 
             raise DataError(f"{name}: bad")
 
     monkeypatch.setattr(validation, "decode_frames", failing)
-    assert main(["validate", recipe, "media.max_frames=9", "media.max_fps=5.0", "--workers", "0"]) == 1
+    assert (
+        main(["validate", recipe, "media.max_frames=9", "media.max_fps=5.0", "--workers", "0"]) == 1
+    )
     found = read_quarantine(shard)
     assert [entry.key for entry in found.entries] == ["a", "b", "d"]
     assert main(["validate", recipe, "media.max_frames=2", "--workers", "0"]) == 1
@@ -231,7 +278,12 @@ def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
     path = write_world(tmp_path)
-    assert main(["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]) == 0
+    assert (
+        main(
+            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
+        )
+        == 0
+    )
     assert main(["validate", str(tmp_path / "toy/toy-000000.tar")]) == 0
     assert "12 samples in 1 shards; 0 bad" in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"""`shard` by many workers, on one machine or a Ray cluster: the same bytes; what hangs or leads outside is left out."""
+"""`shard` by many workers, on one machine or a Ray cluster: the same bytes; what hangs or leads
+outside is left out."""
 
 import json
 import os
@@ -20,7 +21,14 @@ SLOW_SIDE, SLOW_IMAGES = 13000, 50
 
 def shard(root: Path, out: str, *options: str) -> dict[str, bytes]:
     """The shards and the list of rejections that come of the toy world."""
-    arguments = ["shard", str(root / "toy.jsonl"), "--media", str(root / "media"), "--out", str(root / out / "toy")]
+    arguments = [
+        "shard",
+        str(root / "toy.jsonl"),
+        "--media",
+        str(root / "media"),
+        "--out",
+        str(root / out / "toy"),
+    ]
     assert main([*arguments, "--samples-per-shard", "3", *options]) == 0
     return {path.name: path.read_bytes() for path in (root / out / "toy").glob("[!p]*")}
 
@@ -31,7 +39,10 @@ def add(path: Path, **fields) -> None:
 
 
 def rejected(root: Path, out: str) -> list[str]:
-    return [json.loads(line)["reason"] for line in (root / out / "toy/rejected.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["reason"]
+        for line in (root / out / "toy/rejected.jsonl").read_text().splitlines()
+    ]
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -54,7 +65,11 @@ def test_a_sample_that_takes_too_long_is_left_out_and_its_shard_is_whole(tmp_pat
     path = write_world(tmp_path, count=4)
     Image.new("L", (SLOW_SIDE, SLOW_SIDE)).save(tmp_path / "media/slow.png", compress_level=1)
     asked = {"role": "user", "content": "<image>" * SLOW_IMAGES}
-    add(path, messages=[asked, {"role": "assistant", "content": "black"}], images=["slow.png"] * SLOW_IMAGES)
+    add(
+        path,
+        messages=[asked, {"role": "assistant", "content": "black"}],
+        images=["slow.png"] * SLOW_IMAGES,
+    )
     add(path)
     made = shard(tmp_path, "a", "--workers", "1", "--time-limit", "3")
     assert rejected(tmp_path, "a") == ["it took longer than the time limit of 3 s"]
@@ -77,7 +92,9 @@ def test_a_sample_that_takes_too_long_is_left_out_and_its_shard_is_whole(tmp_pat
         ("", "a path under the media folder is needed"),
     ],
 )
-def test_paths_that_lead_outside_are_refused_by_name(tmp_path: Path, name: str, reason: str) -> None:
+def test_paths_that_lead_outside_are_refused_by_name(
+    tmp_path: Path, name: str, reason: str
+) -> None:
     path = write_world(tmp_path, count=2)
     (tmp_path / "media/link.png").symlink_to(path)
     (tmp_path / "media/folder").symlink_to(tmp_path)
@@ -101,20 +118,31 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     urls = [str(path) for path in sorted((tmp_path / "a/toy").glob("*.tar"))]
     found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert [one["json"]["messages"] for one in found] == [sample(i)["messages"] for i in range(7)]
-    assert [one["image0.png"].getpixel((0, 0)) for one in found] == [(20 * i, 90, 160) for i in range(7)]
+    assert [one["image0.png"].getpixel((0, 0)) for one in found] == [
+        (20 * i, 90, 160) for i in range(7)
+    ]
 
 
-@pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="installs megatron-energon; VITA_TEST_ALL=1 runs it")
+@pytest.mark.skipif(
+    "VITA_TEST_ALL" not in os.environ, reason="installs megatron-energon; VITA_TEST_ALL=1 runs it"
+)
 def test_energon_prepares_the_shards(tmp_path: Path) -> None:
     write_world(tmp_path, count=7)
     shard(tmp_path, "a")
     python = tmp_path / "venv/bin/python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     (link,) = (tmp_path / "venv").glob("lib/*/site-packages")
-    (link / "shared.pth").write_text(sysconfig.get_paths()["purelib"])  # torch need not be installed again
+    # torch need not be installed again
+    (link / "shared.pth").write_text(sysconfig.get_paths()["purelib"])
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", "megatron-energon"], check=True)
     options = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset"]
-    energon = [str(python), str(python.with_name("energon")), "prepare", *options, str(tmp_path / "a/toy")]
+    energon = [
+        str(python),
+        str(python.with_name("energon")),
+        "prepare",
+        *options,
+        str(tmp_path / "a/toy"),
+    ]
     run = subprocess.run(energon, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     (info,) = (tmp_path / "a/toy/.nv-meta").glob(".info.*")
@@ -131,7 +159,15 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
     ray.init("local", num_cpus=2, include_dashboard=False)
     try:
         assert shard(tmp_path, "there", "--executor", "ray") == made
-        bad = ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "x/toy"), "--strict"]
+        bad = [
+            "shard",
+            str(path),
+            "--media",
+            str(tmp_path / "media"),
+            "--out",
+            str(tmp_path / "x/toy"),
+            "--strict",
+        ]
         assert main([*bad, "--executor", "ray"]) == 1
     finally:
         ray.shutdown()
@@ -140,7 +176,21 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_without_ray_the_executor_says_what_to_install(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     path = write_world(tmp_path, count=2)
-    assert main(["shard", str(path), "--media", str(tmp_path), "--out", str(tmp_path / "x"), "--executor", "ray"]) == 1
+    assert (
+        main(
+            [
+                "shard",
+                str(path),
+                "--media",
+                str(tmp_path),
+                "--out",
+                str(tmp_path / "x"),
+                "--executor",
+                "ray",
+            ]
+        )
+        == 1
+    )
     assert "the package ray is not installed; pip install ray" in capsys.readouterr().err
 
 
@@ -156,10 +206,17 @@ def test_a_folder_of_frames_is_one_video_in_the_order_of_its_numbers(tmp_path: P
     path = write_world(tmp_path, count=1)
     write_frames(tmp_path / "media/clips/a", 12, rate="2\n")
     turns = sample(0)["messages"]
-    add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
+    add(
+        path,
+        images=[],
+        videos=["clips/a"],
+        messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]],
+    )
     shard(tmp_path, "a", "--workers", "1")
     assert not rejected(tmp_path, "a")
-    found = list(webdataset.WebDataset(str(tmp_path / "a/toy/toy-000000.tar"), shardshuffle=False))[1]
+    found = list(webdataset.WebDataset(str(tmp_path / "a/toy/toy-000000.tar"), shardshuffle=False))[
+        1
+    ]
     assert found["__key__"] == "toy-00000002"
     video = found["video0.frames.zip"]
     assert probe_video(video, "a") == VideoInfo(6.0, 2.0, 12)
@@ -172,11 +229,18 @@ def test_a_folder_of_frames_is_one_video_in_the_order_of_its_numbers(tmp_path: P
     ("rate", "count", "reason"),
     [("0", 2, "is no frame rate"), ("x", 2, "is no frame rate"), ("", 0, "no frame images")],
 )
-def test_folders_that_are_no_video_are_named(tmp_path: Path, rate: str, count: int, reason: str) -> None:
+def test_folders_that_are_no_video_are_named(
+    tmp_path: Path, rate: str, count: int, reason: str
+) -> None:
     path = write_world(tmp_path, count=1)
     write_frames(tmp_path / "media/clips/a", count, rate=rate)
     turns = sample(0)["messages"]
-    add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
+    add(
+        path,
+        images=[],
+        videos=["clips/a"],
+        messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]],
+    )
     shard(tmp_path, "a", "--workers", "1")
     assert [reason in found for found in rejected(tmp_path, "a")] == [True]
 
@@ -186,7 +250,12 @@ def test_a_frame_that_is_a_link_is_refused(tmp_path: Path) -> None:
     write_frames(tmp_path / "media/clips/a", 2)
     (tmp_path / "media/clips/a/f9.png").symlink_to(path)
     turns = sample(0)["messages"]
-    add(path, images=[], videos=["clips/a"], messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]])
+    add(
+        path,
+        images=[],
+        videos=["clips/a"],
+        messages=[turns[0] | {"content": "<video>\nHm?"}, turns[1]],
+    )
     shard(tmp_path, "a", "--workers", "1")
     assert ["the frame f9.png is a link" in found for found in rejected(tmp_path, "a")] == [True]
 
@@ -214,6 +283,11 @@ def test_a_shard_that_grows_too_long_goes_on_in_another_tar(tmp_path: Path) -> N
         "toy-000001.tar",
     ]
     urls = [str(found) for found in sorted((tmp_path / "a/toy").glob("*.tar"))]
-    assert [one["__key__"][-1] for one in webdataset.WebDataset(urls, shardshuffle=False)] == ["1", "2", "3", "4"]
+    assert [one["__key__"][-1] for one in webdataset.WebDataset(urls, shardshuffle=False)] == [
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
     (tmp_path / "a/toy/toy-000000_1.tar").unlink()
     assert shard(tmp_path, "a", "--workers", "2", "--max-shard-mb", "1") == made

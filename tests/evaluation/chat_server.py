@@ -22,7 +22,9 @@ class FakeChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, reply: Callable[[dict[str, Any]], str], *, seconds_a_word: float = 0.0) -> None:
+    def __init__(
+        self, reply: Callable[[dict[str, Any]], str], *, seconds_a_word: float = 0.0
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply, self.seconds_a_word = reply, seconds_a_word
         self.requests: list[dict[str, Any]] = []
@@ -40,7 +42,9 @@ class FakeChatServer(ThreadingHTTPServer):
 def serving(reply: Callable[[dict[str, Any]], str], **options: Any) -> Iterator[FakeChatServer]:
     """A running server."""
     server = FakeChatServer(reply, **options)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     try:
         yield server
     finally:
@@ -79,7 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
                 usage = {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8}
                 message = {"role": "assistant", "content": text}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                self._json(200, {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
+                self._json(
+                    200,
+                    {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage},
+                )
         except RefusalError as refusal:
             self._json(refusal.status, {"error": {"message": str(refusal)}})
         finally:

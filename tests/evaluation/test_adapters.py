@@ -1,4 +1,5 @@
-"""Harnesses ask a server as Long-VITA was asked. Their base classes are stood in for by the parts that are used."""
+"""Harnesses ask a server as Long-VITA was asked. Their base classes are stood in for by the parts
+that are used."""
 
 import importlib
 import io
@@ -26,7 +27,9 @@ PHRASE = "Answer the question using a single word or phrase."
 
 def asked(text: str, benchmark: str | None, kind: str | None) -> str:
     """The text after an image."""
-    image, said = long_vita_parts([Part("image", "i"), Part("text", text)], benchmark=benchmark, kind=kind)
+    image, said = long_vita_parts(
+        [Part("image", "i"), Part("text", text)], benchmark=benchmark, kind=kind
+    )
     assert image == Part("image", "i")
     return said.value
 
@@ -50,12 +53,20 @@ def asked(text: str, benchmark: str | None, kind: str | None) -> str:
         (None, None, "what?", f"\nwhat?\n{PHRASE}"),
     ],
 )  # fmt: skip
-def test_each_benchmark_is_asked_in_its_words(benchmark: str | None, kind: str | None, text: str, told: str) -> None:
+def test_each_benchmark_is_asked_in_its_words(
+    benchmark: str | None, kind: str | None, text: str, told: str
+) -> None:
     assert asked(text, benchmark, kind) == told
 
 
 def test_an_image_is_followed_by_a_newline_and_a_video_is_not() -> None:
-    parts = [Part("text", "one "), Part("image", 1), Part("text", "two "), Part("video", 2), Part("text", "three")]
+    parts = [
+        Part("text", "one "),
+        Part("image", 1),
+        Part("text", "two "),
+        Part("video", 2),
+        Part("text", "three"),
+    ]
     assert long_vita_parts(parts, benchmark="MMVet", kind="VQA") == [
         Part("text", "one "), Part("image", 1), Part("text", "\ntwo "), Part("video", 2), Part("text", "three"),
     ]  # fmt: skip
@@ -83,7 +94,8 @@ def module(name: str, **content: Any) -> types.ModuleType:
 
 @pytest.fixture
 def harnesses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the adapters use of lmms-eval 0.7.3 and VLMEvalKit (ms-vlmeval 0.0.20), in their simplest form."""
+    """What the adapters use of lmms-eval 0.7.3 and VLMEvalKit (ms-vlmeval 0.0.20), in their
+    simplest form."""
     manifests: dict[str, Any] = {}
 
     class Lmms:
@@ -144,13 +156,17 @@ def test_lmms_eval_gets_answers_in_order_by_the_rules_of_its_tasks(
 ) -> None:
     adapter = importlib.import_module("megatron_vita.evaluation.adapters.lmms_eval_model")
     path, name = harnesses["vita"]["chat_class_path"].rsplit(".", 1)
-    model = getattr(importlib.import_module(path), name)(server.url, max_frames=64, batch_size=1, device=None)
+    model = getattr(importlib.import_module(path), name)(
+        server.url, max_frames=64, batch_size=1, device=None
+    )
     model.task_dict = {task: {"test": ["which?", "long?"]} for task in ("mmstar", "unknown_task")}
     requests = [Request(0, "mmstar"), Request(1, "mmstar"), Request(0, "unknown_task")]
     assert model.generate_until(requests) == ["B", "", "B"]
     texts = {texts_of(request)[0] for request in server.requests}
     assert texts == {f"\nwhich?{LETTER}", f"\nlong?{LETTER}", "which?"}
-    assert {(r["max_tokens"], r["temperature"], r["max_frames"]) for r in server.requests} == {(1024, 0.0, 64)}
+    assert {(r["max_tokens"], r["temperature"], r["max_frames"]) for r in server.requests} == {
+        (1024, 0.0, 64)
+    }
     with pytest.raises(NotImplementedError):
         model.loglikelihood([])
     assert not adapter.VitaChat.is_simple
@@ -168,7 +184,9 @@ def test_lmms_eval_gets_answers_in_order_by_the_rules_of_its_tasks(
         ("gsm8k", None),
     ],
 )
-def test_a_task_is_known_by_the_longest_fitting_name(harnesses: dict, task: str, benchmark: str | None) -> None:
+def test_a_task_is_known_by_the_longest_fitting_name(
+    harnesses: dict, task: str, benchmark: str | None
+) -> None:
     adapter = importlib.import_module("megatron_vita.evaluation.adapters.lmms_eval_model")
     found = adapter.benchmark_of(task)
     assert (found[0] if found else None) == benchmark
@@ -189,7 +207,10 @@ def test_vlmevalkit_gets_answers_by_the_rules_of_its_datasets(
     assert images["messages"][1]["content"][0]["type"] == "image_url"
     video = b64decode(frames["messages"][1]["content"][0]["video_url"]["url"].split(",")[1])
     assert probe_video(video, "frame").frames == 1
-    assert zipfile.ZipFile(io.BytesIO(video)).read("frame.png") == (tmp_path / "frame.png").read_bytes()
+    assert (
+        zipfile.ZipFile(io.BytesIO(video)).read("frame.png")
+        == (tmp_path / "frame.png").read_bytes()
+    )
 
 
 def test_adapters_need_neither_torch_nor_the_rest_of_the_package() -> None:

@@ -27,7 +27,12 @@ class Echo:
         if "bad" in texts:
             raise DataError("bad is bad")
         return [
-            Answer(text=text, token_ids=[], finish="error" if text == "ugly" else "stop", error="ugly is ugly")
+            Answer(
+                text=text,
+                token_ids=[],
+                finish="error" if text == "ugly" else "stop",
+                error="ugly is ugly",
+            )
             for text in texts
         ]
 
@@ -51,7 +56,11 @@ def questions(*texts: str) -> Iterator[Prompt]:
 
 def test_an_engine_gets_several_prompts_at_a_time_and_a_refused_one_harms_no_other() -> None:
     engine = Echo()
-    replies = list(EngineAnswerer(engine, at_once=3).answers(questions("a", "bad", "c", "ugly"), sampling=GREEDY))
+    replies = list(
+        EngineAnswerer(engine, at_once=3).answers(
+            questions("a", "bad", "c", "ugly"), sampling=GREEDY
+        )
+    )
     assert [reply.text for reply in replies] == ["a", "", "c", ""]
     assert [reply.error for reply in replies] == ["", "bad is bad", "", "ugly is ugly"]
     assert engine.batches == [3, 1, 1, 1, 1]
@@ -66,7 +75,9 @@ def test_a_model_whose_logits_are_no_numbers_ends_an_evaluation() -> None:
         list(EngineAnswerer(Broken(), at_once=1).answers(questions("a"), sampling=GREEDY))
 
 
-def test_a_server_gets_several_requests_at_a_time_and_replies_keep_their_order(server: FakeChatServer) -> None:
+def test_a_server_gets_several_requests_at_a_time_and_replies_keep_their_order(
+    server: FakeChatServer,
+) -> None:
     texts = [str(number) for number in range(20)] + ["bad", "end"]
     answerer = ServerAnswerer(ChatServer(server.url), at_once=4)
     replies = list(answerer.answers(questions(*texts), sampling=GREEDY))
@@ -86,7 +97,10 @@ def test_prompts_are_made_no_earlier_than_needed(server: FakeChatServer) -> None
             made.append(number)
             yield Prompt.ask(str(number))
 
-    for answerer in (EngineAnswerer(Echo(), at_once=2), ServerAnswerer(ChatServer(server.url), at_once=2)):
+    for answerer in (
+        EngineAnswerer(Echo(), at_once=2),
+        ServerAnswerer(ChatServer(server.url), at_once=2),
+    ):
         made.clear()
         replies = answerer.answers(prompts(), sampling=GREEDY)
         assert next(replies).text == "0"
@@ -94,16 +108,24 @@ def test_prompts_are_made_no_earlier_than_needed(server: FakeChatServer) -> None
         replies.close()  # type: ignore[attr-defined]
 
 
-def test_a_server_that_cannot_be_reached_or_refuses_the_key_ends_the_work(server: FakeChatServer) -> None:
+def test_a_server_that_cannot_be_reached_or_refuses_the_key_ends_the_work(
+    server: FakeChatServer,
+) -> None:
     gone = ChatServer("http://127.0.0.1:9/v1", model="tiny")
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9"):
         list(ServerAnswerer(gone, at_once=1).answers(questions("a"), sampling=GREEDY))
     server.reply = lambda request: (_ for _ in ()).throw(RefusalError(401, "wrong key"))
     with pytest.raises(ServerError, match="401: wrong key"):
-        list(ServerAnswerer(ChatServer(server.url), at_once=1).answers(questions("a"), sampling=GREEDY))
+        list(
+            ServerAnswerer(ChatServer(server.url), at_once=1).answers(
+                questions("a"), sampling=GREEDY
+            )
+        )
 
 
-def test_the_key_is_the_environments(server: FakeChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_the_environments(
+    server: FakeChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     ChatServer(server.url).complete(Prompt.ask("a"), sampling=GREEDY)
     monkeypatch.setenv("VITA_API_KEY", "open")
@@ -112,7 +134,10 @@ def test_the_key_is_the_environments(server: FakeChatServer, monkeypatch: pytest
 
 
 def test_media_are_data_urls_in_their_places() -> None:
-    png, film = MediaFile(name="a.png", data=b"\x89PNG.."), MediaFile(name="b.mp4", data=b"....ftyp")
+    png, film = (
+        MediaFile(name="a.png", data=b"\x89PNG.."),
+        MediaFile(name="b.mp4", data=b"....ftyp"),
+    )
     frames = MediaFile(name="c.frames.zip", data=b"PK\x03\x04..")
     prompt = Prompt(
         messages=[

@@ -34,9 +34,16 @@ def server() -> Iterator[FakeChatServer]:
 SMALL = ("--page-size", 160, "--font-size", 6, "--depths", 2, "--needles", 1)
 
 
-def test_needles_through_a_server(server: FakeChatServer, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_needles_through_a_server(
+    server: FakeChatServer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
-    assert evaluate("needle", "--server", server.url, "--pages", "2,8", *SMALL, "--at-once", 3, "--out", out) == 0
+    assert (
+        evaluate(
+            "needle", "--server", server.url, "--pages", "2,8", *SMALL, "--at-once", 3, "--out", out
+        )
+        == 0
+    )
     report = json.loads((out / "report.json").read_text())
     assert (report["right"], report["asked"], report["refused"]) == (0, 4, 2)
     assert report["lengths"] == [{"pages": 2, "tokens": 7}, {"pages": 8, "tokens": None}]
@@ -79,7 +86,11 @@ def test_questions_through_a_server(server: FakeChatServer, tmp_path: Path) -> N
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
-    server: FakeChatServer, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+    server: FakeChatServer,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     words = [server.url if word == "URL" else word for word in arguments]
     assert evaluate("needle", *words, "--out", tmp_path) == 1
@@ -103,23 +114,35 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     path = make_toy_run(folder, samples=40)
     platform.initialize_process()
-    train(load_recipe(path, ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=2"]))
+    train(
+        load_recipe(
+            path, ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=2"]
+        )
+    )
     return folder / "checkpoints"
 
 
 @pytest.mark.parametrize("media", ["images", "video"])
-def test_needles_in_an_engine_with_lengths_in_tokens(checkpoint: Path, tmp_path: Path, media: str) -> None:
+def test_needles_in_an_engine_with_lengths_in_tokens(
+    checkpoint: Path, tmp_path: Path, media: str
+) -> None:
     options = (*SMALL, "--media", media, "--shared", "--at-once", 2, "--out", tmp_path)
     assert evaluate("needle", checkpoint, "--lengths", "160,200", *options) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["asked"] == 4
     assert report["refused"] == 0
-    assert all(length["tokens"] <= limit for length, limit in zip(report["lengths"], (160, 200), strict=True))
+    assert all(
+        length["tokens"] <= limit
+        for length, limit in zip(report["lengths"], (160, 200), strict=True)
+    )
 
 
 def test_questions_in_an_engine(checkpoint: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": "red"}]
     path = tmp_path / "held_out.jsonl"
     path.write_text((json.dumps({"messages": turns}) + "\n") * 3)
-    assert evaluate("questions", path, checkpoint, "--out", tmp_path / "out", "--max-new-tokens", 3) == 0
+    assert (
+        evaluate("questions", path, checkpoint, "--out", tmp_path / "out", "--max-new-tokens", 3)
+        == 0
+    )
     assert json.loads((tmp_path / "out" / "report.json").read_text())["all"]["asked"] == 3

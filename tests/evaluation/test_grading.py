@@ -2,7 +2,13 @@
 
 import pytest
 
-from megatron_vita.evaluation.grading import choice_letter, contains, exact_match, same_digits, same_letter
+from megatron_vita.evaluation.grading import (
+    choice_letter,
+    contains,
+    exact_match,
+    same_digits,
+    same_letter,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,9 @@ def test_a_reference_without_digits_is_never_met() -> None:
         ("\uff52\uff45\uff44", "red", True),
     ],
 )
-def test_exact_match_overlooks_case_articles_punctuation_and_spaces(answer: str, reference: str, right: bool) -> None:
+def test_exact_match_overlooks_case_articles_punctuation_and_spaces(
+    answer: str, reference: str, right: bool
+) -> None:
     assert exact_match(answer, reference) is right
 
 
@@ -53,7 +61,9 @@ def test_exact_match_overlooks_case_articles_punctuation_and_spaces(answer: str,
         ("anything", "", False),
     ],
 )
-def test_contains_wants_the_references_words_whole_and_in_a_row(answer: str, reference: str, right: bool) -> None:
+def test_contains_wants_the_references_words_whole_and_in_a_row(
+    answer: str, reference: str, right: bool
+) -> None:
     assert contains(answer, reference) is right
 
 

@@ -1,4 +1,5 @@
-"""Codes on pages: where they lie, what is asked, how it is graded, and that a killed run goes on."""
+"""Codes on pages: where they lie, what is asked, how it is graded, and that a killed run goes
+on."""
 
 import io
 import json
@@ -29,24 +30,34 @@ from megatron_vita.text.train import train_sentencepiece
 
 DEPTHS = (0.0, 0.5, 1.0)
 STYLE = PageStyle(size=224, font_size=8)
-BOOK = Book("Once upon a time there was a page.\n\nIt was followed by another one.\n\n" * 9, style=STYLE)
+BOOK = Book(
+    "Once upon a time there was a page.\n\nIt was followed by another one.\n\n" * 9, style=STYLE
+)
 
 
 class Reader:
-    """Finds the sentence asked for, since it knows the haystack; is wrong where `misses` says so."""
+    """Finds the sentence asked for, since it knows the haystack; is wrong where `misses` says
+    so."""
 
-    def __init__(self, haystack: Haystack, cells: Iterable[Cell], misses: set[str] | None = None) -> None:
+    def __init__(
+        self, haystack: Haystack, cells: Iterable[Cell], misses: set[str] | None = None
+    ) -> None:
         self.haystack, self.cells, self.misses = haystack, list(cells), misses or set()
         self.asked: list[Prompt] = []
         self.stop_after: int | None = None
 
     def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
-        codes = {fingerprint(self.haystack.prompt(cell, depths=DEPTHS)): self.code(cell) for cell in self.cells}
+        codes = {
+            fingerprint(self.haystack.prompt(cell, depths=DEPTHS)): self.code(cell)
+            for cell in self.cells
+        }
         for prompt in prompts:
             if self.stop_after is not None and len(self.asked) == self.stop_after:
                 raise KeyboardInterrupt
             self.asked.append(prompt)
-            yield Reply(text=f"It is {codes[fingerprint(prompt)]}.", prompt_tokens=100 * len(prompt.images))
+            yield Reply(
+                text=f"It is {codes[fingerprint(prompt)]}.", prompt_tokens=100 * len(prompt.images)
+            )
 
     def code(self, cell: Cell) -> str:
         return "0" if cell.key in self.misses else self.haystack.needle(cell, depths=DEPTHS).code
@@ -85,16 +96,23 @@ def test_a_needle_is_drawn_whole_between_lines_of_the_book() -> None:
 
 def test_the_same_seed_gives_the_same_prompt_and_another_differs() -> None:
     cell = Cell(pages=4, depth=0.5, trial=1)
-    one, same, other = (Haystack(book=BOOK, seed=seed).prompt(cell, depths=DEPTHS) for seed in (1, 1, 2))
+    one, same, other = (
+        Haystack(book=BOOK, seed=seed).prompt(cell, depths=DEPTHS) for seed in (1, 1, 2)
+    )
     assert one == same
     assert one != other
-    tries = [Haystack(book=BOOK).needle(Cell(pages=4, depth=0.5, trial=t), depths=DEPTHS).code for t in range(10)]
+    tries = [
+        Haystack(book=BOOK).needle(Cell(pages=4, depth=0.5, trial=t), depths=DEPTHS).code
+        for t in range(10)
+    ]
     assert len(set(tries)) == 10
 
 
 def test_cells_of_a_shared_haystack_differ_in_the_question_alone() -> None:
     haystack = Haystack(book=BOOK, shared=True)
-    prompts = [haystack.prompt(Cell(pages=9, depth=depth, trial=0), depths=DEPTHS) for depth in DEPTHS]
+    prompts = [
+        haystack.prompt(Cell(pages=9, depth=depth, trial=0), depths=DEPTHS) for depth in DEPTHS
+    ]
     assert prompts[0].images == prompts[1].images == prompts[2].images
     assert len({prompt.messages[0]["content"][-1]["text"] for prompt in prompts}) == 3
     assert changed_pages(haystack, Cell(pages=9, depth=0.5, trial=0)) == [0, 4, 8]
@@ -135,7 +153,9 @@ def test_pages_as_a_video_are_its_frames_in_order() -> None:
 @pytest.fixture(scope="module")
 def form(tmp_path_factory: pytest.TempPathFactory) -> DocumentFormat:
     model = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    train_sentencepiece(["the access code of the red door is five digits"] * 50, model, vocab_size=300)
+    train_sentencepiece(
+        ["the access code of the red door is five digits"] * 50, model, vocab_size=300
+    )
     return DocumentFormat(
         tokenizer=load_tokenizer(str(model)),
         template="chatml",
@@ -145,10 +165,14 @@ def form(tmp_path_factory: pytest.TempPathFactory) -> DocumentFormat:
 
 
 @pytest.mark.parametrize("media", ["images", "video"])
-def test_a_length_in_tokens_is_the_longest_haystack_within_it(form: DocumentFormat, media: str) -> None:
+def test_a_length_in_tokens_is_the_longest_haystack_within_it(
+    form: DocumentFormat, media: str
+) -> None:
     pages = pages_within(1500, form=form, style=STYLE, media=media)
     haystack = Haystack(book=BOOK, media=media)
-    longest = max(prompt_tokens(haystack.prompt(cell, depths=DEPTHS), form) for cell in trials(pages))
+    longest = max(
+        prompt_tokens(haystack.prompt(cell, depths=DEPTHS), form) for cell in trials(pages)
+    )
     assert longest <= count_tokens(pages, form=form, style=STYLE, media=media) <= 1500
     assert count_tokens(pages + 1, form=form, style=STYLE, media=media) > 1500
     assert count_tokens(pages, form=form, style=STYLE, media=media) - longest < 20
@@ -164,7 +188,11 @@ def prompt_tokens(prompt: Prompt, form: DocumentFormat) -> int:
         "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
         "video": [form.video(v.name, probe_video(v.data, v.name)) for v in prompt.videos],
     }
-    sample = {"messages": prompt.messages, "images": list(prompt.images), "videos": list(prompt.videos)}
+    sample = {
+        "messages": prompt.messages,
+        "images": list(prompt.images),
+        "videos": list(prompt.videos),
+    }
     turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
     document = assemble_document(turns, key="prompt", media=media, form=form)
     return len(document) + len(generation_prompt(form.template, form.tokenizer))
@@ -228,7 +256,9 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert len(rest.asked) == 12 - 4
 
 
-def test_more_lengths_and_needles_add_to_what_is_there_and_other_settings_are_refused(tmp_path: Path) -> None:
+def test_more_lengths_and_needles_add_to_what_is_there_and_other_settings_are_refused(
+    tmp_path: Path,
+) -> None:
     run(tmp_path, Reader(HAYSTACK, GRID.cells()))
     longer = Grid(pages=(1, 3, 4), depths=DEPTHS, needles=3)
     reader = Reader(HAYSTACK, longer.cells())
@@ -245,7 +275,11 @@ def test_a_refused_prompt_counts_as_wrong_and_is_asked_again(tmp_path: Path) -> 
         def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
             for prompt in prompts:
                 long = len(prompt.images) == 3
-                yield Reply(error="too long") if long else next(super().answers([prompt], sampling=sampling))
+                yield (
+                    Reply(error="too long")
+                    if long
+                    else next(super().answers([prompt], sampling=sampling))
+                )
 
     report = run(tmp_path, Refuses(HAYSTACK, GRID.cells()))
     assert (report["right"], report["refused"]) == (6, 6)

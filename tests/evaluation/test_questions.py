@@ -39,9 +39,13 @@ def write(path: Path, *samples: object) -> Path:
     return path
 
 
-def run(folder: Path, path: Path, answerer: Says, metric: str = "exact", group: str | None = None) -> dict:
+def run(
+    folder: Path, path: Path, answerer: Says, metric: str = "exact", group: str | None = None
+) -> dict:
     questions = read_questions(path, media=path.parent, group=group)
-    return run_questions(answerer, questions, metric=metric, folder=folder, max_new_tokens=8, settings={"model": "m"})
+    return run_questions(
+        answerer, questions, metric=metric, folder=folder, max_new_tokens=8, settings={"model": "m"}
+    )
 
 
 def test_answers_are_counted_by_group_and_over_all(tmp_path: Path) -> None:
@@ -71,7 +75,9 @@ def test_an_unknown_metric_is_refused_before_anything_is_asked(tmp_path: Path) -
         run(tmp_path / "out", path, answerer, "bleu")
 
 
-def test_a_question_comes_with_earlier_turns_and_media_and_without_its_answer(tmp_path: Path) -> None:
+def test_a_question_comes_with_earlier_turns_and_media_and_without_its_answer(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "cat.png").write_bytes(b"a cat")
     turns = [
         {"role": "system", "content": "be brief"},
@@ -114,16 +120,25 @@ def test_a_refused_question_is_wrong_whatever_its_reference(tmp_path: Path) -> N
     [
         (sample("a?", ""), "last assistant turn is empty"),
         ({"messages": [{"role": "user", "content": "a?"}]}, "no assistant turn"),
-        ({"messages": [*sample("a?", "b")["messages"], {"role": "user", "content": "c?"}]}, "last its answer"),
+        (
+            {"messages": [*sample("a?", "b")["messages"], {"role": "user", "content": "c?"}]},
+            "last its answer",
+        ),
         (sample("<image>a?", "b"), "1 places for images"),
         (sample("a?", "b", color="red"), "no field kind"),
         ("text", "a sample is a JSON object"),
     ],
 )
-def test_a_wrong_sample_is_named_by_file_and_line(tmp_path: Path, line: object, message: str) -> None:
+def test_a_wrong_sample_is_named_by_file_and_line(
+    tmp_path: Path, line: object, message: str
+) -> None:
     path = write(tmp_path / "a.jsonl", sample("a?", "b", kind="k"), line)
     with pytest.raises(DataError, match=message) as caught:
-        read_questions(path, media=tmp_path, group="kind" if isinstance(line, dict) and "color" in line else None)
+        read_questions(
+            path,
+            media=tmp_path,
+            group="kind" if isinstance(line, dict) and "color" in line else None,
+        )
     assert "a.jsonl:2" in str(caught.value)
 
 

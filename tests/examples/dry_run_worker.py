@@ -1,6 +1,8 @@
-"""Dry runs of all recipes of examples/long_vita at their real sizes, on a few samples of real lengths.
+"""Dry runs of all recipes of examples/long_vita at their real sizes, on a few samples of real
+lengths.
 
-Argument: a folder. Writes found.json: for each recipe and world size what the run would be, and the seconds it took.
+Argument: a folder. Writes found.json: for each recipe and world size what the run would be, and the
+seconds it took.
 """
 
 import io
@@ -32,7 +34,9 @@ def film() -> bytes:
         stream = container.add_stream("mpeg4", rate=1)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         for i in range(FILM_SECONDS):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), i % 256, np.uint8))))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), i % 256, np.uint8)))
+            )
         container.mux(stream.encode())
     return buffer.getvalue()
 
@@ -43,7 +47,12 @@ def write_samples(folder: Path) -> Path:
     (folder / "film.mp4").write_bytes(film())
     Image.new("RGB", (1800, 1300), "green").save(folder / "picture.png")
     answer = {"role": "assistant", "content": "It is green, and stays so. " * 20}
-    samples = [{"messages": [{"role": "user", "content": "<video>\nWhat happens?"}, answer], "videos": ["film.mp4"]}]
+    samples = [
+        {
+            "messages": [{"role": "user", "content": "<video>\nWhat happens?"}, answer],
+            "videos": ["film.mp4"],
+        }
+    ]
     for _ in range(6):
         question = {"role": "user", "content": "<image>\nWhat is this?"}
         samples.append({"messages": [question, answer], "images": ["picture.png"]})
@@ -73,7 +82,13 @@ def main() -> None:
     samples = write_samples(folder / "raw")
     train_sentencepiece([samples.read_text()] * 3, folder / "words.model", vocab_size=330)
     make_shards(
-        ShardJob(files=[samples], media_root=samples.parent, out=folder / "shards", samples_per_shard=99, strict=True)
+        ShardJob(
+            files=[samples],
+            media_root=samples.parent,
+            out=folder / "shards",
+            samples_per_shard=99,
+            strict=True,
+        )
     )
     found = {}
     for path in sorted(RECIPES.glob("*b/stage*.yaml")):

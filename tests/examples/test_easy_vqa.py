@@ -17,19 +17,28 @@ from megatron_vita.inference.engine import Answer
     ("facts", "said"),
     [
         ([("what color is the circle?", "red")], "a red circle"),
-        ([("what shape is present?", "triangle"), ("is there a teal shape?", "yes")], "a teal triangle"),
+        (
+            [("what shape is present?", "triangle"), ("is there a teal shape?", "yes")],
+            "a teal triangle",
+        ),
         ([("is there not a circle?", "no"), ("is no blue shape present?", "no")], "a blue circle"),
         ([("is there a red shape?", "no"), ("is there not a circle?", "yes")], None),
         ([("what color is the shape?", "gray")], None),
     ],
 )
-def test_a_caption_says_what_questions_and_answers_tell_and_nothing_else(facts: list, said: str | None) -> None:
+def test_a_caption_says_what_questions_and_answers_tell_and_nothing_else(
+    facts: list, said: str | None
+) -> None:
     assert caption(Question(text, answer, 0) for text, answer in facts) == said
 
 
 def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> None:
     prepare(tmp_path)
-    rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for path in tmp_path.glob("*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     questions = [row for row in rows if "\n" in row["messages"][0]["content"]]
     assert len(questions) == len(read_questions("train")) == 38_575
     assert all(row["images"][0].startswith("train/images/") for row in rows)
@@ -46,14 +55,22 @@ def test_prepared_samples_are_what_shards_are_made_of(tmp_path: Path) -> None:
     prepare(tmp_path)
     for kind in ("captions-train", "questions-validation"):
         source = tmp_path / f"few-{kind}.jsonl"
-        source.write_text("".join((tmp_path / f"{kind}.jsonl").read_text().splitlines(keepends=True)[:3]))
-        done = subprocess.run([sys.executable, *shard_command(source, tmp_path / kind)], capture_output=True, text=True)
+        source.write_text(
+            "".join((tmp_path / f"{kind}.jsonl").read_text().splitlines(keepends=True)[:3])
+        )
+        done = subprocess.run(
+            [sys.executable, *shard_command(source, tmp_path / kind)],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert "3 samples" in done.stdout
 
 
 def test_blind_baselines_are_those_of_the_published_split() -> None:
-    majority, lookup = (accuracy(g) for g in answer_blindly(read_questions("test"), read_questions("train")))
+    majority, lookup = (
+        accuracy(g) for g in answer_blindly(read_questions("test"), read_questions("train"))
+    )
     assert majority["all"] == pytest.approx(0.373, abs=5e-4)
     assert lookup["all"] == pytest.approx(0.670, abs=5e-4)
     assert lookup["color"] == pytest.approx(0.120, abs=5e-4)

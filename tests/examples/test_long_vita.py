@@ -1,4 +1,5 @@
-"""The stages run dry at their real sizes, and as miniatures one after another; launchers start them anywhere."""
+"""The stages run dry at their real sizes, and as miniatures one after another; launchers start them
+anywhere."""
 
 import json
 import os
@@ -30,12 +31,19 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_each_recipe_passes_a_dry_run_at_its_real_size(dry: dict[str, dict], recipe: Path) -> None:
-    runs = {key: run for key, run in dry.items() if key.startswith(f"{recipe.parent.name} {recipe.stem} ")}
+    runs = {
+        key: run
+        for key, run in dry.items()
+        if key.startswith(f"{recipe.parent.name} {recipe.stem} ")
+    }
     assert len(runs) == 2
     for run in runs.values():
         assert run["seconds"] < 60
         assert run["gib"] < 76  # an 80 GB device, less what libraries hold
-        assert max(run["tokens"]) > 0.5 * {"1": 32768, "2": 16384, "3": 131072, "4": 1048576}[recipe.stem[-1]]
+        assert (
+            max(run["tokens"])
+            > 0.5 * {"1": 32768, "2": 16384, "3": 131072, "4": 1048576}[recipe.stem[-1]]
+        )
         assert all(most - least <= 1 for least, most in run["tiles"])
         assert min(run["rows"]) > 0
 
@@ -60,7 +68,9 @@ def entry(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
 
 
-def test_the_command_line_runs_dry_in_less_than_a_minute_and_refuses_what_would_not_run(tmp_path: Path) -> None:
+def test_the_command_line_runs_dry_in_less_than_a_minute_and_refuses_what_would_not_run(
+    tmp_path: Path,
+) -> None:
     recipe = str(ROOT / "examples/long_vita/14b/stage4.yaml")
     start = time.perf_counter()
     shown = entry(recipe, "--dry-run", "--world-size", "64", "--without-data")
@@ -69,9 +79,15 @@ def test_the_command_line_runs_dry_in_less_than_a_minute_and_refuses_what_would_
     assert "packs: not read" in shown.stdout
     for arguments, message in (
         (["--world-size", "96", "--without-data"], "96 ranks are not a multiple of 64"),
-        (["--without-data", "--device-memory-gib", "16"], "needs about .* the most is for activations .*: try"),
+        (
+            ["--without-data", "--device-memory-gib", "16"],
+            "needs about .* the most is for activations .*: try",
+        ),
         ([], "tokenizers/qwen2.5"),
-        (["parallel.cp_comm_type=a2a", "--without-data"], "splits model.language.num_attention_heads over 8 ranks"),
+        (
+            ["parallel.cp_comm_type=a2a", "--without-data"],
+            "splits model.language.num_attention_heads over 8 ranks",
+        ),
     ):
         refused = entry(recipe, "--dry-run", *arguments, cwd=tmp_path)
         assert refused.returncode == 1
@@ -85,15 +101,27 @@ def test_miniatures_run_on_two_processes_stage_after_stage(tmp_path: Path, size:
     logs = []
     for stage in STAGES:
         recipe = str(ROOT / f"examples/long_vita/{size}/stage{stage}.yaml")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+        ]
         command += [str(ROOT / "pretrain_vita.py"), recipe, "--scale", "tiny"]
-        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         logs.append(done.stderr)
     assert "starts from first weights" in logs[0]
     for stage, log in enumerate(logs, start=1):
         assert "step 4/4 | loss" in log
-        assert stage == 1 or f"weights from runs/long_vita_{size}/stage{stage - 1}-tiny/step_00000004" in log
+        assert (
+            stage == 1
+            or f"weights from runs/long_vita_{size}/stage{stage - 1}-tiny/step_00000004" in log
+        )
     assert not (tmp_path / "runs" / f"long_vita_{size}" / "stage1").exists()
 
 
@@ -125,7 +153,9 @@ def test_two_nodes_train_over_a_network(tmp_path: Path) -> None:
             subprocess.run([*inside, "addr", "add", f"{address}/24", "dev", device], check=True)
             for link in (device, "lo"):
                 subprocess.run([*inside, "link", "set", link, "up"], check=True)
-        nodes = [_start_node(i, name=names[i], device=devices[i], folder=tmp_path) for i in range(2)]
+        nodes = [
+            _start_node(i, name=names[i], device=devices[i], folder=tmp_path) for i in range(2)
+        ]
         outputs = [node.communicate(timeout=300)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs
         assert "step 4/4 | loss" in outputs[0]
@@ -136,11 +166,21 @@ def test_two_nodes_train_over_a_network(tmp_path: Path) -> None:
 
 
 def _start_node(rank: int, *, name: str, device: str, folder: Path) -> subprocess.Popen:
-    settings = {"NODES": "2", "NODE_RANK": str(rank), "HEAD": "10.77.0.1", "RANKS": "1", "PYTHON": sys.executable}
+    settings = {
+        "NODES": "2",
+        "NODE_RANK": str(rank),
+        "HEAD": "10.77.0.1",
+        "RANKS": "1",
+        "PYTHON": sys.executable,
+    }
     environment = ENVIRONMENT | settings | {"GLOO_SOCKET_IFNAME": device}
     launcher = str(ROOT / "examples/launch/many_nodes.sh")
     recipe = str(ROOT / "examples/long_vita/14b/stage2.yaml")
-    places = [f"checkpoint.save={folder / 'save'}", "checkpoint.load=''", f"data.plan={folder / 'plan'}"]
+    places = [
+        f"checkpoint.save={folder / 'save'}",
+        "checkpoint.load=''",
+        f"data.plan={folder / 'plan'}",
+    ]
     return subprocess.Popen(
         ["ip", "netns", "exec", name, launcher, recipe, "--scale", "tiny", *places],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

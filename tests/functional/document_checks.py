@@ -1,7 +1,8 @@
-"""What must hold of documents at every layout: who sees whom, where positions start, and the exact rows trained.
+"""What must hold of documents at every layout: who sees whom, where positions start, and the exact
+rows trained.
 
-Run in pytest for one process, and under torchrun for more: arguments are a file for what was found and JSON of
-{name: fields of the recipe}.
+Run in pytest for one process, and under torchrun for more: arguments are a file for what was found
+and JSON of {name: fields of the recipe}.
 """
 
 import json
@@ -66,7 +67,9 @@ def run_pack(model: VitaModel, batch: Batch) -> Outcome:
     losses.sum().backward()
     scored = losses.new_zeros(len(batch.input_ids))
     scored[pack.positions[pack.loss_rows].to(losses.device)] = losses.detach()
-    return Outcome(_whole(scored, over=groups.context_group()), _input_gradients(inputs[0], pack, model))
+    return Outcome(
+        _whole(scored, over=groups.context_group()), _input_gradients(inputs[0], pack, model)
+    )
 
 
 def _input_gradients(hidden: torch.Tensor, pack: PackSlice, model: VitaModel) -> torch.Tensor:
@@ -97,40 +100,51 @@ def with_noise(batch: Batch, document: int, *, seed: int) -> Batch:
 
 
 def poison(model: VitaModel, batch: Batch) -> dict[str, dict[str, float]]:
-    """Noise in one document after the other: largest changes of the documents before it, after it and of itself."""
+    """Noise in one document after the other: largest changes of the documents before it, after it
+    and of itself."""
     clean, bounds = run_pack(model, batch), batch.document_starts.tolist()
     worst = {place: {"loss": 0.0, "gradient": 0.0} for place in ("before", "after", "itself")}
     for poisoned in range(len(bounds) - 1):
         noisy = run_pack(model, with_noise(batch, poisoned, seed=poisoned))
         for document in range(len(bounds) - 1):
-            place = "itself" if document == poisoned else "before" if document < poisoned else "after"
+            place = (
+                "itself" if document == poisoned else "before" if document < poisoned else "after"
+            )
             change = clean.change(noisy, slice(bounds[document], bounds[document + 1]))
             worst[place] = {what: max(worst[place][what], change[what]) for what in change}
     return worst
 
 
 def position_of_documents(model: VitaModel, *, length: int, joined: bool) -> float:
-    """Difference of a document's losses when it comes second in its pack and when it comes first."""
+    """Difference of a document's losses when it comes second in its pack and when it comes
+    first."""
     documents = [[(45, 4), (31, 0)], [(31, 0), (45, 4)]]
     outcomes = []
     for lengths in documents:
         batch = make_pack(lengths, seed=6, length=length, joined=joined)
         text = make_pack([(31, 0)], seed=7, length=length)
         start = 0 if lengths[0][0] == 31 else int(batch.document_starts[1])
-        batch.input_ids[start : start + 31], batch.labels[start : start + 31] = text.input_ids[:31], text.labels[:31]
+        batch.input_ids[start : start + 31], batch.labels[start : start + 31] = (
+            text.input_ids[:31],
+            text.labels[:31],
+        )
         outcomes.append(run_pack(model, batch).losses[start : start + 31])
     return (outcomes[0] - outcomes[1]).abs().max().item()
 
 
 def several_turns(*, joined: bool) -> tuple[Batch, list[list[int]], list[list[int]]]:
-    """A pack of two conversations of one-token answers; also each document's ids and its scored token indices."""
+    """A pack of two conversations of one-token answers; also each document's ids and its scored
+    token indices."""
     generator = torch.Generator().manual_seed(9)
     documents, scored = [], []
     for turns in (3, 4):
         ids, answers = [], []
         for _ in range(turns):
             question = torch.randint(
-                5, VOCAB, (int(torch.randint(2, 6, (1,), generator=generator)),), generator=generator
+                5,
+                VOCAB,
+                (int(torch.randint(2, 6, (1,), generator=generator)),),
+                generator=generator,
             )
             ids += [1, *question.tolist(), 2]  # header, question
             answers += [len(ids), len(ids) + 1]  # one-token answer and end of turn
@@ -147,44 +161,63 @@ def several_turns(*, joined: bool) -> tuple[Batch, list[list[int]], list[list[in
 
 
 def plain_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
-    """Qwen2 in plain PyTorch on one document, every position's logits: an independent computation [len(ids), V]."""
+    """Qwen2 in plain PyTorch on one document, every position's logits: an independent computation
+    [len(ids), V]."""
     shape = tiny_recipe().model.language
     heads, kv_heads, width = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels
     x = weights["embedding.word_embeddings.weight"][torch.tensor(ids)]
-    angle = torch.arange(len(ids))[:, None] / shape.rotary_base ** (torch.arange(0, width, 2) / width)
+    angle = torch.arange(len(ids))[:, None] / shape.rotary_base ** (
+        torch.arange(0, width, 2) / width
+    )
     cos, sin = angle.cos()[:, None].repeat(1, 1, 2), angle.sin()[:, None].repeat(1, 1, 2)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + shape.layernorm_epsilon).sqrt() * weights[name]
+        return (
+            x / (x.square().mean(-1, keepdim=True) + shape.layernorm_epsilon).sqrt() * weights[name]
+        )
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
         return x * cos + torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1) * sin
 
     for i in range(shape.num_layers):
         layer = f"decoder.layers.{i}."
-        qkv = norm(x, f"{layer}input_layernorm.weight") @ weights[f"{layer}self_attention.linear_qkv.weight"].T
-        qkv = (qkv + weights[f"{layer}self_attention.linear_qkv.bias"]).view(len(ids), kv_heads, -1, width)
+        qkv = (
+            norm(x, f"{layer}input_layernorm.weight")
+            @ weights[f"{layer}self_attention.linear_qkv.weight"].T
+        )
+        qkv = (qkv + weights[f"{layer}self_attention.linear_qkv.bias"]).view(
+            len(ids), kv_heads, -1, width
+        )
         q, k, v = rotate(qkv[:, :, :-2].flatten(1, 2)), rotate(qkv[:, :, -2]), qkv[:, :, -1]
         k, v = (y.repeat_interleave(heads // kv_heads, dim=1) for y in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / width**0.5
         future = torch.ones(len(ids), len(ids)).triu(1).bool()
-        mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v).flatten(1)
+        mixed = torch.einsum(
+            "hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v
+        ).flatten(1)
         x = x + mixed @ weights[f"{layer}self_attention.linear_proj.weight"].T
-        gate, up = (norm(x, f"{layer}pre_mlp_layernorm.weight") @ weights[f"{layer}mlp.linear_fc1.weight"].T).chunk(
-            2, -1
-        )
+        gate, up = (
+            norm(x, f"{layer}pre_mlp_layernorm.weight") @ weights[f"{layer}mlp.linear_fc1.weight"].T
+        ).chunk(2, -1)
         x = x + (F.silu(gate) * up) @ weights[f"{layer}mlp.linear_fc2.weight"].T
     return norm(x, "decoder.final_layernorm.weight") @ weights["output_layer.weight"].T
 
 
 def exact_rows(model: VitaModel, *, joined: bool) -> dict[str, float]:
-    """Our mean loss on several turns with one-token answers, and that of plain PyTorch on full logits."""
+    """Our mean loss on several turns with one-token answers, and that of plain PyTorch on full
+    logits."""
     batch, documents, scored = several_turns(joined=joined)
     total = run_pack(model, batch).losses.sum().item()
     weights = {n.removeprefix("language_model."): p.detach() for n, p in model.named_parameters()}
     if joined:
         starts = batch.document_starts.tolist()
-        scored = [[start + index for start, answers in zip(starts, scored, strict=False) for index in answers]]
+        scored = [
+            [
+                start + index
+                for start, answers in zip(starts, scored, strict=False)
+                for index in answers
+            ]
+        ]
         documents = [[token for ids in documents for token in ids]]
     plain = 0.0
     for ids, answers in zip(documents, scored, strict=True):
@@ -204,14 +237,17 @@ def run_checks(recipe: Recipe) -> dict[str, Any]:
         "poison": poison(model, make_pack(LENGTHS[length], seed=3, length=length, joined=joined)),
         "position": position_of_documents(model, length=length, joined=joined),
     }
-    if recipe.parallel.tensor_model_parallel_size == 1 and not recipe.training.bf16:  # plain PyTorch, whole weights
+    # plain PyTorch, whole weights
+    if recipe.parallel.tensor_model_parallel_size == 1 and not recipe.training.bf16:
         found["exact_rows"] = exact_rows(model, joined=joined)
     return found
 
 
 def main() -> None:
     """Arguments: file, JSON of fields by name."""
-    found = {name: run_checks(tiny_recipe(**fields)) for name, fields in json.loads(sys.argv[2]).items()}
+    found = {
+        name: run_checks(tiny_recipe(**fields)) for name, fields in json.loads(sys.argv[2]).items()
+    }
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     platform.leave_process()

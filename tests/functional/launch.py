@@ -19,12 +19,22 @@ def torchrun(
 ) -> subprocess.CompletedProcess:
     """Runs a script (one of this folder, or a path) in `processes` processes on one thread each.
 
-    Processes that have not ended after `seconds` are made to say where they stand, and fail the test.
+    Processes that have not ended after `seconds` are made to say where they stand, and fail the
+    test.
     """
     environment = environment_with(HERE, PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
     command += [str(HERE / script), *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

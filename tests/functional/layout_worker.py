@@ -1,6 +1,8 @@
-"""Run by torchrun: three steps at each layout; gradients and weights go to checkpoints that any layout reads.
+"""Run by torchrun: three steps at each layout; gradients and weights go to checkpoints that any
+layout reads.
 
-Arguments: folder, JSON list of layouts' values, JSON of fields that layouts have beside their own, by layout's name.
+Arguments: folder, JSON list of layouts' values, JSON of fields that layouts have beside their own,
+by layout's name.
 """
 
 import json
@@ -31,23 +33,33 @@ def my_batches(run: Run, step: int) -> list:
     """This rank's packs of a step."""
     first = groups.data_parallel_group().rank() * run.microbatches
     packs = make_step(step, run.recipe)[first : first + run.microbatches]
-    return [share_of(pack, groups.rank_layout(), first_stage=groups.is_first_stage()) for pack in packs]
+    return [
+        share_of(pack, groups.rank_layout(), first_stage=groups.is_first_stage()) for pack in packs
+    ]
 
 
 def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
-    """Reduced gradients of this rank's parameters, zeros for frozen ones; shards of the optimizer are gathered."""
+    """Reduced gradients of this rank's parameters, zeros for frozen ones; shards of the optimizer
+    are gathered."""
     group = groups.data_parallel_group(with_context_parallel=True)
     if run.recipe.parallel.use_distributed_optimizer and group.size() > 1:
         for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
             for bucket in buffer.buckets:
                 mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    return {name: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p) for name, p in named_parameters(run)}
+    return {
+        name: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p)
+        for name, p in named_parameters(run)
+    }
 
 
 def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters of all chunks, under names that say which chunk's they are."""
-    return [(f"{i}.{name}", p) for i, core in enumerate(run.cores) for name, p in core.named_parameters()]
+    return [
+        (f"{i}.{name}", p)
+        for i, core in enumerate(run.cores)
+        for name, p in core.named_parameters()
+    ]
 
 
 def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
@@ -80,7 +92,9 @@ def check_buckets(run: Run) -> None:
     """On every stage, whether gradients are reduced early or not."""
     for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
         for bucket in buffer.buckets:
-            assert len(bucket.params) == 1 or bucket.numel_unpadded < BUCKET + max(p.numel() for p in bucket.params)
+            assert len(bucket.params) == 1 or bucket.numel_unpadded < BUCKET + max(
+                p.numel() for p in bucket.params
+            )
 
 
 def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> list[StepMetrics]:
@@ -98,17 +112,24 @@ def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> li
 
 def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
     """What is compared of each step."""
-    rows = [{"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles} for m in metrics]
+    rows = [
+        {"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles}
+        for m in metrics
+    ]
     path.write_text(json.dumps(rows))
 
 
 def main() -> None:
     """Arguments: see above."""
-    folder, layouts = Path(sys.argv[1]), [Layout(tuple(values)) for values in json.loads(sys.argv[2])]
+    folder, layouts = (
+        Path(sys.argv[1]),
+        [Layout(tuple(values)) for values in json.loads(sys.argv[2])],
+    )
     fields = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    for layout in sorted(layouts, key=lambda layout: layout.values[:4]):  # those with the same groups together
+    # those with the same groups together
+    for layout in sorted(layouts, key=lambda layout: layout.values[:4]):
         try:
             metrics = run_steps(layout, folder, fields=fields.get(layout.name))
         except Exception as error:

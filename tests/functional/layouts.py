@@ -76,7 +76,12 @@ class Layout:
     def name(self) -> str:
         """Its values that are not the plain ones."""
         plain = [next(iter(values)) for values in FEATURES.values()]
-        return "-".join(value for value, usual in zip(self.values, plain, strict=True) if value != usual) or "plain"
+        return (
+            "-".join(
+                value for value, usual in zip(self.values, plain, strict=True) if value != usual
+            )
+            or "plain"
+        )
 
     def value(self, feature: str) -> str:
         """The value of a feature."""
@@ -85,18 +90,25 @@ class Layout:
     @property
     def world(self) -> int:
         """Processes."""
-        split = (self.value("tensor") != "tp1", self.value("pipeline") != "pp1", self.value("context") != "cp1")
+        split = (
+            self.value("tensor") != "tp1",
+            self.value("pipeline") != "pp1",
+            self.value("context") != "cp1",
+        )
         return 2 ** (sum(split) + (self.value("data") == "dp2"))
 
     @property
     def fields(self) -> dict:
         """Fields of the recipe."""
-        chosen = [FEATURES[feature][value] for feature, value in zip(FEATURES, self.values, strict=True)]
+        chosen = [
+            FEATURES[feature][value] for feature, value in zip(FEATURES, self.values, strict=True)
+        ]
         return {name: field for fields in chosen for name, field in fields.items()}
 
     @property
     def start(self) -> str:
-        """The kind of model whose first weights it takes: those of a whole one are also for text alone."""
+        """The kind of model whose first weights it takes: those of a whole one are also for text
+        alone."""
         kind = self.value("model")
         return "untied" if kind == "text_only" else kind
 
@@ -105,7 +117,9 @@ class Layout:
         """The single process that must compute the same."""
         plain = (next(iter(values)) for values in FEATURES.values())
         kept = zip(FEATURES, self.values, plain, strict=True)
-        return Layout(tuple(value if feature in SEMANTIC else usual for feature, value, usual in kept))
+        return Layout(
+            tuple(value if feature in SEMANTIC else usual for feature, value, usual in kept)
+        )
 
     @property
     def is_possible(self) -> bool:
@@ -127,17 +141,26 @@ def layout_of(*values: str) -> Layout:
     return Layout(tuple(chosen))
 
 
-def covering_layouts(worlds: tuple[int, ...] = (2, 4), *, seed: int = 0, tries: int = 400) -> list[Layout]:
-    """Few layouts in which each pair of values that can meet does. Greedy, the same for the same seed."""
+def covering_layouts(
+    worlds: tuple[int, ...] = (2, 4), *, seed: int = 0, tries: int = 400
+) -> list[Layout]:
+    """Few layouts in which each pair of values that can meet does. Greedy, the same for the same
+    seed."""
     names = [list(values) for values in FEATURES.values()]
     every = [layout for layout in map(Layout, itertools.product(*names)) if layout.is_possible]
     every = [layout for layout in every if layout.world in worlds]
-    codes = np.array([[names[i].index(value) for i, value in enumerate(layout.values)] for layout in every])
+    codes = np.array(
+        [[names[i].index(value) for i, value in enumerate(layout.values)] for layout in every]
+    )
     widths = [len(values) for values in names]
     pairs = list(itertools.combinations(range(len(names)), 2))
     offsets = np.cumsum([0, *(widths[i] * widths[j] for i, j in pairs)])
     ids = np.stack(
-        [offset + codes[:, i] * widths[j] + codes[:, j] for offset, (i, j) in zip(offsets, pairs, strict=False)], axis=1
+        [
+            offset + codes[:, i] * widths[j] + codes[:, j]
+            for offset, (i, j) in zip(offsets, pairs, strict=False)
+        ],
+        axis=1,
     )
     left = np.zeros(offsets[-1], dtype=bool)
     left[ids] = True  # pairs that can meet

@@ -1,4 +1,5 @@
-"""Run in every rank: rank 1 ends without a word after some steps. Rank 0 writes what its engine says.
+"""Run in every rank: rank 1 ends without a word after some steps. Rank 0 writes what its engine
+says.
 
 Arguments: folder, fields of ParallelConfig as JSON, steps, "busy" or "idle".
 """
@@ -19,7 +20,12 @@ from tests.inference.tiny import prompts, tiny_engine
 
 def main() -> None:
     """Rank 0 answers or waits; the file has its error."""
-    folder, parallel, steps, busy = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "busy"
+    folder, parallel, steps, busy = (
+        Path(sys.argv[1]),
+        json.loads(sys.argv[2]),
+        int(sys.argv[3]),
+        sys.argv[4] == "busy",
+    )
     platform.initialize_process()
     engine = tiny_engine(folder, parallel=ParallelConfig(**parallel))
     if dist.get_rank() == 1:

@@ -1,4 +1,5 @@
-"""Run by torchrun on two ranks: the output layer over vocabulary shards, in every layout, and under overlapped DDP.
+"""Run by torchrun on two ranks: the output layer over vocabulary shards, in every layout, and under
+overlapped DDP.
 
 Writes {check: {case: error}}, and reduced gradients as checkpoints.
 """
@@ -32,7 +33,11 @@ TIED = {"language": {"untie_embeddings_and_output_weights": False}}
 def tiny_recipe_of(case: dict) -> Recipe:
     """`case` has fields of `parallel`, `model.language`, `model.output` and `training`."""
     recipe = tiny_recipe(**case.get("parallel", {}))
-    parts = {"language": recipe.model.language, "output": recipe.model.output, "training": recipe.training}
+    parts = {
+        "language": recipe.model.language,
+        "output": recipe.model.output,
+        "training": recipe.training,
+    }
     for part, fields in parts.items():
         for name, value in case.get(part, {}).items():
             setattr(fields, name, value)
@@ -62,7 +67,8 @@ def step_of_case(case: dict, folder: Path, *, start: Path) -> float:
 
 
 def overlapped_run(recipe: Recipe, start: Path) -> Run:
-    """Gradients are reduced while backward runs; weights are gathered while the next forward runs."""
+    """Gradients are reduced while backward runs; weights are gathered while the next forward
+    runs."""
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)
     load_weights([model], store.find_checkpoint(start))
@@ -74,17 +80,22 @@ def overlapped_run(recipe: Recipe, start: Path) -> Run:
     optimizer, schedule = build_optimizer([wrapped], recipe)
     model.config.no_sync_func = wrapped.no_sync
     optimizer.config.overlap_param_gather = True
-    return Run(recipe=recipe, chunks=[wrapped], optimizer=optimizer, schedule=schedule, microbatches=2)
+    return Run(
+        recipe=recipe, chunks=[wrapped], optimizer=optimizer, schedule=schedule, microbatches=2
+    )
 
 
 def overlap(start: Path, case: dict) -> dict[str, float]:
-    """Difference of losses and weights over 3 steps between overlapped and plain communication, on DP2."""
+    """Difference of losses and weights over 3 steps between overlapped and plain communication, on
+    DP2."""
     found = {"weights that were used while on their way": 0.0}
     plain, overlapped = open_case(case, start), overlapped_run(tiny_recipe_of(case), start)
 
     def watched(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
         group = overlapped.chunks[0].param_to_bucket_group.get(weight)
-        if group is not None and (group.param_gather_handle is not None or not group.param_gather_dispatched):
+        if group is not None and (
+            group.param_gather_handle is not None or not group.param_gather_dispatched
+        ):
             found["weights that were used while on their way"] += 1
         return score_rows(hidden, weight, scoring)
 
@@ -94,13 +105,16 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
         found[f"loss of step {step}"] = abs(losses[1] - losses[0]) / losses[0]
     output.score_rows = score_rows
     overlapped.chunks[0].start_param_sync(force_sync=True)
-    for (name, expected), actual in zip(plain.core.named_parameters(), overlapped.core.parameters(), strict=True):
+    for (name, expected), actual in zip(
+        plain.core.named_parameters(), overlapped.core.parameters(), strict=True
+    ):
         found[name] = (actual - expected).abs().max().item()
     return found
 
 
 def main() -> None:
-    """Arguments: folder, JSON of {name: (shape, case)}; weights to start from are in the folder, by shape."""
+    """Arguments: folder, JSON of {name: (shape, case)}; weights to start from are in the folder, by
+    shape."""
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())

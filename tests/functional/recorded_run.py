@@ -6,12 +6,20 @@ from pathlib import Path
 from launch import torchrun
 
 
-def run(recipe: Path, folder: Path, *overrides: str, death: str = "never", processes: int = 2) -> dict[int, dict]:
+def run(
+    recipe: Path, folder: Path, *overrides: str, death: str = "never", processes: int = 2
+) -> dict[int, dict]:
     """Trains until done or dead; returns what each step recorded, over all ranks."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("records.*"):
         old.unlink()
-    arguments = [str(recipe), str(folder / "records"), death, f"checkpoint.save={folder / 'checkpoints'}", *overrides]
+    arguments = [
+        str(recipe),
+        str(folder / "records"),
+        death,
+        f"checkpoint.save={folder / 'checkpoints'}",
+        *overrides,
+    ]
     ended = torchrun("resume_worker.py", *arguments, processes=processes, check=death == "never")
     assert (ended.returncode == 0) == (death == "never")
     steps: dict[int, dict] = {}

@@ -1,4 +1,5 @@
-"""Run by torchrun: a step at each layout, saved; then the next step at each layout from what others saved.
+"""Run by torchrun: a step at each layout, saved; then the next step at each layout from what others
+saved.
 
 Arguments: folder, JSON of {name: fields of the recipe}, JSON of [saved by, taken up by] pairs.
 """
@@ -19,7 +20,8 @@ from megatron_vita.training.step import train_step
 
 
 def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
-    """A run at a layout that takes up what `folder` holds, or else starts from the weights at `start`."""
+    """A run at a layout that takes up what `folder` holds, or else starts from the weights at
+    `start`."""
     recipe = tiny_recipe(**fields)
     recipe.checkpoint.save = str(folder)
     groups.initialize_groups(recipe.parallel)
@@ -40,7 +42,8 @@ def first_step(fields: dict, folder: Path, *, start: Path) -> None:
 
 
 def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, float]:
-    """Loss and gradient norm of the step that follows the one in `folder`; writes the weights after it."""
+    """Loss and gradient norm of the step that follows the one in `folder`; writes the weights after
+    it."""
     run = open_run_at(fields, folder, start=folder)
     assert run.step == 1
     metrics = train_step(run, iter(my_batches(run, 1)))
@@ -58,7 +61,9 @@ def main() -> None:
     found = {}
     for saved_by, taken_up_by in pairs:
         key = f"{saved_by} to {taken_up_by}"
-        found[key] = second_step(layouts[taken_up_by], folder / saved_by, weights=folder / "weights" / key)
+        found[key] = second_step(
+            layouts[taken_up_by], folder / saved_by, weights=folder / "weights" / key
+        )
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     platform.leave_process()

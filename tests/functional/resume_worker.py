@@ -1,7 +1,9 @@
-"""Run by torchrun: trains a recipe, writes what each step read and lost, and dies or is told to stop where it is said.
+"""Run by torchrun: trains a recipe, writes what each step read and lost, and dies or is told to
+stop where it is said.
 
-Arguments: recipe, file for the records, place of its end, overrides. Its end is SIGKILL after a step ("step:7") or in
-the middle of saving ("saving:8"), SIGTERM to torchrun ("term:7"), SIGUSR1 to the last rank ("usr1:7"), or "never".
+Arguments: recipe, file for the records, place of its end, overrides. Its end is SIGKILL after a
+step ("step:7") or in the middle of saving ("saving:8"), SIGTERM to torchrun ("term:7"), SIGUSR1 to
+the last rank ("usr1:7"), or "never".
 """
 
 import json
@@ -21,7 +23,8 @@ from megatron_vita.training import loop, optimizer
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 
-optimizer.BUCKET_SIZE, optimizer.BUCKET_SIZE_PER_RANK = 5000, 0  # as many buckets as a real model has
+# as many buckets as a real model has
+optimizer.BUCKET_SIZE, optimizer.BUCKET_SIZE_PER_RANK = 5000, 0
 
 
 def die() -> None:
@@ -59,7 +62,12 @@ def main() -> None:
                 yield batch
 
         metrics = train_step(run, watched())
-        row = {"step": metrics.step, "loss": metrics.loss, "grad_norm": metrics.grad_norm, "packs": seen}
+        row = {
+            "step": metrics.step,
+            "loss": metrics.loss,
+            "grad_norm": metrics.grad_norm,
+            "packs": seen,
+        }
         row["damaged"] = metrics.damaged
         with Path(f"{records}.{dist.get_rank()}").open("a") as file:
             file.write(json.dumps(row) + "\n")

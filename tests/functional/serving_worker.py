@@ -18,17 +18,29 @@ from megatron_vita.inference.requests import Sampling
 from tests.inference.tiny import picture, prompts
 
 GREEDY = Sampling(max_new_tokens=8, logprobs=2, ignore_end=True)
-DRAWN = Sampling(max_new_tokens=8, temperature=1.0, top_k=40, top_p=0.95, n=2, seed=7, logprobs=0, ignore_end=True)
+DRAWN = Sampling(
+    max_new_tokens=8,
+    temperature=1.0,
+    top_k=40,
+    top_p=0.95,
+    n=2,
+    seed=7,
+    logprobs=0,
+    ignore_end=True,
+)
 BEAMS = Sampling(max_new_tokens=6, beams=3, n=2)
 DAMAGED = MediaFile(name="cut.png", data=picture(1).data[:1200])
 
 
 def answers(engine: Engine) -> list[dict]:
-    """Greedy, drawn and searched answers, the drawn ones with a known beginning; and one that fails."""
+    """Greedy, drawn and searched answers, the drawn ones with a known beginning; and one that
+    fails."""
     found = engine.generate(prompts(), sampling=GREEDY)
     found += engine.generate(prompts(), sampling=DRAWN)
     found += engine.generate(prompts()[:2], sampling=BEAMS)
-    found += engine.generate([Prompt.ask("what color", images=[picture(4), DAMAGED])], sampling=GREEDY)
+    found += engine.generate(
+        [Prompt.ask("what color", images=[picture(4), DAMAGED])], sampling=GREEDY
+    )
     found += engine.generate(prompts()[:1], sampling=GREEDY)
     return [dataclasses.asdict(answer) for answer in found]
 
@@ -41,7 +53,9 @@ def main() -> None:
     for file, (parallel, options) in layouts.items():
         small = {"chunk_tokens": 24, "busy_chunk_tokens": 8, "page_tokens": 4, "cache_tokens": 2048}
         engine = Engine.from_checkpoint(
-            checkpoint, parallel=ParallelConfig(**parallel), options=EngineOptions(**(small | options))
+            checkpoint,
+            parallel=ParallelConfig(**parallel),
+            options=EngineOptions(**(small | options)),
         )
         if dist.get_rank() == 0:
             engine.idle()

@@ -1,6 +1,7 @@
 """The output layer over the vocabulary shards of two ranks, of every kind, against plain PyTorch.
 
-Also a worker of its own, for GPUs: writes {case: largest relative error} to the file that it is given.
+Also a worker of its own, for GPUs: writes {case: largest relative error} to the file that it is
+given.
 """
 
 import itertools
@@ -30,7 +31,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return ((actual - expected).norm() / (expected.norm() if expected.any() else 1.0)).item()
 
 
-def layer_over_shards(recipe: Recipe, vocab_size: int, whole: Tensor, *, frozen: bool, main_grad: bool) -> OutputLayer:
+def layer_over_shards(
+    recipe: Recipe, vocab_size: int, whole: Tensor, *, frozen: bool, main_grad: bool
+) -> OutputLayer:
     """An output layer with this rank's rows of the weight `whole` [V, H]."""
     config = transformer_config(recipe, fused=False)
     config.hidden_size, config.init_method = HIDDEN, torch.nn.init.zeros_
@@ -55,15 +58,20 @@ def whole_gradient(layer: OutputLayer, vocab_size: int) -> Tensor:
     return torch.cat(parts)[:vocab_size]
 
 
-def shard_case(recipe: Recipe, rows: list[int], vocab_size: int, *, frozen: bool, main_grad: bool, seed: int) -> float:
-    """Largest relative error of losses, logits and gradients of one output layer against plain PyTorch."""
+def shard_case(
+    recipe: Recipe, rows: list[int], vocab_size: int, *, frozen: bool, main_grad: bool, seed: int
+) -> float:
+    """Largest relative error of losses, logits and gradients of one output layer against plain
+    PyTorch."""
     generator = torch.Generator().manual_seed(seed)
     device = platform.device()
     whole = torch.randn(vocab_size, HIDDEN, generator=generator).to(device).requires_grad_()
     hidden = torch.randn(LENGTH, 1, HIDDEN, generator=generator).to(device).requires_grad_()
     chosen = torch.tensor(rows, dtype=torch.int64)
     labels = torch.randint(0, vocab_size, (len(rows),), generator=generator)
-    layer = layer_over_shards(recipe, vocab_size, whole.detach(), frozen=frozen, main_grad=main_grad)
+    layer = layer_over_shards(
+        recipe, vocab_size, whole.detach(), frozen=frozen, main_grad=main_grad
+    )
     logits = (hidden.squeeze(1) @ whole.T)[chosen]
     expected = F.cross_entropy(logits, labels.to(device), reduction="none", label_smoothing=0.1)
     expected = expected + 0.01 * logits.logsumexp(-1).square()
@@ -87,13 +95,21 @@ def vocabulary_shards() -> dict[str, float]:
     found = {}
     for sequence_parallel in (False, True):
         recipe = Recipe()
-        recipe.parallel.tensor_model_parallel_size, recipe.parallel.sequence_parallel = 2, sequence_parallel
+        recipe.parallel.tensor_model_parallel_size, recipe.parallel.sequence_parallel = (
+            2,
+            sequence_parallel,
+        )
         groups.initialize_groups(recipe.parallel)
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         kinds = itertools.product(ROWS, VOCABULARIES, ("weight", "main_grad", "frozen"))
         for seed, (rows, vocab_size, kind) in enumerate(kinds):
             found[f"{sequence_parallel=}, {rows}, {vocab_size}, {kind}"] = shard_case(
-                recipe, ROWS[rows], vocab_size, frozen=kind == "frozen", main_grad=kind == "main_grad", seed=seed
+                recipe,
+                ROWS[rows],
+                vocab_size,
+                frozen=kind == "frozen",
+                main_grad=kind == "main_grad",
+                seed=seed,
             )
     return found
 

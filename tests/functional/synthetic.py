@@ -26,19 +26,23 @@ IGNORED = -100
 
 
 def tiny_recipe(**layout: Any) -> Recipe:
-    """A recipe of the tiny model; keyword arguments are fields of its groups, `vision` holds fields of the tower."""
+    """A recipe of the tiny model; keyword arguments are fields of its groups, `vision` holds fields
+    of the tower."""
     recipe = Recipe(
         model=ModelConfig(
             vision=Vision(image_size=16, patch_size=4, num_layers=2, hidden_size=32, ffn_hidden_size=64,
                           num_attention_heads=4, layer_scale_init=1.0, init_method_std=0.2),
-            # Features as large as word embeddings: the first norm would blow up the rounding of smaller ones.
+            # Features as large as word embeddings: the first norm would blow up the rounding of
+            # smaller ones.
             projector=ProjectorConfig(init_method_std=0.2),
             language=LanguageConfig(num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4,
                                     num_query_groups=2, kv_channels=8, vocab_size=VOCAB, init_method_std=0.2),
         ),
         data=DataConfig(seq_length=LENGTH, train=[DatasetConfig(name="random", shards="none")]),
-        # Orders of summation differ by 2e-8 in single elements of gradients, of which some have a true value near zero.
-        # Adam's step there changes by lr / epsilon times as much, which has to stay below the 1e-5 of weights.
+        # Orders of summation differ by 2e-8 in single elements of gradients, of which some have a
+        # true value near zero.
+        # Adam's step there changes by lr / epsilon times as much, which has to stay below the 1e-5
+        # of weights.
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-5),
         training=TrainingConfig(global_batch_size=4, train_iters=10),
     )  # fmt: skip
@@ -69,8 +73,11 @@ def random_document(
     return ids, labels, placements
 
 
-def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH, joined: bool = False) -> Batch:
-    """A pack of documents given as (tokens, tiles), with all its tiles; the tail is one last document.
+def make_pack(
+    lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH, joined: bool = False
+) -> Batch:
+    """A pack of documents given as (tokens, tiles), with all its tiles; the tail is one last
+    document.
 
     `joined`: without padding between documents, which see those before them.
     """
@@ -85,12 +92,22 @@ def make_pack(lengths: list[tuple[int, int]], *, seed: int, length: int = LENGTH
     tail = length - starts[-1]
     sources = torch.zeros(len(documents), dtype=torch.int64)
     if tail:
-        documents.append((torch.zeros(tail, dtype=torch.int64), torch.full((tail,), IGNORED), torch.tensor([]).long()))
+        documents.append(
+            (
+                torch.zeros(tail, dtype=torch.int64),
+                torch.full((tail,), IGNORED),
+                torch.tensor([]).long(),
+            )
+        )
         starts.append(length)
         sources = torch.cat([sources, torch.tensor([-1])])
     bounds = torch.tensor(starts, dtype=torch.int32)
-    placements = torch.cat([p + start for (_, _, p), start in zip(documents, starts, strict=False)]).long()
-    tiles = torch.randint(0, 256, (len(placements), 3, 16, 16), generator=generator, dtype=torch.uint8)
+    placements = torch.cat(
+        [p + start for (_, _, p), start in zip(documents, starts, strict=False)]
+    ).long()
+    tiles = torch.randint(
+        0, 256, (len(placements), 3, 16, 16), generator=generator, dtype=torch.uint8
+    )
     segments = torch.tensor([0, length], dtype=torch.int32) if joined else bounds
     return Batch(
         pack_id=seed, input_ids=torch.cat([d[0] for d in documents]), labels=torch.cat([d[1] for d in documents]),
@@ -110,11 +127,17 @@ def _document_weights(starts: list[int], length: int) -> torch.Tensor:
 
 
 def make_step(step: int, recipe: Recipe) -> list[Batch]:
-    """The four packs of a step, with numbers of tiles that grow and shrink from pack to pack and step to step: odd
-    lengths and a tail, text only, media at the start alone, and a single loss row or none.
+    """The four packs of a step, with numbers of tiles that grow and shrink from pack to pack and
+    step to step: odd lengths and a tail, text only, media at the start alone, and a single loss row
+    or none.
     """
     seed, joined = 10 * step, not recipe.data.isolate_documents
-    shapes = [[(31, 2), (1, 0), (45, 5 - step), (16, 0)], [(47, 0), (80, 0)], [(111, 7 + step)], [(64, 1), (64, 0)]]
+    shapes = [
+        [(31, 2), (1, 0), (45, 5 - step), (16, 0)],
+        [(47, 0), (80, 0)],
+        [(111, 7 + step)],
+        [(64, 1), (64, 0)],
+    ]
     if recipe.model.text_only:
         shapes = [[(tokens, 0) for tokens, _ in shape] for shape in shapes]
     packs = [make_pack(shape, seed=seed + i + 1, joined=joined) for i, shape in enumerate(shapes)]
@@ -126,5 +149,9 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
 
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:
     """The batch as the rank at `layout` would read it, with its own tiles only."""
-    dealt = deal_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank] if first_stage else batch.tile_ids[:0]
+    dealt = (
+        deal_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank]
+        if first_stage
+        else batch.tile_ids[:0]
+    )
     return replace(batch, tiles=batch.tiles[dealt], tile_ids=dealt)

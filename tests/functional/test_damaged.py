@@ -1,4 +1,5 @@
-"""A sample that one rank cannot decode is masked on all, noted, and masked again in a replay; too many stop the run."""
+"""A sample that one rank cannot decode is masked on all, noted, and masked again in a replay; too
+many stop the run."""
 
 import json
 import os
@@ -27,7 +28,12 @@ LAYOUTS = {
 def spoil(shard: Path, *, every: int) -> list[str]:
     """Overwrites every so many images of a shard; gives the samples' keys."""
     index = read_index(index_path(shard))
-    members = [m for i in range(len(index)) for m in index.row(i).members.values() if m.name.endswith(".png")][::every]
+    members = [
+        m
+        for i in range(len(index))
+        for m in index.row(i).members.values()
+        if m.name.endswith(".png")
+    ][::every]
     with open(shard, "r+b") as file:
         for member in members:
             file.seek(member.offset + 40)
@@ -44,7 +50,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spoilt_keys(whole: Path) -> list[str]:
     """Keys of the spoilt samples; the whole shards are kept aside."""
     shutil.copytree(whole.parent / "shards", whole.parent / "whole")
-    return [key for shard in sorted((whole.parent / "shards").glob("*.tar")) for key in spoil(shard, every=7)]
+    return [
+        key
+        for shard in sorted((whole.parent / "shards").glob("*.tar"))
+        for key in spoil(shard, every=7)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +66,31 @@ def start(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(whole: Path, spoilt_keys: list[str], start: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+def alone(
+    whole: Path, spoilt_keys: list[str], start: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, dict]:
     return run(whole, tmp_path_factory.mktemp("alone"), ANY, start, processes=1)
 
 
 def ledger(folder: Path) -> list[dict]:
-    lines = [line for path in (folder / "checkpoints" / "damaged").glob("*.jsonl") for line in path.open()]
-    return sorted((json.loads(line) for line in lines), key=lambda event: (event["pack"], event["document"]))
+    lines = [
+        line
+        for path in (folder / "checkpoints" / "damaged").glob("*.jsonl")
+        for line in path.open()
+    ]
+    return sorted(
+        (json.loads(line) for line in lines), key=lambda event: (event["pack"], event["document"])
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("VITA_TEST_ALL") else ["pp2"])
 def test_every_layout_masks_the_same_samples_and_has_the_same_losses(
-    whole: Path, spoilt_keys: list[str], alone: dict[int, dict], start: str, tmp_path: Path, layout: str
+    whole: Path,
+    spoilt_keys: list[str],
+    alone: dict[int, dict],
+    start: str,
+    tmp_path: Path,
+    layout: str,
 ) -> None:
     found = run(whole, tmp_path, ANY, start, *LAYOUTS[layout])
     assert sum(row["damaged"] for row in found.values()) > len(spoilt_keys)
@@ -77,7 +100,9 @@ def test_every_layout_masks_the_same_samples_and_has_the_same_losses(
     events = ledger(tmp_path)
     assert {event["key"] for event in events} == set(spoilt_keys)
     assert len({(event["pack"], event["document"]) for event in events}) == len(events)
-    manifest = json.loads((tmp_path / "checkpoints" / "step_00000012" / "manifest.json").read_text())
+    manifest = json.loads(
+        (tmp_path / "checkpoints" / "step_00000012" / "manifest.json").read_text()
+    )
     assert manifest["damaged"] == events
 
 
@@ -99,7 +124,9 @@ def test_a_replay_masks_what_was_masked_though_it_could_be_read_by_now(
     for step in (5, 6, 7):
         for name in ("loss", "grad_norm", "damaged"):
             assert after[step][name] == undisturbed[step][name] == before[step][name]
-    assert sum(row["damaged"] for row in after.values()) < sum(undisturbed[step]["damaged"] for step in after)
+    assert sum(row["damaged"] for row in after.values()) < sum(
+        undisturbed[step]["damaged"] for step in after
+    )
 
 
 def test_too_many_damaged_samples_stop_all_ranks_with_a_list(
@@ -107,7 +134,13 @@ def test_too_many_damaged_samples_stop_all_ranks_with_a_list(
 ) -> None:
     overrides = [f"checkpoint.save={tmp_path}", "data.max_damaged=0.004", *LAYOUTS["tp2"]]
     ended = torchrun(
-        "resume_worker.py", str(whole), str(tmp_path / "records"), "never", *overrides, processes=2, check=False
+        "resume_worker.py",
+        str(whole),
+        str(tmp_path / "records"),
+        "never",
+        *overrides,
+        processes=2,
+        check=False,
     )
     assert ended.returncode
     assert "samples are damaged, more than data.max_damaged 0.004 allows" in ended.stderr

@@ -1,4 +1,5 @@
-"""Documents are isolated, or see earlier ones where a recipe says so; exactly their scored rows are trained."""
+"""Documents are isolated, or see earlier ones where a recipe says so; exactly their scored rows are
+trained."""
 
 import json
 import os
@@ -23,7 +24,11 @@ JOINED = {"isolate_documents": False}
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What each layout shows, with documents isolated and joined."""
     results, folder = {}, tmp_path_factory.mktemp("documents")
-    cases = {f"{name}{suffix}": layout | data for name, layout in LAYOUTS.items() for suffix, data in VARIANTS}
+    cases = {
+        f"{name}{suffix}": layout | data
+        for name, layout in LAYOUTS.items()
+        for suffix, data in VARIANTS
+    }
     for world in (1, 2, 4):
         chosen = {name: fields for name, fields in cases.items() if _world(fields) == world}
         if world == 1:
@@ -43,7 +48,9 @@ def _world(fields: dict) -> int:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_noise_in_a_document_changes_no_loss_and_no_input_gradient_of_any_other(found: dict, layout: str) -> None:
+def test_noise_in_a_document_changes_no_loss_and_no_input_gradient_of_any_other(
+    found: dict, layout: str
+) -> None:
     poison = found[layout]["poison"]
     assert poison["before"] == poison["after"] == {"loss": 0.0, "gradient": 0.0}
     assert poison["itself"]["loss"] > 0.1
@@ -57,13 +64,17 @@ def test_joined_documents_see_earlier_ones_and_not_later_ones(found: dict, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_positions_restart_at_each_document_unless_they_are_joined(found: dict, layout: str) -> None:
+def test_positions_restart_at_each_document_unless_they_are_joined(
+    found: dict, layout: str
+) -> None:
     assert found[layout]["position"] < 1e-5
     assert found[f"{layout}-joined"]["position"] > 0.01
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("tp")])
 @pytest.mark.parametrize("joined", ["", "-joined"])
-def test_one_token_answers_of_several_turns_are_trained_exactly(found: dict, layout: str, joined: str) -> None:
+def test_one_token_answers_of_several_turns_are_trained_exactly(
+    found: dict, layout: str, joined: str
+) -> None:
     rows = found[layout + joined]["exact_rows"]
     assert rows["ours"] == pytest.approx(rows["plain"], rel=1e-6)

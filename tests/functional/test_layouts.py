@@ -1,6 +1,7 @@
 """Every layout gives the losses, gradients and weights of a single process.
 
-`make test` takes a seeded sample, `make test-all` all of the layouts in which each pair of features meets.
+`make test` takes a seeded sample, `make test-all` all of the layouts in which each pair of features
+meets.
 """
 
 import json
@@ -64,7 +65,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers(results: Path) -> dict[str, Run]:
-    """Runs of a single process that read the gradients and weights of any layout, by kind of model."""
+    """Runs of a single process that read the gradients and weights of any layout, by kind of
+    model."""
     return {kind: open_layout(layout_of(kind).fields, None) for kind in FEATURES["model"]}
 
 
@@ -82,7 +84,9 @@ def assert_equal_metrics(results: Path, layout: Layout) -> None:
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5)
 
 
-def assert_equal_gradients(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
+def assert_equal_gradients(
+    expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]
+) -> None:
     total = torch.stack([grad.norm() for grad in expected.values()]).norm()
     assert total > 0
     for name, grad in actual.items():
@@ -91,7 +95,9 @@ def assert_equal_gradients(expected: dict[str, torch.Tensor], actual: dict[str, 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_layout_equals_a_single_process(results: Path, readers: dict[str, Run], layout: Layout) -> None:
+def test_layout_equals_a_single_process(
+    results: Path, readers: dict[str, Run], layout: Layout
+) -> None:
     assert_equal_metrics(results, layout)
     reader = readers[layout.value("model")]
     folders = (results / layout.reference.name, results / layout.name)
@@ -102,10 +108,16 @@ def test_layout_equals_a_single_process(results: Path, readers: dict[str, Run], 
 
 
 def test_each_pair_of_features_meets() -> None:
-    """Counted anew: values that can meet in any layout of 2 or 4 processes do in one of those that are run."""
+    """Counted anew: values that can meet in any layout of 2 or 4 processes do in one of those that
+    are run."""
     assert len(COVERING) >= 24
     together = {frozenset(pair) for layout in COVERING for pair in _pairs(layout)}
-    for first, second in (("tp2sp", "together"), ("pp2vpp2", "overlapped"), ("cp2", "joined"), ("dp2", "recomputed")):
+    for first, second in (
+        ("tp2sp", "together"),
+        ("pp2vpp2", "overlapped"),
+        ("cp2", "joined"),
+        ("dp2", "recomputed"),
+    ):
         assert frozenset((first, second)) in together
     draw = random.Random(1)
     for _ in range(2000):

@@ -1,4 +1,5 @@
-"""The output layer over ranks: every layout gives what fp32 logits of all positions give in a single process."""
+"""The output layer over ranks: every layout gives what fp32 logits of all positions give in a
+single process."""
 
 import json
 import sys
@@ -25,7 +26,9 @@ SHAPES = {
     "tied_97": {"language": TIED["language"] | {"vocab_size": 97}} | SMOOTH,
     "frozen": {"training": {"freeze_language_model": True, "freeze_vision_model": True}},
 }
-TP, CP, PP = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
+TP, CP, PP = (
+    {f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model")
+)
 LAYOUTS = {"tp2": TP, "tp2_sp": TP | {"sequence_parallel": True}, "cp2": CP, "pp2": PP}
 CASES = {
     f"{shape}_{layout}": (shape, case | {"parallel": parallel})
@@ -47,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shape, case in SHAPES.items():
         save_tensors(open_case(case, None), folder / shape / "start")
         full = case | {"output": case.get("output", {}) | FULL}
-        losses[shape] = step_of_case(full, folder / shape / "gradients", start=folder / shape / "start")
+        losses[shape] = step_of_case(
+            full, folder / shape / "gradients", start=folder / shape / "start"
+        )
     (folder / "single.json").write_text(json.dumps(losses))
     torchrun("output_worker.py", str(folder), json.dumps(CASES), processes=2)
     return folder
@@ -65,9 +70,13 @@ def test_vocabulary_shards_equal_one_vocabulary(found: dict[str, dict[str, float
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_layout_equals_full_logits_of_a_single_process(folder: Path, found: dict, name: str) -> None:
+def test_layout_equals_full_logits_of_a_single_process(
+    folder: Path, found: dict, name: str
+) -> None:
     shape, _ = CASES[name]
-    assert found["losses"][name] == pytest.approx(json.loads((folder / "single.json").read_text())[shape], rel=1e-6)
+    assert found["losses"][name] == pytest.approx(
+        json.loads((folder / "single.json").read_text())[shape], rel=1e-6
+    )
     run = open_case(SHAPES[shape], None)
     gradients = []
     for place in (folder / shape / "gradients", folder / name):

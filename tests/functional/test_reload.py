@@ -1,6 +1,8 @@
-"""A checkpoint of any layout is taken up by any other: the next step gives the same loss, gradients and weights.
+"""A checkpoint of any layout is taken up by any other: the next step gives the same loss, gradients
+and weights.
 
-The model has a vocabulary and vision heads that the tensor-parallel ranks do not divide, so that both are padded.
+The model has a vocabulary and vision heads that the tensor-parallel ranks do not divide, so that
+both are padded.
 """
 
 import json
@@ -21,14 +23,20 @@ from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 
 ODD = {
     "vocab_size": 97,
-    "vision": {"hidden_size": 40, "num_attention_heads": 5, "qk_layernorm": True, "init_method_std": 0.1},
+    "vision": {
+        "hidden_size": 40,
+        "num_attention_heads": 5,
+        "qk_layernorm": True,
+        "init_method_std": 0.1,
+    },
 }
 TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
     "tp2sp": TP | {"sequence_parallel": True},
     "tp2together": TP | {"vision_tensor_parallel": True},
     "cp2": {"context_parallel_size": 2},
-    "pp2first1": PP | {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
+    "pp2first1": PP
+    | {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 3},
     "pp2vpp2": PP | {"virtual_pipeline_model_parallel_size": 2},
     "dp2overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True},
     "pp2overlapped": PP | {"overlap_grad_reduce": True, "overlap_param_gather": True},
@@ -72,8 +80,11 @@ def test_the_next_step_is_the_same_at_any_layout(folder: Path, pair: tuple[str, 
 
 @pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="a minute: make test-all")
 def test_any_layout_takes_up_rounded_and_shared_weights_of_any_other(tmp_path: Path) -> None:
-    """In bf16 the optimizer has weights of its own, which must round to the model's on every rank."""
-    take_two_steps(tmp_path, ODD | {"bf16": True, "untie_embeddings_and_output_weights": False}, CYCLE)
+    """In bf16 the optimizer has weights of its own, which must round to the model's on every
+    rank."""
+    take_two_steps(
+        tmp_path, ODD | {"bf16": True, "untie_embeddings_and_output_weights": False}, CYCLE
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     loss, grad_norm = found.pop("single")
     for pair, (other, norm) in found.items():

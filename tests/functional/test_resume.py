@@ -1,4 +1,5 @@
-"""A run killed at any moment and started again gives the digits of an uninterrupted one, and reads every pack once."""
+"""A run killed at any moment and started again gives the digits of an uninterrupted one, and reads
+every pack once."""
 
 import os
 import sys
@@ -12,7 +13,17 @@ from toy_run import make_toy_run
 
 STEPS, PACKS = 12, 48
 ALL = bool(os.environ.get("VITA_TEST_ALL"))
-ALL_DEATHS = ["step:1", "step:3", "step:4", "step:5", "step:8", "step:11", "saving:4", "saving:8", "saving:12"]
+ALL_DEATHS = [
+    "step:1",
+    "step:3",
+    "step:4",
+    "step:5",
+    "step:8",
+    "step:11",
+    "saving:4",
+    "saving:8",
+    "saving:12",
+]
 DEATHS = ALL_DEATHS if ALL else ["saving:8"]
 
 
@@ -28,20 +39,26 @@ def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def test_a_run_reads_every_pack_once(uninterrupted: dict[int, dict]) -> None:
     assert sorted(uninterrupted) == list(range(1, STEPS + 1))
-    assert sorted(pack for row in uninterrupted.values() for pack in row["packs"]) == list(range(PACKS))
+    assert sorted(pack for row in uninterrupted.values() for pack in row["packs"]) == list(
+        range(PACKS)
+    )
     assert uninterrupted[STEPS]["loss"] < uninterrupted[1]["loss"] - 1
 
 
 def test_each_replica_writes_its_share_of_a_checkpoint(
     uninterrupted: dict[int, dict], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    files = (tmp_path_factory.getbasetemp() / "uninterrupted0" / "checkpoints" / f"step_{STEPS:08d}").glob("*.distcp")
+    files = (
+        tmp_path_factory.getbasetemp() / "uninterrupted0" / "checkpoints" / f"step_{STEPS:08d}"
+    ).glob("*.distcp")
     sizes = {file.name.split("_")[2]: file.stat().st_size for file in files}
     assert sorted(sizes) == ["0", "1"]
     assert min(sizes.values()) > 0.5 * max(sizes.values())
 
 
-@pytest.mark.skipif(not ALL, reason="two minutes: make test-all; test_training.py has the rule for one process")
+@pytest.mark.skipif(
+    not ALL, reason="two minutes: make test-all; test_training.py has the rule for one process"
+)
 @pytest.mark.parametrize("told", ["term:5", "usr1:6"])
 def test_a_run_that_is_told_to_stop_saves_after_its_next_step(
     recipe: Path, uninterrupted: dict[int, dict], tmp_path: Path, told: str
@@ -63,4 +80,6 @@ def test_a_killed_run_goes_on_with_the_same_digits(
     assert before | after == uninterrupted
     first = min(after, default=STEPS + 1)
     kept = [pack for step, row in before.items() if step < first for pack in row["packs"]]
-    assert sorted(kept + [pack for row in after.values() for pack in row["packs"]]) == list(range(PACKS))
+    assert sorted(kept + [pack for row in after.values() for pack in row["packs"]]) == list(
+        range(PACKS)
+    )

@@ -1,4 +1,5 @@
-"""The server as a command: on one process and on two, to an orderly end and to the loss of a rank."""
+"""The server as a command: on one process and on two, to an orderly end and to the loss of a
+rank."""
 
 import signal
 import socket
@@ -27,7 +28,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     path = make_toy_run(folder, samples=30)
     platform.initialize_process()
-    train(load_recipe(path, ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=2"]))
+    train(
+        load_recipe(
+            path, ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=2"]
+        )
+    )
     return folder / "checkpoints"
 
 
@@ -37,7 +42,12 @@ class Service:
     client: httpx.Client
 
     def ask(self, **fields: object) -> httpx.Response:
-        asked = {"model": "toy", "messages": [{"role": "user", "content": "say red"}], "temperature": 0, **fields}
+        asked = {
+            "model": "toy",
+            "messages": [{"role": "user", "content": "say red"}],
+            "temperature": 0,
+            **fields,
+        }
         return self.client.post("/v1/chat/completions", json=asked)
 
     def logs_of(self, rank: int) -> str:
@@ -56,12 +66,20 @@ def service(checkpoints: Path, *, ranks: int, arguments: tuple[str, ...] = ()) -
     """The command on so many processes, started one by one: no launcher looks after them."""
     port = free_port()
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "megatron_vita.inference.server", str(checkpoints), "--model-name", "toy"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_vita.inference.server",
+        str(checkpoints),
+        "--model-name",
+        "toy",
+    ]
     command += ["--port", str(port), *arguments]
     processes = [
         subprocess.Popen(
             command,
-            env=environment_with() | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+            env=environment_with()
+            | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -88,7 +106,9 @@ def is_up(client: httpx.Client, processes: list[subprocess.Popen[str]]) -> bool:
 
 
 def test_one_process_answers_with_its_limits_and_ends_with_0_at_sigterm(checkpoints: Path) -> None:
-    with service(checkpoints, ranks=1, arguments=("--output-tokens", "5", "--max-context", "100")) as served:
+    with service(
+        checkpoints, ranks=1, arguments=("--output-tokens", "5", "--max-context", "100")
+    ) as served:
         answer = served.ask(ignore_end=True).json()
         assert answer["usage"]["completion_tokens"] == 5
         long = [{"role": "user", "content": "word " * 100}]
@@ -100,7 +120,9 @@ def test_one_process_answers_with_its_limits_and_ends_with_0_at_sigterm(checkpoi
 
 def test_what_cannot_be_served_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_vita.inference.server", str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
     assert ended.returncode == 1
     assert str(tmp_path) in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -1,4 +1,5 @@
-"""Any TP x CP of a checkpoint gives the answers of one process; a lost rank ends the service instead of hanging it."""
+"""Any TP x CP of a checkpoint gives the answers of one process; a lost rank ends the service
+instead of hanging it."""
 
 import dataclasses
 import json
@@ -55,7 +56,9 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def test_answers_are_those_of_one_process(
     processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:
-    files = {str(tmp_path / f"{number}.json"): layout for number, layout in enumerate(LAYOUTS[processes])}
+    files = {
+        str(tmp_path / f"{number}.json"): layout for number, layout in enumerate(LAYOUTS[processes])
+    }
     torchrun("serving_worker.py", str(checkpoint), json.dumps(files), processes=processes)
     for file, layout in files.items():
         found = json.loads(Path(file).read_text())
@@ -74,7 +77,10 @@ def test_a_cache_of_eight_bits_is_split_over_context_ranks_too(
     file = tmp_path / "answers.json"
     layout = [{CP: 2}, {"cache_dtype": "fp8"}]
     torchrun("serving_worker.py", str(checkpoint), json.dumps({str(file): layout}), processes=2)
-    rounded, exact = likeliest_first_tokens(json.loads(file.read_text())), likeliest_first_tokens(expected)
+    rounded, exact = (
+        likeliest_first_tokens(json.loads(file.read_text())),
+        likeliest_first_tokens(expected),
+    )
     assert rounded == pytest.approx(exact, abs=0.05)
     assert rounded != pytest.approx(exact, abs=1e-5)
 
@@ -86,14 +92,22 @@ def likeliest_first_tokens(answers: list[dict]) -> list[float]:
 
 
 def scores(answer: dict) -> list[float]:
-    return [token["logprob"] for score in answer["scores"] for token in (score["chosen"], *score["likeliest"])]
+    return [
+        token["logprob"]
+        for score in answer["scores"]
+        for token in (score["chosen"], *score["likeliest"])
+    ]
 
 
 LOSSES = [({CP: 2}, 3, "busy"), ({TP: 2}, 2, "idle"), ({TP: 2}, 5, "busy")]
 
 
-@pytest.mark.parametrize(("parallel", "steps", "doing"), LOSSES if os.environ.get("VITA_TEST_ALL") else LOSSES[:2])
-def test_a_lost_rank_is_an_error_at_once(parallel: dict, steps: int, doing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "steps", "doing"), LOSSES if os.environ.get("VITA_TEST_ALL") else LOSSES[:2]
+)
+def test_a_lost_rank_is_an_error_at_once(
+    parallel: dict, steps: int, doing: str, tmp_path: Path
+) -> None:
     tiny_recipe(tmp_path)  # makes the tokenizer
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

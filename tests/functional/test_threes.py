@@ -1,4 +1,5 @@
-"""Three replicas, shares of a document, stages or slices of a layer, none a power of two, give one process's digits."""
+"""Three replicas, shares of a document, stages or slices of a layer, none a power of two, give one
+process's digits."""
 
 import os
 import sys
@@ -27,9 +28,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["model"]["language"] |= {
         "num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6, "num_query_groups": 3,
     }  # fmt: skip
-    recipe["data"] |= {"seq_length": 288, "document_alignment": 12, "plan": str(path.parent / "plan3")}
-    recipe["training"] |= {"global_batch_size": 6, "train_iters": 2 * len(LAYOUTS), "eval_interval": 1}
-    recipe["optimizer"] |= {"min_lr": recipe["optimizer"]["lr"], "lr_warmup_fraction": 0.0}  # whatever train_iters is
+    recipe["data"] |= {
+        "seq_length": 288,
+        "document_alignment": 12,
+        "plan": str(path.parent / "plan3"),
+    }
+    recipe["training"] |= {
+        "global_batch_size": 6,
+        "train_iters": 2 * len(LAYOUTS),
+        "eval_interval": 1,
+    }
+    # whatever train_iters is
+    recipe["optimizer"] |= {"min_lr": recipe["optimizer"]["lr"], "lr_warmup_fraction": 0.0}
     recipe["checkpoint"]["save_interval"] = 2
     path.write_text(yaml.safe_dump(recipe))
     data_tools("plan", path)
@@ -37,11 +47,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="two minutes: make test-all")
-def test_a_run_that_changes_layout_every_two_steps_has_the_digits_of_one_process(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_that_changes_layout_every_two_steps_has_the_digits_of_one_process(
+    recipe: Path, tmp_path: Path
+) -> None:
     alone = run(recipe, tmp_path / "alone", processes=1)
     found: dict[int, dict] = {}
     for i, overrides in enumerate(LAYOUTS.values(), start=1):
-        found |= run(recipe, tmp_path / "threes", f"training.train_iters={2 * i}", *overrides, processes=3)
+        found |= run(
+            recipe, tmp_path / "threes", f"training.train_iters={2 * i}", *overrides, processes=3
+        )
     assert sorted(found) == sorted(alone)
     for step, row in alone.items():
         assert sorted(set(found[step]["packs"])) == row["packs"]

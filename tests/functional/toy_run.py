@@ -21,12 +21,17 @@ def write_samples(folder: Path, count: int) -> Path:
     for i in range(count):
         name, color = list(COLORS.items())[i % 3]
         question = {"role": "user", "content": f"<image>\nwhat color is it? number {i}"}
-        sample = {"messages": [question, {"role": "assistant", "content": name}], "images": [f"images/{i}.png"]}
+        sample = {
+            "messages": [question, {"role": "assistant", "content": name}],
+            "images": [f"images/{i}.png"],
+        }
         size = ((16, 16), (40, 16), (33, 35))[i % 3 if i % 2 else 0]
         pixels = np.clip(np.array(color) + noise.integers(-30, 30, (size[1], size[0], 3)), 0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / sample["images"][0])
         if i % 3 == 2:
-            sample = {"messages": [{"role": "user", "content": f"say {name}"}, sample["messages"][1]]}
+            sample = {
+                "messages": [{"role": "user", "content": f"say {name}"}, sample["messages"][1]]
+            }
         rows.append(sample)
     path = folder / "samples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,7 +70,9 @@ def make_toy_run(folder: Path, *, samples: int = 90) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(toy_recipe(folder)))
     data_tools("tokenizer", jsonl, "--out", folder / "toy.model", "--vocab-size", "310")
-    data_tools("shard", jsonl, "--out", folder / "shards", "--media", folder, "--samples-per-shard", "32")
+    data_tools(
+        "shard", jsonl, "--out", folder / "shards", "--media", folder, "--samples-per-shard", "32"
+    )
     data_tools("index", recipe)
     data_tools("plan", recipe)
     return recipe

@@ -1,4 +1,5 @@
-"""Run by torchrun on GPUs: Transformer Engine's backend against the torch backend, with the same weights in bf16.
+"""Run by torchrun on GPUs: Transformer Engine's backend against the torch backend, with the same
+weights in bf16.
 
 Arguments: folder, JSON of {name: fields of the recipe}. Writes found-WORLD.json.
 """
@@ -23,7 +24,8 @@ from megatron_vita.parallel import groups
 
 
 def run_backend(fields: dict, *, weights: Path | None) -> tuple[VitaModel, Outcome, torch.Tensor]:
-    """A model with first weights or those at `weights`: losses, and all gradients of a pack, flat."""
+    """A model with first weights or those at `weights`: losses, and all gradients of a pack,
+    flat."""
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)
@@ -37,10 +39,16 @@ def run_backend(fields: dict, *, weights: Path | None) -> tuple[VitaModel, Outco
 
 def compare(name: str, fields: dict, folder: Path) -> dict[str, float]:
     """Differences between Transformer Engine at a layout and the torch backend at the same."""
-    plain = fields | {"attention_backend": "torch", "cp_comm_type": "p2p", "hierarchical_context_parallel_sizes": []}
+    plain = fields | {
+        "attention_backend": "torch",
+        "cp_comm_type": "p2p",
+        "hierarchical_context_parallel_sizes": [],
+    }
     reference, expected, gradients = run_backend(plain, weights=None)
     state = {"model": store.model_state([reference])}
-    place = store.save_checkpoint(folder / name.replace(" ", "_"), step=0, state=state, manifest={}, keep=1)
+    place = store.save_checkpoint(
+        folder / name.replace(" ", "_"), step=0, state=state, manifest={}, keep=1
+    )
     _, actual, other = run_backend(fields, weights=place)
     rows = max(int((expected.losses != 0).sum()), 1)
     cosine = torch.nn.functional.cosine_similarity(gradients.double(), other.double(), dim=0)

@@ -1,4 +1,5 @@
-"""GPU tests use the workers of tests/functional, and the deterministic kernels of Transformer Engine."""
+"""GPU tests use the workers of tests/functional, and the deterministic kernels of Transformer
+Engine."""
 
 import os
 import sys

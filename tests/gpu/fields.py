@@ -19,10 +19,13 @@ SP = TP | {"sequence_parallel": True}
 
 
 def te_layouts() -> dict[str, dict]:
-    """Layouts of all GPUs but for one of a single GPU, with each CP scheme of Transformer Engine that they reach."""
+    """Layouts of all GPUs but for one of a single GPU, with each CP scheme of Transformer Engine
+    that they reach."""
     layouts = {"te": {}}
     if GPUS >= 2:
-        layouts |= {"te tp2sp": SP} | {f"te cp2 {kind}": CP | {"cp_comm_type": kind} for kind in SCHEMES}
+        layouts |= {"te tp2sp": SP} | {
+            f"te cp2 {kind}": CP | {"cp_comm_type": kind} for kind in SCHEMES
+        }
     if GPUS >= 4:
         hierarchy = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
         layouts |= {"te cp4 a2a+p2p": {"context_parallel_size": 4} | hierarchy}
@@ -35,9 +38,9 @@ SCHEMES = ("p2p", "all_gather", "a2a")
 
 def canonical(name: str) -> str:
     """One name for the norm weights that Transformer Engine holds inside its linear layers."""
-    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
-        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-    )
+    return name.replace(
+        "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+    ).replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
 
 
 def world_of(fields: dict) -> int:

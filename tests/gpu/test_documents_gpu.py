@@ -1,4 +1,5 @@
-"""On GPUs, by each backend and CP scheme: documents are isolated bit by bit, or see earlier ones where they should."""
+"""On GPUs, by each backend and CP scheme: documents are isolated bit by bit, or see earlier ones
+where they should."""
 
 import json
 from pathlib import Path
@@ -9,8 +10,12 @@ from launch import torchrun
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 PACK = {"seq_length": 2048}
-LAYOUTS = {name: TE | PACK | fields for name, fields in te_layouts().items()} | {"torch": TORCH | PACK}
-JOINED = {f"{name} joined": fields | {"isolate_documents": False} for name, fields in LAYOUTS.items()}
+LAYOUTS = {name: TE | PACK | fields for name, fields in te_layouts().items()} | {
+    "torch": TORCH | PACK
+}
+JOINED = {
+    f"{name} joined": fields | {"isolate_documents": False} for name, fields in LAYOUTS.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_noise_in_a_document_changes_no_loss_and_no_input_gradient_of_any_other(found: dict, layout: str) -> None:
+def test_noise_in_a_document_changes_no_loss_and_no_input_gradient_of_any_other(
+    found: dict, layout: str
+) -> None:
     poison = found[layout]["poison"]
     assert poison["before"] == poison["after"] == {"loss": 0.0, "gradient": 0.0}
     assert poison["itself"]["loss"] > 0.1
@@ -40,5 +47,7 @@ def test_joined_documents_see_earlier_ones_and_not_later_ones(found: dict, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_positions_restart_at_each_document_unless_they_are_joined(found: dict, layout: str) -> None:
+def test_positions_restart_at_each_document_unless_they_are_joined(
+    found: dict, layout: str
+) -> None:
     assert found[layout]["position"] < 0.05 < found[f"{layout} joined"]["position"]

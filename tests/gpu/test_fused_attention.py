@@ -7,7 +7,9 @@ from fields import GPUS
 from megatron_vita import platform
 from megatron_vita.errors import PlatformError
 
-pytestmark = pytest.mark.skipif(GPUS == 0 or not platform.has_transformer_engine(), reason="needs Transformer Engine")
+pytestmark = pytest.mark.skipif(
+    GPUS == 0 or not platform.has_transformer_engine(), reason="needs Transformer Engine"
+)
 
 
 def test_fused_attention_is_found_for_bf16() -> None:

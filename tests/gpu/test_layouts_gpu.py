@@ -1,10 +1,12 @@
-"""On GPUs, in bf16: every layout gives what a single GPU gives, as nearly as a single GPU gives it itself.
+"""On GPUs, in bf16: every layout gives what a single GPU gives, as nearly as a single GPU gives it
+itself.
 
-A single GPU runs each reference eight times, with the packs of a step in shuffled order and their tiles in turns of
-different length. Losses and gradient norms of a layout must lie within the range of those runs, widened to one unit in
-the last place of bf16; all its gradients and weights, taken together, no farther than theirs from those of an fp32 run,
-widened likewise. A single tensor may be three times as far: partial sums of a tensor parallel layer and of dealt tiles
-are rounded to bf16 each, which shows most in a bias, where much cancels.
+A single GPU runs each reference eight times, with the packs of a step in shuffled order and their
+tiles in turns of different length. Losses and gradient norms of a layout must lie within the range
+of those runs, widened to one unit in the last place of bf16; all its gradients and weights, taken
+together, no farther than theirs from those of an fp32 run,
+widened likewise. A single tensor may be three times as far: partial sums of a tensor parallel layer
+and of dealt tiles are rounded to bf16 each, which shows most in a bias, where much cancels.
 """
 
 import json
@@ -29,10 +31,17 @@ from megatron_vita.training.step import train_step
 
 pytestmark = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 WORLDS = tuple(world for world in (2, 4) if world <= max(GPUS, 2))
-PLAIN = [layout_of(*v) for v in (("tp2",), ("tp2sp",), ("cp2",), ("pp2",), ("pp2vpp2",), ("dp2", "overlapped"))]
+PLAIN = [
+    layout_of(*v)
+    for v in (("tp2",), ("tp2sp",), ("cp2",), ("pp2",), ("pp2vpp2",), ("dp2", "overlapped"))
+]
 COVERING = covering_layouts(WORLDS)
 ALL = bool(os.environ.get("VITA_TEST_ALL"))
-SIMPLE = [layout for layout in COVERING if sum(map(str.__ne__, layout.reference.values, layout_of().values)) <= 1]
+SIMPLE = [
+    layout
+    for layout in COVERING
+    if sum(map(str.__ne__, layout.reference.values, layout_of().values)) <= 1
+]
 LAYOUTS = [*PLAIN, *(COVERING if ALL else random.Random(7).sample(SIMPLE, 12))]
 SCHEMES = ("p2p", "all_gather", "a2a")
 SHUFFLES = 8
@@ -61,7 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chosen = [layout for layout in LAYOUTS if layout.world == world]
         fields = {layout.name: TE | {"cp_comm_type": _scheme(layout)} for layout in chosen}
         values = [layout.values for layout in chosen]
-        torchrun("layout_worker.py", str(folder), json.dumps(values), json.dumps(fields), processes=world)
+        torchrun(
+            "layout_worker.py", str(folder), json.dumps(values), json.dumps(fields), processes=world
+        )
     return folder
 
 
@@ -76,10 +87,14 @@ def references(folder: Path) -> dict[Layout, list[Outcome]]:
     """Of each reference: an fp32 run, then eight in bf16, from the same weights."""
     found, draw = {}, random.Random(3)
     for reference in dict.fromkeys(layout.reference for layout in LAYOUTS):
-        found[reference] = [_run_alone(reference, folder, fields=TORCH | {"bf16": False}, order=[0, 1, 2, 3])]
+        found[reference] = [
+            _run_alone(reference, folder, fields=TORCH | {"bf16": False}, order=[0, 1, 2, 3])
+        ]
         for shuffle in range(SHUFFLES):
             fields = TE | {"vision_tiles_at_once": TURNS[shuffle % len(TURNS)]}
-            found[reference].append(_run_alone(reference, folder, fields=fields, order=draw.sample(range(4), 4)))
+            found[reference].append(
+                _run_alone(reference, folder, fields=fields, order=draw.sample(range(4), 4))
+            )
     return found
 
 
@@ -91,8 +106,12 @@ def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) 
     for step in range(STEPS):
         packs = my_batches(run, step)
         metrics = train_step(run, iter([packs[i] for i in order]))
-        steps.append({"loss": metrics.loss, "grad_norm": metrics.grad_norm, "rows": metrics.loss_rows})
-        gradients = gradients or {_plain(name): grad.float() for name, grad in whole_gradients(run).items()}
+        steps.append(
+            {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "rows": metrics.loss_rows}
+        )
+        gradients = gradients or {
+            _plain(name): grad.float() for name, grad in whole_gradients(run).items()
+        }
     weights = {canonical(name): p.detach().float() for name, p in run.core.named_parameters()}
     return Outcome(steps, gradients, weights)
 
@@ -105,7 +124,10 @@ def _plain(name: str) -> str:
 @pytest.fixture(scope="module")
 def readers(folder: Path) -> dict[str, Run]:
     fields = SIZES | {"bf16": False, "attention_backend": "torch"}
-    return {kind: open_layout(layout_of(kind).fields | fields, None) for kind in ("untied", "tied", "text_only")}
+    return {
+        kind: open_layout(layout_of(kind).fields | fields, None)
+        for kind in ("untied", "tied", "text_only")
+    }
 
 
 def _read(reader: Run, folder: Path) -> dict[str, Tensor]:
@@ -114,11 +136,14 @@ def _read(reader: Run, folder: Path) -> dict[str, Tensor]:
 
 
 def _distances(truth: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Relative distance of each parameter's tensor from the true one, and of all as one (`TOGETHER`)."""
+    """Relative distance of each parameter's tensor from the true one, and of all as one
+    (`TOGETHER`)."""
     norms = torch.stack([true.norm() for true in truth.values()])
     apart = torch.stack([(other[name] - true).norm() for name, true in truth.items()])
     relative = apart / (norms + 1e-3 * norms.norm())
-    return dict(zip(truth, relative.tolist(), strict=True)) | {TOGETHER: (apart.norm() / norms.norm()).item()}
+    return dict(zip(truth, relative.tolist(), strict=True)) | {
+        TOGETHER: (apart.norm() / norms.norm()).item()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -130,7 +155,10 @@ def test_layout_is_as_near_to_the_truth_as_a_single_gpu(
         assert found["rows"] == runs[0].steps[step]["rows"]
         for what in ("loss", "grad_norm"):
             values = [run.steps[step][what] for run in runs]
-            middle, width = sum(values) / SHUFFLES, max(max(values) - min(values), ULP * max(values))
+            middle, width = (
+                sum(values) / SHUFFLES,
+                max(max(values) - min(values), ULP * max(values)),
+            )
             assert abs(found[what] - middle) <= width, (what, step, found[what], values)
     for what in ("gradients", "weights"):
         truth = getattr(exact, what)

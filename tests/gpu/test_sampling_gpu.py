@@ -39,16 +39,22 @@ def draws(step: int, device: str) -> list[Draw]:
 
 
 def logits(step: int) -> torch.Tensor:
-    return (torch.randn(len(OPTIONS), VOCAB, generator=torch.Generator().manual_seed(step)) * 3).bfloat16()
+    return (
+        torch.randn(len(OPTIONS), VOCAB, generator=torch.Generator().manual_seed(step)) * 3
+    ).bfloat16()
 
 
 def test_a_gpu_draws_what_a_cpu_draws() -> None:
     for step in range(20):
         on_cpu = draw_tokens(logits(step), draws(step, "cpu"))
         on_gpu = draw_tokens(logits(step).cuda(), draws(step, "cuda"))
-        assert [token.chosen.token_id for token in on_gpu] == [token.chosen.token_id for token in on_cpu]
+        assert [token.chosen.token_id for token in on_gpu] == [
+            token.chosen.token_id for token in on_cpu
+        ]
         for one, other in zip(on_gpu, on_cpu, strict=True):
-            assert [score.token_id for score in one.likeliest] == [score.token_id for score in other.likeliest]
+            assert [score.token_id for score in one.likeliest] == [
+                score.token_id for score in other.likeliest
+            ]
             ours, theirs = one.chosen.logprob, other.chosen.logprob
             assert ours == pytest.approx(theirs, abs=1e-4, nan_ok=True)
 

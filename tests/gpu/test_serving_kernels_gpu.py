@@ -21,7 +21,9 @@ def noise(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> tuple[Tensor, Tensor]:
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """query [m, heads, d]; key, value [groups, n, d], by all scores in fp32."""
     members = query.shape[1] // len(key)
     key, value = (x.float().repeat_interleave(members, 0) for x in (key, value))
@@ -33,14 +35,24 @@ def plain(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) ->
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("rows", "keys", "causal"), [(100, 300, False), (300, 300, True), (1024, 8192, False), (8192, 8192, True)]
+    ("rows", "keys", "causal"),
+    [(100, 300, False), (300, 300, True), (1024, 8192, False), (8192, 8192, True)],
 )
-def test_partial_attention_is_plain_attention(dtype: torch.dtype, rows: int, keys: int, causal: bool) -> None:
-    query, key, value = noise(rows, 2, 64, dtype=dtype), *(noise(1, keys, 64, dtype=dtype) for _ in range(2))
+def test_partial_attention_is_plain_attention(
+    dtype: torch.dtype, rows: int, keys: int, causal: bool
+) -> None:
+    query, key, value = (
+        noise(rows, 2, 64, dtype=dtype),
+        *(noise(1, keys, 64, dtype=dtype) for _ in range(2)),
+    )
     for actual, expected in zip(
-        attend(query, key, value, causal=causal), plain(query, key, value, causal=causal), strict=True
+        attend(query, key, value, causal=causal),
+        plain(query, key, value, causal=causal),
+        strict=True,
     ):
-        torch.testing.assert_close(actual.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        torch.testing.assert_close(
+            actual.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+        )
 
 
 @DTYPES
@@ -58,10 +70,14 @@ def test_joined_parts_are_the_whole(dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("page", [PAGE, 4])
-def test_new_tokens_see_the_pages_of_their_own_sequence(dtype: torch.dtype, fp8: bool, page: int) -> None:
+def test_new_tokens_see_the_pages_of_their_own_sequence(
+    dtype: torch.dtype, fp8: bool, page: int
+) -> None:
     shape = CacheShape(layers=1, groups=GROUPS, width=WIDTH, dtype=dtype, fp8=fp8)
     pages = PAGE // page
-    cache = KeyValueCache(BlockLayout(page_tokens=page), shape, blocks=128 * pages, device=torch.device("cuda"))
+    cache = KeyValueCache(
+        BlockLayout(page_tokens=page), shape, blocks=128 * pages, device=torch.device("cuda")
+    )
     tables = torch.randperm(127 * pages)[: 120 * pages].view(3, 40 * pages) + 1
     lengths = [2500, 0, 701]
     query = noise(3, HEADS, WIDTH, dtype=dtype)
@@ -70,9 +86,16 @@ def test_new_tokens_see_the_pages_of_their_own_sequence(dtype: torch.dtype, fp8:
         key, value = (noise(length, GROUPS, WIDTH, dtype=dtype) for _ in range(2))
         at = torch.arange(length)
         cache.write(1, key, value, slots=(tables[row][at // page] * page + at % page).cuda())
-        expected.append(plain(query[row : row + 1], key.transpose(0, 1), value.transpose(0, 1)) if length else None)
+        expected.append(
+            plain(query[row : row + 1], key.transpose(0, 1), value.transpose(0, 1))
+            if length
+            else None
+        )
     out, lse = cache.attend_new(
-        1, query, tables=tables.int().cuda(), lengths=torch.tensor(lengths, device="cuda", dtype=torch.int32)
+        1,
+        query,
+        tables=tables.int().cuda(),
+        lengths=torch.tensor(lengths, device="cuda", dtype=torch.int32),
     )
     assert out[1].abs().max() == 0
     assert (lse[1] == -torch.inf).all()
@@ -83,17 +106,30 @@ def test_new_tokens_see_the_pages_of_their_own_sequence(dtype: torch.dtype, fp8:
 
 
 @DTYPES
-def test_rotated_rows_are_those_of_plain_torch_also_where_they_are_stored(dtype: torch.dtype) -> None:
-    rotation = Rotation(cos=torch.randn(5, WIDTH // 2, device="cuda"), sin=torch.randn(5, WIDTH // 2, device="cuda"))
+def test_rotated_rows_are_those_of_plain_torch_also_where_they_are_stored(
+    dtype: torch.dtype,
+) -> None:
+    rotation = Rotation(
+        cos=torch.randn(5, WIDTH // 2, device="cuda"), sin=torch.randn(5, WIDTH // 2, device="cuda")
+    )
     on_host = Rotation(cos=rotation.cos.cpu(), sin=rotation.sin.cpu())
-    query, key, value = noise(5, HEADS + 2 * GROUPS, WIDTH, dtype=dtype).split([HEADS, GROUPS, GROUPS], dim=1)
+    query, key, value = noise(5, HEADS + 2 * GROUPS, WIDTH, dtype=dtype).split(
+        [HEADS, GROUPS, GROUPS], dim=1
+    )
     shape = CacheShape(layers=1, groups=GROUPS, width=WIDTH, dtype=dtype)
-    cache = KeyValueCache(BlockLayout(page_tokens=PAGE), shape, blocks=4, device=torch.device("cuda"))
+    cache = KeyValueCache(
+        BlockLayout(page_tokens=PAGE), shape, blocks=4, device=torch.device("cuda")
+    )
     slots = torch.tensor([70, 3, 129, 64, 65], device="cuda")
     rotated = cache.rotate_and_write(1, query, key, value, rotation=rotation, slots=slots)
     torch.testing.assert_close(
-        rotated.cpu(), on_host.rotate(query.cpu()), atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6
+        rotated.cpu(),
+        on_host.rotate(query.cpu()),
+        atol=1e-6,
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-6,
     )
     torch.testing.assert_close(rotation.rotate(query), rotated, atol=0, rtol=0)
-    torch.testing.assert_close(cache._keys[0][:, slots], rotation.rotate(key).transpose(0, 1), atol=0, rtol=0)
+    torch.testing.assert_close(
+        cache._keys[0][:, slots], rotation.rotate(key).transpose(0, 1), atol=0, rtol=0
+    )
     torch.testing.assert_close(cache._values[0][:, slots], value.transpose(0, 1), atol=0, rtol=0)

@@ -1,4 +1,5 @@
-"""The program that reads media, whose decoder is slow, hangs, crashes or fails where the name of a file says so."""
+"""The program that reads media, whose decoder is slow, hangs, crashes or fails where the name of a
+file says so."""
 
 import os
 import time

@@ -18,7 +18,9 @@ TEXT = "the quick é fox"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path: Path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    train_sentencepiece(["the quick brown fox jumps over the lazy dog 0123456789"] * 20, path, vocab_size=320)
+    train_sentencepiece(
+        ["the quick brown fox jumps over the lazy dog 0123456789"] * 20, path, vocab_size=320
+    )
     return load_tokenizer(path)
 
 
@@ -40,7 +42,9 @@ def take_all(state: AnswerState, ids: list[int], tokenizer: Tokenizer) -> list[A
 
 
 def joined(pieces: list[AnswerPiece]) -> tuple[str, list[int]]:
-    return "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.token_ids]
+    return "".join(piece.text for piece in pieces), [
+        token for piece in pieces for token in piece.token_ids
+    ]
 
 
 def test_an_end_token_stops_the_answer_and_is_no_part_of_it(tokenizer: Tokenizer) -> None:
@@ -74,7 +78,9 @@ def test_a_stop_string_ends_the_answer_before_it(tokenizer: Tokenizer) -> None:
     assert pieces[-1].finish == "stop"
 
 
-def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(
+    tokenizer: Tokenizer,
+) -> None:
     """Half a character waits, and turns out to be what the stop string is."""
     half = tokenizer.encode("é")[:1]
     pieces = take_all(answer(tokenizer, stop=("\ufffd",), max_new_tokens=1), half, tokenizer)
@@ -82,9 +88,12 @@ def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(token
 
 
 @pytest.mark.parametrize(
-    ("how", "finish"), [("cut", "length"), ("cancel", "cancelled"), ("fail", "error"), ("fail", "model_error")]
+    ("how", "finish"),
+    [("cut", "length"), ("cancel", "cancelled"), ("fail", "error"), ("fail", "model_error")],
 )
-def test_an_answer_ended_from_outside_gives_the_text_that_waited(tokenizer: Tokenizer, how: str, finish: str) -> None:
+def test_an_answer_ended_from_outside_gives_the_text_that_waited(
+    tokenizer: Tokenizer, how: str, finish: str
+) -> None:
     state = answer(tokenizer, stop=("the end",))
     (piece,) = take_all(state, tokenizer.encode("the"), tokenizer)
     assert piece.text == ""
@@ -111,7 +120,8 @@ def test_scores_come_where_they_were_asked_for(tokenizer: Tokenizer, logprobs: i
 
 
 def test_draws_count_steps_and_know_what_came_before(tokenizer: Tokenizer) -> None:
-    """The likeliest token is the prompt's, the second likeliest the answer's, the third free of penalties."""
+    """The likeliest token is the prompt's, the second likeliest the answer's, the third free of
+    penalties."""
     logits = torch.zeros(1, tokenizer.vocab_size)
     logits[0, 30:33] = torch.tensor([3.0, 2.0, 1.9])
     state = answer(tokenizer, repetition_penalty=2.0)
@@ -130,7 +140,9 @@ def test_without_penalties_nothing_is_kept_of_the_prompt(tokenizer: Tokenizer) -
     assert state.draw().penalties is None
 
 
-@pytest.mark.parametrize(("stop", "text", "finish"), [((), TEXT, "length"), (("qu", "zz"), "the ", "stop")])
+@pytest.mark.parametrize(
+    ("stop", "text", "finish"), [((), TEXT, "length"), (("qu", "zz"), "the ", "stop")]
+)
 def test_an_answer_of_beam_search_is_one_piece(
     tokenizer: Tokenizer, stop: tuple[str, ...], text: str, finish: str
 ) -> None:
@@ -139,5 +151,9 @@ def test_an_answer_of_beam_search_is_one_piece(
     state = answer(tokenizer, stop=stop, logprobs=1)
     piece = state.take_beam(found)
     assert (piece.text, piece.finish) == (text, finish)
-    assert piece.token_ids == tuple(token.chosen.token_id for token in piece.scores) == tuple(state.ids)
+    assert (
+        piece.token_ids
+        == tuple(token.chosen.token_id for token in piece.scores)
+        == tuple(state.ids)
+    )
     assert (tokenizer.decode(piece.token_ids) == TEXT) == (finish == "length")

@@ -33,7 +33,10 @@ def search(model: LlamaForCausalLM, sampling: Sampling, *, end_ids: frozenset[in
     rows = [PROMPT]
     while not beams.done:
         beams.advance(model(torch.tensor(rows)).logits[:, -1])
-        rows = [[*rows[parent], token] for parent, token in zip(beams.parents, beams.tokens, strict=True)]
+        rows = [
+            [*rows[parent], token]
+            for parent, token in zip(beams.parents, beams.tokens, strict=True)
+        ]
     return beams
 
 
@@ -59,9 +62,13 @@ def test_answers_and_scores_are_those_of_transformers(
         sampling = Sampling(beams=beams, n=count, length_penalty=length_penalty, max_new_tokens=10)
         found = search(model, sampling, end_ids=frozenset(ends)).results(count)
         assert len(found) == count
-        for answer, sequence, score in zip(found, expected.sequences, expected.sequences_scores, strict=True):
+        for answer, sequence, score in zip(
+            found, expected.sequences, expected.sequences_scores, strict=True
+        ):
             tokens = sequence[len(PROMPT) :].tolist()
-            until = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+            until = next(
+                (place for place, token in enumerate(tokens) if token in ends), len(tokens)
+            )
             assert answer.token_ids == tokens[:until]
             assert answer.score == pytest.approx(score.item(), rel=1e-5)
             assert answer.finish == ("stop" if until < len(tokens) else "length")
@@ -70,7 +77,11 @@ def test_answers_and_scores_are_those_of_transformers(
 def test_the_answers_of_these_models_end_both_ways_and_at_several_lengths() -> None:
     """Or else the comparison would say little."""
     sampling = Sampling(beams=4, n=4, max_new_tokens=10)
-    found = [a for seed in range(3) for a in search(tiny_llama(seed), sampling, end_ids=frozenset([2, 7])).results(4)]
+    found = [
+        a
+        for seed in range(3)
+        for a in search(tiny_llama(seed), sampling, end_ids=frozenset([2, 7])).results(4)
+    ]
     assert {answer.finish for answer in found} == {"stop", "length"}
     assert len({len(answer.tokens) for answer in found}) >= 3
 
@@ -107,10 +118,14 @@ def test_answers_bring_the_models_logprobs() -> None:
     for answer in search(model, sampling, end_ids=frozenset([2])).results(3):
         expected = logprobs_of(model, answer.token_ids)
         for row, token in zip(expected, answer.tokens, strict=True):
-            assert token.chosen.logprob == pytest.approx(row[token.chosen.token_id].item(), abs=1e-5)
+            assert token.chosen.logprob == pytest.approx(
+                row[token.chosen.token_id].item(), abs=1e-5
+            )
             values, ids = row.topk(2)
             assert [one.token_id for one in token.likeliest] == ids.tolist()
-            assert [one.logprob for one in token.likeliest] == pytest.approx(values.tolist(), abs=1e-5)
+            assert [one.logprob for one in token.likeliest] == pytest.approx(
+                values.tolist(), abs=1e-5
+            )
 
 
 def test_a_search_that_ignores_ends_goes_to_the_last_token() -> None:
@@ -120,7 +135,8 @@ def test_a_search_that_ignores_ends_goes_to_the_last_token() -> None:
 
 
 def test_a_vocabulary_smaller_than_the_beams_is_tried_whole() -> None:
-    """Two tokens, the second of which ends: the answers are of none, one and two tokens, and the one cut at two."""
+    """Two tokens, the second of which ends: the answers are of none, one and two tokens, and the
+    one cut at two."""
     beams = BeamSearch(Sampling(beams=8, n=8, max_new_tokens=3), end_ids=frozenset([1]))
     while not beams.done:
         beams.advance(torch.tensor([[0.5, 0.5]]).log().expand(max(1, len(beams.tokens)), -1))

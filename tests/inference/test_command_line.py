@@ -1,4 +1,5 @@
-"""python -m megatron_vita.inference: answers about images and videos on the terminal, errors in one line."""
+"""python -m megatron_vita.inference: answers about images and videos on the terminal, errors in one
+line."""
 
 import io
 import os
@@ -34,7 +35,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     path = make_toy_run(folder, samples=60)
     platform.initialize_process()
-    train(load_recipe(path, ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=10"]))
+    train(
+        load_recipe(
+            path, ["data.num_workers=0", "training.eval_interval=0", "training.train_iters=10"]
+        )
+    )
     return folder
 
 
@@ -47,7 +52,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Clien
 
     def ask(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        return run_command(app, [str(word) for word in arguments], name="inference"), *capsys.readouterr()
+        return run_command(
+            app, [str(word) for word in arguments], name="inference"
+        ), *capsys.readouterr()
 
     return ask
 
@@ -60,13 +67,17 @@ def write_video(path: Path) -> Path:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width = stream.height = 32
         for i in range(10):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * i, dtype=np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((32, 32, 3), 20 * i, dtype=np.uint8), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 
 
-def test_it_answers_about_an_image_a_video_and_nothing(ask: Client, toy: Path, tmp_path: Path) -> None:
+def test_it_answers_about_an_image_a_video_and_nothing(
+    ask: Client, toy: Path, tmp_path: Path
+) -> None:
     video = write_video(tmp_path / "clip.mp4")
     for media in (["--image", toy / "images" / "0.png"], ["--video", video], []):
         code, out, errors = ask(toy / "checkpoints", *media, "what color is it?", *SHORT)
@@ -130,7 +141,9 @@ def client(ask: Client, server: FakeChatServer) -> Client:
     return partial(ask, "--server", server.url)
 
 
-def test_a_server_answers_in_place_of_a_checkpoint(server: FakeChatServer, client: Client, toy: Path) -> None:
+def test_a_server_answers_in_place_of_a_checkpoint(
+    server: FakeChatServer, client: Client, toy: Path
+) -> None:
     assert client("hello", "--image", toy / "images" / "0.png")[:2] == (0, "you said hello \n")
     (request,) = server.requests
     assert request["model"] == "tiny"
@@ -144,14 +157,24 @@ def test_every_sampling_option_reaches_the_server(server: FakeChatServer, client
         "presence-penalty": 0.25, "frequency-penalty": 0.75, "seed": 9, "n": 2, "logprobs": 1, "length-penalty": 2.0,
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    code, out, _ = client("hello", *words, "--stop", "x", "--stop", "y", "--ignore-end", "--model", "large")
+    code, out, _ = client(
+        "hello", *words, "--stop", "x", "--stop", "y", "--ignore-end", "--model", "large"
+    )
     assert code == 0
     request = server.requests[0]
     wanted = {name.replace("-", "_"): value for name, value in options.items()}
-    wanted |= {"max_tokens": wanted.pop("max_new_tokens"), "logprobs": True, "top_logprobs": wanted["logprobs"]}
+    wanted |= {
+        "max_tokens": wanted.pop("max_new_tokens"),
+        "logprobs": True,
+        "top_logprobs": wanted["logprobs"],
+    }
     wanted |= {"stop": ["x", "y"], "ignore_end": True, "model": "large"}
     assert {name: request[name] for name in wanted} == wanted
-    assert out.splitlines()[:3] == ["you said hello ", "[2] you said hello ", "   -0.500 'you'  of  'you' -0.500"]
+    assert out.splitlines()[:3] == [
+        "you said hello ",
+        "[2] you said hello ",
+        "   -0.500 'you'  of  'you' -0.500",
+    ]
     client("hello", "--beams", "4")
     assert server.requests[-1]["beams"] == 4
 
@@ -164,8 +187,14 @@ def test_a_conversation_keeps_its_turns_and_media_until_it_is_reset(
     code, out, _ = client(stdin="\n".join(lines))
     assert code == 0
     assert out.splitlines() == ["you said one ", "you said two ", "you said three "]
-    assert [texts_of(r) for r in server.requests] == [["\none"], ["\none", "you said one ", "two"], ["three"]]
-    pictures = [sum("image_url" in str(message) for message in r["messages"]) for r in server.requests]
+    assert [texts_of(r) for r in server.requests] == [
+        ["\none"],
+        ["\none", "you said one ", "two"],
+        ["three"],
+    ]
+    pictures = [
+        sum("image_url" in str(message) for message in r["messages"]) for r in server.requests
+    ]
     assert pictures == [1, 1, 0]
 
 
@@ -197,7 +226,8 @@ def test_control_c_stops_the_answer_and_not_the_conversation() -> None:
     def answer(request: dict[str, Any]) -> str:
         return "quick" if texts_of(request)[-1] == "short" else "word " * 600
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, as do their children
+    # background jobs ignore it, as do their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with serving(answer, seconds_a_word=0.1) as server:
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "megatron_vita.inference", "--server", server.url],

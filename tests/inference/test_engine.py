@@ -1,4 +1,5 @@
-"""Answers of the engine are those of whole forward passes, whatever the chunks, the batch and what was there before."""
+"""Answers of the engine are those of whole forward passes, whatever the chunks, the batch and what
+was there before."""
 
 import itertools
 from pathlib import Path
@@ -29,13 +30,16 @@ def engine(folder: Path) -> Engine:
 
 
 def assert_is_whole_forward(engine: Engine, prompt: Prompt, answer: Answer) -> None:
-    """Each token is the likeliest, and log-probabilities are those of one forward pass over everything."""
+    """Each token is the likeliest, and log-probabilities are those of one forward pass over
+    everything."""
     rows = whole_logprobs(engine, engine.prepare(prompt), answer.token_ids)
     for row, token, score in zip(rows, answer.token_ids, answer.scores, strict=False):
         assert row.argmax().item() == token == score.chosen.token_id
         values, ids = row.topk(3)
         assert [s.token_id for s in score.likeliest] == ids.tolist()
-        torch.testing.assert_close(torch.tensor([s.logprob for s in score.likeliest]), values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor([s.logprob for s in score.likeliest]), values, atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize(("chunk", "page"), [(1, 4), (7, 4), (24, 16), (1000, 128)])
@@ -70,7 +74,9 @@ def of(pieces: list[AnswerPiece], number: int, choice: int = 0) -> list[AnswerPi
 
 def test_a_beginning_that_is_known_is_not_computed_again_and_changes_nothing(folder: Path) -> None:
     engine = tiny_engine(folder)
-    first, other = (Prompt.ask(text, videos=[video()]) for text in ("what is in this", "is there a cat"))
+    first, other = (
+        Prompt.ask(text, videos=[video()]) for text in ("what is in this", "is there a cat")
+    )
     engine.generate([first], sampling=GREEDY)
     number = engine.add(prepared := engine.prepare(other), GREEDY)
     pieces = []
@@ -97,7 +103,11 @@ def test_a_conversation_goes_on_from_its_last_answer(folder: Path) -> None:
     engine = tiny_engine(folder)
     question = Prompt.ask("what color is the shape", images=[picture(1)])
     engine.generate([question], sampling=GREEDY)
-    later = [*question.messages, {"role": "assistant", "content": "red"}, {"role": "user", "content": "is this a cat"}]
+    later = [
+        *question.messages,
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "is this a cat"},
+    ]
     prompt = Prompt(messages=later, images=question.images)
     number = engine.add(engine.prepare(prompt), GREEDY)
     while engine.has_work:
@@ -118,7 +128,9 @@ def test_the_cache_never_holds_more_than_it_has_and_all_is_answered(folder: Path
 def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long = engine.add(engine.prepare(Prompt.ask("what is in this " * 4, videos=[video(8)])), GREEDY)
     engine.step()
-    short = engine.add(engine.prepare(Prompt.ask("yes")), Sampling(max_new_tokens=1, ignore_end=True))
+    short = engine.add(
+        engine.prepare(Prompt.ask("yes")), Sampling(max_new_tokens=1, ignore_end=True)
+    )
     order = []
     while engine.has_work:
         order += [piece.request for piece in engine.step()]
@@ -136,7 +148,9 @@ def test_the_same_seed_draws_the_same_and_another_differs(engine: Engine) -> Non
 
 
 def test_answers_of_one_request_differ_and_each_is_drawn_as_if_alone(engine: Engine) -> None:
-    sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=5, n=3, logprobs=0, ignore_end=True)
+    sampling = Sampling(
+        max_new_tokens=12, temperature=1.0, seed=5, n=3, logprobs=0, ignore_end=True
+    )
     answers = engine.generate(prompts()[:1], sampling=sampling)
     assert len({tuple(answer.token_ids) for answer in answers}) == 3
     for answer in answers:
@@ -148,18 +162,24 @@ def test_answers_of_one_request_differ_and_each_is_drawn_as_if_alone(engine: Eng
 
 def test_eight_bits_of_cache_change_log_probabilities_little(folder: Path, engine: Engine) -> None:
     small = tiny_engine(folder, cache_dtype="fp8")
-    exact, rounded = (e.generate(prompts()[:1], sampling=GREEDY)[0].scores[1] for e in (engine, small))
+    exact, rounded = (
+        e.generate(prompts()[:1], sampling=GREEDY)[0].scores[1] for e in (engine, small)
+    )
     difference = abs(exact.likeliest[0].logprob - rounded.likeliest[0].logprob)
     assert 0 < difference < 0.05
 
 
-def test_a_worker_that_fails_in_any_way_is_one_clear_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_fails_in_any_way_is_one_clear_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(step: Step) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine, "receive_step", Step)
     monkeypatch.setattr(engine.worker, "execute", fail)
-    with pytest.raises(EngineError, match="cannot go on: a rank is gone or failed: CUDA out of memory"):
+    with pytest.raises(
+        EngineError, match="cannot go on: a rank is gone or failed: CUDA out of memory"
+    ):
         engine.serve_as_worker()
 
 

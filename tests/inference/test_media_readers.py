@@ -1,4 +1,5 @@
-"""Media are read in processes that may be killed: whatever a file does to a decoder, only its own request ends."""
+"""Media are read in processes that may be killed: whatever a file does to a decoder, only its own
+request ends."""
 
 import os
 import signal
@@ -85,7 +86,9 @@ def test_answers_are_those_of_this_process(readers: MediaReaders) -> None:
     assert readers.probe(file, "clip") == probe_video(video().data, "clip")
     assert readers.probe(file, "clip").size[0] > 0
     part = readers.decode(file, FRAMES, name="clip", tiles=range(1, 4))
-    assert np.array_equal(part, decode_tiles(FRAMES, video().data, name="clip", tiles=range(1, 4), form=FORM))
+    assert np.array_equal(
+        part, decode_tiles(FRAMES, video().data, name="clip", tiles=range(1, 4), form=FORM)
+    )
     image = picture(1).data
     grid = Medium("a", 3, Grid(2, 1), [])
     found = readers.decode(SharedFile(image), grid, name="a", tiles=range(3))
@@ -97,7 +100,9 @@ def test_what_forks_has_one_thread(readers: MediaReaders) -> None:
     assert program().num_threads() == 1
 
 
-def test_many_threads_share_the_readers_of_one_file(readers: MediaReaders, before: set[int]) -> None:
+def test_many_threads_share_the_readers_of_one_file(
+    readers: MediaReaders, before: set[int]
+) -> None:
     """Each process has its own place in the file."""
     file, found = SharedFile(video().data), {}
 
@@ -130,23 +135,34 @@ def test_errors_name_the_file_and_cost_no_process(readers: MediaReaders, before:
         ("fails", "cannot be read: ZeroDivisionError: of a decoder"),
     ],
 )
-def test_a_decoder_that_misbehaves_ends_one_request(hostile: Engine, name: str, reason: str) -> None:
+def test_a_decoder_that_misbehaves_ends_one_request(
+    hostile: Engine, name: str, reason: str
+) -> None:
     good = Prompt.ask("what is in this", videos=[video()])
-    bad = Prompt.ask("what is in this", videos=[MediaFile(name=name, data=video(5 + len(name)).data)])
+    bad = Prompt.ask(
+        "what is in this", videos=[MediaFile(name=name, data=video(5 + len(name)).data)]
+    )
     (alone,) = hostile.generate([good], sampling=GREEDY)
     for _ in range(2):  # what it left in the cache must not be taken for known
         one, ended, other = hostile.generate([good, bad, good], sampling=GREEDY)
         assert (ended.finish, ended.error) == ("error", f"{name}: {reason}")
         assert (one.token_ids, other.token_ids) == (alone.token_ids, alone.token_ids)
     with pytest.raises(DataError, match=reason):
-        hostile.prepare(Prompt.ask("what", videos=[MediaFile(name=f"early {name}", data=video().data)]))
+        hostile.prepare(
+            Prompt.ask("what", videos=[MediaFile(name=f"early {name}", data=video().data)])
+        )
 
 
 def test_a_film_that_is_slow_to_decode_holds_nobody_up(hostile: Engine) -> None:
-    slow = hostile.prepare(Prompt.ask("what is in this", videos=[MediaFile(name="slow", data=video(7).data)]))
+    slow = hostile.prepare(
+        Prompt.ask("what is in this", videos=[MediaFile(name="slow", data=video(7).data)])
+    )
     alone = hostile.generate([Prompt.ask("what color is the shape")], sampling=LONG)[0]
     film = hostile.add(slow, GREEDY)
-    asked = [Prompt.ask("what color is the shape"), Prompt.ask("two images of cats", images=[picture(3)])]
+    asked = [
+        Prompt.ask("what color is the shape"),
+        Prompt.ask("two images of cats", images=[picture(3)]),
+    ]
     others = [hostile.add(hostile.prepare(prompt), LONG) for prompt in asked]
     pieces: list[AnswerPiece] = []
     while hostile.has_work:
@@ -173,7 +189,9 @@ def test_a_film_that_hangs_leaves_decoders_to_others(long_films: Engine) -> None
     film = long_films.add(long_films.prepare(Prompt.ask("what is in this", videos=[hangs])), GREEDY)
     long_films.step()
     began = time.monotonic()
-    image = long_films.add(long_films.prepare(Prompt.ask("two images of cats", images=[picture(77)])), GREEDY)
+    image = long_films.add(
+        long_films.prepare(Prompt.ask("two images of cats", images=[picture(77)])), GREEDY
+    )
     ended: list[AnswerPiece] = []
     while not any(piece.request == image for piece in ended):
         ended += [piece for piece in long_films.step() if piece.finish]
@@ -186,23 +204,33 @@ def test_a_film_that_hangs_leaves_decoders_to_others(long_films: Engine) -> None
 def test_what_is_read_for_a_cancelled_request_ends_at_once(long_films: Engine) -> None:
     films = [MediaFile(name="hangs", data=video(14 + k).data) for k in range(2)]  # of all decoders
     numbers = [
-        long_films.add(long_films.prepare(Prompt.ask("what is in this", videos=[film])), GREEDY) for film in films
+        long_films.add(long_films.prepare(Prompt.ask("what is in this", videos=[film])), GREEDY)
+        for film in films
     ]
     began = time.monotonic()
     long_films.step()
     wait_until(lambda: len(long_films._readers._busy) == 2)
     for number in numbers:
         long_films.cancel(number)
-    (answer,) = long_films.generate([Prompt.ask("two images of cats", images=[picture(78)])], sampling=GREEDY)
+    (answer,) = long_films.generate(
+        [Prompt.ask("two images of cats", images=[picture(78)])], sampling=GREEDY
+    )
     assert time.monotonic() - began < 2.0
     assert not answer.error
 
 
-def test_readers_of_a_stopped_file_are_killed_and_others_go_on(hostile_program: None, before: set[int]) -> None:
+def test_readers_of_a_stopped_file_are_killed_and_others_go_on(
+    hostile_program: None, before: set[int]
+) -> None:
     readers, file = MediaReaders(FORM, count=3, seconds=30), SharedFile(video().data)
     with ThreadPoolExecutor() as pool:
-        hang = [pool.submit(readers.decode, file, FRAMES, name="hangs", tiles=range(1)) for _ in range(2)]
-        slow = pool.submit(readers.decode, SharedFile(video().data), FRAMES, name="slow", tiles=range(1))
+        hang = [
+            pool.submit(readers.decode, file, FRAMES, name="hangs", tiles=range(1))
+            for _ in range(2)
+        ]
+        slow = pool.submit(
+            readers.decode, SharedFile(video().data), FRAMES, name="slow", tiles=range(1)
+        )
         wait_until(lambda: count_of_new(before) == 3)
         time.sleep(0.5)  # until they are in the midst of it
         readers.stop(file)
@@ -218,9 +246,13 @@ def test_a_beginning_shared_with_a_film_that_hangs_is_computed_at_once(hostile: 
 
     def ask(text: str, *films: MediaFile) -> int:
         prompt = Prompt.ask(text, videos=films)
-        return hostile.add(hostile.prepare(Prompt(messages=[system, *prompt.messages], videos=list(films))), GREEDY)
+        return hostile.add(
+            hostile.prepare(Prompt(messages=[system, *prompt.messages], videos=list(films))), GREEDY
+        )
 
-    films = [ask("what is in this", MediaFile(name="hangs", data=video(12 + k).data)) for k in range(2)]
+    films = [
+        ask("what is in this", MediaFile(name="hangs", data=video(12 + k).data)) for k in range(2)
+    ]
     text, began = ask("no cats"), time.monotonic()
     ended: list[AnswerPiece] = []
     while not any(piece.request == text for piece in ended):
@@ -236,7 +268,10 @@ def test_closing_waits_for_no_decoder(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
     engine = tiny_engine(tmp_path, media_seconds=30.0)
     engine.add(
-        engine.prepare(Prompt.ask("what is in this", videos=[MediaFile(name="hangs", data=video(5).data)])), GREEDY
+        engine.prepare(
+            Prompt.ask("what is in this", videos=[MediaFile(name="hangs", data=video(5).data)])
+        ),
+        GREEDY,
     )
     engine.step()
     threads, began = engine.worker.features.decoder._pool._threads, time.monotonic()
@@ -265,12 +300,17 @@ def test_there_are_descriptors_for_the_files_of_many_prompts() -> None:
         "media_readers.start()\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60
+    )
 
 
 def test_a_request_whose_film_is_being_decoded_can_be_cancelled(hostile: Engine) -> None:
     number = hostile.add(
-        hostile.prepare(Prompt.ask("what is in this", videos=[MediaFile(name="hangs", data=video(9).data)])), GREEDY
+        hostile.prepare(
+            Prompt.ask("what is in this", videos=[MediaFile(name="hangs", data=video(9).data)])
+        ),
+        GREEDY,
     )
     assert hostile.step() == []
     hostile.cancel(number)
@@ -326,7 +366,9 @@ def test_readers_end_with_the_process_that_asked_them_however_it_ends() -> None:
         "sys.stdin.read()\n"
     )
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdin=-1, stdout=-1, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdin=-1, stdout=-1, text=True
+    ) as process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 2

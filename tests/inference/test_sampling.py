@@ -105,11 +105,15 @@ def test_rows_of_a_mixed_batch_have_the_distributions_they_have_alone() -> None:
 
 def test_presence_and_frequency_penalties_take_from_tokens_of_the_answer_alone() -> None:
     logits = random_logits(1)
-    one = draw_with_penalties([1, 1, 2], [3, 4, 4], temperature=1.0, presence_penalty=0.5, frequency_penalty=0.25)
+    one = draw_with_penalties(
+        [1, 1, 2], [3, 4, 4], temperature=1.0, presence_penalty=0.5, frequency_penalty=0.25
+    )
     expected = logits.clone()
     expected[0, 3] -= 0.5 + 0.25
     expected[0, 4] -= 0.5 + 2 * 0.25
-    torch.testing.assert_close(candidate_logits(logits, [one]).log_softmax(-1), expected.log_softmax(-1))
+    torch.testing.assert_close(
+        candidate_logits(logits, [one]).log_softmax(-1), expected.log_softmax(-1)
+    )
 
 
 def test_greedy_takes_the_likeliest_after_penalties() -> None:
@@ -128,7 +132,9 @@ def test_greedy_takes_the_likeliest_after_penalties() -> None:
         ({"frequency_penalty": 0.1}, True),
     ],
 )
-def test_only_samplings_with_penalties_need_the_tokens_before(options: dict[str, float], wanted: bool) -> None:
+def test_only_samplings_with_penalties_need_the_tokens_before(
+    options: dict[str, float], wanted: bool
+) -> None:
     assert has_penalties(Sampling(**options)) is wanted
 
 
@@ -136,13 +142,25 @@ def test_only_samplings_with_penalties_need_the_tokens_before(options: dict[str,
 def test_top_k_keeps_exactly_k_and_the_lowest_ids_of_equal_ones(top_k: int) -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 30] = 1.0
-    kept = candidate_logits(logits, [draw(temperature=1.0, top_k=top_k)])[0].isfinite().nonzero().flatten().tolist()
+    kept = (
+        candidate_logits(logits, [draw(temperature=1.0, top_k=top_k)])[0]
+        .isfinite()
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     assert kept == [*range(top_k - 1), 30]
 
 
 def test_top_p_keeps_the_smallest_set_and_the_lowest_ids_of_equal_ones() -> None:
     logits = torch.tensor([[0.125, 0.25, 0.125, 0.25, 0.25]]).log()
-    for top_p, kept in [(0.01, [1]), (0.25, [1]), (0.26, [1, 3]), (0.74, [1, 3, 4]), (0.76, [0, 1, 3, 4])]:
+    for top_p, kept in [
+        (0.01, [1]),
+        (0.25, [1]),
+        (0.26, [1, 3]),
+        (0.74, [1, 3, 4]),
+        (0.76, [0, 1, 3, 4]),
+    ]:
         found = candidate_logits(logits, [draw(temperature=1.0, top_p=top_p)])[0]
         assert found.isfinite().nonzero().flatten().tolist() == kept, top_p
 
@@ -153,7 +171,9 @@ def test_top_p_of_one_loses_no_token_to_rounding() -> None:
     assert candidate_logits(logits, draws)[0].isfinite().sum() == 99_999
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}]
+)
 def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     """Pearson's chi-square of 20,000 draws stays below its 99.99 % quantile."""
     logits = random_logits(1, vocab=12)
@@ -165,7 +185,8 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     expected = exact[exact > 0] * len(draws)
     statistic = ((counts[exact > 0] - expected) ** 2 / expected).sum()
     freedom = len(expected) - 1
-    quantile = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson and Hilferty 1931
+    # Wilson and Hilferty 1931
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
     assert statistic < quantile
 
 
@@ -198,7 +219,9 @@ def test_the_numbers_of_a_seed_stay_what_they_were() -> None:
 
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.25, 3), (0.5, 3), (1 - 2**-52, 3)])
-def test_a_token_without_probability_is_never_drawn(number: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_without_probability_is_never_drawn(
+    number: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampling_module, "uniform_number", lambda seed, choice, step: number)
     logits = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
     assert ids(logits, [draw(temperature=1.0)]) == [token]
@@ -228,8 +251,12 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
         count = draws[row].sampling.logprobs
         values, order = expected[row].sort(descending=True, stable=True)
         assert [score.token_id for score in scored.likeliest] == order[:count].tolist()
-        assert [score.logprob for score in scored.likeliest] == pytest.approx(values[:count].tolist(), abs=1e-6)
-        assert scored.chosen.logprob == pytest.approx(expected[row, scored.chosen.token_id].item(), abs=1e-6)
+        assert [score.logprob for score in scored.likeliest] == pytest.approx(
+            values[:count].tolist(), abs=1e-6
+        )
+        assert scored.chosen.logprob == pytest.approx(
+            expected[row, scored.chosen.token_id].item(), abs=1e-6
+        )
 
 
 def test_without_logprobs_there_are_none() -> None:
@@ -256,12 +283,19 @@ def test_likeliest_tokens_are_those_of_a_stable_sort() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "top_k": 9, "logprobs": 3}]
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "top_k": 9, "logprobs": 3}],
 )
-def test_logits_that_are_no_numbers_are_refused_by_row(options: dict[str, float], bad: float) -> None:
+def test_logits_that_are_no_numbers_are_refused_by_row(
+    options: dict[str, float], bad: float
+) -> None:
     logits = random_logits(4)
     logits[1, 3] = logits[3, 0] = bad
-    draws = [draw(**options), draw_with_penalties([3], [4], repetition_penalty=1.5, **options), *[draw(**options)] * 2]
+    draws = [
+        draw(**options),
+        draw_with_penalties([3], [4], repetition_penalty=1.5, **options),
+        *[draw(**options)] * 2,
+    ]
     with pytest.raises(LogitsError, match=rf"{bad} in 2 of 4 answers") as caught:
         draw_tokens(logits, draws)
     assert isinstance(caught.value, VitaError)
@@ -283,7 +317,14 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(3)
     before = logits.clone()
-    draw_tokens(logits, [draw(temperature=1.0, top_k=3), draw_with_penalties([1], [2], presence_penalty=1.0), draw()])
+    draw_tokens(
+        logits,
+        [
+            draw(temperature=1.0, top_k=3),
+            draw_with_penalties([1], [2], presence_penalty=1.0),
+            draw(),
+        ],
+    )
     assert torch.equal(logits, before)
 
 

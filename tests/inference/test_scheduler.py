@@ -27,17 +27,23 @@ def process() -> None:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return tiny_engine(tmp_path_factory.mktemp("engine"), cache_tokens=900, chunk_tokens=64, busy_chunk_tokens=32)
+    return tiny_engine(
+        tmp_path_factory.mktemp("engine"), cache_tokens=900, chunk_tokens=64, busy_chunk_tokens=32
+    )
 
 
 @pytest.mark.parametrize("sampling", MANY.values(), ids=MANY.keys())
-def test_what_a_request_holds_and_may_still_take_is_its_ceiling(engine: Engine, sampling: Sampling) -> None:
+def test_what_a_request_holds_and_may_still_take_is_its_ceiling(
+    engine: Engine, sampling: Sampling
+) -> None:
     scheduler = engine._scheduler
     number = engine.add(engine.prepare(RED), sampling)
     (request,) = scheduler.waiting
     while engine.has_work:
         engine.step()
-        assert request.held == len({block for sequence in request.sequences for block in sequence.blocks})
+        assert request.held == len(
+            {block for sequence in request.sequences for block in sequence.blocks}
+        )
         assert request.held <= request.ceiling
         if request.sequences:
             assert scheduler._promised() == request.ceiling - request.held
@@ -50,7 +56,9 @@ def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
     ended = []
     for turn in range(100_000):
         if turn >= 50 and len(engine._scheduler.waiting) < 2:
-            words = Prompt.ask(f"{['red', 'blue', 'cats', 'two'][turn % 4]} " + "yes " * (turn % 60))
+            words = Prompt.ask(
+                f"{['red', 'blue', 'cats', 'two'][turn % 4]} " + "yes " * (turn % 60)
+            )
             engine.add(engine.prepare(words), Sampling(max_new_tokens=40, ignore_end=True))
         ended += [piece for piece in engine.step() if piece.finish]
         if any(piece.request == beams for piece in ended):
@@ -63,7 +71,9 @@ def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
 
 @pytest.mark.parametrize("sampling", MANY.values(), ids=MANY.keys())
 @pytest.mark.parametrize("steps", [1, 3, 1000])
-def test_nothing_is_left_of_ended_or_cancelled_requests(engine: Engine, sampling: Sampling, steps: int) -> None:
+def test_nothing_is_left_of_ended_or_cancelled_requests(
+    engine: Engine, sampling: Sampling, steps: int
+) -> None:
     number = engine.add(engine.prepare(RED), sampling)
     for _ in range(steps):
         if engine.has_work:
@@ -91,11 +101,17 @@ def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> None:
-    engine, one = tiny_engine(tmp_path, chunk_tokens=16, busy_chunk_tokens=16), Sampling(max_new_tokens=1)
+    engine, one = (
+        tiny_engine(tmp_path, chunk_tokens=16, busy_chunk_tokens=16),
+        Sampling(max_new_tokens=1),
+    )
     long = engine.add(engine.prepare(Prompt.ask("no cats " * 45)), one)
     for turn in range(200):
         while len(engine._scheduler.prefilling) + len(engine._scheduler.waiting) < 5:
-            engine.add(engine.prepare(Prompt.ask(f"{['red', 'blue', 'cats', 'two'][turn % 4]} {turn}")), one)
+            engine.add(
+                engine.prepare(Prompt.ask(f"{['red', 'blue', 'cats', 'two'][turn % 4]} {turn}")),
+                one,
+            )
         if any(piece.request == long for piece in engine.step()):
             return
     pytest.fail("the long prompt is never computed")
@@ -104,7 +120,9 @@ def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> N
 def test_a_short_prompt_with_an_image_is_computed_in_one_piece(tmp_path: Path) -> None:
     """The graphs of short prompts, and the tiles of chunks, depend on it."""
     engine = tiny_engine(tmp_path, chunk_tokens=512, page_tokens=128)
-    engine.add(engine.prepare(Prompt.ask("what color", images=[picture(1)])), Sampling(max_new_tokens=1))
+    engine.add(
+        engine.prepare(Prompt.ask("what color", images=[picture(1)])), Sampling(max_new_tokens=1)
+    )
     pieces = []
     while engine.has_work:
         step = engine._scheduler.next_step()

@@ -1,4 +1,5 @@
-"""Random prompts, tiles, readiness and cancels: what holds of the steps whatever comes. No model is there."""
+"""Random prompts, tiles, readiness and cancels: what holds of the steps whatever comes. No model is
+there."""
 
 import random
 from types import SimpleNamespace
@@ -19,22 +20,36 @@ POLICY = Policy(chunk_tokens=16, busy_chunk_tokens=8, max_running=8, max_context
 
 
 class World:
-    """A scheduler, and in place of the ranks a record of what they were told, which checks each step."""
+    """A scheduler, and in place of the ranks a record of what they were told, which checks each
+    step."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.scheduler = Scheduler(BlockPool(400), layout=BlockLayout(page_tokens=BLOCK), policy=POLICY)
+        self.scheduler = Scheduler(
+            BlockPool(400), layout=BlockLayout(page_tokens=BLOCK), policy=POLICY
+        )
         self.open: dict[int, Request] = {}
-        self.decoded: dict[int, dict[int, bool]] = {}  # by sequence: of its tiles that were announced
+        # by sequence: of its tiles that were announced
+        self.decoded: dict[int, dict[int, bool]] = {}
         self.done: dict[int, int] = {}  # by sequence: tokens of its prompt in the cache
 
-    def add(self, number: int, *, gaps: list[int], shared: int = 0, n: int = 1, hangs: bool = False) -> None:
-        """A prompt with `gaps` tokens before, between and after its tiles, `shared` of the first like others'."""
+    def add(
+        self, number: int, *, gaps: list[int], shared: int = 0, n: int = 1, hangs: bool = False
+    ) -> None:
+        """A prompt with `gaps` tokens before, between and after its tiles, `shared` of the first
+        like others'."""
         placements = np.cumsum(gaps[:-1], dtype=np.int64) + ROWS * np.arange(len(gaps) - 1)
         tokens = sum(gaps) + ROWS * len(placements)
-        document = SimpleNamespace(input_ids=np.full(tokens, hangs), placements=placements, media=[])
-        prepared: Any = SimpleNamespace(tokens=tokens, tiles=len(placements), files=[], document=document)
-        keys = [f"{-1 if (k + 1) * BLOCK <= shared else number} {k}".encode() for k in range(tokens // BLOCK)]
+        document = SimpleNamespace(
+            input_ids=np.full(tokens, hangs), placements=placements, media=[]
+        )
+        prepared: Any = SimpleNamespace(
+            tokens=tokens, tiles=len(placements), files=[], document=document
+        )
+        keys = [
+            f"{-1 if (k + 1) * BLOCK <= shared else number} {k}".encode()
+            for k in range(tokens // BLOCK)
+        ]
         sampling = Sampling(max_new_tokens=self.rng.randint(1, 12), n=n, temperature=1.0)
         self.open[number] = Request(number=number, prepared=prepared, sampling=sampling, keys=keys)
         self.scheduler.waiting.append(self.open[number])
@@ -51,7 +66,10 @@ class World:
         for piece in step.prefill:
             request = requests[piece.sequence]
             assert piece.start == self.done[piece.sequence] < piece.stop
-            assert all(self.decoded[piece.sequence].get(t) for t in tiles_of(request, piece.start, piece.stop))
+            assert all(
+                self.decoded[piece.sequence].get(t)
+                for t in tiles_of(request, piece.start, piece.stop)
+            )
             assert piece.ends_prompt == (piece.stop == request.prepared.tokens)
             self.done[piece.sequence] = piece.stop
             self.scheduler.remember(request.sequences[0], request.keys)
@@ -60,18 +78,32 @@ class World:
                 tiles[tile] = decoded or (self.may_decode(request) and self.rng.random() < chance)
         self.scheduler.note_ready([s for s in step.awaited if all(self.decoded[s].values())])
         for request in self.scheduler.prefilling:
-            assert request.sequences[0].length <= request.ready <= request.announced <= request.prepared.tokens
-        ahead = sum(len(tiles_of(r, r.sequences[0].length + ROWS - 1, r.announced)) for r in self.scheduler.prefilling)
-        assert ahead * ROWS <= AHEAD * POLICY.chunk_tokens + ROWS * len(self.scheduler.prefilling)  # and cut ones
+            assert (
+                request.sequences[0].length
+                <= request.ready
+                <= request.announced
+                <= request.prepared.tokens
+            )
+        ahead = sum(
+            len(tiles_of(r, r.sequences[0].length + ROWS - 1, r.announced))
+            for r in self.scheduler.prefilling
+        )
+        # and cut ones
+        assert ahead * ROWS <= AHEAD * POLICY.chunk_tokens + ROWS * len(self.scheduler.prefilling)
         for piece in step.prefill:
             if piece.ends_prompt:
-                self.scheduler.start_answers(requests[piece.sequence], requests[piece.sequence].width)
+                self.scheduler.start_answers(
+                    requests[piece.sequence], requests[piece.sequence].width
+                )
         self.end_answers({sequence for sequence, _, _ in step.decode})
         return True
 
     def hear(self, changes: Step, requests: dict[int, Request]) -> None:
         for start in changes.begin:
-            self.decoded[start.sequence], self.done[start.sequence] = {}, requests[start.sequence].cached_tokens
+            self.decoded[start.sequence], self.done[start.sequence] = (
+                {},
+                requests[start.sequence].cached_tokens,
+            )
         for sequence, first, stop in changes.announce:
             for tile in tiles_of(requests[sequence], first, stop):
                 self.decoded[sequence].setdefault(tile, False)
@@ -79,7 +111,9 @@ class World:
     def end_answers(self, decoded: set[int]) -> None:
         for request in list(self.scheduler.running):
             longest = request.prepared.tokens + request.sampling.max_new_tokens - 1
-            for sequence in [s for s in request.sequences if s.number in decoded and s.length >= longest]:
+            for sequence in [
+                s for s in request.sequences if s.number in decoded and s.length >= longest
+            ]:
                 self.scheduler.end_sequence(request, sequence)
             if not request.sequences:
                 del self.open[request.number]
@@ -92,15 +126,23 @@ class World:
 
 
 def tiles_of(request: Request, start: int, stop: int) -> list[int]:
-    return [t for t, at in enumerate(request.prepared.document.placements) if start - ROWS < at < stop]
+    return [
+        t for t, at in enumerate(request.prepared.document.placements) if start - ROWS < at < stop
+    ]
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_pieces_follow_one_another_when_their_tiles_are_there_and_everything_ends(seed: int) -> None:
+def test_pieces_follow_one_another_when_their_tiles_are_there_and_everything_ends(
+    seed: int,
+) -> None:
     rng = random.Random(seed)
     world, chance, hangs = World(rng), rng.choice([0.02, 0.2, 1.0]), rng.choice([0.0, 0.3])
     for number in range(30):
-        gaps = [rng.choice([0, 1, 7, 16, 20, 50]), *rng.choices([0, 0, 1, 9], k=rng.choice([0, 0, 1, 3, 12])), 5]
+        gaps = [
+            rng.choice([0, 1, 7, 16, 20, 50]),
+            *rng.choices([0, 0, 1, 9], k=rng.choice([0, 0, 1, 3, 12])),
+            5,
+        ]
         shared = rng.choice([0, 8, 20]) if len(gaps) == 2 else min(gaps[0], 20)
         hang = len(gaps) > 2 and rng.random() < hangs
         world.add(number, gaps=gaps, shared=shared, n=rng.randint(1, 3), hangs=hang)
@@ -111,7 +153,9 @@ def test_pieces_follow_one_another_when_their_tiles_are_there_and_everything_end
     for turn in range(5000):
         if not world.step(chance):
             break
-        hanging = [number for number, r in world.open.items() if r.sequences and not world.may_decode(r)]
+        hanging = [
+            number for number, r in world.open.items() if r.sequences and not world.may_decode(r)
+        ]
         if hanging and turn % 100 == 99:  # it is given up
             world.cancel(hanging[0])
     assert (world.open, world.scheduler.has_work, world.scheduler.pool.used) == ({}, False, 0)

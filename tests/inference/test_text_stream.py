@@ -12,7 +12,10 @@ from megatron_vita.inference.text_stream import TextStream
 from megatron_vita.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
-CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs 0123456789"] * 20
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "pack my box with five dozen liquor jugs 0123456789",
+] * 20
 TEXTS = [
     " leading spaces,  two  of them\n\tand tabs \n",
     "日本語 é ☃ and 𝄞😀😀 at once",
@@ -33,13 +36,16 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """Of Gemma's kind: spaces are a letter, and what the vocabulary lacks is bytes that decode all together."""
+    """Of Gemma's kind: spaces are a letter, and what the vocabulary lacks is bytes that decode all
+    together."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list("▁thequickbrownfox日") + ["▁t", "he"]
     vocabulary = {piece: place for place, piece in enumerate(dict.fromkeys(pieces))}
     merges = [("▁", "t"), ("h", "e")]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return HuggingFaceTokenizer(backend.to_str())
 
 
@@ -68,7 +74,9 @@ def tokenizer(request: pytest.FixtureRequest, every_tokenizer: dict[str, Tokeniz
     return every_tokenizer[request.param]
 
 
-def streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
+def streamed(
+    tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()
+) -> tuple[list[str], bool]:
     stream = TextStream(tokenizer, stop)
     parts = []
     for token in ids:
@@ -104,13 +112,17 @@ def test_random_tokens_give_the_text_of_all_of_them(tokenizer: Tokenizer) -> Non
         assert "".join(streamed(tokenizer, ids)[0]) == tokenizer.decode(ids), ids
 
 
-def test_bytes_that_are_no_text_come_as_all_of_them_decode(every_tokenizer: dict[str, Tokenizer]) -> None:
+def test_bytes_that_are_no_text_come_as_all_of_them_decode(
+    every_tokenizer: dict[str, Tokenizer],
+) -> None:
     """Long runs of the bytes that begin and continue characters, as tokens of one byte."""
     generator = random.Random(0)
     for name in ("byte_level", "sentencepiece"):
         tokenizer = every_tokenizer[name]
         by_byte = {tokenizer.decode([token]): token for token in range(tokenizer.vocab_size)}
-        undecodable = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]) == "\ufffd"]
+        undecodable = [
+            token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]) == "\ufffd"
+        ]
         assert len(undecodable) >= 100
         for _ in range(300):
             ids = [*generator.choices(undecodable, k=generator.randrange(80)), by_byte["a"]]
@@ -127,8 +139,12 @@ def test_no_part_ends_within_a_character(tokenizer: Tokenizer) -> None:
 def test_words_are_given_as_their_tokens_come(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(" the the a a b b")
     parts = streamed(tokenizer, ids)[0]
-    first = next(place for place, token in enumerate(ids) if tokenizer.decode([ids[0], token]) != "")
-    given = [token in tokenizer.byte_ids or bool(part) for token, part in zip(ids, parts, strict=False)]
+    first = next(
+        place for place, token in enumerate(ids) if tokenizer.decode([ids[0], token]) != ""
+    )
+    given = [
+        token in tokenizer.byte_ids or bool(part) for token, part in zip(ids, parts, strict=False)
+    ]
     assert all(given[first + 1 :])
 
 
@@ -144,7 +160,9 @@ def test_an_endless_tail_is_given_in_parts(tokenizer: Tokenizer) -> None:
         assert waiting < 17
 
 
-def test_work_does_not_grow_with_the_answer(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_does_not_grow_with_the_answer(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = random.Random(1)
     decoded = []
     decode = tokenizer.decode
@@ -162,7 +180,8 @@ def test_work_does_not_grow_with_the_answer(tokenizer: Tokenizer, monkeypatch: p
 
 
 def first_stop(text: str, stop: Sequence[str]) -> str:
-    """The definition: the text grows by characters until it ends with a stop string; the longest such is left out."""
+    """The definition: the text grows by characters until it ends with a stop string; the longest
+    such is left out."""
     for end in range(1, len(text) + 1):
         ending = [one for one in stop if text[:end].endswith(one)]
         if ending:
@@ -184,13 +203,17 @@ def test_stop_strings_are_found_across_tokens(tokenizer: Tokenizer) -> None:
     assert 200 < found < 1000
 
 
-def test_the_beginning_of_a_stop_string_waits_and_comes_when_it_is_none(every_tokenizer: dict[str, Tokenizer]) -> None:
+def test_the_beginning_of_a_stop_string_waits_and_comes_when_it_is_none(
+    every_tokenizer: dict[str, Tokenizer],
+) -> None:
     tokenizer = every_tokenizer["sentencepiece"]
     stream = TextStream(tokenizer, ("END", "NDX"))
     pushes = ["".join(stream.push(i) for i in tokenizer.encode(part)) for part in ("xE", "N", "D")]
     assert (pushes, stream.stopped, stream.finish()) == (["x", "", ""], True, "")
     stream = TextStream(tokenizer, ("ENDE", "NDX"))
-    pushes = ["".join(stream.push(i) for i in tokenizer.encode(part)) for part in ("xE", "ND", "a", "EN")]
+    pushes = [
+        "".join(stream.push(i) for i in tokenizer.encode(part)) for part in ("xE", "ND", "a", "EN")
+    ]
     assert (pushes, stream.stopped, stream.finish()) == (["x", "", "ENDa", ""], False, "EN")
 
 
@@ -211,7 +234,9 @@ def test_nothing_comes_after_a_stop_string(tokenizer: Tokenizer) -> None:
     assert "".join(map(stream.push, tokenizer.encode("b the b"))) + stream.finish() == ""
 
 
-def test_a_stop_string_may_be_complete_only_at_the_end(every_tokenizer: dict[str, Tokenizer]) -> None:
+def test_a_stop_string_may_be_complete_only_at_the_end(
+    every_tokenizer: dict[str, Tokenizer],
+) -> None:
     """The last byte of a run waits for more; what then ends the answer is still seen."""
     tokenizer = every_tokenizer["byte_fallback"]
     stream = TextStream(tokenizer, ("😀",))

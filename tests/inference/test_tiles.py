@@ -18,7 +18,8 @@ IMAGE = Medium("image", 13, Grid(4, 3), [])
 
 
 class Recorder(MediaReaders):
-    """Gives tiles that tell their number in the medium, and notes what is asked; a name `bad` is damaged."""
+    """Gives tiles that tell their number in the medium, and notes what is asked; a name `bad` is
+    damaged."""
 
     def __init__(self) -> None:
         super().__init__(FORM, count=1, seconds=1)
@@ -41,7 +42,9 @@ def decoder(readers: MediaReaders, *media: tuple[str, Medium]) -> TileDecoder:
     empty = np.zeros(0, dtype=np.int64)
     files = [MediaFile(name=name, data=b"") for name, _ in media]
     shown = [medium for _, medium in media]
-    decoder.add(SequenceStart(sequence=5, input_ids=empty, placements=empty, media=shown, files=files))
+    decoder.add(
+        SequenceStart(sequence=5, input_ids=empty, placements=empty, media=shown, files=files)
+    )
     return decoder
 
 
@@ -65,12 +68,18 @@ def test_an_image_is_decoded_once_and_a_film_by_several(readers: Recorder) -> No
     ]
 
 
-@pytest.mark.parametrize(("frames", "sizes"), [(5, [5]), (20, [8, 8, 4]), (64, [16] * 4), (300, [64] * 4 + [44])])
-def test_parts_of_a_film_are_neither_too_short_nor_too_long(readers: Recorder, frames: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("frames", "sizes"), [(5, [5]), (20, [8, 8, 4]), (64, [16] * 4), (300, [64] * 4 + [44])]
+)
+def test_parts_of_a_film_are_neither_too_short_nor_too_long(
+    readers: Recorder, frames: int, sizes: list[int]
+) -> None:
     source = decoder(readers, ("b", film(frames)))
     source.begin(5, range(frames))
     source.take([(5, tile) for tile in range(frames)])
-    assert sorted((len(part) for _, part in readers.asked), reverse=True) == sorted(sizes, reverse=True)
+    assert sorted((len(part) for _, part in readers.asked), reverse=True) == sorted(
+        sizes, reverse=True
+    )
 
 
 def test_a_damaged_medium_is_black_and_named_and_others_are_there(readers: Recorder) -> None:

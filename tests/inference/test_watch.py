@@ -35,7 +35,8 @@ class FakeGroup:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
-    """The ranks that are mourned, and then the exit code of each process that ends so; this one goes on."""
+    """The ranks that are mourned, and then the exit code of each process that ends so; this one
+    goes on."""
     lost: queue.Queue[int] = queue.Queue()
 
     def broadcast(said: list[Place], *, group: FakeGroup, group_src: int) -> None:
@@ -52,7 +53,9 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
 
 
 def watches(
-    first_guest: Callable[[tuple[str, int]], None], *, on_loss: Callable[[int], None] = lambda _: None
+    first_guest: Callable[[tuple[str, int]], None],
+    *,
+    on_loss: Callable[[int], None] = lambda _: None,
 ) -> tuple[PeerWatch, PeerWatch]:
     """Those of rank 0 and rank 1, which comes after `first_guest` has been at rank 0's address."""
     place: Future[Place] = Future()
@@ -104,10 +107,13 @@ def test_a_stranger_that_connects_first_is_not_taken_for_a_rank(
         lost.get(timeout=0.1)
     for peer in one._peers:
         peer.shutdown(socket.SHUT_RDWR)  # as at the end of its process
-    assert sorted(lost.get(timeout=2) for _ in range(4)) == [0, 1, 1, 1]  # two ranks, and two times exit code 1
+    # two ranks, and two times exit code 1
+    assert sorted(lost.get(timeout=2) for _ in range(4)) == [0, 1, 1, 1]
 
 
-def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(lost: "queue.Queue[int]") -> None:
+def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(
+    lost: "queue.Queue[int]",
+) -> None:
     def fail(rank: int) -> None:
         raise RuntimeError("nobody listens")
 
@@ -117,7 +123,9 @@ def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(lost: "q
     assert [lost.get(timeout=2), lost.get(timeout=2)] == [1, 1]
 
 
-def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch, lost: "queue.Queue[int]") -> None:
+def test_a_rank_that_never_comes_is_named(
+    monkeypatch: pytest.MonkeyPatch, lost: "queue.Queue[int]"
+) -> None:
     monkeypatch.setattr(watch, "JOINING_SECONDS", 0.3)
     with pytest.raises(EngineError, match=r"ranks \[1\] did not connect within 0\.3 seconds"):
         PeerWatch(FakeGroup(0, Future()), on_loss=lost.put)  # type: ignore[arg-type]

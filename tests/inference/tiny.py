@@ -56,10 +56,14 @@ def tiny_recipe(folder: Path, *, parallel: ParallelConfig | None = None) -> Reci
     )  # fmt: skip
 
 
-def tiny_engine(folder: Path, *, parallel: ParallelConfig | None = None, **options: object) -> Engine:
+def tiny_engine(
+    folder: Path, *, parallel: ParallelConfig | None = None, **options: object
+) -> Engine:
     """An engine with small pages and chunks, unless `options` say otherwise."""
     small = {"chunk_tokens": 24, "busy_chunk_tokens": 8, "page_tokens": 4, "cache_tokens": 2048}
-    return Engine(tiny_recipe(folder, parallel=parallel), options=EngineOptions(**{**small, **options}))  # type: ignore[arg-type]
+    return Engine(
+        tiny_recipe(folder, parallel=parallel), options=EngineOptions(**{**small, **options})
+    )  # type: ignore[arg-type]
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 20)) -> MediaFile:
@@ -87,8 +91,8 @@ def prompts() -> list[Prompt]:
 
 
 def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) -> torch.Tensor:
-    """Log-probabilities after the prompt and after each token `said`, from one forward pass without cache or chunks:
-    [len(said) + 1, V]. Collective: the training path at the engine's layout."""
+    """Log-probabilities after the prompt and after each token `said`, from one forward pass without
+    cache or chunks: [len(said) + 1, V]. Collective: the training path at the engine's layout."""
     layout = groups.rank_layout()
     ids = np.concatenate([prepared.document.input_ids, np.array(said, dtype=np.int64)])
     padded = torch.from_numpy(np.pad(ids, (0, -len(ids) % (2 * layout.cp_size * layout.tp_size))))
@@ -106,12 +110,22 @@ def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) ->
     tiles = [np.zeros((0, 3, 16, 16), dtype=np.uint8)]
     for medium, file in zip(prepared.document.media, prepared.files, strict=True):
         tiles.append(
-            decode_tiles(medium, file.data, name=file.name, tiles=range(medium.num_tiles), form=engine.form.tile_format)
+            decode_tiles(
+                medium,
+                file.data,
+                name=file.name,
+                tiles=range(medium.num_tiles),
+                form=engine.form.tile_format,
+            )
         )
-    mine = torch.from_numpy(np.concatenate(tiles))[deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
+    mine = torch.from_numpy(np.concatenate(tiles))[
+        deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]
+    ]
     wanted = torch.arange(prepared.tokens - 1, len(ids))
     rows = ((pack.positions[:, None] == wanted).any(1)).nonzero().squeeze(1)
-    pixels = normalize(mine.to(platform.device()), engine.recipe.media.normalization, dtype=torch.float32)
+    pixels = normalize(
+        mine.to(platform.device()), engine.recipe.media.normalization, dtype=torch.float32
+    )
     with torch.no_grad():
         logits = engine.model(pixels, pack.to(platform.device()), wanted_rows=rows)
         result = logits.new_zeros(len(wanted), logits.shape[1])

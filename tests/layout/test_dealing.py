@@ -10,11 +10,15 @@ from megatron_vita.layout.dealing import deal_packs, deal_tiles
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
-@pytest.mark.parametrize(("images", "frames"), [(0, 0), (1, 0), (0, 7), (63, 5), (13, 4064), (500, 499)])
+@pytest.mark.parametrize(
+    ("images", "frames"), [(0, 0), (1, 0), (0, 7), (63, 5), (13, 4064), (500, 499)]
+)
 def test_every_tile_is_dealt_once_in_runs_of_each_kind_and_numbers_differ_by_at_most_one(
     images: int, frames: int, ranks: int
 ) -> None:
-    is_frame = torch.rand(images + frames, generator=torch.Generator().manual_seed(1)).argsort() < frames
+    is_frame = (
+        torch.rand(images + frames, generator=torch.Generator().manual_seed(1)).argsort() < frames
+    )
     hands = deal_tiles(is_frame, ranks)
     assert sorted(torch.cat(hands).tolist()) == list(range(images + frames))
     assert len(hands) == ranks
@@ -54,13 +58,15 @@ def test_the_best_deal_of_few_packs_is_found() -> None:
         costs = generator.integers(1, 100, 8)
         found = max(costs[hand].sum() for hand in deal_packs(costs, 2))
         best = min(
-            max(costs[list(h)].sum(), costs.sum() - costs[list(h)].sum()) for h in itertools.combinations(range(8), 4)
+            max(costs[list(h)].sum(), costs.sum() - costs[list(h)].sum())
+            for h in itertools.combinations(range(8), 4)
         )
         assert found <= best * 1.05
 
 
 def test_cost_per_replica_differs_by_less_than_three_percent_at_eight_packs_each() -> None:
-    """Costs as packs of 128K tokens have them: from many short documents to one long one, with few or many tiles."""
+    """Costs as packs of 128K tokens have them: from many short documents to one long one, with few
+    or many tiles."""
     generator = np.random.default_rng(2)
     for _ in range(20):
         costs = generator.lognormal(0, 0.5, 64)

@@ -22,8 +22,26 @@ def test_every_position_is_held_once(cp: int) -> None:
 
 
 def test_rank_holds_chunks_r_and_its_mirror_of_each_document() -> None:
-    assert positions_of_rank(torch.tensor([0, 8, 16]), cp_size=2, cp_rank=0).tolist() == [0, 1, 6, 7, 8, 9, 14, 15]
-    assert positions_of_rank(torch.tensor([0, 8, 16]), cp_size=2, cp_rank=1).tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
+    assert positions_of_rank(torch.tensor([0, 8, 16]), cp_size=2, cp_rank=0).tolist() == [
+        0,
+        1,
+        6,
+        7,
+        8,
+        9,
+        14,
+        15,
+    ]
+    assert positions_of_rank(torch.tensor([0, 8, 16]), cp_size=2, cp_rank=1).tolist() == [
+        2,
+        3,
+        4,
+        5,
+        10,
+        11,
+        12,
+        13,
+    ]
 
 
 @pytest.mark.parametrize("cp", [2, 4])
@@ -39,7 +57,9 @@ def test_positions_restart_at_each_document() -> None:
 
 @pytest.mark.parametrize("together", [False, True], ids=["own tiles", "tiles together over TP"])
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
-def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: int, together: bool) -> None:
+def test_feature_rows_reach_the_rank_that_holds_their_placeholder(
+    tp: int, cp: int, together: bool
+) -> None:
     rows_per_tile = 4
     placements = torch.tensor([1, 6, 20, 30, 75, 81, 110])
     frames = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
@@ -51,18 +71,27 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(tp: int, cp: i
     ]
     slices = [
         slice_pack(
-            ids, labels=labels, cu_seqlens=BOUNDS, placements=placements, frames=frames, rows_per_tile=4, layout=layout
+            ids,
+            labels=labels,
+            cu_seqlens=BOUNDS,
+            placements=placements,
+            frames=frames,
+            rows_per_tile=4,
+            layout=layout,
         )
         for layout in layouts
     ]
-    position = placements[:, None] + torch.arange(rows_per_tile)  # stands for the feature row's content
+    # stands for the feature row's content
+    position = placements[:, None] + torch.arange(rows_per_tile)
     outgoing = []
     for layout, part in zip(layouts, slices, strict=True):
         dealt = deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]
         mine = position[dealt].flatten()[part.route.send_order]
         outgoing.append(mine.split(part.route.send_counts))
     for layout, part in zip(layouts, slices, strict=True):
-        peers = [i for i, other in enumerate(layouts) if not together or other.tp_rank == layout.tp_rank]
+        peers = [
+            i for i, other in enumerate(layouts) if not together or other.tp_rank == layout.tp_rank
+        ]
         sent = [outgoing[peer][layout.tile_rank] for peer in peers]
         assert list(map(len, sent)) == part.route.receive_counts
         received = torch.cat(sent)

@@ -19,7 +19,9 @@ def photograph(size: tuple[int, int], seed: int = 0, *, grain: int = 6) -> Image
     noise = np.random.default_rng(seed)
     small = Image.fromarray(noise.integers(0, 256, (9, 12, 3), dtype=np.uint8))
     pixels = np.asarray(small.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
-    return Image.fromarray(np.clip(pixels + noise.integers(-grain, grain + 1, pixels.shape), 0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.clip(pixels + noise.integers(-grain, grain + 1, pixels.shape), 0, 255).astype(np.uint8)
+    )
 
 
 def exif_of(orientation: int) -> Image.Exif:

@@ -20,7 +20,10 @@ SIZE = 16
 def pictures(count: int) -> list[tuple[str, bytes]]:
     """Frame i has brightness 4 * i; names are in no order."""
     frames = [Image.new("RGB", (40, 30), (4 * index,) * 3) for index in range(count)]
-    return [(f"{(7 * index) % count:05d}.png", file_of(frame, "PNG")) for index, frame in enumerate(frames)]
+    return [
+        (f"{(7 * index) % count:05d}.png", file_of(frame, "PNG"))
+        for index, frame in enumerate(frames)
+    ]
 
 
 def numbers(data: bytes, times: list[float]) -> list[int]:
@@ -40,7 +43,9 @@ def test_frames_come_in_the_order_in_which_they_were_packed_at_their_rate() -> N
 
 def test_the_size_of_a_clip_is_that_of_its_largest_frame_by_the_headers() -> None:
     sizes = [(8, 8), (90, 70), (100, 60)]
-    frames = [(f"{width}.png", file_of(Image.new("L", (width, height)), "PNG")) for width, height in sizes]
+    frames = [
+        (f"{width}.png", file_of(Image.new("L", (width, height)), "PNG")) for width, height in sizes
+    ]
     assert probe_video(pack_frames([*frames, ("text.png", b"text")], 1.0), "clip").size == (90, 70)
     assert probe_video(pack_frames([("text.png", b"text")], 1.0), "clip").size == (0, 0)
 
@@ -70,13 +75,18 @@ def test_the_same_frames_give_the_same_bytes() -> None:
 def test_frames_are_turned_upright_and_letterboxed() -> None:
     wide = Image.new("RGB", (40, 20), "white")
     (tile,) = decode_frames(
-        pack_frames([("a.jpg", file_of(wide, "JPEG", exif=exif_of(6)))], 1), "clip", times=[0.0], tile_size=SIZE
+        pack_frames([("a.jpg", file_of(wide, "JPEG", exif=exif_of(6)))], 1),
+        "clip",
+        times=[0.0],
+        tile_size=SIZE,
     )
     assert (tile[:, :, 4:12] > 250).all()
     assert (tile[:, :, :4] == np.array([123, 116, 103])[:, None, None]).all()
 
 
-def test_a_damaged_frame_is_replaced_by_the_one_before_or_at_the_start_after(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_frame_is_replaced_by_the_one_before_or_at_the_start_after(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     frames = pictures(10)
     for lost in (0, 1, 4, 5):
         frames[lost] = (frames[lost][0], b"not an image")
@@ -87,10 +97,14 @@ def test_a_damaged_frame_is_replaced_by_the_one_before_or_at_the_start_after(cap
     assert numbers(data, [5.0]) == [3]
 
 
-def test_a_frame_that_is_shown_several_times_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frame_that_is_shown_several_times_is_decoded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     read = frame_archive.read_pixels
     names: list[str] = []
-    monkeypatch.setattr(frame_archive, "read_pixels", lambda data, name: names.append(name) or read(data, name))
+    monkeypatch.setattr(
+        frame_archive, "read_pixels", lambda data, name: names.append(name) or read(data, name)
+    )
     assert numbers(pack_frames(pictures(5), 1), [1.0, 1.2, 1.7, 3.0, 3.1]) == [1, 1, 1, 3, 3]
     assert len(names) == 2
 

@@ -15,7 +15,8 @@ from megatron_vita.media.images import image_size, open_image, read_pixels
 CORNERS = {"red": (0, 0), "lime": (1, 0), "blue": (0, 1), "white": (1, 1)}
 """Colours of a test picture's quarters, by column and row."""
 
-# Where each quarter of the upright picture is stored, by EXIF orientation, as a Pillow operation on the upright one.
+# Where each quarter of the upright picture is stored, by EXIF orientation, as a Pillow operation on
+# the upright one.
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,7 +38,9 @@ def quarters() -> Image.Image:
 def assert_quarters(image: Image.Image, tolerance: int = 40) -> None:
     assert (image.mode, image.size) == ("RGB", (48, 32))
     difference = np.asarray(image).astype(int) - np.asarray(quarters())
-    inner = np.concatenate([difference[4:12], difference[20:28]])[:, [*range(4, 20), *range(28, 44)]]
+    inner = np.concatenate([difference[4:12], difference[20:28]])[
+        :, [*range(4, 20), *range(28, 44)]
+    ]
     assert abs(inner).max() <= tolerance
 
 
@@ -67,7 +70,9 @@ def test_transparent_pixels_lie_on_white() -> None:
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     for mode in ("RGBA", "LA", "PA"):
-        pixels = open_image(file_of(image.convert(mode), "TIFF" if mode == "PA" else "PNG"), "picture")
+        pixels = open_image(
+            file_of(image.convert(mode), "TIFF" if mode == "PA" else "PNG"), "picture"
+        )
         assert pixels.getpixel((0, 0)) == (255, 255, 255)
     assert open_image(file_of(image, "PNG"), "picture").getpixel((1, 0)) == (255, 0, 0)
 
@@ -80,14 +85,24 @@ def test_a_palette_with_a_transparent_colour_lies_on_white() -> None:
     assert [pixels.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("P", "GIF")])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "JPEG"), ("P", "GIF")]
+)
 def test_other_colour_spaces_become_rgb(mode: str, kind: str) -> None:
     assert_quarters(open_image(file_of(quarters().convert(mode), kind), "picture"), tolerance=60)
 
 
 def test_grey_and_bilevel_images_become_rgb() -> None:
-    assert open_image(file_of(Image.new("L", (3, 2), 77), "PNG"), "picture").getpixel((0, 0)) == (77, 77, 77)
-    assert open_image(file_of(Image.new("1", (3, 2), 1), "PNG"), "picture").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(file_of(Image.new("L", (3, 2), 77), "PNG"), "picture").getpixel((0, 0)) == (
+        77,
+        77,
+        77,
+    )
+    assert open_image(file_of(Image.new("1", (3, 2), 1), "PNG"), "picture").getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -101,7 +116,9 @@ def test_floating_point_grey_is_stretched_and_constant_one_is_black() -> None:
     values = np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)
     pixels = np.asarray(open_image(file_of(Image.fromarray(values), "TIFF"), "picture"))
     assert pixels[0, :, 0].tolist() == [0, 128, 255]
-    constant = np.asarray(open_image(file_of(Image.fromarray(values[:, :1] * 7), "TIFF"), "picture"))
+    constant = np.asarray(
+        open_image(file_of(Image.fromarray(values[:, :1] * 7), "TIFF"), "picture")
+    )
     assert constant.tolist() == [[[0, 0, 0]]]
 
 
@@ -121,7 +138,9 @@ def test_what_is_no_image_is_refused_by_name(data: bytes) -> None:
             read(data, "odd.png")
 
 
-def test_a_decompression_bomb_is_refused_by_name_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused_by_name_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for kind in ("PNG", "JPEG"):
         data = file_of(Image.new("L", (100, 100)), kind)
         monkeypatch.setattr(images, "MAX_PIXELS", 10000)
@@ -185,7 +204,10 @@ PLAIN = [
 def test_ordinary_jpegs_are_read_without_pillow_and_bit_for_bit_as_by_it(
     options: dict, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [file_of(photograph(size).convert(mode), "JPEG", **options) for size in ((64, 48), (333, 217), (1, 9))]
+    files = [
+        file_of(photograph(size).convert(mode), "JPEG", **options)
+        for size in ((64, 48), (333, 217), (1, 9))
+    ]
     expected = [by_pillow(data) for data in files]
     monkeypatch.setattr(Image.Image, "load", None)
     for data, pixels in zip(files, expected, strict=True):
@@ -215,7 +237,9 @@ def test_damaged_jpegs_are_refused_where_pillow_refuses_them_and_else_read_alike
     assert 30 < sum(outcomes) < 210
 
 
-def test_a_faultless_jpeg_that_simplejpeg_does_not_take_is_read_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faultless_jpeg_that_simplejpeg_does_not_take_is_read_by_pillow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("not this one")
 

@@ -35,11 +35,15 @@ def test_constants_are_those_of_hugging_face() -> None:
     assert {kind: tuple(map(tuple, values)) for kind, values in expected.items()} == NORMALIZATION
 
 
-@pytest.mark.parametrize(("kind", "processor"), [("clip", CLIPImageProcessorPil), ("siglip", SiglipImageProcessorPil)])
+@pytest.mark.parametrize(
+    ("kind", "processor"), [("clip", CLIPImageProcessorPil), ("siglip", SiglipImageProcessorPil)]
+)
 def test_values_are_those_of_hugging_face(kind: str, processor: type) -> None:
     tiles = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     reference = processor(do_resize=False, do_center_crop=False)
-    expected = reference(list(tiles.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    expected = reference(
+        list(tiles.numpy()), return_tensors="pt", input_data_format="channels_first"
+    )["pixel_values"]
     torch.testing.assert_close(normalize(tiles, kind), expected, rtol=1e-5, atol=1e-5)
 
 

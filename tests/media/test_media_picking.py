@@ -45,23 +45,32 @@ def scene(picture: np.ndarray, index: int) -> None:
     picture[place : place + 16, place : place + 16] = 250
 
 
-def film(file_format: str = "mp4", codec: str = "libx264", *, gop: int = 24, frames: int = 90, **options) -> bytes:
+def film(
+    file_format: str = "mp4", codec: str = "libx264", *, gop: int = 24, frames: int = 90, **options
+) -> bytes:
     return clip(file_format, codec, frames=frames, gop=gop, paint=scene, **options)
 
 
 def every_frame(data: bytes) -> Iterator[tuple[float, np.ndarray]]:
-    """Time, from the first frame on, and tile of all frames of a video, decoded from its beginning to its end."""
+    """Time, from the first frame on, and tile of all frames of a video, decoded from its beginning
+    to its end."""
     with av.open(io.BytesIO(data)) as container:
         frames = [
-            (frame.pts * frame.time_base, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)
+            (frame.pts * frame.time_base, frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(video=0)
         ]
     for time, pixels in frames:
-        yield float(time - frames[0][0]), letterboxed(Pixels(pixels, 1), (SIZE, SIZE), mean_color("imagenet"))
+        yield (
+            float(time - frames[0][0]),
+            letterboxed(Pixels(pixels, 1), (SIZE, SIZE), mean_color("imagenet")),
+        )
 
 
 def shown_at(data: bytes, times: list[float]) -> list[np.ndarray]:
     frames = list(every_frame(data))
-    return [max((f for f in frames if f[0] <= time + 5e-4), key=lambda f: f[0])[1] for time in times]
+    return [
+        max((f for f in frames if f[0] <= time + 5e-4), key=lambda f: f[0])[1] for time in times
+    ]
 
 
 @pytest.fixture
@@ -79,7 +88,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize(("file_format", "codec", "options"), FORMATS)
-def test_frames_are_those_of_decoding_everything(file_format: str, codec: str, options: dict) -> None:
+def test_frames_are_those_of_decoding_everything(
+    file_format: str, codec: str, options: dict
+) -> None:
     data = film(file_format, codec, options=options)
     generator = np.random.default_rng(0)
     for count in (1, 2, 5, 17):
@@ -105,12 +116,15 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the videos that are opened, once for each pass over them."""
     names: list[str] = []
     open_clip = video_module.open_clip
-    monkeypatch.setattr(video_module, "open_clip", lambda data, name: names.append(name) or open_clip(data, name))
+    monkeypatch.setattr(
+        video_module, "open_clip", lambda data, name: names.append(name) or open_clip(data, name)
+    )
     return names
 
 
 def test_only_the_first_pass_is_made_for_a_faultless_video(opened: list[str]) -> None:
-    made = [entry for entry in FORMATS if entry[1] != "libvpx"]  # it holds frames that are never shown
+    # it holds frames that are never shown
+    made = [entry for entry in FORMATS if entry[1] != "libvpx"]
     for file_format, codec, options in made:
         data = film(file_format, codec, options=options)
         decode_frames(data, codec, times=[index / 7 for index in range(24)], tile_size=SIZE)
@@ -118,7 +132,9 @@ def test_only_the_first_pass_is_made_for_a_faultless_video(opened: list[str]) ->
 
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska"])
-def test_the_moment_before_a_key_frame_is_found_in_one_pass(file_format: str, opened: list[str]) -> None:
+def test_the_moment_before_a_key_frame_is_found_in_one_pass(
+    file_format: str, opened: list[str]
+) -> None:
     data = film(file_format, frames=1300, options=NO_SCENE_CUTS)
     for frame in (1199, 1200, 1201):  # 1200 is a key frame
         tiles = decode_frames(data, "clip", times=[frame / 25], tile_size=SIZE)
@@ -132,10 +148,14 @@ class HastyClip:
     origin, counts = 0.0, False
 
     def __init__(self, order: list[int]) -> None:
-        self._packets = iter([Coded(SimpleNamespace(is_keyframe=n == 0, n=n), float(n), True) for n in order])
+        self._packets = iter(
+            [Coded(SimpleNamespace(is_keyframe=n == 0, n=n), float(n), True) for n in order]
+        )
         self._held: set[int] = set()
         self._shown = 0
-        self.codec = SimpleNamespace(decode=self._decode, flush_buffers=lambda: None, skip_frame="DEFAULT")
+        self.codec = SimpleNamespace(
+            decode=self._decode, flush_buffers=lambda: None, skip_frame="DEFAULT"
+        )
 
     def read(self) -> Coded | None:
         return next(self._packets, None)
@@ -157,7 +177,9 @@ def test_a_frame_is_not_taken_before_all_that_may_be_shown_next_are_known(jump: 
     order = [0, 8, 4, 2, 1, 3, 6, 5, 7, 16, 12, 10, 9, 11, 14, 13, 15]
     moments = [1.5, 2.0, 5.9, 7.2, 9.0, 17.0]
     taken: list[int | None] = []
-    picker = Picker(HastyClip(order), moments, lambda _, frame: taken.append(frame), jump=jump, skip=jump)
+    picker = Picker(
+        HastyClip(order), moments, lambda _, frame: taken.append(frame), jump=jump, skip=jump
+    )
     picked = picker.run()
     assert taken == [1, 2, 5, 7, 9, 16]
     assert [pick.time for pick in picked] == taken
@@ -182,8 +204,11 @@ def test_frames_of_uneven_duration_are_found_by_their_time_stamps(file_format: s
 
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska", "mpegts"])
-def test_a_video_of_twelve_hours_is_read_at_its_key_frames(file_format: str, decoded: list[float]) -> None:
-    data = film(file_format, frames=1440, stamps=lambda index: 750 * index, gop=12)  # a frame every 30 seconds
+def test_a_video_of_twelve_hours_is_read_at_its_key_frames(
+    file_format: str, decoded: list[float]
+) -> None:
+    # a frame every 30 seconds
+    data = film(file_format, frames=1440, stamps=lambda index: 750 * index, gop=12)
     info = probe_video(data, "long")
     assert info.duration == pytest.approx(12 * 3600, rel=0.01)
     times = frame_times(info, max_fps=1, max_frames=16)
@@ -204,7 +229,9 @@ def packets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return packets
 
 
-@pytest.mark.parametrize(("file_format", "few"), [("mp4", True), ("matroska", True), ("mpegts", False)])
+@pytest.mark.parametrize(
+    ("file_format", "few"), [("mp4", True), ("matroska", True), ("mpegts", False)]
+)
 def test_where_an_index_allows_it_a_reader_of_the_end_does_not_read_the_beginning(
     file_format: str, few: bool, packets: list[object]
 ) -> None:
@@ -236,7 +263,9 @@ def test_a_file_cut_off_before_its_index_is_read_without(decoded: list[float]) -
     info = probe_video(half, "half")
     assert 20 < info.duration < 40
     times = [info.duration - 0.5]
-    assert (decode_frames(half, "half", times=times, tile_size=SIZE) == np.stack(shown_at(half, times))).all()
+    assert (
+        decode_frames(half, "half", times=times, tile_size=SIZE) == np.stack(shown_at(half, times))
+    ).all()
 
 
 def test_a_video_of_one_frame_is_shown_at_any_time() -> None:
@@ -249,7 +278,9 @@ def test_a_video_of_one_frame_is_shown_at_any_time() -> None:
         assert (tiles == shown_at(data, [0.0])[0]).all()
 
 
-def test_flipped_bytes_cost_the_frames_they_hit_and_no_reader_sees_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_flipped_bytes_cost_the_frames_they_hit_and_no_reader_sees_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     data = bytearray(film("mpegts", frames=250, gop=25))
     generator = np.random.default_rng(1)
     for place in generator.integers(len(data) // 3, len(data) // 2, 6):

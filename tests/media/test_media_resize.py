@@ -41,7 +41,9 @@ def black_and_white(size: tuple[int, int]) -> Image.Image:
 @pytest.mark.parametrize("picture", [photograph, black_and_white])
 @pytest.mark.parametrize(("before", "after"), SIZES)
 def test_pixels_are_pillows_but_for_one_step(
-    before: tuple[int, int], after: tuple[int, int], picture: Callable[[tuple[int, int]], Image.Image]
+    before: tuple[int, int],
+    after: tuple[int, int],
+    picture: Callable[[tuple[int, int]], Image.Image],
 ) -> None:
     image = picture(before)
     difference = np.abs(squashed(Pixels(np.array(image), 1), after) - by_pillow(image, after))
@@ -58,7 +60,9 @@ def test_a_large_photograph_differs_from_pillows_by_one_at_most() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(301, 200), (200, 301), (64, 700)])
-def test_a_turned_picture_is_as_if_turned_before_it_is_resized(orientation: int, size: tuple[int, int]) -> None:
+def test_a_turned_picture_is_as_if_turned_before_it_is_resized(
+    orientation: int, size: tuple[int, int]
+) -> None:
     data = file_of(photograph(size, grain=90), "PNG", exif=exif_of(orientation))
     upright = open_image(data, "picture")
     pixels = read_pixels(data, "picture")
@@ -89,5 +93,7 @@ def test_processors_without_vector_instructions_give_the_same_pixels() -> None:
         "print(hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest())"
     )
     env = environment_with(Path(__file__).parent, ATEN_CPU_CAPABILITY="default")
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()

@@ -8,7 +8,9 @@ from picture_files import photograph
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import Pixels
@@ -17,7 +19,9 @@ from megatron_vita.media.tiling import Grid, Tiling, choose_grid, cut_tiles, gri
 LLAVA_NEXT = (Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(1, 3), Grid(3, 1))
 
 
-def tiling_of(side: int = 448, *, min_tiles: int = 1, max_tiles: int = 12, anyres: bool = False) -> Tiling:
+def tiling_of(
+    side: int = 448, *, min_tiles: int = 1, max_tiles: int = 12, anyres: bool = False
+) -> Tiling:
     return Tiling(side, grids_of(min_tiles, max_tiles), anyres)
 
 
@@ -49,7 +53,9 @@ def sizes(count: int, most: int) -> list[list[int]]:
         ((1, 1), (1, 1)),
     ],
 )
-def test_known_sizes_get_the_grids_of_the_reference(size: tuple[int, int], grid: tuple[int, int]) -> None:
+def test_known_sizes_get_the_grids_of_the_reference(
+    size: tuple[int, int], grid: tuple[int, int]
+) -> None:
     assert grid_of(*size) == grid
 
 
@@ -101,12 +107,15 @@ def test_a_thumbnail_is_counted_only_with_more_than_one_cell() -> None:
 
 
 def test_tiles_are_the_thumbnail_and_then_the_cells_row_by_row() -> None:
-    cells = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40  # rows x cols, a grey of its own for each
+    # rows x cols, a grey of its own for each
+    cells = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
     pixels = np.repeat(np.repeat(cells, 8, axis=0), 8, axis=1)
     image = Image.fromarray(np.stack([pixels, pixels + 1, pixels + 2], axis=-1))
     tiles = cut(image, Grid(3, 2), tiling_of(8))
     for index, grey in enumerate(cells.flatten()):
-        assert (tiles[1 + index] == np.array([grey, grey + 1, grey + 2], np.uint8)[:, None, None]).all()
+        assert (
+            tiles[1 + index] == np.array([grey, grey + 1, grey + 2], np.uint8)[:, None, None]
+        ).all()
     thumbnail = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.abs(tiles[0].astype(int) - thumbnail).max() <= 1
 
@@ -118,13 +127,23 @@ def test_any_part_of_the_tiles_is_the_same_as_in_all(size: tuple[int, int], anyr
     grid = choose_grid(size, tiling)
     whole = cut(image, grid, tiling)
     count = len(whole)
-    for part in (range(0, 1), range(0, 2), range(1, count), range(2, 3), range(count - 1, count), range(1, 1)):
+    for part in (
+        range(0, 1),
+        range(0, 2),
+        range(1, count),
+        range(2, 3),
+        range(count - 1, count),
+        range(1, 1),
+    ):
         assert (cut(image, grid, tiling, part) == whole[part.start : part.stop]).all()
 
 
 def test_an_image_of_one_cell_is_one_tile() -> None:
     for anyres in (False, True):
-        assert (cut(Image.new("RGB", (50, 20), "red"), Grid(1, 1), tiling_of(8, anyres=anyres))[0, 0] == 255).all()
+        assert (
+            cut(Image.new("RGB", (50, 20), "red"), Grid(1, 1), tiling_of(8, anyres=anyres))[0, 0]
+            == 255
+        ).all()
 
 
 @pytest.mark.parametrize("grids", [LLAVA_NEXT, LLAVA_NEXT[::-1], grids_of(1, 9)[::-1]])
@@ -141,7 +160,11 @@ def test_anyres_tiles_are_those_of_llava_next(size: tuple[int, int]) -> None:
     square = {"height": 56, "width": 56}
     points = [[56 * grid.rows, 56 * grid.cols] for grid in LLAVA_NEXT]
     reference = LlavaNextImageProcessorPil(
-        size=square, crop_size=square, image_grid_pinpoints=points, do_rescale=False, do_normalize=False
+        size=square,
+        crop_size=square,
+        image_grid_pinpoints=points,
+        do_rescale=False,
+        do_normalize=False,
     )
     image, tiling = photograph(size), Tiling(56, LLAVA_NEXT, True)
     expected = reference(image, return_tensors="np")["pixel_values"][0]

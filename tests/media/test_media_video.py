@@ -40,7 +40,9 @@ def damage(data: bytes, which: range) -> bytes:
     """Overwrites what some packets hold, not the container's own words around them."""
     damaged = bytearray(data)
     with av.open(io.BytesIO(data)) as container:
-        contents = [(packet.pos or 0, bytes(packet)) for packet in container.demux(video=0) if packet.size]
+        contents = [
+            (packet.pos or 0, bytes(packet)) for packet in container.demux(video=0) if packet.size
+        ]
     for position, content in contents[which.start : which.stop]:
         start = data.index(content, position)
         damaged[start : start + len(content)] = b"\xff" * len(content)
@@ -48,7 +50,9 @@ def damage(data: bytes, which: range) -> bytes:
 
 
 @pytest.mark.parametrize(("file_format", "codec", "options"), FORMATS)
-def test_every_frame_is_found_at_its_time_in_every_kind_of_file(file_format: str, codec: str, options: dict) -> None:
+def test_every_frame_is_found_at_its_time_in_every_kind_of_file(
+    file_format: str, codec: str, options: dict
+) -> None:
     data = clip(file_format, codec, options=options)
     info = probe_video(data, "clip")
     assert info == VideoInfo(pytest.approx(2.4), pytest.approx(25), 60)
@@ -58,7 +62,9 @@ def test_every_frame_is_found_at_its_time_in_every_kind_of_file(file_format: str
     assert np.abs(np.subtract(numbers(data, times), range(60))).max() <= slack
     alone = [numbers(data, [time])[0] for time in times[::7]]
     assert np.abs(np.subtract(alone, range(0, 60, 7))).max() <= slack
-    assert np.abs(np.subtract(numbers(data, [0.31, 0.33, 1.21, 2.39]), [7, 8, 30, 59])).max() <= slack
+    assert (
+        np.abs(np.subtract(numbers(data, [0.31, 0.33, 1.21, 2.39]), [7, 8, 30, 59])).max() <= slack
+    )
 
 
 def test_any_part_of_the_times_gives_the_same_pixels_as_all() -> None:
@@ -66,11 +72,16 @@ def test_any_part_of_the_times_gives_the_same_pixels_as_all() -> None:
     times = frame_times(probe_video(data, "clip"), max_fps=5, max_frames=100)
     whole = decode_frames(data, "clip", times=times, tile_size=SIZE)
     for start, stop in [(0, 5), (5, 6), (4, 12), (11, 12)]:
-        assert (decode_frames(data, "clip", times=times[start:stop], tile_size=SIZE) == whole[start:stop]).all()
+        assert (
+            decode_frames(data, "clip", times=times[start:stop], tile_size=SIZE)
+            == whole[start:stop]
+        ).all()
 
 
 def test_frames_of_uneven_duration_are_found_by_time() -> None:
-    data = clip("matroska", stamps=lambda index: index if index < 20 else 20 + 5 * (index - 20), frames=40)
+    data = clip(
+        "matroska", stamps=lambda index: index if index < 20 else 20 + 5 * (index - 20), frames=40
+    )
     assert probe_video(data, "clip").frames == 40
     assert numbers(data, [0.5, 0.99, 1.21, 2.0]) == [12, 20, 22, 26]
 
@@ -85,7 +96,9 @@ def test_no_times_give_no_frames() -> None:
 
 def test_samples_are_the_middles_of_equal_parts_of_the_whole_video() -> None:
     info = VideoInfo(duration=10.0, fps=25.0, frames=250)
-    assert frame_times(info, max_fps=1, max_frames=128) == pytest.approx([index + 0.5 for index in range(10)])
+    assert frame_times(info, max_fps=1, max_frames=128) == pytest.approx(
+        [index + 0.5 for index in range(10)]
+    )
     assert frame_times(info, max_fps=1, max_frames=4) == pytest.approx([1.25, 3.75, 6.25, 8.75])
 
 
@@ -99,7 +112,8 @@ def test_samples_are_the_middles_of_equal_parts_of_the_whole_video() -> None:
         (VideoInfo(10.0, 25.0, 250), 100.0, 999, 250),
         (VideoInfo(0.3, 25.0, 8), 1.0, 128, 1),
         (VideoInfo(0.0, 0.0, 1), 1.0, 128, 1),
-        (VideoInfo(0.1 * 3, 10.0, 3), 10.0, 128, 3),  # 0.1 * 3 is a little more than 0.3, 2.9999 as much
+        # 0.1 * 3 is a little more than 0.3, 2.9999 as much
+        (VideoInfo(0.1 * 3, 10.0, 3), 10.0, 128, 3),
     ],
 )
 def test_frames_keep_every_limit_and_are_at_least_one(
@@ -123,12 +137,21 @@ def test_a_rotated_recording_comes_out_upright(rotation: int, side: str) -> None
     def white_top(picture: np.ndarray, index: int) -> None:
         picture[:32] = 255
 
-    (frame,) = decode_frames(clip(paint=white_top, frames=1, rotation=rotation), "clip", times=[0.0], tile_size=SIZE)
-    halves = {"left": frame[:, :, :7], "right": frame[:, :, 9:], "bottom": frame[:, 9:], "top": frame[:, :7]}
+    (frame,) = decode_frames(
+        clip(paint=white_top, frames=1, rotation=rotation), "clip", times=[0.0], tile_size=SIZE
+    )
+    halves = {
+        "left": frame[:, :, :7],
+        "right": frame[:, :, 9:],
+        "bottom": frame[:, 9:],
+        "top": frame[:, :7],
+    }
     assert max(halves, key=lambda name: halves[name].mean()) == side
 
 
-def test_a_truncated_video_counts_and_repeats_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_video_counts_and_repeats_what_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     data = clip(options={"movflags": "faststart"}, file_format="mpegts")
     half = data[: len(data) // 2]
     info = probe_video(half, "half")
@@ -139,7 +162,9 @@ def test_a_truncated_video_counts_and_repeats_what_is_left(caplog: pytest.LogCap
     assert last[0] == pytest.approx(info.frames, abs=4)
 
 
-def test_lost_packets_repeat_the_frame_before_and_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_packets_repeat_the_frame_before_and_are_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     data = damage(clip("matroska", "mjpeg"), range(20, 30))
     with caplog.at_level(logging.WARNING):
         assert numbers(data, [0.7, 0.8, 1.0, 1.16, 1.2]) == [17, 19, 19, 19, 30]
@@ -181,8 +206,13 @@ def test_frames_of_too_many_pixels_are_refused_by_name(monkeypatch: pytest.Monke
 
 
 def test_a_stream_of_an_unknown_codec_is_refused_by_name() -> None:
-    for data in (clip().replace(b"avc1", b"zzzz"), clip("matroska").replace(b"V_MPEG4/", b"V_ZZZZZ/")):
-        with pytest.raises(DataError, match=r"odd\.mp4: no video stream that can be decoded among \['video'\]"):
+    for data in (
+        clip().replace(b"avc1", b"zzzz"),
+        clip("matroska").replace(b"V_MPEG4/", b"V_ZZZZZ/"),
+    ):
+        with pytest.raises(
+            DataError, match=r"odd\.mp4: no video stream that can be decoded among \['video'\]"
+        ):
             decode_frames(data, "odd.mp4", times=[0.0], tile_size=SIZE)
 
 
@@ -211,6 +241,9 @@ def test_damaged_bytes_raise_nothing_but_data_errors(file_format: str) -> None:
 
 
 def test_a_file_that_names_another_place_to_read_from_is_refused_unopened() -> None:
-    session = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
-    with pytest.raises(DataError, match="Invalid data"):  # and not: timed out, after waiting at port 5004
+    session = (
+        b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+    )
+    # and not: timed out, after waiting at port 5004
+    with pytest.raises(DataError, match="Invalid data"):
         probe_video(session + b"a=rtpmap:96 H264/90000\n", "session.sdp")

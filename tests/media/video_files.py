@@ -17,7 +17,8 @@ def clip(
     stamps: Callable[[int], int] = lambda index: index,
     **options: Any,
 ) -> bytes:
-    """A video of 25 frames a second with a key frame every `gop` (10): frame i has brightness 4 * i, or is painted."""
+    """A video of 25 frames a second with a key frame every `gop` (10): frame i has brightness 4 *
+    i, or is painted."""
     file = io.BytesIO()
     with av.open(file, "w", format=file_format) as container:
         stream = container.add_stream(codec, rate=25, options=options.pop("options", {}))

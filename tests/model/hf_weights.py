@@ -1,4 +1,5 @@
-"""Copies weights of Hugging Face models into ours (one process), and their gradients into our shapes."""
+"""Copies weights of Hugging Face models into ours (one process), and their gradients into our
+shapes."""
 
 from collections.abc import Callable
 
@@ -21,8 +22,11 @@ _LAYERS = {  # ends of names in checkpoints, and in a model of the `torch` backe
 }
 
 
-def our_tensors(get: Callable[[str], Tensor], shapes: ModelConfig, *, whole: bool) -> dict[str, Tensor]:
-    """Our tensors by the conversion's tables; `get` gives a tensor (or gradient) by transformers' name.
+def our_tensors(
+    get: Callable[[str], Tensor], shapes: ModelConfig, *, whole: bool
+) -> dict[str, Tensor]:
+    """Our tensors by the conversion's tables; `get` gives a tensor (or gradient) by transformers'
+    name.
 
     `whole`: of an InternVL model, else of a language model.
     """
@@ -31,12 +35,16 @@ def our_tensors(get: Callable[[str], Tensor], shapes: ModelConfig, *, whole: boo
         name = rule.ours
         for stored, ending in _LAYERS.items():
             name = name.replace(stored, ending)
-        ours[name] = rule.cut.join([get(_in_memory(theirs) if whole else theirs) for theirs in rule.theirs])
+        ours[name] = rule.cut.join(
+            [get(_in_memory(theirs) if whole else theirs) for theirs in rule.theirs]
+        )
     return ours
 
 
 def _in_memory(name: str) -> str:
-    return next(new + name.removeprefix(old) for old, new in _IN_MEMORY.items() if name.startswith(old))
+    return next(
+        new + name.removeprefix(old) for old, new in _IN_MEMORY.items() if name.startswith(old)
+    )
 
 
 def copy_into(model: VitaModel, tensors: dict[str, Tensor]) -> None:

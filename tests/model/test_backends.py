@@ -14,9 +14,12 @@ from megatron_vita.parallel import groups
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_transformer_engine_is_given_one_tensor_of_bounds_that_ends_with_the_pack(seed: int) -> None:
-    """Padding between and after documents, which its CP ring does not see (TransformerEngine issue 3331), cannot occur:
-    padded and unpadded bounds are one tensor, whose last entry is the length of the pack.
+def test_transformer_engine_is_given_one_tensor_of_bounds_that_ends_with_the_pack(
+    seed: int,
+) -> None:
+    """Padding between and after documents, which its CP ring does not see (TransformerEngine issue
+    3331), cannot occur: padded and unpadded bounds are one tensor, whose last entry is the length
+    of the pack.
     """
     platform.initialize_process()
     groups.initialize_groups(ParallelConfig())
@@ -31,10 +34,14 @@ def test_transformer_engine_is_given_one_tensor_of_bounds_that_ends_with_the_pac
 
 
 @pytest.mark.parametrize("cp_rank", [0, 1])
-def test_rotary_positions_restart_at_each_document_and_run_on_through_a_joined_pack(cp_rank: int) -> None:
+def test_rotary_positions_restart_at_each_document_and_run_on_through_a_joined_pack(
+    cp_rank: int,
+) -> None:
     """Looked at directly: attention inside a document sees differences of positions only."""
     apart, joined = torch.tensor([0, 8, 16]), torch.tensor([0, 16])
-    positions = [pack_documents(bounds, cp_size=2, cp_rank=cp_rank)[1].tolist() for bounds in (apart, joined)]
+    positions = [
+        pack_documents(bounds, cp_size=2, cp_rank=cp_rank)[1].tolist() for bounds in (apart, joined)
+    ]
     assert (
         positions
         == [

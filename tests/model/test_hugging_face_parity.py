@@ -14,7 +14,14 @@ from transformers import (
 )
 
 from megatron_vita import platform
-from megatron_vita.config import DataConfig, LanguageConfig, ModelConfig, ProjectorConfig, Recipe, VisionConfig
+from megatron_vita.config import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    Recipe,
+    VisionConfig,
+)
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.model.build import build_model
 from megatron_vita.model.projector import Projector
@@ -82,7 +89,9 @@ def assert_same_gradients(model: VitaModel, expected: dict[str, Tensor]) -> None
     assert set(expected) == set(actual)
     for name, grad in expected.items():
         allowed = 1e-5 * grad.norm() + 1e-8 * total
-        assert (actual[name] - grad).norm() <= allowed, f"{name}: {(actual[name] - grad).norm()} > {allowed}"
+        assert (actual[name] - grad).norm() <= allowed, (
+            f"{name}: {(actual[name] - grad).norm()} > {allowed}"
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,12 +126,16 @@ def test_internvl_gives_the_same_logits_and_gradients(ours: VitaModel, case: str
         (logits * target).sum().backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
     zero = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
-    expected_grads = our_tensors(lambda n: zero[n] if grads[n] is None else grads[n], ours.shapes, whole=True)
+    expected_grads = our_tensors(
+        lambda n: zero[n] if grads[n] is None else grads[n], ours.shapes, whole=True
+    )
     assert_same_gradients(ours, expected_grads)
 
 
 def llama_config() -> LlamaConfig:
-    shared = {name: value for name, value in qwen2_config().to_dict().items() if name in LLAMA_FIELDS}
+    shared = {
+        name: value for name, value in qwen2_config().to_dict().items() if name in LLAMA_FIELDS
+    }
     return LlamaConfig(**shared, attention_bias=False, mlp_bias=False)
 
 
@@ -144,13 +157,19 @@ def test_language_models_give_the_same_logits_and_gradients(family: str) -> None
     copy_into(ours, our_tensors(theirs.state_dict().__getitem__, ours.shapes, whole=False))
     ids = torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(2))
     expected = theirs(input_ids=ids[None]).logits[0]
-    actual = ours(torch.zeros(0, 3, 56, 56), one_document(ids, []), wanted_rows=torch.arange(LENGTH))
+    actual = ours(
+        torch.zeros(0, 3, 56, 56), one_document(ids, []), wanted_rows=torch.arange(LENGTH)
+    )
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     actual.square().mean().backward()
     expected.square().mean().backward()
     grads = dict(theirs.named_parameters())
-    vision = {name: torch.zeros_like(p) for name, p in ours.named_parameters() if "language" not in name}
-    assert_same_gradients(ours, our_tensors(lambda name: grads[name].grad, ours.shapes, whole=False) | vision)
+    vision = {
+        name: torch.zeros_like(p) for name, p in ours.named_parameters() if "language" not in name
+    }
+    assert_same_gradients(
+        ours, our_tensors(lambda name: grads[name].grad, ours.shapes, whole=False) | vision
+    )
 
 
 def test_long_vita_projector_is_norm_linear_gelu_linear_without_biases() -> None:
@@ -168,7 +187,9 @@ def test_long_vita_projector_is_norm_linear_gelu_linear_without_biases() -> None
     randomize(projector)
     x = torch.randn(3, ROWS, 4 * config.vision.hidden_size)
     centred = x - x.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * projector.norm.weight
+    normed = (
+        centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * projector.norm.weight
+    )
     hidden = (normed + projector.norm.bias) @ projector.fc1.weight.T
     expected = (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))) @ projector.fc2.weight.T
     torch.testing.assert_close(projector(x), expected, atol=1e-5, rtol=1e-5)
@@ -179,6 +200,8 @@ def test_pixel_shuffle_joins_neighbouring_patches_two_by_two() -> None:
     patches = torch.arange(side * side * channels).view(1, side * side, channels)
     grid = patches.view(side, side, channels)
     cells = [
-        torch.cat([grid[r, c], grid[r, c + 1], grid[r + 1, c], grid[r + 1, c + 1]]) for r in (0, 2) for c in (0, 2)
+        torch.cat([grid[r, c], grid[r, c + 1], grid[r + 1, c], grid[r + 1, c + 1]])
+        for r in (0, 2)
+        for c in (0, 2)
     ]
     assert torch.equal(pixel_shuffle(patches)[0], torch.stack(cells))

@@ -1,4 +1,5 @@
-"""The output layer in one process: exact losses and gradients, and where and when they are accumulated."""
+"""The output layer in one process: exact losses and gradients, and where and when they are
+accumulated."""
 
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ LENGTH, VOCAB, HIDDEN = 40, 50, 16
 ROWS = {"some": [0, 3, 4, 17, 38], "one": [39], "none": [], "all": list(range(LENGTH))}
 
 
-def make_layer(*, bf16: bool = False, chunk_rows: int = 3, vocab: int = VOCAB, **options: object) -> OutputLayer:
+def make_layer(
+    *, bf16: bool = False, chunk_rows: int = 3, vocab: int = VOCAB, **options: object
+) -> OutputLayer:
     platform.initialize_process()
     recipe = Recipe()
     recipe.training.bf16 = bf16
@@ -51,21 +54,33 @@ class Problem:
         (losses * self.weights).sum().backward()
         return losses.detach()
 
-    def plain(self, layer: OutputLayer, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> tuple[Tensor, ...]:
-        """Losses, gradient of the hidden state and of the weight: fp32 logits of all positions, plain PyTorch."""
-        hidden, labels = self.hidden.detach().float().requires_grad_(), self.labels.to(self.hidden.device)
+    def plain(
+        self, layer: OutputLayer, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """Losses, gradient of the hidden state and of the weight: fp32 logits of all positions,
+        plain PyTorch."""
+        hidden, labels = (
+            self.hidden.detach().float().requires_grad_(),
+            self.labels.to(self.hidden.device),
+        )
         weight = layer.weight.detach().float().requires_grad_()
         logits = (hidden.squeeze(1) @ weight.T)[self.rows]
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         losses = losses + z_loss * logits.logsumexp(-1).square()
-        return losses.detach(), *torch.autograd.grad((losses * self.weights).sum(), (hidden, weight))
+        return losses.detach(), *torch.autograd.grad(
+            (losses * self.weights).sum(), (hidden, weight)
+        )
 
 
-def make_problem(rows: str = "some", *, seed: int = 1, dtype: torch.dtype = torch.float32) -> Problem:
+def make_problem(
+    rows: str = "some", *, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.tensor(ROWS[rows], dtype=torch.int64)
     return Problem(
-        hidden=torch.randn(LENGTH, 1, HIDDEN, generator=generator).to(platform.device(), dtype).requires_grad_(),
+        hidden=torch.randn(LENGTH, 1, HIDDEN, generator=generator)
+        .to(platform.device(), dtype)
+        .requires_grad_(),
         rows=chosen,
         labels=torch.randint(0, VOCAB, (len(chosen),), generator=generator),
         weights=torch.rand(len(chosen), generator=generator).to(platform.device()) + 0.5,
@@ -92,14 +107,18 @@ def layer_with_main_grad() -> OutputLayer:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.02)])
+@pytest.mark.parametrize(
+    ("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.02)]
+)
 @pytest.mark.parametrize("full_logits", [False, True])
 def test_losses_and_gradients_equal_plain_cross_entropy(
     rows: str, label_smoothing: float, z_loss: float, full_logits: bool
 ) -> None:
     layer = make_layer(label_smoothing=label_smoothing, z_loss=z_loss, full_logits=full_logits)
     problem = make_problem(rows)
-    losses, hidden_grad, weight_grad = problem.plain(layer, label_smoothing=label_smoothing, z_loss=z_loss)
+    losses, hidden_grad, weight_grad = problem.plain(
+        layer, label_smoothing=label_smoothing, z_loss=z_loss
+    )
     assert_close(problem.run(layer), losses)
     assert_close(problem.hidden.grad, hidden_grad)
     assert_close(layer.weight.grad, weight_grad)
@@ -160,14 +179,17 @@ def test_inputs_are_left_as_they_are() -> None:
         assert torch.equal(problem.hidden, before)
 
 
-def test_weight_gradients_of_microbatches_add_up_in_fp32_main_grad(layer_with_main_grad: OutputLayer) -> None:
+def test_weight_gradients_of_microbatches_add_up_in_fp32_main_grad(
+    layer_with_main_grad: OutputLayer,
+) -> None:
     weight, expected = layer_with_main_grad.weight, zeros_for(layer_with_main_grad)
     for seed, rows in enumerate(["some", "none", "all"]):
         problem = make_problem(rows, seed=seed, dtype=torch.bfloat16)
         expected += problem.plain(layer_with_main_grad)[2]
         problem.run(layer_with_main_grad)
         assert weight.grad_added_to_main_grad
-        assert weight.grad is None or not weight.grad.any()  # what overlapped reduction wants to see
+        # what overlapped reduction wants to see
+        assert weight.grad is None or not weight.grad.any()
         weight.grad = None
     assert weight.main_grad.dtype == torch.float32
     assert_close(weight.main_grad, expected, tolerance=1e-2)
@@ -184,12 +206,24 @@ def test_evaluation_accumulates_nothing(layer_with_main_grad: OutputLayer, how: 
     if how == "eval":  # its backward may still come
         losses.sum().backward()
         problem.weights = torch.ones_like(problem.weights)
-        assert_close(layer_with_main_grad.weight.main_grad, problem.plain(layer_with_main_grad)[2], tolerance=1e-2)
+        assert_close(
+            layer_with_main_grad.weight.main_grad,
+            problem.plain(layer_with_main_grad)[2],
+            tolerance=1e-2,
+        )
 
 
-def test_second_forward_accumulates_nothing_before_its_own_backward(layer_with_main_grad: OutputLayer) -> None:
-    one, two = make_problem("some", seed=1, dtype=torch.bfloat16), make_problem("all", seed=2, dtype=torch.bfloat16)
-    losses = [layer_with_main_grad(p.hidden, rows=p.rows, labels=p.labels, row_scale=p.weights) for p in (one, two)]
+def test_second_forward_accumulates_nothing_before_its_own_backward(
+    layer_with_main_grad: OutputLayer,
+) -> None:
+    one, two = (
+        make_problem("some", seed=1, dtype=torch.bfloat16),
+        make_problem("all", seed=2, dtype=torch.bfloat16),
+    )
+    losses = [
+        layer_with_main_grad(p.hidden, rows=p.rows, labels=p.labels, row_scale=p.weights)
+        for p in (one, two)
+    ]
     expected = one.plain(layer_with_main_grad)[2]
     assert_close(layer_with_main_grad.weight.main_grad, expected, tolerance=1e-2)
     (losses[1] * two.weights).sum().backward()
@@ -199,17 +233,27 @@ def test_second_forward_accumulates_nothing_before_its_own_backward(layer_with_m
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_recomputation_accumulates_once(layer_with_main_grad: OutputLayer, use_reentrant: bool) -> None:
+def test_activation_recomputation_accumulates_once(
+    layer_with_main_grad: OutputLayer, use_reentrant: bool
+) -> None:
     problem = make_problem(dtype=torch.bfloat16)
 
     def run(hidden: Tensor) -> Tensor:
         hidden = hidden.sin().asin()  # saves something, so that recomputation does run
-        losses = layer_with_main_grad(hidden, rows=problem.rows, labels=problem.labels, row_scale=problem.weights)
+        losses = layer_with_main_grad(
+            hidden, rows=problem.rows, labels=problem.labels, row_scale=problem.weights
+        )
         return losses.square().sqrt()
 
-    (checkpoint(run, problem.hidden.clamp(-1, 1), use_reentrant=use_reentrant) * problem.weights).sum().backward()
+    (
+        checkpoint(run, problem.hidden.clamp(-1, 1), use_reentrant=use_reentrant) * problem.weights
+    ).sum().backward()
     problem.hidden = problem.hidden.detach().clamp(-1, 1)
-    assert_close(layer_with_main_grad.weight.main_grad, problem.plain(layer_with_main_grad)[2], tolerance=2e-2)
+    assert_close(
+        layer_with_main_grad.weight.main_grad,
+        problem.plain(layer_with_main_grad)[2],
+        tolerance=2e-2,
+    )
 
 
 def test_forward_dropped_without_backward_is_refused_until_gradients_are_zeroed(
@@ -220,9 +264,14 @@ def test_forward_dropped_without_backward_is_refused_until_gradients_are_zeroed(
     with pytest.raises(VitaError, match="dropped without its backward"):
         problem.run(layer_with_main_grad)
     layer_with_main_grad.weight.main_grad.zero_()
-    layer_with_main_grad.weight.grad_added_to_main_grad = False  # both by megatron-core's zero_grad_buffer
+    # both by megatron-core's zero_grad_buffer
+    layer_with_main_grad.weight.grad_added_to_main_grad = False
     problem.run(layer_with_main_grad)
-    assert_close(layer_with_main_grad.weight.main_grad, problem.plain(layer_with_main_grad)[2], tolerance=1e-2)
+    assert_close(
+        layer_with_main_grad.weight.main_grad,
+        problem.plain(layer_with_main_grad)[2],
+        tolerance=1e-2,
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
@@ -245,7 +294,9 @@ def test_logits_of_wanted_rows_carry_gradients(full_logits: bool) -> None:
     layer, problem = make_layer(full_logits=full_logits), make_problem()
     logits = layer(problem.hidden, rows=problem.rows)
     assert_close(logits, (problem.hidden.squeeze(1) @ layer.weight.T)[problem.rows].detach())
-    F.cross_entropy(logits, problem.labels.to(logits.device), reduction="none").mul(problem.weights).sum().backward()
+    F.cross_entropy(logits, problem.labels.to(logits.device), reduction="none").mul(
+        problem.weights
+    ).sum().backward()
     _, hidden_grad, weight_grad = problem.plain(layer)
     assert_close(problem.hidden.grad, hidden_grad)
     assert_close(layer.weight.grad, weight_grad)
@@ -257,7 +308,9 @@ def test_nothing_of_the_size_of_the_logits_is_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         losses = layer(problem.hidden, rows=problem.rows, labels=problem.labels)
     held = [x for x in vars(losses.grad_fn).values() if isinstance(x, Tensor)]
-    assert not [shape for shape in (*kept, *(x.shape for x in held)) if LENGTH in shape and VOCAB in shape]
+    assert not [
+        shape for shape in (*kept, *(x.shape for x in held)) if LENGTH in shape and VOCAB in shape
+    ]
     assert [tuple(x.shape) for x in held] == [(LENGTH, HIDDEN)]
 
 
@@ -269,7 +322,9 @@ def test_label_that_is_no_token_is_refused(label: int) -> None:
         problem.run(layer)
 
 
-@pytest.mark.parametrize(("name", "value"), [("label_smoothing", 1.0), ("z_loss", -1.0), ("chunk_mib", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("label_smoothing", 1.0), ("z_loss", -1.0), ("chunk_mib", 0)]
+)
 def test_option_out_of_range_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"model.output.{name}"):
         OutputConfig(**{name: value})

@@ -1,4 +1,5 @@
-"""What is recomputed in the backward pass is what the recipe says, and tiles go through the tower in turns."""
+"""What is recomputed in the backward pass is what the recipe says, and tiles go through the tower
+in turns."""
 
 import sys
 from collections import Counter
@@ -20,7 +21,8 @@ FULL, SELECTIVE = ({"recompute_granularity": kind} for kind in ("full", "selecti
 
 
 def count_calls(**fields: object) -> dict[str, list[int]]:
-    """How often each layer, its attention and MLP, and each layer of the tower ran in a forward and backward pass."""
+    """How often each layer, its attention and MLP, and each layer of the tower ran in a forward and
+    backward pass."""
     platform.initialize_process()
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
@@ -64,6 +66,8 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
         ({"vision_tiles_at_once": 2, "recompute_vision": True}, {"tower": [8, 8]}),
     ],
 )
-def test_parts_run_as_often_as_the_recipe_says(fields: dict, expected: dict[str, list[int]]) -> None:
+def test_parts_run_as_often_as_the_recipe_says(
+    fields: dict, expected: dict[str, list[int]]
+) -> None:
     found = count_calls(**fields)
     assert {name: found[name] for name in expected} == expected

@@ -1,4 +1,5 @@
-"""The CPU adaptation is complete, undone whole, and never active on CUDA; the unrelated apex is refused."""
+"""The CPU adaptation is complete, undone whole, and never active on CUDA; the unrelated apex is
+refused."""
 
 import subprocess
 import sys
@@ -15,7 +16,12 @@ OWNERS = (torch, torch.cuda, torch.Tensor, torch.nn.Module)
 
 
 def snapshot() -> dict[tuple[str, str], object]:
-    return {(repr(o), n): getattr(o, n) for o in OWNERS for n in dir(o) if not n.startswith("__") and n != "_C"}
+    return {
+        (repr(o), n): getattr(o, n)
+        for o in OWNERS
+        for n in dir(o)
+        if not n.startswith("__") and n != "_C"
+    }
 
 
 def test_adaptation_is_undone_whole() -> None:
@@ -24,7 +30,9 @@ def test_adaptation_is_undone_whole() -> None:
     assert snapshot() != before
     undo()
     after = snapshot()
-    assert [name for name in before if before[name] is not after[name] and before[name] != after[name]] == []
+    assert [
+        name for name in before if before[name] is not after[name] and before[name] != after[name]
+    ] == []
 
 
 def test_adaptation_refuses_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +52,9 @@ def test_type_names_are_changed_for_megatron_core_alone() -> None:
     assert torch.zeros(1).type() == "torch.FloatTensor"
 
 
-def test_the_unrelated_apex_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unrelated_apex_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -62,13 +72,19 @@ def test_importing_config_media_and_text_does_not_import_megatron_core() -> None
         "import sys, megatron_vita.config, megatron_vita.media.tiling, megatron_vita.text.template;"
         "sys.exit('megatron.core' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    )
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_one_of_many_processes_that_were_told_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_one_of_many_processes_that_were_told_no_rank_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv(name, "8")
-    with pytest.raises(PlatformError, match=rf"one of 8 processes \({name}\), but RANK is not set.*torchrun"):
+    with pytest.raises(
+        PlatformError, match=rf"one of 8 processes \({name}\), but RANK is not set.*torchrun"
+    ):
         platform.initialize_process()

@@ -24,7 +24,13 @@ def user_parts(content: Any, **media: int) -> list[TextPart | MediaPart]:
 
 
 def test_roles_go_by_one_name() -> None:
-    turns = turns_of(("system", "be kind"), ("human", "hi"), ("gpt", "hello"), ("user", "hi"), ("assistant", "bye"))
+    turns = turns_of(
+        ("system", "be kind"),
+        ("human", "hi"),
+        ("gpt", "hello"),
+        ("user", "hi"),
+        ("assistant", "bye"),
+    )
     assert [turn.role for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
 
 
@@ -62,13 +68,18 @@ def test_parts_are_taken_as_they_are_and_their_text_is_literal() -> None:
 
 def test_neighbouring_texts_are_one_and_empty_ones_are_dropped() -> None:
     content = [{"type": "text", "text": text} for text in ("a", "", "b")]
-    assert user_parts([*content, {"type": "image"}, {"type": "text", "text": ""}], images=1) == [TextPart("ab"), IMAGE]
+    assert user_parts([*content, {"type": "image"}, {"type": "text", "text": ""}], images=1) == [
+        TextPart("ab"),
+        IMAGE,
+    ]
     assert user_parts("") == []
 
 
 def test_conversations_is_another_name_of_messages() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert check_messages({"conversations": messages}) == check_messages({"messages": messages, "images": None})
+    assert check_messages({"conversations": messages}) == check_messages(
+        {"messages": messages, "images": None}
+    )
 
 
 def test_a_prompt_needs_no_answer_where_it_is_said_so() -> None:
@@ -88,20 +99,60 @@ def test_a_prompt_needs_no_answer_where_it_is_said_so() -> None:
         ({"messages": []}, "messages is an empty list"),
         ({"messages": ["hello"]}, r"messages\[0\] has 'hello': the fields role and content"),
         ({"messages": [{"from": "human", "value": "a"}]}, r"messages\[0\] has \['from', 'value'\]"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, r"messages\[0\].role is 'bot'; known roles: user"),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            r"messages\[0\].role is 'bot'; known roles: user",
+        ),
         ({"messages": [{"role": ["user"], "content": "a"}]}, r"messages\[0\].role is \['user'\]"),
-        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content is NoneType: a string"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, r"messages\[0\].content\[0\] is 'a': its type must be"),
-        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, r"content\[0\] is .*audio.* its type must"),
-        ({"messages": [{"role": "user", "content": [{"type": ["a"]}]}]}, r"content\[0\] is .* its type must"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"content\[0\].text is None: a string"),
-        ({"messages": [{"role": "user", "content": "ab\ud800"}]}, r"messages\[0\].content.*'\\ud800' at character 2"),
-        ({"messages": [{"role": "gpt", "content": ""}, {"role": "user", "content": ""}]}, "every turn .* is empty"),
-        ({"messages": [{"role": "gpt", "content": "a"}], "images": "a.png"}, "images is str: a list"),
-        ({"messages": [{"role": "gpt", "content": "<image>"}], "images": ["a"]}, "0 places for images .* lists 1"),
-        ({"messages": [{"role": "gpt", "content": "a"}, {"role": "user", "content": "<video>" * 3}]}, "3 .* lists 0"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            r"messages\[0\].content is NoneType: a string",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            r"messages\[0\].content\[0\] is 'a': its type must be",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+            r"content\[0\] is .*audio.* its type must",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": ["a"]}]}]},
+            r"content\[0\] is .* its type must",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            r"content\[0\].text is None: a string",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "ab\ud800"}]},
+            r"messages\[0\].content.*'\\ud800' at character 2",
+        ),
+        (
+            {"messages": [{"role": "gpt", "content": ""}, {"role": "user", "content": ""}]},
+            "every turn .* is empty",
+        ),
+        (
+            {"messages": [{"role": "gpt", "content": "a"}], "images": "a.png"},
+            "images is str: a list",
+        ),
+        (
+            {"messages": [{"role": "gpt", "content": "<image>"}], "images": ["a"]},
+            "0 places for images .* lists 1",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "gpt", "content": "a"},
+                    {"role": "user", "content": "<video>" * 3},
+                ]
+            },
+            "3 .* lists 0",
+        ),
     ],
 )
-def test_what_is_no_conversation_is_refused_with_its_field_and_value(sample: Any, message: str) -> None:
+def test_what_is_no_conversation_is_refused_with_its_field_and_value(
+    sample: Any, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         check_messages(sample)

@@ -4,7 +4,12 @@ import itertools
 
 import pytest
 
-from megatron_vita.text.media_tokens import count_image_tokens, count_video_tokens, image_tokens, video_tokens
+from megatron_vita.text.media_tokens import (
+    count_image_tokens,
+    count_video_tokens,
+    image_tokens,
+    video_tokens,
+)
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -50,14 +55,18 @@ def test_counts_are_the_lengths_of_the_sequences(small_tokenizer: Tokenizer) -> 
     newline_length = len(small_tokenizer.encode("\n"))
     for cols, rows in itertools.product(range(1, 5), repeat=2):
         tokens = image_tokens((cols, rows), image_token_length=3, tokenizer=small_tokenizer)
-        count = count_image_tokens((cols, rows), image_token_length=3, newline_length=newline_length)
+        count = count_image_tokens(
+            (cols, rows), image_token_length=3, newline_length=newline_length
+        )
         assert count == len(tokens.ids)
     for frames in (0, 1, 7):
         tokens = video_tokens(frames, image_token_length=3, tokenizer=small_tokenizer)
         assert count_video_tokens(frames, image_token_length=3) == len(tokens.ids)
 
 
-@pytest.mark.parametrize(("grid", "count"), [((1, 1), 258), ((4, 3), 3357), ((4, 2), 2324), ((3, 3), 2583)])
+@pytest.mark.parametrize(
+    ("grid", "count"), [((1, 1), 258), ((4, 3), 3357), ((4, 2), 2324), ((3, 3), 2583)]
+)
 def test_counts_equal_those_of_the_reference(grid: tuple[int, int], count: int) -> None:
     assert count_image_tokens(grid, image_token_length=256, newline_length=1) == count
 

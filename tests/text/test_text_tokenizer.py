@@ -13,7 +13,10 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import MEDIA_TOKENS, SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
-CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs 0123456789"] * 20
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "pack my box with five dozen liquor jugs 0123456789",
+] * 20
 
 TEXTS = [
     "plain words",
@@ -38,7 +41,9 @@ def byte_level(*special: str, vocab_size: int = 300) -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(list(special))
     return tokenizer
@@ -48,7 +53,9 @@ def byte_level(*special: str, vocab_size: int = 300) -> tokenizers.Tokenizer:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenizer of Qwen's kind: its three special tokens come after its vocabulary."""
     qwen = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    return save_folder(tmp_path_factory.mktemp("tokenizer"), byte_level(*qwen), eos_token="<|im_end|>")
+    return save_folder(
+        tmp_path_factory.mktemp("tokenizer"), byte_level(*qwen), eos_token="<|im_end|>"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +104,12 @@ def foreign_model(folder: Path, normalization: str, *, byte_fallback: bool = Tru
     return folder / "foreign.model"
 
 
-@pytest.mark.parametrize(("normalization", "byte_fallback"), [("nmt_nfkc", True), ("identity", False)])
-def test_a_model_that_loses_line_breaks_is_refused(tmp_path: Path, normalization: str, byte_fallback: bool) -> None:
+@pytest.mark.parametrize(
+    ("normalization", "byte_fallback"), [("nmt_nfkc", True), ("identity", False)]
+)
+def test_a_model_that_loses_line_breaks_is_refused(
+    tmp_path: Path, normalization: str, byte_fallback: bool
+) -> None:
     with pytest.raises(ConfigError, match=r"foreign.model.*line break"):
         load_tokenizer(foreign_model(tmp_path, normalization, byte_fallback=byte_fallback))
 
@@ -110,7 +121,9 @@ def test_a_foreign_sentencepiece_model_gets_special_tokens_after_its_own(tmp_pat
     pieces = ["the fox", "<image>", "  jumps", "\n", "over"]
     ids = [index for piece in pieces for index in tokenizer.encode(piece)]
     assert tokenizer.decode(ids) == "".join(pieces)
-    named = tokenizer.decode([tokenizer.pad_id, *ids, tokenizer.special_id("<img>")], skip_special=False)
+    named = tokenizer.decode(
+        [tokenizer.pad_id, *ids, tokenizer.special_id("<img>")], skip_special=False
+    )
     assert named == "<|endoftext|>" + "".join(pieces) + "<img>"
     assert not set(tokenizer.encode("".join(SPECIAL_TOKENS))) & tokenizer.special_ids
 
@@ -125,7 +138,9 @@ def test_text_comes_back_unchanged_without_a_special_id(tokenizer: Tokenizer, te
 
 def test_texts_encoded_one_by_one_decode_to_the_texts_joined(tokenizer: Tokenizer) -> None:
     pieces = ["user\n", "What", " is", "this?", "\n", "", " ", "It", "'s", "\n\n", "fox"]
-    assert tokenizer.decode([index for piece in pieces for index in tokenizer.encode(piece)]) == "".join(pieces)
+    assert tokenizer.decode(
+        [index for piece in pieces for index in tokenizer.encode(piece)]
+    ) == "".join(pieces)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -133,7 +148,9 @@ def test_the_bytes_of_tokens_joined_are_those_of_the_text(tokenizer: Tokenizer, 
     assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
 
 
-def test_a_special_token_stands_for_its_name_and_an_id_beyond_all_for_nothing(tokenizer: Tokenizer) -> None:
+def test_a_special_token_stands_for_its_name_and_an_id_beyond_all_for_nothing(
+    tokenizer: Tokenizer,
+) -> None:
     assert tokenizer.token_bytes(tokenizer.end_of_turn_id) == b"<|im_end|>"
     assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
@@ -148,7 +165,11 @@ def test_a_newline_is_one_token(tokenizer: Tokenizer) -> None:
 
 
 def test_special_tokens_are_left_out_or_named(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.special_id("<|im_start|>"), *tokenizer.encode("the fox"), tokenizer.end_of_turn_id]
+    ids = [
+        tokenizer.special_id("<|im_start|>"),
+        *tokenizer.encode("the fox"),
+        tokenizer.end_of_turn_id,
+    ]
     assert tokenizer.decode(ids) == "the fox"
     assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>the fox<|im_end|>"
 
@@ -175,8 +196,15 @@ def test_the_fingerprint_is_of_the_contents(tmp_path: Path, folder: Path, model_
     copy.write_bytes(model_file.read_bytes())
     assert load_tokenizer(copy).fingerprint == load_tokenizer(model_file).fingerprint
     assert load_tokenizer(folder).fingerprint == load_tokenizer(folder).fingerprint
-    others = [byte_level("<|endoftext|>"), byte_level("<|endoftext|>", "<x>"), byte_level(vocab_size=299)]
-    folders = [folder, *(save_folder(tmp_path / str(index), other) for index, other in enumerate(others))]
+    others = [
+        byte_level("<|endoftext|>"),
+        byte_level("<|endoftext|>", "<x>"),
+        byte_level(vocab_size=299),
+    ]
+    folders = [
+        folder,
+        *(save_folder(tmp_path / str(index), other) for index, other in enumerate(others)),
+    ]
     assert len({load_tokenizer(path).fingerprint for path in [*folders, model_file]}) == 5
 
 
@@ -203,7 +231,9 @@ def test_models_that_look_up_whole_words_yield_no_special_id_either(tmp_path: Pa
 
 
 def test_a_tokenizer_that_adds_spaces_between_texts_is_refused(tmp_path: Path) -> None:
-    backend = tokenizers.Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "b": 2, "▁a": 3}, merges=[("▁", "a")]))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={"▁": 0, "a": 1, "b": 2, "▁a": 3}, merges=[("▁", "a")])
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = Metaspace()
     with pytest.raises(ConfigError, match=r"puts a space before every text.*\.model"):

@@ -21,7 +21,9 @@ def corpus(lines: int = 200) -> list[str]:
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_a_trained_model_has_the_size_asked_for_and_gives_text_back(tmp_path: Path, model_type: str) -> None:
+def test_a_trained_model_has_the_size_asked_for_and_gives_text_back(
+    tmp_path: Path, model_type: str
+) -> None:
     path = tmp_path / "folder" / "small.model"
     train_sentencepiece(corpus(), path, vocab_size=330, model_type=model_type)
     tokenizer = load_tokenizer(path)
@@ -70,7 +72,9 @@ def test_no_text_is_refused(tmp_path: Path, lines: list[str]) -> None:
 
 
 def test_a_line_break_is_one_token_though_the_corpus_has_many_in_a_row(tmp_path: Path) -> None:
-    train_sentencepiece(["yes\n\nno\n\n"] * 200 + corpus(), tmp_path / "small.model", vocab_size=340)
+    train_sentencepiece(
+        ["yes\n\nno\n\n"] * 200 + corpus(), tmp_path / "small.model", vocab_size=340
+    )
     tokenizer = load_tokenizer(tmp_path / "small.model")
     assert tokenizer.encode("\n\n") == tokenizer.encode("\n") * 2
 

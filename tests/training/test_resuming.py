@@ -47,7 +47,9 @@ def halfway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def run_python(code: str, *arguments: str) -> str:
     """What a program of its own prints last."""
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment_with(), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env=environment_with(), capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()[-1]
 
 
@@ -58,42 +60,66 @@ def resumed(path: Path, *overrides: str) -> Run:
 
 
 def test_rates_schedule_and_adams_constants_are_those_of_now(halfway: Path) -> None:
-    changes = {"lr": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "adam_beta2": 0.95, "adam_eps": 1e-7}
-    run = resumed(halfway, "training.train_iters=16", *(f"optimizer.{name}={value}" for name, value in changes.items()))
+    changes = {
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "adam_eps": 1e-7,
+    }
+    run = resumed(
+        halfway,
+        "training.train_iters=16",
+        *(f"optimizer.{name}={value}" for name, value in changes.items()),
+    )
     factors = {round(group["max_lr"] / 1e-3, 6) for group in run.optimizer.param_groups}
     assert factors == {1.0, round(0.5 * 0.9, 6), round(0.5 * 0.9**2, 6)}
     for group in run.optimizer.param_groups:
         peak, low = group["max_lr"], group["min_lr"]
         assert low == pytest.approx(peak / 10)
-        assert group["lr"] == pytest.approx(low + (peak - low) * (1 + math.cos(math.pi * STEP / 16)) / 2)
+        assert group["lr"] == pytest.approx(
+            low + (peak - low) * (1 + math.cos(math.pi * STEP / 16)) / 2
+        )
         assert group["weight_decay"] == 0.1 * group["wd_mult"]
         assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-7)
 
 
 def test_rates_of_a_run_left_as_it_is_do_not_move(halfway: Path) -> None:
     run = resumed(halfway, f"training.train_iters={STEP + 1}")
-    first = open_run(load_recipe(halfway, [*QUIET, f"training.train_iters={STEP + 1}", "checkpoint.save=''"]))
+    first = open_run(
+        load_recipe(halfway, [*QUIET, f"training.train_iters={STEP + 1}", "checkpoint.save=''"])
+    )
     first.schedule.step(STEP)
     names = ("lr", "max_lr", "min_lr", "betas", "eps", "weight_decay", "wd_mult")
-    for group, expected in zip(run.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+    for group, expected in zip(
+        run.optimizer.param_groups, first.optimizer.param_groups, strict=True
+    ):
         assert {name: group[name] for name in names} == {name: expected[name] for name in names}
 
 
 def test_what_changed_is_logged_by_field(halfway: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         resumed(halfway, "optimizer.lr=0.001")
-    assert "resumed with changes: optimizer.lr 0.001 (was 0.003); training.train_iters 12 (was 8)" in caplog.text
+    assert (
+        "resumed with changes: optimizer.lr 0.001 (was 0.003); training.train_iters 12 (was 8)"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("field", ["vision_lr_mult", "vision_lr_decay"])
 def test_rates_of_the_tower_cannot_come_to_relate_otherwise(halfway: Path, field: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"optimizer.{field} is 0.7, but 0\.\d in the run to be resumed"):
+    with pytest.raises(
+        CheckpointError, match=rf"optimizer.{field} is 0.7, but 0\.\d in the run to be resumed"
+    ):
         resumed(halfway, f"optimizer.{field}=0.7")
 
 
 @pytest.mark.parametrize("part", ["vision_model", "projector", "language_model"])
 def test_other_parts_cannot_come_to_be_trained(halfway: Path, part: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"training.freeze_{part} is True, but False in the run to be resumed"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"training.freeze_{part} is True, but False in the run to be resumed",
+    ):
         resumed(halfway, f"training.freeze_{part}=true")
 
 
@@ -103,38 +129,62 @@ def test_an_optimizers_state_that_was_written_for_other_weights_is_refused(
 ) -> None:
     monkeypatch.setattr(optimizer, "BUCKET_SIZE", 3000)
     monkeypatch.setattr(optimizer, "BUCKET_SIZE_PER_RANK", 0)
-    recipe = load_recipe(make_toy_run(tmp_path), [*QUIET, f"training.bf16={bf16}", "training.train_iters=1"])
+    recipe = load_recipe(
+        make_toy_run(tmp_path), [*QUIET, f"training.bf16={bf16}", "training.train_iters=1"]
+    )
     train(recipe)
     run = open_run(recipe)
-    padded = [bucket for bucket in run.chunks[0].buffers[0].buckets if len(bucket.grad_data) > bucket.numel_unpadded]
+    padded = [
+        bucket
+        for bucket in run.chunks[0].buffers[0].buckets
+        if len(bucket.grad_data) > bucket.numel_unpadded
+    ]
     assert len(padded) > 1
     checkpoint = Path(recipe.checkpoint.save) / "step_00000001"
     before = checkpoint.stat().st_mtime_ns
     monkeypatch.setattr(optimizer_state, "_places_without_padding", contextlib.nullcontext)
-    with pytest.raises(CheckpointError, match=r"megatron-core gathered other weights than the ranks have"):
+    with pytest.raises(
+        CheckpointError, match=r"megatron-core gathered other weights than the ranks have"
+    ):
         save_run(run)
     assert checkpoint.stat().st_mtime_ns == before
-    monkeypatch.setattr(optimizer_state._Share, "is_in", lambda *_: True)  # as a version that does not look
+    # as a version that does not look
+    monkeypatch.setattr(optimizer_state._Share, "is_in", lambda *_: True)
     save_run(run)
-    with pytest.raises(CheckpointError, match=r"step_00000001: the optimizer's weights are not those of the model"):
+    with pytest.raises(
+        CheckpointError, match=r"step_00000001: the optimizer's weights are not those of the model"
+    ):
         open_run(recipe)
 
 
-@pytest.mark.parametrize("field", ["parallel.use_distributed_optimizer", "training.bf16", "model.text_only"])
+@pytest.mark.parametrize(
+    "field", ["parallel.use_distributed_optimizer", "training.bf16", "model.text_only"]
+)
 def test_how_state_is_kept_and_computed_cannot_change(halfway: Path, field: str) -> None:
     saved = load_recipe(halfway)
     value = attrgetter(field)(saved)
-    with pytest.raises(CheckpointError, match=rf"{field} is {not value}, but {value} in the run to be resumed"):
+    with pytest.raises(
+        CheckpointError, match=rf"{field} is {not value}, but {value} in the run to be resumed"
+    ):
         check_parts(saved, load_recipe(halfway, [f"{field}={str(not value).lower()}"]))
 
 
-def test_state_that_could_not_be_saved_is_refused_at_the_start(halfway: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_that_could_not_be_saved_is_refused_at_the_start(
+    halfway: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = "parallel.pipeline_model_parallel_size=2"
-    frozen, sharded = "training.freeze_language_model=true", "parallel.use_distributed_optimizer=true"
+    frozen, sharded = (
+        "training.freeze_language_model=true",
+        "parallel.use_distributed_optimizer=true",
+    )
     monkeypatch.setattr(optimizer_state, "HAVE_APEX_OR_TE", False)
     with pytest.raises(ConfigError, match="set use_distributed_optimizer to false"):
         optimizer_state.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
-    for fine in ([stages, sharded], [frozen, sharded], [stages, frozen, "parallel.use_distributed_optimizer=false"]):
+    for fine in (
+        [stages, sharded],
+        [frozen, sharded],
+        [stages, frozen, "parallel.use_distributed_optimizer=false"],
+    ):
         optimizer_state.check_state_can_be_saved(load_recipe(halfway, fine))
     monkeypatch.setattr(optimizer_state, "HAVE_APEX_OR_TE", True)
     optimizer_state.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
@@ -144,7 +194,9 @@ def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfwa
     recipe = load_recipe(halfway, ["data.num_workers=0"])
     _, held_out = open_streams(recipe, tile_share=None, replicas=2)
     assert held_out is not None
-    with pytest.raises(ConfigError, match=rf"data.validation holds {len(held_out)} packs.* each of 64 replicas"):
+    with pytest.raises(
+        ConfigError, match=rf"data.validation holds {len(held_out)} packs.* each of 64 replicas"
+    ):
         open_streams(recipe, tile_share=None, replicas=64)
 
 
@@ -194,7 +246,9 @@ def test_a_plan_must_suffice_for_what_is_left(halfway: Path) -> None:
     assert packs is not None
     most = STEP + (len(packs) - PACKS) // 2
     resumed(halfway, "training.global_batch_size=2", f"training.train_iters={most}")
-    with pytest.raises(ConfigError, match=f"needs .* packs, but the plan .* holds {len(packs)}.* to {most}$"):
+    with pytest.raises(
+        ConfigError, match=f"needs .* packs, but the plan .* holds {len(packs)}.* to {most}$"
+    ):
         resumed(halfway, "training.global_batch_size=2", f"training.train_iters={most + 1}")
 
 
@@ -216,7 +270,10 @@ def test_a_plan_of_more_epochs_is_taken(halfway: Path, plan: list[str]) -> None:
 def test_a_plan_made_anew_is_refused(halfway: Path, plan: list[str]) -> None:
     anew = [*plan, "data.seed=99"]
     data_tools("plan", halfway, *anew)
-    with pytest.raises(CheckpointError, match=rf"step_0+{STEP}: the {PACKS} packs that this run has consumed are not"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"step_0+{STEP}: the {PACKS} packs that this run has consumed are not",
+    ):
         resumed(halfway, *anew)
 
 
@@ -225,7 +282,10 @@ def test_a_plan_is_continued_from_where_the_run_stands_or_later(
     halfway: Path, plan: list[str], pack: int, lost: bool
 ) -> None:
     dataset = dataclasses.asdict(load_recipe(halfway, []).data.train[0])
-    two = "data.train=" + yaml.safe_dump([dataset | {"name": "new"}, dataset], default_flow_style=True).strip()
+    two = (
+        "data.train="
+        + yaml.safe_dump([dataset | {"name": "new"}, dataset], default_flow_style=True).strip()
+    )
     data_tools("plan", halfway, *plan, two, "--continue-from", pack)
     if lost:
         with pytest.raises(CheckpointError, match=f"data_tools plan --continue-from {PACKS}"):

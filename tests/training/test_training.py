@@ -29,7 +29,12 @@ from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import train_step
 
 PARTS = ("vision_model", "projector", "language_model")
-FAST = ["data.num_workers=0", "training.eval_interval=0", "checkpoint.save=''", "training.train_iters=2"]
+FAST = [
+    "data.num_workers=0",
+    "training.eval_interval=0",
+    "checkpoint.save=''",
+    "training.train_iters=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,11 @@ def trained(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Reci
     """A finished run of twelve steps with checkpoints, validation and TensorBoard."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = load_recipe(
-        recipe_path, [f"checkpoint.save={folder / 'checkpoints'}", f"training.tensorboard_dir={folder / 'tensorboard'}"]
+        recipe_path,
+        [
+            f"checkpoint.save={folder / 'checkpoints'}",
+            f"training.tensorboard_dir={folder / 'tensorboard'}",
+        ],
     )
     train(recipe)
     return recipe
@@ -71,7 +80,9 @@ def test_a_checkpoint_just_saved_is_kept_when_later_ones_exist(tmp_path: Path) -
     for step in (2, 4, 6, 8):
         (tmp_path / f"step_{step:08d}").mkdir()
     store._prune(tmp_path, 1, newest=tmp_path / "step_00000004")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (4, 6, 8)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step_{step:08d}" for step in (4, 6, 8)
+    ]
 
 
 def test_only_what_was_saved_under_its_own_name_is_removed(tmp_path: Path) -> None:
@@ -107,7 +118,11 @@ def test_a_checkpoint_that_is_due_is_saved_before_validation_can_fail(
 
     monkeypatch.setattr(callbacks, "validation_batches", fail)
     with pytest.raises(DataError, match="held-out"):
-        train(load_recipe(recipe_path, [*FAST, "training.eval_interval=2", f"checkpoint.save={tmp_path}"]))
+        train(
+            load_recipe(
+                recipe_path, [*FAST, "training.eval_interval=2", f"checkpoint.save={tmp_path}"]
+            )
+        )
     assert (tmp_path / "latest").read_text() == "step_00000002"
 
 
@@ -122,26 +137,42 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
         return train_step(run, batches)
 
     monkeypatch.setattr(loop, "train_step", told)
-    monkeypatch.setattr(callbacks, "validation_batches", lambda _: pytest.fail("there is no time for it"))
+    monkeypatch.setattr(
+        callbacks, "validation_batches", lambda _: pytest.fail("there is no time for it")
+    )
     before = signal.getsignal(number)
     fields = ["training.train_iters=4", "training.eval_interval=2", f"checkpoint.save={tmp_path}"]
-    with pytest.raises(StoppedError, match=rf"told to stop \({number.name}\) after step 2 of 4: saved"):
+    with pytest.raises(
+        StoppedError, match=rf"told to stop \({number.name}\) after step 2 of 4: saved"
+    ):
         train(load_recipe(recipe_path, [*FAST, *fields]))
     assert (tmp_path / "latest").read_text() == "step_00000002"
     assert signal.getsignal(number) == before
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(recipe_path: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
+    recipe_path: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"checkpoint.save .*/file/checkpoints: cannot be written"):
-        open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path / 'file' / 'checkpoints'}"]))
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint.save .*/file/checkpoints: cannot be written"
+    ):
+        open_run(
+            load_recipe(
+                recipe_path, [*FAST, f"checkpoint.save={tmp_path / 'file' / 'checkpoints'}"]
+            )
+        )
 
 
 @pytest.mark.parametrize(
     ("probe", "newest", "problem"),
     [
         ("absent", "", "is not the folder that the first rank has"),
-        ("probe", "step_00000008", "the newest checkpoint is none, and step_00000008 for the first rank"),
+        (
+            "probe",
+            "step_00000008",
+            "the newest checkpoint is none, and step_00000008 for the first rank",
+        ),
         ("probe", "", ""),
     ],
 )
@@ -155,7 +186,9 @@ def test_a_folder_that_differs_from_the_first_ranks_is_named(
     assert [file.name for file in tmp_path.iterdir()] == ["probe"]
 
 
-def test_a_rank_that_cannot_write_there_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_cannot_write_there_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -178,7 +211,9 @@ def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.Monkey
         assert raised == [signal.SIGTERM]
 
 
-def test_a_latest_checkpoint_that_cannot_be_read_is_no_matter_of_writing_and_leaves_no_file(tmp_path: Path) -> None:
+def test_a_latest_checkpoint_that_cannot_be_read_is_no_matter_of_writing_and_leaves_no_file(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "latest").mkdir()
     with pytest.raises(CheckpointError, match=rf"checkpoint.save {tmp_path}: .*latest"):
         shared_folder.check(tmp_path)
@@ -190,7 +225,9 @@ def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
 
 
-def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_there_at_once(tmp_path: Path) -> None:
+def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_there_at_once(
+    tmp_path: Path,
+) -> None:
     def steps_shown() -> list[int]:
         events = EventAccumulator(str(tmp_path))
         events.Reload()
@@ -216,9 +253,12 @@ def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_
     text_only = ["model.text_only=true", f"data.plan={tmp_path / 'plan'}", "data.epochs=8"]
     data_tools("plan", recipe_path, *text_only)
     rejected = (tmp_path / "plan" / "rejected.jsonl").read_text().splitlines()
-    assert len(rejected) == 2 * 60  # of training and held-out data, two of three samples have an image
+    # of training and held-out data, two of three samples have an image
+    assert len(rejected) == 2 * 60
     assert "has images or videos (" in rejected[0]
-    recipe = load_recipe(recipe_path, [*FAST, *text_only, f"checkpoint.load={trained.checkpoint.save}"])
+    recipe = load_recipe(
+        recipe_path, [*FAST, *text_only, f"checkpoint.load={trained.checkpoint.save}"]
+    )
     run = open_run(recipe)
     assert {name.split(".")[0] for name, _ in run.core.named_parameters()} == {"language_model"}
     whole = open_run(load_recipe(recipe_path, [f"checkpoint.save={trained.checkpoint.save}"])).core
@@ -228,7 +268,9 @@ def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_
 
 
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -> None:
-    recipe = load_recipe(recipe_path, [*FAST, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.2"])
+    recipe = load_recipe(
+        recipe_path, [*FAST, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.2"]
+    )
     recipe.optimizer.min_lr = 1e-4
     run = open_run(recipe)
     rates = []
@@ -236,14 +278,23 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -
         rates.append(run.optimizer.param_groups[0]["lr"])
         run.schedule.step(1)
     peak, low = recipe.optimizer.lr, recipe.optimizer.min_lr
-    cosine = [low + (peak - low) * (1 + math.cos(math.pi * (step - 2) / 8)) / 2 for step in range(2, 10)]
+    cosine = [
+        low + (peak - low) * (1 + math.cos(math.pi * (step - 2) / 8)) / 2 for step in range(2, 10)
+    ]
     assert rates == pytest.approx([0.0, peak / 2, *cosine])
 
 
 def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_path: Path) -> None:
-    overrides = [*FAST, "optimizer.vision_lr_mult=0.1", "optimizer.vision_lr_decay=0.9", "model.vision.num_layers=3"]
+    overrides = [
+        *FAST,
+        "optimizer.vision_lr_mult=0.1",
+        "optimizer.vision_lr_decay=0.9",
+        "model.vision.num_layers=3",
+    ]
     run = open_run(
-        load_recipe(recipe_path, [*overrides, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.1"])
+        load_recipe(
+            recipe_path, [*overrides, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.1"]
+        )
     )
     run.schedule.step(1)
     rates = {}
@@ -256,13 +307,18 @@ def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_pa
         return sum(p.numel() for name, p in run.core.named_parameters() if name.startswith(part))
 
     depths = ["embeddings.", "layers.0.", "layers.1.", "layers.2."]
-    expected = {round(0.1 * 0.9 ** (4 - i), 6): size(f"vision_model.{part}") for i, part in enumerate(depths)}
+    expected = {
+        round(0.1 * 0.9 ** (4 - i), 6): size(f"vision_model.{part}")
+        for i, part in enumerate(depths)
+    }
     assert rates == expected | {1.0: size("projector") + size("language_model")}
 
 
 def test_vectors_and_biases_are_spared_weight_decay(recipe_path: Path) -> None:
     run = open_run(load_recipe(recipe_path, [*FAST, "optimizer.weight_decay=0.1"]))
-    spared = sum(p.numel() for g in run.optimizer.param_groups if g["wd_mult"] == 0 for p in g["params"])
+    spared = sum(
+        p.numel() for g in run.optimizer.param_groups if g["wd_mult"] == 0 for p in g["params"]
+    )
     named = run.core.named_parameters()
     assert spared == sum(p.numel() for name, p in named if p.dim() == 1 or name.endswith("bias"))
 
@@ -270,7 +326,14 @@ def test_vectors_and_biases_are_spared_weight_decay(recipe_path: Path) -> None:
 def test_tensorboard_holds_losses_of_sources_and_of_held_out_packs(trained: Recipe) -> None:
     events = EventAccumulator(trained.training.tensorboard_dir)
     events.Reload()
-    for tag in ("train/loss", "train/loss/colors", "train/grad_norm", "train/lr", "data/fill", "data/loss_rows"):
+    for tag in (
+        "train/loss",
+        "train/loss/colors",
+        "train/grad_norm",
+        "train/lr",
+        "data/fill",
+        "data/loss_rows",
+    ):
         assert [event.step for event in events.Scalars(tag)] == list(range(1, 13)), tag
     for tag in ("validation/loss", "validation/loss/held"):
         assert [event.step for event in events.Scalars(tag)] == [6, 12], tag
@@ -295,26 +358,39 @@ def test_a_finished_run_has_nothing_to_do(trained: Recipe, monkeypatch: pytest.M
     train(trained)
 
 
-def test_a_log_line_shows_all_that_is_promised(recipe_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_line_shows_all_that_is_promised(
+    recipe_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
         patch.setattr("megatron_vita.platform.set_up_logging", lambda _: None)
         train(load_recipe(recipe_path, FAST))
-    (line,) = [record.getMessage() for record in caplog.records if "step 2/2" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "step 2/2" in record.getMessage()
+    ]
     for part in ("loss", "grad norm", "lr", "tokens/s", "tiles/s", "loss rows", "fill", "left"):
         assert part in line
 
 
-def test_a_stage_starts_from_the_weights_of_another_run_at_step_0(trained: Recipe, recipe_path: Path) -> None:
+def test_a_stage_starts_from_the_weights_of_another_run_at_step_0(
+    trained: Recipe, recipe_path: Path
+) -> None:
     run = open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={trained.checkpoint.save}"]))
     assert (run.step, run.consumed_packs) == (0, 0)
     fresh = open_run(load_recipe(recipe_path, FAST))
-    differ = [not torch.equal(p, q) for p, q in zip(run.core.parameters(), fresh.core.parameters(), strict=True)]
+    differ = [
+        not torch.equal(p, q)
+        for p, q in zip(run.core.parameters(), fresh.core.parameters(), strict=True)
+    ]
     assert all(differ)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_field(trained: Recipe, recipe_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused_by_field(
+    trained: Recipe, recipe_path: Path
+) -> None:
     overrides = [*FAST, f"checkpoint.load={trained.checkpoint.save}", "model.language.num_layers=4"]
-    with pytest.raises(CheckpointError, match=r"model.language.num_layers is 2 there and 4 in the recipe"):
+    with pytest.raises(
+        CheckpointError, match=r"model.language.num_layers is 2 there and 4 in the recipe"
+    ):
         open_run(load_recipe(recipe_path, overrides))
 
 
@@ -326,7 +402,9 @@ def test_a_missing_or_torn_checkpoint_is_refused_by_path(recipe_path: Path, tmp_
         open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path}"]))
 
 
-def test_a_checkpoint_with_a_missing_file_is_refused(trained: Recipe, recipe_path: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_missing_file_is_refused(
+    trained: Recipe, recipe_path: Path, tmp_path: Path
+) -> None:
     source = store.find_checkpoint(trained.checkpoint.save)
     copy = tmp_path / source.name
     copy.mkdir()
@@ -349,13 +427,20 @@ def test_a_checkpoint_with_a_missing_file_is_refused(trained: Recipe, recipe_pat
         ("data.train=[{name: other, shards: /nowhere/*.tar}]", "/nowhere"),
     ],
 )
-def test_a_recipe_that_does_not_fit_its_data_is_refused(recipe_path: Path, override: str, message: str) -> None:
+def test_a_recipe_that_does_not_fit_its_data_is_refused(
+    recipe_path: Path, override: str, message: str
+) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         open_run(load_recipe(recipe_path, [*FAST, override]))
 
 
-def test_a_run_that_diverges_stops_and_names_step_and_packs(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vita.training.step.normalize", lambda tiles, *_, **__: tiles.float() * float("nan"))
+def test_a_run_that_diverges_stops_and_names_step_and_packs(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "megatron_vita.training.step.normalize",
+        lambda tiles, *_, **__: tiles.float() * float("nan"),
+    )
     with pytest.raises(VitaError, match=r"step 1: loss nan.*packs 0 to 3"):
         train(load_recipe(recipe_path, FAST))
 
@@ -391,8 +476,11 @@ def test_several_datasets_report_their_own_losses(tmp_path: Path) -> None:
 
 
 def test_a_samples_weight_multiplies_its_losses_and_their_gradients(recipe_path: Path) -> None:
-    """Weight 0 is as if its labels were not there, but for the number of rows that the sum is divided by."""
-    recipe = load_recipe(recipe_path, [*FAST, "training.global_batch_size=1", "optimizer.clip_grad=0"])
+    """Weight 0 is as if its labels were not there, but for the number of rows that the sum is
+    divided by."""
+    recipe = load_recipe(
+        recipe_path, [*FAST, "training.global_batch_size=1", "optimizer.clip_grad=0"]
+    )
 
     def gradients(change: Callable[[Batch], Batch]) -> tuple[StepMetrics, dict[str, torch.Tensor]]:
         run = open_run(recipe)
@@ -414,7 +502,9 @@ def test_a_samples_weight_multiplies_its_losses_and_their_gradients(recipe_path:
     found, grads = gradients(weighted)
     wanted, wanted_grads = gradients(without_first)
     assert found.loss_rows > wanted.loss_rows
-    assert found.loss * found.loss_rows == pytest.approx(3 * wanted.loss * wanted.loss_rows, rel=1e-5)
+    assert found.loss * found.loss_rows == pytest.approx(
+        3 * wanted.loss * wanted.loss_rows, rel=1e-5
+    )
     for name, grad in grads.items():
         expected = 3 * wanted_grads[name] * (wanted.loss_rows / found.loss_rows)
         assert torch.allclose(grad, expected, rtol=1e-3, atol=1e-6), name

@@ -18,7 +18,8 @@ _SECONDS = 3600.0  # a prompt of a million tokens may be read for minutes
 
 
 class HarnessClient:
-    """Greedy answers of at most `max_new_tokens` tokens. The key: VITA_API_KEY or OPENAI_API_KEY of the environment."""
+    """Greedy answers of at most `max_new_tokens` tokens. The key: VITA_API_KEY or OPENAI_API_KEY of
+    the environment."""
 
     def __init__(
         self,
@@ -28,7 +29,8 @@ class HarnessClient:
         max_new_tokens: int = MAX_NEW_TOKENS,
         max_frames: int | None = None,
     ) -> None:
-        """`model` None takes the server's first. `max_frames` of a video is an extension of our server."""
+        """`model` None takes the server's first. `max_frames` of a video is an extension of our
+        server."""
         key = os.environ.get("VITA_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=_SECONDS)
         self.model = model or next(iter(self._client.models.list())).id
@@ -37,10 +39,16 @@ class HarnessClient:
             self._options["extra_body"] = {"max_frames": max_frames}
 
     def answer(self, messages: Iterable[tuple[str, list[Part]]]) -> str:
-        """The answer to messages (role, parts). "" for a prompt that the server refuses, which is logged."""
-        told: Any = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in messages]
+        """The answer to messages (role, parts). "" for a prompt that the server refuses, which is
+        logged."""
+        told: Any = [
+            {"role": role, "content": [_content(part) for part in parts]}
+            for role, parts in messages
+        ]
         try:
-            response = self._client.chat.completions.create(model=self.model, messages=told, **self._options)
+            response = self._client.chat.completions.create(
+                model=self.model, messages=told, **self._options
+            )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             logger.warning("a prompt is refused and counts as not answered: %s", error)
             return ""

@@ -1,4 +1,5 @@
-"""lmms-eval's side: `python -m megatron_vita.evaluation.adapters.lmms_eval_model` is its command with the model vita.
+"""lmms-eval's side: `python -m megatron_vita.evaluation.adapters.lmms_eval_model` is its command
+with the model vita.
 
     ... --model vita --model_args base_url=http://localhost:8000/v1 --tasks mvbench
 
@@ -44,14 +45,16 @@ BENCHMARKS = {
 
 
 def benchmark_of(task: str) -> tuple[str, str] | None:
-    """VLMEvalKit's name and kind of a task; None where Long-VITA has no rule. The longest beginning wins."""
+    """VLMEvalKit's name and kind of a task; None where Long-VITA has no rule. The longest beginning
+    wins."""
     plain = re.sub(r"[^a-z0-9]", "", task.lower())
     fitting = [name for name in BENCHMARKS if plain.startswith(name)]
     return BENCHMARKS[max(fitting, key=len)] if fitting else None
 
 
 class VitaChat(lmms):
-    """A chat model behind a server. Tasks without a rule of Long-VITA are asked in their own words."""
+    """A chat model behind a server. Tasks without a rule of Long-VITA are asked in their own
+    words."""
 
     is_simple = False
 
@@ -66,7 +69,9 @@ class VitaChat(lmms):
     ) -> None:
         """What the harness tells every model (batch_size, device) is of no use here."""
         super().__init__()
-        self.client = HarnessClient(base_url, model=model, max_new_tokens=max_new_tokens, max_frames=max_frames)
+        self.client = HarnessClient(
+            base_url, model=model, max_new_tokens=max_new_tokens, max_frames=max_frames
+        )
         self.at_once = at_once
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -76,7 +81,9 @@ class VitaChat(lmms):
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not possible: the protocol scores answers alone."""
-        raise NotImplementedError("tasks that compare likelihoods cannot be asked through a chat server")
+        raise NotImplementedError(
+            "tasks that compare likelihoods cannot be asked through a chat server"
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not implemented."""
@@ -92,13 +99,17 @@ def _parts(message: Any, task: str) -> list[Part]:
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    parts = [Part(part["type"], part["text"] if part["type"] == "text" else part["url"]) for part in content]
+    parts = [
+        Part(part["type"], part["text"] if part["type"] == "text" else part["url"])
+        for part in content
+    ]
     found = benchmark_of(task) if message["role"] == "user" else None
     return long_vita_parts(parts, benchmark=found[0], kind=found[1]) if found else parts
 
 
 MODEL_REGISTRY_V2.register_manifest(
-    ModelManifest(model_id="vita", chat_class_path=f"{VitaChat.__module__}.{VitaChat.__name__}"), overwrite=True
+    ModelManifest(model_id="vita", chat_class_path=f"{VitaChat.__module__}.{VitaChat.__name__}"),
+    overwrite=True,
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""How Long-VITA's published scores were asked for: its VLMEvalKit model's order of messages and words by benchmark.
+"""How Long-VITA's published scores were asked for: its VLMEvalKit model's order of messages and
+words by benchmark.
 
-Source: `vlmeval/vlm/long_vita.py` of VLMEvalKit. Scores are comparable only with the same words, spaces included.
+Source: `vlmeval/vlm/long_vita.py` of VLMEvalKit. Scores are comparable only with the same words,
+spaces included.
 """
 
 import re
@@ -26,7 +28,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """Words of the harness to remove, whether space around the whole is then removed, and words to add at the end."""
+    """Words of the harness to remove, whether space around the whole is then removed, and words to
+    add at the end."""
 
     removed: str = ""
     strips: bool = False
@@ -34,7 +37,9 @@ class Rule:
 
 
 _BY_BENCHMARK = {
-    "OCRBench": Rule(added="\nAnswer this question using the text in the image directly without any other context."),
+    "OCRBench": Rule(
+        added="\nAnswer this question using the text in the image directly without any other context."
+    ),
     **dict.fromkeys(
         ("MMMU_DEV_VAL", "MMMU_TEST", "MMStar"),
         Rule(_SELECT, True, "\nAnswer with the option's letter from the given choices directly."),
@@ -53,18 +58,24 @@ _OTHERS = Rule(_PHRASE, True, f"\n{_PHRASE}")
 
 
 def rule_of(benchmark: str | None, kind: str | None) -> Rule:
-    """The rule of a benchmark by VLMEvalKit's name, or else of its kind (Y/N, MCQ, VQA, Video-MCQ, others)."""
+    """The rule of a benchmark by VLMEvalKit's name, or else of its kind (Y/N, MCQ, VQA, Video-MCQ,
+    others)."""
     return _BY_BENCHMARK.get(benchmark or "") or _BY_KIND.get(kind or "") or _OTHERS
 
 
-def long_vita_parts(parts: Iterable[Part], *, benchmark: str | None, kind: str | None) -> list[Part]:
-    """A prompt in Long-VITA's form: a newline after each image, and the words of the benchmark's rule.
+def long_vita_parts(
+    parts: Iterable[Part], *, benchmark: str | None, kind: str | None
+) -> list[Part]:
+    """A prompt in Long-VITA's form: a newline after each image, and the words of the benchmark's
+    rule.
 
     Neighbouring texts are joined, none is empty.
     """
     rule = rule_of(benchmark, kind)
     told = [part for original in parts for part in _shown(original, benchmark)]
-    cleaned = [_replaced(part, rule) for part in _joined([Part("text", ""), *told, Part("text", "")])]
+    cleaned = [
+        _replaced(part, rule) for part in _joined([Part("text", ""), *told, Part("text", "")])
+    ]
     if rule.strips:
         cleaned[0] = Part("text", cleaned[0].value.lstrip())
         cleaned[-1] = Part("text", cleaned[-1].value.rstrip())
@@ -80,7 +91,11 @@ def clean_answer(text: str) -> str:
 def _shown(part: Part, benchmark: str | None) -> list[Part]:
     if part.kind != "image":
         return [part]
-    return [Part("video", part.value)] if benchmark == FRAMES_ARE_VIDEOS else [part, Part("text", "\n")]
+    return (
+        [Part("video", part.value)]
+        if benchmark == FRAMES_ARE_VIDEOS
+        else [part, Part("text", "\n")]
+    )
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:

@@ -1,8 +1,10 @@
-"""VLMEvalKit's side: `python -m megatron_vita.evaluation.adapters.vlmevalkit_model` is its run.py with the model vita.
+"""VLMEvalKit's side: `python -m megatron_vita.evaluation.adapters.vlmevalkit_model` is its run.py
+with the model vita.
 
     VITA_BASE_URL=http://localhost:8000/v1 ... --model vita --data MVBench_MP4
 
-VITA_MODEL names the server's model, VITA_MAX_FRAMES bounds frames of a video. Made for VLMEvalKit's API models of 2026.
+VITA_MODEL names the server's model, VITA_MAX_FRAMES bounds frames of a video. Made for VLMEvalKit's
+API models of 2026.
 """
 
 import os
@@ -31,7 +33,9 @@ class VitaAPI(BaseAPI):
     ) -> None:
         """`of_the_harness`: retry, wait, verbose and the like."""
         super().__init__(**of_the_harness)
-        self.client = HarnessClient(base_url, model=model, max_new_tokens=max_new_tokens, max_frames=max_frames)
+        self.client = HarnessClient(
+            base_url, model=model, max_new_tokens=max_new_tokens, max_frames=max_frames
+        )
 
     def generate_inner(
         self, inputs: list[dict[str, Any]], dataset: str | None = None, **_: Any

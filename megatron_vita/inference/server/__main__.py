@@ -1,7 +1,9 @@
-"""python -m megatron_vita.inference.server CHECKPOINT: OpenAI's chat completions over HTTP, and a page to try them.
+"""python -m megatron_vita.inference.server CHECKPOINT: OpenAI's chat completions over HTTP, and a
+page to try them.
 
-Under torchrun the model is spread over all processes, and the first one serves. API keys are read from a file or from
-the environment variable VITA_API_KEY, never from the command line, where everybody on the machine can see them.
+Under torchrun the model is spread over all processes, and the first one serves. API keys are read
+from a file or from the environment variable VITA_API_KEY, never from the command line, where
+everybody on the machine can see them.
 """
 
 import argparse
@@ -29,44 +31,91 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or a folder of checkpoints, whose newest is taken")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--model-name", help="what clients call the model (default: the checkpoint's name)")
-    parser.add_argument("--tokenizer", help="where the tokenizer is, if not where the checkpoint says")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="file of API keys, one a line")
     parser.add_argument(
-        "--media-root", type=Path, action="append", default=[], metavar="DIR", help="folder that requests may name"
+        "checkpoint", help="a checkpoint, or a folder of checkpoints, whose newest is taken"
     )
-    parser.add_argument("--allow-remote-media", action="store_true", help="fetch media from public http(s) addresses")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model-name", help="what clients call the model (default: the checkpoint's name)"
+    )
+    parser.add_argument(
+        "--tokenizer", help="where the tokenizer is, if not where the checkpoint says"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="file of API keys, one a line"
+    )
+    parser.add_argument(
+        "--media-root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder that requests may name",
+    )
+    parser.add_argument(
+        "--allow-remote-media",
+        action="store_true",
+        help="fetch media from public http(s) addresses",
+    )
     _add_engine_arguments(parser.add_argument_group("engine"))
     limits = parser.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
         name = f"--{field.name.replace('_', '-')}"
         kind, doc = type(field.default), field.metadata["doc"]
-        limits.add_argument(name, type=kind, default=field.default, help=f"{doc} (default: %(default)s)")
+        limits.add_argument(
+            name, type=kind, default=field.default, help=f"{doc} (default: %(default)s)"
+        )
     return parser.parse_args(arguments)
 
 
 def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
-    """Those of EngineOptions, whose defaults hold for what is not given; to import it takes seconds."""
-    group.add_argument("--tensor-model-parallel-size", type=int, default=1, help="ranks that share each weight matrix")
-    group.add_argument("--context-parallel-size", type=int, help="ranks that share a prompt (default: all others)")
+    """Those of EngineOptions, whose defaults hold for what is not given; to import it takes
+    seconds."""
+    group.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        help="ranks that share each weight matrix",
+    )
+    group.add_argument(
+        "--context-parallel-size", type=int, help="ranks that share a prompt (default: all others)"
+    )
     group.add_argument(
         "--chunk-tokens",
         type=int,
         help="tokens of prompts in one forward pass (default: 32768; more is faster for very long ones)",
     )
-    group.add_argument("--cache-tokens", type=int, help="room of the key-value cache (default: what memory leaves)")
-    group.add_argument("--cache-dtype", choices=("model", "fp8"), help="type of the key-value cache (default: model)")
-    group.add_argument("--max-running", type=int, help="answers that are decoded at a time (default: 64)")
-    group.add_argument("--media-seconds", type=float, help="seconds to decode an image or 64 frames (default: 60)")
-    group.add_argument("--max-context", type=int, help="tokens of a prompt and its answer (default: as in training)")
+    group.add_argument(
+        "--cache-tokens", type=int, help="room of the key-value cache (default: what memory leaves)"
+    )
+    group.add_argument(
+        "--cache-dtype",
+        choices=("model", "fp8"),
+        help="type of the key-value cache (default: model)",
+    )
+    group.add_argument(
+        "--max-running", type=int, help="answers that are decoded at a time (default: 64)"
+    )
+    group.add_argument(
+        "--media-seconds", type=float, help="seconds to decode an image or 64 frames (default: 60)"
+    )
+    group.add_argument(
+        "--max-context",
+        type=int,
+        help="tokens of a prompt and its answer (default: as in training)",
+    )
 
 
 def limits_of(arguments: argparse.Namespace) -> Limits:
     """The limits on the command line."""
-    return Limits(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Limits)})
+    return Limits(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Limits)}
+    )
 
 
 def load_engine(arguments: argparse.Namespace) -> "Engine":
@@ -106,10 +155,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         options = ServerOptions(
             model_name=arguments.model_name or Path(arguments.checkpoint).resolve().name,
-            limits=dataclasses.replace(limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)),
+            limits=dataclasses.replace(
+                limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)
+            ),
             keys=keys,
             media_roots=arguments.media_root,
-            remote=RemoteFetcher(seconds=limits.fetch_seconds) if arguments.allow_remote_media else None,
+            remote=RemoteFetcher(seconds=limits.fetch_seconds)
+            if arguments.allow_remote_media
+            else None,
         )
         if (code := serve(engine, options, host=arguments.host, port=arguments.port)) != 0:
             return code
@@ -118,21 +171,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def work(engine: "Engine") -> None:
-    """What ranks other than the first do until it closes the engine. Told to stop, they let it finish its answers."""
+    """What ranks other than the first do until it closes the engine. Told to stop, they let it
+    finish its answers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.serve_as_worker()
 
 
 def main() -> None:
-    """A user's error is one line, any other has a traceback; exit code 1, and no threads or peers are waited for."""
+    """A user's error is one line, any other has a traceback; exit code 1, and no threads or peers
+    are waited for."""
     try:
         code = run(parse_arguments())
     except VitaError as error:
         logging.getLogger("megatron_vita").error("%s", error)
         code = 1
     except Exception:
-        logging.getLogger("megatron_vita").critical("a fault of this program ends it", exc_info=True)
+        logging.getLogger("megatron_vita").critical(
+            "a fault of this program ends it", exc_info=True
+        )
         code = 1
     logging.shutdown()
     if code:

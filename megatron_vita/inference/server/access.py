@@ -21,9 +21,11 @@ _GUARDED = ("/v1/", "/metrics")
 
 
 def read_keys(path: Path | None) -> list[str]:
-    """The keys in a file, one a line, or in the environment variable VITA_API_KEY; none: the server is open.
+    """The keys in a file, one a line, or in the environment variable VITA_API_KEY; none: the server
+    is open.
 
-    ConfigError if the file cannot be read or holds none: nobody asks for keys and wants an open server.
+    ConfigError if the file cannot be read or holds none: nobody asks for keys and wants an open
+    server.
     """
     if path is None:
         return [key] if (key := os.environ.get(VARIABLE, "").strip()) else []
@@ -45,10 +47,17 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on, or refuses without a look at the body."""
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._is_known(Headers(scope=scope)):
+        if (
+            scope["type"] == "http"
+            and scope["path"].startswith(_GUARDED)
+            and not self._is_known(Headers(scope=scope))
+        ):
             headers = {"www-authenticate": "Bearer", "connection": "close"}
             refusal = RefusalError(
-                "an API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key", headers=headers
+                "an API key is needed: Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers=headers,
             )
             await refuse_while_sending(refusal, Request(scope, receive), send)
         else:
@@ -58,11 +67,13 @@ class RequireKey:
         """Takes as long whatever the key is."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0  # all are compared
+        # all are compared
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 class RefuseForeignPages:
-    """Refuses what browsers send for pages of other sites. Who is no browser names no origin, and passes."""
+    """Refuses what browsers send for pages of other sites. Who is no browser names no origin, and
+    passes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -71,14 +82,17 @@ class RefuseForeignPages:
         """Passes on, or refuses without a look at the body."""
         if scope["type"] == "http" and scope["method"] == "POST" and _is_foreign(scope):
             message = "pages of other sites get no answer from a server without keys: set one, or open the server's own"
-            refusal = RefusalError(message, status=403, code="foreign_origin", headers={"connection": "close"})
+            refusal = RefusalError(
+                message, status=403, code="foreign_origin", headers={"connection": "close"}
+            )
             await refuse_while_sending(refusal, Request(scope, receive), send)
         else:
             await self._app(scope, receive, send)
 
 
 def _is_foreign(scope: Scope) -> bool:
-    """Whether a page of another host sent a request, or one whose name was made to point to this machine."""
+    """Whether a page of another host sent a request, or one whose name was made to point to this
+    machine."""
     headers = Headers(scope=scope)
     if (origin := headers.get("origin")) is None:
         return False

@@ -29,9 +29,12 @@ class AnswerForm:
         return self._head("chat.completion.chunk") | {"choices": list(choices)} | extra
 
     def opening(self, n: int) -> dict[str, Any]:
-        """The first chunk, which tells the role of all `n` choices and what was sampled from the videos."""
+        """The first chunk, which tells the role of all `n` choices and what was sampled from the
+        videos."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        choices = [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(n)]
+        choices = [
+            {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(n)
+        ]
         return self.chunk(choices, **self._videos())
 
     def continuation(self, piece: AnswerPiece) -> dict[str, Any] | None:
@@ -60,7 +63,11 @@ class AnswerForm:
             }
             for i, choice in enumerate(choices)
         ]
-        return self._head("chat.completion") | {"choices": listed, "usage": usage_object(usage)} | self._videos()
+        return (
+            self._head("chat.completion")
+            | {"choices": listed, "usage": usage_object(usage)}
+            | self._videos()
+        )
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -72,20 +79,26 @@ class AnswerForm:
         }
 
     def _videos(self) -> dict[str, Any]:
-        """The extension `videos`: of each video its duration and the moments that were looked at, in seconds."""
-        videos = [{"name": v.name, "duration": v.duration, "times": list(v.times)} for v in self.prepared.videos]
+        """The extension `videos`: of each video its duration and the moments that were looked at,
+        in seconds."""
+        videos = [
+            {"name": v.name, "duration": v.duration, "times": list(v.times)}
+            for v in self.prepared.videos
+        ]
         return {"videos": videos} if videos else {}
 
     def _logprobs(self, scores: Sequence[ScoredToken]) -> dict[str, Any]:
         content = [
-            self._token(score.chosen) | {"top_logprobs": [self._token(other) for other in score.likeliest]}
+            self._token(score.chosen)
+            | {"top_logprobs": [self._token(other) for other in score.likeliest]}
             for score in scores
         ]
         return {"content": content, "refusal": None}
 
     def _token(self, score: TokenScore) -> dict[str, Any]:
         data = self.token_bytes(score.token_id)
-        # JSON has no minus infinity; OpenAI's documents give -9999.0 for tokens that are next to impossible.
+        # JSON has no minus infinity; OpenAI's documents give -9999.0 for tokens that are next to
+        # impossible.
         return {
             "token": data.decode(errors="replace"),
             "bytes": list(data),

@@ -48,7 +48,9 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
     pool = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
     probing = ThreadPoolExecutor(_PROBING_THREADS, thread_name_prefix="probe")
     metrics = Metrics(service)
-    media = MediaLoader(limits=options.limits, pool=pool, roots=options.media_roots, remote=options.remote)
+    media = MediaLoader(
+        limits=options.limits, pool=pool, roots=options.media_roots, remote=options.remote
+    )
     chat = ChatEndpoint(
         service=service,
         limits=options.limits,
@@ -80,7 +82,9 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
     return app
 
 
-def _add_small_paths(app: FastAPI, *, service: EngineService, chat: ChatEndpoint, metrics: Metrics) -> None:
+def _add_small_paths(
+    app: FastAPI, *, service: EngineService, chat: ChatEndpoint, metrics: Metrics
+) -> None:
     page = _PAGE.read_text(encoding="utf-8")
     headers = _page_headers(page)
     models = [{"id": chat.model_name, "object": "model", "created": 0, "owned_by": "megatron_vita"}]
@@ -96,7 +100,9 @@ def _add_small_paths(app: FastAPI, *, service: EngineService, chat: ChatEndpoint
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
         if name != chat.model_name:
-            raise HTTPException(404, f"the model {name!r:.200} is not here: this server has {chat.model_name!r}")
+            raise HTTPException(
+                404, f"the model {name!r:.200} is not here: this server has {chat.model_name!r}"
+            )
         return models[0]
 
     @app.get("/health")
@@ -113,7 +119,11 @@ def health(service: EngineService, chat: ChatEndpoint) -> dict[str, Any]:
     """Whether requests are answered, and what the engine is doing."""
     now = service.statistics
     return {
-        "status": "failed" if service.failure is not None else "stopping" if chat.draining else "ok",
+        "status": "failed"
+        if service.failure is not None
+        else "stopping"
+        if chat.draining
+        else "ok",
         "reason": service.failure,
         "model": chat.model_name,
         "open_requests": chat.open_requests,
@@ -126,11 +136,14 @@ def health(service: EngineService, chat: ChatEndpoint) -> dict[str, Any]:
 async def _http_error(_: Request, error: Exception) -> Response:
     """Unknown paths and methods, in OpenAI's form."""
     assert isinstance(error, HTTPException)
-    return RefusalError(str(error.detail), status=error.status_code, headers=error.headers).response()
+    return RefusalError(
+        str(error.detail), status=error.status_code, headers=error.headers
+    ).response()
 
 
 def _page_headers(page: str) -> dict[str, str]:
-    """A policy that runs the page's own script and style, and nothing that anyone could put beside them."""
+    """A policy that runs the page's own script and style, and nothing that anyone could put beside
+    them."""
     script, style = (_hash_of(page, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src blob: data:; "

@@ -44,9 +44,11 @@ _FAREWELL_SECONDS = 4.0
 
 @dataclass(kw_only=True)
 class ChatEndpoint:
-    """An ASGI application of this one path. `draining` refuses new requests, since the server is about to end.
+    """An ASGI application of this one path. `draining` refuses new requests, since the server is
+    about to end.
 
-    Prompts with videos, which wait for readers, are prepared in `probing`; all else that takes time runs in `pool`.
+    Prompts with videos, which wait for readers, are prepared in `probing`; all else that takes time
+    runs in `pool`.
     """
 
     service: EngineService
@@ -78,7 +80,8 @@ class ChatEndpoint:
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
-        """Counts an open request. RefusalError if there are too many, or none is to come any more."""
+        """Counts an open request. RefusalError if there are too many, or none is to come any
+        more."""
         if self.service.failure is not None:
             raise EngineFailedError(self.service.failure)
         if self.draining:
@@ -140,7 +143,8 @@ class _Exchange:
     async def refuse(self, refusal: RefusalError) -> None:
         """Sends a refusal: as the response, or as the last event where the stream has begun."""
         try:
-            async with asyncio.timeout(_FAREWELL_SECONDS):  # whoever does not read his answer gets none
+            # whoever does not read his answer gets none
+            async with asyncio.timeout(_FAREWELL_SECONDS):
                 if self._events.started:
                     await self._events.send(refusal.body())
                     await self._events.close()
@@ -153,10 +157,13 @@ class _Exchange:
 
     async def _answer(self, body: bytes) -> None:
         endpoint = self._endpoint
-        request: ChatRequest = await _in_threads(endpoint.pool, partial(parse_request, body, limits=endpoint.limits))
+        request: ChatRequest = await _in_threads(
+            endpoint.pool, partial(parse_request, body, limits=endpoint.limits)
+        )
         del body
         form, stream = await self._begin(request)
-        request = request.model_copy(update={"messages": []})  # with media in base64, while answers may take minutes
+        # with media in base64, while answers may take minutes
+        request = request.model_copy(update={"messages": []})
         try:
             if request.stream:
                 await self._stream(form, stream, includes_usage=request.includes_usage)
@@ -214,7 +221,9 @@ class _Exchange:
         answer = form.completion(pieces, n=stream.choices, usage=stream.usage)
         await JSONResponse(answer)(self._request.scope, self._request.receive, self._send)
 
-    async def _stream(self, form: AnswerForm, stream: RequestStream, *, includes_usage: bool) -> None:
+    async def _stream(
+        self, form: AnswerForm, stream: RequestStream, *, includes_usage: bool
+    ) -> None:
         extra = {"usage": None} if includes_usage else {}
         await self._events.send(form.opening(stream.choices) | extra)
         pulse = asyncio.create_task(self._keep_alive())
@@ -254,7 +263,14 @@ class _Exchange:
         if (usage := stream.usage) is not None:
             logger.info(
                 "answered: prompt %d tokens (%d cached), %d tokens in %d answers, %.2f s to the first, %.2f s in all",
-                *(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, stream.choices, first, total),
+                *(
+                    usage.prompt_tokens,
+                    usage.cached_tokens,
+                    usage.completion_tokens,
+                    stream.choices,
+                    first,
+                    total,
+                ),
             )
 
 
@@ -289,11 +305,15 @@ def _refusal(error: Exception, limits: Limits) -> RefusalError:
         return error
     if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit
         part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
-        return RefusalError(str(error), param=part.group() if part else "messages", code="invalid_prompt")
+        return RefusalError(
+            str(error), param=part.group() if part else "messages", code="invalid_prompt"
+        )
     if isinstance(error, EngineFailedError):
         return engine_failed(str(error))
     if isinstance(error, TimeoutError):
         message = f"no full answer within {limits.request_seconds:g} seconds (the server's option --request-seconds)"
         return RefusalError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
     logger.error("a request failed", exc_info=error)
-    return RefusalError("the server failed at this request", status=500, code="internal_error", headers=NO_RETRY)
+    return RefusalError(
+        "the server failed at this request", status=500, code="internal_error", headers=NO_RETRY
+    )

@@ -1,4 +1,5 @@
-"""One HTTP exchange: reading a body within limits, noticing that the client has gone, and sending events."""
+"""One HTTP exchange: reading a body within limits, noticing that the client has gone, and sending
+events."""
 
 import asyncio
 import json
@@ -19,10 +20,14 @@ LINGER_SECONDS = 1.0
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body. RefusalError as soon as it is known to be too large, or if it comes too slowly."""
+    """The whole body. RefusalError as soon as it is known to be too large, or if it comes too
+    slowly."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        # Browsers send other types to any site without asking it, so they must not be taken for requests.
-        raise RefusalError("the content type must be application/json", status=415, code="invalid_content_type")
+        # Browsers send other types to any site without asking it, so they must not be taken for
+        # requests.
+        raise RefusalError(
+            "the content type must be application/json", status=415, code="invalid_content_type"
+        )
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limits.body_bytes:
         raise _body_too_large(f"the body has {int(declared):,} bytes", limits)
@@ -32,7 +37,9 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > limits.body_bytes:
-                    raise _body_too_large(f"the body has more than {limits.body_bytes:,} bytes", limits)
+                    raise _body_too_large(
+                        f"the body has more than {limits.body_bytes:,} bytes", limits
+                    )
     except TimeoutError as error:
         message = f"the body did not come within {limits.body_seconds:g} seconds"
         raise RefusalError(message, status=408, headers={"connection": "close"}) from error
@@ -51,7 +58,9 @@ async def refuse_while_sending(refusal: RefusalError, request: Request, send: Se
     A connection that is closed with unread bytes is reset, and the client may lose the response.
     """
     body = refusal.response()
-    await send({"type": "http.response.start", "status": body.status_code, "headers": body.raw_headers})
+    await send(
+        {"type": "http.response.start", "status": body.status_code, "headers": body.raw_headers}
+    )
     await send({"type": "http.response.body", "body": body.body, "more_body": True})
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(LINGER_SECONDS):
@@ -61,7 +70,8 @@ async def refuse_while_sending(refusal: RefusalError, request: Request, send: Se
 
 
 async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`; cancels it, and raises ClientDisconnect, when the client goes away. The body must have been read."""
+    """Runs `work`; cancels it, and raises ClientDisconnect, when the client goes away. The body
+    must have been read."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -90,7 +100,11 @@ class EventStream:
 
     async def send(self, data: dict[str, Any] | str) -> None:
         """An event: an object as JSON, or a text as it is."""
-        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        text = (
+            data
+            if isinstance(data, str)
+            else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        )
         await self._write(f"data: {text}\n\n")
 
     async def comment(self) -> None:
@@ -104,7 +118,10 @@ class EventStream:
     async def _write(self, text: str) -> None:
         if not self.started:
             self.started = True
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+            ]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 

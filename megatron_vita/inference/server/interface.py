@@ -1,4 +1,5 @@
-"""What the server needs of an engine, as types: the engine itself and stand-ins for it have these members."""
+"""What the server needs of an engine, as types: the engine itself and stand-ins for it have these
+members."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,7 +10,8 @@ from megatron_vita.inference.requests import AnswerPiece, Sampling
 
 
 class VideoFrames(Protocol):
-    """What was sampled from a video: moments in seconds from its start. `size`: width and height of a frame, or 0."""
+    """What was sampled from a video: moments in seconds from its start. `size`: width and height of
+    a frame, or 0."""
 
     @property
     def name(self) -> str: ...

@@ -11,24 +11,43 @@ from megatron_vita.config.fields import described, require
 class Limits:
     """What goes beyond is refused, with a 4xx status that names the limit, before it costs much."""
 
-    open_requests: int = described(64, "Requests that are read, waiting or answered at a time; more get status 429.")
+    open_requests: int = described(
+        64, "Requests that are read, waiting or answered at a time; more get status 429."
+    )
     body_bytes: int = described(64 << 20, "Bytes of a request's body, data URLs in it included.")
     media_files: int = described(64, "Images and videos of one request.")
-    media_bytes: int = described(256 << 20, "Bytes of all images and videos of one request together.")
-    image_pixels: int = described(50_000_000, "Pixels of an image, or of a video's frame, by its header.")
+    media_bytes: int = described(
+        256 << 20, "Bytes of all images and videos of one request together."
+    )
+    image_pixels: int = described(
+        50_000_000, "Pixels of an image, or of a video's frame, by its header."
+    )
     video_frames: int = described(4096, "Frames taken from one video.")
-    prompt_tokens: int = described(1 << 20, "Tokens of one prompt, those of its images and videos included.")
-    output_tokens: int = described(4096, "Tokens of one answer, also where a request names no number.")
+    prompt_tokens: int = described(
+        1 << 20, "Tokens of one prompt, those of its images and videos included."
+    )
+    output_tokens: int = described(
+        4096, "Tokens of one answer, also where a request names no number."
+    )
     choices: int = described(8, "Answers (n) or beams of one request.")
     body_seconds: float = described(60.0, "Seconds in which the body of a request must have come.")
-    request_seconds: float = described(600.0, "Seconds from the start of a request to the end of its answer.")
-    drain_seconds: float = described(20.0, "Seconds that open requests get to end when the server is told to stop.")
-    fetch_seconds: float = described(30.0, "Seconds in which a remote image or video must have come.")
+    request_seconds: float = described(
+        600.0, "Seconds from the start of a request to the end of its answer."
+    )
+    drain_seconds: float = described(
+        20.0, "Seconds that open requests get to end when the server is told to stop."
+    )
+    fetch_seconds: float = described(
+        30.0, "Seconds in which a remote image or video must have come."
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            require(math.isfinite(value) and value > 0, f"the limit {field.name} is {value}: it must be positive")
+            require(
+                math.isfinite(value) and value > 0,
+                f"the limit {field.name} is {value}: it must be positive",
+            )
 
     @property
     def text_characters(self) -> int:

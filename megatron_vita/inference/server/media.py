@@ -1,4 +1,5 @@
-"""The images and videos of a request: data URLs, files under allowed folders, remote ones where those are allowed."""
+"""The images and videos of a request: data URLs, files under allowed folders, remote ones where
+those are allowed."""
 
 import asyncio
 import base64
@@ -29,7 +30,12 @@ class MediaLoader:
     """Reads media within limits; what takes time runs in `pool`."""
 
     def __init__(
-        self, *, limits: Limits, pool: Executor, roots: Sequence[Path] = (), remote: RemoteFetcher | None = None
+        self,
+        *,
+        limits: Limits,
+        pool: Executor,
+        roots: Sequence[Path] = (),
+        remote: RemoteFetcher | None = None,
     ) -> None:
         self._limits = limits
         self._pool = pool
@@ -37,7 +43,8 @@ class MediaLoader:
         self._remote = remote
 
     async def load(self, request: ChatRequest) -> tuple[list[MediaFile], list[MediaFile]]:
-        """Images and videos of a request, named by their fields. RefusalError names the field that is wrong."""
+        """Images and videos of a request, named by their fields. RefusalError names the field that
+        is wrong."""
         files: dict[type, list[MediaFile]] = {ImagePart: [], VideoPart: []}
         left = self._limits.media_bytes
         for field, part in request.parts():
@@ -68,7 +75,8 @@ class MediaLoader:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _file(self, url: str, most: int) -> bytes:
-        """A file under one of the roots. What is elsewhere and what does not exist are refused alike."""
+        """A file under one of the roots. What is elsewhere and what does not exist are refused
+        alike."""
         refusal = RefusalError(
             f"{url!r:.200} is neither a data URL nor a file under the media folders of this server",
             code="media_not_found",
@@ -84,7 +92,8 @@ class MediaLoader:
         raise refusal
 
     def _check_pixels(self, image: MediaFile) -> None:
-        """Refuses images that are larger than the limit by their headers, and kinds that hide it."""
+        """Refuses images that are larger than the limit by their headers, and kinds that hide
+        it."""
         if _UNSAFE.match(image.data):
             message = "portable pixmaps and icons are not read here: send JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF"
             raise RefusalError(message, code="invalid_media")
@@ -99,7 +108,9 @@ def check_pixels(size: tuple[int, int], limits: Limits) -> None:
     """RefusalError for an image or frame of a (width, height) beyond the limit."""
     width, height = size
     if width * height > limits.image_pixels:
-        raise too_large(f"{width} x {height} pixels", limit="image_pixels", most=limits.image_pixels, status=400)
+        raise too_large(
+            f"{width} x {height} pixels", limit="image_pixels", most=limits.image_pixels, status=400
+        )
 
 
 def _url(part: ImagePart | VideoPart) -> str:
@@ -109,7 +120,9 @@ def _url(part: ImagePart | VideoPart) -> str:
 def about(field: str, error: RefusalError) -> RefusalError:
     """The same refusal with the field that it is about."""
     message = str(error) if str(error).startswith(field) else f"{field}: {error}"
-    return RefusalError(message, status=error.status, param=field, code=error.code, headers=error.headers)
+    return RefusalError(
+        message, status=error.status, param=field, code=error.code, headers=error.headers
+    )
 
 
 def _data_url(url: str, most: int) -> bytes:
@@ -123,14 +136,17 @@ def _data_url(url: str, most: int) -> bytes:
     try:
         data = base64.b64decode(payload, validate=True)
     except binascii.Error as error:
-        raise RefusalError(f"the base64 of this data URL is invalid: {error}", code="invalid_media") from error
+        raise RefusalError(
+            f"the base64 of this data URL is invalid: {error}", code="invalid_media"
+        ) from error
     if not data:
         raise RefusalError("this data URL is empty", code="invalid_media")
     return data
 
 
 def _file_path(url: str) -> str:
-    """The path in a `file:` URL, or a path as it is. ValueError for a URL of another kind or machine."""
+    """The path in a `file:` URL, or a path as it is. ValueError for a URL of another kind or
+    machine."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):

@@ -50,11 +50,27 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         """See prometheus_client."""
         now = self._service.statistics
-        yield GaugeMetricFamily("vita_requests_running", "Requests in the engine's batch.", now.running)
-        yield GaugeMetricFamily("vita_requests_waiting", "Requests that wait for room in the batch.", now.waiting)
-        yield GaugeMetricFamily("vita_cache_tokens", "Room of the key-value cache.", now.cache_tokens)
-        yield GaugeMetricFamily("vita_cache_tokens_used", "Tokens that the cache holds.", now.cache_tokens_used)
-        yield GaugeMetricFamily("vita_engine_up", "1, or 0 when the engine has failed.", self._service.failure is None)
-        yield CounterMetricFamily("vita_prompt_tokens", "Tokens of prompts.", now.prompt_tokens_total)
-        yield CounterMetricFamily("vita_cached_tokens", "Those found in the cache.", now.cached_tokens_total)
-        yield CounterMetricFamily("vita_completion_tokens", "Tokens of answers.", now.completion_tokens_total)
+        yield GaugeMetricFamily(
+            "vita_requests_running", "Requests in the engine's batch.", now.running
+        )
+        yield GaugeMetricFamily(
+            "vita_requests_waiting", "Requests that wait for room in the batch.", now.waiting
+        )
+        yield GaugeMetricFamily(
+            "vita_cache_tokens", "Room of the key-value cache.", now.cache_tokens
+        )
+        yield GaugeMetricFamily(
+            "vita_cache_tokens_used", "Tokens that the cache holds.", now.cache_tokens_used
+        )
+        yield GaugeMetricFamily(
+            "vita_engine_up", "1, or 0 when the engine has failed.", self._service.failure is None
+        )
+        yield CounterMetricFamily(
+            "vita_prompt_tokens", "Tokens of prompts.", now.prompt_tokens_total
+        )
+        yield CounterMetricFamily(
+            "vita_cached_tokens", "Those found in the cache.", now.cached_tokens_total
+        )
+        yield CounterMetricFamily(
+            "vita_completion_tokens", "Tokens of answers.", now.completion_tokens_total
+        )

@@ -1,9 +1,19 @@
-"""Requests of OpenAI's chat completions, checked strictly: what is not known or not supported is refused by name."""
+"""Requests of OpenAI's chat completions, checked strictly: what is not known or not supported is
+refused by name."""
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.requests import Sampling
@@ -59,7 +69,8 @@ Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(_Strict):
-    """One turn. The fields that are always null come with answers that clients send back as they got them."""
+    """One turn. The fields that are always null come with answers that clients send back as they
+    got them."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | list[Part]
@@ -135,7 +146,9 @@ class ChatRequest(_Strict):
 
     def text_characters(self) -> int:
         """Characters of all texts together."""
-        return sum(len(part.get("text", "")) for m in self.prompt_messages() for part in m["content"])
+        return sum(
+            len(part.get("text", "")) for m in self.prompt_messages() for part in m["content"]
+        )
 
 
 def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
@@ -168,7 +181,8 @@ def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
 
 
 def _has_too_many_values(body: bytes) -> bool:
-    """By what comes before values, counted outside of texts; those are looked for only where they may matter."""
+    """By what comes before values, counted outside of texts; those are looked for only where they
+    may matter."""
     if _value_starts(body) <= MAX_VALUES:
         return False
     quotes = body.count(b'"') - body.count(b'\\"')
@@ -180,7 +194,8 @@ def _value_starts(text: bytes) -> int:
 
 
 def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> Sampling:
-    """How the answers are drawn; `default_seed` where the request has none. RefusalError for values out of range.
+    """How the answers are drawn; `default_seed` where the request has none. RefusalError for values
+    out of range.
 
     The temperature is 1 by default, as at OpenAI, but 0 with beams, which need it.
     """
@@ -188,7 +203,9 @@ def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> S
     _check_limits(request, limits)
     try:
         return Sampling(
-            max_new_tokens=_or(request.max_completion_tokens, _or(request.max_tokens, limits.output_tokens)),
+            max_new_tokens=_or(
+                request.max_completion_tokens, _or(request.max_tokens, limits.output_tokens)
+            ),
             temperature=_or(request.temperature, 0.0 if beams > 1 else 1.0),
             top_k=_or(request.top_k, 0),
             top_p=_or(request.top_p, 1.0),
@@ -204,7 +221,9 @@ def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> S
             ignore_end=bool(request.ignore_end),
         )
     except ConfigError as error:
-        raise RefusalError(str(error), param=_request_field(str(error)), code="invalid_value") from error
+        raise RefusalError(
+            str(error), param=_request_field(str(error)), code="invalid_value"
+        ) from error
 
 
 def _check_limits(request: ChatRequest, limits: Limits) -> None:
@@ -218,26 +237,36 @@ def _check_limits(request: ChatRequest, limits: Limits) -> None:
     for field, (limit, most) in bounds.items():
         value = getattr(request, field)
         if value is not None and value > most:
-            raise too_large(f"{field} is {value:,}", limit=limit, most=most, param=field, status=400)
+            raise too_large(
+                f"{field} is {value:,}", limit=limit, most=most, param=field, status=400
+            )
     if request.top_logprobs is not None and not request.logprobs:
-        raise RefusalError("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
+        raise RefusalError(
+            "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value"
+        )
 
 
 def _request_field(message: str) -> str:
-    """The request's field that a message of Sampling, which begins with its own field's name, is about."""
+    """The request's field that a message of Sampling, which begins with its own field's name, is
+    about."""
     name = message.split(" ", 1)[0]
     return {"max_new_tokens": "max_tokens", "logprobs": "top_logprobs"}.get(name, name)
 
 
 def _first_fault(error: ValidationError) -> RefusalError:
-    """OpenAI's form of pydantic's first error. Inputs are not repeated: they may be long or secret."""
+    """OpenAI's form of pydantic's first error. Inputs are not repeated: they may be long or
+    secret."""
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     fault = faults[0]
     if fault["type"] == "json_invalid":
         return RefusalError(f"the body is not valid JSON: {fault['msg']}", code="invalid_json")
-    field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]).lstrip(".")
+    field = "".join(
+        f"[{key}]" if isinstance(key, int) else f".{key}" for key in fault["loc"]
+    ).lstrip(".")
     if fault["type"] == "extra_forbidden":
-        return RefusalError(f"{field} is not a field that this server knows", param=field, code="unknown_parameter")
+        return RefusalError(
+            f"{field} is not a field that this server knows", param=field, code="unknown_parameter"
+        )
     missing = fault["type"] == "missing"
     code = "missing_required_parameter" if missing else "invalid_value"
     return RefusalError(f"{field or 'the body'}: {fault['msg']}", param=field or None, code=code)
@@ -251,7 +280,9 @@ def _content(content: str | list[Part]) -> list[dict[str, str]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [
-        {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.type.removesuffix("_url")}
+        {"type": "text", "text": part.text}
+        if isinstance(part, TextPart)
+        else {"type": part.type.removesuffix("_url")}
         for part in content
     ]
 

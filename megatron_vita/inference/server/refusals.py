@@ -12,7 +12,8 @@ NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
 
 
 class RefusalError(VitaError):
-    """A request that gets no answer: the HTTP status, and what OpenAI's clients look for in an error."""
+    """A request that gets no answer: the HTTP status, and what OpenAI's clients look for in an
+    error."""
 
     def __init__(
         self,
@@ -33,14 +34,18 @@ class RefusalError(VitaError):
         """`{"error": {"message", "type", "param", "code"}}`."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
 
     def response(self) -> JSONResponse:
         """The same as an HTTP response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
-def too_large(what: str, *, limit: str, most: int, param: str | None = None, status: int = 413) -> RefusalError:
+def too_large(
+    what: str, *, limit: str, most: int, param: str | None = None, status: int = 413
+) -> RefusalError:
     """`what` is more than `most`, which the server's option --`limit` sets."""
     option = f"--{limit.replace('_', '-')}"
     message = f"{what}: the limit is {most:,} (the server's option {option})"

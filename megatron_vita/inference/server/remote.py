@@ -1,7 +1,9 @@
-"""Media from remote servers, which must not become a way into the network that this server stands in.
+"""Media from remote servers, which must not become a way into the network that this server stands
+in.
 
-Addresses are checked where the connection is made, and the connection goes to the address that was checked: a name that
-resolves differently the second time (DNS rebinding) gains nothing. Each redirect is a connection of its own.
+Addresses are checked where the connection is made, and the connection goes to the address that was
+checked: a name that resolves differently the second time (DNS rebinding) gains nothing. Each
+redirect is a connection of its own.
 """
 
 import asyncio
@@ -27,7 +29,8 @@ _AZURE = ipaddress.IPv4Address("168.63.129.16")
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address, or the IPv4 address that it carries inside, belongs to the public internet."""
+    """Whether an address, or the IPv4 address that it carries inside, belongs to the public
+    internet."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
@@ -65,25 +68,38 @@ class _CheckedBackend(httpcore.AnyIOBackend):
         addresses = await self._resolve(host, port)
         private = [str(address) for address in addresses if not self._is_allowed(address)]
         if private or not addresses:
-            raise RefusalError(f"the host {host!r:.200} has no public address", code="private_address")
-        return await super().connect_tcp(str(addresses[0]), port, timeout, local_address, socket_options)
+            raise RefusalError(
+                f"the host {host!r:.200} has no public address", code="private_address"
+            )
+        return await super().connect_tcp(
+            str(addresses[0]), port, timeout, local_address, socket_options
+        )
 
-    async def connect_unix_socket(self, path: str, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
+    async def connect_unix_socket(
+        self, path: str, *_: Any, **__: Any
+    ) -> httpcore.AsyncNetworkStream:
         """Refused: there is no remote server behind it."""
-        raise RefusalError(f"the socket {path!r:.200} has no public address", code="private_address")
+        raise RefusalError(
+            f"the socket {path!r:.200} has no public address", code="private_address"
+        )
 
 
 class RemoteFetcher:
     """Downloads with limits. `resolve` and `is_allowed` are replaced where there is no internet."""
 
     def __init__(
-        self, *, seconds: float, resolve: Resolve = resolve, is_allowed: Callable[[Address], bool] = is_public
+        self,
+        *,
+        seconds: float,
+        resolve: Resolve = resolve,
+        is_allowed: Callable[[Address], bool] = is_public,
     ) -> None:
         self._seconds = seconds
         self._backend = _CheckedBackend(resolve, is_allowed)
 
     async def fetch(self, url: str, *, most: int) -> bytes:
-        """The body behind a http or https URL; RefusalError if it is not to be had, or has more than `most` bytes."""
+        """The body behind a http or https URL; RefusalError if it is not to be had, or has more
+        than `most` bytes."""
         try:
             async with (
                 asyncio.timeout(self._seconds),
@@ -91,8 +107,16 @@ class RemoteFetcher:
             ):
                 return await self._follow(pool, url, most)
         except TimeoutError as error:
-            raise RefusalError(f"{url!r:.200} did not come within {self._seconds:g} seconds") from error
-        except (OSError, ValueError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            raise RefusalError(
+                f"{url!r:.200} did not come within {self._seconds:g} seconds"
+            ) from error
+        except (
+            OSError,
+            ValueError,
+            httpcore.NetworkError,
+            httpcore.ProtocolError,
+            httpcore.TimeoutException,
+        ) as error:
             raise RefusalError(f"{url!r:.200} cannot be fetched: {type(error).__name__}") from error
 
     async def _follow(self, pool: httpcore.AsyncConnectionPool, url: str, most: int) -> bytes:
@@ -101,7 +125,9 @@ class RemoteFetcher:
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
-        raise RefusalError(f"{url!r:.200} comes after {MAX_REDIRECTS} redirects: that is where this server gives up")
+        raise RefusalError(
+            f"{url!r:.200} comes after {MAX_REDIRECTS} redirects: that is where this server gives up"
+        )
 
     async def _get(self, pool: httpcore.AsyncConnectionPool, url: str, most: int) -> bytes | str:
         """The body, or where it has moved to."""
@@ -109,8 +135,14 @@ class RemoteFetcher:
             message = f"{url!r:.200} has {len(url):,} characters: at most {MAX_URL_CHARACTERS:,} are taken"
             raise RefusalError(message, code="invalid_url")
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-            raise RefusalError(f"{url!r:.200}: a http or https URL with a host and without a user name is needed")
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username is not None
+        ):
+            raise RefusalError(
+                f"{url!r:.200}: a http or https URL with a host and without a user name is needed"
+            )
         headers = [(b"host", parts.netloc.encode("idna")), (b"accept-encoding", b"identity")]
         async with pool.stream("GET", _encoded(parts), headers=headers) as response:
             fields = {name.lower(): value for name, value in response.headers}
@@ -135,5 +167,7 @@ async def _read(response: httpcore.Response, url: str, most: int) -> bytes:
     async for chunk in response.aiter_stream():
         body += chunk
         if len(body) > most:
-            raise too_large(f"{url!r:.200} has more than {most:,} bytes", limit="media_bytes", most=most)
+            raise too_large(
+                f"{url!r:.200} has more than {most:,} bytes", limit="media_bytes", most=most
+            )
     return bytes(body)

@@ -23,9 +23,12 @@ _HURRY_SECONDS = 2.0
 
 
 class VitaServer(uvicorn.Server):
-    """A server that stops in order: no new requests, time for the open ones to end, then the engine."""
+    """A server that stops in order: no new requests, time for the open ones to end, then the
+    engine."""
 
-    def __init__(self, engine: ServedEngine, options: ServerOptions, *, host: str, port: int) -> None:
+    def __init__(
+        self, engine: ServedEngine, options: ServerOptions, *, host: str, port: int
+    ) -> None:
         self.service = EngineService(engine, on_failure=self._on_failure)
         app = build_app(self.service, options)
         self._chat = app.state.chat
@@ -49,7 +52,9 @@ class VitaServer(uvicorn.Server):
         """See uvicorn."""
         self._chat.draining = True
         if self._chat.open_requests:
-            logger.info("stopping: %d open requests get %g s", self._chat.open_requests, self._drain_seconds)
+            logger.info(
+                "stopping: %d open requests get %g s", self._chat.open_requests, self._drain_seconds
+            )
         loop = asyncio.get_running_loop()
         self._hurry = lambda: loop.call_soon_threadsafe(self._chat.cut_off)
         loop.call_later(0 if self.force_exit else self._drain_seconds, self._chat.cut_off)
@@ -71,17 +76,22 @@ class VitaServer(uvicorn.Server):
 
 
 def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int) -> int:
-    """Serves until SIGTERM or SIGINT (exit code 0) or until the engine fails (1), which includes not ending in time."""
+    """Serves until SIGTERM or SIGINT (exit code 0) or until the engine fails (1), which includes
+    not ending in time."""
     server = VitaServer(engine, options, host=host, port=port)
     if threading.current_thread() is threading.main_thread():
-        # After an orderly end uvicorn raises again the signals that it got: they have done their work.
+        # After an orderly end uvicorn raises again the signals that it got: they have done their
+        # work.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     server.run()
     if server.service.failure is not None:
         return 1
     if server.service.is_running:
-        logger.critical("the server ends before its engine, whose step has taken %.0f s", server.service.step_seconds())
+        logger.critical(
+            "the server ends before its engine, whose step has taken %.0f s",
+            server.service.step_seconds(),
+        )
         return 1
     logger.info("the server has stopped")
     return 0

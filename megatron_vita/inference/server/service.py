@@ -1,7 +1,8 @@
 """The thread that owns the engine, and the bridge between it and the event loop.
 
-All calls of the engine but `prepare` are made in one thread, which takes commands between two steps. Pieces of answers
-go to the event loop, where each request reads its own. When the engine raises, or says that it has lost a rank, the
+All calls of the engine but `prepare` are made in one thread, which takes commands between two
+steps. Pieces of answers go to the event loop, where each request reads its own. When the engine
+raises, or says that it has lost a rank, the
 service has failed for good: every request, open or new, gets EngineFailedError.
 """
 
@@ -36,7 +37,8 @@ class EngineFailedError(VitaError):
 
 @dataclass(eq=False)
 class RequestStream:
-    """The pieces of one request's answers, read on the event loop. `usage` is there when all have come."""
+    """The pieces of one request's answers, read on the event loop. `usage` is there when all have
+    come."""
 
     choices: int
     usage: Usage | None = None
@@ -57,7 +59,9 @@ class RequestStream:
 class EngineService:
     """Runs an engine in a thread of its own."""
 
-    def __init__(self, engine: ServedEngine, *, on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, engine: ServedEngine, *, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
         """`on_failure` is called on the event loop when the engine has failed."""
         self.engine = engine
         self.failure: str | None = None
@@ -79,7 +83,8 @@ class EngineService:
         self.engine.on_lost_rank(self._fail)
 
     async def submit(self, prepared: Any, sampling: Sampling) -> RequestStream:
-        """Adds a request. DataError if it can never fit; EngineFailedError if the engine has ended."""
+        """Adds a request. DataError if it can never fit; EngineFailedError if the engine has
+        ended."""
         stream = RequestStream(sampling.n)
         added: Future[None] = Future()
         self._command(lambda: self._add(stream, prepared, sampling, added))
@@ -135,12 +140,14 @@ class EngineService:
             if self._ended is None:
                 self.engine.close()
                 self._end("the server is stopping")
-        except BaseException as error:  # whatever it is: without this thread nobody would get an answer
+        # whatever it is: without this thread nobody would get an answer
+        except BaseException as error:
             logger.exception("the engine failed; the server ends")
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Ends the service, by the thread of the engine or the one that misses a rank. The first failure is told."""
+        """Ends the service, by the thread of the engine or the one that misses a rank. The first
+        failure is told."""
         reason = f"the engine failed: {type(error).__name__}: {error}"
         with self._lock:
             is_first, self.failure = self.failure is None, self.failure or reason
@@ -168,7 +175,9 @@ class EngineService:
         self._step_began = time.monotonic()
         pieces = self.engine.step()
         self._step_began, self._used = None, time.monotonic()
-        arrivals = [(self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open]
+        arrivals = [
+            (self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open
+        ]
         self.statistics = self.engine.statistics()
         if arrivals:
             self._loop.call_soon_threadsafe(_deliver, arrivals)
@@ -184,7 +193,9 @@ class EngineService:
         self.engine.forget(piece.request)
         return usage
 
-    def _add(self, stream: RequestStream, prepared: Any, sampling: Sampling, added: "Future[None]") -> None:
+    def _add(
+        self, stream: RequestStream, prepared: Any, sampling: Sampling, added: "Future[None]"
+    ) -> None:
         if not added.set_running_or_notify_cancel():
             return  # its client has gone
         if self._ended is not None:
@@ -196,12 +207,15 @@ class EngineService:
             added.set_exception(error)
             return
         except BaseException as error:
-            added.set_exception(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))
+            added.set_exception(
+                EngineFailedError(f"the engine failed: {type(error).__name__}: {error}")
+            )
             raise
         stream.left = stream.choices
         self._open[stream.number] = stream
         added.set_result(None)
-        if self._ended is not None:  # since the look above: by another thread, which did not see this request
+        # since the look above: by another thread, which did not see this request
+        if self._ended is not None:
             self._loop.call_soon_threadsafe(stream.arrivals.put_nowait, self._ended)
 
     def _cancel(self, stream: RequestStream) -> None:
@@ -209,7 +223,8 @@ class EngineService:
             self.engine.cancel(stream.number)
 
     def _end(self, reason: str) -> None:
-        """Refuses all commands from now on, and ends what is open. Any thread may do it, also once more."""
+        """Refuses all commands from now on, and ends what is open. Any thread may do it, also once
+        more."""
         with self._lock:
             self._ended = self._ended or EngineFailedError(reason)
         with contextlib.suppress(queue.Empty):

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 
 from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import AnswerPiece, FinishReason, Sampling, ScoredToken, TokenScore
+from megatron_vita.inference.requests import (
+    AnswerPiece,
+    FinishReason,
+    Sampling,
+    ScoredToken,
+    TokenScore,
+)
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import frame_times, probe_video
 from megatron_vita.text.conversation import TextPart, check_messages
@@ -71,7 +77,8 @@ class _Request:
 
 @dataclass
 class FakeEngine:
-    """Says `reply`, or else what it was asked, `step_bytes` a step; `{choice}` in it is the number of the choice."""
+    """Says `reply`, or else what it was asked, `step_bytes` a step; `{choice}` in it is the number
+    of the choice."""
 
     reply: str | None = None
     step_seconds: float = 0.0
@@ -159,9 +166,14 @@ class FakeEngine:
         if request.cancelled or self.decode_error:
             request.open[choice] = False
             finish: FinishReason = self.error_finish if self.decode_error else "cancelled"
-            return AnswerPiece(request=number, choice=choice, finish=finish, error=self.decode_error)
+            return AnswerPiece(
+                request=number, choice=choice, finish=finish, error=self.decode_error
+            )
         answer = request.answer.replace(b"{choice}", str(choice).encode())
-        end = min([place for stop in request.sampling.stop if (place := answer.find(stop.encode())) >= 0] or [1 << 40])
+        end = min(
+            [place for stop in request.sampling.stop if (place := answer.find(stop.encode())) >= 0]
+            or [1 << 40]
+        )
         answer = answer[:end]
         before = request.said[choice]
         said = request.said[choice] = min(before + self.step_bytes, request.sampling.max_new_tokens)
@@ -192,7 +204,9 @@ class FakeEngine:
 
     def usage(self, request: int) -> FakeUsage:
         found = self.requests[request]
-        return FakeUsage(prompt_tokens=found.prepared.tokens, cached_tokens=3, completion_tokens=sum(found.said))
+        return FakeUsage(
+            prompt_tokens=found.prepared.tokens, cached_tokens=3, completion_tokens=sum(found.said)
+        )
 
     def forget(self, request: int) -> None:
         self._own_thread()
@@ -202,7 +216,9 @@ class FakeEngine:
     def statistics(self) -> FakeStatistics:
         used = sum(request.prepared.tokens for request in self.requests.values())
         return FakeStatistics(
-            running=len(self.requests), cache_tokens_used=used, completion_tokens_total=self.completion_tokens
+            running=len(self.requests),
+            cache_tokens_used=used,
+            completion_tokens_total=self.completion_tokens,
         )
 
     def on_lost_rank(self, told: Callable[[EngineError], None]) -> None:

@@ -19,10 +19,14 @@ def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
     """A PNG of few bytes whose header tells of many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    )
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
@@ -30,8 +34,14 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
 
 
 def image(url: str) -> list[dict[str, Any]]:
-    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it?"}]
+    return [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "what is it?"},
+    ]
 
 
 def video(url: str) -> list[dict[str, Any]]:
-    return [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "what happens?"}]
+    return [
+        {"type": "video_url", "video_url": {"url": url}},
+        {"type": "text", "text": "what happens?"},
+    ]

@@ -65,12 +65,16 @@ def running(engine: ServedEngine, **options: Any) -> Iterator[RunningServer]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = VitaServer(engine, ServerOptions(model_name=MODEL, **options), host="127.0.0.1", port=port)
+        server = VitaServer(
+            engine, ServerOptions(model_name=MODEL, **options), host="127.0.0.1", port=port
+        )
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:
             wait_until(lambda: server.started, 30)
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False
+            ) as client:
                 yield RunningServer(engine, server, client, port)
         finally:
             server.should_exit = True

@@ -1,4 +1,5 @@
-"""A server process whose engine repeats what it is asked: serve_fake.py PORT [--fails-after N] [--step-seconds S]."""
+"""A server process whose engine repeats what it is asked: serve_fake.py PORT [--fails-after N]
+[--step-seconds S]."""
 
 import argparse
 import os

@@ -24,13 +24,17 @@ def _ask(content: object, **fields: object) -> Callable[[httpx.Client, int], int
 
     def send(client: httpx.Client, number: int) -> int:
         asked = content if content is not None else f"question {number} of many"
-        return client.post("/v1/chat/completions", json=body(asked, max_tokens=4, **fields)).status_code
+        return client.post(
+            "/v1/chat/completions", json=body(asked, max_tokens=4, **fields)
+        ).status_code
 
     return send
 
 
 def _raw(data: bytes) -> Callable[[httpx.Client, int], int]:
-    return lambda client, _: client.post("/v1/chat/completions", content=data, headers=JSON).status_code
+    return lambda client, _: (
+        client.post("/v1/chat/completions", content=data, headers=JSON).status_code
+    )
 
 
 def _stream(client: httpx.Client, number: int) -> int:
@@ -79,10 +83,14 @@ KINDS: list[Kind] = [
 
 
 def soak(server: RunningServer, *, requests: int, clients: int = 8) -> Counter[str]:
-    """Sends `requests` of all kinds, `clients` at a time. Counts by kind those that ended as they should not."""
+    """Sends `requests` of all kinds, `clients` at a time. Counts by kind those that ended as they
+    should not."""
     kinds = list(itertools.islice(itertools.cycle(KINDS), requests))
     wrong: Counter[str] = Counter()
-    with ThreadPoolExecutor(clients) as pool, httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client:
+    with (
+        ThreadPoolExecutor(clients) as pool,
+        httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client,
+    ):
         statuses = pool.map(lambda each: each[1][1](client, each[0]), enumerate(kinds))
         for (name, _, right), status in zip(kinds, statuses, strict=True):
             if status != right:

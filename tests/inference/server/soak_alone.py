@@ -1,7 +1,8 @@
-"""What many requests leave in the memory of a server: soak_alone.py {fake,tiny} REQUESTS writes it as JSON.
+"""What many requests leave in the memory of a server: soak_alone.py {fake,tiny} REQUESTS writes it
+as JSON.
 
-In a process of its own, since the allocator's arenas of a process that did something else before fill in steps of many
-megabytes, at any time.
+In a process of its own, since the allocator's arenas of a process that did something else before
+fill in steps of many megabytes, at any time.
 """
 
 import argparse
@@ -63,7 +64,8 @@ def _resident_after(server: RunningServer, *, requests: int) -> int:
 
 
 def _settle(server: RunningServer) -> None:
-    """Waits until all requests have ended, and makes some last ones, which take the place of what was said last."""
+    """Waits until all requests have ended, and makes some last ones, which take the place of what
+    was said last."""
     wait_until(lambda: server.client.get("/health").json()["open_requests"] == 0)
     for _ in range(10):
         server.chat(max_tokens=1)
@@ -76,11 +78,14 @@ def main() -> None:
     parser.add_argument("engine", choices=["fake", "tiny"])
     parser.add_argument("requests", type=int)
     arguments = parser.parse_args()
-    # the clients' threads would keep some tens of megabytes more or less for their next long prompts
+    # the clients' threads would keep some tens of megabytes more or less for their next long
+    # prompts
     assert _C.mallopt(_M_MMAP_THRESHOLD, 1 << 16), "the C library takes no thresholds"
     with tempfile.TemporaryDirectory() as folder:
         platform.initialize_process()
-        engine: ServedEngine = FakeEngine() if arguments.engine == "fake" else tiny_engine(Path(folder))
+        engine: ServedEngine = (
+            FakeEngine() if arguments.engine == "fake" else tiny_engine(Path(folder))
+        )
         with running(engine) as server:
             result = remains(server, requests=arguments.requests)
     sys.stdout.write(json.dumps(dataclasses.asdict(result)))

@@ -1,4 +1,5 @@
-"""Requests end: at a disconnect, a deadline, the server's end, or the engine's; and nothing is left of them."""
+"""Requests end: at a disconnect, a deadline, the server's end, or the engine's; and nothing is left
+of them."""
 
 import asyncio
 import json
@@ -42,7 +43,9 @@ def test_a_disconnect_cancels_the_request(stream: bool) -> None:
     with running(slow()) as server:
         data = json.dumps(body(stream=stream)).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+            )
             connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
             wait_until(lambda: len(server.engine.requests) == 1)
         wait_until(lambda: server.engine.cancelled == [0])
@@ -53,15 +56,21 @@ def test_a_disconnect_cancels_the_request(stream: bool) -> None:
 
 def test_a_stream_that_is_closed_early_is_cancelled() -> None:
     with running(slow()) as server:
-        with server.client.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
+        with server.client.stream(
+            "POST", "/v1/chat/completions", json=body(stream=True)
+        ) as response:
             next(response.iter_lines())
         wait_until(lambda: is_empty(server))
 
 
 def test_pieces_are_sent_as_they_come() -> None:
     with running(FakeEngine(reply="abcd", step_seconds=0.2)) as server:
-        with server.client.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
-            times = [time.monotonic() for line in response.iter_lines() if line.startswith("data: {")]
+        with server.client.stream(
+            "POST", "/v1/chat/completions", json=body(stream=True)
+        ) as response:
+            times = [
+                time.monotonic() for line in response.iter_lines() if line.startswith("data: {")
+            ]
         assert times[-1] - times[1] > 0.4
 
 
@@ -76,7 +85,9 @@ def test_a_request_past_its_deadline_is_ended_with_504() -> None:
 def test_a_stream_past_its_deadline_ends_with_an_error() -> None:
     with running(slow(), limits=Limits(request_seconds=0.3)) as server:
         last = server.chat(stream=True).text.strip().split("\n\n")[-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_seconds_exceeded"
+        assert (
+            json.loads(last.removeprefix("data: "))["error"]["code"] == "request_seconds_exceeded"
+        )
         wait_until(lambda: is_empty(server))
 
 
@@ -88,7 +99,9 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.port))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n"
+            )
             connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + data)
             wait_until(lambda: len(engine.requests) == 1)
             wait_until(lambda: is_empty(server))
@@ -102,7 +115,10 @@ def test_a_silent_stream_gets_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_requests_than_the_limit_get_429() -> None:
     with running(slow(), limits=Limits(open_requests=2)) as server:
-        streams = [server.client.stream("POST", "/v1/chat/completions", json=body(stream=True)) for _ in range(2)]
+        streams = [
+            server.client.stream("POST", "/v1/chat/completions", json=body(stream=True))
+            for _ in range(2)
+        ]
         for stream in streams:
             stream.__enter__()
         response = server.chat()
@@ -123,9 +139,15 @@ def test_media_that_cannot_be_decoded_end_the_request_alone() -> None:
 
 
 def test_logits_that_are_no_numbers_are_the_servers_fault() -> None:
-    with running(FakeEngine(decode_error="the logits are NaN", error_finish="model_error")) as server:
+    with running(
+        FakeEngine(decode_error="the logits are NaN", error_finish="model_error")
+    ) as server:
         error = server.error(status=500)
-        assert (error["message"], error["type"], error["code"]) == ("the logits are NaN", "server_error", "model_error")
+        assert (error["message"], error["type"], error["code"]) == (
+            "the logits are NaN",
+            "server_error",
+            "model_error",
+        )
         assert is_empty(server)
 
 
@@ -208,7 +230,9 @@ class SlowlyPrepared(FakeEngine):
         return prepared
 
 
-def test_requests_that_are_still_prepared_when_the_time_to_end_is_over_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_are_still_prepared_when_the_time_to_end_is_over_get_503(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("megatron_vita.inference.server.running._LAST_SECONDS", 1)
     engine = SlowlyPrepared(reply=LONG, step_seconds=0.02)
     with running(engine, limits=Limits(drain_seconds=0.3)) as server:
@@ -246,7 +270,9 @@ def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
     assert "rank 1 is gone" in (server.server.service.failure or "")
 
 
-def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_503_and_the_server_ends() -> None:
+def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_503_and_the_server_ends() -> (
+    None
+):
     engine = slow()
     with running(engine) as server:
         open_requests = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
@@ -290,7 +316,9 @@ def test_when_a_rank_is_lost_while_the_server_stops_the_engine_is_waited_for_no_
     async def stop() -> None:
         service.start()
         await service.submit(engine.prepare(Prompt.ask("hello")), Sampling())
-        asyncio.get_running_loop().call_later(0.3, engine.tell_loss, EngineError("a rank is gone: rank 1"))
+        asyncio.get_running_loop().call_later(
+            0.3, engine.tell_loss, EngineError("a rank is gone: rank 1")
+        )
         await asyncio.wait_for(service.stop(), 5)
 
     asyncio.run(stop())
@@ -298,14 +326,18 @@ def test_when_a_rank_is_lost_while_the_server_stops_the_engine_is_waited_for_no_
 
 
 @pytest.mark.parametrize("fails", [True, False])
-def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_of_the_engine(fails: bool) -> None:
+def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_of_the_engine(
+    fails: bool,
+) -> None:
     engine = FakeEngine(reply=LONG, step_seconds=0.5, fails_after=1 if fails else None)
     told = threading.Event()
     service = EngineService(engine, on_failure=told.set)
 
     async def leave_early() -> None:
         service.start()
-        stream = await service.submit(engine.prepare(Prompt.ask("hello")), Sampling(max_new_tokens=4000))
+        stream = await service.submit(
+            engine.prepare(Prompt.ask("hello")), Sampling(max_new_tokens=4000)
+        )
         await asyncio.to_thread(wait_until, lambda: engine.steps == 1)
         leaving = asyncio.create_task(service.submit(engine.prepare(Prompt.ask("bye")), Sampling()))
         await asyncio.sleep(0.1)
@@ -363,7 +395,9 @@ def test_answers_go_on_under_a_steady_stream_of_refused_requests() -> None:
     engine = SlowToRefuse(reply="abc")
 
     async def answer(service: EngineService) -> None:
-        await _read(await service.submit(engine.prepare(Prompt.ask("good")), Sampling(max_new_tokens=3)))
+        await _read(
+            await service.submit(engine.prepare(Prompt.ask("good")), Sampling(max_new_tokens=3))
+        )
 
     under_refusals(engine, answer)
 
@@ -386,7 +420,9 @@ def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, str(FOLDER / "serve_fake.py"), str(port), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment_with(FOLDER))
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment_with(FOLDER)
+    )
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
 
     def listens() -> bool:
@@ -402,7 +438,10 @@ def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]
 
 def test_the_process_ends_with_1_and_a_reason_when_the_engine_fails() -> None:
     process, client = start_process("--fails-after", "5")
-    assert "rank 1 is gone" in refusal(client.post("/v1/chat/completions", json=body(LONG)), 503)["message"]
+    assert (
+        "rank 1 is gone"
+        in refusal(client.post("/v1/chat/completions", json=body(LONG)), 503)["message"]
+    )
     _, log = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "the server ends because the engine failed: RuntimeError: rank 1 is gone" in log

@@ -1,4 +1,5 @@
-"""What is too large, too slow or without a key is refused with a reason, and others are served meanwhile."""
+"""What is too large, too slow or without a key is refused with a reason, and others are served
+meanwhile."""
 
 import dataclasses
 import json
@@ -23,7 +24,9 @@ from megatron_vita.inference.server.access import read_keys
 from megatron_vita.inference.server.limits import Limits
 from tests.media.video_files import clip
 
-SMALL = Limits(body_bytes=2_000_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50)
+SMALL = Limits(
+    body_bytes=2_000_000, prompt_tokens=1000, body_seconds=0.5, media_files=2, output_tokens=50
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,9 @@ def test_text_is_no_value_for_each_of_its_signs(small: RunningServer) -> None:
 
 def test_a_text_without_an_end_is_refused_at_once(small: RunningServer) -> None:
     began = time.monotonic()
-    response = small.client.post("/v1/chat/completions", content=b'{"a": "' + b',\\"' * 60_000, headers=JSON)
+    response = small.client.post(
+        "/v1/chat/completions", content=b'{"a": "' + b',\\"' * 60_000, headers=JSON
+    )
     refusal(response, 400)
     assert time.monotonic() - began < 5
 
@@ -99,8 +104,12 @@ def test_headers_have_a_limit_whatever_parsers_are_installed(small: RunningServe
         assert b" 400 " in connection.recv(4096)
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://evil.example:{port}", "null", "http://127.0.0.1:1"])
-def test_pages_of_other_sites_get_no_answer_where_no_key_is_needed(small: RunningServer, origin: str) -> None:
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "https://evil.example:{port}", "null", "http://127.0.0.1:1"]
+)
+def test_pages_of_other_sites_get_no_answer_where_no_key_is_needed(
+    small: RunningServer, origin: str
+) -> None:
     small.engine.prompts.clear()
     response = post_from(small, origin.format(port=small.port))
     assert refusal(response, 403)["code"] == "foreign_origin"
@@ -126,17 +135,27 @@ def test_the_servers_own_page_and_what_is_no_page_get_answers(small: RunningServ
     assert post_from(small, small.url).status_code == 200
     assert post_from(small, None).status_code == 200
     for host in ("localhost", "[::1]", "gpu-box"):
-        assert post_from(small, f"http://{host}:{small.port}", host=f"{host}:{small.port}").status_code == 200
+        assert (
+            post_from(small, f"http://{host}:{small.port}", host=f"{host}:{small.port}").status_code
+            == 200
+        )
 
 
 def test_pages_of_other_sites_that_have_a_key_get_answers() -> None:
     with running(FakeEngine(), keys=["secret"]) as server:
-        assert post_from(server, "http://evil.example", authorization="Bearer secret").status_code == 200
+        assert (
+            post_from(server, "http://evil.example", authorization="Bearer secret").status_code
+            == 200
+        )
 
 
-def test_names_that_are_made_to_point_to_this_machine_give_pages_no_answer(small: RunningServer) -> None:
+def test_names_that_are_made_to_point_to_this_machine_give_pages_no_answer(
+    small: RunningServer,
+) -> None:
     for host in ("evil.example", f"evil.example:{small.port}", "127.0.0.1.evil.example", "[", ""):
-        assert refusal(post_from(small, f"http://{host}", host=host), 403)["code"] == "foreign_origin"
+        assert (
+            refusal(post_from(small, f"http://{host}", host=host), 403)["code"] == "foreign_origin"
+        )
     assert post_from(small, None, host="evil.example").status_code == 200
 
 
@@ -179,8 +198,12 @@ def guarded() -> Iterator[RunningServer]:
         yield server
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "secret-1", "Basic secret-1", "Bearer", "Bearer secret-1x"])
-def test_without_a_key_nothing_is_served_but_the_page_and_health(guarded: RunningServer, header: str | None) -> None:
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", "secret-1", "Basic secret-1", "Bearer", "Bearer secret-1x"]
+)
+def test_without_a_key_nothing_is_served_but_the_page_and_health(
+    guarded: RunningServer, header: str | None
+) -> None:
     headers = {} if header is None else {"authorization": header}
     for path in ("/v1/models", "/metrics"):
         assert refusal(guarded.client.get(path, headers=headers), 401)["code"] == "invalid_api_key"
@@ -200,7 +223,9 @@ def test_a_path_that_is_spelled_otherwise_is_guarded_too(guarded: RunningServer)
         assert guarded.client.get(path).status_code in (401, 404)
 
 
-def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "keys"
     file.write_text("one\n\n two \n")
     assert read_keys(file) == ["one", "two"]
@@ -261,8 +286,15 @@ def test_the_page_runs_its_own_script_and_nothing_else(small: RunningServer) -> 
 
 def test_a_bad_request_leaves_others_unharmed(small: RunningServer) -> None:
     data = json.dumps(body("x" * 100, stream=True))
-    with small.client.stream("POST", "/v1/chat/completions", content=data, headers=JSON) as response:
-        refusal(httpx.post(f"{small.url}/v1/chat/completions", content=b"{", headers=JSON, trust_env=False), 400)
+    with small.client.stream(
+        "POST", "/v1/chat/completions", content=data, headers=JSON
+    ) as response:
+        refusal(
+            httpx.post(
+                f"{small.url}/v1/chat/completions", content=b"{", headers=JSON, trust_env=False
+            ),
+            400,
+        )
         assert response.read().endswith(b"data: [DONE]\n\n")
 
 
@@ -283,7 +315,12 @@ def test_whoever_sends_text_does_not_wait_for_others_videos_to_be_looked_at() ->
     with running(SlowlyProbed()) as server, ThreadPoolExecutor(30) as pool:
         answers = [pool.submit(server.chat, film) for _ in range(30)]
         wait_until(lambda: server.client.get("/health").json()["open_requests"] == 30)
-        assert server.client.post("/v1/chat/completions", json=body("still here"), timeout=5).status_code == 200
+        assert (
+            server.client.post(
+                "/v1/chat/completions", json=body("still here"), timeout=5
+            ).status_code
+            == 200
+        )
         assert not any(answer.done() for answer in answers)
         server.engine.ready.set()
         assert [answer.result().status_code for answer in answers] == [200] * 30

@@ -1,4 +1,5 @@
-"""Media of requests: data URLs, files under the allowed folders and nowhere else, remote ones from public addresses."""
+"""Media of requests: data URLs, files under the allowed folders and nowhere else, remote ones from
+public addresses."""
 
 import asyncio
 import http.server
@@ -53,12 +54,21 @@ def test_images_come_as_data_urls_in_order(server: RunningServer) -> None:
     assert server.chat(parts, stream=False).status_code == 200
     prompt = server.engine.prompts[-1]
     assert [file.data for file in prompt.images] == [png(8, 9), png(10, 11)]
-    assert [part["type"] for part in prompt.messages[0]["content"]] == ["image", "text", "image", "text"]
+    assert [part["type"] for part in prompt.messages[0]["content"]] == [
+        "image",
+        "text",
+        "image",
+        "text",
+    ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_answer_tells_which_moments_of_a_video_were_looked_at(server: RunningServer, stream: bool) -> None:
-    response = server.chat(video(data_url(clip(frames=20), "video/mp4")), stream=stream, max_frames=2)
+def test_the_answer_tells_which_moments_of_a_video_were_looked_at(
+    server: RunningServer, stream: bool
+) -> None:
+    response = server.chat(
+        video(data_url(clip(frames=20), "video/mp4")), stream=stream, max_frames=2
+    )
     assert response.status_code == 200, response.text
     found = json.loads(response.text.split("\n\n")[0].removeprefix("data: "))["videos"]
     assert len(found) == 1
@@ -82,7 +92,10 @@ def test_no_more_frames_are_taken_than_the_limit(server: RunningServer) -> None:
         ("data:image/png;base64,AAAAä", "base64"),
         ("data:image/png,hello", "data:TYPE;base64"),
         ("data:", "data:TYPE;base64"),
-        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg' onload='x'/>", "image/svg+xml"), "none of the kinds"),
+        (
+            data_url(b"<svg xmlns='http://www.w3.org/2000/svg' onload='x'/>", "image/svg+xml"),
+            "none of the kinds",
+        ),
         (data_url(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"), "none of the kinds"),
         (data_url(png()[:20]), "cannot read"),
     ],
@@ -109,10 +122,16 @@ def icon_of(data: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "data",
-    [b"P6\n" + b" " * 200_000 + b"8 8 255\n" + b"\0" * 192, b"Pf 8 8 1\n" + b"\0" * 256, icon_of(png(2000, 2000))],
+    [
+        b"P6\n" + b" " * 200_000 + b"8 8 255\n" + b"\0" * 192,
+        b"Pf 8 8 1\n" + b"\0" * 256,
+        icon_of(png(2000, 2000)),
+    ],
     ids=["spaces", "floats", "icon"],
 )
-def test_kinds_whose_size_is_not_known_at_little_cost_are_refused_unread(server: RunningServer, data: bytes) -> None:
+def test_kinds_whose_size_is_not_known_at_little_cost_are_refused_unread(
+    server: RunningServer, data: bytes
+) -> None:
     error = server.error(image(data_url(data)), status=400)
     assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
     assert "JPEG, PNG" in error["message"]
@@ -130,9 +149,14 @@ def test_videos_with_one_large_frame_are_refused(server: RunningServer) -> None:
     assert (error["code"], error["param"]) == ("image_pixels_exceeded", "messages[0].content[0]")
 
 
-@pytest.mark.parametrize("data", [b"text", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", b"PK\x03\x04rubbish"])
+@pytest.mark.parametrize(
+    "data", [b"text", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", b"PK\x03\x04rubbish"]
+)
 def test_what_is_no_video_is_refused(server: RunningServer, data: bytes) -> None:
-    assert server.error(video(data_url(data, "video/mp4")), status=400)["param"] == "messages[0].content[0]"
+    assert (
+        server.error(video(data_url(data, "video/mp4")), status=400)["param"]
+        == "messages[0].content[0]"
+    )
 
 
 def test_all_media_of_a_request_count_together(server: RunningServer) -> None:
@@ -159,11 +183,15 @@ def test_files_under_a_root_are_read(server: RunningServer, root: Path, name: st
         "gopher://x", "~/a.png", "//etc/passwd", "\\\\host\\x", "file:", "javascript:alert(1)",
     ],
 )  # fmt: skip
-def test_what_is_elsewhere_is_refused_as_what_does_not_exist(server: RunningServer, root: Path, name: str) -> None:
+def test_what_is_elsewhere_is_refused_as_what_does_not_exist(
+    server: RunningServer, root: Path, name: str
+) -> None:
     url = name.format(root=root, folder=root.parent)
     error = server.error(image(url), status=400)
     assert error["code"] == "media_not_found"
-    assert error["message"].endswith("is neither a data URL nor a file under the media folders of this server")
+    assert error["message"].endswith(
+        "is neither a data URL nor a file under the media folders of this server"
+    )
 
 
 def test_a_file_that_is_too_large_is_refused(server: RunningServer) -> None:
@@ -174,7 +202,9 @@ def test_without_a_root_no_file_is_read(echo: RunningServer, root: Path) -> None
     assert echo.error(image(f"{root}/a.png"), status=400)["code"] == "media_not_found"
 
 
-@pytest.mark.parametrize("url", ["http://example.com/a.png", "https://example.com/a.png", "HTTP://example.com"])
+@pytest.mark.parametrize(
+    "url", ["http://example.com/a.png", "https://example.com/a.png", "HTTP://example.com"]
+)
 def test_remote_urls_are_off_by_default(server: RunningServer, url: str) -> None:
     assert server.error(image(url), status=400)["code"] == "remote_media_off"
 
@@ -201,14 +231,25 @@ def test_private_addresses_are_known_in_every_spelling(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_public_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]", "169.254.169.254"],
+    [
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "2130706433",
+        "0x7f.1",
+        "127.1",
+        "[::ffff:127.0.0.1]",
+        "169.254.169.254",
+    ],
 )
 def test_private_hosts_are_refused_however_they_are_written(host: str) -> None:
     with pytest.raises(RefusalError) as caught:
@@ -273,19 +314,27 @@ class Names:
 
     def fetcher(self, seconds: float = 5.0) -> RemoteFetcher:
         public = ipaddress.ip_address("127.0.0.1")
-        return RemoteFetcher(seconds=seconds, resolve=self.resolve, is_allowed=lambda a: a == public or is_public(a))
+        return RemoteFetcher(
+            seconds=seconds, resolve=self.resolve, is_allowed=lambda a: a == public or is_public(a)
+        )
 
 
 def test_remote_media_are_fetched_where_they_are_allowed(site: str) -> None:
     with running(FakeEngine(), remote=Names(["127.0.0.1"]).fetcher()) as server:
         assert server.chat(image(f"{site}/near")).status_code == 200
         assert server.engine.prompts[-1].images[0].data == png()
-        assert server.error(image(f"{site}/missing"), status=400)["message"].endswith("has status 404")
+        assert server.error(image(f"{site}/missing"), status=400)["message"].endswith(
+            "has status 404"
+        )
 
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("/to-private", "no public address"), ("/to-file", "http or https"), ("/in-circles", "3 redirects")],
+    [
+        ("/to-private", "no public address"),
+        ("/to-file", "http or https"),
+        ("/in-circles", "3 redirects"),
+    ],
 )
 def test_redirects_are_checked_like_the_first_url(site: str, path: str, said: str) -> None:
     with pytest.raises(RefusalError, match=said):

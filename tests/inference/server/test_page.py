@@ -42,7 +42,10 @@ def page(browser: Any) -> Iterator[Any]:
     page.set_default_timeout(20_000)
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if "Content Security" in message.text else None)
+    page.on(
+        "console",
+        lambda message: faults.append(message.text) if "Content Security" in message.text else None,
+    )
     yield page
     page.close()
     assert faults == []
@@ -184,7 +187,11 @@ def test_a_conversation_goes_on_and_begins_anew(page: Any, echo: RunningServer) 
     for question in ("one", "two"):
         ask(page, question)
         page.locator(".facts").nth(0 if question == "one" else 1).wait_for()
-    assert [message["role"] for message in echo.engine.prompts[-1].messages] == ["user", "assistant", "user"]
+    assert [message["role"] for message in echo.engine.prompts[-1].messages] == [
+        "user",
+        "assistant",
+        "user",
+    ]
     page.get_by_label("New conversation").click()
     assert page.locator(".turn").count() == 0
     ask(page, "three")

@@ -1,4 +1,5 @@
-"""OpenAI's chat completions: what its own client sends is answered as it expects; all else is refused by name."""
+"""OpenAI's chat completions: what its own client sends is answered as it expects; all else is
+refused by name."""
 
 import json
 from typing import Any
@@ -17,14 +18,24 @@ def client(echo: RunningServer) -> openai.OpenAI:
 
 
 def ask(client: openai.OpenAI, text: str = "hello", **fields: Any) -> Any:
-    return client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": text}], **fields)
+    return client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": text}], **fields
+    )
 
 
 def test_openais_client_gets_an_answer_with_usage(client: openai.OpenAI) -> None:
     answer = ask(client, "héllo")
     assert answer.choices[0].message.content == "héllo"
-    assert (answer.choices[0].finish_reason, answer.object, answer.model) == ("stop", "chat.completion", MODEL)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (6, 6, 12)
+    assert (answer.choices[0].finish_reason, answer.object, answer.model) == (
+        "stop",
+        "chat.completion",
+        MODEL,
+    )
+    assert (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+        answer.usage.total_tokens,
+    ) == (6, 6, 12)
     assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert answer.choices[0].logprobs is None
 
@@ -33,7 +44,9 @@ def test_openais_client_gets_the_same_answer_as_a_stream(client: openai.OpenAI) 
     chunks = list(ask(client, "héllo", stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "héllo"
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [
+        "stop"
+    ]
     assert len({chunk.id for chunk in chunks}) == 1
     assert all(chunk.object == "chat.completion.chunk" and chunk.usage is None for chunk in chunks)
 
@@ -54,14 +67,19 @@ def test_a_stream_ends_with_done(echo: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_log_probabilities_come_with_the_bytes_of_tokens(client: openai.OpenAI, stream: bool) -> None:
+def test_log_probabilities_come_with_the_bytes_of_tokens(
+    client: openai.OpenAI, stream: bool
+) -> None:
     answer = ask(client, "é", logprobs=True, top_logprobs=2, stream=stream)
     choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
     content = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
     assert bytes(byte for token in content for byte in token.bytes) == "é".encode()
     assert [token.logprob for token in content] == [-0.5, -0.5]
     assert content[0].token == "\ufffd"  # half a character
-    assert [(other.bytes, other.logprob) for other in content[0].top_logprobs] == [([195], -0.5), ([196], -1.5)]
+    assert [(other.bytes, other.logprob) for other in content[0].top_logprobs] == [
+        ([195], -0.5),
+        ([196], -1.5),
+    ]
 
 
 def test_log_probabilities_without_likeliest_tokens(client: openai.OpenAI) -> None:
@@ -138,7 +156,9 @@ def test_roles_and_parts_become_a_prompt(echo: RunningServer, client: openai.Ope
 
 def test_an_answer_can_be_sent_back_as_a_message(client: openai.OpenAI) -> None:
     answer = ask(client).choices[0].message
-    again = client.chat.completions.create(model=MODEL, messages=[answer, {"role": "user", "content": "more"}])
+    again = client.chat.completions.create(
+        model=MODEL, messages=[answer, {"role": "user", "content": "more"}]
+    )
     assert again.choices[0].message.content == "more"
 
 
@@ -195,7 +215,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "param"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_refused_by_name(echo: RunningServer, fields: dict[str, Any], param: str) -> None:
+def test_what_is_wrong_is_refused_by_name(
+    echo: RunningServer, fields: dict[str, Any], param: str
+) -> None:
     error = echo.error(status=400, **fields)
     assert error["type"] == "invalid_request_error"
     assert error["param"].startswith(param)
@@ -210,7 +232,9 @@ def test_numbers_that_are_none_are_refused(echo: RunningServer, value: str) -> N
 
 
 def post(server: RunningServer, data: bytes, content_type: str = "application/json") -> Any:
-    return server.client.post("/v1/chat/completions", content=data, headers={"content-type": content_type})
+    return server.client.post(
+        "/v1/chat/completions", content=data, headers={"content-type": content_type}
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,12 @@ def test_answers_and_scores_are_those_of_the_engine(server: RunningServer, tmp_p
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     for prompt, expected in zip(prompts(), alone, strict=True):
         answer = client.chat.completions.create(
-            model=MODEL, messages=openai_messages(prompt), max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+            model=MODEL,
+            messages=openai_messages(prompt),
+            max_tokens=8,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
         )
         choice = answer.choices[0]
         assert choice.message.content == expected.text

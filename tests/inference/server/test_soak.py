@@ -1,4 +1,5 @@
-"""Nothing piles up: many requests of all kinds are answered or refused as they should be, and memory is flat."""
+"""Nothing piles up: many requests of all kinds are answered or refused as they should be, and
+memory is flat."""
 
 import json
 import os
@@ -19,11 +20,14 @@ MEGABYTES = 5
 
 
 @pytest.mark.parametrize(
-    ("engine", "requests"), [("fake", 1000), ("tiny", 1000 if os.environ.get("VITA_TEST_ALL") else 10 * len(KINDS))]
+    ("engine", "requests"),
+    [("fake", 1000), ("tiny", 1000 if os.environ.get("VITA_TEST_ALL") else 10 * len(KINDS))],
 )
 def test_mixed_requests_end_as_they_should_and_leave_nothing(engine: str, requests: int) -> None:
     command = [sys.executable, str(SCRIPT), engine, str(requests)]
-    ended = subprocess.run(command, env=environment_with(), capture_output=True, text=True, timeout=600, check=False)
+    ended = subprocess.run(
+        command, env=environment_with(), capture_output=True, text=True, timeout=600, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     remains = json.loads(ended.stdout)
     assert remains["kilobytes"] < KILOBYTES
