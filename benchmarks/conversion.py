@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from megatron_vita.config import LanguageConfig, ModelConfig
-from megatron_vita.convert.language_config import write_language
-from megatron_vita.convert.language_tables import language_table
-from megatron_vita.convert.safetensors_out import SafetensorsWriter
+from megatron_vita.convert.families.language_config import write_language
+from megatron_vita.convert.families.language_tables import language_table
+from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.table import place_of
 from megatron_vita.convert.transfers import Transfer
 
 

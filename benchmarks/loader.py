@@ -40,12 +40,12 @@ from video import film
 
 from data_tools.planning import index_shards, write_plans
 from megatron_vita.config import Recipe, load_recipe, recipe_from_dict
-from megatron_vita.data.loader import read_packs
-from megatron_vita.data.plan import read_plan
-from megatron_vita.data.shards import MediaFile, SampleWriter
-from megatron_vita.data.split import open_split, plan_path
-from megatron_vita.data.stream import ReadPack
-from megatron_vita.data.worker import PackTask
+from megatron_vita.data.datasets import open_split, plan_path
+from megatron_vita.data.loading.loader import read_packs
+from megatron_vita.data.loading.stream import ReadPack
+from megatron_vita.data.loading.worker import PackTask
+from megatron_vita.data.planning.plan import read_plan
+from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.text.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 LENGTH, SHARD, GOP = 16384, 50, 250

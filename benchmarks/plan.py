@@ -22,7 +22,10 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data.index import (
+from megatron_vita.data.datasets import plan_path
+from megatron_vita.data.planning.plan import read_plan
+from megatron_vita.data.samples.records import Kind
+from megatron_vita.data.shards.index import (
     SCHEMA,
     IndexHeader,
     SampleIndex,
@@ -30,9 +33,6 @@ from megatron_vita.data.index import (
     text_stamp,
     write_index,
 )
-from megatron_vita.data.plan import read_plan
-from megatron_vita.data.records import Kind
-from megatron_vita.data.split import plan_path
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 from megatron_vita.training.streams import pack_costs, packs_of_replicas

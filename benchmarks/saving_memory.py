@@ -30,8 +30,8 @@ from megatron_vita.config import (
     Recipe,
     TrainingConfig,
 )
+from megatron_vita.costs.memory import saving_memory
 from megatron_vita.parallel import groups
-from megatron_vita.planning.memory import saving_memory
 from megatron_vita.training import optimizer
 from megatron_vita.training.run import Run, assemble_run, save_run
 

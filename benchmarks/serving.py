@@ -34,13 +34,13 @@ from megatron_vita.config import (
     TrainingConfig,
     VisionConfig,
 )
-from megatron_vita.data.documents import Document
-from megatron_vita.data.form import Medium
-from megatron_vita.inference.engine import Engine, EngineOptions
-from megatron_vita.inference.media_readers import MediaReaders
+from megatron_vita.data.samples.documents import Document
+from megatron_vita.data.samples.encoding import Medium
+from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt
 from megatron_vita.inference.requests import Sampling
-from megatron_vita.inference.tiles import TileDecoder, TileKey
+from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
 from megatron_vita.text.train import train_sentencepiece
 
 GIB = 1 << 30

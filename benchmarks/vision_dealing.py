@@ -34,12 +34,12 @@ from megatron_vita.config import (
     TrainingConfig,
     VisionConfig,
 )
+from megatron_vita.costs.flops import pack_flops
+from megatron_vita.costs.memory import GIB, PackLoad, rank_memory
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import collectives, groups
-from megatron_vita.planning.flops import pack_flops
-from megatron_vita.planning.memory import GIB, PackLoad, rank_memory
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step
 

@@ -23,8 +23,8 @@ from data_tools.frames import IMAGE_SUFFIXES
 from data_tools.pool import Crew, Steps, judged
 from data_tools.progress import Progress
 from data_tools.samples import find_medium
-from megatron_vita.data.foreign import TAGS
-from megatron_vita.data.records import check_record
+from megatron_vita.data.samples.records import check_record
+from megatron_vita.data.samples.third_party import TAGS
 from megatron_vita.errors import ConfigError, DataError
 
 BATCH = 32

@@ -11,11 +11,11 @@ from data_tools.planning import load_recipe_tokenizer
 from data_tools.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import padded_length
-from megatron_vita.data.index import index_path, read_index, text_stamp
-from megatron_vita.data.lengths import document_lengths
-from megatron_vita.data.plan import COLUMNS, PackPlan
-from megatron_vita.data.split import Split, document_format, open_split
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data.datasets import Split, document_format, open_split
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.planning.plan import COLUMNS, PackPlan
+from megatron_vita.data.planning.token_counts import document_lengths
+from megatron_vita.data.shards.index import index_path, read_index, text_stamp
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.tokenizer import Tokenizer
 

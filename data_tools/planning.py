@@ -11,14 +11,18 @@ from data_tools.pool import Crew, Steps, run_tasks
 from data_tools.progress import progress_bar
 from data_tools.sharding import HERE
 from megatron_vita.config import Recipe
-from megatron_vita.data.foreign import read_rule, rule_stamp
-from megatron_vita.data.index import index_path, read_header, text_stamp, write_index
-from megatron_vita.data.index_build import build_sound_index
-from megatron_vita.data.plan import PackPlan, read_plan, write_plan
-from megatron_vita.data.planner import Continuation, Rejected, make_plan
-from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
-from megatron_vita.data.split import Split, find_shards, plan_path
-from megatron_vita.data.storage import refuse_remote
+from megatron_vita.data.datasets import Split, find_shards, plan_path
+from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
+from megatron_vita.data.planning.planner import Continuation, Rejected, make_plan
+from megatron_vita.data.samples.third_party import read_rule, rule_stamp
+from megatron_vita.data.shards.index import index_path, read_header, text_stamp, write_index
+from megatron_vita.data.shards.index_build import build_sound_index
+from megatron_vita.data.shards.quarantine import (
+    quarantine_path,
+    read_quarantine,
+    write_quarantine,
+)
+from megatron_vita.data.shards.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from data_tools.on_ray import run_on_ray
 from megatron_vita.errors import ConfigError, DataError, PlatformError, VitaError
-from megatron_vita.processes import end_with_parent
+from megatron_vita.supervise.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 CORES = len(os.sched_getaffinity(0))

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from data_tools.statistics import DatasetStatistics
-from megatron_vita.data.index import SampleRow, index_path, read_index
-from megatron_vita.data.records import is_raw_text, parse_record
-from megatron_vita.data.shard_reader import ShardReader
-from megatron_vita.data.storage import Location
+from megatron_vita.data.samples.records import is_raw_text, parse_record
+from megatron_vita.data.shards.index import SampleRow, index_path, read_index
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.storage import Location
 from megatron_vita.errors import VitaError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from data_tools.frames import FRAMES_SUFFIX
-from megatron_vita.data.shards import MediaFile
+from megatron_vita.data.shards.tar import MediaFile
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import num_frames, probe_video

@@ -12,8 +12,8 @@ from typing import Any
 
 from data_tools.frames import FRAMES_SUFFIX, read_frames
 from data_tools.lines import Line
-from megatron_vita.data.records import check_record, is_raw_text
-from megatron_vita.data.shards import MEDIA_KINDS, MediaFile
+from megatron_vita.data.samples.records import check_record, is_raw_text
+from megatron_vita.data.shards.tar import MEDIA_KINDS, MediaFile
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, probe_video

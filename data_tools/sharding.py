@@ -22,7 +22,7 @@ from data_tools.progress import Progress, write_lines
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
 from megatron_vita.config import DatasetConfig, load_recipe
-from megatron_vita.data.shards import SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 
 PROGRESS, REJECTED = "progress.jsonl", "rejected.jsonl"

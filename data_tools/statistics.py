@@ -8,14 +8,14 @@ from typing import get_args
 import numpy as np
 
 from megatron_vita.config import Recipe
-from megatron_vita.data.form import DocumentFormat
-from megatron_vita.data.index import SampleIndex, index_path, read_index
-from megatron_vita.data.lengths import document_lengths
-from megatron_vita.data.packing import taken_of
-from megatron_vita.data.plan import PackPlan, read_plan
-from megatron_vita.data.quarantine import read_quarantine
-from megatron_vita.data.split import Source, Split, document_format, find_sources, plan_path
-from megatron_vita.data.storage import Location
+from megatron_vita.data.datasets import Source, Split, document_format, find_sources, plan_path
+from megatron_vita.data.planning.packing import taken_of
+from megatron_vita.data.planning.plan import PackPlan, read_plan
+from megatron_vita.data.planning.token_counts import document_lengths
+from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.shards.index import SampleIndex, index_path, read_index
+from megatron_vita.data.shards.quarantine import read_quarantine
+from megatron_vita.data.shards.storage import Location
 from megatron_vita.text.tokenizer import Tokenizer
 
 

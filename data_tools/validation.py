@@ -13,14 +13,24 @@ from data_tools.planning import find_all_shards
 from data_tools.pool import Crew, Steps, run_tasks
 from data_tools.progress import progress_bar
 from megatron_vita.config import MediaConfig, Recipe, load_recipe
-from megatron_vita.data.foreign import MemberRule, read_rule
-from megatron_vita.data.index_build import check_members, parse_sample, printable, scan_whole
-from megatron_vita.data.quarantine import Entry, Quarantine, read_quarantine, write_quarantine
-from megatron_vita.data.records import check_record
-from megatron_vita.data.shard_reader import ShardReader
-from megatron_vita.data.shards import ScannedSample
-from megatron_vita.data.split import find_shards
-from megatron_vita.data.storage import Location
+from megatron_vita.data.datasets import find_shards
+from megatron_vita.data.samples.records import check_record
+from megatron_vita.data.samples.third_party import MemberRule, read_rule
+from megatron_vita.data.shards.index_build import (
+    check_members,
+    parse_sample,
+    printable,
+    scan_whole,
+)
+from megatron_vita.data.shards.quarantine import (
+    Entry,
+    Quarantine,
+    read_quarantine,
+    write_quarantine,
+)
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.storage import Location
+from megatron_vita.data.shards.tar import ScannedSample
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video

@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import TAIL_SOURCE, Batch
-from megatron_vita.data.documents import NO_LOSS
-from megatron_vita.data.form import Medium
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.samples.documents import NO_LOSS
+from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.text.tokenizer import Tokenizer
 
 

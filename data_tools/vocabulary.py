@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data_tools.lines import Line, read_lines
 from data_tools.samples import parse_line
-from megatron_vita.data.records import check_record, is_raw_text
+from megatron_vita.data.samples.records import check_record, is_raw_text
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.conversation import TextPart, check_messages
 from megatron_vita.text.train import train_sentencepiece

@@ -6,31 +6,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "processes", "platform", "config"}
-PURE = {"errors", "config", "media", "text", "layout", "planning"}
+EVERYWHERE = {"errors", "supervise", "platform", "config"}
+PURE = {"errors", "config", "media", "text", "layout", "costs"}
 MAY_IMPORT = {
     "errors": set(),
-    "processes": set(),
+    "supervise": set(),
     "commands": {"errors"},
     "platform": {"errors"},
     "config": {"errors"},
     "media": EVERYWHERE,
     "text": EVERYWHERE,
     "layout": EVERYWHERE,
-    "planning": EVERYWHERE,
-    "data": EVERYWHERE | {"media", "text", "layout", "planning"},
+    "costs": EVERYWHERE,
+    "data": EVERYWHERE | {"media", "text", "layout", "costs"},
     "parallel": EVERYWHERE | {"layout"},
     "model": EVERYWHERE | {"parallel", "layout"},
     "checkpoint": EVERYWHERE | {"model", "parallel"},
     "training": EVERYWHERE
-    | {"media", "text", "layout", "planning", "data", "parallel", "model", "checkpoint"},
+    | {"media", "text", "layout", "costs", "data", "parallel", "model", "checkpoint"},
     "inference": EVERYWHERE
     | {
         "commands",
         "media",
         "text",
         "layout",
-        "planning",
+        "costs",
         "data",
         "parallel",
         "model",
@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "media",
         "text",
         "layout",
-        "planning",
+        "costs",
         "data",
         "parallel",
         "model",

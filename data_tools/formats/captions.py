@@ -8,7 +8,7 @@ from typing import Any
 
 from data_tools.formats.base import Candidate, Setting, relative_to_media, walk
 from data_tools.frames import IMAGE_SUFFIXES
-from megatron_vita.data.foreign import caption_record
+from megatron_vita.data.samples.third_party import caption_record
 from megatron_vita.errors import ConfigError, DataError
 
 

@@ -15,7 +15,12 @@ import pyarrow.parquet as pq
 
 from data_tools.formats.base import Candidate, Setting, find_files, write_medium
 from data_tools.samples import find_medium
-from megatron_vita.data.foreign import CHAT_FIELDS, caption_record, chat_messages, place_media
+from megatron_vita.data.samples.third_party import (
+    CHAT_FIELDS,
+    caption_record,
+    chat_messages,
+    place_media,
+)
 from megatron_vita.errors import DataError
 
 ROWS = 32  # read at a time: rows with images are large

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.formats.base import Candidate, Setting
 from data_tools.formats.objects import read_objects
-from megatron_vita.data.foreign import chat_messages, literal, place_media
+from megatron_vita.data.samples.third_party import chat_messages, literal, place_media
 from megatron_vita.errors import DataError
 
 

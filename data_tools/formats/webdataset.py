@@ -1,5 +1,5 @@
 """Plain webdataset tars: images or videos with a caption or a conversation; see
-`megatron_vita/data/foreign.py`."""
+`megatron_vita/data/samples/third_party.py`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.base import Candidate, Setting, find_files, refuse, write_medium
-from megatron_vita.data.foreign import TAGS, MemberRule, read_rule, record_of_members
-from megatron_vita.data.shard_reader import ShardReader
-from megatron_vita.data.shards import ScannedSample, scan_shard
+from megatron_vita.data.samples.third_party import TAGS, MemberRule, read_rule, record_of_members
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.tar import ScannedSample, scan_shard
 
 
 def list_sources(paths: list[Path]) -> list[Path]:

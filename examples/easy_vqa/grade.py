@@ -9,7 +9,7 @@ from pathlib import Path
 from examples.easy_vqa.prepare import Question, image_path, read_questions
 from megatron_vita.evaluation.answering import EngineAnswerer, Generates
 from megatron_vita.evaluation.results import ResultLog, Task, run_tasks
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Sampling
 

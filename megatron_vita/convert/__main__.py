@@ -73,7 +73,7 @@ def to_hf(
         f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.layout.name}"
     )
     if verify:
-        from megatron_vita.convert.safetensors_in import SafetensorsSource
+        from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
         from megatron_vita.convert.verify import compare_logits, compare_tensors
 
         written = SafetensorsSource(destination)

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.convert import companions
-from megatron_vita.convert.choosing import choose_layout, config_fields, kept_folders
+from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
-from megatron_vita.convert.dist_in import DistSource
+from megatron_vita.convert.export_format import choose_layout, config_fields, kept_folders
+from megatron_vita.convert.families.layouts import Layout, layout_named
 from megatron_vita.convert.folders import new_folder
-from megatron_vita.convert.layouts import Layout, layout_named
+from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
+from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
+from megatron_vita.convert.formats.tensors import TensorInfo, check_finite
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.progress import Progress
-from megatron_vita.convert.safetensors_in import SafetensorsSource
-from megatron_vita.convert.safetensors_out import SafetensorsWriter
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.tensors import TensorInfo, check_finite
 from megatron_vita.convert.transfers import Rows, Transfer, plan_export
 from megatron_vita.errors import CheckpointError
 
@@ -79,7 +79,7 @@ def _write_companions(work: Export, folder: Path) -> None:
     """Those of the folder that is taken over; else what is known of the parts, the language model's
     last."""
     if work.like is not None:
-        companions.copy_companions(work.like, folder)
+        sidecar_files.copy_companions(work.like, folder)
         return
     parts = {kept: set(layout_named(kept.name).parts) for kept in kept_folders(work.source.folder)}
     known = [kept for kept in parts if parts[kept] & set(work.layout.parts)]
@@ -93,13 +93,13 @@ def _write_companions(work: Export, folder: Path) -> None:
     ):
         known = [tokenizer]
     for kept in known:
-        companions.copy_companions(kept, folder)
+        sidecar_files.copy_companions(kept, folder)
     (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
 
 
 def _spare(work: Export) -> SafetensorsSource | None:
     """Tensors that came along with the origin."""
-    folder = work.like / companions.SPARE if work.like is not None else None
+    folder = work.like / sidecar_files.SPARE if work.like is not None else None
     return SafetensorsSource(folder) if folder is not None and folder.exists() else None
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
-from megatron_vita.convert.fresh import FreshProjector, Grown
+from megatron_vita.convert.families.mapping import Rule
+from megatron_vita.convert.formats.tensors import TensorSource
+from megatron_vita.convert.initialized_parts import FreshProjector, Grown
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sources import Opened, open_source
-from megatron_vita.convert.table import Rule
-from megatron_vita.convert.tensors import TensorSource
 from megatron_vita.convert.transfers import Transfer, plan_import
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError

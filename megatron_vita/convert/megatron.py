@@ -7,19 +7,19 @@ from torch import Tensor
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.convert.companions import copy_companions
-from megatron_vita.convert.dist_in import DistSource
-from megatron_vita.convert.dist_out import Piece, write_distributed
 from megatron_vita.convert.exporting import read_ours
+from megatron_vita.convert.families.layouts import ALL_PARTS, CAUSAL
+from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.families.megatron_tables import gpt_table, long_vita_table
 from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.formats.megatron_reader import CoreSource, RanksSource
+from megatron_vita.convert.formats.tensors import TensorSource
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
+from megatron_vita.convert.formats.torch_dist_writer import Piece, write_distributed
 from megatron_vita.convert.importing import assert_complete
-from megatron_vita.convert.layouts import ALL_PARTS, CAUSAL
-from megatron_vita.convert.megatron_in import CoreSource, RanksSource
-from megatron_vita.convert.megatron_tables import gpt_table, long_vita_table
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.table import place_of
-from megatron_vita.convert.tensors import TensorSource
+from megatron_vita.convert.sidecar_files import copy_companions
 from megatron_vita.convert.transfers import Transfer, plan_export, plan_import
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vita.config import ModelConfig
-from megatron_vita.convert import pickled_in, safetensors_in
-from megatron_vita.convert.companions import SPARE, copy_companions, has_tokenizer
 from megatron_vita.convert.config_file import CONFIG, Config
-from megatron_vita.convert.layouts import Layout, layout_of
-from megatron_vita.convert.pickled_in import PickledSource
-from megatron_vita.convert.safetensors_in import SafetensorsSource
-from megatron_vita.convert.safetensors_out import SafetensorsWriter
-from megatron_vita.convert.tensors import TensorInfo, TensorSource, same_bits
+from megatron_vita.convert.families.layouts import Layout, layout_of
+from megatron_vita.convert.formats import pickle_reader, safetensors_reader
+from megatron_vita.convert.formats.pickle_reader import PickledSource
+from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
+from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
+from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
+from megatron_vita.convert.sidecar_files import SPARE, copy_companions, has_tokenizer
 from megatron_vita.errors import CheckpointError
 from megatron_vita.text.tokenizer import load_tokenizer
 
@@ -65,7 +65,7 @@ class Opened:
         if self.path.is_dir():
             copy_companions(self.path, folder)
             return
-        from megatron_vita.convert.gguf_in import write_gguf_companions
+        from megatron_vita.convert.formats.gguf_reader import write_gguf_companions
 
         write_gguf_companions(self.path, folder)
         (folder / CONFIG).write_text(json.dumps(self.config.values, indent=2) + "\n")
@@ -81,7 +81,7 @@ def open_source(path: Path) -> Opened:
     """Reads config and headers. CheckpointError, naming file and field or tensor, if anything is
     wrong with them."""
     if path.suffix == GGUF:
-        from megatron_vita.convert.gguf_in import GgufSource
+        from megatron_vita.convert.formats.gguf_reader import GgufSource
 
         packed = GgufSource(path)
         return _opened(path, packed.config, packed)
@@ -90,8 +90,10 @@ def open_source(path: Path) -> Opened:
             f"{path}: is neither a folder with config.json and safetensors nor a {GGUF} file"
         )
     config = Config.read(path)
-    pickled = any((path / name).exists() for name in (pickled_in.SINGLE, pickled_in.INDEX))
-    safe = any((path / name).exists() for name in (safetensors_in.SINGLE, safetensors_in.INDEX))
+    pickled = any((path / name).exists() for name in (pickle_reader.SINGLE, pickle_reader.INDEX))
+    safe = any(
+        (path / name).exists() for name in (safetensors_reader.SINGLE, safetensors_reader.INDEX)
+    )
     return _opened(
         path, config, PickledSource(path) if pickled and not safe else SafetensorsSource(path)
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vita.convert.table import Joined, Place, Rule, place_of
-from megatron_vita.convert.tensors import FLOATS, TensorInfo
+from megatron_vita.convert.families.mapping import Joined, Place, Rule, place_of
+from megatron_vita.convert.formats.tensors import FLOATS, TensorInfo
 from megatron_vita.errors import CheckpointError
 
 Rows = tuple[int, int] | None

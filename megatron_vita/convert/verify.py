@@ -12,17 +12,17 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
-from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.exporting import read_ours
+from megatron_vita.convert.formats.tensors import TensorSource, same_bits
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.sources import GGUF
-from megatron_vita.convert.tensors import TensorSource, same_bits
 from megatron_vita.convert.transfers import Transfer
+from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
-from megatron_vita.planning.parameters import model_parameters
 
 PROBE = 32  # tokens
 CLOSE = 1e-3  # of the largest logit: fp32 on both sides, whatever the order of sums

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
 from megatron_vita.config import ModelConfig, Recipe, TextConfig
-from megatron_vita.convert.companions import FOLDER, has_tokenizer
-from megatron_vita.convert.dist_out import Piece, write_distributed
 from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.formats.tensors import TensorSource, check_finite
+from megatron_vita.convert.formats.torch_dist_writer import Piece, write_distributed
 from megatron_vita.convert.progress import Progress
-from megatron_vita.convert.tensors import TensorSource, check_finite
+from megatron_vita.convert.sidecar_files import FOLDER, has_tokenizer
 from megatron_vita.convert.transfers import Rows, Transfer
 
 RECIPE = "model.yaml"

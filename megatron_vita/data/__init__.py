@@ -2,9 +2,9 @@
 nothing of models."""
 
 from megatron_vita.data.batch import Batch
-from megatron_vita.data.loader import read_packs
-from megatron_vita.data.plan import PackPlan, read_plan
-from megatron_vita.data.split import open_split, plan_stamp
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data.datasets import open_split, plan_stamp
+from megatron_vita.data.loading.loader import read_packs
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.planning.plan import PackPlan, read_plan
 
 __all__ = ["Batch", "PackPlan", "PackStream", "open_split", "plan_stamp", "read_packs", "read_plan"]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megatron_vita.config import DataConfig
-from megatron_vita.data.documents import NO_LOSS, Document, blank_placements
+from megatron_vita.data.samples.documents import NO_LOSS, Document, blank_placements
 
 TAIL_SOURCE = -1
 

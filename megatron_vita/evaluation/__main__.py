@@ -12,7 +12,7 @@ from megatron_vita import platform
 from megatron_vita.commands import run_command
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.answering import Answerer, EngineAnswerer, ServerAnswerer
-from megatron_vita.inference.client import ChatServer
+from megatron_vita.inference.client.client import ChatServer
 
 app = typer.Typer(
     add_completion=False,
@@ -143,7 +143,7 @@ def _answerer(
         chat_server = ChatServer(server, model=model)
         return ServerAnswerer(chat_server, at_once=at_once), chat_server.model
     from megatron_vita.checkpoint.store import find_checkpoint
-    from megatron_vita.inference.engine import Engine
+    from megatron_vita.inference.engine.engine import Engine
 
     assert checkpoint is not None
     found = find_checkpoint(checkpoint)

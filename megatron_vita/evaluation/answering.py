@@ -8,7 +8,7 @@ from itertools import batched
 from typing import Protocol
 
 from megatron_vita.errors import DataError, LogitsError, RefusedError
-from megatron_vita.inference.client import ChatServer
+from megatron_vita.inference.client.client import ChatServer
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Answer, Sampling
 

@@ -5,8 +5,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_vita.data.form import DocumentFormat
-from megatron_vita.data.records import pieces_of
+from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.records import pieces_of
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.pages import Book, PageStyle
 from megatron_vita.inference.prompt import MediaFile, Prompt

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.data.records import parse_record
+from megatron_vita.data.samples.records import parse_record
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.evaluation.grading import METRICS

@@ -10,8 +10,8 @@ import typer
 from megatron_vita import platform
 from megatron_vita.commands import run_command
 from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
-from megatron_vita.inference.chat import Conversation
-from megatron_vita.inference.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
+from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
+from megatron_vita.inference.client.conversation import Conversation
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Sampling, ScoredToken
 from megatron_vita.text.tokenizer import Tokenizer
@@ -161,7 +161,7 @@ def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sa
     """Answers of a checkpoint, loaded into this process."""
     if checkpoint is None:
         raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")
-    from megatron_vita.inference.engine import Engine
+    from megatron_vita.inference.engine.engine import Engine
 
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.documents import Document, assemble_document
-from megatron_vita.data.form import DocumentFormat, Medium
+from megatron_vita.data.samples.documents import Document, assemble_document
+from megatron_vita.data.samples.encoding import DocumentFormat, Medium
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import VideoInfo

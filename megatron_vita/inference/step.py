@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_vita.data.form import Medium
+from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.inference.prompt import MediaFile
 
 

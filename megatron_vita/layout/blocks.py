@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SCRATCH_BLOCK = 0
+"""The block that padding writes to; it belongs to no sequence."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_vita.data.batch import Batch, mask_documents
-from megatron_vita.data.ledger import Damage, Ledger
-from megatron_vita.data.loader import read_packs
-from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import PackTask
+from megatron_vita.data.loading.ledger import Damage, Ledger
+from megatron_vita.data.loading.loader import read_packs
+from megatron_vita.data.loading.stream import PackStream, ReadPack
+from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run
 from megatron_vita.training.streams import packs_of_replicas, packs_of_validation

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_vita.config import Recipe
+from megatron_vita.costs.memory import GIB
+from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.errors import ConfigError
-from megatron_vita.planning.memory import GIB
-from megatron_vita.planning.parameters import model_parameters
 from megatron_vita.training.dry_run import DryRun, PackReport
 
 Row = Sequence[str]

@@ -12,15 +12,15 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vita.config import Recipe
-from megatron_vita.data.stream import PackStream
+from megatron_vita.costs.memory import PackLoad, RankMemory, rank_memory, saving_memory
+from megatron_vita.costs.parameters import StageParameters, stage_parameters
+from megatron_vita.costs.stages import even_ends, stage_flops
+from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.layout.counts import count_by_rank
 from megatron_vita.layout.dealing import deal_packs, deal_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
-from megatron_vita.planning.memory import PackLoad, RankMemory, rank_memory, saving_memory
-from megatron_vita.planning.parameters import StageParameters, stage_parameters
-from megatron_vita.planning.stages import even_ends, stage_flops
 from megatron_vita.training.position import find_position
 from megatron_vita.training.streams import open_streams, pack_costs
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
-from megatron_vita.data.plan import PackPlan
+from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import CheckpointError, ConfigError
 
 FIXED = (

@@ -12,9 +12,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
-from megatron_vita.data.loader import start_fork_server
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
+from megatron_vita.data.loading.loader import start_fork_server
+from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel

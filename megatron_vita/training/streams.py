@@ -1,12 +1,12 @@
 """A recipe's training and held-out packs, and which replica takes which of a step's."""
 
 from megatron_vita.config import Recipe
-from megatron_vita.data.plan import PackPlan
-from megatron_vita.data.split import open_split
-from megatron_vita.data.stream import PackStream
+from megatron_vita.costs.flops import variable_cost
+from megatron_vita.data.datasets import open_split
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout.dealing import deal_packs
-from megatron_vita.planning.flops import variable_cost
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.training.position import check_plan, find_position
 

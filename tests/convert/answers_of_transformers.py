@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
 

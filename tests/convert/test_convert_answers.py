@@ -11,7 +11,7 @@ from answers_of_transformers import assert_same_answer
 from toy_folders import model_of, save
 
 from megatron_vita.convert.importing import import_weights
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.engine.engine import Engine
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-yarn", "llama-llama3"])

@@ -279,7 +279,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_vita.convert.steady.os.fsync", full)
+    monkeypatch.setattr("megatron_vita.convert.formats.synced_file.os.fsync", full)
     refused(folder, "ours", "No space left")
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_vita.config import LanguageConfig, RopeScalingConfig, VisionConfig, load_recipe
 from megatron_vita.convert.config_file import Config
-from megatron_vita.convert.language_config import read_language, write_language
-from megatron_vita.convert.vision_config import read_clip, read_internvit, read_siglip
+from megatron_vita.convert.families.language_config import read_language, write_language
+from megatron_vita.convert.families.vision_config import read_clip, read_internvit, read_siglip
 from megatron_vita.errors import CheckpointError
 
 MODELS = Path(__file__).parents[2] / "examples" / "long_vita" / "models"

@@ -18,7 +18,7 @@ from examples.convert.smollm2 import FILE, QUESTION, convert_and_ask
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.engine.engine import Engine
 
 ALL = bool(os.environ.get("VITA_TEST_ALL"))
 

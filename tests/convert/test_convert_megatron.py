@@ -30,12 +30,12 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ModelConfig, ParallelConfig, load_recipe, recipe_from_dict
 from megatron_vita.convert.__main__ import main
-from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.exporting import export_checkpoint
+from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.formats.tensors import same_bits
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.megatron import import_megatron
-from megatron_vita.convert.table import place_of
-from megatron_vita.convert.tensors import same_bits
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.norm import RMSNorm
 from megatron_vita.parallel import groups

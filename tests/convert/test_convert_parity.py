@@ -31,10 +31,10 @@ from toy_folders import (
 
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint
-from megatron_vita.convert.dist_in import DistSource
 from megatron_vita.convert.exporting import plan, read_ours
+from megatron_vita.convert.families.mapping import Place
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.importing import import_weights
-from megatron_vita.convert.table import Place
 
 HERE = Path(__file__).parent
 LENGTH = 32

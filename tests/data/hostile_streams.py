@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from megatron_vita.data.stream import PackStream, ReadPack
+from megatron_vita.data.loading.stream import PackStream, ReadPack
 
 
 class HostileStream(PackStream):

@@ -14,7 +14,7 @@ from pathlib import Path
 from toy_data import train_stream
 
 from megatron_vita.data import Batch, read_packs
-from megatron_vita.data.worker import PackTask
+from megatron_vita.data.loading.worker import PackTask
 
 EVERY = 3
 

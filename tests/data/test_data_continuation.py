@@ -8,11 +8,11 @@ from toy_data import assert_same, changed, make_world, train_stream, write_shard
 
 from megatron_vita.config import Recipe
 from megatron_vita.data import open_split
-from megatron_vita.data.index import index_path, write_index
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.plan import PackPlan, read_plan, write_plan
-from megatron_vita.data.planner import Continuation, make_plan
-from megatron_vita.data.split import plan_path
+from megatron_vita.data.datasets import plan_path
+from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
+from megatron_vita.data.planning.planner import Continuation, make_plan
+from megatron_vita.data.shards.index import index_path, write_index
+from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import ConfigError, DataError
 
 

@@ -8,12 +8,12 @@ import pytest
 from toy_data import SIZES, write_shard
 
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.documents import NO_LOSS, Document, build_document, check_length
-from megatron_vita.data.form import DocumentFormat
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.lengths import Lengths, document_lengths
-from megatron_vita.data.records import parse_record
-from megatron_vita.data.shard_reader import ShardReader
+from megatron_vita.data.planning.token_counts import Lengths, document_lengths
+from megatron_vita.data.samples.documents import NO_LOSS, Document, build_document, check_length
+from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.records import parse_record
+from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.errors import DataError
 
 

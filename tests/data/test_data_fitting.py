@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_vita.data.fitting import Fit, Piece, fit, whole
-from megatron_vita.data.records import Kind
+from megatron_vita.data.samples.records import Kind
+from megatron_vita.data.samples.truncation import Fit, Piece, fit, whole
 
 TEXT, LOSS, IMAGE, VIDEO = Kind
 QUESTION, ANSWER = Piece(TEXT, 10), Piece(LOSS, 20)

@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 from toy_data import picture, talk, toy_recipe, write_shard
 
-from megatron_vita.data.foreign import (
+from megatron_vita.data.datasets import open_split, plan_path
+from megatron_vita.data.planning.plan import write_plan
+from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.samples.third_party import (
     MemberRule,
     chat_messages,
     place_media,
     read_rule,
     record_of_members,
 )
-from megatron_vita.data.index import index_path, read_index, write_index
-from megatron_vita.data.index_build import build_index, build_sound_index
-from megatron_vita.data.plan import write_plan
-from megatron_vita.data.planner import make_plan
-from megatron_vita.data.quarantine import (
+from megatron_vita.data.shards.index import index_path, read_index, write_index
+from megatron_vita.data.shards.index_build import build_index, build_sound_index
+from megatron_vita.data.shards.quarantine import (
     Entry,
     Quarantine,
     quarantine_path,
     read_quarantine,
     write_quarantine,
 )
-from megatron_vita.data.shards import MediaFile, SampleWriter, scan_shard
-from megatron_vita.data.split import open_split, plan_path
+from megatron_vita.data.shards.tar import MediaFile, SampleWriter, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 
 CAPTIONED = {"0.jpg": picture((40, 40), "red", format="JPEG"), "0.txt": b"A red square."}

@@ -8,10 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 from toy_data import clip, picture, talk, write_shard
 
-from megatron_vita.data.index import index_path, read_header, read_index, text_stamp, write_index
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.records import Kind
-from megatron_vita.data.shards import MediaFile, SampleWriter
+from megatron_vita.data.samples.records import Kind
+from megatron_vita.data.shards.index import (
+    index_path,
+    read_header,
+    read_index,
+    text_stamp,
+    write_index,
+)
+from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
 
 

@@ -76,7 +76,7 @@ from pathlib import Path
 from hostile_streams import hostile
 from toy_data import train_stream
 from megatron_vita.data import read_packs
-from megatron_vita.data.worker import PackTask
+from megatron_vita.data.loading.worker import PackTask
 
 if __name__ == "__main__":
     stream = hostile(train_stream(pickle.loads(Path(sys.argv[1]).read_bytes())), "hang", pack=1)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.data.ledger import Damage, Ledger, merge_damage, read_ledgers
+from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.errors import DataError
 
 

@@ -19,14 +19,14 @@ from toy_data import assert_same, changed, damage, train_stream, write_shard
 
 from megatron_vita.data import read_packs
 from megatron_vita.data.batch import Batch, mask_documents
-from megatron_vita.data.documents import NO_LOSS
-from megatron_vita.data.index import index_path, write_index
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.plan import write_plan
-from megatron_vita.data.planner import make_plan
-from megatron_vita.data.split import plan_path
-from megatron_vita.data.stream import PackStream, ReadPack
-from megatron_vita.data.worker import PackTask
+from megatron_vita.data.datasets import plan_path
+from megatron_vita.data.loading.stream import PackStream, ReadPack
+from megatron_vita.data.loading.worker import PackTask
+from megatron_vita.data.planning.plan import write_plan
+from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.samples.documents import NO_LOSS
+from megatron_vita.data.shards.index import index_path, write_index
+from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import DataError, ShardError, VitaError
 
 

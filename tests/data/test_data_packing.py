@@ -4,7 +4,7 @@ evenly."""
 import numpy as np
 import pytest
 
-from megatron_vita.data.packing import (
+from megatron_vita.data.planning.packing import (
     Shuffler,
     best_fit_decreasing,
     group_by_cost,

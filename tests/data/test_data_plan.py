@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from toy_data import changed, make_world, talk, toy_recipe, write_shard
 
-from megatron_vita.data.index import index_path, write_index
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.plan import read_plan, write_plan
-from megatron_vita.data.planner import make_plan
-from megatron_vita.data.shards import SampleWriter
-from megatron_vita.data.split import open_split, plan_path
+from megatron_vita.costs.flops import variable_cost
+from megatron_vita.data.datasets import open_split, plan_path
+from megatron_vita.data.planning.plan import read_plan, write_plan
+from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.shards.index import index_path, write_index
+from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.planning.flops import variable_cost
 
 
 def samples_of(plan):

@@ -8,9 +8,9 @@ import pytest
 import webdataset
 from toy_data import toy_sample, write_shard
 
-from megatron_vita.data.records import parse_record
-from megatron_vita.data.shard_reader import ShardReader
-from megatron_vita.data.shards import Member, SampleWriter, scan_shard
+from megatron_vita.data.samples.records import parse_record
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.tar import Member, SampleWriter, scan_shard
 from megatron_vita.errors import DataError
 
 

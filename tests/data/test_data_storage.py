@@ -13,15 +13,16 @@ from s3_server import FaultyStore
 from toy_data import assert_same, changed, train_stream
 from upath import UPath
 
-from megatron_vita.data import index, open_split, read_packs, shard_cache, split, storage
-from megatron_vita.data.index import IndexHeader
-from megatron_vita.data.plan import write_plan
-from megatron_vita.data.planner import make_plan
-from megatron_vita.data.shard_cache import ShardCache
-from megatron_vita.data.split import find_sources, plan_path
-from megatron_vita.data.storage import find_files, read_range
-from megatron_vita.data.stream import PackStream
-from megatron_vita.data.worker import PackTask
+from megatron_vita.data import datasets, open_split, read_packs
+from megatron_vita.data.datasets import find_sources, plan_path
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.loading.worker import PackTask
+from megatron_vita.data.planning.plan import write_plan
+from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.shards import cache, index, storage
+from megatron_vita.data.shards.cache import ShardCache
+from megatron_vita.data.shards.index import IndexHeader
+from megatron_vita.data.shards.storage import find_files, read_range
 from megatron_vita.errors import ConfigError, DataError, ShardError
 
 
@@ -111,7 +112,7 @@ def test_opening_reads_the_ends_of_remote_indexes_alone_and_many_at_a_time(
             all_three.wait()
         return index.read_header(path, text)
 
-    monkeypatch.setattr(split, "read_header", read_header)
+    monkeypatch.setattr(datasets, "read_header", read_header)
     found = find_sources(recipe, "train", tokenizer=world.tokenizer)
     assert [source.headers for source in found] == [source.headers for source in local]
 
@@ -208,7 +209,7 @@ def test_a_shard_that_cannot_be_copied_stops_the_run_and_damages_no_sample(
     def fail(*_: object) -> bytes:
         raise OSError("the store is down")
 
-    monkeypatch.setattr(shard_cache, "read_range", fail)
+    monkeypatch.setattr(cache, "read_range", fail)
     with pytest.raises(
         ShardError, match=rf"s3://{bucket}/deep/.*tar: cannot copy the shard: the store is down"
     ):

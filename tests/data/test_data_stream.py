@@ -8,10 +8,10 @@ import pytest
 import torch
 from toy_data import COLORS, assert_same, changed, damage, train_stream
 
-from megatron_vita.data import stream as stream_module
-from megatron_vita.data.documents import NO_LOSS
-from megatron_vita.data.planner import make_plan
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data.loading import stream as stream_module
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.samples.documents import NO_LOSS
 from megatron_vita.errors import DataError
 
 

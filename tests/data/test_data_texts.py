@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from toy_data import toy_recipe
 
-from megatron_vita.data import open_split, stream
-from megatron_vita.data.index import index_path, write_index
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.plan import write_plan
-from megatron_vita.data.planner import make_plan
-from megatron_vita.data.records import END_OF_TEXT
-from megatron_vita.data.shards import SampleWriter
-from megatron_vita.data.split import plan_path
-from megatron_vita.data.stream import PackStream
+from megatron_vita.data import open_split
+from megatron_vita.data.datasets import plan_path
+from megatron_vita.data.loading import stream
+from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.data.planning.plan import write_plan
+from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.samples.records import END_OF_TEXT
+from megatron_vita.data.shards.index import index_path, write_index
+from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.tar import SampleWriter
 
 LENGTH = 256
 

@@ -10,12 +10,12 @@ from PIL import Image
 from toy_data import clip, picture, talk
 
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.form import DocumentFormat
-from megatron_vita.data.index_build import build_index
-from megatron_vita.data.lengths import document_lengths
-from megatron_vita.data.shards import MediaFile, SampleWriter
-from megatron_vita.data.split import plan_stamp
-from megatron_vita.data.tiles import decode_tiles
+from megatron_vita.data.datasets import plan_stamp
+from megatron_vita.data.planning.token_counts import document_lengths
+from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.tiles import decode_tiles
+from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video

@@ -22,10 +22,10 @@ from data_tools.planning import load_recipe_tokenizer
 from data_tools.pool import FAULT
 from data_tools.samples import check_line
 from megatron_vita.config import load_recipe
-from megatron_vita.data.index import index_path, read_index
-from megatron_vita.data.quarantine import read_quarantine
-from megatron_vita.data.shards import scan_shard
-from megatron_vita.data.split import open_split
+from megatron_vita.data.datasets import open_split
+from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.data.shards.quarantine import read_quarantine
+from megatron_vita.data.shards.tar import scan_shard
 from megatron_vita.errors import DataError
 
 WHOLE = "VITA_TEST_ALL" in os.environ

@@ -9,7 +9,7 @@ from toy_jsonl import sample, write_world
 
 from data_tools import contact_sheet
 from data_tools.cli import main
-from megatron_vita.data.plan import read_plan
+from megatron_vita.data.planning.plan import read_plan
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from toy_jsonl import write_world
 
 from data_tools.cli import main
 from data_tools.reencode import Reencode
-from megatron_vita.data.shard_reader import ShardReader
-from megatron_vita.data.shards import MediaFile, scan_shard
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.tar import MediaFile, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 

@@ -17,9 +17,13 @@ from toy_jsonl import write_world
 from data_tools import validation
 from data_tools.cli import main
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.index import index_path, read_index
-from megatron_vita.data.quarantine import quarantine_path, read_quarantine, write_quarantine
-from megatron_vita.data.shards import MediaFile, SampleWriter
+from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.data.shards.quarantine import (
+    quarantine_path,
+    read_quarantine,
+    write_quarantine,
+)
+from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times

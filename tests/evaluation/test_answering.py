@@ -8,7 +8,7 @@ from chat_server import FakeChatServer, RefusalError, serving, texts_of
 
 from megatron_vita.errors import DataError, LogitsError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
-from megatron_vita.inference.client import ChatServer, openai_messages, openai_options
+from megatron_vita.inference.client.client import ChatServer, openai_messages, openai_options
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Answer, Sampling
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from megatron_vita.config import MediaConfig, VisionConfig
-from megatron_vita.data.documents import assemble_document
-from megatron_vita.data.form import DocumentFormat
+from megatron_vita.data.samples.documents import assemble_document
+from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.needle_run import Grid, run_needles

@@ -14,7 +14,7 @@ from launch import torchrun
 from recorded_run import run
 from toy_run import make_toy_run
 
-from megatron_vita.data.index import index_path, read_index
+from megatron_vita.data.shards.index import index_path, read_index
 
 ANY = "data.max_damaged=1"
 LAYOUTS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fields import GPUS
 
-from megatron_vita.inference.graphs import GraphPool
+from megatron_vita.inference.runner.cuda_graphs import GraphPool
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 

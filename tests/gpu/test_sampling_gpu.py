@@ -7,9 +7,9 @@ import pytest
 import torch
 from fields import GPUS
 
-from megatron_vita.inference.beams import BeamSearch
+from megatron_vita.inference.generation.beams import BeamSearch
+from megatron_vita.inference.generation.sampling import Draw, Penalties, draw_tokens
 from megatron_vita.inference.requests import Sampling
-from megatron_vita.inference.sampling import Draw, Penalties, draw_tokens
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 

@@ -5,9 +5,9 @@ import torch
 from fields import GPUS
 from torch import Tensor
 
-from megatron_vita.inference.cache import CacheShape, KeyValueCache
-from megatron_vita.inference.partial_attention import attend, join
-from megatron_vita.inference.rotary import Rotation
+from megatron_vita.inference.runner.kv_cache import CacheShape, KeyValueCache
+from megatron_vita.inference.runner.partial_attention import attend, join
+from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")

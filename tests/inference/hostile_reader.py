@@ -4,9 +4,9 @@ file says so."""
 import os
 import time
 
-from megatron_vita.inference import media_reader
+from megatron_vita.inference.vision import decode_worker
 
-decode_tiles, probe_video = media_reader.decode_tiles, media_reader.probe_video
+decode_tiles, probe_video = decode_worker.decode_tiles, decode_worker.probe_video
 
 
 def misbehave(name: str) -> None:
@@ -31,7 +31,7 @@ def probe(file: object, name: str) -> object:
     return probe_video(file, name)  # type: ignore[arg-type]
 
 
-media_reader.decode_tiles, media_reader.probe_video = decode, probe
+decode_worker.decode_tiles, decode_worker.probe_video = decode, probe
 
 if __name__ == "__main__":
-    media_reader.main()
+    decode_worker.main()

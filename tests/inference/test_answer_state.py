@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vita.inference.answer_state import AnswerState
-from megatron_vita.inference.beams import BeamAnswer
+from megatron_vita.inference.generation.beams import BeamAnswer
+from megatron_vita.inference.generation.choice_state import AnswerState
+from megatron_vita.inference.generation.sampling import draw_tokens
 from megatron_vita.inference.requests import AnswerPiece, Sampling, ScoredToken, TokenScore
-from megatron_vita.inference.sampling import draw_tokens
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_vita.errors import LogitsError
-from megatron_vita.inference.beams import BeamAnswer, BeamSearch
+from megatron_vita.inference.generation.beams import BeamAnswer, BeamSearch
 from megatron_vita.inference.requests import Sampling
 
 PROMPT = [5, 9, 3, 17]

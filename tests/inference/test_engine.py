@@ -9,7 +9,7 @@ import torch
 
 from megatron_vita import platform
 from megatron_vita.errors import ConfigError, DataError, EngineError
-from megatron_vita.inference.engine import Engine, EngineOptions
+from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
 from megatron_vita.inference.step import Step

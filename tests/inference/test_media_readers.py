@@ -17,17 +17,17 @@ import psutil
 import pytest
 
 from megatron_vita import platform
-from megatron_vita.data.form import Medium, TileFormat
-from megatron_vita.data.shared_memory import SharedFile
-from megatron_vita.data.tiles import decode_tiles
+from megatron_vita.data.samples.encoding import Medium, TileFormat
+from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import DataError, PlatformError
-from megatron_vita.inference import media_readers, tiles
-from megatron_vita.inference.engine import Engine
-from megatron_vita.inference.media_readers import MediaReaders
+from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import AnswerPiece, Sampling
+from megatron_vita.inference.vision import decode_pool, tile_decoder
+from megatron_vita.inference.vision.decode_pool import MediaReaders
 from megatron_vita.media.tiling import Grid, Tiling
 from megatron_vita.media.video import probe_video
+from megatron_vita.supervise.shared_memory import SharedFile
 from tests.inference.tiny import picture, tiny_engine, video
 
 FORM = TileFormat(Tiling(tile_size=16, grids=(Grid(2, 1),)), "imagenet")
@@ -46,7 +46,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine whose readers obey the names of files, and have 3 seconds."""
     platform.initialize_process()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
+        patch.setattr(decode_pool, "PROGRAM", "tests.inference.hostile_reader")
         engine = tiny_engine(tmp_path_factory.mktemp("engine"), media_seconds=3.0)
         engine.generate([Prompt.ask("what is in this", videos=[video()])], sampling=GREEDY)
         yield engine
@@ -54,7 +54,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 def program() -> psutil.Process:
     """The program that forks readers."""
-    return psutil.Process(media_readers.start().process.pid)
+    return psutil.Process(decode_pool.start().process.pid)
 
 
 def count_of_new(before: set[int]) -> int:
@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def hostile_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers obey the names of files."""
-    monkeypatch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
+    monkeypatch.setattr(decode_pool, "PROGRAM", "tests.inference.hostile_reader")
 
 
 @pytest.fixture
@@ -177,9 +177,9 @@ def test_a_film_that_is_slow_to_decode_holds_nobody_up(hostile: Engine) -> None:
 @pytest.fixture
 def long_films(hostile: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The engine has two decoders, and a film may be of so many runs."""
-    monkeypatch.setattr(tiles, "DECODERS", 2)
-    monkeypatch.setattr(tiles, "SHARE", 1)
-    monkeypatch.setattr(tiles, "_FEWEST", 1)
+    monkeypatch.setattr(tile_decoder, "DECODERS", 2)
+    monkeypatch.setattr(tile_decoder, "SHARE", 1)
+    monkeypatch.setattr(tile_decoder, "_FEWEST", 1)
     monkeypatch.setattr(hostile.worker.features.decoder, "_pool", ThreadPoolExecutor(2))
     return hostile
 
@@ -265,7 +265,7 @@ def test_a_beginning_shared_with_a_film_that_hangs_is_computed_at_once(hostile: 
 
 
 def test_closing_waits_for_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media_readers, "PROGRAM", "tests.inference.hostile_reader")
+    monkeypatch.setattr(decode_pool, "PROGRAM", "tests.inference.hostile_reader")
     engine = tiny_engine(tmp_path, media_seconds=30.0)
     engine.add(
         engine.prepare(
@@ -294,10 +294,10 @@ def test_signals_to_the_whole_service_leave_readers_to_it(readers: MediaReaders)
 def test_there_are_descriptors_for_the_files_of_many_prompts() -> None:
     code = (
         "import resource\n"
-        "from megatron_vita.inference import media_readers\n"
+        "from megatron_vita.inference.vision import decode_pool\n"
         "_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
-        "media_readers.start()\n"
+        "decode_pool.start()\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)\n"
     )
     subprocess.run(

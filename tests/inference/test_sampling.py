@@ -16,9 +16,8 @@ from transformers import (
 )
 
 from megatron_vita.errors import LogitsError, VitaError
-from megatron_vita.inference import sampling as sampling_module
-from megatron_vita.inference.requests import Sampling
-from megatron_vita.inference.sampling import (
+from megatron_vita.inference.generation import sampling as sampling_module
+from megatron_vita.inference.generation.sampling import (
     Draw,
     Penalties,
     candidate_logits,
@@ -27,6 +26,7 @@ from megatron_vita.inference.sampling import (
     likeliest_tokens,
     uniform_number,
 )
+from megatron_vita.inference.requests import Sampling
 
 VOCAB = 50
 

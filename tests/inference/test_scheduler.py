@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_vita import platform
-from megatron_vita.inference.engine import Engine
+from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import Sampling
 from tests.inference.tiny import picture, tiny_engine

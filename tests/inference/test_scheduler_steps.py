@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_vita.inference.block_pool import BlockPool
+from megatron_vita.inference.engine.block_pool import BlockPool
+from megatron_vita.inference.engine.scheduler import AHEAD, Policy, Request, Scheduler
 from megatron_vita.inference.requests import Sampling
-from megatron_vita.inference.scheduler import AHEAD, Policy, Request, Scheduler
 from megatron_vita.inference.step import Step
 from megatron_vita.layout.blocks import BlockLayout
 

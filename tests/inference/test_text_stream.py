@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron_vita.inference.text_stream import TextStream
+from megatron_vita.inference.generation.detokenizer import TextStream
 from megatron_vita.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 

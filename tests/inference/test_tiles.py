@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from megatron_vita.data.form import Medium, TileFormat
-from megatron_vita.data.shared_memory import SharedFile
+from megatron_vita.data.samples.encoding import Medium, TileFormat
 from megatron_vita.errors import DataError
-from megatron_vita.inference import tiles
-from megatron_vita.inference.media_readers import MediaReaders
 from megatron_vita.inference.prompt import MediaFile
 from megatron_vita.inference.step import SequenceStart
-from megatron_vita.inference.tiles import TileDecoder
+from megatron_vita.inference.vision import tile_decoder
+from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.tile_decoder import TileDecoder
 from megatron_vita.media.tiling import Grid, Tiling
+from megatron_vita.supervise.shared_memory import SharedFile
 
 FORM = TileFormat(Tiling(tile_size=2, grids=(Grid(4, 3),)), "imagenet")
 IMAGE = Medium("image", 13, Grid(4, 3), [])
@@ -50,7 +50,7 @@ def decoder(readers: MediaReaders, *media: tuple[str, Medium]) -> TileDecoder:
 
 @pytest.fixture
 def readers(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    monkeypatch.setattr(tiles, "DECODERS", 4)
+    monkeypatch.setattr(tile_decoder, "DECODERS", 4)
     return Recorder()
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import pytest
 
 from megatron_vita.errors import EngineError
-from megatron_vita.inference import watch
-from megatron_vita.inference.watch import PeerWatch
+from megatron_vita.inference.engine import rank_monitor
+from megatron_vita.inference.engine.rank_monitor import PeerWatch
 
 Place = tuple[tuple[str, int], bytes]
 
@@ -45,10 +45,10 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
         said[0] = group.place.result(10)
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setattr(watch.dist, "broadcast_object_list", broadcast)
-    monkeypatch.setattr(watch.os, "_exit", lost.put)
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(watch, "HEARING_SECONDS", 0.3)
+    monkeypatch.setattr(rank_monitor.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(rank_monitor.os, "_exit", lost.put)
+    monkeypatch.setattr(rank_monitor, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(rank_monitor, "HEARING_SECONDS", 0.3)
     return lost
 
 
@@ -126,7 +126,7 @@ def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(
 def test_a_rank_that_never_comes_is_named(
     monkeypatch: pytest.MonkeyPatch, lost: "queue.Queue[int]"
 ) -> None:
-    monkeypatch.setattr(watch, "JOINING_SECONDS", 0.3)
+    monkeypatch.setattr(rank_monitor, "JOINING_SECONDS", 0.3)
     with pytest.raises(EngineError, match=r"ranks \[1\] did not connect within 0\.3 seconds"):
         PeerWatch(FakeGroup(0, Future()), on_loss=lost.put)  # type: ignore[arg-type]
 

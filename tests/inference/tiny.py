@@ -20,8 +20,8 @@ from megatron_vita.config import (
     TextConfig,
     VisionConfig,
 )
-from megatron_vita.data.tiles import decode_tiles
-from megatron_vita.inference.engine import Engine, EngineOptions
+from megatron_vita.data.samples.tiles import decode_tiles
+from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt
 from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.slicing import slice_pack

@@ -17,7 +17,7 @@ from toy_run import data_tools, make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.config import load_recipe
-from megatron_vita.data.ledger import Ledger
+from megatron_vita.data.loading.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training import optimizer, optimizer_state
 from megatron_vita.training.batches import train_batches

@@ -19,7 +19,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.inference.server.limits import Limits
 
 if TYPE_CHECKING:
-    from megatron_vita.inference.engine import Engine
+    from megatron_vita.inference.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 def load_engine(arguments: argparse.Namespace) -> "Engine":
     """The engine of a checkpoint, over all processes that torchrun has started."""
     from megatron_vita.config import ParallelConfig
-    from megatron_vita.inference.engine import Engine, EngineOptions
+    from megatron_vita.inference.engine.engine import Engine, EngineOptions
 
     tp, world = arguments.tensor_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
     cp = arguments.context_parallel_size or max(1, world // tp)
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_vita.inference.server.access import read_keys
     from megatron_vita.inference.server.app import ServerOptions
     from megatron_vita.inference.server.remote import RemoteFetcher
-    from megatron_vita.inference.server.running import serve
+    from megatron_vita.inference.server.server import serve
 
     rank = int(os.environ.get("RANK", "0"))
     platform.set_up_logging(rank)

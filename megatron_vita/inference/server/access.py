@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.server.exchange import refuse_while_sending
+from megatron_vita.inference.server.http import refuse_while_sending
 from megatron_vita.inference.server.refusals import RefusalError
 
 VARIABLE = "VITA_API_KEY"

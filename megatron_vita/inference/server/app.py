@@ -17,14 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from megatron_vita.inference.server.access import RefuseForeignPages, RequireKey
-from megatron_vita.inference.server.chat import ChatEndpoint
+from megatron_vita.inference.server.completions import ChatEndpoint
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.media import MediaLoader
 from megatron_vita.inference.server.metrics import Metrics
 from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher
 from megatron_vita.inference.server.service import EngineService
-from megatron_vita.inference.tiles import DECODERS
+from megatron_vita.inference.vision.tile_decoder import DECODERS
 
 _PAGE = Path(__file__).with_name("page.html")
 _PREPARING_THREADS = 4

@@ -13,7 +13,7 @@ import httpx
 
 from megatron_vita.inference.server.app import ServerOptions
 from megatron_vita.inference.server.interface import ServedEngine
-from megatron_vita.inference.server.running import VitaServer
+from megatron_vita.inference.server.server import VitaServer
 
 MODEL = "toy"
 

@@ -8,7 +8,7 @@ from fake_engine import FakeEngine
 
 from megatron_vita import platform
 from megatron_vita.inference.server.app import ServerOptions
-from megatron_vita.inference.server.running import serve
+from megatron_vita.inference.server.server import serve
 
 parser = argparse.ArgumentParser()
 parser.add_argument("port", type=int)

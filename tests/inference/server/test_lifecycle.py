@@ -92,7 +92,7 @@ def test_a_stream_past_its_deadline_ends_with_an_error() -> None:
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vita.inference.server.chat._FAREWELL_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_vita.inference.server.completions._FAREWELL_SECONDS", 0.2)
     engine = FakeEngine(reply="y" * 30_000)
     with running(engine, limits=Limits(request_seconds=1.5, output_tokens=30_000)) as server:
         data = json.dumps(body(stream=True, n=8, logprobs=True, top_logprobs=20)).encode()
@@ -108,7 +108,7 @@ def test_a_client_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_silent_stream_gets_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vita.inference.server.chat.KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("megatron_vita.inference.server.completions.KEEP_ALIVE_SECONDS", 0.05)
     with running(FakeEngine(reply="ab", step_seconds=0.3)) as server:
         assert ": waiting\n\n" in server.chat(stream=True).text
 
@@ -207,7 +207,7 @@ def test_answers_that_take_too_long_are_cut_off_when_the_server_stops() -> None:
 def test_answers_are_cut_off_in_time_also_where_a_step_of_the_engine_takes_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megatron_vita.inference.server.running._LAST_SECONDS", 1)
+    monkeypatch.setattr("megatron_vita.inference.server.server._LAST_SECONDS", 1)
     engine = FakeEngine(reply=LONG, step_seconds=4)
     with running(engine, limits=Limits(drain_seconds=0.3)) as server:
         answers = in_thread(lambda: server.chat())
@@ -233,7 +233,7 @@ class SlowlyPrepared(FakeEngine):
 def test_requests_that_are_still_prepared_when_the_time_to_end_is_over_get_503(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("megatron_vita.inference.server.running._LAST_SECONDS", 1)
+    monkeypatch.setattr("megatron_vita.inference.server.server._LAST_SECONDS", 1)
     engine = SlowlyPrepared(reply=LONG, step_seconds=0.02)
     with running(engine, limits=Limits(drain_seconds=0.3)) as server:
         answers = in_thread(lambda: server.chat())

@@ -8,7 +8,7 @@ import pytest
 from running_server import MODEL, RunningServer, running
 
 from megatron_vita import platform
-from megatron_vita.inference.client import ChatServer, openai_messages
+from megatron_vita.inference.client.client import ChatServer, openai_messages
 from megatron_vita.inference.requests import Sampling
 from tests.inference.tiny import prompts, tiny_engine
 

@@ -1,0 +1,1 @@
+"""One module per kind of published folder: its configuration and names of tensors."""

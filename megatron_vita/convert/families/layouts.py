@@ -1,0 +1,266 @@
+"""Layouts of Hugging Face folders: which parts of the model they hold, and by which names and
+fields."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families import vision_tables as names
+from megatron_vita.convert.families.language_config import FAMILIES, read_language, write_language
+from megatron_vita.convert.families.language_tables import language_table
+from megatron_vita.convert.families.mapping import Rule, expand
+from megatron_vita.convert.families.vision_config import (
+    read_clip,
+    read_eva,
+    read_internvit,
+    read_siglip,
+    write_clip,
+    write_eva,
+    write_internvit,
+)
+from megatron_vita.errors import CheckpointError
+
+Fields = dict[str, Any]
+PREFIXED = "-prefixed"  # names of layouts whose names of tensors begin with `vision_model.`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One kind of folder. Parts are named as the model names them."""
+
+    name: str
+    parts: tuple[str, ...]
+    read: Callable[[Config, Collection[str]], ModelConfig]  # from a config and the names of tensors
+    # a config from shapes; the second is what it may start from
+    write: Callable[[ModelConfig, Fields], Fields]
+    table: Callable[[ModelConfig], list[Rule]]
+    projector: str = "internvl"  # the kind, where it has one
+    # beginnings of names that the model has no use for, and that travel along
+    spare: tuple[str, ...] = ()
+    # beginnings of names that belong to models around this part, and are left behind
+    others: tuple[str, ...] = ()
+
+
+def _tied(config: Config, tensors: Collection[str], head: str) -> bool:
+    """A head in the file is used, as transformers does, whatever the config says."""
+    said = config.get("tie_word_embeddings", False)
+    for part in ("text_config", "llm_config"):
+        said = said or config.get(part, {}).get("tie_word_embeddings", False)
+    return said and f"{head}weight" not in tensors
+
+
+def _read_causal(config: Config, tensors: Collection[str]) -> ModelConfig:
+    language = read_language(config, tied=_tied(config, tensors, "lm_head."))
+    return ModelConfig(text_only=True, language=language)
+
+
+def _read_chat(config: Config, tensors: Collection[str]) -> ModelConfig:
+    config.must_be("downsample_ratio", (0.5,), 0.5)
+    config.must_be("ps_version", ("v2",), "v1")
+    config.must_be("select_layer", (-1,), -1)
+    return ModelConfig(
+        vision=read_internvit(config.part("vision_config")),
+        projector=ProjectorConfig(kind="internvl"),
+        language=read_language(
+            config.part("llm_config"), tied=_tied(config, tensors, "language_model.lm_head.")
+        ),
+    )
+
+
+def _read_hf(config: Config, tensors: Collection[str]) -> ModelConfig:
+    config.must_be("downsample_ratio", (0.5,), 0.5)
+    config.must_be("projector_hidden_act", ("gelu",), "gelu")
+    config.must_be("vision_feature_layer", (-1,), -1)
+    config.must_be("vision_feature_select_strategy", ("default",), "default")
+    return ModelConfig(
+        vision=read_internvit(config.part("vision_config")),
+        projector=ProjectorConfig(kind="internvl"),
+        language=read_language(
+            config.part("text_config"), tied=_tied(config, tensors, "language_model.lm_head.")
+        ),
+    )
+
+
+def _write_chat(model: ModelConfig, base: Fields) -> Fields:
+    return base | {
+        "model_type": "internvl_chat",
+        "architectures": base.get("architectures", ["InternVLChatModel"]),
+        "vision_config": write_internvit(model.vision, base.get("vision_config", {}), hf=False),
+        "llm_config": write_language(model.language, base.get("llm_config", {})),
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "select_layer": -1,
+    }
+
+
+def _write_hf(model: ModelConfig, base: Fields) -> Fields:
+    return base | {
+        "model_type": "internvl",
+        "architectures": base.get("architectures", ["InternVLForConditionalGeneration"]),
+        "vision_config": write_internvit(model.vision, base.get("vision_config", {}), hf=True),
+        "text_config": write_language(model.language, base.get("text_config", {})),
+        "image_seq_length": model.vision.image_token_length,
+        "downsample_ratio": 0.5,
+        "tie_word_embeddings": not model.language.untie_embeddings_and_output_weights,
+    }
+
+
+def _whole_table(
+    vision: tuple[Rule, ...], tower: str, projector: tuple[Rule, ...]
+) -> Callable[[ModelConfig], list[Rule]]:
+    return lambda model: [
+        *names.vision_table(vision, model.vision, theirs=tower),
+        *names.projector_table(projector, model),
+        *language_table(
+            model.language, theirs="language_model.model.", head="language_model.lm_head."
+        ),
+    ]
+
+
+def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
+    """Long-VITA's config is Qwen2's with a `visual` that describes the tower."""
+    visual, language = (
+        config.part("visual"),
+        Config(config.values | {"model_type": "qwen2"}, config.where),
+    )
+    return ModelConfig(
+        vision=read_internvit(visual),
+        projector=ProjectorConfig(kind="long_vita"),
+        language=read_language(language, tied=_tied(config, tensors, "lm_head.")),
+    )
+
+
+def _write_long_vita(model: ModelConfig, base: Fields) -> Fields:
+    fields = write_language(model.language, base | {"model_type": "qwen2"})
+    return fields | {
+        "architectures": base.get("architectures", ["LongVITAForCausalLM"]),
+        "model_type": base.get("model_type", "long_vita"),
+        "visual": write_internvit(model.vision, base.get("visual", {}), hf=False),
+    }
+
+
+def _long_vita_table(model: ModelConfig) -> list[Rule]:
+    projector = names.projector_table(names.PROJECTOR_LONG_VITA, model)
+    return [
+        *names.vision_table(names.INTERNVIT_CHAT, model.vision, theirs="model.vision_model."),
+        *expand(projector, layers=0, theirs="model.vision_projection."),
+        *language_table(model.language),
+    ]
+
+
+ALL_PARTS = ("vision_model", "projector", "language_model")
+CAUSAL = Layout(
+    name="causal",
+    parts=("language_model",),
+    read=_read_causal,
+    write=lambda model, base: write_language(model.language, base),
+    table=lambda model: language_table(model.language),
+)
+INTERNVIT = Layout(
+    name="internvit",
+    parts=("vision_model",),
+    read=lambda config, _: ModelConfig(vision=read_internvit(config)),
+    write=lambda model, base: write_internvit(model.vision, base, hf=False),
+    table=lambda model: names.vision_table(names.INTERNVIT_CHAT, model.vision),
+)
+INTERNVIT_HF = Layout(
+    name="internvit-hf",
+    parts=("vision_model",),
+    read=lambda config, _: ModelConfig(vision=read_internvit(config)),
+    write=lambda model, base: write_internvit(model.vision, base, hf=True),
+    table=lambda model: names.vision_table(names.INTERNVIT_HF, model.vision),
+)
+INTERNVL_CHAT = Layout(
+    name="internvl-chat",
+    parts=ALL_PARTS,
+    read=_read_chat,
+    write=_write_chat,
+    table=_whole_table(names.INTERNVIT_CHAT, "vision_model.", names.PROJECTOR_CHAT),
+)
+INTERNVL_HF = Layout(
+    name="internvl-hf",
+    parts=ALL_PARTS,
+    read=_read_hf,
+    write=_write_hf,
+    table=_whole_table(names.INTERNVIT_HF, "vision_tower.", names.PROJECTOR_HF),
+)
+LONG_VITA = Layout(
+    name="long-vita",
+    parts=ALL_PARTS,
+    projector="long_vita",
+    read=_read_long_vita,
+    write=_write_long_vita,
+    table=_long_vita_table,
+)
+
+
+def _clip_table(prefix: str) -> Callable[[ModelConfig], list[Rule]]:
+    return lambda model: names.vision_table(names.CLIP, model.vision, theirs=prefix)
+
+
+def _clip_layouts(kind: str) -> Iterator[Layout]:
+    """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole
+    models have them."""
+    siglip = kind == "siglip"
+    read = read_siglip if siglip else read_clip
+    for name, prefix in ((kind, ""), (kind + PREFIXED, "vision_model.")):
+        yield Layout(
+            name=name,
+            parts=("vision_model",),
+            read=lambda config, _: ModelConfig(vision=read(config)),
+            write=lambda model, base: write_clip(model.vision, base, siglip=siglip),
+            table=_clip_table(prefix),
+            spare=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
+            others=(
+                "text_model.",
+                "text_projection.",
+                "visual_projection.",
+                "logit_scale",
+                "logit_bias",
+            ),
+        )
+
+
+EVA = Layout(
+    name="eva",
+    parts=("vision_model",),
+    read=lambda config, _: ModelConfig(vision=read_eva(config)),
+    write=lambda model, base: write_eva(model.vision, base),
+    table=lambda model: names.vision_table(names.EVA, model.vision, theirs="transformer.vision."),
+    others=("transformer.",),
+)
+_TOWERS = (*_clip_layouts("clip"), *_clip_layouts("siglip"), EVA)
+LAYOUTS = {
+    layout.name: layout
+    for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, *_TOWERS)
+}
+_BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
+    "intern_vit_6b": INTERNVIT,
+    "internvl_vision": INTERNVIT_HF,
+    "internvl_chat": INTERNVL_CHAT,
+    "internvl": INTERNVL_HF,
+    "clip": LAYOUTS["clip"],
+    "clip_vision_model": LAYOUTS["clip"],
+    "siglip": LAYOUTS["siglip"],
+    "siglip_vision_model": LAYOUTS["siglip"],
+    "chatglm": EVA,
+}
+
+
+def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
+    """The layout of a folder with this config and tensors; CheckpointError, naming its model type,
+    if there is none."""
+    if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
+        return LONG_VITA
+    layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
+    prefixed = LAYOUTS.get(layout.name + PREFIXED, layout)
+    return prefixed if any(name.startswith("vision_model.") for name in tensors) else layout
+
+
+def layout_named(name: str) -> Layout:
+    """A layout by name."""
+    if name not in LAYOUTS:
+        raise CheckpointError(f"layout is {name!r}; known: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]

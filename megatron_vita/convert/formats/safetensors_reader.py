@@ -1,0 +1,193 @@
+"""Safetensors folders, memory-mapped: headers are checked first, tensors are views of the file.
+
+The format is read here and not by its library, whose map of a file stays in memory, and whose
+errors name no file.
+"""
+
+import json
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vita.convert.formats.tensors import TensorInfo
+from megatron_vita.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MOST_HEADER = 100 << 20  # bytes; the format's own limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor(TensorInfo):
+    """A tensor's place in its file, in bytes from the file's start."""
+
+    start: int
+
+
+class SafetensorsSource:
+    """All tensors of a folder, or of one file."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads all headers. CheckpointError, naming file and tensor, if anything does not fit."""
+        self._tensors: dict[str, StoredTensor] = {}
+        for file in _files(path):
+            header = read_header(file)
+            for name, info in header.items():
+                if name in self._tensors:
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is in {self._tensors[name].file.name}, too"
+                    )
+                self._tensors[name] = info
+        _check_index(path, self._tensors)
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    @property
+    def infos(self) -> dict[str, StoredTensor]:
+        """See TensorSource."""
+        return self._tensors
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file: reading it reads the file."""
+        info = self._tensors[name]
+        count = torch.Size(info.shape).numel()
+        if count == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        view = memoryview(self._map(info.file))
+        return torch.frombuffer(view, dtype=info.dtype, count=count, offset=info.start).view(
+            info.shape
+        )
+
+    def expect(self, name: str) -> None:
+        """Tells the system that a tensor will be read soon."""
+        self._advise(name, mmap.MADV_WILLNEED)
+
+    def release(self, name: str) -> None:
+        """See TensorSource."""
+        self._advise(name, mmap.MADV_DONTNEED)
+
+    def _advise(self, name: str, advice: int) -> None:
+        info = self._tensors[name]
+        first = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if info.nbytes:
+            self._map(info.file).madvise(advice, first, info.start + info.nbytes - first)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                # torch wants it writable
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file. CheckpointError if the header is damaged or the file is shorter than
+    it says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, _MOST_HEADER):
+            raise CheckpointError(
+                f"{file}: has {size} bytes, too few for the header it announces: it is truncated or not safetensors"
+            )
+        try:
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            entries = {
+                name: _entry(file, name, fields, 8 + length) for name, fields in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{file}: its header is not that of a safetensors file: {error!r}"
+            ) from error
+    for name, info in entries.items():
+        if info.start + info.nbytes > size:
+            raise CheckpointError(
+                f"{file}: is truncated: tensor {name} ends at byte {info.start + info.nbytes}, the file at {size}"
+            )
+    return entries
+
+
+def _entry(file: Path, name: str, fields: dict[str, Any], data: int) -> StoredTensor:
+    start, stop = fields["data_offsets"]
+    if fields["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {fields['dtype']}; known: {', '.join(DTYPES)}"
+        )
+    info = StoredTensor(
+        file=file, dtype=DTYPES[fields["dtype"]], shape=tuple(fields["shape"]), start=data + start
+    )
+    if stop - start != info.nbytes:
+        raise CheckpointError(
+            f"{file}: tensor {name} of {fields['dtype']} {list(info.shape)} needs {info.nbytes} bytes, "
+            f"but its place has {stop - start}"
+        )
+    return info
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a source; CheckpointError, naming one, if it is missing."""
+    if path.is_file():
+        return [path]
+    if (path / INDEX).exists():
+        files = sorted({path / file for file in _weight_map(path).values()})
+    elif (path / SINGLE).exists():
+        files = [path / SINGLE]
+    else:
+        raise CheckpointError(f"{path}: has neither {INDEX} nor {SINGLE}")
+    for file in files:
+        if not file.exists():
+            names = [name for name, of in _weight_map(path).items() if path / of == file]
+            raise CheckpointError(
+                f"{path / INDEX}: names {file.name} for tensor {names[0]}, but there is no such file"
+            )
+    return files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        names = json.loads((path / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / INDEX}: is no index of tensors: {error!r}") from error
+    if not all(isinstance(file, str) and Path(file).name == file for file in names.values()):
+        raise CheckpointError(f"{path / INDEX}: weight_map names files outside its folder")
+    return names
+
+
+def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
+    """What the index says is what the files hold."""
+    if not (path / INDEX).exists():
+        return
+    for name, file in _weight_map(path).items():
+        if name not in infos:
+            raise CheckpointError(
+                f"{path / file}: has no tensor {name}, which {INDEX} places there"
+            )
+        if infos[name].file.name != file:
+            raise CheckpointError(
+                f"{path / INDEX}: places tensor {name} in {file}; it is in {infos[name].file.name}"
+            )
+    for name in infos.keys() - _weight_map(path).keys():
+        raise CheckpointError(
+            f"{infos[name].file}: has tensor {name}, of which {INDEX} knows nothing"
+        )

@@ -1,0 +1,197 @@
+"""Distributed checkpoints read tensor by tensor, whatever layout wrote them. No pickle of theirs
+runs code."""
+
+import mmap
+import pickle
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+
+from megatron_vita.convert.families.mapping import Place
+from megatron_vita.convert.formats.tensors import TensorInfo
+from megatron_vita.errors import CheckpointError
+
+_SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_SAFE_NAMES = (
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+)
+_METADATA = ".metadata"
+
+Box = list[tuple[int, int]]  # first and last + 1, axis by axis
+
+
+class DistSource:
+    """The tensors of a `torch_dist` checkpoint by key; `infos` has shapes with all layers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads what the checkpoint says of itself. CheckpointError if it cannot be read or would
+        run code."""
+        self.folder = folder
+        self._reader = FileSystemReader(folder)
+        self._maps: dict[Path, mmap.mmap] = {}
+        metadata = _read_metadata(folder / _METADATA)
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        for key, described in metadata.state_dict_metadata.items():
+            if isinstance(described, TensorStorageMetadata):
+                self._chunks[key] = described.chunks
+                dtype = described.properties.dtype
+                self.infos[key] = TensorInfo(file=folder, dtype=dtype, shape=tuple(described.size))
+        stored = cast(dict[Any, _StorageInfo], metadata.storage_data)
+        self._places = {(index.fqn, index.offset): info for index, info in stored.items()}
+
+    def read(self, place: Place, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or one layer of it without the axis of layers; `rows`: only these of its first
+        axis.
+
+        It may be a view of the file.
+        """
+        box: Box = [(0, size) for size in self.infos[place.key].shape]
+        if place.layer is not None:
+            box[0] = (place.layer, place.layer + 1)
+        if rows is not None:
+            box[0 if place.layer is None else 1] = rows
+        parts = [
+            (chunk, cut)
+            for chunk in self._chunks[place.key]
+            if (cut := _overlap(_box_of(chunk), box))
+        ]
+        if sum(_count(cut) for _, cut in parts) != _count(box):
+            raise CheckpointError(
+                f"{self.folder}: the parts of tensor {place.key} do not make up all of it"
+            )
+        if len(parts) == 1:
+            whole = self._load(place.key, *parts[0])
+        else:
+            whole = torch.empty(
+                [stop - start for start, stop in box], dtype=self.infos[place.key].dtype
+            )
+            for chunk, cut in parts:
+                _narrow(whole, cut, within=box).copy_(self._load(place.key, chunk, cut))
+        return whole if place.layer is None else whole.squeeze(0)
+
+    def release(self, place: Place) -> None:
+        """Gives memory that `read` took for a file's pages back to the system."""
+        for chunk in self._chunks[place.key]:
+            if (
+                place.layer is None
+                or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]
+            ):
+                stored = self._places[(place.key, chunk.offsets)]
+                first = -(-stored.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+                if (length := stored.offset + stored.length - first) > 0:
+                    self._map(self.folder / stored.relative_path).madvise(
+                        mmap.MADV_DONTNEED, first, length
+                    )
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata, cut: Box) -> Tensor:
+        """What lies in a box of the whole, from a chunk that holds it."""
+        stored = self._places[(key, chunk.offsets)]
+        file = self.folder / stored.relative_path
+        try:
+            tensor = self._view(file, stored)
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{file}: tensor {key} cannot be read: {_first_line(error)}"
+            ) from error
+        if tensor.shape != chunk.sizes:
+            raise CheckpointError(
+                f"{file}: tensor {key} has {list(tensor.shape)} there, not {list(chunk.sizes)}"
+            )
+        return _narrow(tensor, cut, within=_box_of(chunk))
+
+    def _view(self, file: Path, stored: _StorageInfo) -> Tensor:
+        """A tensor as `torch.save` wrote it: its description is loaded, its values are where they
+        lie in the file."""
+        with file.open("rb") as opened, torch.serialization.skip_data():
+            part = self._reader._slice_file(opened, stored)
+            described = torch.load(part, map_location="cpu", weights_only=True)
+            part.seek(0)
+            archive: Any = torch._C.PyTorchFileReader(cast(Any, part))
+            start = stored.offset + archive.get_record_offset("data/0")
+        count = described.untyped_storage().nbytes() // described.itemsize
+        if count == 0:
+            return described
+        if start + count * described.itemsize > stored.offset + stored.length:
+            raise ValueError("its values reach beyond its place")
+        values = torch.frombuffer(
+            memoryview(self._map(file)), dtype=described.dtype, count=count, offset=start
+        )
+        return values.as_strided(described.size(), described.stride(), described.storage_offset())
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                # torch wants it writable
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[file]
+
+
+def _box_of(chunk: ChunkStorageMetadata) -> Box:
+    return [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+
+
+def _overlap(one: Box, other: Box) -> Box:
+    """What two boxes share; nothing (an empty list) if they do not meet."""
+    shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)]
+    return shared if all(start < stop for start, stop in shared) else []
+
+
+def _count(box: Box) -> int:
+    return torch.Size([stop - start for start, stop in box]).numel()
+
+
+def _narrow(tensor: Tensor, cut: Box, *, within: Box) -> Tensor:
+    """The part `cut` of a tensor that fills `within`."""
+    for axis, ((start, stop), (first, _)) in enumerate(zip(cut, within, strict=True)):
+        tensor = tensor.narrow(axis, start - first, stop - start)
+    return tensor
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Knows the classes of torch's checkpoint metadata, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A class that a pickle names. UnpicklingError for one that has no business there."""
+        if (module, name) in _SAFE_NAMES:
+            return super().find_class(module, name)
+        if module in _SAFE_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if module.split(".")[0] == "pathlib":
+            return lambda *_: None  # where it was written, which is not used
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+
+def _read_metadata(file: Path) -> Metadata:
+    try:
+        with file.open("rb") as stream:
+            metadata = _SafeUnpickler(cast(IO[bytes], stream)).load()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file.parent}: is no distributed checkpoint: it has no {file.name}"
+        ) from error
+    except Exception as error:  # whatever damaged bytes make pickle raise
+        raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(
+            f"{file}: holds {type(metadata).__name__}, not the metadata of a checkpoint"
+        )
+    return metadata

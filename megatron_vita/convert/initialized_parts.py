@@ -1,0 +1,55 @@
+"""What a model put together from parts needs beyond them: a projector, and rows for new tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vita.config import ModelConfig
+from megatron_vita.convert.families.mapping import Cut, Rule
+from megatron_vita.convert.formats.tensors import TensorInfo
+from megatron_vita.model.projector import Projector
+
+SEED = 0
+
+
+class FreshProjector:
+    """A projector with first weights, as a source of tensors under our names."""
+
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+        projector = Projector(model)
+        projector.initialize(torch.Generator().manual_seed(SEED))
+        self._tensors = {
+            f"projector.{name}": value.to(dtype) for name, value in projector.state_dict().items()
+        }
+        self.rules = [Rule((name,), name) for name in self._tensors]
+        self.infos: Mapping[str, TensorInfo] = {
+            name: TensorInfo(file=Path("fresh projector"), dtype=dtype, shape=tuple(value.shape))
+            for name, value in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """See TensorSource."""
+        return self._tensors[name]
+
+    def release(self, name: str) -> None:
+        """See TensorSource."""
+
+
+@dataclass(frozen=True)
+class Grown(Cut):
+    """A matrix with rows added for new tokens, each the mean of those that are given."""
+
+    rows: int
+    given: int
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """[given, H] -> [rows, H]."""
+        mean = parts[0].float().mean(0, keepdim=True).to(parts[0].dtype)
+        return torch.cat([parts[0], mean.expand(self.rows - self.given, -1)])
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """[rows, H] -> [given, H]."""
+        return [whole[: self.given]]

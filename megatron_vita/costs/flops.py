@@ -1,0 +1,86 @@
+"""Floating-point operations of matrix products, forward, for work that is split over nothing.
+
+Attention is causal and inside documents, as Megatron-LM counts it; a training step without
+recomputation is three times the forward.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megatron_vita.costs.parameters import language_layer, word_embedding
+
+
+def linear_flops(language: LanguageConfig, tokens: int) -> int:
+    """Of all layers' linear maps."""
+    return 2 * tokens * language.num_layers * language_layer(language).split
+
+
+def attention_flops(language: LanguageConfig, lengths: Sequence[int] | np.ndarray) -> int:
+    """Of all layers' attention in documents of `lengths` tokens: half the square of each."""
+    squares = int(np.square(np.asarray(lengths, dtype=np.int64)).sum())
+    return 2 * squares * language.num_layers * language.num_attention_heads * language.kv_channels
+
+
+def output_flops(language: LanguageConfig, rows: int) -> int:
+    """Of the output layer for `rows` scored rows."""
+    return 2 * rows * word_embedding(language)
+
+
+def tile_flops(model: ModelConfig) -> int:
+    """Of tower and projector for one tile."""
+    vision, language = model.vision, model.language
+    hidden = language.hidden_size if model.projector.kind == "internvl" else vision.hidden_size
+    projector = (
+        2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
+    )
+    return _tower_flops(vision) + projector
+
+
+def _tower_flops(vision: VisionConfig) -> int:
+    width, tokens = vision.hidden_size, vision.tokens
+    linear = 2 * tokens * (4 * width * width + 2 * width * vision.ffn_hidden_size)
+    attention = 4 * tokens * tokens * width
+    return (
+        vision.num_layers * (linear + attention)
+        + 2 * vision.patches * 3 * vision.patch_size**2 * width
+    )
+
+
+def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles: int) -> int:
+    """What a pack costs beyond what every pack costs: FLOPs of attention inside its documents, of
+    `lengths` tokens, and of its tiles, on the first pipeline stage, forward and backward.
+    """
+    alignment = recipe.data.document_alignment
+    padded = -(-np.asarray(lengths, dtype=np.int64) // alignment) * alignment
+    of_square, of_tile = cost_weights(recipe)
+    return of_square * int(np.square(padded).sum()) + of_tile * tiles
+
+
+def cost_weights(recipe: Recipe) -> tuple[int, int]:
+    """Terms of `variable_cost`: FLOPs for the square of a document's padded length, and for a
+    tile."""
+    attention, vision = forward_weights(recipe)
+    passes = 1 if recipe.training.freeze_vision_model else 3  # a frozen tower has no backward
+    return 3 * attention // recipe.parallel.pipeline_model_parallel_size, passes * vision
+
+
+def forward_weights(recipe: Recipe) -> tuple[int, int]:
+    """The same of the forward pass, on whatever stages: of the model alone."""
+    # Joined documents are one segment of the same length in all packs.
+    attention = attention_flops(recipe.model.language, [1]) if recipe.data.isolate_documents else 0
+    return attention, 0 if recipe.model.text_only else tile_flops(recipe.model)
+
+
+def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int) -> int:
+    """Model FLOPs of a pack, forward, padding of documents and of the pack not counted."""
+    language = recipe.model.language
+    segments = lengths if recipe.data.isolate_documents else [sum(lengths)]
+    vision = 0 if recipe.model.text_only else tiles * tile_flops(recipe.model)
+    return (
+        linear_flops(language, sum(lengths))
+        + attention_flops(language, segments)
+        + output_flops(language, rows)
+        + vision
+    )

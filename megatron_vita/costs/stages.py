@@ -1,0 +1,57 @@
+"""How evenly pipeline stages are loaded, and how many layers the ends should hold, which also do
+other work."""
+
+from megatron_vita.config import Recipe
+from megatron_vita.costs.flops import attention_flops, linear_flops, output_flops, tile_flops
+from megatron_vita.costs.memory import PackLoad
+
+
+def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[int]:
+    """FLOPs of each pipeline stage for a pack such as `load` with documents of `lengths` tokens.
+
+    Counted forward and backward; a frozen tower has no backward.
+    """
+    counts = recipe.parallel.layers_of_stages(recipe.model.language.num_layers)
+    return _loads(recipe, load, lengths=lengths, counts=counts)
+
+
+def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[int]) -> list[int]:
+    language = recipe.model.language
+    segments = lengths if recipe.data.isolate_documents else [recipe.data.seq_length]
+    all_layers = linear_flops(language, recipe.data.seq_length) + attention_flops(
+        language, segments
+    )
+    loads = [3 * all_layers * count // language.num_layers for count in counts]
+    if not recipe.model.text_only:
+        loads[0] += (
+            load.tiles
+            * tile_flops(recipe.model)
+            * (1 if recipe.training.freeze_vision_model else 3)
+        )
+    loads[-1] += 3 * output_flops(language, load.rows)
+    return loads
+
+
+def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[int, int]:
+    """Layers of the first and of the last pipeline stage that make the slowest stage fastest; those
+    of now if none is better. At least 2 stages.
+    """
+    total, stages = recipe.model.language.num_layers, recipe.parallel.pipeline_model_parallel_size
+    now = recipe.parallel.layers_of_stages(total)
+    best, ends = max(_loads(recipe, load, lengths=lengths, counts=now)), (now[0], now[-1])
+    for first in range(1, total):
+        for last in range(1, total - first + 1):
+            between = total - first - last
+            if (between % (stages - 2) if stages > 2 else between) or (
+                stages > 2 and between < stages - 2
+            ):
+                continue
+            counts = [
+                first,
+                *([between // (stages - 2)] * (stages - 2) if stages > 2 else []),
+                last,
+            ]
+            slowest = max(_loads(recipe, load, lengths=lengths, counts=counts))
+            if slowest < best:
+                best, ends = slowest, (first, last)
+    return ends

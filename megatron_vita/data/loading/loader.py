@@ -1,0 +1,240 @@
+"""Reads packs ahead in supervised processes, in the order asked for.
+
+A process that makes no progress for too long is killed, and one that dies is replaced. The pack is
+read again: without the sample that hung, or that processes died on again and again. A process
+killed from outside costs time alone.
+"""
+
+import itertools
+import multiprocessing
+import pickle
+import signal
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+
+import torch
+
+from megatron_vita.data.loading.ledger import Damage
+from megatron_vita.data.loading.stream import PackStream, ReadPack
+from megatron_vita.data.loading.worker import (
+    Failure,
+    PackTask,
+    Progress,
+    Ready,
+    SentPack,
+    hear,
+    work,
+)
+from megatron_vita.errors import VitaError
+from megatron_vita.supervise.shared_memory import receive_array
+
+# exit codes of processes that others end, rarely for what they read
+KILLS = (-signal.SIGKILL, -signal.SIGTERM)
+STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
+STARTING_SECONDS = 120
+# of processes that have read nothing yet: the machine cannot run them
+BARREN_DEATHS, BARREN_KILLS = 3, 20
+
+
+def start_fork_server() -> None:
+    """Starts the process that loader processes are forked from. It imports what they need, which
+    takes a second or two, beside whatever is done here meanwhile.
+    """
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> ForkServerContext:
+    # A fork of this process could inherit a lock that a thread holds, and hang.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def read_packs(
+    stream: PackStream,
+    tasks: Iterable[PackTask],
+    *,
+    num_workers: int,
+    prefetch: int = 2,
+    sample_seconds: float = 300.0,
+) -> Iterator[ReadPack]:
+    """The packs of `tasks` in that order, read by `num_workers` processes (0: by this one, without
+    time limit).
+
+    At most `prefetch` packs are being read or wait to be taken. An error of a process is raised
+    here as it was there. Closing or dropping the iterator ends the processes.
+    """
+    if not num_workers:
+        for task in tasks:
+            yield stream.read(task.pack_id, skip=task.skip)
+        return
+    pool = _Pool(stream, num_workers=num_workers, sample_seconds=sample_seconds)
+    ahead: deque[_Job] = deque()
+    coming = iter(tasks)
+    try:
+        while True:
+            new = [_Job(task) for task in itertools.islice(coming, prefetch - len(ahead))]
+            ahead.extend(new)
+            pool.pending.extend(new)
+            if not ahead:
+                return
+            while ahead[0].result is None:
+                pool.serve()
+            pool.assign()
+            yield ahead.popleft().take()
+    finally:
+        pool.close()
+
+
+class _Job:
+    """A pack on its way."""
+
+    def __init__(self, task: PackTask) -> None:
+        self.task = task
+        self.strikes: Counter[int] = Counter()  # by document
+        self.damages: list[Damage] = []
+        self.result: ReadPack | Failure | None = None
+
+    def take(self) -> ReadPack:
+        if isinstance(self.result, Failure):
+            raise self.result.error or RuntimeError(
+                f"reading pack {self.task.pack_id} failed:\n{self.result.trace}"
+            )
+        assert self.result is not None
+        return ReadPack(self.result.batch, self.damages + self.result.damages)
+
+
+class _Reader:
+    """A process, the pipe to it, and the job it has."""
+
+    def __init__(self, context: ForkServerContext, pickled: bytes) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.progress = Progress(context)
+        arguments = (theirs, pickled, self.progress)
+        self.process: ForkServerProcess = context.Process(target=work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: _Job | None = None
+        self.ready = False
+
+    def give(self, job: _Job) -> None:
+        self.job = job
+        self.progress.reset()
+        # its death shows when it is next listened to
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send(job.task)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class _Pool:
+    """Keeps readers at work and alive."""
+
+    def __init__(self, stream: PackStream, *, num_workers: int, sample_seconds: float) -> None:
+        self.pending: deque[_Job] = deque()
+        self._stream, self._limit = stream, sample_seconds
+        self._pickled = pickle.dumps(stream, protocol=5)
+        self._context = _context()
+        self._barren = 0
+        self._readers = [self._new_reader() for _ in range(num_workers)]
+
+    def _new_reader(self) -> _Reader:
+        return _Reader(self._context, self._pickled)
+
+    def assign(self) -> None:
+        """Gives waiting jobs to idle readers."""
+        for reader in self._readers:
+            if reader.job is None and self.pending:
+                reader.give(self.pending.popleft())
+
+    def serve(self) -> None:
+        """Waits until a reader says something or has been silent for too long, and sees to it."""
+        self.assign()
+        busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
+        ready = wait(list(busy), timeout=max(min(map(self._patience, busy.values())), 0))
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            self._listen(busy[pipe])
+        if not ready:
+            for reader in busy.values():
+                if self._patience(reader) < 0:
+                    self._give_up(reader)
+
+    def _patience(self, reader: _Reader) -> float:
+        """Seconds in which a reader must get on."""
+        return (
+            self._limit if reader.ready else max(self._limit, STARTING_SECONDS)
+        ) - reader.progress.silence
+
+    def _listen(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        try:
+            message = hear(reader.pipe)
+            if isinstance(message, Ready):
+                reader.ready = True
+                return
+            if isinstance(message, SentPack):
+                message.batch.tiles = torch.from_numpy(receive_array(reader.pipe, message.shape))
+                job.result = ReadPack(message.batch, message.damages)
+            else:
+                job.result = message
+            reader.job, self._barren = None, 0
+        except (EOFError, OSError, RuntimeError):
+            self._bury(reader)
+
+    def _give_up(self, reader: _Reader) -> None:
+        if (document := reader.progress.document) is None:
+            self._note_barren(f"were silent for {self._limit:g} seconds", most=BARREN_DEATHS)
+        else:
+            self._skip(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
+        self._replace(reader)
+
+    def _bury(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        reader.process.join(timeout=10)
+        code = reader.process.exitcode
+        if (document := reader.progress.document) is None:
+            self._note_barren(
+                f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS
+            )
+        else:
+            job.strikes[document] += 1
+            if job.strikes[document] >= (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+                deaths = (
+                    f"{job.strikes[document]} processes ended while they read it (exit code {code})"
+                )
+                self._skip(reader, document, deaths)
+        self._replace(reader)
+
+    def _note_barren(self, what: str, *, most: int) -> None:
+        some_read = any(reader.progress.document is not None for reader in self._readers)
+        self._barren = 0 if some_read else self._barren + 1
+        if self._barren >= most:
+            raise VitaError(f"{self._barren} loader processes {what} before they read anything")
+
+    def _skip(self, reader: _Reader, document: int, reason: str) -> None:
+        job = reader.job
+        assert job is not None
+        job.damages.append(self._stream.damage(job.task.pack_id, document, reason))
+        job.task = job.task._replace(skip=job.task.skip | {document})
+
+    def _replace(self, reader: _Reader) -> None:
+        job = reader.job
+        assert job is not None
+        reader.end()
+        self._readers[self._readers.index(reader)] = self._new_reader()
+        self.pending.appendleft(job)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.end()

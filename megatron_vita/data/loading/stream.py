@@ -1,0 +1,305 @@
+"""`PackStream`: from a pack's number to its Batch, reading only that pack and decoding only this
+rank's tiles."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+from torch.utils.data import Dataset
+
+from megatron_vita.config import DataConfig
+from megatron_vita.data.batch import Batch, collate, mark_frames
+from megatron_vita.data.loading.ledger import Damage
+from megatron_vita.data.planning.plan import DocumentEntry, PackPlan
+from megatron_vita.data.samples.documents import (
+    Document,
+    blank_document,
+    build_document,
+    check_length,
+)
+from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.records import parse_record
+from megatron_vita.data.samples.tiles import decode_tiles
+from megatron_vita.data.shards.cache import ShardCache
+from megatron_vita.data.shards.index import (
+    SampleIndex,
+    SampleRow,
+    index_path,
+    read_index,
+    text_stamp,
+)
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.storage import Location
+from megatron_vita.data.shards.tar import Member
+from megatron_vita.errors import DataError, ShardError
+from megatron_vita.layout.dealing import deal_tiles
+
+OPEN_INDEXES = 64
+LONG_TEXT_BYTES = 64 << 20  # of texts longer than a pack are kept, four million tokens
+CACHES = ("_reader", "_index", "_long_texts")
+
+
+class ReadPack(NamedTuple):
+    """A pack as one rank has read it, and what it could not read of it."""
+
+    batch: Batch
+    damages: list[Damage]
+
+
+@dataclass(kw_only=True)
+class _Pack:
+    """A pack that is being read."""
+
+    id: int
+    entries: list[DocumentEntry]
+    rows: list[SampleRow]
+    skip: set[int]
+    progress: Callable[[int], None]
+    damages: list[Damage] = field(default_factory=list)
+
+
+class PackStream(Dataset):
+    """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
+
+    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the
+    fingerprints that their indexes had when it was opened, `forms[dataset]` what their samples
+    become. `tile_share` is (rank, ranks) of the ranks that share a pack's tiles; None decodes no
+    tile, for ranks that hold no vision tower.
+    """
+
+    def __init__(
+        self,
+        plan: PackPlan,
+        *,
+        shards: Sequence[Sequence[Location]],
+        contents: Sequence[Sequence[str]],
+        data: DataConfig,
+        forms: Sequence[DocumentFormat],
+        tile_share: tuple[int, int] | None,
+    ) -> None:
+        self.plan = plan
+        self.forms = list(forms)
+        self._shards, self._contents = shards, contents
+        self._data = data
+        self._tile_share = tile_share
+        self._text = text_stamp(forms[0].tokenizer, forms[0].template)
+        self._open_caches()
+
+    def __len__(self) -> int:
+        return self.plan.num_packs
+
+    def __getitem__(self, pack_id: int) -> Batch:
+        """Reads one pack. DataError naming shard and key of a sample that cannot be read."""
+        batch, damages = self.read(pack_id)
+        if damages:
+            raise DataError(damages[0].reason)
+        return batch
+
+    def read(
+        self,
+        pack_id: int,
+        *,
+        skip: Collection[int] = (),
+        progress: Callable[[int], None] = lambda document: None,
+        allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda shape: np.empty(
+            shape, dtype=np.uint8
+        ),
+    ) -> ReadPack:
+        """Reads one pack. What is there of documents that cannot be read, or are to be skipped, is
+        not the same on all
+        ranks yet: `mask_documents` makes it so.
+
+        `progress` is told the document about to be read, before each of its files; `allocate` gives
+        the array for the tiles. DataError if a shard or an index is missing or does not fit the
+        plan.
+        """
+        entries = self.plan.pack(pack_id)
+        if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
+            raise ShardError(
+                f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has"
+            )
+        rows = [self._row(entry) for entry in entries]
+        pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
+        documents = [self._document(pack, i) for i in range(len(entries))]
+        tile_ids = self._dealt(mark_frames(documents))
+        side = self.forms[0].vision.image_size
+        tiles = allocate((len(tile_ids), 3, side, side))
+        self._decode(pack, documents, tile_ids.numpy(), tiles)
+        batch = collate(
+            documents,
+            pack_id=pack_id,
+            sources=[entry.dataset for entry in entries],
+            data=self._data,
+            pad_id=self.forms[0].tokenizer.pad_id,
+            tiles=torch.from_numpy(tiles),
+            tile_ids=tile_ids,
+        )
+        return ReadPack(batch, pack.damages)
+
+    def documents(self, pack_id: int) -> list[Document]:
+        """The documents of a pack, without their tiles. DataError naming shard and key of one that
+        cannot be read."""
+        entries = self.plan.pack(pack_id)
+        return [self._build(entry, self._row(entry)) for entry in entries]
+
+    def damage(self, pack_id: int, document: int, reason: str) -> Damage:
+        """The event that a document of a pack cannot be read."""
+        entry = self.plan.pack(pack_id)[document]
+        shard = self._shard(entry)
+        return Damage(pack_id, document, shard.name, self._row(entry).key, reason)
+
+    def fits(self, damage: Damage) -> bool:
+        """Whether an event is of the sample that the plan has in its place: it may be of the plan
+        before."""
+        entries = self.plan.pack(damage.pack) if 0 <= damage.pack < len(self) else []
+        if not 0 <= damage.document < len(entries) or min(entries[damage.document][:2]) < 0:
+            return False
+        return self.damage(damage.pack, damage.document, damage.reason) == damage
+
+    def _dealt(self, frames: torch.Tensor) -> torch.Tensor:
+        """The tiles of a pack that this rank decodes."""
+        if self._tile_share is None:
+            return torch.zeros(0, dtype=torch.int64)
+        rank, ranks = self._tile_share
+        return deal_tiles(frames, ranks)[rank]
+
+    def _document(self, pack: "_Pack", i: int) -> Document:
+        entry, row = pack.entries[i], pack.rows[i]
+        form = self.forms[entry.dataset]
+        document = (
+            None if i in pack.skip else self._attempt(pack, i, lambda: self._build(entry, row))
+        )
+        if document is None:
+            return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, form=form)
+        if row.is_text and (entry.start or entry.tokens < len(document)):
+            document = document.part(entry.start, entry.start + entry.tokens)
+        name = f"{self._shard(entry)} sample {row.key}"
+        check_length(document, name=name, tokens=entry.tokens, tiles=entry.tiles)
+        return document
+
+    def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
+        """The whole document of a sample. A long text is kept, since a pack of its other parts may
+        come soon."""
+        if not row.is_text or entry.tokens >= sum(tokens for _, tokens in row.pieces):
+            return self._build_anew(entry, row)
+        place = (entry.dataset, entry.shard, entry.row)
+        if place not in self._long_texts:
+            document = self._build_anew(entry, row)
+            if _bytes_of(document) > self._long_texts.maxsize:
+                return document
+            self._long_texts[place] = document
+        return self._long_texts[place]
+
+    def _build_anew(self, entry: DocumentEntry, row: SampleRow) -> Document:
+        name = f"{self._shard(entry)} sample {row.key}"
+        record = parse_record(
+            row.record.encode() or self._read(entry, row, f"{row.key}.json"), name
+        )
+        return build_document(record, row, form=self.forms[entry.dataset])
+
+    def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:
+        """What `read` gives of document `i`; where the data cannot be read, notes the damage and
+        gives None."""
+        pack.progress(i)
+        try:
+            return read()
+        except ShardError:
+            raise
+        except DataError as error:
+            shard, key = self._shard(pack.entries[i]), pack.rows[i].key
+            reason = str(error) if str(shard) in str(error) else f"{shard} sample {key}: {error}"
+            pack.skip.add(i)
+            pack.damages.append(Damage(pack.id, i, shard.name, key, reason))
+            return None
+
+    def _decode(
+        self, pack: "_Pack", documents: list[Document], wanted: np.ndarray, tiles: np.ndarray
+    ) -> None:
+        """Fills `tiles` with those `wanted` of the pack, but for those of documents that cannot be
+        read."""
+        first = 0
+        for i, document in enumerate(documents):
+            for medium in document.media:
+                start, stop = np.searchsorted(wanted, (first, first + medium.num_tiles))
+                mine = wanted[start:stop] - first  # contiguous: a rank's tiles of one kind are
+                first += medium.num_tiles
+                if len(mine) and i not in pack.skip:
+                    part = range(mine[0], mine[-1] + 1)
+                    self._attempt(
+                        pack,
+                        i,
+                        partial(self._decode_medium, pack, i, medium, part, tiles[start:stop]),
+                    )
+
+    def _decode_medium(
+        self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray
+    ) -> None:
+        entry = pack.entries[i]
+        shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
+        name = f"{self._shard(entry)} {medium.member}"
+        with self._reader.open(shard, member=member, shard_size=self._shard_size(entry)) as file:
+            decode_tiles(
+                medium,
+                file,
+                name=name,
+                tiles=part,
+                form=self.forms[entry.dataset].tile_format,
+                out=out,
+            )
+
+    def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
+        shard, member = self._shard(entry), self._member(entry, row, name)
+        return self._reader.read(shard, member=member, shard_size=self._shard_size(entry))
+
+    def _member(self, entry: DocumentEntry, row: SampleRow, name: str) -> Member:
+        if name not in row.members:
+            raise DataError(
+                f"{self._shard(entry)} sample {row.key}: the index has no member {name}"
+            )
+        return row.members[name]
+
+    def _shard(self, entry: DocumentEntry) -> Location:
+        return self._shards[entry.dataset][entry.shard]
+
+    def _row(self, entry: DocumentEntry) -> SampleRow:
+        return self._index(entry.dataset, entry.shard).row(entry.row)
+
+    def _shard_size(self, entry: DocumentEntry) -> int:
+        return self._index(entry.dataset, entry.shard).header.shard_size
+
+    def _open_caches(self) -> None:
+        data = self._data
+        cache = (
+            ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
+        )
+        self._reader = ShardReader(cache=cache)
+        self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
+        self._long_texts: LRUCache[tuple[int, int, int], Document] = LRUCache(
+            LONG_TEXT_BYTES, getsizeof=_bytes_of
+        )
+
+    def _read_index(self, dataset: int, shard: int) -> SampleIndex:
+        path = index_path(self._shards[dataset][shard])
+        index = read_index(path, self._text)
+        if index.header.fingerprint != self._contents[dataset][shard]:
+            raise ShardError(
+                f"{path}: the index was made anew after the plan was opened, and its samples are others: make the plan "
+                "again and resume, or put back the shard and its index as they were"
+            )
+        return index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in CACHES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_caches()
+
+
+def _bytes_of(document: Document) -> int:
+    return int(document.input_ids.nbytes + document.labels.nbytes)

@@ -1,0 +1,1 @@
+"""The pack plan: which samples share a pack, in which order."""

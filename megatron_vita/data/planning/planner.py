@@ -1,0 +1,280 @@
+"""Makes pack plans: a pure function of indexes and recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_vita.config import DataConfig, Recipe
+from megatron_vita.costs.flops import forward_weights
+from megatron_vita.data.batch import padded_length
+from megatron_vita.data.datasets import Source, Split, document_format, find_sources, plan_stamp
+from megatron_vita.data.planning.packing import (
+    Shuffler,
+    group_by_cost,
+    interleave,
+    pack_windows,
+    sample_order,
+    taken_of,
+)
+from megatron_vita.data.planning.plan import COLUMNS, PackPlan
+from megatron_vita.data.planning.token_counts import document_lengths
+from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.text.tokenizer import Tokenizer
+
+
+class Rejected(NamedTuple):
+    """A sample that a plan leaves out, and why."""
+
+    split: str
+    dataset: str
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A plan under way, whose packs before `pack` a new one keeps."""
+
+    plan: PackPlan
+    pack: int
+
+
+def make_plan(
+    recipe: Recipe,
+    split: Split,
+    *,
+    tokenizer: Tokenizer,
+    strict: bool = False,
+    continued: Continuation | None = None,
+) -> tuple[PackPlan, list[Rejected]]:
+    """Plans a split: `data.epochs` shuffled epochs of the training data, one of the validation data
+    as it lies.
+
+    Gives also the samples left out because they are longer than a pack, or have media that a
+    text-only model cannot take; with `strict` the first of them is a DataError. DataError if none
+    is left.
+    """
+    sources = find_sources(recipe, split, tokenizer=tokenizer)
+    _check_shares(sources)
+    samples = _sample_table(recipe, sources, tokenizer)
+    usable = _usable(recipe, samples)
+    rejected = _rejected(split, sources, samples, usable=usable, recipe=recipe)
+    first = (
+        f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}" if rejected else ""
+    )
+    if strict and rejected:
+        raise DataError(first)
+    if not usable.any():
+        raise DataError(f"data.{split}: none of its {len(usable)} samples can be used. {first}")
+    kept, history = _kept_packs(continued, sources)
+    parts = [kept] if kept else []
+    num_packs = _packs_in(kept)
+    for epoch in range(recipe.data.epochs if split == "train" else 1):
+        seed = (
+            (recipe.data.seed, epoch)
+            if continued is None
+            else (recipe.data.seed, epoch, continued.pack)
+        )
+        shuffler = Shuffler(seed if split == "train" else None)
+        columns = _plan_epoch(
+            recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs
+        )
+        columns["pack"] += num_packs
+        num_packs = max(num_packs, _packs_in(columns))
+        parts.append(columns)
+    if not num_packs:
+        raise DataError(
+            f"data.{split}: the samples that its epochs take are all longer than a pack: raise the ratios"
+        )
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+    stamp = plan_stamp(recipe, split, tokenizer=tokenizer, sources=sources)
+    names = [source.name for source in sources]
+    return PackPlan(columns, datasets=names, stamp=stamp, history=history), rejected
+
+
+def _packs_in(columns: dict[str, np.ndarray]) -> int:
+    """Packs up to the last one of some columns, which may have none."""
+    return int(columns["pack"][-1]) + 1 if columns and len(columns["pack"]) else 0
+
+
+def _check_shares(sources: Sequence[Source]) -> None:
+    """ConfigError for a dataset of which no epoch takes a sample."""
+    for source in sources:
+        samples = sum(header.samples for header in source.headers)
+        if samples and not taken_of(samples, ratio=source.ratio, cap=source.cap):
+            raise ConfigError(
+                f"dataset {source.name}: ratio {source.ratio:g} of its {samples} samples is less than one: an epoch "
+                f"would take none; a ratio of {1 / samples:.2g} takes one, or leave the dataset out"
+            )
+
+
+def _kept_packs(
+    continued: Continuation | None, sources: Sequence[Source]
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """The columns that a plan keeps of the one it continues, told in datasets and shards of now,
+    and their history.
+
+    A dataset or shard that the recipe no longer has, or whose samples are others, is -1: such packs
+    are done with, and cannot be read again.
+    """
+    if continued is None:
+        return {}, []
+    plan, pack = continued.plan, continued.pack
+    if not 0 < pack <= plan.num_packs:
+        raise ConfigError(
+            f"--continue-from is {pack}: the plan has packs 0 to {plan.num_packs - 1}"
+        )
+    columns = {name: column.copy() for name, column in plan.before(pack).items()}
+    datasets, shards = columns["dataset"].copy(), columns["shard"].copy()
+    now = {source.name: (place, source.contents) for place, source in enumerate(sources)}
+    then = {entry["name"]: entry["shards"] for entry in plan.stamp["data.train"]}
+    for place, name in enumerate(plan.datasets):
+        mine = datasets == place
+        new_place, new_shards = now.get(name, (-1, {}))
+        columns["dataset"][mine] = new_place
+        columns["shard"][mine] = _moved(shards[mine], then=then[name], now=new_shards)
+    return columns, [*plan.history, {"packs": pack, "stamp": plan.stamp}]
+
+
+def _moved(shards: np.ndarray, *, then: dict[str, str], now: dict[str, str]) -> np.ndarray:
+    """Numbers of shards among those of now; -1 for what is gone, of other content, or was -1
+    before."""
+    places = {name: place for place, name in enumerate(now)}
+    moved = [places[name] if now.get(name) == content else -1 for name, content in then.items()]
+    return np.array([*moved, -1], dtype=np.int32)[shards]
+
+
+def _plan_epoch(
+    recipe: Recipe,
+    sources: list[Source],
+    samples: dict[str, np.ndarray],
+    *,
+    usable: np.ndarray,
+    shuffler: Shuffler,
+    first: int,
+) -> dict[str, np.ndarray]:
+    """The plan's columns of one epoch, packs counted from 0, which will be pack `first` of the
+    plan."""
+    data = recipe.data
+    order = sample_order(
+        [[header.samples for header in source.headers] for source in sources],
+        ratios=[source.ratio for source in sources],
+        caps=[source.cap for source in sources],
+        shuffler=shuffler,
+    )
+    documents = _split_texts(samples, order[usable[order]], limit=data.seq_length)
+    lengths = padded_length(documents["tokens"], data.padding_multiple)
+    place, packs = _pack(documents["dataset"], lengths, data=data, shuffler=shuffler)
+    if data.group_by_cost:
+        costs = _pack_costs(recipe, lengths[place], documents["tiles"][place], packs)
+        step = recipe.training.global_batch_size
+        packs = group_by_cost(
+            costs, size=step, first=min(-first % step, len(costs)), shuffler=shuffler
+        )[packs]
+        regrouped = np.argsort(packs, kind="stable")
+        place, packs = place[regrouped], packs[regrouped]
+    return {"pack": packs} | {name: documents[name][place] for name in COLUMNS[1:]}
+
+
+def _split_texts(
+    samples: dict[str, np.ndarray], order: np.ndarray, *, limit: int
+) -> dict[str, np.ndarray]:
+    """The documents of samples taken in `order`: raw texts longer than a pack become several."""
+    tokens = samples["tokens"][order]
+    parts = np.where(samples["is_text"][order], -(-tokens // limit), 1)
+    documents = {
+        name: np.repeat(samples[name][order], parts)
+        for name in (*COLUMNS[1:4], "tokens", "tiles", "rows")
+    }
+    part = np.arange(len(documents["tokens"])) - np.repeat(np.cumsum(parts) - parts, parts)
+    whole = documents["tokens"]
+    start = part * limit
+    length = np.minimum(whole - start, limit)
+    split = np.repeat(parts, parts) > 1
+    documents["start"] = start
+    documents["tokens"] = np.where(split, length, whole)
+    # The last token of a part is followed by one of the next part; that of the text by nothing.
+    documents["rows"] = np.where(split, length - (start + length == whole), documents["rows"])
+    return documents
+
+
+def _pack(
+    datasets: np.ndarray, lengths: np.ndarray, *, data: DataConfig, shuffler: Shuffler
+) -> tuple[np.ndarray, np.ndarray]:
+    """Documents sorted by pack, and the pack of each."""
+    scopes = [np.arange(len(lengths))]
+    if data.packing_scope == "dataset":
+        scopes = [np.flatnonzero(datasets == dataset) for dataset in np.unique(datasets)]
+    packed = []
+    for members in scopes:
+        order, packs = pack_windows(
+            lengths[members],
+            capacity=data.seq_length,
+            window=data.shuffle_window,
+            shuffler=shuffler,
+        )
+        packed.append((members[order], packs))
+    return packed[0] if len(packed) == 1 else interleave(packed)
+
+
+def _pack_costs(
+    recipe: Recipe, lengths: np.ndarray, tiles: np.ndarray, packs: np.ndarray
+) -> np.ndarray:
+    of_square, of_tile = forward_weights(recipe)
+    return np.bincount(
+        packs, weights=of_square * np.square(lengths.astype(np.float64)) + of_tile * tiles
+    )
+
+
+def _sample_table(
+    recipe: Recipe, sources: list[Source], tokenizer: Tokenizer
+) -> dict[str, np.ndarray]:
+    """A column for each of the plan's, with a value for each sample of the datasets' shards laid
+    end to end."""
+    names = ("dataset", "shard", "row", "tokens", "tiles", "rows", "is_text")
+    columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
+    for dataset, source in enumerate(sources):
+        form = document_format(recipe, tokenizer, dataset=source.config)
+        for shard, path in enumerate(source.shards):
+            index = read_index(index_path(path))
+            lengths = document_lengths(index, form=form)
+            rows = np.arange(len(index))
+            numbers = (np.full_like(rows, dataset), np.full_like(rows, shard), rows)
+            values = (*numbers, lengths.tokens, lengths.tiles, lengths.rows, lengths.is_text)
+            for name, value in zip(names, values, strict=True):
+                columns[name].append(value)
+    return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def _usable(recipe: Recipe, samples: dict[str, np.ndarray]) -> np.ndarray:
+    usable = (samples["tokens"] <= recipe.data.seq_length) | samples["is_text"].astype(bool)
+    return usable & (samples["tiles"] == 0) if recipe.model.text_only else usable
+
+
+def _rejected(
+    split: str,
+    sources: list[Source],
+    samples: dict[str, np.ndarray],
+    *,
+    usable: np.ndarray,
+    recipe: Recipe,
+) -> list[Rejected]:
+    rejected = []
+    # samples come shard by shard
+    keys = lru_cache(maxsize=1)(lambda shard: read_index(index_path(shard)).keys())
+    for sample in np.flatnonzero(~usable):
+        source = sources[samples["dataset"][sample]]
+        path = source.shards[samples["shard"][sample]]
+        tokens, tiles = samples["tokens"][sample], samples["tiles"][sample]
+        reason = f"{tokens} tokens do not fit data.seq_length {recipe.data.seq_length}"
+        if tokens <= recipe.data.seq_length:
+            reason = f"has images or videos ({tiles} tiles), which model.text_only cannot take"
+        rejected.append(
+            Rejected(split, source.name, str(path), keys(path)[int(samples["row"][sample])], reason)
+        )
+    return rejected

@@ -1,0 +1,93 @@
+"""How long the documents of an index are, from metadata alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.records import Kind
+from megatron_vita.data.samples.truncation import Piece
+from megatron_vita.data.shards.index import SampleIndex
+from megatron_vita.media.video import VideoInfo
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of each sample of an index, int64: tokens, tiles and scored tokens (`rows`); and whether it
+    is raw text."""
+
+    tokens: np.ndarray
+    tiles: np.ndarray
+    rows: np.ndarray
+    is_text: np.ndarray
+
+
+def document_lengths(index: SampleIndex, *, form: DocumentFormat) -> Lengths:
+    """Tokens, tiles and scored tokens of each sample of an index, from metadata alone.
+
+    Of a sample longer than a pack, what the policy leaves is counted, or all of it where nothing
+    would be left.
+    Raw text is counted whole: it is split over packs.
+    """
+    kinds, counts = index.ragged("piece_kinds")
+    tokens = index.ragged("piece_tokens")[0].astype(np.int64)
+    tiles = np.zeros_like(tokens)
+    for kind, measured in (
+        (Kind.IMAGE, _measure_images(index, form)),
+        (Kind.VIDEO, _measure_videos(index, form)),
+    ):
+        tokens[kinds == kind], tiles[kinds == kind] = measured[:, 0], measured[:, 1]
+    scored = np.where(kinds == Kind.LOSS, tokens, 0)
+    first = np.cumsum(counts) - counts
+    opens_scored = np.zeros(len(index), dtype=np.int64)
+    filled = counts > 0
+    opens_scored[filled] = kinds[first[filled]] == Kind.LOSS
+    sums = [_sum_by_sample(values, counts) for values in (tokens, tiles, scored)]
+    found = Lengths(sums[0], sums[1], sums[2] - opens_scored, index.column("is_text"))
+    for sample in (
+        np.flatnonzero((found.tokens > form.limit) & ~found.is_text) if form.limit else ()
+    ):
+        pieces = slice(first[sample], first[sample] + counts[sample])
+        values = zip(
+            kinds[pieces].tolist(), tokens[pieces].tolist(), tiles[pieces].tolist(), strict=True
+        )
+        if (left := form.fit([Piece(Kind(k), n, t) for k, n, t in values])) is not None:
+            found.tokens[sample], found.tiles[sample], found.rows[sample] = (
+                left.tokens,
+                left.tiles,
+                left.rows,
+            )
+    return found
+
+
+def _measure_images(index: SampleIndex, form: DocumentFormat) -> np.ndarray:
+    """Tokens and tiles of all images of an index: [images, 2]."""
+    sizes = np.stack([index.ragged(name)[0] for name in ("image_widths", "image_heights")], axis=1)
+    return _by_distinct(sizes, lambda size: form.measure_image((int(size[0]), int(size[1]))))
+
+
+def _measure_videos(index: SampleIndex, form: DocumentFormat) -> np.ndarray:
+    """Tokens and tiles of all videos of an index: [videos, 2]."""
+    columns = [index.ragged(name)[0] for name in ("video_durations", "video_fps", "video_frames")]
+    infos = np.stack([column.astype(np.float64) for column in columns], axis=1)
+    return _by_distinct(
+        infos, lambda v: form.measure_video(VideoInfo(duration=v[0], fps=v[1], frames=int(v[2])))
+    )
+
+
+def _by_distinct(values: np.ndarray, measure: Callable[[Any], tuple[int, int]]) -> np.ndarray:
+    """`measure` of each row, called once for each distinct one."""
+    if not len(values):
+        return np.zeros((0, 2), dtype=np.int64)
+    distinct, place = np.unique(values, axis=0, return_inverse=True)
+    return np.array([measure(value) for value in distinct.tolist()], dtype=np.int64)[
+        place.reshape(-1)
+    ]
+
+
+def _sum_by_sample(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    totals = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    stops = np.cumsum(counts, dtype=np.int64)
+    return totals[stops] - totals[stops - counts]

@@ -1,0 +1,1 @@
+"""Chat records, and their encoding as documents of a pack."""

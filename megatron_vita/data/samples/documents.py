@@ -1,0 +1,202 @@
+"""From a sample to a document: token ids, labels, and which tiles go where."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.records import Kind, encode_record, weight_of
+from megatron_vita.data.samples.truncation import Fit, Piece, whole
+from megatron_vita.data.shards.index import SampleRow
+from megatron_vita.errors import DataError
+from megatron_vita.text.media_tokens import MediaTokens, image_tokens, video_tokens
+from megatron_vita.text.template import EncodedTurn, MediaPiece
+
+NO_LOSS = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A sample ready to be packed.
+
+    `input_ids` and `labels` are int64 [L]; a label is the next token where that one carries loss,
+    else -100. `placements` int64 [N] holds the position of each tile's first placeholder; `media`
+    has N tiles in the same order.
+    """
+
+    key: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    placements: np.ndarray
+    media: list[Medium]
+    weight: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def cut(self, tokens: int) -> "Document":
+        """Its first `tokens` tokens, with the media that are whole in them."""
+        if tokens >= len(self):
+            return self
+        labels = self.labels[:tokens].copy()
+        labels[-1] = NO_LOSS
+        tiles = np.cumsum([0, *(medium.num_tiles for medium in self.media)])
+        held = int(np.searchsorted(self.placements, tokens))
+        media = [medium for medium, end in zip(self.media, tiles[1:], strict=True) if end <= held]
+        placements = self.placements[: sum(medium.num_tiles for medium in media)]
+        return replace(
+            self,
+            input_ids=self.input_ids[:tokens],
+            labels=labels,
+            placements=placements,
+            media=media,
+        )
+
+    def part(self, start: int, stop: int) -> "Document":
+        """Tokens `start` to `stop` of raw text; the last of them is still trained to predict the
+        one that follows."""
+        assert not self.media, "raw text has no media"
+        return replace(self, input_ids=self.input_ids[start:stop], labels=self.labels[start:stop])
+
+
+def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentFormat) -> Document:
+    """The document of a sample: its JSON `record` and its `row` of the index; what is left of it if
+    it is too long.
+
+    DataError if the tags do not fit the media.
+    """
+    left = _fit_row(row, form)
+    names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
+    media: dict[str, list[Medium | None]] = {"image": [], "video": []}
+    for kind, medium in _media_left(row, left, form):
+        name = next(names[kind])
+        media[kind.name.lower()].append(medium and medium._replace(member=name))
+    turns = encode_record(record, form.tokenizer, form.template)
+    document = assemble_document(
+        turns, key=row.key, media=media, form=form, weight=weight_of(record)
+    )
+    return document if row.is_text else document.cut(left.tokens)
+
+
+def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFormat) -> Document:
+    """What stands for a sample that cannot be read: as many tokens and tiles as the plan counted,
+    without loss."""
+    media = [
+        medium for _, medium in _media_left(row, _fit_row(row, form), form) if medium is not None
+    ]
+    ends = np.cumsum([medium.num_tiles for medium in media])
+    return Document(
+        key=row.key,
+        input_ids=np.full(tokens, form.tokenizer.pad_id, dtype=np.int64),
+        labels=np.full(tokens, NO_LOSS, dtype=np.int64),
+        placements=blank_placements(tiles, form.vision.image_token_length),
+        media=media[: int(np.searchsorted(ends, tiles, side="right"))],
+    )
+
+
+def blank_placements(tiles: int, rows_per_tile: int) -> np.ndarray:
+    """Where the feature rows of a sample's tiles go that cannot be read: side by side from its
+    first token, [N]."""
+    return np.arange(tiles, dtype=np.int64) * rows_per_tile
+
+
+def _media_left(
+    row: SampleRow, left: Fit, form: DocumentFormat
+) -> Iterator[tuple[Kind, Medium | None]]:
+    """The media of a sample in order, yet without names; None for those left out."""
+    kept, images, videos = iter(left.kept), iter(row.image_sizes), iter(row.videos)
+    for kind, _ in row.pieces:
+        if kind == Kind.IMAGE:
+            yield kind, form.image("", next(images), tiles=next(kept))
+        elif kind == Kind.VIDEO:
+            yield kind, form.video("", next(videos), frames=next(kept))
+
+
+def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:
+    """What is left of a sample; all of it where it is not too long, or where nothing would be
+    left."""
+    images, videos = iter(row.image_sizes), iter(row.videos)
+    pieces = []
+    for kind, tokens in row.pieces:
+        if kind == Kind.IMAGE:
+            pieces.append(Piece(kind, *form.measure_image(next(images))))
+        elif kind == Kind.VIDEO:
+            pieces.append(Piece(kind, *form.measure_video(next(videos))))
+        else:
+            pieces.append(Piece(kind, tokens))
+    everything = whole(pieces)
+    if row.is_text or not form.limit or everything.tokens <= form.limit:
+        return everything
+    return form.fit(pieces) or everything
+
+
+def assemble_document(
+    turns: Iterable[EncodedTurn],
+    *,
+    key: str,
+    media: dict[str, list[Medium | None]],
+    form: DocumentFormat,
+    weight: float = 1.0,
+) -> Document:
+    """The turns' tokens in order, each place of a medium filled by its placeholder sequence
+    (Long-VITA, arXiv 2502.05177), or by nothing where the medium is left out (None).
+
+    DataError for media where the model is text-only.
+    """
+    coming = {kind: iter(files) for kind, files in media.items()}
+    ids: list[int] = []
+    loss: list[bool] = []
+    used: list[Medium] = []
+    placements: list[int] = []
+    for piece in chain.from_iterable(turns):
+        if not isinstance(piece, MediaPiece):
+            ids += piece.ids
+            loss += [piece.loss] * len(piece.ids)
+            continue
+        medium = next(coming[piece.kind])
+        if medium is None:
+            continue
+        if form.text_only:
+            raise DataError(
+                f"{medium.member}: the model takes no {piece.kind}s, since model.text_only is true"
+            )
+        used.append(medium)
+        sequence = _placeholders(medium, form)
+        placements += [len(ids) + offset for offset in sequence.offsets]
+        ids += sequence.ids
+        loss += [False] * len(sequence.ids)
+    input_ids = np.array(ids, dtype=np.int64)
+    return Document(
+        key=key,
+        input_ids=input_ids,
+        labels=_shifted_labels(input_ids, np.array(loss, dtype=bool)),
+        placements=np.array(placements, dtype=np.int64),
+        media=used,
+        weight=weight,
+    )
+
+
+def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
+    length = form.vision.image_token_length
+    if medium.grid is not None:
+        return image_tokens(medium.grid, image_token_length=length, tokenizer=form.tokenizer)
+    return video_tokens(medium.num_tiles, image_token_length=length, tokenizer=form.tokenizer)
+
+
+def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    labels = np.full_like(input_ids, NO_LOSS)
+    labels[:-1] = np.where(loss[1:], input_ids[1:], NO_LOSS)
+    return labels
+
+
+def check_length(document: Document, *, name: str, tokens: int, tiles: int) -> None:
+    """DataError if a document is not what the plan counted."""
+    found = (len(document), len(document.placements))
+    if found != (tokens, tiles):
+        raise DataError(
+            f"{name}: the sample has {found[0]} tokens and {found[1]} tiles, the plan counted {tokens} and {tiles}: "
+            "the index does not describe this shard; make index and plan again"
+        )

@@ -1,0 +1,110 @@
+"""What a recipe says about turning samples into documents, and how long and how many tiles media
+then are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from megatron_vita.config import MediaConfig, VisionConfig
+from megatron_vita.data.samples.truncation import Fit, Piece, fit
+from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_tiles
+from megatron_vita.media.video import VideoInfo, frame_times, num_frames
+from megatron_vita.text.media_tokens import count_image_tokens, count_video_tokens
+from megatron_vita.text.tokenizer import Tokenizer
+
+
+class Medium(NamedTuple):
+    """An image or video of a document, in file `member`. A video has no grid, an image no frame
+    times (seconds)."""
+
+    member: str
+    num_tiles: int
+    grid: Grid | None
+    times: list[float]
+
+
+class TileFormat(NamedTuple):
+    """What decoding must know of a recipe."""
+
+    tiling: Tiling
+    normalization: str
+
+    @property
+    def size(self) -> int:
+        """Pixels of a tile's side."""
+        return self.tiling.tile_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentFormat:
+    """All that turns a sample into a document."""
+
+    tokenizer: Tokenizer
+    template: str
+    media: MediaConfig
+    vision: VisionConfig
+    text_only: bool = False
+    limit: int = 0  # tokens of a pack; 0 for none
+    overlong: str = "reject"
+
+    def measure_image(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Tokens and tiles of an image of (width, height)."""
+        grid, length = self._grid(size), self.vision.image_token_length
+        return count_image_tokens(
+            grid, image_token_length=length, newline_length=self._newline
+        ), num_tiles(grid)
+
+    def measure_video(self, info: VideoInfo) -> tuple[int, int]:
+        """Tokens and frames of a video."""
+        frames = num_frames(info, max_fps=self.media.max_fps, max_frames=self.media.max_frames)
+        return self.video_tokens(frames), frames
+
+    def video_tokens(self, frames: int) -> int:
+        """Tokens of a video of so many frames."""
+        return count_video_tokens(frames, image_token_length=self.vision.image_token_length)
+
+    def image(
+        self, member: str, size: tuple[int, int], *, tiles: int | None = None
+    ) -> Medium | None:
+        """An image of (width, height) with the grid it is cut into; None if `tiles` is 0: it is
+        left out."""
+        grid = self._grid(size)
+        return None if tiles == 0 else Medium(member, num_tiles(grid), grid, [])
+
+    def video(self, member: str, info: VideoInfo, *, frames: int | None = None) -> Medium | None:
+        """A video with the times of its frames, fewer than usual where `frames` says so; None if
+        that is 0."""
+        most = self.media.max_frames if frames is None else frames
+        if most == 0:
+            return None
+        times = frame_times(info, max_fps=self.media.max_fps, max_frames=most)
+        return Medium(member, len(times), None, list(times))
+
+    def fit(self, pieces: Sequence[Piece]) -> Fit | None:
+        """What the policy leaves of a document that is longer than a pack; None where it leaves
+        nothing."""
+        return fit(pieces, limit=self.limit, policy=self.overlong, video_tokens=self.video_tokens)
+
+    def _grid(self, size: tuple[int, int]) -> Grid:
+        return choose_grid(size, self.tiling)
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        """How images are cut."""
+        media = self.media
+        listed = tuple(Grid(*map(int, grid.split("x"))) for grid in media.grids)
+        grids = listed or grids_of(media.min_tiles, media.max_tiles)
+        return Tiling(
+            tile_size=self.vision.image_size, grids=grids, anyres=media.tiling == "anyres"
+        )
+
+    @property
+    def tile_format(self) -> TileFormat:
+        """What decoding needs."""
+        return TileFormat(self.tiling, self.media.normalization)
+
+    @cached_property
+    def _newline(self) -> int:
+        """Tokens of the newline that begins a row of tiles."""
+        return len(self.tokenizer.encode("\n"))

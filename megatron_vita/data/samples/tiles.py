@@ -1,0 +1,40 @@
+"""The pixels of a document's media: the tiles of an image, the frames of a video."""
+
+import numpy as np
+
+from megatron_vita.data.samples.encoding import Medium, TileFormat
+from megatron_vita.media.files import File, opened
+from megatron_vita.media.images import read_pixels
+from megatron_vita.media.tiling import cut_tiles
+from megatron_vita.media.video import decode_frames
+
+
+def decode_tiles(
+    medium: Medium,
+    data: File,
+    *,
+    name: str,
+    tiles: range,
+    form: TileFormat,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Tiles `tiles` of a medium, uint8 [n,3,S,S], in `out` if given; of a video only these frames
+    are decoded.
+
+    Raises DataError, which names the medium by `name`, if it cannot be decoded.
+    """
+    if out is None:
+        out = np.empty((len(tiles), 3, form.size, form.size), dtype=np.uint8)
+    if medium.grid is None:
+        times = medium.times[tiles.start : tiles.stop]
+        return decode_frames(
+            data, name, times=times, tile_size=form.size, normalization=form.normalization, out=out
+        )
+    cut_tiles(
+        read_pixels(opened(data).read(), name),
+        medium.grid,
+        tiling=form.tiling,
+        tiles=tiles,
+        out=out,
+    )
+    return out

@@ -1,0 +1,1 @@
+"""Tar shards: index, random access, cache, object stores, quarantine lists."""

@@ -1,0 +1,219 @@
+"""Makes a shard's index: the one place that reads whole shards."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_vita.data.samples.records import encode_record, is_raw_text, parse_record, pieces_of
+from megatron_vita.data.samples.third_party import (
+    MemberRule,
+    read_rule,
+    record_of_members,
+    rule_stamp,
+)
+from megatron_vita.data.shards.index import SCHEMA, IndexHeader, SampleIndex, text_stamp
+from megatron_vita.data.shards.quarantine import Entry, Quarantine, read_quarantine
+from megatron_vita.data.shards.reader import ShardReader
+from megatron_vita.data.shards.tar import ScannedSample, scan_shard
+from megatron_vita.errors import DataError
+from megatron_vita.media.images import image_size
+from megatron_vita.media.video import probe_video
+from megatron_vita.text.tokenizer import Tokenizer
+
+Attempt = Callable[[Callable[[bool], Any]], Any]
+"""Carries out an action that reads what may be damaged; the action is told whether it is known to be good."""
+
+
+def build_index(shard: Path, tokenizer: Tokenizer, template: str) -> SampleIndex:
+    """Scans a shard once and gives its index, without what the quarantine beside the shard lists.
+
+    DataError naming shard and key for a sample that cannot be read.
+    """
+    index, quarantine = build_sound_index(shard, tokenizer, template)
+    for entry in quarantine.entries:
+        if entry.by == "index":
+            raise DataError(entry.reason)
+    return index
+
+
+def build_sound_index(
+    shard: Path,
+    tokenizer: Tokenizer,
+    template: str,
+    *,
+    attempt: Attempt = lambda action: action(False),
+) -> tuple[SampleIndex, Quarantine]:
+    """As `build_index`, but leaves out samples that cannot be read; gives the shard's quarantine
+    with these in it."""
+    quarantine = read_quarantine(shard)
+    scanned = list(scan_whole(shard, attempt))
+    known = _Known(quarantine, scanned)
+    reader, bad = _Reader(shard, tokenizer, template), list[Entry]()
+    rows = []
+    for sample, error in scanned:
+        if sample in known:
+            continue
+        try:
+            if error:
+                raise DataError(error)
+            rows.append(attempt(partial(reader.columns, sample)))
+        except DataError as reason:
+            bad.append(Entry("index", printable(sample.key), str(reason)))
+    reader.close()
+    quarantine = quarantine.replaced("index", bad)
+    made_with = {
+        "rule": rule_stamp(reader.rule),
+        "left_out": quarantine.stamp(),
+        **text_stamp(tokenizer, template),
+    }
+    return _as_index(rows, quarantine.shard_size, made_with), quarantine
+
+
+def scan_whole(shard: Path, attempt: Attempt) -> Iterator[tuple[ScannedSample, str]]:
+    """The samples of a shard, each with why it cannot be used or ""; last, with an empty key, what
+    ended the scan."""
+    samples, end = attempt(partial(_scan, shard))
+    yield from samples
+    if end:
+        yield ScannedSample("", {}), end
+
+
+def printable(key: str) -> str:
+    """A key with what is not UTF-8 escaped."""
+    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def parse_sample(
+    sample: ScannedSample, read: Callable[[str], bytes], rule: MemberRule
+) -> tuple[dict[str, Any], bool]:
+    """A sample's record, and whether it is of another maker: made of its members, not stored as
+    `{key}.json`."""
+    name = f"{sample.key}.json"
+    if name in sample.members and _is_own(data := read(name)):
+        return parse_record(data, name), False
+    return record_of_members(list(sample.members), read, rule=rule), True
+
+
+def _scan(shard: Path, _: bool) -> tuple[list[tuple[ScannedSample, str]], str]:
+    found: list[tuple[ScannedSample, str]] = []
+    try:
+        for sample in scan_shard(shard):
+            found.append(
+                (
+                    sample,
+                    f"{shard} sample {printable(sample.key)}: {sample.fault}"
+                    if sample.fault
+                    else "",
+                )
+            )
+    except DataError as error:
+        return found, str(error)
+    return found, ""
+
+
+def _is_own(data: bytes) -> bool:
+    """Whether a JSON member is a record as `SampleWriter` writes it: it names its own media."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"images", "videos"} <= set(record)
+
+
+class _Known:
+    """The samples that `validate` listed. Of those that share a key, an entry is of the one whose
+    fault it tells; one that tells no fault of the scan is of the one without.
+    """
+
+    def __init__(
+        self, quarantine: Quarantine, scanned: Sequence[tuple[ScannedSample, str]]
+    ) -> None:
+        self._reasons = defaultdict[str, list[str]](list)
+        for entry in quarantine.entries:
+            if entry.by == "validate":
+                self._reasons[entry.key].append(entry.reason)
+        self._faults = tuple({sample.fault for sample, _ in scanned if sample.fault})
+
+    def __contains__(self, sample: ScannedSample) -> bool:
+        reasons = self._reasons.get(printable(sample.key), [])
+        if sample.fault:
+            return any(reason.endswith(sample.fault) for reason in reasons)
+        return any(not reason.endswith(self._faults) for reason in reasons)
+
+
+class _Reader:
+    """Reads the samples of one shard."""
+
+    def __init__(self, shard: Path, tokenizer: Tokenizer, template: str) -> None:
+        self._shard, self._tokenizer, self._template = shard, tokenizer, template
+        self._size = shard.stat().st_size
+        self.rule = read_rule(shard.parent)
+        self._reader = ShardReader()
+        self.close = self._reader.close
+
+    def columns(self, sample: ScannedSample, _: bool) -> dict[str, Any]:
+        """A sample's row of the index. DataError naming shard and key."""
+        name = f"{self._shard} sample {sample.key}"
+
+        def read(member: str) -> bytes:
+            return self._reader.read(
+                self._shard, member=sample.members[member], shard_size=self._size
+            )
+
+        try:
+            record, is_foreign = parse_sample(sample, read, self.rule)
+            kinds, tokens = pieces_of(encode_record(record, self._tokenizer, self._template))
+            check_members(record, sample)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        sizes = [image_size(read(member), f"{self._shard} {member}") for member in record["images"]]
+        videos = [
+            probe_video(read(member), f"{self._shard} {member}") for member in record["videos"]
+        ]
+        return {
+            "key": sample.key,
+            "is_text": is_raw_text(record),
+            "record": json.dumps(record, sort_keys=True) if is_foreign else "",
+            "piece_kinds": [int(kind) for kind in kinds],
+            "piece_tokens": tokens,
+            "image_widths": [width for width, _ in sizes],
+            "image_heights": [height for _, height in sizes],
+            "video_durations": [video.duration for video in videos],
+            "video_fps": [video.fps for video in videos],
+            "video_frames": [video.frames for video in videos],
+            "member_names": list(sample.members),
+            "member_offsets": [member.offset for member in sample.members.values()],
+            "member_sizes": [member.size for member in sample.members.values()],
+        }
+
+
+def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
+    """DataError if a record, which must be checked, names a medium that is not a member of its
+    sample."""
+    for field in ("images", "videos"):
+        record[field] = record.get(field) or []
+        for name in record[field]:
+            if not isinstance(name, str) or name not in sample.members:
+                raise DataError(f"{field} names {name!r:.200}, which the shard does not hold")
+
+
+def _as_index(
+    rows: list[dict[str, Any]], shard_size: int, made_with: dict[str, str]
+) -> SampleIndex:
+    content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    header = IndexHeader(
+        shard_size=shard_size,
+        samples=len(rows),
+        content=content,
+        tokenizer=made_with["tokenizer"],
+        template=made_with["template"],
+        rule=made_with["rule"],
+        left_out=made_with["left_out"],
+    )
+    return SampleIndex(pa.Table.from_pylist(rows, schema=SCHEMA), header=header)

@@ -1,0 +1,1 @@
+"""Talking to an engine or to an OpenAI-compatible server."""

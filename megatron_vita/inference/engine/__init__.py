@@ -1,0 +1,1 @@
+"""Scheduling of requests over ranks: blocks of cache, steps, worker ranks, lost ranks."""

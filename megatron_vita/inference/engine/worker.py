@@ -1,0 +1,275 @@
+"""What every rank does in a step: its part of the forward pass over its part of the cache."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.config import Recipe
+from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
+from megatron_vita.inference.runner.cuda_graphs import GraphPool
+from megatron_vita.inference.runner.decode_runner import Decoder
+from megatron_vita.inference.runner.kv_cache import KeyValueCache
+from megatron_vita.inference.runner.partial_attention import PLANNED_KEYS, PLANNED_ROWS
+from megatron_vita.inference.runner.prefill_graphs import LENGTHS, ShortPrompts, padded_length
+from megatron_vita.inference.runner.rotary import Rotation
+from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
+from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.features import FeatureSource
+from megatron_vita.layout.blocks import bounds_of, pad_to
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Logits [rows, V], one row for each prompt that ended or each decoded token (none where
+    nothing was computed); sequences that failed, and why; awaited ones whose tiles are decoded on
+    all ranks."""
+
+    logits: Tensor | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+    ready: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pack:
+    """Pieces one after another, each padded, and what of them this CP rank computes."""
+
+    pieces: list[PiecePlan]
+    starts: list[int]  # of the pieces in the pack
+    held: Tensor  # [T] places in the order of rows gathered over CP
+    mine: Tensor  # [t] places that this rank computes
+    ids: Tensor  # [T]
+    positions: Tensor  # [T] of each place in its sequence
+    is_short: bool  # one whole prompt, of a length for which there is a graph
+
+    def local_rows(self, places: Tensor) -> Tensor:
+        """The rows of this rank that compute places of the pack; -1 where another rank does."""
+        row = torch.full((len(self.ids),), -1)
+        row[self.mine] = torch.arange(len(self.mine))
+        return row[places]
+
+
+class Worker:
+    """Weights, cache and sequences of one rank. All ranks are given the same steps."""
+
+    def __init__(
+        self,
+        model: VitaModel,
+        cache: KeyValueCache,
+        *,
+        recipe: Recipe,
+        form: DocumentFormat,
+        readers: MediaReaders,
+        max_blocks: int,
+        graphs: bool = True,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.graphs = GraphPool() if graphs and platform.on_cuda() else None
+        self.features = FeatureSource(
+            model, recipe=recipe, form=form, readers=readers, graphs=self.graphs
+        )
+        self.decoder = Decoder(
+            model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
+        )
+        self.short_prompts = (
+            ShortPrompts(model.language_model, cache, graphs=self.graphs) if self.graphs else None
+        )
+        self._tables: dict[int, Tensor] = {}
+        self._prompts: dict[int, SequenceStart] = {}
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Makes the graphs that single requests need, so that the first of them does not wait.
+        Collective."""
+        if self.short_prompts is not None:
+            for length in LENGTHS:
+                if length % (2 * groups.context_group().size()) == 0:
+                    self.short_prompts.record(length)
+            self.decoder.record(1)
+            self.features.warm_up()
+
+    def close(self) -> None:
+        """Drops all graphs, for a process group cannot be left while they hold its operations; and
+        what is decoded."""
+        if self.graphs is not None:
+            self.graphs.close()
+        self.features.decoder.close()
+
+    @torch.no_grad()
+    def execute(self, step: Step) -> StepResult:
+        """Does what a step says."""
+        self._keep_books(step)
+        result = StepResult()
+        if step.prefill:
+            result = self._prefill(step.prefill)
+        elif step.decode:
+            result = StepResult(logits=self.decoder.run(step.decode, tables=self._tables))
+        return replace(result, ready=self._ready(step)) if step.awaited else result
+
+    def _ready(self, step: Step) -> list[int]:
+        """The awaited sequences whose tiles are decoded on all ranks."""
+        here = self.features.decoder.ready(step.awaited, patience=step.patience)
+        flags = torch.tensor([sequence in here for sequence in step.awaited], dtype=torch.uint8)
+        if (group := groups.host_group("train")) is not None:
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=group)
+        return [
+            sequence for sequence, flag in zip(step.awaited, flags.tolist(), strict=True) if flag
+        ]
+
+    def _keep_books(self, step: Step) -> None:
+        for sequence in step.forget:
+            self._tables.pop(sequence, None)
+            self._prompts.pop(sequence, None)
+            self.features.forget(sequence)
+            self.decoder.forget(sequence)
+        for start in step.begin:
+            self._prompts[start.sequence] = start
+            self.features.add(start)
+        for sequence, blocks in step.tables.items():
+            self._tables[sequence] = torch.tensor(blocks, dtype=torch.int64)
+            self.decoder.forget(sequence)
+        for sequence, blocks in step.grow.items():
+            self._tables[sequence] = torch.cat(
+                [self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)]
+            )
+        self.cache.copy_blocks(step.copy)
+        for announced in step.announce:
+            self.features.announce(*announced)
+
+    def _prefill(self, pieces: list[PiecePlan]) -> StepResult:
+        pack = self._lay_out(pieces)
+        model = self.model.language_model
+        hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
+        failed = self._write_features(hidden, pack)
+        if pack.is_short and self.short_prompts is not None:
+            places, slots = self._stored(pack)
+            hidden = self.short_prompts.run(hidden, places=places, slots=slots)
+        else:
+            hidden = model.run_layers(hidden, attention=self._attention(pack))
+        for piece in pieces:
+            if piece.ends_prompt:
+                self.features.forget(piece.sequence)
+        return StepResult(logits=self._logits(hidden.squeeze(1), pack), failed=failed)
+
+    def _lay_out(self, pieces: list[PiecePlan]) -> _Pack:
+        ranks = groups.rank_layout().cp_size
+        lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
+        first = pieces[0]
+        short = (
+            padded_length(first.stop)
+            if self.short_prompts and len(pieces) == 1 and first.start == 0
+            else None
+        )
+        if short is not None and short % (2 * ranks) == 0:
+            lengths = [short]
+        bounds = bounds_of(lengths)
+        ids = [
+            F.pad(
+                torch.from_numpy(self._prompts[p.sequence].input_ids[p.start : p.stop]),
+                (0, length - p.stop + p.start),
+            )
+            for p, length in zip(pieces, lengths, strict=True)
+        ]
+        positions = [
+            torch.arange(p.start, p.start + length)
+            for p, length in zip(pieces, lengths, strict=True)
+        ]
+        held = held_places(bounds, cp_size=ranks)
+        return _Pack(
+            pieces=pieces,
+            starts=bounds[:-1].tolist(),
+            held=held,
+            mine=held.chunk(ranks)[groups.rank_layout().cp_rank],
+            ids=torch.cat(ids),
+            positions=torch.cat(positions),
+            is_short=short is not None and lengths == [short],
+        )
+
+    def _write_features(self, hidden: Tensor, pack: _Pack) -> dict[int, str]:
+        """Overwrites the embeddings [t, 1, H] of placeholders; what is wrong with which sequence,
+        of all ranks."""
+        features = self.features.of_pieces(pack.pieces, pack.starts)
+        if features is None:
+            return {}
+        rows = pack.local_rows(features.places)
+        here = rows >= 0
+        hidden[rows[here].to(hidden.device), 0] = features.rows[here.to(hidden.device)].to(
+            hidden.dtype
+        )
+        group = groups.host_group("train")
+        if group is None:
+            return features.failed
+        reports: list[dict[int, str]] = [{} for _ in range(group.size())]
+        dist.all_gather_object(reports, features.failed, group=group)
+        return {sequence: reason for report in reports for sequence, reason in report.items()}
+
+    def _stored(self, pack: _Pack) -> tuple[Tensor, Tensor]:
+        """Places of the pack that are stored on this rank, and their slots."""
+        layout = self.cache.layout
+        stored, slots = [], []
+        for piece, start in zip(pack.pieces, pack.starts, strict=True):
+            here, places = layout.slots(
+                torch.arange(piece.start, piece.stop), self._tables[piece.sequence]
+            )
+            stored.append(start + here.nonzero().squeeze(1))
+            slots.append(places)
+        return torch.cat(stored), torch.cat(slots)
+
+    def _attention(self, pack: _Pack) -> PrefillAttention:
+        layout, device = self.cache.layout, platform.device()
+        bounds = [*pack.starts, len(pack.ids)]
+        pieces = [
+            PromptPiece(
+                start=start,
+                length=stop - start,
+                past=layout.held(piece.start),
+                blocks=self._tables[piece.sequence][: layout.blocks_for(piece.start)],
+            )
+            for piece, start, stop in zip(pack.pieces, pack.starts, bounds[1:], strict=True)
+        ]
+        stored, slots = self._stored(pack)
+        gathered_row = torch.empty_like(pack.held)
+        gathered_row[pack.held] = torch.arange(len(pack.held))
+        return PrefillAttention(
+            cache=self.cache,
+            pieces=pieces,
+            rotation=Rotation.at(
+                pack.positions[pack.mine].to(device),
+                inverse_frequencies=self.model.language_model.inverse_frequencies,
+                shape=self.model.shapes.language,
+            ),
+            cp_group=groups.context_group(),
+            held=pack.held.to(device),
+            gathered_row=gathered_row.to(device),
+            stored_rows=stored.to(device),
+            slots=slots.to(device),
+        )
+
+    def _logits(self, hidden: Tensor, pack: _Pack) -> Tensor:
+        """Logits [rows, V] after the prompts that end in this step: hidden [t, H]."""
+        places = [
+            start + piece.stop - piece.start - 1
+            for piece, start in zip(pack.pieces, pack.starts, strict=True)
+            if piece.ends_prompt
+        ]
+        rows = pack.local_rows(torch.tensor(places, dtype=torch.int64))
+        last = hidden.new_zeros(len(places), hidden.shape[1])
+        here = (rows >= 0).nonzero().squeeze(1)
+        last[here.to(hidden.device)] = hidden[rows[here].to(hidden.device)]
+        if groups.context_group().size() > 1 and places:
+            dist.all_reduce(last, group=groups.context_group())
+        return self.model.language_model.project(last)
+
+
+def _padded(length: int, cp_size: int) -> int:
+    """A piece's length with padding: for the zigzag of CP, and to what cuDNN takes where it is
+    long."""
+    multiple = 2 * cp_size if cp_size > 1 else 1
+    return pad_to(length, math.lcm(PLANNED_ROWS, multiple) if length >= PLANNED_KEYS else multiple)

@@ -1,0 +1,148 @@
+"""Beam search over one request, apart from the model: log-probabilities in, which beams go on with
+which tokens out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vita.inference.generation.sampling import (
+    likeliest_tokens,
+    refuse_unless_finite,
+    upload,
+)
+from megatron_vita.inference.requests import FinishReason, Sampling, ScoredToken, TokenScore
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamAnswer:
+    """One answer of a search: its tokens without the end token, and its score."""
+
+    tokens: tuple[ScoredToken, ...]
+    score: float  # sum of log-probabilities, the end token's too, over length ** length_penalty
+    finish: FinishReason
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens alone."""
+        return [token.chosen.token_id for token in self.tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beam:
+    """A beam's last token; beams share what they have in common."""
+
+    token: ScoredToken
+    before: "_Beam | None"
+    total: float  # sum of log-probabilities
+
+    def chain(self) -> Iterator[ScoredToken]:
+        """All tokens, the last one first."""
+        beam: _Beam | None = self
+        while beam is not None:
+            yield beam.token
+            beam = beam.before
+
+
+class BeamSearch:
+    """The `beams` likeliest answers as transformers finds them with early_stopping=False.
+
+    Each `advance` takes logits of the live beams, in the order of the last call's `parents` and
+    `tokens`: at first one row, that of the prompt. When `done`, `results` are what was found.
+    """
+
+    def __init__(self, sampling: Sampling, *, end_ids: frozenset[int]) -> None:
+        self.done = False
+        self.parents: list[int] = []
+        """For each live beam, which of the beams before the last `advance` it continues."""
+        self.tokens: list[int] = []
+        """For each live beam, its last token."""
+        self._sampling = sampling
+        self._end_ids = frozenset() if sampling.ignore_end else end_ids
+        self._live: list[_Beam | None] = [None]
+        self._finished: list[BeamAnswer] = []
+        self._length = 0
+
+    def advance(self, logits: Tensor) -> None:
+        """A step of all live beams by their logits [W, V]. Raises LogitsError where logits are NaN
+        or infinite."""
+        assert not self.done
+        assert len(logits) == len(self._live)
+        candidates = self._candidates(logits)
+        self._length += 1
+        last = self._length == self._sampling.max_new_tokens
+        live = []
+        for place, (parent, beam) in enumerate(candidates):
+            ends = beam.token.chosen.token_id in self._end_ids
+            # worse ones stand by for beams that end
+            if (ends or last) and place < self._sampling.beams:
+                self._finish(beam, "stop" if ends else "length")
+            if not ends:
+                live.append((parent, beam))
+        live = [] if last else live[: self._sampling.beams]
+        self.parents = [parent for parent, _ in live]
+        self._live = [beam for _, beam in live]
+        self.tokens = [beam.token.chosen.token_id for _, beam in live]
+        self.done = not live or not self._can_improve(live[0][1])
+
+    def results(self, count: int) -> list[BeamAnswer]:
+        """The best, best first; fewer than `count` only where the vocabulary has no more."""
+        return self._finished[:count]
+
+    def _candidates(self, logits: Tensor) -> list[tuple[int, _Beam]]:
+        """The best continuations with the row each continues: enough for `beams` that do not
+        end."""
+        vocab_size = logits.shape[-1]
+        logprobs = logits.float().log_softmax(dim=-1)
+        totals = [beam.total if beam else 0.0 for beam in self._live]
+        sums = (logprobs + upload(totals, like=logprobs).unsqueeze(1)).flatten()
+        count = min(self._sampling.beams * (1 + max(1, len(self._end_ids))), len(sums))
+        values, places = likeliest_tokens(sums.unsqueeze(0), count)
+        width = min(self._sampling.logprobs or 0, vocab_size)
+        others, ids = (
+            likeliest_tokens(logprobs, width) if width else (logprobs[:, :0], logprobs[:, :0])
+        )
+        found = torch.cat(
+            [
+                part.double().flatten()
+                for part in (logits.amax(-1), values, places, logprobs.take(places), others, ids)
+            ]
+        ).tolist()  # the only wait for the device
+        refuse_unless_finite(found[: len(logits)])
+        found = found[len(logits) :]
+        likeliest = self._likeliest(found[3 * count :], width)
+        candidates = []
+        for total, place, logprob in zip(
+            found[:count], found[count:], found[2 * count : 3 * count], strict=False
+        ):
+            parent, token_id = divmod(int(place), vocab_size)
+            token = ScoredToken(chosen=TokenScore(token_id, logprob), likeliest=likeliest[parent])
+            candidates.append((parent, _Beam(token=token, before=self._live[parent], total=total)))
+        return [(parent, beam) for parent, beam in candidates if beam.total > -torch.inf]
+
+    def _likeliest(self, numbers: list[float], width: int) -> list[tuple[TokenScore, ...]]:
+        """Per live beam the likeliest tokens: `numbers` are all log-probabilities, then all ids."""
+        rows = len(self._live)
+        scores = [
+            TokenScore(int(i), p)
+            for p, i in zip(numbers[: rows * width], numbers[rows * width :], strict=True)
+        ]
+        return [tuple(scores[row * width : (row + 1) * width]) for row in range(rows)]
+
+    def _finish(self, beam: _Beam, reason: FinishReason) -> None:
+        score = beam.total / self._length**self._sampling.length_penalty
+        tokens = tuple(beam.chain())[::-1]
+        answer = BeamAnswer(
+            tokens=tokens[:-1] if reason == "stop" else tokens, score=score, finish=reason
+        )
+        self._finished = sorted([*self._finished, answer], key=lambda one: -one.score)[
+            : self._sampling.beams
+        ]
+
+    def _can_improve(self, best: _Beam) -> bool:
+        """Whether the best live beam, at its present length, beats the worst answer of a full
+        list."""
+        if len(self._finished) < self._sampling.beams:
+            return True
+        return best.total / self._length**self._sampling.length_penalty > self._finished[-1].score

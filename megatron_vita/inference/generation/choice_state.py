@@ -1,0 +1,108 @@
+"""One answer under way: tokens in, pieces out, until something ends it."""
+
+import torch
+from torch import Tensor
+
+from megatron_vita.inference.generation.beams import BeamAnswer
+from megatron_vita.inference.generation.detokenizer import TextStream
+from megatron_vita.inference.generation.sampling import Draw, Penalties, has_penalties
+from megatron_vita.inference.requests import AnswerPiece, FinishReason, Sampling, ScoredToken
+from megatron_vita.text.tokenizer import Tokenizer
+
+
+class AnswerState:
+    """What is drawn for one of a request's answers, and what was said of it so far."""
+
+    def __init__(
+        self, sampling: Sampling, *, request: int, choice: int, tokenizer: Tokenizer
+    ) -> None:
+        self.sampling = sampling
+        self.request = request
+        self.choice = choice
+        self.ids: list[int] = []
+        """Tokens of the answer, without the one that ended it."""
+        self.finish: FinishReason | None = None
+        self._stream = TextStream(tokenizer, sampling.stop)
+        self._penalties: Penalties | None = None
+
+    def see_prompt(
+        self, prompt_ids: Tensor, *, vocab_size: int, device: torch.device | str
+    ) -> None:
+        """What penalties need to know, before the first draw: prompt_ids [t] int64 on the CPU; see
+        Penalties."""
+        if has_penalties(self.sampling):
+            self._penalties = Penalties(prompt_ids, vocab_size=vocab_size, device=device)
+
+    def draw(self) -> Draw:
+        """How the next token is drawn."""
+        return Draw(
+            sampling=self.sampling,
+            choice=self.choice,
+            step=len(self.ids),
+            penalties=self._penalties,
+        )
+
+    def take(self, scored: ScoredToken, *, end_ids: frozenset[int]) -> AnswerPiece:
+        """The next token. One of `end_ids` ends the answer and is no part of it, unless ends are
+        ignored."""
+        assert self.finish is None
+        token_id = scored.chosen.token_id
+        if token_id in end_ids and not self.sampling.ignore_end:
+            return self._end("stop")
+        self.ids.append(token_id)
+        if self._penalties is not None:
+            self._penalties.add(token_id)
+        text = self._stream.push(token_id)
+        if self._stream.stopped:
+            return self._end("stop", text=text, tokens=(scored,))
+        if len(self.ids) >= self.sampling.max_new_tokens:
+            return self._end("length", text=text, tokens=(scored,))
+        return self._piece(text, tokens=(scored,))
+
+    def take_beam(self, answer: BeamAnswer) -> AnswerPiece:
+        """All of an answer that beam search found, or what of it comes before a stop string."""
+        assert self.finish is None
+        text = ""
+        for token in answer.tokens:
+            self.ids.append(token.chosen.token_id)
+            text += self._stream.push(self.ids[-1])
+            if self._stream.stopped:
+                break
+        return self._end(answer.finish, text=text, tokens=answer.tokens[: len(self.ids)])
+
+    def cut(self) -> AnswerPiece:
+        """There is no room for another token."""
+        return self._end("length")
+
+    def cancel(self) -> AnswerPiece:
+        """Nobody wants the rest."""
+        return self._end("cancelled")
+
+    def fail(self, error: str, *, finish: FinishReason = "error") -> AnswerPiece:
+        """The answer cannot go on; `error` is for whoever asked."""
+        return self._end(finish, error=error)
+
+    def _end(
+        self,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        tokens: tuple[ScoredToken, ...] = (),
+        error: str = "",
+    ) -> AnswerPiece:
+        assert self.finish is None
+        text += self._stream.finish()
+        stopped = reason == "length" and self._stream.stopped  # by characters that waited
+        self.finish = "stop" if stopped else reason
+        return self._piece(text, tokens=tokens, error=error)
+
+    def _piece(self, text: str, *, tokens: tuple[ScoredToken, ...], error: str = "") -> AnswerPiece:
+        return AnswerPiece(
+            request=self.request,
+            choice=self.choice,
+            text=text,
+            token_ids=tuple(token.chosen.token_id for token in tokens),
+            scores=() if self.sampling.logprobs is None else tokens,
+            finish=self.finish,
+            error=error,
+        )

@@ -1,0 +1,1 @@
+"""Forward passes with a paged cache: attention, kernels, CUDA graphs."""

@@ -1,0 +1,113 @@
+"""One new token of each of several sequences, in few shapes, so that CUDA graphs can replay the
+forward pass."""
+
+import torch
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.inference.runner.attention import DecodeAttention
+from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
+from megatron_vita.inference.runner.kv_cache import KeyValueCache
+from megatron_vita.inference.runner.rotary import Rotation
+from megatron_vita.layout.blocks import SCRATCH_BLOCK
+from megatron_vita.model.language import LanguageModel
+from megatron_vita.parallel import groups
+
+_FIELDS = ("ids", "positions", "slots", "lengths")
+
+
+class Batch:
+    """The inputs of a forward pass over `size` sequences, at fixed addresses."""
+
+    def __init__(self, size: int, *, blocks: int) -> None:
+        device = platform.device()
+        self.host = torch.zeros(
+            len(_FIELDS), size, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        self.device = torch.zeros(len(_FIELDS), size, dtype=torch.int64, device=device)
+        self.tables = torch.zeros(size, blocks, dtype=torch.int32, device=device)
+        # which sequence's table a row has, and how much of it
+        self.shown: list[tuple[int, int]] = [(-1, 0)] * size
+        self.graph: Graph | None = None
+
+    def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
+        """Brings the table of a row up to date."""
+        shown, count = self.shown[row]
+        first = count if shown == sequence else 0
+        if first < len(blocks):
+            self.tables[row, first : len(blocks)] = blocks[first:].int().to(self.tables.device)
+        self.shown[row] = (sequence, len(blocks))
+
+
+class Decoder:
+    """Runs batches of new tokens, in sizes that are powers of two."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KeyValueCache,
+        *,
+        max_blocks: int,
+        graphs: GraphPool | None,
+    ) -> None:
+        self.model, self.cache, self.max_blocks = model, cache, max_blocks
+        self.graphs = graphs
+        self._batches: dict[int, Batch] = {}
+
+    def run(self, rows: list[tuple[int, int, int]], *, tables: dict[int, Tensor]) -> Tensor:
+        """Logits [B, V] after rows of (sequence, token, its position), whose blocks are in
+        `tables`."""
+        batch = self._batch_for(len(rows))
+        layout = self.cache.layout
+        # of padding: no keys
+        inputs = [[0, 0, SCRATCH_BLOCK * layout.page_tokens, 0]] * len(batch.shown)
+        for row, (sequence, token, position) in enumerate(rows):
+            blocks = tables[sequence]
+            batch.set_table(row, sequence, blocks)
+            slot = layout.slot(position, blocks)
+            inputs[row] = [
+                token,
+                position,
+                inputs[row][2] if slot is None else slot,
+                layout.held(position + 1),
+            ]
+        batch.host.copy_(torch.tensor(inputs).T)
+        batch.device.copy_(batch.host, non_blocking=True)
+        if self.graphs is None:
+            return self._forward(batch)[: len(rows)]
+        return self.record(len(rows)).launch()[: len(rows)]
+
+    def record(self, rows: int) -> Graph:
+        """The graph of batches of so many rows, made where it is not there. Collective."""
+        assert self.graphs is not None, "this decoder works without graphs"
+        batch = self._batch_for(rows)
+        batch.graph = batch.graph or self.graphs.record(lambda: self._forward(batch))
+        return batch.graph
+
+    def forget(self, sequence: int) -> None:
+        """The number of a sequence whose blocks have changed, or which has ended."""
+        for batch in self._batches.values():
+            batch.shown = [(-1, 0) if shown[0] == sequence else shown for shown in batch.shown]
+
+    def _batch_for(self, rows: int) -> Batch:
+        size = 1 << (rows - 1).bit_length()
+        if size not in self._batches:
+            self._batches[size] = Batch(size, blocks=self.max_blocks)
+        return self._batches[size]
+
+    def _forward(self, batch: Batch) -> Tensor:
+        ids, positions, slots, lengths = batch.device
+        attention = DecodeAttention(
+            cache=self.cache,
+            rotation=Rotation.at(
+                positions,
+                inverse_frequencies=self.model.inverse_frequencies,
+                shape=self.model.shape,
+            ),
+            cp_group=groups.context_group(),
+            tables=batch.tables,
+            lengths=lengths.int(),
+            slots=slots,
+        )
+        hidden = self.model.run_layers(self.model.embed_rows(ids), attention=attention)
+        return self.model.project(hidden.squeeze(1))

@@ -1,0 +1,180 @@
+"""The key-value cache of one rank: its heads, its pages of every sequence, for each layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vita.inference.runner.partial_attention import attend, join
+from megatron_vita.inference.runner.rotary import Rotation
+from megatron_vita.layout.blocks import BlockLayout, consecutive
+
+GATHERED_TOKENS = 1 << 19
+"""Keys that are brought together at a time where a sequence's pages do not lie side by side."""
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What a rank keeps of each token that it holds. `fp8`: in 8 bits (E4M3), each row with a scale
+    of its own."""
+
+    layers: int
+    groups: int
+    width: int
+    dtype: torch.dtype
+    fp8: bool = False
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token."""
+        return (
+            2
+            * self.layers
+            * self.groups
+            * (self.width + 4 if self.fp8 else self.width * self.dtype.itemsize)
+        )
+
+
+class KeyValueCache:
+    """Pages of keys and values [groups, slots, d] by layer, counted from 1 as megatron-core
+    does."""
+
+    def __init__(
+        self, layout: BlockLayout, shape: CacheShape, *, blocks: int, device: torch.device
+    ) -> None:
+        self.layout, self.dtype = layout, shape.dtype
+        slots, layers = blocks * layout.page_tokens, range(shape.layers)
+        rows = (shape.groups, slots, shape.width)
+        stored = _FP8 if shape.fp8 else shape.dtype
+        self._keys = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
+        self._values = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
+        self._scales = (
+            [torch.zeros(2, *rows[:2], device=device) for _ in layers] if shape.fp8 else None
+        )
+
+    def write(self, layer: int, key: Tensor, value: Tensor, *, slots: Tensor) -> None:
+        """Stores rows [n, groups, d] in slots [n]; of equal slots (padding in the scratch block)
+        any."""
+        for which, rows in enumerate((key, value)):
+            store = (self._keys, self._values)[which][layer - 1]
+            rows = rows.transpose(0, 1)  # [groups, n, d]
+            if self._scales is not None:
+                scale = (rows.abs().amax(-1).float() / _FP8_MAX).clamp(min=1e-12)
+                self._scales[layer - 1][which, :, slots] = scale
+                rows = (rows.float() / scale[..., None]).to(_FP8).view(torch.uint8)
+                store = store.view(torch.uint8)
+            store[:, slots] = rows
+
+    def rotate_and_write(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        rotation: Rotation,
+        slots: Tensor,
+    ) -> Tensor:
+        """Rotates query [n, heads, d], which is returned, and key [n, groups, d], which is stored
+        as value is."""
+        if not query.is_cuda or self._scales is not None:
+            self.write(layer, rotation.rotate(key), value, slots=slots)
+            return rotation.rotate(query)
+        from megatron_vita.inference.runner.kernels import rotate_and_store
+
+        return rotate_and_store(
+            query, key, value, cos=rotation.cos, sin=rotation.sin,
+            keys=self._keys[layer - 1], values=self._values[layer - 1], slots=slots,
+        )  # fmt: skip
+
+    def attend_past(
+        self, layer: int, query: Tensor, *, blocks: Tensor, length: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Partial attention of query [m, heads, d] over the first `length` tokens here; None where
+        that is 0."""
+        result = None
+        for key, value in self._read(layer, blocks, length):
+            part = attend(query, key, value)
+            result = part if result is None else join(result, part)
+        return result
+
+    def _read(self, layer: int, blocks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values [groups, n, d] of a sequence, no more than GATHERED_TOKENS at a time
+        unless side by side."""
+        page = self.layout.page_tokens
+        blocks = blocks[: -(-length // page)]
+        if not length:
+            return
+        if self._scales is None and consecutive(blocks):
+            start = int(blocks[0]) * page
+            yield tuple(
+                store[layer - 1][:, start : start + length] for store in (self._keys, self._values)
+            )  # type: ignore[misc]
+            return
+        for part in blocks.split(GATHERED_TOKENS // page):
+            count = min(length, len(part) * page)
+            length -= count
+            yield self._gather(layer, 0, part)[:, :count], self._gather(layer, 1, part)[:, :count]
+
+    def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
+        """The rows of some blocks, side by side: [groups, n, d]."""
+        page = self.layout.page_tokens
+        store = (self._keys, self._values)[which][layer - 1]
+        blocks = blocks.to(store.device)
+        if self._scales is None:
+            return store.unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2)
+        rows = (
+            store.view(torch.uint8)
+            .unflatten(1, (-1, page))
+            .index_select(1, blocks)
+            .flatten(1, 2)
+            .view(_FP8)
+        )
+        scale = (
+            self._scales[layer - 1][which]
+            .unflatten(1, (-1, page))
+            .index_select(1, blocks)
+            .flatten(1, 2)
+        )
+        return rows.to(self.dtype) * scale[..., None].to(self.dtype)
+
+    def attend_new(
+        self, layer: int, query: Tensor, *, tables: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention of one token of each of B sequences over what is held here.
+
+        query [B, heads, d]; tables [B, blocks]; lengths [B]. Returns fp32 out [B, heads, d],
+        log-sum-exp [B, heads].
+        """
+        if query.is_cuda:
+            from megatron_vita.inference.runner.kernels import attend_pages
+
+            scales = (
+                None
+                if self._scales is None
+                else (self._scales[layer - 1][0], self._scales[layer - 1][1])
+            )
+            return attend_pages(
+                query, self._keys[layer - 1], self._values[layer - 1], tables=tables, lengths=lengths,
+                page_tokens=self.layout.page_tokens, scales=scales,
+            )  # fmt: skip
+        out = torch.zeros(query.shape, dtype=torch.float32)
+        lse = torch.full(query.shape[:2], -torch.inf)
+        for row, length in enumerate(lengths.tolist()):
+            part = self.attend_past(layer, query[row : row + 1], blocks=tables[row], length=length)
+            if part is not None:
+                out[row], lse[row] = part[0][0], part[1][0]
+        return out, lse
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies whole blocks: (from, to)."""
+        page = self.layout.page_tokens
+        for source, target in pairs:
+            old, new = (slice(block * page, (block + 1) * page) for block in (source, target))
+            for store in (*self._keys, *self._values):
+                store[:, new] = store[:, old]
+            for scale in self._scales or ():
+                scale[:, :, new] = scale[:, :, old]

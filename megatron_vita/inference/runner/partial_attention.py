@@ -1,0 +1,63 @@
+"""Attention over a part of the keys: results come with the log-sum-exp of their scores, by which
+parts are merged.
+
+cuDNN's kernels are the fastest on CUDA but are planned for each shape, so they take what is large
+and regular.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+PLANNED_ROWS, PLANNED_KEYS = 1024, 8192
+"""cuDNN takes queries in multiples of the first over at least so many keys."""
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """query [m, heads, d]; key, value [groups, n, d], n > 0 -> out [m, heads, d], log-sum-exp [m,
+    heads] in fp32.
+
+    `causal`: query i sees keys up to i; then n = m.
+    """
+    q, k, v = query.transpose(0, 1)[None], key[None], value[None]
+    if not query.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    elif query.dtype == torch.float32:
+        heads = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
+        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal
+        )[:2]
+    elif k.shape[2] >= PLANNED_KEYS and q.shape[2] % PLANNED_ROWS == 0:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False
+        )[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)[
+            :2
+        ]
+    lse = lse.reshape(q.shape[1], -1)[:, : len(query)]  # some kernels pad rows or add a dimension
+    return out[0].transpose(0, 1), lse.T
+
+
+def join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two partial results (out [m, heads, d], log-sum-exp [m, heads]) as one of the same kind.
+
+    A part without keys has a log-sum-exp of -inf.
+    """
+    (a, lse_a), (b, lse_b) = first, second
+    if a.is_cuda:
+        from megatron_vita.inference.runner.kernels import join_on_cuda
+
+        return join_on_cuda(a, lse_a, b, lse_b)
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = ((part - lse).exp().nan_to_num()[..., None] for part in (lse_a, lse_b))
+    return (a * weight_a + b * weight_b).to(a.dtype), lse
+
+
+def join_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """P partial results as one: outs [P, m, heads, d], lses [P, m, heads]."""
+    return functools.reduce(join, zip(outs, lses, strict=True))

@@ -1,0 +1,80 @@
+"""Short prompts that come alone: their time is that of launching kernels, which CUDA graphs
+save."""
+
+import torch
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
+from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
+from megatron_vita.inference.runner.kv_cache import KeyValueCache
+from megatron_vita.inference.runner.rotary import Rotation
+from megatron_vita.layout.blocks import SCRATCH_BLOCK
+from megatron_vita.model.language import LanguageModel
+from megatron_vita.parallel import groups
+
+LENGTHS = (*range(64, 513, 64), *range(640, 1025, 128))
+"""Padded lengths for which there are graphs."""
+
+
+def padded_length(length: int) -> int | None:
+    """The length of the graph that takes a prompt; None where it is too long for any."""
+    return next((known for known in LENGTHS if known >= length), None)
+
+
+class ShortPrompts:
+    """The layers over whole prompts of the known lengths."""
+
+    def __init__(self, model: LanguageModel, cache: KeyValueCache, *, graphs: GraphPool) -> None:
+        self.model, self.cache, self.graphs = model, cache, graphs
+        self._graphs: dict[int, tuple[Tensor, Tensor, Graph]] = {}  # embeddings, slots, graph
+
+    def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor) -> Tensor:
+        """Last hidden states of embeddings [t, 1, H], this rank's rows of a prompt of one of
+        LENGTHS.
+
+        Keys at `places` of the prompt are stored at `slots`.
+        """
+        length = len(hidden) * groups.context_group().size()
+        if length not in self._graphs:
+            self.record(length)
+        embeddings, all_slots, graph = self._graphs[length]
+        embeddings.copy_(hidden)
+        everywhere = torch.full((length,), SCRATCH_BLOCK * self.cache.layout.page_tokens)
+        everywhere[places] = slots
+        all_slots.copy_(everywhere)
+        return graph.launch()
+
+    def record(self, length: int) -> None:
+        """Makes the graph of a length. Collective."""
+        device, ranks, rank = (
+            platform.device(),
+            groups.context_group().size(),
+            groups.context_group().rank(),
+        )
+        held = held_places(torch.tensor([0, length]), cp_size=ranks)
+        gathered_row = torch.empty_like(held)
+        gathered_row[held] = torch.arange(length)
+        slots = torch.full((length,), SCRATCH_BLOCK * self.cache.layout.page_tokens, device=device)
+        attention = PrefillAttention(
+            cache=self.cache,
+            pieces=[
+                PromptPiece(
+                    start=0, length=length, past=0, blocks=torch.empty(0, dtype=torch.int64)
+                )
+            ],
+            rotation=Rotation.at(
+                held.chunk(ranks)[rank].to(device),
+                inverse_frequencies=self.model.inverse_frequencies,
+                shape=self.model.shape,
+            ),
+            cp_group=groups.context_group(),
+            held=held.to(device),
+            gathered_row=gathered_row.to(device),
+            stored_rows=torch.arange(length, device=device),
+            slots=slots,
+        )
+        shape = (length // ranks, 1, self.model.config.hidden_size)
+        embeddings = torch.zeros(shape, dtype=self.model.config.params_dtype, device=device)
+        graph = self.graphs.record(lambda: self.model.run_layers(embeddings, attention=attention))
+        self._graphs[length] = (embeddings, slots, graph)

@@ -1,0 +1,319 @@
+"""POST /v1/chat/completions, from the request's body to the last token of the answer."""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.requests import AnswerPiece
+from megatron_vita.inference.server.answers import AnswerForm, usage_object
+from megatron_vita.inference.server.http import (
+    KEEP_ALIVE_SECONDS,
+    EventStream,
+    StatusSend,
+    read_body,
+    refuse_while_sending,
+    while_connected,
+)
+from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.media import MediaLoader, about, check_pixels
+from megatron_vita.inference.server.metrics import Metrics
+from megatron_vita.inference.server.protocol import ChatRequest, parse_request, sampling_of
+from megatron_vita.inference.server.refusals import NO_RETRY, RefusalError, too_large
+from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2
+CLIENT_GONE = 499
+_FAREWELL_SECONDS = 4.0
+
+
+@dataclass(kw_only=True)
+class ChatEndpoint:
+    """An ASGI application of this one path. `draining` refuses new requests, since the server is
+    about to end.
+
+    Prompts with videos, which wait for readers, are prepared in `probing`; all else that takes time
+    runs in `pool`.
+    """
+
+    service: EngineService
+    limits: Limits
+    media: MediaLoader
+    metrics: Metrics
+    pool: Executor
+    probing: Executor
+    model_name: str
+    draining: bool = False
+    open_requests: int = field(default=0, init=False)
+    _is_cut_off: bool = field(default=False, init=False)
+    _cuts: set[asyncio.Timeout] = field(default_factory=set, init=False)  # one of each open request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers, refuses, or gives up on a client that has gone."""
+        counted = StatusSend(send)
+        exchange = _Exchange(self, Request(scope, receive, counted), counted)
+        try:
+            with self._admitted():
+                async with asyncio.timeout(self.limits.request_seconds):
+                    await exchange.run()
+        except ClientDisconnect:
+            counted.status = CLIENT_GONE
+        except Exception as error:
+            await exchange.refuse(_refusal(error, self.limits))
+        finally:
+            self.metrics.requests.labels(counted.status or CLIENT_GONE).inc()
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Counts an open request. RefusalError if there are too many, or none is to come any
+        more."""
+        if self.service.failure is not None:
+            raise EngineFailedError(self.service.failure)
+        if self.draining:
+            raise stopping("the server is stopping")
+        if self.open_requests >= self.limits.open_requests:
+            raise too_many_requests(self.limits)
+        self.open_requests += 1
+        try:
+            yield
+        finally:
+            self.open_requests -= 1
+
+    def cut_off(self) -> None:
+        """Ends all open requests at once, whatever they wait for; none is added any more."""
+        self._is_cut_off = True
+        for timeout in self._cuts:
+            if not timeout.expired():
+                timeout.reschedule(0)
+
+    @asynccontextmanager
+    async def until_cut_off(self, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
+        """What a request does. RefusalError, with these headers, when all are cut off."""
+        try:
+            async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
+                self._cuts.add(timeout)
+                yield
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise self._end_of_request(headers) from error
+        finally:
+            self._cuts.discard(timeout)
+
+    def _end_of_request(self, headers: Mapping[str, str] | None) -> RefusalError:
+        """Why a request is cut off."""
+        if self.service.failure is None:
+            return stopping("the request was cut off: the server is stopping", headers)
+        return engine_failed(self.service.failure, headers)
+
+
+class _Exchange:
+    """One request on its way."""
+
+    def __init__(self, endpoint: ChatEndpoint, request: Request, send: Send) -> None:
+        self._endpoint = endpoint
+        self._request = request
+        self._send = send
+        self._events = EventStream(send)
+        self._began = time.monotonic()
+        self._first: float | None = None
+
+    async def run(self) -> None:
+        """Reads, prepares and answers. Whatever goes wrong is raised."""
+        async with self._endpoint.until_cut_off({"connection": "close"}):
+            work = self._answer(await read_body(self._request, self._endpoint.limits))
+        async with self._endpoint.until_cut_off():
+            await while_connected(self._request.receive, work)
+
+    async def refuse(self, refusal: RefusalError) -> None:
+        """Sends a refusal: as the response, or as the last event where the stream has begun."""
+        try:
+            # whoever does not read his answer gets none
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                if self._events.started:
+                    await self._events.send(refusal.body())
+                    await self._events.close()
+                elif refusal.headers.get("connection") == "close":
+                    await refuse_while_sending(refusal, self._request, self._send)
+                else:
+                    await refusal.response()(self._request.scope, self._request.receive, self._send)
+        except TimeoutError:
+            logger.warning("a client does not read its answer: it is given up")
+
+    async def _answer(self, body: bytes) -> None:
+        endpoint = self._endpoint
+        request: ChatRequest = await _in_threads(
+            endpoint.pool, partial(parse_request, body, limits=endpoint.limits)
+        )
+        del body
+        form, stream = await self._begin(request)
+        # with media in base64, while answers may take minutes
+        request = request.model_copy(update={"messages": []})
+        try:
+            if request.stream:
+                await self._stream(form, stream, includes_usage=request.includes_usage)
+            else:
+                await self._complete(form, stream)
+        finally:
+            endpoint.service.cancel(stream)
+        self._observe(stream)
+
+    async def _begin(self, request: ChatRequest) -> tuple[AnswerForm, RequestStream]:
+        """Gives a request to the engine; the form of its answer and its pieces."""
+        endpoint = self._endpoint
+        if request.model != endpoint.model_name:
+            message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
+            raise RefusalError(message, status=404, param="model", code="model_not_found")
+        sampling = sampling_of(request, limits=endpoint.limits, default_seed=secrets.randbits(63))
+        prepared = await self._prepare(request)
+        form = AnswerForm(
+            model=endpoint.model_name,
+            prepared=prepared,
+            token_bytes=endpoint.service.engine.tokenizer.token_bytes,
+            with_logprobs=bool(request.logprobs),
+        )
+        return form, await endpoint.service.submit(prepared, sampling)
+
+    async def _prepare(self, request: ChatRequest) -> Any:
+        """The engine's prompt. RefusalError or DataError if it is wrong or too long."""
+        endpoint = self._endpoint
+        images, videos = await endpoint.media.load(request)
+        prompt = Prompt(messages=request.prompt_messages(), images=images, videos=videos)
+        prepare = partial(endpoint.service.engine.prepare, prompt)
+        pool = endpoint.probing if videos else endpoint.pool
+        prepared = await _in_threads(pool, partial(prepare, max_frames=request.max_frames))
+        most = endpoint.limits.video_frames
+        if any(len(video.times) > most for video in prepared.videos):
+            prepared = await _in_threads(pool, partial(prepare, max_frames=most))
+        for video in prepared.videos:
+            try:
+                check_pixels(video.size, endpoint.limits)
+            except RefusalError as error:
+                raise about(video.name, error) from error
+        if prepared.tokens > endpoint.limits.prompt_tokens:
+            raise too_large(
+                f"the prompt has {prepared.tokens:,} tokens",
+                limit="prompt_tokens",
+                most=endpoint.limits.prompt_tokens,
+                param="messages",
+                status=400,
+            )
+        return prepared
+
+    async def _complete(self, form: AnswerForm, stream: RequestStream) -> None:
+        pieces = [piece async for piece in self._pieces(stream)]
+        assert stream.usage is not None, "the last piece brings the usage"
+        answer = form.completion(pieces, n=stream.choices, usage=stream.usage)
+        await JSONResponse(answer)(self._request.scope, self._request.receive, self._send)
+
+    async def _stream(
+        self, form: AnswerForm, stream: RequestStream, *, includes_usage: bool
+    ) -> None:
+        extra = {"usage": None} if includes_usage else {}
+        await self._events.send(form.opening(stream.choices) | extra)
+        pulse = asyncio.create_task(self._keep_alive())
+        try:
+            async for piece in self._pieces(stream):
+                chunk = form.continuation(piece)
+                if chunk is not None:
+                    await self._events.send(chunk | extra)
+        finally:
+            pulse.cancel()
+        if includes_usage and stream.usage is not None:
+            await self._events.send(form.chunk([], usage=usage_object(stream.usage)))
+        await self._events.send("[DONE]")
+        await self._events.close()
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            await self._events.comment()
+
+    async def _pieces(self, stream: RequestStream) -> AsyncIterator[AnswerPiece]:
+        """The pieces. RefusalError for an answer that ends without being one."""
+        async for piece in stream:
+            if self._first is None and (piece.token_ids or piece.text):
+                self._first = time.monotonic() - self._began
+            if piece.finish == "error":
+                raise RefusalError(piece.error, code="invalid_media")
+            if piece.finish == "model_error":
+                raise RefusalError(piece.error, status=500, code="model_error", headers=NO_RETRY)
+            yield piece
+
+    def _observe(self, stream: RequestStream) -> None:
+        total = time.monotonic() - self._began
+        first = total if self._first is None else self._first
+        self._endpoint.metrics.first_token.observe(first)
+        self._endpoint.metrics.total.observe(total)
+        if (usage := stream.usage) is not None:
+            logger.info(
+                "answered: prompt %d tokens (%d cached), %d tokens in %d answers, %.2f s to the first, %.2f s in all",
+                *(
+                    usage.prompt_tokens,
+                    usage.cached_tokens,
+                    usage.completion_tokens,
+                    stream.choices,
+                    first,
+                    total,
+                ),
+            )
+
+
+async def _in_threads[T](pool: Executor, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="stopping", headers=headers)
+
+
+def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="engine_failed", headers=headers)
+
+
+def too_many_requests(limits: Limits) -> RefusalError:
+    """Status 429."""
+    return RefusalError(
+        f"{limits.open_requests} requests are open, which is the limit (the server's option --open-requests): "
+        f"try again in {RETRY_SECONDS} seconds",
+        status=429,
+        code="open_requests_exceeded",
+        headers={"retry-after": str(RETRY_SECONDS)},
+    )
+
+
+def _refusal(error: Exception, limits: Limits) -> RefusalError:
+    """What an error means for the client."""
+    if isinstance(error, RefusalError):
+        return error
+    if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit
+        part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
+        return RefusalError(
+            str(error), param=part.group() if part else "messages", code="invalid_prompt"
+        )
+    if isinstance(error, EngineFailedError):
+        return engine_failed(str(error))
+    if isinstance(error, TimeoutError):
+        message = f"no full answer within {limits.request_seconds:g} seconds (the server's option --request-seconds)"
+        return RefusalError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
+    logger.error("a request failed", exc_info=error)
+    return RefusalError(
+        "the server failed at this request", status=500, code="internal_error", headers=NO_RETRY
+    )

@@ -1,0 +1,1 @@
+"""Decoding and encoding of tiles while prompts are computed."""

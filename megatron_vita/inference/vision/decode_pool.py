@@ -1,0 +1,220 @@
+"""The readers of media that an engine may ask: processes of `media_reader.py`, and threads that
+wait for them."""
+
+import os
+import queue
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+
+from megatron_vita.data.samples.encoding import Medium, TileFormat
+from megatron_vita.errors import DataError, PlatformError
+from megatron_vita.media.video import VideoInfo
+from megatron_vita.supervise.shared_memory import SharedFile, receive_array
+
+PROGRAM = "megatron_vita.inference.vision.decode_worker"
+MOST_DESCRIPTORS = 1 << 16
+_STOPPED = "it is read no longer"
+_ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+"""Keeps libraries from starting threads in the program: forks of a process with threads could hang."""
+
+
+class Probe(NamedTuple):
+    """What kind of video is the file that follows? The answer is a VideoInfo."""
+
+    name: str
+
+
+class Decode(NamedTuple):
+    """What do tiles of the file that follows show? The answer is a shape, and an array of it that
+    follows."""
+
+    name: str
+    medium: Medium
+    tiles: range
+    form: TileFormat
+
+
+Question = Probe | Decode
+Answer = VideoInfo | tuple[int, ...] | DataError
+
+
+class MediaReaders:
+    """At most `count` processes that read media. Any thread may ask; further ones wait for their
+    turn."""
+
+    def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
+        """`seconds`: what one answer may take. Processes are started when they are needed."""
+        self.form, self._seconds = form, seconds
+        self._busy: dict[_Reader, SharedFile] = {}  # and what they read
+        self._stopped: WeakSet[SharedFile] = WeakSet()
+        self._lock = threading.Lock()  # of both
+        self._free: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    def probe(self, file: SharedFile, name: str) -> VideoInfo:
+        """What kind of video a file is. DataError, which names it by `name`, where it is none."""
+        with self._asked(Probe(name), file) as pipe:
+            return _checked(pipe.recv())
+
+    def decode(self, file: SharedFile, medium: Medium, *, name: str, tiles: range) -> np.ndarray:
+        """Tiles of a medium, uint8 [n, 3, S, S]. DataError, which names it by `name`, where it is
+        damaged."""
+        with self._asked(Decode(name, medium, tiles, self.form), file) as pipe:
+            return receive_array(pipe, _checked(pipe.recv()))
+
+    def stop(self, file: SharedFile) -> None:
+        """Nobody waits for what is read of a file any longer: whoever does gets DataError, and its
+        readers end."""
+        with self._lock:
+            self._stopped.add(file)
+            self._hang_up([reader for reader, read in self._busy.items() if read is file])
+
+    def close(self) -> None:
+        """Nobody waits for any answer any longer: those that come are DataError."""
+        with self._lock:
+            self._hang_up(list(self._busy))
+
+    def _hang_up(self, readers: "list[_Reader]") -> None:
+        """Ends readers; to be called with the lock, so that they are not yet another's."""
+        for reader in readers:
+            del self._busy[reader]
+            with socket.socket(fileno=os.dup(reader.pipe.fileno())) as pipe:
+                pipe.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
+        """A reader that was asked. Where it ends without an answer, that is put down to the file:
+        DataError."""
+        reader, good, began = self._free.get(), None, time.monotonic()
+        try:
+            reader = reader or connect()
+            self._begin(reader, question, file)
+            reader.pipe.send((self._seconds, question))
+            file.send(reader.pipe)
+            yield reader.pipe
+            good = reader
+        except DataError:
+            good = reader
+            raise
+        except (EOFError, OSError) as error:
+            if reader is None:
+                raise DataError(f"{question.name}: no reader can be had for it: {error}") from error
+            raise DataError(f"{question.name}: {self._why_ended(reader, began)}") from error
+        finally:
+            with self._lock:
+                if reader is None or self._busy.pop(reader, None) is None:
+                    good = None  # also where it answered, and was hung up then
+            self._free.put(good)
+
+    def _begin(self, reader: "_Reader", question: Question, file: SharedFile) -> None:
+        with self._lock:
+            self._busy[reader] = file
+            if file in self._stopped:
+                raise DataError(f"{question.name}: {_STOPPED}")
+
+    def _why_ended(self, reader: "_Reader", began: float) -> str:
+        """Why a reader that was asked at `began` gives no answer. PlatformError if it is not the
+        file's fault."""
+        with self._lock:
+            if reader not in self._busy:
+                return _STOPPED
+        check(reader.program)
+        if time.monotonic() - began >= self._seconds:
+            return f"reading it takes more than {self._seconds:g} seconds"
+        return "reading it ends the process that does it"
+
+
+class _Program(NamedTuple):
+    """The running program; closing `orders` ends it."""
+
+    process: subprocess.Popen[bytes]
+    orders: socket.socket
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """The pipe to a reader, and what forked it."""
+
+    pipe: Connection
+    program: _Program
+
+
+_programs: dict[str, _Program] = {}
+_lock = threading.Lock()
+
+
+def start() -> _Program:
+    """The program that forks readers, one for all engines of this process, with which it ends.
+
+    Nobody waits for it to come up, which takes seconds.
+    """
+    with _lock:
+        if PROGRAM not in _programs:
+            _raise_descriptor_limit()
+            orders, theirs = socket.socketpair()
+            paths = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", PROGRAM],
+                    stdin=theirs.fileno(),
+                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": paths},
+                )
+            _programs[PROGRAM] = _Program(process, orders)
+        return _programs[PROGRAM]
+
+
+def _raise_descriptor_limit() -> None:
+    """Each file of each prompt under way has a descriptor: usual limits are for fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def connect() -> _Reader:
+    """A new reader. PlatformError if the program has ended."""
+    program, (ours, theirs) = start(), socket.socketpair()
+    with theirs:
+        try:
+            socket.send_fds(program.orders, [b"."], [theirs.fileno()])
+        except OSError as error:
+            check(program)
+            raise PlatformError("the program that reads media cannot be reached") from error
+    return _Reader(Connection(ours.detach()), program)
+
+
+def check(program: _Program) -> None:
+    """PlatformError if the program has ended, after which there is room for another."""
+    with suppress(subprocess.TimeoutExpired):
+        code = program.process.wait(timeout=0.2)
+        with _lock:
+            if _programs.get(PROGRAM) is program:
+                del _programs[PROGRAM]
+        raise PlatformError(
+            f"the program that reads media has ended with code {code}; is there memory enough?"
+        )
+
+
+def _checked[T](answer: T | DataError) -> T:
+    if isinstance(answer, DataError):
+        raise answer
+    return answer

@@ -1,0 +1,1 @@
+"""Child processes and memory shared with them."""
