@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_vita.config.fields import described, require
 
-ATTENTION_BACKENDS = ("auto", "torch", "te")
+ATTENTION_BACKENDS = ("auto", "torch", "te", "fa4")
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
@@ -22,7 +22,7 @@ class ParallelConfig:
     )
     cp_comm_type: str = described(
         "p2p",
-        "How te attends over CP: p2p (ring), all_gather, a2a (by heads), a2a+p2p. torch always gathers keys.",
+        "How te attends over CP: p2p (ring), all_gather, a2a (by heads), a2a+p2p. torch and fa4 always gather keys.",
     )
     hierarchical_context_parallel_sizes: list[int] = described(
         [],
@@ -51,7 +51,9 @@ class ParallelConfig:
         True, "Split optimizer state over data-parallel ranks."
     )
     attention_backend: str = described(
-        "auto", "torch, te (Transformer Engine), or auto: te on CUDA, torch on CPU."
+        "auto",
+        "torch, te (Transformer Engine), fa4 (its layers with FlashAttention-4, Hopper or later), or auto: the "
+        "fastest that can run, torch on CPU.",
     )
 
     def __post_init__(self) -> None:

@@ -70,18 +70,35 @@ class Recipe:
             )
 
     def _check_backend(self) -> None:
-        if self.parallel.attention_backend != "te":
+        name, width = self.parallel.attention_backend, self.model.language.kv_channels
+        if name not in ("te", "fa4"):
             return
         require(
             self.training.bf16,
-            "parallel.attention_backend te needs training.bf16: its fused attention takes no fp32; or use torch",
+            f"parallel.attention_backend {name} needs training.bf16: its kernels take no fp32; or use torch",
         )
-        width = self.model.language.kv_channels
         require(
-            width % 8 == 0 and width <= 128,
+            name == "fa4" or (width % 8 == 0 and width <= 128),
             f"model.language.kv_channels is {width}: Transformer Engine's fused attention takes multiples of 8 up to "
             "128; or use parallel.attention_backend torch",
         )
+        obstacle = self.fa4_obstacle() if name == "fa4" else ""
+        require(not obstacle, f"parallel.attention_backend is fa4, but {obstacle}")
+
+    def fa4_obstacle(self) -> str:
+        """The field for which attention_backend fa4 cannot be taken; empty if there is none."""
+        width, scheme = self.model.language.kv_channels, self.parallel.cp_comm_type
+        if width % 8 != 0 or width > 256:
+            return (
+                f"model.language.kv_channels is {width}: FlashAttention-4 takes multiples of 8 up to 256; or use "
+                "parallel.attention_backend torch"
+            )
+        if self.parallel.head_exchange_size > 1:
+            return (
+                f"parallel.cp_comm_type is {scheme}: fa4 gathers keys instead of exchanging heads; use all_gather, or "
+                "parallel.attention_backend te"
+            )
+        return ""
 
     def _check_layers(self) -> None:
         """Layers over pipeline stages, and how many of them are recomputed."""

@@ -5,6 +5,8 @@ Causal attention makes late chunks dearer than early ones; pairing them gives ev
 work.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,41 @@ def positions_of_rank(cu_seqlens: Tensor, *, cp_size: int, cp_rank: int) -> Tens
     """Positions of the pack that `cp_rank` holds, in the order in which it holds them: [t] int64, t
     = T / CP."""
     return (owners(cu_seqlens, cp_size) == cp_rank).nonzero().squeeze(1)
+
+
+def gathered_rows(cu_seqlens: Tensor, *, cp_size: int) -> Tensor:
+    """Row of each pack position where all ranks' rows stand one after another, rank 0's first: [T]
+    int64."""
+    order = owners(cu_seqlens, cp_size).argsort(stable=True)
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(len(order))
+    return rows
+
+
+class RankChunks(NamedTuple):
+    """The chunks of a rank, in the order in which it holds them, and the keys that each sees.
+
+    A chunk sees its prefix: its document's keys from the first to the chunk's own last.
+    """
+
+    query_lengths: Tensor  # [chunks] int64
+    key_lengths: Tensor  # [chunks] int64, of the prefixes
+    key_rows: Tensor  # [sum of key_lengths] int64, in the rows of `gathered_rows`
+
+
+def rank_chunks(cu_seqlens: Tensor, *, cp_size: int, cp_rank: int) -> RankChunks:
+    """The chunks of `cp_rank`: the early one and the late one of each document that is not empty.
+
+    The prefixes of a document's two chunks have 2*CP + 1 chunks together on every rank: all ranks
+    gather and attend to the same number of keys.
+    """
+    bounds = cu_seqlens.to(torch.int64)
+    lengths = bounds.diff()
+    starts, lengths = bounds[:-1][lengths > 0], lengths[lengths > 0]
+    chunks = (lengths // (2 * cp_size)).repeat_interleave(2)
+    ends = torch.tensor([cp_rank + 1, 2 * cp_size - cp_rank])  # in chunks
+    key_lengths = chunks * ends.repeat(len(lengths))
+    rows = gathered_rows(cu_seqlens, cp_size=cp_size)
+    prefixes = zip(starts.repeat_interleave(2).tolist(), key_lengths.tolist(), strict=True)
+    key_rows = torch.cat([rows[start : start + length] for start, length in prefixes])
+    return RankChunks(chunks, key_lengths, key_rows)

@@ -1,7 +1,7 @@
 """Attention backends: how layers are built, and what they are told of a pack's documents.
 
-`torch` runs everywhere. `te` is Transformer Engine's layer, untouched, for CUDA. Both write the
-same checkpoint.
+`torch` runs everywhere. `te` is Transformer Engine's layer, untouched, for CUDA. `fa4` is that layer
+with FlashAttention-4's kernels in its middle. All write the same checkpoint.
 """
 
 import logging
@@ -20,9 +20,17 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
+from megatron_vita.config.parallel import ATTENTION_BACKENDS
 from megatron_vita.errors import PlatformError
 from megatron_vita.model.attention import DocumentAttention
 from megatron_vita.model.documents import pack_documents
+from megatron_vita.model.flash_attention import (
+    AttentionKernel,
+    FlashAttention,
+    PackedSequences,
+    sequences_of_rank,
+    to_device,
+)
 from megatron_vita.model.norm import RMSNorm
 from megatron_vita.parallel import groups
 
@@ -31,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 class AttentionBackend(Protocol):
     """What the language model asks of a backend."""
+
+    # kernels of Transformer Engine are taken for rotary positions and activations too
+    fused: bool
 
     def block_spec(
         self, num_layers: int, *, qk_layernorm: bool
@@ -51,6 +62,8 @@ def rotary_angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 
 class TorchBackend:
     """Exact attention by torch's scaled_dot_product_attention, document by document."""
+
+    fused = False
 
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> TransformerBlockSubmodules:
         """megatron-core's local layers with our norm and core attention."""
@@ -79,6 +92,8 @@ class TorchBackend:
 class TransformerEngineBackend:
     """Transformer Engine's layers in THD layout."""
 
+    fused = True
+
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
         """megatron-core's Transformer Engine layer, whose attention refuses to run unfused."""
         from megatron_vita.model.fused_attention import FusedAttention
@@ -90,53 +105,125 @@ class TransformerEngineBackend:
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
         """One tensor as padded and unpadded bounds; angles of the longest document, which each
         document restarts."""
-        longest = int(cu_seqlens.diff().max())
-        device = inverse_frequencies.device
-        bounds = cu_seqlens.to(device)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            cu_seqlens_q_padded=bounds,
-            cu_seqlens_kv_padded=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            # else Transformer Engine compares the two tensors on the device, every layer
-            pad_between_seqs=False,
+        longest, device = int(cu_seqlens.diff().max()), inverse_frequencies.device
+        packed = PackedSeqParams(**_thd(cu_seqlens, device))
+        return packed, rotary_angles(torch.arange(longest, device=device), inverse_frequencies)
+
+
+def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
+    """megatron-core's fields for documents of the same query and key rows without padding."""
+    longest = int(cu_seqlens.diff().max())
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+    return {
+        "qkv_format": "thd",
+        **dict.fromkeys(names, to_device(cu_seqlens, device)),
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest,
+        # else Transformer Engine compares the two tensors on the device, every layer
+        "pad_between_seqs": False,
+    }
+
+
+class FlashBackend:
+    """Transformer Engine's layers around FlashAttention-4's kernels, or around another `kernel`."""
+
+    fused = True
+
+    def __init__(self, kernel: AttentionKernel | None = None) -> None:
+        if kernel is None:
+            from megatron_vita.model.fa4 import FlashAttention4
+
+            kernel = FlashAttention4()
+        self.kernel = kernel
+
+    def block_spec(
+        self, num_layers: int, *, qk_layernorm: bool
+    ) -> ModuleSpec | TransformerBlockSubmodules:
+        """megatron-core's Transformer Engine layer with our core attention."""
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer.submodules.self_attention.submodules.core_attention = FlashAttention
+        return layer
+
+    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
+        """Documents for rotary positions, this rank's sequences for the kernel; angles as Transformer
+        Engine takes them."""
+        longest, device = int(cu_seqlens.diff().max()), inverse_frequencies.device
+        group = groups.context_group() if groups.rank_layout().cp_size > 1 else None
+        bounds, gathered_keys = sequences_of_rank(cu_seqlens, group=group, device=device)
+        packed = PackedSequences(
+            **_thd(cu_seqlens, device),
+            kernel=self.kernel,
+            bounds=bounds,
+            gathered_keys=gathered_keys,
         )
         return packed, rotary_angles(torch.arange(longest, device=device), inverse_frequencies)
 
 
 def choose_backend(recipe: Recipe) -> AttentionBackend:
-    """The backend that a recipe names; `auto` takes Transformer Engine where it and CUDA are
-    present, in bf16.
+    """The backend that a recipe names; `auto` takes the fastest one that can run, in bf16 on CUDA.
 
-    PlatformError if Transformer Engine is missing or finds no fused attention.
+    Raises:
+        PlatformError: what the backend needs is not present, or does not compute rightly here.
     """
     name = recipe.parallel.attention_backend
-    usable = platform.on_cuda() and platform.has_transformer_engine()
-    if name == "te" and not usable:
-        missing = "Transformer Engine" if platform.on_cuda() else "CUDA"
+    if name == "auto":
+        name = _fastest_backend(recipe)
+    elif missing := _missing_for(name, recipe):
         raise PlatformError(
-            f"parallel.attention_backend is te, but {missing} is not present; use torch or auto"
+            f"parallel.attention_backend is {name}, but {missing}; use another of "
+            f"{', '.join(ATTENTION_BACKENDS)}"
         )
-    if name == "te" or (name == "auto" and usable and recipe.training.bf16):
-        _check_fused_attention(recipe)
+    if name == "fa4":
+        from megatron_vita.model.fa4 import check_fa4
+
+        check_fa4(**_attention_shape(recipe))
+        return FlashBackend()
+    if name == "te":
+        from megatron_vita.model.fused_attention import check_fused_attention
+
+        check_fused_attention(**_attention_shape(recipe))
         return TransformerEngineBackend()
-    if platform.on_cuda() and name == "auto" and not usable:
-        logger.warning(
-            "Transformer Engine is not installed: the slower torch attention backend is used"
-        )
     return TorchBackend()
 
 
-def _check_fused_attention(recipe: Recipe) -> None:
-    from megatron_vita.model.fused_attention import check_fused_attention
+def _fastest_backend(recipe: Recipe) -> str:
+    """fa4, te or torch; a line of the log says why not an earlier one of them."""
+    if not (platform.on_cuda() and recipe.training.bf16):
+        return "torch"
+    reasons = {name: _missing_for(name, recipe) for name in ("fa4", "te")}
+    chosen = next((name for name, missing in reasons.items() if not missing), "torch")
+    refused = [f"not {name}: {missing}" for name, missing in reasons.items() if missing]
+    if refused:
+        level = logging.WARNING if chosen == "torch" else logging.INFO
+        logger.log(level, "parallel.attention_backend auto: %s (%s)", chosen, "; ".join(refused))
+    return chosen
 
+
+def _missing_for(name: str, recipe: Recipe) -> str:
+    """What a backend lacks on this machine or for this recipe; empty if it can run."""
+    if name == "torch":
+        return ""
+    if not platform.on_cuda():
+        return "CUDA is not present"
+    if not platform.has_transformer_engine():
+        return "Transformer Engine is not installed (requirements-gpu.txt)"
+    return _missing_for_fa4(recipe) if name == "fa4" else ""
+
+
+def _missing_for_fa4(recipe: Recipe) -> str:
+    if not platform.has_flash_attention_4():
+        return "FlashAttention-4 is not installed (pip install flash-attn-4, requirements-gpu.txt)"
+    if torch.cuda.get_device_capability() < (9, 0):
+        return f"{torch.cuda.get_device_name()} is older than Hopper"
+    return recipe.fa4_obstacle()
+
+
+def _attention_shape(recipe: Recipe) -> dict[str, Any]:
+    """Heads of a rank, as the checks of kernels take them."""
     language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
-    check_fused_attention(
-        heads=language.num_attention_heads // tp,
-        query_groups=language.num_query_groups // tp,
-        width=language.kv_channels,
-        dtype=torch.bfloat16,
-    )
+    return {
+        "heads": language.num_attention_heads // tp,
+        "query_groups": language.num_query_groups // tp,
+        "width": language.kv_channels,
+        "dtype": torch.bfloat16,
+    }

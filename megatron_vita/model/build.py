@@ -10,12 +10,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.model.backends import (
-    AttentionBackend,
-    TorchBackend,
-    TransformerEngineBackend,
-    choose_backend,
-)
+from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionWork, VitaModel
 from megatron_vita.parallel import groups
@@ -122,7 +117,7 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
     `backend` replaces the one that the recipe names.
     """
     backend = backend or choose_backend(recipe)
-    config = transformer_config(recipe, fused=isinstance(backend, TransformerEngineBackend))
+    config = transformer_config(recipe, fused=backend.fused)
     seed = recipe.training.seed + 100 * groups.pipeline_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

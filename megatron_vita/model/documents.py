@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_vita.layout.zigzag import offsets_in_document, positions_of_rank
+from megatron_vita.layout.zigzag import gathered_rows, offsets_in_document, positions_of_rank
 from megatron_vita.parallel.collectives import gather_context
 
 
@@ -91,12 +91,10 @@ def pack_documents(
     `cu_seqlens` [D+1] on the host. Empty documents are left out.
     """
     lengths = cu_seqlens.diff().to(torch.int64)
-    held = [positions_of_rank(cu_seqlens, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
-    # pack position -> row of gathered keys
-    gathered_row = torch.empty(int(lengths.sum()), dtype=torch.int64)
-    gathered_row[torch.cat(held)] = torch.arange(len(gathered_row))
+    held = positions_of_rank(cu_seqlens, cp_size=cp_size, cp_rank=cp_rank)
+    gathered_row = gathered_rows(cu_seqlens, cp_size=cp_size)
     local_row = torch.full_like(gathered_row, -1)  # pack position -> row held here
-    local_row[held[cp_rank]] = torch.arange(len(held[cp_rank]))
+    local_row[held] = torch.arange(len(held))
     groups, query_order, key_order = [], [], []
     for length in lengths.unique().tolist():
         if length == 0:
@@ -119,7 +117,7 @@ def pack_documents(
         groups=groups,
         cp_group=cp_group,
     )
-    return documents, offsets_in_document(cu_seqlens)[held[cp_rank]]
+    return documents, offsets_in_document(cu_seqlens)[held]
 
 
 def _mask(held: Tensor) -> Tensor:

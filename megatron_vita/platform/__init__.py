@@ -12,7 +12,11 @@ import warnings
 import torch
 
 from megatron_vita.errors import PlatformError
-from megatron_vita.platform.packages import has_transformer_engine, refuse_unrelated_apex
+from megatron_vita.platform.packages import (
+    has_flash_attention_4,
+    has_transformer_engine,
+    refuse_unrelated_apex,
+)
 
 refuse_unrelated_apex()
 # Its warnings speak of its own deprecations and of packages that are optional here.
@@ -27,6 +31,7 @@ if not torch.cuda.is_available():
 
 __all__ = [
     "device",
+    "has_flash_attention_4",
     "has_transformer_engine",
     "initialize_process",
     "leave_process",

@@ -30,3 +30,10 @@ def refuse_unrelated_apex() -> None:
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine for torch can be imported."""
     return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_flash_attention_4() -> bool:
+    """Whether FlashAttention-4 (package flash-attn-4, module flash_attn.cute) can be imported."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return False
+    return importlib.util.find_spec("flash_attn.cute") is not None

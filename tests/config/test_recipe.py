@@ -124,7 +124,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         (
             "parallel.attention_backend=flash",
-            "attention_backend is 'flash'; known: auto, torch, te",
+            "attention_backend is 'flash'; known: auto, torch, te, fa4",
         ),
         (
             "data.seq_length=1000",
@@ -145,6 +145,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
             "vision_tensor_parallel needs tensor_model_parallel_size of at least 2",
         ),
         ("parallel.attention_backend=te", "attention_backend te needs training.bf16"),
+        ("parallel.attention_backend=fa4", "attention_backend fa4 needs training.bf16"),
         ("training.recompute_method=all", "recompute_method is 'all'; known: block, uniform"),
         (
             "training.recompute_method=uniform",
@@ -206,6 +207,12 @@ def test_values_that_cannot_work_are_refused_with_what_would(
             "ffn_hidden_size 4100 is not a multiple of .* 8, which parallel.vision_tensor_parallel needs",
         ),
         (["parallel.attention_backend=te", "training.bf16=true", "model.language.kv_channels=256"], "of 8 up to 128"),
+        (["parallel.attention_backend=fa4", "training.bf16=true", "model.language.kv_channels=264"], "of 8 up to 256"),
+        (
+            ["parallel.attention_backend=fa4", "training.bf16=true", "parallel.context_parallel_size=2",
+             "parallel.cp_comm_type=a2a"],
+            "attention_backend is fa4, but parallel.cp_comm_type is a2a: fa4 gathers keys",
+        ),
         (
             ["data.isolate_documents=false", "parallel.context_parallel_size=3", "data.seq_length=4000"],
             "data.seq_length 4000 is not a multiple of 6, .* each pack is split into that many chunks",

@@ -2,6 +2,8 @@
 
 import torch
 
+from megatron_vita import platform
+
 SIZES = {
     "hidden_size": 512,
     "ffn_hidden_size": 1024,
@@ -12,6 +14,7 @@ SIZES = {
     "bf16": True,
 }
 TE = SIZES | {"attention_backend": "te"}
+FA4 = SIZES | {"attention_backend": "fa4"}
 TORCH = SIZES | {"attention_backend": "torch"}
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 TP, CP = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
@@ -30,6 +33,20 @@ def te_layouts() -> dict[str, dict]:
         hierarchy = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
         layouts |= {"te cp4 a2a+p2p": {"context_parallel_size": 4} | hierarchy}
         layouts |= {f"te tp2sp-cp2 {kind}": SP | CP | {"cp_comm_type": kind} for kind in SCHEMES}
+    return layouts
+
+
+def fa4_layouts() -> dict[str, dict]:
+    """Layouts of FlashAttention-4, where it can run."""
+    if not GPUS or not platform.has_flash_attention_4():
+        return {}
+    if torch.cuda.get_device_capability() < (9, 0):
+        return {}
+    layouts = {"fa4": FA4}
+    if GPUS >= 2:
+        layouts |= {"fa4 tp2sp": FA4 | SP, "fa4 cp2": FA4 | CP}
+    if GPUS >= 4:
+        layouts |= {"fa4 cp4": FA4 | {"context_parallel_size": 4}, "fa4 tp2sp-cp2": FA4 | SP | CP}
     return layouts
 
 

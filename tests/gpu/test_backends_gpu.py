@@ -1,14 +1,18 @@
-"""On GPUs: Transformer Engine gives what the torch backend gives, by each CP scheme."""
+"""On GPUs: Transformer Engine and FlashAttention-4 give what the torch backend gives, by each CP
+scheme."""
 
 import json
 from pathlib import Path
 
 import pytest
-from fields import GPUS, TE, te_layouts, world_of
+from fields import GPUS, TE, fa4_layouts, te_layouts, world_of
 from launch import torchrun
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
-LAYOUTS = {name: TE | {"seq_length": 2048} | fields for name, fields in te_layouts().items()}
+LAYOUTS = {
+    name: TE | {"seq_length": 2048} | fields
+    for name, fields in (te_layouts() | fa4_layouts()).items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_transformer_engine_equals_the_torch_backend_within_bf16(found: dict, layout: str) -> None:
+def test_fused_backends_equal_the_torch_backend_within_bf16(found: dict, layout: str) -> None:
     result = found[layout]
     assert result["mean loss difference"] < 2e-3 * result["mean loss"]
     assert result["gradient cosine"] > 0.999

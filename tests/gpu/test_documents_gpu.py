@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from fields import GPUS, TE, TORCH, te_layouts, world_of
+from fields import GPUS, TE, TORCH, fa4_layouts, te_layouts, world_of
 from launch import torchrun
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 PACK = {"seq_length": 2048}
-LAYOUTS = {name: TE | PACK | fields for name, fields in te_layouts().items()} | {
+LAYOUTS = {name: TE | PACK | fields for name, fields in (te_layouts() | fa4_layouts()).items()} | {
     "torch": TORCH | PACK
 }
 JOINED = {

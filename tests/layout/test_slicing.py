@@ -7,7 +7,12 @@ import torch
 
 from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.slicing import RankLayout, slice_pack
-from megatron_vita.layout.zigzag import offsets_in_document, owners, positions_of_rank
+from megatron_vita.layout.zigzag import (
+    offsets_in_document,
+    owners,
+    positions_of_rank,
+    rank_chunks,
+)
 
 LENGTHS = [16, 64, 0, 16, 32]
 BOUNDS = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
@@ -19,6 +24,19 @@ def test_every_position_is_held_once(cp: int) -> None:
     held = [positions_of_rank(BOUNDS, cp_size=cp, cp_rank=rank) for rank in range(cp)]
     assert sorted(torch.cat(held).tolist()) == list(range(TOTAL))
     assert {len(positions) for positions in held} == {TOTAL // cp}
+
+
+@pytest.mark.parametrize(("cp", "rank"), [(2, 0), (2, 1), (4, 0), (4, 2), (4, 3)])
+def test_each_chunk_of_a_rank_sees_its_document_up_to_its_own_last_key(cp: int, rank: int) -> None:
+    gathered = torch.cat([positions_of_rank(BOUNDS, cp_size=cp, cp_rank=r) for r in range(cp)])
+    chunks = rank_chunks(BOUNDS, cp_size=cp, cp_rank=rank)
+    own = positions_of_rank(BOUNDS, cp_size=cp, cp_rank=rank).split(chunks.query_lengths.tolist())
+    seen = gathered[chunks.key_rows].split(chunks.key_lengths.tolist())
+    assert len(own) == len(seen) == 2 * sum(length > 0 for length in LENGTHS)
+    for queries, keys in zip(own, seen, strict=True):
+        start = max(start for start in BOUNDS.tolist() if start <= int(queries[0]))
+        assert keys.tolist() == list(range(start, int(queries[-1]) + 1))
+        assert queries.tolist() == keys[-len(queries) :].tolist()
 
 
 def test_rank_holds_chunks_r_and_its_mirror_of_each_document() -> None:

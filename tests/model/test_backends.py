@@ -8,6 +8,7 @@ import torch
 from megatron_vita import platform
 from megatron_vita.config import ParallelConfig, Recipe
 from megatron_vita.errors import ConfigError, PlatformError
+from megatron_vita.model import backends
 from megatron_vita.model.backends import TransformerEngineBackend, choose_backend
 from megatron_vita.model.documents import pack_documents
 from megatron_vita.parallel import groups
@@ -60,4 +61,65 @@ def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
     recipe.training.bf16 = True
     recipe.__post_init__()
     with pytest.raises(PlatformError, match="attention_backend is te, but CUDA is not present"):
+        choose_backend(recipe)
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, **found: object) -> None:
+    """Has this machine taken for one with CUDA, Transformer Engine and FlashAttention-4 on Hopper, but
+    for what is given."""
+    defaults = {"transformer_engine": True, "flash_attention_4": True, "capability": (9, 0)}
+    found = defaults | found
+    monkeypatch.setattr(platform, "on_cuda", lambda: True)
+    monkeypatch.setattr(platform, "has_transformer_engine", lambda: found["transformer_engine"])
+    monkeypatch.setattr(platform, "has_flash_attention_4", lambda: found["flash_attention_4"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: found["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+
+
+FALLBACKS = [
+    ({}, [], "fa4", ""),
+    ({"flash_attention_4": False}, [], "te", "not fa4: FlashAttention-4 is not installed"),
+    ({"capability": (8, 0)}, [], "te", "not fa4: A100 is older than Hopper"),
+    ({}, [("language", "kv_channels", 264)], "te", "not fa4: model.language.kv_channels is 264"),
+    ({}, [("parallel", "context_parallel_size", 2), ("parallel", "cp_comm_type", "a2a")], "te",
+     "not fa4: parallel.cp_comm_type is a2a"),
+    ({"transformer_engine": False}, [], "torch", "Transformer Engine is not installed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "fields", "chosen", "line"), FALLBACKS)
+def test_auto_takes_the_fastest_backend_that_can_run_and_says_why_no_faster_one(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    found: dict,
+    fields: list[tuple[str, str, object]],
+    chosen: str,
+    line: str,
+) -> None:
+    on_gpu(monkeypatch, **found)
+    recipe = Recipe()
+    recipe.training.bf16 = True
+    for group, name, value in fields:
+        setattr(getattr(recipe, group, recipe.model.language), name, value)
+    with caplog.at_level("INFO", logger=backends.__name__):
+        assert backends._fastest_backend(recipe) == chosen
+    assert len(caplog.messages) == (1 if line else 0)
+    assert line in "".join(caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"flash_attention_4": False}, "is fa4, but .* not installed .pip install flash-attn-4"),
+        ({"capability": (8, 0)}, "is fa4, but A100 is older than Hopper; use another of auto"),
+        ({"transformer_engine": False}, "is fa4, but Transformer Engine is not installed"),
+    ],
+)
+def test_fa4_by_name_is_refused_with_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, found: dict, message: str
+) -> None:
+    on_gpu(monkeypatch, **found)
+    recipe = Recipe()
+    recipe.training.bf16, recipe.parallel.attention_backend = True, "fa4"
+    with pytest.raises(PlatformError, match=message):
         choose_backend(recipe)

@@ -1,0 +1,143 @@
+"""FlashAttention-4's kernels (`flash_attn.cute`), as `flash_attention.py` calls them.
+
+Imported only where FlashAttention-4 is used. Its public function is an autograd function that would
+keep gathered keys and values, so the two functions beneath it are called; requirements-gpu.txt names
+the version that they are taken from.
+"""
+
+import os
+from itertools import accumulate
+
+import torch
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from torch import Tensor
+
+from megatron_vita import platform
+from megatron_vita.errors import PlatformError
+from megatron_vita.model.flash_attention import SequenceBounds, to_device
+
+LARGEST_ERROR = 0.02
+"""Of outputs and gradients in bf16, as a part of their norm: correct kernels stay below 0.005."""
+
+
+class FlashAttention4:
+    """Kernels of Hopper and later GPUs, compiled at their first call (about 6 s).
+
+    `deterministic`: gradients are summed in one order, which costs time. None: where Transformer
+    Engine is told so too, NVTE_ALLOW_NONDETERMINISTIC_ALGO=0.
+    """
+
+    def __init__(self, *, deterministic: bool | None = None) -> None:
+        if deterministic is None:
+            deterministic = os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
+        self.deterministic = deterministic
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: SequenceBounds
+    ) -> tuple[Tensor, Tensor]:
+        """See `AttentionKernel.forward`."""
+        out, lse, *_ = _flash_attn_fwd(
+            query,
+            key,
+            value,
+            cu_seqlens_q=bounds.query,
+            cu_seqlens_k=bounds.key,
+            max_seqlen_q=bounds.longest_query,
+            max_seqlen_k=bounds.longest_key,
+            causal=True,
+            return_lse=True,
+        )
+        return out, lse
+
+    def backward(
+        self,
+        grad: Tensor,
+        *,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: SequenceBounds,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `AttentionKernel.backward`."""
+        d_query, d_key, d_value = _flash_attn_bwd(
+            query,
+            key,
+            value,
+            out,
+            grad,
+            lse,
+            causal=True,
+            cu_seqlens_q=bounds.query,
+            cu_seqlens_k=bounds.key,
+            max_seqlen_q=bounds.longest_query,
+            max_seqlen_k=bounds.longest_key,
+            deterministic=self.deterministic,
+        )
+        return d_query, d_key, d_value
+
+
+def check_fa4(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> None:
+    """Runs the kernels once, forward and backward, on a whole document and on the end of another,
+    and compares them with torch's attention in fp32. PlatformError if they cannot run or differ.
+
+    The kernels that it compiles are those of training.
+    """
+    query_lengths, key_lengths = [192, 128], [192, 320]
+    query, grad = _random(2, sum(query_lengths), heads, width, dtype=dtype)
+    key, value = _random(2, sum(key_lengths), query_groups, width, dtype=dtype)
+    bounds = SequenceBounds(_starts(query_lengths), _starts(key_lengths), 192, 320)
+    kernel = FlashAttention4()
+    try:
+        out, lse = kernel.forward(query, key, value, bounds)
+        grads = kernel.backward(
+            grad, query=query, key=key, value=value, out=out, lse=lse, bounds=bounds
+        )
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise PlatformError(
+            f"FlashAttention-4 does not run here ({type(error).__name__}: {error}): use "
+            "parallel.attention_backend te, or install what requirements-gpu.txt names"
+        ) from error
+    expected = _in_fp32(query, key, value, grad, lengths=(query_lengths, key_lengths))
+    _compare((out, *grads), expected)
+
+
+def _compare(found: tuple[Tensor, ...], expected: list[Tensor]) -> None:
+    names = ("output", "query gradient", "key gradient", "value gradient")
+    for name, ours, exact in zip(names, found, expected, strict=True):
+        error = ((ours.float() - exact).norm() / exact.norm()).item()
+        if not error < LARGEST_ERROR:
+            raise PlatformError(
+                f"FlashAttention-4 computes wrongly here: its {name} differs from torch's attention by {error:.2%}, of "
+                f"which {LARGEST_ERROR:.0%} are allowed; use parallel.attention_backend te"
+            )
+
+
+def _in_fp32(*tensors: Tensor, lengths: tuple[list[int], list[int]]) -> list[Tensor]:
+    """Output and gradients of query, key and value by torch, sequence by sequence."""
+    parts: list[list[Tensor]] = [[], [], [], []]
+    sizes = (lengths[0], lengths[1], lengths[1], lengths[0])
+    split = [x.float().split(size) for x, size in zip(tensors, sizes, strict=True)]
+    for query, key, value, grad in zip(*split, strict=True):
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        q, k, v = (x.transpose(0, 1) for x in inputs)
+        mask = torch.ones(len(query), len(key), dtype=torch.bool, device=q.device)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.tril(len(key) - len(query)), enable_gqa=True
+        ).transpose(0, 1)
+        results = (out.detach(), *torch.autograd.grad(out, inputs, grad))
+        for part, result in zip(parts, results, strict=True):
+            part.append(result)
+    return [torch.cat(part) for part in parts]
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator(platform.device()).manual_seed(0)
+    return torch.randn(*shape, device=platform.device(), dtype=dtype, generator=generator)
+
+
+def _starts(lengths: list[int]) -> Tensor:
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return to_device(starts, platform.device())

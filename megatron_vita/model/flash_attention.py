@@ -1,0 +1,184 @@
+"""Attention of packed documents by a kernel for sequences of various lengths, and over context
+parallel ranks by all-gathering keys and values.
+
+With CP each rank's chunks are sequences of their own: a chunk's queries are the last rows of its
+prefix, so causal attention aligned at the ends is exact. All chunks of a pack go through one call,
+for which the keys of early chunks are laid out twice. Autograd keeps the rank's own query, key and
+value, the output and its log-sum-exp; keys and values are gathered again in backward.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_vita.layout.zigzag import rank_chunks
+
+
+class SequenceBounds(NamedTuple):
+    """Where the sequences of a call begin and end; the queries of each are the last of its keys."""
+
+    query: Tensor  # [S + 1] int32, on the device
+    key: Tensor  # [S + 1] int32, on the device
+    longest_query: int
+    longest_key: int
+
+
+class AttentionKernel(Protocol):
+    """Causal attention inside each sequence, aligned at the sequences' ends; outside autograd."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: SequenceBounds
+    ) -> tuple[Tensor, Tensor]:
+        """query [q, heads, d]; key, value [k, groups, d] -> output [q, heads, d] and log-sum-exp
+        [heads, q] fp32."""
+
+    def backward(
+        self,
+        grad: Tensor,
+        *,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bounds: SequenceBounds,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value from that of the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredKeys:
+    """How a rank comes by the keys that its chunks see."""
+
+    rows: Tensor  # [k] rows of all ranks' keys one after another, on the device
+    group: ProcessGroup
+
+    def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's [t, groups, d] of each -> [k, groups, d], prefix after prefix."""
+        tensors, works = [], []
+        for own in (key, value):
+            whole = own.new_empty(len(own) * self.group.size(), *own.shape[1:])
+            works.append(dist.all_gather_into_tensor(whole, own, group=self.group, async_op=True))
+            tensors.append(whole)
+        laid_out = []
+        for whole, work in zip(tensors, works, strict=True):
+            work.wait()
+            laid_out.append(whole.index_select(0, self.rows))
+        return laid_out[0], laid_out[1]
+
+    def reduce(self, grad: Tensor) -> Tensor:
+        """Gradients [k, groups, d] of what was gathered -> those of this rank's rows, summed over
+        ranks and chunks in fp32: [t, groups, d]."""
+        ranks = self.group.size()
+        total = self._gathered_length(ranks)
+        summed = grad.new_zeros(total, *grad.shape[1:], dtype=torch.float32)
+        summed.index_add_(0, self.rows, grad.float())
+        mine = summed.new_empty(total // ranks, *grad.shape[1:])
+        dist.reduce_scatter_tensor(mine, summed, group=self.group)
+        return mine.to(grad.dtype)
+
+    def _gathered_length(self, ranks: int) -> int:
+        """A rank's prefixes hold 2 * ranks + 1 of the 2 * ranks chunks of all rows."""
+        return len(self.rows) * 2 * ranks // (2 * ranks + 1)
+
+
+@dataclass(kw_only=True)
+class PackedSequences(PackedSeqParams):
+    """megatron-core's view of a pack, for rotary positions, with what the kernel is told."""
+
+    kernel: AttentionKernel
+    bounds: SequenceBounds
+    gathered_keys: GatheredKeys | None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
+        # A slice of the joint projection would keep all of that in memory.
+        out: Tensor = _Attend.apply(query, key.contiguous(), value.contiguous(), self)
+        return out
+
+    def keys_of_chunks(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that this rank's queries see, sequence after sequence."""
+        if self.gathered_keys is None:
+            return key, value
+        return self.gathered_keys.gather(key, value)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences
+    ) -> Tensor:
+        keys, values = pack.keys_of_chunks(key, value)
+        out, lse = pack.kernel.forward(query, keys, values, pack.bounds)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.pack = pack
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        pack: PackedSequences = ctx.pack
+        keys, values = pack.keys_of_chunks(key, value)
+        d_query, d_key, d_value = pack.kernel.backward(
+            grads[0], query=query, key=keys, value=values, out=out, lse=lse, bounds=pack.bounds
+        )
+        if pack.gathered_keys is not None:
+            d_key, d_value = (pack.gathered_keys.reduce(grad) for grad in (d_key, d_value))
+        return d_query, d_key, d_value, None
+
+
+class FlashAttention(nn.Module):
+    """megatron-core's `core_attention` slot (transformer/attention.py names the contract)."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        *,
+        packed_seq_params: PackedSequences,
+        **_: Any,
+    ) -> Tensor:
+        """query [t, heads, d], key and value [t, groups, d] -> [t, heads * d]."""
+        return packed_seq_params.attend(query, key, value).flatten(1)
+
+
+def sequences_of_rank(
+    cu_seqlens: Tensor, *, group: ProcessGroup | None, device: torch.device
+) -> tuple[SequenceBounds, GatheredKeys | None]:
+    """What a rank attends to in a pack with bounds [D + 1] on the host; `group`: its CP ranks.
+
+    Copies to the device do not wait for it.
+    """
+    if group is None or group.size() == 1:
+        lengths = cu_seqlens.diff()
+        lengths = lengths[lengths > 0]
+        return _bounds(lengths, lengths, device), None
+    chunks = rank_chunks(cu_seqlens, cp_size=group.size(), cp_rank=group.rank())
+    bounds = _bounds(chunks.query_lengths, chunks.key_lengths, device)
+    return bounds, GatheredKeys(rows=to_device(chunks.key_rows, device), group=group)
+
+
+def _bounds(queries: Tensor, keys: Tensor, device: torch.device) -> SequenceBounds:
+    query, key = (
+        to_device(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(), device)
+        for lengths in (queries, keys)
+    )
+    return SequenceBounds(query, key, int(queries.max()), int(keys.max()))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for the work that the device still has."""
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
