@@ -10,20 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from megatron_vita.errors import DataError
+from megatron_vita.media.depth import check_samples, to_8_bits
+from megatron_vita.media.orientation import UPRIGHT, exif_orientation
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What turns an image upright, by EXIF orientation."""
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, by Pillow's names. Others are drawn by programs (EPS) or known by too little (TGA)."""
 MAX_PIXELS = 2**29 // 3
@@ -47,19 +39,21 @@ class Pixels(NamedTuple):
 def read_pixels(data: bytes, name: str) -> Pixels:
     """The first picture in `data`, fully decoded.
 
-    Transparent pixels are laid over white. Grey values of more than 8 bits are scaled to 8: 16-bit
-    ones by their range, 32-bit and floating point ones from their own minimum and maximum.
+    Transparent pixels are laid over white. Values of more or fewer than 8 bits are scaled to 8 by
+    the depth that the file states; floating point ones go from 0 (black) to 1 (white).
 
     Raises DataError, which names the image by `name`, for anything that cannot be decoded to its
-    end and for images of more than MAX_PIXELS (decompression bombs).
+    end, for images of more than MAX_PIXELS (decompression bombs), and for samples whose black and
+    white are not told: signed integers, floating point values beyond 0 to 1.
     """
     try:
         with _opened(data) as image:
-            orientation = _orientation(image)
+            orientation = exif_orientation(image, data)
             if (plain := _plain_jpeg(image, data)) is not None:
                 return Pixels(plain, orientation)
+            check_samples(image)
             image.load()
-            return Pixels(np.array(_to_rgb(image)), orientation)
+            return Pixels(np.array(_to_rgb(to_8_bits(image, data))), orientation)
     # Pillow's decoders raise OSError, SyntaxError, struct.error and many more
     except Exception as error:
         raise _unreadable(name, data, error) from error
@@ -69,9 +63,7 @@ def open_image(data: bytes, name: str) -> Image.Image:
     """What `read_pixels` reads, turned upright."""
     pixels = read_pixels(data, name)
     image = Image.fromarray(pixels.stored)
-    return (
-        image.transpose(_UPRIGHT[pixels.orientation]) if pixels.orientation in _UPRIGHT else image
-    )
+    return image.transpose(UPRIGHT[pixels.orientation]) if pixels.orientation in UPRIGHT else image
 
 
 def image_size(data: bytes, name: str) -> tuple[int, int]:
@@ -83,7 +75,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         with _opened(data) as image:
             width, height = image.size
-            return (height, width) if _orientation(image) >= 5 else (width, height)
+            return (height, width) if exif_orientation(image, data) >= 5 else (width, height)
     except Exception as error:  # as above
         raise _unreadable(name, data, error) from error
 
@@ -121,38 +113,29 @@ def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
 
 def _unreadable(name: str, data: bytes, error: Exception) -> DataError:
     reason = f"{type(error).__name__}: {error}"
-    # its own message tells where the file lay in memory
-    if isinstance(error, UnidentifiedImageError):
-        reason = f"it is of none of the kinds {', '.join(FORMATS)}"
+    if isinstance(error, UnidentifiedImageError):  # its message tells where the file lay in memory
+        reason = _why_not_identified(data)
+    elif isinstance(error, DataError):
+        reason = str(error)
     return DataError(f"{name}: cannot read this image of {len(data)} bytes: {reason}")
 
 
-def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 (upright) where it is missing or damaged. A PNG's is looked for in front of its
-    pixels only."""
-    if image.format == "TIFF":
-        return 1  # Pillow itself turns these while loading
-    try:
-        # The method of the base class: that of PNG decodes all pixels in search of a late chunk.
-        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF does not make the pixels worthless
-        return 1
-    return orientation if orientation in _UPRIGHT else 1
+def _why_not_identified(data: bytes) -> str:
+    """The reason for which Pillow takes a file for none of FORMATS."""
+    for kind in FORMATS:
+        factory, accepts = Image.OPEN[kind]
+        if accepts is None or accepts(data[:16]) is not True:
+            continue
+        try:
+            factory(io.BytesIO(data), "")
+        except Exception as error:  # as in `read_pixels`
+            return f"{kind}: {type(error).__name__}: {error}"
+    return f"it is of none of the kinds {', '.join(FORMATS)}"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        image = Image.fromarray(_stretched(np.asarray(image, dtype=np.float64)))
-    elif image.has_transparency_data:
+    if image.has_transparency_data:
         colors = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, colors)
     return image.convert("RGB")
-
-
-def _stretched(values: np.ndarray) -> np.ndarray:
-    values = np.nan_to_num(values)
-    low, high = values.min(), values.max()
-    return ((values - low) * (255 / (high - low) if high > low else 0)).round().astype(np.uint8)

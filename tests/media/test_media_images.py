@@ -112,16 +112,6 @@ def test_sixteen_bit_grey_keeps_its_range(kind: str) -> None:
     assert pixels[0].tolist() == [[0] * 3, [1] * 3, [128] * 3, [255] * 3]
 
 
-def test_floating_point_grey_is_stretched_and_constant_one_is_black() -> None:
-    values = np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)
-    pixels = np.asarray(open_image(file_of(Image.fromarray(values), "TIFF"), "picture"))
-    assert pixels[0, :, 0].tolist() == [0, 128, 255]
-    constant = np.asarray(
-        open_image(file_of(Image.fromarray(values[:, :1] * 7), "TIFF"), "picture")
-    )
-    assert constant.tolist() == [[[0, 0, 0]]]
-
-
 def test_a_truncated_jpeg_is_refused_by_name_though_its_size_can_be_read() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = file_of(noise, "JPEG")

@@ -1,0 +1,96 @@
+"""The orientation of an image, wherever its file keeps it.
+
+Pillow gives a JPEG's Exif segments joined, of which the first one is then read, and a PNG's
+metadata as far as the first pixels; turns a TIFF while it loads it; and gives an AVIF's `irot` and
+`imir` as EXIF.
+"""
+
+import io
+import struct
+
+from PIL import ExifTags, Image
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by EXIF orientation."""
+_PNG_HEAD = 33
+"""Bytes of a PNG's signature and its first chunk, IHDR."""
+_PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+"""Chunks that may hold EXIF or XMP, in front of the pixels or behind them."""
+_PNG_END = b"".join(
+    struct.pack(">I4sI", 0, kind, crc)
+    for kind, crc in ((b"IDAT", 0x35AF061E), (b"IEND", 0xAE426082))
+)
+
+
+def exif_orientation(image: Image.Image, data: bytes) -> int:
+    """The orientation (1 to 8) of the opened file `data`, as it is decoded.
+
+    1 (upright) where it is missing or damaged, and for a TIFF, which Pillow turns while loading.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        if orientation := _orientation(image):
+            return orientation
+        if image.format in ("JPEG", "MPO"):
+            return _of_later_segments(image)
+        return _of_chunks_behind_pixels(data) if image.format == "PNG" else 1
+    except Exception:  # damaged EXIF does not make the pixels worthless
+        return 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation in what Pillow has read so far; 0 where there is none."""
+    # The method of the base class: that of PNG decodes all pixels in search of a late chunk.
+    return _known(Image.Image.getexif(image))
+
+
+def _known(exif: Image.Exif) -> int:
+    orientation = exif.get(ExifTags.Base.Orientation, 0)
+    return orientation if orientation == 1 or orientation in UPRIGHT else 0
+
+
+def _of_later_segments(image: Image.Image) -> int:
+    """The orientation of a JPEG whose first Exif segment has none: of the next one that has."""
+    segments = [
+        content
+        for kind, content in getattr(image, "applist", ())
+        if kind == "APP1" and content.startswith(b"Exif\0\0")
+    ]
+    for segment in segments[1:]:
+        exif = Image.Exif()
+        exif.load(segment)
+        if orientation := _known(exif):
+            return orientation
+    return 1
+
+
+def _of_chunks_behind_pixels(data: bytes) -> int:
+    """The orientation of a PNG whose metadata stand behind its pixels."""
+    late = b"".join(_late_metadata(data))
+    if not late:
+        return 1
+    with Image.open(io.BytesIO(data[:_PNG_HEAD] + late + _PNG_END), formats=("PNG",)) as head:
+        return _orientation(head) or 1
+
+
+def _late_metadata(data: bytes) -> list[bytes]:
+    """The chunks of metadata behind the first pixels of a PNG."""
+    chunks = []
+    place, is_late = _PNG_HEAD, False
+    while place + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        is_late = is_late or kind == b"IDAT"
+        end = place + 12 + length
+        if is_late and kind in _PNG_METADATA:
+            chunks.append(data[place:end])
+        place = end
+    return chunks
