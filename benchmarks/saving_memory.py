@@ -30,7 +30,7 @@ from megatron_vita.config import (
     Recipe,
     TrainingConfig,
 )
-from megatron_vita.costs.memory import saving_memory
+from megatron_vita.costs.host_memory import saving_memory
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer
 from megatron_vita.training.run import Run, assemble_run, save_run

@@ -5,7 +5,7 @@
 Qwen2.5-7B's shape with InternViT-300M, random weights, packs of 32K tokens of which 60 % are image
 tokens. Prints a
 table: time of a step, of vision in forward and backward, of the exchange of feature rows, bytes
-sent, and memory beside what `planning/` estimated. On four GPUs: TP2 x CP2 and hierarchical CP.
+sent, and memory beside what `costs/` estimated. On four GPUs: TP2 x CP2 and hierarchical CP.
 `--scale tiny` runs it anywhere, for a look.
 """
 
@@ -222,7 +222,7 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     result["peak"] = float(torch.cuda.max_memory_allocated()) if platform.on_cuda() else 0.0
     result = _slowest(result)
     load = PackLoad(tiles=len(pack.tiles), rows=int((pack.labels != -100).sum()))
-    result["estimated"] = float(rank_memory(recipe, 0, data_parallel=1, load=load).total)
+    result["estimated"] = float(rank_memory(recipe, 0, data_parallel=1, load=load).peak)
     flops = 3 * pack_flops(
         recipe, pack.cu_seqlens.diff().tolist(), tiles=load.tiles, rows=load.rows
     )

@@ -1,180 +1,184 @@
-"""Memory of one rank in bytes, from a recipe. What libraries hold (about 2 to 4 GiB on a GPU) is
-not counted.
+"""Memory of one rank's device in bytes, from a recipe.
 
-Activations are those of fused attention and of megatron-core's layers; `benchmarks/results/`
-compares them with peaks.
+`RankMemory.peak` predicts torch's `max_memory_allocated` from the second step on (the first
+allocates Adam's moments at its end). What torch reserves beyond that, and what lies outside of it,
+is `RankMemory.device`. Measured peaks that it is held to: `tests/costs/test_memory.py`.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from megatron_vita.config import Recipe, VisionConfig
-from megatron_vita.costs.parameters import stage_parameters
+from megatron_vita.config import Recipe
+from megatron_vita.costs.layer_memory import Kept, LayerTensors, layer_tensors, value_bytes
+from megatron_vita.costs.parameters import StageParameters, stage_parameters
+from megatron_vita.costs.schedule import most_kept
+from megatron_vita.costs.vision_memory import vision_kept, vision_working
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankMemory:
-    """Bytes by what they hold."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int  # of the language model's layers
-    vision: int
-    output: int
-
-    @property
-    def total(self) -> int:
-        """Of all."""
-        return sum(getattr(self, field.name) for field in fields(self))
+LIBRARIES = 3 * GIB
+"""CUDA's context and kernels, NCCL's buffers, libraries' workspaces: 2 to 4 GiB were seen."""
+FRAGMENTATION = 0.02
+"""Share of the peak that torch's allocator reserves and cannot use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackLoad:
-    """What a pack brings."""
+    """Content of a pack."""
 
     tiles: int
     rows: int  # that are scored
+    # tokens of its documents; empty: one document as long as the pack
+    lengths: tuple[int, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A point of a step at which memory may be highest; bytes beside weights, gradients and
+    optimizer."""
+
+    name: str
+    activations: int  # kept by layers of the language model, of all packs in flight
+    vision: int  # kept by tower and projector
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.vision + self.temporary
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes by part, at the moment of a step that needs most."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    highest: Moment
+
+    @property
+    def peak(self) -> int:
+        """Bytes that torch has allocated at the highest."""
+        return self.weights + self.gradients + self.optimizer + self.highest.total
+
+    @property
+    def device(self) -> int:
+        """Bytes of the device that are in use then, as nvidia-smi counts them."""
+        return int(self.peak * (1 + FRAGMENTATION)) + LIBRARIES
+
+    def parts(self) -> dict[str, int]:
+        """Bytes of `peak` by name."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.highest.activations,
+            "vision": self.highest.vision,
+            "temporary": self.highest.temporary,
+        }
 
 
 def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> RankMemory:
-    """On a rank of pipeline stage `stage`, for packs such as `load`."""
-    parallel, bf16 = recipe.parallel, recipe.training.bf16
+    """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
     parameters = stage_parameters(recipe, stage)
     trained = parameters.trainable(recipe)
-    shards = (
-        data_parallel * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
-    )
-    last = stage == parallel.pipeline_model_parallel_size - 1
+    moments = _moments(recipe, stage, data_parallel=data_parallel, load=load)
     return RankMemory(
-        weights=parameters.total * _value(recipe),
+        weights=parameters.total * value_bytes(recipe),
         gradients=trained * 4,  # summed in fp32
-        # two moments, and fp32 weights beside bf16 ones
-        optimizer=trained * (12 if bf16 else 8) // shards,
-        activations=_language_activations(recipe, stage, data_parallel=data_parallel),
-        vision=_vision_activations(recipe, load.tiles)
-        if stage == 0 and not recipe.model.text_only
-        else 0,
-        output=_output_activations(recipe, load.rows) if last else 0,
+        optimizer=optimizer_bytes(recipe, trained, data_parallel=data_parallel),
+        highest=max(moments, key=lambda moment: moment.total),
     )
 
 
-def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
-    """Bytes of its host's memory that a rank of pipeline stage `stage` takes while a checkpoint is
-    written.
-
-    Each rank gathers all of a distributed optimizer's state, weights in fp32 and two moments,
-    there; then it writes a copy of its share of that and of the weights. Blocks that torch pins and
-    rounds up on GPUs are not counted.
-    """
+def optimizer_bytes(recipe: Recipe, trained: int, *, data_parallel: int) -> int:
+    """Two moments in fp32, and fp32 weights beside bf16 ones, divided over the replicas' ranks by a
+    distributed optimizer."""
     parallel = recipe.parallel
+    ranks = data_parallel * parallel.context_parallel_size
+    shards = ranks if parallel.use_distributed_optimizer else 1
+    return trained * (12 if recipe.training.bf16 else 8) // shards
+
+
+def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> Iterator[Moment]:
+    """Points of a step at which memory may be highest."""
+    parallel, tensors = recipe.parallel, layer_tensors(recipe)
     parameters = stage_parameters(recipe, stage)
-    sharded = parallel.use_distributed_optimizer
-    state = parameters.trainable(recipe) * (12 if sharded or recipe.training.bf16 else 8)
-    share = (state + parameters.total * _value(recipe)) // (
-        data_parallel * parallel.context_parallel_size
+    chunk, working = _chunk_of_layers(recipe, stage, tensors)
+    encodes = stage == 0 and not recipe.model.text_only
+    tower = vision_kept(recipe, load.tiles) if encodes else 0
+
+    def held(first_chunk_extra: int) -> int:
+        count = parallel.virtual_pipeline_model_parallel_size
+        # each stage also keeps its output until backward, unless the output layer takes it at once
+        chunks = [chunk + tensors.hidden] * count
+        chunks[0] += first_chunk_extra
+        return most_kept(recipe, stage, data_parallel=data_parallel, chunks=chunks)
+
+    activations = held(0)
+    vision = held(tower) - activations
+    yield Moment(
+        name="layer", activations=activations - tensors.hidden, vision=vision, temporary=working
     )
-    return (state if sharded else 0) + share
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        temporary = _output_working(recipe, load.rows, tensors, parameters)
+        yield Moment(name="output", activations=activations, vision=vision, temporary=temporary)
+    # The layers of the pack that is encoded, or goes backward through the tower, are empty.
+    others = max(activations - (chunk + tensors.hidden), 0)
+    if encodes:
+        temporary = vision_working(recipe, load.tiles) + 2 * tensors.hidden
+        yield Moment(name="vision", activations=others, vision=vision, temporary=temporary)
+    if stage == 0:
+        # The word embedding's gradient in the weights' precision, before it is added to fp32 sums.
+        embedding = 0 if recipe.training.freeze_language_model else parameters.embedding
+        temporary = embedding * value_bytes(recipe) + tensors.hidden + tensors.gathered
+        yield Moment(name="embedding", activations=others, vision=vision, temporary=temporary)
 
 
-def _value(recipe: Recipe) -> int:
-    return 2 if recipe.training.bf16 else 4
-
-
-def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
-    """Bytes that a language model layer keeps for its backward of one pack: of its input alone, and
-    of all."""
-    language, parallel = recipe.model.language, recipe.parallel
-    tokens = recipe.data.seq_length // parallel.context_parallel_size
-    tp = parallel.tensor_model_parallel_size
-    width = language.hidden_size // (tp if parallel.sequence_parallel else 1)
-    query = language.num_attention_heads * language.kv_channels
-    keys = 2 * language.num_query_groups * language.kv_channels
-    # Input, norm, residual, norm; projections, their rotated copies, attention; gate, up and their
-    # product.
-    inner = (query + keys) + (query + keys // 2) + query + 3 * language.ffn_hidden_size
-    return tokens * width * _value(recipe), tokens * (4 * width + inner // tp) * _value(recipe)
-
-
-def _language_activations(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
+def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple[int, int]:
+    """Bytes that a pack keeps in a chunk of layers, and most that its backward takes beside."""
     training, parallel = recipe.training, recipe.parallel
     layers = parallel.layers_of_stages(recipe.model.language.num_layers)[stage]
-    chunk = layers // parallel.virtual_pipeline_model_parallel_size
-    layer_input, everything = _layer_bytes(recipe)
-    kept, working = chunk * everything, everything
+    count = layers // parallel.virtual_pipeline_model_parallel_size
+    if training.recompute_granularity == "full" and training.recompute_method == "uniform":
+        group = training.recompute_num_layers or 1
+        # The whole group is brought back before its last layer goes backward.
+        others = (group - 1) * tensors.kept("everything")
+        return -(-count // group) * tensors.hidden, others + tensors.working("input")
+    kinds = _kept_by_layer(recipe, count)
+    kept = sum(tensors.kept(kind) for kind in kinds)
+    # From the last layer to the first: what later layers kept is gone.
+    working, later = 0, 0
+    for kind in reversed(kinds):
+        working = max(working, tensors.working(kind) - later)
+        later += tensors.kept(kind)
+    return kept, working
+
+
+def _kept_by_layer(recipe: Recipe, count: int) -> list[Kept]:
+    """What each layer of a chunk keeps, from the first."""
+    training = recipe.training
     if training.recompute_granularity == "full":
-        recomputed = min(training.recompute_num_layers or chunk, chunk)
-        if training.recompute_method == "uniform":
-            group = training.recompute_num_layers or 1
-            kept, working = -(-chunk // group) * layer_input, (group + 1) * everything
-        else:
-            kept, working = (
-                recomputed * layer_input + (chunk - recomputed) * everything,
-                2 * everything,
-            )
-    if training.freeze_language_model and (stage > 0 or recipe.model.text_only):
-        working = everything  # gradients still pass through to the projector
-    return (
-        kept * _packs_in_flight(recipe, stage, data_parallel=data_parallel)
-        + working
-        + _context_buffers(recipe)
-    )
+        number = min(training.recompute_num_layers or count, count)
+        return ["input"] * number + ["everything"] * (count - number)
+    # `core_attn` brings back nothing: fused attention keeps its inputs and output either way.
+    selective = training.recompute_granularity == "selective"
+    without_mlp = selective and "mlp" in training.recompute_modules
+    return ["all_but_mlp" if without_mlp else "everything"] * count
 
 
-def _packs_in_flight(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
-    """Chunks of layers whose forward has run and whose backward has not, at most, in
-    megatron-core's schedules."""
-    parallel = recipe.parallel
-    stages, chunks = (
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-    )
-    packs = recipe.training.global_batch_size // data_parallel
-    if chunks == 1:
-        return min(stages - stage, packs)
-    return min((stages - stage - 1) * 2 + (chunks - 1) * stages + 1, packs * chunks)
-
-
-def _context_buffers(recipe: Recipe) -> int:
-    """Keys and values of other context-parallel ranks that a layer's attention holds."""
-    language, parallel = recipe.model.language, recipe.parallel
-    cp = parallel.context_parallel_size
-    if cp == 1:
-        return 0
-    keys = (
-        2 * language.num_query_groups * language.kv_channels // parallel.tensor_model_parallel_size
-    )
-    slice_bytes = recipe.data.seq_length // cp * keys * _value(recipe)
-    return slice_bytes * (4 if parallel.cp_comm_type == "p2p" else 2 * cp)
-
-
-def _vision_activations(recipe: Recipe, tiles: int) -> int:
-    """Of tower and projector, and of the tiles and their features, on the rank with the most
-    tiles."""
-    vision, training = recipe.model.vision, recipe.training
-    mine = -(-tiles // recipe.parallel.tile_ranks)
-    at_once = min(mine, training.vision_tiles_at_once)
-    layer, tokens = _tower_layer(vision), vision.tokens
-    tower = at_once * tokens * layer
-    if not training.freeze_vision_model:
-        kept = vision.hidden_size if training.recompute_vision else layer
-        tower += mine * tokens * kept * vision.num_layers
-    wide = recipe.model.language.hidden_size
-    hidden = wide if recipe.model.projector.kind == "internvl" else vision.hidden_size
-    projected = vision.image_token_length * (8 * vision.hidden_size + 2 * hidden + 3 * wide)
-    pixels = 3 * vision.image_size**2
-    return (tower + mine * (projected + pixels)) * _value(recipe) + mine * pixels
-
-
-def _tower_layer(vision: VisionConfig) -> int:
-    """Values that a layer keeps for each patch."""
-    return 10 * vision.hidden_size + 2 * vision.ffn_hidden_size
-
-
-def _output_activations(recipe: Recipe, rows: int) -> int:
-    """A chunk of logits, and the selected rows, whose gradients take their place."""
-    mine = -(-rows // recipe.parallel.context_parallel_size)
-    return (
-        recipe.model.output.chunk_mib << 20
-    ) + mine * recipe.model.language.hidden_size * _value(recipe)
+def _output_working(
+    recipe: Recipe, rows: int, tensors: LayerTensors, parameters: StageParameters
+) -> int:
+    """Final norm's output and the gradient of the hidden state, the selected rows (their gradients
+    take their place), and one chunk of logits with its softmax in place."""
+    language, size = recipe.model.language, value_bytes(recipe)
+    tp, cp = recipe.parallel.tensor_model_parallel_size, recipe.parallel.context_parallel_size
+    columns = -(-language.vocab_size // tp)
+    if recipe.model.output.full_logits:
+        tokens = recipe.data.seq_length // cp
+        # logits, then in fp32: themselves, a masked copy, and the softmax that backward needs
+        return 2 * tensors.hidden + tensors.gathered + tokens * columns * (size + 3 * 4)
+    mine = -(-rows // cp)
+    logits = min(recipe.model.output.chunk_mib << 20, mine * columns * size)
+    return 2 * tensors.hidden + mine * language.hidden_size * size + logits

@@ -77,16 +77,35 @@ def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
 
 
 def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
-    yield "memory of a rank in GiB, estimated, libraries' own (2 to 4) not counted:"
-    names = ("weights", "gradients", "optimizer", "activations", "vision", "output", "total")
-    rows: list[Row] = [("stage", *names)]
+    yield (
+        "memory of a rank's device in GiB, estimated; peak: what torch allocates at the highest, from "
+        "the second step on; device: with what its allocator and libraries hold beside:"
+    )
+    rows: list[Row] = []
     for i, stage in enumerate(report.stages):
-        rows.append((str(i), *(f"{getattr(stage.memory, name) / GIB:.1f}" for name in names)))
+        memory = stage.memory
+        parts = memory.parts() | {"peak": memory.peak, "device": memory.device}
+        if not rows:
+            rows.append(("stage", *parts, "highest in"))
+        rows.append((str(i), *map(_gib, parts.values()), memory.highest.name))
     yield from _table(rows)
+    yield "memory of a rank's host in GiB, estimated:"
+    rows = [("stage", "process", "loader", "training", "saving")]
+    for i, stage in enumerate(report.stages):
+        host = stage.host
+        sizes = (host.process, host.loader, host.training, host.saving)
+        rows.append((str(i), *map(_gib, sizes)))
+    yield from _table(rows)
+    ranks = min(ranks_per_node, report.world_size)
+    training = max(stage.host.training for stage in report.stages) * ranks / GIB
+    yield f"training takes about {training:.1f} GiB of a node's own memory, with {ranks} ranks a node"
     if recipe.checkpoint.save:
-        ranks = min(ranks_per_node, report.world_size)
-        saving = max(stage.saving for stage in report.stages) * ranks / GIB
+        saving = max(stage.host.saving for stage in report.stages) * ranks / GIB
         yield f"writing a checkpoint takes about {saving:.1f} GiB of a node's own memory, with {ranks} ranks a node"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
 
 
 def _packs(report: DryRun) -> Iterator[str]:
@@ -140,22 +159,25 @@ _REMEDIES = {
     "optimizer": "parallel.use_distributed_optimizer=true or more data-parallel ranks",
     "activations": "training.recompute_granularity=full or a larger context parallel size",
     "vision": "training.recompute_vision=true or a larger context parallel size",
-    "output": "a smaller model.output.chunk_mib",
+    "temporary": "a larger tensor or context parallel size",
 }
 
 
 def check_memory(report: DryRun, device_gib: float) -> None:
-    """ConfigError, with what takes the most and what helps, if a rank is estimated to need more
-    than a device has."""
-    stage, memory = max(
-        ((i, stage.memory) for i, stage in enumerate(report.stages)), key=lambda item: item[1].total
-    )
-    if memory.total <= device_gib * GIB:
+    """Refuse a run that is estimated to need more than a device has.
+
+    Raises:
+        ConfigError: naming what takes the most and what helps.
+    """
+    stages = [stage.memory for stage in report.stages]
+    memory = max(stages, key=lambda memory: memory.device)
+    if memory.device <= device_gib * GIB:
         return
-    largest = max(_REMEDIES, key=lambda name: getattr(memory, name))
+    parts = memory.parts()
+    largest = max(_REMEDIES, key=lambda name: parts[name])
     raise ConfigError(
-        f"a rank of stage {stage} needs about {memory.total / GIB:.1f} GiB and a device has {device_gib:.1f}; the most "
-        f"is for {largest} ({getattr(memory, largest) / GIB:.1f} GiB): try {_REMEDIES[largest]}"
+        f"a rank of stage {stages.index(memory)} needs about {memory.device / GIB:.1f} GiB and a device has "
+        f"{device_gib:.1f}; the most is for {largest} ({parts[largest] / GIB:.1f} GiB): try {_REMEDIES[largest]}"
     )
 
 

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.memory import PackLoad, RankMemory, rank_memory, saving_memory
+from megatron_vita.costs.host_memory import HostMemory, host_memory
+from megatron_vita.costs.memory import PackLoad, RankMemory, rank_memory
 from megatron_vita.costs.parameters import StageParameters, stage_parameters
 from megatron_vita.costs.stages import even_ends, stage_flops
 from megatron_vita.data.loading.stream import PackStream
@@ -52,7 +53,7 @@ class StageReport:
     parameters: StageParameters
     trained: int
     memory: RankMemory
-    saving: int  # bytes of its host's memory while a checkpoint is written
+    host: HostMemory
     flops: int  # for the first pack
 
 
@@ -149,7 +150,7 @@ def _report_stage(
         parameters=parameters,
         trained=parameters.trainable(recipe),
         memory=rank_memory(recipe, stage, data_parallel=data_parallel, load=load),
-        saving=saving_memory(recipe, stage, data_parallel=data_parallel),
+        host=host_memory(recipe, stage, data_parallel=data_parallel, load=load),
         flops=flops,
     )
 

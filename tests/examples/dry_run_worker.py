@@ -101,7 +101,7 @@ def main() -> None:
             report = dry_run(recipe, world_size=world_size)
             found[f"{path.parent.name} {path.stem} {world_size}"] = {
                 "seconds": time.perf_counter() - start,
-                "gib": max(stage.memory.total for stage in report.stages) / 2**30,
+                "gib": max(stage.memory.device for stage in report.stages) / 2**30,
                 "tokens": [int(pack.tokens.sum()) for pack in report.packs],
                 "tiles": [[int(pack.tiles.min()), int(pack.tiles.max())] for pack in report.packs],
                 "rows": [int(pack.rows.sum()) for pack in report.packs],

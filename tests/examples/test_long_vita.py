@@ -39,7 +39,7 @@ def test_each_recipe_passes_a_dry_run_at_its_real_size(dry: dict[str, dict], rec
     assert len(runs) == 2
     for run in runs.values():
         assert run["seconds"] < 60
-        assert run["gib"] < 76  # an 80 GB device, less what libraries hold
+        assert run["gib"] < 79  # an 80 GB device has 79.6 GiB
         assert (
             max(run["tokens"])
             > 0.5 * {"1": 32768, "2": 16384, "3": 131072, "4": 1048576}[recipe.stem[-1]]
@@ -55,6 +55,8 @@ def test_a_dry_run_shows_who_sits_where_and_what_each_rank_holds(dry: dict[str, 
         "stage 3 of replica 0: ranks 384 to 391",
         "TP groups lie inside a node, with 8 ranks a node",
         "parameters of the model: 73.02 B",
+        "weights | gradients | optimizer | activations | vision | temporary | peak | device | highest in",
+        "training takes about",
         # 2.667 B trained on a rank of stage 0: 12 bytes each, and a 16th of 14
         "writing a checkpoint takes about 255.8 GiB of a node's own memory, with 8 ranks a node",
         "next packs, least to most over the ranks that share them:",

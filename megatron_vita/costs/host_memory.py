@@ -1,0 +1,74 @@
+"""Memory of its host in bytes that one rank takes, from a recipe."""
+
+from dataclasses import dataclass, fields
+
+from megatron_vita.config import Recipe
+from megatron_vita.costs.layer_memory import value_bytes
+from megatron_vita.costs.memory import GIB, PackLoad
+from megatron_vita.costs.parameters import stage_parameters
+from megatron_vita.costs.vision_memory import tiles_of_rank
+
+TRAINER = 4 * GIB
+"""Python, torch, and what CUDA and NCCL hold on the host; about."""
+LOADER_PROCESS = 300 << 20
+"""163 MB before it reads, and 94 to 112 beside the tiles of a pack: the table of a million tokens in
+benchmarks/results/2026-11-25-loader.md."""
+PACKS_FINISHED = 2
+"""The pack that is in use, and the one that `FinalBatches` holds ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Bytes by part."""
+
+    process: int
+    loader: int  # loader processes, and packs read ahead
+    saving: int  # while a checkpoint is written
+
+    @property
+    def training(self) -> int:
+        """Bytes while no checkpoint is written."""
+        return self.process + self.loader
+
+    @property
+    def total(self) -> int:
+        """Bytes at the most."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> HostMemory:
+    """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
+    saves = bool(recipe.checkpoint.save)
+    return HostMemory(
+        process=TRAINER,
+        loader=_loader(recipe, stage, load.tiles),
+        saving=saving_memory(recipe, stage, data_parallel=data_parallel) if saves else 0,
+    )
+
+
+def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
+    """Bytes that a rank of pipeline stage `stage` takes while a checkpoint is written.
+
+    Each rank gathers all of a distributed optimizer's state, weights in fp32 and two moments,
+    there; then it writes a copy of its share of that and of the weights. Blocks that torch pins and
+    rounds up on GPUs are not counted.
+    """
+    parallel = recipe.parallel
+    parameters = stage_parameters(recipe, stage)
+    sharded = parallel.use_distributed_optimizer
+    state = parameters.trainable(recipe) * (12 if sharded or recipe.training.bf16 else 8)
+    share = (state + parameters.total * value_bytes(recipe)) // (
+        data_parallel * parallel.context_parallel_size
+    )
+    return (state if sharded else 0) + share
+
+
+def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
+    """Loader processes, and uint8 tiles of the packs ahead, which the first stage's ranks decode:
+    (prefetch + 2) x tiles of the rank x 3 S^2."""
+    data, vision = recipe.data, recipe.model.vision
+    processes = data.num_workers * LOADER_PROCESS
+    if stage > 0 or recipe.model.text_only:
+        return processes
+    packs = PACKS_FINISHED + (data.prefetch if data.num_workers else 0)
+    return processes + packs * tiles_of_rank(recipe, tiles) * 3 * vision.image_size**2

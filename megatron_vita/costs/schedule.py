@@ -1,0 +1,41 @@
+"""Packs whose forward has run and whose backward has not, in megatron-core's pipeline schedules."""
+
+from collections.abc import Sequence
+
+from megatron_vita.config import Recipe
+
+
+def most_kept(recipe: Recipe, stage: int, *, data_parallel: int, chunks: Sequence[int]) -> int:
+    """Most bytes that a stage keeps at once, when a pack keeps `chunks` bytes in each of its chunks
+    of layers.
+
+    Follows 1F1B and its interleaved form (`get_pp_rank_microbatches` and `get_schedule_table` of
+    megatron-core): a warm-up of forwards, then one forward and one backward in turns.
+    """
+    parallel = recipe.parallel
+    stages, packs = (
+        parallel.pipeline_model_parallel_size,
+        recipe.training.global_batch_size // data_parallel,
+    )
+    forwards = _order(packs, chunks=len(chunks), group=stages)
+    backwards = [len(chunks) - 1 - chunk for chunk in forwards]
+    warm_up = stages - stage - 1
+    if len(chunks) > 1:
+        warm_up = 2 * warm_up + (len(chunks) - 1) * stages
+    kept, most = 0, 0
+    for i, chunk in enumerate(forwards):
+        kept += chunks[chunk]
+        most = max(most, kept)
+        if i >= warm_up:
+            kept -= chunks[backwards[i - warm_up]]
+    return most
+
+
+def _order(packs: int, *, chunks: int, group: int) -> list[int]:
+    """Chunks in the order of their forwards: groups of packs pass through one chunk after the
+    other."""
+    order = []
+    for first in range(0, packs, group):
+        of_group = min(group, packs - first)
+        order += [chunk for chunk in range(chunks) for _ in range(of_group)]
+    return order
