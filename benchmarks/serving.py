@@ -38,7 +38,7 @@ from megatron_vita.data.samples.documents import Document
 from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.vision.decode_pool import MediaReaders
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
 from megatron_vita.text.train import train_sentencepiece
@@ -117,7 +117,7 @@ def run(engine: Engine, prompt: PreparedPrompt, *, tokens: int) -> tuple[float, 
     """Seconds to the first token, and of each later one."""
     platform.on_cuda() and torch.cuda.synchronize()
     start = time.perf_counter()
-    number = engine.add(prompt, Sampling(max_new_tokens=tokens, ignore_end=True))
+    number = engine.add(prompt, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
     moments = []
     while engine.has_work:
         moments += [time.perf_counter() for piece in engine.step() if piece.token_ids]

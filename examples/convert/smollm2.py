@@ -24,7 +24,7 @@ from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.verify import compare_tensors
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack
 from megatron_vita.parallel import groups
 
@@ -94,7 +94,7 @@ def convert_and_ask(folder: Path) -> tuple[str, float, float]:
     if not ours.exists():
         compare_tensors(import_weights([file], ours, projector="long_vita").transfers, ours)
     engine = Engine.from_checkpoint(ours)
-    (answer,) = engine.generate([Prompt.ask(QUESTION)], sampling=Sampling(max_new_tokens=16))
+    (answer,) = engine.generate([Prompt.ask(QUESTION)], sampling=SamplingParams(max_new_tokens=16))
     ids = torch.tensor(engine.tokenizer.encode(TEXT))
     return answer.text, our_perplexity(engine, ids), their_perplexity(file, ids)
 

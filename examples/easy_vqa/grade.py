@@ -11,7 +11,7 @@ from megatron_vita.evaluation.answering import EngineAnswerer, Generates
 from megatron_vita.evaluation.results import ResultLog, Task, run_tasks
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 QUESTIONS_AT_ONCE = 96
 LONGEST_ANSWER = 8  # tokens
@@ -68,7 +68,7 @@ def answer_all(
         [task(index, question) for index, question in enumerate(questions)],
         answerer=EngineAnswerer(engine, at_once=QUESTIONS_AT_ONCE),
         log=ResultLog(path),
-        sampling=Sampling(max_new_tokens=LONGEST_ANSWER),
+        sampling=SamplingParams(max_new_tokens=LONGEST_ANSWER),
         title=title,
         unit="question",
     )

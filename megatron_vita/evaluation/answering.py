@@ -10,7 +10,7 @@ from typing import Protocol
 from megatron_vita.errors import DataError, LogitsError, RefusedError
 from megatron_vita.inference.client.client import ChatServer
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Answer, Sampling
+from megatron_vita.inference.requests import Answer, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,14 @@ class Reply:
 class Answerer(Protocol):
     """Anything that answers prompts."""
 
-    def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+    def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
         """A reply for each prompt, in order. Prompts are taken no earlier than they are needed."""
 
 
 class Generates(Protocol):
     """What is asked of an engine."""
 
-    def generate(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> Sequence[Answer]:
+    def generate(self, prompts: Sequence[Prompt], *, sampling: SamplingParams) -> Sequence[Answer]:
         """An answer for each prompt. DataError for a prompt that is wrong."""
 
 
@@ -43,7 +43,7 @@ class EngineAnswerer:
         self.engine = engine
         self.at_once = at_once
 
-    def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+    def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
         """See `Answerer`."""
         for batch in batched(prompts, self.at_once):
             try:
@@ -54,7 +54,7 @@ class EngineAnswerer:
                 for prompt in batch:  # one of them is refused: which?
                     yield self._answer(prompt, sampling)
 
-    def _answer(self, prompt: Prompt, sampling: Sampling) -> Reply:
+    def _answer(self, prompt: Prompt, sampling: SamplingParams) -> Reply:
         try:
             return _reply(self.engine.generate([prompt], sampling=sampling)[0])
         except DataError as error:
@@ -76,7 +76,7 @@ class ServerAnswerer:
         self.server = server
         self.at_once = at_once
 
-    def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+    def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
         """See `Answerer`. ServerError where the server cannot be reached or refuses the key."""
         with ThreadPoolExecutor(self.at_once) as pool:
             under_way: deque[Future[Reply]] = deque()
@@ -90,7 +90,7 @@ class ServerAnswerer:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _answer(self, prompt: Prompt, sampling: Sampling) -> Reply:
+    def _answer(self, prompt: Prompt, sampling: SamplingParams) -> Reply:
         try:
             completion = self.server.complete(prompt, sampling=sampling)
         except (RefusedError, DataError) as error:

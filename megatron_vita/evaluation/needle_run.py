@@ -13,7 +13,7 @@ from megatron_vita.evaluation.grading import same_digits
 from megatron_vita.evaluation.heat_map import draw_heat_map
 from megatron_vita.evaluation.needles import LONGEST_ANSWER, Cell, Haystack
 from megatron_vita.evaluation.results import ResultLog, Row, Task, run_tasks
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 WRONG_SHOWN = 20
 
@@ -70,7 +70,7 @@ def run_needles(
         [task(cell) for cell in grid.cells()],
         answerer=answerer,
         log=log,
-        sampling=Sampling(max_new_tokens=LONGEST_ANSWER),
+        sampling=SamplingParams(max_new_tokens=LONGEST_ANSWER),
         title="needles",
         unit="page",
     )

@@ -13,7 +13,7 @@ from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.evaluation.grading import METRICS
 from megatron_vita.evaluation.results import ResultLog, Row, Task, run_tasks
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.text.conversation import TextPart, check_messages
 
 
@@ -116,7 +116,7 @@ def run_questions(
         [task(index, question) for index, question in enumerate(questions)],
         answerer=answerer,
         log=log,
-        sampling=Sampling(max_new_tokens=max_new_tokens),
+        sampling=SamplingParams(max_new_tokens=max_new_tokens),
         title="questions",
         unit="question",
     )

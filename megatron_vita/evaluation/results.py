@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ def run_tasks(
     *,
     answerer: Answerer,
     log: ResultLog,
-    sampling: Sampling,
+    sampling: SamplingParams,
     title: str,
     unit: str,
 ) -> list[Row]:

@@ -13,7 +13,7 @@ from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
 from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
 from megatron_vita.inference.client.conversation import Conversation
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling, ScoredToken
+from megatron_vita.inference.requests import SamplingParams, ScoredToken
 from megatron_vita.text.tokenizer import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
@@ -25,7 +25,7 @@ answer. With --server there is no CHECKPOINT, and the server's key is the enviro
 
 Stream = Callable[[Prompt], Iterator[TextPiece]]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-DEFAULTS = Sampling()
+DEFAULTS = SamplingParams()
 
 
 @app.command(help=HELP)
@@ -73,16 +73,16 @@ def ask(
     logprobs: Annotated[
         int | None, typer.Option(help="List tokens with this many likeliest ones.")
     ] = None,
-    beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = DEFAULTS.beams,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = DEFAULTS.num_beams,
     length_penalty: Annotated[
         float, typer.Option(help="Of beam search: length to this power divides scores.")
     ] = 1.0,
-    ignore_end: Annotated[
-        bool, typer.Option("--ignore-end", help="Go on to --max-new-tokens.")
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on to --max-new-tokens.")
     ] = False,
 ) -> int:
     """One question, or a conversation; gives the exit code."""
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -94,9 +94,9 @@ def ask(
         seed=seed,
         n=n,
         logprobs=logprobs,
-        beams=beams,
+        num_beams=num_beams,
         length_penalty=length_penalty,
-        ignore_end=ignore_end,
+        ignore_eos=ignore_eos,
     )
     conversation = Conversation(next_images=_read(image), next_videos=_read(video))
     if server is None:
@@ -157,7 +157,9 @@ def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
     return finished
 
 
-def _local_stream(checkpoint: str | None, *, tokenizer: str | None, sampling: Sampling) -> Stream:
+def _local_stream(
+    checkpoint: str | None, *, tokenizer: str | None, sampling: SamplingParams
+) -> Stream:
     """Answers of a checkpoint, loaded into this process."""
     if checkpoint is None:
         raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")

@@ -12,7 +12,7 @@ was asked cannot be answered, such as a damaged image; `model_error`: the model'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How an answer is drawn. Temperature 0 always takes the likeliest token."""
 
     max_new_tokens: int = 256
@@ -29,9 +29,9 @@ class Sampling:
     n: int = 1  # answers to draw
     # with each token its log-probability and those of this many likeliest ones
     logprobs: int | None = None
-    beams: int = 1  # above 1: beam search, whose `n` best answers are given
+    num_beams: int = 1  # above 1: beam search, whose `n` best answers are given
     length_penalty: float = 1.0  # of beam search: scores are divided by length to this power
-    ignore_end: bool = False  # goes on to max_new_tokens whatever the model says
+    ignore_eos: bool = False  # goes on to max_new_tokens whatever the model says
 
     def __post_init__(self) -> None:
         checks = {
@@ -46,18 +46,18 @@ class Sampling:
             "seed": (0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1"),
             "n": (1 <= self.n <= 128, "from 1 to 128"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
-            "beams": (1 <= self.beams <= 64, "from 1 to 64"),
+            "num_beams": (1 <= self.num_beams <= 64, "from 1 to 64"),
             "length_penalty": (-10 <= self.length_penalty <= 10, "from -10 to 10"),
         }
         for name, (right, wanted) in checks.items():
             if not right:  # a comparison with NaN is false, so NaN is refused too
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        if self.beams > 1 and (
-            self.temperature > 0 or self.n > self.beams or penalties != (1, 0, 0)
+        if self.num_beams > 1 and (
+            self.temperature > 0 or self.n > self.num_beams or penalties != (1, 0, 0)
         ):
             raise ConfigError(
-                f"beams is {self.beams}: beam search needs temperature 0, no penalties, and n of at most as many"
+                f"num_beams is {self.num_beams}: beam search needs temperature 0, no penalties, and n of at most as many"
             )
 
 

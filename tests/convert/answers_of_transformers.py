@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 
 def assert_same_answer(
@@ -15,7 +15,7 @@ def assert_same_answer(
     within 1e-5."""
     prompt = Prompt.ask(question)
     (answer,) = engine.generate(
-        [prompt], sampling=Sampling(max_new_tokens=max_new_tokens, logprobs=1)
+        [prompt], sampling=SamplingParams(max_new_tokens=max_new_tokens, logprobs=1)
     )
     ids = engine.prepare(prompt).document.input_ids.tolist()
     said: list[int] = []

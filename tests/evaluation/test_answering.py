@@ -10,9 +10,9 @@ from megatron_vita.errors import DataError, LogitsError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
 from megatron_vita.inference.client.client import ChatServer, openai_messages, openai_options
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Answer, Sampling
+from megatron_vita.inference.requests import Answer, SamplingParams
 
-GREEDY = Sampling(max_new_tokens=5)
+GREEDY = SamplingParams(max_new_tokens=5)
 
 
 class Echo:
@@ -159,8 +159,10 @@ def test_media_are_data_urls_in_their_places() -> None:
 
 
 def test_options_that_the_protocol_does_not_have_are_sent_only_where_they_are_set() -> None:
-    assert "extra_body" not in openai_options(Sampling())
-    options = openai_options(Sampling(top_k=5, ignore_end=True, logprobs=2, stop=("x",), seed=3))
-    assert options["extra_body"] == {"top_k": 5, "ignore_end": True}
+    assert "extra_body" not in openai_options(SamplingParams())
+    options = openai_options(
+        SamplingParams(top_k=5, ignore_eos=True, logprobs=2, stop=("x",), seed=3)
+    )
+    assert options["extra_body"] == {"top_k": 5, "ignore_eos": True}
     assert options["logprobs"] is True
     assert (options["top_logprobs"], options["stop"], options["seed"]) == (2, ["x"], 3)

@@ -20,7 +20,7 @@ from megatron_vita.evaluation.needle_run import Grid, run_needles
 from megatron_vita.evaluation.needles import Cell, Haystack, count_tokens, pages_within
 from megatron_vita.evaluation.pages import Book, PageStyle, read_text
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 from megatron_vita.text.conversation import check_messages
@@ -46,7 +46,7 @@ class Reader:
         self.asked: list[Prompt] = []
         self.stop_after: int | None = None
 
-    def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+    def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
         codes = {
             fingerprint(self.haystack.prompt(cell, depths=DEPTHS)): self.code(cell)
             for cell in self.cells
@@ -272,7 +272,9 @@ def test_more_lengths_and_needles_add_to_what_is_there_and_other_settings_are_re
 
 def test_a_refused_prompt_counts_as_wrong_and_is_asked_again(tmp_path: Path) -> None:
     class Refuses(Reader):
-        def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+        def answers(
+            self, prompts: Iterable[Prompt], *, sampling: SamplingParams
+        ) -> Iterator[Reply]:
             for prompt in prompts:
                 long = len(prompt.images) == 3
                 yield (

@@ -10,7 +10,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.questions import read_questions, run_questions
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 
 class Says:
@@ -20,7 +20,7 @@ class Says:
         self.texts = list(texts)
         self.prompts: list[Prompt] = []
 
-    def answers(self, prompts: Iterable[Prompt], *, sampling: Sampling) -> Iterator[Reply]:
+    def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
         for prompt in prompts:
             if not self.texts:
                 raise KeyboardInterrupt

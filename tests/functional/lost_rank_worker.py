@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import EngineError
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from tests.inference.tiny import prompts, tiny_engine
 
 
@@ -35,7 +35,9 @@ def main() -> None:
     try:
         while True:
             if busy:
-                engine.generate(prompts(), sampling=Sampling(max_new_tokens=50, ignore_end=True))
+                engine.generate(
+                    prompts(), sampling=SamplingParams(max_new_tokens=50, ignore_eos=True)
+                )
             else:
                 engine.idle()
     except EngineError as error:

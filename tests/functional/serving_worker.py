@@ -14,11 +14,11 @@ from megatron_vita import platform
 from megatron_vita.config import ParallelConfig
 from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from tests.inference.tiny import picture, prompts
 
-GREEDY = Sampling(max_new_tokens=8, logprobs=2, ignore_end=True)
-DRAWN = Sampling(
+GREEDY = SamplingParams(max_new_tokens=8, logprobs=2, ignore_eos=True)
+DRAWN = SamplingParams(
     max_new_tokens=8,
     temperature=1.0,
     top_k=40,
@@ -26,9 +26,9 @@ DRAWN = Sampling(
     n=2,
     seed=7,
     logprobs=0,
-    ignore_end=True,
+    ignore_eos=True,
 )
-BEAMS = Sampling(max_new_tokens=6, beams=3, n=2)
+BEAMS = SamplingParams(max_new_tokens=6, num_beams=3, n=2)
 DAMAGED = MediaFile(name="cut.png", data=picture(1).data[:1200])
 
 

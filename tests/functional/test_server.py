@@ -109,7 +109,7 @@ def test_one_process_answers_with_its_limits_and_ends_with_0_at_sigterm(checkpoi
     with service(
         checkpoints, ranks=1, arguments=("--output-tokens", "5", "--max-context", "100")
     ) as served:
-        answer = served.ask(ignore_end=True).json()
+        answer = served.ask(ignore_eos=True).json()
         assert answer["usage"]["completion_tokens"] == 5
         long = [{"role": "user", "content": "word " * 100}]
         assert "--prompt-tokens" in refusal(served.ask(messages=long), 400)["message"]
@@ -130,9 +130,9 @@ def test_what_cannot_be_served_is_one_line_and_exit_code_1(tmp_path: Path) -> No
 
 def test_two_ranks_answer_as_one_and_the_first_ends_the_other(checkpoints: Path) -> None:
     with service(checkpoints, ranks=1) as served:
-        alone = served.ask(max_tokens=12, ignore_end=True).json()["choices"]
+        alone = served.ask(max_tokens=12, ignore_eos=True).json()["choices"]
     with service(checkpoints, ranks=2) as served:
-        assert served.ask(max_tokens=12, ignore_end=True).json()["choices"] == alone
+        assert served.ask(max_tokens=12, ignore_eos=True).json()["choices"] == alone
         for process in reversed(served.ranks):  # as a launcher does, which tells all
             process.send_signal(signal.SIGTERM)
         assert "the server has stopped" in served.logs_of(0)

@@ -9,7 +9,7 @@ from fields import GPUS
 
 from megatron_vita.inference.generation.beams import BeamSearch
 from megatron_vita.inference.generation.sampling import Draw, Penalties, draw_tokens
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 
@@ -32,7 +32,7 @@ def draws(step: int, device: str) -> list[Draw]:
         penalties = Penalties(torch.arange(row, 1000), vocab_size=VOCAB, device=device)
         for token in range(500, 600):
             penalties.add(token)
-        sampling = Sampling(seed=row, **options)
+        sampling = SamplingParams(seed=row, **options)
         needed = {"repetition_penalty", "presence_penalty"} & options.keys()
         found.append(Draw(sampling=sampling, step=step, penalties=penalties if needed else None))
     return found
@@ -73,7 +73,7 @@ def waits(device_work: Callable[[], object]) -> int:
 
 def test_the_host_waits_once_a_step() -> None:
     batch, rows = logits(0).cuda(), draws(0, "cuda")
-    beams = BeamSearch(Sampling(beams=len(OPTIONS), logprobs=3), end_ids=frozenset([7]))
+    beams = BeamSearch(SamplingParams(num_beams=len(OPTIONS), logprobs=3), end_ids=frozenset([7]))
     draw_tokens(batch, rows)
     beams.advance(batch[:1])
     assert waits(lambda: draw_tokens(batch, rows)) == 1

@@ -8,7 +8,7 @@ import torch
 from megatron_vita.inference.generation.beams import BeamAnswer
 from megatron_vita.inference.generation.choice_state import AnswerState
 from megatron_vita.inference.generation.sampling import draw_tokens
-from megatron_vita.inference.requests import AnswerPiece, Sampling, ScoredToken, TokenScore
+from megatron_vita.inference.requests import AnswerPiece, SamplingParams, ScoredToken, TokenScore
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
@@ -29,7 +29,7 @@ def scored(token_id: int) -> ScoredToken:
 
 
 def answer(tokenizer: Tokenizer, **options: object) -> AnswerState:
-    return AnswerState(Sampling(**options), request=7, choice=2, tokenizer=tokenizer)
+    return AnswerState(SamplingParams(**options), request=7, choice=2, tokenizer=tokenizer)
 
 
 def take_all(state: AnswerState, ids: list[int], tokenizer: Tokenizer) -> list[AnswerPiece]:
@@ -67,7 +67,7 @@ def test_the_most_tokens_end_the_answer_with_what_waited(tokenizer: Tokenizer) -
 
 def test_an_ignored_end_goes_on_to_the_most_tokens(tokenizer: Tokenizer) -> None:
     ids = [*tokenizer.encode("the"), tokenizer.end_of_turn_id, *tokenizer.encode("fox")]
-    pieces = take_all(answer(tokenizer, max_new_tokens=len(ids), ignore_end=True), ids, tokenizer)
+    pieces = take_all(answer(tokenizer, max_new_tokens=len(ids), ignore_eos=True), ids, tokenizer)
     assert joined(pieces) == ("thefox", ids)
     assert pieces[-1].finish == "length"
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_vita.errors import LogitsError
 from megatron_vita.inference.generation.beams import BeamAnswer, BeamSearch
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 PROMPT = [5, 9, 3, 17]
 VOCAB = 24
@@ -27,7 +27,9 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def search(model: LlamaForCausalLM, sampling: Sampling, *, end_ids: frozenset[int]) -> BeamSearch:
+def search(
+    model: LlamaForCausalLM, sampling: SamplingParams, *, end_ids: frozenset[int]
+) -> BeamSearch:
     """Runs the search as an engine does, without a cache."""
     beams = BeamSearch(sampling, end_ids=end_ids)
     rows = [PROMPT]
@@ -59,7 +61,9 @@ def test_answers_and_scores_are_those_of_transformers(
             max_new_tokens=10, eos_token_id=ends or None, do_sample=False, return_dict_in_generate=True,
             output_scores=True, pad_token_id=0,
         )  # fmt: skip
-        sampling = Sampling(beams=beams, n=count, length_penalty=length_penalty, max_new_tokens=10)
+        sampling = SamplingParams(
+            num_beams=beams, n=count, length_penalty=length_penalty, max_new_tokens=10
+        )
         found = search(model, sampling, end_ids=frozenset(ends)).results(count)
         assert len(found) == count
         for answer, sequence, score in zip(
@@ -76,7 +80,7 @@ def test_answers_and_scores_are_those_of_transformers(
 
 def test_the_answers_of_these_models_end_both_ways_and_at_several_lengths() -> None:
     """Or else the comparison would say little."""
-    sampling = Sampling(beams=4, n=4, max_new_tokens=10)
+    sampling = SamplingParams(num_beams=4, n=4, max_new_tokens=10)
     found = [
         a
         for seed in range(3)
@@ -105,7 +109,9 @@ def test_enough_beams_find_what_trying_everything_finds(length_penalty: float) -
         total = sum(rows[place, token].item() for place, token in enumerate(tokens))
         scores.append((total / len(tokens) ** length_penalty, tokens))
     scores.sort(reverse=True)
-    sampling = Sampling(beams=64, n=20, length_penalty=length_penalty, max_new_tokens=length)
+    sampling = SamplingParams(
+        num_beams=64, n=20, length_penalty=length_penalty, max_new_tokens=length
+    )
     found = search(model, sampling, end_ids=frozenset([end])).results(20)
     for answer, (score, tokens) in zip(found, scores[:20], strict=True):
         assert answer.token_ids == [token for token in tokens if token != end]
@@ -114,7 +120,7 @@ def test_enough_beams_find_what_trying_everything_finds(length_penalty: float) -
 
 def test_answers_bring_the_models_logprobs() -> None:
     model = tiny_llama(0)
-    sampling = Sampling(beams=3, n=3, max_new_tokens=6, logprobs=2)
+    sampling = SamplingParams(num_beams=3, n=3, max_new_tokens=6, logprobs=2)
     for answer in search(model, sampling, end_ids=frozenset([2])).results(3):
         expected = logprobs_of(model, answer.token_ids)
         for row, token in zip(expected, answer.tokens, strict=True):
@@ -129,7 +135,7 @@ def test_answers_bring_the_models_logprobs() -> None:
 
 
 def test_a_search_that_ignores_ends_goes_to_the_last_token() -> None:
-    sampling = Sampling(beams=3, n=3, max_new_tokens=5, ignore_end=True)
+    sampling = SamplingParams(num_beams=3, n=3, max_new_tokens=5, ignore_eos=True)
     found = search(tiny_llama(0), sampling, end_ids=frozenset(range(VOCAB))).results(3)
     assert [(len(answer.tokens), answer.finish) for answer in found] == [(5, "length")] * 3
 
@@ -137,7 +143,7 @@ def test_a_search_that_ignores_ends_goes_to_the_last_token() -> None:
 def test_a_vocabulary_smaller_than_the_beams_is_tried_whole() -> None:
     """Two tokens, the second of which ends: the answers are of none, one and two tokens, and the
     one cut at two."""
-    beams = BeamSearch(Sampling(beams=8, n=8, max_new_tokens=3), end_ids=frozenset([1]))
+    beams = BeamSearch(SamplingParams(num_beams=8, n=8, max_new_tokens=3), end_ids=frozenset([1]))
     while not beams.done:
         beams.advance(torch.tensor([[0.5, 0.5]]).log().expand(max(1, len(beams.tokens)), -1))
     found = beams.results(8)
@@ -151,20 +157,24 @@ def test_a_vocabulary_smaller_than_the_beams_is_tried_whole() -> None:
 
 def test_when_every_beam_ends_at_once_the_search_is_done() -> None:
     """A token of no probability goes on with nothing."""
-    beams = BeamSearch(Sampling(beams=3, n=2, max_new_tokens=9), end_ids=frozenset([0, 1]))
+    beams = BeamSearch(
+        SamplingParams(num_beams=3, n=2, max_new_tokens=9), end_ids=frozenset([0, 1])
+    )
     beams.advance(torch.tensor([[1.0, 2.0, -math.inf]]))
     assert beams.done
     assert [answer.token_ids for answer in beams.results(2)] == [[], []]
 
 
 def test_beams_go_on_however_many_kinds_of_end_are_likelier() -> None:
-    beams = BeamSearch(Sampling(beams=2, n=1, max_new_tokens=9), end_ids=frozenset([0, 1, 2, 3]))
+    beams = BeamSearch(
+        SamplingParams(num_beams=2, n=1, max_new_tokens=9), end_ids=frozenset([0, 1, 2, 3])
+    )
     beams.advance(torch.tensor([[5.0, 5.0, 5.0, 5.0, 3.0, 2.0, 1.0]]))
     assert beams.tokens == [4, 5]
 
 
 def test_equal_candidates_are_taken_by_row_and_id() -> None:
-    beams = BeamSearch(Sampling(beams=3, n=1, max_new_tokens=9), end_ids=frozenset())
+    beams = BeamSearch(SamplingParams(num_beams=3, n=1, max_new_tokens=9), end_ids=frozenset())
     beams.advance(torch.zeros(1, 40))
     assert (beams.parents, beams.tokens) == ([0, 0, 0], [0, 1, 2])
     beams.advance(torch.zeros(3, 40))
@@ -173,7 +183,9 @@ def test_equal_candidates_are_taken_by_row_and_id() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
-    beams = BeamSearch(Sampling(beams=2, max_new_tokens=9, logprobs=2), end_ids=frozenset([1]))
+    beams = BeamSearch(
+        SamplingParams(num_beams=2, max_new_tokens=9, logprobs=2), end_ids=frozenset([1])
+    )
     beams.advance(torch.tensor([[0.0, 0.1, 0.2, 0.3]]))
     with pytest.raises(LogitsError, match=f"{bad} in 1 of 2") as caught:
         beams.advance(torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.0, bad, 0.2, 0.3]]))
@@ -181,7 +193,9 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
 
 
 def test_results_are_no_more_than_asked_for_best_first() -> None:
-    beams = search(tiny_llama(1), Sampling(beams=4, n=2, max_new_tokens=6), end_ids=frozenset([2]))
+    beams = search(
+        tiny_llama(1), SamplingParams(num_beams=4, n=2, max_new_tokens=6), end_ids=frozenset([2])
+    )
     found: list[BeamAnswer] = beams.results(2)
     assert len(found) == 2
     assert found[0].score >= found[1].score

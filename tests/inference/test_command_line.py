@@ -158,7 +158,7 @@ def test_every_sampling_option_reaches_the_server(server: FakeChatServer, client
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     code, out, _ = client(
-        "hello", *words, "--stop", "x", "--stop", "y", "--ignore-end", "--model", "large"
+        "hello", *words, "--stop", "x", "--stop", "y", "--ignore-eos", "--model", "large"
     )
     assert code == 0
     request = server.requests[0]
@@ -168,15 +168,15 @@ def test_every_sampling_option_reaches_the_server(server: FakeChatServer, client
         "logprobs": True,
         "top_logprobs": wanted["logprobs"],
     }
-    wanted |= {"stop": ["x", "y"], "ignore_end": True, "model": "large"}
+    wanted |= {"stop": ["x", "y"], "ignore_eos": True, "model": "large"}
     assert {name: request[name] for name in wanted} == wanted
     assert out.splitlines()[:3] == [
         "you said hello ",
         "[2] you said hello ",
         "   -0.500 'you'  of  'you' -0.500",
     ]
-    client("hello", "--beams", "4")
-    assert server.requests[-1]["beams"] == 4
+    client("hello", "--num-beams", "4")
+    assert server.requests[-1]["num_beams"] == 4
 
 
 def test_a_conversation_keeps_its_turns_and_media_until_it_is_reset(

@@ -11,11 +11,11 @@ from megatron_vita import platform
 from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
+from megatron_vita.inference.requests import Answer, AnswerPiece, SamplingParams
 from megatron_vita.inference.step import Step
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
-GREEDY = Sampling(max_new_tokens=10, logprobs=3, ignore_end=True)
+GREEDY = SamplingParams(max_new_tokens=10, logprobs=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long = engine.add(engine.prepare(Prompt.ask("what is in this " * 4, videos=[video(8)])), GREEDY)
     engine.step()
     short = engine.add(
-        engine.prepare(Prompt.ask("yes")), Sampling(max_new_tokens=1, ignore_end=True)
+        engine.prepare(Prompt.ask("yes")), SamplingParams(max_new_tokens=1, ignore_eos=True)
     )
     order = []
     while engine.has_work:
@@ -140,7 +140,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(engine: Engine) -> None:
 
 def test_the_same_seed_draws_the_same_and_another_differs(engine: Engine) -> None:
     def draw(seed: int) -> list[int]:
-        sampling = Sampling(max_new_tokens=16, temperature=1.5, seed=seed, ignore_end=True)
+        sampling = SamplingParams(max_new_tokens=16, temperature=1.5, seed=seed, ignore_eos=True)
         return engine.generate(prompts()[:1], sampling=sampling)[0].token_ids
 
     assert draw(1) == draw(1)
@@ -148,8 +148,8 @@ def test_the_same_seed_draws_the_same_and_another_differs(engine: Engine) -> Non
 
 
 def test_answers_of_one_request_differ_and_each_is_drawn_as_if_alone(engine: Engine) -> None:
-    sampling = Sampling(
-        max_new_tokens=12, temperature=1.0, seed=5, n=3, logprobs=0, ignore_end=True
+    sampling = SamplingParams(
+        max_new_tokens=12, temperature=1.0, seed=5, n=3, logprobs=0, ignore_eos=True
     )
     answers = engine.generate(prompts()[:1], sampling=sampling)
     assert len({tuple(answer.token_ids) for answer in answers}) == 3
@@ -203,7 +203,7 @@ def test_logits_that_are_no_numbers_end_answers_as_the_models_fault(folder: Path
     engine = tiny_engine(folder)
     with torch.no_grad():
         next(engine.model.language_model.decoder.layers[0].parameters()).fill_(torch.nan)
-    for sampling in (GREEDY, Sampling(max_new_tokens=4, beams=2)):
+    for sampling in (GREEDY, SamplingParams(max_new_tokens=4, num_beams=2)):
         (answer,) = engine.generate([Prompt.ask("what color")], sampling=sampling)
         assert (answer.finish, answer.token_ids) == ("model_error", [])
         assert "highest logit is nan in 1 of 1 answers" in answer.error
@@ -224,7 +224,7 @@ def test_what_can_never_be_answered_is_refused_with_numbers(folder: Path) -> Non
     with pytest.raises(DataError, match="at most 256 are possible"):
         engine.add(engine.prepare(Prompt.ask("yes " * 300)), GREEDY)
     with pytest.raises(DataError, match="3 answers at a time"):
-        engine.add(engine.prepare(Prompt.ask("yes")), Sampling(n=3))
+        engine.add(engine.prepare(Prompt.ask("yes")), SamplingParams(n=3))
 
 
 def test_layouts_that_cannot_serve_are_refused_by_name(folder: Path) -> None:

@@ -22,7 +22,7 @@ from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import DataError, PlatformError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import AnswerPiece, Sampling
+from megatron_vita.inference.requests import AnswerPiece, SamplingParams
 from megatron_vita.inference.vision import decode_pool, tile_decoder
 from megatron_vita.inference.vision.decode_pool import MediaReaders
 from megatron_vita.media.tiling import Grid, Tiling
@@ -32,8 +32,8 @@ from tests.inference.tiny import picture, tiny_engine, video
 
 FORM = TileFormat(Tiling(tile_size=16, grids=(Grid(2, 1),)), "imagenet")
 FRAMES = Medium("clip", 5, None, [0.0, 1.0, 2.0, 3.0, 4.0])
-GREEDY = Sampling(max_new_tokens=4)
-LONG = Sampling(max_new_tokens=40, ignore_end=True)
+GREEDY = SamplingParams(max_new_tokens=4)
+LONG = SamplingParams(max_new_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture

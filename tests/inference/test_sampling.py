@@ -26,7 +26,7 @@ from megatron_vita.inference.generation.sampling import (
     likeliest_tokens,
     uniform_number,
 )
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 VOCAB = 50
 
@@ -36,11 +36,11 @@ def random_logits(rows: int, seed: int = 0, *, vocab: int = VOCAB) -> Tensor:
 
 
 def draw(step: int = 0, *, choice: int = 0, **options: float) -> Draw:
-    return Draw(sampling=Sampling(**options), choice=choice, step=step)
+    return Draw(sampling=SamplingParams(**options), choice=choice, step=step)
 
 
 def draw_with_penalties(prompt: list[int], answer: list[int], **options: float) -> Draw:
-    sampling = Sampling(**options)
+    sampling = SamplingParams(**options)
     penalties = Penalties(torch.tensor(prompt, dtype=torch.int64), vocab_size=VOCAB, device="cpu")
     for token in answer:
         penalties.add(token)
@@ -51,7 +51,7 @@ def ids(logits: Tensor, draws: list[Draw]) -> list[int]:
     return [token.chosen.token_id for token in draw_tokens(logits, draws)]
 
 
-def warpers(sampling: Sampling) -> LogitsProcessorList:
+def warpers(sampling: SamplingParams) -> LogitsProcessorList:
     """transformers' own, in its order."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1:
@@ -135,7 +135,7 @@ def test_greedy_takes_the_likeliest_after_penalties() -> None:
 def test_only_samplings_with_penalties_need_the_tokens_before(
     options: dict[str, float], wanted: bool
 ) -> None:
-    assert has_penalties(Sampling(**options)) is wanted
+    assert has_penalties(SamplingParams(**options)) is wanted
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 5])
@@ -177,7 +177,7 @@ def test_top_p_of_one_loses_no_token_to_rounding() -> None:
 def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     """Pearson's chi-square of 20,000 draws stays below its 99.99 % quantile."""
     logits = random_logits(1, vocab=12)
-    sampling = Sampling(seed=5, **options)
+    sampling = SamplingParams(seed=5, **options)
     draws = [Draw(sampling=sampling, choice=i % 4, step=i // 4) for i in range(20_000)]
     counts = np.bincount(ids(logits.expand(len(draws), -1), draws), minlength=12)
     exact = candidate_logits(logits, draws[:1])[0].softmax(-1).double().numpy()
@@ -333,7 +333,7 @@ def test_no_rows_give_no_tokens() -> None:
 
 
 def test_all_answers_of_a_request_are_drawn_apart() -> None:
-    sampling = Sampling(temperature=2.0, n=4, seed=1)
+    sampling = SamplingParams(temperature=2.0, n=4, seed=1)
     logits = random_logits(1).expand(4, -1)
     streams = [
         tuple(ids(logits, [Draw(sampling=dataclasses.replace(sampling), choice=i, step=s) for i in range(4)])[c]

@@ -8,15 +8,15 @@ import torch
 from megatron_vita import platform
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from tests.inference.tiny import picture, tiny_engine
 
 RED = Prompt.ask("is there a red circle")
 MANY = {
-    "answers": Sampling(max_new_tokens=30, n=8, temperature=1.0, seed=1, ignore_end=True),
-    "uneven answers": Sampling(max_new_tokens=30, n=8, temperature=1.0, seed=2),
-    "beams": Sampling(max_new_tokens=60, beams=8, ignore_end=True),
-    "one token": Sampling(max_new_tokens=1, n=8, temperature=1.0, seed=3, ignore_end=True),
+    "answers": SamplingParams(max_new_tokens=30, n=8, temperature=1.0, seed=1, ignore_eos=True),
+    "uneven answers": SamplingParams(max_new_tokens=30, n=8, temperature=1.0, seed=2),
+    "beams": SamplingParams(max_new_tokens=60, num_beams=8, ignore_eos=True),
+    "one token": SamplingParams(max_new_tokens=1, n=8, temperature=1.0, seed=3, ignore_eos=True),
 }
 
 
@@ -34,7 +34,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.mark.parametrize("sampling", MANY.values(), ids=MANY.keys())
 def test_what_a_request_holds_and_may_still_take_is_its_ceiling(
-    engine: Engine, sampling: Sampling
+    engine: Engine, sampling: SamplingParams
 ) -> None:
     scheduler = engine._scheduler
     number = engine.add(engine.prepare(RED), sampling)
@@ -52,14 +52,16 @@ def test_what_a_request_holds_and_may_still_take_is_its_ceiling(
 
 
 def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
-    beams = engine.add(engine.prepare(RED), Sampling(max_new_tokens=100, beams=8, ignore_end=True))
+    beams = engine.add(
+        engine.prepare(RED), SamplingParams(max_new_tokens=100, num_beams=8, ignore_eos=True)
+    )
     ended = []
     for turn in range(100_000):
         if turn >= 50 and len(engine._scheduler.waiting) < 2:
             words = Prompt.ask(
                 f"{['red', 'blue', 'cats', 'two'][turn % 4]} " + "yes " * (turn % 60)
             )
-            engine.add(engine.prepare(words), Sampling(max_new_tokens=40, ignore_end=True))
+            engine.add(engine.prepare(words), SamplingParams(max_new_tokens=40, ignore_eos=True))
         ended += [piece for piece in engine.step() if piece.finish]
         if any(piece.request == beams for piece in ended):
             break
@@ -72,7 +74,7 @@ def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
 @pytest.mark.parametrize("sampling", MANY.values(), ids=MANY.keys())
 @pytest.mark.parametrize("steps", [1, 3, 1000])
 def test_nothing_is_left_of_ended_or_cancelled_requests(
-    engine: Engine, sampling: Sampling, steps: int
+    engine: Engine, sampling: SamplingParams, steps: int
 ) -> None:
     number = engine.add(engine.prepare(RED), sampling)
     for _ in range(steps):
@@ -89,10 +91,10 @@ def test_nothing_is_left_of_ended_or_cancelled_requests(
 
 def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, chunk_tokens=8, busy_chunk_tokens=64)
-    engine.add(engine.prepare(RED), Sampling(max_new_tokens=30, ignore_end=True))
+    engine.add(engine.prepare(RED), SamplingParams(max_new_tokens=30, ignore_eos=True))
     while not engine._scheduler.running:
         engine.step()
-    engine.add(engine.prepare(Prompt.ask("no cats " * 9)), Sampling(max_new_tokens=2))
+    engine.add(engine.prepare(Prompt.ask("no cats " * 9)), SamplingParams(max_new_tokens=2))
     while engine.has_work:
         step = engine._scheduler.next_step()
         assert step is not None
@@ -103,7 +105,7 @@ def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
 def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> None:
     engine, one = (
         tiny_engine(tmp_path, chunk_tokens=16, busy_chunk_tokens=16),
-        Sampling(max_new_tokens=1),
+        SamplingParams(max_new_tokens=1),
     )
     long = engine.add(engine.prepare(Prompt.ask("no cats " * 45)), one)
     for turn in range(200):
@@ -121,7 +123,8 @@ def test_a_short_prompt_with_an_image_is_computed_in_one_piece(tmp_path: Path) -
     """The graphs of short prompts, and the tiles of chunks, depend on it."""
     engine = tiny_engine(tmp_path, chunk_tokens=512, page_tokens=128)
     engine.add(
-        engine.prepare(Prompt.ask("what color", images=[picture(1)])), Sampling(max_new_tokens=1)
+        engine.prepare(Prompt.ask("what color", images=[picture(1)])),
+        SamplingParams(max_new_tokens=1),
     )
     pieces = []
     while engine.has_work:
@@ -135,7 +138,9 @@ def test_a_short_prompt_with_an_image_is_computed_in_one_piece(tmp_path: Path) -
 def test_pieces_of_a_prompt_with_images_are_whole_chunks(tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, chunk_tokens=16, page_tokens=128)
     images = [picture(seed, (16, 16)) for seed in range(6)]
-    engine.add(engine.prepare(Prompt.ask("what color", images=images)), Sampling(max_new_tokens=1))
+    engine.add(
+        engine.prepare(Prompt.ask("what color", images=images)), SamplingParams(max_new_tokens=1)
+    )
     starts = []
     while engine.has_work:
         step = engine._scheduler.next_step()
@@ -147,7 +152,7 @@ def test_pieces_of_a_prompt_with_images_are_whole_chunks(tmp_path: Path) -> None
 
 
 def test_numbers_that_went_wrong_are_not_shared(tmp_path: Path) -> None:
-    engine, sampling = tiny_engine(tmp_path), Sampling(max_new_tokens=4, ignore_end=True)
+    engine, sampling = tiny_engine(tmp_path), SamplingParams(max_new_tokens=4, ignore_eos=True)
     prompts = [RED, Prompt.ask("is there a red circle or two cats")]
     weight = next(engine.model.language_model.decoder.layers[0].parameters())
     right = weight.detach().clone()

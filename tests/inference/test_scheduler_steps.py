@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.engine.scheduler import AHEAD, Policy, Request, Scheduler
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.step import Step
 from megatron_vita.layout.blocks import BlockLayout
 
@@ -50,7 +50,7 @@ class World:
             f"{-1 if (k + 1) * BLOCK <= shared else number} {k}".encode()
             for k in range(tokens // BLOCK)
         ]
-        sampling = Sampling(max_new_tokens=self.rng.randint(1, 12), n=n, temperature=1.0)
+        sampling = SamplingParams(max_new_tokens=self.rng.randint(1, 12), n=n, temperature=1.0)
         self.open[number] = Request(number=number, prepared=prepared, sampling=sampling, keys=keys)
         self.scheduler.waiting.append(self.open[number])
 

@@ -13,7 +13,7 @@ import openai
 
 from megatron_vita.errors import RefusedError, ServerError
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.media.data_urls import data_url
 from megatron_vita.text.conversation import TextPart, check_messages
 
@@ -21,7 +21,7 @@ KEY_VARIABLES = ("VITA_API_KEY", "OPENAI_API_KEY")
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 3600  # a prompt of a million tokens may be read for minutes
 _OF_THE_PROMPT = (400, 413, 422)
 _STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "seed", "n")
-_BEYOND = ("top_k", "repetition_penalty", "beams", "length_penalty", "ignore_end")
+_BEYOND = ("top_k", "repetition_penalty", "num_beams", "length_penalty", "ignore_eos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class ChatServer:
                 return model.id
         raise ServerError(f"{self.base_url} lists no model: name one")
 
-    def complete(self, prompt: Prompt, *, sampling: Sampling) -> Completion:
+    def complete(self, prompt: Prompt, *, sampling: SamplingParams) -> Completion:
         """The first answer. RefusedError if the prompt is at fault, ServerError for all else."""
         with self._errors():
             response = self._client.chat.completions.create(**self._request(prompt, sampling))
@@ -88,7 +88,7 @@ class ChatServer:
             prompt_tokens=usage.prompt_tokens if usage is not None else None,
         )
 
-    def stream(self, prompt: Prompt, *, sampling: Sampling) -> Iterator[TextPiece]:
+    def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[TextPiece]:
         """Answers piece by piece. Leaving the iterator ends the request, and so the server's work
         on it."""
         request = self._request(prompt, sampling)
@@ -102,7 +102,7 @@ class ChatServer:
                         tokens=tuple(map(_token_text, scored or ())),
                     )
 
-    def _request(self, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+    def _request(self, prompt: Prompt, sampling: SamplingParams) -> dict[str, Any]:
         return {
             "model": self.model,
             "messages": openai_messages(prompt),
@@ -146,14 +146,14 @@ def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
     return messages
 
 
-def openai_options(sampling: Sampling) -> dict[str, Any]:
+def openai_options(sampling: SamplingParams) -> dict[str, Any]:
     """Sampling in the protocol's words. What it has no words for goes along by our names where it
     is no default."""
     options: dict[str, Any] = {name: getattr(sampling, name) for name in _STANDARD}
     options |= {"max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop) or openai.omit}
     if sampling.logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": sampling.logprobs}
-    defaults = Sampling()
+    defaults = SamplingParams()
     beyond = {
         name: getattr(sampling, name)
         for name in _BEYOND

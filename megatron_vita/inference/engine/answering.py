@@ -31,7 +31,7 @@ class Answering:
             AnswerState(sampling, request=request.number, choice=choice, tokenizer=tokenizer)
             for choice in range(sampling.n)
         ]
-        self.beams = BeamSearch(sampling, end_ids=end_ids) if sampling.beams > 1 else None
+        self.beams = BeamSearch(sampling, end_ids=end_ids) if sampling.num_beams > 1 else None
         self._sequence_of: dict[int, Sequence] = {}  # of each answer under way
 
     @property

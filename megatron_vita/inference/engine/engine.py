@@ -26,7 +26,7 @@ from megatron_vita.inference.engine.scheduler import Policy, Request, Scheduler
 from megatron_vita.inference.engine.worker import StepResult, Worker
 from megatron_vita.inference.generation.sampling import Draw, draw_tokens
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
-from megatron_vita.inference.requests import Answer, AnswerPiece, Sampling
+from megatron_vita.inference.requests import Answer, AnswerPiece, SamplingParams
 from megatron_vita.inference.runner.cache_size import build_cache
 from megatron_vita.inference.step import Step
 from megatron_vita.inference.vision import decode_pool
@@ -209,13 +209,13 @@ class Engine:
     def _probe(self, video: MediaFile) -> VideoInfo:
         return self._readers.probe(SharedFile(video.data), video.name)
 
-    def add(self, prepared: PreparedPrompt, sampling: Sampling) -> int:
+    def add(self, prepared: PreparedPrompt, sampling: SamplingParams) -> int:
         """Takes a request and gives its number. DataError if it can never be answered."""
         if prepared.tokens >= self.max_context:
             raise DataError(
                 f"the prompt has {prepared.tokens} tokens; with an answer at most {self.max_context} are possible"
             )
-        width = max(sampling.n, sampling.beams)
+        width = max(sampling.n, sampling.num_beams)
         if width > self.options.max_running:
             raise DataError(
                 f"{width} answers at a time are asked for; at most {self.options.max_running} are possible"
@@ -297,7 +297,7 @@ class Engine:
             + sum(u.completion_tokens for u in now),
         )
 
-    def generate(self, prompts: Sequence[Prompt], *, sampling: Sampling) -> list[Answer]:
+    def generate(self, prompts: Sequence[Prompt], *, sampling: SamplingParams) -> list[Answer]:
         """Answers to prompts, `sampling.n` for each, in order. DataError for a prompt that is
         wrong."""
         prepared = [self.prepare(prompt) for prompt in prompts]
@@ -317,7 +317,7 @@ class Engine:
             _joined(pieces, number, choice) for number in numbers for choice in range(sampling.n)
         ]
 
-    def stream(self, prompt: Prompt, *, sampling: Sampling) -> Iterator[AnswerPiece]:
+    def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[AnswerPiece]:
         """Pieces of the answers to one prompt as they come, of an engine that has nothing else to
         do.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.prompt import PreparedPrompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
 from megatron_vita.layout.blocks import BlockLayout
 
@@ -44,7 +44,7 @@ class Request:
 
     number: int
     prepared: PreparedPrompt
-    sampling: Sampling
+    sampling: SamplingParams
     keys: list[bytes]  # of the prompt's whole blocks
     cached_tokens: int = 0
     # one while the prompt is computed, then one per answer
@@ -59,7 +59,7 @@ class Request:
     @property
     def width(self) -> int:
         """Answers that are decoded at a time."""
-        return max(self.sampling.n, self.sampling.beams)
+        return max(self.sampling.n, self.sampling.num_beams)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,14 @@ class Scheduler:
         """Whether a step would compute something."""
         return bool(self.waiting or self.prefilling or self.running)
 
-    def ceiling_of(self, tokens: int, sampling: Sampling) -> int:
+    def ceiling_of(self, tokens: int, sampling: SamplingParams) -> int:
         """The most blocks that a request can come to hold."""
         longest = min(tokens + sampling.max_new_tokens, self.policy.max_context)
         whole = tokens // self.layout.block_tokens
-        width = max(sampling.n, sampling.beams)
+        width = max(sampling.n, sampling.num_beams)
         tail = self.layout.blocks_for(longest) - whole
         # beams are copied before they end
-        return whole + width * tail + (width if sampling.beams > 1 else 0)
+        return whole + width * tail + (width if sampling.num_beams > 1 else 0)
 
     def next_step(self) -> Step | None:
         """What to do next; None if there is nothing to do."""

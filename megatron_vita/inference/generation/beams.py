@@ -12,7 +12,7 @@ from megatron_vita.inference.generation.sampling import (
     refuse_unless_finite,
     upload,
 )
-from megatron_vita.inference.requests import FinishReason, Sampling, ScoredToken, TokenScore
+from megatron_vita.inference.requests import FinishReason, SamplingParams, ScoredToken, TokenScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class BeamSearch:
     `tokens`: at first one row, that of the prompt. When `done`, `results` are what was found.
     """
 
-    def __init__(self, sampling: Sampling, *, end_ids: frozenset[int]) -> None:
+    def __init__(self, sampling: SamplingParams, *, end_ids: frozenset[int]) -> None:
         self.done = False
         self.parents: list[int] = []
         """For each live beam, which of the beams before the last `advance` it continues."""
         self.tokens: list[int] = []
         """For each live beam, its last token."""
         self._sampling = sampling
-        self._end_ids = frozenset() if sampling.ignore_end else end_ids
+        self._end_ids = frozenset() if sampling.ignore_eos else end_ids
         self._live: list[_Beam | None] = [None]
         self._finished: list[BeamAnswer] = []
         self._length = 0
@@ -76,11 +76,11 @@ class BeamSearch:
         for place, (parent, beam) in enumerate(candidates):
             ends = beam.token.chosen.token_id in self._end_ids
             # worse ones stand by for beams that end
-            if (ends or last) and place < self._sampling.beams:
+            if (ends or last) and place < self._sampling.num_beams:
                 self._finish(beam, "stop" if ends else "length")
             if not ends:
                 live.append((parent, beam))
-        live = [] if last else live[: self._sampling.beams]
+        live = [] if last else live[: self._sampling.num_beams]
         self.parents = [parent for parent, _ in live]
         self._live = [beam for _, beam in live]
         self.tokens = [beam.token.chosen.token_id for _, beam in live]
@@ -97,7 +97,7 @@ class BeamSearch:
         logprobs = logits.float().log_softmax(dim=-1)
         totals = [beam.total if beam else 0.0 for beam in self._live]
         sums = (logprobs + upload(totals, like=logprobs).unsqueeze(1)).flatten()
-        count = min(self._sampling.beams * (1 + max(1, len(self._end_ids))), len(sums))
+        count = min(self._sampling.num_beams * (1 + max(1, len(self._end_ids))), len(sums))
         values, places = likeliest_tokens(sums.unsqueeze(0), count)
         width = min(self._sampling.logprobs or 0, vocab_size)
         others, ids = (
@@ -137,12 +137,12 @@ class BeamSearch:
             tokens=tokens[:-1] if reason == "stop" else tokens, score=score, finish=reason
         )
         self._finished = sorted([*self._finished, answer], key=lambda one: -one.score)[
-            : self._sampling.beams
+            : self._sampling.num_beams
         ]
 
     def _can_improve(self, best: _Beam) -> bool:
         """Whether the best live beam, at its present length, beats the worst answer of a full
         list."""
-        if len(self._finished) < self._sampling.beams:
+        if len(self._finished) < self._sampling.num_beams:
             return True
         return best.total / self._length**self._sampling.length_penalty > self._finished[-1].score

@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_vita.inference.generation.beams import BeamAnswer
 from megatron_vita.inference.generation.detokenizer import TextStream
 from megatron_vita.inference.generation.sampling import Draw, Penalties, has_penalties
-from megatron_vita.inference.requests import AnswerPiece, FinishReason, Sampling, ScoredToken
+from megatron_vita.inference.requests import AnswerPiece, FinishReason, SamplingParams, ScoredToken
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -14,7 +14,7 @@ class AnswerState:
     """What is drawn for one of a request's answers, and what was said of it so far."""
 
     def __init__(
-        self, sampling: Sampling, *, request: int, choice: int, tokenizer: Tokenizer
+        self, sampling: SamplingParams, *, request: int, choice: int, tokenizer: Tokenizer
     ) -> None:
         self.sampling = sampling
         self.request = request
@@ -47,7 +47,7 @@ class AnswerState:
         ignored."""
         assert self.finish is None
         token_id = scored.chosen.token_id
-        if token_id in end_ids and not self.sampling.ignore_end:
+        if token_id in end_ids and not self.sampling.ignore_eos:
             return self._end("stop")
         self.ids.append(token_id)
         if self._penalties is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.errors import LogitsError
-from megatron_vita.inference.requests import Sampling, ScoredToken, TokenScore
+from megatron_vita.inference.requests import SamplingParams, ScoredToken, TokenScore
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -39,13 +39,13 @@ class Penalties:
 class Draw:
     """What one row of logits is drawn by."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     choice: int = 0  # which of the request's n answers
     step: int  # tokens that the answer has
     penalties: Penalties | None = None  # where the sampling has any
 
 
-def has_penalties(sampling: Sampling) -> bool:
+def has_penalties(sampling: SamplingParams) -> bool:
     """Whether a draw must know which tokens came before."""
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (
         1,
@@ -185,7 +185,7 @@ def _penalise(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return logits - _column([draw.sampling.frequency_penalty for draw in draws], logits) * counts
 
 
-def _cut(logits: Tensor, options: Sequence[Sampling]) -> Tensor:
+def _cut(logits: Tensor, options: Sequence[SamplingParams]) -> Tensor:
     """Logits [R, V] with -inf outside of the top-k, and of these of the smallest likeliest set that
     reaches top-p."""
     vocab_size = logits.shape[-1]

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.refusals import RefusalError, too_large
 
@@ -118,9 +118,9 @@ class ChatRequest(_Strict):
     frequency_penalty: Number | None = None
     top_k: StrictInt | None = None
     repetition_penalty: Number | None = None
-    beams: StrictInt | None = None
+    num_beams: StrictInt | None = None
     length_penalty: Number | None = None
-    ignore_end: StrictBool | None = None
+    ignore_eos: StrictBool | None = None
     max_frames: StrictInt | None = Field(None, ge=1)
     user: StrictStr | None = None
     response_format: ResponseFormat | None = None
@@ -193,20 +193,20 @@ def _value_starts(text: bytes) -> int:
     return sum(text.count(sign) for sign in (b",", b"[", b"{"))
 
 
-def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> Sampling:
+def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> SamplingParams:
     """How the answers are drawn; `default_seed` where the request has none. RefusalError for values
     out of range.
 
     The temperature is 1 by default, as at OpenAI, but 0 with beams, which need it.
     """
-    beams = _or(request.beams, 1)
+    num_beams = _or(request.num_beams, 1)
     _check_limits(request, limits)
     try:
-        return Sampling(
+        return SamplingParams(
             max_new_tokens=_or(
                 request.max_completion_tokens, _or(request.max_tokens, limits.output_tokens)
             ),
-            temperature=_or(request.temperature, 0.0 if beams > 1 else 1.0),
+            temperature=_or(request.temperature, 0.0 if num_beams > 1 else 1.0),
             top_k=_or(request.top_k, 0),
             top_p=_or(request.top_p, 1.0),
             repetition_penalty=_or(request.repetition_penalty, 1.0),
@@ -216,9 +216,9 @@ def sampling_of(request: ChatRequest, *, limits: Limits, default_seed: int) -> S
             seed=_or(request.seed, default_seed) % (1 << _SEED_BITS),  # OpenAI's may be negative
             n=_or(request.n, 1),
             logprobs=_or(request.top_logprobs, 0) if request.logprobs else None,
-            beams=beams,
+            num_beams=num_beams,
             length_penalty=_or(request.length_penalty, 1.0),
-            ignore_end=bool(request.ignore_end),
+            ignore_eos=bool(request.ignore_eos),
         )
     except ConfigError as error:
         raise RefusalError(
@@ -231,7 +231,7 @@ def _check_limits(request: ChatRequest, limits: Limits) -> None:
         "max_tokens": ("output_tokens", limits.output_tokens),
         "max_completion_tokens": ("output_tokens", limits.output_tokens),
         "n": ("choices", limits.choices),
-        "beams": ("choices", limits.choices),
+        "num_beams": ("choices", limits.choices),
         "max_frames": ("video_frames", limits.video_frames),
     }
     for field, (limit, most) in bounds.items():
@@ -247,7 +247,7 @@ def _check_limits(request: ChatRequest, limits: Limits) -> None:
 
 
 def _request_field(message: str) -> str:
-    """The request's field that a message of Sampling, which begins with its own field's name, is
+    """The request's field that a message of SamplingParams, which begins with its own field's name, is
     about."""
     name = message.split(" ", 1)[0]
     return {"max_new_tokens": "max_tokens", "logprobs": "top_logprobs"}.get(name, name)

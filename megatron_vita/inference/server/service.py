@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.inference.requests import AnswerPiece, Sampling
+from megatron_vita.inference.requests import AnswerPiece, SamplingParams
 from megatron_vita.inference.server.interface import ServedEngine, Statistics, Usage
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class EngineService:
         self._thread.start()
         self.engine.on_lost_rank(self._fail)
 
-    async def submit(self, prepared: Any, sampling: Sampling) -> RequestStream:
+    async def submit(self, prepared: Any, sampling: SamplingParams) -> RequestStream:
         """Adds a request. DataError if it can never fit; EngineFailedError if the engine has
         ended."""
         stream = RequestStream(sampling.n)
@@ -194,7 +194,7 @@ class EngineService:
         return usage
 
     def _add(
-        self, stream: RequestStream, prepared: Any, sampling: Sampling, added: "Future[None]"
+        self, stream: RequestStream, prepared: Any, sampling: SamplingParams, added: "Future[None]"
     ) -> None:
         if not added.set_running_or_notify_cancel():
             return  # its client has gone

@@ -11,7 +11,7 @@ from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import (
     AnswerPiece,
     FinishReason,
-    Sampling,
+    SamplingParams,
     ScoredToken,
     TokenScore,
 )
@@ -68,7 +68,7 @@ class ByteTokenizer:
 @dataclass
 class _Request:
     prepared: FakePrepared
-    sampling: Sampling
+    sampling: SamplingParams
     answer: bytes
     said: list[int] = field(default_factory=list)  # bytes of each choice
     open: list[bool] = field(default_factory=list)
@@ -94,7 +94,7 @@ class FakeEngine:
         self.cancelled: list[int] = []
         self.forgotten: list[int] = []
         self.prompts: list[Prompt] = []
-        self.samplings: list[Sampling] = []
+        self.samplings: list[SamplingParams] = []
         self.closed = False
         self.idles = 0
         self.steps = 0
@@ -132,7 +132,7 @@ class FakeEngine:
         times = frame_times(info, max_fps=4.0, max_frames=max_frames)
         return FakeVideo(name=video.name, duration=info.duration, size=info.size, times=times)
 
-    def add(self, prepared: FakePrepared, sampling: Sampling) -> int:
+    def add(self, prepared: FakePrepared, sampling: SamplingParams) -> int:
         self._own_thread()
         if prepared.tokens + 1 > self.max_context:
             raise DataError(f"the prompt has {prepared.tokens} tokens: {self.max_context - 1} fit")

@@ -20,7 +20,7 @@ from running_server import RunningServer, body, refusal, running, wait_until
 
 from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 from tests.environment import environment_with
@@ -315,7 +315,7 @@ def test_when_a_rank_is_lost_while_the_server_stops_the_engine_is_waited_for_no_
 
     async def stop() -> None:
         service.start()
-        await service.submit(engine.prepare(Prompt.ask("hello")), Sampling())
+        await service.submit(engine.prepare(Prompt.ask("hello")), SamplingParams())
         asyncio.get_running_loop().call_later(
             0.3, engine.tell_loss, EngineError("a rank is gone: rank 1")
         )
@@ -336,10 +336,12 @@ def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_o
     async def leave_early() -> None:
         service.start()
         stream = await service.submit(
-            engine.prepare(Prompt.ask("hello")), Sampling(max_new_tokens=4000)
+            engine.prepare(Prompt.ask("hello")), SamplingParams(max_new_tokens=4000)
         )
         await asyncio.to_thread(wait_until, lambda: engine.steps == 1)
-        leaving = asyncio.create_task(service.submit(engine.prepare(Prompt.ask("bye")), Sampling()))
+        leaving = asyncio.create_task(
+            service.submit(engine.prepare(Prompt.ask("bye")), SamplingParams())
+        )
         await asyncio.sleep(0.1)
         leaving.cancel()
         if not fails:
@@ -361,7 +363,7 @@ async def _read(stream: RequestStream) -> None:
 class SlowToRefuse(FakeEngine):
     """Takes longer to refuse a prompt than it takes to send the next one."""
 
-    def add(self, prepared: FakePrepared, sampling: Sampling) -> int:
+    def add(self, prepared: FakePrepared, sampling: SamplingParams) -> int:
         if prepared.text == "bad":
             time.sleep(0.002)
             raise DataError("a bad prompt")
@@ -375,7 +377,7 @@ def under_refusals(engine: FakeEngine, work: Callable[[EngineService], Awaitable
     async def refused() -> None:
         while True:
             with pytest.raises(DataError):
-                await service.submit(engine.prepare(Prompt.ask("bad")), Sampling())
+                await service.submit(engine.prepare(Prompt.ask("bad")), SamplingParams())
 
     async def main() -> None:
         service.start()
@@ -396,7 +398,9 @@ def test_answers_go_on_under_a_steady_stream_of_refused_requests() -> None:
 
     async def answer(service: EngineService) -> None:
         await _read(
-            await service.submit(engine.prepare(Prompt.ask("good")), Sampling(max_new_tokens=3))
+            await service.submit(
+                engine.prepare(Prompt.ask("good")), SamplingParams(max_new_tokens=3)
+            )
         )
 
     under_refusals(engine, answer)

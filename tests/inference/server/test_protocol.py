@@ -9,7 +9,7 @@ import pytest
 from fake_engine import FakeEngine
 from running_server import MODEL, RunningServer, body, refusal, running
 
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +108,11 @@ def test_all_options_reach_the_engine(echo: RunningServer, client: openai.OpenAI
     ask(
         client, max_completion_tokens=7, temperature=0.5, top_p=0.9, n=2, stop=["x", "y"], seed=5,
         presence_penalty=0.1, frequency_penalty=0.2, logprobs=True, top_logprobs=3,
-        extra_body={"top_k": 4, "repetition_penalty": 1.1, "length_penalty": 0.5, "ignore_end": True},
+        extra_body={"top_k": 4, "repetition_penalty": 1.1, "length_penalty": 0.5, "ignore_eos": True},
     )  # fmt: skip
-    assert echo.engine.samplings[-1] == Sampling(
+    assert echo.engine.samplings[-1] == SamplingParams(
         max_new_tokens=7, temperature=0.5, top_k=4, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1,
-        frequency_penalty=0.2, stop=("x", "y"), seed=5, n=2, logprobs=3, length_penalty=0.5, ignore_end=True,
+        frequency_penalty=0.2, stop=("x", "y"), seed=5, n=2, logprobs=3, length_penalty=0.5, ignore_eos=True,
     )  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def test_defaults_are_openais(echo: RunningServer, client: openai.OpenAI) -> Non
 
 
 def test_beam_search_is_greedy_by_default(echo: RunningServer, client: openai.OpenAI) -> None:
-    ask(client, extra_body={"beams": 3})
-    assert (echo.engine.samplings[-1].beams, echo.engine.samplings[-1].temperature) == (3, 0.0)
+    ask(client, extra_body={"num_beams": 3})
+    assert (echo.engine.samplings[-1].num_beams, echo.engine.samplings[-1].temperature) == (3, 0.0)
 
 
 def test_negative_seeds_are_seeds(echo: RunningServer, client: openai.OpenAI) -> None:
@@ -186,8 +186,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 9}, "n"),
     ({"n": 1.5}, "n"),
-    ({"beams": 9}, "beams"),
-    ({"beams": 2, "temperature": 1.0}, "beams"),
+    ({"num_beams": 9}, "num_beams"),
+    ({"num_beams": 2, "temperature": 1.0}, "num_beams"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 4097}, "max_tokens"),
     ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
@@ -197,7 +197,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"length_penalty": 11}, "length_penalty"),
-    ({"ignore_end": 1}, "ignore_end"),
+    ({"ignore_eos": 1}, "ignore_eos"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["a"] * 17}, "stop"),
     ({"stream": "yes"}, "stream"),

@@ -9,7 +9,7 @@ from running_server import MODEL, RunningServer, running
 
 from megatron_vita import platform
 from megatron_vita.inference.client.client import ChatServer, openai_messages
-from megatron_vita.inference.requests import Sampling
+from megatron_vita.inference.requests import SamplingParams
 from tests.inference.tiny import prompts, tiny_engine
 
 
@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 def test_answers_and_scores_are_those_of_the_engine(server: RunningServer, tmp_path: Path) -> None:
-    sampling = Sampling(max_new_tokens=8, logprobs=2)
+    sampling = SamplingParams(max_new_tokens=8, logprobs=2)
     alone = tiny_engine(tmp_path).generate(prompts(), sampling=sampling)
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     for prompt, expected in zip(prompts(), alone, strict=True):
@@ -43,7 +43,7 @@ def test_answers_and_scores_are_those_of_the_engine(server: RunningServer, tmp_p
 
 def test_the_projects_own_client_works(server: RunningServer) -> None:
     client = ChatServer(f"{server.url}/v1")
-    sampling = Sampling(max_new_tokens=8, logprobs=1)
+    sampling = SamplingParams(max_new_tokens=8, logprobs=1)
     for prompt in prompts():
         whole = client.complete(prompt, sampling=sampling)
         pieces = list(client.stream(prompt, sampling=sampling))
