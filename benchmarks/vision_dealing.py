@@ -10,7 +10,6 @@ sent, and memory beside what `costs/` estimated. On four GPUs: TP2 x CP2 and hie
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packs import dealt_to_this_rank, make_pack
 
 from megatron_vita import platform
 from megatron_vita.config import (
@@ -47,7 +47,6 @@ TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP = {"context_parallel_size": 2}
 WARM_UP, STEPS = 2, 5
 DOCUMENTS = 4
-IMAGE_SHARE = 0.6
 
 
 def layouts(world: int) -> dict[str, dict]:
@@ -84,33 +83,6 @@ def make_recipe(parallel: dict, *, tiny: bool) -> Recipe:
         training=TrainingConfig(
             global_batch_size=1, bf16=not tiny, recompute_granularity="full", recompute_vision=True
         ),
-    )  # fmt: skip
-
-
-def make_pack(recipe: Recipe, *, seed: int) -> Batch:
-    """Documents of equal length with their tiles at the start, a tenth of the other tokens scored;
-    all tiles."""
-    generator = torch.Generator().manual_seed(seed)
-    length, rows = recipe.data.seq_length, recipe.model.vision.image_token_length
-    each = length // DOCUMENTS
-    per_document = int(each * IMAGE_SHARE / rows)
-    placements = torch.cat(
-        [d * each + torch.arange(per_document) * (rows + 2) + 1 for d in range(DOCUMENTS)]
-    )
-    ids = torch.randint(0, recipe.model.language.vocab_size, (length,), generator=generator)
-    labels = torch.where(torch.rand(length, generator=generator) < 0.1, ids.roll(-1), -100)
-    for start in placements.tolist():
-        labels[start - 1 : start + rows] = -100
-    bounds = (torch.arange(DOCUMENTS + 1) * each).int()
-    side = recipe.model.vision.image_size
-    tiles = torch.randint(
-        0, 256, (len(placements), 3, side, side), dtype=torch.uint8, generator=generator
-    )
-    return Batch(
-        pack_id=seed, input_ids=ids, labels=labels, document_starts=bounds, cu_seqlens=bounds,
-        document_sources=torch.zeros(DOCUMENTS, dtype=torch.int64), tiles=tiles,
-        tile_ids=torch.arange(len(tiles)), frames=torch.ones(len(tiles), dtype=torch.bool),
-        placements=placements, num_tokens=length, sample_keys=[],
     )  # fmt: skip
 
 
@@ -202,11 +174,11 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     if platform.on_cuda():
         torch.cuda.reset_peak_memory_stats()
     run = assemble_run(recipe)
-    pack, clock, sent = make_pack(recipe, seed=1), Clock(), []
+    pack, clock, sent = make_pack(recipe, documents=DOCUMENTS, seed=1), Clock(), []
     watch_vision(run.core, clock)
     if duplicated:
         duplicate_vision(run.core, pack)
-    batch = pack if duplicated else _dealt(pack)
+    batch = pack if duplicated else dealt_to_this_rank(pack)
     steps = []
     with watched_exchange(clock, sent):
         for _ in range(WARM_UP + STEPS):
@@ -229,12 +201,6 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     result["TFLOP/s"] = flops / result["step"] / dist.get_world_size() / 1e12
     result["tokens/s"] = recipe.data.seq_length / result["step"] / dist.get_world_size()
     return result
-
-
-def _dealt(pack: Batch) -> Batch:
-    layout = groups.rank_layout()
-    dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
-    return dataclasses.replace(pack, tiles=pack.tiles[dealt], tile_ids=dealt)
 
 
 def _timed_step(run: Run, batch: Batch, clock: Clock) -> dict[str, float]:

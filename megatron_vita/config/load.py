@@ -1,5 +1,6 @@
 """Recipes from YAML and dotted overrides (`optimizer.lr=3e-4`), with unknown names refused."""
 
+import copy
 import dataclasses
 import difflib
 import types
@@ -26,7 +27,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply_override(tree, override)
     try:
-        return recipe_from_dict(tree)
+        return _build(Recipe, tree, "")
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -63,8 +64,12 @@ def _merge(tree: dict[str, Any], later: dict[str, Any]) -> None:
             tree[name] = value
 
 
-def recipe_from_dict(tree: dict[str, Any]) -> Recipe:
-    """A Recipe from nested plain values, as `dataclasses.asdict` gives them."""
+def recipe_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A Recipe from nested plain values, as `dataclasses.asdict` gives them, with overrides as in
+    `load_recipe`."""
+    tree = copy.deepcopy(tree)
+    for override in overrides:
+        _apply_override(tree, override)
     return _build(Recipe, tree, "")
 
 

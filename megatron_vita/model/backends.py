@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 class AttentionBackend(Protocol):
     """What the language model asks of a backend."""
 
+    name: str  # as recipes call it
     # kernels of Transformer Engine are taken for rotary positions and activations too
     fused: bool
 
@@ -63,6 +64,7 @@ def rotary_angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 class TorchBackend:
     """Exact attention by torch's scaled_dot_product_attention, document by document."""
 
+    name: str = "torch"
     fused = False
 
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> TransformerBlockSubmodules:
@@ -92,6 +94,7 @@ class TorchBackend:
 class TransformerEngineBackend:
     """Transformer Engine's layers in THD layout."""
 
+    name: str = "te"
     fused = True
 
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
@@ -127,6 +130,7 @@ def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
 class FlashBackend:
     """Transformer Engine's layers around FlashAttention-4's kernels, or around another `kernel`."""
 
+    name: str = "fa4"
     fused = True
 
     def __init__(self, kernel: AttentionKernel | None = None) -> None:

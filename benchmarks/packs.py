@@ -1,0 +1,58 @@
+"""Packs of random tokens and tiles with the proportions of real ones."""
+
+import dataclasses
+
+import torch
+
+from megatron_vita.config import Recipe
+from megatron_vita.data.batch import Batch
+from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.parallel import groups
+
+IMAGE_SHARE = 0.6
+SCORED_SHARE = 0.1
+
+
+def make_pack(recipe: Recipe, *, documents: int, seed: int) -> Batch:
+    """A pack of `documents` of equal length with their tiles at the start, a tenth of the other
+    tokens scored; all tiles, of which a text-only model has none."""
+    generator = torch.Generator().manual_seed(seed)
+    length, rows = recipe.data.seq_length, recipe.model.vision.image_token_length
+    each = length // documents
+    per_document = 0 if recipe.model.text_only else int(each * IMAGE_SHARE / rows)
+    placements = torch.cat(
+        [d * each + torch.arange(per_document) * (rows + 2) + 1 for d in range(documents)]
+    )
+    ids = torch.randint(0, recipe.model.language.vocab_size, (length,), generator=generator)
+    scored = torch.rand(length, generator=generator) < SCORED_SHARE
+    labels = torch.where(scored, ids.roll(-1), -100)
+    for start in placements.tolist():
+        labels[start - 1 : start + rows] = -100
+    bounds = (torch.arange(documents + 1) * each).int()
+    side = recipe.model.vision.image_size
+    tiles = torch.randint(
+        0, 256, (len(placements), 3, side, side), dtype=torch.uint8, generator=generator
+    )
+    return Batch(
+        pack_id=seed,
+        input_ids=ids,
+        labels=labels,
+        document_starts=bounds,
+        cu_seqlens=bounds if recipe.data.isolate_documents else bounds[[0, -1]],
+        document_sources=torch.zeros(documents, dtype=torch.int64),
+        tiles=tiles,
+        tile_ids=torch.arange(len(tiles)),
+        frames=torch.ones(len(tiles), dtype=torch.bool),
+        placements=placements,
+        num_tokens=length,
+        sample_keys=[],
+    )
+
+
+def dealt_to_this_rank(pack: Batch) -> Batch:
+    """The pack with the tiles that this rank would have read."""
+    layout = groups.rank_layout()
+    dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
+    if not groups.is_first_stage():
+        dealt = dealt[:0]
+    return dataclasses.replace(pack, tiles=pack.tiles[dealt], tile_ids=dealt)

@@ -1,0 +1,172 @@
+"""Training steps of any layout, length and levers: time, rates, memory.
+
+    PYTHONPATH=. python benchmarks/training.py --model 7b --tokens 131072 --documents 1 --tp 2 \\
+        training.recompute_granularity=full
+    PYTHONPATH=. python benchmarks/training.py --cases cases.yaml --out results
+    PYTHONPATH=. python benchmarks/training.py --cases cases.yaml --out results --compare benchmarks/baselines
+
+Real shapes with random weights on packs of random tokens, of which 60 % are image tokens; a step
+includes the optimizer's. Positional arguments are overrides of the recipe. Each case runs in
+processes of its own, so one that runs out of memory, fails or hangs spoils no other and is a row of
+the table. Results are JSON files named for their cases and are written after every step: one whose
+status is "running" was killed. A file of cases is a YAML list of mappings, whose keys are these
+options' names (and `case`, a name; `levers`, a list of overrides).
+
+With --compare, results are held against the files of the same names in another folder, on the same
+device: exit code 1 if tokens/s fall or peak memory rises by more than --threshold, or a case no
+longer completes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from training_cases import MODELS, Case, case_from_dict, read_cases
+from training_results import read_result, regressions, stamp, table, write_result
+
+from megatron_vita.errors import ConfigError
+
+HERE = Path(__file__).parent
+BASELINES = HERE / "baselines"
+GRACE = 60
+"""Seconds that torchrun is given to end its processes, which it does after 30 by force."""
+OPTIONS = {
+    "tokens": "tokens of a pack",
+    "documents": "documents of a pack, of equal length",
+    "packs": "packs of a replica in a step",
+    "layers": "layers of the language model in the place of its own",
+    "tp": "ranks of tensor parallelism",
+    "cp": "ranks of context parallelism",
+    "pp": "pipeline stages",
+    "dp": "replicas",
+    "warm_up": "steps that are not counted",
+    "steps": "steps that are counted",
+}
+
+
+def run_case(case: Case, out: Path, *, timeout: float) -> dict[str, Any]:
+    """Measures a case in fresh processes, and returns its result, which is also in the folder
+    `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, options = out / f"{case.name}.json", out / f"{case.name}.options"
+    for old in (path, path.with_suffix(".oom")):
+        old.unlink(missing_ok=True)
+    options.write_text(json.dumps(asdict(case)))
+    worker = "training_peer.py" if case.peer else "training_worker.py"
+    command = [*launcher(case.gpus), str(HERE / worker), str(options), str(path)]
+    code = _run(command, timeout=timeout)
+    result = read_result(path) or {"case": case.name, "options": asdict(case), **stamp()}
+    result |= _outcome(code, path)
+    write_result(path, result)
+    options.unlink()
+    return result
+
+
+def launcher(processes: int) -> list[str]:
+    """The command that starts a script in `processes` processes of this host."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(processes)]
+
+
+def _run(command: list[str], *, timeout: float) -> int | None:
+    """Exit code of a command; None if it was killed after `timeout` seconds."""
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Has torchrun end its processes and then itself, if it is still there."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _outcome(code: int | None, path: Path) -> dict[str, str]:
+    """The status of a case, from its exit code and what its processes left."""
+    note = path.with_suffix(".oom")
+    if note.exists():
+        message = note.read_text()
+        note.unlink()
+        return {"status": "out of memory", "message": message}
+    if code is None:
+        return {"status": "timed out"}
+    if code != 0:
+        return {"status": "failed", "message": f"exit code {code}"}
+    return {"status": "complete"}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[Case]]:
+    """Options, and the cases that they describe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    plain = Case()
+    parser.add_argument("levers", nargs="*", help="overrides of the recipe: group.field=value")
+    parser.add_argument("--cases", type=Path, help="a file of cases; other options are defaults")
+    parser.add_argument("--case", default="", help="name of the case; made from the rest if empty")
+    parser.add_argument("--model", choices=MODELS, default=plain.model)
+    for name, text in OPTIONS.items():
+        option, default = f"--{name.replace('_', '-')}", getattr(plain, name)
+        parser.add_argument(option, type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--no-sp", dest="sp", action="store_false", help="no sequence parallelism")
+    parser.add_argument("--backend", default=plain.backend, help="parallel.attention_backend")
+    parser.add_argument("--peer", choices=["transformers"], default="", help="measure it instead")
+    parser.add_argument("--profile", action="store_true", help="one more step, by kinds of kernels")
+    parser.add_argument("--out", type=Path, default=BASELINES, help="folder of results")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds of a case")
+    parser.add_argument("--compare", type=Path, help="folder of baselines to hold results against")
+    parser.add_argument("--threshold", type=float, default=0.03, help="share that may be lost")
+    options = parser.parse_args(arguments)
+    values = {name: getattr(options, name) for name in asdict(plain)}
+    if options.compare and options.compare.resolve() == options.out.resolve():
+        parser.error("--compare and --out are the same folder: the baselines would be overwritten")
+    try:
+        cases = read_cases(options.cases, values) if options.cases else [case_from_dict(values)]
+        for case in cases:
+            case.recipe()
+    except (ConfigError, OSError) as error:
+        parser.error(str(error))
+    return options, cases
+
+
+def compare(results: list[dict[str, Any]], baselines: Path, *, threshold: float) -> list[str]:
+    """All regressions; a case without a baseline is none."""
+    found = []
+    for result in results:
+        if baseline := read_result(baselines / f"{result['case']}.json"):
+            found += regressions(result, baseline, threshold=threshold)
+    return found
+
+
+def main() -> None:
+    """Runs all cases, prints the table and the regressions."""
+    options, cases = parse()
+    results = []
+    for case in cases:
+        results.append(run_case(case, options.out, timeout=options.timeout))
+        print(table(results[-1:]), flush=True)  # noqa: T201
+    if len(results) > 1:
+        print(table(results))  # noqa: T201
+    if options.compare:
+        found = compare(results, options.compare, threshold=options.threshold)
+        print("\n".join(found) or "no regression")  # noqa: T201
+        sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Cases of the training benchmark: a model, a pack, a layout and levers, from options or a file."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.errors import ConfigError
+
+QWEN2_7B = {
+    "num_layers": 28,
+    "hidden_size": 3584,
+    "ffn_hidden_size": 18944,
+    "num_attention_heads": 28,
+    "num_query_groups": 4,
+}
+QWEN3_8B = {
+    "num_layers": 36,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 12288,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "vocab_size": 151936,
+    "qk_layernorm": True,
+    "add_qkv_bias": False,
+}
+QWEN2_HALF_B = {
+    "num_layers": 24,
+    "hidden_size": 896,
+    "ffn_hidden_size": 4864,
+    "num_attention_heads": 14,
+    "num_query_groups": 2,
+    "kv_channels": 64,
+    "vocab_size": 151936,
+    "untie_embeddings_and_output_weights": False,
+}
+TINY = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "kv_channels": 8,
+    "vocab_size": 512,
+}
+TINY_TOWER = {
+    "image_size": 56,
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 4,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    # InternViT-300M is the default tower, Qwen2.5-14B the default language model
+    "7b": {"language": QWEN2_7B},
+    "14b": {"language": {}},
+    "8b-text": {"language": QWEN3_8B, "text_only": True},
+    "small": {"language": QWEN2_HALF_B},
+    "tiny": {"language": TINY, "vision": TINY_TOWER},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What one measurement is of."""
+
+    case: str = ""  # name; empty: made from the rest
+    model: str = "7b"
+    layers: int = 0  # 0: the model's own
+    tokens: int = 32768
+    documents: int = 4
+    packs: int = 1  # of a replica in a step
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = True  # where tp is above 1
+    backend: str = "auto"
+    levers: list[str] = field(default_factory=list)  # overrides of the recipe
+    peer: str = ""  # another program in the place of this one
+    warm_up: int = 1
+    steps: int = 3
+    profile: bool = False
+
+    @property
+    def gpus(self) -> int:
+        """Processes."""
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def layout(self) -> str:
+        """Sizes above 1, as in tp2sp-cp2."""
+        sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "dp": self.dp}
+        parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        if self.tp > 1 and self.sp:
+            parts[0] += "sp"
+        return "-".join(parts) or "1"
+
+    @property
+    def name(self) -> str:
+        """The given name, or one of all that sets the case apart, fit for a file."""
+        if self.case:
+            return self.case
+        layers = f"{self.layers}-layers" if self.layers else ""
+        packs = f"{self.packs}-packs" if self.packs > 1 else ""
+        length = f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else str(self.tokens)
+        parts = [self.model, layers, length, f"{self.documents}-documents", packs, self.layout]
+        parts += [self.peer or self.backend, *(lever.split(".")[-1] for lever in self.levers)]
+        return re.sub(r"[^\w.+-]+", "-", "-".join(part for part in parts if part)).strip("-")
+
+    def recipe(self) -> Recipe:
+        """The recipe, with the levers last."""
+        model = MODELS[self.model]
+        language = model["language"] | ({"num_layers": self.layers} if self.layers else {})
+        tree: dict[str, Any] = {
+            "model": model | {"language": language},
+            "data": {"seq_length": self.tokens, "train": [{"name": "random", "shards": "none"}]},
+            "parallel": {
+                "tensor_model_parallel_size": self.tp,
+                "context_parallel_size": self.cp,
+                "pipeline_model_parallel_size": self.pp,
+                "sequence_parallel": self.sp and self.tp > 1,
+                "attention_backend": self.backend,
+            },
+            "training": {
+                "global_batch_size": self.packs * self.dp,
+                "bf16": self.model != "tiny",
+                "recompute_vision": not model.get("text_only", False),
+            },
+        }
+        return recipe_from_dict(tree, self.levers)
+
+
+def case_from_dict(values: dict[str, Any]) -> Case:
+    """A case from plain values.
+
+    Raises:
+        ConfigError: an unknown field or model, or documents that do not divide the tokens.
+    """
+    known = {field.name for field in dataclasses.fields(Case)}
+    if unknown := values.keys() - known:
+        raise ConfigError(f"case has no field {min(unknown)!r}; known: {', '.join(sorted(known))}")
+    case = Case(**values)
+    if case.model not in MODELS:
+        raise ConfigError(f"model is {case.model!r}; known: {', '.join(MODELS)}")
+    if case.tokens % case.documents:
+        raise ConfigError(f"tokens {case.tokens} are not a multiple of documents {case.documents}")
+    return case
+
+
+def read_cases(path: Path, defaults: dict[str, Any]) -> list[Case]:
+    """Cases of a YAML file, a list of mappings of `Case`'s fields; `defaults` are of fields that it
+    leaves out.
+
+    Raises:
+        ConfigError: the file is no such list, or holds what `case_from_dict` refuses.
+    """
+    entries = yaml.safe_load(path.read_text())
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{path}: a list of cases is needed, each a mapping of fields")
+    cases = [case_from_dict(defaults | entry) for entry in entries]
+    names = [case.name for case in cases]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{path}: two cases are named {min(twice)}")
+    return cases
