@@ -5,6 +5,7 @@ from megatron_vita.config.data import DataConfig, DatasetConfig
 from megatron_vita.config.help import describe_fields
 from megatron_vita.config.load import load_recipe, recipe_from_dict
 from megatron_vita.config.media import MediaConfig
+from megatron_vita.config.memory import LayerMemory, layer_memory
 from megatron_vita.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.output import OutputConfig
@@ -19,6 +20,7 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "LanguageConfig",
+    "LayerMemory",
     "MediaConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "TrainingConfig",
     "VisionConfig",
     "describe_fields",
+    "layer_memory",
     "load_recipe",
     "recipe_from_dict",
 ]

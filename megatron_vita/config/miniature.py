@@ -115,6 +115,7 @@ def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
     training.train_iters, training.log_interval = STEPS, 1
     training.global_batch_size = 2 * replicas * parallel.pipeline_model_parallel_size
     training.recompute_num_layers = min(training.recompute_num_layers, 1)
+    training.recompute_keep_attention_layers = min(training.recompute_keep_attention_layers, 1)
     training.eval_interval, training.eval_iters = min(training.eval_interval, STEPS // 2), 1
     training.bf16 = training.bf16 and bf16
     if training.tensorboard_dir:

@@ -109,6 +109,12 @@ class Recipe:
             number <= layers,
             f"training.recompute_num_layers is {number}, but no rank has more than {layers} layers at once",
         )
+        kept, recomputed = self.training.recompute_keep_attention_layers, number or layers
+        require(
+            kept <= recomputed,
+            f"training.recompute_keep_attention_layers is {kept}, but no rank recomputes more than {recomputed} "
+            "layers at once; -1 keeps all",
+        )
 
     def _check_sequence(self) -> None:
         tp, cp = self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size

@@ -7,6 +7,7 @@ from megatron_vita.config.fields import described, require
 RECOMPUTE = ("none", "full", "selective")
 RECOMPUTE_METHODS = ("block", "uniform")
 RECOMPUTE_MODULES = ("core_attn", "mlp")
+RECOMPUTE_VISION_METHODS = ("layers", "tiles")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,22 @@ class TrainingConfig:
         "Of full: layers of each stage that block recomputes, 0 for all; layers of a group of uniform, 0 for 1.",
     )
     recompute_modules: list[str] = described(["core_attn"], "Of selective: core_attn, mlp.")
-    recompute_vision: bool = described(False, "Recompute the layers of the vision tower.")
+    recompute_keep_attention_layers: int = described(
+        0,
+        "Of full, block: layers of each stage, the last of those recomputed, that keep attention's output, so that "
+        "everything but attention is computed again; -1 for all of them.",
+    )
+    mlp_chunk_tokens: int = described(
+        0,
+        "Tokens whose MLP a tensor-parallel group computes at once where it is recomputed (full, block, or selective "
+        "with mlp); 0 for all.",
+    )
+    recompute_vision: bool = described(False, "Recompute the vision tower.")
+    recompute_vision_method: str = described(
+        "layers",
+        "Of recompute_vision: layers (keeps each layer's input) or tiles (keeps pixels alone; "
+        "vision_tiles_at_once tiles go through the whole tower again).",
+    )
     vision_tiles_at_once: int = described(
         64, "Tiles that a rank encodes at once; more go through the tower in turns."
     )
@@ -67,7 +83,12 @@ class TrainingConfig:
             self.recompute_method in RECOMPUTE_METHODS,
             f"training.recompute_method is {self.recompute_method!r}; known: {', '.join(RECOMPUTE_METHODS)}",
         )
-        for name, idle in (("recompute_num_layers", 0), ("recompute_method", "block")):
+        full = {
+            "recompute_num_layers": 0,
+            "recompute_method": "block",
+            "recompute_keep_attention_layers": 0,
+        }
+        for name, idle in full.items():
             value = getattr(self, name)
             require(
                 value == idle or granularity == "full",
@@ -81,4 +102,35 @@ class TrainingConfig:
             self.recompute_modules == ["core_attn"] or granularity == "selective",
             f"training.recompute_modules is {self.recompute_modules}, which needs recompute_granularity selective; "
             f"it is {granularity}",
+        )
+        self._check_levers()
+
+    def _check_levers(self) -> None:
+        """What works on layers that are recomputed one by one."""
+        kept, tokens = self.recompute_keep_attention_layers, self.mlp_chunk_tokens
+        require(
+            kept >= -1,
+            f"training.recompute_keep_attention_layers is {kept}: a number of layers, or -1 for all",
+        )
+        require(tokens >= 0, f"training.mlp_chunk_tokens is {tokens}: it must be at least 0")
+        one_by_one = self.recompute_granularity == "full" and self.recompute_method == "block"
+        require(
+            kept == 0 or one_by_one,
+            f"training.recompute_keep_attention_layers is {kept}, which needs recompute_method block: layers that are "
+            f"recomputed one by one; it is {self.recompute_method}",
+        )
+        selective = self.recompute_granularity == "selective" and "mlp" in self.recompute_modules
+        require(
+            tokens == 0 or one_by_one or selective,
+            f"training.mlp_chunk_tokens is {tokens}, which needs the MLP recomputed: recompute_granularity full with "
+            "recompute_method block, or selective with mlp among recompute_modules",
+        )
+        require(
+            self.recompute_vision_method in RECOMPUTE_VISION_METHODS,
+            f"training.recompute_vision_method is {self.recompute_vision_method!r}; known: "
+            f"{', '.join(RECOMPUTE_VISION_METHODS)}",
+        )
+        require(
+            self.recompute_vision_method == "layers" or self.recompute_vision,
+            f"training.recompute_vision_method is {self.recompute_vision_method}, which needs recompute_vision",
         )

@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
-from megatron_vita.config import Recipe
+from megatron_vita.config import Recipe, layer_memory
 from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionWork, VitaModel
@@ -72,22 +72,19 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 
 def _recomputation(recipe: Recipe) -> dict[str, Any]:
-    """megatron-core's fields: `full` keeps the inputs of layers, `selective` all but what given
-    parts make inside."""
+    """megatron-core's fields: `selective` keeps all but what given parts make inside, `uniform` the
+    inputs of groups of layers. What our own layers do is `layer_memory`'s business."""
     training = recipe.training
-    if training.recompute_granularity == "none":
-        return {}
     if training.recompute_granularity == "selective":
-        return {
-            "recompute_granularity": "selective",
-            "recompute_modules": training.recompute_modules,
-        }
-    every = max(recipe.parallel.layers_of_stages(recipe.model.language.num_layers))
-    number = training.recompute_num_layers or (every if training.recompute_method == "block" else 1)
+        ours = {"mlp"} if training.mlp_chunk_tokens else set()
+        modules = [name for name in training.recompute_modules if name not in ours]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    if training.recompute_granularity == "none" or training.recompute_method == "block":
+        return {}
     return {
         "recompute_granularity": "full",
         "recompute_method": training.recompute_method,
-        "recompute_num_layers": number,
+        "recompute_num_layers": training.recompute_num_layers or 1,
     }
 
 
@@ -144,7 +141,7 @@ def _assemble_chunk(
     recipe: Recipe, *, config: TransformerConfig, backend: AttentionBackend, chunk: int
 ) -> VitaModel:
     virtual = recipe.parallel.virtual_size is not None
-    return VitaModel(
+    model = VitaModel(
         config,
         shapes=recipe.model,
         backend=backend,
@@ -152,12 +149,17 @@ def _assemble_chunk(
             tensor_parallel=recipe.parallel.vision_tensor_parallel,
             tiles_at_once=recipe.training.vision_tiles_at_once,
             recompute=recipe.training.recompute_vision,
+            recompute_method=recipe.training.recompute_vision_method,
         ),
         pre_process=groups.is_first_stage(chunk),
         post_process=groups.is_last_stage()
         and chunk == recipe.parallel.virtual_pipeline_model_parallel_size - 1,
         vp_stage=chunk if virtual else None,
     )
+    layers = model.language_model.decoder.layers
+    for layer, memory in zip(layers, layer_memory(recipe, len(layers)), strict=True):
+        layer.memory = memory
+    return model
 
 
 def freeze_parts(model: VitaModel, recipe: Recipe) -> None:

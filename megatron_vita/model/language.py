@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import LanguageConfig, OutputConfig
 from megatron_vita.model.backends import AttentionBackend
+from megatron_vita.model.layer import use_recomputing_layers
 from megatron_vita.model.output import OutputLayer, padded_vocabulary
 from megatron_vita.model.rotary import inverse_frequencies
 
@@ -54,8 +55,11 @@ class LanguageModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config,
-            spec=backend.block_spec(
-                get_num_layers_to_build(config, vp_stage=vp_stage), qk_layernorm=shape.qk_layernorm
+            spec=use_recomputing_layers(
+                backend.block_spec(
+                    get_num_layers_to_build(config, vp_stage=vp_stage),
+                    qk_layernorm=shape.qk_layernorm,
+                )
             ),
             pre_process=pre_process,
             post_process=post_process,

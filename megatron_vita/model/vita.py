@@ -14,6 +14,7 @@ from megatron_vita.config import ModelConfig
 from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.model.backends import AttentionBackend
 from megatron_vita.model.language import LanguageModel
+from megatron_vita.model.pieces import checkpoint_pieces, split_evenly
 from megatron_vita.model.projector import Projector
 from megatron_vita.model.vision import VisionTower
 from megatron_vita.parallel import groups
@@ -28,6 +29,7 @@ class VisionWork:
     tensor_parallel: bool = False
     tiles_at_once: int = 64
     recompute: bool = False
+    recompute_method: str = "layers"
 
 
 class VitaModel(MegatronModule):
@@ -58,7 +60,9 @@ class VitaModel(MegatronModule):
                 shapes.vision,
                 tp_group=groups.tensor_group() if vision_work.tensor_parallel else None,
             )
-            self.vision_model.recompute = vision_work.recompute
+            self.vision_model.recompute = (
+                vision_work.recompute and vision_work.recompute_method == "layers"
+            )
             self.projector = Projector(shapes)
         self.language_model = LanguageModel(
             config,
@@ -91,11 +95,26 @@ class VitaModel(MegatronModule):
     def encode(self, tiles: Tensor) -> Tensor:
         """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H], a bounded number of
         tiles at once."""
-        turns = tiles.split(self.vision_work.tiles_at_once) if len(tiles) else [tiles]
-        features = torch.cat([self.projector(self.vision_model(turn)) for turn in turns])
+        at_most = self.vision_work.tiles_at_once
+        weights = [p for part in (self.vision_model, self.projector) for p in part.parameters()]
+        trained = [p for p in weights if p.requires_grad]
+        if self._keeps_pixels and trained:
+            features = checkpoint_pieces(self._encode_turn, tiles, at_most=at_most, weights=trained)
+        else:
+            turns = split_evenly(tiles, at_most=at_most)
+            features = torch.cat([self._encode_turn(turn) for turn in turns])
         if self.vision_work.tensor_parallel:  # each TP rank takes other rows of them
             features = copy_to_tensor_model_parallel_region(features, group=groups.tensor_group())
         return features
+
+    @property
+    def _keeps_pixels(self) -> bool:
+        work = self.vision_work
+        by_tiles = work.recompute and work.recompute_method == "tiles"
+        return by_tiles and self.training and torch.is_grad_enabled()
+
+    def _encode_turn(self, tiles: Tensor) -> Tensor:
+        return self.projector(self.vision_model(tiles))
 
     def forward(
         self,

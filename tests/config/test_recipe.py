@@ -13,6 +13,8 @@ from megatron_vita.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
+FULL = ["training.recompute_granularity=full"]
+
 
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "recipe.yaml"
@@ -156,6 +158,27 @@ def test_wrong_recipes_are_refused_by_field_and_value(
             "which needs recompute_granularity selective; it is none",
         ),
         ("training.recompute_modules=[moe]", "recompute_modules is .*; known: core_attn, mlp"),
+        (
+            "training.recompute_keep_attention_layers=-1",
+            "recompute_keep_attention_layers is -1, which needs recompute_granularity full; it is none",
+        ),
+        (
+            "training.recompute_keep_attention_layers=-2",
+            "recompute_keep_attention_layers is -2.*full; it is none",
+        ),
+        ("training.mlp_chunk_tokens=-1", "mlp_chunk_tokens is -1: it must be at least 0"),
+        (
+            "training.mlp_chunk_tokens=8192",
+            "mlp_chunk_tokens is 8192, which needs the MLP recomputed",
+        ),
+        (
+            "training.recompute_vision_method=tiles",
+            "recompute_vision_method is tiles, which needs recompute_vision",
+        ),
+        (
+            "training.recompute_vision_method=pixels",
+            "recompute_vision_method is 'pixels'; known: layers, tiles",
+        ),
         ("training.vision_tiles_at_once=0", "vision_tiles_at_once is 0: it must be at least 1"),
         (
             "model.vision.normalization=GroupNorm",
@@ -221,6 +244,19 @@ def test_values_that_cannot_work_are_refused_with_what_would(
             ["training.recompute_granularity=full", "training.recompute_num_layers=49"],
             "recompute_num_layers is 49, but no rank has more than 48 layers at once",
         ),
+        (
+            [*FULL, "training.recompute_keep_attention_layers=-2"],
+            "recompute_keep_attention_layers is -2: a number of layers, or -1 for all",
+        ),
+        (
+            [*FULL, "training.recompute_num_layers=4", "training.recompute_keep_attention_layers=5"],
+            "recompute_keep_attention_layers is 5, but no rank recomputes more than 4 layers at once",
+        ),
+        (
+            [*FULL, "training.recompute_method=uniform", "training.recompute_keep_attention_layers=-1"],
+            "recompute_keep_attention_layers is -1, which needs recompute_method block",
+        ),
+        (["training.recompute_granularity=selective", "training.mlp_chunk_tokens=8"], "mlp among recompute_modules"),
         (["model.text_only=true", "training.freeze_language_model=true"], "nothing is left to train"),
     ],
 )  # fmt: skip

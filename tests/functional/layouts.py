@@ -43,10 +43,25 @@ FEATURES: dict[str, dict[str, dict]] = {
         "uniform": {"recompute_granularity": "full", "recompute_method": "uniform"},
         "attention": {"recompute_granularity": "selective"},
         "mlp": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+        "mlp_pieces": {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["mlp"],
+            "mlp_chunk_tokens": 24,
+        },
+        "attention_kept": {
+            "recompute_granularity": "full",
+            "recompute_keep_attention_layers": -1,
+        },
+        "kept_in_pieces": {
+            "recompute_granularity": "full",
+            "recompute_keep_attention_layers": 1,
+            "mlp_chunk_tokens": 48,
+        },
     },
     "tower": {
         "dealt": {},
         "recomputed": {"recompute_vision": True},
+        "from_pixels": {"recompute_vision": True, "recompute_vision_method": "tiles"},
         "together": {"vision_tensor_parallel": True},
     },
     "turns": {"at_once": {}, "two_tiles": {"vision_tiles_at_once": 2}},

@@ -35,6 +35,8 @@ PLAIN = [
         ("dp2", "overlapped"),
         ("tp2", "cp2"),
         ("tp2", "qwen3"),
+        ("tp2sp", "dp2", "overlapped", "kept_in_pieces", "from_pixels", "two_tiles"),
+        ("pp2vpp2", "cp2", "attention_kept", "qwen3"),
     )
 ]
 COVERING = covering_layouts()

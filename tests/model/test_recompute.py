@@ -17,7 +17,11 @@ from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 
 ONCE, TWICE = [1, 1, 1, 1], [2, 2, 2, 2]
+EVERYTHING_TWICE = dict.fromkeys(("query_key_value", "attention", "projection", "mlp"), TWICE)
 FULL, SELECTIVE = ({"recompute_granularity": kind} for kind in ("full", "selective"))
+KEPT = {"recompute_keep_attention_layers": -1}
+PIECES = {"mlp_chunk_tokens": 40}  # of 128: four pieces of 32
+FROM_PIXELS = {"recompute_vision": True, "recompute_vision_method": "tiles"}
 
 
 def count_calls(**fields: object) -> dict[str, list[int]]:
@@ -30,7 +34,9 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
     layers = list(model.language_model.decoder.layers)
     watched = {
         "layers": layers,
+        "query_key_value": [layer.self_attention.linear_qkv for layer in layers],
         "attention": [layer.self_attention.core_attention for layer in layers],
+        "projection": [layer.self_attention.linear_proj for layer in layers],
         "mlp": [layer.mlp for layer in layers],
         "tower": list(model.vision_model.layers),
     }
@@ -50,8 +56,25 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
     ("fields", "expected"),
     [
         ({}, {"layers": ONCE, "attention": ONCE, "mlp": ONCE, "tower": [1, 1]}),
-        (FULL, {"layers": TWICE}),
-        (FULL | {"recompute_num_layers": 1}, {"layers": [2, 1, 1, 1]}),
+        (FULL, EVERYTHING_TWICE),
+        (
+            FULL | {"recompute_num_layers": 1},
+            {part: [2, 1, 1, 1] for part in EVERYTHING_TWICE},
+        ),
+        (FULL | KEPT, EVERYTHING_TWICE | {"attention": ONCE}),
+        (
+            FULL | {"recompute_keep_attention_layers": 1},
+            EVERYTHING_TWICE | {"attention": [2, 2, 2, 1]},
+        ),
+        (
+            FULL | {"recompute_num_layers": 3, "recompute_keep_attention_layers": 2},
+            {part: [2, 2, 2, 1] for part in EVERYTHING_TWICE} | {"attention": [2, 1, 1, 1]},
+        ),
+        (FULL | KEPT | PIECES, EVERYTHING_TWICE | {"attention": ONCE, "mlp": [8, 8, 8, 8]}),
+        (
+            FULL | PIECES | {"recompute_num_layers": 1},
+            {"query_key_value": [2, 1, 1, 1], "mlp": [8, 1, 1, 1]},
+        ),
         (
             FULL | {"recompute_method": "uniform", "recompute_num_layers": 2},
             {"layers": TWICE},
@@ -61,7 +84,13 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
             SELECTIVE | {"recompute_modules": ["mlp"]},
             {"layers": ONCE, "attention": ONCE, "mlp": TWICE},
         ),
+        (
+            SELECTIVE | PIECES | {"recompute_modules": ["mlp"]},
+            {"query_key_value": ONCE, "attention": ONCE, "projection": ONCE, "mlp": [8, 8, 8, 8]},
+        ),
         ({"recompute_vision": True}, {"layers": ONCE, "tower": [2, 2]}),
+        (FROM_PIXELS, {"layers": ONCE, "tower": [2, 2]}),
+        (FROM_PIXELS | {"vision_tiles_at_once": 2}, {"tower": [8, 8]}),
         ({"vision_tiles_at_once": 2}, {"layers": ONCE, "tower": [4, 4]}),
         ({"vision_tiles_at_once": 2, "recompute_vision": True}, {"tower": [8, 8]}),
     ],

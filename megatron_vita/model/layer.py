@@ -1,0 +1,245 @@
+"""A transformer layer that says exactly what it keeps between its forward and backward passes.
+
+With `x` the layer's input, one layer computes
+
+    q, k, v = rotate(project(norm(x)))        a = attention(q, k, v)
+    y = x + output_projection(a)              z = y + mlp(norm(y))
+
+Recomputed, it keeps `x` alone; attention kept, it keeps `x`, `a` and what attention itself needs
+beside q, k and v (log-sum-exps), so that attention's forward pass runs once. y and everything
+inside the MLP are made again in the backward pass, the MLP over a bounded number of rows at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_vita.config import LayerMemory
+from megatron_vita.model.pieces import PieceGradients, split_evenly
+
+QueryKeyValue = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a layer is told beside its input: rotary angles and the pack's documents."""
+
+    angles: Tensor
+    documents: Any
+
+
+class StepwiseAttention(SelfAttention):
+    """megatron-core's self-attention, whose steps can be called one by one."""
+
+    def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
+        """Rotated queries and keys, and values, of normalised rows [s, 1, H].
+
+        Each has a storage of its own. [t, heads, d] in THD layout, else [t, 1, heads, d].
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden, None)
+        bounds = None
+        if around.documents.qkv_format == "thd":
+            query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+            bounds = around.documents.cu_seqlens_q_padded
+        query, key = (
+            apply_rotary_pos_emb(
+                part,
+                around.angles,
+                config=self.config,
+                cu_seqlens=bounds,
+                mscale=self._yarn_concentration_factor,
+                cp_group=self.pg_collection.cp,
+            )
+            for part in (query, key)
+        )
+        return (
+            query.contiguous(),
+            key.contiguous(),
+            value.clone(memory_format=torch.contiguous_format),
+        )
+
+    def attend(self, parts: QueryKeyValue, around: Surroundings) -> Tensor:
+        """Attention's output before its projection: [t, 1, heads * d]."""
+        attended = self.core_attention(
+            *parts,
+            None,
+            attn_mask_type=self.attn_mask_type,
+            attention_bias=None,
+            packed_seq_params=around.documents,
+        )
+        return attended.reshape(len(attended), 1, -1)
+
+
+class RecomputingLayer(TransformerLayer):
+    """megatron-core's layer, which `memory` tells what to keep. It draws no random numbers."""
+
+    memory = LayerMemory()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        assert config.hidden_dropout == config.attention_dropout == 0.0, "nothing restores a seed"
+        assert not config.add_bias_linear, "outputs of projections have no bias to be added"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows [s, 1, H] -> [s, 1, H], and None for a context that is not used."""
+        if not (self.memory.recompute and self._trains):
+            return super().forward(
+                hidden_states,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        assert rotary_pos_emb is not None, "in training, positions are the layer's business"
+        around = Surroundings(angles=rotary_pos_emb, documents=packed_seq_params)
+        return _RecomputedLayer.apply(hidden_states, self, around), None
+
+    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The second half of a layer that is not recomputed as a whole."""
+        if not (self.memory.mlp_rows and not self.memory.recompute and self._trains):
+            return super()._forward_mlp(hidden_states, *args, **kwargs)
+        return _RecomputedMLP.apply(hidden_states, self)
+
+    @property
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
+        """Queries, keys and values of the layer's input."""
+        return self.self_attention.project(self.input_layernorm(hidden), around)
+
+    def add_mlp(self, hidden: Tensor) -> Tensor:
+        """Rows plus what the MLP makes of them, piece by piece, without a record for autograd."""
+        result = torch.empty_like(hidden)
+        for part, into in zip(self._pieces(hidden), self._pieces(result), strict=True):
+            torch.add(part, self._mlp_branch(part), out=into)
+        return result
+
+    def backpropagate_mlp(self, hidden: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the input of `add_mlp`, given that of its result; adds those of the
+        weights."""
+        gradients = PieceGradients([*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()])
+        result = torch.empty_like(grad)
+        for part, arriving, into in zip(
+            self._pieces(hidden), self._pieces(grad), self._pieces(result), strict=True
+        ):
+            rows = part.detach().requires_grad_()
+            with torch.enable_grad():
+                branch = self._mlp_branch(rows)
+            torch.add(arriving, gradients.backward(branch, arriving, rows), out=into)
+        gradients.deliver()
+        return result
+
+    def _mlp_branch(self, hidden: Tensor) -> Tensor:
+        return self.mlp(self.pre_mlp_layernorm(hidden))[0]
+
+    def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return split_evenly(rows, at_most=self.memory.mlp_rows or len(rows))
+
+
+class _RecomputedLayer(torch.autograd.Function):
+    """A whole layer, see the head of the file."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, around: Surroundings) -> Tensor:
+        ctx.layer, ctx.around = layer, around
+        parts = layer.project(hidden, around)
+        if layer.memory.keep_attention:
+            ctx.attention = _KeptAttention(layer.self_attention, parts, around)
+            attended = ctx.attention.output
+        else:
+            ctx.attention, attended = None, layer.self_attention.attend(parts, around)
+        del parts
+        ctx.hidden = hidden.detach()
+        return layer.add_mlp(hidden + layer.self_attention.linear_proj(attended)[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        layer, around, attention = ctx.layer, ctx.around, ctx.attention
+        hidden = ctx.hidden.requires_grad_()
+        ctx.hidden = ctx.attention = None
+        with torch.enable_grad():
+            if attention is None:
+                attended = layer.self_attention.attend(layer.project(hidden, around), around)
+            else:
+                attended = attention.output.requires_grad_()
+            projected = layer.self_attention.linear_proj(attended)[0]
+        del attended
+        grad = layer.backpropagate_mlp(hidden.detach() + projected.detach(), grads[0])
+        torch.autograd.backward(projected, grad)
+        if attention is not None:
+            with torch.enable_grad():
+                parts = layer.project(hidden, around)
+            torch.autograd.backward(parts, attention.backpropagate(parts))
+        return grad.add_(hidden.grad), None, None
+
+
+class _RecomputedMLP(torch.autograd.Function):
+    """The second half of a layer, which keeps its input."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(hidden)
+        return layer.add_mlp(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        return ctx.layer.backpropagate_mlp(hidden, grads[0]), None
+
+
+class _KeptAttention:
+    """One call of attention, recorded by autograd, without its queries, keys and values.
+
+    Their storages are emptied once the output is there, and filled again before attention's own
+    backward pass reads them.
+    """
+
+    def __init__(
+        self, attention: StepwiseAttention, parts: QueryKeyValue, around: Surroundings
+    ) -> None:
+        self._parts = tuple(part.detach().requires_grad_() for part in parts)
+        with torch.enable_grad():
+            attended = attention.attend(self._parts, around)
+        self._edge = torch.autograd.graph.get_gradient_edge(attended)
+        self.output = attended.detach()
+        for part in self._parts:
+            part.untyped_storage().resize_(0)
+
+    def backpropagate(self, parts: QueryKeyValue) -> tuple[Tensor, ...]:
+        """Gradients of queries, keys and values, given those recomputed and `output.grad`."""
+        for emptied, part in zip(self._parts, parts, strict=True):
+            source = part.untyped_storage()
+            emptied.untyped_storage().resize_(source.nbytes())
+            emptied.untyped_storage().copy_(source)
+            source.resize_(0)  # autograd goes through `parts`, but reads none of them
+        return torch.autograd.grad(self._edge, self._parts, self.output.grad)
+
+
+def use_recomputing_layers(
+    spec: ModuleSpec | TransformerBlockSubmodules,
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of any attention backend as `RecomputingLayer`s, changed in place."""
+    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    for layer in layers:
+        layer.module = RecomputingLayer
+        layer.submodules.self_attention.module = StepwiseAttention
+    return spec
