@@ -96,11 +96,11 @@ class Measurement:
 def describe(case: Case, pack: Batch) -> dict[str, Any]:
     """What is known of a case before it runs."""
     recipe = case.recipe()
-    load = PackLoad(tiles=len(pack.tiles), rows=int((pack.labels != -100).sum()))
-    lengths = pack.document_starts.diff().tolist()
+    lengths, rows = pack.document_starts.diff().tolist(), int((pack.labels != -100).sum())
+    load = PackLoad(tiles=len(pack.tiles), rows=rows, lengths=tuple(lengths))
     flops = 3 * pack_flops(recipe, lengths, tiles=load.tiles, rows=load.rows)
     stages = range(case.pp)
-    estimated = [rank_memory(recipe, s, data_parallel=case.dp, load=load).total for s in stages]
+    estimated = [rank_memory(recipe, s, data_parallel=case.dp, load=load).peak for s in stages]
     cuda = platform.on_cuda()
     return {
         "case": case.name,
