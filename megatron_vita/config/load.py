@@ -5,23 +5,32 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_vita.config.recipe import Recipe
+from megatron_vita.config.yaml_file import (
+    PlainScalar,
+    is_null,
+    parse_override,
+    read_yaml,
+    resolved,
+    scalar_as,
+)
 from megatron_vita.errors import ConfigError
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe file and applies `group.field=value` overrides, whose values are YAML.
+    """Read a recipe file and apply `group.field=value` overrides.
 
     A file may name others that it builds on: `base: [stage.yaml, model.yaml]`, relative to itself.
-    Later ones replace fields of earlier ones, and its own fields replace all of theirs.
+    Later ones replace fields of earlier ones, and its own fields replace all of theirs. Lists,
+    mappings and quoted text of an override are YAML; anything else is taken as it stands.
 
-    Raises ConfigError for a missing file, bad YAML, an unknown field (naming the nearest known one)
-    or a bad value.
+    Raises:
+        ConfigError: for a missing file, bad YAML, a key that stands twice, an unknown field (naming
+            the nearest known one) or a bad value.
     """
     tree = _read_tree(Path(path))
     for override in overrides:
@@ -35,17 +44,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file as plain values, with those of its bases; `readers` are the files that led to
     it."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    tree = read_yaml(path, what="recipe")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of groups, this is {type(tree).__name__}")
+        found = type(resolved(tree)).__name__
+        raise ConfigError(f"{path}: a recipe is a mapping of groups, this is {found}")
     bases = tree.pop("base", [])
+    if isinstance(bases, str):
+        bases = [bases]
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: base is {bases!r}: a list of recipe files is needed")
+        raise ConfigError(f"{path}: base is {resolved(bases)!r}: a list of recipe files is needed")
     readers = (*readers, path.resolve())
     merged: dict[str, Any] = {}
     for base in bases:
@@ -82,12 +89,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(group, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {group} is not a group of fields")
-    tree[field] = yaml.safe_load(text)
+    try:
+        tree[field] = parse_override(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from error
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path or 'the recipe'} is {tree!r}: a group of fields is needed")
+        raise ConfigError(
+            f"{path or 'the recipe'} is {resolved(tree)!r}: a group of fields is needed"
+        )
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in tree:
@@ -105,13 +117,25 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 
 
 def _unknown(full_name: str, name: str, known: dict[str, Any]) -> str:
+    group = full_name[: -len(str(name))]
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = (
-        f"did you mean {full_name[: -len(str(name))]}{nearest[0]}?"
-        if nearest
-        else f"known: {', '.join(known)}"
-    )
+    named = [] if group else [path for path in _leaves(Recipe) if path.endswith(f".{name}")]
+    if named:
+        hint = f"did you mean {' or '.join(named)}?"
+    elif nearest:
+        hint = f"did you mean {group}{nearest[0]}?"
+    else:
+        hint = f"known: {', '.join(known)}"
     return f"unknown field {full_name}; {hint}"
+
+
+def _leaves(cls: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of a recipe's fields."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -120,20 +144,23 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"{path} is {value!r}: a list is needed")
+            raise ConfigError(f"{path} is {resolved(value)!r}: a list is needed")
         (item,) = typing.get_args(hint)
         return [_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
+        return None if is_null(value) else _convert(typing.get_args(hint)[0], value, path)
     return _convert_scalar(hint, value, path)
 
 
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    if isinstance(value, PlainScalar):
+        if (typed := scalar_as(hint, value)) is not None:
+            return typed
+    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a string
+            return float(value)
         except ValueError:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{path} is {value!r}: {hint.__name__} is needed")
+    raise ConfigError(f"{path} is {resolved(value)!r}: {hint.__name__} is needed")

@@ -53,7 +53,11 @@ def test_a_recipe_builds_on_others_in_order_and_its_own_fields_win(tmp_path: Pat
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("recipe.yaml", "base is 'recipe.yaml': a list of recipe files is needed"),
+        ("3.5", "3.5: cannot read the recipe"),
+        ("{a: b.yaml}", "base is {'a': 'b.yaml'}: a list of recipe files is needed"),
+        ("[[a.yaml]]", r"base is \[\['a.yaml'\]\]: a list of recipe files is needed"),
+        ("none.yaml", "none.yaml: cannot read the recipe"),
+        ("recipe.yaml", "its base recipe.yaml builds on it in turn"),
         ("[none.yaml]", "none.yaml: cannot read the recipe"),
         ("[recipe.yaml]", "its base recipe.yaml builds on it in turn"),
     ],
@@ -73,6 +77,8 @@ def test_a_recipe_survives_the_way_through_plain_values() -> None:
     [
         ("optimizer: {learning_rate: 1}", "unknown field optimizer.learning_rate"),
         ("optimiser: {lr: 1}", "unknown field optimiser; did you mean optimizer"),
+        ("train_iters: 3", "unknown field train_iters; did you mean training.train_iters"),
+        ("seed: 3", "unknown field seed; did you mean data.seed or training.seed"),
         (
             "parallel: {tensor_model_parallel: 2}",
             "did you mean parallel.tensor_model_parallel_size",

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_vita.config.yaml_file import read_yaml, resolved
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.conversation import ROLES
 
@@ -55,15 +54,15 @@ class MemberRule:
 
 
 def read_rule(folder: Path) -> MemberRule:
-    """The rule for the shards of a folder, the default where it has no `members.yaml`. ConfigError
-    naming a field."""
+    """Read the rule for the shards of a folder; the default where it has no `members.yaml`.
+
+    Raises:
+        ConfigError: naming the file and the field or key that is wrong.
+    """
     path = folder / RULE_FILE
     if not path.exists():
         return MemberRule()
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError(f"{path}: cannot read it: {error}") from error
+    values = resolved(read_yaml(path, what="rule")) or {}
     known = [field.name for field in fields(MemberRule)]
     if not isinstance(values, dict) or not set(values) <= set(known):
         raise ConfigError(f"{path}: it has {values!r:.200}; known fields: {', '.join(known)}")
