@@ -120,3 +120,5 @@ def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
     training.bf16 = training.bf16 and bf16
     if training.tensorboard_dir:
         training.tensorboard_dir += SUFFIX
+    if training.profile_dir:
+        training.profile_dir += SUFFIX

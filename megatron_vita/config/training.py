@@ -58,6 +58,12 @@ class TrainingConfig:
     eval_iters: int = described(8, "Batches of global_batch_size packs that one validation reads.")
     log_interval: int = described(1, "Steps between log lines.")
     tensorboard_dir: str = described("", "Folder for TensorBoard; empty writes none.")
+    profile_step_start: int = described(
+        0, "First step that torch's profiler records, with a memory snapshot on CUDA; 0: none."
+    )
+    profile_step_end: int = described(0, "Last step that it records.")
+    profile_ranks: list[int] = described([0], "Ranks that record.")
+    profile_dir: str = described("", "Folder for traces and snapshots.")
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,6 +78,22 @@ class TrainingConfig:
                 f"training.{name} is {getattr(self, name)}: it must be at least 1",
             )
         self._check_recompute()
+        self._check_profile()
+
+    def _check_profile(self) -> None:
+        first, last = self.profile_step_start, self.profile_step_end
+        require(
+            0 <= first <= last,
+            f"training.profile_step_start is {first} and profile_step_end {last}: 0 <= start <= end is needed",
+        )
+        require(
+            not first or self.profile_dir != "",
+            f"training.profile_step_start is {first}, which needs training.profile_dir, a folder",
+        )
+        require(
+            first > 0 or last == 0,
+            f"training.profile_step_end is {last}, which needs profile_step_start of at least 1",
+        )
 
     def _check_recompute(self) -> None:
         granularity = self.recompute_granularity

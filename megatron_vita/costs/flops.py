@@ -5,6 +5,7 @@ recomputation is three times the forward.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,22 +31,27 @@ def output_flops(language: LanguageConfig, rows: int) -> int:
 
 def tile_flops(model: ModelConfig) -> int:
     """Of tower and projector for one tile."""
+    return tower_flops(model.vision) + projector_flops(model)
+
+
+def projector_flops(model: ModelConfig) -> int:
+    """Of the projector for one tile."""
     vision, language = model.vision, model.language
     hidden = language.hidden_size if model.projector.kind == "internvl" else vision.hidden_size
-    projector = (
-        2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
-    )
-    return _tower_flops(vision) + projector
+    return 2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
 
 
-def _tower_flops(vision: VisionConfig) -> int:
+def tower_flops(vision: VisionConfig) -> int:
+    """Of the vision tower for one tile."""
     width, tokens = vision.hidden_size, vision.tokens
     linear = 2 * tokens * (4 * width * width + 2 * width * vision.ffn_hidden_size)
-    attention = 4 * tokens * tokens * width
-    return (
-        vision.num_layers * (linear + attention)
-        + 2 * vision.patches * 3 * vision.patch_size**2 * width
-    )
+    patches = 2 * vision.patches * 3 * vision.patch_size**2 * width
+    return vision.num_layers * (linear + tower_attention_flops(vision)) + patches
+
+
+def tower_attention_flops(vision: VisionConfig) -> int:
+    """Of a layer's attention for one tile: every patch sees all."""
+    return 4 * vision.tokens**2 * vision.hidden_size
 
 
 def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles: int) -> int:
@@ -83,4 +89,43 @@ def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int)
         + attention_flops(language, segments)
         + output_flops(language, rows)
         + vision
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlops:
+    """FLOPs of a pack's forward and backward, over all ranks; recomputation is not counted."""
+
+    linear: int  # of the language model's layers
+    attention: int
+    output: int
+    vision: int  # tower and projector
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.attention + self.output + self.vision
+
+
+def training_flops(
+    recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int
+) -> TrainingFlops:
+    """Model FLOPs of a pack: three times the forward where weights are trained.
+
+    Frozen weights need no gradients of their own (twice), and a frozen tower has no backward.
+    """
+    language, training = recipe.model.language, recipe.training
+    segments = lengths if recipe.data.isolate_documents else [sum(lengths)]
+    passes = 2 if training.freeze_language_model else 3
+    vision = 0
+    if not recipe.model.text_only:
+        tower = 1 if training.freeze_vision_model else 3
+        frozen_projector = 1 if training.freeze_vision_model else 2
+        joint = frozen_projector if training.freeze_projector else 3
+        vision = tower * tower_flops(recipe.model.vision) + joint * projector_flops(recipe.model)
+    return TrainingFlops(
+        linear=passes * linear_flops(language, sum(lengths)),
+        attention=3 * attention_flops(language, segments),
+        output=passes * output_flops(language, rows),
+        vision=tiles * vision,
     )

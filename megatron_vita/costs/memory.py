@@ -31,6 +31,16 @@ class PackLoad:
     lengths: tuple[int, ...] = field(default=())
 
 
+def full_pack(recipe: Recipe) -> PackLoad:
+    """A pack of one document as large as a recipe allows: full of tiles, with every eighth token
+    scored; of text alone, with all tokens scored."""
+    length = recipe.data.seq_length
+    if recipe.model.text_only:
+        return PackLoad(tiles=0, rows=length, lengths=(length,))
+    tiles = length // (recipe.model.vision.image_token_length + 2)
+    return PackLoad(tiles=tiles, rows=length // 8, lengths=(length,))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moment:
     """A point of a step at which memory may be highest; bytes beside weights, gradients and

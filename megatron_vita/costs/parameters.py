@@ -125,8 +125,23 @@ def _vision(recipe: Recipe) -> int:
 
 def model_parameters(model: ModelConfig) -> int:
     """Of the whole model, each counted once."""
+    return _whole_parts(model).total
+
+
+def trained_parameters(recipe: Recipe) -> int:
+    """Of the whole model, those that the recipe trains."""
+    return _whole_parts(recipe.model).trainable(recipe)
+
+
+def _whole_parts(model: ModelConfig) -> StageParameters:
+    """The whole model as one rank of one stage would hold it."""
     layer, tower = language_layer(model.language), vision_tower(model.vision)
-    copies = 2 if model.language.untie_embeddings_and_output_weights else 1
-    language = model.language.num_layers * (layer.split + layer.whole) + model.language.hidden_size
-    language += copies * word_embedding(model.language)
-    return language if model.text_only else language + tower.split + tower.whole + projector(model)
+    vocabulary = word_embedding(model.language)
+    layers = model.language.num_layers * (layer.split + layer.whole) + model.language.hidden_size
+    return StageParameters(
+        vision=0 if model.text_only else tower.split + tower.whole,
+        projector=0 if model.text_only else projector(model),
+        embedding=vocabulary,
+        layers=layers,
+        output=vocabulary if model.language.untie_embeddings_and_output_weights else 0,
+    )

@@ -12,6 +12,15 @@ import warnings
 import torch
 
 from megatron_vita.errors import PlatformError
+from megatron_vita.platform.machine import (
+    MemoryUse,
+    device_memory,
+    device_name,
+    host_memory,
+    measure_matmul,
+    memory_use,
+    synchronize,
+)
 from megatron_vita.platform.packages import (
     has_flash_attention_4,
     has_transformer_engine,
@@ -30,13 +39,20 @@ if not torch.cuda.is_available():
     undo_adaptation = adapt_to_cpu()
 
 __all__ = [
+    "MemoryUse",
     "device",
+    "device_memory",
+    "device_name",
     "has_flash_attention_4",
     "has_transformer_engine",
+    "host_memory",
     "initialize_process",
     "leave_process",
+    "measure_matmul",
+    "memory_use",
     "on_cuda",
     "set_up_logging",
+    "synchronize",
 ]
 
 

@@ -1,16 +1,17 @@
-"""Side features of the loop: logging, TensorBoard, validation, saving. Each runs on every rank
-after every step."""
+"""Side features of the loop: logging, TensorBoard, validation, saving. Each runs on every rank."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vita.errors import VitaError
 from megatron_vita.training.batches import validation_batches
-from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.callback import Callback
+from megatron_vita.training.metrics import DATA_SECONDS, StepMetrics
+from megatron_vita.training.profiling import ProfileCallback
 from megatron_vita.training.run import Run, save_run
 from megatron_vita.training.step import validate
 
@@ -19,41 +20,56 @@ LISTED = 20
 logger = logging.getLogger(__name__)
 
 
-class Callback(Protocol):
-    """What the loop calls."""
-
-    def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Called on every rank once the weights are updated."""
-
-
-class LogCallback:
+class LogCallback(Callback):
     """One line every `log_interval` steps, with the time that is left."""
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Logs the step."""
+        """Log the step."""
         training = run.recipe.training
         if run.step % training.log_interval and run.step != training.train_iters:
             return
         left = (training.train_iters - run.step) * metrics.seconds
-        logger.info(
-            "step %d/%d | loss %.6f | grad norm %.4f | lr %.3e | %.0f tokens/s | %.1f tiles/s | "
-            "%d loss rows | fill %.1f %% | %.2f s | left %s%s",
-            run.step,
-            training.train_iters,
-            metrics.loss,
-            metrics.grad_norm,
-            metrics.lr,
-            metrics.tokens_per_second,
-            metrics.tiles_per_second,
-            metrics.loss_rows,
-            100 * metrics.fill,
-            metrics.seconds,
-            _clock(left),
-            f" | {metrics.damaged} damaged samples" if metrics.damaged else "",
+        parts = (
+            f"step {run.step}/{training.train_iters}",
+            f"loss {metrics.loss:.6f}",
+            f"grad norm {metrics.grad_norm:.4f}",
+            f"lr {metrics.lr:.3e}",
+            f"{metrics.tokens_per_second / metrics.ranks:.0f} tokens/s/GPU",
+            f"{metrics.tiles_per_second / metrics.ranks:.1f} tiles/s/GPU",
+            _arithmetic(metrics),
+            f"{metrics.loss_rows} loss rows",
+            f"fill {100 * metrics.fill:.1f} %",
+            *_memory(metrics),
+            f"data {metrics.values[DATA_SECONDS]:.2f} s",
+            f"{metrics.seconds:.2f} s",
+            f"left {_clock(left)}",
         )
+        damaged = f" | {metrics.damaged} damaged samples" if metrics.damaged else ""
+        logger.info("%s%s", " | ".join(parts), damaged)
 
 
-class TensorBoardCallback:
+def _arithmetic(metrics: StepMetrics) -> str:
+    """Speed of the model's arithmetic, its share of the device's, and vision's share of it."""
+    share = metrics.scalars().get("speed/matmul_share")
+    of_device = f" ({share:.0%})" if share else ""
+    vision = metrics.vision_flops / max(metrics.flops, 1)
+    return f"{metrics.tflops_per_gpu:.1f} TFLOP/s/GPU{of_device}, vision {vision:.0%}"
+
+
+def _memory(metrics: StepMetrics) -> Iterator[str]:
+    """Most memory of a rank: of its device where it has one, of its host."""
+    values = metrics.values
+    if "memory/peak_gib" in values:
+        yield (
+            f"memory {values['memory/peak_gib']:.1f} GiB, "
+            f"{values['memory/reserved_gib']:.1f} reserved"
+        )
+    pinned = values.get("memory/pinned_gib", 0.0)
+    of_it = f", {pinned:.1f} pinned" if pinned else ""
+    yield f"host {values['memory/host_gib']:.1f} GiB{of_it}"
+
+
+class TensorBoardCallback(Callback):
     """Scalars of each step, and the loss of each source. Those that a killed run wrote after its
     checkpoint go."""
 
@@ -62,34 +78,28 @@ class TensorBoardCallback:
         self.writer = SummaryWriter(folder, purge_step=step + 1) if dist.get_rank() == 0 else None
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Writes on rank 0."""
+        """Write on rank 0."""
         if self.writer is None:
             return
-        scalars = {
-            "train/loss": metrics.loss,
-            "train/grad_norm": metrics.grad_norm,
-            "train/lr": metrics.lr,
-            "speed/tokens_per_second": metrics.tokens_per_second,
-            "speed/tiles_per_second": metrics.tiles_per_second,
-            "data/loss_rows": metrics.loss_rows,
-            "data/fill": metrics.fill,
-            "data/damaged": metrics.damaged,
-        }
-        scalars |= {f"train/loss/{source}": loss for source, loss in metrics.source_losses.items()}
-        for name, value in scalars.items():
+        for name, value in metrics.scalars().items():
             self.writer.add_scalar(name, value, run.step)
         self.writer.flush()
 
     def add_validation(self, metrics: StepMetrics) -> None:
-        """Writes the held-out loss, and that of each source."""
+        """Write the held-out loss, and that of each source."""
         if self.writer is not None:
             self.writer.add_scalar("validation/loss", metrics.loss, metrics.step)
             for source, loss in metrics.source_losses.items():
                 self.writer.add_scalar(f"validation/loss/{source}", loss, metrics.step)
             self.writer.flush()
 
+    def close(self) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            self.writer.close()
 
-class DamageCallback:
+
+class DamageCallback(Callback):
     """Stops a run that meets more unreadable samples than `data.max_damaged` allows."""
 
     def __init__(self, run: Run) -> None:
@@ -112,7 +122,7 @@ class DamageCallback:
         )
 
 
-class ValidationCallback:
+class ValidationCallback(Callback):
     """Loss on held-out packs every `eval_interval` steps and after the last, unless the run is to
     stop."""
 
@@ -136,7 +146,7 @@ class ValidationCallback:
             self.tensorboard.add_validation(result)
 
 
-class SaveCallback:
+class SaveCallback(Callback):
     """A checkpoint every `save_interval` steps, after the last, and where the run is to stop."""
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
@@ -153,6 +163,8 @@ def build_callbacks(run: Run) -> list[Callback]:
     after saving."""
     recipe = run.recipe
     callbacks: list[Callback] = [LogCallback(), DamageCallback(run)]
+    if recipe.training.profile_step_start:
+        callbacks.append(ProfileCallback(recipe.training))
     if recipe.checkpoint.save:
         callbacks.append(SaveCallback())
     folder = recipe.training.tensorboard_dir

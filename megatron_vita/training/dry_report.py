@@ -9,6 +9,7 @@ from megatron_vita.costs.memory import GIB
 from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.errors import ConfigError
 from megatron_vita.training.dry_run import DryRun, PackReport
+from megatron_vita.training.header import count, describe_layout
 
 Row = Sequence[str]
 
@@ -27,20 +28,8 @@ def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
 
 def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
     parallel = recipe.parallel
-    tp, cp, pp = (
-        parallel.tensor_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
-    sizes = f"TP {tp} x CP {cp} x DP {report.data_parallel} x PP {pp}"
-    extras = [f"{parallel.virtual_pipeline_model_parallel_size} chunks a stage"] * (
-        parallel.virtual_size is not None
-    )
-    extras += ["sequence parallel"] * parallel.sequence_parallel
-    extras += [f"CP by {parallel.cp_comm_type}"] * (cp > 1) + [
-        "distributed optimizer"
-    ] * parallel.use_distributed_optimizer
-    yield f"layout of {report.world_size} ranks: {', '.join([sizes, *extras])}"
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    yield describe_layout(recipe, world_size=report.world_size)
     yield "  rank = ((stage x DP + replica) x CP + context) x TP + tensor"
     for i, stage in enumerate(report.stages):
         yield f"  stage {i} of replica 0: ranks {_span(stage.ranks)}"
@@ -58,18 +47,18 @@ def _span(ranks: range) -> str:
 
 def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
     whole = model_parameters(recipe.model)
-    yield f"parameters of the model: {_count(whole)}; on a rank of each stage:"
+    yield f"parameters of the model: {count(whole)}; on a rank of each stage:"
     names = ("vision", "projector", "embedding", "layers", "output", "total")
     rows: list[Row] = [("stage", "layers held", *names, "trained", "FLOPs")]
     total = sum(stage.flops for stage in report.stages)
     for i, stage in enumerate(report.stages):
-        counts = [_count(getattr(stage.parameters, name)) for name in names]
+        counts = [count(getattr(stage.parameters, name)) for name in names]
         rows.append(
             (
                 str(i),
                 str(stage.layers),
                 *counts,
-                _count(stage.trained),
+                count(stage.trained),
                 f"{stage.flops / total:.1%}",
             )
         )
@@ -179,13 +168,6 @@ def check_memory(report: DryRun, device_gib: float) -> None:
         f"a rank of stage {stages.index(memory)} needs about {memory.device / GIB:.1f} GiB and a device has "
         f"{device_gib:.1f}; the most is for {largest} ({parts[largest] / GIB:.1f} GiB): try {_REMEDIES[largest]}"
     )
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:

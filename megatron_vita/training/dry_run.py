@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vita.config import Recipe
 from megatron_vita.costs.host_memory import HostMemory, host_memory
-from megatron_vita.costs.memory import PackLoad, RankMemory, rank_memory
+from megatron_vita.costs.memory import PackLoad, RankMemory, full_pack, rank_memory
 from megatron_vita.costs.parameters import StageParameters, stage_parameters
 from megatron_vita.costs.stages import even_ends, stage_flops
 from megatron_vita.data.loading.stream import PackStream
@@ -117,12 +117,8 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
 
 def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[int]]:
     """The most tiles and loss rows of the packs read, and the documents of the first."""
-    length = recipe.data.seq_length
     if not packs:
-        tiles = (
-            0 if recipe.model.text_only else length // (recipe.model.vision.image_token_length + 2)
-        )
-        return PackLoad(tiles=tiles, rows=length // 8), [length]
+        return full_pack(recipe), [recipe.data.seq_length]
     loads = [pack.load for pack in packs]
     heaviest = PackLoad(
         tiles=max(load.tiles for load in loads), rows=max(load.rows for load in loads)

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import logging
+from contextlib import ExitStack
 
 import torch.distributed as dist
 
@@ -9,6 +10,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.errors import StoppedError
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.callbacks import build_callbacks
+from megatron_vita.training.header import describe_run
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import train_step
 
@@ -27,17 +29,22 @@ def train(recipe: Recipe) -> None:
     if run.step >= recipe.training.train_iters:
         logger.info("nothing to do: step %d of %d is done", run.step, recipe.training.train_iters)
         return
-    batches = train_batches(run)
-    try:
-        with run.stop:
-            while run.step < recipe.training.train_iters:
-                metrics = train_step(run, batches)
-                for callback in callbacks:
-                    callback.after_step(run, metrics)
-                if metrics.stops and run.step < recipe.training.train_iters:
-                    raise StoppedError(_farewell(run))
-    finally:
-        batches.close()
+    for line in describe_run(run):
+        logger.info("%s", line)
+    with ExitStack() as stack:
+        for callback in callbacks:
+            stack.callback(callback.close)
+        batches = train_batches(run)
+        stack.callback(batches.close)
+        stack.enter_context(run.stop)
+        while run.step < recipe.training.train_iters:
+            for callback in callbacks:
+                callback.before_step(run)
+            metrics = train_step(run, batches)
+            for callback in callbacks:
+                callback.after_step(run, metrics)
+            if metrics.stops and run.step < recipe.training.train_iters:
+                raise StoppedError(_farewell(run))
 
 
 def _farewell(run: Run) -> str:

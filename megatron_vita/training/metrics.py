@@ -1,20 +1,28 @@
-"""What a step reports, summed over the replicas."""
+"""Measurements of a step, over all ranks."""
 
 import time
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_vita import platform
-from megatron_vita.data.batch import Batch
-from megatron_vita.layout.slicing import PackSlice
+from megatron_vita.config import Recipe
+from megatron_vita.costs.flops import training_flops
+from megatron_vita.costs.memory import GIB
+from megatron_vita.data.batch import TAIL_SOURCE, Batch
+from megatron_vita.layout.slicing import IGNORED_LABEL, PackSlice
 from megatron_vita.parallel import groups
+from megatron_vita.training.meter import Meter
+
+DATA_SECONDS = "speed/data_seconds"
+SUMS = ("tokens", "positions", "tiles", "documents", "damaged", "flops", "vision_flops")
 
 
 @dataclass(kw_only=True)
 class StepMetrics:
-    """Sums of one step over all replicas, and what follows from them."""
+    """Sums of one step over all replicas, and what follows from them; the same on every rank."""
 
     step: int
     loss: float  # per loss row
@@ -27,9 +35,15 @@ class StepMetrics:
     documents: int
     damaged: int  # documents that could not be read
     seconds: float
+    flops: float = 0.0  # model FLOPs, see costs/flops.py
+    vision_flops: float = 0.0  # of these, of tower and projector
+    ranks: int = 1
+    matmul_rate: float = 0.0  # FLOP/s of large matrix products on one rank's device; 0: unknown
     stops: bool = False  # some rank was told to stop
     grad_norm: float = 0.0
     lr: float = 0.0
+    # everything else that was added to the meter, by name
+    values: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -41,67 +55,126 @@ class StepMetrics:
         """Tiles and frames of the global batch per second."""
         return self.tiles / self.seconds
 
+    @property
+    def tflops_per_gpu(self) -> float:
+        """Causal model TFLOP/s of a rank; recomputation and padding of packs are not counted."""
+        return self.flops / self.seconds / self.ranks / 1e12
 
-@dataclass
-class Meter:
-    """Collects the sums of one step on this rank."""
+    def scalars(self) -> dict[str, float]:
+        """All of it by name, as TensorBoard shows it."""
+        scalars = {
+            "train/loss": self.loss,
+            "train/grad_norm": self.grad_norm,
+            "train/lr": self.lr,
+            "speed/step_seconds": self.seconds,
+            "speed/tokens_per_second": self.tokens_per_second,
+            "speed/tokens_per_second_per_gpu": self.tokens_per_second / self.ranks,
+            "speed/tiles_per_second": self.tiles_per_second,
+            "speed/tflops_per_gpu": self.tflops_per_gpu,
+            "speed/vision_share": self.vision_flops / max(self.flops, 1),
+            "data/loss_rows": self.loss_rows,
+            "data/fill": self.fill,
+            "data/damaged": self.damaged,
+        }
+        if self.matmul_rate:
+            scalars["speed/matmul_share"] = self.tflops_per_gpu * 1e12 / self.matmul_rate
+        losses = {f"train/loss/{source}": loss for source, loss in self.source_losses.items()}
+        return scalars | losses | self.values
 
-    sources: list[str]
-    started: float = field(default_factory=time.perf_counter)
-    tokens: int = 0
-    positions: int = 0
-    tiles: int = 0
-    documents: int = 0
-    damaged: int = 0
-    stops: int = 0  # 1 where this rank was told to stop
 
-    def __post_init__(self) -> None:
-        # last row: the tail
-        self.losses = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64)
+class LossSums:
+    """Losses and loss rows of each source in one step, of this rank's slices."""
 
-    def add_batch(self, batch: Batch) -> None:
-        """Counts a pack once for its whole replica; called where its losses are computed."""
-        if groups.is_reporting_rank():
-            self.tokens += batch.num_tokens
-            self.positions += len(batch.input_ids)
-            self.tiles += len(batch.placements)
-            self.documents += len(batch.sample_keys)
-            self.damaged += len(batch.masked)
+    def __init__(self, sources: list[str]) -> None:
+        self.sources = sources
+        self._losses = torch.zeros(len(sources), dtype=torch.float64, device=platform.device())
+        self._rows = torch.zeros(len(sources), dtype=torch.int64)
 
-    def add_losses(self, losses: torch.Tensor, *, batch: Batch, pack: PackSlice) -> None:
-        """Adds the losses [L] of a slice to their documents' sources; each context-parallel rank
-        adds its own."""
+    def add(self, losses: Tensor, *, batch: Batch, pack: PackSlice) -> None:
+        """Add the losses [L] of a slice; each context-parallel rank adds its own. Does not wait for
+        the device."""
         if groups.tensor_group().rank() != 0:
             return
         positions = pack.positions[pack.loss_rows]
         document = torch.searchsorted(batch.document_starts, positions, right=True) - 1
-        source = batch.document_sources[document]  # -1 is the tail, which has no loss row
-        values = losses.detach().double().cpu()
-        self.losses.index_add_(0, source, torch.stack([values, torch.ones_like(values)], dim=1))
+        source = batch.document_sources[document]  # never the tail, which has no loss row
+        self._rows += torch.bincount(source, minlength=len(self._rows))
+        there = source.to(losses.device, non_blocking=True)
+        self._losses.index_add_(0, there, losses.detach().double())
 
-    def reduce(self, step: int) -> StepMetrics:
-        """Sums over the world. Collective."""
-        names = ("tokens", "positions", "tiles", "documents", "damaged", "stops")
-        counts = torch.tensor([getattr(self, name) for name in names], dtype=torch.float64)
-        sums = torch.cat([self.losses.flatten(), counts]).to(platform.device())
-        dist.all_reduce(sums)
-        total_of = dict(zip(names, map(int, sums[-len(names) :].tolist()), strict=True))
-        losses = sums[: -len(names)].view(-1, 2).cpu()
-        total, rows = losses.sum(dim=0).tolist()
-        return StepMetrics(
-            step=step,
-            loss=total / max(rows, 1),
-            loss_rows=int(rows),
-            source_losses={
-                name: (loss / count).item()
-                for name, (loss, count) in zip(self.sources, losses, strict=False)
-                if count > 0
-            },
-            tokens=total_of["tokens"],
-            tiles=total_of["tiles"],
-            documents=total_of["documents"],
-            damaged=total_of["damaged"],
-            stops=total_of["stops"] > 0,
-            fill=total_of["tokens"] / max(total_of["positions"], 1),
-            seconds=time.perf_counter() - self.started,
-        )
+    def put(self, meter: Meter) -> None:
+        """Add the sums to `meter` by source."""
+        for i, source in enumerate(self.sources):
+            meter.add(f"loss/{source}", self._losses[i])
+            meter.add(f"rows/{source}", float(self._rows[i]))
+
+
+def count_batch(meter: Meter, batch: Batch, recipe: Recipe) -> None:
+    """Count a pack once for its whole replica; called where its losses are computed. Reads the host
+    alone."""
+    if not groups.is_reporting_rank():
+        return
+    for name, count in (
+        ("tokens", batch.num_tokens),
+        ("positions", len(batch.input_ids)),
+        ("tiles", len(batch.placements)),
+        ("documents", len(batch.sample_keys)),
+        ("damaged", len(batch.masked)),
+    ):
+        meter.add(name, count)
+    lengths = batch.document_starts.diff()[batch.document_sources != TAIL_SOURCE].tolist()
+    rows = int((batch.labels != IGNORED_LABEL).sum())
+    flops = training_flops(recipe, lengths, tiles=len(batch.placements), rows=rows)
+    meter.add("flops", flops.total)
+    meter.add("vision_flops", flops.vision)
+
+
+def measure_memory(meter: Meter) -> None:
+    """Add what this rank's device and host have in use."""
+    use = platform.memory_use()
+    sizes = {"memory/host_gib": use.host}
+    if platform.on_cuda():
+        sizes |= {
+            "memory/peak_gib": use.peak,
+            "memory/reserved_gib": use.reserved,
+            "memory/pinned_gib": use.pinned,
+        }
+    for name, size in sizes.items():
+        meter.add(name, size / GIB, reduce="max")
+
+
+def collect(meter: Meter, losses: LossSums, *, step: int, started: float) -> StepMetrics:
+    """The step's metrics over the world. Collective.
+
+    started: when the step began, by `time.perf_counter`.
+    """
+    losses.put(meter)
+    platform.synchronize()  # or the seconds would leave out what the device still has to do
+    meter.add("seconds", time.perf_counter() - started, reduce="max")
+    values = meter.reduce()
+    sums = {name: values.pop(name, 0.0) for name in SUMS}
+    of_sources = {
+        source: (values.pop(f"loss/{source}", 0.0), values.pop(f"rows/{source}", 0.0))
+        for source in losses.sources
+    }
+    total = sum(loss for loss, _ in of_sources.values())
+    rows = sum(count for _, count in of_sources.values())
+    return StepMetrics(
+        step=step,
+        loss=total / max(rows, 1),
+        loss_rows=int(rows),
+        source_losses={
+            source: loss / count for source, (loss, count) in of_sources.items() if count
+        },
+        tokens=int(sums["tokens"]),
+        tiles=int(sums["tiles"]),
+        documents=int(sums["documents"]),
+        damaged=int(sums["damaged"]),
+        fill=sums["tokens"] / max(sums["positions"], 1),
+        seconds=values.pop("seconds"),
+        flops=sums["flops"],
+        vision_flops=sums["vision_flops"],
+        ranks=dist.get_world_size(),
+        stops=values.pop("stops", 0.0) > 0,
+        values=values,
+    )

@@ -5,11 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_vita import platform
 from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
@@ -20,6 +22,7 @@ from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer_state
+from megatron_vita.training.meter import Meter
 from megatron_vita.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vita.training.position import changed_fields, check_parts
 from megatron_vita.training.stopping import StopRequest
@@ -42,6 +45,8 @@ class Run:
     # of samples that this rank's replica could not read
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    meter: Meter = dataclasses.field(default_factory=Meter)
+    matmul_rate: float = 0.0  # FLOP/s of large matrix products on the slowest device; 0: unknown
     step: int = 0
     consumed_packs: int = 0
 
@@ -92,6 +97,7 @@ def open_run(recipe: Recipe) -> Run:
     """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts
     from. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
+    matmul_rate = _slowest_matmul()  # while the device is empty
     optimizer_state.check_state_can_be_saved(recipe)
     if recipe.checkpoint.save:
         shared_folder.check(Path(recipe.checkpoint.save))
@@ -104,8 +110,16 @@ def open_run(recipe: Recipe) -> Run:
     train_stream, validation_stream = open_streams(recipe, tile_share=share, replicas=replicas)
     run = assemble_run(recipe)
     run.train_stream, run.validation_stream = train_stream, validation_stream
+    run.matmul_rate = matmul_rate
     take_up(run)
     return run
+
+
+def _slowest_matmul() -> float:
+    """FLOP/s of large matrix products on the slowest device. Collective."""
+    rate = torch.tensor(platform.measure_matmul(), dtype=torch.float64, device=platform.device())
+    dist.all_reduce(rate, op=dist.ReduceOp.MIN)
+    return rate.item()
 
 
 def assemble_run(recipe: Recipe) -> Run:

@@ -1,8 +1,10 @@
 """One optimizer step, and one validation, through megatron-core's schedules."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -15,24 +17,36 @@ from megatron_vita.errors import VitaError
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.parallel import groups
-from megatron_vita.training.metrics import Meter, StepMetrics
+from megatron_vita.training.meter import Meter
+from megatron_vita.training.metrics import (
+    DATA_SECONDS,
+    LossSums,
+    StepMetrics,
+    collect,
+    count_batch,
+    measure_memory,
+)
 from megatron_vita.training.run import Run
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     """Takes this rank's packs of one global batch, updates the weights, and reports. Collective."""
+    started = time.perf_counter()
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    meter = Meter(run.train_sources)
-    _run_schedule(run, batches, meter=meter, num_microbatches=run.microbatches, forward_only=False)
+    losses = LossSums(run.train_sources)
+    work = Work(run=run, meter=run.meter, losses=losses)
+    _run_schedule(work, batches, num_microbatches=run.microbatches, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
-    meter.stops = int(bool(run.stop.heard))
-    metrics = meter.reduce(run.step + 1)
+    run.meter.add("stops", int(bool(run.stop.heard)))
+    measure_memory(run.meter)
+    metrics = collect(run.meter, losses, step=run.step + 1, started=started)
     metrics.grad_norm, metrics.lr = (
         float(grad_norm),
         get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0,
     )
+    metrics.matmul_rate = run.matmul_rate
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
         raise VitaError(
             f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run diverged in packs "
@@ -49,26 +63,40 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
 def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> StepMetrics:
     """Loss of this rank's `num_microbatches` held-out packs and those of all other replicas.
     Collective."""
-    meter = Meter(run.validation_sources)
+    started = time.perf_counter()
+    losses = LossSums(run.validation_sources)
+    work = Work(run=run, meter=Meter(), losses=losses)
     for chunk in run.chunks:
         chunk.eval()
-    _run_schedule(run, batches, meter=meter, num_microbatches=num_microbatches, forward_only=True)
+    _run_schedule(work, batches, num_microbatches=num_microbatches, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
-    return meter.reduce(run.step)
+    return collect(work.meter, losses, step=run.step, started=started)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A run, and where the packs of one step or validation are measured."""
+
+    run: Run
+    meter: Meter
+    losses: LossSums
+
+    def next_of(self, batches: Iterator[Batch]) -> Batch:
+        """The next pack; the time waited for it is measured."""
+        with self.meter.timing(DATA_SECONDS):
+            return next(batches)
 
 
 def _run_schedule(
-    run: Run, batches: Iterator[Batch], *, meter: Meter, num_microbatches: int, forward_only: bool
+    work: Work, batches: Iterator[Batch], *, num_microbatches: int, forward_only: bool
 ) -> None:
-    packs: Any = batches
+    run, packs = work.run, cast(Any, batches)
     if len(run.chunks) > 1:  # each chunk asks for the same packs
-        taken = [next(batches) for _ in range(num_microbatches)]
+        taken = [work.next_of(batches) for _ in range(num_microbatches)]
         packs = [iter(taken) for _ in run.chunks]
     get_forward_backward_func()(
-        forward_step_func=partial(
-            forward_step, rows_per_tile=run.rows_per_tile, meter=meter, run=run
-        ),
+        forward_step_func=partial(forward_step, work=work),
         data_iterator=packs,
         model=run.chunks,
         num_microbatches=num_microbatches,
@@ -78,28 +106,26 @@ def _run_schedule(
     )
 
 
-def forward_step(
-    batches: Iterator[Batch], model: Any, *, rows_per_tile: int, meter: Meter, run: Run
-) -> tuple[Tensor, Any]:
+def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[Tensor, Any]:
     """One pack through this stage; returns its output and the function that sums the losses."""
-    batch = next(batches)
+    batch = work.next_of(batches)
     if model.module.post_process:
-        meter.add_batch(batch)
+        count_batch(work.meter, batch, work.run.recipe)
     pack = slice_pack(
         batch.input_ids,
         labels=batch.labels,
         cu_seqlens=batch.cu_seqlens,
         placements=batch.placements,
         frames=batch.frames,
-        rows_per_tile=rows_per_tile,
+        rows_per_tile=work.run.rows_per_tile,
         layout=groups.rank_layout(),
     )
     weights = batch.loss_weights
     scale = 1.0 if weights is None else weights[pack.positions[pack.loss_rows]]
     # of interleaved chunks the first alone encodes
     tiles = batch.tiles if model.module.encodes else batch.tiles[:0]
-    output = model(prepare_tiles(tiles, run), pack.to(platform.device()), row_scale=scale)
-    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, meter=meter)
+    output = model(prepare_tiles(tiles, work.run), pack.to(platform.device()), row_scale=scale)
+    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, sums=work.losses)
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
@@ -109,11 +135,11 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
 
 
 def sum_losses(
-    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, meter: Meter
+    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, sums: LossSums
 ) -> tuple[Tensor, Tensor, dict]:
     """Sum of the losses [L], each times its weight, and their number, by which megatron-core
     divides that of the whole global batch.
     """
     losses = losses * (scale.to(losses.device) if isinstance(scale, Tensor) else scale)
-    meter.add_losses(losses, batch=batch, pack=pack)
+    sums.add(losses, batch=batch, pack=pack)
     return losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), {}

@@ -113,10 +113,23 @@ def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> li
 def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
     """What is compared of each step."""
     rows = [
-        {"loss": m.loss, "grad_norm": m.grad_norm, "rows": m.loss_rows, "tiles": m.tiles}
+        {
+            "loss": m.loss,
+            "grad_norm": m.grad_norm,
+            "rows": m.loss_rows,
+            "tiles": m.tiles,
+            "flops": m.flops,
+        }
         for m in metrics
     ]
     path.write_text(json.dumps(rows))
+
+
+def check_agreement(metrics: list[StepMetrics]) -> None:
+    """Every rank of every stage reports the same numbers, times and memory included."""
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [m.scalars() for m in metrics])
+    assert all(scalars == gathered[0] for scalars in gathered), gathered
 
 
 def main() -> None:
@@ -132,6 +145,7 @@ def main() -> None:
     for layout in sorted(layouts, key=lambda layout: layout.values[:4]):
         try:
             metrics = run_steps(layout, folder, fields=fields.get(layout.name))
+            check_agreement(metrics)
         except Exception as error:
             raise RuntimeError(f"layout {layout.name}") from error
         if dist.get_rank() == 0:

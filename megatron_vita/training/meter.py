@@ -1,0 +1,129 @@
+"""Named values that ranks add during a step, reduced over all ranks once at its end.
+
+Adding a metric is one call, from anywhere and on any ranks:
+
+    run.meter.add("loader/retries", 1)
+    run.meter.add("memory/peak_gib", peak, reduce="max")
+
+Names need not be known beforehand: when a rank brings a new one, all ranks exchange their names once.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vita import platform
+
+Reduce = Literal["sum", "mean", "max", "min"]
+_SIGNS: dict[str, int] = {"max": 1, "min": -1}  # a minimum is the negated maximum of the negated
+
+
+class Meter:
+    """Values of one step on this rank, by name."""
+
+    def __init__(self) -> None:
+        self._agreed: dict[str, Reduce] = {}  # the same on all ranks, in the same order
+        self._reduces: dict[str, Reduce] = {}
+        self._values: dict[str, float | Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: float | Tensor, *, reduce: Reduce = "sum") -> None:
+        """Add to the step's value of `name`.
+
+        value: a number, or a tensor of one on this rank's device, which is not waited for.
+        reduce: over the calls of a step, on all ranks. `mean` is over the calls.
+        """
+        known = self._reduces.setdefault(name, reduce)
+        assert known == reduce, f"metric {name} is reduced by {known} elsewhere, by {reduce} here"
+        value = value.detach() if isinstance(value, Tensor) else float(value)
+        before = self._values.get(name)
+        self._counts[name] = self._counts.get(name, 0) + 1
+        self._values[name] = value if before is None else _combine(before, value, reduce)
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the seconds that a block takes on the host; of the ranks' sums the largest counts."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            before = self._values.get(name, 0.0)
+            self._values[name] = before + time.perf_counter() - start
+            self._counts[name] = 1
+            self._reduces[name] = "max"
+
+    def reduce(self) -> dict[str, float]:
+        """Values over all ranks of all names that some rank has added since the last call.
+        Collective; empties the meter."""
+        has_new, extremes, totals = self._exchange()
+        if has_new:
+            self._agree()
+            _, extremes, totals = self._exchange()
+        self._values.clear()
+        self._counts.clear()
+        result = {}
+        for name, reduce in self._agreed.items():
+            total, calls = totals[name]
+            if calls:
+                mean = total / calls if reduce == "mean" else total
+                result[name] = extremes.get(name, mean)
+        return result
+
+    def _exchange(self) -> tuple[bool, dict[str, float], dict[str, tuple[float, float]]]:
+        """Whether a rank has a new name; extremes by name; sums and numbers of calls by name. One
+        transfer from the device."""
+        signs = {name: _SIGNS[reduce] for name, reduce in self._agreed.items() if reduce in _SIGNS}
+        has_new = float(self._reduces.keys() > self._agreed.keys())
+        highest = _vector(
+            has_new,
+            *(s * self._values.get(name, -s * math.inf) for name, s in signs.items()),
+        )
+        added = (0.0 if name in signs else self._values.get(name, 0.0) for name in self._agreed)
+        calls = (float(self._counts.get(name, 0)) for name in self._agreed)
+        totals = _vector(*added, *calls)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(totals)
+        values = torch.cat([highest, totals]).tolist()
+        extremes = {
+            name: s * value for (name, s), value in zip(signs.items(), values[1:], strict=False)
+        }
+        sums = values[len(highest) :]
+        pairs = zip(sums, sums[len(self._agreed) :], strict=False)
+        return bool(values[0]), extremes, dict(zip(self._agreed, pairs, strict=True))
+
+    def _agree(self) -> None:
+        """Bring all ranks to the same names in the same order. Collective."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self._reduces)
+        found = {name: reduce for names in gathered for name, reduce in names.items()}
+        for name, reduce in self._reduces.items():
+            assert found[name] == reduce, (
+                f"metric {name}: ranks reduce it by {found[name]}, {reduce}"
+            )
+        self._agreed = dict(sorted(found.items()))
+        self._reduces = dict(self._agreed)
+
+
+def _combine(before: Any, value: Any, reduce: Reduce) -> Any:
+    if reduce in ("sum", "mean"):
+        return before + value
+    if isinstance(before, Tensor) or isinstance(value, Tensor):
+        pick = torch.maximum if reduce == "max" else torch.minimum
+        return pick(torch.as_tensor(before), torch.as_tensor(value))
+    return max(before, value) if reduce == "max" else min(before, value)
+
+
+def _vector(*entries: float | Tensor) -> Tensor:
+    """The entries in fp64 on this rank's device."""
+    numbers = [0.0 if isinstance(entry, Tensor) else entry for entry in entries]
+    vector = torch.tensor(numbers, dtype=torch.float64).to(platform.device(), non_blocking=True)
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Tensor):
+            vector[i] = entry
+    return vector
