@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.config.yaml_file import read_yaml, resolved
 from megatron_vita.errors import ConfigError
 
 QWEN2_7B = {
@@ -159,7 +158,7 @@ def read_cases(path: Path, defaults: dict[str, Any]) -> list[Case]:
     Raises:
         ConfigError: the file is no such list, or holds what `case_from_dict` refuses.
     """
-    entries = yaml.safe_load(path.read_text())
+    entries = resolved(read_yaml(path, what="cases"))
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{path}: a list of cases is needed, each a mapping of fields")
     cases = [case_from_dict(defaults | entry) for entry in entries]
