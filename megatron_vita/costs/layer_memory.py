@@ -2,21 +2,30 @@
 
 Counted for fused attention, with a fused norm and SwiGLU, as Transformer Engine's layers have them.
 Everything is per rank and pack. Letters: t tokens of the slice, H hidden size, F MLP width, d width
-of a head, b bytes of a value.
+of a head, b bytes of a value; sizes `hidden`, `gathered`, `query`, `keys` and `mlp` are those of
+`LayerTensors`.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.config import Recipe
+from megatron_vita.config import Recipe, layer_memory
 
-Kept = Literal["everything", "all_but_mlp", "input"]
+Kept = Literal["everything", "all_but_mlp", "input_and_attention", "input"]
 """Tensors of a layer that stay between its forward and its backward."""
 
 
 def value_bytes(recipe: Recipe) -> int:
     """Bytes of a weight or an activation."""
     return 2 if recipe.training.bf16 else 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """How one layer is kept and recomputed."""
+
+    kept: Kept
+    pieces: int = 1  # of the sequence, which the MLP takes one after another where it is recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +40,12 @@ class LayerTensors:
     query: int
     # [t, 2 x key groups / TP x d]: keys and values
     keys: int
+    # [t, query heads / TP] in fp32: attention's log-sum-exps
+    log_sums: int
     # [t, F / TP]: gate, up, or their product
     mlp: int
-    # the weights' gradients of fc2 before they are added to the fp32 ones: [H, F / TP]
-    weight_gradient: int
+    # [H, F / TP]: the gradient of fc2's weights, half of fc1's
+    weight: int
     # keys and values of other context-parallel ranks that attention holds
     context: int
     # layers that are frozen keep no inputs of linear layers
@@ -44,7 +55,8 @@ class LayerTensors:
     def attention_kept(self) -> int:
         """Input of the norm, norm's output, rotated queries and keys, values, attention's output,
         input of the MLP: 3 hidden + 2 query + keys."""
-        return (2 if self.frozen else 3) * self.hidden + 2 * self.query + self.keys
+        norms = 2 if self.frozen else 3
+        return norms * self.hidden + 2 * self.query + self.keys + self.log_sums
 
     @property
     def mlp_kept(self) -> int:
@@ -54,37 +66,48 @@ class LayerTensors:
 
     def kept(self, what: Kept) -> int:
         """Bytes that stay until the layer's backward."""
-        if what == "input":
-            return self.hidden
-        return self.attention_kept + (self.mlp_kept if what == "everything" else 0)
+        return {
+            "everything": self.attention_kept + self.mlp_kept,
+            "all_but_mlp": self.attention_kept,
+            "input_and_attention": self.hidden + self.query + self.log_sums,
+            "input": self.hidden,
+        }[what]
 
-    def working(self, what: Kept) -> int:
-        """Most bytes beside what is kept, while the layer is recomputed and goes backward.
+    def working(self, plan: LayerPlan) -> int:
+        """Most bytes beside what is kept, while the layer is recomputed and goes backward."""
+        return max(self.mlp_working(plan), self.attention_working(plan.kept))
 
-        Gradients of the MLP meet all its recomputed tensors; those of attention come when these
-        are gone.
-        """
-        return max(self._mlp_working(what), self._attention_working(what))
+    def mlp_working(self, plan: LayerPlan) -> int:
+        """Gradients of the MLP, or of a piece of it, beside all its recomputed tensors."""
+        # Attention's half, recomputed beforehand; the output projection's result and the sum that
+        # the MLP begins with stand beside it.
+        before = {
+            "everything": 0,
+            "all_but_mlp": 0,
+            "input_and_attention": 2 * self.hidden,
+            "input": self.attention_kept - self.hidden + self.hidden,
+        }[plan.kept]
+        inside = self.mlp_kept + self.hidden if plan.kept != "everything" else 0
+        # In fc2 the gradient of its result gathered, the product's gradient and the weights'; in
+        # SwiGLU (the product is gone) the gradients of gate and up; in fc1 (gate and up are gone
+        # too) its input and its input's gradient, both gathered, and the weights'.
+        gradients = max(
+            (self.gathered + self.mlp) // plan.pieces + self.weight,
+            2 * self.mlp // plan.pieces,
+            (2 * self.gathered - self.mlp) // plan.pieces + 3 * self.weight,
+        )
+        # Gradients of three matrices are summed over pieces in fp32.
+        sums = 2 * 3 * self.weight if plan.pieces > 1 else 0
+        return before + inside // plan.pieces + self.hidden + gradients + sums
 
-    def _mlp_working(self, what: Kept) -> int:
-        # The recomputed output lives until the backward of what was recomputed ends.
+    def attention_working(self, what: Kept) -> int:
+        """Gradients of attention, beside its recomputed tensors; the MLP's are gone."""
         recomputed = {
             "everything": 0,
-            "all_but_mlp": self.mlp_kept + self.hidden,
-            "input": self.attention_kept - self.hidden + self.mlp_kept + self.hidden,
+            "all_but_mlp": 0,
+            "input_and_attention": self.hidden + self.query + self.keys,
+            "input": self.attention_kept - self.hidden,
         }[what]
-        # Beside the gradient of the layer's output: in fc2 that gradient gathered, the product's
-        # gradient and the weights'; in SwiGLU (the product is gone) the gradients of gate and up;
-        # in fc1 (gate and up are gone too) its input and its input's gradient, both gathered.
-        gradients = max(
-            self.gathered + self.mlp + self.weight_gradient,
-            2 * self.mlp,
-            2 * self.gathered - self.mlp + 2 * self.weight_gradient,
-        )
-        return recomputed + self.hidden + gradients
-
-    def _attention_working(self, what: Kept) -> int:
-        recomputed = self.attention_kept if what == "input" else 0
         # Beside the gradient of the residual stream: in attention the gradients of output, queries,
         # keys and values, and the queries' in fp32; in the projection the gradients of queries,
         # keys and values, twice, and its input and its input's gradient, both gathered.
@@ -101,7 +124,8 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
     tp = parallel.tensor_model_parallel_size
     tokens = recipe.data.seq_length // parallel.context_parallel_size
     whole = tokens * language.hidden_size * size
-    query = language.num_attention_heads * language.kv_channels // tp
+    heads = language.num_attention_heads // tp
+    query = heads * language.kv_channels
     keys = 2 * language.num_query_groups * language.kv_channels // tp
     mlp = language.ffn_hidden_size // tp
     normed = query + keys // 2 if language.qk_layernorm else 0  # inputs of the heads' norms
@@ -111,11 +135,32 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
         gathered=whole if parallel.sequence_parallel else 0,
         query=tokens * query * size,
         keys=tokens * (keys + normed) * size,
+        log_sums=tokens * heads * 4,
         mlp=tokens * mlp * size,
-        weight_gradient=0 if frozen else mlp * language.hidden_size * size,
+        weight=0 if frozen else mlp * language.hidden_size * size,
         context=_context_buffers(recipe, keys_of_slice=tokens * keys * size),
         frozen=frozen,
     )
+
+
+def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
+    """The layers that a rank runs one after another, as the recipe recomputes them; `uniform`
+    groups are not of this kind."""
+    training, parallel = recipe.training, recipe.parallel
+    selective = training.recompute_granularity == "selective"
+    otherwise: Kept = "everything"
+    if selective and "mlp" in training.recompute_modules:
+        otherwise = "all_but_mlp"  # fused attention has nothing that core_attn could drop
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    rows = recipe.data.seq_length // parallel.context_parallel_size // ranks
+    plans = []
+    for memory in layer_memory(recipe, count):
+        kept: Kept = otherwise
+        if memory.recompute:
+            kept = "input_and_attention" if memory.keep_attention else "input"
+        pieces = -(-rows // memory.mlp_rows) if memory.mlp_rows and kept != "everything" else 1
+        plans.append(LayerPlan(kept=kept, pieces=pieces))
+    return plans
 
 
 def _context_buffers(recipe: Recipe, *, keys_of_slice: int) -> int:
@@ -126,4 +171,5 @@ def _context_buffers(recipe: Recipe, *, keys_of_slice: int) -> int:
     cp = recipe.parallel.context_parallel_size
     if cp == 1:
         return 0
-    return keys_of_slice * (4 if recipe.parallel.cp_comm_type == "p2p" else 2 * cp)
+    ring = recipe.parallel.cp_comm_type == "p2p" and recipe.parallel.attention_backend != "fa4"
+    return keys_of_slice * (4 if ring else 2 * cp)

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.layer_memory import Kept, LayerTensors, layer_tensors, value_bytes
+from megatron_vita.costs.layer_memory import (
+    LayerPlan,
+    LayerTensors,
+    layer_tensors,
+    plan_layers,
+    value_bytes,
+)
 from megatron_vita.costs.parameters import StageParameters, stage_parameters
 from megatron_vita.costs.schedule import most_kept
 from megatron_vita.costs.vision_memory import vision_kept, vision_working
@@ -154,27 +160,15 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
         group = training.recompute_num_layers or 1
         # The whole group is brought back before its last layer goes backward.
         others = (group - 1) * tensors.kept("everything")
-        return -(-count // group) * tensors.hidden, others + tensors.working("input")
-    kinds = _kept_by_layer(recipe, count)
-    kept = sum(tensors.kept(kind) for kind in kinds)
+        return -(-count // group) * tensors.hidden, others + tensors.working(
+            LayerPlan(kept="input")
+        )
     # From the last layer to the first: what later layers kept is gone.
-    working, later = 0, 0
-    for kind in reversed(kinds):
-        working = max(working, tensors.working(kind) - later)
-        later += tensors.kept(kind)
+    working, kept = 0, 0
+    for plan in reversed(plan_layers(recipe, count)):
+        working = max(working, tensors.working(plan) - kept)
+        kept += tensors.kept(plan.kept)
     return kept, working
-
-
-def _kept_by_layer(recipe: Recipe, count: int) -> list[Kept]:
-    """What each layer of a chunk keeps, from the first."""
-    training = recipe.training
-    if training.recompute_granularity == "full":
-        number = min(training.recompute_num_layers or count, count)
-        return ["input"] * number + ["everything"] * (count - number)
-    # `core_attn` brings back nothing: fused attention keeps its inputs and output either way.
-    selective = training.recompute_granularity == "selective"
-    without_mlp = selective and "mlp" in training.recompute_modules
-    return ["all_but_mlp" if without_mlp else "everything"] * count
 
 
 def _output_working(

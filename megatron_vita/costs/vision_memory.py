@@ -2,6 +2,7 @@
 
 from megatron_vita.config import Recipe, VisionConfig
 from megatron_vita.costs.layer_memory import value_bytes
+from megatron_vita.costs.parameters import stage_parameters
 
 
 def tiles_of_rank(recipe: Recipe, tiles: int) -> int:
@@ -10,19 +11,16 @@ def tiles_of_rank(recipe: Recipe, tiles: int) -> int:
 
 
 def vision_kept(recipe: Recipe, tiles: int) -> int:
-    """Bytes that stay from a pack's encoding to the end of its backward.
-
-    Of each tile: normalised pixels (3 S^2 values), a layer's tensors or its input for each layer,
-    and the projector's input, normed input and hidden values. Nothing where all is frozen; a
-    frozen tower keeps only what the projector needs.
-    """
-    vision, training = recipe.model.vision, recipe.training
+    """Bytes that stay from a pack's encoding to the end of its backward; nothing where all is
+    frozen."""
+    training = recipe.training
     if training.freeze_vision_model and training.freeze_projector:
         return 0
-    values = vision.image_token_length * (8 * vision.hidden_size + 2 * _projector_width(recipe))
-    if not training.freeze_vision_model:
-        layer = vision.hidden_size if training.recompute_vision else _layer_kept(recipe)
-        values += vision.num_layers * vision.tokens * layer + 3 * vision.image_size**2
+    values = _kept_of_tile(recipe, layer=_layer_kept(recipe))
+    if _from_pixels(recipe):
+        values = 3 * recipe.model.vision.image_size**2
+    elif training.recompute_vision:
+        values = _kept_of_tile(recipe, layer=recipe.model.vision.hidden_size)
     return tiles_of_rank(recipe, tiles) * values * value_bytes(recipe)
 
 
@@ -31,15 +29,48 @@ def vision_working(recipe: Recipe, tiles: int) -> int:
     frozen. `vision_tiles_at_once` bounds the tiles that are in a layer together."""
     at_once = min(tiles_of_rank(recipe, tiles), recipe.training.vision_tiles_at_once)
     vision = recipe.model.vision
-    width, wide = vision.hidden_size, vision.ffn_hidden_size // _split(recipe)
+    # gradients of the stream, of the scaled branch and of both sides of the MLP; in a forward
+    # without backward: the stream, the norm's output and both sides of the MLP
+    values = 2 * vision.hidden_size + 2 * vision.ffn_hidden_size // _split(recipe)
+    recomputed, sums = 0, 0
+    if _from_pixels(recipe):
+        recomputed = _kept_of_tile(recipe, layer=_layer_kept(recipe))
+        if at_once < tiles_of_rank(recipe, tiles):
+            sums = _trained(recipe) * 4  # gradients of weights over the turns, in fp32
+        sums += _trained(recipe) * value_bytes(recipe)
+    elif recipe.training.recompute_vision and not recipe.training.freeze_vision_model:
+        recomputed = vision.tokens * _layer_kept(recipe)
+    return at_once * (vision.tokens * values + recomputed) * value_bytes(recipe) + sums
+
+
+def _from_pixels(recipe: Recipe) -> bool:
+    """Whether turns of tiles go through tower and projector again, of which nothing is kept."""
+    training = recipe.training
+    return training.recompute_vision and training.recompute_vision_method == "tiles"
+
+
+def _trained(recipe: Recipe) -> int:
+    """Parameters of tower and projector that are trained, on one rank."""
+    parameters, training = stage_parameters(recipe, 0), recipe.training
+    tower = 0 if training.freeze_vision_model else parameters.vision
+    return tower + (0 if training.freeze_projector else parameters.projector)
+
+
+def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
+    """Values of a tile that stay, where each layer keeps `layer` values of a patch.
+
+    Normalised pixels (3 S^2), the layers' tensors, and the projector's input, normed input and
+    hidden values (4 H + 4 H + 2 widths of each feature row). A frozen tower keeps none of the
+    first two.
+    """
+    model = recipe.model
+    wide = model.language.hidden_size
+    hidden = wide if model.projector.kind == "internvl" else model.vision.hidden_size
+    vision = model.vision
+    values = vision.image_token_length * (8 * vision.hidden_size + 2 * hidden)
     if recipe.training.freeze_vision_model:
-        values = 2 * width + 2 * wide  # residual stream, norm's output, both sides of the MLP
-    else:
-        # gradients of the stream, of the scaled branch and of both sides of the MLP, meeting what
-        # recomputation brought back
-        values = 2 * width + 2 * wide
-        values += _layer_kept(recipe) if recipe.training.recompute_vision else 0
-    return at_once * vision.tokens * values * value_bytes(recipe)
+        return values
+    return values + vision.num_layers * vision.tokens * layer + 3 * vision.image_size**2
 
 
 def _layer_kept(recipe: Recipe) -> int:
@@ -60,10 +91,3 @@ def _split(recipe: Recipe) -> int:
     """Ranks that share the inner width of the tower's layers."""
     parallel = recipe.parallel
     return parallel.tensor_model_parallel_size if parallel.vision_tensor_parallel else 1
-
-
-def _projector_width(recipe: Recipe) -> int:
-    model = recipe.model
-    if model.projector.kind == "internvl":
-        return model.language.hidden_size
-    return model.vision.hidden_size

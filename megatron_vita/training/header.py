@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Iterator
-from operator import attrgetter
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -15,15 +15,18 @@ from megatron_vita.costs.memory import GIB, full_pack, rank_memory
 from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
 from megatron_vita.training.run import Run
 
-LEVERS = (
-    "training.recompute_granularity",
-    "training.recompute_method",
-    "training.recompute_num_layers",
-    "training.recompute_modules",
-    "training.recompute_vision",
-    "training.vision_tiles_at_once",
-)
-"""Fields that trade time for memory."""
+NOT_LEVERS = {
+    "training": {
+        "train_iters", "global_batch_size", "seed", "eval_interval", "eval_iters", "log_interval",
+        "tensorboard_dir", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir",
+        "freeze_vision_model", "freeze_projector", "freeze_language_model",
+    },
+    "optimizer": {
+        "lr", "min_lr", "lr_warmup_fraction", "vision_lr_mult", "vision_lr_decay", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    },
+}  # fmt: skip
+"""Fields of these groups that do not trade time or precision for memory; all others do."""
 
 
 def describe_run(run: Run) -> Iterator[str]:
@@ -57,13 +60,17 @@ def describe_layout(recipe: Recipe, *, world_size: int) -> str:
 
 
 def describe_levers(recipe: Recipe) -> str:
-    """The fields that trade time for memory where they differ from their defaults."""
+    """The fields that trade time or precision for memory where they differ from their defaults."""
     default = Recipe()
-    changed = [
-        f"{name.removeprefix('training.')} {attrgetter(name)(recipe)}"
-        for name in LEVERS
-        if attrgetter(name)(recipe) != attrgetter(name)(default)
-    ]
+    changed = []
+    for group, others in NOT_LEVERS.items():
+        ours, theirs = getattr(recipe, group), getattr(default, group)
+        names = [field.name for field in fields(ours) if field.name not in others]
+        changed += [
+            f"{name} {getattr(ours, name)}"
+            for name in names
+            if getattr(ours, name) != getattr(theirs, name)
+        ]
     return ", ".join(changed) or "none"
 
 

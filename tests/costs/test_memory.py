@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, TrainingConfig
 from megatron_vita.costs.host_memory import host_memory, saving_memory
-from megatron_vita.costs.layer_memory import layer_tensors
+from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors, plan_layers
 from megatron_vita.costs.memory import GIB, PackLoad, RankMemory, rank_memory
 from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.costs.schedule import most_kept
@@ -61,10 +61,11 @@ def test_a_tile_that_is_not_recomputed_keeps_what_was_measured() -> None:
 
 
 def test_recomputation_keeps_less_the_more_it_repeats() -> None:
-    full, mlp, none = (
+    full, kept, mlp, none = (
         estimate(changed(STEPS[6].recipe(), training=training)).highest.activations
         for training in (
             {"recompute_granularity": "full"},
+            {"recompute_granularity": "full", "recompute_keep_attention_layers": -1},
             {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
             {"recompute_granularity": "none"},
         )
@@ -75,10 +76,53 @@ def test_recomputation_keeps_less_the_more_it_repeats() -> None:
     # Inputs alone; bytes counted by hand for 65,536 rows of 3,584, 131,072 of 14 + 2 x 2 heads of
     # 128, and 131,072 of an MLP of 9,472; fused attention makes nothing that core_attn could drop.
     hidden, heads, mlp_width = 65536 * 3584 * 2, 131072 * 128 * 2, 131072 * 9472 * 2
+    sums = 131072 * 14 * 4  # attention's log-sum-exps
     assert full == 8 * hidden
-    assert mlp == 8 * (3 * hidden + (2 * 14 + 4) * heads)
+    assert kept == 8 * (hidden + 14 * heads + sums)
+    assert mlp == 8 * (3 * hidden + (2 * 14 + 4) * heads + sums)
     assert none == mlp + 8 * (hidden + 3 * mlp_width)
     assert attention == none
+
+
+def test_the_last_recomputed_layers_keep_attention() -> None:
+    recipe = changed(STEPS[0].recipe(), training={"recompute_keep_attention_layers": 10})
+    tensors = layer_tensors(recipe)
+    assert estimate(recipe).highest.activations == 28 * tensors.hidden + 10 * (
+        tensors.query + tensors.log_sums
+    )
+
+
+def test_an_mlp_in_pieces_takes_the_memory_of_a_piece_and_of_its_weights_gradients() -> None:
+    """128K tokens of a layer whose MLP takes 16K at a time: what 16K would take, and the rest of
+    the layer."""
+    whole = changed(STEPS[3].recipe(), training={"recompute_keep_attention_layers": -1})
+    pieces = changed(whole, training={"mlp_chunk_tokens": 16384})
+    tensors = layer_tensors(whole)
+    plan = LayerPlan(kept="input_and_attention", pieces=8)
+    assert plan_layers(pieces, 28) == [plan] * 28
+    inside = 2 * tensors.hidden + 5 * tensors.mlp  # gradients of gate and up among them
+    before = 3 * tensors.hidden  # projection, sum and gradient are of all rows
+    assert tensors.mlp_working(LayerPlan(kept="input_and_attention")) == before + inside
+    in_pieces = before + inside // 8 + 6 * tensors.weight
+    assert tensors.mlp_working(plan) == pytest.approx(in_pieces, rel=0.02)
+    # attention, which no lever cuts, is now the most; cuDNN's fp32 gradient of q among it
+    assert estimate(pieces).highest.temporary == tensors.attention_working("input_and_attention")
+    assert tensors.attention_working("input_and_attention") < 0.5 * tensors.working(
+        LayerPlan(kept="input_and_attention")
+    )
+
+
+def test_a_tower_from_pixels_keeps_nothing_else_and_takes_a_turn_of_tiles() -> None:
+    recipe = changed(
+        STEPS[0].recipe(),
+        data={"seq_length": 1024},
+        training={"recompute_vision_method": "tiles", "vision_tiles_at_once": 8},
+    )
+    memory = estimate(recipe, tiles=76).highest
+    assert memory.name == "vision"
+    assert memory.vision == 38 * 3 * 448**2 * 2
+    # 8 tiles without recomputation (0.86 GiB each), and gradients of 312 M weights in fp32 and bf16
+    assert memory.temporary / GIB == pytest.approx(8 * 0.86 + 0.312 * 6, rel=0.1)
 
 
 def test_block_and_uniform_recomputation_keep_inputs_of_layers_and_of_groups() -> None:
@@ -99,9 +143,9 @@ def test_frozen_parts_keep_no_gradients_and_less_for_their_backward() -> None:
     frozen, trained = estimate(recipe, tiles=76), estimate(STEPS[2].recipe(), tiles=76)
     assert frozen.gradients < 0.1 * trained.gradients
     # norm's output is for the weights' gradient alone
-    assert frozen.highest.activations == trained.highest.activations * (2 + 2 + 2 / 7) / (
-        3 + 2 + 2 / 7
-    )
+    tensors = layer_tensors(recipe)
+    saved = trained.highest.activations - frozen.highest.activations
+    assert saved == 28 * tensors.hidden
     without_tower = changed(recipe, training={"freeze_vision_model": True})
     assert estimate(without_tower, tiles=76).highest.vision < 0.2 * frozen.highest.vision
 
