@@ -7,7 +7,6 @@ from typing import cast, get_args
 import numpy as np
 
 from data_tools.contact_sheet import draw_sheet
-from data_tools.planning import load_recipe_tokenizer
 from data_tools.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import padded_length
@@ -18,13 +17,14 @@ from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.shards.index import index_path, read_index, text_stamp
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.vocabulary import open_tokenizer
 
 
 def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> str:
     """Describes pack number `pack` of a split's plan, and draws it if `png` names a file."""
     if split not in get_args(Split):
         raise ConfigError(f"--split is {split!r}; known: {', '.join(get_args(Split))}")
-    tokenizer = load_recipe_tokenizer(recipe)
+    tokenizer = open_tokenizer(recipe)
     stream = open_split(recipe, split=cast(Split, split), tokenizer=tokenizer, tile_share=(0, 1))
     if not 0 <= pack < len(stream):
         raise ConfigError(f"--pack is {pack}; the {split} plan has packs 0 to {len(stream) - 1}")
@@ -40,7 +40,7 @@ def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
     shard, separator, key = sample.rpartition(":")
     if not separator:
         raise ConfigError(f"--sample is {sample!r}: SHARD.tar:KEY is needed")
-    tokenizer = load_recipe_tokenizer(recipe)
+    tokenizer = open_tokenizer(recipe)
     stream = _stream_of_sample(recipe, Path(shard), key, tokenizer=tokenizer)
     view = view_pack(
         stream, 0, recipe=recipe, tokenizer=tokenizer, names=[shard], title=f"sample {key}"

@@ -10,7 +10,7 @@ from typing import NamedTuple, get_args
 from data_tools.pool import Crew, Steps, run_tasks
 from data_tools.progress import progress_bar
 from data_tools.sharding import HERE
-from megatron_vita.config import Recipe
+from megatron_vita.config import Recipe, TextConfig
 from megatron_vita.data.datasets import Split, find_shards, plan_path
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, Rejected, make_plan
@@ -24,26 +24,18 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.vocabulary import open_tokenizer, tokens_needed
 
 REJECTED = "rejected.jsonl"
-
-
-def load_recipe_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The recipe's tokenizer. ConfigError if it names none."""
-    if not recipe.text.tokenizer:
-        raise ConfigError(
-            "text.tokenizer is empty: name a tokenizer folder or a SentencePiece .model file"
-        )
-    return load_tokenizer(recipe.text.tokenizer)
 
 
 class IndexTask(NamedTuple):
     """One shard to be indexed."""
 
     shard: Path
-    tokenizer: str
-    template: str
+    text: TextConfig
+    text_only: bool
     strict: bool
 
 
@@ -63,13 +55,11 @@ def index_shards(recipe: Recipe, *, crew: Crew = HERE, strict: bool = True) -> I
     Samples that cannot be read are left out and listed in the quarantine beside the shard; with
     `strict` the first one is a DataError naming shard and key.
     """
-    tokenizer = load_recipe_tokenizer(recipe)
+    tokenizer = open_tokenizer(recipe)
     shards = find_all_shards(recipe)
     text = text_stamp(tokenizer, recipe.text.template)
     stale = [shard for shard in shards if not _is_current(shard, text)]
-    tasks = [
-        IndexTask(shard, recipe.text.tokenizer, recipe.text.template, strict) for shard in stale
-    ]
+    tasks = [IndexTask(shard, recipe.text, recipe.model.text_only, strict) for shard in stale]
     with progress_bar("index", total=len(stale), unit="shards") as bar:
         for _ in run_tasks(_index_shard, tasks, crew=crew):
             bar.update()
@@ -87,8 +77,12 @@ def find_all_shards(recipe: Recipe) -> list[Path]:
 
 
 def _index_shard(task: IndexTask, steps: Steps) -> None:
-    tokenizer = _tokenizer(task.tokenizer)
-    index, quarantine = build_sound_index(task.shard, tokenizer, task.template, attempt=steps.run)
+    tokenizer = _tokenizer(
+        task.text.tokenizer, added=tokens_needed(task.text, text_only=task.text_only)
+    )
+    index, quarantine = build_sound_index(
+        task.shard, tokenizer, task.text.template, attempt=steps.run
+    )
     bad = [entry for entry in quarantine.entries if entry.by == "index"]
     if bad and task.strict:
         raise DataError(bad[0].reason)
@@ -106,7 +100,7 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
 
     `continue_from` keeps the packs before it of the training plan that is there.
     """
-    tokenizer = load_recipe_tokenizer(recipe)
+    tokenizer = open_tokenizer(recipe)
     rejected: list[Rejected] = []
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):

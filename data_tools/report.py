@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.charts import histogram, stacked_bar
-from data_tools.planning import load_recipe_tokenizer
 from data_tools.previews import previews
 from data_tools.statistics import DatasetStatistics, PlanStatistics, Statistics, collect_statistics
 from megatron_vita.config import Recipe
+from megatron_vita.text.vocabulary import open_tokenizer
 
 COLORS = ("#3b6ea5", "#d98c3f", "#5a9e6f", "#b5576b", "#7d6bb0", "#4fa3a5", "#a08a3c", "#8a8f98")
 STYLE = (Path(__file__).parent / "report.css").read_text()
@@ -24,7 +24,7 @@ COLUMNS = [
 def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Statistics:
     """Writes the report on a recipe's datasets, with `samples` previews of each. DataError if an
     index is missing."""
-    statistics = collect_statistics(recipe, load_recipe_tokenizer(recipe))
+    statistics = collect_statistics(recipe, open_tokenizer(recipe))
     body = "".join(_sections(recipe, statistics, title=title, samples=samples))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

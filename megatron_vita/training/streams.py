@@ -7,7 +7,7 @@ from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout.dealing import deal_packs
-from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.vocabulary import open_tokenizer
 from megatron_vita.training.position import check_plan, find_position
 
 
@@ -21,12 +21,7 @@ def open_streams(
     the run to be resumed has consumed other packs than the plan has; DataError as `open_split`
     raises it.
     """
-    tokenizer = load_tokenizer(recipe.text.tokenizer)
-    if tokenizer.vocab_size > recipe.model.language.vocab_size:
-        raise ConfigError(
-            f"model.language.vocab_size is {recipe.model.language.vocab_size}, but the tokenizer "
-            f"{recipe.text.tokenizer} has {tokenizer.vocab_size} entries"
-        )
+    tokenizer = open_tokenizer(recipe)
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=tile_share)
     check_plan(train.plan, recipe, find_position(recipe))
     if not recipe.training.eval_interval:

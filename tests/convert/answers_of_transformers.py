@@ -9,13 +9,19 @@ from megatron_vita.inference.requests import SamplingParams
 
 
 def assert_same_answer(
-    engine: Engine, model: nn.Module, question: str, *, max_new_tokens: int
+    engine: Engine,
+    model: nn.Module,
+    question: str,
+    *,
+    max_new_tokens: int,
+    ignore_eos: bool = False,
 ) -> str:
     """The engine's greedy answer, whose tokens and log-probabilities must be those of `model`
-    within 1e-5."""
+    within 1e-5. `ignore_eos` is for random models, which may end at once."""
     prompt = Prompt.ask(question)
     (answer,) = engine.generate(
-        [prompt], sampling=SamplingParams(max_new_tokens=max_new_tokens, logprobs=1)
+        [prompt],
+        sampling=SamplingParams(max_new_tokens=max_new_tokens, logprobs=1, ignore_eos=ignore_eos),
     )
     ids = engine.prepare(prompt).document.input_ids.tolist()
     said: list[int] = []
@@ -23,7 +29,7 @@ def assert_same_answer(
     while len(said) < max_new_tokens:
         scores = _next_token(model, ids + said, tokens=engine.tokenizer.vocab_size)
         token = int(scores.argmax())
-        if token in engine.end_ids:
+        if token in engine.end_ids and not ignore_eos:
             break
         said.append(token)
         logprobs.append(float(scores[token]))

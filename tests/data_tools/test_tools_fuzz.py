@@ -18,7 +18,6 @@ from toy_jsonl import write_world
 
 from data_tools.cli import main
 from data_tools.lines import read_lines
-from data_tools.planning import load_recipe_tokenizer
 from data_tools.pool import FAULT
 from data_tools.samples import check_line
 from megatron_vita.config import load_recipe
@@ -27,6 +26,7 @@ from megatron_vita.data.shards.index import index_path, read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.tar import scan_shard
 from megatron_vita.errors import DataError
+from megatron_vita.text.vocabulary import open_tokenizer
 
 WHOLE = "VITA_TEST_ALL" in os.environ
 LINES, TARS = (1500, 700) if WHOLE else (60, 20)
@@ -52,9 +52,7 @@ def read_all(recipe_path: Path) -> int:
     """Plans the shards and reads every pack as training does; gives the number of documents."""
     assert main(["plan", str(recipe_path)]) == 0
     recipe = load_recipe(recipe_path, [])
-    stream = open_split(
-        recipe, split="train", tokenizer=load_recipe_tokenizer(recipe), tile_share=(0, 1)
-    )
+    stream = open_split(recipe, split="train", tokenizer=open_tokenizer(recipe), tile_share=(0, 1))
     return sum(len(stream[pack].sample_keys) for pack in range(len(stream)))
 
 

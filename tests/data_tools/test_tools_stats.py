@@ -11,9 +11,9 @@ from toy_jsonl import write_world
 
 from data_tools.charts import histogram, stacked_bar
 from data_tools.cli import main
-from data_tools.planning import load_recipe_tokenizer
 from data_tools.statistics import collect_statistics
 from megatron_vita.config import load_recipe
+from megatron_vita.text.vocabulary import open_tokenizer
 
 
 @pytest.fixture
@@ -42,11 +42,11 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
     loaded = load_recipe(recipe, [])
-    first, again = collect_statistics(loaded, load_recipe_tokenizer(loaded)).datasets
+    first, again = collect_statistics(loaded, open_tokenizer(loaded)).datasets
     assert (first.samples, first.taken, again.samples, again.taken) == (12, 12, 12, 4)
     assert first.images.tolist() == [1] * 12
     assert first.tiles.tolist() == [4 + 1, 2 + 1] * 6
-    tokenizer = load_recipe_tokenizer(loaded)
+    tokenizer = open_tokenizer(loaded)
     answers = [f"It is number {i}, no doubt about it.<|im_end|>\n" for i in range(12)]
     assert first.rows.tolist() == [
         len(tokenizer.encode(answer.replace("<|im_end|>", ""))) + 1 for answer in answers
@@ -57,7 +57,7 @@ def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
 def test_the_plan_s_numbers_are_the_plan_s(recipe: Path) -> None:
     assert main(["plan", str(recipe)]) == 0
     loaded = load_recipe(recipe, [])
-    found = collect_statistics(loaded, load_recipe_tokenizer(loaded))
+    found = collect_statistics(loaded, open_tokenizer(loaded))
     (plan,) = found.plans
     assert sum(plan.documents) == 16
     assert plan.tokens == sum(plan.shares.values()) == pytest.approx(256 * plan.fill.sum())
@@ -69,7 +69,7 @@ def test_packs_of_datasets_that_are_gone_are_no_dataset_s_share(recipe: Path) ->
     again = f"data.train=[{{name: again, shards: '{recipe.parent}/toy/*.tar'}}]"
     assert main(["plan", str(recipe), again, "--continue-from", "2"]) == 0
     loaded = load_recipe(recipe, [again])
-    (plan,) = collect_statistics(loaded, load_recipe_tokenizer(loaded)).plans
+    (plan,) = collect_statistics(loaded, open_tokenizer(loaded)).plans
     assert set(plan.shares) == {"again"}
     assert 0 < plan.shares["again"] < plan.tokens
     assert main(["stats", str(recipe), again, "--out", str(recipe.parent / "stats.html")]) == 0

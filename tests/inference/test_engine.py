@@ -68,6 +68,22 @@ def test_an_answer_does_not_depend_on_when_others_come_and_go(engine: Engine) ->
         engine.forget(number)
 
 
+def test_ids_beyond_the_embedding_never_reach_the_model(engine: Engine) -> None:
+    prepared = engine.prepare(prompts()[0])
+    rows = engine.recipe.model.language.vocab_size
+    prepared.document.input_ids[1] = rows
+    with pytest.raises(DataError, match=f"token {rows}, but the model's embedding {rows} rows"):
+        engine.add(prepared, GREEDY)
+    assert not engine.has_work
+
+
+def test_a_tokenizer_of_more_entries_than_rows_is_refused_at_the_start(folder: Path) -> None:
+    recipe = tiny_recipe(folder)
+    recipe.model.language.vocab_size = 300
+    with pytest.raises(ConfigError, match="vocab_size is 300, but the tokenizer .* 320 entries"):
+        Engine(recipe)
+
+
 def of(pieces: list[AnswerPiece], number: int, choice: int = 0) -> list[AnswerPiece]:
     return [piece for piece in pieces if (piece.request, piece.choice) == (number, choice)]
 

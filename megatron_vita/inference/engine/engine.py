@@ -37,7 +37,7 @@ from megatron_vita.model.backends import TorchBackend
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from megatron_vita.supervise.shared_memory import SharedFile
-from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.vocabulary import check_ids, open_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Engine:
         _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
         self.recipe, self.options = recipe, options or EngineOptions()
-        self.tokenizer = load_tokenizer(recipe.text.tokenizer)
+        self.tokenizer = open_tokenizer(recipe)
         self.form = document_format(recipe, self.tokenizer)
         # two readers are left to look at new videos while tiles are decoded
         self._readers = MediaReaders(
@@ -215,6 +215,7 @@ class Engine:
             raise DataError(
                 f"the prompt has {prepared.tokens} tokens; with an answer at most {self.max_context} are possible"
             )
+        check_ids(prepared.document.input_ids, rows=self.recipe.model.language.vocab_size)
         width = max(sampling.n, sampling.num_beams)
         if width > self.options.max_running:
             raise DataError(

@@ -1,0 +1,128 @@
+"""Tokenizers of Hugging Face folders."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megatron_vita.errors import ConfigError
+from megatron_vita.text.tokenizer import SPECIAL_TOKENS, Tokenizer, piece_bytes
+
+# Texts are encoded one by one, which the threads of `tokenizers` do not speed up; unused, they
+# allow a fork, too.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer`, given as its JSON."""
+
+    def __init__(self, definition: str, *, added: Sequence[str] = SPECIAL_TOKENS) -> None:
+        self._definition = definition
+        self._added = tuple(added)
+        self._backend = tokenizers.Tokenizer.from_str(definition)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        own = self._backend.get_vocab()
+        self._backend.add_special_tokens(
+            [tokenizers.AddedToken(name, normalized=False) for name in added]
+        )
+        self._backend.encode_special_tokens = True
+        known = self._backend.get_added_tokens_decoder()
+        special = {token.content: index for index, token in sorted(known.items()) if token.special}
+        super().__init__(
+            special,
+            max(self._backend.get_vocab().values()) + 1,
+            appended=[name for name in added if name not in own],
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(HuggingFaceTokenizer, added=self._added), (self._definition,)
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        # without offsets
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            # models that look whole words up in the vocabulary
+            if index in self.special_ids and stop - start > 1:
+                return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """See Tokenizer."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, index: int) -> bytes:
+        """See Tokenizer."""
+        piece = self._backend.id_to_token(index)
+        if piece is None:
+            return b""
+        if index in self.special_ids:
+            return piece.encode()
+        return _spelled_bytes(piece) if self._spells_bytes else piece_bytes(piece)
+
+    @cached_property
+    def _spells_bytes(self) -> bool:
+        """Whether each character of a vocabulary entry stands for a byte."""
+        return '"ByteLevel"' in json.dumps(json.loads(self._definition)["decoder"])
+
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """See Tokenizer. `ByteFallback` decoders know these tokens by name."""
+        ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(index for index in ids if index is not None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See Tokenizer."""
+        definition = json.loads(self._backend.to_str())
+        decisive = {
+            key: definition[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, others stand from
+    U+0100 on in order."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTE_CHARACTERS = _byte_characters()
+
+
+def _spelled_bytes(piece: str) -> bytes:
+    """The bytes of an entry of a byte-level vocabulary; what was added to it as ordinary text is
+    that text."""
+    if not all(character in _BYTE_CHARACTERS for character in piece):
+        return piece.encode()
+    return bytes(_BYTE_CHARACTERS[character] for character in piece)
+
+
+def read_folder(path: Path, *, added: Sequence[str]) -> HuggingFaceTokenizer:
+    """Read a tokenizer folder. ConfigError, naming it, if transformers cannot."""
+    from transformers import AutoTokenizer  # takes seconds, and SentencePiece models do without
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # whatever its many loaders raise
+        raise ConfigError(
+            f"{path}: cannot read a Hugging Face tokenizer: {type(error).__name__}: {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{path}: {type(tokenizer).__name__} has no tokenizer.json form; one that has is needed"
+        )
+    return HuggingFaceTokenizer(tokenizer.backend_tokenizer.to_str(), added=added)
