@@ -80,7 +80,7 @@ def test_ids_beyond_the_embedding_never_reach_the_model(engine: Engine) -> None:
 def test_a_tokenizer_of_more_entries_than_rows_is_refused_at_the_start(folder: Path) -> None:
     recipe = tiny_recipe(folder)
     recipe.model.language.vocab_size = 300
-    with pytest.raises(ConfigError, match="vocab_size is 300, but the tokenizer .* 320 entries"):
+    with pytest.raises(ConfigError, match=r"vocab_size is 300, but the tokenizer .* 320 entries"):
         Engine(recipe)
 
 
