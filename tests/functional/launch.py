@@ -1,45 +1,109 @@
-"""Starts torchrun on a worker of this folder."""
+"""Starts a script of this folder on several ranks: forked from a process that has imported
+megatron-core already, or by torchrun where there are GPUs."""
 
+import atexit
+import json
+import os
+import selectors
 import signal
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from tests.environment import environment_with
 
 HERE = Path(__file__).parent
-MOST_PROCESSES = torch.cuda.device_count() if torch.cuda.is_available() else 8
+ON_GPUS = torch.cuda.is_available()
+MOST_PROCESSES = torch.cuda.device_count() if ON_GPUS else 8
 
 
 def torchrun(
     script: str | Path, *arguments: str, processes: int, check: bool = True, seconds: float = 600
 ) -> subprocess.CompletedProcess:
-    """Runs a script (one of this folder, or a path) in `processes` processes on one thread each.
+    """Run a script (one of this folder, or a path) in `processes` processes on one thread each.
 
-    Processes that have not ended after `seconds` are made to say where they stand, and fail the
-    test.
+    Processes that have not ended after `seconds` write their stacks to stderr, and fail the test.
     """
-    environment = environment_with(HERE, PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(processes),
-    ]
-    command += [str(HERE / script), *arguments]
+    run = _run_with_torchrun if ON_GPUS else _run_forked
+    ended = run(str(HERE / script), arguments, processes, seconds)
+    assert not check or ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
+    return ended
+
+
+def _run_with_torchrun(
+    script: str, arguments: tuple[str, ...], processes: int, seconds: float
+) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc_per_node", str(processes), script, *arguments]
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.send_signal(signal.SIGABRT)  # each writes its stacks to stderr
+        _abort_children(process.pid)
         out, err = process.communicate(timeout=60)
-    assert not check or process.returncode == 0, out[-4000:] + err[-8000:]
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _run_forked(
+    script: str, arguments: tuple[str, ...], processes: int, seconds: float
+) -> subprocess.CompletedProcess:
+    server = _rank_server()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        job = {"script": script, "arguments": arguments, "processes": processes}
+        job |= {"port": store.port, "out": str(out), "err": str(err)}
+        assert server.stdin
+        server.stdin.write(json.dumps(job).encode() + b"\n")
+        server.stdin.flush()
+        code = _answer(server, seconds)
+        texts = [path.read_text(errors="replace") for path in (out, err)]
+    return subprocess.CompletedProcess([script, *arguments], code, *texts)
+
+
+def _answer(server: subprocess.Popen, seconds: float) -> int:
+    """Exit code of the running job, whose processes are aborted after `seconds`."""
+    assert server.stdout
+    with selectors.DefaultSelector() as selector:
+        selector.register(server.stdout, selectors.EVENT_READ)
+        if not selector.select(seconds):
+            _abort_children(server.pid)
+            assert selector.select(60), "the ranks of a job do not end"
+    return int(server.stdout.readline())
+
+
+def _abort_children(pid: int) -> None:
+    """Make every descendant write its stacks to stderr, and end."""
+    for child in psutil.Process(pid).children(recursive=True):
+        child.send_signal(signal.SIGABRT)
+
+
+@cache
+def _rank_server() -> subprocess.Popen:
+    server = subprocess.Popen(
+        [sys.executable, str(HERE / "rank_server.py")],
+        env=_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    atexit.register(server.kill)
+    return server
+
+
+def _environment() -> dict[str, str]:
+    # pyarrow's own allocator and OpenBLAS keep threads, which a fork would lose
+    single = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
+    single |= {name: os.environ[name] for name in single if name in os.environ}
+    return environment_with(HERE, PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1", **single)

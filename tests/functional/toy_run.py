@@ -1,6 +1,10 @@
 """A toy dataset, tokenizer, plan and recipe in a folder, made with `data_tools` as a user would."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +69,21 @@ def toy_recipe(folder: Path) -> dict:
 
 
 def make_toy_run(folder: Path, *, samples: int = 90) -> Path:
-    """Makes everything that a run needs; returns the recipe's path."""
+    """Put everything that a run needs into a folder; returns the recipe's path."""
+    shutil.copytree(_toy_data(samples), folder, dirs_exist_ok=True)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(toy_recipe(folder)))
+    return recipe
+
+
+@cache
+def _toy_data(samples: int) -> Path:
+    """A folder with tokenizer, shards, indexes and plans, made once a process.
+
+    A plan names shards by their contents, so that all of it may be copied.
+    """
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     jsonl = write_samples(folder, samples)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(toy_recipe(folder)))
@@ -75,4 +93,4 @@ def make_toy_run(folder: Path, *, samples: int = 90) -> Path:
     )
     data_tools("index", recipe)
     data_tools("plan", recipe)
-    return recipe
+    return folder
