@@ -16,7 +16,30 @@ ROLES = {
 }
 """Roles that samples may use, and what each is called here."""
 
+CHAT_FIELDS = ("messages", "conversations")
+
 MEDIA_KINDS = ("image", "video")
+
+LOSS_MARKS = ("loss", "train", "weight")
+"""Fields of a turn that say whether what an assistant says is trained: true, 1, false or 0."""
+
+REFUSED_FIELDS = {
+    "tool_calls": "tool calls are not trained",
+    "function_call": "tool calls are not trained",
+    "tool_call_id": "results of tools are not read",
+    "reasoning_content": "thoughts beside the answer are not trained",
+    "reasoning": "thoughts beside the answer are not trained",
+    "thinking": "thoughts beside the answer are not trained",
+    "train_detail": "parts of a turn cannot be masked",
+    "loss_scale": "a turn is trained or not",
+    "loss_weight": "a turn is trained or not",
+    "loss_mask": "loss, train or weight says whether a turn is trained",
+    "mask": "loss, train or weight says whether a turn is trained",
+    "chosen": "of several answers none is chosen here",
+    "rejected": "of several answers none is chosen here",
+    "candidates": "of several answers none is chosen here",
+}
+"""Fields of a turn whose content would be lost, and why they are refused where they are filled."""
 
 _TAG = re.compile(r"(\\?)<(image|video)>")
 
@@ -37,20 +60,25 @@ class MediaPart:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says. Neighbouring texts are one part and no text is empty."""
+    """What one role says. Neighbouring texts are one part and no text is empty.
+
+    `loss` false: an assistant's turn that is read, and not trained.
+    """
 
     role: str
     parts: list[TextPart | MediaPart]
+    loss: bool = True
 
 
 def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> list[Turn]:
     """The turns of `{"messages": [{"role", "content"}, ...], "images": [...], "videos": [...]}`.
 
-    `conversations` is read where there is no `messages`. Content is text or a list of parts:
+    `conversations` is read where there is no `messages`; null is as good as absent. Content is text or a list of parts:
     `{"type": "text", "text"}` (always literal), `{"type": "image"}`, `{"type": "video"}`. In the
     text of users and of the system, `<image>` and `<video>` are places of media and `\\<image>` is
-    the literal tag; what an assistant says as text is always literal. `needs_answer` false accepts
-    a conversation in which no assistant speaks yet, as a prompt is.
+    the literal tag; what an assistant says as text is always literal. An assistant's turn with
+    `"loss": false` is read and not trained. `needs_answer` false accepts a conversation in which no
+    assistant speaks yet, or none is trained, as a prompt is.
 
     Raises DataError, naming the field and its value, for anything else and where places and media
     differ in number.
@@ -61,6 +89,8 @@ def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> l
         raise DataError(
             f"no assistant turn among the roles {[turn.role for turn in turns]}: at least one is needed"
         )
+    if needs_answer and not any(turn.loss for turn in turns if turn.role == "assistant"):
+        raise DataError("no assistant turn is trained: at least one without loss false is needed")
     if not any(turn.parts for turn in turns):
         raise DataError("every turn of messages is empty: at least one needs content")
     for kind in MEDIA_KINDS:
@@ -73,11 +103,16 @@ def _messages(sample: Mapping[str, Any]) -> list[Any]:
         raise DataError(
             f"the sample is {type(sample).__name__}: an object with the field messages is needed"
         )
-    messages = sample.get("messages", sample.get("conversations"))
-    if messages is None:
+    filled = {name for name in sample if sample[name] is not None}
+    fields = [name for name in CHAT_FIELDS if name in filled]
+    if not fields:
+        null = "".join(f", {name} is null" for name in CHAT_FIELDS if name in sample)
         raise DataError(
-            f"no field messages among {sorted(sample)}: a list of {{role, content}} is needed"
+            f"no field messages among {sorted(filled)}{null}: a list of {{role, content}} is needed"
         )
+    messages = sample[fields[0]]
+    if any(sample[name] != messages for name in fields):
+        raise DataError("messages and conversations are both there, and differ: one is needed")
     if not isinstance(messages, list):
         raise DataError(
             f"messages is {type(messages).__name__}: a list of {{role, content}} is needed"
@@ -88,24 +123,47 @@ def _messages(sample: Mapping[str, Any]) -> list[Any]:
 
 
 def _turn(message: Any, field: str) -> Turn:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        found = sorted(message) if isinstance(message, Mapping) else repr(message)
-        raise DataError(f"{field} has {found}: the fields role and content are needed")
+    if not isinstance(message, Mapping):
+        raise DataError(f"{field} has {message!r:.80}: the fields role and content are needed")
+    _check_fields(message, field)
+    if not {"role", "content"} <= set(message):
+        raise DataError(f"{field} has {sorted(message)}: the fields role and content are needed")
     if not isinstance(message["role"], str) or message["role"] not in ROLES:
         raise DataError(f"{field}.role is {message['role']!r}; known roles: {', '.join(ROLES)}")
     role = ROLES[message["role"]]
-    content = message["content"]
+    parts = _parts(message["content"], f"{field}.content", literal=role == "assistant")
+    loss = _loss(message, field, is_answer=role == "assistant")
+    return Turn(role, _joined(parts, f"{field}.content"), loss)
+
+
+def _check_fields(message: Mapping[str, Any], field: str) -> None:
+    """DataError if a turn holds what is not read."""
+    for name, reason in REFUSED_FIELDS.items():
+        if message.get(name) not in (None, "", [], {}):
+            raise DataError(f"{field}.{name} is {message[name]!r:.80}: {reason}")
+
+
+def _loss(message: Mapping[str, Any], field: str, *, is_answer: bool) -> bool:
+    """Whether a turn is trained, by its marks. DataError, naming the mark, if it cannot be so."""
+    marks = {name: message[name] for name in LOSS_MARKS if message.get(name) is not None}
+    for name, value in marks.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DataError(f"{field}.{name} is {value!r:.80}: true, 1, false or 0 is needed")
+        if value and not is_answer and name != "weight":  # a weight of 1 changes nothing
+            raise DataError(f"{field}.{name} is {value!r}: only assistants' turns are trained")
+    if not is_answer:
+        return True
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise DataError(f"{field} says by {marks} both that it is trained and that it is not")
+    return all(marks.values())
+
+
+def _parts(content: Any, field: str, *, literal: bool) -> list[TextPart | MediaPart]:
     if isinstance(content, str):
-        parts: list[TextPart | MediaPart] = (
-            [TextPart(content)] if role == "assistant" else _tagged_parts(content)
-        )
-    elif isinstance(content, list):
-        parts = [_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
-    else:
-        raise DataError(
-            f"{field}.content is {type(content).__name__}: a string or a list of parts is needed"
-        )
-    return Turn(role, _joined(parts, f"{field}.content"))
+        return [TextPart(content)] if literal else _tagged_parts(content)
+    if isinstance(content, list):
+        return [_part(part, f"{field}[{index}]") for index, part in enumerate(content)]
+    raise DataError(f"{field} is {type(content).__name__}: a string or a list of parts is needed")
 
 
 def _tagged_parts(text: str) -> list[TextPart | MediaPart]:

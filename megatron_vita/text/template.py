@@ -61,7 +61,8 @@ EncodedTurn = list[TextPiece | MediaPiece]
 def encode_turns(turns: Iterable[Turn], tokenizer: Tokenizer, template: str) -> list[EncodedTurn]:
     """Each turn in token ids, tokenized independently of the others.
 
-    Scored are what assistants say and the tokens that close their turns. No system turn is added.
+    Scored are what assistants say and the tokens that close their turns, but for turns without
+    loss. No system turn is added.
     """
     frame = _template(template)
     return [_encode_turn(turn, tokenizer, frame) for turn in turns]
@@ -96,7 +97,8 @@ def _framing(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def _encode_turn(turn: Turn, tokenizer: Tokenizer, frame: Template) -> EncodedTurn:
-    scored = turn.role == "assistant"
+    is_answer = turn.role == "assistant"
+    scored = is_answer and turn.loss
     pieces: EncodedTurn = []
     _append(pieces, _opening(frame, tokenizer, turn.role), loss=False)
     for part in turn.parts:
@@ -104,7 +106,7 @@ def _encode_turn(turn: Turn, tokenizer: Tokenizer, frame: Template) -> EncodedTu
             pieces.append(MediaPiece(part.kind))
         else:
             _append(pieces, tokenizer.encode(part.text), loss=scored)
-    if scored or frame.frames_all:
+    if is_answer or frame.frames_all:
         closing = [tokenizer.special_id(frame.closing), *_framing(tokenizer, frame.after_closing)]
         _append(pieces, closing, loss=scored)
     return pieces

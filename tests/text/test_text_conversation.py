@@ -82,6 +82,39 @@ def test_conversations_is_another_name_of_messages() -> None:
     )
 
 
+def test_null_beside_a_filled_alternative_is_absent() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = check_messages({"messages": messages})
+    for sample in (
+        {"messages": None, "conversations": messages},
+        {"messages": messages, "conversations": None, "images": None, "videos": None},
+        {"messages": messages, "conversations": messages},
+        {"messages": [turn | {"loss": None, "tool_calls": None} for turn in messages]},
+    ):
+        assert check_messages(sample) == turns
+
+
+@pytest.mark.parametrize(
+    ("marks", "is_trained"),
+    [
+        ({"loss": False}, False),
+        ({"loss": 0}, False),
+        ({"weight": 0}, False),
+        ({"weight": 0.0}, False),
+        ({"train": False}, False),
+        ({"loss": True}, True),
+        ({"weight": 1}, True),
+        ({"train": True, "weight": None}, True),
+        ({}, True),
+    ],
+)
+def test_a_turn_says_whether_it_is_trained(marks: dict[str, Any], is_trained: bool) -> None:
+    answers = [{"role": "assistant", "content": "b"} | marks, {"role": "gpt", "content": "c"}]
+    user = {"role": "user", "content": "a", "weight": 1, "loss": False}
+    turns = check_messages({"messages": [user, answers[0], user, answers[1]]})
+    assert [turn.loss for turn in turns if turn.role == "assistant"] == [is_trained, True]
+
+
 def test_a_prompt_needs_no_answer_where_it_is_said_so() -> None:
     prompt = {"messages": [{"role": "user", "content": "hello"}]}
     assert check_messages(prompt, needs_answer=False) == [Turn("user", [TextPart("hello")])]
@@ -95,7 +128,30 @@ def test_a_prompt_needs_no_answer_where_it_is_said_so() -> None:
         ([], "the sample is list"),
         ({"text": "a"}, r"no field messages among \['text'\]"),
         ({"messages": None}, "no field messages"),
+        (
+            {"messages": None, "conversations": None},
+            "among \\[\\], messages is null, conversations is null: a list",
+        ),
+        (
+            {"messages": [{"role": "gpt", "content": "a"}], "conversations": []},
+            "messages and conversations are both there, and differ",
+        ),
         ({"messages": "hello"}, "messages is str: a list"),
+        *(
+            ({"messages": [{"role": "gpt", "content": "a"} | wrong]}, told)
+            for wrong, told in (
+                ({"loss": 0}, "no assistant turn is trained"),
+                ({"weight": 0.5}, r"messages\[0\].weight is 0.5: true, 1, false or 0"),
+                ({"loss": "no"}, r"messages\[0\].loss is 'no': true, 1, false or 0"),
+                ({"loss": True, "weight": 0}, "both that it is trained and that it is not"),
+                ({"train_detail": [{"train": False}]}, r"messages\[0\].train_detail is .* masked"),
+                ({"mask": 1}, r"messages\[0\].mask is 1: loss, train or weight says"),
+                ({"content": None, "tool_calls": [{"id": 1}]}, "tool_calls is .* not trained"),
+                ({"reasoning_content": "so"}, "reasoning_content is 'so': thoughts"),
+                ({"role": "user", "loss": True}, "loss is True: only assistants' turns"),
+                ({"role": "tool", "tool_call_id": "x"}, "tool_call_id is 'x': results of tools"),
+            )
+        ),
         ({"messages": []}, "messages is an empty list"),
         ({"messages": ["hello"]}, r"messages\[0\] has 'hello': the fields role and content"),
         ({"messages": [{"from": "human", "value": "a"}]}, r"messages\[0\] has \['from', 'value'\]"),

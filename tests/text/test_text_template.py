@@ -69,6 +69,19 @@ def test_plain_frames_nothing_and_scores_answers_with_the_end_of_text(
     assert rendered(turns, small_tokenizer, scored=True) == "the fox<|endoftext|>yes<|endoftext|>"
 
 
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+def test_a_turn_without_loss_is_read_as_ever_and_not_scored(
+    small_tokenizer: Tokenizer, template: str
+) -> None:
+    masked = [*TURNS[:2], Turn("assistant", [TextPart("the fox")], loss=False), *TURNS[3:]]
+    turns, unmasked = (encode_turns(some, small_tokenizer, template) for some in (masked, TURNS))
+    assert rendered(turns, small_tokenizer) == rendered(unmasked, small_tokenizer)
+    assert "the fox" not in rendered(turns, small_tokenizer, scored=True)
+    assert rendered(turns[4:], small_tokenizer, scored=True) == rendered(
+        unmasked[4:], small_tokenizer, scored=True
+    )
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_turn_is_encoded_the_same_whatever_stands_around_it(
     small_tokenizer: Tokenizer, template: str

@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import Any
 
 from megatron_vita.errors import DataError
-from megatron_vita.text.conversation import check_messages
+from megatron_vita.text.conversation import CHAT_FIELDS, check_messages
 from megatron_vita.text.template import EncodedTurn, MediaPiece, TextPiece, encode_turns
 from megatron_vita.text.tokenizer import Tokenizer
 
@@ -43,8 +43,9 @@ def parse_record(data: bytes, name: str) -> dict[str, Any]:
 
 def is_raw_text(record: Mapping[str, Any]) -> bool:
     """Whether a sample is `{"text": ...}`: a document with loss on every token, split over packs
-    where it is longer."""
-    return "text" in record and not {"messages", "conversations"} & set(record)
+    where it is longer. Null is as good as absent."""
+    filled = {name for name in record if record[name] is not None}
+    return "text" in filled and not filled & set(CHAT_FIELDS)
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -72,7 +73,9 @@ def check_record(record: Mapping[str, Any]) -> None:
 def weight_of(record: Mapping[str, Any]) -> float:
     """The factor on the losses of a sample, 1 where it names none. DataError unless it is a number
     of at least 0."""
-    weight = record.get("weight", 1.0)
+    weight = record.get("weight")
+    if weight is None:
+        return 1.0
     if (
         isinstance(weight, bool)
         or not isinstance(weight, int | float)

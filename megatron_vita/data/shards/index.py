@@ -28,7 +28,7 @@ from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.template import template_fingerprint
 from megatron_vita.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FOOTER_BYTES = 1 << 16  # of a remote index are asked for at once; most footers are shorter
 SCHEMA = pa.schema(
     [
