@@ -1,5 +1,6 @@
 """What each layer keeps between its forward and backward passes, as the fields of `training` say."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_vita.config.recipe import Recipe
@@ -11,6 +12,7 @@ class LayerMemory:
 
     recompute: bool = False  # keeps its input alone; else everything
     keep_attention: bool = False  # of a recomputed layer: attention's output too
+    offload: bool = False  # of a recomputed layer: what it keeps waits on the host
     mlp_rows: int = 0  # rows of a rank's share that the MLP takes at once, recomputed; 0: all
 
 
@@ -18,7 +20,7 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
     """Of the layers that a rank runs one after another (a stage's, or one interleaved chunk's).
 
     The first `recompute_num_layers` are recomputed; the last `recompute_keep_attention_layers`
-    of those keep attention's output.
+    of those keep attention's output, and the first, which live longest, wait on the host.
     """
     training = recipe.training
     recomputed = kept = 0
@@ -28,11 +30,13 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
     if kept == -1:
         kept = recomputed
     selective = training.recompute_granularity == "selective"
+    offloaded = math.ceil(training.activation_offload_fraction * recomputed)
     rows = _mlp_rows(recipe)
     return [
         LayerMemory(
             recompute=i < recomputed,
             keep_attention=recomputed - kept <= i < recomputed,
+            offload=i < offloaded,
             mlp_rows=rows if i < recomputed or selective else 0,
         )
         for i in range(num_layers)

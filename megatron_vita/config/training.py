@@ -45,6 +45,14 @@ class TrainingConfig:
         "Tokens whose MLP a tensor-parallel group computes at once where it is recomputed (full, block, or selective "
         "with mlp); 0 for all.",
     )
+    activation_offload_fraction: float = described(
+        0.0,
+        "Of full, block: share of each stage's recomputed layers, the first ones, whose kept activations wait in pinned "
+        "host memory.",
+    )
+    activation_offload_gib: float = described(
+        0.0, "Host memory that a rank may pin for them, in GiB; 0: what the host has."
+    )
     recompute_vision: bool = described(False, "Recompute the vision tower.")
     recompute_vision_method: str = described(
         "layers",
@@ -141,6 +149,7 @@ class TrainingConfig:
             f"training.recompute_keep_attention_layers is {kept}, which needs recompute_method block: layers that are "
             f"recomputed one by one; it is {self.recompute_method}",
         )
+        self._check_offload(one_by_one)
         selective = self.recompute_granularity == "selective" and "mlp" in self.recompute_modules
         require(
             tokens == 0 or one_by_one or selective,
@@ -155,4 +164,21 @@ class TrainingConfig:
         require(
             self.recompute_vision_method == "layers" or self.recompute_vision,
             f"training.recompute_vision_method is {self.recompute_vision_method}, which needs recompute_vision",
+        )
+
+    def _check_offload(self, one_by_one: bool) -> None:
+        fraction, most = self.activation_offload_fraction, self.activation_offload_gib
+        require(
+            0 <= fraction <= 1,
+            f"training.activation_offload_fraction is {fraction}: a share between 0 and 1",
+        )
+        require(
+            fraction == 0 or one_by_one,
+            f"training.activation_offload_fraction is {fraction}, which needs layers that are recomputed one by one: "
+            "recompute_granularity full with recompute_method block",
+        )
+        require(most >= 0, f"training.activation_offload_gib is {most}: it must be at least 0")
+        require(
+            most == 0 or fraction > 0,
+            f"training.activation_offload_gib is {most}, which needs activation_offload_fraction",
         )

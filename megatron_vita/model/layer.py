@@ -8,6 +8,7 @@ With `x` the layer's input, one layer computes
 Recomputed, it keeps `x` alone; attention kept, it keeps `x`, `a` and what attention itself needs
 beside q, k and v (log-sum-exps), so that attention's forward pass runs once. y and everything
 inside the MLP are made again in the backward pass, the MLP over a bounded number of rows at once.
+`x` and `a` stay on the device or wait on the host (`offload.py`).
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vita.config import LayerMemory
+from megatron_vita.model.offload import ActivationStore, LayerActivations
 from megatron_vita.model.pieces import PieceGradients, split_evenly
 
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
@@ -81,6 +83,7 @@ class RecomputingLayer(TransformerLayer):
     """megatron-core's layer, which `memory` tells what to keep. It draws no random numbers."""
 
     memory = LayerMemory()
+    store: ActivationStore | None = None  # where some layers of the rank keep theirs on the host
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -115,6 +118,12 @@ class RecomputingLayer(TransformerLayer):
             return super()._forward_mlp(hidden_states, *args, **kwargs)
         return _RecomputedMLP.apply(hidden_states, self)
 
+    def open_activations(self) -> LayerActivations:
+        """For what is kept of one forward pass."""
+        if self.store is None:
+            return LayerActivations(self.layer_number)
+        return self.store.open(self.layer_number, offload=self.memory.offload)
+
     @property
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -131,17 +140,15 @@ class RecomputingLayer(TransformerLayer):
         return result
 
     def backpropagate_mlp(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the input of `add_mlp`, given that of its result; adds those of the
-        weights."""
+        """The gradient of the input of `add_mlp`, given that of its result, whose place it takes:
+        nothing but this layer reads the latter. Adds those of the weights."""
         gradients = PieceGradients([*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()])
-        result = torch.empty_like(grad)
-        for part, arriving, into in zip(
-            self._pieces(hidden), self._pieces(grad), self._pieces(result), strict=True
-        ):
+        result = grad.contiguous()  # an expanded one has no place
+        for part, place in zip(self._pieces(hidden), self._pieces(result), strict=True):
             rows = part.detach().requires_grad_()
             with torch.enable_grad():
                 branch = self._mlp_branch(rows)
-            torch.add(arriving, gradients.backward(branch, arriving, rows), out=into)
+            place.add_(gradients.backward(branch, place, rows))
         gradients.deliver()
         return result
 
@@ -158,22 +165,33 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, around: Surroundings) -> Tensor:
         ctx.layer, ctx.around = layer, around
+        ctx.activations = activations = layer.open_activations()
+        activations.keep(hidden)
         parts = layer.project(hidden, around)
         if layer.memory.keep_attention:
             ctx.attention = _KeptAttention(layer.self_attention, parts, around)
             attended = ctx.attention.output
+            activations.keep(attended)
         else:
             ctx.attention, attended = None, layer.self_attention.attend(parts, around)
         del parts
         ctx.hidden = hidden.detach()
-        return layer.add_mlp(hidden + layer.self_attention.linear_proj(attended)[0])
+        result = layer.add_mlp(hidden + layer.self_attention.linear_proj(attended)[0])
+        activations.leave()
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer, around, attention = ctx.layer, ctx.around, ctx.attention
+        layer, around, attention, activations = (
+            ctx.layer,
+            ctx.around,
+            ctx.attention,
+            ctx.activations,
+        )
         hidden = ctx.hidden.requires_grad_()
-        ctx.hidden = ctx.attention = None
+        ctx.hidden = ctx.attention = ctx.activations = None
+        activations.arrive()
         with torch.enable_grad():
             if attention is None:
                 attended = layer.self_attention.attend(layer.project(hidden, around), around)
@@ -182,7 +200,9 @@ class _RecomputedLayer(torch.autograd.Function):
             projected = layer.self_attention.linear_proj(attended)[0]
         del attended
         grad = layer.backpropagate_mlp(hidden.detach() + projected.detach(), grads[0])
+        activations.fetch_before()
         torch.autograd.backward(projected, grad)
+        del projected
         if attention is not None:
             with torch.enable_grad():
                 parts = layer.project(hidden, around)

@@ -22,6 +22,7 @@ from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer_state
+from megatron_vita.training.host_buffers import open_activation_store
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.optimizer import build_optimizer, wrap_for_data_parallel
 from megatron_vita.training.position import changed_fields, check_parts
@@ -127,6 +128,7 @@ def assemble_run(recipe: Recipe) -> Run:
     models = build_chunks(recipe)
     for model in models:
         freeze_parts(model, recipe)
+    open_activation_store(models, recipe)
     chunks = [wrap_for_data_parallel(model, recipe) for model in models]
     optimizer, schedule = build_optimizer(chunks, recipe)
     return Run(

@@ -57,6 +57,13 @@ FEATURES: dict[str, dict[str, dict]] = {
             "recompute_keep_attention_layers": 1,
             "mlp_chunk_tokens": 48,
         },
+        "offloaded": {"recompute_granularity": "full", "activation_offload_fraction": 1.0},
+        "half_offloaded": {
+            "recompute_granularity": "full",
+            "recompute_keep_attention_layers": -1,
+            "mlp_chunk_tokens": 100,
+            "activation_offload_fraction": 0.5,
+        },
     },
     "tower": {
         "dealt": {},

@@ -36,7 +36,7 @@ PLAIN = [
         ("tp2", "cp2"),
         ("tp2", "qwen3"),
         ("tp2sp", "dp2", "overlapped", "kept_in_pieces", "from_pixels", "two_tiles"),
-        ("pp2vpp2", "cp2", "attention_kept", "qwen3"),
+        ("pp2vpp2", "cp2", "half_offloaded", "qwen3"),
     )
 ]
 COVERING = covering_layouts()

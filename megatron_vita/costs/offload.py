@@ -1,0 +1,27 @@
+"""Buffers of host memory for activations that wait there, from a recipe."""
+
+from collections import Counter
+
+from megatron_vita.config import LayerMemory, Recipe, layer_memory
+from megatron_vita.costs.layer_memory import value_bytes
+from megatron_vita.costs.schedule import most_kept
+
+
+def offload_buffers(recipe: Recipe, stage: int, *, data_parallel: int) -> Counter[int]:
+    """Most buffers that a rank of pipeline stage `stage` fills at once, by size in bytes: layers'
+    inputs, and the outputs of attention of those that keep it."""
+    parallel, language = recipe.parallel, recipe.model.language
+    rows = recipe.data.seq_length // parallel.context_parallel_size
+    tp, size = parallel.tensor_model_parallel_size, value_bytes(recipe)
+    share = rows // tp if parallel.sequence_parallel else rows
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    layers = parallel.layers_of_stages(language.num_layers)[stage] // chunks
+    offloaded = [memory for memory in layer_memory(recipe, layers) if memory.offload]
+
+    def count(kept: list[LayerMemory]) -> int:
+        return most_kept(recipe, stage, data_parallel=data_parallel, chunks=[len(kept)] * chunks)
+
+    buffers = Counter({share * language.hidden_size * size: count(offloaded)})
+    heads = language.num_attention_heads // tp * language.kv_channels
+    buffers[rows * heads * size] += count([m for m in offloaded if m.keep_attention])
+    return +buffers

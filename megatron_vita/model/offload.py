@@ -1,0 +1,158 @@
+"""Saved activations in host memory between a layer's forward and backward passes.
+
+A tensor that waits on the host keeps its place in autograd's graph: its storage on the device is
+emptied once the copy is complete, and filled again before it is read. So whoever else refers to it
+(attention's own record, a pipeline schedule) keeps no memory alive and reads the right values.
+Copies run on streams of their own, outward beside the rest of the layer's forward pass, inward
+beside the backward pass of the layer above. Nothing here waits on the host.
+
+Layers of one forward pass form a chain, so that any order of passes will do: those of other
+micro-batches and chunks, as pipeline schedules interleave them, have chains of their own.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_vita.platform.host_memory import host_buffers
+
+logger = logging.getLogger(__name__)
+
+
+class HostBuffers:
+    """Buffers of host memory by size, pinned on CUDA; got once, for that takes about 1 s/GiB."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.count = 0
+
+    def reserve(self, counts: Mapping[int, int]) -> None:
+        """Gets buffers, given their numbers by size in bytes.
+
+        Raises:
+            PlatformError: they cannot be pinned.
+        """
+        sizes = [size for size, count in counts.items() for _ in range(count)]
+        for buffer in host_buffers(sizes):
+            self.give_back(buffer)
+        self.count += len(sizes)
+
+    def take(self, size: int) -> Tensor:
+        """A buffer [size] of bytes; a new one where all that were reserved are in use."""
+        if not self._free[size]:
+            logger.debug("one more buffer of %d bytes than was reserved", size)
+            self.reserve({size: 1})
+        return self._free[size].pop()
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Lets others have the buffer, once what this stream was given so far has run."""
+        self._free[len(buffer)].append(buffer)
+
+
+class ActivationStore:
+    """What the layers of a rank keep on the host."""
+
+    def __init__(self) -> None:
+        self.buffers = HostBuffers()
+        self.outward, self.inward = torch.cuda.Stream(), torch.cuda.Stream()
+        self._latest = LayerActivations(0)
+
+    def open(self, layer_number: int, *, offload: bool) -> "LayerActivations":
+        """For one forward pass of a layer; layers of a pass are numbered one after another."""
+        before = self._latest if self._latest.layer_number == layer_number - 1 else None
+        self._latest = LayerActivations(
+            layer_number, before=before, store=self if offload else None
+        )
+        return self._latest
+
+
+class LayerActivations:
+    """What one layer keeps of one forward pass: on the host if it has a store, else where it is."""
+
+    def __init__(
+        self,
+        layer_number: int,
+        *,
+        before: "LayerActivations | None" = None,
+        store: ActivationStore | None = None,
+    ) -> None:
+        self.layer_number = layer_number
+        self._before, self._store = before, store
+        self._sent: list[_SentTensor] = []
+
+    def keep(self, tensor: Tensor) -> None:
+        """Begins to copy a tensor that backward will read, and forward until `leave`."""
+        if self._store is None:
+            return
+        if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            self._sent.append(_SentTensor(tensor, self._store))
+        else:
+            logger.warning(
+                "layer %d: part of a larger tensor stays on the device", self.layer_number
+            )
+
+    def leave(self) -> None:
+        """Frees the device's memory of all that was kept, once it is copied."""
+        for sent in self._sent:
+            sent.leave()
+
+    def fetch(self) -> None:
+        """Begins to bring everything back."""
+        for sent in self._sent:
+            sent.fetch()
+
+    def fetch_before(self) -> None:
+        """Begins to bring back what the layer before has, whose backward comes next."""
+        before, self._before = self._before, None
+        if before is not None:
+            before.fetch()
+
+    def arrive(self) -> None:
+        """Has the current stream wait until everything is back."""
+        self.fetch()
+        for sent in self._sent:
+            sent.arrive()
+        self._sent.clear()
+
+
+class _SentTensor:
+    """A tensor and its copy on the host."""
+
+    def __init__(self, tensor: Tensor, store: ActivationStore) -> None:
+        self._tensor, self._store = tensor.detach(), store
+        self._buffer = store.buffers.take(tensor.nbytes)
+        self._host = self._buffer.view(tensor.dtype).view(tensor.shape)
+        self._fetched: torch.cuda.Event | None = None
+        store.outward.wait_stream(torch.cuda.current_stream())  # the tensor, the buffer's last use
+        with torch.cuda.stream(store.outward):
+            self._host.copy_(self._tensor, non_blocking=True)
+        self._sent = _record(store.outward)
+
+    def leave(self) -> None:
+        torch.cuda.current_stream().wait_event(self._sent)
+        self._tensor.untyped_storage().resize_(0)
+
+    def fetch(self) -> None:
+        if self._fetched is not None:
+            return
+        self._tensor.untyped_storage().resize_(self._tensor.nbytes)
+        # the copy, and the last use of the memory that the allocator gave
+        self._store.inward.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._store.inward):
+            # `data`: to autograd, the tensor is the one that was saved
+            self._tensor.data.copy_(self._host, non_blocking=True)
+        self._fetched = _record(self._store.inward)
+
+    def arrive(self) -> None:
+        assert self._fetched is not None
+        torch.cuda.current_stream().wait_event(self._fetched)
+        self._store.buffers.give_back(self._buffer)
+
+
+def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
