@@ -36,6 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     dry.add_argument(
         "--world-size", type=int, default=0, help="ranks of the run; one replica if not given"
     )
+    dry.add_argument(
+        "--device", default="", help="GPU to predict the time of a step for, such as H200"
+    )
     dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks of a node")
     dry.add_argument(
         "--device-memory-gib", type=float, default=0, help="refuse a run estimated to need more"
@@ -48,10 +51,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def show_dry_run(recipe: Recipe, world_size: int, arguments: argparse.Namespace) -> None:
     """Prints what the run would be; ConfigError if it would not fit."""
+    from megatron_vita import platform
     from megatron_vita.training.dry_report import check_memory, describe
     from megatron_vita.training.dry_run import dry_run
 
-    report = dry_run(recipe, world_size=world_size, with_data=not arguments.without_data)
+    report = dry_run(
+        recipe,
+        world_size=world_size,
+        with_data=not arguments.without_data,
+        device=arguments.device or platform.device_name(),
+        ranks_per_node=arguments.ranks_per_node,
+    )
     sys.stdout.write(describe(recipe, report, ranks_per_node=arguments.ranks_per_node) + "\n")
     if arguments.device_memory_gib:
         check_memory(report, arguments.device_memory_gib)

@@ -1,12 +1,15 @@
 """The text of a dry run."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from megatron_vita.config import Recipe
+from megatron_vita.costs.devices import DEVICES
 from megatron_vita.costs.memory import GIB
 from megatron_vita.costs.parameters import model_parameters
+from megatron_vita.costs.prediction import Prediction
 from megatron_vita.errors import ConfigError
 from megatron_vita.training.dry_run import DryRun, PackReport
 from megatron_vita.training.header import count, describe_layout
@@ -20,6 +23,7 @@ def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
         _layout(recipe, report, ranks_per_node),
         _stages(recipe, report),
         _memory(recipe, report, ranks_per_node),
+        _time(report.prediction),
         _packs(report),
         _balance(recipe, report),
     )
@@ -91,6 +95,22 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
     if recipe.checkpoint.save:
         saving = max(stage.host.saving for stage in report.stages) * ranks / GIB
         yield f"writing a checkpoint takes about {saving:.1f} GiB of a node's own memory, with {ranks} ranks a node"
+
+
+def _time(prediction: Prediction) -> Iterator[str]:
+    """Kinds of work of a step, and rates; FLOPs alone where a device's rates are not known."""
+    flops = f"{prediction.flops:.3g} model FLOPs"
+    if prediction.time is None or not prediction.seconds:
+        names = ", ".join(device.name for device in DEVICES)
+        yield f"a step has {flops}; its time is predicted for --device {names}"
+        return
+    yield (
+        f"a step of {flops} is predicted to take {prediction.seconds:.2f} s: "
+        f"{prediction.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
+        f"{prediction.tflops_per_gpu:.0f} TFLOP/s/GPU; in seconds, of the slowest stage:"
+    )
+    parts = asdict(prediction.time)
+    yield from _table([tuple(parts), tuple(f"{seconds:.2f}" for seconds in parts.values())])
 
 
 def _gib(size: int) -> str:

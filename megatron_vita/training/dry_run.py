@@ -3,7 +3,7 @@ first packs."""
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.host_memory import HostMemory, host_memory
 from megatron_vita.costs.memory import PackLoad, RankMemory, full_pack, rank_memory
 from megatron_vita.costs.parameters import StageParameters, stage_parameters
+from megatron_vita.costs.prediction import Prediction, predict
 from megatron_vita.costs.stages import even_ends, stage_flops
+from megatron_vita.costs.step_time import RANKS_PER_NODE
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.layout.counts import count_by_rank
 from megatron_vita.layout.dealing import deal_packs, deal_tiles
@@ -66,15 +68,26 @@ class DryRun:
     stages: list[StageReport]
     packs: list[PackReport]
     step_costs: list[int]  # of each replica's packs of the first step; empty without data
+    prediction: Prediction  # for packs as heavy as the heaviest of those read
     # layers of first and last stage that would load the stages more evenly
     better_ends: tuple[int, int] | None
 
 
-def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRun:
-    """Builds every pipeline stage and reads the next packs. VitaError for what would stop the run
-    at its start.
+def dry_run(
+    recipe: Recipe,
+    *,
+    world_size: int,
+    with_data: bool = True,
+    device: str = "",
+    ranks_per_node: int = RANKS_PER_NODE,
+) -> DryRun:
+    """Build every pipeline stage and read the next packs.
 
+    device: name of the GPU for which the time of a step is predicted.
     Without data, packs are taken to be full of tiles, with every eighth token scored.
+
+    Raises:
+        VitaError: what would stop the run at its start.
     """
     data_parallel = recipe.data_parallel_size(world_size)
     stream = open_streams(recipe, tile_share=None, replicas=data_parallel)[0] if with_data else None
@@ -93,6 +106,13 @@ def dry_run(recipe: Recipe, *, world_size: int, with_data: bool = True) -> DryRu
         stages=stages,
         packs=packs,
         step_costs=_step_costs(recipe, stream, data_parallel, first=first) if stream else [],
+        prediction=predict(
+            recipe,
+            replace(load, lengths=tuple(lengths)),
+            world_size=world_size,
+            device=device,
+            ranks_per_node=ranks_per_node,
+        ),
         better_ends=_better_ends(recipe, load, lengths),
     )
 

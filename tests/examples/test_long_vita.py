@@ -57,6 +57,7 @@ def test_a_dry_run_shows_who_sits_where_and_what_each_rank_holds(dry: dict[str, 
         "parameters of the model: 73.02 B",
         "weights | gradients | optimizer | activations | vision | temporary | peak | device | highest in",
         "training takes about",
+        "its time is predicted for --device H100, H200",
         # 2.667 B trained on a rank of stage 0: 12 bytes each, and a 16th of 14
         "writing a checkpoint takes about 255.8 GiB of a node's own memory, with 8 ranks a node",
         "next packs, least to most over the ranks that share them:",
@@ -75,10 +76,13 @@ def test_the_command_line_runs_dry_in_less_than_a_minute_and_refuses_what_would_
 ) -> None:
     recipe = str(ROOT / "examples/long_vita/14b/stage4.yaml")
     start = time.perf_counter()
-    shown = entry(recipe, "--dry-run", "--world-size", "64", "--without-data")
+    shown = entry(recipe, "--dry-run", "--world-size", "64", "--without-data", "--device", "H100")
     assert time.perf_counter() - start < 60
     assert shown.returncode == 0, shown.stderr
     assert "packs: not read" in shown.stdout
+    assert re.search(
+        r"is predicted to take \d+\.\d+ s: \d+ tokens/s/GPU, \d+ TFLOP/s/GPU", shown.stdout
+    )
     for arguments, message in (
         (["--world-size", "96", "--without-data"], "96 ranks are not a multiple of 64"),
         (

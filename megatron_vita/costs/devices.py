@@ -1,0 +1,94 @@
+"""Rates of devices, as they are reached in training steps; the one table of them.
+
+H200: from steps of a 7B model on 2 x H200 (torch 2.11.0+cu130, Transformer Engine 2.20.2, megatron-core
+0.19.2, commit 040bccf, 2026-11-28), whose kernels were summed by kind: 1,339 ms of matrix products
+(711 TFLOP/s of the 790 of a product of 8192 x 8192 x 8192), 334 ms of attention, 253 ms of NCCL, 285
+ms of elementwise kernels and copies of 2,208.
+H100: the same chip (778 to 798 TFLOP/s for that product) with 3.0 in place of 4.3 TB/s of copy bandwidth;
+its attention as measured on it, no steps yet. Attention in documents: cuDNN in THD layout on H200,
+FlashAttention-4's kernels on H100, forward and backward, in executed TFLOP/s (5 products backward).
+Rates between nodes are nominal: no run over several nodes was measured.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Point = tuple[int, float, float]
+"""Tokens of a document, FLOP/s of attention forward, and backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A GPU. Rates are FLOP/s and bytes/s."""
+
+    name: str
+    memory_gib: float
+    matmul: float  # matrix products of layers, at some thousand rows
+    bandwidth: float  # bytes that elementwise kernels and copies read and write
+    link: float  # bytes that a rank receives in a collective inside a node
+    network: float  # the same between nodes
+    host_copy: float  # to pinned host memory, each way
+    tile_attention: float  # attention of vision towers
+    attention: dict[str, Sequence[Point]]  # by backend
+
+    def attention_rates(self, backend: str, length: int) -> tuple[float, float]:
+        """FLOP/s forward and backward in documents of `length` tokens, interpolated over the
+        logarithm of the length."""
+        points = self.attention.get(backend) or self.attention["te"]
+        shorter = [point for point in points if point[0] <= length]
+        longer = [point for point in points if point[0] > length]
+        if not shorter or not longer:
+            _, forward, backward = longer[0] if longer else shorter[-1]
+            return forward, backward
+        low, high = shorter[-1], longer[0]
+        share = math.log(length / low[0]) / math.log(high[0] / low[0])
+        return (
+            low[1] + share * (high[1] - low[1]),
+            low[2] + share * (high[2] - low[2]),
+        )
+
+
+_T = 1e12
+_FUSED: Sequence[Point] = (
+    (2 << 10, 322 * _T, 316 * _T),
+    (8 << 10, 480 * _T, 430 * _T),
+    (16 << 10, 567 * _T, 490 * _T),
+    (128 << 10, 528 * _T, 515 * _T),
+)
+_FLASH_4: Sequence[Point] = (
+    (2 << 10, 400 * _T, 400 * _T),
+    (8 << 10, 583 * _T, 555 * _T),
+    (32 << 10, 678 * _T, 608 * _T),
+    (128 << 10, 651 * _T, 616 * _T),
+)
+H200 = Device(
+    name="H200",
+    memory_gib=139.8,
+    matmul=711 * _T,
+    bandwidth=3.2e12,
+    link=189e9,
+    network=40e9,
+    host_copy=50e9,
+    tile_attention=300 * _T,
+    attention={"te": _FUSED, "fa4": _FLASH_4},
+)
+H100 = Device(
+    name="H100",
+    memory_gib=79.2,
+    matmul=711 * _T,
+    bandwidth=2.2e12,
+    link=189e9,
+    network=40e9,
+    host_copy=50e9,
+    tile_attention=300 * _T,
+    attention={"te": _FUSED, "fa4": _FLASH_4},
+)
+DEVICES = (H100, H200)
+
+
+def find_device(name: str) -> Device | None:
+    """The device whose name is part of `name`, such as NVIDIA H200; None if its rates are not
+    known."""
+    matching = [device for device in DEVICES if device.name.lower() in name.lower()]
+    return matching[0] if matching else None

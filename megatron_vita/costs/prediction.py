@@ -1,0 +1,74 @@
+"""What a run of a recipe is predicted to take: memory of device and host, seconds of a step."""
+
+from dataclasses import dataclass
+
+from megatron_vita.config import Recipe
+from megatron_vita.costs.devices import find_device
+from megatron_vita.costs.flops import training_flops
+from megatron_vita.costs.host_memory import host_memory
+from megatron_vita.costs.memory import GIB, PackLoad, rank_memory
+from megatron_vita.costs.step_time import RANKS_PER_NODE, StepTime, step_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Of the fullest rank and the slowest stage, for packs that are all alike."""
+
+    peak_gib: float  # torch's `max_memory_allocated` from the second step on
+    device_gib: float  # with what its allocator and libraries hold beside
+    host_gib: float  # of one rank, with a checkpoint being written where the recipe saves any
+    flops: float  # model FLOPs of a step, over all ranks
+    tokens: int  # positions of a step, over all ranks
+    ranks: int
+    time: StepTime | None  # None for a device whose rates are not known
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step."""
+        return None if self.time is None else self.time.total
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """0 where the time is not known."""
+        return self.tokens / self.seconds / self.ranks if self.seconds else 0.0
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        """Model TFLOP/s; 0 where the time is not known."""
+        return self.flops / self.seconds / self.ranks / 1e12 if self.seconds else 0.0
+
+
+def predict(
+    recipe: Recipe,
+    load: PackLoad,
+    *,
+    world_size: int,
+    device: str,
+    ranks_per_node: int = RANKS_PER_NODE,
+) -> Prediction:
+    """Prediction for `world_size` ranks on devices of this name, as CUDA gives it.
+
+    Raises:
+        ConfigError: the ranks or the global batch do not divide.
+    """
+    data_parallel = recipe.data_parallel_size(world_size)
+    stages = range(recipe.parallel.pipeline_model_parallel_size)
+    devices = [rank_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
+    hosts = [host_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
+    known, packs = find_device(device), recipe.training.global_batch_size
+    time = None
+    if known is not None:
+        time = step_time(
+            recipe, known, data_parallel=data_parallel, load=load, ranks_per_node=ranks_per_node
+        )
+    lengths = load.lengths or (recipe.data.seq_length,)
+    flops = training_flops(recipe, lengths, tiles=load.tiles, rows=load.rows)
+    return Prediction(
+        peak_gib=max(memory.peak for memory in devices) / GIB,
+        device_gib=max(memory.device for memory in devices) / GIB,
+        host_gib=max(host.total for host in hosts) / GIB,
+        flops=packs * flops.total,
+        tokens=packs * recipe.data.seq_length,
+        ranks=world_size,
+        time=time,
+    )

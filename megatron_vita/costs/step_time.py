@@ -1,0 +1,253 @@
+"""Seconds of a training step, from what each kind of work amounts to and a device's rate for it.
+
+Kinds follow one another: what a rank waits for is their sum, and with a pipeline that of the slowest
+stage, with the bubble. Measured steps that this is held to: `tests/costs/test_step_time.py`.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from megatron_vita.config import Recipe
+from megatron_vita.costs.devices import Device
+from megatron_vita.costs.flops import (
+    projector_flops,
+    tower_attention_flops,
+    tower_flops,
+)
+from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors, plan_layers, value_bytes
+from megatron_vita.costs.memory import PackLoad
+from megatron_vita.costs.parameters import language_layer, stage_parameters
+from megatron_vita.costs.vision_memory import tiles_of_rank
+
+RANKS_PER_NODE = 8
+BACKWARD_ATTENTION = 2.5
+"""Products of attention's backward over those of its forward: 5 over 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step by kind of work, on the slowest pipeline stage."""
+
+    linear: float
+    attention: float
+    vision: float
+    output: float
+    elementwise: float
+    communication: float  # between TP and CP ranks and stages, as far as it is waited for
+    host_copies: float  # as far as they are waited for
+    bubble: float  # of the pipeline
+    optimizer: float  # with reduction of gradients and gathering of weights
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def step_time(
+    recipe: Recipe,
+    device: Device,
+    *,
+    data_parallel: int,
+    load: PackLoad,
+    ranks_per_node: int = RANKS_PER_NODE,
+) -> StepTime:
+    """Estimate for packs such as `load`."""
+    machine = _Machine(device=device, ranks_per_node=ranks_per_node)
+    stages = recipe.parallel.pipeline_model_parallel_size
+    times = [_Stage(recipe, stage, load, machine).time() for stage in range(stages)]
+    slowest = max(times, key=lambda parts: sum(parts.values()))
+    packs = recipe.training.global_batch_size // data_parallel
+    waiting = (stages - 1) / recipe.parallel.virtual_pipeline_model_parallel_size
+    steps = {name: packs * seconds for name, seconds in slowest.items()}
+    return StepTime(
+        **steps,
+        bubble=waiting * sum(slowest.values()),
+        optimizer=max(
+            _optimizer(recipe, stage, machine, data_parallel=data_parallel)
+            for stage in range(stages)
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Machine:
+    device: Device
+    ranks_per_node: int
+
+    def collective(self, received: float, *, spanned: int) -> float:
+        """Seconds of a collective in which a rank receives so many bytes; `spanned` consecutive
+        ranks hold the group."""
+        inside = spanned <= self.ranks_per_node
+        return received / (self.device.link if inside else self.device.network)
+
+
+class _Stage:
+    """Work of one rank of a pipeline stage for one pack."""
+
+    def __init__(self, recipe: Recipe, stage: int, load: PackLoad, machine: _Machine) -> None:
+        self.recipe, self.stage, self.load, self.machine = recipe, stage, load, machine
+        parallel = recipe.parallel
+        self.tp, self.cp = (
+            parallel.tensor_model_parallel_size,
+            parallel.context_parallel_size,
+        )
+        self.tensors, self.layer = layer_tensors(recipe), language_layer(recipe.model.language)
+        count = parallel.layers_of_stages(recipe.model.language.num_layers)[stage]
+        chunks = parallel.virtual_pipeline_model_parallel_size
+        self.plans = plan_layers(recipe, count // chunks) * chunks
+        self.trained = not recipe.training.freeze_language_model
+
+    def time(self) -> dict[str, float]:
+        """Seconds by kind."""
+        return {
+            "linear": sum(map(self._linear, self.plans)),
+            "attention": sum(map(self._attention, self.plans)),
+            "vision": self._vision(),
+            "output": self._output(),
+            "elementwise": sum(map(self._elementwise, self.plans)),
+            "communication": sum(map(self._communication, self.plans)) + self._between_stages(),
+            "host_copies": 0.0,
+        }
+
+    def _repeats(self, plan: LayerPlan) -> tuple[float, float, float]:
+        """Forward passes beyond the first, of attention's projections, attention and the MLP."""
+        training = self.recipe.training
+        if training.recompute_granularity == "full" and training.recompute_method == "uniform":
+            return 1, 1, 1
+        if plan.kept == "input":
+            return 1, 1, 1
+        if plan.kept == "input_and_attention":
+            return 1, 0, 1
+        selective = training.recompute_granularity == "selective"
+        core = selective and "core_attn" in training.recompute_modules
+        return 0, int(core), int(plan.kept == "all_but_mlp")
+
+    def _linear(self, plan: LayerPlan) -> float:
+        """2 FLOPs for each token and weight; forward, again where recomputed, and backward once for
+        inputs and once for weights."""
+        language = self.recipe.model.language
+        tokens = self.recipe.data.seq_length // self.cp
+        mlp = 3 * language.ffn_hidden_size * language.hidden_size
+        projections = self.layer.split - mlp
+        around, _, inside = self._repeats(plan)
+        backward = 2 if self.trained else 1
+        passes = projections * (1 + around + backward) + mlp * (1 + inside + backward)
+        return 2 * tokens * passes / self.tp / self.machine.device.matmul
+
+    def _attention(self, plan: LayerPlan) -> float:
+        """2 x heads x d FLOPs for each square of a document's length (causal), at the rate of that
+        length, which a ring cuts by CP."""
+        language, parallel = self.recipe.model.language, self.recipe.parallel
+        backend = "fa4" if parallel.attention_backend == "fa4" else "te"
+        ring = parallel.cp_comm_type == "p2p" and backend == "te"
+        lengths = list(self.load.lengths) or [self.recipe.data.seq_length]
+        if not self.recipe.data.isolate_documents:
+            lengths = [sum(lengths)]
+        _, again, _ = self._repeats(plan)
+        seconds = 0.0
+        for length, number in zip(*np.unique(lengths, return_counts=True), strict=True):
+            forward, backward = self.machine.device.attention_rates(
+                backend, int(length) // (self.cp if ring else 1)
+            )
+            work = 2.0 * int(length) ** 2 * language.num_attention_heads * language.kv_channels
+            passes = (1 + again) / forward + BACKWARD_ATTENTION / backward
+            seconds += int(number) * work * passes
+        return seconds / self.tp / self.cp
+
+    def _elementwise(self, plan: LayerPlan) -> float:
+        """Bytes that norms, rotations, residuals, SwiGLU and copies read and write.
+
+        Forward: 10 hidden (two norms, two residuals), 4 query + 3 keys (rotation, copies), 3 mlp
+        (SwiGLU). Backward: 12 hidden, 12 query + 3 keys (with fp32 sums of the queries' gradients),
+        5 mlp; and the weights' gradients are added to fp32 ones, 10 bytes each.
+        """
+        t = self.tensors
+        around, _, inside = self._repeats(plan)
+        attention = 5 * t.hidden + 4 * t.query + 3 * t.keys
+        mlp = 5 * t.hidden + 3 * t.mlp
+        forward = attention * (1 + around) + mlp * (1 + inside)
+        backward = 12 * t.hidden + 12 * t.query + 3 * t.keys + 5 * t.mlp
+        weights = (self.layer.split // self.tp) * 10 if self.trained else 0
+        if plan.pieces > 1 and self.trained:  # summed over pieces in fp32 first
+            weights += 3 * plan.pieces * t.weight // value_bytes(self.recipe) * 10
+        return (forward + backward + weights) / self.machine.device.bandwidth
+
+    def _communication(self, plan: LayerPlan) -> float:
+        """Hidden states that TP gathers and scatters: 4 times forward, as often again as is
+        recomputed, 6 times backward; under CP keys and values, and their gradients.
+
+        A ring sends keys beside attention.
+        """
+        t, machine = self.tensors, self.machine
+        around, attention, inside = self._repeats(plan)
+        whole = t.gathered or t.hidden
+        received = whole * (self.tp - 1) / self.tp
+        times = 4 + 2 * around + 2 * inside + 6
+        seconds = times * machine.collective(received, spanned=self.tp)
+        parallel = self.recipe.parallel
+        ring = parallel.cp_comm_type == "p2p" and parallel.attention_backend != "fa4"
+        if self.cp == 1 or ring:
+            return seconds
+        keys = t.keys * (self.cp - 1)
+        # forward, again for backward, and gradients in fp32
+        return seconds + (2 + attention + 2) * machine.collective(keys, spanned=self.tp * self.cp)
+
+    def _between_stages(self) -> float:
+        """A hidden state received from the stage before, and its gradient from the stage after."""
+        stages = self.recipe.parallel.pipeline_model_parallel_size
+        if stages == 1:
+            return 0.0
+        spanned = self.machine.ranks_per_node + 1
+        return 2 * self.machine.collective(self.tensors.hidden, spanned=spanned)
+
+    def _vision(self) -> float:
+        """Tower and projector on the rank with the most tiles: matrix products, attention, and 36
+        passes over a layer's residual stream (66 ms forward and 211 ms backward were measured for 38
+        tiles)."""
+        recipe, device = self.recipe, self.machine.device
+        if self.stage > 0 or recipe.model.text_only:
+            return 0.0
+        vision, training = recipe.model.vision, recipe.training
+        tiles = tiles_of_rank(recipe, self.load.tiles)
+        split = self.tp if recipe.parallel.vision_tensor_parallel else 1
+        attention = vision.num_layers * tower_attention_flops(vision) / split
+        products = (tower_flops(vision) / split - attention) + projector_flops(recipe.model)
+        stream = vision.num_layers * vision.tokens * vision.hidden_size * value_bytes(recipe)
+        again = int(training.recompute_vision)
+        backward = 0 if training.freeze_vision_model else 1
+        seconds = products * (1 + backward * (again + 2)) / device.matmul
+        seconds += attention * (1 + backward * (again + BACKWARD_ATTENTION)) / device.tile_attention
+        seconds += 36 * stream * (1 + backward * (again + 2)) / device.bandwidth
+        return tiles * seconds
+
+    def _output(self) -> float:
+        """Three products of the scored rows with the vocabulary shard, at 0.8 of the rate of
+        layers."""
+        recipe = self.recipe
+        if self.stage < recipe.parallel.pipeline_model_parallel_size - 1:
+            return 0.0
+        language = recipe.model.language
+        rows = -(-self.load.rows // self.cp)
+        flops = 6 * rows * language.vocab_size // self.tp * language.hidden_size
+        return flops / (0.8 * self.machine.device.matmul)
+
+
+def _optimizer(recipe: Recipe, stage: int, machine: _Machine, *, data_parallel: int) -> float:
+    """Adam reads 16 and writes 14 bytes of a parameter of its share; gradients are zeroed, measured
+    and scaled (16 bytes); they are reduced and weights gathered over DP x CP."""
+    parallel, parameters = recipe.parallel, stage_parameters(recipe, stage)
+    trained = parameters.trainable(recipe)
+    ranks = data_parallel * parallel.context_parallel_size
+    shards = ranks if parallel.use_distributed_optimizer else 1
+    seconds = (trained / shards * 30 + trained * 16) / machine.device.bandwidth
+    if ranks == 1:
+        return seconds
+    spanned = ranks * parallel.tensor_model_parallel_size
+    share = (ranks - 1) / ranks
+    reduced = 0 if parallel.overlap_grad_reduce else 4 * trained * share
+    gathered = 0 if parallel.overlap_param_gather else value_bytes(recipe) * trained * share
+    if not parallel.use_distributed_optimizer:
+        gathered = reduced  # an all-reduce
+    return seconds + machine.collective(reduced + gathered, spanned=spanned)
