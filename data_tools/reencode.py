@@ -1,28 +1,34 @@
 """Media encoded anew on their way into a shard: images as JPEG, videos in short groups of pictures
 at a low rate."""
 
-import bisect
 import io
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import cast
 
 import av
-from av.container import InputContainer, OutputContainer
-from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
-from data_tools.frames import FRAMES_SUFFIX
 from megatron_vita.data.shards.tar import MediaFile
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.media.images import open_image
-from megatron_vita.media.video import num_frames, probe_video
+from megatron_vita.media.clip import TOLERANCE
+from megatron_vita.media.frame_archive import is_archive
+from megatron_vita.media.images import open_image, upright
+from megatron_vita.media.video import (
+    frame_pixels,
+    frame_starts,
+    num_frames,
+    probe_video,
+    walk_frames,
+)
 
 X264 = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0", "sc_threshold": "0"}
+NO_KEY_FRAMES = 1 << 20
+"""Frames after which the encoder itself begins a group of pictures: groups are begun by time."""
 UNLIMITED = 1 << 40
-TOLERANCE = 5e-4
+CLOCK = Fraction(1, 90000)
+"""Seconds of a step of the time stamps that are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +59,29 @@ class Reencode:
         """The medium as it goes into the shard. DataError if it cannot be decoded."""
         if kind == "image" and self.jpeg_quality:
             return MediaFile(".jpg", _jpeg(file.data, self.jpeg_quality))
-        if kind == "video" and (self.video_gop or self.video_fps) and file.suffix != FRAMES_SUFFIX:
+        if kind == "video" and (self.video_gop or self.video_fps) and not is_archive(file.data):
             return MediaFile(".mp4", self._video(file.data))
         return file
 
     def _video(self, data: bytes) -> bytes:
         """The video re-cut. At a lower rate, a frame is what the source shows in the middle of the
-        frame's time.
+        frame's time; else each frame keeps its time.
 
         So sampling at that rate or a lower divisor of it finds the same pictures as in the source.
         """
         info = probe_video(data, "the video")
-        frames = num_frames(info, max_fps=self.video_fps or UNLIMITED, max_frames=UNLIMITED)
         if info.duration <= 0:
             raise DataError("the video has no duration: it cannot be cut at a rate")
-        moments = [(i + 0.5) * info.duration / frames for i in range(frames)]
-        rate = Fraction(frames / info.duration).limit_denominator(1 << 16)
-        gop = max(1, round((self.video_gop or 1.0) * float(rate)))
+        if self.video_fps:
+            frames = num_frames(info, max_fps=self.video_fps, max_frames=UNLIMITED)
+            starts = [i * info.duration / frames for i in range(frames)]
+            moments = [start + 0.5 * info.duration / frames for start in starts]
+        else:
+            moments = starts = frame_starts(data, "the video")
         try:
-            return _encode(_shown_at(data, moments), rate=rate, gop=gop)
+            return _encode(
+                data, moments, starts=[*starts, info.duration], gop=self.video_gop or 1.0
+            )
         except av.FFmpegError as error:
             raise DataError(f"the video cannot be encoded anew: {error}") from error
 
@@ -88,67 +98,67 @@ def _jpeg(data: bytes, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _shown_at(data: bytes, moments: list[float]) -> Iterator[av.VideoFrame]:
-    """The frame shown at each of the moments (seconds from the first frame, ascending)."""
-    place = 0
-    last: av.VideoFrame | None = None
-    with av.open(io.BytesIO(data)) as container:
-        for time, frame in _timed(cast(InputContainer, container)):
-            stop = (
-                bisect.bisect_left(moments, time - TOLERANCE, lo=place)
-                if last is not None
-                else place
-            )
-            yield from itertools.repeat(cast(av.VideoFrame, last), stop - place)
-            place, last = stop, frame
-    if last is None:
-        raise DataError("no frame of the video can be decoded")
-    yield from itertools.repeat(last, len(moments) - place)
+def _encode(data: bytes, moments: Sequence[float], *, starts: Sequence[float], gop: float) -> bytes:
+    """A video of the frames that `data` shows at `moments`, shown anew from `starts` on.
 
-
-def _timed(container: InputContainer) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Frames with their times from the first one; counted where the container has none. Bad packets
-    are passed over."""
-    stream = next(
-        s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-    )
-    stream.codec_context.thread_count = 1
-    rate, first = float(stream.average_rate or 25), None
-    count = 0
-    for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            continue
-        for frame in frames:
-            time = count / rate if frame.time is None else frame.time
-            first = time if first is None else first
-            yield time - first, frame
-            count += 1
-
-
-def _encode(frames: Iterator[av.VideoFrame], *, rate: Fraction, gop: int) -> bytes:
+    `starts` has one more: the end. `gop`: seconds between key frames.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream: VideoStream | None = None
-        for i, frame in enumerate(frames):
-            image = frame.to_image().rotate(frame.rotation, expand=True)
-            if stream is None:
-                stream = _new_stream(container, rate=rate, gop=gop, size=image.size)
-            picture = av.VideoFrame.from_image(image).reformat(
-                stream.width, stream.height, "yuv420p"
-            )
-            picture.pts, picture.time_base = i, 1 / rate
-            container.mux(stream.encode(picture))
-        assert stream is not None, "there is a frame for each moment"
-        container.mux(stream.encode())
+        encoder = _Encoder(container, starts, gop=gop)
+        walk_frames(data, "the video", times=moments, take=encoder.take)
+        encoder.close()
     return buffer.getvalue()
 
 
-def _new_stream(
-    container: OutputContainer, *, rate: Fraction, gop: int, size: tuple[int, int]
-) -> VideoStream:
-    stream = container.add_stream("libx264", rate=rate, options=X264)
-    stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)
-    stream.pix_fmt, stream.gop_size, stream.time_base = "yuv420p", gop, 1 / rate
-    return stream
+class _Encoder:
+    """Encodes the frames that it is handed one after another."""
+
+    def __init__(
+        self, container: av.container.OutputContainer, starts: Sequence[float], *, gop: float
+    ) -> None:
+        self._container = container
+        self._starts = starts
+        self._stamps = [round(start / CLOCK) for start in starts]
+        self._gop = gop
+        self._stream: VideoStream | None = None
+        self._picture: av.VideoFrame | None = None
+        self._place = 0
+
+    def take(self, place: int, frame: av.VideoFrame | None) -> None:
+        """Encode frame number `place`; None stands for the one before."""
+        if frame is not None:
+            image = upright(frame_pixels(frame, "the video"))
+            if self._stream is None:
+                self._stream = self._new_stream(image.size)
+            self._picture = av.VideoFrame.from_image(image).reformat(
+                self._stream.width, self._stream.height, "yuv420p"
+            )
+        assert self._stream is not None, "the first frame is there"
+        assert self._picture is not None, "the first frame is there"
+        self._picture.pts, self._picture.time_base = self._stamps[place], CLOCK
+        is_key = not place or self._group(place) > self._group(place - 1)
+        self._picture.pict_type = PictureType.I if is_key else PictureType.NONE
+        self._write(self._stream.encode(self._picture))
+
+    def close(self) -> None:
+        """Write what the encoder still holds."""
+        assert self._stream is not None, "there is a frame for each moment"
+        self._write(self._stream.encode())
+
+    def _group(self, place: int) -> int:
+        return int((self._starts[place] + TOLERANCE) / self._gop)
+
+    def _write(self, packets: list[av.Packet]) -> None:
+        for packet in packets:
+            packet.duration = self._stamps[self._place + 1] - self._stamps[self._place]
+            self._place += 1
+            self._container.mux(packet)
+
+    def _new_stream(self, size: tuple[int, int]) -> VideoStream:
+        rate = Fraction((len(self._starts) - 1) / self._starts[-1]).limit_denominator(1 << 16)
+        stream = self._container.add_stream("libx264", rate=rate, options=X264)
+        stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)
+        stream.pix_fmt, stream.gop_size = "yuv420p", NO_KEY_FRAMES
+        stream.codec_context.time_base = CLOCK
+        return stream

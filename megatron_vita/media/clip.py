@@ -8,9 +8,11 @@ from typing import NamedTuple, cast
 
 import av
 from av.container import InputContainer
-from av.stream import Disposition
+from av.format import Flags
+from av.stream import Disposition, Stream
 
 from megatron_vita.errors import DataError
+from megatron_vita.media.clock import steady
 from megatron_vita.media.files import File, num_bytes, opened
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,10 @@ class Clip:
             with suppress(av.FFmpegError):
                 self._container.seek(0, stream=stream)  # loads the index
         self._packets = self._demux()
+        may_jump = self._container.format.flags & cast(int, Flags.ts_discont.value)
+        if may_jump and self._unit:
+            frame_seconds = 1 / self.rate if self.rate else 0.0
+            self._packets = steady(self._packets, unit=self._unit, frame_seconds=frame_seconds)
         self._begin()
 
     def _begin(self) -> None:
@@ -125,25 +131,37 @@ class Clip:
 
 @contextmanager
 def open_clip(data: File, name: str) -> Iterator[Clip]:
-    """The first video stream of a file, cover pictures apart, to be decoded in one thread.
+    """The video stream of a file that FFmpeg calls the best, to be decoded in one thread.
 
     Raises DataError, which names the video by `name`, if there is none or it holds no frame.
     """
     try:
         with av.open(opened(data), options=_NO_PROTOCOLS) as container:
-            streams = [s for s in container.streams.video if _can_be_shown(s)]
-            if not streams:
-                kinds = [stream.type for stream in container.streams]
-                raise DataError(f"{name}: no video stream that can be decoded among {kinds}")
-            streams[0].codec_context.thread_count = 1
-            streams[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-            yield Clip(streams[0], name)
+            stream = _best_stream(cast(InputContainer, container), name)
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+            yield Clip(stream, name)
     except av.FFmpegError as error:
         raise DataError(
             f"{name}: cannot read this video of {num_bytes(data)} bytes: {error}"
         ) from error
 
 
+def _best_stream(container: InputContainer, name: str) -> av.VideoStream:
+    """The best of the video streams that can be shown; DataError, by `name`, if there is none."""
+    best = container.streams.best("video")
+    streams = [stream for stream in container.streams.video if _can_be_shown(stream)]
+    if not streams:
+        kinds = [_kind(stream) for stream in container.streams]
+        raise DataError(f"{name}: no video stream that can be decoded among {kinds}")
+    return next((stream for stream in streams if stream is best), streams[0])
+
+
 def _can_be_shown(stream: av.VideoStream) -> bool:
-    """Whether it is neither a cover picture nor of an unknown codec."""
+    """Whether it is neither an attached picture nor of an unknown codec."""
     return stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+
+
+def _kind(stream: Stream) -> str:
+    is_attached = stream.disposition & Disposition.attached_pic
+    return "attached picture" if is_attached else stream.type

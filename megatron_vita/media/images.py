@@ -61,7 +61,11 @@ def read_pixels(data: bytes, name: str) -> Pixels:
 
 def open_image(data: bytes, name: str) -> Image.Image:
     """What `read_pixels` reads, turned upright."""
-    pixels = read_pixels(data, name)
+    return upright(read_pixels(data, name))
+
+
+def upright(pixels: Pixels) -> Image.Image:
+    """The image as it is seen."""
     image = Image.fromarray(pixels.stored)
     return image.transpose(UPRIGHT[pixels.orientation]) if pixels.orientation in UPRIGHT else image
 

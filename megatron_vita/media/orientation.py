@@ -1,4 +1,4 @@
-"""The orientation of an image, wherever its file keeps it.
+"""The orientation of an image or a video's frame, wherever its file keeps it.
 
 Pillow gives a JPEG's Exif segments joined, of which the first one is then read, and a PNG's
 metadata as far as the first pixels; turns a TIFF while it loads it; and gives an AVIF's `irot` and
@@ -6,9 +6,13 @@ metadata as far as the first pixels; turns a TIFF while it loads it; and gives a
 """
 
 import io
+import math
 import struct
 
+import av
 from PIL import ExifTags, Image
+
+from megatron_vita.errors import DataError
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,3 +98,37 @@ def _late_metadata(data: bytes) -> list[bytes]:
             chunks.append(data[place:end])
         place = end
     return chunks
+
+
+def frame_orientation(frame: av.VideoFrame) -> int:
+    """The EXIF orientation (1 to 8) that a frame's display matrix means, as `ffmpeg -autorotate`.
+
+    The matrix is of the container or of the codec (H.264's and HEVC's display orientation). One
+    that is singular turns nothing.
+
+    Raises:
+        DataError: the matrix turns by another angle than 0, 90, 180 or 270 degrees, rounded.
+    """
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return 1
+    # ISO 14496-12: a point (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = struct.unpack("=9i", bytes(side_data))[:5]
+    if not (a or c) or not (b or d):
+        return 1
+    angle = round(math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c)))) % 360
+    if angle == 0:
+        return 4 if d < 0 else 1
+    if angle == 90:
+        return 5 if c > 0 else 6
+    if angle == 180:
+        return _flipped(sideways=a < 0, upside_down=d < 0)
+    if angle == 270:
+        return 7 if c < 0 else 8
+    raise DataError(f"its display matrix turns by {angle} degrees: a multiple of 90 is needed")
+
+
+def _flipped(*, sideways: bool, upside_down: bool) -> int:
+    if sideways:
+        return 3 if upside_down else 2
+    return 4 if upside_down else 1

@@ -19,13 +19,11 @@ from megatron_vita.media.files import File
 from megatron_vita.media.frame_archive import FrameArchive, is_archive
 from megatron_vita.media.images import Pixels, image_size
 from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.orientation import frame_orientation
 from megatron_vita.media.picking import Picker, Take
 from megatron_vita.media.resize import Color, letterboxed
 
 logger = logging.getLogger(__name__)
-
-_ORIENTATIONS = (1, 8, 3, 6)
-"""The EXIF orientations of what is to be turned to the left by 0, 90, 180 and 270 degrees."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,17 @@ class _MeasuredArchive(FrameArchive):
             return (0, 0)
 
 
+def frame_starts(data: File, name: str) -> list[float]:
+    """The moments at which the frames of a video file begin to be shown, ascending, in seconds from
+    the first one.
+
+    Raises DataError, which names the video by `name`, if it holds none.
+    """
+    with open_clip(data, name) as clip:
+        shown = (coded.time for coded in iter(clip.read, None) if coded.is_shown)
+        return sorted({max(time - clip.origin, 0.0) for time in shown}) or [0.0]
+
+
 def num_frames(info: VideoInfo, *, max_fps: float, max_frames: int) -> int:
     """Frames to take: as many as `max_fps`, `max_frames` and the video allow, and at least one."""
     by_rate = int(info.duration * max_fps + 1e-6)
@@ -129,6 +138,20 @@ def decode_frames(
     return tiles.out
 
 
+def walk_frames(data: File, name: str, *, times: Sequence[float], take: Take) -> None:
+    """Hand on the frame of a video file that is shown at each of `times` (as in `decode_frames`).
+
+    All of the file is decoded once, in order.
+
+    Raises DataError, which names the video by `name`, if no frame can be decoded.
+    """
+    with open_clip(data, name) as clip:
+        moments = [clip.origin + time for time in times]
+        picker = Picker(clip, moments, take, jump=False, skip=False)
+        if len(picker.run()) < len(times):
+            raise _undecodable(name, clip.num_read)
+
+
 class _Tiles:
     """The tiles of `times`, to be filled one by one."""
 
@@ -157,7 +180,7 @@ def _show_clip(data: File, name: str, tiles: _Tiles) -> None:
     for jump, skip in ((True, True), (True, False), (False, False)):
         with open_clip(data, name) as clip:
             moments = [clip.origin + tiles.times[place] for place in left]
-            picker = Picker(clip, moments, _drawn(tiles, left), jump=jump, skip=skip)
+            picker = Picker(clip, moments, _drawn(tiles, left, name), jump=jump, skip=skip)
             picked = picker.run()
         lost |= picker.lost
         good = [pick.is_exact or (pick.is_covered and not skip) or not jump for pick in picked]
@@ -167,21 +190,29 @@ def _show_clip(data: File, name: str, tiles: _Tiles) -> None:
     if lost:
         logger.warning("%s: %d packets cannot be decoded", name, len(lost))
     if left:
-        raise DataError(f"{name}: none of the {clip.num_read} packets of this video can be decoded")
+        raise _undecodable(name, clip.num_read)
 
 
-def _drawn(tiles: _Tiles, places: list[int]) -> Take:
+def _undecodable(name: str, packets: int) -> DataError:
+    return DataError(f"{name}: none of the {packets} packets of this video can be decoded")
+
+
+def _drawn(tiles: _Tiles, places: list[int], name: str) -> Take:
     """Draws what is taken for moment number i as tile `places[i]`."""
 
     def take(number: int, frame: av.VideoFrame | None) -> None:
         tiles.show(
             places[number],
-            None if frame is None else _pixels(frame),
+            None if frame is None else frame_pixels(frame, name),
             before=places[max(number - 1, 0)],
         )
 
     return take
 
 
-def _pixels(frame: av.VideoFrame) -> Pixels:
-    return Pixels(frame.to_ndarray(format="rgb24"), _ORIENTATIONS[round(frame.rotation / 90) % 4])
+def frame_pixels(frame: av.VideoFrame, name: str) -> Pixels:
+    """A decoded frame and its orientation. DataError, by `name`, if it is turned by odd angles."""
+    try:
+        return Pixels(frame.to_ndarray(format="rgb24"), frame_orientation(frame))
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error

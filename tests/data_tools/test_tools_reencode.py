@@ -15,7 +15,9 @@ from data_tools.reencode import Reencode
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.tar import MediaFile, scan_shard
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.media.video import decode_frames, frame_times, probe_video
+from megatron_vita.media.frame_archive import pack_frames
+from megatron_vita.media.video import decode_frames, frame_starts, frame_times, probe_video
+from tests.media.video_files import clip
 
 
 def film(*, frames: int = 250, rate: int = 25, rotation: int = 0) -> bytes:
@@ -144,3 +146,56 @@ def test_what_cannot_be_encoded_is_named() -> None:
 def test_impossible_settings_are_refused(field: str, value: float, option: str) -> None:
     with pytest.raises(ConfigError, match=option):
         Reencode(**{field: value})
+
+
+def joined() -> bytes:
+    dark, bright = (
+        clip("mpegts", frames=50, paint=lambda picture, _, level=level: picture.fill(level))
+        for level in (20, 200)
+    )
+    return dark + bright
+
+
+def mirrored() -> bytes:
+    matrix = [-65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30]
+    return clip("mp4", frames=50, matrix=matrix, paint=lambda p, _: p[:, :32].fill(250))
+
+
+UNUSUAL = {
+    "stamps that jump": joined,
+    "mirrored": mirrored,
+    "times of decoding alone": lambda: clip("avi", frames=50),
+    "no times": lambda: clip("h264", frames=50),
+    "frames before the beginning": lambda: clip("mp4", frames=50, options={"bf": "3"}),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("changes", [{"video_fps": 5.0}, {"video_gop": 0.5}])
+def test_an_unusual_video_shows_the_same_frames_at_the_same_times(
+    kind: str, changes: dict[str, float]
+) -> None:
+    source = UNUSUAL[kind]()
+    made = Reencode(**changes)("video", MediaFile(".ts", source)).data
+    duration = probe_video(source, "source").duration
+    assert probe_video(made, "made").duration == pytest.approx(duration, abs=1e-3)
+    assert np.abs(sampled(made, 5.0) - sampled(source, 5.0)).mean() < 3
+
+
+def test_frames_of_uneven_duration_keep_their_times_where_no_rate_is_asked_for() -> None:
+    steps = np.random.default_rng(3).choice([1, 2, 3, 25, 40], 60)
+    stamps = np.concatenate([[0], np.cumsum(steps)]).tolist()
+    source = clip("matroska", frames=60, stamps=stamps.__getitem__)
+    made = Reencode(video_gop=2.0)("video", MediaFile(".mkv", source)).data
+    assert frame_starts(made, "made") == pytest.approx(frame_starts(source, "source"), abs=1e-4)
+    times = np.random.default_rng(4).uniform(0, stamps[-1] / 25, 40)
+    shown = [
+        decode_frames(data, "film", times=sorted(times), tile_size=16).astype(int)
+        for data in (source, made)
+    ]
+    assert np.abs(shown[0] - shown[1]).mean() < 3
+
+
+def test_an_archive_of_frames_is_kept_whatever_its_name() -> None:
+    archive = MediaFile(".zip", pack_frames([("0.png", b"picture")], 1.0))
+    assert Reencode(video_fps=1.0)("video", archive) == archive

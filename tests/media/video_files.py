@@ -27,6 +27,8 @@ def clip(
         stream.codec_context.gop_size = options.get("gop", 10)
         if rotation := options.get("rotation"):
             stream.set_display_rotation(rotation)
+        if matrix := options.get("matrix"):
+            stream.set_display_matrix(matrix)
         for index in range(frames):
             picture = np.full((size[1], size[0], 3), index * 4 % 256, np.uint8)
             if paint := options.get("paint"):
