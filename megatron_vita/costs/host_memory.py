@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from megatron_vita.config import Recipe
 from megatron_vita.costs.layer_memory import value_bytes
 from megatron_vita.costs.memory import GIB, PackLoad
+from megatron_vita.costs.offload import offload_buffers
 from megatron_vita.costs.parameters import stage_parameters
 from megatron_vita.costs.vision_memory import tiles_of_rank
 
@@ -23,12 +24,13 @@ class HostMemory:
 
     process: int
     loader: int  # loader processes, and packs read ahead
+    activations: int  # that wait for their backward
     saving: int  # while a checkpoint is written
 
     @property
     def training(self) -> int:
         """Bytes while no checkpoint is written."""
-        return self.process + self.loader
+        return self.process + self.loader + self.activations
 
     @property
     def total(self) -> int:
@@ -39,9 +41,11 @@ class HostMemory:
 def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> HostMemory:
     """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
     saves = bool(recipe.checkpoint.save)
+    buffers = offload_buffers(recipe, stage, data_parallel=data_parallel)
     return HostMemory(
         process=TRAINER,
         loader=_loader(recipe, stage, load.tiles),
+        activations=sum(size * count for size, count in buffers.items()),
         saving=saving_memory(recipe, stage, data_parallel=data_parallel) if saves else 0,
     )
 

@@ -26,6 +26,7 @@ class LayerPlan:
 
     kept: Kept
     pieces: int = 1  # of the sequence, which the MLP takes one after another where it is recomputed
+    offload: bool = False  # what is kept waits on the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,23 @@ class LayerTensors:
             "input": self.hidden,
         }[what]
 
-    def working(self, plan: LayerPlan) -> int:
-        """Most bytes beside what is kept, while the layer is recomputed and goes backward."""
-        return max(self.mlp_working(plan), self.attention_working(plan.kept))
+    def sent(self, plan: LayerPlan) -> int:
+        """Bytes of them that wait on the host: all but attention's log-sum-exps."""
+        if not plan.offload:
+            return 0
+        kept = self.kept(plan.kept)
+        return kept - self.log_sums if plan.kept == "input_and_attention" else kept
+
+    def working(self, plan: LayerPlan, *, before: LayerPlan | None = None) -> int:
+        """Most bytes beside what is kept, while the layer is recomputed and goes backward.
+
+        What waited on the host is back then, and that of the layer `before` comes back beside the
+        backward of attention.
+        """
+        coming = 0 if before is None else self.sent(before)
+        return self.sent(plan) + max(
+            self.mlp_working(plan), self.attention_working(plan.kept) + coming
+        )
 
     def mlp_working(self, plan: LayerPlan) -> int:
         """Gradients of the MLP, or of a piece of it, beside all its recomputed tensors."""
@@ -159,7 +174,7 @@ def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
         if memory.recompute:
             kept = "input_and_attention" if memory.keep_attention else "input"
         pieces = -(-rows // memory.mlp_rows) if memory.mlp_rows and kept != "everything" else 1
-        plans.append(LayerPlan(kept=kept, pieces=pieces))
+        plans.append(LayerPlan(kept=kept, pieces=pieces, offload=memory.offload))
     return plans
 
 

@@ -5,6 +5,7 @@ allocates Adam's moments at its end). What torch reserves beyond that, and what 
 is `RankMemory.device`. Measured peaks that it is held to: `tests/costs/test_memory.py`.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -165,9 +166,10 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
         )
     # From the last layer to the first: what later layers kept is gone.
     working, kept = 0, 0
-    for plan in reversed(plan_layers(recipe, count)):
-        working = max(working, tensors.working(plan) - kept)
-        kept += tensors.kept(plan.kept)
+    plans = [None, *plan_layers(recipe, count)]
+    for before, plan in reversed(list(itertools.pairwise(plans))):
+        working = max(working, tensors.working(plan, before=before) - kept)
+        kept += tensors.kept(plan.kept) - tensors.sent(plan)
     return kept, working
 
 

@@ -4,6 +4,7 @@ Kinds follow one another: what a rank waits for is their sum, and with a pipelin
 stage, with the bubble. Measured steps that this is held to: `tests/costs/test_step_time.py`.
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -108,7 +109,7 @@ class _Stage:
             "output": self._output(),
             "elementwise": sum(map(self._elementwise, self.plans)),
             "communication": sum(map(self._communication, self.plans)) + self._between_stages(),
-            "host_copies": 0.0,
+            "host_copies": sum(map(self._host_copies, self.plans)),
         }
 
     def _repeats(self, plan: LayerPlan) -> tuple[float, float, float]:
@@ -137,24 +138,45 @@ class _Stage:
         return 2 * tokens * passes / self.tp / self.machine.device.matmul
 
     def _attention(self, plan: LayerPlan) -> float:
-        """2 x heads x d FLOPs for each square of a document's length (causal), at the rate of that
-        length, which a ring cuts by CP."""
+        """Forward, again where it is recomputed, and backward."""
+        _, again, _ = self._repeats(plan)
+        forward, backward = self._attention_passes
+        return (1 + again) * forward + backward
+
+    @functools.cached_property
+    def _attention_passes(self) -> tuple[float, float]:
+        """Seconds of a layer's attention, forward and backward.
+
+        2 x heads x d FLOPs for each square of a document's length (causal), at the rate of that
+        length, which a ring cuts by CP.
+        """
         language, parallel = self.recipe.model.language, self.recipe.parallel
         backend = "fa4" if parallel.attention_backend == "fa4" else "te"
         ring = parallel.cp_comm_type == "p2p" and backend == "te"
         lengths = list(self.load.lengths) or [self.recipe.data.seq_length]
         if not self.recipe.data.isolate_documents:
             lengths = [sum(lengths)]
-        _, again, _ = self._repeats(plan)
-        seconds = 0.0
+        once, back = 0.0, 0.0
         for length, number in zip(*np.unique(lengths, return_counts=True), strict=True):
             forward, backward = self.machine.device.attention_rates(
                 backend, int(length) // (self.cp if ring else 1)
             )
             work = 2.0 * int(length) ** 2 * language.num_attention_heads * language.kv_channels
-            passes = (1 + again) / forward + BACKWARD_ATTENTION / backward
-            seconds += int(number) * work * passes
-        return seconds / self.tp / self.cp
+            work *= int(number) / self.tp / self.cp
+            once += work / forward
+            back += BACKWARD_ATTENTION * work / backward
+        return once, back
+
+    def _host_copies(self, plan: LayerPlan) -> float:
+        """What is kept on the host goes out beside the layer's forward pass, and comes back beside
+        the backward of attention of the layer above; the rest is waited for."""
+        seconds = self.tensors.sent(plan) / self.machine.device.host_copy
+        if not seconds:
+            return 0.0
+        forward, backward = self._attention_passes
+        tokens, rate = self.recipe.data.seq_length // self.cp, self.machine.device.matmul
+        linear = 2 * tokens * self.layer.split / self.tp / rate
+        return max(0.0, seconds - forward - linear) + max(0.0, seconds - backward)
 
     def _elementwise(self, plan: LayerPlan) -> float:
         """Bytes that norms, rotations, residuals, SwiGLU and copies read and write.

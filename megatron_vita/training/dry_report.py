@@ -83,11 +83,12 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
         rows.append((str(i), *map(_gib, parts.values()), memory.highest.name))
     yield from _table(rows)
     yield "memory of a rank's host in GiB, estimated:"
-    rows = [("stage", "process", "loader", "training", "saving")]
+    rows = []
     for i, stage in enumerate(report.stages):
-        host = stage.host
-        sizes = (host.process, host.loader, host.training, host.saving)
-        rows.append((str(i), *map(_gib, sizes)))
+        sizes = asdict(stage.host) | {"total": stage.host.total}
+        if not rows:
+            rows.append(("stage", *sizes))
+        rows.append((str(i), *map(_gib, sizes.values())))
     yield from _table(rows)
     ranks = min(ranks_per_node, report.world_size)
     training = max(stage.host.training for stage in report.stages) * ranks / GIB

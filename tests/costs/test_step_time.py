@@ -47,6 +47,16 @@ def test_what_is_kept_is_not_computed_again() -> None:
     assert half.attention == pytest.approx((full.attention + keep.attention) / 2)
 
 
+def test_copies_to_the_host_are_waited_for_only_where_they_outlast_the_work_beside_them() -> None:
+    """Measured at 32K with 8 layers: 0.840 s with, 0.826 without."""
+    kept = changed(STEPS[-1].recipe(), training={"recompute_keep_attention_layers": -1})
+    away = changed(kept, training={"activation_offload_fraction": 1.0})
+    assert predict(away).total == pytest.approx(0.840, rel=0.05)
+    assert predict(away).host_copies == predict(away).total - predict(kept).total
+    narrow = dataclasses.replace(H200, host_copy=1e9)
+    assert step_time(away, narrow, data_parallel=1, load=LOAD).host_copies > 3
+
+
 def test_a_pipeline_waits_for_its_slowest_stage_and_fills_and_drains() -> None:
     one = predict(changed(WHOLE, training={"global_batch_size": 8}))
     piped = changed(
