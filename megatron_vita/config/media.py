@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 
 from megatron_vita.config.fields import described, require
 
@@ -26,8 +27,10 @@ class MediaConfig:
     max_tiles: int = described(12, "Most tiles an image is cut into, its thumbnail not counted.")
     max_fps: float = described(1.0, "Most frames taken from one second of video.")
     max_frames: int = described(128, "Most frames taken from one video.")
-    normalization: str = described(
-        "imagenet", "Mean and deviation of pixel values: imagenet, clip or siglip."
+    normalization: str | list[list[float]] = described(
+        "imagenet",
+        "Mean and deviation of pixel values: imagenet, clip, siglip, or [[mean of red, green, blue], [deviation of each]] "
+        "on a scale of 0 to 1.",
     )
 
     def __post_init__(self) -> None:
@@ -49,6 +52,13 @@ class MediaConfig:
             self.max_frames >= 1, f"media.max_frames is {self.max_frames}: it must be at least 1"
         )
         require(
-            self.normalization in NORMALIZATIONS,
-            f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}",
+            self.normalization in NORMALIZATIONS or _is_mean_and_deviation(self.normalization),
+            f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}, or "
+            "[[red, green, blue], [red, green, blue]] with positive deviations",
         )
+
+
+def _is_mean_and_deviation(value: str | list[list[float]]) -> bool:
+    if isinstance(value, str) or [len(color) for color in value] != [3, 3]:
+        return False
+    return all(isfinite(number) for color in value for number in color) and min(value[1]) > 0

@@ -32,12 +32,18 @@ def from_hf(
     projector: Annotated[
         str, typer.Option(help="Kind of a projector that no source has: long_vita or internvl.")
     ] = "long_vita",
+    ignore_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A config field that is not known here and changes nothing (may repeat)."
+        ),
+    ] = None,
     verify: Verify = False,
 ) -> None:
     """Write a distributed checkpoint from Hugging Face folders, or from a GGUF file."""
     from megatron_vita.convert.importing import import_weights
 
-    work = import_weights(sources, destination, projector=projector)
+    work = import_weights(sources, destination, projector=projector, ignored=ignore_field or ())
     typer.echo(
         f"{destination}: {sum(transfer.nbytes for transfer, _ in work.transfers) / 1e9:.2f} GB"
     )

@@ -1,13 +1,14 @@
 """From Hugging Face folders to a distributed checkpoint."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_vita.config import ModelConfig, ProjectorConfig
+from megatron_vita.config import MediaConfig, ModelConfig, ProjectorConfig, Recipe
+from megatron_vita.convert.families.layouts import ALL_PARTS
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.initialized_parts import FreshProjector, Grown
@@ -22,7 +23,7 @@ from megatron_vita.errors import CheckpointError
 class Import:
     """All that is to be done, checked."""
 
-    model: ModelConfig
+    recipe: Recipe
     sources: list[Opened]
     transfers: list[tuple[Transfer, TensorSource]]
 
@@ -52,7 +53,17 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
         )
         transfers += [(transfer, made) for transfer in planned]
     assert_complete(transfers, shapes)
-    return Import(model=model, sources=sources, transfers=transfers)
+    recipe = Recipe(model=model, media=_media_of(sources))
+    return Import(recipe=recipe, sources=sources, transfers=transfers)
+
+
+def _media_of(sources: list[Opened]) -> MediaConfig:
+    """That of a whole model, or the normalisation of a tower that is put into a new one."""
+    tower = next((source for source in sources if "vision_model" in source.layout.parts), None)
+    if tower is None:
+        return MediaConfig()
+    whole = tower.layout.parts == ALL_PARTS
+    return tower.media if whole else MediaConfig(normalization=tower.media.normalization)
 
 
 def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
@@ -108,19 +119,23 @@ def assert_complete(
     )
 
 
-def import_weights(paths: Sequence[Path], destination: Path, *, projector: str) -> Import:
-    """Writes the checkpoint `destination` from folders or GGUF files that hold the parts of one
+def import_weights(
+    paths: Sequence[Path], destination: Path, *, projector: str, ignored: Collection[str] = ()
+) -> Import:
+    """Write the checkpoint `destination` from folders or GGUF files that hold the parts of one
     model.
 
-    projector: the kind of a projector that none of them has. CheckpointError, with nothing written,
-    for what is wrong.
+    projector: the kind of a projector that none of them has. ignored: names of config fields that
+    are not known, and that change nothing. CheckpointError, with nothing written, for what is
+    wrong.
     """
-    work = plan([open_source(path) for path in paths], projector=projector)
+    opened = [open_source(path, ignored=ignored) for path in paths]
+    work = plan(opened, projector=projector)
     companions = {source.layout.name: source.write_companions for source in work.sources}
     write_checkpoint(
         destination,
         work.transfers,
-        model=work.model,
+        recipe=work.recipe,
         companions=companions,
         tokenizer=work.language.layout.name,
     )

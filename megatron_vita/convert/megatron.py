@@ -50,8 +50,9 @@ def import_megatron(
     transfers = [(transfer, tensors) for transfer in planned]
     assert_complete(transfers, shapes)
     companions = {} if tokenizer is None else {CAUSAL.name: partial(copy_companions, tokenizer)}
+    known = Recipe(model=model, text=recipe.text, media=recipe.media)
     write_checkpoint(
-        destination, transfers, model=model, companions=companions, tokenizer=CAUSAL.name
+        destination, transfers, recipe=known, companions=companions, tokenizer=CAUSAL.name
     )
 
 

@@ -2,22 +2,24 @@
 
 import json
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_vita.config import ModelConfig
+from megatron_vita.config import MediaConfig, ModelConfig
 from megatron_vita.convert.config_file import CONFIG, Config
-from megatron_vita.convert.families.layouts import Layout, layout_of
-from megatron_vita.convert.formats import pickle_reader, safetensors_reader
-from megatron_vita.convert.formats.pickle_reader import PickledSource
-from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
+from megatron_vita.convert.families.layouts import LONG_VITA, Layout, layout_of
+from megatron_vita.convert.families.pixels import Processors, read_media
+from megatron_vita.convert.families.rotary_config import warn_of_dynamic
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
+from megatron_vita.convert.formats.weight_files import open_weights
 from megatron_vita.convert.sidecar_files import SPARE, copy_companions, has_tokenizer
 from megatron_vita.errors import CheckpointError
 from megatron_vita.text.tokenizer import load_tokenizer
 
 GGUF = ".gguf"
+ADAPTER = "adapter_config.json"
 _HEADS = {  # output layers, and the embeddings that they may be tied to
     "lm_head.weight": "model.embed_tokens.weight",
     "language_model.lm_head.weight": "language_model.model.embed_tokens.weight",
@@ -35,6 +37,7 @@ class Opened:
     tensors: TensorSource
     # an output layer that the config ties to the embedding, and that is equal to it
     repeated: tuple[str, ...] = ()
+    media: MediaConfig = field(default_factory=MediaConfig)  # of a layout with a vision tower
 
     def spare(self) -> dict[str, TensorInfo]:
         """Tensors that the model has no use for, and that travel along."""
@@ -77,9 +80,9 @@ class Opened:
             return load_tokenizer(folder).vocab_size if has_tokenizer(Path(folder)) else 0
 
 
-def open_source(path: Path) -> Opened:
-    """Reads config and headers. CheckpointError, naming file and field or tensor, if anything is
-    wrong with them."""
+def open_source(path: Path, *, ignored: Collection[str] = ()) -> Opened:
+    """Reads configs and headers. CheckpointError, naming file and field or tensor, if anything is
+    wrong with them, or if a field is neither used nor known to have no effect nor `ignored`."""
     if path.suffix == GGUF:
         from megatron_vita.convert.formats.gguf_reader import GgufSource
 
@@ -89,14 +92,42 @@ def open_source(path: Path) -> Opened:
         raise CheckpointError(
             f"{path}: is neither a folder with config.json and safetensors nor a {GGUF} file"
         )
-    config = Config.read(path)
-    pickled = any((path / name).exists() for name in (pickle_reader.SINGLE, pickle_reader.INDEX))
-    safe = any(
-        (path / name).exists() for name in (safetensors_reader.SINGLE, safetensors_reader.INDEX)
+    _refuse_adapter(path)
+    opened = _opened(path, Config.read(path), open_weights(path))
+    opened = replace(opened, media=_media_of(opened, ignored))
+    opened.config.refuse_unread(ignored)
+    _warn(opened)
+    return opened
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """transformers would put the adapter on top of the weights that it names."""
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder / ADAPTER}: the folder is an adapter of a model: merge it into that model "
+            "first, as peft's merge_and_unload does"
+        )
+
+
+def _media_of(opened: Opened, ignored: Collection[str]) -> MediaConfig:
+    """What the folder says of pixels; Long-VITA's own says nothing, and is as our defaults."""
+    if "vision_model" not in opened.layout.parts or opened.layout is LONG_VITA:
+        return MediaConfig()
+    processors = Processors.read(opened.path)
+    media = read_media(
+        opened.layout.name,
+        opened.config,
+        processors=processors,
+        vision=opened.model.vision,
     )
-    return _opened(
-        path, config, PickledSource(path) if pickled and not safe else SafetensorsSource(path)
-    )
+    processors.refuse_unread(ignored)
+    return media
+
+
+def _warn(opened: Opened) -> None:
+    parts = [name for name in ("text_config", "llm_config") if opened.config.get(name)]
+    if "language_model" in opened.layout.parts:
+        warn_of_dynamic(opened.config.part(parts[0]) if parts else opened.config)
 
 
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
-from megatron_vita.config import ModelConfig, Recipe, TextConfig
+from megatron_vita.config import Recipe
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.tensors import TensorSource, check_finite
 from megatron_vita.convert.formats.torch_dist_writer import Piece, write_distributed
@@ -26,14 +26,14 @@ def write_checkpoint(
     destination: Path,
     transfers: list[tuple[Transfer, TensorSource]],
     *,
-    model: ModelConfig,
+    recipe: Recipe,
     companions: Mapping[str, Callable[[Path], None]],
     tokenizer: str,
 ) -> None:
     """Writes a checkpoint, whole or not at all.
 
     companions: what writes the files that travel along, by the name of their folder; `tokenizer`
-    names that which has the tokenizer.
+    names that which has the tokenizer. recipe: what is known of the model, whose tokenizer is set.
     """
     with new_folder(destination) as folder:
         with Progress(
@@ -43,8 +43,8 @@ def write_checkpoint(
         for name, write in companions.items():
             write(folder / FOLDER / name)
         place = Path(FOLDER) / tokenizer
-        text = TextConfig(tokenizer=str(place) if has_tokenizer(folder / place) else "")
-        recipe = Recipe(model=model, text=text)
+        found = str(place) if has_tokenizer(folder / place) else ""
+        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, tokenizer=found))
         (folder / RECIPE).write_text(_as_yaml(recipe, destination))
         (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
 
@@ -101,7 +101,15 @@ def _as_yaml(recipe: Recipe, destination: Path) -> str:
     groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
     if recipe.text.tokenizer:
         groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
+    if media := _stated(recipe.media):
+        groups["media"] = media
     return (
-        "# The shapes of these weights: name this file as a base of a stage's recipe.\n"
-        + yaml.safe_dump(groups)
+        "# The shapes of these weights and what their origin says of pixels: name this file as a\n"
+        "# base of a stage's recipe.\n" + yaml.safe_dump(groups)
     )
+
+
+def _stated(group: Any) -> dict[str, Any]:
+    """The fields of a group that are not as in a recipe that says nothing of them."""
+    usual = dataclasses.asdict(type(group)())
+    return {n: v for n, v in dataclasses.asdict(group).items() if v != usual[n]}

@@ -1,10 +1,14 @@
 """Normalisation of pixel values."""
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_vita.errors import ConfigError
 
-Color = tuple[float, float, float]
+Color = Sequence[float]
+Normalization = str | Sequence[Color]
+"""The name of a mean and a deviation, or both, each of red, green and blue."""
 
 NORMALIZATION: dict[str, tuple[Color, Color]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -16,7 +20,7 @@ TILES_AT_ONCE = 32
 
 
 def normalize(
-    tiles: torch.Tensor, kind: str, *, dtype: torch.dtype = torch.float32
+    tiles: torch.Tensor, kind: Normalization, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """uint8 `[n, 3, S, S]` as `dtype` of the same shape: `(tiles / 255 - mean) / std`, on the
     device of `tiles`.
@@ -35,13 +39,16 @@ def normalize(
     return normalized
 
 
-def mean_color(kind: str) -> tuple[int, int, int]:
+def mean_color(kind: Normalization) -> tuple[int, int, int]:
     """The mean as an 8-bit colour (rounded down): what letterboxed frames are padded with."""
-    red, green, blue = (int(value * 255) for value in _constants(kind)[0])
+    red, green, blue = (min(max(int(v * 255), 0), 255) for v in _constants(kind)[0])
     return red, green, blue
 
 
-def _constants(kind: str) -> tuple[Color, Color]:
+def _constants(kind: Normalization) -> tuple[Color, Color]:
+    if not isinstance(kind, str):
+        mean, deviation = kind
+        return mean, deviation
     if kind not in NORMALIZATION:
         raise ConfigError(f"normalization is {kind!r}; known: {', '.join(NORMALIZATION)}")
     return NORMALIZATION[kind]

@@ -192,10 +192,7 @@ def test_a_pickle_of_tensors_is_read(folder: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "'dynamic'",
-        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0.5}}, "factor"),
         ({"num_attention_heads": 3}, "num_query_groups"),

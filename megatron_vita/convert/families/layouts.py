@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vita.config import ModelConfig, ProjectorConfig
-from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config
+from megatron_vita.convert.families import idle_fields
 from megatron_vita.convert.families import vision_tables as names
 from megatron_vita.convert.families.language_config import FAMILIES, read_language, write_language
 from megatron_vita.convert.families.language_tables import language_table
@@ -43,12 +44,14 @@ class Layout:
     others: tuple[str, ...] = ()
 
 
-def _tied(config: Config, tensors: Collection[str], head: str) -> bool:
-    """A head in the file is used, as transformers does, whatever the config says."""
-    said = config.get("tie_word_embeddings", False)
-    for part in ("text_config", "llm_config"):
-        said = said or config.get(part, {}).get("tie_word_embeddings", False)
-    return said and f"{head}weight" not in tensors
+def _tied(config: Config, tensors: Collection[str], head: str, *, default: bool = False) -> bool:
+    """A head in the file is used, as transformers does, whatever the config says; `default` is said
+    where no part of it says anything."""
+    parts = [config.get(name) or {} for name in ("text_config", "llm_config")]
+    flags = [fields.get("tie_word_embeddings") for fields in (config.values, *parts)]
+    config.flag("tie_word_embeddings", default)
+    said = [flag for flag in flags if flag is not None]
+    return f"{head}weight" not in tensors and (any(said) if said else default)
 
 
 def _read_causal(config: Config, tensors: Collection[str]) -> ModelConfig:
@@ -60,13 +63,14 @@ def _read_chat(config: Config, tensors: Collection[str]) -> ModelConfig:
     config.must_be("downsample_ratio", (0.5,), 0.5)
     config.must_be("ps_version", ("v2",), "v1")
     config.must_be("select_layer", (-1,), -1)
-    return ModelConfig(
-        vision=read_internvit(config.part("vision_config")),
-        projector=ProjectorConfig(kind="internvl"),
-        language=read_language(
-            config.part("llm_config"), tied=_tied(config, tensors, "language_model.lm_head.")
-        ),
-    )
+    for name in ("use_llm_lora", "use_backbone_lora"):
+        if config.integer(name, 0, least=0):
+            raise config.wrong(name, "merge its low-rank weights into the model's first")
+    model = _whole(config, "llm_config", tied=_tied(config, tensors, "language_model.lm_head."))
+    config.must_be("hidden_size", (model.language.hidden_size,), model.language.hidden_size)
+    config.must_be("force_image_size", (model.vision.image_size,), model.vision.image_size)
+    config.disregard(("template", "system_message"))
+    return model
 
 
 def _read_hf(config: Config, tensors: Collection[str]) -> ModelConfig:
@@ -74,12 +78,22 @@ def _read_hf(config: Config, tensors: Collection[str]) -> ModelConfig:
     config.must_be("projector_hidden_act", ("gelu",), "gelu")
     config.must_be("vision_feature_layer", (-1,), -1)
     config.must_be("vision_feature_select_strategy", ("default",), "default")
+    tied = _tied(config, tensors, "language_model.lm_head.", default=True)
+    model = _whole(config, "text_config", tied=tied)
+    rows = model.vision.image_token_length
+    config.must_be("image_seq_length", (rows,), rows)
+    config.integer("image_token_id", 0, least=0)
+    return model
+
+
+def _whole(config: Config, language: str, *, tied: bool) -> ModelConfig:
+    """The parts of an InternVL; `language` names the field of its language model."""
+    config.disregard(idle_fields.COMMON)
+    config.refuse(QUANTIZED, UNQUANTIZED)
     return ModelConfig(
         vision=read_internvit(config.part("vision_config")),
         projector=ProjectorConfig(kind="internvl"),
-        language=read_language(
-            config.part("text_config"), tied=_tied(config, tensors, "language_model.lm_head.")
-        ),
+        language=read_language(config.part(language), tied=tied),
     )
 
 
@@ -121,12 +135,9 @@ def _whole_table(
 
 def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
     """Long-VITA's config is Qwen2's with a `visual` that describes the tower."""
-    visual, language = (
-        config.part("visual"),
-        Config(config.values | {"model_type": "qwen2"}, config.where),
-    )
+    language = config.named("qwen2")
     return ModelConfig(
-        vision=read_internvit(visual),
+        vision=read_internvit(config.part("visual")),
         projector=ProjectorConfig(kind="long_vita"),
         language=read_language(language, tied=_tied(config, tensors, "lm_head.")),
     )

@@ -3,8 +3,8 @@
 from typing import Any
 
 from megatron_vita.config import VisionConfig
-from megatron_vita.convert.config_file import Config, updated
-from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config, updated
+from megatron_vita.convert.families import idle_fields
 
 _NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
@@ -14,34 +14,33 @@ def read_internvit(config: Config) -> VisionConfig:
     hf = config.get("model_type") == "internvl_vision"
     config.must_be("hidden_act", ("gelu",), "gelu")
     config.must_be("num_channels", (3,), 3)
+    config.must_be("use_moe", (False,), False)
     if hf:
         config.must_be("use_absolute_position_embeddings", (True,), False)
         config.must_be("use_mask_token", (False,), False)
         config.must_be("use_mean_pooling", (True,), True)
-    try:
+    norm = config.must_be("norm_type", tuple(_NORMS), "layer_norm" if hf else "rms_norm")
+    with config.naming():
         return VisionConfig(
             **_common(config),
-            normalization=_NORMS[
-                config.must_be("norm_type", tuple(_NORMS), "layer_norm" if hf else "rms_norm")
-            ],
-            qk_layernorm=config.get("use_qk_norm", False)
+            normalization=_NORMS[norm],
+            qk_layernorm=config.flag("use_qk_norm", False)
             if hf
-            else config.get("qk_normalization", True),
-            add_qkv_bias=config.get("attention_bias" if hf else "qkv_bias", False),
+            else config.flag("qk_normalization", True),
+            add_qkv_bias=config.flag("attention_bias" if hf else "qkv_bias", False),
         )
-    except ConfigError as error:
-        raise CheckpointError(f"{config.where}: {error}") from error
 
 
 def read_clip(config: Config) -> VisionConfig:
     """CLIP's vision tower, alone or inside a whole CLIP."""
-    config = config.part("vision_config") if config.get("vision_config") else config
+    config = _tower_of(config)
+    config.must_be("attention_bias", (True,), True)
     config.must_be("hidden_act", ("quick_gelu", "gelu"), "quick_gelu")
     config.must_be("num_channels", (3,), 3)
     return _built(
         config,
         activation=config.get("hidden_act", "quick_gelu"),
-        layernorm_epsilon=config.get("layer_norm_eps", 1e-5),
+        layernorm_epsilon=config.number("layer_norm_eps", 1e-5),
         patch_size=config.side("patch_size", 32),
         patch_bias=False,
         pre_norm=True,
@@ -50,7 +49,8 @@ def read_clip(config: Config) -> VisionConfig:
 
 def read_siglip(config: Config) -> VisionConfig:
     """SigLIP's vision tower, alone or inside a whole SigLIP."""
-    config = config.part("vision_config") if config.get("vision_config") else config
+    config = _tower_of(config)
+    config.must_be("attention_bias", (True,), True)
     config.must_be("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     config.must_be("num_channels", (3,), 3)
     return _built(
@@ -64,32 +64,49 @@ def read_siglip(config: Config) -> VisionConfig:
 
 def read_eva(config: Config) -> VisionConfig:
     """EVA2-CLIP, as the `vision_config` of GLM-4V describes it."""
-    config = config.part("vision_config")
-    config.must_be("hidden_act", ("gelu",), "gelu")
-    config.must_be("in_channels", (3,), 3)
-    return _built(config, num_attention_heads=config.need("num_heads"), norm_after=True)
+    config.need("vision_config")
+    tower = _tower_of(config)
+    tower.must_be("hidden_act", ("gelu",), "gelu")
+    tower.must_be("in_channels", (3,), 3)
+    tower.disregard(("num_positions", "dropout_prob"))
+    return _built(tower, heads="num_heads", norm_after=True)
 
 
-def _built(config: Config, **fields: Any) -> VisionConfig:
-    """A tower without LayerScale."""
-    named = Config({"num_attention_heads": 0} | config.values, config.where)
-    fields = _common(named) | {"layer_scale": False} | fields
+def _tower_of(config: Config) -> Config:
+    """The part of a whole model that describes its tower; the rest stays behind.
+
+    CheckpointError where `vision_config_dict`, which transformers prefers, says otherwise.
+    """
+    if not config.get("vision_config"):
+        return config
+    tower = config.part("vision_config")
+    for name, value in (config.get("vision_config_dict") or {}).items():
+        if tower.values.get(name, value) != value:
+            raise tower.wrong(name, f"but vision_config_dict says {value!r}: they must agree")
+    config.disregard(config.values)
+    return tower
+
+
+def _built(config: Config, *, heads: str = "num_attention_heads", **fields: Any) -> VisionConfig:
+    """A tower without LayerScale; `heads` names the field of attention heads."""
+    fields = _common(config, heads=heads) | {"layer_scale": False} | fields
     fields["ragged_grid"] = fields["image_size"] % (2 * fields["patch_size"]) != 0
-    try:
+    with config.naming():
         return VisionConfig(**fields)
-    except ConfigError as error:
-        raise CheckpointError(f"{config.where}: {error}") from error
 
 
-def _common(config: Config) -> dict[str, Any]:
+def _common(config: Config, *, heads: str = "num_attention_heads") -> dict[str, Any]:
+    config.refuse(QUANTIZED, UNQUANTIZED)
+    for table in (idle_fields.COMMON, idle_fields.VISION, idle_fields.GENERATION):
+        config.disregard(table)
     return {
         "image_size": config.side("image_size", 224),
         "patch_size": config.side("patch_size", 14),
-        "num_layers": config.need("num_hidden_layers"),
-        "hidden_size": config.need("hidden_size"),
-        "ffn_hidden_size": config.need("intermediate_size"),
-        "num_attention_heads": config.need("num_attention_heads"),
-        "layernorm_epsilon": config.get("layer_norm_eps", 1e-6),
+        "num_layers": config.integer("num_hidden_layers"),
+        "hidden_size": config.integer("hidden_size"),
+        "ffn_hidden_size": config.integer("intermediate_size"),
+        "num_attention_heads": config.integer(heads),
+        "layernorm_epsilon": config.number("layer_norm_eps", 1e-6),
     }
 
 

@@ -68,7 +68,7 @@ class PickledSource:
 
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if not index.exists():
+    if (folder / SINGLE).exists():
         return [folder / SINGLE]
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())

@@ -5,6 +5,7 @@ errors name no file.
 """
 
 import json
+import logging
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+logger = logging.getLogger(__name__)
 _MOST_HEADER = 100 << 20  # bytes; the format's own limit
 
 
@@ -120,12 +122,25 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{file}: its header is not that of a safetensors file: {error!r}"
             ) from error
-    for name, info in entries.items():
-        if info.start + info.nbytes > size:
-            raise CheckpointError(
-                f"{file}: is truncated: tensor {name} ends at byte {info.start + info.nbytes}, the file at {size}"
-            )
+    _check_places(file, entries, start=8 + length, size=size)
     return entries
+
+
+def _check_places(file: Path, entries: dict[str, StoredTensor], *, start: int, size: int) -> None:
+    """Tensors follow one another without gaps from byte `start` to the file's end."""
+    end = start
+    for name, info in sorted(entries.items(), key=lambda entry: (entry[1].start, entry[1].nbytes)):
+        if info.start != end:
+            raise CheckpointError(
+                f"{file}: tensor {name} begins at byte {info.start}; the one before it ends at {end}"
+            )
+        end += info.nbytes
+        if end > size:
+            raise CheckpointError(
+                f"{file}: is truncated: tensor {name} ends at byte {end}, the file at {size}"
+            )
+    if end != size:
+        raise CheckpointError(f"{file}: has {size - end} bytes after its last tensor")
 
 
 def _entry(file: Path, name: str, fields: dict[str, Any], data: int) -> StoredTensor:
@@ -146,15 +161,17 @@ def _entry(file: Path, name: str, fields: dict[str, Any], data: int) -> StoredTe
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a source; CheckpointError, naming one, if it is missing."""
+    """The files of a source, in transformers' order of preference: one file before an index.
+
+    CheckpointError, naming one, if it is missing.
+    """
     if path.is_file():
         return [path]
-    if (path / INDEX).exists():
-        files = sorted({path / file for file in _weight_map(path).values()})
-    elif (path / SINGLE).exists():
-        files = [path / SINGLE]
-    else:
-        raise CheckpointError(f"{path}: has neither {INDEX} nor {SINGLE}")
+    if (path / SINGLE).exists():
+        return [path / SINGLE]
+    if not (path / INDEX).exists():
+        raise CheckpointError(f"{path}: has neither {SINGLE} nor {INDEX}")
+    files = sorted({path / file for file in _weight_map(path).values()})
     for file in files:
         if not file.exists():
             names = [name for name, of in _weight_map(path).items() if path / of == file]
@@ -164,11 +181,16 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _read_index(path: Path) -> dict[str, Any]:
     try:
-        names = json.loads((path / INDEX).read_text())["weight_map"]
+        index = json.loads((path / INDEX).read_text())
+        return {"weight_map": dict(index["weight_map"]), "metadata": index.get("metadata") or {}}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX}: is no index of tensors: {error!r}") from error
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    names = _read_index(path)["weight_map"]
     if not all(isinstance(file, str) and Path(file).name == file for file in names.values()):
         raise CheckpointError(f"{path / INDEX}: weight_map names files outside its folder")
     return names
@@ -176,7 +198,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
     """What the index says is what the files hold."""
-    if not (path / INDEX).exists():
+    if not (path / INDEX).exists() or (path / SINGLE).exists():
         return
     for name, file in _weight_map(path).items():
         if name not in infos:
@@ -190,4 +212,13 @@ def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
     for name in infos.keys() - _weight_map(path).keys():
         raise CheckpointError(
             f"{infos[name].file}: has tensor {name}, of which {INDEX} knows nothing"
+        )
+    said = _read_index(path)["metadata"].get("total_size")
+    found = sum(info.nbytes for info in infos.values())
+    if said is not None and said != found:
+        logger.warning(
+            "%s: total_size is %s, but its tensors have %d bytes together",
+            path / INDEX,
+            said,
+            found,
         )

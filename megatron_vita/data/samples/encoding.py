@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megatron_vita.config import MediaConfig, VisionConfig
 from megatron_vita.data.samples.truncation import Fit, Piece, fit
+from megatron_vita.media.normalize import Normalization
 from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_tiles
 from megatron_vita.media.video import VideoInfo, frame_times, num_frames
 from megatron_vita.text.media_tokens import count_image_tokens, count_video_tokens
@@ -28,7 +29,7 @@ class TileFormat(NamedTuple):
     """What decoding must know of a recipe."""
 
     tiling: Tiling
-    normalization: str
+    normalization: Normalization
 
     @property
     def size(self) -> int:

@@ -1,0 +1,194 @@
+"""What a Hugging Face folder says about pixels: tiling limits and normalisation."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.config import MediaConfig, VisionConfig
+from megatron_vita.convert.config_file import Config
+from megatron_vita.media.normalize import NORMALIZATION
+
+PROCESSOR = "processor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+BICUBIC = 3  # Pillow's number
+ANY_RATE = 1000.0  # frames a second, more than videos have
+_OF_TOWERS = {"clip": "clip", "eva": "clip", "siglip": "siglip"}
+_OF_PROCESSORS = {"Clip": "clip", "CLIP": "clip", "GotOcr2": "clip", "Siglip": "siglip"}
+_IDLE = {
+    **dict.fromkeys(
+        ("image_processor_type", "feature_extractor_type", "processor_class"), "a note"
+    ),
+    **dict.fromkeys(("video_processor_type", "auto_map", "transformers_version"), "a note"),
+    **dict.fromkeys(("return_metadata", "video_metadata"), "of what transformers gives back"),
+    **dict.fromkeys(
+        ("return_tensors", "data_format", "input_data_format", "device", "disable_grouping"),
+        "the form in which transformers gives pixels, not their values",
+    ),
+    **dict.fromkeys(
+        ("do_resize", "default_to_square", "do_convert_rgb", "do_pad", "pad_size"),
+        "tiles are always cut from RGB and of the tower's size",
+    ),
+    "crop_to_patches": "InternVL's processor overrules it: images are always tiled",
+}
+_GEOMETRY = dict.fromkeys(
+    ("size", "crop_size", "do_center_crop"),
+    "of a tower used alone: here media.tiling says what of an image a tile shows",
+)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processors:
+    """What a folder's processor files say, each without fields where there is none.
+
+    transformers 5 writes all into processor_config.json, and prefers what that says.
+    """
+
+    whole: Config
+    images: Config
+    videos: Config
+
+    @classmethod
+    def read(cls, folder: Path) -> "Processors":
+        """CheckpointError for a file that cannot be read."""
+        whole = Config.read_if_present(folder, PROCESSOR)
+        images, videos = (
+            whole.part(part) if whole.get(part) else Config.read_if_present(folder, file)
+            for part, file in (
+                ("image_processor", IMAGE_PROCESSOR),
+                ("video_processor", VIDEO_PROCESSOR),
+            )
+        )
+        return cls(whole=whole, images=images, videos=videos)
+
+    def refuse_unread(self, ignored: Collection[str]) -> None:
+        """CheckpointError, naming the first, for fields that nobody has read."""
+        for config in (self.whole, self.images, self.videos):
+            config.refuse_unread(ignored)
+
+
+def read_media(
+    layout: str, config: Config, *, processors: Processors, vision: VisionConfig
+) -> MediaConfig:
+    """Tiling limits, normalisation and frames of a folder with a vision tower.
+
+    What is not said keeps its default. CheckpointError, naming file and field, for pixels that are
+    made otherwise than here.
+    """
+    images, videos, image_size = processors.images, processors.videos, vision.image_size
+    rows = vision.image_token_length
+    processors.whole.must_be("image_seq_length", (rows,), rows)
+    processors.whole.disregard(_IDLE)
+    kind = layout.removesuffix("-prefixed")
+    fields: dict[str, Any] = {"normalization": _normalization(images, _default(images, kind))}
+    if kind == "internvl-chat":
+        fields |= _chat_tiling(config)
+        images.disregard(_GEOMETRY)
+    elif kind == "internvl-hf":
+        fields |= _hf_tiling(images, image_size)
+    else:
+        images.disregard(_GEOMETRY)
+    _check_resampling(images, is_tower=not kind.startswith("internvl-"))
+    if videos.values:
+        _check_videos(videos, fields["normalization"], image_size)
+        fields |= _frames(videos)
+    with config.naming():
+        return MediaConfig(**fields)
+
+
+def _default(images: Config, kind: str) -> str:
+    """The normalisation of a folder that names none: its processor's, else its tower's."""
+    named = str(images.get("image_processor_type") or images.get("feature_extractor_type") or "")
+    for beginning, normalization in _OF_PROCESSORS.items():
+        if named.startswith(beginning):
+            return normalization
+    return _OF_TOWERS.get(kind, "imagenet")
+
+
+def _normalization(images: Config, default: str) -> str | list[list[float]]:
+    """The name of mean and deviation, or both in numbers."""
+    images.must_be("do_rescale", (True,), True)
+    factor = images.number("rescale_factor", 1 / 255)
+    if abs(factor * 255 - 1) > 1e-6:
+        raise images.wrong("rescale_factor", "only 1 / 255 is supported")
+    if not images.flag("do_normalize", True):
+        images.disregard(("image_mean", "image_std"))
+        return [[0.0] * 3, [1.0] * 3]
+    usual = NORMALIZATION[default]
+    mean = _color(images, "image_mean", list(usual[0]))
+    deviation = _color(images, "image_std", list(usual[1]))
+    for name, colors in NORMALIZATION.items():
+        if [list(color) for color in colors] == [mean, deviation]:
+            return name
+    return [mean, deviation]
+
+
+def _color(images: Config, name: str, default: list[float]) -> list[float]:
+    value = images.get(name, default)
+    values = value if isinstance(value, list) else [value] * 3
+    if len(values) != 3 or not all(isinstance(number, int | float) for number in values):
+        raise images.wrong(name, "numbers of red, green and blue are needed")
+    return [float(number) for number in values]
+
+
+def _chat_tiling(config: Config) -> dict[str, Any]:
+    """Limits of OpenGVLab's own layout, in config.json."""
+    config.must_be("pad2square", (False,), False)
+    if not config.flag("dynamic_image_size", False):
+        config.disregard(("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail"))
+        return {"min_tiles": 1, "max_tiles": 1}
+    most = config.integer("max_dynamic_patch", 6)
+    if most > 1:
+        config.must_be("use_thumbnail", (True,), False)
+    config.disregard(("use_thumbnail",))
+    return {"min_tiles": config.integer("min_dynamic_patch", 1), "max_tiles": most}
+
+
+def _hf_tiling(images: Config, image_size: int) -> dict[str, Any]:
+    """Limits of transformers' layout, in the image processor."""
+    images.must_be("do_center_crop", (False,), False)
+    images.disregard(("crop_size",))
+    if images.side("size", image_size) != image_size:
+        raise images.wrong("size", f"the tower takes tiles of {image_size} pixels")
+    return {
+        "min_tiles": images.integer("min_patches", 1),
+        "max_tiles": images.integer("max_patches", 12),
+    }
+
+
+def _check_resampling(images: Config, *, is_tower: bool) -> None:
+    """Ours is Pillow's bicubic filter. A tower that goes into a new model is trained with it."""
+    images.disregard(_IDLE)
+    found = images.get("resample", BICUBIC)
+    if found == BICUBIC:
+        return
+    if not is_tower:
+        raise images.wrong("resample", f"only {BICUBIC} (bicubic) is supported")
+    logger.warning(
+        "%s: resample is %s; images are resized by the bicubic filter (3) here", images.where, found
+    )
+
+
+def _check_videos(videos: Config, normalization: str | list[list[float]], image_size: int) -> None:
+    """Frames are normalized and resized as images are."""
+    if _normalization(videos, "clip") != normalization:
+        raise videos.wrong("image_mean", "frames must be normalized as images are")
+    if videos.side("size", image_size) != image_size:
+        raise videos.wrong("size", f"the tower takes frames of {image_size} pixels")
+    videos.must_be("resample", (BICUBIC,), BICUBIC)
+    videos.must_be("do_center_crop", (False,), False)
+    videos.disregard(_IDLE)
+
+
+def _frames(videos: Config) -> dict[str, Any]:
+    """Limits of a processor that samples frames itself: middles of equal parts, as ours."""
+    videos.disregard(("crop_size", "initial_shift", "num_frames", "fps"))
+    if not videos.flag("do_sample_frames", False):
+        return {}
+    videos.must_be("initial_shift", (True,), True)
+    if videos.get("num_frames") is not None:
+        return {"max_frames": videos.integer("num_frames"), "max_fps": ANY_RATE}
+    return {"max_fps": videos.number("fps")} if videos.get("fps") is not None else {}
