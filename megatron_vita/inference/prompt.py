@@ -42,6 +42,7 @@ class Prompt:
     messages: list[dict[str, Any]]
     images: Sequence[MediaFile] = ()
     videos: Sequence[MediaFile] = ()
+    cache_salt: bytes = b""  # only prompts with the same one share computed blocks
 
     @classmethod
     def ask(
@@ -77,6 +78,7 @@ class PreparedPrompt:
     files: list[MediaFile]  # of `document.media`
     videos: list[VideoFrames]
     tile_digests: list[bytes]  # what each tile shows, as far as the cache must know
+    cache_salt: bytes = b""
 
     @property
     def tokens(self) -> int:
@@ -91,11 +93,12 @@ class PreparedPrompt:
     def block_keys(
         self, block_tokens: int, *, rows_per_tile: int, said: Sequence[int] = ()
     ) -> list[bytes]:
-        """What each whole block of the prompt, followed by the tokens `said`, holds, with all that
-        comes before it."""
+        """Keys of the whole blocks of the prompt followed by the tokens `said`: of what a block
+        holds, of all that comes before it, and of the salt."""
         ids = np.concatenate([self.document.input_ids, np.array(said, dtype=np.int64)])
         placements = self.document.placements
-        key, keys = b"", []
+        key = self.cache_salt
+        keys = []
         for start in range(0, len(ids) - block_tokens + 1, block_tokens):
             stop = start + block_tokens
             state = hashlib.sha256(key + ids[start:stop].tobytes())
@@ -156,6 +159,7 @@ def prepare_prompt(
         tile_digests=[
             digest for each in zip(document.media, files, strict=True) for digest in _digests(*each)
         ],
+        cache_salt=prompt.cache_salt,
     )
 
 

@@ -51,7 +51,8 @@ class SamplingParams:
         }
         for name, (right, wanted) in checks.items():
             if not right:  # a comparison with NaN is false, so NaN is refused too
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
+                # a number may have thousands of digits
+                raise ConfigError(f"{name} is {getattr(self, name)!r:.40}: it must be {wanted}")
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         if self.num_beams > 1 and (
             self.temperature > 0 or self.n > self.num_beams or penalties != (1, 0, 0)

@@ -18,6 +18,7 @@ from megatron_vita.inference.server.refusals import RefusalError
 
 VARIABLE = "VITA_API_KEY"
 _GUARDED = ("/v1/", "/metrics")
+_KEY = "api_key_digest"  # in a request's state
 
 
 def read_keys(path: Path | None) -> list[str]:
@@ -38,6 +39,20 @@ def read_keys(path: Path | None) -> list[str]:
     return keys
 
 
+def key_of(scope: Scope) -> bytes:
+    """SHA-256 of the API key that a request bears; empty on a server without keys."""
+    digest: bytes = scope["state"].get(_KEY, b"")
+    return digest
+
+
+def cache_salt(key: bytes, salt: str | None) -> bytes:
+    """Give what tells apart equal beginnings of prompts of different keys, or of requests with
+    different `cache_salt`; empty where all may share them."""
+    if not key and salt is None:
+        return b""
+    return hashlib.sha256(key + (salt or "").encode()).digest()
+
+
 class RequireKey:
     """Lets requests to the API and the metrics pass which bear one of the keys."""
 
@@ -47,11 +62,14 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on, or refuses without a look at the body."""
-        if (
-            scope["type"] == "http"
-            and scope["path"].startswith(_GUARDED)
-            and not self._is_known(Headers(scope=scope))
-        ):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        digest = _digest(_bearer_key(Headers(scope=scope)))
+        is_known = self._is_known(digest)
+        if is_known:
+            scope["state"][_KEY] = digest
+        if scope["path"].startswith(_GUARDED) and not is_known:
             headers = {"www-authenticate": "Bearer", "connection": "close"}
             refusal = RefusalError(
                 "an API key is needed: Authorization: Bearer KEY",
@@ -63,10 +81,8 @@ class RequireKey:
         else:
             await self._app(scope, receive, send)
 
-    def _is_known(self, headers: Headers) -> bool:
+    def _is_known(self, digest: bytes) -> bool:
         """Takes as long whatever the key is."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip() if scheme.lower() == "bearer" else "")
         # all are compared
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
@@ -117,6 +133,11 @@ def _is_address(name: str, *, of_this_machine: bool = False) -> bool:
     except ValueError:
         return False
     return address.is_loopback or not of_this_machine
+
+
+def _bearer_key(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _digest(key: str) -> bytes:

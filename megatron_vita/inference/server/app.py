@@ -3,10 +3,12 @@
 import base64
 import hashlib
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.access import RefuseForeignPages, RequireKey
+from megatron_vita.inference.server.access_log import AccessLog
 from megatron_vita.inference.server.completions import ChatEndpoint
+from megatron_vita.inference.server.http import note
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.media import MediaLoader
 from megatron_vita.inference.server.metrics import Metrics
 from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher
+from megatron_vita.inference.server.sampling import OPENAI_DEFAULTS
 from megatron_vita.inference.server.service import EngineService
 from megatron_vita.inference.vision.tile_decoder import DECODERS
 
@@ -41,6 +47,8 @@ class ServerOptions:
     keys: Sequence[str] = ()
     media_roots: Sequence[Path] = ()
     remote: RemoteFetcher | None = None
+    defaults: SamplingParams = OPENAI_DEFAULTS
+    """How answers are drawn where a request does not say."""
 
 
 def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
@@ -59,6 +67,8 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         pool=pool,
         probing=probing,
         model_name=options.model_name,
+        defaults=options.defaults,
+        has_several_keys=len(set(options.keys)) > 1,
     )
 
     @asynccontextmanager
@@ -70,7 +80,8 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
             threads.shutdown(wait=False, cancel_futures=True)
 
     # The pages that document an API load scripts from elsewhere, so there are none.
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    # A path with a slash too many is unknown: a redirect would lead where its Host header says.
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     app.state.chat = chat
     app.router.routes.append(Route("/v1/chat/completions", endpoint=chat, methods=["POST"]))
     _add_small_paths(app, service=service, chat=chat, metrics=metrics)
@@ -79,6 +90,7 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         app.add_middleware(RequireKey, keys=options.keys)
     else:
         app.add_middleware(RefuseForeignPages)
+    app.add_middleware(AccessLog)
     return app
 
 
@@ -87,30 +99,37 @@ def _add_small_paths(
 ) -> None:
     page = _PAGE.read_text(encoding="utf-8")
     headers = _page_headers(page)
-    models = [{"id": chat.model_name, "object": "model", "created": 0, "owned_by": "megatron_vita"}]
+    model = {
+        "id": chat.model_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "megatron_vita",
+        "max_model_len": chat.limits.prompt_tokens,
+    }
+    shown = partial(app.api_route, methods=["GET", "HEAD"])
 
-    @app.get("/")
+    @shown("/")
     async def show_page() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    @app.get("/v1/models")
+    @shown("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": models}
+        return {"object": "list", "data": [model]}
 
-    @app.get("/v1/models/{name:path}")
+    @shown("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
         if name != chat.model_name:
             raise HTTPException(
                 404, f"the model {name!r:.200} is not here: this server has {chat.model_name!r}"
             )
-        return models[0]
+        return model
 
-    @app.get("/health")
+    @shown("/health")
     async def show_health() -> Response:
         status = health(service, chat)
         return JSONResponse(status, status_code=200 if status["status"] == "ok" else 503)
 
-    @app.get("/metrics")
+    @shown("/metrics")
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -119,23 +138,27 @@ def health(service: EngineService, chat: ChatEndpoint) -> dict[str, Any]:
     """Whether requests are answered, and what the engine is doing."""
     now = service.statistics
     return {
-        "status": "failed"
-        if service.failure is not None
-        else "stopping"
-        if chat.draining
-        else "ok",
+        "status": _status(service, chat),
         "reason": service.failure,
         "model": chat.model_name,
         "open_requests": chat.open_requests,
+        "open_bodies": len(chat.bodies),
         "running": now.running,
         "waiting": now.waiting,
         "step_seconds": round(service.step_seconds(), 3),
     }
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+def _status(service: EngineService, chat: ChatEndpoint) -> str:
+    if service.failure is not None:
+        return "failed"
+    return "stopping" if chat.draining else "ok"
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in OpenAI's form."""
     assert isinstance(error, HTTPException)
+    note(request.scope, refused=error.detail)
     return RefusalError(
         str(error.detail), status=error.status_code, headers=error.headers
     ).response()

@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -16,14 +16,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import AnswerPiece
+from megatron_vita.inference.requests import AnswerPiece, SamplingParams
+from megatron_vita.inference.server.access import cache_salt, key_of
 from megatron_vita.inference.server.answers import AnswerForm, usage_object
+from megatron_vita.inference.server.bodies import BodyPlaces
 from megatron_vita.inference.server.http import (
     KEEP_ALIVE_SECONDS,
     EventStream,
     StatusSend,
+    note,
     read_body,
     refuse_while_sending,
     while_connected,
@@ -31,13 +33,22 @@ from megatron_vita.inference.server.http import (
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.media import MediaLoader, about, check_pixels
 from megatron_vita.inference.server.metrics import Metrics
-from megatron_vita.inference.server.protocol import ChatRequest, parse_request, sampling_of
-from megatron_vita.inference.server.refusals import NO_RETRY, RefusalError, too_large
+from megatron_vita.inference.server.parsing import parse_request
+from megatron_vita.inference.server.protocol import ChatRequest
+from megatron_vita.inference.server.refusals import (
+    NO_RETRY,
+    RefusalError,
+    engine_failed,
+    refusal_of,
+    stopping,
+    too_large,
+    too_many_requests,
+)
+from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 2
 CLIENT_GONE = 499
 _FAREWELL_SECONDS = 4.0
 
@@ -58,41 +69,71 @@ class ChatEndpoint:
     pool: Executor
     probing: Executor
     model_name: str
+    defaults: SamplingParams
+    has_several_keys: bool
     draining: bool = False
     open_requests: int = field(default=0, init=False)
+    _of_key: Counter[bytes] = field(default_factory=Counter, init=False)  # open requests
     _is_cut_off: bool = field(default=False, init=False)
     _cuts: set[asyncio.Timeout] = field(default_factory=set, init=False)  # one of each open request
+
+    def __post_init__(self) -> None:
+        self.bodies = BodyPlaces(self.limits.open_bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, refuses, or gives up on a client that has gone."""
         counted = StatusSend(send)
         exchange = _Exchange(self, Request(scope, receive, counted), counted)
         try:
-            with self._admitted():
-                async with asyncio.timeout(self.limits.request_seconds):
-                    await exchange.run()
+            self.check_open(key_of(scope))
+            async with asyncio.timeout(self.limits.request_seconds):
+                await exchange.run()
         except ClientDisconnect:
             counted.status = CLIENT_GONE
         except Exception as error:
-            await exchange.refuse(_refusal(error, self.limits))
+            await exchange.refuse(refusal_of(error, request_seconds=self.limits.request_seconds))
         finally:
-            self.metrics.requests.labels(counted.status or CLIENT_GONE).inc()
+            status = counted.status or CLIENT_GONE
+            self.metrics.requests.labels(status).inc()
+            note(scope, status=status)
 
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Counts an open request. RefusalError if there are too many, or none is to come any
-        more."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether any request is open or on its way in."""
+        return self.open_requests > 0 or len(self.bodies) > 0
+
+    def check_open(self, key: bytes) -> None:
+        """RefusalError if no request is to come any more, or there is no room for one."""
         if self.service.failure is not None:
             raise EngineFailedError(self.service.failure)
         if self.draining:
             raise stopping("the server is stopping")
-        if self.open_requests >= self.limits.open_requests:
-            raise too_many_requests(self.limits)
+        self._check_room(key)
+
+    def _check_room(self, key: bytes) -> None:
+        limits = self.limits
+        if self.open_requests >= limits.open_requests:
+            raise too_many_requests("requests", limit="open_requests", most=limits.open_requests)
+        if self.has_several_keys and self._of_key[key] >= limits.open_requests_per_key:
+            raise too_many_requests(
+                "requests of this API key",
+                limit="open_requests_per_key",
+                most=limits.open_requests_per_key,
+            )
+
+    @contextmanager
+    def admitted(self, key: bytes) -> Iterator[None]:
+        """Counts an open request, whose body has come. RefusalError where there is no room."""
+        self._check_room(key)
         self.open_requests += 1
+        self._of_key[key] += 1
         try:
             yield
         finally:
             self.open_requests -= 1
+            self._of_key[key] -= 1
+            if not self._of_key[key]:
+                del self._of_key[key]
 
     def cut_off(self) -> None:
         """Ends all open requests at once, whatever they wait for; none is added any more."""
@@ -135,13 +176,25 @@ class _Exchange:
 
     async def run(self) -> None:
         """Reads, prepares and answers. Whatever goes wrong is raised."""
-        async with self._endpoint.until_cut_off({"connection": "close"}):
-            work = self._answer(await read_body(self._request, self._endpoint.limits))
-        async with self._endpoint.until_cut_off():
-            await while_connected(self._request.receive, work)
+        endpoint, request = self._endpoint, self._request
+        async with (
+            endpoint.until_cut_off({"connection": "close"}),
+            endpoint.bodies.place(self._client),
+        ):
+            body = await read_body(request, endpoint.limits)
+        with endpoint.admitted(key_of(request.scope)):
+            async with endpoint.until_cut_off():
+                await while_connected(request.receive, self._answer(body))
+
+    @property
+    def _client(self) -> Hashable:
+        """Who sends: a key, or without keys an address."""
+        client = self._request.client
+        return key_of(self._request.scope) or (client and client.host)
 
     async def refuse(self, refusal: RefusalError) -> None:
         """Sends a refusal: as the response, or as the last event where the stream has begun."""
+        note(self._request.scope, refused=refusal.code, param=refusal.param)
         try:
             # whoever does not read his answer gets none
             async with asyncio.timeout(_FAREWELL_SECONDS):
@@ -179,8 +232,14 @@ class _Exchange:
         if request.model != endpoint.model_name:
             message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
             raise RefusalError(message, status=404, param="model", code="model_not_found")
-        sampling = sampling_of(request, limits=endpoint.limits, default_seed=secrets.randbits(63))
-        prepared = await self._prepare(request)
+        sampling = sampling_of(
+            request,
+            limits=endpoint.limits,
+            default_seed=secrets.randbits(63),
+            defaults=endpoint.defaults,
+        )
+        max_frames = max_frames_of(request, limits=endpoint.limits)
+        prepared = await self._prepare(request, max_frames)
         form = AnswerForm(
             model=endpoint.model_name,
             prepared=prepared,
@@ -189,14 +248,19 @@ class _Exchange:
         )
         return form, await endpoint.service.submit(prepared, sampling)
 
-    async def _prepare(self, request: ChatRequest) -> Any:
+    async def _prepare(self, request: ChatRequest, max_frames: int | None) -> Any:
         """The engine's prompt. RefusalError or DataError if it is wrong or too long."""
         endpoint = self._endpoint
         images, videos = await endpoint.media.load(request)
-        prompt = Prompt(messages=request.prompt_messages(), images=images, videos=videos)
+        prompt = Prompt(
+            messages=request.prompt_messages(),
+            images=images,
+            videos=videos,
+            cache_salt=cache_salt(key_of(self._request.scope), request.cache_salt),
+        )
         prepare = partial(endpoint.service.engine.prepare, prompt)
         pool = endpoint.probing if videos else endpoint.pool
-        prepared = await _in_threads(pool, partial(prepare, max_frames=request.max_frames))
+        prepared = await _in_threads(pool, partial(prepare, max_frames=max_frames))
         most = endpoint.limits.video_frames
         if any(len(video.times) > most for video in prepared.videos):
             prepared = await _in_threads(pool, partial(prepare, max_frames=most))
@@ -261,59 +325,14 @@ class _Exchange:
         self._endpoint.metrics.first_token.observe(first)
         self._endpoint.metrics.total.observe(total)
         if (usage := stream.usage) is not None:
-            logger.info(
-                "answered: prompt %d tokens (%d cached), %d tokens in %d answers, %.2f s to the first, %.2f s in all",
-                *(
-                    usage.prompt_tokens,
-                    usage.cached_tokens,
-                    usage.completion_tokens,
-                    stream.choices,
-                    first,
-                    total,
-                ),
+            note(
+                self._request.scope,
+                prompt=usage.prompt_tokens,
+                cached=usage.cached_tokens,
+                completion=usage.completion_tokens,
+                first_ms=round(1000 * first),
             )
 
 
 async def _in_threads[T](pool: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-
-def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
-    """Status 503."""
-    return RefusalError(message, status=503, code="stopping", headers=headers)
-
-
-def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
-    """Status 503."""
-    return RefusalError(message, status=503, code="engine_failed", headers=headers)
-
-
-def too_many_requests(limits: Limits) -> RefusalError:
-    """Status 429."""
-    return RefusalError(
-        f"{limits.open_requests} requests are open, which is the limit (the server's option --open-requests): "
-        f"try again in {RETRY_SECONDS} seconds",
-        status=429,
-        code="open_requests_exceeded",
-        headers={"retry-after": str(RETRY_SECONDS)},
-    )
-
-
-def _refusal(error: Exception, limits: Limits) -> RefusalError:
-    """What an error means for the client."""
-    if isinstance(error, RefusalError):
-        return error
-    if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit
-        part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
-        return RefusalError(
-            str(error), param=part.group() if part else "messages", code="invalid_prompt"
-        )
-    if isinstance(error, EngineFailedError):
-        return engine_failed(str(error))
-    if isinstance(error, TimeoutError):
-        message = f"no full answer within {limits.request_seconds:g} seconds (the server's option --request-seconds)"
-        return RefusalError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
-    logger.error("a request failed", exc_info=error)
-    return RefusalError(
-        "the server failed at this request", status=500, code="internal_error", headers=NO_RETRY
-    )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.refusals import RefusalError, too_large
@@ -17,6 +17,17 @@ KEEP_ALIVE_SECONDS = 15.0
 """A silent stream gets a comment so often, so that no proxy takes it for dead."""
 
 LINGER_SECONDS = 1.0
+_NOTES = "notes"  # in a request's state
+
+
+def note(scope: Scope, **facts: Any) -> None:
+    """Add facts to the line of a request in the log. `status` replaces the one that was sent."""
+    scope["state"].setdefault(_NOTES, {}).update(facts)
+
+
+def notes_of(scope: Scope) -> dict[str, Any]:
+    """The facts that were noted about a request."""
+    return dict(scope["state"].get(_NOTES, {}))
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -57,6 +68,7 @@ async def refuse_while_sending(refusal: RefusalError, request: Request, send: Se
 
     A connection that is closed with unread bytes is reset, and the client may lose the response.
     """
+    note(request.scope, refused=refusal.code, param=refusal.param)
     body = refusal.response()
     await send(
         {"type": "http.response.start", "status": body.status_code, "headers": body.raw_headers}

@@ -12,7 +12,13 @@ class Limits:
     """What goes beyond is refused, with a 4xx status that names the limit, before it costs much."""
 
     open_requests: int = described(
-        64, "Requests that are read, waiting or answered at a time; more get status 429."
+        64, "Requests that wait or are answered at a time; more get status 429."
+    )
+    open_requests_per_key: int = described(
+        32, "The same of one API key, where there are several; more get status 429."
+    )
+    open_bodies: int = described(
+        64, "Bodies that are read at a time; then the client with most of them loses its oldest."
     )
     body_bytes: int = described(64 << 20, "Bytes of a request's body, data URLs in it included.")
     media_files: int = described(64, "Images and videos of one request.")
@@ -27,9 +33,12 @@ class Limits:
         1 << 20, "Tokens of one prompt, those of its images and videos included."
     )
     output_tokens: int = described(
-        4096, "Tokens of one answer, also where a request names no number."
+        4096, "Tokens of one answer, also where a request names no number or a higher one."
     )
     choices: int = described(8, "Answers (n) or beams of one request.")
+    header_seconds: float = described(
+        20.0, "Seconds in which the headers of a request must have come."
+    )
     body_seconds: float = described(60.0, "Seconds in which the body of a request must have come.")
     request_seconds: float = described(
         600.0, "Seconds from the start of a request to the end of its answer."

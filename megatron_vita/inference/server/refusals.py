@@ -1,11 +1,18 @@
 """Refused requests, in the form of OpenAI's errors."""
 
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from megatron_vita.errors import VitaError
+from megatron_vita.errors import ConfigError, DataError, VitaError
+from megatron_vita.inference.server.service import EngineFailedError
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2
 
 NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
 """Told to clients that repeat failed requests of themselves, as OpenAI's do."""
@@ -50,3 +57,45 @@ def too_large(
     option = f"--{limit.replace('_', '-')}"
     message = f"{what}: the limit is {most:,} (the server's option {option})"
     return RefusalError(message, status=status, param=param, code=f"{limit}_exceeded")
+
+
+def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="stopping", headers=headers)
+
+
+def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+    """Status 503."""
+    return RefusalError(message, status=503, code="engine_failed", headers=headers)
+
+
+def too_many_requests(whose: str, *, limit: str, most: int) -> RefusalError:
+    """Status 429. `whose` requests are open, `most` of them, which the option --`limit` allows."""
+    option = f"--{limit.replace('_', '-')}"
+    return RefusalError(
+        f"{most} {whose} are open, which is the limit (the server's option {option}): "
+        f"try again in {RETRY_SECONDS} seconds",
+        status=429,
+        code=f"{limit}_exceeded",
+        headers={"retry-after": str(RETRY_SECONDS)},
+    )
+
+
+def refusal_of(error: Exception, *, request_seconds: float) -> RefusalError:
+    """What an error means for the client."""
+    if isinstance(error, RefusalError):
+        return error
+    if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit
+        part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
+        return RefusalError(
+            str(error), param=part.group() if part else "messages", code="invalid_prompt"
+        )
+    if isinstance(error, EngineFailedError):
+        return engine_failed(str(error))
+    if isinstance(error, TimeoutError):
+        message = f"no full answer within {request_seconds:g} seconds (the server's option --request-seconds)"
+        return RefusalError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
+    logger.error("a request failed", exc_info=error)
+    return RefusalError(
+        "the server failed at this request", status=500, code="internal_error", headers=NO_RETRY
+    )

@@ -1,16 +1,19 @@
 """The life of the server process: until it is told to stop, or until the engine fails."""
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
 from megatron_vita.inference.server.app import ServerOptions, build_app
+from megatron_vita.inference.server.connections import BoundedConnection, quieten_uvicorn
 from megatron_vita.inference.server.interface import ServedEngine
 from megatron_vita.inference.server.service import EngineService
 
@@ -18,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5
 """What clients get to read their last bytes after all answers were cut off; more than ChatEndpoint gives them."""
+_LOOK_SECONDS = 0.05
 _HURRY_SECONDS = 2.0
 """What the engine gets to end after a second SIGINT."""
 
@@ -34,17 +38,20 @@ class VitaServer(uvicorn.Server):
         self._chat = app.state.chat
         self._drain_seconds = options.limits.drain_seconds
         self._hurry: Callable[[], object] = lambda: None
+        quieten_uvicorn()
         super().__init__(
             uvicorn.Config(
                 app,
                 host=host,
                 port=port,
-                http="h11",  # others have no limit on headers
+                http=functools.partial(  # type: ignore[arg-type]
+                    BoundedConnection, header_seconds=options.limits.header_seconds
+                ),
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 ws="none",
-                timeout_graceful_shutdown=int(self._drain_seconds) + _LAST_SECONDS,
+                timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
 
@@ -58,9 +65,17 @@ class VitaServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         self._hurry = lambda: loop.call_soon_threadsafe(self._chat.cut_off)
         loop.call_later(0 if self.force_exit else self._drain_seconds, self._chat.cut_off)
+        await self._drain()
         await super().shutdown(sockets)
         if self.force_exit:  # then uvicorn leaves out the end of the application
             await self.service.stop(seconds=_HURRY_SECONDS)
+
+    async def _drain(self) -> None:
+        """Goes on to listen while requests are open, so that whoever asks for /health, or for an
+        answer, reads that the server is stopping."""
+        latest = time.monotonic() + self._drain_seconds + _LAST_SECONDS
+        while self._chat.is_busy and not self.force_exit and time.monotonic() < latest:
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """See uvicorn. Who says it twice does not want to wait."""
@@ -70,7 +85,6 @@ class VitaServer(uvicorn.Server):
 
     def _on_failure(self) -> None:
         logger.critical("the server ends because %s", self.service.failure)
-        self.config.timeout_graceful_shutdown = _LAST_SECONDS
         self._chat.cut_off()
         self.should_exit = True
 

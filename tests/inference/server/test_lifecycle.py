@@ -175,6 +175,21 @@ def test_open_requests_may_end_while_the_server_stops_and_new_ones_are_refused()
         assert answers()[0].json()["choices"][0]["message"]["content"] == "z" * 50
 
 
+def test_who_comes_while_open_requests_end_reads_that_the_server_stops() -> None:
+    with running(FakeEngine(reply="z" * 100, step_seconds=0.02)) as server:
+        answers = in_thread(lambda: server.chat())
+        wait_until(lambda: len(server.engine.requests) == 1)
+        server.server.should_exit = True
+        wait_until(lambda: server.server._chat.draining)
+        for _ in range(2):  # each on a connection of its own
+            with httpx.Client(base_url=server.url, trust_env=False) as other:
+                health = other.get("/health")
+                assert (health.status_code, health.json()["status"]) == (503, "stopping")
+                refused = other.post("/v1/chat/completions", json=body())
+                assert refusal(refused, 503)["code"] == "stopping"
+        assert answers()[0].json()["choices"][0]["message"]["content"] == "z" * 100
+
+
 def assert_refused_or_closed(client: httpx.Client) -> None:
     try:
         refusal(client.post("/v1/chat/completions", json=body()), 503)
@@ -252,7 +267,7 @@ def test_bodies_that_are_still_read_when_the_time_to_end_is_over_get_503() -> No
     ):
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
         connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
-        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 1)
+        wait_until(lambda: server.client.get("/health").json()["open_bodies"] == 1)
         server.server.should_exit = True
         answer = connection.makefile().read()
     assert " 503 " in answer
@@ -300,7 +315,7 @@ def test_when_a_rank_is_lost_bodies_that_are_still_read_get_503_with_the_reason(
     ):
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
         connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
-        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 1)
+        wait_until(lambda: server.client.get("/health").json()["open_bodies"] == 1)
         began = time.monotonic()
         engine.tell_loss(EngineError("a rank is gone: rank 1"))
         answer = connection.makefile().read()

@@ -16,6 +16,7 @@ import pytest
 from fake_engine import FakeEngine, FakeVideo
 from media_makers import data_url, video
 from running_server import RunningServer, body, refusal, running, wait_until
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.prompt import MediaFile
@@ -98,7 +99,7 @@ def test_a_text_without_an_end_is_refused_at_once(small: RunningServer) -> None:
 
 
 def test_headers_have_a_limit_whatever_parsers_are_installed(small: RunningServer) -> None:
-    assert small.server.config.http == "h11"
+    assert issubclass(small.server.config.http.func, H11Protocol)
     with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"a" * 100_000)
         assert b" 400 " in connection.recv(4096)

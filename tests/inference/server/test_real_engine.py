@@ -56,3 +56,14 @@ def test_what_was_read_before_is_cached(server: RunningServer) -> None:
     first, second = (server.chat(text, max_tokens=1).json()["usage"] for _ in range(2))
     assert second["prompt_tokens"] == first["prompt_tokens"]
     assert second["prompt_tokens_details"]["cached_tokens"] > first["prompt_tokens"] // 2
+
+
+def test_what_was_read_with_another_salt_is_not_cached(server: RunningServer) -> None:
+    text = "two images of cats or one of a square, that is what was asked for in the end"
+    salts = ["x", "x", "y", None, None, "x"]
+    usages = [server.chat(text, max_tokens=1, cache_salt=salt).json()["usage"] for salt in salts]
+    cached = [
+        usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] // 2
+        for usage in usages
+    ]
+    assert cached == [False, True, False, False, True, True]

@@ -1,0 +1,168 @@
+"""From a request to the engine's sampling parameters."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from megatron_vita.errors import ConfigError
+from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.server.limits import Limits
+from megatron_vita.inference.server.protocol import ChatRequest
+from megatron_vita.inference.server.refusals import RefusalError, too_large
+
+OPENAI_DEFAULTS = SamplingParams(temperature=1.0)
+_SEED_BITS = 63
+
+
+def sampling_of(
+    request: ChatRequest,
+    *,
+    limits: Limits,
+    default_seed: int,
+    defaults: SamplingParams = OPENAI_DEFAULTS,
+) -> SamplingParams:
+    """How the answers are drawn: `defaults` for what the request leaves open, and `default_seed`
+    where it has no seed.
+
+    Raises:
+        RefusalError: a value is out of range, or two fields contradict each other.
+    """
+    _check_companions(request)
+    _check_limits(request, limits)
+    beams = _num_beams(request)
+    given = {
+        "max_new_tokens": _max_new_tokens(request, limits),
+        "temperature": request.temperature,
+        "top_k": 0 if request.top_k == -1 else request.top_k,
+        "top_p": request.top_p,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "stop": None if request.stop is None else tuple(request.stop),
+        "seed": default_seed if request.seed is None else request.seed % (1 << _SEED_BITS),
+        "n": request.n,
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        "num_beams": beams,
+        "length_penalty": request.length_penalty,
+        "ignore_eos": request.ignore_eos,
+    }
+    if beams is not None:
+        given |= _beam_options(request)
+    try:
+        values = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(defaults, **values)
+    except ConfigError as error:
+        raise _in_the_requests_words(str(error), request) from error
+
+
+def max_frames_of(request: ChatRequest, *, limits: Limits) -> int | None:
+    """The most frames that a request takes of a video; None for the recipe's number.
+
+    Raises:
+        RefusalError: a number is out of range, or two fields have different ones.
+    """
+    given = dict(request.frame_limits())
+    for field, frames in given.items():
+        if frames < 1:
+            _refuse(field, f"is {_shown(frames)}: it must be at least 1")
+        if frames > limits.video_frames:
+            _refuse_above(field, frames, limit="video_frames", most=limits.video_frames)
+    if len(set(given.values())) > 1:
+        first, second = list(given)[:2]
+        _refuse(second, f"is {given[second]} and {first} is {given[first]}: one of them is enough")
+    return next(iter(given.values()), None)
+
+
+def _max_new_tokens(request: ChatRequest, limits: Limits) -> int:
+    """The longest answer: no field asks for more than the server's limit, but both are checked."""
+    for field in ("max_tokens", "max_completion_tokens"):
+        value = getattr(request, field)
+        if value is not None and value < 1:
+            _refuse(field, f"is {_shown(value)}: it must be at least 1")
+    asked = request.max_tokens
+    if request.max_completion_tokens is not None:
+        asked = request.max_completion_tokens
+    return limits.output_tokens if asked is None else min(asked, limits.output_tokens)
+
+
+def _num_beams(request: ChatRequest) -> int | None:
+    """The width of a beam search; None where none is asked for.
+
+    vLLM's width is `n`, and in its first versions `best_of`, which may exceed `n`.
+    """
+    if not request.use_beam_search:
+        return request.num_beams if request.num_beams != 1 else None
+    widths = {
+        field: getattr(request, field)
+        for field in ("num_beams", "best_of")
+        if getattr(request, field) is not None
+    }
+    if len(set(widths.values())) > 1:
+        _refuse(
+            "num_beams",
+            f"is {widths['num_beams']} and best_of is {widths['best_of']}: one of them is enough",
+        )
+    return next(iter(widths.values()), request.n if request.n is not None else 1)
+
+
+def _beam_options(request: ChatRequest) -> Mapping[str, Any]:
+    """What beam search is given: no draws. Both temperatures that vLLM's clients send mean that
+    beams are scored by the model's own probabilities."""
+    if request.temperature not in (None, 0, 1):
+        _refuse("temperature", f"is {request.temperature}: beam search draws nothing; 0 is right")
+    neutral = {
+        "top_k": (-1, 0),
+        "top_p": (1,),
+        "repetition_penalty": (1,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+    }
+    for field, values in neutral.items():
+        value = getattr(request, field)
+        if value is not None and value not in values:
+            _refuse(field, f"is {_shown(value)}: beam search takes none; leave it out")
+    unused = {field: values[-1] for field, values in neutral.items()}
+    return unused | {"temperature": 0.0}
+
+
+def _check_companions(request: ChatRequest) -> None:
+    """Refuse fields that say something about another one, which is absent."""
+    if request.top_logprobs and not request.logprobs:
+        _refuse("top_logprobs", "needs logprobs to be true")
+    if request.includes_usage and not request.stream:
+        _refuse("stream_options", "needs stream to be true")
+    is_beam_search = _num_beams(request) is not None
+    if request.length_penalty not in (None, 1) and not is_beam_search:
+        _refuse("length_penalty", "needs use_beam_search to be true")
+    if request.best_of not in (None, 1, request.n) and not request.use_beam_search:
+        _refuse("best_of", "needs use_beam_search to be true")
+
+
+def _check_limits(request: ChatRequest, limits: Limits) -> None:
+    for field in ("n", "num_beams", "best_of"):
+        value = getattr(request, field)
+        if value is not None and value > limits.choices:
+            _refuse_above(field, value, limit="choices", most=limits.choices)
+
+
+def _refuse(field: str, message: str) -> NoReturn:
+    raise RefusalError(f"{field} {message}", param=field, code="invalid_value")
+
+
+def _refuse_above(field: str, value: int, *, limit: str, most: int) -> NoReturn:
+    message = f"{field} is {_shown(value)}"
+    raise too_large(message, limit=limit, most=most, param=field, status=400)
+
+
+def _shown(value: float) -> str:
+    """A number for a message: numbers of requests may have thousands of digits."""
+    return f"{value:,}" if abs(value) < 1e18 else f"{value!s:.20}..."
+
+
+def _in_the_requests_words(message: str, request: ChatRequest) -> RefusalError:
+    """Name the request's field in place of the one of SamplingParams, which its message begins
+    with."""
+    name, _, rest = message.partition(" ")
+    width = next((f for f in ("num_beams", "best_of") if getattr(request, f) is not None), "n")
+    field = {"logprobs": "top_logprobs", "num_beams": width}.get(name, name)
+    return RefusalError(f"{field} {rest}", param=field, code="invalid_value")
