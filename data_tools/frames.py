@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_vita.errors import DataError
+from megatron_vita.media.files import is_hidden
 from megatron_vita.media.frame_archive import pack_frames
 
 FRAMES_SUFFIX = ".frames.zip"
@@ -12,11 +13,14 @@ RATE_FILE = "fps.txt"
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """The frame images of a folder, in the order of their names: numbers by value, so that 10
-    follows 9."""
-    return sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES), key=_natural
-    )
+    """The frame images of a folder that are not hidden, in the order of their names: numbers by
+    value, so that 10 follows 9."""
+    return sorted((path for path in folder.iterdir() if is_image(path.name)), key=_natural)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
 def read_frames(folder: Path) -> bytes:

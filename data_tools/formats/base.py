@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.media.files import is_hidden
 
 MAGIC = (
     (b"\xff\xd8", ".jpg"),
@@ -77,11 +78,11 @@ def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and those in it, in the order of their names; links to folders are not
-    followed."""
+    """The files of a folder and those in it that are not hidden, in the order of their names; links
+    to folders are not followed."""
     for root, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(root, name) for name in sorted(names))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(root, name) for name in sorted(names) if not is_hidden(name))
 
 
 def relative_to_media(path: Path, setting: Setting) -> str:

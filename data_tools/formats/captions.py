@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.base import Candidate, Setting, relative_to_media, walk
-from data_tools.frames import IMAGE_SUFFIXES
+from data_tools.frames import is_image
 from megatron_vita.data.samples.third_party import caption_record
 from megatron_vita.errors import ConfigError, DataError
 
@@ -23,7 +23,7 @@ def list_sources(paths: list[Path]) -> list[Path]:
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """The images of a folder and those in it."""
     for path in walk(source):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if is_image(path.name):
             yield Candidate(str(path), partial(captioned, path, field="images", setting=setting), 0)
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from data_tools.formats.base import Candidate, Setting
 from data_tools.formats.captions import captioned
-from data_tools.frames import IMAGE_SUFFIXES
+from data_tools.frames import is_image
+from megatron_vita.media.files import is_hidden
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The folders in a folder that hold images."""
+    """The folders in a folder that hold images; hidden ones are passed over."""
     for root, folders, names in os.walk(source):
-        folders.sort()
-        if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names) and Path(root) != source:
+        folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
+        if any(map(is_image, names)) and Path(root) != source:
             yield Candidate(
                 root, partial(captioned, Path(root), field="videos", setting=setting), 0
             )

@@ -2,9 +2,9 @@
 as frame folders.
 
 Format, by the usual suffix `.frames.zip`: members are stored (not compressed: images are already),
-in the order in which they are shown, whatever their names; folders among them are passed over. The
-archive's comment is the number of frames in a second, in decimal digits (`2`, `0.5`, `29.97`);
-without a comment it is 1. Frame i is shown from second i / fps on.
+in the order in which they are shown, whatever their names; folders and hidden files among them are
+passed over. The archive's comment is the number of frames in a second, in decimal digits (`2`,
+`0.5`, `29.97`); without a comment it is 1. Frame i is shown from second i / fps on.
 """
 
 import io
@@ -13,14 +13,17 @@ import logging
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
 
 from megatron_vita.errors import DataError
 from megatron_vita.media.clip import TOLERANCE
-from megatron_vita.media.files import File, num_bytes, opened
+from megatron_vita.media.files import File, is_hidden, num_bytes, opened
 from megatron_vita.media.images import Pixels, read_pixels
 
 logger = logging.getLogger(__name__)
 
+_RATE_FILE = "fps.txt"
+"""Where a folder of frames keeps their rate."""
 _SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
 
 
@@ -58,10 +61,19 @@ class FrameArchive:
             raise DataError(
                 f"{name}: cannot read this archive of frames, {num_bytes(data)} bytes: {error}"
             ) from error
-        self._members = [member for member in self._archive.infolist() if not member.is_dir()]
+        self._members = [
+            member
+            for member in self._archive.infolist()
+            if not member.is_dir() and not is_hidden(member.filename)
+        ]
         if not self._members:
             raise DataError(f"{name}: this archive of frames holds none")
         for member in self._members:
+            if PurePosixPath(member.filename).name == _RATE_FILE:
+                raise DataError(
+                    f"{name}: {member.filename} is no frame; the rate of an archive is its comment "
+                    "(zip -z)"
+                )
             if member.compress_type != zipfile.ZIP_STORED:
                 raise DataError(
                     f"{name}: {member.filename} is compressed; frames must be stored (zip -0)"

@@ -248,6 +248,13 @@ def test_an_answer_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch)
     assert list(map(len, answers)) == [3, 3, 7]
 
 
+def test_hidden_files_of_a_store_are_found_by_their_names_alone() -> None:
+    for name in ("a.tar", "._a.tar"):
+        UPath(f"memory://hidden/{name}").write_bytes(b"tar")
+    assert [path.name for path in find_files("memory://hidden/*.tar")] == ["a.tar"]
+    assert [path.name for path in find_files("memory://hidden/._a.tar")] == ["._a.tar"]
+
+
 def test_a_scheme_without_a_library_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"nosuch://bucket/\*.tar: cannot be listed"):
         find_files("nosuch://bucket/*.tar")

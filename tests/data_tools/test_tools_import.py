@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.formats import objects
+from data_tools.frames import list_frames
 from megatron_vita.errors import DataError
 
 
@@ -381,6 +382,49 @@ def test_folders_of_frames(tmp_path: Path) -> None:
     assert [sample["videos"] for sample in samples] == [["set/two"], ["set/x/one"]]
     assert samples[0]["messages"][0]["content"] == "<video>\nDescribe it."
     assert [entry["place"] for entry in rejected] == [f"{tmp_path}/set/none"]
+
+
+def bookkeep(folder: Path) -> None:
+    """Leaves beside each file of a folder what desktops leave, with what is no picture in it."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        apart = path.parent / "__MACOSX"
+        apart.mkdir(exist_ok=True)
+        for copy in (path.with_name(f"._{path.name}"), apart / f"._{path.name}"):
+            copy.write_bytes(b"\0\5\x16\7" + bytes(100))
+    (folder / ".DS_Store").write_bytes(bytes(100))
+
+
+def test_hidden_files_beside_images_and_frames_are_no_samples(tmp_path: Path) -> None:
+    for kind, name in (("captions", "a"), ("frames", "film/1")):
+        source = tmp_path / kind / "set"
+        path = source / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture())
+        (source / f"{name.split('/')[0]}.txt").write_text("A picture.")
+        bookkeep(source)
+        samples, rejected = convert(kind, source, "--media", str(source))
+        assert [sample.get("images", sample.get("videos")) for sample in samples] == [
+            ["a.png" if kind == "captions" else "film"]
+        ]
+        assert not rejected
+
+
+def test_hidden_files_beside_sources_are_no_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    line = {"conversations": human("Are you there?")}
+    (folder / "a.jsonl").write_text(json.dumps(line) + "\n")
+    bookkeep(folder)
+    samples, rejected = convert("llava", folder, "--media", str(folder))
+    assert len(samples) == 1
+    assert not rejected
+
+
+def test_hidden_files_in_a_folder_of_frames_are_no_frames(tmp_path: Path) -> None:
+    for number in (2, 10, 1):
+        (tmp_path / f"{number}.png").write_bytes(picture())
+    bookkeep(tmp_path)
+    assert [path.name for path in list_frames(tmp_path)] == ["1.png", "2.png", "10.png"]
 
 
 def test_media_outside_the_media_folder_are_refused_by_name(tmp_path: Path, media: Path) -> None:

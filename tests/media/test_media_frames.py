@@ -68,6 +68,34 @@ def test_an_archive_made_by_other_programs_is_read_at_one_frame_a_second() -> No
     assert numbers(file.getvalue(), [0.5, 2.5]) == [0, 2]
 
 
+HIDDEN = [
+    "._00001.png",
+    "frames/._00001.png",
+    "__MACOSX/frames/._00001.png",
+    ".DS_Store",
+    ".thumbnails/00001.png",
+    "Thumbs.db",
+    "frames/desktop.ini",
+    "@eaDir/00001.png/SYNOPHOTO_THUMB_M.jpg",
+]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_hidden_files_in_an_archive_are_no_frames(hidden: str) -> None:
+    frames = pictures(3)
+    data = pack_frames([frames[0], (hidden, b"\0\5\x16\7"), *frames[1:]], 1)
+    assert probe_video(data, "clip") == VideoInfo(duration=3.0, fps=1.0, frames=3)
+    assert numbers(data, [0.5, 1.5, 2.5]) == [0, 1, 2]
+    with pytest.raises(DataError, match=r"clip: this archive of frames holds none"):
+        probe_video(pack_frames([(hidden, frames[0][1])], 1), "clip")
+
+
+def test_a_rate_that_a_folder_brought_into_an_archive_is_refused_by_name() -> None:
+    data = pack_frames([*pictures(2), ("frames/fps.txt", b"25")], 1)
+    with pytest.raises(DataError, match=r"clip: frames/fps.txt is no frame; .* comment"):
+        probe_video(data, "clip")
+
+
 def test_the_same_frames_give_the_same_bytes() -> None:
     assert pack_frames(pictures(3), 1.5) == pack_frames(iter(pictures(3)), 1.5)
 

@@ -14,6 +14,7 @@ import fsspec
 from upath import UPath
 
 from megatron_vita.errors import ConfigError, DataError, ShardError
+from megatron_vita.media.files import is_hidden
 
 Location = Path | UPath
 ATTEMPTS = 5
@@ -27,8 +28,8 @@ def is_remote(location: Location) -> bool:
 
 
 def find_files(pattern: str) -> list[Location]:
-    """The files that a glob finds. ConfigError if its scheme is unknown or its store cannot be
-    listed."""
+    """The files that a glob finds, hidden ones only by name. ConfigError if its scheme is unknown
+    or its store cannot be listed."""
     if "://" not in pattern:
         return [Path(path) for path in glob.glob(pattern, recursive=True)]
     try:
@@ -36,6 +37,7 @@ def find_files(pattern: str) -> list[Location]:
         return [
             UPath(store.unstrip_protocol(path))
             for path in _patiently(lambda: store.glob(inner), pattern)
+            if path == inner or not is_hidden(path.rpartition("/")[2])
         ]
     except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"{pattern}: cannot be listed: {error}") from error
