@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_vita.platform.host_memory import host_buffers
+from megatron_vita.platform.pinned import host_buffers
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.model.offload import ActivationStore
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
-from megatron_vita.platform.host_memory import available_host_memory
+from megatron_vita.platform.pinned import available_host_memory
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30

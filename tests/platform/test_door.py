@@ -88,3 +88,9 @@ def test_one_of_many_processes_that_were_told_no_rank_is_refused(
         PlatformError, match=rf"one of 8 processes \({name}\), but RANK is not set.*torchrun"
     ):
         platform.initialize_process()
+
+
+def test_no_module_of_the_platform_hides_what_the_door_gives() -> None:
+    """Importing a submodule sets an attribute of its name, in the place of a function of that name."""
+    folder = Path(platform.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")}.isdisjoint(platform.__all__)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_vita.errors import PlatformError
-from megatron_vita.platform import host_memory
-from megatron_vita.platform.host_memory import available_host_memory, host_buffers
+from megatron_vita.platform import pinned
+from megatron_vita.platform.pinned import available_host_memory, host_buffers
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\n"
 V2, V1 = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
@@ -95,8 +95,8 @@ class _Runtime:
 
 
 def pin(monkeypatch: pytest.MonkeyPatch, runtime: _Runtime, sizes: list[int]) -> list[torch.Tensor]:
-    monkeypatch.setattr(host_memory.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(host_memory.torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(pinned.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pinned.torch.cuda, "cudart", lambda: runtime)
     return host_buffers(sizes)
 
 
