@@ -118,6 +118,8 @@ def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
     training.recompute_keep_attention_layers = min(training.recompute_keep_attention_layers, 1)
     training.eval_interval, training.eval_iters = min(training.eval_interval, STEPS // 2), 1
     training.bf16 = training.bf16 and bf16
+    if not training.bf16:
+        tiny.optimizer = tiny.optimizer.in_full_precision()
     if training.tensorboard_dir:
         training.tensorboard_dir += SUFFIX
     if training.profile_dir:

@@ -40,6 +40,7 @@ class Recipe:
         self._check_layers()
         self._check_sequence()
         self._check_parts()
+        self._check_optimizer()
 
     def _check_tensor_parallel(self) -> None:
         tp, language = self.parallel.tensor_model_parallel_size, self.model.language
@@ -146,6 +147,18 @@ class Recipe:
             not all(frozen.values()),
             "training freezes the vision model, the projector and the language model, or model.text_only has none of "
             "the first two: nothing is left to train",
+        )
+
+    def _check_optimizer(self) -> None:
+        if not self.optimizer.use_precision_aware_optimizer:
+            return
+        require(
+            self.training.bf16,
+            "optimizer.use_precision_aware_optimizer needs training.bf16: fp32 weights have no others beside them",
+        )
+        require(
+            self.parallel.use_distributed_optimizer,
+            "optimizer.use_precision_aware_optimizer needs parallel.use_distributed_optimizer",
         )
 
     def data_parallel_size(self, world_size: int) -> int:

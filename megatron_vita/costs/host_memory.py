@@ -6,6 +6,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.layer_memory import value_bytes
 from megatron_vita.costs.memory import GIB, PackLoad
 from megatron_vita.costs.offload import offload_buffers
+from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shards
 from megatron_vita.costs.parameters import stage_parameters
 from megatron_vita.costs.vision_memory import tiles_of_rank
 
@@ -25,12 +26,13 @@ class HostMemory:
     process: int
     loader: int  # loader processes, and packs read ahead
     activations: int  # that wait for their backward
+    optimizer: int  # of optimizer_cpu_offload
     saving: int  # while a checkpoint is written
 
     @property
     def training(self) -> int:
         """Bytes while no checkpoint is written."""
-        return self.process + self.loader + self.activations
+        return self.process + self.loader + self.activations + self.optimizer
 
     @property
     def total(self) -> int:
@@ -40,12 +42,14 @@ class HostMemory:
 
 def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> HostMemory:
     """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
-    saves = bool(recipe.checkpoint.save)
+    saves, trained = bool(recipe.checkpoint.save), stage_parameters(recipe, stage).trainable(recipe)
     buffers = offload_buffers(recipe, stage, data_parallel=data_parallel)
+    shards = optimizer_shards(recipe, data_parallel)
     return HostMemory(
         process=TRAINER,
         loader=_loader(recipe, stage, load.tiles),
         activations=sum(size * count for size, count in buffers.items()),
+        optimizer=int(trained * optimizer_bytes(recipe).host) // shards,
         saving=saving_memory(recipe, stage, data_parallel=data_parallel) if saves else 0,
     )
 

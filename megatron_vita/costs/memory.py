@@ -17,6 +17,7 @@ from megatron_vita.costs.layer_memory import (
     plan_layers,
     value_bytes,
 )
+from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shards
 from megatron_vita.costs.parameters import StageParameters, stage_parameters
 from megatron_vita.costs.schedule import most_kept
 from megatron_vita.costs.vision_memory import vision_kept, vision_working
@@ -97,24 +98,24 @@ class RankMemory:
 
 def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> RankMemory:
     """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
-    parameters = stage_parameters(recipe, stage)
+    parameters, kinds = stage_parameters(recipe, stage), optimizer_bytes(recipe)
     trained = parameters.trainable(recipe)
-    moments = _moments(recipe, stage, data_parallel=data_parallel, load=load)
+    shards = optimizer_shards(recipe, data_parallel)
+    moments = [
+        *_moments(recipe, stage, data_parallel=data_parallel, load=load),
+        Moment(
+            name="optimizer",
+            activations=0,
+            vision=0,
+            temporary=int(trained * kinds.temporary) // shards,
+        ),
+    ]
     return RankMemory(
         weights=parameters.total * value_bytes(recipe),
-        gradients=trained * 4,  # summed in fp32
-        optimizer=optimizer_bytes(recipe, trained, data_parallel=data_parallel),
+        gradients=trained * kinds.gradient,
+        optimizer=int(trained * kinds.state) // shards,
         highest=max(moments, key=lambda moment: moment.total),
     )
-
-
-def optimizer_bytes(recipe: Recipe, trained: int, *, data_parallel: int) -> int:
-    """Two moments in fp32, and fp32 weights beside bf16 ones, divided over the replicas' ranks by a
-    distributed optimizer."""
-    parallel = recipe.parallel
-    ranks = data_parallel * parallel.context_parallel_size
-    shards = ranks if parallel.use_distributed_optimizer else 1
-    return trained * (12 if recipe.training.bf16 else 8) // shards
 
 
 def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> Iterator[Moment]:

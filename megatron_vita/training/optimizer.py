@@ -20,12 +20,34 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
-from megatron_vita.config import Recipe
+from megatron_vita import platform
+from megatron_vita.config import OptimizerConfig, Recipe
+from megatron_vita.errors import PlatformError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
 BUCKET_SIZE, BUCKET_SIZE_PER_RANK = 40_000_000, 1_000_000
 """Gradients in a bucket, at the least: megatron-core's own defaults where it makes several."""
+
+_TYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,  # megatron-core's and Transformer Engine's word for it
+}
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """PlatformError where the optimizer's settings need what this machine lacks."""
+    if not recipe.optimizer.use_precision_aware_optimizer:
+        return
+    if platform.on_cuda() and platform.has_transformer_engine():
+        return
+    missing = "Transformer Engine" if platform.on_cuda() else "CUDA"
+    raise PlatformError(
+        f"optimizer.use_precision_aware_optimizer is true, but {missing} is not present; leave it false here: a "
+        "checkpoint is taken up either way"
+    )
 
 
 def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataParallel:
@@ -36,7 +58,8 @@ def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataP
     reduced early and on the first stage.
     """
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=recipe.optimizer.main_grads_dtype == "fp32",
+        reduce_scatter_with_fp32_accumulation=recipe.optimizer.reduce_scatter_with_fp32_accumulation,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
@@ -71,6 +94,7 @@ def build_optimizer(
         params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
+        **_precision(optimizer),
     )
     overrides = get_standard_config_overrides(config) | vision_rates(recipe)
     built = get_megatron_optimizer(config, chunks, config_overrides=overrides)
@@ -96,6 +120,22 @@ def build_optimizer(
         waits = [chunk.no_sync for chunk in chunks]
         core.no_sync_func = waits if len(waits) > 1 else waits[0]
     return built, schedule
+
+
+def _precision(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """megatron-core's fields for types and places of the optimizer's state."""
+    if not optimizer.use_precision_aware_optimizer:
+        return {}
+    types = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    others = (
+        "use_precision_aware_optimizer",
+        "store_param_remainders",
+        "optimizer_cpu_offload",
+        "optimizer_offload_fraction",
+        "overlap_cpu_optimizer_d2h_h2d",
+    )
+    fields = {name: _TYPES[getattr(optimizer, name)] for name in types}
+    return fields | {name: getattr(optimizer, name) for name in others}
 
 
 def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:

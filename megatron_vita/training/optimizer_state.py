@@ -11,13 +11,20 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer as Buffer
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
 from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.platform.remainders import (
+    keeps_remainders,
+    split_weights,
+    write_whole_weights,
+)
 from megatron_vita.training.optimizer import vision_rates
 
+write_whole_weights()
 _END = 64
 """Weights at either end of a share that are looked at when it is written: what is misplaced is so as a whole."""
 
@@ -56,6 +63,8 @@ def sharded_state(
         state = optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=store.sharding_metadata()
         )
+    for hybrid in _of_kind(optimizer, HybridDeviceOptimizer):
+        _leave_out(_own_fields(hybrid), state)
     if not loading:
         wrong = [share.name for share in _shares(optimizer, chunks) if not share.is_in(state)]
         _refuse(
@@ -116,22 +125,30 @@ def load(
     """Loads the state of a run of recipe `saved` beside the weights of `chunks`, which must be
     loaded. Collective.
 
+    Types of the state may differ: it is written in fp32 whatever they are.
+
     CheckpointError, on all ranks, unless the weights that a distributed optimizer keeps round to
     those of the model.
     """
     shares = list(_shares(optimizer, chunks))
-    kept = [share.model.clone() if share.in_place else share.model for share in shares]
+    kept = [share.model.clone() if share.is_written_to else share.model for share in shares]
     _load(optimizer, state, saved=saved, recipe=recipe)
+    rough = "fp16" in (saved.optimizer.main_params_dtype, recipe.optimizer.main_params_dtype)
     wrong = [
         share.name
         for share, weights in zip(shares, kept, strict=True)
-        if not share.rounds_to(weights)
+        if not _agree(share.main.to(weights.device), weights, rough=rough)
     ]
     _refuse(
         wrong,
         "the optimizer's weights are not those of the model: its state was written wrongly; checkpoint.load starts a "
         "run from the model's weights alone",
     )
+    if recipe.optimizer.store_param_remainders:
+        for (
+            chunk
+        ) in chunks:  # halves may have been rounded the other way, on the ranks that own them
+            chunk.start_param_sync(force_sync=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,22 +158,43 @@ class _Share:
     name: str
     index: int  # of the parameter in the optimizer's state
     place: slice  # in the flattened parameter
-    main: torch.Tensor  # weights in fp32
     model: torch.Tensor  # the model's, in its type
+    parameter: torch.nn.Parameter
+    optimizer: DistributedOptimizer
 
     @property
-    def in_place(self) -> bool:
-        """Whether the optimizer has no weights of its own."""
-        return self.main.data_ptr() == self.model.data_ptr()
+    def main(self) -> torch.Tensor:
+        """Weights in fp32, which are made now where the optimizer keeps them otherwise."""
+        states = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
+        return states["param"].detach()
 
-    def rounds_to(self, weights: torch.Tensor) -> bool:
-        """Whether `weights` are its own in the model's type."""
-        return torch.equal(self.main.to(weights.dtype), weights)
+    @property
+    def is_written_to(self) -> bool:
+        """Whether loading the optimizer's weights writes the model's."""
+        return self.model.dtype == torch.float32 or keeps_remainders(self.optimizer)
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Whether a gathered `state` has the share's weights, by those at its ends."""
         gathered = state["param_state"][self.index]["param"].data.flatten()[self.place]
         return torch.equal(_ends(gathered), _ends(self.main).to(gathered.device))
+
+
+def _agree(main: torch.Tensor, weights: torch.Tensor, *, rough: bool) -> bool:
+    """Whether `weights` are `main` in their type; `rough`: main weights have been in fp16, and may
+    now round to a neighbour.
+
+    torch rounds halves to even, Transformer Engine's remainders away from zero.
+    """
+    nearest = main.to(weights.dtype)
+    if torch.equal(nearest, weights):
+        return True
+    if weights.dtype != torch.bfloat16:
+        return False
+    if rough:  # half a step of bf16 and one of fp16, or of fp16's smallest numbers
+        allowed = weights.float().abs() * (2**-8 + 2**-11) + main.abs().max() * 2**-38
+        return bool(((main - weights.float()).abs() <= allowed).all())
+    away, _ = split_weights(main)
+    return bool(((weights == nearest) | (weights == away)).all())
 
 
 def _ends(values: torch.Tensor) -> torch.Tensor:
@@ -176,13 +214,17 @@ def _shares(
             p: i for i, p in enumerate(p for buffer in part.buffers for p in buffer.param_index_map)
         }
         whole = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
-        mains = itertools.chain(*part.shard_fp32_from_float16_groups, *part.shard_fp32_groups)
-        for p, main in zip(whole, mains, strict=True):
+        for p in whole:
             found = part._get_model_param_range_map(p)["param"]
             place = slice(found.start, found.end)
             model = p.detach().view(-1)[place]
             yield _Share(
-                name=names[p], index=order[p], place=place, main=main.detach(), model=model
+                name=names[p],
+                index=order[p],
+                place=place,
+                model=model,
+                parameter=p,
+                optimizer=part,
             )
 
 
@@ -209,6 +251,8 @@ def _load(
         group["max_lr"], group["min_lr"] = rates[group["max_lr"], group["min_lr"]]
         group["betas"] = (recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2)
         group["eps"] = recipe.optimizer.adam_eps
+        for hybrid in _of_kind(optimizer, HybridDeviceOptimizer):
+            group |= {name: hybrid.defaults[name] for name in _own_fields(hybrid)}
     optimizer.load_state_dict(state)
     for inner in _torch_adams(optimizer):
         for values in inner.state.values():
@@ -231,8 +275,26 @@ def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    return _of_kind(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _of_kind(optimizer: MegatronOptimizer, kind: Any) -> list[Any]:
+    """The optimizers of a kind that megatron-core has wrapped."""
     inner = [part.optimizer for part in _parts(optimizer)]
-    return [part for part in inner if isinstance(part, torch.optim.Adam | torch.optim.AdamW)]
+    return [part for part in inner if isinstance(part, kind)]
+
+
+def _own_fields(hybrid: HybridDeviceOptimizer) -> set[str]:
+    """Fields of its groups that say where and by whom they are updated; other optimizers have none
+    of them."""
+    return hybrid.defaults.keys() - {"lr", "weight_decay", "betas", "eps", "bias_correction"}
+
+
+def _leave_out(names: set[str], state: Any) -> None:
+    """Removes fields from all groups of parameters in an optimizer's state."""
+    for group in _saved_groups(state):
+        for name in names & group.keys():
+            del group[name]
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -24,7 +24,11 @@ from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer_state
 from megatron_vita.training.host_buffers import open_activation_store
 from megatron_vita.training.meter import Meter
-from megatron_vita.training.optimizer import build_optimizer, wrap_for_data_parallel
+from megatron_vita.training.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    wrap_for_data_parallel,
+)
 from megatron_vita.training.position import changed_fields, check_parts
 from megatron_vita.training.stopping import StopRequest
 from megatron_vita.training.streams import open_streams
@@ -125,6 +129,7 @@ def _slowest_matmul() -> float:
 
 def assemble_run(recipe: Recipe) -> Run:
     """The parts of a run that need no data, with first weights. Groups must be initialized."""
+    check_optimizer(recipe)
     models = build_chunks(recipe)
     for model in models:
         freeze_parts(model, recipe)

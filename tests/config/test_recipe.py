@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.config import Recipe, describe_fields, load_recipe, recipe_from_dict
+from megatron_vita.config import (
+    OptimizerConfig,
+    Recipe,
+    describe_fields,
+    load_recipe,
+    recipe_from_dict,
+)
+from megatron_vita.config.miniature import shrink
 from megatron_vita.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
 FULL = ["training.recompute_granularity=full"]
+AWARE = ["training.bf16=true", "optimizer.use_precision_aware_optimizer=true"]
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -207,6 +215,26 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ("media.normalization=zeros", "normalization is 'zeros'; known: imagenet, clip, siglip"),
         ("text.template=alpaca", "template is 'alpaca'; known templates: chatml, plain"),
         ("optimizer.min_lr=1", "0 <= min_lr <= lr is needed"),
+        ("optimizer.exp_avg_dtype=int8", "exp_avg_dtype is 'int8'; known: fp32, bf16, fp16, fp8"),
+        (
+            "optimizer.exp_avg_dtype=bf16",
+            "bf16, which needs optimizer.use_precision_aware_optimizer",
+        ),
+        ("optimizer.store_param_remainders=true", "needs optimizer.use_precision_aware_optimizer"),
+        ("optimizer.optimizer_cpu_offload=true", "needs optimizer.use_precision_aware_optimizer"),
+        (
+            "optimizer.use_precision_aware_optimizer=true",
+            r"use_precision_aware_optimizer needs training\.bf16",
+        ),
+        (
+            "optimizer.reduce_scatter_with_fp32_accumulation=true",
+            "reduce_scatter_with_fp32_accumulation needs main_grads_dtype bf16",
+        ),
+        (
+            "optimizer.optimizer_offload_fraction=0.5",
+            "optimizer_offload_fraction is 0.5, which needs optimizer.optimizer_cpu_offload",
+        ),
+        ("optimizer.optimizer_offload_fraction=1.5", "fraction is 1.5: it must be above 0"),
         ("optimizer.lr=0", "optimizer.lr is 0.0: it must be positive"),
         ("optimizer.lr_warmup_fraction=1.0", "lr_warmup_fraction is 1.0"),
         ("training.global_batch_size=0", "global_batch_size is 0: it must be at least 1"),
@@ -241,6 +269,19 @@ def test_values_that_cannot_work_are_refused_with_what_would(
             ["parallel.attention_backend=fa4", "training.bf16=true", "parallel.context_parallel_size=2",
              "parallel.cp_comm_type=a2a"],
             "attention_backend is fa4, but parallel.cp_comm_type is a2a: fa4 gathers keys",
+        ),
+        ([*AWARE, "parallel.use_distributed_optimizer=false"], "needs parallel.use_distributed_optimizer"),
+        (
+            [*AWARE, "optimizer.store_param_remainders=true", "optimizer.main_params_dtype=fp16"],
+            "store_param_remainders needs main_params_dtype fp32, which is fp16",
+        ),
+        (
+            [*AWARE, "optimizer.optimizer_cpu_offload=true", "optimizer.exp_avg_dtype=bf16"],
+            "exp_avg_dtype is bf16, but optimizer_cpu_offload keeps weights and moments whole",
+        ),
+        (
+            [*AWARE, "optimizer.optimizer_cpu_offload=true", "optimizer.store_param_remainders=true"],
+            "store_param_remainders is True, but optimizer_cpu_offload keeps weights and moments whole",
         ),
         (
             ["data.isolate_documents=false", "parallel.context_parallel_size=3", "data.seq_length=4000"],
@@ -350,3 +391,19 @@ def test_the_entry_prints_help_and_fails_in_one_line(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.strip().endswith("cannot read the recipe: No such file or directory")
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_a_miniature_in_fp32_has_an_optimizer_that_runs_everywhere(tmp_path: Path) -> None:
+    types = [
+        "exp_avg_dtype=bf16",
+        "main_grads_dtype=bf16",
+        "store_param_remainders=true",
+        "lr=3e-5",
+    ]
+    settings = [*AWARE, *(f"optimizer.{setting}" for setting in types)]
+    recipe = load_recipe(write(tmp_path, "format_version: 1"), settings)
+    tiny, on_gpus = (
+        shrink(recipe, world_size=1, bf16=bf16, data=tmp_path) for bf16 in (False, True)
+    )
+    assert tiny.optimizer == OptimizerConfig(lr=3e-5)
+    assert on_gpus.optimizer == recipe.optimizer

@@ -9,6 +9,7 @@ from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, TrainingCo
 from megatron_vita.costs.host_memory import host_memory, saving_memory
 from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors, plan_layers
 from megatron_vita.costs.memory import GIB, PackLoad, RankMemory, rank_memory
+from megatron_vita.costs.optimizer_memory import OptimizerBytes, optimizer_bytes
 from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.costs.schedule import most_kept
 from tests.costs.measured import STEPS, TOO_LARGE, Measured
@@ -51,6 +52,65 @@ def test_parameters_take_18_bytes_of_which_a_distributed_optimizer_shares_12() -
         STEPS[0].recipe(), 0, data_parallel=4, load=PackLoad(tiles=0, rows=0)
     ).optimizer
     assert shared * 4 == memory.optimizer
+
+
+LEAST = {
+    "main_grads_dtype": "bf16",
+    "exp_avg_dtype": "bf16",
+    "exp_avg_sq_dtype": "bf16",
+    "store_param_remainders": True,
+}
+KINDS: list[tuple[dict[str, Any], tuple[float, ...]]] = [
+    # gradient, state on the device, copies while stepping, state on the host
+    ({}, (4, 12, 0, 0)),
+    (LEAST, (2, 6, 0, 0)),
+    (LEAST | {"store_param_remainders": False}, (2, 8, 0, 0)),
+    (LEAST | {"exp_avg_dtype": "fp8"}, (2, 5, 8, 0)),
+    ({"exp_avg_dtype": "bf16"}, (4, 10, 4, 0)),
+    ({"main_params_dtype": "fp16"}, (4, 10, 4, 0)),
+    ({"optimizer_cpu_offload": True}, (4, 0, 0, 18)),
+    ({"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}, (4, 6, 0, 9)),
+    ({"optimizer_cpu_offload": True, "main_grads_dtype": "bf16"}, (2, 0, 0, 18)),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), KINDS)
+def test_types_of_the_optimizers_state_take_the_bytes_of_their_kind(
+    settings: dict[str, Any], expected: tuple[float, ...]
+) -> None:
+    aware = {"use_precision_aware_optimizer": True} | settings
+    recipe = changed(STEPS[0].recipe(), optimizer=aware)
+    gradient, state, temporary, host = expected
+    assert optimizer_bytes(recipe) == OptimizerBytes(
+        gradient=gradient, state=state, temporary=temporary, host=host
+    )
+
+
+def test_the_least_optimizer_leaves_10_bytes_a_parameter_where_the_plain_one_takes_18() -> None:
+    """38 of 69 GiB; half of it divided over two ranks that share the state."""
+    least = {"use_precision_aware_optimizer": True, **LEAST}
+    recipe = changed(STEPS[0].recipe(), optimizer=least)
+    memory = estimate(recipe)
+    assert (memory.weights + memory.gradients + memory.optimizer) / GIB == pytest.approx(
+        38, rel=0.02
+    )
+    two = rank_memory(recipe, 0, data_parallel=2, load=PackLoad(tiles=0, rows=0))
+    assert two.optimizer * 2 == memory.optimizer
+    assert two.gradients == memory.gradients
+
+
+def test_the_host_holds_an_optimizer_that_is_kept_there() -> None:
+    plain = STEPS[0].recipe()
+    away = changed(
+        plain, optimizer={"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
+    )
+    load = PackLoad(tiles=0, rows=0)
+    on_host = host_memory(away, 0, data_parallel=1, load=load)
+    assert on_host.optimizer * 12 == pytest.approx(estimate(plain).optimizer * 18, rel=1e-6)
+    assert on_host.training - host_memory(plain, 0, data_parallel=1, load=load).training == (
+        on_host.optimizer
+    )
+    assert estimate(away).optimizer == 0
 
 
 def test_a_tile_that_is_not_recomputed_keeps_what_was_measured() -> None:

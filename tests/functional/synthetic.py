@@ -48,7 +48,14 @@ def tiny_recipe(**layout: Any) -> Recipe:
     )  # fmt: skip
     for name, value in layout.pop("vision", {}).items():
         setattr(recipe.model.vision, name, value)
-    groups = (recipe.parallel, recipe.training, recipe.data, recipe.model, recipe.model.language)
+    groups = (
+        recipe.parallel,
+        recipe.training,
+        recipe.data,
+        recipe.model,
+        recipe.model.language,
+        recipe.optimizer,
+    )
     for name, value in layout.items():
         setattr(next(group for group in groups if hasattr(group, name)), name, value)
     for part in (*groups, recipe):
