@@ -115,9 +115,10 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
     """
     backend = backend or choose_backend(recipe)
     config = transformer_config(recipe, fused=backend.fused)
-    seed = recipe.training.seed + 100 * groups.pipeline_rank()
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    config.perform_initialization = False  # initialize_language does, the same at every layout
+    # No weights come from these, but megatron-core's recomputation restores their states.
+    torch.manual_seed(recipe.training.seed)
+    model_parallel_cuda_manual_seed(recipe.training.seed, force_reset_rng=True)
     return [
         _build_chunk(recipe, config=config, backend=backend, chunk=chunk)
         for chunk in _chunks(recipe)
@@ -134,6 +135,7 @@ def _build_chunk(
     model = _assemble_chunk(recipe, config=config, backend=backend, chunk=chunk)
     model.initialize_vision(recipe.training.seed)
     model.to(platform.device())
+    model.initialize_language(recipe.training.seed)
     return model.bfloat16() if recipe.training.bf16 else model
 
 

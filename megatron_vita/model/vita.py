@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_vita.config import ModelConfig
 from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.model.backends import AttentionBackend
+from megatron_vita.model.first_weights import set_first_weights
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.model.pieces import checkpoint_pieces, split_evenly
 from megatron_vita.model.projector import Projector
@@ -181,6 +182,16 @@ class VitaModel(MegatronModule):
         assert not sharded_offsets
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+    def initialize_language(self, seed: int) -> None:
+        """First weights of this stage's part of the language model, the same at every layout."""
+        replicas = groups.data_parallel_group(with_context_parallel=True)
+        state = self.language_model.sharded_state_dict(
+            prefix="language_model.", metadata={"dp_cp_group": replicas}
+        )
+        set_first_weights(
+            state, config=self.config, vocab_size=self.shapes.language.vocab_size, seed=seed
+        )
 
     def initialize_vision(self, seed: int) -> None:
         """First weights of tower and projector, the same on every rank."""
