@@ -264,7 +264,7 @@ def test_values_that_cannot_work_are_refused_with_what_would(
             "ffn_hidden_size 4100 is not a multiple of .* 8, which parallel.vision_tensor_parallel needs",
         ),
         (["parallel.attention_backend=te", "training.bf16=true", "model.language.kv_channels=256"], "of 8 up to 128"),
-        (["parallel.attention_backend=fa4", "training.bf16=true", "model.language.kv_channels=264"], "of 8 up to 256"),
+        (["parallel.attention_backend=fa4", "training.bf16=true", "model.language.kv_channels=80"], "right for 64 and 128"),
         (
             ["parallel.attention_backend=fa4", "training.bf16=true", "parallel.context_parallel_size=2",
              "parallel.cp_comm_type=a2a"],

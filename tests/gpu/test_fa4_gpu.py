@@ -12,7 +12,7 @@ from megatron_vita.layout.zigzag import positions_of_rank, rank_chunks
 pytestmark = pytest.mark.skipif(
     not fa4_layouts(), reason="needs FlashAttention-4 and a Hopper GPU or a later one"
 )
-SHAPES = [(28, 4, 128), (14, 2, 128), (8, 8, 64), (10, 2, 80)]  # heads, groups, width
+SHAPES = [(28, 4, 128), (14, 2, 128), (40, 8, 128), (8, 8, 64)]  # heads, groups, width
 PACKS = [[304, 16, 656, 112, 800], [1920], [16] * 300]
 
 

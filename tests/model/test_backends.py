@@ -80,7 +80,7 @@ FALLBACKS = [
     ({}, [], "fa4", ""),
     ({"flash_attention_4": False}, [], "te", "not fa4: FlashAttention-4 is not installed"),
     ({"capability": (8, 0)}, [], "te", "not fa4: A100 is older than Hopper"),
-    ({}, [("language", "kv_channels", 264)], "te", "not fa4: model.language.kv_channels is 264"),
+    ({}, [("language", "kv_channels", 80)], "te", "not fa4: model.language.kv_channels is 80"),
     ({}, [("parallel", "context_parallel_size", 2), ("parallel", "cp_comm_type", "a2a")], "te",
      "not fa4: parallel.cp_comm_type is a2a"),
     ({"transformer_engine": False}, [], "torch", "Transformer Engine is not installed"),
