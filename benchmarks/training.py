@@ -6,11 +6,12 @@
     PYTHONPATH=. python benchmarks/training.py --cases cases.yaml --out results --compare benchmarks/baselines
 
 Real shapes with random weights on packs of random tokens, of which 60 % are image tokens; a step
-includes the optimizer's. Positional arguments are overrides of the recipe. Each case runs in
-processes of its own, so one that runs out of memory, fails or hangs spoils no other and is a row of
-the table. Results are JSON files named for their cases and are written after every step: one whose
-status is "running" was killed. A file of cases is a YAML list of mappings, whose keys are these
-options' names (and `case`, a name; `levers`, a list of overrides).
+includes the optimizer's. Positional arguments are overrides of the recipe. Neighbouring cases of one
+layout share processes (but with --apart); one that runs out of memory, fails or hangs takes its
+processes with it, spoils no other and is a row of the table. Results are JSON files named for their
+cases and are written after every step: one whose status is "running" was killed. A file of cases is
+a YAML list of mappings, whose keys are these options' names (and `case`, a name; `levers`, a list of
+overrides).
 
 With --compare, results are held against the files of the same names in another folder, on the same
 device: exit code 1 if tokens/s fall or peak memory rises by more than --threshold, or a case no
@@ -18,23 +19,18 @@ longer completes.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from training_cases import MODELS, Case, case_from_dict, read_cases
-from training_results import read_result, regressions, stamp, table, write_result
+from training_launch import run_cases
+from training_results import read_result, regressions, table
 
 from megatron_vita.errors import ConfigError
 
-HERE = Path(__file__).parent
-BASELINES = HERE / "baselines"
-GRACE = 60
-"""Seconds that torchrun is given to end its processes, which it does after 30 by force."""
+BASELINES = Path(__file__).parent / "baselines"
 OPTIONS = {
     "tokens": "tokens of a pack",
     "documents": "documents of a pack, of equal length",
@@ -47,67 +43,6 @@ OPTIONS = {
     "warm_up": "steps that are not counted",
     "steps": "steps that are counted",
 }
-
-
-def run_case(case: Case, out: Path, *, timeout: float) -> dict[str, Any]:
-    """Measures a case in fresh processes, and returns its result, which is also in the folder
-    `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, options = out / f"{case.name}.json", out / f"{case.name}.options"
-    for old in (path, path.with_suffix(".oom")):
-        old.unlink(missing_ok=True)
-    options.write_text(json.dumps(asdict(case)))
-    worker = "training_peer.py" if case.peer else "training_worker.py"
-    command = [*launcher(case.gpus), str(HERE / worker), str(options), str(path)]
-    code = _run(command, timeout=timeout)
-    result = read_result(path) or {"case": case.name, "options": asdict(case), **stamp()}
-    result |= _outcome(code, path)
-    write_result(path, result)
-    options.unlink()
-    return result
-
-
-def launcher(processes: int) -> list[str]:
-    """The command that starts a script in `processes` processes of this host."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, "--nproc_per_node", str(processes)]
-
-
-def _run(command: list[str], *, timeout: float) -> int | None:
-    """Exit code of a command; None if it was killed after `timeout` seconds."""
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.Popen(command, env=environment)
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Has torchrun end its processes and then itself, if it is still there."""
-    process.terminate()
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _outcome(code: int | None, path: Path) -> dict[str, str]:
-    """The status of a case, from its exit code and what its processes left."""
-    note = path.with_suffix(".oom")
-    if note.exists():
-        message = note.read_text()
-        note.unlink()
-        return {"status": "out of memory", "message": message}
-    if code is None:
-        return {"status": "timed out"}
-    if code != 0:
-        return {"status": "failed", "message": f"exit code {code}"}
-    return {"status": "complete"}
 
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[Case]]:
@@ -127,6 +62,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--backend", default=plain.backend, help="parallel.attention_backend")
     parser.add_argument("--peer", choices=["transformers"], default="", help="measure it instead")
     parser.add_argument("--profile", action="store_true", help="one more step, by kinds of kernels")
+    parser.add_argument("--apart", action="store_true", help="processes of its own for each case")
     parser.add_argument("--out", type=Path, default=BASELINES, help="folder of results")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds of a case")
     parser.add_argument("--compare", type=Path, help="folder of baselines to hold results against")
@@ -157,8 +93,8 @@ def main() -> None:
     """Runs all cases, prints the table and the regressions."""
     options, cases = parse()
     results = []
-    for case in cases:
-        results.append(run_case(case, options.out, timeout=options.timeout))
+    for result in run_cases(cases, options.out, timeout=options.timeout, apart=options.apart):
+        results.append(result)
         print(table(results[-1:]), flush=True)  # noqa: T201
     if len(results) > 1:
         print(table(results))  # noqa: T201

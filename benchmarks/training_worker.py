@@ -1,9 +1,10 @@
-"""One case of the training benchmark, in the processes that torchrun starts for it.
+"""Cases of the training benchmark, one after another in the processes that torchrun starts for them.
 
-Arguments: a JSON file of the case, and the file for its result, which is written again after each
-step. Started by training.py.
+Arguments: a JSON file of the cases, and the folder for their results, which are written again after
+each step. Started by training.py.
 """
 
+import gc
 import json
 import os
 import resource
@@ -30,8 +31,9 @@ from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step
 
-OUT_OF_MEMORY = 3
-"""Exit code of a process that ran out of memory."""
+OUT_OF_MEMORY, NOT_EMPTY = 3, 4
+"""Exit codes of a process that ran out of memory, and of one whose last case has left too much there."""
+LEFT_OVER = GIB // 2
 
 
 class Measurement:
@@ -87,7 +89,7 @@ class Measurement:
             "tflops_per_gpu": round(flops / step / self.case.gpus / 1e12, 2),
             "peak_gib": round(_most(peak) / GIB, 2),
             "reserved_gib": round(_most(reserved) / GIB, 2),
-            "host_gib": round(_sum(_host_bytes()) / GIB, 2),
+            "host_gib": max(self.result.get("host_gib", 0.0), round(_sum(_host_bytes()) / GIB, 2)),
             "loss": metrics.loss,
             "grad_norm": metrics.grad_norm,
         }
@@ -134,12 +136,9 @@ def _peaks() -> tuple[int, int]:
 
 
 def _host_bytes() -> int:
-    """The most that this process had in memory, with what it has pinned."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pinned = 0
-    if platform.on_cuda():
-        pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
-    return max(resident, pinned)
+    """Memory of the host that this process has now, with what it has pinned."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def _most(value: float) -> float:
@@ -187,17 +186,32 @@ def leave_out_of_memory(out: Path, error: BaseException) -> None:
     os._exit(OUT_OF_MEMORY)
 
 
+def clear() -> None:
+    """Gives back what the last case has left; ends the process, for fresh ones to be started, if that is
+    not enough. Collective."""
+    gc.collect()
+    if not platform.on_cuda():
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    if _most(_allocated()) > LEFT_OVER:
+        sys.exit(NOT_EMPTY)
+
+
 def main() -> None:
-    """Measures the case of the first argument."""
-    case, out = Case(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
+    """Measures the cases of the first argument."""
+    cases = [Case(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    try:
-        measure(case, out)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        leave_out_of_memory(out, error)
+    for case in cases:
+        clear()
+        out = Path(sys.argv[2]) / f"{case.name}.json"
+        try:
+            measure(case, out)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            leave_out_of_memory(out, error)
     platform.leave_process()
 
 

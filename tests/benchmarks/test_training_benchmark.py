@@ -5,11 +5,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import training
+import training_launch
 import training_profile
 import training_worker
 from torch.autograd import DeviceType
@@ -75,33 +77,63 @@ def test_kernels_are_told_apart_by_their_names() -> None:
     assert found["counts"] == {"launches": 12, "cudaStreamSynchronize": 7}
 
 
-WORKERS = {
-    "out of memory": "out.with_suffix('.oom').write_text('rank 1: no room'); sys.exit(3)",
-    "failed": "sys.exit(1)",
-    "timed out": "time.sleep(60)",
-}
+WORKER = """
+import json, pathlib, sys, time
+cases, out = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
+with (out.parent / "starts").open("a") as file:
+    print(*(case["case"] for case in cases), file=file)
+for number, case in enumerate(cases):
+    if number == 1 and case["case"] == "full":
+        sys.exit(4)
+    path = out / f"{case['case']}.json"
+    result = {"case": case["case"], "status": "running", "step_seconds": 1.5}
+    path.write_text(json.dumps(result))
+    if case["case"] == "no memory":
+        path.with_suffix(".oom").write_text("rank 1: no room")
+        sys.exit(3)
+    if case["case"] == "broken":
+        sys.exit(1)
+    if case["case"] == "hanging":
+        time.sleep(60)
+    path.write_text(json.dumps(result | {"status": "complete"}))
+"""
 
 
-@pytest.mark.parametrize("status", WORKERS)
-def test_a_case_that_does_not_end_well_is_a_row_that_keeps_its_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
+def ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str, **options: Any
+) -> dict[str, str]:
+    """Statuses of cases of one layout in a worker that does what their names say, by name."""
+    (tmp_path / "training_worker.py").write_text(WORKER)
+    monkeypatch.setattr(training_launch, "HERE", tmp_path)
+    monkeypatch.setattr(training_launch, "launcher", lambda _: [sys.executable])
+    cases, out = [Case(**TINY, case=name) for name in names], tmp_path / "-".join(names)
+    results = list(training_launch.run_cases(cases, out, timeout=2, **options))
+    assert [path.name for path in sorted(out.iterdir())] == sorted(f"{name}.json" for name in names)
+    for result in results:
+        assert result == read_result(out / f"{result['case']}.json")
+        assert f"| {result['case']} | {result['status']} | 1.500 |" in table([result])
+    return {result["case"]: result["status"] for result in results}
+
+
+def test_a_case_that_does_not_end_well_is_a_row_and_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "training_worker.py").write_text(
-        "import json, sys, time, pathlib\n"
-        "out = pathlib.Path(sys.argv[2])\n"
-        "case = json.loads(pathlib.Path(sys.argv[1]).read_text())\n"
-        "out.write_text(json.dumps({'case': case['case'], 'status': 'running', 'step_seconds': 1.5}))\n"
-        + WORKERS[status]
-    )
-    monkeypatch.setattr(training, "HERE", tmp_path)
-    monkeypatch.setattr(training, "launcher", lambda _: [sys.executable])
-    case = Case(**TINY, case="bad")
-    found = training.run_case(case, tmp_path / "out", timeout=2 if status == "timed out" else 60)
-    assert found == read_result(tmp_path / "out" / "bad.json")
-    assert found["status"] == status
-    assert found["step_seconds"] == 1.5
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad.json"]
-    assert f"| bad | {status} | 1.500 |" in table([found])
+    names = ("one", "no memory", "two", "broken", "hanging", "three", "four")
+    assert ended(tmp_path, monkeypatch, *names) == {
+        "one": "complete", "no memory": "out of memory", "two": "complete", "broken": "failed",
+        "hanging": "timed out", "three": "complete", "four": "complete",
+    }  # fmt: skip
+    assert len((tmp_path / "starts").read_text().splitlines()) == 4
+
+
+def test_cases_share_processes_until_they_are_full_or_if_they_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(ended(tmp_path, monkeypatch, "one", "full", "two").values()) == {"complete"}
+    assert (tmp_path / "starts").read_text().splitlines() == ["one full two", "full two"]
+    (tmp_path / "starts").unlink()
+    assert set(ended(tmp_path, monkeypatch, "one", "two", apart=True).values()) == {"complete"}
+    assert (tmp_path / "starts").read_text().splitlines() == ["one", "two"]
 
 
 def test_errors_of_libraries_without_memory_are_told_from_others() -> None:
@@ -148,7 +180,7 @@ def test_comparison_ends_with_exit_code_1_on_a_regression(
     (tmp_path / "then").mkdir()
     (tmp_path / "then" / "a.json").write_text(json.dumps(BASELINE))
     now = dict(BASELINE)
-    monkeypatch.setattr(training, "run_case", lambda *_, **__: now)
+    monkeypatch.setattr(training, "run_cases", lambda *_, **__: [now])
     arguments = ["training.py", "--case", "a", "--out", str(tmp_path / "now")]
     monkeypatch.setattr(sys, "argv", [*arguments, "--compare", str(tmp_path / "then")])
     with pytest.raises(SystemExit) as ended:
