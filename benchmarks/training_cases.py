@@ -138,7 +138,8 @@ def case_from_dict(values: dict[str, Any]) -> Case:
     """A case from plain values.
 
     Raises:
-        ConfigError: an unknown field or model, or documents that do not divide the tokens.
+        ConfigError: an unknown field or model, documents that do not divide the tokens, or what the
+            peer cannot do.
     """
     known = {field.name for field in dataclasses.fields(Case)}
     if unknown := values.keys() - known:
@@ -148,6 +149,10 @@ def case_from_dict(values: dict[str, Any]) -> Case:
         raise ConfigError(f"model is {case.model!r}; known: {', '.join(MODELS)}")
     if case.tokens % case.documents:
         raise ConfigError(f"tokens {case.tokens} are not a multiple of documents {case.documents}")
+    if case.peer and (case.gpus != case.dp or case.documents != 1 or case.packs != 1):
+        raise ConfigError(
+            f"case {case.name}: a peer takes one pack of one document on each GPU: documents 1, packs 1, and dp alone"
+        )
     return case
 
 

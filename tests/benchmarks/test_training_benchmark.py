@@ -1,6 +1,7 @@
 """The training benchmark measures, survives what a case does, and fails on regressions."""
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import training
 import training_launch
+import training_measure
 import training_profile
 import training_worker
 from torch.autograd import DeviceType
@@ -49,6 +51,17 @@ def test_a_case_on_the_cpu_has_all_keys_and_rates_that_follow_from_its_step(resu
     )
     flops = result["tflops_per_gpu"] * 1e12 * result["step_seconds"]
     assert flops == pytest.approx(result["step_flops"], rel=0.3, abs=1e10)  # rounded to two places
+
+
+def test_the_peer_is_measured_by_the_same_keys(result: dict, tmp_path: Path) -> None:
+    import training_peer
+
+    case = Case(**TINY | {"documents": 1}, peer="transformers")
+    found = training_peer.measure(case, tmp_path / "peer.json")
+    assert found.keys() >= KEYS
+    assert found["status"] == "complete"
+    assert found["tiles"] == result["tiles"] == 76
+    assert found["loss"] == pytest.approx(math.log(512), rel=0.1)
 
 
 def test_a_profile_counts_milliseconds_by_kind(result: dict) -> None:
@@ -142,8 +155,8 @@ def test_errors_of_libraries_without_memory_are_told_from_others() -> None:
         "CUBLAS_STATUS_ALLOC_FAILED when calling",
         "Out of memory",
     ]
-    assert all(training_worker.is_out_of_memory(RuntimeError(text)) for text in known)
-    assert not training_worker.is_out_of_memory(
+    assert all(training_measure.is_out_of_memory(RuntimeError(text)) for text in known)
+    assert not training_measure.is_out_of_memory(
         RuntimeError("CUDA error: an illegal memory access")
     )
 
@@ -216,6 +229,7 @@ def test_a_file_of_cases_takes_options_as_defaults_and_names_differ(tmp_path: Pa
     [
         ({"size": "7b"}, "case has no field 'size'; known: backend, case"),
         ({"model": "9b"}, "model is '9b'; known: 7b, 14b"),
+        ({"peer": "transformers", "tp": 2}, "a peer takes one pack of one document on each GPU"),
         ({"documents": 3}, "tokens 32768 are not a multiple of documents 3"),
     ],
 )
