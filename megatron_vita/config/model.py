@@ -154,6 +154,10 @@ class LanguageConfig:
             f"model.language.kv_channels is {self.kv_channels}: rotary positions need an even number",
         )
 
+    def query_groups_of_rank(self, tensor_parallel_size: int) -> int:
+        """Key and value heads that a TP rank attends with; ranks beyond their number share one."""
+        return max(self.num_query_groups // tensor_parallel_size, 1)
+
 
 @dataclass(kw_only=True)
 class ModelConfig:

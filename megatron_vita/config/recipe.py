@@ -46,13 +46,18 @@ class Recipe:
 
     def _check_tensor_parallel(self) -> None:
         tp, language = self.parallel.tensor_model_parallel_size, self.model.language
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        for name in ("num_attention_heads", "ffn_hidden_size"):
             value = getattr(language, name)
             require(
                 value % tp == 0,
                 f"model.language.{name} {value} is not a multiple of parallel.tensor_model_parallel_size {tp}",
             )
-
+        shared = language.num_query_groups
+        require(
+            shared % tp == 0 or (tp % shared == 0 and 2 * shared * language.kv_channels % tp == 0),
+            f"model.language.num_query_groups {shared} is neither a multiple nor a divisor of "
+            f"parallel.tensor_model_parallel_size {tp}",
+        )
         width = self.model.vision.ffn_hidden_size
         require(
             not self.parallel.vision_tensor_parallel or width % tp == 0,
@@ -64,8 +69,12 @@ class Recipe:
         ranks, tp = self.parallel.head_exchange_size, self.parallel.tensor_model_parallel_size
         if ranks == 1:
             return
-        for name in ("num_attention_heads", "num_query_groups"):
-            heads = getattr(self.model.language, name) // tp
+        language = self.model.language
+        of_rank = {
+            "num_attention_heads": language.num_attention_heads // tp,
+            "num_query_groups": language.query_groups_of_rank(tp),
+        }
+        for name, heads in of_rank.items():
             require(
                 heads % ranks == 0,
                 f"parallel.cp_comm_type {self.parallel.cp_comm_type} splits model.language.{name} over {ranks} ranks, "

@@ -141,7 +141,9 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
     whole = tokens * language.hidden_size * size
     heads = language.num_attention_heads // tp
     query = heads * language.kv_channels
-    keys = 2 * language.num_query_groups * language.kv_channels // tp
+    keys = 2 * language.query_groups_of_rank(tp) * language.kv_channels
+    if language.num_query_groups < tp:  # values are a view of all ranks' queries, keys and values
+        keys = (language.num_attention_heads + 2 * language.num_query_groups) * language.kv_channels
     mlp = language.ffn_hidden_size // tp
     normed = query + keys // 2 if language.qk_layernorm else 0  # inputs of the heads' norms
     frozen = recipe.training.freeze_language_model

@@ -227,7 +227,7 @@ def _attention_shape(recipe: Recipe) -> dict[str, Any]:
     language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
     return {
         "heads": language.num_attention_heads // tp,
-        "query_groups": language.num_query_groups // tp,
+        "query_groups": language.query_groups_of_rank(tp),
         "width": language.kv_channels,
         "dtype": torch.bfloat16,
     }

@@ -407,3 +407,28 @@ def test_a_miniature_in_fp32_has_an_optimizer_that_runs_everywhere(tmp_path: Pat
     )
     assert tiny.optimizer == OptimizerConfig(lr=3e-5)
     assert on_gpus.optimizer == recipe.optimizer
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "ranks", "works"),
+    [(8, 128, 4, True), (2, 128, 8, True), (5, 128, 8, False), (1, 2, 8, False)],
+)
+def test_tensor_parallel_ranks_split_or_share_key_heads(
+    groups: int, width: int, ranks: int, works: bool
+) -> None:
+    fields = {"num_query_groups": groups, "num_attention_heads": 40, "kv_channels": width}
+    tree = {
+        "model": {"language": fields},
+        "parallel": {"tensor_model_parallel_size": ranks},
+    }
+    if works:
+        assert recipe_from_dict(tree).model.language.query_groups_of_rank(ranks) >= 1
+        return
+    with pytest.raises(ConfigError, match=f"num_query_groups {groups} is neither a multiple nor"):
+        recipe_from_dict(tree)
+
+
+def test_a_shared_key_head_is_not_split_over_context_parallel_ranks() -> None:
+    parallel = {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "cp_comm_type": "a2a"}
+    with pytest.raises(ConfigError, match="but a TP rank has 1; use p2p"):
+        recipe_from_dict({"model": {"language": {"num_query_groups": 2}}, "parallel": parallel})

@@ -70,6 +70,9 @@ LANGUAGE = {
     "qwen3": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SHAPE, **theta(1e6), head_dim=16, tie_word_embeddings=False)
     ),
+    "llama-one-group": lambda: LlamaForCausalLM(
+        LlamaConfig(**(SHAPE | {"num_key_value_heads": 1}), **theta(1e5), tie_word_embeddings=False)
+    ),
     "llama-tied": lambda: LlamaForCausalLM(
         LlamaConfig(**SHAPE, **theta(1e5), tie_word_embeddings=True)
     ),

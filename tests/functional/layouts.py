@@ -76,6 +76,7 @@ FEATURES: dict[str, dict[str, dict]] = {
         "untied": {},
         "tied": {"untie_embeddings_and_output_weights": False},
         "qwen3": {"qk_layernorm": True, "add_qkv_bias": False},
+        "one_group": {"num_query_groups": 1, "qk_layernorm": True},
         "text_only": {"text_only": True},
     },
     "frozen": {

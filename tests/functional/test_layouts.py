@@ -35,6 +35,7 @@ PLAIN = [
         ("dp2", "overlapped"),
         ("tp2", "cp2"),
         ("tp2", "qwen3"),
+        ("tp2sp", "one_group"),
         ("tp2sp", "dp2", "overlapped", "kept_in_pieces", "from_pixels", "two_tiles"),
         ("pp2vpp2", "cp2", "half_offloaded", "qwen3"),
     )

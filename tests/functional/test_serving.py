@@ -14,6 +14,8 @@ from launch import HERE, torchrun
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from megatron_vita.model.build import build_model
+from megatron_vita.parallel import groups
 from tests.environment import environment_with
 from tests.inference.tiny import tiny_engine, tiny_recipe
 
@@ -46,6 +48,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def one_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a single key head, which the ranks of TP share."""
+    platform.initialize_process()
+    folder = tmp_path_factory.mktemp("one_group")
+    recipe = tiny_recipe(folder)
+    recipe.model.language.num_query_groups = 1
+    groups.initialize_groups(recipe.parallel)
+    state = {"model": store.model_state([build_model(recipe)])}
+    manifest = {"recipe": dataclasses.asdict(recipe)}
+    return store.save_checkpoint(folder / "ours", step=1, state=state, manifest=manifest, keep=1)
+
+
+@pytest.fixture(scope="module")
 def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     file = tmp_path_factory.mktemp("one") / "answers.json"
     torchrun("serving_worker.py", str(checkpoint), json.dumps({str(file): [{}, {}]}), processes=1)
@@ -68,6 +83,16 @@ def test_answers_are_those_of_one_process(
             }, layout
             assert scores(answer) == pytest.approx(scores(right), abs=1e-5), layout
     assert [answer["finish"] for answer in expected].count("error") == 1
+
+
+def test_ranks_that_share_a_key_head_answer_as_one_process(one_group: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        layout = {str(tmp_path / f"{processes}.json"): [{TP: processes}, {}]}
+        torchrun("serving_worker.py", str(one_group), json.dumps(layout), processes=processes)
+    alone, shared = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    for answer, right in zip(shared, alone, strict=True):
+        assert answer["text"] == right["text"]
+        assert scores(answer) == pytest.approx(scores(right), abs=1e-5)
 
 
 @pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="20 seconds: make test-all")

@@ -27,7 +27,7 @@ def build_cache(
     shape = recipe.model.language
     kept = CacheShape(
         layers=shape.num_layers,
-        groups=max(shape.num_query_groups // layout.tp_size, 1),
+        groups=shape.query_groups_of_rank(layout.tp_size),
         width=shape.kv_channels,
         dtype=torch.bfloat16 if recipe.training.bf16 else torch.float32,
         fp8=fp8,
