@@ -36,10 +36,11 @@ from megatron_vita.config import (
 )
 from megatron_vita.data.samples.documents import Document
 from megatron_vita.data.samples.encoding import Medium
-from megatron_vita.inference.engine.engine import Engine, EngineOptions
+from megatron_vita.inference.engine.engine import Engine
+from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt
 from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
 from megatron_vita.text.train import train_sentencepiece
 
@@ -49,7 +50,7 @@ GIB = 1 << 30
 class RandomPixels(TileDecoder):
     """Tiles that are there at once."""
 
-    def __init__(self, readers: MediaReaders) -> None:
+    def __init__(self, readers: DecodePool) -> None:
         super().__init__(readers)
         size = readers.form.size
         self._pixels = np.random.default_rng(0).integers(

@@ -17,7 +17,7 @@ _GROUP_FIELDS = (
     "context_parallel_size",
     "hierarchical_context_parallel_sizes",
 )
-HostPurpose = Literal["train", "validation"]
+HostPurpose = Literal["main", "validation"]
 _host_groups: dict[str, ProcessGroup] = {}  # of this rank's replica, by what they are for
 # what the groups were made for, beside megatron-core's own global state
 _current = ParallelConfig()
@@ -72,7 +72,7 @@ def host_group(purpose: HostPurpose) -> ProcessGroup | None:
 
 def is_first_of_replica() -> bool:
     """Whether this rank is the first of its replica."""
-    group = _host_groups.get("train")
+    group = _host_groups.get("main")
     return group is None or group.rank() == 0
 
 

@@ -46,7 +46,7 @@ def train_batches(run: Run) -> "FinalBatches":
     run.ledger = Ledger(
         run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl"
     )
-    return _final_batches(run, run.train_stream, ids, purpose="train", ledger=run.ledger)
+    return _final_batches(run, run.train_stream, ids, purpose="main", ledger=run.ledger)
 
 
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:

@@ -10,7 +10,7 @@ import pytest
 from examples.easy_vqa.__main__ import shard_command
 from examples.easy_vqa.grade import Graded, accuracy, answer_all, answer_blindly, swap_images
 from examples.easy_vqa.prepare import Question, caption, prepare, read_questions
-from megatron_vita.inference.engine.engine import Answer
+from megatron_vita.inference.requests import Answer
 
 
 @pytest.mark.parametrize(

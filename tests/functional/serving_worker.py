@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_vita import platform
 from megatron_vita.config import ParallelConfig
-from megatron_vita.inference.engine.engine import Engine, EngineOptions
+from megatron_vita.inference.engine.engine import Engine
+from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import SamplingParams
 from tests.inference.tiny import picture, prompts

@@ -8,7 +8,7 @@ import torch
 from fields import GPUS
 
 from megatron_vita.inference.generation.beams import BeamSearch
-from megatron_vita.inference.generation.sampling import Draw, Penalties, draw_tokens
+from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, sample_tokens
 from megatron_vita.inference.requests import SamplingParams
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
@@ -26,7 +26,7 @@ OPTIONS: list[dict[str, float]] = [
 ]
 
 
-def draws(step: int, device: str) -> list[Draw]:
+def draws(step: int, device: str) -> list[SamplingRow]:
     found = []
     for row, options in enumerate(OPTIONS):
         penalties = Penalties(torch.arange(row, 1000), vocab_size=VOCAB, device=device)
@@ -34,7 +34,9 @@ def draws(step: int, device: str) -> list[Draw]:
             penalties.add(token)
         sampling = SamplingParams(seed=row, **options)
         needed = {"repetition_penalty", "presence_penalty"} & options.keys()
-        found.append(Draw(sampling=sampling, step=step, penalties=penalties if needed else None))
+        found.append(
+            SamplingRow(sampling=sampling, step=step, penalties=penalties if needed else None)
+        )
     return found
 
 
@@ -46,8 +48,8 @@ def logits(step: int) -> torch.Tensor:
 
 def test_a_gpu_draws_what_a_cpu_draws() -> None:
     for step in range(20):
-        on_cpu = draw_tokens(logits(step), draws(step, "cpu"))
-        on_gpu = draw_tokens(logits(step).cuda(), draws(step, "cuda"))
+        on_cpu = sample_tokens(logits(step), draws(step, "cpu"))
+        on_gpu = sample_tokens(logits(step).cuda(), draws(step, "cuda"))
         assert [token.chosen.token_id for token in on_gpu] == [
             token.chosen.token_id for token in on_cpu
         ]
@@ -74,7 +76,7 @@ def waits(device_work: Callable[[], object]) -> int:
 def test_the_host_waits_once_a_step() -> None:
     batch, rows = logits(0).cuda(), draws(0, "cuda")
     beams = BeamSearch(SamplingParams(num_beams=len(OPTIONS), logprobs=3), end_ids=frozenset([7]))
-    draw_tokens(batch, rows)
+    sample_tokens(batch, rows)
     beams.advance(batch[:1])
-    assert waits(lambda: draw_tokens(batch, rows)) == 1
+    assert waits(lambda: sample_tokens(batch, rows)) == 1
     assert waits(lambda: beams.advance(batch)) == 1

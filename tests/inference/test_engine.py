@@ -9,10 +9,11 @@ import torch
 
 from megatron_vita import platform
 from megatron_vita.errors import ConfigError, DataError, EngineError
-from megatron_vita.inference.engine.engine import Engine, EngineOptions
+from megatron_vita.inference.engine.engine import Engine
+from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import Answer, AnswerPiece, SamplingParams
-from megatron_vita.inference.step import Step
+from megatron_vita.inference.scheduler_output import SchedulerOutput
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
 GREEDY = SamplingParams(max_new_tokens=10, logprobs=3, ignore_eos=True)
@@ -188,10 +189,10 @@ def test_eight_bits_of_cache_change_log_probabilities_little(folder: Path, engin
 def test_a_worker_that_fails_in_any_way_is_one_clear_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(step: Step) -> None:
+    def fail(step: SchedulerOutput) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine, "receive_step", Step)
+    monkeypatch.setattr(engine, "receive_step", SchedulerOutput)
     monkeypatch.setattr(engine.worker, "execute", fail)
     with pytest.raises(
         EngineError, match="cannot go on: a rank is gone or failed: CUDA out of memory"

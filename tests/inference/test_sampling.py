@@ -18,12 +18,12 @@ from transformers import (
 from megatron_vita.errors import LogitsError, VitaError
 from megatron_vita.inference.generation import sampling as sampling_module
 from megatron_vita.inference.generation.sampling import (
-    Draw,
     Penalties,
-    candidate_logits,
-    draw_tokens,
+    SamplingRow,
     has_penalties,
     likeliest_tokens,
+    process_logits,
+    sample_tokens,
     uniform_number,
 )
 from megatron_vita.inference.requests import SamplingParams
@@ -35,20 +35,20 @@ def random_logits(rows: int, seed: int = 0, *, vocab: int = VOCAB) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def draw(step: int = 0, *, choice: int = 0, **options: float) -> Draw:
-    return Draw(sampling=SamplingParams(**options), choice=choice, step=step)
+def draw(step: int = 0, *, choice: int = 0, **options: float) -> SamplingRow:
+    return SamplingRow(sampling=SamplingParams(**options), choice=choice, step=step)
 
 
-def draw_with_penalties(prompt: list[int], answer: list[int], **options: float) -> Draw:
+def draw_with_penalties(prompt: list[int], answer: list[int], **options: float) -> SamplingRow:
     sampling = SamplingParams(**options)
     penalties = Penalties(torch.tensor(prompt, dtype=torch.int64), vocab_size=VOCAB, device="cpu")
     for token in answer:
         penalties.add(token)
-    return Draw(sampling=sampling, step=len(answer), penalties=penalties)
+    return SamplingRow(sampling=sampling, step=len(answer), penalties=penalties)
 
 
-def ids(logits: Tensor, draws: list[Draw]) -> list[int]:
-    return [token.chosen.token_id for token in draw_tokens(logits, draws)]
+def ids(logits: Tensor, draws: list[SamplingRow]) -> list[int]:
+    return [token.chosen.token_id for token in sample_tokens(logits, draws)]
 
 
 def warpers(sampling: SamplingParams) -> LogitsProcessorList:
@@ -82,7 +82,7 @@ def test_distributions_are_those_of_transformers(options: dict[str, float]) -> N
     context = torch.randint(VOCAB, (6, 12), generator=torch.Generator().manual_seed(1))
     draws = [draw_with_penalties(row[:8].tolist(), row[8:].tolist(), **options) for row in context]
     expected = warpers(draws[0].sampling)(context, logits.clone())
-    found = candidate_logits(logits, draws)
+    found = process_logits(logits, draws)
     assert torch.equal(found.isinf(), expected.isinf())
     torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), rtol=1e-5, atol=1e-7)
 
@@ -98,9 +98,9 @@ def test_rows_of_a_mixed_batch_have_the_distributions_they_have_alone() -> None:
         draw(temperature=2.0, top_k=30, top_p=0.9),
     ]
     logits = random_logits(len(draws))
-    together = candidate_logits(logits, draws)
+    together = process_logits(logits, draws)
     for row, one in enumerate(draws):
-        assert torch.equal(together[row], candidate_logits(logits[row : row + 1], [one])[0])
+        assert torch.equal(together[row], process_logits(logits[row : row + 1], [one])[0])
 
 
 def test_presence_and_frequency_penalties_take_from_tokens_of_the_answer_alone() -> None:
@@ -112,7 +112,7 @@ def test_presence_and_frequency_penalties_take_from_tokens_of_the_answer_alone()
     expected[0, 3] -= 0.5 + 0.25
     expected[0, 4] -= 0.5 + 2 * 0.25
     torch.testing.assert_close(
-        candidate_logits(logits, [one]).log_softmax(-1), expected.log_softmax(-1)
+        process_logits(logits, [one]).log_softmax(-1), expected.log_softmax(-1)
     )
 
 
@@ -143,7 +143,7 @@ def test_top_k_keeps_exactly_k_and_the_lowest_ids_of_equal_ones(top_k: int) -> N
     logits = torch.zeros(1, VOCAB)
     logits[0, 30] = 1.0
     kept = (
-        candidate_logits(logits, [draw(temperature=1.0, top_k=top_k)])[0]
+        process_logits(logits, [draw(temperature=1.0, top_k=top_k)])[0]
         .isfinite()
         .nonzero()
         .flatten()
@@ -161,14 +161,14 @@ def test_top_p_keeps_the_smallest_set_and_the_lowest_ids_of_equal_ones() -> None
         (0.74, [1, 3, 4]),
         (0.76, [0, 1, 3, 4]),
     ]:
-        found = candidate_logits(logits, [draw(temperature=1.0, top_p=top_p)])[0]
+        found = process_logits(logits, [draw(temperature=1.0, top_p=top_p)])[0]
         assert found.isfinite().nonzero().flatten().tolist() == kept, top_p
 
 
 def test_top_p_of_one_loses_no_token_to_rounding() -> None:
     logits = random_logits(2, vocab=100_000)
     draws = [draw(temperature=1.0, top_k=99_999), draw(temperature=1.0, top_p=0.5)]
-    assert candidate_logits(logits, draws)[0].isfinite().sum() == 99_999
+    assert process_logits(logits, draws)[0].isfinite().sum() == 99_999
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     """Pearson's chi-square of 20,000 draws stays below its 99.99 % quantile."""
     logits = random_logits(1, vocab=12)
     sampling = SamplingParams(seed=5, **options)
-    draws = [Draw(sampling=sampling, choice=i % 4, step=i // 4) for i in range(20_000)]
+    draws = [SamplingRow(sampling=sampling, choice=i % 4, step=i // 4) for i in range(20_000)]
     counts = np.bincount(ids(logits.expand(len(draws), -1), draws), minlength=12)
-    exact = candidate_logits(logits, draws[:1])[0].softmax(-1).double().numpy()
+    exact = process_logits(logits, draws[:1])[0].softmax(-1).double().numpy()
     assert counts[exact == 0].sum() == 0
     expected = exact[exact > 0] * len(draws)
     statistic = ((counts[exact > 0] - expected) ** 2 / expected).sum()
@@ -247,7 +247,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
         draw_with_penalties([1], [2], repetition_penalty=5.0, logprobs=VOCAB // 3),
     ]
     expected = torch.log_softmax(logits.float(), dim=-1)
-    for row, scored in enumerate(draw_tokens(logits, draws)):
+    for row, scored in enumerate(sample_tokens(logits, draws)):
         count = draws[row].sampling.logprobs
         values, order = expected[row].sort(descending=True, stable=True)
         assert [score.token_id for score in scored.likeliest] == order[:count].tolist()
@@ -260,14 +260,14 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
 
 
 def test_without_logprobs_there_are_none() -> None:
-    without, with_them = draw_tokens(random_logits(2), [draw(), draw(logprobs=2)])
+    without, with_them = sample_tokens(random_logits(2), [draw(), draw(logprobs=2)])
     assert math.isnan(without.chosen.logprob)
     assert without.likeliest == ()
     assert len(with_them.likeliest) == 2
 
 
 def test_a_vocabulary_smaller_than_logprobs_is_given_whole() -> None:
-    (scored,) = draw_tokens(random_logits(1, vocab=3), [draw(logprobs=20)])
+    (scored,) = sample_tokens(random_logits(1, vocab=3), [draw(logprobs=20)])
     assert sorted(score.token_id for score in scored.likeliest) == [0, 1, 2]
 
 
@@ -297,15 +297,15 @@ def test_logits_that_are_no_numbers_are_refused_by_row(
         *[draw(**options)] * 2,
     ]
     with pytest.raises(LogitsError, match=rf"{bad} in 2 of 4 answers") as caught:
-        draw_tokens(logits, draws)
+        sample_tokens(logits, draws)
     assert isinstance(caught.value, VitaError)
     assert caught.value.rows == [1, 3]
-    assert len(draw_tokens(logits[[0, 2]], [draws[0], draws[2]])) == 2
+    assert len(sample_tokens(logits[[0, 2]], [draws[0], draws[2]])) == 2
 
 
 def test_a_row_of_nothing_but_minus_infinity_is_refused() -> None:
     with pytest.raises(LogitsError, match="-inf in 1 of 1"):
-        draw_tokens(torch.full((1, VOCAB), -math.inf), [draw(temperature=1.0)])
+        sample_tokens(torch.full((1, VOCAB), -math.inf), [draw(temperature=1.0)])
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-3])
@@ -317,7 +317,7 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(3)
     before = logits.clone()
-    draw_tokens(
+    sample_tokens(
         logits,
         [
             draw(temperature=1.0, top_k=3),
@@ -329,14 +329,14 @@ def test_logits_are_left_as_they_were() -> None:
 
 
 def test_no_rows_give_no_tokens() -> None:
-    assert draw_tokens(torch.zeros(0, VOCAB), []) == []
+    assert sample_tokens(torch.zeros(0, VOCAB), []) == []
 
 
 def test_all_answers_of_a_request_are_drawn_apart() -> None:
     sampling = SamplingParams(temperature=2.0, n=4, seed=1)
     logits = random_logits(1).expand(4, -1)
     streams = [
-        tuple(ids(logits, [Draw(sampling=dataclasses.replace(sampling), choice=i, step=s) for i in range(4)])[c]
+        tuple(ids(logits, [SamplingRow(sampling=dataclasses.replace(sampling), choice=i, step=s) for i in range(4)])[c]
               for s in range(12))
         for c in range(4)
     ]  # fmt: skip

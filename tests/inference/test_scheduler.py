@@ -38,17 +38,17 @@ def test_what_a_request_holds_and_may_still_take_is_its_ceiling(
 ) -> None:
     scheduler = engine._scheduler
     number = engine.add(engine.prepare(RED), sampling)
-    (request,) = scheduler.waiting
+    (request,) = scheduler._waiting
     while engine.has_work:
         engine.step()
-        assert request.held == len(
+        assert request.held_blocks == len(
             {block for sequence in request.sequences for block in sequence.blocks}
         )
-        assert request.held <= request.ceiling
+        assert request.held_blocks <= request.reserved_blocks
         if request.sequences:
-            assert scheduler._promised() == request.ceiling - request.held
+            assert scheduler._unclaimed_blocks() == request.reserved_blocks - request.held_blocks
     engine.forget(number)
-    assert (request.held, engine._pool.used) == (0, 0)
+    assert (request.held_blocks, engine._pool.used) == (0, 0)
 
 
 def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
@@ -57,7 +57,7 @@ def test_beams_keep_their_room_whoever_comes_meanwhile(engine: Engine) -> None:
     )
     ended = []
     for turn in range(100_000):
-        if turn >= 50 and len(engine._scheduler.waiting) < 2:
+        if turn >= 50 and len(engine._scheduler._waiting) < 2:
             words = Prompt.ask(
                 f"{['red', 'blue', 'cats', 'two'][turn % 4]} " + "yes " * (turn % 60)
             )
@@ -92,14 +92,14 @@ def test_nothing_is_left_of_ended_or_cancelled_requests(
 def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, chunk_tokens=8, busy_chunk_tokens=64)
     engine.add(engine.prepare(RED), SamplingParams(max_new_tokens=30, ignore_eos=True))
-    while not engine._scheduler.running:
+    while not engine._scheduler._running:
         engine.step()
     engine.add(engine.prepare(Prompt.ask("no cats " * 9)), SamplingParams(max_new_tokens=2))
     while engine.has_work:
         step = engine._scheduler.next_step()
         assert step is not None
         assert sum(piece.stop - piece.start for piece in step.prefill) <= 8
-        engine._use(step, engine._execute(step))
+        engine._process(step, engine._execute(step))
 
 
 def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> N
     )
     long = engine.add(engine.prepare(Prompt.ask("no cats " * 45)), one)
     for turn in range(200):
-        while len(engine._scheduler.prefilling) + len(engine._scheduler.waiting) < 5:
+        while len(engine._scheduler._prefilling) + len(engine._scheduler._waiting) < 5:
             engine.add(
                 engine.prepare(Prompt.ask(f"{['red', 'blue', 'cats', 'two'][turn % 4]} {turn}")),
                 one,
@@ -131,7 +131,7 @@ def test_a_short_prompt_with_an_image_is_computed_in_one_piece(tmp_path: Path) -
         step = engine._scheduler.next_step()
         assert step is not None
         pieces += step.prefill
-        engine._use(step, engine._execute(step))
+        engine._process(step, engine._execute(step))
     assert [(piece.start, piece.ends_prompt) for piece in pieces] == [(0, True)]
 
 
@@ -146,7 +146,7 @@ def test_pieces_of_a_prompt_with_images_are_whole_chunks(tmp_path: Path) -> None
         step = engine._scheduler.next_step()
         assert step is not None
         starts += [piece.start for piece in step.prefill]
-        engine._use(step, engine._execute(step))
+        engine._process(step, engine._execute(step))
     assert starts == list(range(0, 16 * len(starts), 16))
     assert len(starts) > 2
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from megatron_vita.inference.engine.block_pool import BlockPool
-from megatron_vita.inference.engine.scheduler import AHEAD, Policy, Request, Scheduler
+from megatron_vita.inference.engine.request import Request
+from megatron_vita.inference.engine.scheduler import PREFETCH_CHUNKS, Scheduler, SchedulerConfig
 from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.step import Step
+from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.layout.blocks import BlockLayout
 
 ROWS = 6  # of a tile
 BLOCK = 4
-POLICY = Policy(chunk_tokens=16, busy_chunk_tokens=8, max_running=8, max_context=400)
+POLICY = SchedulerConfig(chunk_tokens=16, busy_chunk_tokens=8, max_running=8, max_context=400)
 
 
 class World:
@@ -26,7 +27,7 @@ class World:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.scheduler = Scheduler(
-            BlockPool(400), layout=BlockLayout(page_tokens=BLOCK), policy=POLICY
+            BlockPool(400), layout=BlockLayout(page_tokens=BLOCK), config=POLICY
         )
         self.open: dict[int, Request] = {}
         # by sequence: of its tiles that were announced
@@ -52,15 +53,15 @@ class World:
         ]
         sampling = SamplingParams(max_new_tokens=self.rng.randint(1, 12), n=n, temperature=1.0)
         self.open[number] = Request(number=number, prepared=prepared, sampling=sampling, keys=keys)
-        self.scheduler.waiting.append(self.open[number])
+        self.scheduler.add(self.open[number])
 
     def step(self, chance: float) -> bool:
         """Decodes each tile by chance, and does one step; false if there is none."""
-        budget = POLICY.busy_chunk_tokens if self.scheduler.running else POLICY.chunk_tokens
+        budget = POLICY.busy_chunk_tokens if self.scheduler._running else POLICY.chunk_tokens
         step = self.scheduler.next_step()
         if step is None:
             return False
-        requests = {r.sequences[0].number: r for r in self.scheduler.prefilling}
+        requests = {r.sequences[0].number: r for r in self.scheduler._prefilling}
         self.hear(self.scheduler.take_changes(), requests)
         assert sum(piece.stop - piece.start for piece in step.prefill) <= budget
         for piece in step.prefill:
@@ -72,44 +73,46 @@ class World:
             )
             assert piece.ends_prompt == (piece.stop == request.prepared.tokens)
             self.done[piece.sequence] = piece.stop
-            self.scheduler.remember(request.sequences[0], request.keys)
+            self.scheduler.cache_blocks(request.sequences[0], request.keys)
         for request in requests.values():
             for tile, decoded in (tiles := self.decoded[request.sequences[0].number]).items():
                 tiles[tile] = decoded or (self.may_decode(request) and self.rng.random() < chance)
-        self.scheduler.note_ready([s for s in step.awaited if all(self.decoded[s].values())])
-        for request in self.scheduler.prefilling:
+        self.scheduler.note_ready([s for s in step.awaiting_tiles if all(self.decoded[s].values())])
+        for request in self.scheduler._prefilling:
             assert (
                 request.sequences[0].length
                 <= request.ready
-                <= request.announced
+                <= request.prefetched
                 <= request.prepared.tokens
             )
         ahead = sum(
-            len(tiles_of(r, r.sequences[0].length + ROWS - 1, r.announced))
-            for r in self.scheduler.prefilling
+            len(tiles_of(r, r.sequences[0].length + ROWS - 1, r.prefetched))
+            for r in self.scheduler._prefilling
         )
         # and cut ones
-        assert ahead * ROWS <= AHEAD * POLICY.chunk_tokens + ROWS * len(self.scheduler.prefilling)
+        assert ahead * ROWS <= PREFETCH_CHUNKS * POLICY.chunk_tokens + ROWS * len(
+            self.scheduler._prefilling
+        )
         for piece in step.prefill:
             if piece.ends_prompt:
-                self.scheduler.start_answers(
+                self.scheduler.start_decoding(
                     requests[piece.sequence], requests[piece.sequence].width
                 )
         self.end_answers({sequence for sequence, _, _ in step.decode})
         return True
 
-    def hear(self, changes: Step, requests: dict[int, Request]) -> None:
-        for start in changes.begin:
+    def hear(self, changes: SchedulerOutput, requests: dict[int, Request]) -> None:
+        for start in changes.new:
             self.decoded[start.sequence], self.done[start.sequence] = (
                 {},
                 requests[start.sequence].cached_tokens,
             )
-        for sequence, first, stop in changes.announce:
+        for sequence, first, stop in changes.prefetch:
             for tile in tiles_of(requests[sequence], first, stop):
                 self.decoded[sequence].setdefault(tile, False)
 
     def end_answers(self, decoded: set[int]) -> None:
-        for request in list(self.scheduler.running):
+        for request in list(self.scheduler._running):
             longest = request.prepared.tokens + request.sampling.max_new_tokens - 1
             for sequence in [
                 s for s in request.sequences if s.number in decoded and s.length >= longest
@@ -122,7 +125,7 @@ class World:
         return not request.prepared.document.input_ids[0]
 
     def cancel(self, number: int) -> None:
-        self.scheduler.end(self.open.pop(number))
+        self.scheduler.finish(self.open.pop(number))
 
 
 def tiles_of(request: Request, start: int, stop: int) -> list[int]:

@@ -21,7 +21,8 @@ from megatron_vita.config import (
     VisionConfig,
 )
 from megatron_vita.data.samples.tiles import decode_tiles
-from megatron_vita.inference.engine.engine import Engine, EngineOptions
+from megatron_vita.inference.engine.engine import Engine
+from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt
 from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.slicing import slice_pack

@@ -1,8 +1,8 @@
-"""Which blocks of the cache are whose. Blocks that several sequences begin with are held once.
+"""Reference counts of the cache's blocks, and the prefix cache.
 
-A block is known by the chain of everything that came before it: tokens, and the pictures behind
-placeholders. Blocks that no sequence uses any longer stay known until their room is needed, the
-longest unused first.
+A full block is cached under the hash of everything that precedes its end: tokens, and the images
+behind placeholders. Cached blocks without a user stay until their room is needed; the least
+recently freed is evicted first.
 """
 
 from collections import OrderedDict
@@ -12,74 +12,71 @@ from megatron_vita.layout.blocks import SCRATCH_BLOCK
 
 
 class BlockPool:
-    """Counts the users of each block. Nothing here touches the cache itself."""
+    """Counts the users of each block; never touches the cache itself."""
 
     def __init__(self, count: int) -> None:
         """`count` blocks, of which one is the scratch block."""
         self.count = count
-        self._free = list(range(count - 1, SCRATCH_BLOCK, -1))  # taken from its end, lowest first
+        self._free = list(range(count - 1, SCRATCH_BLOCK, -1))  # popped from its end, lowest first
         self._users = [0] * count
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        # known blocks without a user, longest unused first
-        self._unused: OrderedDict[int, None] = OrderedDict()
+        # cached blocks without a user, least recently freed first
+        self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Blocks that can be given out."""
-        return len(self._free) + len(self._unused)
+        """Number of blocks that can be allocated."""
+        return len(self._free) + len(self._evictable)
 
     @property
     def used(self) -> int:
-        """Blocks that sequences hold."""
+        """Number of blocks that sequences hold."""
         return self.count - 1 - self.available
 
-    def take(self, number: int) -> list[int]:
-        """New blocks for a sequence. Room must have been looked for before."""
+    def allocate(self, number: int) -> list[int]:
+        """Take blocks for a sequence. The caller has checked `available`."""
         assert number <= self.available, f"{number} blocks of {self.available}"
-        blocks = [self._free.pop() if self._free else self._forget_oldest() for _ in range(number)]
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(number)]
         for block in blocks:
             self._users[block] = 1
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more sequence uses these blocks."""
+        """Add a user to each of these blocks."""
         for block in blocks:
             self._users[block] += 1
-            self._unused.pop(block, None)
+            self._evictable.pop(block, None)
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """A sequence no longer uses these blocks."""
-        # so that the end of a sequence is forgotten before its beginning
+    def free(self, blocks: Sequence[int]) -> None:
+        """Remove a user from each of a sequence's blocks."""
+        # A block is found only through those before it, so the last must be evicted first.
         for block in reversed(blocks):
             self._users[block] -= 1
-            assert self._users[block] >= 0, f"block {block} was given back twice"
+            assert self._users[block] >= 0, f"block {block} was freed twice"
             if self._users[block] == 0:
                 if block in self._key_of:
-                    self._unused[block] = None
+                    self._evictable[block] = None
                 else:
                     self._free.append(block)
 
-    def is_shared(self, block: int) -> bool:
-        """Whether several sequences use a block."""
-        return self._users[block] > 1
-
-    def remember(self, block: int, key: bytes) -> None:
-        """From now on a full block is found by its key, unless another already is."""
+    def cache_block(self, block: int, key: bytes) -> None:
+        """Let a full block be found by its key, unless another block already is."""
         if key not in self._block_of and block not in self._key_of:
-            self._key_of[block], self._block_of[key] = key, block
+            self._key_of[block] = key
+            self._block_of[key] = block
 
-    def forget(self, blocks: Sequence[int]) -> None:
-        """What these blocks hold is wrong: no further sequence shares them."""
+    def invalidate(self, blocks: Sequence[int]) -> None:
+        """Remove blocks with wrong contents from the prefix cache."""
         for block in blocks:
             if block in self._key_of:
                 del self._block_of[self._key_of.pop(block)]
-                if block in self._unused:
-                    del self._unused[block]
+                if block in self._evictable:
+                    del self._evictable[block]
                     self._free.append(block)
 
-    def known(self, keys: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest beginning of `keys` that is known."""
+    def match_prefix(self, keys: Sequence[bytes]) -> list[int]:
+        """Cached blocks of the longest cached prefix of `keys`."""
         found = []
         for key in keys:
             if key not in self._block_of:
@@ -88,10 +85,10 @@ class BlockPool:
         return found
 
     def available_beside(self, blocks: Sequence[int]) -> int:
-        """Blocks that can be given out once `blocks` are shared."""
-        return self.available - sum(block in self._unused for block in blocks)
+        """Number of blocks that can be allocated once `blocks` are shared."""
+        return self.available - sum(block in self._evictable for block in blocks)
 
-    def _forget_oldest(self) -> int:
-        block, _ = self._unused.popitem(last=False)
+    def _evict(self) -> int:
+        block, _ = self._evictable.popitem(last=False)
         del self._block_of[self._key_of.pop(block)]
         return block

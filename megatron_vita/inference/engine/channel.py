@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_vita.inference.step import Step
+from megatron_vita.inference.scheduler_output import SchedulerOutput
 
 _SMALL = 4096
 _HEADER = 8
@@ -22,7 +22,7 @@ class StepChannel:
         self.group = group
         self._small = torch.zeros(_SMALL, dtype=torch.uint8)
 
-    def send(self, step: Step) -> None:
+    def send(self, step: SchedulerOutput) -> None:
         """By the first rank."""
         data = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
         self._small[:_HEADER] = _bytes(len(data).to_bytes(_HEADER, "little"))
@@ -33,7 +33,7 @@ class StepChannel:
         if not fits:
             dist.broadcast(_bytes(data), group=self.group, group_src=0)
 
-    def receive(self) -> Step:
+    def receive(self) -> SchedulerOutput:
         """By all others."""
         dist.broadcast(self._small, group=self.group, group_src=0)
         length = int.from_bytes(self._small[:_HEADER].numpy().tobytes(), "little")

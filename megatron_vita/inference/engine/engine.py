@@ -4,33 +4,35 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
 from megatron_vita.data.datasets import document_format
-from megatron_vita.errors import ConfigError, DataError, EngineError, LogitsError, VitaError
-from megatron_vita.inference.engine.answering import Answering
+from megatron_vita.errors import ConfigError, DataError, EngineError, VitaError
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.engine.channel import StepChannel
-from megatron_vita.inference.engine.rank_monitor import PeerWatch
-from megatron_vita.inference.engine.scheduler import Policy, Request, Scheduler
+from megatron_vita.inference.engine.options import (
+    NO_USAGE,
+    EngineOptions,
+    EngineStatistics,
+    Usage,
+)
+from megatron_vita.inference.engine.output_processor import OutputProcessor, join_pieces
+from megatron_vita.inference.engine.rank_monitor import RankMonitor
+from megatron_vita.inference.engine.request import Request
+from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
-from megatron_vita.inference.generation.sampling import Draw, draw_tokens
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
 from megatron_vita.inference.requests import Answer, AnswerPiece, SamplingParams
 from megatron_vita.inference.runner.cache_size import build_cache
-from megatron_vita.inference.step import Step
+from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.inference.vision import decode_pool
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import DECODERS
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.model.backends import TorchBackend
@@ -40,57 +42,6 @@ from megatron_vita.supervise.shared_memory import SharedFile
 from megatron_vita.text.vocabulary import check_ids, open_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """What the engine may use."""
-
-    chunk_tokens: int = 32768  # tokens of prompts in one forward pass
-    busy_chunk_tokens: int = 4096  # the same while answers wait for their next tokens
-    # room of the cache; None: what memory leaves on CUDA, 65,536 elsewhere
-    cache_tokens: int | None = None
-    cache_dtype: Literal["model", "fp8"] = "model"
-    page_tokens: int = 128
-    max_running: int = 64  # answers that are decoded at a time
-    # tokens of prompt and answer; None: the recipe's data.seq_length
-    max_context: int | None = None
-    # what looking at a video, decoding an image or up to 64 frames may take
-    media_seconds: float = 60.0
-    cuda_graphs: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "busy_chunk_tokens", "page_tokens", "max_running"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0 < self.media_seconds < math.inf:
-            raise ConfigError(f"media_seconds is {self.media_seconds}: it must be positive")
-        if self.page_tokens & (self.page_tokens - 1):
-            raise ConfigError(f"page_tokens is {self.page_tokens}: it must be a power of two")
-        if self.cache_dtype not in ("model", "fp8"):
-            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: model, fp8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Tokens of a request; `cached_tokens` of the prompt were found in the cache."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStatistics:
-    """What the engine is at, and what it has done since its start."""
-
-    running: int
-    waiting: int
-    cache_tokens: int
-    cache_tokens_used: int
-    prompt_tokens_total: int
-    cached_tokens_total: int
-    completion_tokens_total: int
 
 
 class Engine:
@@ -103,15 +54,16 @@ class Engine:
         options: EngineOptions | None = None,
         checkpoint: Path | None = None,
     ) -> None:
-        """Weights of a checkpoint, or first ones. The process group must exist, and be one replica
-        without PP."""
+        """Load the weights of a checkpoint, or initialize them. The process group must exist, and hold
+        one replica without pipeline stages."""
         _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
-        self.recipe, self.options = recipe, options or EngineOptions()
+        self.recipe = recipe
+        self.options = options or EngineOptions()
         self.tokenizer = open_tokenizer(recipe)
         self.form = document_format(recipe, self.tokenizer)
-        # two readers are left to look at new videos while tiles are decoded
-        self._readers = MediaReaders(
+        # two more than tiles are decoded by: new videos are probed meanwhile
+        self._readers = DecodePool(
             self.form.tile_format, count=DECODERS + 2, seconds=self.options.media_seconds
         )
         if not self.form.text_only:
@@ -121,11 +73,13 @@ class Engine:
             store.load_weights([self.model], checkpoint)
             logger.info("weights from %s", checkpoint)
         self.max_context = self.options.max_context or recipe.data.seq_length
-        group = groups.host_group("train")
+        group = groups.host_group("main")
         self._channel = None if group is None else StepChannel(group)
         self._lost: list[EngineError] = []
-        self._tell_loss: Callable[[EngineError], None] = self._lost.append
-        self._watch = None if group is None else PeerWatch(group, on_loss=self._lose)
+        self._report_loss: Callable[[EngineError], None] = self._lost.append
+        self._monitor = None
+        if group is not None:
+            self._monitor = RankMonitor(group, on_loss=self._on_lost_rank)
         self._closed = False
         self._start()
 
@@ -138,7 +92,7 @@ class Engine:
         parallel: ParallelConfig | None = None,
         options: EngineOptions | None = None,
     ) -> "Engine":
-        """The model of a checkpoint of any layout; `tokenizer` replaces the recorded place."""
+        """Load a checkpoint of any layout; `tokenizer` replaces the recorded path."""
         platform.initialize_process()
         checkpoint = store.find_checkpoint(path)
         recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
@@ -151,7 +105,7 @@ class Engine:
         return cls(recipe, options=options, checkpoint=checkpoint)
 
     def _start(self) -> None:
-        options, shape = self.options, self.recipe.model.language
+        options = self.options
         cache, blocks = build_cache(
             self.recipe,
             page_tokens=options.page_tokens,
@@ -174,27 +128,33 @@ class Engine:
         self.worker.warm_up()
         self.layout = cache.layout
         self._pool = BlockPool(blocks)
-        policy = Policy(
+        config = SchedulerConfig(
             chunk_tokens=options.chunk_tokens,
             busy_chunk_tokens=min(options.busy_chunk_tokens, options.chunk_tokens),
             max_running=options.max_running,
             max_context=self.max_context,
         )
-        self._scheduler = Scheduler(self._pool, layout=self.layout, policy=policy)
-        self._answering: dict[int, Answering] = {}
+        self._scheduler = Scheduler(self._pool, layout=self.layout, config=config)
+        self._outputs = OutputProcessor(
+            self._scheduler,
+            tokenizer=self.tokenizer,
+            end_ids=self.end_ids,
+            rows_per_tile=self.form.vision.image_token_length,
+        )
+        self._requests: dict[int, Request] = {}
         self._ended_early: list[AnswerPiece] = []
         self._numbers = itertools.count()
-        self._totals = Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=0)
+        self._totals = NO_USAGE  # of requests that are forgotten
         logger.info(
             "%d layers, cache of %d tokens (%s)",
-            shape.num_layers,
+            self.recipe.model.language.num_layers,
             self.cache_tokens,
             options.cache_dtype,
         )
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that the cache holds over all ranks."""
+        """Capacity of the cache in tokens, over all ranks."""
         return (self._pool.count - 1) * self.layout.block_tokens
 
     @property
@@ -203,14 +163,22 @@ class Engine:
         return bool(self._ended_early) or self._scheduler.has_work
 
     def prepare(self, prompt: Prompt, *, max_frames: int | None = None) -> PreparedPrompt:
-        """The prompt in tokens. Any thread may do it. DataError for what is wrong with it."""
+        """Tokenize a prompt and probe its media; any thread may call it.
+
+        Raises:
+            DataError: the prompt cannot be used, for the reason that it names.
+        """
         return prepare_prompt(prompt, form=self.form, probe=self._probe, max_frames=max_frames)
 
     def _probe(self, video: MediaFile) -> VideoInfo:
         return self._readers.probe(SharedFile(video.data), video.name)
 
     def add(self, prepared: PreparedPrompt, sampling: SamplingParams) -> int:
-        """Takes a request and gives its number. DataError if it can never be answered."""
+        """Queue a request; returns its number.
+
+        Raises:
+            DataError: it can never be answered: it is longer than the context or the cache.
+        """
         if prepared.tokens >= self.max_context:
             raise DataError(
                 f"the prompt has {prepared.tokens} tokens; with an answer at most {self.max_context} are possible"
@@ -221,7 +189,7 @@ class Engine:
             raise DataError(
                 f"{width} answers at a time are asked for; at most {self.options.max_running} are possible"
             )
-        needed = self._scheduler.ceiling_of(prepared.tokens, sampling)
+        needed = self._scheduler.blocks_needed(prepared.tokens, sampling)
         if needed > self._pool.count - 1:
             raise DataError(
                 f"a prompt of {prepared.tokens} tokens with answers of up to {sampling.max_new_tokens} takes "
@@ -235,72 +203,62 @@ class Engine:
         request = Request(
             number=next(self._numbers), prepared=prepared, sampling=sampling, keys=keys
         )
-        self._answering[request.number] = Answering(
-            request,
-            scheduler=self._scheduler,
-            tokenizer=self.tokenizer,
-            end_ids=self.end_ids,
-            rows_per_tile=self.form.vision.image_token_length,
-        )
-        self._scheduler.waiting.append(request)
+        self._outputs.open(request)
+        self._requests[request.number] = request
+        self._scheduler.add(request)
         return request.number
 
     def cancel(self, number: int) -> None:
-        """Ends a request's answers; their last pieces come with the next step."""
-        if number in self._answering:
-            self._ended_early += self._answering[number].cancel()
+        """End a request's answers; their last pieces come with the next step."""
+        if number in self._requests:
+            self._ended_early += self._outputs.cancel(self._requests[number])
 
     def idle(self) -> None:
-        """To be called now and then where there is no work: it shows the other ranks that this one
-        is there."""
-        self._execute(Step())
+        """Send an empty step. Call it regularly while there is no work: ranks that hear nothing for
+        long take this one for dead."""
+        self._execute(SchedulerOutput())
 
     def step(self) -> list[AnswerPiece]:
-        """One forward pass, and what it adds to answers. EngineError where the engine cannot go
-        on."""
-        pieces, self._ended_early = self._ended_early, []
+        """Run one forward pass, and return what it adds to answers.
+
+        Raises:
+            EngineError: the engine cannot go on.
+        """
+        pieces = self._ended_early
+        self._ended_early = []
         step = self._scheduler.next_step()
         if step is None:
             return pieces
-        return pieces + self._use(step, self._execute(step))
+        return pieces + self._process(step, self._execute(step))
 
     def usage(self, number: int) -> Usage:
         """Tokens of a request, also after its end until `forget`."""
-        answering = self._answering[number]
-        return Usage(
-            prompt_tokens=answering.request.prepared.tokens,
-            cached_tokens=answering.request.cached_tokens,
-            completion_tokens=answering.completion_tokens,
-        )
+        return self._requests[number].usage
 
     def forget(self, number: int) -> None:
-        """A request that has ended and is not asked about any longer."""
-        usage = self.usage(number)
-        self._totals = Usage(
-            **{
-                name: value + getattr(usage, name)
-                for name, value in dataclasses.asdict(self._totals).items()
-            }
-        )
-        del self._answering[number]
+        """Drop a request that has ended, and whose usage is not asked for any longer."""
+        self._totals += self._requests.pop(number).usage
 
     def statistics(self) -> EngineStatistics:
-        """What the engine is at."""
-        scheduler, now = self._scheduler, [self.usage(number) for number in self._answering]
+        """Current load, and totals since the start."""
+        counts = self._scheduler.counts
+        totals = sum((request.usage for request in self._requests.values()), start=self._totals)
         return EngineStatistics(
-            running=len(scheduler.running) + len(scheduler.prefilling),
-            waiting=len(scheduler.waiting),
+            running=counts.running,
+            waiting=counts.waiting,
             cache_tokens=self.cache_tokens,
             cache_tokens_used=self._pool.used * self.layout.block_tokens,
-            prompt_tokens_total=self._totals.prompt_tokens + sum(u.prompt_tokens for u in now),
-            cached_tokens_total=self._totals.cached_tokens + sum(u.cached_tokens for u in now),
-            completion_tokens_total=self._totals.completion_tokens
-            + sum(u.completion_tokens for u in now),
+            prompt_tokens_total=totals.prompt_tokens,
+            cached_tokens_total=totals.cached_tokens,
+            completion_tokens_total=totals.completion_tokens,
         )
 
     def generate(self, prompts: Sequence[Prompt], *, sampling: SamplingParams) -> list[Answer]:
-        """Answers to prompts, `sampling.n` for each, in order. DataError for a prompt that is
-        wrong."""
+        """Answer prompts, `sampling.n` times each, in order.
+
+        Raises:
+            DataError: a prompt cannot be used.
+        """
         prepared = [self.prepare(prompt) for prompt in prompts]
         numbers: list[int] = []
         try:
@@ -315,14 +273,18 @@ class Engine:
                 self.forget(number)
             self._ended_early = []
         return [
-            _joined(pieces, number, choice) for number in numbers for choice in range(sampling.n)
+            join_pieces(pieces, request=number, choice=choice)
+            for number in numbers
+            for choice in range(sampling.n)
         ]
 
     def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[AnswerPiece]:
-        """Pieces of the answers to one prompt as they come, of an engine that has nothing else to
-        do.
+        """Stream the answers to one prompt from an engine that has no other requests.
 
-        Closing the iterator cancels what is left. DataError for a prompt that is wrong.
+        Closing the iterator cancels what is left.
+
+        Raises:
+            DataError: the prompt cannot be used.
         """
         number = self.add(self.prepare(prompt), sampling)
         try:
@@ -334,32 +296,36 @@ class Engine:
             self.forget(number)
 
     def close(self) -> None:
-        """Ends the service of the other ranks."""
+        """Make `serve_as_worker` return on the other ranks, and release what this one holds."""
         if not self._closed:
             self._closed = True
-            self._execute(Step(close=True))
+            self._execute(SchedulerOutput(close=True))
             self._leave()
 
     def serve_as_worker(self) -> None:
-        """Does what rank 0 says until it closes. EngineError if rank 0 is gone."""
+        """Execute rank 0's steps until it closes.
+
+        Raises:
+            EngineError: rank 0 is gone.
+        """
         while not (step := self.receive_step()).close:
-            with _ranks_are_there():
+            with _lost_rank_as_engine_error():
                 self.worker.execute(step)
         self._leave()
 
-    def on_lost_rank(self, told: Callable[[EngineError], None]) -> None:
-        """Has `told` called when another rank is gone, by any thread: a step may wait for it inside
-        a kernel."""
-        self._tell_loss = told
-        for error in self._lost:  # it was gone before
-            told(error)
+    def on_lost_rank(self, callback: Callable[[EngineError], None]) -> None:
+        """Have `callback` called when another rank is gone. Any thread may call it, since a step may
+        be waiting for that rank inside a kernel."""
+        self._report_loss = callback
+        for error in self._lost:  # lost before there was a callback
+            callback(error)
 
-    def _lose(self, rank: int) -> None:
-        self._tell_loss(EngineError(f"the engine cannot go on: a rank is gone: rank {rank}"))
+    def _on_lost_rank(self, rank: int) -> None:
+        self._report_loss(EngineError(f"the engine cannot go on: a rank is gone: rank {rank}"))
 
     def _leave(self) -> None:
-        if self._watch is not None:
-            self._watch.close()
+        if self._monitor is not None:
+            self._monitor.close()
         self.worker.close()
 
     @property
@@ -369,101 +335,36 @@ class Engine:
             {self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")}
         )
 
-    def _execute(self, step: Step) -> StepResult:
+    def _execute(self, step: SchedulerOutput) -> StepResult:
         changes = self._scheduler.take_changes()
         step = dataclasses.replace(
             step,
-            forget=changes.forget,
-            begin=changes.begin,
-            tables=changes.tables,
-            copy=changes.copy,
-            announce=changes.announce,
+            finished=changes.finished,
+            new=changes.new,
+            block_tables=changes.block_tables,
+            copy_blocks=changes.copy_blocks,
+            prefetch=changes.prefetch,
         )
-        with _ranks_are_there():
+        with _lost_rank_as_engine_error():
             if self._channel is not None:
                 self._channel.send(step)
             return self.worker.execute(step)
 
-    def receive_step(self) -> Step:
-        """What rank 0 says next. EngineError if it is gone."""
+    def receive_step(self) -> SchedulerOutput:
+        """Receive rank 0's next step.
+
+        Raises:
+            EngineError: rank 0 is gone.
+        """
         assert self._channel is not None, "an engine of one rank has no workers"
-        with _ranks_are_there():
+        with _lost_rank_as_engine_error():
             return self._channel.receive()
 
-    def _use(self, step: Step, result: StepResult) -> list[AnswerPiece]:
-        """Draws tokens from the logits of a step."""
+    def _process(self, step: SchedulerOutput, result: StepResult) -> list[AnswerPiece]:
         self._scheduler.note_ready(result.ready)
         if result.logits is None:
             return []
-        by_sequence = {s.number: a for a in self._answering.values() for s in a.request.sequences}
-        pieces: list[AnswerPiece] = []
-        for sequence, reason in result.failed.items():
-            pieces += by_sequence.pop(sequence).fail(reason)
-        for piece in step.prefill:
-            if piece.sequence in by_sequence:
-                by_sequence[piece.sequence].remember_prompt()
-        ended = [piece.sequence for piece in step.prefill if piece.ends_prompt]
-        rows = ended or [sequence for sequence, _, _ in step.decode]
-        logits = result.logits[:, : self.tokenizer.vocab_size]  # rows of padding are no tokens
-        return pieces + self._draw(logits, [by_sequence.get(sequence) for sequence in rows])
-
-    def _draw(self, logits: Tensor, owners: list[Answering | None]) -> list[AnswerPiece]:
-        """What the logits [rows, V] of a step add to answers; rows of one request follow one
-        another."""
-        pieces: list[AnswerPiece] = []
-        draws: list[tuple[Answering, int, Draw]] = []
-        for owner, group in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
-            rows = list(group)
-            if owner is None:
-                continue
-            own = logits[rows[0] : rows[-1] + 1]
-            if owner.beams is None:
-                draws += [(owner, rows[0] + row, draw) for row, draw in owner.draws(own)]
-                continue
-            try:
-                pieces += owner.advance_beams(own)
-            except LogitsError as error:
-                pieces += owner.fail(str(error), finish="model_error")
-        return pieces + self._draw_each(logits, draws)
-
-    def _draw_each(
-        self, logits: Tensor, draws: list[tuple[Answering, int, Draw]]
-    ) -> list[AnswerPiece]:
-        """One token for each draw (of whom, row, how); requests whose logits are no numbers
-        fail."""
-        try:
-            scored = draw_tokens(
-                logits[[row for _, row, _ in draws]], [draw for _, _, draw in draws]
-            )
-        except LogitsError as error:
-            wrong = {id(draws[row][0]): draws[row][0] for row in error.rows}
-            failed = [
-                piece
-                for owner in wrong.values()
-                for piece in owner.fail(str(error), finish="model_error")
-            ]
-            return failed + self._draw_each(
-                logits, [draw for draw in draws if id(draw[0]) not in wrong]
-            )
-        pieces: list[AnswerPiece] = []
-        for owner, taken in itertools.groupby(
-            zip(draws, scored, strict=True), key=lambda each: each[0][0]
-        ):
-            pieces += owner.take([token for _, token in taken])
-        return pieces
-
-
-def _joined(pieces: list[AnswerPiece], number: int, choice: int) -> Answer:
-    mine = [piece for piece in pieces if (piece.request, piece.choice) == (number, choice)]
-    finish = mine[-1].finish
-    assert finish is not None
-    return Answer(
-        text="".join(piece.text for piece in mine),
-        token_ids=[token for piece in mine for token in piece.token_ids],
-        finish=finish,
-        scores=[score for piece in mine for score in piece.scores],
-        error=mine[-1].error,
-    )
+        return self._outputs.process(step, result.logits, failed=result.failed)
 
 
 def _check_layout(parallel: ParallelConfig) -> None:
@@ -483,8 +384,8 @@ def _check_layout(parallel: ParallelConfig) -> None:
 
 
 @contextlib.contextmanager
-def _ranks_are_there() -> Iterator[None]:
-    """Turns what a lost rank causes into one clear error."""
+def _lost_rank_as_engine_error() -> Iterator[None]:
+    """Turn the errors that a lost rank causes into one EngineError."""
     try:
         yield
     except VitaError:

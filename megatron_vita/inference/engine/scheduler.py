@@ -1,224 +1,247 @@
-"""Which requests are worked on in a step. Rank 0 alone decides; nothing here touches the device.
+"""Continuous batching: decides which requests a step works on. Runs on rank 0 alone and never
+touches the device.
 
-Each request is promised the blocks that its prompt and its longest answers take before it begins,
-so that none is ever stopped for want of room. Steps with pieces of prompts and steps with new
-tokens take turns.
+A request is admitted only once the blocks of its prompt and of its longest answers are reserved, so
+that no running request is ever preempted for want of room. Prefill and decode steps alternate.
 """
 
 import itertools
 from collections import deque
-from dataclasses import dataclass, field, replace
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from megatron_vita.inference.engine.block_pool import BlockPool
-from megatron_vita.inference.prompt import PreparedPrompt
+from megatron_vita.inference.engine.request import Request, Sequence
 from megatron_vita.inference.requests import SamplingParams
-from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
+from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk, SchedulerOutput
 from megatron_vita.layout.blocks import BlockLayout
 
-PATIENCE = 0.02
-"""Seconds for which ranks that have nothing else to do wait for tiles, before they look for new requests."""
-AHEAD = 4
-"""Chunks whose tiles may be decoded, or wait to be, at a time: what they take of memory."""
-OLDEST_FIRST = 4
-"""Of so many steps with pieces of prompts, the last begins with the oldest prompt."""
-LONG_WAIT = 10
-"""Steps that a prompt waits for its first tiles, before the blocks that precede them are computed without: others may
-share them. Sooner would cut a short prompt in two."""
-
-
-@dataclass(kw_only=True)
-class Sequence:
-    """Tokens with a place in the cache."""
-
-    number: int
-    blocks: list[int]
-    length: int = 0  # tokens in the cache, or in the step under way
-    next_token: int = -1  # drawn, and not yet in the cache
-
-
-@dataclass(kw_only=True)
-class Request:
-    """A prompt on its way to its answers."""
-
-    number: int
-    prepared: PreparedPrompt
-    sampling: SamplingParams
-    keys: list[bytes]  # of the prompt's whole blocks
-    cached_tokens: int = 0
-    # one while the prompt is computed, then one per answer
-    sequences: list[Sequence] = field(default_factory=list)
-    ceiling: int = 0  # blocks that it may come to hold
-    held: int = 0  # blocks that its sequences hold, each counted once
-    running: bool = False  # its answers are under way
-    announced: int = 0  # tokens of the prompt whose tiles are being decoded, or are
-    ready: int = 0  # those of which all ranks have decoded theirs
-    waits: int = 0  # steps since something of it could be computed
-
-    @property
-    def width(self) -> int:
-        """Answers that are decoded at a time."""
-        return max(self.sampling.n, self.sampling.num_beams)
+TILE_WAIT_SECONDS = 0.02
+"""Longest wait for tiles when ranks have nothing else to do, before new requests are looked for."""
+PREFETCH_CHUNKS = 4
+"""Most chunks of prompts whose tiles are decoded ahead at a time: bounds the host memory of tiles."""
+FIFO_EVERY = 4
+"""Every n-th prefill step serves the oldest prompt first, so that long prompts never starve."""
+TILE_WAIT_STEPS = 10
+"""After so many steps without decoded tiles, a prompt's full blocks before its first tile are computed anyway, so that
+other requests can share them. Earlier would split short prompts in two."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
-    """How much is done at a time."""
+class SchedulerConfig:
+    """Limits of a step and of all requests together."""
 
     chunk_tokens: int
-    busy_chunk_tokens: int  # the same while answers are waiting for their next tokens
+    busy_chunk_tokens: int  # the same while answers wait for their next tokens
     max_running: int
     max_context: int
 
 
-class Scheduler:
-    """The waiting, the prompts under way and the answers under way."""
+@dataclass(frozen=True, kw_only=True)
+class RequestCounts:
+    """Number of requests by state."""
 
-    def __init__(self, pool: BlockPool, *, layout: BlockLayout, policy: Policy) -> None:
-        self.pool, self.layout, self.policy = pool, layout, policy
-        self.waiting: deque[Request] = deque()
-        self.prefilling: list[Request] = []
-        self.running: list[Request] = []
+    waiting: int
+    running: int  # prompts and answers
+
+
+class Scheduler:
+    """Queues of requests: waiting, being prefilled, being decoded."""
+
+    def __init__(self, pool: BlockPool, *, layout: BlockLayout, config: SchedulerConfig) -> None:
+        self.pool = pool
+        self.layout = layout
+        self.config = config
+        self._waiting: deque[Request] = deque()
+        self._prefilling: list[Request] = []
+        self._running: list[Request] = []
         self._numbers = itertools.count()
-        self._changes = Step()  # bookkeeping for the next step
+        self._changes = SchedulerOutput()  # bookkeeping for the next step
         self._decoded_last = False
-        self._pieces = 0  # steps with pieces of prompts
+        self._prefill_steps = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would compute something."""
-        return bool(self.waiting or self.prefilling or self.running)
+        return bool(self._waiting or self._prefilling or self._running)
 
-    def ceiling_of(self, tokens: int, sampling: SamplingParams) -> int:
-        """The most blocks that a request can come to hold."""
-        longest = min(tokens + sampling.max_new_tokens, self.policy.max_context)
-        whole = tokens // self.layout.block_tokens
+    @property
+    def counts(self) -> RequestCounts:
+        """Number of requests that wait, and that are under way."""
+        return RequestCounts(
+            waiting=len(self._waiting), running=len(self._running) + len(self._prefilling)
+        )
+
+    @property
+    def admitted(self) -> list[Request]:
+        """Requests under way: those whose prompts are computed, then those that are decoded."""
+        return [*self._prefilling, *self._running]
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
+
+    def blocks_needed(self, tokens: int, sampling: SamplingParams) -> int:
+        """Most blocks that a request with a prompt of `tokens` tokens can come to hold."""
+        longest = min(tokens + sampling.max_new_tokens, self.config.max_context)
+        shared = tokens // self.layout.block_tokens
         width = max(sampling.n, sampling.num_beams)
-        tail = self.layout.blocks_for(longest) - whole
-        # beams are copied before they end
-        return whole + width * tail + (width if sampling.num_beams > 1 else 0)
+        own = self.layout.blocks_for(longest) - shared
+        needed = shared + width * own
+        if sampling.num_beams > 1:
+            needed += width  # new beams are copied before old ones end
+        return needed
 
-    def next_step(self) -> Step | None:
-        """What to do next; None if there is nothing to do."""
+    def next_step(self) -> SchedulerOutput | None:
+        """Schedule a step; None if there is nothing to do."""
         self._admit()
-        self._announce()
+        self._prefetch_tiles()
         step = None
-        if not (self.running and not self._decoded_last):
+        if self._decoded_last or not self._running:
             step = self._prefill()
-        awaited = [
+        awaiting = [
             request.sequences[0].number
-            for request in self.prefilling
-            if request.ready < request.announced
+            for request in self._prefilling
+            if request.ready < request.prefetched
         ]
-        step = step or self._decode() or (Step(patience=PATIENCE) if awaited else None)
+        step = step or self._decode()
+        if step is None and awaiting:
+            step = SchedulerOutput(tile_wait_seconds=TILE_WAIT_SECONDS)
         if step is None:
             return None
         self._decoded_last = bool(step.decode)
-        return replace(step, awaited=awaited)
+        return replace(step, awaiting_tiles=awaiting)
 
     def note_ready(self, sequences: list[int]) -> None:
-        """Awaited sequences whose announced tiles are decoded."""
-        for request in self.prefilling:
+        """Record that all prefetched tiles of these sequences are decoded on all ranks."""
+        for request in self._prefilling:
             if request.sequences[0].number in sequences:
-                request.ready = request.announced
-            request.waits = request.waits + 1 if request.ready == request.sequences[0].length else 0
+                request.ready = request.prefetched
+            if request.ready == request.sequences[0].length:
+                request.tile_wait_steps += 1
+            else:
+                request.tile_wait_steps = 0
 
-    def take_changes(self) -> Step:
+    def take_changes(self) -> SchedulerOutput:
         """Bookkeeping that the next step must carry, even where nothing is left to compute."""
-        changes, self._changes = self._changes, Step()
+        changes = self._changes
+        self._changes = SchedulerOutput()
         return changes
 
-    def end(self, request: Request) -> None:
-        """A request gives back all that it holds, wherever it stands."""
-        for group in (self.waiting, self.prefilling, self.running):
-            if request in group:
-                group.remove(request)
+    def finish(self, request: Request) -> None:
+        """Remove a request in whatever state, and free all of its blocks."""
+        for queue in (self._waiting, self._prefilling, self._running):
+            if request in queue:
+                queue.remove(request)
         for sequence in list(request.sequences):
-            self.end_sequence(request, sequence)
+            self.finish_sequence(request, sequence)
 
-    def end_sequence(self, request: Request, sequence: Sequence) -> None:
-        """One answer of a request needs its tokens no longer."""
+    def finish_sequence(self, request: Request, sequence: Sequence) -> None:
+        """Free the blocks of one answer."""
         request.sequences.remove(sequence)
-        request.held -= len(sequence.blocks) - _shared_blocks(sequence, request.sequences)
-        self.pool.give_back(sequence.blocks)
-        self._changes.forget.append(sequence.number)
-        self._changes.tables.pop(sequence.number, None)  # of a copy that no step has seen
-        if not request.sequences and request in self.running:
-            self.running.remove(request)
+        request.held_blocks -= len(sequence.blocks) - _shared_blocks(sequence, request.sequences)
+        self.pool.free(sequence.blocks)
+        self._changes.finished.append(sequence.number)
+        # a fork that no step has seen yet
+        self._changes.block_tables.pop(sequence.number, None)
+        if not request.sequences and request in self._running:
+            self._running.remove(request)
 
-    def start_answers(self, request: Request, width: int) -> None:
-        """A prompt is computed: it becomes `width` sequences that share its whole blocks."""
-        self.prefilling.remove(request)
-        self.running.append(request)
+    def invalidate(self, request: Request) -> None:
+        """Remove what was computed for a request from the prefix cache: it may be wrong."""
+        for sequence in request.sequences:
+            self.pool.invalidate(sequence.blocks)
+
+    def start_decoding(self, request: Request, width: int) -> None:
+        """Turn a computed prompt into `width` sequences that share its full blocks."""
+        self._prefilling.remove(request)
+        self._running.append(request)
         request.running = True
         first = request.sequences[0]
         request.sequences += [self.fork(request, first) for _ in range(width - 1)]
 
     def fork(self, request: Request, parent: Sequence) -> Sequence:
-        """A sequence with the same tokens: whole blocks are shared, what is left is copied."""
-        whole, rest = divmod(parent.length, self.layout.block_tokens)
+        """A sequence with the same tokens: full blocks are shared, a last partial one is copied."""
+        full, rest = divmod(parent.length, self.layout.block_tokens)
         child = Sequence(
-            number=next(self._numbers), blocks=parent.blocks[:whole], length=parent.length
+            number=next(self._numbers), blocks=parent.blocks[:full], length=parent.length
         )
         self.pool.share(child.blocks)
         if rest:
-            child.blocks += self._take(request, 1)
-            self._changes.copy.append((parent.blocks[whole], child.blocks[whole]))
-        self._changes.tables[child.number] = list(child.blocks)
+            child.blocks += self._allocate(request, 1)
+            self._changes.copy_blocks.append((parent.blocks[full], child.blocks[full]))
+        self._changes.block_tables[child.number] = list(child.blocks)
         return child
 
-    def remember(self, sequence: Sequence, keys: list[bytes]) -> None:
-        """Whole blocks that are computed can be shared from now on."""
-        whole = sequence.length // self.layout.block_tokens
-        for block, key in zip(sequence.blocks[:whole], keys[:whole], strict=False):
-            self.pool.remember(block, key)
+    def cache_blocks(self, sequence: Sequence, keys: list[bytes]) -> None:
+        """Let the computed full blocks of a sequence be shared."""
+        full = sequence.length // self.layout.block_tokens
+        for block, key in zip(sequence.blocks[:full], keys[:full], strict=False):
+            self.pool.cache_block(block, key)
 
-    def _take(self, request: Request, number: int) -> list[int]:
-        request.held += number
-        return self.pool.take(number)
+    def _allocate(self, request: Request, number: int) -> list[int]:
+        request.held_blocks += number
+        return self.pool.allocate(number)
 
-    def _promised(self) -> int:
-        """Blocks that requests under way may still take."""
-        return sum(request.ceiling - request.held for request in (*self.prefilling, *self.running))
+    def _unclaimed_blocks(self) -> int:
+        """Blocks that are reserved for requests under way and not yet allocated."""
+        return sum(request.reserved_blocks - request.held_blocks for request in self.admitted)
 
     def _admit(self) -> None:
-        """Lets requests begin in the order in which they came, but for those that wait for others'
-        blocks."""
-        for request in list(self.waiting):
+        """Start waiting requests in their order, as far as there is room.
+
+        A request whose next block is being computed by another waits for it, and lets others pass:
+        to compute that block a second time would cost more than the wait.
+        """
+        for request in list(self._waiting):
             # The last token is always computed, for its logits.
             keys = request.keys[: (request.prepared.tokens - 1) // self.layout.block_tokens]
-            known = self.pool.known(keys)
-            if any(
-                keys[len(known) : len(known) + 1] == other.keys[len(known) : len(known) + 1] != []
-                for other in self.prefilling
-            ):
-                continue  # what it needs next is being computed
-            answers = sum(r.width for r in (*self.prefilling, *self.running))
-            room = self.pool.available_beside(known) - self._promised()
-            request.ceiling = self.ceiling_of(request.prepared.tokens, request.sampling)
-            if request.ceiling - len(known) > room or (
-                answers and answers + request.width > self.policy.max_running
-            ):
+            cached = self.pool.match_prefix(keys)
+            if self._is_being_computed(keys, len(cached)):
+                continue
+            if not self._has_room(request, cached):
                 return
-            self.waiting.remove(request)
-            self._begin(request, known)
+            self._waiting.remove(request)
+            self._start_prefill(request, cached)
 
-    def _begin(self, request: Request, known: list[int]) -> None:
-        self.pool.share(known)
-        request.cached_tokens = len(known) * self.layout.block_tokens
-        request.held = len(known)
-        more = self._take(request, self.layout.blocks_for(request.prepared.tokens) - len(known))
+    def _is_being_computed(self, keys: list[bytes], block: int) -> bool:
+        """Whether a prompt under way will hold the block number `block` of a prompt with `keys`."""
+        if block == len(keys):
+            return False
+        return any(
+            block < len(other.keys) and other.keys[block] == keys[block]
+            for other in self._prefilling
+        )
+
+    def _has_room(self, request: Request, cached: list[int]) -> bool:
+        """Whether a request fits beside those under way; reserves its blocks."""
+        request.reserved_blocks = self.blocks_needed(request.prepared.tokens, request.sampling)
+        room = self.pool.available_beside(cached) - self._unclaimed_blocks()
+        if request.reserved_blocks - len(cached) > room:
+            return False
+        decoding = sum(other.width for other in self.admitted)
+        # a request that is wider than the limit may run alone
+        return decoding == 0 or decoding + request.width <= self.config.max_running
+
+    def _start_prefill(self, request: Request, cached: list[int]) -> None:
+        self.pool.share(cached)
+        request.cached_tokens = len(cached) * self.layout.block_tokens
+        request.held_blocks = len(cached)
+        missing = self.layout.blocks_for(request.prepared.tokens) - len(cached)
         sequence = Sequence(
-            number=next(self._numbers), blocks=known + more, length=request.cached_tokens
+            number=next(self._numbers),
+            blocks=cached + self._allocate(request, missing),
+            length=request.cached_tokens,
         )
         request.sequences = [sequence]
-        stop = min(sequence.length + self._chunk, request.prepared.tokens)
-        request.announced = request.ready = stop if stop <= _head(request) else sequence.length
-        self.prefilling.append(request)
+        self._prefilling.append(request)
+        first_chunk = min(sequence.length + self._chunk_tokens, request.prepared.tokens)
+        # A first chunk without tiles is ready at once; any other waits for its tiles as a whole.
+        waits = first_chunk > request.tokens_before_tiles
+        request.ready = sequence.length if waits else first_chunk
+        request.prefetched = request.ready
         document = request.prepared.document
-        self._changes.begin.append(
-            SequenceStart(
+        self._changes.new.append(
+            NewSequence(
                 sequence=sequence.number,
                 input_ids=document.input_ids,
                 placements=document.placements,
@@ -226,107 +249,102 @@ class Scheduler:
                 files=request.prepared.files,
             )
         )
-        self._changes.tables[sequence.number] = list(sequence.blocks)
+        self._changes.block_tables[sequence.number] = list(sequence.blocks)
 
     @property
-    def _chunk(self) -> int:
-        """Tokens of prompts in a step."""
-        return self.policy.busy_chunk_tokens if self.running else self.policy.chunk_tokens
+    def _chunk_tokens(self) -> int:
+        """Prompt tokens in a step."""
+        return self.config.busy_chunk_tokens if self._running else self.config.chunk_tokens
 
-    def _in_turn(self) -> list[Request]:
-        """The prompts under way, those with the least left first, so that a short one never waits
-        long; but now and then the oldest first, so that a long one gets on however many short ones
-        come.
+    def _prefill_order(self) -> list[Request]:
+        """Prompts under way, shortest remaining first, so that a short one never waits long; every
+        `FIFO_EVERY` steps oldest first, so that a long one progresses however many short ones come.
         """
-        if self._pieces % OLDEST_FIRST == OLDEST_FIRST - 1:
-            return list(self.prefilling)
-        return sorted(self.prefilling, key=lambda request: (_left(request), request.number))
-
-    def _announce(self) -> None:
-        """Has the tiles of coming pieces decoded: of each prompt two pieces ahead, of all together
-        a bounded number."""
-        ahead = sum(
-            r.announced - r.sequences[0].length for r in self.prefilling if r.prepared.tiles
+        if self._prefill_steps % FIFO_EVERY == FIFO_EVERY - 1:
+            return list(self._prefilling)
+        return sorted(
+            self._prefilling, key=lambda request: (request.prompt_tokens_left, request.number)
         )
-        for request in self._in_turn():
-            sequence, start = request.sequences[0], request.announced
-            stop = min(start + self._chunk, request.prepared.tokens)
-            if request.ready < start or start == stop or start - sequence.length > self._chunk:
-                continue
-            if _has_tiles(request, start, stop):  # text waits for nobody's tiles
-                ahead += stop - start
-                if ahead > AHEAD * self.policy.chunk_tokens:
-                    continue
-            request.announced = stop
-            self._changes.announce.append((sequence.number, start, stop))
 
-    def _prefill(self) -> Step | None:
-        """Pieces of the prompts under way, as far as their tiles are decoded."""
-        budget = self._chunk
-        pieces = []
-        for request in self._in_turn():
+    def _prefetch_tiles(self) -> None:
+        """Have the tiles of coming chunks decoded: at most two chunks ahead for each prompt, and
+        `PREFETCH_CHUNKS` of all together."""
+        ahead = sum(
+            request.prefetched - request.sequences[0].length
+            for request in self._prefilling
+            if request.prepared.tiles
+        )
+        for request in self._prefill_order():
             sequence = request.sequences[0]
-            count = min(budget, self._computable(request) - sequence.length)
+            start = request.prefetched
+            stop = min(start + self._chunk_tokens, request.prepared.tokens)
+            waits_for_tiles = request.ready < start
+            far_ahead = start - sequence.length > self._chunk_tokens
+            if waits_for_tiles or far_ahead or start == stop:
+                continue
+            if request.has_tiles(start, stop):  # text takes no room, and so is never held back
+                ahead += stop - start
+                if ahead > PREFETCH_CHUNKS * self.config.chunk_tokens:
+                    continue
+            request.prefetched = stop
+            self._changes.prefetch.append((sequence.number, start, stop))
+
+    def _prefill(self) -> SchedulerOutput | None:
+        """Chunks of the prompts under way, as far as their tiles are decoded."""
+        budget = self._chunk_tokens
+        chunks = []
+        for request in self._prefill_order():
+            sequence = request.sequences[0]
+            start = sequence.length
+            count = min(budget, self._computable(request) - start)
             if count <= 0:
                 continue
             budget -= count
-            start, sequence.length = sequence.length, sequence.length + count
+            sequence.length = start + count
             request.ready = max(request.ready, sequence.length)
-            request.announced = max(request.announced, sequence.length)
-            ends = _left(request) == 0
-            pieces.append(
-                PiecePlan(
-                    sequence=sequence.number, start=start, stop=sequence.length, ends_prompt=ends
+            request.prefetched = max(request.prefetched, sequence.length)
+            chunks.append(
+                PrefillChunk(
+                    sequence=sequence.number,
+                    start=start,
+                    stop=sequence.length,
+                    ends_prompt=request.prompt_tokens_left == 0,
                 )
             )
-        self._pieces += bool(pieces)
-        return Step(prefill=pieces) if pieces else None
+        if not chunks:
+            return None
+        self._prefill_steps += 1
+        return SchedulerOutput(prefill=chunks)
 
     def _computable(self, request: Request) -> int:
-        """Tokens of the prompt that wait for no tile."""
-        if request.waits < LONG_WAIT:
+        """Prompt tokens that wait for no tile."""
+        if request.tile_wait_steps < TILE_WAIT_STEPS:
             return request.ready
-        return max(
-            request.ready, _head(request) // self.layout.block_tokens * self.layout.block_tokens
-        )
+        full_blocks = request.tokens_before_tiles // self.layout.block_tokens
+        return max(request.ready, full_blocks * self.layout.block_tokens)
 
-    def _decode(self) -> Step | None:
-        rows, grow = [], {}
-        for request in self.running:
+    def _decode(self) -> SchedulerOutput | None:
+        """The next token of each answer under way."""
+        rows = []
+        new_blocks = {}
+        for request in self._running:
             for sequence in request.sequences:
                 if sequence.length == len(sequence.blocks) * self.layout.block_tokens:
-                    grow[sequence.number] = self._take(request, 1)
-                    sequence.blocks += grow[sequence.number]
+                    new_blocks[sequence.number] = self._allocate(request, 1)
+                    sequence.blocks += new_blocks[sequence.number]
                 rows.append((sequence.number, sequence.next_token, sequence.length))
                 sequence.length += 1
-        return Step(decode=rows, grow=grow) if rows else None
-
-
-def _left(request: Request) -> int:
-    """Tokens of the prompt that are not yet computed."""
-    return request.prepared.tokens - request.sequences[0].length
-
-
-def _head(request: Request) -> int:
-    """Tokens before the first tile, which wait for nothing."""
-    return (
-        int(request.prepared.document.placements[0])
-        if request.prepared.tiles
-        else request.prepared.tokens
-    )
-
-
-def _has_tiles(request: Request, start: int, stop: int) -> bool:
-    """Whether a tile begins among these tokens of the prompt."""
-    first, last = np.searchsorted(request.prepared.document.placements, (start, stop))
-    return bool(first < last)
+        if not rows:
+            return None
+        return SchedulerOutput(decode=rows, new_blocks=new_blocks)
 
 
 def _shared_blocks(sequence: Sequence, others: list[Sequence]) -> int:
-    """Of a sequence's blocks, those that one of the others begins with as well."""
+    """Length of the longest prefix of a sequence's blocks that one of `others` begins with."""
     most = 0
     for other in others:
         shared = min(len(sequence.blocks), len(other.blocks))
+        # Blocks are shared from the first on, so the last shared one tells of all before it.
         while shared > most and sequence.blocks[shared - 1] != other.blocks[shared - 1]:
             shared -= 1
         most = max(most, shared)

@@ -16,10 +16,10 @@ from megatron_vita.inference.runner.cuda_graphs import GraphPool
 from megatron_vita.inference.runner.decode_runner import Decoder
 from megatron_vita.inference.runner.kv_cache import KeyValueCache
 from megatron_vita.inference.runner.partial_attention import PLANNED_KEYS, PLANNED_ROWS
-from megatron_vita.inference.runner.prefill_graphs import LENGTHS, ShortPrompts, padded_length
+from megatron_vita.inference.runner.prefill_graphs import LENGTHS, PrefillGraphs, padded_length
 from megatron_vita.inference.runner.rotary import Rotation
-from megatron_vita.inference.step import PiecePlan, SequenceStart, Step
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk, SchedulerOutput
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.features import FeatureSource
 from megatron_vita.layout.blocks import bounds_of, pad_to
 from megatron_vita.model.vita import VitaModel
@@ -41,7 +41,7 @@ class StepResult:
 class _Pack:
     """Pieces one after another, each padded, and what of them this CP rank computes."""
 
-    pieces: list[PiecePlan]
+    pieces: list[PrefillChunk]
     starts: list[int]  # of the pieces in the pack
     held: Tensor  # [T] places in the order of rows gathered over CP
     mine: Tensor  # [t] places that this rank computes
@@ -66,7 +66,7 @@ class Worker:
         *,
         recipe: Recipe,
         form: DocumentFormat,
-        readers: MediaReaders,
+        readers: DecodePool,
         max_blocks: int,
         graphs: bool = True,
     ) -> None:
@@ -79,10 +79,10 @@ class Worker:
             model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
         )
         self.short_prompts = (
-            ShortPrompts(model.language_model, cache, graphs=self.graphs) if self.graphs else None
+            PrefillGraphs(model.language_model, cache, graphs=self.graphs) if self.graphs else None
         )
         self._tables: dict[int, Tensor] = {}
-        self._prompts: dict[int, SequenceStart] = {}
+        self._prompts: dict[int, NewSequence] = {}
 
     @torch.no_grad()
     def warm_up(self) -> None:
@@ -103,7 +103,7 @@ class Worker:
         self.features.decoder.close()
 
     @torch.no_grad()
-    def execute(self, step: Step) -> StepResult:
+    def execute(self, step: SchedulerOutput) -> StepResult:
         """Does what a step says."""
         self._keep_books(step)
         result = StepResult()
@@ -111,39 +111,43 @@ class Worker:
             result = self._prefill(step.prefill)
         elif step.decode:
             result = StepResult(logits=self.decoder.run(step.decode, tables=self._tables))
-        return replace(result, ready=self._ready(step)) if step.awaited else result
+        return replace(result, ready=self._ready(step)) if step.awaiting_tiles else result
 
-    def _ready(self, step: Step) -> list[int]:
+    def _ready(self, step: SchedulerOutput) -> list[int]:
         """The awaited sequences whose tiles are decoded on all ranks."""
-        here = self.features.decoder.ready(step.awaited, patience=step.patience)
-        flags = torch.tensor([sequence in here for sequence in step.awaited], dtype=torch.uint8)
-        if (group := groups.host_group("train")) is not None:
+        here = self.features.decoder.ready(step.awaiting_tiles, patience=step.tile_wait_seconds)
+        flags = torch.tensor(
+            [sequence in here for sequence in step.awaiting_tiles], dtype=torch.uint8
+        )
+        if (group := groups.host_group("main")) is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=group)
         return [
-            sequence for sequence, flag in zip(step.awaited, flags.tolist(), strict=True) if flag
+            sequence
+            for sequence, flag in zip(step.awaiting_tiles, flags.tolist(), strict=True)
+            if flag
         ]
 
-    def _keep_books(self, step: Step) -> None:
-        for sequence in step.forget:
+    def _keep_books(self, step: SchedulerOutput) -> None:
+        for sequence in step.finished:
             self._tables.pop(sequence, None)
             self._prompts.pop(sequence, None)
             self.features.forget(sequence)
             self.decoder.forget(sequence)
-        for start in step.begin:
+        for start in step.new:
             self._prompts[start.sequence] = start
             self.features.add(start)
-        for sequence, blocks in step.tables.items():
+        for sequence, blocks in step.block_tables.items():
             self._tables[sequence] = torch.tensor(blocks, dtype=torch.int64)
             self.decoder.forget(sequence)
-        for sequence, blocks in step.grow.items():
+        for sequence, blocks in step.new_blocks.items():
             self._tables[sequence] = torch.cat(
                 [self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)]
             )
-        self.cache.copy_blocks(step.copy)
-        for announced in step.announce:
-            self.features.announce(*announced)
+        self.cache.copy_blocks(step.copy_blocks)
+        for tokens in step.prefetch:
+            self.features.prefetch(*tokens)
 
-    def _prefill(self, pieces: list[PiecePlan]) -> StepResult:
+    def _prefill(self, pieces: list[PrefillChunk]) -> StepResult:
         pack = self._lay_out(pieces)
         model = self.model.language_model
         hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
@@ -158,7 +162,7 @@ class Worker:
                 self.features.forget(piece.sequence)
         return StepResult(logits=self._logits(hidden.squeeze(1), pack), failed=failed)
 
-    def _lay_out(self, pieces: list[PiecePlan]) -> _Pack:
+    def _lay_out(self, pieces: list[PrefillChunk]) -> _Pack:
         ranks = groups.rank_layout().cp_size
         lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
         first = pieces[0]
@@ -203,7 +207,7 @@ class Worker:
         hidden[rows[here].to(hidden.device), 0] = features.rows[here.to(hidden.device)].to(
             hidden.dtype
         )
-        group = groups.host_group("train")
+        group = groups.host_group("main")
         if group is None:
             return features.failed
         reports: list[dict[int, str]] = [{} for _ in range(group.size())]

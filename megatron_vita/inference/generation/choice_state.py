@@ -1,17 +1,18 @@
-"""One answer under way: tokens in, pieces out, until something ends it."""
+"""State of one of a request's answers: tokens in, text out, until a token, a stop string or a
+limit ends it."""
 
 import torch
 from torch import Tensor
 
 from megatron_vita.inference.generation.beams import BeamAnswer
 from megatron_vita.inference.generation.detokenizer import TextStream
-from megatron_vita.inference.generation.sampling import Draw, Penalties, has_penalties
+from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, has_penalties
 from megatron_vita.inference.requests import AnswerPiece, FinishReason, SamplingParams, ScoredToken
 from megatron_vita.text.tokenizer import Tokenizer
 
 
-class AnswerState:
-    """What is drawn for one of a request's answers, and what was said of it so far."""
+class ChoiceState:
+    """One of a request's `n` answers: its tokens, penalties and detokenizer."""
 
     def __init__(
         self, sampling: SamplingParams, *, request: int, choice: int, tokenizer: Tokenizer
@@ -25,26 +26,25 @@ class AnswerState:
         self._stream = TextStream(tokenizer, sampling.stop)
         self._penalties: Penalties | None = None
 
-    def see_prompt(
+    def set_prompt(
         self, prompt_ids: Tensor, *, vocab_size: int, device: torch.device | str
     ) -> None:
-        """What penalties need to know, before the first draw: prompt_ids [t] int64 on the CPU; see
-        Penalties."""
+        """Prepare penalties, before the first token is sampled: prompt_ids [t] int64 on the CPU."""
         if has_penalties(self.sampling):
             self._penalties = Penalties(prompt_ids, vocab_size=vocab_size, device=device)
 
-    def draw(self) -> Draw:
-        """How the next token is drawn."""
-        return Draw(
+    def sampling_row(self) -> SamplingRow:
+        """How the next token is to be sampled."""
+        return SamplingRow(
             sampling=self.sampling,
             choice=self.choice,
             step=len(self.ids),
             penalties=self._penalties,
         )
 
-    def take(self, scored: ScoredToken, *, end_ids: frozenset[int]) -> AnswerPiece:
-        """The next token. One of `end_ids` ends the answer and is no part of it, unless ends are
-        ignored."""
+    def append(self, scored: ScoredToken, *, end_ids: frozenset[int]) -> AnswerPiece:
+        """Add a sampled token. One of `end_ids` ends the answer and is not part of it, unless
+        `ignore_eos` is set."""
         assert self.finish is None
         token_id = scored.chosen.token_id
         if token_id in end_ids and not self.sampling.ignore_eos:
@@ -59,8 +59,8 @@ class AnswerState:
             return self._end("length", text=text, tokens=(scored,))
         return self._piece(text, tokens=(scored,))
 
-    def take_beam(self, answer: BeamAnswer) -> AnswerPiece:
-        """All of an answer that beam search found, or what of it comes before a stop string."""
+    def append_beam(self, answer: BeamAnswer) -> AnswerPiece:
+        """Add the whole answer of a beam search, up to a stop string."""
         assert self.finish is None
         text = ""
         for token in answer.tokens:
@@ -70,16 +70,16 @@ class AnswerState:
                 break
         return self._end(answer.finish, text=text, tokens=answer.tokens[: len(self.ids)])
 
-    def cut(self) -> AnswerPiece:
-        """There is no room for another token."""
+    def stop_at_length(self) -> AnswerPiece:
+        """End the answer for want of room for another token."""
         return self._end("length")
 
     def cancel(self) -> AnswerPiece:
-        """Nobody wants the rest."""
+        """End an answer that nobody waits for."""
         return self._end("cancelled")
 
     def fail(self, error: str, *, finish: FinishReason = "error") -> AnswerPiece:
-        """The answer cannot go on; `error` is for whoever asked."""
+        """End the answer with an error for whoever asked."""
         return self._end(finish, error=error)
 
     def _end(
@@ -92,7 +92,7 @@ class AnswerState:
     ) -> AnswerPiece:
         assert self.finish is None
         text += self._stream.finish()
-        stopped = reason == "length" and self._stream.stopped  # by characters that waited
+        stopped = reason == "length" and self._stream.stopped  # by characters that were held back
         self.finish = "stop" if stopped else reason
         return self._piece(text, tokens=tokens, error=error)
 

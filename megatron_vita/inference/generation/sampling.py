@@ -1,9 +1,9 @@
-"""From logits to the next token of each answer.
+"""Sampling: from logits to the next token of each answer.
 
-A draw depends on its row's logits, its options and (seed, choice, step) alone: not on the rest of
-the batch, the device or the layout. Tokens keep the order of their ids under the cumulative
-distribution, so that the rounding of another layout, which may swap two tokens of nearly equal
-probability in an order by probability, moves no more than borders.
+A sampled token depends on its row's logits, its parameters and (seed, choice, step) alone: not on
+the rest of the batch, the device or the layout. The cumulative distribution is taken in the order
+of token ids, not of probabilities: another layout's rounding may swap two tokens of nearly equal
+probability, which in this order moves borders only by as much as it changes probabilities.
 """
 
 import math
@@ -21,7 +21,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Penalties:
-    """Which tokens a prompt has and how often its answer has each, on the device of the logits."""
+    """Tokens of a prompt, and token counts of its answer, on the device of the logits."""
 
     def __init__(self, prompt_ids: Tensor, *, vocab_size: int, device: torch.device | str) -> None:
         """`vocab_size` is the width of the logits; prompt_ids [t] int64 on the CPU."""
@@ -31,13 +31,13 @@ class Penalties:
         self.counts = torch.zeros(vocab_size, device=device)
 
     def add(self, token_id: int) -> None:
-        """The answer got this token."""
+        """Count a token of the answer."""
         self.counts[token_id] += 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
-    """What one row of logits is drawn by."""
+class SamplingRow:
+    """Parameters by which one row of logits is sampled."""
 
     sampling: SamplingParams
     choice: int = 0  # which of the request's n answers
@@ -46,7 +46,7 @@ class Draw:
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
-    """Whether a draw must know which tokens came before."""
+    """Whether sampling must know which tokens came before."""
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (
         1,
         0,
@@ -54,50 +54,53 @@ def has_penalties(sampling: SamplingParams) -> bool:
     )
 
 
-def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[ScoredToken]:
-    """The next token of each row of logits [B, V].
+def sample_tokens(logits: Tensor, params: Sequence[SamplingRow]) -> list[ScoredToken]:
+    """Sample the next token of each row of logits [B, V], with one wait for the device.
 
-    Where `logprobs` is None, `likeliest` is empty and `logprob` NaN. The device is waited for once.
-    Raises LogitsError, which names the rows, where logits are NaN or infinite; the other rows can
-    be drawn again without them.
+    Where `logprobs` is None, `likeliest` is empty and `logprob` NaN.
+
+    Raises:
+        LogitsError: logits of the rows that it names are NaN or infinite; the others can be sampled
+            again without them.
     """
-    assert len(logits) == len(draws)
-    if not draws:
+    assert len(logits) == len(params)
+    if not params:
         return []
     peaks, tokens = logits.max(dim=-1)  # of equal ones the first; NaN where a row has any
     if shaped := [
         i
-        for i, draw in enumerate(draws)
-        if draw.sampling.temperature > 0 or draw.penalties is not None
+        for i, row_params in enumerate(params)
+        if row_params.sampling.temperature > 0 or row_params.penalties is not None
     ]:
         rows = upload(shaped, like=tokens)
-        tokens[rows] = _shaped_tokens(logits[rows].float(), [draws[i] for i in shaped])
+        tokens[rows] = _shaped_tokens(logits[rows].float(), [params[i] for i in shaped])
     parts = [peaks.double(), tokens.double()]
-    scored = [i for i, draw in enumerate(draws) if draw.sampling.logprobs is not None]
-    width = min(max((draws[i].sampling.logprobs or 0 for i in scored), default=0), logits.shape[-1])
+    scored = [i for i, row_params in enumerate(params) if row_params.sampling.logprobs is not None]
+    width = min(
+        max((params[i].sampling.logprobs or 0 for i in scored), default=0), logits.shape[-1]
+    )
     if scored:
         rows = upload(scored, like=tokens)
         parts.append(_scores(logits[rows].float(), tokens[rows], width=width).flatten())
     values = torch.cat(parts).tolist()
-    refuse_unless_finite(values[: len(draws)])
+    refuse_unless_finite(values[: len(params)])
     found = [
         ScoredToken(chosen=TokenScore(int(token), math.nan))
-        for token in values[len(draws) : 2 * len(draws)]
+        for token in values[len(params) : 2 * len(params)]
     ]
     for place, i in enumerate(scored):
-        row = values[2 * len(draws) + place * (1 + 2 * width) :][: 1 + 2 * width]
+        row = values[2 * len(params) + place * (1 + 2 * width) :][: 1 + 2 * width]
         likeliest = tuple(map(TokenScore, map(int, row[1 : 1 + width]), row[1 + width :]))
         chosen = TokenScore(found[i].chosen.token_id, row[0])
-        found[i] = ScoredToken(chosen=chosen, likeliest=likeliest[: draws[i].sampling.logprobs])
+        found[i] = ScoredToken(chosen=chosen, likeliest=likeliest[: params[i].sampling.logprobs])
     return found
 
 
 def likeliest_tokens(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and ids [R, count] of the highest of rows [R, V], best first, the lower id first among
-    equal ones.
+    """Top-k of rows [R, V] with ties broken by the lower id: values and ids [R, count], best first.
 
-    `torch.topk` leaves open which of equal values it takes, and a stable sort of everything takes
-    long.
+    `torch.topk` leaves open which of equal values it takes, and a stable sort of whole rows is
+    slow.
     """
     kept = _highest(
         rows, rows.topk(count).values[:, -1:], torch.full((len(rows), 1), count, device=rows.device)
@@ -113,7 +116,7 @@ def likeliest_tokens(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def refuse_unless_finite(peaks: Sequence[float]) -> None:
-    """Raises LogitsError where the highest logit of a row is NaN or infinite."""
+    """Raise LogitsError if the highest logit of a row is NaN or infinite."""
     if wrong := [row for row, peak in enumerate(peaks) if not math.isfinite(peak)]:
         raise LogitsError(
             f"the model's highest logit is {peaks[wrong[0]]} in {len(wrong)} of {len(peaks)} answers, where it must be "
@@ -123,45 +126,51 @@ def refuse_unless_finite(peaks: Sequence[float]) -> None:
 
 
 def uniform_number(seed: int, *, choice: int, step: int) -> float:
-    """A multiple of 2**-52 in [0, 1) that these three decide (Philox, Salmon et al. 2011, in
-    counter mode)."""
+    """A number in [0, 1), a multiple of 2**-52, from a counter-based generator (Philox, Salmon et
+    al. 2011)."""
     generator = np.random.Philox(
         key=np.array([seed, choice], np.uint64), counter=np.array([step, 0, 0, 0], np.uint64)
     )
     return (int(generator.random_raw()) >> 12) * 2.0**-52
 
 
-def candidate_logits(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """What is drawn from: fp32 logits [R, V] after penalties, temperature, top-k and top-p, -inf
-    for what is left out.
+def process_logits(logits: Tensor, params: Sequence[SamplingRow]) -> Tensor:
+    """Apply penalties, temperature, top-k and top-p to fp32 logits [R, V]; excluded tokens become
+    -inf.
 
     Rows of temperature 0 keep temperature 1 and all tokens.
     """
-    if penalised := [i for i, draw in enumerate(draws) if draw.penalties is not None]:
-        rows = upload(penalised, like=logits, dtype=torch.int64)
-        logits = logits.index_copy(0, rows, _penalise(logits[rows], [draws[i] for i in penalised]))
-    if warm := [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]:
+    if with_penalties := [
+        i for i, row_params in enumerate(params) if row_params.penalties is not None
+    ]:
+        rows = upload(with_penalties, like=logits, dtype=torch.int64)
+        logits = logits.index_copy(
+            0, rows, _apply_penalties(logits[rows], [params[i] for i in with_penalties])
+        )
+    if warm := [i for i, row_params in enumerate(params) if row_params.sampling.temperature > 0]:
         rows = upload(warm, like=logits, dtype=torch.int64)
         # the highest is 0: division cannot overflow
         scaled = logits[rows] - logits[rows].amax(dim=-1, keepdim=True)
         scaled = scaled / _column(
-            [max(draws[i].sampling.temperature, _SMALLEST) for i in warm], scaled
+            [max(params[i].sampling.temperature, _SMALLEST) for i in warm], scaled
         )
-        logits = logits.index_copy(0, rows, _cut(scaled, [draws[i].sampling for i in warm]))
+        logits = logits.index_copy(
+            0, rows, _apply_top_k_top_p(scaled, [params[i].sampling for i in warm])
+        )
     return logits
 
 
-def _shaped_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Tokens [R] of rows [R, V] that are not just their likeliest."""
-    logits = candidate_logits(logits, draws)
+def _shaped_tokens(logits: Tensor, params: Sequence[SamplingRow]) -> Tensor:
+    """Tokens [R] of rows [R, V] that have a temperature or penalties."""
+    logits = process_logits(logits, params)
     tokens = logits.argmax(dim=-1)
-    if warm := [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]:
+    if warm := [i for i, row_params in enumerate(params) if row_params.sampling.temperature > 0]:
         rows = upload(warm, like=tokens)
         # In double precision: the rounding of exponentials and of their sum would depend on the
         # device.
         cumulative = logits[rows].double().softmax(dim=-1).cumsum(dim=-1)
         numbers = [
-            uniform_number(draws[i].sampling.seed, choice=draws[i].choice, step=draws[i].step)
+            uniform_number(params[i].sampling.seed, choice=params[i].choice, step=params[i].step)
             for i in warm
         ]
         targets = cumulative[:, -1:] * _column(numbers, cumulative)
@@ -171,23 +180,29 @@ def _shaped_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return tokens
 
 
-def _penalise(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Logits [R, V] of draws that all have penalties."""
-    penalties = [penalty for draw in draws if (penalty := draw.penalties) is not None]
+def _apply_penalties(logits: Tensor, params: Sequence[SamplingRow]) -> Tensor:
+    """Apply penalties to logits [R, V], whose rows all have some."""
+    penalties = [penalty for row_params in params if (penalty := row_params.penalties) is not None]
     counts = torch.stack([penalty.counts for penalty in penalties])
     present = counts > 0
     seen = torch.stack([penalty.in_prompt for penalty in penalties]) | present
-    repetition = _column([draw.sampling.repetition_penalty for draw in draws], logits)
+    repetition = _column([row_params.sampling.repetition_penalty for row_params in params], logits)
     logits = torch.where(
         seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits
     )
-    logits = logits - _column([draw.sampling.presence_penalty for draw in draws], logits) * present
-    return logits - _column([draw.sampling.frequency_penalty for draw in draws], logits) * counts
+    logits = (
+        logits
+        - _column([row_params.sampling.presence_penalty for row_params in params], logits) * present
+    )
+    return (
+        logits
+        - _column([row_params.sampling.frequency_penalty for row_params in params], logits) * counts
+    )
 
 
-def _cut(logits: Tensor, options: Sequence[SamplingParams]) -> Tensor:
-    """Logits [R, V] with -inf outside of the top-k, and of these of the smallest likeliest set that
-    reaches top-p."""
+def _apply_top_k_top_p(logits: Tensor, options: Sequence[SamplingParams]) -> Tensor:
+    """Set logits [R, V] to -inf outside the top-k, and within these outside the smallest set of
+    likeliest tokens whose probability reaches top-p."""
     vocab_size = logits.shape[-1]
     top_k = [min(option.top_k or vocab_size, vocab_size) for option in options]
     cut = [i for i, option in enumerate(options) if top_k[i] < vocab_size or option.top_p < 1]
@@ -213,15 +228,15 @@ def _cut(logits: Tensor, options: Sequence[SamplingParams]) -> Tensor:
 
 
 def _highest(rows: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
-    """A mask of the `counts` [R, 1] highest of rows [R, V]; the lowest of them are `thresholds` [R,
-    1]."""
+    """Mask of the `counts` [R, 1] highest values of rows [R, V], of which `thresholds` [R, 1] are
+    the lowest. Among values equal to the threshold, lower ids are taken first."""
     above, equal = rows > thresholds, rows == thresholds
     return above | (equal & (equal.cumsum(dim=-1) <= counts - above.sum(dim=-1, keepdim=True)))
 
 
 def _scores(logits: Tensor, tokens: Tensor, *, width: int) -> Tensor:
-    """Log-probabilities of `tokens` [R], then ids, then log-probabilities of the likeliest: [R, 1 +
-    2 * width]."""
+    """Log-probabilities of `tokens` [R], then ids and log-probabilities of the likeliest tokens:
+    [R, 1 + 2 * width]."""
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).double()
     if width == 0:
@@ -231,8 +246,8 @@ def _scores(logits: Tensor, tokens: Tensor, *, width: int) -> Tensor:
 
 
 def upload(values: Sequence[float], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers as a tensor on the device of `like`, of its type unless told, without waiting for the
-    device."""
+    """Copy numbers to the device of `like` without waiting for it, as its type unless `dtype` is
+    given."""
     pinned = like.device.type == "cuda"  # from other memory a copy waits
     tensor = torch.tensor(values, dtype=dtype or like.dtype, pin_memory=pinned)
     return tensor.to(like.device, non_blocking=True)

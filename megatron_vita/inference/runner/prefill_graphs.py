@@ -22,7 +22,7 @@ def padded_length(length: int) -> int | None:
     return next((known for known in LENGTHS if known >= length), None)
 
 
-class ShortPrompts:
+class PrefillGraphs:
     """The layers over whole prompts of the known lengths."""
 
     def __init__(self, model: LanguageModel, cache: KeyValueCache, *, graphs: GraphPool) -> None:

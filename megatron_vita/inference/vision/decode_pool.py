@@ -1,4 +1,4 @@
-"""The readers of media that an engine may ask: processes of `media_reader.py`, and threads that
+"""The readers of media that an engine may ask: processes of `decode_worker.py`, and threads that
 wait for them."""
 
 import os
@@ -56,7 +56,7 @@ Question = Probe | Decode
 Answer = VideoInfo | tuple[int, ...] | DataError
 
 
-class MediaReaders:
+class DecodePool:
     """At most `count` processes that read media. Any thread may ask; further ones wait for their
     turn."""
 

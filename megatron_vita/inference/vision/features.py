@@ -12,8 +12,8 @@ from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
-from megatron_vita.inference.step import PiecePlan, SequenceStart
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
 from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.media.normalize import normalize
@@ -44,7 +44,7 @@ class FeatureSource:
         *,
         recipe: Recipe,
         form: DocumentFormat,
-        readers: MediaReaders,
+        readers: DecodePool,
         graphs: GraphPool | None,
     ) -> None:
         self.model, self.form, self.graphs = model, form, graphs
@@ -53,12 +53,12 @@ class FeatureSource:
         self.normalization = recipe.media.normalization
         self.rows_per_tile = form.vision.image_token_length
         self.decoder = TileDecoder(readers)
-        self._sequences: dict[int, SequenceStart] = {}
+        self._sequences: dict[int, NewSequence] = {}
         # of sequences' tiles that are dealt, the tile rank
         self._owner: dict[int, dict[int, int]] = {}
         self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
 
-    def add(self, start: SequenceStart) -> None:
+    def add(self, start: NewSequence) -> None:
         """A sequence whose pieces will come."""
         self._sequences[start.sequence] = start
         self._owner[start.sequence] = {}
@@ -72,7 +72,7 @@ class FeatureSource:
         for key in [key for key in self._left if key[0] == sequence]:
             del self._left[key]
 
-    def of_pieces(self, pieces: list[PiecePlan], places: list[int]) -> FeatureRows | None:
+    def of_pieces(self, pieces: list[PrefillChunk], places: list[int]) -> FeatureRows | None:
         """The feature rows of pieces that begin at `places` of the pack; None where they have no
         tiles. Collective."""
         tiles = list(
@@ -96,7 +96,7 @@ class FeatureSource:
                     self._left.pop(key, None)
         return FeatureRows(rows=torch.cat(rows), places=torch.cat(targets), failed=failed)
 
-    def announce(self, sequence: int, start: int, stop: int) -> None:
+    def prefetch(self, sequence: int, start: int, stop: int) -> None:
         """Deals the tiles of tokens `start` to `stop` that are not yet dealt, and begins to decode
         this rank's.
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.errors import DataError
-from megatron_vita.inference.step import SequenceStart
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.scheduler_output import NewSequence
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.supervise.shared_memory import SharedFile
 
 DECODERS = min(16, os.cpu_count() or 1)
@@ -58,7 +58,7 @@ class _Queue:
 class TileDecoder:
     """Has tiles of the sequences under way decoded ahead of their use."""
 
-    def __init__(self, readers: MediaReaders) -> None:
+    def __init__(self, readers: DecodePool) -> None:
         self.readers = readers
         self._sequences: dict[int, list[_File]] = {}
         self._pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="tiles")
@@ -66,7 +66,7 @@ class TileDecoder:
         self._queues: dict[int, _Queue] = {}
         self._lock = threading.Lock()  # of the queues
 
-    def add(self, start: SequenceStart) -> None:
+    def add(self, start: NewSequence) -> None:
         """A sequence whose tiles will be asked for."""
         firsts = accumulate((medium.num_tiles for medium in start.media), initial=0)
         self._sequences[start.sequence] = [

@@ -24,7 +24,7 @@ from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import AnswerPiece, SamplingParams
 from megatron_vita.inference.vision import decode_pool, tile_decoder
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.media.tiling import Grid, Tiling
 from megatron_vita.media.video import probe_video
 from megatron_vita.supervise.shared_memory import SharedFile
@@ -37,8 +37,8 @@ LONG = SamplingParams(max_new_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture
-def readers() -> MediaReaders:
-    return MediaReaders(FORM, count=2, seconds=30)
+def readers() -> DecodePool:
+    return DecodePool(FORM, count=2, seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def before() -> set[int]:
     return {process.pid for process in program().children()}
 
 
-def test_answers_are_those_of_this_process(readers: MediaReaders) -> None:
+def test_answers_are_those_of_this_process(readers: DecodePool) -> None:
     file = SharedFile(video().data)
     assert readers.probe(file, "clip") == probe_video(video().data, "clip")
     assert readers.probe(file, "clip").size[0] > 0
@@ -95,14 +95,12 @@ def test_answers_are_those_of_this_process(readers: MediaReaders) -> None:
     assert np.array_equal(found, decode_tiles(grid, image, name="a", tiles=range(3), form=FORM))
 
 
-def test_what_forks_has_one_thread(readers: MediaReaders) -> None:
+def test_what_forks_has_one_thread(readers: DecodePool) -> None:
     readers.probe(SharedFile(video().data), "clip")
     assert program().num_threads() == 1
 
 
-def test_many_threads_share_the_readers_of_one_file(
-    readers: MediaReaders, before: set[int]
-) -> None:
+def test_many_threads_share_the_readers_of_one_file(readers: DecodePool, before: set[int]) -> None:
     """Each process has its own place in the file."""
     file, found = SharedFile(video().data), {}
 
@@ -120,7 +118,7 @@ def test_many_threads_share_the_readers_of_one_file(
     assert count_of_new(before) <= 2
 
 
-def test_errors_name_the_file_and_cost_no_process(readers: MediaReaders, before: set[int]) -> None:
+def test_errors_name_the_file_and_cost_no_process(readers: DecodePool, before: set[int]) -> None:
     for _ in range(5):
         with pytest.raises(DataError, match=r"^text\.mp4: cannot read this video of 4 bytes"):
             readers.probe(SharedFile(b"text"), "text.mp4")
@@ -222,7 +220,7 @@ def test_what_is_read_for_a_cancelled_request_ends_at_once(long_films: Engine) -
 def test_readers_of_a_stopped_file_are_killed_and_others_go_on(
     hostile_program: None, before: set[int]
 ) -> None:
-    readers, file = MediaReaders(FORM, count=3, seconds=30), SharedFile(video().data)
+    readers, file = DecodePool(FORM, count=3, seconds=30), SharedFile(video().data)
     with ThreadPoolExecutor() as pool:
         hang = [
             pool.submit(readers.decode, file, FRAMES, name="hangs", tiles=range(1))
@@ -281,7 +279,7 @@ def test_closing_waits_for_no_decoder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert time.monotonic() - began < 5
 
 
-def test_signals_to_the_whole_service_leave_readers_to_it(readers: MediaReaders) -> None:
+def test_signals_to_the_whole_service_leave_readers_to_it(readers: DecodePool) -> None:
     file = SharedFile(video().data)
     readers.probe(file, "clip")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -320,7 +318,7 @@ def test_a_request_whose_film_is_being_decoded_can_be_cancelled(hostile: Engine)
     assert hostile.statistics().cache_tokens_used == 0
 
 
-def test_a_killed_reader_is_replaced(readers: MediaReaders, before: set[int]) -> None:
+def test_a_killed_reader_is_replaced(readers: DecodePool, before: set[int]) -> None:
     file = SharedFile(video().data)
     readers.probe(file, "clip")
     (reader,) = (process for process in program().children() if process.pid not in before)
@@ -331,7 +329,7 @@ def test_a_killed_reader_is_replaced(readers: MediaReaders, before: set[int]) ->
     assert readers.probe(file, "clip").frames > 0
 
 
-def test_a_program_that_has_ended_is_no_fault_of_the_file(readers: MediaReaders) -> None:
+def test_a_program_that_has_ended_is_no_fault_of_the_file(readers: DecodePool) -> None:
     file = SharedFile(video().data)
     readers.probe(file, "clip")
     for process in (*program().children(), program()):
@@ -342,11 +340,11 @@ def test_a_program_that_has_ended_is_no_fault_of_the_file(readers: MediaReaders)
     assert readers.probe(file, "clip").frames > 0
     program().kill()
     with pytest.raises(PlatformError, match="the program that reads media has ended with code -9"):
-        MediaReaders(FORM, count=1, seconds=30).probe(file, "clip")
+        DecodePool(FORM, count=1, seconds=30).probe(file, "clip")
 
 
-def test_readers_end_with_their_owner(readers: MediaReaders, before: set[int]) -> None:
-    fresh = MediaReaders(FORM, count=2, seconds=30)
+def test_readers_end_with_their_owner(readers: DecodePool, before: set[int]) -> None:
+    fresh = DecodePool(FORM, count=2, seconds=30)
     fresh.probe(SharedFile(video().data), "clip")
     assert count_of_new(before) == 1
     del fresh
@@ -359,8 +357,8 @@ def test_readers_end_with_their_owner(readers: MediaReaders, before: set[int]) -
 def test_readers_end_with_the_process_that_asked_them_however_it_ends() -> None:
     code = (
         "import sys\n"
-        "from tests.inference.test_media_readers import *\n"
-        "readers = MediaReaders(FORM, count=2, seconds=30)\n"
+        "from tests.inference.test_decode_pool import *\n"
+        "readers = DecodePool(FORM, count=2, seconds=30)\n"
         "readers.probe(SharedFile(video().data), 'clip')\n"
         "print(*[p.pid for p in psutil.Process().children(recursive=True)], flush=True)\n"
         "sys.stdin.read()\n"

@@ -6,9 +6,9 @@ import pytest
 from megatron_vita.data.samples.encoding import Medium, TileFormat
 from megatron_vita.errors import DataError
 from megatron_vita.inference.prompt import MediaFile
-from megatron_vita.inference.step import SequenceStart
+from megatron_vita.inference.scheduler_output import NewSequence
 from megatron_vita.inference.vision import tile_decoder
-from megatron_vita.inference.vision.decode_pool import MediaReaders
+from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder
 from megatron_vita.media.tiling import Grid, Tiling
 from megatron_vita.supervise.shared_memory import SharedFile
@@ -17,7 +17,7 @@ FORM = TileFormat(Tiling(tile_size=2, grids=(Grid(4, 3),)), "imagenet")
 IMAGE = Medium("image", 13, Grid(4, 3), [])
 
 
-class Recorder(MediaReaders):
+class Recorder(DecodePool):
     """Gives tiles that tell their number in the medium, and notes what is asked; a name `bad` is
     damaged."""
 
@@ -36,14 +36,14 @@ def film(frames: int) -> Medium:
     return Medium("film", frames, None, [float(frame) for frame in range(frames)])
 
 
-def decoder(readers: MediaReaders, *media: tuple[str, Medium]) -> TileDecoder:
+def decoder(readers: DecodePool, *media: tuple[str, Medium]) -> TileDecoder:
     """With sequence 5, whose media they are."""
     decoder = TileDecoder(readers)
     empty = np.zeros(0, dtype=np.int64)
     files = [MediaFile(name=name, data=b"") for name, _ in media]
     shown = [medium for _, medium in media]
     decoder.add(
-        SequenceStart(sequence=5, input_ids=empty, placements=empty, media=shown, files=files)
+        NewSequence(sequence=5, input_ids=empty, placements=empty, media=shown, files=files)
     )
     return decoder
 

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_vita.errors import EngineError
 from megatron_vita.inference.engine import rank_monitor
-from megatron_vita.inference.engine.rank_monitor import PeerWatch
+from megatron_vita.inference.engine.rank_monitor import RankMonitor
 
 Place = tuple[tuple[str, int], bytes]
 
@@ -48,7 +48,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
     monkeypatch.setattr(rank_monitor.dist, "broadcast_object_list", broadcast)
     monkeypatch.setattr(rank_monitor.os, "_exit", lost.put)
     monkeypatch.setattr(rank_monitor, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(rank_monitor, "HEARING_SECONDS", 0.3)
+    monkeypatch.setattr(rank_monitor, "HANDSHAKE_SECONDS", 0.3)
     return lost
 
 
@@ -56,13 +56,13 @@ def watches(
     first_guest: Callable[[tuple[str, int]], None],
     *,
     on_loss: Callable[[int], None] = lambda _: None,
-) -> tuple[PeerWatch, PeerWatch]:
+) -> tuple[RankMonitor, RankMonitor]:
     """Those of rank 0 and rank 1, which comes after `first_guest` has been at rank 0's address."""
     place: Future[Place] = Future()
     with ThreadPoolExecutor() as pool:
-        zero = pool.submit(PeerWatch, FakeGroup(0, place), on_loss=on_loss)  # type: ignore[arg-type]
+        zero = pool.submit(RankMonitor, FakeGroup(0, place), on_loss=on_loss)  # type: ignore[arg-type]
         first_guest(place.result(10)[0])
-        one = PeerWatch(FakeGroup(1, place), on_loss=on_loss)  # type: ignore[arg-type]
+        one = RankMonitor(FakeGroup(1, place), on_loss=on_loss)  # type: ignore[arg-type]
         return zero.result(10), one
 
 
@@ -126,9 +126,9 @@ def test_a_process_whose_end_cannot_be_told_to_anyone_ends_all_the_same(
 def test_a_rank_that_never_comes_is_named(
     monkeypatch: pytest.MonkeyPatch, lost: "queue.Queue[int]"
 ) -> None:
-    monkeypatch.setattr(rank_monitor, "JOINING_SECONDS", 0.3)
+    monkeypatch.setattr(rank_monitor, "CONNECT_SECONDS", 0.3)
     with pytest.raises(EngineError, match=r"ranks \[1\] did not connect within 0\.3 seconds"):
-        PeerWatch(FakeGroup(0, Future()), on_loss=lost.put)  # type: ignore[arg-type]
+        RankMonitor(FakeGroup(0, Future()), on_loss=lost.put)  # type: ignore[arg-type]
 
 
 def test_a_rank_that_left_keeps_nothing_of_who_was_to_be_told(lost: "queue.Queue[int]") -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_vita.inference.generation.beams import BeamAnswer
-from megatron_vita.inference.generation.choice_state import AnswerState
-from megatron_vita.inference.generation.sampling import draw_tokens
+from megatron_vita.inference.generation.choice_state import ChoiceState
+from megatron_vita.inference.generation.sampling import sample_tokens
 from megatron_vita.inference.requests import AnswerPiece, SamplingParams, ScoredToken, TokenScore
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
@@ -28,14 +28,14 @@ def scored(token_id: int) -> ScoredToken:
     return ScoredToken(chosen=TokenScore(token_id, -1.0), likeliest=(TokenScore(token_id, -1.0),))
 
 
-def answer(tokenizer: Tokenizer, **options: object) -> AnswerState:
-    return AnswerState(SamplingParams(**options), request=7, choice=2, tokenizer=tokenizer)
+def answer(tokenizer: Tokenizer, **options: object) -> ChoiceState:
+    return ChoiceState(SamplingParams(**options), request=7, choice=2, tokenizer=tokenizer)
 
 
-def take_all(state: AnswerState, ids: list[int], tokenizer: Tokenizer) -> list[AnswerPiece]:
+def take_all(state: ChoiceState, ids: list[int], tokenizer: Tokenizer) -> list[AnswerPiece]:
     pieces = []
     for token in ids:
-        pieces.append(state.take(scored(token), end_ids=frozenset([tokenizer.end_of_turn_id])))
+        pieces.append(state.append(scored(token), end_ids=frozenset([tokenizer.end_of_turn_id])))
         if state.finish:
             break
     return pieces
@@ -89,7 +89,7 @@ def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(
 
 @pytest.mark.parametrize(
     ("how", "finish"),
-    [("cut", "length"), ("cancel", "cancelled"), ("fail", "error"), ("fail", "model_error")],
+    [("stop_at_length", "length"), ("cancel", "cancelled"), ("fail", "error"), ("fail", "model_error")],
 )
 def test_an_answer_ended_from_outside_gives_the_text_that_waited(
     tokenizer: Tokenizer, how: str, finish: str
@@ -106,7 +106,11 @@ def test_an_answer_ended_from_outside_gives_the_text_that_waited(
 def test_an_answer_ends_once(tokenizer: Tokenizer) -> None:
     state = answer(tokenizer)
     state.cancel()
-    for again in (state.cancel, state.cut, lambda: state.take(scored(30), end_ids=frozenset())):
+    for again in (
+        state.cancel,
+        state.stop_at_length,
+        lambda: state.append(scored(30), end_ids=frozenset()),
+    ):
         with pytest.raises(AssertionError):
             again()
 
@@ -114,7 +118,7 @@ def test_an_answer_ends_once(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("logprobs", [None, 0, 3])
 def test_scores_come_where_they_were_asked_for(tokenizer: Tokenizer, logprobs: int | None) -> None:
     state = answer(tokenizer, logprobs=logprobs)
-    piece = state.take(scored(30), end_ids=frozenset())
+    piece = state.append(scored(30), end_ids=frozenset())
     assert piece.scores == (() if logprobs is None else (scored(30),))
     assert state.cancel().scores == ()
 
@@ -125,19 +129,19 @@ def test_draws_count_steps_and_know_what_came_before(tokenizer: Tokenizer) -> No
     logits = torch.zeros(1, tokenizer.vocab_size)
     logits[0, 30:33] = torch.tensor([3.0, 2.0, 1.9])
     state = answer(tokenizer, repetition_penalty=2.0)
-    state.see_prompt(torch.tensor([30, 30, 5]), vocab_size=tokenizer.vocab_size, device="cpu")
+    state.set_prompt(torch.tensor([30, 30, 5]), vocab_size=tokenizer.vocab_size, device="cpu")
     for step, expected in enumerate([31, 32, 30]):
-        draw = state.draw()
+        draw = state.sampling_row()
         assert (draw.step, draw.choice, draw.sampling) == (step, 2, state.sampling)
-        (token,) = draw_tokens(logits, [draw])
+        (token,) = sample_tokens(logits, [draw])
         assert token.chosen.token_id == expected
-        state.take(token, end_ids=frozenset())
+        state.append(token, end_ids=frozenset())
 
 
 def test_without_penalties_nothing_is_kept_of_the_prompt(tokenizer: Tokenizer) -> None:
     state = answer(tokenizer)
-    state.see_prompt(torch.tensor([30]), vocab_size=tokenizer.vocab_size, device="cpu")
-    assert state.draw().penalties is None
+    state.set_prompt(torch.tensor([30]), vocab_size=tokenizer.vocab_size, device="cpu")
+    assert state.sampling_row().penalties is None
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def test_an_answer_of_beam_search_is_one_piece(
     tokens = tuple(scored(token) for token in tokenizer.encode(TEXT))
     found = BeamAnswer(tokens=tokens, score=-1.0, finish="length")
     state = answer(tokenizer, stop=stop, logprobs=1)
-    piece = state.take_beam(found)
+    piece = state.append_beam(found)
     assert (piece.text, piece.finish) == (text, finish)
     assert (
         piece.token_ids

@@ -1,0 +1,68 @@
+"""Settings of an engine, and what it reports of itself."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vita.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Sizes and limits of an engine."""
+
+    chunk_tokens: int = 32768  # prompt tokens in one forward pass
+    busy_chunk_tokens: int = 4096  # the same while answers wait for their next tokens
+    # capacity of the cache; None: what memory leaves on CUDA, 65,536 elsewhere
+    cache_tokens: int | None = None
+    cache_dtype: Literal["model", "fp8"] = "model"
+    page_tokens: int = 128
+    max_running: int = 64  # answers decoded at a time
+    # tokens of prompt and answer; None: the recipe's data.seq_length
+    max_context: int | None = None
+    # limit for probing a video, and for decoding an image or up to 64 frames
+    media_seconds: float = 60.0
+    cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "busy_chunk_tokens", "page_tokens", "max_running"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.media_seconds < math.inf:
+            raise ConfigError(f"media_seconds is {self.media_seconds}: it must be positive")
+        if self.page_tokens & (self.page_tokens - 1):
+            raise ConfigError(f"page_tokens is {self.page_tokens}: it must be a power of two")
+        if self.cache_dtype not in ("model", "fp8"):
+            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: model, fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of a request; `cached_tokens` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+        )
+
+
+NO_USAGE = Usage(prompt_tokens=0, cached_tokens=0, completion_tokens=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatistics:
+    """Current load of an engine, and totals since its start."""
+
+    running: int
+    waiting: int
+    cache_tokens: int
+    cache_tokens_used: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    completion_tokens_total: int
