@@ -117,7 +117,7 @@ class World:
             for sequence in [
                 s for s in request.sequences if s.number in decoded and s.length >= longest
             ]:
-                self.scheduler.end_sequence(request, sequence)
+                self.scheduler.finish_sequence(request, sequence)
             if not request.sequences:
                 del self.open[request.number]
 
