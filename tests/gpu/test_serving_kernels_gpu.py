@@ -6,7 +6,7 @@ from fields import GPUS
 from torch import Tensor
 
 from megatron_vita.inference.runner.kv_cache import CacheShape, KeyValueCache
-from megatron_vita.inference.runner.partial_attention import attend, join
+from megatron_vita.inference.runner.partial_attention import attend, merge_attention_states
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout
 
@@ -61,7 +61,7 @@ def test_joined_parts_are_the_whole(dtype: torch.dtype) -> None:
     key, value = (noise(GROUPS, 300, WIDTH, dtype=dtype) for _ in range(2))
     parts = [attend(query, key[:, part], value[:, part]) for part in (slice(0, 90), slice(90, 300))]
     nothing = (torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf, device="cuda"))
-    out, lse = join(join(*parts), nothing)
+    out, lse = merge_attention_states(merge_attention_states(*parts), nothing)
     expected, sums = plain(query, key, value)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=0)
     torch.testing.assert_close(lse, sums, atol=1e-5, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_new_tokens_see_the_pages_of_their_own_sequence(
             if length
             else None
         )
-    out, lse = cache.attend_new(
+    out, lse = cache.attend_decode(
         1,
         query,
         tables=tables.int().cuda(),

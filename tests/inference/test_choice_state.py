@@ -89,7 +89,12 @@ def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(
 
 @pytest.mark.parametrize(
     ("how", "finish"),
-    [("stop_at_length", "length"), ("cancel", "cancelled"), ("fail", "error"), ("fail", "model_error")],
+    [
+        ("stop_at_length", "length"),
+        ("cancel", "cancelled"),
+        ("fail", "error"),
+        ("fail", "model_error"),
+    ],
 )
 def test_an_answer_ended_from_outside_gives_the_text_that_waited(
     tokenizer: Tokenizer, how: str, finish: str

@@ -1,5 +1,4 @@
-"""Answers from a running server by OpenAI's chat completions protocol: ours, or any other that
-speaks it."""
+"""Client of the OpenAI chat completions protocol, for our server or any other."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ _BEYOND = ("top_k", "repetition_penalty", "num_beams", "length_penalty", "ignore
 
 @dataclass(frozen=True, kw_only=True)
 class TokenText:
-    """A token of an answer with its log-probability, and the likeliest ones in its place."""
+    """A token of an answer with its log-probability, and the likeliest alternatives."""
 
     text: str
     logprob: float
@@ -35,7 +34,7 @@ class TokenText:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPiece:
-    """What came of one of the answers; `choice` says of which."""
+    """New text of one answer, whose index is `choice`."""
 
     choice: int = 0
     text: str = ""
@@ -44,7 +43,7 @@ class TextPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A whole answer; `prompt_tokens` is None where the server does not tell."""
+    """A whole answer; `prompt_tokens` is None if the server does not report it."""
 
     text: str
     prompt_tokens: int | None
@@ -55,7 +54,7 @@ class ChatServer:
     (KEY_VARIABLES)."""
 
     def __init__(self, base_url: str, *, model: str | None = None) -> None:
-        """`model` None takes the first one that the server lists. Nothing is sent yet."""
+        """`model`: None takes the first that the server lists. Sends nothing yet."""
         if not base_url.startswith(("http://", "https://")):
             raise ServerError(
                 f"the server's URL is {base_url!r}: it must start with http:// or https://"
@@ -70,7 +69,11 @@ class ChatServer:
 
     @cached_property
     def model(self) -> str:
-        """The name of the model that answers. ServerError if the server lists none."""
+        """Name of the model.
+
+        Raises:
+            ServerError: the server lists none.
+        """
         if self._model is not None:
             return self._model
         with self._errors():
@@ -79,7 +82,12 @@ class ChatServer:
         raise ServerError(f"{self.base_url} lists no model: name one")
 
     def complete(self, prompt: Prompt, *, sampling: SamplingParams) -> Completion:
-        """The first answer. RefusedError if the prompt is at fault, ServerError for all else."""
+        """Get the first answer.
+
+        Raises:
+            RefusedError: the server rejected the request.
+            ServerError: anything else failed.
+        """
         with self._errors():
             response = self._client.chat.completions.create(**self._request(prompt, sampling))
         usage = response.usage
@@ -89,8 +97,7 @@ class ChatServer:
         )
 
     def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[TextPiece]:
-        """Answers piece by piece. Leaving the iterator ends the request, and so the server's work
-        on it."""
+        """Stream answers. Closing the iterator cancels the request, and the server's work on it."""
         request = self._request(prompt, sampling)
         with self._errors(), self._client.chat.completions.create(**request, stream=True) as chunks:
             for chunk in chunks:
@@ -121,8 +128,11 @@ class ChatServer:
 
 
 def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """A prompt's messages with its media as data URLs, in the places that they have in it.
-    DataError if it is wrong."""
+    """Messages of a prompt with its media as data URLs in their places.
+
+    Raises:
+        DataError: the prompt is invalid.
+    """
     sample = {
         "messages": prompt.messages,
         "images": list(prompt.images),
@@ -147,8 +157,8 @@ def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def openai_options(sampling: SamplingParams) -> dict[str, Any]:
-    """Sampling in the protocol's words. What it has no words for goes along by our names where it
-    is no default."""
+    """Sampling parameters as fields of the protocol; what it does not name is sent by our names
+    where it differs from its default."""
     options: dict[str, Any] = {name: getattr(sampling, name) for name in _STANDARD}
     options |= {"max_tokens": sampling.max_new_tokens, "stop": list(sampling.stop) or openai.omit}
     if sampling.logprobs is not None:
@@ -168,7 +178,7 @@ def _token_text(token: Any) -> TokenText:
 
 
 def _reason(error: openai.APIStatusError) -> str:
-    """The message in an error's body, or the body's beginning."""
+    """Message in an error's body, or the beginning of the body."""
     body = error.body
     message = body.get("message") if isinstance(body, dict) else None
     return str(message or error.response.text)[:500]

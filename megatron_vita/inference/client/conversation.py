@@ -1,4 +1,4 @@
-"""A conversation: earlier turns with their media, and what is shown with the next question."""
+"""A chat: earlier turns with their media, and media for the next question."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +8,8 @@ from megatron_vita.inference.prompt import MediaFile, Prompt
 
 @dataclass
 class Conversation:
-    """Turns so far. `images` and `videos` are of those turns, `next_images` and `next_videos` of
-    the next question."""
+    """Turns so far. `images` and `videos` belong to them, `next_images` and `next_videos` to the
+    next question."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[MediaFile] = field(default_factory=list)
@@ -18,7 +18,7 @@ class Conversation:
     next_videos: list[MediaFile] = field(default_factory=list)
 
     def ask(self, question: str) -> Prompt:
-        """The prompt of the next question after all earlier turns; `keep` makes it one of them."""
+        """Prompt of the next question after all earlier turns; `keep` makes it one of them."""
         asked = Prompt.ask(question, images=self.next_images, videos=self.next_videos)
         return Prompt(
             messages=[*self.messages, *asked.messages],
@@ -27,8 +27,8 @@ class Conversation:
         )
 
     def keep(self, prompt: Prompt, answer: str) -> None:
-        """Makes a prompt of `ask` and its answer earlier turns. Without an answer there is no
-        turn."""
+        """Append a prompt of `ask` and its answer to the turns. A question without an answer is
+        dropped."""
         if answer:
             self.messages = [*prompt.messages, {"role": "assistant", "content": answer}]
             self.images, self.videos = list(prompt.images), list(prompt.videos)

@@ -1,5 +1,4 @@
-"""How rank 0's steps reach the other ranks: one message between hosts where a step is small, as
-decode's are."""
+"""Broadcast of steps from rank 0: one message where a step is small, as decode steps are."""
 
 import pickle
 
@@ -16,14 +15,14 @@ _HEADER = 8
 
 
 class StepChannel:
-    """Steps from the first rank of a gloo group to all of it."""
+    """Sends steps from the first rank of a gloo group to all others."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self._small = torch.zeros(_SMALL, dtype=torch.uint8)
 
     def send(self, step: SchedulerOutput) -> None:
-        """By the first rank."""
+        """Send a step; called by the first rank."""
         data = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
         self._small[:_HEADER] = _bytes(len(data).to_bytes(_HEADER, "little"))
         fits = len(data) <= _SMALL - _HEADER
@@ -34,7 +33,7 @@ class StepChannel:
             dist.broadcast(_bytes(data), group=self.group, group_src=0)
 
     def receive(self) -> SchedulerOutput:
-        """By all others."""
+        """Receive a step; called by all other ranks."""
         dist.broadcast(self._small, group=self.group, group_src=0)
         length = int.from_bytes(self._small[:_HEADER].numpy().tobytes(), "little")
         rest = self._small[_HEADER : _HEADER + length]

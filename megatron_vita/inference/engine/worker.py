@@ -1,4 +1,4 @@
-"""What every rank does in a step: its part of the forward pass over its part of the cache."""
+"""A rank's part of a step: its forward pass over its share of the cache."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
 from megatron_vita.inference.runner.cuda_graphs import GraphPool
-from megatron_vita.inference.runner.decode_runner import Decoder
+from megatron_vita.inference.runner.decode_runner import DecodeRunner
 from megatron_vita.inference.runner.kv_cache import KeyValueCache
 from megatron_vita.inference.runner.partial_attention import PLANNED_KEYS, PLANNED_ROWS
 from megatron_vita.inference.runner.prefill_graphs import LENGTHS, PrefillGraphs, padded_length
@@ -28,9 +28,8 @@ from megatron_vita.parallel import groups
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Logits [rows, V], one row for each prompt that ended or each decoded token (none where
-    nothing was computed); sequences that failed, and why; awaited ones whose tiles are decoded on
-    all ranks."""
+    """Logits [rows, V] of prompts that ended or of decoded tokens, None if nothing was computed;
+    reasons of failure by sequence; awaited sequences whose tiles are decoded on all ranks."""
 
     logits: Tensor | None = None
     failed: dict[int, str] = field(default_factory=dict)
@@ -39,7 +38,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Pack:
-    """Pieces one after another, each padded, and what of them this CP rank computes."""
+    """Prefill chunks laid one after another, each padded, and this CP rank's share of them."""
 
     pieces: list[PrefillChunk]
     starts: list[int]  # of the pieces in the pack
@@ -50,14 +49,14 @@ class _Pack:
     is_short: bool  # one whole prompt, of a length for which there is a graph
 
     def local_rows(self, places: Tensor) -> Tensor:
-        """The rows of this rank that compute places of the pack; -1 where another rank does."""
+        """This rank's rows that compute pack positions `places`; -1 for those of other ranks."""
         row = torch.full((len(self.ids),), -1)
         row[self.mine] = torch.arange(len(self.mine))
         return row[places]
 
 
 class Worker:
-    """Weights, cache and sequences of one rank. All ranks are given the same steps."""
+    """Weights, cache and sequences of one rank. All ranks execute the same steps."""
 
     def __init__(
         self,
@@ -75,10 +74,10 @@ class Worker:
         self.features = FeatureSource(
             model, recipe=recipe, form=form, readers=readers, graphs=self.graphs
         )
-        self.decoder = Decoder(
+        self.decoder = DecodeRunner(
             model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
         )
-        self.short_prompts = (
+        self.prefill_graphs = (
             PrefillGraphs(model.language_model, cache, graphs=self.graphs) if self.graphs else None
         )
         self._tables: dict[int, Tensor] = {}
@@ -86,25 +85,25 @@ class Worker:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Makes the graphs that single requests need, so that the first of them does not wait.
+        """Record the graphs that single requests need, so that the first one does not wait.
         Collective."""
-        if self.short_prompts is not None:
+        if self.prefill_graphs is not None:
             for length in LENGTHS:
                 if length % (2 * groups.context_group().size()) == 0:
-                    self.short_prompts.record(length)
+                    self.prefill_graphs.record(length)
             self.decoder.record(1)
             self.features.warm_up()
 
     def close(self) -> None:
-        """Drops all graphs, for a process group cannot be left while they hold its operations; and
-        what is decoded."""
+        """Free all graphs, since a process group cannot be destroyed while they hold its
+        operations, and stop decoding."""
         if self.graphs is not None:
             self.graphs.close()
         self.features.decoder.close()
 
     @torch.no_grad()
     def execute(self, step: SchedulerOutput) -> StepResult:
-        """Does what a step says."""
+        """Execute a step. Collective."""
         self._keep_books(step)
         result = StepResult()
         if step.prefill:
@@ -114,7 +113,7 @@ class Worker:
         return replace(result, ready=self._ready(step)) if step.awaiting_tiles else result
 
     def _ready(self, step: SchedulerOutput) -> list[int]:
-        """The awaited sequences whose tiles are decoded on all ranks."""
+        """Awaited sequences whose tiles are decoded on all ranks."""
         here = self.features.decoder.ready(step.awaiting_tiles, patience=step.tile_wait_seconds)
         flags = torch.tensor(
             [sequence in here for sequence in step.awaiting_tiles], dtype=torch.uint8
@@ -152,9 +151,9 @@ class Worker:
         model = self.model.language_model
         hidden = model.embed_rows(pack.ids[pack.mine].to(platform.device()))  # [t, 1, H]
         failed = self._write_features(hidden, pack)
-        if pack.is_short and self.short_prompts is not None:
+        if pack.is_short and self.prefill_graphs is not None:
             places, slots = self._stored(pack)
-            hidden = self.short_prompts.run(hidden, places=places, slots=slots)
+            hidden = self.prefill_graphs.run(hidden, places=places, slots=slots)
         else:
             hidden = model.run_layers(hidden, attention=self._attention(pack))
         for piece in pieces:
@@ -168,7 +167,7 @@ class Worker:
         first = pieces[0]
         short = (
             padded_length(first.stop)
-            if self.short_prompts and len(pieces) == 1 and first.start == 0
+            if self.prefill_graphs and len(pieces) == 1 and first.start == 0
             else None
         )
         if short is not None and short % (2 * ranks) == 0:
@@ -197,8 +196,8 @@ class Worker:
         )
 
     def _write_features(self, hidden: Tensor, pack: _Pack) -> dict[int, str]:
-        """Overwrites the embeddings [t, 1, H] of placeholders; what is wrong with which sequence,
-        of all ranks."""
+        """Overwrite the embeddings [t, 1, H] of placeholders; returns reasons of failure by
+        sequence, of all ranks."""
         features = self.features.of_pieces(pack.pieces, pack.starts)
         if features is None:
             return {}
@@ -215,7 +214,7 @@ class Worker:
         return {sequence: reason for report in reports for sequence, reason in report.items()}
 
     def _stored(self, pack: _Pack) -> tuple[Tensor, Tensor]:
-        """Places of the pack that are stored on this rank, and their slots."""
+        """Pack positions that are cached on this rank, and their slots."""
         layout = self.cache.layout
         stored, slots = [], []
         for piece, start in zip(pack.pieces, pack.starts, strict=True):
@@ -273,7 +272,6 @@ class Worker:
 
 
 def _padded(length: int, cp_size: int) -> int:
-    """A piece's length with padding: for the zigzag of CP, and to what cuDNN takes where it is
-    long."""
+    """Length of a chunk padded to the zigzag of CP, and to cuDNN's multiples where it is long."""
     multiple = 2 * cp_size if cp_size > 1 else 1
     return pad_to(length, math.lcm(PLANNED_ROWS, multiple) if length >= PLANNED_KEYS else multiple)

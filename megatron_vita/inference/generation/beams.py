@@ -1,5 +1,5 @@
-"""Beam search over one request, apart from the model: log-probabilities in, which beams go on with
-which tokens out."""
+"""Beam search of one request: takes log-probabilities, tells which beams continue with which
+tokens."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from megatron_vita.inference.requests import FinishReason, SamplingParams, Score
 
 @dataclass(frozen=True, kw_only=True)
 class BeamAnswer:
-    """One answer of a search: its tokens without the end token, and its score."""
+    """One result of a search: its tokens without the end token, and its score."""
 
     tokens: tuple[ScoredToken, ...]
     score: float  # sum of log-probabilities, the end token's too, over length ** length_penalty
@@ -25,20 +25,20 @@ class BeamAnswer:
 
     @property
     def token_ids(self) -> list[int]:
-        """The tokens alone."""
+        """Token ids alone."""
         return [token.chosen.token_id for token in self.tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Beam:
-    """A beam's last token; beams share what they have in common."""
+    """A beam's last token; beams share their common prefixes as linked lists."""
 
     token: ScoredToken
     before: "_Beam | None"
     total: float  # sum of log-probabilities
 
     def chain(self) -> Iterator[ScoredToken]:
-        """All tokens, the last one first."""
+        """All tokens, last one first."""
         beam: _Beam | None = self
         while beam is not None:
             yield beam.token
@@ -46,10 +46,10 @@ class _Beam:
 
 
 class BeamSearch:
-    """The `beams` likeliest answers as transformers finds them with early_stopping=False.
+    """Beam search with the results of transformers' for early_stopping=False.
 
     Each `advance` takes logits of the live beams, in the order of the last call's `parents` and
-    `tokens`: at first one row, that of the prompt. When `done`, `results` are what was found.
+    `tokens`: at first one row, that of the prompt. When `done`, `results` are final.
     """
 
     def __init__(self, sampling: SamplingParams, *, end_ids: frozenset[int]) -> None:
@@ -65,8 +65,11 @@ class BeamSearch:
         self._length = 0
 
     def advance(self, logits: Tensor) -> None:
-        """A step of all live beams by their logits [W, V]. Raises LogitsError where logits are NaN
-        or infinite."""
+        """Advance all live beams by their logits [W, V].
+
+        Raises:
+            LogitsError: logits are NaN or infinite.
+        """
         assert not self.done
         assert len(logits) == len(self._live)
         candidates = self._candidates(logits)
@@ -87,12 +90,12 @@ class BeamSearch:
         self.done = not live or not self._can_improve(live[0][1])
 
     def results(self, count: int) -> list[BeamAnswer]:
-        """The best, best first; fewer than `count` only where the vocabulary has no more."""
+        """Best results, best first; fewer than `count` only if the vocabulary has no more."""
         return self._finished[:count]
 
     def _candidates(self, logits: Tensor) -> list[tuple[int, _Beam]]:
-        """The best continuations with the row each continues: enough for `beams` that do not
-        end."""
+        """Best continuations, each with the row that it continues: enough for `num_beams` that do
+        not end."""
         vocab_size = logits.shape[-1]
         logprobs = logits.float().log_softmax(dim=-1)
         totals = [beam.total if beam else 0.0 for beam in self._live]
@@ -122,7 +125,7 @@ class BeamSearch:
         return [(parent, beam) for parent, beam in candidates if beam.total > -torch.inf]
 
     def _likeliest(self, numbers: list[float], width: int) -> list[tuple[TokenScore, ...]]:
-        """Per live beam the likeliest tokens: `numbers` are all log-probabilities, then all ids."""
+        """Likeliest tokens of each live beam: `numbers` are all log-probabilities, then all ids."""
         rows = len(self._live)
         scores = [
             TokenScore(int(i), p)
@@ -141,8 +144,7 @@ class BeamSearch:
         ]
 
     def _can_improve(self, best: _Beam) -> bool:
-        """Whether the best live beam, at its present length, beats the worst answer of a full
-        list."""
+        """Whether the best live beam, at its present length, beats the worst result of a full list."""
         if len(self._finished) < self._sampling.num_beams:
             return True
         return best.total / self._length**self._sampling.length_penalty > self._finished[-1].score

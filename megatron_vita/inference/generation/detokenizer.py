@@ -1,4 +1,4 @@
-"""Tokens become text as they come, and what was given never has to be taken back."""
+"""Incremental detokenization: text that was given out is never taken back."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ _CHARACTER_BYTES = 4
 
 
 class TextStream:
-    """The text of one answer, up to the first stop string.
+    """Text of one answer, up to the first stop string.
 
-    All that `push` and `finish` return, joined, is `tokenizer.decode` of all ids, or what of it
-    comes before the stop string that is complete first. Only runs of more than 16 byte-fallback
-    tokens may decode differently where they are
-    no text. Each token decodes a window of a few tokens: those that still wait, after the ones
-    given last, which tell decoders that theirs is not the text's beginning.
+    All that `push` and `finish` return, joined, is `tokenizer.decode` of all ids up to the stop
+    string that is complete first. Only runs of more than 16 byte-fallback tokens that are not text
+    may decode differently.
+
+    Each token decodes a window of a few tokens: those that are held back, preceded by the last ones
+    given out, so that the decoder does not treat the held ones as the text's beginning.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -32,14 +33,14 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop string
 
     def push(self, token_id: int) -> str:
-        """The text that this token adds for sure."""
+        """Text that this token certainly adds."""
         if self.stopped or (token_id in self._tokenizer.special_ids and not self._keeps_apart()):
             return ""
         self._window.append(token_id)
         return self._until_stop(self._decode_window())
 
     def finish(self) -> str:
-        """What is left when no token follows."""
+        """Text held back, once no token follows."""
         if self.stopped:
             return ""
         text = self._until_stop(self._tokenizer.decode(self._window)[self._known_length :])
@@ -48,7 +49,7 @@ class TextStream:
         return text + rest
 
     def _keeps_apart(self) -> bool:
-        """Whether a special token after the window may change how what follows decodes."""
+        """Whether a special token after the window may change how the following tokens decode."""
         if not self._window:
             return False
         last = self._window[-1]
@@ -71,18 +72,18 @@ class TextStream:
         return new
 
     def _shorten_window(self, text: str) -> str:
-        """Gives the part of a long tail that further bytes cannot change."""
+        """Give out the part of a long tail that further bytes cannot change."""
         cut = self._cut(text)
         new = self._tokenizer.decode(self._window[:cut])[self._known_length :]
         self._window, self._known, self._known_length = self._window[cut:], 0, 0
         return new
 
     def _cut(self, text: str) -> int:
-        """Tokens of the window after which its text can be cut: a character's end, or else between
-        wrong bytes.
+        """Number of tokens of the window after which its text can be cut: at a character's end, or
+        else between invalid bytes.
 
-        Wrong bytes are left together where they decode together, and the last few, which may begin
-        a character.
+        Invalid bytes that decode together stay together, as do the last few, which may begin a
+        character.
         """
         certain = len(self._window) - _CHARACTER_BYTES
         for cut in range(len(self._window), certain, -1):
@@ -98,8 +99,8 @@ class TextStream:
         return self._known + 1
 
     def _until_stop(self, new: str) -> str:
-        """What of the held text and `new` comes before a stop string and cannot be the beginning of
-        one."""
+        """Part of the held text and `new` that precedes a stop string and cannot be the beginning
+        of one."""
         if not self._stop or not new:
             return new
         text = self._held + new
@@ -112,7 +113,7 @@ class TextStream:
         return text[: len(text) - held]
 
     def _beginning_of_stop(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
+        """Length of the longest suffix of `text` that a stop string begins with."""
         longest = min(len(text), max(map(len, self._stop)) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):

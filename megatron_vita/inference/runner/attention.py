@@ -1,9 +1,9 @@
-"""What attention sees in a step of the engine: pieces of prompts over all that is cached before
-them, or one new token of each of several sequences over all that it has.
+"""Attention of a step of the engine: prefill chunks over everything cached before them, or one
+decode token of each of several sequences over its whole cache.
 
-Under context parallelism keys never travel to queries that are far from them: queries of a step are
-gathered, each rank attends to the pages that it holds, and partial results go back to the queries'
-owners, where they are merged.
+Under context parallelism keys never travel to distant queries: the queries of a step are gathered,
+each rank attends to the pages that it holds, and partial results return to the queries' owners,
+where they are merged.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_vita.inference.runner.kv_cache import KeyValueCache
-from megatron_vita.inference.runner.partial_attention import attend, join, join_all
+from megatron_vita.inference.runner.partial_attention import (
+    attend,
+    merge_all_states,
+    merge_attention_states,
+)
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.zigzag import positions_of_rank
 from megatron_vita.parallel.collectives import exchange_rows, gather_context
@@ -24,7 +28,7 @@ Partial = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptPiece:
-    """Tokens of one sequence that a step computes; they follow one another in the step's pack."""
+    """Consecutive tokens of one sequence that a step computes, as they lie in the step's pack."""
 
     start: int  # place in the pack
     length: int  # with padding
@@ -34,7 +38,7 @@ class PromptPiece:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of this rank that follow one another in their piece."""
+    """Rows of this rank that are consecutive in their chunk."""
 
     row: int  # the first of them in the slice
     offset: int  # and in the piece
@@ -42,8 +46,8 @@ class Run:
 
 
 def runs_of(piece: PromptPiece, *, cp_size: int, cp_rank: int) -> list[Run]:
-    """The rows of a piece that a CP rank computes: chunks `cp_rank` and `2 * cp_size - 1 - cp_rank`
-    of 2 * CP."""
+    """Rows of a chunk that a CP rank computes: pieces `cp_rank` and `2 * cp_size - 1 - cp_rank` of
+    2 * CP."""
     row = piece.start // cp_size
     if cp_size == 1:
         return [Run(row, 0, piece.length)]
@@ -56,7 +60,7 @@ def runs_of(piece: PromptPiece, *, cp_size: int, cp_rank: int) -> list[Run]:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillAttention:
-    """Attention of the rows of prompts; megatron-core passes it on as its PackedSeqParams."""
+    """Attention of prefill rows, handed through megatron-core in the place of its PackedSeqParams."""
 
     cache: KeyValueCache
     pieces: list[PromptPiece]
@@ -76,11 +80,11 @@ class PrefillAttention:
         self.cache.write(layer, keys[self.stored_rows], values[self.stored_rows], slots=self.slots)
         own = self._attend_within(query, keys.transpose(0, 1), values.transpose(0, 1))
         if any(piece.blocks.numel() for piece in self.pieces):
-            own = join(own, self._attend_past(layer, query))
+            own = merge_attention_states(own, self._attend_prefix(layer, query))
         return own[0]
 
     def _whole(self, rows: Tensor) -> Tensor:
-        """Rows of all CP ranks in the order of the pack: [t, ...] -> [T, ...]."""
+        """Gather the rows of all CP ranks into pack order: [t, ...] -> [T, ...]."""
         return (
             rows
             if self.cp_group.size() == 1
@@ -88,7 +92,7 @@ class PrefillAttention:
         )
 
     def _attend_within(self, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
-        """Each row over the earlier rows of its own piece: keys, values [groups, T, d]."""
+        """Attend from each row to the earlier rows of its own chunk: keys, values [groups, T, d]."""
         parts = []
         for piece in self.pieces:
             for run in runs_of(piece, cp_size=self.cp_group.size(), cp_rank=self.cp_group.rank()):
@@ -97,14 +101,17 @@ class PrefillAttention:
                 own = slice(middle, middle + run.length)
                 part = attend(rows, keys[:, own], values[:, own], causal=True)
                 if run.offset:
-                    part = join(part, attend(rows, keys[:, begin:middle], values[:, begin:middle]))
+                    part = merge_attention_states(
+                        part, attend(rows, keys[:, begin:middle], values[:, begin:middle])
+                    )
                 parts.append(part)
         if len(parts) == 1:
             return parts[0]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
-    def _attend_past(self, layer: int, query: Tensor) -> Partial:
-        """This rank's rows [t] over what is cached before their pieces, wherever it lies."""
+    def _attend_prefix(self, layer: int, query: Tensor) -> Partial:
+        """Attend from this rank's rows [t] to the cache before their chunks, on whatever rank it
+        lies."""
         ranks = self.cp_group.size()
         outs, lses = self._attend_held(layer, self._whole(query))
         if ranks == 1:
@@ -116,10 +123,11 @@ class PrefillAttention:
             )
             for rows in (outs, lses)
         )
-        return join_all(*(rows.unflatten(0, (ranks, -1)) for rows in received))
+        return merge_all_states(*(rows.unflatten(0, (ranks, -1)) for rows in received))
 
     def _attend_held(self, layer: int, queries: Tensor) -> Partial:
-        """All rows of the pack [T, heads, d] over what is cached here before their pieces."""
+        """Attend from all rows of the pack [T, heads, d] to this rank's share of the cache before
+        their chunks."""
         if len(self.pieces) == 1:
             part = self._attend_piece(layer, queries, self.pieces[0])
             if part is not None:
@@ -137,12 +145,12 @@ class PrefillAttention:
 
     def _attend_piece(self, layer: int, queries: Tensor, piece: PromptPiece) -> Partial | None:
         rows = queries[piece.start : piece.start + piece.length]
-        return self.cache.attend_past(layer, rows, blocks=piece.blocks, length=piece.past)
+        return self.cache.attend_prefix(layer, rows, blocks=piece.blocks, length=piece.past)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeAttention:
-    """Attention of one new token of each of B sequences. All CP ranks have the same rows."""
+    """Attention of one decode token of each of B sequences; all CP ranks compute the same rows."""
 
     cache: KeyValueCache
     rotation: Rotation
@@ -158,18 +166,18 @@ class DecodeAttention:
         query = self.cache.rotate_and_write(
             layer, query, key, value, rotation=self.rotation, slots=self.slots
         )
-        out, lse = self.cache.attend_new(layer, query, tables=self.tables, lengths=self.lengths)
+        out, lse = self.cache.attend_decode(layer, query, tables=self.tables, lengths=self.lengths)
         if self.cp_group.size() > 1:
             ranks = self.cp_group.size()
             packed = gather_context(torch.cat([out, lse[..., None]], -1), self.cp_group).unflatten(
                 0, (ranks, -1)
             )
-            out, _ = join_all(packed[..., :-1], packed[..., -1])
+            out, _ = merge_all_states(packed[..., :-1], packed[..., -1])
         return out.to(query.dtype)
 
 
 def held_places(bounds: Tensor, *, cp_size: int) -> Tensor:
-    """The places of a pack with bounds [D+1] in the order of rows gathered over CP: [T]."""
+    """Pack positions, for bounds [D+1], in the order of rows gathered over CP: [T]."""
     return torch.cat(
         [positions_of_rank(bounds, cp_size=cp_size, cp_rank=rank) for rank in range(cp_size)]
     )

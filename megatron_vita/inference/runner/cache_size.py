@@ -1,4 +1,4 @@
-"""How large the key-value cache may be."""
+"""Capacity of the key-value cache."""
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,10 @@ _SPARE_BYTES = 3 << 30
 def build_cache(
     recipe: Recipe, *, page_tokens: int, tokens: int | None, chunk_tokens: int, fp8: bool
 ) -> tuple[KeyValueCache, int]:
-    """The cache of this rank, and its number of blocks, which is the same on all ranks. Collective.
+    """Allocate this rank's cache; returns it and its number of blocks, the same on all ranks.
+    Collective.
 
-    `tokens`: those that it must hold over all ranks; None for what memory leaves.
+    `tokens`: capacity over all ranks; None takes what memory leaves.
     """
     layout = groups.rank_layout()
     blocks = BlockLayout(page_tokens=page_tokens, cp_size=layout.cp_size, cp_rank=layout.cp_rank)
@@ -51,8 +52,7 @@ def _free_bytes() -> int:
 
 
 def _needed_bytes(recipe: Recipe, chunk_tokens: int) -> int:
-    """Activations of a chunk of prompt: what one layer and attention's partial results hold at a
-    time."""
+    """Bytes of activations of a prefill chunk: one layer's, and attention's partial results."""
     shape, layout = recipe.model.language, groups.rank_layout()
     heads = shape.num_attention_heads * shape.kv_channels // layout.tp_size
     per_token = 6 * shape.hidden_size + 4 * shape.ffn_hidden_size // layout.tp_size
@@ -61,7 +61,7 @@ def _needed_bytes(recipe: Recipe, chunk_tokens: int) -> int:
 
 
 def _agreed(count: int) -> int:
-    """The least of all ranks' counts."""
+    """Smallest count of all ranks."""
     least = torch.tensor([count], device=platform.device())
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return int(least)

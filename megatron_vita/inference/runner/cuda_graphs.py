@@ -9,12 +9,11 @@ from torch import Tensor
 
 
 class Graph:
-    """A recorded call. Its inputs are whatever tensors the function reads: contents may change, but
-    not their place."""
+    """A recorded call. It reads its inputs at fixed addresses: their contents may change, not their
+    place."""
 
     def __init__(self, function: Callable[[], Tensor], *, pool: Any) -> None:
-        """Runs the function once, so that kernels are compiled and buffers made, then records
-        it."""
+        """Run the function once, so that kernels are compiled and buffers exist, then record it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -26,12 +25,12 @@ class Graph:
             self._output = function()
 
     def launch(self) -> Tensor:
-        """The function's output for what its inputs now hold."""
+        """Replay the call; returns its output for the present contents of its inputs."""
         self._graph.replay()
         return self._output
 
     def close(self) -> None:
-        """Gives the recording back."""
+        """Free the recording."""
         self._graph.reset()
         del self._function, self._output
 
@@ -48,12 +47,12 @@ class GraphPool:
         self._graphs: list[Graph] = []
 
     def record(self, function: Callable[[], Tensor]) -> Graph:
-        """The graph of a call. Collective where the function is."""
+        """Record a call as a graph. Collective where the function is."""
         self._graphs.append(Graph(function, pool=self._handle))
         return self._graphs[-1]
 
     def close(self) -> None:
-        """Gives all graphs back at once: whoever made them may be part of a cycle that is collected
+        """Free all graphs at once: their owners may be part of reference cycles that are collected
         much later."""
         while self._graphs:
             self._graphs.pop().close()

@@ -1,5 +1,4 @@
-"""One new token of each of several sequences, in few shapes, so that CUDA graphs can replay the
-forward pass."""
+"""Decode steps in few batch sizes, so that CUDA graphs can replay the forward pass."""
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from megatron_vita.parallel import groups
 _FIELDS = ("ids", "positions", "slots", "lengths")
 
 
-class Batch:
-    """The inputs of a forward pass over `size` sequences, at fixed addresses."""
+class DecodeBuffers:
+    """Inputs of a decode step of `size` sequences, at fixed addresses."""
 
     def __init__(self, size: int, *, blocks: int) -> None:
         device = platform.device()
@@ -31,7 +30,7 @@ class Batch:
         self.graph: Graph | None = None
 
     def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
-        """Brings the table of a row up to date."""
+        """Update the block table of a row."""
         shown, count = self.shown[row]
         first = count if shown == sequence else 0
         if first < len(blocks):
@@ -39,8 +38,8 @@ class Batch:
         self.shown[row] = (sequence, len(blocks))
 
 
-class Decoder:
-    """Runs batches of new tokens, in sizes that are powers of two."""
+class DecodeRunner:
+    """Runs decode steps in batch sizes that are powers of two."""
 
     def __init__(
         self,
@@ -52,10 +51,10 @@ class Decoder:
     ) -> None:
         self.model, self.cache, self.max_blocks = model, cache, max_blocks
         self.graphs = graphs
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, DecodeBuffers] = {}
 
     def run(self, rows: list[tuple[int, int, int]], *, tables: dict[int, Tensor]) -> Tensor:
-        """Logits [B, V] after rows of (sequence, token, its position), whose blocks are in
+        """Logits [B, V] for rows of (sequence, token, position), whose block tables are in
         `tables`."""
         batch = self._batch_for(len(rows))
         layout = self.cache.layout
@@ -78,24 +77,24 @@ class Decoder:
         return self.record(len(rows)).launch()[: len(rows)]
 
     def record(self, rows: int) -> Graph:
-        """The graph of batches of so many rows, made where it is not there. Collective."""
+        """The graph for a number of rows, recorded if it does not exist yet. Collective."""
         assert self.graphs is not None, "this decoder works without graphs"
         batch = self._batch_for(rows)
         batch.graph = batch.graph or self.graphs.record(lambda: self._forward(batch))
         return batch.graph
 
     def forget(self, sequence: int) -> None:
-        """The number of a sequence whose blocks have changed, or which has ended."""
+        """Drop the buffered block table of a sequence that has new blocks or has ended."""
         for batch in self._batches.values():
             batch.shown = [(-1, 0) if shown[0] == sequence else shown for shown in batch.shown]
 
-    def _batch_for(self, rows: int) -> Batch:
+    def _batch_for(self, rows: int) -> DecodeBuffers:
         size = 1 << (rows - 1).bit_length()
         if size not in self._batches:
-            self._batches[size] = Batch(size, blocks=self.max_blocks)
+            self._batches[size] = DecodeBuffers(size, blocks=self.max_blocks)
         return self._batches[size]
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: DecodeBuffers) -> Tensor:
         ids, positions, slots, lengths = batch.device
         attention = DecodeAttention(
             cache=self.cache,

@@ -1,5 +1,4 @@
-"""Triton kernels of serving: rotary positions, attention of new tokens over their pages, joining of
-partial results."""
+"""Triton kernels of serving: rotary positions, paged decode attention, merging of attention states."""
 
 import torch
 import triton
@@ -10,7 +9,9 @@ _PROGRAMS = 528
 """Programs that fill a GPU of 132 multiprocessors a few times over: keys are split into so many parts at most."""
 
 
-def join_on_cuda(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def merge_states_on_cuda(
+    a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
     """See `partial_attention.join`: a, b [m, heads, d] of any strides but the last, 1."""
     rows, heads, width = a.shape
     out = torch.empty(rows, heads, width, dtype=a.dtype, device=a.device)
@@ -92,7 +93,7 @@ def rotate_and_store(
     values: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Rotates query [B, heads, d], which is returned, and key [B, groups, d], in one launch.
+    """Rotate query [B, heads, d], which is returned, and key [B, groups, d], in one launch.
 
     The key goes to `keys` [groups, slots, d] at `slots` [B], the value to `values`.
     """
@@ -185,7 +186,7 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     MEMBERS: tl.constexpr, MEMBER_BLOCK: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,  # noqa: N803
     PAGE: tl.constexpr, PAGE_BLOCK: tl.constexpr, SCALED: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """One split of the pages of a sequence, for all query heads of a key group."""
+    """Attend to one split of a sequence's pages, for all query heads of a key group."""
     split, group, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     pages = tl.cdiv(length, PAGE)

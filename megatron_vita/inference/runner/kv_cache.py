@@ -1,4 +1,4 @@
-"""The key-value cache of one rank: its heads, its pages of every sequence, for each layer."""
+"""Key-value cache of one rank: pages of its heads for each layer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vita.inference.runner.partial_attention import attend, join
+from megatron_vita.inference.runner.partial_attention import attend, merge_attention_states
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout, consecutive
 
@@ -18,8 +18,7 @@ _FP8_MAX = 448.0
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What a rank keeps of each token that it holds. `fp8`: in 8 bits (E4M3), each row with a scale
-    of its own."""
+    """Shape of a cached token on one rank. `fp8`: stored as E4M3 with a scale for each row."""
 
     layers: int
     groups: int
@@ -29,7 +28,7 @@ class CacheShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """Memory of one token."""
+        """Bytes of one token."""
         return (
             2
             * self.layers
@@ -39,8 +38,7 @@ class CacheShape:
 
 
 class KeyValueCache:
-    """Pages of keys and values [groups, slots, d] by layer, counted from 1 as megatron-core
-    does."""
+    """Pages of keys and values [groups, slots, d] by layer, counted from 1 as in megatron-core."""
 
     def __init__(
         self, layout: BlockLayout, shape: CacheShape, *, blocks: int, device: torch.device
@@ -56,8 +54,7 @@ class KeyValueCache:
         )
 
     def write(self, layer: int, key: Tensor, value: Tensor, *, slots: Tensor) -> None:
-        """Stores rows [n, groups, d] in slots [n]; of equal slots (padding in the scratch block)
-        any."""
+        """Store rows [n, groups, d] in slots [n]; slots may repeat only in the scratch block."""
         for which, rows in enumerate((key, value)):
             store = (self._keys, self._values)[which][layer - 1]
             rows = rows.transpose(0, 1)  # [groups, n, d]
@@ -78,8 +75,8 @@ class KeyValueCache:
         rotation: Rotation,
         slots: Tensor,
     ) -> Tensor:
-        """Rotates query [n, heads, d], which is returned, and key [n, groups, d], which is stored
-        as value is."""
+        """Rotate query [n, heads, d], which is returned, and key [n, groups, d]; store key and
+        value."""
         if not query.is_cuda or self._scales is not None:
             self.write(layer, rotation.rotate(key), value, slots=slots)
             return rotation.rotate(query)
@@ -90,20 +87,20 @@ class KeyValueCache:
             keys=self._keys[layer - 1], values=self._values[layer - 1], slots=slots,
         )  # fmt: skip
 
-    def attend_past(
+    def attend_prefix(
         self, layer: int, query: Tensor, *, blocks: Tensor, length: int
     ) -> tuple[Tensor, Tensor] | None:
-        """Partial attention of query [m, heads, d] over the first `length` tokens here; None where
-        that is 0."""
+        """Attend from query [m, heads, d] to the first `length` tokens held here; None if that is
+        0."""
         result = None
         for key, value in self._read(layer, blocks, length):
             part = attend(query, key, value)
-            result = part if result is None else join(result, part)
+            result = part if result is None else merge_attention_states(result, part)
         return result
 
     def _read(self, layer: int, blocks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values [groups, n, d] of a sequence, no more than GATHERED_TOKENS at a time
-        unless side by side."""
+        """Keys and values [groups, n, d] of a sequence: as one view where its blocks are
+        consecutive, else copied at most GATHERED_TOKENS at a time."""
         page = self.layout.page_tokens
         blocks = blocks[: -(-length // page)]
         if not length:
@@ -120,7 +117,7 @@ class KeyValueCache:
             yield self._gather(layer, 0, part)[:, :count], self._gather(layer, 1, part)[:, :count]
 
     def _gather(self, layer: int, which: int, blocks: Tensor) -> Tensor:
-        """The rows of some blocks, side by side: [groups, n, d]."""
+        """Copy the rows of some blocks into one tensor [groups, n, d]."""
         page = self.layout.page_tokens
         store = (self._keys, self._values)[which][layer - 1]
         blocks = blocks.to(store.device)
@@ -141,12 +138,12 @@ class KeyValueCache:
         )
         return rows.to(self.dtype) * scale[..., None].to(self.dtype)
 
-    def attend_new(
+    def attend_decode(
         self, layer: int, query: Tensor, *, tables: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Partial attention of one token of each of B sequences over what is held here.
+        """Attend from one token of each of B sequences to the pages held here.
 
-        query [B, heads, d]; tables [B, blocks]; lengths [B]. Returns fp32 out [B, heads, d],
+        query [B, heads, d]; tables [B, blocks]; lengths [B]. Returns fp32 out [B, heads, d] and
         log-sum-exp [B, heads].
         """
         if query.is_cuda:
@@ -164,13 +161,15 @@ class KeyValueCache:
         out = torch.zeros(query.shape, dtype=torch.float32)
         lse = torch.full(query.shape[:2], -torch.inf)
         for row, length in enumerate(lengths.tolist()):
-            part = self.attend_past(layer, query[row : row + 1], blocks=tables[row], length=length)
+            part = self.attend_prefix(
+                layer, query[row : row + 1], blocks=tables[row], length=length
+            )
             if part is not None:
                 out[row], lse[row] = part[0][0], part[1][0]
         return out, lse
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies whole blocks: (from, to)."""
+        """Copy whole blocks, each given as (source, destination)."""
         page = self.layout.page_tokens
         for source, target in pairs:
             old, new = (slice(block * page, (block + 1) * page) for block in (source, target))

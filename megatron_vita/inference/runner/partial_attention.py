@@ -1,8 +1,8 @@
-"""Attention over a part of the keys: results come with the log-sum-exp of their scores, by which
+"""Attention over part of the keys: each result comes with the log-sum-exp of its scores, by which
 parts are merged.
 
-cuDNN's kernels are the fastest on CUDA but are planned for each shape, so they take what is large
-and regular.
+cuDNN's kernels are the fastest on CUDA but build a plan for each shape, so they are given what is
+large and regular.
 """
 
 import functools
@@ -43,21 +43,23 @@ def attend(
     return out[0].transpose(0, 1), lse.T
 
 
-def join(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two partial results (out [m, heads, d], log-sum-exp [m, heads]) as one of the same kind.
+def merge_attention_states(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Merge two attention states, each (out [m, heads, d], log-sum-exp [m, heads]), into one.
 
     A part without keys has a log-sum-exp of -inf.
     """
     (a, lse_a), (b, lse_b) = first, second
     if a.is_cuda:
-        from megatron_vita.inference.runner.kernels import join_on_cuda
+        from megatron_vita.inference.runner.kernels import merge_states_on_cuda
 
-        return join_on_cuda(a, lse_a, b, lse_b)
+        return merge_states_on_cuda(a, lse_a, b, lse_b)
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = ((part - lse).exp().nan_to_num()[..., None] for part in (lse_a, lse_b))
     return (a * weight_a + b * weight_b).to(a.dtype), lse
 
 
-def join_all(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """P partial results as one: outs [P, m, heads, d], lses [P, m, heads]."""
-    return functools.reduce(join, zip(outs, lses, strict=True))
+def merge_all_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge P attention states: outs [P, m, heads, d], lses [P, m, heads]."""
+    return functools.reduce(merge_attention_states, zip(outs, lses, strict=True))

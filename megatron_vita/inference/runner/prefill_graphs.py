@@ -1,5 +1,4 @@
-"""Short prompts that come alone: their time is that of launching kernels, which CUDA graphs
-save."""
+"""CUDA graphs of single short prompts, whose time would otherwise be that of launching kernels."""
 
 import torch
 from torch import Tensor
@@ -18,22 +17,22 @@ LENGTHS = (*range(64, 513, 64), *range(640, 1025, 128))
 
 
 def padded_length(length: int) -> int | None:
-    """The length of the graph that takes a prompt; None where it is too long for any."""
+    """Length of the smallest graph that a prompt fits; None if it is too long for any."""
     return next((known for known in LENGTHS if known >= length), None)
 
 
 class PrefillGraphs:
-    """The layers over whole prompts of the known lengths."""
+    """The layers over whole prompts of each of LENGTHS."""
 
     def __init__(self, model: LanguageModel, cache: KeyValueCache, *, graphs: GraphPool) -> None:
         self.model, self.cache, self.graphs = model, cache, graphs
         self._graphs: dict[int, tuple[Tensor, Tensor, Graph]] = {}  # embeddings, slots, graph
 
     def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor) -> Tensor:
-        """Last hidden states of embeddings [t, 1, H], this rank's rows of a prompt of one of
+        """Last hidden states of embeddings [t, 1, H]: this rank's rows of a prompt of one of
         LENGTHS.
 
-        Keys at `places` of the prompt are stored at `slots`.
+        Keys at positions `places` of the prompt are stored at `slots`.
         """
         length = len(hidden) * groups.context_group().size()
         if length not in self._graphs:
@@ -46,7 +45,7 @@ class PrefillGraphs:
         return graph.launch()
 
     def record(self, length: int) -> None:
-        """Makes the graph of a length. Collective."""
+        """Record the graph of a length. Collective."""
         device, ranks, rank = (
             platform.device(),
             groups.context_group().size(),

@@ -1,4 +1,5 @@
-"""Rotary positions of the rows of a step. Angles are looked at once for all layers, in fp32."""
+"""Rotary positions of the rows of a step: cosines and sines are computed once for all layers, in
+fp32."""
 
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from megatron_vita.config import LanguageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Cosines and sines [t, d / 2] of the angles of each row, scaled as YaRN asks."""
+    """Cosines and sines [t, d / 2] of each row's angles, with YaRN's attention scaling."""
 
     cos: Tensor
     sin: Tensor
@@ -19,13 +20,13 @@ class Rotation:
     def at(
         cls, positions: Tensor, *, inverse_frequencies: Tensor, shape: LanguageConfig
     ) -> "Rotation":
-        """Of rows at `positions` [t]."""
+        """The rotation of rows at `positions` [t]."""
         angles = positions[:, None].float() * inverse_frequencies
         factor = shape.rope_scaling.attention_factor
         return cls(cos=angles.cos() * factor, sin=angles.sin() * factor)
 
     def rotate(self, rows: Tensor) -> Tensor:
-        """Queries or keys [t, heads, d]: dimension i turns with dimension i + d / 2."""
+        """Rotate queries or keys [t, heads, d], in which dimension i pairs with i + d / 2."""
         if rows.is_cuda:
             from megatron_vita.inference.runner.kernels import rotate_on_cuda
 

@@ -1,5 +1,4 @@
-"""The readers of media that an engine may ask: processes of `decode_worker.py`, and threads that
-wait for them."""
+"""A pool of processes that decode media (`decode_worker.py`), shared by the engine's threads."""
 
 import os
 import queue
@@ -37,14 +36,14 @@ _ONE_THREAD = {
 
 
 class Probe(NamedTuple):
-    """What kind of video is the file that follows? The answer is a VideoInfo."""
+    """Request for a video's duration, rate and size. The file follows; the reply is a VideoInfo."""
 
     name: str
 
 
 class Decode(NamedTuple):
-    """What do tiles of the file that follows show? The answer is a shape, and an array of it that
-    follows."""
+    """Request for the pixels of tiles. The file follows; the reply is a shape, followed by an array
+    of it."""
 
     name: str
     medium: Medium
@@ -57,11 +56,11 @@ Answer = VideoInfo | tuple[int, ...] | DataError
 
 
 class DecodePool:
-    """At most `count` processes that read media. Any thread may ask; further ones wait for their
+    """At most `count` decoding processes. Any thread may use it; callers beyond `count` wait their
     turn."""
 
     def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
-        """`seconds`: what one answer may take. Processes are started when they are needed."""
+        """`seconds`: time limit of one request. Processes are started on demand."""
         self.form, self._seconds = form, seconds
         self._busy: dict[_Reader, SharedFile] = {}  # and what they read
         self._stopped: WeakSet[SharedFile] = WeakSet()
@@ -71,30 +70,38 @@ class DecodePool:
             self._free.put(None)
 
     def probe(self, file: SharedFile, name: str) -> VideoInfo:
-        """What kind of video a file is. DataError, which names it by `name`, where it is none."""
+        """Probe a video.
+
+        Raises:
+            DataError: it is not a readable video; the message begins with `name`.
+        """
         with self._asked(Probe(name), file) as pipe:
             return _checked(pipe.recv())
 
     def decode(self, file: SharedFile, medium: Medium, *, name: str, tiles: range) -> np.ndarray:
-        """Tiles of a medium, uint8 [n, 3, S, S]. DataError, which names it by `name`, where it is
-        damaged."""
+        """Decode tiles of a medium: uint8 [n, 3, S, S].
+
+        Raises:
+            DataError: it is damaged; the message begins with `name`.
+        """
         with self._asked(Decode(name, medium, tiles, self.form), file) as pipe:
             return receive_array(pipe, _checked(pipe.recv()))
 
     def stop(self, file: SharedFile) -> None:
-        """Nobody waits for what is read of a file any longer: whoever does gets DataError, and its
-        readers end."""
+        """Cancel all reads of `file`: pending callers get DataError, and the processes that decode
+        it are shut down."""
         with self._lock:
             self._stopped.add(file)
             self._hang_up([reader for reader, read in self._busy.items() if read is file])
 
     def close(self) -> None:
-        """Nobody waits for any answer any longer: those that come are DataError."""
+        """Cancel all reads: pending callers get DataError."""
         with self._lock:
             self._hang_up(list(self._busy))
 
     def _hang_up(self, readers: "list[_Reader]") -> None:
-        """Ends readers; to be called with the lock, so that they are not yet another's."""
+        """Shut processes down. The caller holds the lock, so that none has been given to another
+        request."""
         for reader in readers:
             del self._busy[reader]
             with socket.socket(fileno=os.dup(reader.pipe.fileno())) as pipe:
@@ -102,8 +109,8 @@ class DecodePool:
 
     @contextmanager
     def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
-        """A reader that was asked. Where it ends without an answer, that is put down to the file:
-        DataError."""
+        """Send a request to a process and yield its pipe. A process that ends without a reply is
+        blamed on the file: DataError."""
         reader, good, began = self._free.get(), None, time.monotonic()
         try:
             reader = reader or connect()
@@ -132,8 +139,11 @@ class DecodePool:
                 raise DataError(f"{question.name}: {_STOPPED}")
 
     def _why_ended(self, reader: "_Reader", began: float) -> str:
-        """Why a reader that was asked at `began` gives no answer. PlatformError if it is not the
-        file's fault."""
+        """Reason why a process that was asked at `began` gave no reply.
+
+        Raises:
+            PlatformError: it is not the file's fault.
+        """
         with self._lock:
             if reader not in self._busy:
                 return _STOPPED
@@ -144,7 +154,7 @@ class DecodePool:
 
 
 class _Program(NamedTuple):
-    """The running program; closing `orders` ends it."""
+    """The running fork server; closing `orders` ends it."""
 
     process: subprocess.Popen[bytes]
     orders: socket.socket
@@ -152,7 +162,7 @@ class _Program(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """The pipe to a reader, and what forked it."""
+    """The pipe to a decoding process, and the fork server that started it."""
 
     pipe: Connection
     program: _Program
@@ -163,9 +173,10 @@ _lock = threading.Lock()
 
 
 def start() -> _Program:
-    """The program that forks readers, one for all engines of this process, with which it ends.
+    """Start the fork server of decoding processes, one for all engines of this process, with which
+    it ends.
 
-    Nobody waits for it to come up, which takes seconds.
+    Returns at once; the server is ready seconds later.
     """
     with _lock:
         if PROGRAM not in _programs:
@@ -183,7 +194,7 @@ def start() -> _Program:
 
 
 def _raise_descriptor_limit() -> None:
-    """Each file of each prompt under way has a descriptor: usual limits are for fewer."""
+    """Raise the limit of open files: each file of each prompt under way has a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -191,7 +202,11 @@ def _raise_descriptor_limit() -> None:
 
 
 def connect() -> _Reader:
-    """A new reader. PlatformError if the program has ended."""
+    """Fork a decoding process.
+
+    Raises:
+        PlatformError: the fork server has ended.
+    """
     program, (ours, theirs) = start(), socket.socketpair()
     with theirs:
         try:
@@ -203,7 +218,7 @@ def connect() -> _Reader:
 
 
 def check(program: _Program) -> None:
-    """PlatformError if the program has ended, after which there is room for another."""
+    """Raise PlatformError if the fork server has ended; the next `start` makes another."""
     with suppress(subprocess.TimeoutExpired):
         code = program.process.wait(timeout=0.2)
         with _lock:

@@ -1,9 +1,9 @@
-"""Reads media in processes that may be killed: whatever a file does to a decoder, only its own
-request ends.
+"""Decodes media in processes that may be killed: whatever a file does to a decoder ends its own
+request alone.
 
-For each connection that comes through standard input, a Unix socket, the program forks a reader,
-which answers one question at a time. The kernel ends it, also in the midst of a decoder, where an
-answer takes too long.
+The program forks a process for each connection that arrives through standard input, a Unix socket.
+A process answers one request at a time; a kernel timer ends it, even inside a decoder, when a reply
+takes too long.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Forks readers until the other end of standard input is closed."""
+    """Fork decoding processes until the other end of standard input closes."""
     logging.basicConfig(level=logging.WARNING, format="media %(levelname)s %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # who started this decides, and may have answers to finish
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _live(orders: socket.socket, pipe: Connection) -> NoReturn:
-    """A reader's whole life."""
+    """Run a forked process from its fork to its exit."""
     try:
         orders.detach()
         os.close(0)
@@ -58,8 +58,7 @@ def _live(orders: socket.socket, pipe: Connection) -> NoReturn:
 
 
 def serve(pipe: Connection) -> None:
-    """A reader's life: it answers questions, each with the seconds that it may take, until the
-    other end is closed."""
+    """Answer requests, each with its time limit, until the other end closes."""
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -80,8 +79,7 @@ def serve(pipe: Connection) -> None:
 
 @contextmanager
 def _ends_with(pipe: Connection) -> Iterator[None]:
-    """Meanwhile the kernel ends this process when the other end of a pipe is closed or shut
-    down."""
+    """Let the kernel end this process when the other end of a pipe is closed or shut down."""
     flags = fcntl.fcntl(pipe.fileno(), fcntl.F_GETFL)
     end_with(pipe.fileno())
     if pipe.poll():  # closed before
@@ -91,8 +89,11 @@ def _ends_with(pipe: Connection) -> Iterator[None]:
 
 
 def _answer(question: Question, file: IO[bytes], tiles: SharedArray) -> Answer:
-    """What a question asks; decoded tiles lie in `tiles`. DataError for whatever is wrong with the
-    file."""
+    """Answer a request; decoded tiles are left in `tiles`.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
     try:
         if isinstance(question, Probe):
             return probe_video(file, question.name)

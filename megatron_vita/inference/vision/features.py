@@ -27,8 +27,8 @@ _FEW_TILES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRows:
-    """Rows [m, H] and the places [m] of the step's pack that they overwrite; what is wrong with
-    which sequence."""
+    """Feature rows [m, H], the pack positions [m] that they overwrite, and reasons of failure by
+    sequence."""
 
     rows: Tensor
     places: Tensor
@@ -36,7 +36,7 @@ class FeatureRows:
 
 
 class FeatureSource:
-    """Encodes the tiles of a step's pieces over all ranks."""
+    """Encodes the tiles of a step's prefill chunks over all ranks."""
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class FeatureSource:
         self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
 
     def add(self, start: NewSequence) -> None:
-        """A sequence whose pieces will come."""
+        """Register a sequence whose chunks will come."""
         self._sequences[start.sequence] = start
         self._owner[start.sequence] = {}
         self.decoder.add(start)
 
     def forget(self, sequence: int) -> None:
-        """A sequence that has ended."""
+        """Drop a sequence that has ended."""
         self._sequences.pop(sequence, None)
         self._owner.pop(sequence, None)
         self.decoder.forget(sequence)
@@ -73,8 +73,8 @@ class FeatureSource:
             del self._left[key]
 
     def of_pieces(self, pieces: list[PrefillChunk], places: list[int]) -> FeatureRows | None:
-        """The feature rows of pieces that begin at `places` of the pack; None where they have no
-        tiles. Collective."""
+        """Feature rows of chunks that begin at `places` of the pack; None if they have no tiles.
+        Collective."""
         tiles = list(
             chain.from_iterable(self._tiles_of(p.sequence, p.start, p.stop) for p in pieces)
         )
@@ -97,10 +97,11 @@ class FeatureSource:
         return FeatureRows(rows=torch.cat(rows), places=torch.cat(targets), failed=failed)
 
     def prefetch(self, sequence: int, start: int, stop: int) -> None:
-        """Deals the tiles of tokens `start` to `stop` that are not yet dealt, and begins to decode
-        this rank's.
+        """Assign the unassigned tiles of tokens `start` to `stop` to ranks, and start decoding this
+        rank's.
 
-        Ranks take turns to be the first, so that many prompts of one tile are not all one rank's.
+        Ranks take turns to be the first, so that many prompts of one tile do not all go to one
+        rank.
         """
         owner, layout = self._owner[sequence], groups.rank_layout()
         tiles = [tile for _, tile in self._tiles_of(sequence, start, stop) if tile not in owner]
@@ -113,7 +114,7 @@ class FeatureSource:
             )
 
     def _tiles_of(self, sequence: int, start: int, stop: int) -> list[TileKey]:
-        """Tiles that have placeholders among the tokens `start` to `stop`."""
+        """Tiles that have placeholders among tokens `start` to `stop`."""
         placements = self._sequences[sequence].placements
         first = int(np.searchsorted(placements, start - self.rows_per_tile, side="right"))
         last = int(np.searchsorted(placements, stop))
@@ -127,7 +128,7 @@ class FeatureSource:
         )
 
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
-        """uint8 [n, 3, S, S] -> features [n, rows, H]."""
+        """Encode uint8 pixels [n, 3, S, S] into features [n, rows, H]."""
         dtype = self.model.config.params_dtype
         tiles = normalize(pixels.to(platform.device()), self.normalization, dtype=dtype)
         if self.graphs is None or not 0 < len(tiles) <= _FEW_TILES:
@@ -137,7 +138,7 @@ class FeatureSource:
         return graph.launch()[: len(tiles)].clone()
 
     def warm_up(self) -> None:
-        """Makes the graphs of few tiles. Collective where the tower is split over TP."""
+        """Record the graphs of few tiles. Collective where the tower is split over TP."""
         for exponent in range(_FEW_TILES.bit_length() if self.graphs and self.model.encodes else 0):
             self._graph_for(1 << exponent)
 
@@ -150,7 +151,7 @@ class FeatureSource:
         return self._graphs[size]
 
     def _encode(self, tiles: list[TileKey]) -> tuple[Tensor, dict[int, str]]:
-        """Features [n, rows, H] of tiles, on every rank, and what is wrong with which sequence."""
+        """Features [n, rows, H] of tiles, on every rank, and reasons of failure by sequence."""
         dtype = self.model.config.params_dtype
         if not tiles:
             return torch.empty(

@@ -1,4 +1,4 @@
-"""Tiles of prompts: decoded on the rank that encodes them, ahead of the step that does it."""
+"""Decodes the tiles of prompts ahead of the step that encodes them, on the rank that does."""
 
 import os
 import threading
@@ -41,7 +41,7 @@ class _File:
 
 
 class _Coming(NamedTuple):
-    """A tile is part of what a run gives."""
+    """A tile's place in the result of a decoding job."""
 
     run: Future[np.ndarray]
     place: int
@@ -49,14 +49,14 @@ class _Coming(NamedTuple):
 
 @dataclass
 class _Queue:
-    """The runs of a sequence that have not begun, and how many are under way."""
+    """Decoding jobs of a sequence that have not started, and the number of those running."""
 
     waiting: deque[tuple[Future[np.ndarray], _File, int, int]] = field(default_factory=deque)
     under_way: int = 0
 
 
 class TileDecoder:
-    """Has tiles of the sequences under way decoded ahead of their use."""
+    """Decodes tiles of running sequences ahead of their use."""
 
     def __init__(self, readers: DecodePool) -> None:
         self.readers = readers
@@ -67,7 +67,7 @@ class TileDecoder:
         self._lock = threading.Lock()  # of the queues
 
     def add(self, start: NewSequence) -> None:
-        """A sequence whose tiles will be asked for."""
+        """Register a sequence whose tiles will be needed."""
         firsts = accumulate((medium.num_tiles for medium in start.media), initial=0)
         self._sequences[start.sequence] = [
             _File(file.name, medium, first, SharedFile(file.data))
@@ -76,8 +76,7 @@ class TileDecoder:
         self._coming[start.sequence], self._queues[start.sequence] = {}, _Queue()
 
     def forget(self, sequence: int) -> None:
-        """A sequence whose tiles will not be asked for any longer: what is being read for it
-        ends."""
+        """Drop a sequence, and cancel what is being decoded for it."""
         if (queue := self._queues.pop(sequence, None)) is not None:
             with self._lock:
                 queue.waiting.clear()
@@ -87,7 +86,7 @@ class TileDecoder:
             self.readers.stop(file.shared)
 
     def begin(self, sequence: int, tiles: Sequence[int]) -> None:
-        """Begins to decode tiles of a sequence."""
+        """Start decoding tiles of a sequence."""
         queue = self._queues[sequence]
         for first, count in self._runs(sequence, tiles):
             run: Future[np.ndarray] = Future()
@@ -97,15 +96,15 @@ class TileDecoder:
         self._go_on(queue)
 
     def close(self) -> None:
-        """Waits for no decoder; what is under way is thrown away."""
+        """Cancel everything without waiting for decoders."""
         for sequence in list(self._sequences):
             self.forget(sequence)
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.readers.close()
 
     def ready(self, sequences: Sequence[int], *, patience: float = 0.0) -> list[int]:
-        """Those of which all tiles that were begun are decoded, or cannot be; waits so long for the
-        first of them."""
+        """Sequences whose submitted tiles have all finished or failed; waits up to `patience`
+        seconds for the first."""
         deadline = time.monotonic() + patience
         while True:
             open_runs = {sequence: self._open_runs(sequence) for sequence in sequences}
@@ -116,8 +115,8 @@ class TileDecoder:
             wait(set().union(*open_runs.values()), timeout=left, return_when=FIRST_COMPLETED)
 
     def take(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
-        """Pixels uint8 [n, 3, S, S] of tiles that were begun, black where they cannot be had, and
-        what is wrong with which sequence."""
+        """Pixels uint8 [n, 3, S, S] of submitted tiles, black where decoding failed, and reasons of
+        failure by sequence."""
         size = self.readers.form.size
         pixels, failed = np.zeros((len(tiles), 3, size, size), dtype=np.uint8), {}
         for place, (sequence, tile) in enumerate(tiles):
@@ -136,8 +135,8 @@ class TileDecoder:
         }
 
     def _runs(self, sequence: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
-        """(first tile, number) of tiles that follow one another in one medium; those of an image
-        stay together."""
+        """Split tiles into jobs (first tile, count) of consecutive tiles of one medium; an image is
+        one job."""
         frames = min(max(-(-len(tiles) // DECODERS), _FEWEST), _MOST)
         runs: list[tuple[int, int]] = []
         for tile in tiles:
@@ -156,7 +155,7 @@ class TileDecoder:
         return files[bisect_right(files, tile, key=lambda file: file.first) - 1]
 
     def _go_on(self, queue: _Queue, ended: int = 0) -> None:
-        """Begins the next runs of a sequence, of which `ended` have ended."""
+        """Start the next jobs of a sequence, of which `ended` have just ended."""
         with self._lock:
             queue.under_way -= ended
             while queue.waiting and queue.under_way < SHARE:
