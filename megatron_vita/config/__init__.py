@@ -2,6 +2,7 @@
 
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig, DatasetConfig
+from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.help import describe_fields
 from megatron_vita.config.load import load_recipe, recipe_from_dict
 from megatron_vita.config.media import MediaConfig
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DatasetConfig",
+    "GenerationConfig",
     "LanguageConfig",
     "LayerMemory",
     "MediaConfig",

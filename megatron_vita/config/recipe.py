@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig
 from megatron_vita.config.fields import described, require
+from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.model import ModelConfig
 from megatron_vita.config.optimizer import OptimizerConfig
@@ -25,6 +26,7 @@ class Recipe:
     model: ModelConfig = described(ModelConfig, "Shapes of the model's parts.")
     text: TextConfig = described(TextConfig, "Tokenizer and prompt format.")
     media: MediaConfig = described(MediaConfig, "Images and videos.")
+    generation: GenerationConfig = described(GenerationConfig, "A server's defaults.")
     data: DataConfig = described(DataConfig, "Datasets and packing.")
     parallel: ParallelConfig = described(ParallelConfig, "Layout over ranks.")
     optimizer: OptimizerConfig = described(OptimizerConfig, "Optimizer and schedule.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vita.config import MediaConfig, ModelConfig, ProjectorConfig, Recipe
+from megatron_vita.config import DataConfig, MediaConfig, ModelConfig, ProjectorConfig, Recipe
 from megatron_vita.convert.families.layouts import ALL_PARTS
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
@@ -53,8 +53,22 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
         )
         transfers += [(transfer, made) for transfer in planned]
     assert_complete(transfers, shapes)
-    recipe = Recipe(model=model, media=_media_of(sources))
+    recipe = _recipe_of(model, sources)
     return Import(recipe=recipe, sources=sources, transfers=transfers)
+
+
+def _recipe_of(model: ModelConfig, sources: list[Opened]) -> Recipe:
+    """What the sources say beside their tensors; the length is that which prompts are cut at where
+    nobody says otherwise."""
+    language = next(source for source in sources if "language_model" in source.layout.parts)
+    data = DataConfig()
+    longest = language.longest // data.document_alignment * data.document_alignment
+    return Recipe(
+        model=model,
+        media=_media_of(sources),
+        generation=language.generation,
+        data=DataConfig(seq_length=longest or data.seq_length),
+    )
 
 
 def _media_of(sources: list[Opened]) -> MediaConfig:

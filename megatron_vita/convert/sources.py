@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_vita.config import MediaConfig, ModelConfig
+from megatron_vita.config import GenerationConfig, MediaConfig, ModelConfig
 from megatron_vita.convert.config_file import CONFIG, Config
+from megatron_vita.convert.families.generation import read_generation
 from megatron_vita.convert.families.layouts import LONG_VITA, Layout, layout_of
 from megatron_vita.convert.families.pixels import Processors, read_media
 from megatron_vita.convert.families.rotary_config import warn_of_dynamic
@@ -38,6 +39,9 @@ class Opened:
     # an output layer that the config ties to the embedding, and that is equal to it
     repeated: tuple[str, ...] = ()
     media: MediaConfig = field(default_factory=MediaConfig)  # of a layout with a vision tower
+    # of a layout with a language model
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    longest: int = 0  # tokens that it was trained at; 0 where nothing says so
 
     def spare(self) -> dict[str, TensorInfo]:
         """Tensors that the model has no use for, and that travel along."""
@@ -95,8 +99,15 @@ def open_source(path: Path, *, ignored: Collection[str] = ()) -> Opened:
     _refuse_adapter(path)
     opened = _opened(path, Config.read(path), open_weights(path))
     opened = replace(opened, media=_media_of(opened, ignored))
+    if "language_model" in opened.layout.parts:
+        language = _language_config(opened.config)
+        warn_of_dynamic(language)
+        opened = replace(
+            opened,
+            generation=read_generation(path, ignored=ignored),
+            longest=language.integer("max_position_embeddings", 0, least=0),
+        )
     opened.config.refuse_unread(ignored)
-    _warn(opened)
     return opened
 
 
@@ -124,10 +135,10 @@ def _media_of(opened: Opened, ignored: Collection[str]) -> MediaConfig:
     return media
 
 
-def _warn(opened: Opened) -> None:
-    parts = [name for name in ("text_config", "llm_config") if opened.config.get(name)]
-    if "language_model" in opened.layout.parts:
-        warn_of_dynamic(opened.config.part(parts[0]) if parts else opened.config)
+def _language_config(config: Config) -> Config:
+    """The part that describes the language model, or the whole."""
+    parts = [name for name in ("text_config", "llm_config") if config.get(name)]
+    return config.part(parts[0]) if parts else config
 
 
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:

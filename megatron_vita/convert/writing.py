@@ -101,11 +101,12 @@ def _as_yaml(recipe: Recipe, destination: Path) -> str:
     groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
     if recipe.text.tokenizer:
         groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
-    if media := _stated(recipe.media):
-        groups["media"] = media
+    for name in ("media", "generation"):
+        if stated := _stated(getattr(recipe, name)):
+            groups[name] = stated
     return (
-        "# The shapes of these weights and what their origin says of pixels: name this file as a\n"
-        "# base of a stage's recipe.\n" + yaml.safe_dump(groups)
+        "# The shapes of these weights and what their origin says of pixels and answers: name this\n"
+        "# file as a base of a stage's recipe.\n" + yaml.safe_dump(groups)
     )
 
 

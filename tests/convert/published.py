@@ -230,6 +230,23 @@ PREPROCESSORS: dict[str, Fields] = {
     } | _HALF,
 }  # fmt: skip
 
+GENERATION: dict[str, Fields] = {
+    "qwen2-7b": {"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643],
+                 "pad_token_id": 151643, "repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.8,
+                 "transformers_version": "4.37.0"},
+    "qwen2.5-0.5b": {"bos_token_id": 151643, "do_sample": False, "eos_token_id": 151643, "max_new_tokens": 2048,
+                     "transformers_version": "4.37.0"},
+    "qwen3-0.6b": {"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643],
+                   "pad_token_id": 151643, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
+                   "transformers_version": "4.51.0"},
+    "llama3.1-8b": {"bos_token_id": 128000, "do_sample": True, "eos_token_id": [128001, 128008, 128009],
+                    "temperature": 0.6, "top_p": 0.9, "transformers_version": "4.42.3"},
+    "smollm2-135m": {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+                     "transformers_version": "4.42.3"},
+    "internvl3-1b-chat": {"_from_model_config": True, "eos_token_id": [151644, 151645, 151643],
+                          "transformers_version": "4.37.2"},
+}  # fmt: skip
+
 _TINY = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "projection_dim": 32,

@@ -141,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     from megatron_vita.inference.server.access import read_keys
     from megatron_vita.inference.server.app import ServerOptions
     from megatron_vita.inference.server.remote import RemoteFetcher
+    from megatron_vita.inference.server.sampling import defaults_of
     from megatron_vita.inference.server.server import serve
 
     rank = int(os.environ.get("RANK", "0"))
@@ -158,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
             limits=dataclasses.replace(
                 limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)
             ),
+            defaults=defaults_of(engine.recipe.generation),
             keys=keys,
             media_roots=arguments.media_root,
             remote=RemoteFetcher(seconds=limits.fetch_seconds)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from megatron_vita.config import GenerationConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.limits import Limits
@@ -12,6 +13,16 @@ from megatron_vita.inference.server.refusals import RefusalError, too_large
 
 OPENAI_DEFAULTS = SamplingParams(temperature=1.0)
 _SEED_BITS = 63
+
+
+def defaults_of(generation: GenerationConfig) -> SamplingParams:
+    """What a recipe advises, and OpenAI's values for the rest.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    advised = {n: v for n, v in dataclasses.asdict(generation).items() if v is not None}
+    return dataclasses.replace(OPENAI_DEFAULTS, **advised)
 
 
 def sampling_of(

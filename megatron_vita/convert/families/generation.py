@@ -1,0 +1,63 @@
+"""What generation_config.json says: a server's defaults."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron_vita.config import GenerationConfig
+from megatron_vita.convert.config_file import Config
+
+GENERATION = "generation_config.json"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_NOTES = ("transformers_version", "max_length", "max_new_tokens", "chat_format")
+_KERNELS = (
+    *("use_cache", "cache_implementation", "cache_config", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_legacy_cache", "disable_compile", "low_memory", "is_assistant"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
+    *("prefill_chunk_size", "max_cache_len", "remove_invalid_values"),
+)
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "length_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "early_stopping": False,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "renormalize_logits": False,
+    "token_healing": False,
+}
+
+
+def read_generation(folder: Path, *, ignored: Collection[str] = ()) -> GenerationConfig:
+    """Defaults of a folder; transformers looks at temperature and its like where do_sample is true
+    alone.
+
+    CheckpointError, naming the field, for a default that the engine cannot follow.
+    """
+    config = Config.read_if_present(folder, GENERATION)
+    config.disregard((*_TOKENS, *_NOTES, *_KERNELS))
+    for name, value in _NEUTRAL.items():
+        if name not in ignored:
+            config.must_be(name, (value,), value)
+    drawn = ("temperature", "top_k", "top_p")
+    fields = {
+        name: config.get(name)
+        if name == "top_k" or config.get(name) is None
+        else config.number(name)
+        for name in (*drawn, "repetition_penalty")
+    }
+    if config.get("do_sample") is None or not config.flag("do_sample", False):
+        fields |= dict.fromkeys(drawn)
+        fields["temperature"] = None if config.get("do_sample") is None else 0.0
+    config.refuse_unread(ignored)
+    with config.naming():
+        return GenerationConfig(**fields)
