@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 
-from megatron_vita.config import Recipe, describe_fields, load_recipe
+from megatron_vita.config import describe_fields, load_recipe
+from megatron_vita.costs.options import add_options
 from megatron_vita.errors import VitaError
 
 
@@ -27,44 +28,8 @@ def parse_arguments() -> argparse.Namespace:
         default="full",
         help="tiny: a miniature on made-up data",
     )
-    dry = parser.add_argument_group("dry run")
-    dry.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show and check what the run would be, on this machine alone",
-    )
-    dry.add_argument(
-        "--world-size", type=int, default=0, help="ranks of the run; one replica if not given"
-    )
-    dry.add_argument(
-        "--device", default="", help="GPU to predict the time of a step for, such as H200"
-    )
-    dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks of a node")
-    dry.add_argument(
-        "--device-memory-gib", type=float, default=0, help="refuse a run estimated to need more"
-    )
-    dry.add_argument(
-        "--without-data", action="store_true", help="leave the plan and its packs unread"
-    )
+    add_options(parser)
     return parser.parse_intermixed_args()  # overrides may follow options
-
-
-def show_dry_run(recipe: Recipe, world_size: int, arguments: argparse.Namespace) -> None:
-    """Prints what the run would be; ConfigError if it would not fit."""
-    from megatron_vita import platform
-    from megatron_vita.training.dry_report import check_memory, describe
-    from megatron_vita.training.dry_run import dry_run
-
-    report = dry_run(
-        recipe,
-        world_size=world_size,
-        with_data=not arguments.without_data,
-        device=arguments.device or platform.device_name(),
-        ranks_per_node=arguments.ranks_per_node,
-    )
-    sys.stdout.write(describe(recipe, report, ranks_per_node=arguments.ranks_per_node) + "\n")
-    if arguments.device_memory_gib:
-        check_memory(report, arguments.device_memory_gib)
 
 
 def main() -> None:
@@ -82,9 +47,13 @@ def main() -> None:
         if arguments.scale == "tiny":
             from data_tools.miniature import open_miniature
 
-            recipe = open_miniature(recipe, world_size=world_size, alone=arguments.dry_run)
-        if arguments.dry_run:
-            show_dry_run(recipe, world_size, arguments)
+            recipe = open_miniature(
+                recipe, world_size=world_size, alone=arguments.dry_run or arguments.suggest
+            )
+        if arguments.dry_run or arguments.suggest:
+            from megatron_vita.training.dry_command import run_dry
+
+            run_dry(recipe, arguments, world_size=world_size)
             return
         from megatron_vita.training.loop import train
 

@@ -23,6 +23,11 @@ class TrainingConfig:
     freeze_vision_model: bool = described(False, "Leave the vision tower as it is.")
     freeze_projector: bool = described(False, "Leave the projector as it is.")
     freeze_language_model: bool = described(False, "Leave the language model as it is.")
+    fit_memory: bool = described(
+        False,
+        "Set the fields recompute_*, mlp_chunk_tokens and activation_offload_fraction, which must be left alone, so that "
+        "a run fits devices and hosts and its steps are fastest.",
+    )
     recompute_granularity: str = described(
         "none", "none, full (whole layers) or selective (parts of each layer)."
     )
@@ -86,7 +91,17 @@ class TrainingConfig:
                 f"training.{name} is {getattr(self, name)}: it must be at least 1",
             )
         self._check_recompute()
+        self._check_fit()
         self._check_profile()
+
+    def _check_fit(self) -> None:
+        # the other levers need one of these
+        for name, idle in (("recompute_granularity", "none"), ("recompute_vision", False)):
+            value = getattr(self, name)
+            require(
+                not self.fit_memory or value == idle,
+                f"training.{name} is {value}, but training.fit_memory chooses it: set it to {str(idle).lower()}",
+            )
 
     def _check_profile(self) -> None:
         first, last = self.profile_step_start, self.profile_step_end
@@ -179,6 +194,6 @@ class TrainingConfig:
         )
         require(most >= 0, f"training.activation_offload_gib is {most}: it must be at least 0")
         require(
-            most == 0 or fraction > 0,
+            most == 0 or fraction > 0 or self.fit_memory,
             f"training.activation_offload_gib is {most}, which needs activation_offload_fraction",
         )

@@ -5,6 +5,7 @@ allocates Adam's moments at its end). What torch reserves beyond that, and what 
 is `RankMemory.device`. Measured peaks that it is held to: `tests/costs/test_memory.py`.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -168,8 +169,9 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
     # From the last layer to the first: what later layers kept is gone.
     working, kept = 0, 0
     plans = [None, *plan_layers(recipe, count)]
+    of_layer = functools.cache(tensors.working)  # most layers are alike
     for before, plan in reversed(list(itertools.pairwise(plans))):
-        working = max(working, tensors.working(plan, before=before) - kept)
+        working = max(working, of_layer(plan, before=before) - kept)
         kept += tensors.kept(plan.kept) - tensors.sent(plan)
     return kept, working
 

@@ -18,12 +18,15 @@ from megatron_vita.costs.flops import (
 )
 from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors, plan_layers, value_bytes
 from megatron_vita.costs.memory import PackLoad
+from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shards
 from megatron_vita.costs.parameters import language_layer, stage_parameters
 from megatron_vita.costs.vision_memory import tiles_of_rank
 
 RANKS_PER_NODE = 8
 BACKWARD_ATTENTION = 2.5
 """Products of attention's backward over those of its forward: 5 over 2."""
+HOST_RATE = 50e9
+"""Bytes/s that a rank's share of the host's cores reads and writes in Adam; not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,19 +260,28 @@ class _Stage:
 
 
 def _optimizer(recipe: Recipe, stage: int, machine: _Machine, *, data_parallel: int) -> float:
-    """Adam reads 16 and writes 14 bytes of a parameter of its share; gradients are zeroed, measured
-    and scaled (16 bytes); they are reduced and weights gathered over DP x CP."""
-    parallel, parameters = recipe.parallel, stage_parameters(recipe, stage)
-    trained = parameters.trainable(recipe)
+    """Adam reads its state and the gradient and writes its state and the weight, of the rank's
+    share; all gradients are zeroed, measured and scaled (4 passes); they are reduced and weights
+    gathered over DP x CP.
+
+    What is updated on the host is copied there and back, and read and written at the host's rate.
+    """
+    parallel, kinds = recipe.parallel, optimizer_bytes(recipe)
+    trained = stage_parameters(recipe, stage).trainable(recipe)
+    shards = optimizer_shards(recipe, data_parallel)
+    weight, device = value_bytes(recipe), machine.device
+    adam = 2 * kinds.state + kinds.gradient + weight
+    seconds = trained * (adam / shards + 4 * kinds.gradient) / device.bandwidth
+    if kinds.host:
+        share = trained * recipe.optimizer.optimizer_offload_fraction / shards
+        seconds += share * (2 * kinds.host / HOST_RATE + (4 + weight) / device.host_copy)
     ranks = data_parallel * parallel.context_parallel_size
-    shards = ranks if parallel.use_distributed_optimizer else 1
-    seconds = (trained / shards * 30 + trained * 16) / machine.device.bandwidth
     if ranks == 1:
         return seconds
     spanned = ranks * parallel.tensor_model_parallel_size
-    share = (ranks - 1) / ranks
-    reduced = 0 if parallel.overlap_grad_reduce else 4 * trained * share
-    gathered = 0 if parallel.overlap_param_gather else value_bytes(recipe) * trained * share
+    moved = (ranks - 1) / ranks * trained
+    reduced = 0 if parallel.overlap_grad_reduce else kinds.gradient * moved
+    gathered = 0 if parallel.overlap_param_gather else weight * moved
     if not parallel.use_distributed_optimizer:
         gathered = reduced  # an all-reduce
     return seconds + machine.collective(reduced + gathered, spanned=spanned)

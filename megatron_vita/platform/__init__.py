@@ -16,7 +16,6 @@ from megatron_vita.platform.machine import (
     MemoryUse,
     device_memory,
     device_name,
-    host_memory,
     measure_matmul,
     memory_use,
     synchronize,
@@ -26,6 +25,7 @@ from megatron_vita.platform.packages import (
     has_transformer_engine,
     refuse_unrelated_apex,
 )
+from megatron_vita.platform.pinned import available_host_memory
 
 refuse_unrelated_apex()
 # Its warnings speak of its own deprecations and of packages that are optional here.
@@ -40,12 +40,12 @@ if not torch.cuda.is_available():
 
 __all__ = [
     "MemoryUse",
+    "available_host_memory",
     "device",
     "device_memory",
     "device_name",
     "has_flash_attention_4",
     "has_transformer_engine",
-    "host_memory",
     "initialize_process",
     "leave_process",
     "measure_matmul",

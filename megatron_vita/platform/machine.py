@@ -1,16 +1,11 @@
 """Facts about this process's machine: its device, its memory, what is in use of both."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
 _SIZE, _WARM_UP, _REPEATS = 8192, 3, 20
-_CONTAINER_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +28,6 @@ def device_memory() -> int:
     if not torch.cuda.is_available():
         return 0
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-
-
-def host_memory() -> int:
-    """Bytes of the host's memory, or of its container's share."""
-    total = psutil.virtual_memory().total
-    for path in map(Path, _CONTAINER_LIMITS):
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total
 
 
 def memory_use() -> MemoryUse:

@@ -6,13 +6,16 @@ from dataclasses import asdict
 import numpy as np
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.devices import DEVICES
+from megatron_vita.costs.devices import DEVICES, Device
+from megatron_vita.costs.fitting import Room
 from megatron_vita.costs.memory import GIB
 from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.costs.prediction import Prediction
+from megatron_vita.costs.remedies import find_remedies, name_remedies
+from megatron_vita.costs.tables import align
 from megatron_vita.errors import ConfigError
 from megatron_vita.training.dry_run import DryRun, PackReport
-from megatron_vita.training.header import count, describe_layout
+from megatron_vita.training.wording import count, describe_layout
 
 Row = Sequence[str]
 
@@ -66,7 +69,7 @@ def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
                 f"{stage.flops / total:.1%}",
             )
         )
-    yield from _table(rows)
+    yield from align(rows)
 
 
 def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
@@ -81,7 +84,7 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
         if not rows:
             rows.append(("stage", *parts, "highest in"))
         rows.append((str(i), *map(_gib, parts.values()), memory.highest.name))
-    yield from _table(rows)
+    yield from align(rows)
     yield "memory of a rank's host in GiB, estimated:"
     rows = []
     for i, stage in enumerate(report.stages):
@@ -89,7 +92,7 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
         if not rows:
             rows.append(("stage", *sizes))
         rows.append((str(i), *map(_gib, sizes.values())))
-    yield from _table(rows)
+    yield from align(rows)
     ranks = min(ranks_per_node, report.world_size)
     training = max(stage.host.training for stage in report.stages) * ranks / GIB
     yield f"training takes about {training:.1f} GiB of a node's own memory, with {ranks} ranks a node"
@@ -111,7 +114,7 @@ def _time(prediction: Prediction) -> Iterator[str]:
         f"{prediction.tflops_per_gpu:.0f} TFLOP/s/GPU; in seconds, of the slowest stage:"
     )
     parts = asdict(prediction.time)
-    yield from _table([tuple(parts), tuple(f"{seconds:.2f}" for seconds in parts.values())])
+    yield from align([tuple(parts), tuple(f"{seconds:.2f}" for seconds in parts.values())])
 
 
 def _gib(size: int) -> str:
@@ -136,7 +139,7 @@ def _packs(report: DryRun) -> Iterator[str]:
         )
     ]
     rows += [_pack(pack) for pack in report.packs]
-    yield from _table(rows)
+    yield from align(rows)
 
 
 def _pack(pack: PackReport) -> Row:
@@ -163,37 +166,23 @@ def _balance(recipe: Recipe, report: DryRun) -> Iterator[str]:
         yield "fewer packs to a replica than pipeline stages: some stages always wait"
 
 
-_REMEDIES = {
-    "weights": "a larger tensor or pipeline parallel size",
-    "gradients": "a larger tensor or pipeline parallel size",
-    "optimizer": "parallel.use_distributed_optimizer=true or more data-parallel ranks",
-    "activations": "training.recompute_granularity=full or a larger context parallel size",
-    "vision": "training.recompute_vision=true or a larger context parallel size",
-    "temporary": "a larger tensor or context parallel size",
-}
-
-
-def check_memory(report: DryRun, device_gib: float) -> None:
+def check_memory(
+    recipe: Recipe, report: DryRun, room: Room, *, device: Device | None = None
+) -> None:
     """Refuse a run that is estimated to need more than a device has.
 
     Raises:
-        ConfigError: naming what takes the most and what helps.
+        ConfigError: naming what takes the most and what would fit.
     """
     stages = [stage.memory for stage in report.stages]
     memory = max(stages, key=lambda memory: memory.device)
-    if memory.device <= device_gib * GIB:
+    if memory.device <= room.device:
         return
     parts = memory.parts()
-    largest = max(_REMEDIES, key=lambda name: parts[name])
+    largest = max(parts, key=lambda name: parts[name])
+    remedies = find_remedies(recipe, room, world_size=report.world_size, device=device)
     raise ConfigError(
         f"a rank of stage {stages.index(memory)} needs about {memory.device / GIB:.1f} GiB and a device has "
-        f"{device_gib:.1f}; the most is for {largest} ({parts[largest] / GIB:.1f} GiB): try {_REMEDIES[largest]}"
+        f"{room.device / GIB:.1f}; the most is for {largest} ({parts[largest] / GIB:.1f} GiB): try "
+        f"{name_remedies(remedies, timed=device is not None)}"
     )
-
-
-def _table(rows: Sequence[Row]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  " + " | ".join(
-            value.rjust(width) for value, width in zip(row, widths, strict=True)
-        )

@@ -22,6 +22,7 @@ from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer_state
+from megatron_vita.training.fitting import choose_levers
 from megatron_vita.training.host_buffers import open_activation_store
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.optimizer import (
@@ -129,6 +130,7 @@ def _slowest_matmul() -> float:
 
 def assemble_run(recipe: Recipe) -> Run:
     """The parts of a run that need no data, with first weights. Groups must be initialized."""
+    recipe = choose_levers(recipe)
     check_optimizer(recipe)
     models = build_chunks(recipe)
     for model in models:

@@ -82,6 +82,18 @@ def test_gradients_of_replicas_are_reduced_in_the_open_unless_overlapped() -> No
     assert predict(WHOLE, data_parallel=8, ranks_per_node=16).optimizer < replicas
 
 
+def test_an_optimizer_with_less_state_moves_fewer_bytes_and_one_on_the_host_takes_seconds() -> None:
+    lean = changed(WHOLE, optimizer={
+        "use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16",
+        "store_param_remainders": True, "main_grads_dtype": "bf16",
+    })  # fmt: skip
+    assert predict(lean).optimizer < 0.6 * predict(WHOLE).optimizer
+    away = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
+    whole = predict(changed(WHOLE, optimizer=away)).optimizer
+    half = predict(changed(WHOLE, optimizer=away | {"optimizer_offload_fraction": 0.5})).optimizer
+    assert 1 < half < whole < 10
+
+
 def test_frozen_weights_take_no_gradients_and_a_frozen_tower_no_backward() -> None:
     language = predict(changed(WHOLE, training={"freeze_language_model": True}))
     assert language.linear == pytest.approx(predict(WHOLE).linear * 3 / 4)

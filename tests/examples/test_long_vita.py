@@ -83,11 +83,25 @@ def test_the_command_line_runs_dry_in_less_than_a_minute_and_refuses_what_would_
     assert re.search(
         r"is predicted to take \d+\.\d+ s: \d+ tokens/s/GPU, \d+ TFLOP/s/GPU", shown.stdout
     )
+    suggested = entry(recipe, "--suggest", "--gpus", "64", "--device", "H100")
+    assert suggested.returncode == 0, suggested.stderr
+    assert re.search(r"the first: parallel\.\w+=\d+ .*training\.\w+=", suggested.stdout)
     for arguments, message in (
+        (["--suggest", "--gpus", "1", "--device", "H100"], "no layout of 1 devices fits"),
         (["--world-size", "96", "--without-data"], "96 ranks are not a multiple of 64"),
         (
             ["--without-data", "--device-memory-gib", "16"],
-            "needs about .* the most is for activations .*: try",
+            "needs about .* the most is for activations .*: try more devices",
+        ),
+        (
+            [
+                "--without-data",
+                "--device-memory-gib",
+                "27",
+                "parallel.use_distributed_optimizer=false",
+                "parallel.overlap_param_gather=false",
+            ],
+            "for optimizer .*: try parallel.use_distributed_optimizer=true training",
         ),
         ([], "tokenizers/qwen2.5"),
         (

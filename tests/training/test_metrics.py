@@ -23,11 +23,12 @@ from megatron_vita.config import TrainingConfig, load_recipe
 from megatron_vita.costs.flops import pack_flops, training_flops
 from megatron_vita.errors import ConfigError
 from megatron_vita.parallel import groups
-from megatron_vita.training import header, loop
+from megatron_vita.training import loop
 from megatron_vita.training.loop import train
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.metrics import count_batch, measure_memory
 from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.wording import count
 
 FAST = [
     "data.num_workers=0",
@@ -245,9 +246,9 @@ def test_a_run_begins_with_what_it_runs_on_and_how(
         f"megatron_vita 0.1.0, torch {torch.__version__}, megatron-core 0.19.2",
         "1 x CPU",
         "layout of 1 ranks: TP 1 x CP 1 x DP 1 x PP 1, distributed optimizer",
-        f"parameters: {header.count(numbers[''])}, trained "
-        f"{header.count(numbers[''] - numbers['vision_model'])}, frozen "
-        f"{header.count(numbers['vision_model'])}; at most {header.count(numbers[''])} on a rank",
+        f"parameters: {count(numbers[''])}, trained "
+        f"{count(numbers[''] - numbers['vision_model'])}, frozen "
+        f"{count(numbers['vision_model'])}; at most {count(numbers[''])} on a rank",
         "estimated memory of a rank: peak ",
         "levers: recompute_vision True",
     )

@@ -1,0 +1,49 @@
+"""Recipes with other values in some fields."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_vita.config import Recipe
+
+Changes = Mapping[str, Any]
+"""Values by dotted names of fields, such as training.recompute_vision."""
+
+
+def change(recipe: Recipe, changes: Changes) -> Recipe:
+    """A copy of the recipe with other values in some fields, checked as a recipe is.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        group, _, field = name.partition(".")
+        groups.setdefault(group, {})[field] = value
+    parts = {
+        group: dataclasses.replace(getattr(recipe, group), **values)
+        for group, values in groups.items()
+    }
+    return dataclasses.replace(recipe, **parts)
+
+
+def differences(before: Recipe, after: Recipe, names: tuple[str, ...]) -> dict[str, Any]:
+    """Values of those fields that differ, as in `after`."""
+    found = {}
+    for name in names:
+        group, _, field = name.partition(".")
+        value = getattr(getattr(after, group), field)
+        if value != getattr(getattr(before, group), field):
+            found[name] = value
+    return found
+
+
+def as_overrides(changes: Changes) -> str:
+    """The changes as a command line takes them."""
+    return " ".join(f"{name}={_plain(value)}" for name, value in changes.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

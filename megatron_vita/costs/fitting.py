@@ -1,0 +1,278 @@
+"""Memory levers for the memory there is: as much as fits is kept, and the fastest choice is taken.
+
+A pure function of recipe, room and layout, so that every rank chooses alike.
+"""
+
+import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_vita.config import Recipe
+from megatron_vita.costs.changes import Changes, change
+from megatron_vita.costs.devices import H100, Device
+from megatron_vita.costs.host_memory import host_memory
+from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors
+from megatron_vita.costs.memory import GIB, full_pack, rank_memory
+from megatron_vita.costs.step_time import step_time
+
+LEVERS = (
+    "training.recompute_granularity",
+    "training.recompute_method",
+    "training.recompute_num_layers",
+    "training.recompute_modules",
+    "training.recompute_keep_attention_layers",
+    "training.mlp_chunk_tokens",
+    "training.activation_offload_fraction",
+    "training.recompute_vision",
+    "training.recompute_vision_method",
+    "training.vision_tiles_at_once",
+)
+"""Fields that are chosen. `activation_offload_gib` is obeyed."""
+NO_LEVERS: Changes = {
+    "training.fit_memory": False,
+    "training.recompute_granularity": "none",
+    "training.recompute_method": "block",
+    "training.recompute_num_layers": 0,
+    "training.recompute_modules": ["core_attn"],
+    "training.recompute_keep_attention_layers": 0,
+    "training.mlp_chunk_tokens": 0,
+    "training.activation_offload_fraction": 0.0,
+    "training.activation_offload_gib": 0.0,
+}
+"""Layers of the language model that keep everything."""
+LEAN: Changes = {
+    "optimizer.use_precision_aware_optimizer": True,
+    "optimizer.exp_avg_dtype": "bf16",
+    "optimizer.exp_avg_sq_dtype": "bf16",
+    "optimizer.store_param_remainders": True,
+}
+"""12 bytes a parameter in place of 18."""
+LEANEST: Changes = LEAN | {
+    "optimizer.main_grads_dtype": "bf16",
+    "optimizer.reduce_scatter_with_fp32_accumulation": True,
+}
+"""10 bytes a parameter."""
+CHUNKS = (131072, 65536, 32768, 16384, 8192)
+"""Tokens of an MLP's piece; fewer leave matrix units idle."""
+TILES_AT_ONCE = 8
+"""Tiles of a turn where a tower goes through again from pixels, at the most."""
+MARGIN = 0.03
+"""Share of the device that is left free: estimates are within 5 %, most within 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Memory that a rank may take, in bytes."""
+
+    device: int
+    host: int
+    pinned: int = 0  # of the host, for activations; 0: all of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Memory that a rank takes at the most, in bytes."""
+
+    device: int
+    host: int
+    pinned: int = 0
+
+    def fits(self, room: Room) -> bool:
+        """Whether all are enough."""
+        pinned = room.pinned or room.host
+        return self.fits_device(room) and self.host <= room.host and self.pinned <= pinned
+
+    def fits_device(self, room: Room) -> bool:
+        """Whether the device is enough, with a margin."""
+        return self.device <= room.device * (1 - MARGIN)
+
+    def describe(self) -> str:
+        """Both in GiB."""
+        return f"{self.device / GIB:.1f} GiB of its device and {self.host / GIB:.1f} of its host"
+
+
+def memory_need(recipe: Recipe, *, data_parallel: int) -> Need:
+    """Of the fullest rank, for packs full of tiles."""
+    load = full_pack(recipe)
+    stages = _telling_stages(recipe)
+    devices = [rank_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
+    hosts = [host_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
+    return Need(
+        device=max(memory.device for memory in devices),
+        host=max(host.total for host in hosts),
+        pinned=max(host.activations for host in hosts),
+    )
+
+
+def fit_memory(
+    recipe: Recipe, room: Room, *, data_parallel: int, device: Device | None = None
+) -> Recipe | None:
+    """The recipe with the levers that fit the room and make steps fastest; None if none fit.
+
+    device: whose rates say what is fastest; an H100 if not known.
+    """
+    search = _Search(recipe, room, data_parallel=data_parallel)
+    load, rates = full_pack(recipe), device or H100
+    fitting = list(search.candidates())
+    if not fitting:
+        return None
+
+    def cost(candidate: Recipe) -> tuple[float, int]:
+        time = step_time(candidate, rates, data_parallel=data_parallel, load=load)
+        return round(time.total, 4), search.need(candidate).host
+
+    return min(fitting, key=cost)
+
+
+def smallest(recipe: Recipe) -> Recipe:
+    """The recipe with the levers that take least of the device, whatever the host has."""
+    return change(
+        recipe, _vision_choices(recipe)[-1] | _layers(recipe, kept=0, sent=_count(recipe))
+    )
+
+
+def leaner_optimizers(recipe: Recipe) -> list[Recipe]:
+    """The recipe with less of the optimizer's state on the device, least last. None of them is
+    chosen without being asked for: they round otherwise."""
+    sharded, optimizer = recipe.parallel.use_distributed_optimizer, recipe.optimizer
+    if not (recipe.training.bf16 and sharded) or optimizer.use_precision_aware_optimizer:
+        return []
+    return [change(recipe, LEAN), change(recipe, LEANEST)]
+
+
+class _Search:
+    """Candidates that fit, the best of each kind."""
+
+    def __init__(self, recipe: Recipe, room: Room, *, data_parallel: int) -> None:
+        self.recipe, self.room, self.data_parallel = recipe, room, data_parallel
+
+    def need(self, candidate: Recipe) -> Need:
+        return memory_need(candidate, data_parallel=self.data_parallel)
+
+    def candidates(self) -> Iterator[Recipe]:
+        """For each way of recomputing the tower, the best of each way of recomputing layers."""
+        if not self._fits({}, at_least=True):
+            return
+        for vision in _vision_choices(self.recipe):
+            yield from self._of_layers(vision)
+
+    def _of_layers(self, vision: Changes) -> Iterator[Recipe]:
+        if self._fits(NO_LEVERS | vision):
+            yield change(self.recipe, NO_LEVERS | vision)
+            return  # whatever recomputes more is slower
+        if self._fits(_mlp(self.recipe) | vision):
+            yield change(self.recipe, _mlp(self.recipe) | vision)
+        count = _count(self.recipe)
+        for offload in (False, True):
+            number = _first(
+                1, count, lambda n, offload=offload: self._fits(self._some(n, offload) | vision)
+            )
+            if number is not None:
+                yield change(self.recipe, self._some(number, offload) | vision)
+        # All layers recomputed: as many as fit keep attention, sending as few as must be.
+        without = _first(0, count, lambda n: self._least_sent(vision, kept=count - n) is not None)
+        if without is not None:
+            found = self._least_sent(vision, kept=count - without)
+            assert found is not None
+            yield change(self.recipe, found)
+
+    def _some(self, number: int, offload: bool) -> Changes:
+        """The first layers recomputed but for attention, the others not."""
+        sent = number if offload else 0
+        return _layers(self.recipe, number=number, kept=number, sent=sent)
+
+    def _least_sent(self, vision: Changes, *, kept: int) -> Changes | None:
+        """Fewest layers sent to the host with which the device is large enough; None if the host is
+        too small for them."""
+        count = _count(self.recipe)
+
+        def choice(sent: int) -> Changes:
+            return _layers(self.recipe, kept=kept, sent=sent) | vision
+
+        sent = _first(0, count, lambda sent: self._fits(choice(sent), device_alone=True))
+        if sent is None or not self._fits(choice(sent)):
+            return None
+        return choice(sent)
+
+    def _fits(
+        self, changes: Changes, *, device_alone: bool = False, at_least: bool = False
+    ) -> bool:
+        candidate = smallest(self.recipe) if at_least else change(self.recipe, changes)
+        need = self.need(candidate)
+        alone = device_alone or at_least
+        return need.fits_device(self.room) if alone else need.fits(self.room)
+
+
+def _mlp(recipe: Recipe) -> Changes:
+    """Layers that keep everything but what their MLPs make inside."""
+    return NO_LEVERS | {
+        "training.recompute_granularity": "selective",
+        "training.recompute_modules": ["mlp"],
+        "training.mlp_chunk_tokens": _chunk(recipe, LayerPlan(kept="all_but_mlp")),
+    }
+
+
+def _layers(recipe: Recipe, *, kept: int, sent: int, number: int = 0) -> Changes:
+    """The first `number` layers of a stage recomputed (0: all), of which the last `kept` keep
+    attention's output and the first `sent` wait on the host."""
+    recomputed = number or _count(recipe)
+    plan = LayerPlan(kept="input_and_attention" if kept else "input")
+    # `layer_memory` rounds up: half a layer less gives the same number for any rounding.
+    share = round(max(sent - 0.5, 0) / recomputed, 4) if sent < recomputed else 1.0
+    return NO_LEVERS | {
+        "training.recompute_granularity": "full",
+        "training.recompute_num_layers": 0 if recomputed == _count(recipe) else recomputed,
+        "training.recompute_keep_attention_layers": -1 if kept == recomputed else kept,
+        "training.mlp_chunk_tokens": _chunk(recipe, plan),
+        "training.activation_offload_fraction": share,
+    }
+
+
+def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
+    """Tokens of an MLP's piece: as many as take no more memory than attention does, which no lever
+    cuts; 0 where the whole MLP takes no more."""
+    tensors = layer_tensors(recipe)
+    most = tensors.attention_working(plan.kept)
+    tokens = recipe.data.seq_length // recipe.parallel.context_parallel_size
+    if tensors.mlp_working(plan) <= most:
+        return 0
+    for chunk in CHUNKS:
+        pieces = -(-tokens // chunk)
+        if tensors.mlp_working(LayerPlan(kept=plan.kept, pieces=pieces)) <= most:
+            return chunk if pieces > 1 else 0
+    return CHUNKS[-1] if tokens > CHUNKS[-1] else 0
+
+
+def _vision_choices(recipe: Recipe) -> list[Changes]:
+    """Ways of recomputing the tower, from the one that keeps most."""
+    training = recipe.training
+    off = {"training.recompute_vision": False, "training.recompute_vision_method": "layers"}
+    if recipe.model.text_only or training.freeze_vision_model:
+        return [off]
+    at_once = min(training.vision_tiles_at_once, TILES_AT_ONCE)
+    by_layers = off | {"training.recompute_vision": True}
+    by_tiles = by_layers | {
+        "training.recompute_vision_method": "tiles",
+        "training.vision_tiles_at_once": at_once,
+    }
+    return [off, by_layers, by_tiles]
+
+
+def _count(recipe: Recipe) -> int:
+    """Layers that a rank runs one after another, at the most."""
+    stages = recipe.parallel.layers_of_stages(recipe.model.language.num_layers)
+    return max(stages) // recipe.parallel.virtual_pipeline_model_parallel_size
+
+
+def _telling_stages(recipe: Recipe) -> list[int]:
+    """Stages of which one is the fullest: the first two and the last."""
+    last = recipe.parallel.pipeline_model_parallel_size - 1
+    return sorted({0, min(1, last), last})
+
+
+def _first(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
+    """The least number of the range for which a condition holds that holds for all larger ones;
+    None if it holds for none."""
+    numbers = range(low, high + 1)
+    index = bisect.bisect_left(numbers, True, key=holds)
+    return numbers[index] if index < len(numbers) else None

@@ -1,0 +1,84 @@
+"""Options of the dry run's command line: how many devices of which kind a run would have."""
+
+import argparse
+
+from megatron_vita.costs.devices import DEVICES, H100, H200, Device, find_device
+from megatron_vita.costs.fitting import Room
+from megatron_vita.costs.memory import GIB
+from megatron_vita.errors import ConfigError
+
+HOST_GIB_A_RANK = 125
+"""Host memory of a rank where none is named."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add a group of options to a command."""
+    dry = parser.add_argument_group("dry run")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show and check what the run would be, on this machine alone",
+    )
+    dry.add_argument(
+        "--suggest",
+        action="store_true",
+        help="list the fastest layouts of the recipe for the devices named, with the levers that fit them",
+    )
+    dry.add_argument(
+        "--world-size",
+        "--gpus",
+        type=int,
+        default=0,
+        help="ranks of the run; one replica if not given",
+    )
+    known = ", ".join(device.name for device in DEVICES)
+    dry.add_argument(
+        "--device",
+        default="",
+        help=f"GPU of the run, whose rates predict the time of a step: {known}; this machine's if it has one",
+    )
+    dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks of a node")
+    dry.add_argument(
+        "--device-memory-gib",
+        type=float,
+        default=0,
+        help="memory of a GPU, if not that of --device; a run estimated to need more is refused",
+    )
+    dry.add_argument(
+        "--host-memory-gib",
+        type=float,
+        default=0,
+        help=f"memory of a node for a run's processes and offloaded activations; {HOST_GIB_A_RANK} a rank if not given",
+    )
+    dry.add_argument(
+        "--without-data", action="store_true", help="leave the plan and its packs unread"
+    )
+
+
+def chosen_device(options: argparse.Namespace, *, here: str = "") -> Device | None:
+    """The device that the options name, or `here`; None if its rates are not known.
+
+    Raises:
+        ConfigError: an unknown --device.
+    """
+    device = find_device(options.device or here)
+    if options.device and device is None:
+        known = ", ".join(device.name for device in DEVICES)
+        raise ConfigError(
+            f"--device {options.device}: its rates are not known; known: {known}. --device-memory-gib "
+            "alone checks memory"
+        )
+    return device
+
+
+def likely_device(options: argparse.Namespace, *, here: str = "") -> Device:
+    """The device that the options name, or the one whose memory they name."""
+    large = options.device_memory_gib > H100.memory_gib + 10
+    return chosen_device(options, here=here) or (H200 if large else H100)
+
+
+def chosen_room(options: argparse.Namespace, device: Device | None, *, here: int = 0) -> Room:
+    """Memory of a rank by the options, else of the device, else `here` in bytes; 0 if unknown."""
+    of_device = options.device_memory_gib or (device.memory_gib if device else 0)
+    node = options.host_memory_gib or HOST_GIB_A_RANK * options.ranks_per_node
+    return Room(device=int(of_device * GIB) or here, host=int(node * GIB / options.ranks_per_node))

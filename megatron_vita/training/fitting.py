@@ -1,0 +1,67 @@
+"""`training.fit_memory`: levers for the memory that the devices and hosts of this run have."""
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+
+from megatron_vita import platform
+from megatron_vita.config import Recipe
+from megatron_vita.costs.changes import change
+from megatron_vita.costs.devices import find_device
+from megatron_vita.costs.fitting import (
+    NO_LEVERS,
+    Room,
+    fit_memory,
+    memory_need,
+    smallest,
+)
+from megatron_vita.costs.memory import GIB
+from megatron_vita.costs.remedies import find_remedies, name_remedies
+from megatron_vita.errors import ConfigError
+from megatron_vita.training.wording import describe_levers
+
+logger = logging.getLogger(__name__)
+
+
+def choose_levers(recipe: Recipe) -> Recipe:
+    """The recipe as it is, or with levers chosen where `training.fit_memory` asks for it: the same
+    on every rank, for the rank that has least memory. Collective.
+
+    Raises:
+        ConfigError: nothing fits; with what would.
+    """
+    if not recipe.training.fit_memory:
+        return recipe
+    room, device = _least_room(recipe), find_device(platform.device_name())
+    plain = change(recipe, NO_LEVERS)
+    replicas = recipe.data_parallel_size(dist.get_world_size())
+    fitted = fit_memory(plain, room, data_parallel=replicas, device=device)
+    has = f"{room.device / GIB:.1f} GiB of its device and {room.host / GIB:.1f} of its host"
+    if fitted is None:
+        least = memory_need(smallest(plain), data_parallel=replicas)
+        remedies = find_remedies(plain, room, world_size=dist.get_world_size(), device=device)
+        raise ConfigError(
+            f"training.fit_memory: at the least a rank needs {least.describe()}, and has {has}: try "
+            f"{name_remedies(remedies, timed=device is not None)}"
+        )
+    need = memory_need(fitted, data_parallel=replicas)
+    logger.info(
+        "training.fit_memory chose: %s; a rank needs about %s, and has %s",
+        describe_levers(fitted),
+        need.describe(),
+        has,
+    )
+    return fitted
+
+
+def _least_room(recipe: Recipe) -> Room:
+    """Memory of the rank that has least, the host's shared evenly by its ranks. Collective."""
+    ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = platform.available_host_memory() // ranks_of_host
+    sizes = torch.tensor([platform.device_memory() or host, host], dtype=torch.int64)
+    sizes = sizes.to(platform.device())
+    dist.all_reduce(sizes, op=dist.ReduceOp.MIN)
+    device, host = sizes.tolist()
+    return Room(device=device, host=host, pinned=int(recipe.training.activation_offload_gib * GIB))

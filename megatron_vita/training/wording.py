@@ -1,0 +1,60 @@
+"""Recipes in words, for logs and dry runs."""
+
+from dataclasses import fields
+
+from megatron_vita.config import Recipe
+
+NOT_LEVERS = {
+    "training": {
+        "train_iters", "global_batch_size", "seed", "eval_interval", "eval_iters", "log_interval",
+        "tensorboard_dir", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir",
+        "freeze_vision_model", "freeze_projector", "freeze_language_model",
+    },
+    "optimizer": {
+        "lr", "min_lr", "lr_warmup_fraction", "vision_lr_mult", "vision_lr_decay", "weight_decay",
+        "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+    },
+}  # fmt: skip
+"""Fields of these groups that do not trade time or precision for memory; all others do."""
+
+
+def describe_layout(recipe: Recipe, *, world_size: int) -> str:
+    """Sizes and kinds of parallelism in one line."""
+    parallel = recipe.parallel
+    data_parallel = world_size // parallel.replica_size
+    parts = [
+        f"TP {parallel.tensor_model_parallel_size} x CP {parallel.context_parallel_size} x "
+        f"DP {data_parallel} x PP {parallel.pipeline_model_parallel_size}"
+    ]
+    if parallel.virtual_size is not None:
+        parts.append(f"{parallel.virtual_size} chunks a stage")
+    if parallel.sequence_parallel:
+        parts.append("sequence parallel")
+    if parallel.context_parallel_size > 1:
+        parts.append(f"CP by {parallel.cp_comm_type}")
+    if parallel.use_distributed_optimizer:
+        parts.append("distributed optimizer")
+    return f"layout of {world_size} ranks: {', '.join(parts)}"
+
+
+def describe_levers(recipe: Recipe) -> str:
+    """The fields that trade time or precision for memory where they differ from their defaults."""
+    default = Recipe()
+    changed = []
+    for group, others in NOT_LEVERS.items():
+        ours, theirs = getattr(recipe, group), getattr(default, group)
+        names = [field.name for field in fields(ours) if field.name not in others]
+        changed += [
+            f"{name} {getattr(ours, name)}"
+            for name in names
+            if getattr(ours, name) != getattr(theirs, name)
+        ]
+    return ", ".join(changed) or "none"
+
+
+def count(number: int) -> str:
+    """A number of parameters for reading: 1.54 B, 304.01 M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
