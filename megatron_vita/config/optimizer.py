@@ -127,23 +127,21 @@ class OptimizerConfig:
             f"optimizer.optimizer_offload_fraction is {self.optimizer_offload_fraction}: it must be above 0 and at "
             "most 1",
         )
-        idle = {"optimizer_offload_fraction": 1.0, "overlap_cpu_optimizer_d2h_h2d": False}
-        for name, value in idle.items():
+        for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
             require(
-                self.optimizer_cpu_offload or getattr(self, name) == value,
+                self.optimizer_cpu_offload or getattr(self, name) == FULL_PRECISION[name],
                 f"optimizer.{name} is {getattr(self, name)}, which needs optimizer.optimizer_cpu_offload",
             )
         if not self.optimizer_cpu_offload:
             return
-        kept = {
-            "main_params_dtype": "fp32",
-            "exp_avg_dtype": "fp32",
-            "exp_avg_sq_dtype": "fp32",
-            "store_param_remainders": False,
-        }
-        for name, value in kept.items():
+        for name in (
+            "main_params_dtype",
+            "exp_avg_dtype",
+            "exp_avg_sq_dtype",
+            "store_param_remainders",
+        ):
             require(
-                getattr(self, name) == value,
+                getattr(self, name) == FULL_PRECISION[name],
                 f"optimizer.{name} is {getattr(self, name)}, but optimizer_cpu_offload keeps weights and moments whole "
                 "in fp32, those on the device too",
             )
