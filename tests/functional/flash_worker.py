@@ -77,7 +77,7 @@ def check(fields: dict) -> dict[str, Any]:
     model = build_model(recipe, backend=StandIn())
     found: dict[str, Any] = {"differences": largest_differences(recipe, batch)}
     found["kept"] = kept_by_autograd(batch)
-    if recipe.parallel.context_parallel_size == 4:
+    if recipe.training.recompute_granularity == "selective":
         found["poison"] = poison(model, batch)
     if recipe.parallel.tensor_model_parallel_size == 1:  # plain PyTorch, whole weights
         found["exact_rows"] = exact_rows(model, joined=joined)

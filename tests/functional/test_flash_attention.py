@@ -12,6 +12,12 @@ LAYOUTS = {
     "cp4 selective": {"context_parallel_size": 4, "recompute_granularity": "selective"},
     "cp2 one document": CP | {"isolate_documents": False},
     "tp2sp-cp2 full": TP | CP | {"sequence_parallel": True, "recompute_granularity": "full"},
+    "cp4 kept": {
+        "context_parallel_size": 4,
+        "recompute_granularity": "full",
+        "recompute_keep_attention_layers": -1,
+        "mlp_chunk_tokens": 16,
+    },
     "tp2 qwen3": TP | {"qk_layernorm": True, "add_qkv_bias": False},
 }
 
