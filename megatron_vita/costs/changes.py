@@ -1,12 +1,11 @@
 """Recipes with other values in some fields."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from megatron_vita.config import Recipe
 
-Changes = Mapping[str, Any]
+Changes = dict[str, Any]
 """Values by dotted names of fields, such as training.recompute_vision."""
 
 

@@ -164,9 +164,7 @@ class _Search:
             yield change(self.recipe, _mlp(self.recipe) | vision)
         count = _count(self.recipe)
         for offload in (False, True):
-            number = _first(
-                1, count, lambda n, offload=offload: self._fits(self._some(n, offload) | vision)
-            )
+            number = self._least_recomputed(vision, offload=offload)
             if number is not None:
                 yield change(self.recipe, self._some(number, offload) | vision)
         # All layers recomputed: as many as fit keep attention, sending as few as must be.
@@ -175,6 +173,18 @@ class _Search:
             found = self._least_sent(vision, kept=count - without)
             assert found is not None
             yield change(self.recipe, found)
+
+    def _least_recomputed(self, vision: Changes, *, offload: bool) -> int | None:
+        """Fewest layers recomputed but for attention with which the device is large enough; None if
+        the host is too small for them."""
+
+        def fits(number: int) -> bool:
+            return self._fits(self._some(number, offload) | vision, device_alone=True)
+
+        number = _first(1, _count(self.recipe), fits)
+        if number is None or not self._fits(self._some(number, offload) | vision):
+            return None
+        return number
 
     def _some(self, number: int, offload: bool) -> Changes:
         """The first layers recomputed but for attention, the others not."""

@@ -6,7 +6,6 @@ is `RankMemory.device`. Measured peaks that it is held to: `tests/costs/test_mem
 """
 
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -168,9 +167,10 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
         )
     # From the last layer to the first: what later layers kept is gone.
     working, kept = 0, 0
-    plans = [None, *plan_layers(recipe, count)]
+    plans = plan_layers(recipe, count)
     of_layer = functools.cache(tensors.working)  # most layers are alike
-    for before, plan in reversed(list(itertools.pairwise(plans))):
+    for i, plan in reversed(list(enumerate(plans))):
+        before = plans[i - 1] if i > 0 else None
         working = max(working, of_layer(plan, before=before) - kept)
         kept += tensors.kept(plan.kept) - tensors.sent(plan)
     return kept, working

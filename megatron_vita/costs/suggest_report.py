@@ -20,7 +20,7 @@ def describe_suggestions(
         "host for each; packs full of tiles, of one document; fastest first:"
     )
     header = ("TP", "CP", "PP", "DP", "s a step", "tokens/s/GPU", "TFLOP/s/GPU")
-    rows = [(*header, "device GiB", "host GiB", "levers")]
+    rows: list[tuple[str, ...]] = [(*header, "device GiB", "host GiB", "levers")]
     rows += [_row(suggestion, world_size) for suggestion in found.best]
     yield from align(rows, words_last=True)
     if found.best:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.costs.changes import change
-from megatron_vita.costs.devices import find_device
+from megatron_vita.costs.devices import DEVICES, Device, find_device
 from megatron_vita.costs.fitting import (
     NO_LEVERS,
     Room,
@@ -34,7 +34,7 @@ def choose_levers(recipe: Recipe) -> Recipe:
     """
     if not recipe.training.fit_memory:
         return recipe
-    room, device = _least_room(recipe), find_device(platform.device_name())
+    room, device = _least_room(recipe), _common_device()
     plain = change(recipe, NO_LEVERS)
     replicas = recipe.data_parallel_size(dist.get_world_size())
     fitted = fit_memory(plain, room, data_parallel=replicas, device=device)
@@ -54,6 +54,15 @@ def choose_levers(recipe: Recipe) -> Recipe:
         has,
     )
     return fitted
+
+
+def _common_device() -> Device | None:
+    """The device of all ranks; None if they differ or its rates are not known. Collective."""
+    device = find_device(platform.device_name())
+    index = DEVICES.index(device) if device is not None else -1
+    both = torch.tensor([index, -index], device=platform.device())
+    dist.all_reduce(both, op=dist.ReduceOp.MIN)
+    return device if both[0] == -both[1] else None
 
 
 def _least_room(recipe: Recipe) -> Room:
