@@ -18,6 +18,7 @@ from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import train_tokenizer
 from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
+from megatron_vita.data.shards.quarantine import Entry
 
 app = typer.Typer(
     add_completion=False,
@@ -174,15 +175,21 @@ def validate(
     found = validate_shards(
         tasks, crew=Crew(workers=workers, time_limit=time_limit, executor=executor)
     )
-    for shard, entry in found.bad[:MOST_SHOWN]:
-        named = entry.reason.startswith(str(shard))
-        typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
-    if len(found.bad) > MOST_SHOWN:
-        typer.echo(f"... and {len(found.bad) - MOST_SHOWN} more")
+    _list_entries(found.usable)
+    _list_entries(found.bad)
+    usable = f"{len(found.usable)} with frames in place of damaged ones, " if found.usable else ""
     typer.echo(
-        f"{found.samples} samples in {len(tasks)} shards; {len(found.bad)} bad, listed beside the shards"
+        f"{found.samples} samples in {len(tasks)} shards; {usable}{len(found.bad)} bad, listed beside the shards"
     )
     return 1 if found.bad else 0
+
+
+def _list_entries(entries: list[tuple[Path, Entry]]) -> None:
+    for shard, entry in entries[:MOST_SHOWN]:
+        named = entry.reason.startswith(str(shard))
+        typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
+    if len(entries) > MOST_SHOWN:
+        typer.echo(f"... and {len(entries) - MOST_SHOWN} more")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 at a low rate."""
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,12 +17,15 @@ from megatron_vita.media.clip import TOLERANCE
 from megatron_vita.media.frame_archive import is_archive
 from megatron_vita.media.images import open_image, upright
 from megatron_vita.media.video import (
+    Report,
     frame_pixels,
     frame_starts,
     num_frames,
     probe_video,
     walk_frames,
 )
+
+logger = logging.getLogger(__name__)
 
 X264 = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0", "sc_threshold": "0"}
 NO_KEY_FRAMES = 1 << 20
@@ -55,15 +59,23 @@ class Reencode:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative"
                 )
 
-    def __call__(self, kind: str, file: MediaFile) -> MediaFile:
-        """The medium as it goes into the shard. DataError if it cannot be decoded."""
+    def __call__(self, kind: str, file: MediaFile, *, place: str = "") -> MediaFile:
+        """The medium as it goes into the shard. DataError if it cannot be decoded.
+
+        A video of which frames cannot be decoded stays as it is, and the log says so with `place`:
+        encoded anew, the frames that stand for them would count as good.
+        """
         if kind == "image" and self.jpeg_quality:
             return MediaFile(".jpg", _jpeg(file.data, self.jpeg_quality))
         if kind == "video" and (self.video_gop or self.video_fps) and not is_archive(file.data):
-            return MediaFile(".mp4", self._video(file.data))
+            damage: list[str] = []
+            made = self._video(file.data, report=lambda _, reason: damage.append(reason))
+            if not damage:
+                return MediaFile(".mp4", made)
+            logger.warning("%s%s; it is kept as it is", place, damage[0])
         return file
 
-    def _video(self, data: bytes) -> bytes:
+    def _video(self, data: bytes, *, report: Report) -> bytes:
         """The video re-cut. At a lower rate, a frame is what the source shows in the middle of the
         frame's time; else each frame keeps its time.
 
@@ -80,7 +92,11 @@ class Reencode:
             moments = starts = frame_starts(data, "the video")
         try:
             return _encode(
-                data, moments, starts=[*starts, info.duration], gop=self.video_gop or 1.0
+                data,
+                moments,
+                starts=[*starts, info.duration],
+                gop=self.video_gop or 1.0,
+                report=report,
             )
         except av.FFmpegError as error:
             raise DataError(f"the video cannot be encoded anew: {error}") from error
@@ -98,7 +114,14 @@ def _jpeg(data: bytes, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _encode(data: bytes, moments: Sequence[float], *, starts: Sequence[float], gop: float) -> bytes:
+def _encode(
+    data: bytes,
+    moments: Sequence[float],
+    *,
+    starts: Sequence[float],
+    gop: float,
+    report: Report,
+) -> bytes:
     """A video of the frames that `data` shows at `moments`, shown anew from `starts` on.
 
     `starts` has one more: the end. `gop`: seconds between key frames.
@@ -106,7 +129,7 @@ def _encode(data: bytes, moments: Sequence[float], *, starts: Sequence[float], g
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         encoder = _Encoder(container, starts, gop=gop)
-        walk_frames(data, "the video", times=moments, take=encoder.take)
+        walk_frames(data, "the video", times=moments, take=encoder.take, report=report)
         encoder.close()
     return buffer.getvalue()
 

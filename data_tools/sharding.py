@@ -255,8 +255,10 @@ def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
     """The sample of a line, its media decoded unless it is known to be good, and encoded anew where
     that is wanted."""
     sample = check_line(line, media_root=job.media_root, decode=not known)
+    place = f"{line.file}:{line.number}: "
     media = {
-        kind: [job.reencode(kind, file) for file in files] for kind, files in sample.media.items()
+        kind: [job.reencode(kind, file, place=place) for file in files]
+        for kind, files in sample.media.items()
     }
     return replace(sample, media=media)
 

@@ -37,6 +37,8 @@ from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
 FRAMES_AT_ONCE = 64
 SIDE = 16  # frames are decoded in full and kept small
+USABLE = "usable, with frames in place of damaged ones: "
+"""Begins the reason of a step that leaves its sample good."""
 
 
 class Sampling(NamedTuple):
@@ -56,10 +58,11 @@ class ValidateTask(NamedTuple):
 @dataclass(frozen=True)
 class Validation:
     """What was found: samples looked at, and an entry for each that is bad, also for those that
-    `index` listed."""
+    `index` listed; and for each that is good but for frames of its videos."""
 
     samples: int
     bad: list[tuple[Path, Entry]]
+    usable: list[tuple[Path, Entry]]
 
 
 def find_targets(targets: list[str]) -> list[ValidateTask]:
@@ -111,7 +114,12 @@ def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validatio
         for shard, found in lists.items()
         for entry in found.entries
     }
-    return Validation(samples, list(bad.values()))
+    usable = [
+        (shard, Entry("validate", key, reason))
+        for shard, found in lists.items()
+        for key, reason in (found.validated or {}).get("usable", [])
+    ]
+    return Validation(samples, list(bad.values()), usable)
 
 
 def _samples(shard: Path, found: Quarantine) -> int:
@@ -145,7 +153,12 @@ def _validate_shard(task: ValidateTask, steps: Steps) -> None:
         position = max(end, position)
     checker.close()
     found: Quarantine = read_quarantine(task.shard)
-    validated = {"samplings": [list(sampling) for sampling in task.samplings], "samples": samples}
+    validated: dict[str, Any] = {
+        "samplings": [list(sampling) for sampling in task.samplings],
+        "samples": samples,
+    }
+    if checker.usable:
+        validated["usable"] = [[printable(key), why] for key, why in checker.usable.items()]
     write_quarantine(found.replaced("validate", bad, validated=validated), task.shard)
 
 
@@ -157,17 +170,29 @@ class _Checker:
         self._size = task.shard.stat().st_size
         self._rule: MemberRule = read_rule(task.shard.parent)
         self._reader = ShardReader()
+        self.usable: dict[str, str] = {}  # reasons by key
         self.close = self._reader.close
 
     def check(self, sample: ScannedSample) -> None:
-        """DataError, naming shard and key or member, if anything of a sample cannot be decoded."""
+        """DataError, naming shard and key or member, if anything of a sample cannot be decoded.
+
+        A sample in which other frames are shown for some is noted in `usable`.
+        """
         record = self._steps.run(partial(self._record, sample))
         for name in record["images"]:
             self._steps.run(partial(self._image, sample, name))
         for name in record["videos"]:
             times = self._steps.run(partial(self._times, sample, name))
             for chunk in itertools.batched(times, FRAMES_AT_ONCE):
-                self._steps.run(partial(self._frames, sample, name, chunk))
+                self._check_frames(sample, name, chunk)
+
+    def _check_frames(self, sample: ScannedSample, name: str, times: Sequence[float]) -> None:
+        try:
+            self._steps.run(partial(self._frames, sample, name, times))
+        except DataError as error:
+            if not str(error).startswith(USABLE):
+                raise
+            self.usable.setdefault(sample.key, str(error).removeprefix(USABLE))
 
     def _record(self, sample: ScannedSample, known: bool) -> dict[str, Any]:
         try:
@@ -195,10 +220,18 @@ class _Checker:
     def _frames(
         self, sample: ScannedSample, name: str, times: Sequence[float], known: bool
     ) -> None:
-        if not known:
-            decode_frames(
-                self._read(sample, name), f"{self._shard} {name}", times=times, tile_size=SIDE
-            )
+        if known:
+            return
+        data, reasons = self._read(sample, name), list[str]()
+        decode_frames(
+            data,
+            f"{self._shard} {name}",
+            times=times,
+            tile_size=SIDE,
+            report=lambda _, reason: reasons.append(reason),
+        )
+        if reasons:  # kept as the step's verdict, should the task be done again
+            raise DataError(USABLE + reasons[0])
 
     def _read(self, sample: ScannedSample, name: str) -> bytes:
         return self._reader.read(self._shard, member=sample.members[name], shard_size=self._size)

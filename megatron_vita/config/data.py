@@ -83,7 +83,8 @@ class DataConfig:
     cache_gib: float = described(100.0, "Room for those copies, for all processes of a machine.")
     max_damaged: float = described(
         0.01,
-        "Share of unreadable samples among those read (1,000 at least) above which a run stops.",
+        "Share of damaged samples (unreadable, or a frame of theirs is) among those read (1,000 at least) above which a "
+        "run stops.",
     )
 
     def __post_init__(self) -> None:

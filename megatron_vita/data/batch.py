@@ -37,6 +37,8 @@ class Batch:
     num_tokens: int  # padding not counted
     sample_keys: list[str]
     masked: list[int] = field(default_factory=list)  # documents that could not be read
+    # frames that stand for damaged ones, by document
+    stand_ins: dict[int, int] = field(default_factory=dict)
 
 
 def padded_length[Tokens: (int, np.ndarray)](tokens: Tokens, alignment: int) -> Tokens:

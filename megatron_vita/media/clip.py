@@ -44,7 +44,8 @@ class Clip:
 
     `origin` is the time of the first frame; `rate` is of frames in a second, 0 if unknown. Where
     `counts` is true, the container has no times (raw streams), or those of decoding only (AVI):
-    then the frames that are decoded must be counted, since their own times mean nothing.
+    then the frames that are decoded must be counted, since their own times mean nothing; their
+    `pts` is the place of their packet in the file.
     """
 
     def __init__(self, stream: av.VideoStream, name: str) -> None:
@@ -93,6 +94,8 @@ class Clip:
         if packet is None:
             return None
         coded = Coded(packet, self._time(packet, self.num_read), not packet.is_discard)
+        if self.counts:  # the decoder hands it on with the frame
+            packet.pts = self.num_read
         self.num_read += 1
         return coded
 

@@ -83,14 +83,15 @@ class FrameArchive:
     def __len__(self) -> int:
         return len(self._members)
 
-    def show(self, times: Sequence[float], take: Callable[[int, Pixels | None], None]) -> None:
+    def show(self, times: Sequence[float], take: Callable[[int, Pixels | None], None]) -> int:
         """Hands on the frame of each time (its place, and None where it is that of the time
         before).
 
-        For a frame that cannot be read stands the one before, at the start the one after. DataError
-        if none can be.
+        For a frame that cannot be read stands the one before, at the start the one after; gives how
+        many do. DataError if none can be read.
         """
         shown: int | None = None
+        stand_ins = 0
         lost: set[int] = set()
         for place, time in enumerate(times):
             frame = min(max(int((time + TOLERANCE) * self.fps), 0), len(self) - 1)
@@ -107,6 +108,8 @@ class FrameArchive:
                 raise DataError(
                     f"{self._name}: none of the {len(self)} frames of this video can be read"
                 )
+            stand_ins += shown != frame
+        return stand_ins
 
     def _read(self, frame: int) -> Pixels | None:
         member = self._members[frame]

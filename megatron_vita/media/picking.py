@@ -55,6 +55,8 @@ class Picker:
         self._broken = True  # whether what comes does not follow what was decoded
         self._start = clip.origin  # of the key frame from which is decoded
         self._first = self._shown = 0  # its place in `_times`, and frames that came out since
+        self._start_place = 0  # its place in the file, where frames are counted
+        self._ahead: list[int] = []  # places of the frames that came out since the last key frame
         self._last: tuple[float, av.VideoFrame] | None = None
 
     def run(self) -> list[Picked]:
@@ -70,6 +72,17 @@ class Picker:
                 self._drain(place)
                 break
         return self._picked
+
+    def stands_in(self, place: int) -> bool:
+        """Whether what was taken for a moment stands for a frame that cannot be decoded."""
+        time, moment = self._picked[place].time, self._moments[place] + TOLERANCE
+        if self._picked[place].is_exact:
+            return False
+        if self._clip.counts:  # the times of packets are not those of their frames
+            return bool(self.lost)
+        if time > moment:
+            return any(lost < time for lost in self.lost)
+        return any(time < lost <= moment for lost in self.lost)
 
     def _read_past(self, moment: float, *, jump: bool = False) -> None:
         """Reads until the frame shown at `moment` is known, and forgets what is not needed for it
@@ -118,11 +131,14 @@ class Picker:
             self._clip.codec.flush_buffers()
             self._broken, self._start = False, coded.time
             self._first, self._shown = bisect.bisect_left(self._times, coded.time), 0
+            if self._clip.counts:
+                self._start_place, self._ahead = coded.packet.pts or 0, []
         if self._skip:
             self._read_past(coded.time)
             self._clip.codec.skip_frame = "DEFAULT" if self._is_wanted(coded.time) else "NONREF"
         if (frames := self._decoded(coded.packet)) is None:
             self.lost.add(coded.time)
+            self._shown += 1
         else:
             self._offer(frames, place)
 
@@ -145,6 +161,7 @@ class Picker:
         for frame in frames:
             time = self._clip.time_of(frame)
             if time is None:
+                self._settle_count(frame)
                 counted = min(self._first + self._shown, len(self._times) - 1)
                 time = self._times[counted] if self._times else self._start
             self._shown += 1
@@ -156,6 +173,17 @@ class Picker:
             self._last = (time, frame)
             if len(self._picked) == place and time == self._target(self._moments[place]):
                 self._take(time, frame)
+
+    def _settle_count(self, frame: av.VideoFrame) -> None:
+        """Count anew at a key frame, since a decoder may have dropped frames: what comes before it
+        in the file is shown before it, and so is what the decoder has given already."""
+        if frame.pts is None:
+            return
+        if frame.key_frame:
+            before = sum(place > frame.pts for place in self._ahead)
+            self._shown = frame.pts - self._start_place + before
+            self._ahead = []
+        self._ahead.append(frame.pts)
 
     def _take(self, time: float, frame: av.VideoFrame) -> None:
         place = len(self._picked)

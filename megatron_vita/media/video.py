@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import av
@@ -24,6 +24,9 @@ from megatron_vita.media.picking import Picker, Take
 from megatron_vita.media.resize import Color, letterboxed
 
 logger = logging.getLogger(__name__)
+
+Report = Callable[[int, str], None]
+"""Told how many frames of a video are shown by others because they are damaged, and a line on it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def decode_frames(
     tile_size: int,
     normalization: Normalization = "imagenet",
     out: np.ndarray | None = None,
+    report: Report | None = None,
 ) -> np.ndarray:
     """The frames shown at `times` (ascending, in seconds from the first frame) as uint8
     `[len(times), 3, S, S]`.
@@ -121,7 +125,8 @@ def decode_frames(
     They are written into `out`, if given. Each is turned upright and shown as large as it fits
     (bicubic) in the middle
     of a square of the mean colour of `normalization`. What cannot be decoded is passed over: the
-    frame before (at the start, the one after) stands for it. Only what `times` need is decoded.
+    frame before (at the start, the one after) stands for it, and `report` is told (without one, the
+    log). Only what `times` need is decoded.
 
     Raises DataError, which names the video by `name`, if no frame can be decoded.
     """
@@ -130,15 +135,24 @@ def decode_frames(
     )
     tiles = _Tiles(times, tile_size, mean_color(normalization), out)
     if times and is_archive(data):
-        FrameArchive(data, name).show(
+        stand_ins = FrameArchive(data, name).show(
             times, lambda place, pixels: tiles.show(place, pixels, before=place - 1)
         )
+        if stand_ins:
+            reason = f"{name}: {stand_ins} of {len(times)} frames cannot be read"
+            (report or _log)(stand_ins, reason)
     elif times:
-        _show_clip(data, name, tiles)
+        _show_clip(data, name, tiles, report or _log)
     return tiles.out
 
 
-def walk_frames(data: File, name: str, *, times: Sequence[float], take: Take) -> None:
+def _log(stand_ins: int, reason: str) -> None:
+    logger.warning("%s", reason)
+
+
+def walk_frames(
+    data: File, name: str, *, times: Sequence[float], take: Take, report: Report
+) -> None:
     """Hand on the frame of a video file that is shown at each of `times` (as in `decode_frames`).
 
     All of the file is decoded once, in order.
@@ -150,6 +164,9 @@ def walk_frames(data: File, name: str, *, times: Sequence[float], take: Take) ->
         picker = Picker(clip, moments, take, jump=False, skip=False)
         if len(picker.run()) < len(times):
             raise _undecodable(name, clip.num_read)
+    if picker.lost:
+        stand_ins = sum(map(picker.stands_in, range(len(times))))
+        _report_lost(report, name, stand_ins=stand_ins, of=len(times), packets=len(picker.lost))
 
 
 class _Tiles:
@@ -172,11 +189,12 @@ class _Tiles:
         )
 
 
-def _show_clip(data: File, name: str, tiles: _Tiles) -> None:
+def _show_clip(data: File, name: str, tiles: _Tiles, report: Report) -> None:
     """Draws the frame of each time. What one pass does not surely find, is looked for with less
     haste."""
     left = list(range(len(tiles.times)))
     lost: set[float] = set()
+    stand_ins = 0
     for jump, skip in ((True, True), (True, False), (False, False)):
         with open_clip(data, name) as clip:
             moments = [clip.origin + tiles.times[place] for place in left]
@@ -184,13 +202,23 @@ def _show_clip(data: File, name: str, tiles: _Tiles) -> None:
             picked = picker.run()
         lost |= picker.lost
         good = [pick.is_exact or (pick.is_covered and not skip) or not jump for pick in picked]
+        stand_ins += sum(picker.stands_in(i) for i, is_good in enumerate(good) if is_good)
         left = [place for place, is_good in itertools.zip_longest(left, good) if not is_good]
         if not left:
             break
-    if lost:
-        logger.warning("%s: %d packets cannot be decoded", name, len(lost))
     if left:
         raise _undecodable(name, clip.num_read)
+    if lost:
+        of = len(tiles.times)
+        _report_lost(report, name, stand_ins=stand_ins, of=of, packets=len(lost))
+
+
+def _report_lost(report: Report, name: str, *, stand_ins: int, of: int, packets: int) -> None:
+    """Tell of packets that cannot be decoded: the log alone where no frame that is wanted is."""
+    reason = (
+        f"{name}: {packets} packets cannot be decoded, {stand_ins} of {of} frames that are shown"
+    )
+    (report if stand_ins else _log)(stand_ins, reason)
 
 
 def _undecodable(name: str, packets: int) -> DataError:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_vita.data.batch import Batch, mask_documents
-from megatron_vita.data.loading.ledger import Damage, Ledger
+from megatron_vita.data.loading.ledger import Damage, Ledger, add_up_damage
 from megatron_vita.data.loading.loader import read_packs
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import PackTask
@@ -67,7 +67,9 @@ def _final_batches(
 ) -> "FinalBatches":
     data = run.recipe.data
     tasks = (
-        PackTask(pack, frozenset(damage.document for damage in ledger.of_pack(pack)))
+        PackTask(
+            pack, frozenset(damage.document for damage in ledger.of_pack(pack) if damage.is_masked)
+        )
         for pack in ids
     )
     packs = read_packs(
@@ -91,17 +93,14 @@ class Agreement:
     def finish(self, pack: ReadPack) -> Batch:
         """The batch of a pack, the same on all ranks but for their tiles. Collective."""
         batch = pack.batch
-        damages = self._gather(pack)
-        for damage in pack.damages:
-            logger.warning(
-                "pack %d: sample masked: %s: %s: %s",
-                *damage[:1],
-                damage.shard,
-                damage.key,
-                damage.reason,
-            )
-        self._ledger.add(damages)
-        if not (masked := [damage.document for damage in self._ledger.of_pack(batch.pack_id)]):
+        new = self._ledger.add(add_up_damage(self._gather(pack)))
+        if self._group is None or self._group.rank() == 0:
+            for damage in new:
+                _warn_of(damage)
+        events = self._ledger.of_pack(batch.pack_id)
+        batch.stand_ins = {event.document: event.frames for event in events if not event.is_masked}
+        masked = [event.document for event in events if event.is_masked]
+        if not masked:
             return batch
         form = self._stream.forms[0]
         return mask_documents(
@@ -121,6 +120,13 @@ class Agreement:
         gathered: list[Any] = [None] * self._group.size()
         dist.all_gather_object(gathered, pack.damages, group=self._group)
         return list(itertools.chain.from_iterable(gathered))
+
+
+def _warn_of(damage: Damage) -> None:
+    fate = "sample masked" if damage.is_masked else f"{damage.frames} frames repeat others"
+    logger.warning(
+        "pack %d: %s: %s: %s: %s", damage.pack, fate, damage.shard, damage.key, damage.reason
+    )
 
 
 class FinalBatches(Iterator[Batch]):

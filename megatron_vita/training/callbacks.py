@@ -44,8 +44,14 @@ class LogCallback(Callback):
             f"{metrics.seconds:.2f} s",
             f"left {_clock(left)}",
         )
-        damaged = f" | {metrics.damaged} damaged samples" if metrics.damaged else ""
-        logger.info("%s%s", " | ".join(parts), damaged)
+        logger.info("%s", " | ".join([*parts, *_damage(metrics)]))
+
+
+def _damage(metrics: StepMetrics) -> Iterator[str]:
+    if metrics.damaged:
+        yield f"{metrics.damaged} damaged samples"
+    if metrics.stand_ins:
+        yield f"{metrics.stand_ins} repeated frames"
 
 
 def _arithmetic(metrics: StepMetrics) -> str:
@@ -100,7 +106,7 @@ class TensorBoardCallback(Callback):
 
 
 class DamageCallback(Callback):
-    """Stops a run that meets more unreadable samples than `data.max_damaged` allows."""
+    """Stops a run that meets more damaged samples than `data.max_damaged` allows."""
 
     def __init__(self, run: Run) -> None:
         assert run.train_stream is not None

@@ -17,7 +17,16 @@ from megatron_vita.parallel import groups
 from megatron_vita.training.meter import Meter
 
 DATA_SECONDS = "speed/data_seconds"
-SUMS = ("tokens", "positions", "tiles", "documents", "damaged", "flops", "vision_flops")
+SUMS = (
+    "tokens",
+    "positions",
+    "tiles",
+    "documents",
+    "damaged",
+    "stand_ins",
+    "flops",
+    "vision_flops",
+)
 
 
 @dataclass(kw_only=True)
@@ -33,10 +42,11 @@ class StepMetrics:
     tiles: int
     fill: float  # tokens / positions
     documents: int
-    damaged: int  # documents that could not be read
+    damaged: int  # documents that could not be read as they are
     seconds: float
     flops: float = 0.0  # model FLOPs, see costs/flops.py
     vision_flops: float = 0.0  # of these, of tower and projector
+    stand_ins: int = 0  # frames that are shown by others because they are damaged
     ranks: int = 1
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on one rank's device; 0: unknown
     stops: bool = False  # some rank was told to stop
@@ -75,6 +85,7 @@ class StepMetrics:
             "data/loss_rows": self.loss_rows,
             "data/fill": self.fill,
             "data/damaged": self.damaged,
+            "data/repeated_frames": self.stand_ins,
         }
         if self.matmul_rate:
             scalars["speed/matmul_share"] = self.tflops_per_gpu * 1e12 / self.matmul_rate
@@ -119,7 +130,8 @@ def count_batch(meter: Meter, batch: Batch, recipe: Recipe) -> None:
         ("positions", len(batch.input_ids)),
         ("tiles", len(batch.placements)),
         ("documents", len(batch.sample_keys)),
-        ("damaged", len(batch.masked)),
+        ("damaged", len(batch.masked) + len(batch.stand_ins)),
+        ("stand_ins", sum(batch.stand_ins.values())),
     ):
         meter.add(name, count)
     lengths = batch.document_starts.diff()[batch.document_sources != TAIL_SOURCE].tolist()
@@ -170,6 +182,7 @@ def collect(meter: Meter, losses: LossSums, *, step: int, started: float) -> Ste
         tiles=int(sums["tiles"]),
         documents=int(sums["documents"]),
         damaged=int(sums["damaged"]),
+        stand_ins=int(sums["stand_ins"]),
         fill=sums["tokens"] / max(sums["positions"], 1),
         seconds=values.pop("seconds"),
         flops=sums["flops"],

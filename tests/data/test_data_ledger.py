@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
+from megatron_vita.data.loading.ledger import (
+    Damage,
+    Ledger,
+    add_up_damage,
+    merge_damage,
+    read_ledgers,
+)
 from megatron_vita.errors import DataError
 
 
@@ -42,3 +48,35 @@ def test_a_spoilt_ledger_is_named_with_its_line(tmp_path: Path) -> None:
         DataError, match=r"replica_00000.jsonl: not a ledger .*mend this line: b'\{\"pack\": 1\}"
     ):
         read_ledgers(tmp_path)
+
+
+def test_what_all_ranks_of_a_replica_met_of_a_document_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "replica_00000.jsonl"
+    met = [event(1), event(2), event(1, reason="as another rank says it"), event(1)]
+    assert Ledger(path=path).add(met) == [event(1), event(2)]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def repeats(pack: int, frames: int) -> Damage:
+    return event(pack, reason="damaged frames")._replace(frames=frames)
+
+
+def test_frames_that_stand_for_others_are_added_up_over_the_ranks_of_a_replica() -> None:
+    met = [repeats(1, 2), repeats(2, 1), repeats(1, 3), event(2), repeats(2, 1)]
+    assert add_up_damage(met) == [repeats(1, 5), event(2)]
+
+
+def test_a_document_with_damaged_frames_that_cannot_be_read_later_is_masked(tmp_path: Path) -> None:
+    ledger = Ledger([repeats(1, 2)], path=tmp_path / "replica_00000.jsonl")
+    assert not ledger.of_pack(1)[0].is_masked
+    assert ledger.add([repeats(1, 2)]) == []
+    assert ledger.add([event(1)]) == [event(1)]
+    assert ledger.add([repeats(1, 2), event(1)]) == []
+    assert ledger.of_pack(1) == [event(1)]
+    assert merge_damage([repeats(1, 2), *read_ledgers(tmp_path)]) == [event(1)]
+
+
+def test_a_ledger_of_before_frames_were_counted_is_read(tmp_path: Path) -> None:
+    line = '{"pack": 1, "document": 0, "shard": "a-000000.tar", "key": "s1", "reason": "cut short"}'
+    (tmp_path / "replica_00000.jsonl").write_text(line + "\n")
+    assert read_ledgers(tmp_path) == [event(1)]

@@ -17,7 +17,7 @@ from megatron_vita.data.shards.tar import MediaFile, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.video import decode_frames, frame_starts, frame_times, probe_video
-from tests.media.video_files import clip
+from tests.media.video_files import clip, damage
 
 
 def film(*, frames: int = 250, rate: int = 25, rotation: int = 0) -> bytes:
@@ -199,3 +199,11 @@ def test_frames_of_uneven_duration_keep_their_times_where_no_rate_is_asked_for()
 def test_an_archive_of_frames_is_kept_whatever_its_name() -> None:
     archive = MediaFile(".zip", pack_frames([("0.png", b"picture")], 1.0))
     assert Reencode(video_fps=1.0)("video", archive) == archive
+
+
+def test_a_video_with_damaged_frames_is_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    source = MediaFile(".mkv", damage(clip("matroska", "mjpeg"), range(20, 30)))
+    assert Reencode(video_gop=1.0)("video", source, place="a.jsonl:7: ") == source
+    reason = "a.jsonl:7: the video: 10 packets cannot be decoded, 10 of 60 frames that are shown"
+    assert f"{reason}; it is kept as it is" in caplog.text
+    assert Reencode(video_fps=1.0)("video", source).suffix == ".mp4"  # none of its frames is lost

@@ -27,6 +27,7 @@ from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
+from tests.media.video_files import damage
 
 
 def film(seconds: int = 3) -> bytes:
@@ -108,6 +109,20 @@ def test_what_cannot_be_decoded_is_listed_and_left_out(shard: Path, capsys) -> N
     assert main(["index", recipe]) == 0
     assert "1 indexes written, 0 were current; 2 samples left out" in capsys.readouterr().out
     assert read_index(index_path(shard)).keys() == ["a", "c", "e"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_video_with_damaged_frames_is_named_and_used(
+    tmp_path: Path, capsys, workers: int
+) -> None:
+    path = tmp_path / "toy-000000.tar"
+    write(path, {"a": {"video": [MediaFile(".mp4", damage(film(), range(5, 16)))]}, "b": {}})
+    for _ in range(2):  # the second time from the list
+        assert main(["validate", str(path), "--workers", str(workers)]) == 0
+        out = capsys.readouterr().out
+        assert f"{path} a.video0.mp4: 11 packets cannot be decoded, 2 of 3 frames" in out
+        assert "2 samples in 1 shards; 1 with frames in place of damaged ones, 0 bad" in out
+    assert read_quarantine(path).entries == []
 
 
 def test_shards_are_decoded_once_unless_they_or_the_sampling_change(
@@ -260,7 +275,7 @@ def test_a_shard_that_changes_while_it_is_decoded_is_named(
 def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) -> None:
     recipe = str(shard.parents[1] / "recipe.yaml")
 
-    def failing(data: bytes, name: str, *, times: Sequence[float], tile_size: int) -> None:
+    def failing(data: bytes, name: str, *, times: Sequence[float], **_: object) -> None:
         if len(times) > 4:
             raise DataError(f"{name}: bad")
 

@@ -125,6 +125,17 @@ def test_a_damaged_frame_is_replaced_by_the_one_before_or_at_the_start_after(
     assert numbers(data, [5.0]) == [3]
 
 
+def test_frames_that_stand_for_damaged_ones_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    frames = pictures(10)
+    for lost in (0, 4, 5):
+        frames[lost] = (frames[lost][0], b"not an image")
+    told: list[tuple[int, str]] = []
+    times = [0.0, 1.0, 3.0, 4.0, 4.5, 5.0, 6.0]
+    data = pack_frames(frames, 1)
+    decode_frames(data, "clip", times=times, tile_size=SIZE, report=lambda *of: told.append(of))
+    assert told == [(4, "clip: 4 of 7 frames cannot be read")]
+
+
 def test_a_frame_that_is_shown_several_times_is_decoded_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,7 +6,7 @@ import logging
 import av
 import numpy as np
 import pytest
-from video_files import clip
+from video_files import clip, damage
 
 from megatron_vita.errors import DataError
 from megatron_vita.media import clip as clip_module
@@ -34,19 +34,6 @@ def numbers(data: bytes, times: list[float]) -> list[int]:
     assert frames.shape == (len(times), 3, SIZE, SIZE)
     assert frames.dtype == np.uint8
     return [round(float(frame[:, 4:-4, 4:-4].mean()) / 4) for frame in frames]
-
-
-def damage(data: bytes, which: range) -> bytes:
-    """Overwrites what some packets hold, not the container's own words around them."""
-    damaged = bytearray(data)
-    with av.open(io.BytesIO(data)) as container:
-        contents = [
-            (packet.pos or 0, bytes(packet)) for packet in container.demux(video=0) if packet.size
-        ]
-    for position, content in contents[which.start : which.stop]:
-        start = data.index(content, position)
-        damaged[start : start + len(content)] = b"\xff" * len(content)
-    return bytes(damaged)
 
 
 @pytest.mark.parametrize(("file_format", "codec", "options"), FORMATS)
@@ -162,24 +149,61 @@ def test_a_truncated_video_counts_and_repeats_what_is_left(
     assert last[0] == pytest.approx(info.frames, abs=4)
 
 
+def reported(data: bytes, times: list[float]) -> int:
+    """Frames that are said to stand for damaged ones."""
+    told: list[tuple[int, str]] = []
+    decode_frames(data, "clip", times=times, tile_size=SIZE, report=lambda *of: told.append(of))
+    assert all(reason.startswith("clip: ") for _, reason in told)
+    return sum(frames for frames, _ in told)
+
+
 def test_lost_packets_repeat_the_frame_before_and_are_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     data = damage(clip("matroska", "mjpeg"), range(20, 30))
+    times = [0.7, 0.8, 1.0, 1.16, 1.2]
     with caplog.at_level(logging.WARNING):
-        assert numbers(data, [0.7, 0.8, 1.0, 1.16, 1.2]) == [17, 19, 19, 19, 30]
-    assert "clip: 10 packets" in caplog.text
+        assert numbers(data, times) == [17, 19, 19, 19, 30]
+    assert "clip: 10 packets cannot be decoded, 3 of 5 frames that are shown" in caplog.text
+    assert reported(data, times) == 3
+    assert reported(data, [0.7, 1.2]) == 0
 
 
 def test_a_lost_beginning_is_filled_with_the_first_frame_there_is() -> None:
     data = damage(clip("matroska", "mjpeg"), range(0, 5))
     assert numbers(data, [0.0, 0.1, 0.2, 0.24]) == [5, 5, 5, 6]
+    assert reported(data, [0.0, 0.1, 0.2, 0.24]) == 2
 
 
 def test_a_lost_part_is_filled_from_the_part_before_even_when_asked_alone() -> None:
     data = damage(clip("matroska", "libvpx-vp9"), range(20, 30))
     assert numbers(data, [1.0]) == [19]
     assert numbers(data, [0.2, 1.0, 1.2]) == [5, 19, 30]
+    assert reported(data, [0.2, 1.0, 1.2]) == 1
+
+
+@pytest.mark.parametrize("which", [range(23, 26), range(20, 23)])
+def test_frames_that_stand_for_others_are_counted_alike_in_parts_and_containers(
+    which: range,
+) -> None:
+    times = [index / 25 for index in range(60)]
+    whole = damage(clip("mp4"), which)
+    count = reported(whole, times)
+    assert 3 <= count <= 10
+    assert reported(whole, times[:23]) + reported(whole, times[23:]) == count
+    # frames are counted there, since AVI tells times of decoding alone
+    assert reported(damage(clip("avi"), which), times) == count
+
+
+def test_a_faultless_video_reports_nothing() -> None:
+    hidden = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "1", "lag-in-frames": "10"}
+    for data in (clip(), clip("avi"), clip("h264"), clip("webm", "libvpx", options=hidden)):
+        assert reported(data, [index / 25 for index in range(60)]) == 0
+
+
+def test_frames_that_are_counted_are_right_again_from_the_key_frame_behind_a_loss() -> None:
+    data = damage(clip("avi"), range(20, 23))
+    assert numbers(data, [index / 25 for index in range(60)])[30:] == list(range(30, 60))
 
 
 def test_what_holds_no_video_is_refused_by_name() -> None:

@@ -38,3 +38,16 @@ def clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+def damage(data: bytes, which: range) -> bytes:
+    """Overwrites what some packets hold, not the container's own words around them."""
+    damaged = bytearray(data)
+    with av.open(io.BytesIO(data)) as container:
+        contents = [
+            (packet.pos or 0, bytes(packet)) for packet in container.demux(video=0) if packet.size
+        ]
+    for position, content in contents[which.start : which.stop]:
+        start = data.index(content, position)
+        damaged[start : start + len(content)] = b"\xff" * len(content)
+    return bytes(damaged)

@@ -96,8 +96,8 @@ class PackStream(Dataset):
     def __getitem__(self, pack_id: int) -> Batch:
         """Reads one pack. DataError naming shard and key of a sample that cannot be read."""
         batch, damages = self.read(pack_id)
-        if damages:
-            raise DataError(damages[0].reason)
+        if masked := [damage for damage in damages if damage.is_masked]:
+            raise DataError(masked[0].reason)
         return batch
 
     def read(
@@ -159,7 +159,8 @@ class PackStream(Dataset):
         entries = self.plan.pack(damage.pack) if 0 <= damage.pack < len(self) else []
         if not 0 <= damage.document < len(entries) or min(entries[damage.document][:2]) < 0:
             return False
-        return self.damage(damage.pack, damage.document, damage.reason) == damage
+        known = self.damage(damage.pack, damage.document, damage.reason)
+        return known._replace(frames=damage.frames) == damage
 
     def _dealt(self, frames: torch.Tensor) -> torch.Tensor:
         """The tiles of a pack that this rank decodes."""
@@ -250,7 +251,11 @@ class PackStream(Dataset):
                 tiles=part,
                 form=self.forms[entry.dataset].tile_format,
                 out=out,
+                report=partial(self._note_stand_ins, pack, i),
             )
+
+    def _note_stand_ins(self, pack: "_Pack", i: int, frames: int, reason: str) -> None:
+        pack.damages.append(self.damage(pack.id, i, reason)._replace(frames=frames))
 
     def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
         shard, member = self._shard(entry), self._member(entry, row, name)

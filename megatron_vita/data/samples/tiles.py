@@ -6,7 +6,7 @@ from megatron_vita.data.samples.encoding import Medium, TileFormat
 from megatron_vita.media.files import File, opened
 from megatron_vita.media.images import read_pixels
 from megatron_vita.media.tiling import cut_tiles
-from megatron_vita.media.video import decode_frames
+from megatron_vita.media.video import Report, decode_frames
 
 
 def decode_tiles(
@@ -17,9 +17,10 @@ def decode_tiles(
     tiles: range,
     form: TileFormat,
     out: np.ndarray | None = None,
+    report: Report | None = None,
 ) -> np.ndarray:
     """Tiles `tiles` of a medium, uint8 [n,3,S,S], in `out` if given; of a video only these frames
-    are decoded.
+    are decoded, and `report` is told of those that stand for damaged ones.
 
     Raises DataError, which names the medium by `name`, if it cannot be decoded.
     """
@@ -28,7 +29,13 @@ def decode_tiles(
     if medium.grid is None:
         times = medium.times[tiles.start : tiles.stop]
         return decode_frames(
-            data, name, times=times, tile_size=form.size, normalization=form.normalization, out=out
+            data,
+            name,
+            times=times,
+            tile_size=form.size,
+            normalization=form.normalization,
+            out=out,
+            report=report,
         )
     cut_tiles(
         read_pixels(opened(data).read(), name),
