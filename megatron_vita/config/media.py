@@ -7,6 +7,7 @@ from math import isfinite
 from megatron_vita.config.fields import described, require
 
 NORMALIZATIONS = ("imagenet", "clip", "siglip")
+VIDEO_FITS = ("letterbox", "squash")
 TILINGS = ("dynamic", "anyres")
 
 
@@ -27,6 +28,11 @@ class MediaConfig:
     max_tiles: int = described(12, "Most tiles an image is cut into, its thumbnail not counted.")
     max_fps: float = described(1.0, "Most frames taken from one second of video.")
     max_frames: int = described(128, "Most frames taken from one video.")
+    video_fit: str = described(
+        "letterbox",
+        "How a frame becomes a square tile: letterbox keeps its aspect ratio, on the mean colour "
+        "(Long-VITA), squash does not (InternVL).",
+    )
     normalization: str | list[list[float]] = described(
         "imagenet",
         "Mean and deviation of pixel values: imagenet, clip, siglip, or [[mean of red, green, blue], [deviation of each]] "
@@ -41,6 +47,10 @@ class MediaConfig:
         )
         require(
             self.tiling in TILINGS, f"media.tiling is {self.tiling!r}; known: {', '.join(TILINGS)}"
+        )
+        require(
+            self.video_fit in VIDEO_FITS,
+            f"media.video_fit is {self.video_fit!r}; known: {', '.join(VIDEO_FITS)}",
         )
         for grid in self.grids:
             require(

@@ -21,7 +21,7 @@ from megatron_vita.media.images import Pixels, image_size
 from megatron_vita.media.normalize import Normalization, mean_color
 from megatron_vita.media.orientation import frame_orientation
 from megatron_vita.media.picking import Picker, Take
-from megatron_vita.media.resize import Color, letterboxed
+from megatron_vita.media.resize import Color, letterboxed, squashed
 
 logger = logging.getLogger(__name__)
 
@@ -116,15 +116,16 @@ def decode_frames(
     times: Sequence[float],
     tile_size: int,
     normalization: Normalization = "imagenet",
+    fit: str = "letterbox",
     out: np.ndarray | None = None,
     report: Report | None = None,
 ) -> np.ndarray:
     """The frames shown at `times` (ascending, in seconds from the first frame) as uint8
     `[len(times), 3, S, S]`.
 
-    They are written into `out`, if given. Each is turned upright and shown as large as it fits
-    (bicubic) in the middle
-    of a square of the mean colour of `normalization`. What cannot be decoded is passed over: the
+    They are written into `out`, if given. Each is turned upright and resized (bicubic): with `fit`
+    "letterbox" it is as large as it fits in the middle of a square of the mean colour of
+    `normalization`, with "squash" it is the square. What cannot be decoded is passed over: the
     frame before (at the start, the one after) stands for it, and `report` is told (without one, the
     log). Only what `times` need is decoded.
 
@@ -133,7 +134,8 @@ def decode_frames(
     assert all(earlier <= later for earlier, later in itertools.pairwise(times)), (
         "times must ascend"
     )
-    tiles = _Tiles(times, tile_size, mean_color(normalization), out)
+    color = mean_color(normalization) if fit == "letterbox" else None
+    tiles = _Tiles(times, tile_size, color, out)
     if times and is_archive(data):
         stand_ins = FrameArchive(data, name).show(
             times, lambda place, pixels: tiles.show(place, pixels, before=place - 1)
@@ -173,7 +175,7 @@ class _Tiles:
     """The tiles of `times`, to be filled one by one."""
 
     def __init__(
-        self, times: Sequence[float], tile_size: int, color: Color, out: np.ndarray | None
+        self, times: Sequence[float], tile_size: int, color: Color | None, out: np.ndarray | None
     ) -> None:
         self.times = times
         self.out = (
@@ -184,9 +186,12 @@ class _Tiles:
 
     def show(self, place: int, pixels: Pixels | None, *, before: int) -> None:
         """Draws tile `place`; without pixels it is that of place `before`."""
-        self.out[place] = (
-            self.out[before] if pixels is None else letterboxed(pixels, self._box, self._color)
-        )
+        if pixels is None:
+            self.out[place] = self.out[before]
+        elif self._color is None:
+            self.out[place] = squashed(pixels, self._box)
+        else:
+            self.out[place] = letterboxed(pixels, self._box, self._color)
 
 
 def _show_clip(data: File, name: str, tiles: _Tiles, report: Report) -> None:

@@ -168,7 +168,7 @@ def test_a_recipe_to_build_on_says_of_pixels_what_the_folder_says_and_no_more(
     change(tmp_path / "chat", "preprocessor_config.json", image_mean=[0.5] * 3, image_std=[0.5] * 3)
     import_weights([tmp_path / "chat"], tmp_path / "ours", projector="internvl")
     said = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["media"]
-    assert said == {"max_tiles": 4, "normalization": "siglip"}
+    assert said == {"max_tiles": 4, "normalization": "siglip", "video_fit": "squash"}
 
 
 def test_fields_that_are_ignored_by_name_come_in(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from video_files import clip, damage
 
 from megatron_vita.errors import DataError
@@ -108,6 +109,18 @@ def test_frames_keep_every_limit_and_are_at_least_one(
 ) -> None:
     assert num_frames(info, max_fps=max_fps, max_frames=max_frames) == expected
     assert len(frame_times(info, max_fps=max_fps, max_frames=max_frames)) == expected
+
+
+def test_squashed_frames_are_the_whole_frame_as_pillow_resizes_it() -> None:
+    """As InternVL's processor shows them; rotated ones and ones of another shape, too."""
+    for size in ((96, 40), (40, 96), (64, 64)):
+        data = clip(size=size, frames=30)
+        with av.open(io.BytesIO(data)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+        tiles = decode_frames(data, "clip", times=[0.0, 0.8], tile_size=28, fit="squash")
+        for tile, frame in zip(tiles, (frames[0], frames[20]), strict=True):
+            expected = np.array(frame.resize((28, 28), Image.Resampling.BICUBIC))
+            assert np.abs(tile.transpose(1, 2, 0).astype(int) - expected).max() <= 1
 
 
 def test_frames_are_padded_to_a_square_with_the_mean_colour() -> None:

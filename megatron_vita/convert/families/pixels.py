@@ -84,6 +84,8 @@ def read_media(
     processors.whole.disregard(_IDLE)
     kind = layout.removesuffix("-prefixed")
     fields: dict[str, Any] = {"normalization": _normalization(images, _default(images, kind))}
+    if kind.startswith("internvl-"):
+        fields["video_fit"] = "squash"
     if kind == "internvl-chat":
         fields |= _chat_tiling(config)
         images.disregard(_GEOMETRY)

@@ -30,6 +30,7 @@ class TileFormat(NamedTuple):
 
     tiling: Tiling
     normalization: Normalization
+    video_fit: str = "letterbox"
 
     @property
     def size(self) -> int:
@@ -103,7 +104,7 @@ class DocumentFormat:
     @property
     def tile_format(self) -> TileFormat:
         """What decoding needs."""
-        return TileFormat(self.tiling, self.media.normalization)
+        return TileFormat(self.tiling, self.media.normalization, self.media.video_fit)
 
     @cached_property
     def _newline(self) -> int:

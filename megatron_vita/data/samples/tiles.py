@@ -34,6 +34,7 @@ def decode_tiles(
             times=times,
             tile_size=form.size,
             normalization=form.normalization,
+            fit=form.video_fit,
             out=out,
             report=report,
         )
