@@ -1,6 +1,6 @@
 """A folder of checkpoints, each written under a temporary name and renamed when complete.
 
-<folder>/step_00000500/   distributed tensors, manifest.json
+<folder>/step_00000500/   distributed tensors, manifest.json, a copy of the tokenizer
 <folder>/latest           name of the newest complete checkpoint; moves last
 """
 
@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron_vita.config import recipe_from_dict
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
@@ -49,10 +50,16 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: str | Path, *, step: int, state: dict[str, Any], manifest: dict[str, Any], keep: int
+    folder: str | Path,
+    *,
+    step: int,
+    state: dict[str, Any],
+    manifest: dict[str, Any],
+    keep: int,
+    tokenizer: str = "",
 ) -> Path:
-    """Writes a sharded `state` and its `manifest` (plain values) as the newest checkpoint; keeps
-    the `keep` newest.
+    """Writes a sharded `state`, its `manifest` (plain values) and a copy of the `tokenizer` as the
+    newest checkpoint; keeps the `keep` newest.
 
     Collective. A kill at any moment leaves the last complete checkpoint as the latest.
     """
@@ -76,6 +83,8 @@ def save_checkpoint(
     )
     dist.barrier()
     if _first():
+        if tokenizer:
+            copy_tokenizer(tokenizer, temporary)
         _write_text(
             temporary / MANIFEST,
             json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}),

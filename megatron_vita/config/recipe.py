@@ -38,7 +38,7 @@ class Recipe:
             self.format_version == FORMAT_VERSION,
             f"format_version is {self.format_version}; this version reads {FORMAT_VERSION}",
         )
-        self._check_tensor_parallel()
+        self.check_tensor_parallel()
         self._check_context_parallel()
         self._check_backend()
         self._check_layers()
@@ -46,7 +46,9 @@ class Recipe:
         self._check_parts()
         self._check_optimizer()
 
-    def _check_tensor_parallel(self) -> None:
+    def check_tensor_parallel(self) -> None:
+        """ConfigError unless the ranks of tensor parallelism can share the model's matrices
+        evenly: for whoever changes `parallel` of a recipe."""
         tp, language = self.parallel.tensor_model_parallel_size, self.model.language
         for name in ("num_attention_heads", "ffn_hidden_size"):
             value = getattr(language, name)

@@ -6,6 +6,7 @@ on what is too damaged to be used.
 """
 
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -70,18 +71,18 @@ def upright(pixels: Pixels) -> Image.Image:
     return image.transpose(UPRIGHT[pixels.orientation]) if pixels.orientation in UPRIGHT else image
 
 
-def image_size(data: bytes, name: str) -> tuple[int, int]:
+def image_size(data: bytes, name: str, *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
     """Width and height in pixels of what `open_image` returns, from the header alone.
 
-    Raises DataError, which names the image by `name`, if the header cannot be read or tells of too
-    many pixels.
+    Raises DataError, which names the image by `name`, if the header cannot be read, is of none of
+    the `formats`, or tells of too many pixels.
     """
     try:
-        with _opened(data) as image:
+        with _opened(data, formats) as image:
             width, height = image.size
             return (height, width) if exif_orientation(image, data) >= 5 else (width, height)
     except Exception as error:  # as above
-        raise _unreadable(name, data, error) from error
+        raise _unreadable(name, data, error, formats) from error
 
 
 def turned(tiles: np.ndarray, orientation: int) -> np.ndarray:
@@ -96,8 +97,8 @@ def turned(tiles: np.ndarray, orientation: int) -> np.ndarray:
     return tiles
 
 
-def _opened(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+def _opened(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=formats)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
@@ -115,18 +116,20 @@ def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
         return None
 
 
-def _unreadable(name: str, data: bytes, error: Exception) -> DataError:
+def _unreadable(
+    name: str, data: bytes, error: Exception, formats: Sequence[str] = FORMATS
+) -> DataError:
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, UnidentifiedImageError):  # its message tells where the file lay in memory
-        reason = _why_not_identified(data)
+        reason = _why_not_identified(data, formats)
     elif isinstance(error, DataError):
         reason = str(error)
     return DataError(f"{name}: cannot read this image of {len(data)} bytes: {reason}")
 
 
-def _why_not_identified(data: bytes) -> str:
-    """The reason for which Pillow takes a file for none of FORMATS."""
-    for kind in FORMATS:
+def _why_not_identified(data: bytes, formats: Sequence[str]) -> str:
+    """The reason for which Pillow takes a file for none of `formats`."""
+    for kind in formats:
         factory, accepts = Image.OPEN[kind]
         if accepts is None or accepts(data[:16]) is not True:
             continue
@@ -134,7 +137,7 @@ def _why_not_identified(data: bytes) -> str:
             factory(io.BytesIO(data), "")
         except Exception as error:  # as in `read_pixels`
             return f"{kind}: {type(error).__name__}: {error}"
-    return f"it is of none of the kinds {', '.join(FORMATS)}"
+    return f"it is of none of the kinds {', '.join(formats)}"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,7 @@
 """From a recipe to a model on this rank."""
 
+import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_vita import platform
-from megatron_vita.config import Recipe, layer_memory
+from megatron_vita.config import LanguageConfig, ParallelConfig, Recipe, layer_memory
+from megatron_vita.errors import ConfigError
 from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionWork, VitaModel
@@ -18,7 +21,28 @@ from megatron_vita.parallel import groups
 
 def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
     """megatron-core's view of the language model; `fused` takes kernels that need Transformer
-    Engine."""
+    Engine.
+
+    Raises:
+        ConfigError: megatron-core refuses the recipe.
+    """
+    try:
+        return _transformer_config(recipe, fused=fused)
+    except (ValueError, AssertionError) as error:
+        message = f"megatron-core refuses model.language with parallel: {_in_our_words(error)}"
+        raise ConfigError(message) from error
+
+
+def _in_our_words(error: Exception) -> str:
+    """What megatron-core says of its fields, with the recipe's names for them."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    for group, config in (("model.language", LanguageConfig), ("parallel", ParallelConfig)):
+        for field in dataclasses.fields(config):
+            message = re.sub(rf"\b(self\.)?{field.name}\b", f"{group}.{field.name}", message)
+    return message
+
+
+def _transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
     shape, parallel = recipe.model.language, recipe.parallel
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
     attention_factor = shape.rope_scaling.attention_factor

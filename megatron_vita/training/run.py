@@ -156,6 +156,7 @@ def save_run(run: Run) -> Path:
         state=_state(run, loading=False),
         manifest=_manifest(run) if dist.get_rank() == 0 else {},
         keep=run.recipe.checkpoint.keep,
+        tokenizer=run.recipe.text.tokenizer,
     )
 
 

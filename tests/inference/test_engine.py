@@ -1,6 +1,7 @@
 """Answers of the engine are those of whole forward passes, whatever the chunks, the batch and what
 was there before."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vita import platform
+from megatron_vita.config import ParallelConfig
 from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
@@ -244,6 +246,30 @@ def test_what_can_never_be_answered_is_refused_with_numbers(folder: Path) -> Non
         engine.add(engine.prepare(Prompt.ask("yes")), SamplingParams(n=3))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 2}, {"num_beams": 2}, {"n": 2, "num_beams": 3}], ids=str
+)
+def test_an_answer_is_no_longer_than_the_cache_has_room_for(
+    folder: Path, options: dict[str, int]
+) -> None:
+    engine = tiny_engine(folder, cache_tokens=64)
+    prepared = engine.prepare(Prompt.ask("is there a red circle"))
+    asked = SamplingParams(max_new_tokens=100, ignore_eos=True, **options)
+    engine.add(prepared, asked)
+    longest = engine._requests[0].sampling.max_new_tokens
+    scheduler = engine._scheduler
+    blocks = [
+        scheduler.blocks_needed(prepared.tokens, dataclasses.replace(asked, max_new_tokens=tokens))
+        for tokens in (longest, longest + 1)
+    ]
+    assert blocks[0] <= 64 // 4 < blocks[1]
+    pieces = []
+    while engine.has_work:
+        pieces += engine.step()
+    assert {piece.finish for piece in pieces} <= {None, "length"}
+    assert len([piece for piece in pieces if piece.finish]) == options.get("n", 1)
+
+
 def test_layouts_that_cannot_serve_are_refused_by_name(folder: Path) -> None:
     recipe = tiny_recipe(folder)
     recipe.parallel.pipeline_model_parallel_size = 2
@@ -252,6 +278,22 @@ def test_layouts_that_cannot_serve_are_refused_by_name(folder: Path) -> None:
     recipe = tiny_recipe(folder)
     recipe.parallel.context_parallel_size = 2
     with pytest.raises(ConfigError, match=r"1 processes.*is 2"):
+        Engine(recipe)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_attention_heads", 9), ("num_query_groups", 3), ("ffn_hidden_size", 63)],
+)
+def test_matrices_that_ranks_cannot_share_evenly_are_refused_by_name(
+    folder: Path, field: str, value: int
+) -> None:
+    recipe = tiny_recipe(folder)
+    setattr(recipe.model.language, field, value)
+    recipe.parallel = ParallelConfig(tensor_model_parallel_size=2)
+    with pytest.raises(
+        ConfigError, match=f"^model.language.{field} {value} is n(ot|either) a multiple"
+    ):
         Engine(recipe)
 
 

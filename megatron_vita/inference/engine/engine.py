@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
 from megatron_vita.data.datasets import document_format
 from megatron_vita.errors import ConfigError, DataError, EngineError, VitaError
@@ -56,6 +57,7 @@ class Engine:
     ) -> None:
         """Load the weights of a checkpoint, or initialize them. The process group must exist, and hold
         one replica without pipeline stages."""
+        recipe.check_tensor_parallel()
         _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
         self.recipe = recipe
@@ -97,11 +99,7 @@ class Engine:
         checkpoint = store.find_checkpoint(path)
         recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
         recipe.parallel = parallel or ParallelConfig()
-        if tokenizer is not None:
-            recipe.text.tokenizer = tokenizer
-        # converted weights bring theirs
-        elif (inside := checkpoint / recipe.text.tokenizer).exists():
-            recipe.text.tokenizer = str(inside)
+        recipe.text.tokenizer = tokenizer or find_tokenizer(checkpoint, recipe.text.tokenizer)
         return cls(recipe, options=options, checkpoint=checkpoint)
 
     def _start(self) -> None:
@@ -189,13 +187,15 @@ class Engine:
             raise DataError(
                 f"{width} answers at a time are asked for; at most {self.options.max_running} are possible"
             )
-        needed = self._scheduler.blocks_needed(prepared.tokens, sampling)
-        if needed > self._pool.count - 1:
+        room = min(
+            self.max_context - prepared.tokens,
+            self._scheduler.longest_answer(prepared.tokens, sampling),
+        )
+        if room < 1:
             raise DataError(
-                f"a prompt of {prepared.tokens} tokens with answers of up to {sampling.max_new_tokens} takes "
-                f"{needed * self.layout.block_tokens} tokens of the cache, which has {self.cache_tokens}"
+                f"a prompt of {prepared.tokens} tokens with {width} answers at a time takes more than "
+                f"the whole cache, which has {self.cache_tokens} tokens"
             )
-        room = self.max_context - prepared.tokens
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         keys = prepared.block_keys(
             self.layout.block_tokens, rows_per_tile=self.form.vision.image_token_length

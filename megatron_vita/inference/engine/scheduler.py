@@ -91,6 +91,15 @@ class Scheduler:
             needed += width  # new beams are copied before old ones end
         return needed
 
+    def longest_answer(self, tokens: int, sampling: SamplingParams) -> int:
+        """Most new tokens of each answer for which an empty cache has room; below 1 where a prompt
+        of `tokens` tokens can have no answer."""
+        shared = tokens // self.layout.block_tokens
+        width = max(sampling.n, sampling.num_beams)
+        copies = width if sampling.num_beams > 1 else 0
+        own = (self.pool.count - 1 - shared - copies) // width
+        return (shared + own) * self.layout.block_tokens - tokens
+
     def next_step(self) -> SchedulerOutput | None:
         """Schedule a step; None if there is nothing to do."""
         self._admit()

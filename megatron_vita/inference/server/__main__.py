@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vita.errors import VitaError
 from megatron_vita.inference.server.limits import Limits
@@ -139,10 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Loads the model and serves it; the exit code."""
     from megatron_vita import platform
     from megatron_vita.inference.server.access import read_keys
-    from megatron_vita.inference.server.app import ServerOptions
-    from megatron_vita.inference.server.remote import RemoteFetcher
-    from megatron_vita.inference.server.sampling import defaults_of
-    from megatron_vita.inference.server.server import serve
+    from megatron_vita.inference.vision import decode_pool
 
     rank = int(os.environ.get("RANK", "0"))
     platform.set_up_logging(rank)
@@ -151,38 +148,48 @@ def run(arguments: argparse.Namespace) -> int:
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("no API key is set: whoever reaches %s can use this server", arguments.host)
     engine = load_engine(arguments)
-    if rank != 0:
-        work(engine)
-    else:
-        options = ServerOptions(
-            model_name=arguments.model_name or Path(arguments.checkpoint).resolve().name,
-            limits=dataclasses.replace(
-                limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)
-            ),
-            defaults=defaults_of(engine.recipe.generation),
-            keys=keys,
-            media_roots=arguments.media_root,
-            remote=RemoteFetcher(seconds=limits.fetch_seconds)
-            if arguments.allow_remote_media
-            else None,
-        )
-        if (code := serve(engine, options, host=arguments.host, port=arguments.port)) != 0:
-            return code
-    platform.leave_process()
-    return 0
+    try:
+        code = work(engine) if rank != 0 else _serve(engine, arguments, limits=limits, keys=keys)
+    finally:
+        decode_pool.stop()
+    if code == 0:
+        platform.leave_process()
+    return code
 
 
-def work(engine: "Engine") -> None:
+def _serve(
+    engine: "Engine", arguments: argparse.Namespace, *, limits: Limits, keys: list[str]
+) -> int:
+    from megatron_vita.inference.server.app import ServerOptions
+    from megatron_vita.inference.server.remote import RemoteFetcher
+    from megatron_vita.inference.server.sampling import defaults_of
+    from megatron_vita.inference.server.server import serve
+
+    remote = RemoteFetcher(seconds=limits.fetch_seconds) if arguments.allow_remote_media else None
+    options = ServerOptions(
+        model_name=arguments.model_name or Path(arguments.checkpoint).resolve().name,
+        limits=dataclasses.replace(
+            limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)
+        ),
+        defaults=defaults_of(engine.recipe.generation),
+        keys=keys,
+        media_roots=arguments.media_root,
+        remote=remote,
+    )
+    return serve(engine, options, host=arguments.host, port=arguments.port)
+
+
+def work(engine: "Engine") -> int:
     """What ranks other than the first do until it closes the engine. Told to stop, they let it
     finish its answers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.serve_as_worker()
+    return 0
 
 
 def main() -> None:
-    """A user's error is one line, any other has a traceback; exit code 1, and no threads or peers
-    are waited for."""
+    """A user's error is one line, any other has a traceback; exit code 1."""
     try:
         code = run(parse_arguments())
     except VitaError as error:
@@ -193,10 +200,18 @@ def main() -> None:
             "a fault of this program ends it", exc_info=True
         )
         code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, without the interpreter's own end.
+
+    That takes seconds, in which it frees modules one by one, and would wait for threads and peers
+    where something has failed.
+    """
     logging.shutdown()
-    if code:
-        sys.stdout.flush()
-        os._exit(code)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import ChatRequest, ImagePart, VideoPart
 from megatron_vita.inference.server.refusals import RefusalError, too_large
 from megatron_vita.inference.server.remote import RemoteFetcher
-from megatron_vita.media.images import image_size
+from megatron_vita.media.images import FORMATS, image_size
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
-_UNSAFE = re.compile(rb"P[0-9fFyY]|\x00\x00\x01\x00")
-"""How portable pixmaps begin, whose headers may be as long as files, and icons, which are decoded to be opened."""
+_FORMATS = [kind for kind in FORMATS if kind not in ("ICO", "PPM")]
+"""What is read from requests: headers of portable pixmaps may be as long as files, and icons are decoded to be opened."""
 
 
 class MediaLoader:
@@ -94,11 +94,8 @@ class MediaLoader:
     def _check_pixels(self, image: MediaFile) -> None:
         """Refuses images that are larger than the limit by their headers, and kinds that hide
         it."""
-        if _UNSAFE.match(image.data):
-            message = "portable pixmaps and icons are not read here: send JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF"
-            raise RefusalError(message, code="invalid_media")
         try:
-            size = image_size(image.data, image.name)
+            size = image_size(image.data, image.name, formats=_FORMATS)
         except DataError as error:
             raise RefusalError(str(error), code="invalid_media") from error
         check_pixels(size, self._limits)

@@ -95,9 +95,17 @@ class DecodePool:
             self._hang_up([reader for reader, read in self._busy.items() if read is file])
 
     def close(self) -> None:
-        """Cancel all reads: pending callers get DataError."""
+        """Cancel all reads, whose callers get DataError, and end all processes."""
         with self._lock:
             self._hang_up(list(self._busy))
+        idle = []
+        with suppress(queue.Empty):
+            while True:
+                idle.append(self._free.get_nowait())
+        for reader in idle:
+            if reader is not None:
+                reader.pipe.close()
+            self._free.put(None)
 
     def _hang_up(self, readers: "list[_Reader]") -> None:
         """Shut processes down. The caller holds the lock, so that none has been given to another
@@ -191,6 +199,20 @@ def start() -> _Program:
                 )
             _programs[PROGRAM] = _Program(process, orders)
         return _programs[PROGRAM]
+
+
+def stop(*, seconds: float = 1.0) -> None:
+    """End the program, which ends its readers; killed where it takes longer."""
+    with _lock:
+        program = _programs.pop(PROGRAM, None)
+    if program is None:
+        return
+    program.orders.close()
+    try:
+        program.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        program.process.kill()
+        program.process.wait()
 
 
 def _raise_descriptor_limit() -> None:

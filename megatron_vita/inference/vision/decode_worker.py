@@ -40,11 +40,13 @@ def main() -> None:
         while True:
             _, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
             if not descriptors:
-                return
+                break
             with suppress(OSError):  # where there can be no further process, its question ends
                 if os.fork() == 0:
                     _live(orders, Connection(descriptors[0]))
             os.close(descriptors[0])
+    with suppress(ChildProcessError):  # raised when the last reader has ended
+        os.wait()
 
 
 def _live(orders: socket.socket, pipe: Connection) -> NoReturn:
@@ -117,3 +119,4 @@ def _answer(question: Question, file: IO[bytes], tiles: SharedArray) -> Answer:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # nothing is left to be done, and the interpreter would take seconds to end

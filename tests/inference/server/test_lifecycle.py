@@ -363,6 +363,8 @@ def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_o
             await service.stop()
         with pytest.raises(EngineFailedError, match="rank 1 is gone" if fails else "is stopping"):
             await asyncio.wait_for(_read(stream), 5)
+        if fails:
+            await asyncio.to_thread(told.wait, 5)
 
     asyncio.run(leave_early())
     assert told.is_set() == fails

@@ -134,7 +134,12 @@ def test_kinds_whose_size_is_not_known_at_little_cost_are_refused_unread(
 ) -> None:
     error = server.error(image(data_url(data)), status=400)
     assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
-    assert "JPEG, PNG" in error["message"]
+    assert "JPEG2000, PNG" in error["message"]
+
+
+def test_a_refused_image_is_told_the_kinds_that_are_read_here(server: RunningServer) -> None:
+    message = server.error(image(data_url(b"text")), status=400)["message"]
+    assert message.endswith("AVIF, BMP, GIF, JPEG, JPEG2000, PNG, TIFF, WEBP")
 
 
 def test_videos_of_large_frames_are_refused() -> None:

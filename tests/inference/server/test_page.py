@@ -213,6 +213,65 @@ def test_refusals_are_shown_and_a_key_opens(page: Any) -> None:
         screenshot(page, "refused")
 
 
+def test_a_question_is_kept_with_its_media_when_its_answer_fails(page: Any) -> None:
+    with running(FakeEngine(), keys=["secret"]) as server:
+        page.goto(server.url)
+        page.locator("#files").set_input_files(upload("circle.png", "image/png", picture()))
+        ask(page, "What is in the picture?")
+        page.get_by_role("alert").wait_for()
+        screenshot(page, "needs-key")
+        assert page.locator("#question").input_value() == "What is in the picture?"
+        assert page.locator("#attached img").count() == 1
+        page.locator("#key").fill("secret")
+        page.locator("#question").press("Enter")
+        page.locator(".facts").wait_for()
+        assert page.get_by_role("alert").count() == 0
+        assert page.locator(".turn").count() == 2
+        assert page.locator("#question").input_value() == ""
+        [prompt] = server.engine.prompts
+        assert len(prompt.messages) == len(prompt.images) == 1
+
+
+def test_a_server_that_is_gone_is_told_in_words(page: Any) -> None:
+    with running(FakeEngine()) as server:
+        page.goto(server.url)
+        page.get_by_text("toy").wait_for()
+        page.route("**/v1/chat/completions", lambda route: route.abort())
+        ask(page, "hello")
+        alert = page.get_by_role("alert")
+        alert.get_by_text("The server cannot be reached").wait_for()
+        assert page.locator("#question").input_value() == "hello"
+        page.unroute("**/v1/chat/completions")
+        page.locator("#question").press("Enter")
+        page.locator(".facts").wait_for()
+        assert alert.count() == 0
+
+
+def test_files_that_are_neither_images_nor_videos_are_named(page: Any, echo: RunningServer) -> None:
+    page.goto(echo.url)
+    files = [
+        upload("report.pdf", "application/pdf", b"%PDF-1.4"),
+        upload("circle.png", "image/png", picture()),
+        upload("notes", "", b"text"),
+    ]
+    page.locator("#files").set_input_files(files)
+    notice = page.get_by_role("alert")
+    notice.wait_for()
+    assert "report.pdf, notes" in notice.inner_text()
+    assert page.locator("#attached img").count() == 1
+    screenshot(page, "not-added")
+    ask(page, "What is in the picture?")
+    page.locator(".facts").wait_for()
+    assert notice.count() == 0
+
+
+@pytest.mark.parametrize("width", [1100, 380])
+def test_the_page_has_a_heading_at_every_width(page: Any, echo: RunningServer, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 760})
+    page.goto(echo.url)
+    assert page.get_by_role("heading", level=1).count() == 1
+
+
 def test_themes_can_be_changed_and_are_kept(page: Any, echo: RunningServer) -> None:
     page.emulate_media(color_scheme="light")
     page.goto(echo.url)
