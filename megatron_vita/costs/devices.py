@@ -1,12 +1,14 @@
 """Rates of devices, as they are reached in training steps; the one table of them.
 
 H200: from steps of a 7B model on 2 x H200 (torch 2.11.0+cu130, Transformer Engine 2.20.2, megatron-core
-0.19.2, commit 040bccf, 2026-11-28), whose kernels were summed by kind: 1,339 ms of matrix products
+0.19.2, 2026-11-28). At TP2 (commit 040bccf) kernels were summed by kind: 1,339 ms of matrix products
 (711 TFLOP/s of the 790 of a product of 8192 x 8192 x 8192), 334 ms of attention, 253 ms of NCCL, 285
-ms of elementwise kernels and copies of 2,208.
+ms of elementwise kernels and copies of 2,208. Without the pauses of tensor parallelism, matrix
+products are slower: 655 TFLOP/s fit the steps at CP2 (commits 040bccf and 0889605).
 H100: the same chip (778 to 798 TFLOP/s for that product) with 3.0 in place of 4.3 TB/s of copy bandwidth;
-its attention as measured on it, no steps yet. Attention in documents: cuDNN in THD layout on H200,
-FlashAttention-4's kernels on H100, forward and backward, in executed TFLOP/s (5 products backward).
+no steps were measured yet. Attention in documents, forward and backward, in executed TFLOP/s (5
+products backward): cuDNN in THD layout, FlashAttention-4's kernels in one call for a pack
+(benchmarks/results/2026-11-28-training.md), whose split between both passes is that on an H100.
 Rates between nodes are nominal: no run over several nodes was measured.
 """
 
@@ -24,7 +26,8 @@ class Device:
 
     name: str
     memory_gib: float
-    matmul: float  # matrix products of layers, at some thousand rows
+    matmul: float  # matrix products of layers, at some thousand rows, under tensor parallelism
+    matmul_alone: float  # the same without tensor parallelism
     bandwidth: float  # bytes that elementwise kernels and copies read and write
     link: float  # bytes that a rank receives in a collective inside a node
     network: float  # the same between nodes
@@ -57,15 +60,16 @@ _FUSED: Sequence[Point] = (
     (128 << 10, 528 * _T, 515 * _T),
 )
 _FLASH_4: Sequence[Point] = (
-    (2 << 10, 400 * _T, 400 * _T),
-    (8 << 10, 583 * _T, 555 * _T),
-    (32 << 10, 678 * _T, 608 * _T),
-    (128 << 10, 651 * _T, 616 * _T),
+    (512, 166 * _T, 166 * _T),
+    (8 << 10, 547 * _T, 520 * _T),
+    (32 << 10, 700 * _T, 630 * _T),
+    (128 << 10, 637 * _T, 603 * _T),
 )
 H200 = Device(
     name="H200",
     memory_gib=139.8,
     matmul=711 * _T,
+    matmul_alone=655 * _T,
     bandwidth=3.2e12,
     link=189e9,
     network=40e9,
@@ -77,6 +81,7 @@ H100 = Device(
     name="H100",
     memory_gib=79.2,
     matmul=711 * _T,
+    matmul_alone=655 * _T,
     bandwidth=2.2e12,
     link=189e9,
     network=40e9,

@@ -10,8 +10,9 @@ from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shar
 from megatron_vita.costs.parameters import stage_parameters
 from megatron_vita.costs.vision_memory import tiles_of_rank
 
-TRAINER = 4 * GIB
-"""Python, torch, and what CUDA and NCCL hold on the host; about."""
+TRAINER = int(3.5 * GIB)
+"""Python, torch, and what CUDA and NCCL hold on the host: 2.8 to 3.9 GiB a rank in the steps of
+benchmarks/results/2026-11-28-training.md."""
 LOADER_PROCESS = 300 << 20
 """163 MB before it reads, and 94 to 112 beside the tiles of a pack: the table of a million tokens in
 benchmarks/results/2026-11-25-loader.md."""

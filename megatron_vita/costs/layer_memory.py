@@ -124,10 +124,11 @@ class LayerTensors:
             "input": self.attention_kept - self.hidden,
         }[what]
         # Beside the gradient of the residual stream: in attention the gradients of output, queries,
-        # keys and values, and the queries' in fp32; in the projection the gradients of queries,
-        # keys and values, twice, and its input and its input's gradient, both gathered.
+        # keys and values, the queries' in fp32, and one more of a query's size, as measured peaks
+        # say; in the projection the gradients of queries, keys and values, twice, and its input
+        # and its input's gradient, both gathered.
         gradients = max(
-            2 * self.query + self.keys + 2 * self.query + self.context,
+            2 * self.query + self.keys + 3 * self.query + self.context,
             2 * (self.query + self.keys) + 2 * self.gathered,
         )
         return recomputed + self.hidden + gradients

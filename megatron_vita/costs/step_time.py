@@ -58,7 +58,9 @@ def step_time(
     ranks_per_node: int = RANKS_PER_NODE,
 ) -> StepTime:
     """Estimate for packs such as `load`."""
-    machine = _Machine(device=device, ranks_per_node=ranks_per_node)
+    alone = recipe.parallel.tensor_model_parallel_size == 1
+    matmul = device.matmul_alone if alone else device.matmul
+    machine = _Machine(device=device, ranks_per_node=ranks_per_node, matmul=matmul)
     stages = recipe.parallel.pipeline_model_parallel_size
     times = [_Stage(recipe, stage, load, machine).time() for stage in range(stages)]
     slowest = max(times, key=lambda parts: sum(parts.values()))
@@ -79,6 +81,7 @@ def step_time(
 class _Machine:
     device: Device
     ranks_per_node: int
+    matmul: float
 
     def collective(self, received: float, *, spanned: int) -> float:
         """Seconds of a collective in which a rank receives so many bytes; `spanned` consecutive
@@ -138,7 +141,7 @@ class _Stage:
         around, _, inside = self._repeats(plan)
         backward = 2 if self.trained else 1
         passes = projections * (1 + around + backward) + mlp * (1 + inside + backward)
-        return 2 * tokens * passes / self.tp / self.machine.device.matmul
+        return 2 * tokens * passes / self.tp / self.machine.matmul
 
     def _attention(self, plan: LayerPlan) -> float:
         """Forward, again where it is recomputed, and backward."""
@@ -177,7 +180,7 @@ class _Stage:
         if not seconds:
             return 0.0
         forward, backward = self._attention_passes
-        tokens, rate = self.recipe.data.seq_length // self.cp, self.machine.device.matmul
+        tokens, rate = self.recipe.data.seq_length // self.cp, self.machine.matmul
         linear = 2 * tokens * self.layer.split / self.tp / rate
         return max(0.0, seconds - forward - linear) + max(0.0, seconds - backward)
 
@@ -242,7 +245,7 @@ class _Stage:
         stream = vision.num_layers * vision.tokens * vision.hidden_size * value_bytes(recipe)
         again = int(training.recompute_vision)
         backward = 0 if training.freeze_vision_model else 1
-        seconds = products * (1 + backward * (again + 2)) / device.matmul
+        seconds = products * (1 + backward * (again + 2)) / self.machine.matmul
         seconds += attention * (1 + backward * (again + BACKWARD_ATTENTION)) / device.tile_attention
         seconds += 36 * stream * (1 + backward * (again + 2)) / device.bandwidth
         return tiles * seconds
@@ -256,7 +259,7 @@ class _Stage:
         language = recipe.model.language
         rows = -(-self.load.rows // self.cp)
         flops = 6 * rows * language.vocab_size // self.tp * language.hidden_size
-        return flops / (0.8 * self.machine.device.matmul)
+        return flops / (0.8 * self.machine.matmul)
 
 
 def _optimizer(recipe: Recipe, stage: int, machine: _Machine, *, data_parallel: int) -> float:

@@ -80,3 +80,21 @@ TOO_LARGE = [
     Measured(name="256K full", peak=139.8, seconds=0, length=256 * 1024, documents=1),
 ]
 """Out of memory on 139.8 GiB; the second in its second step, when Adam's moments are there."""
+
+
+def _eight(name: str, seconds: float, **fields: Any) -> Measured:
+    """8 of 28 layers that keep attention; benchmarks/results/2026-11-28-training.md."""
+    kept = FULL | {"recompute_keep_attention_layers": -1}
+    return Measured(name=name, peak=0, seconds=seconds, training=kept, **FEW_LAYERS, **fields)
+
+
+TE, FA4 = ({"attention_backend": name} for name in ("te", "fa4"))
+TIMED = [
+    _eight("32K TP2 te", 0.846, parallel=TP2 | TE),
+    _eight("32K TP2 fa4", 0.836, parallel=TP2 | FA4),
+    _eight("128K TP2 te", 6.319, parallel=TP2 | TE, **LONG),
+    _eight("128K TP2 fa4", 5.767, parallel=TP2 | FA4, **LONG),
+    _eight("128K CP2 te", 6.136, parallel=CP2 | TE, **LONG),
+    _eight("32K CP2 fa4", 0.831, parallel=CP2 | FA4),
+]
+"""Steps of which only the time was noted."""

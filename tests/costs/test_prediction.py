@@ -21,7 +21,7 @@ def test_a_run_is_predicted_in_one_call(recipe: Recipe) -> None:
     load = STEPS[0].load()
     found = predict(recipe, load, world_size=2, device="NVIDIA H200")
     assert found.peak_gib == pytest.approx(78.0, rel=0.05)
-    assert found.device_gib == pytest.approx(found.peak_gib * 1.02 + 3)
+    assert found.device_gib == pytest.approx(found.peak_gib * 1.035 + 3)
     assert found.seconds == pytest.approx(2.208, rel=0.1)
     assert found.tokens_per_second_per_gpu == pytest.approx(7421, rel=0.1)
     assert found.tflops_per_gpu == pytest.approx(366, rel=0.1)

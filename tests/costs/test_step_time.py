@@ -9,7 +9,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.devices import H100, H200, find_device
 from megatron_vita.costs.memory import PackLoad
 from megatron_vita.costs.step_time import StepTime, step_time
-from tests.costs.measured import STEPS, Measured
+from tests.costs.measured import STEPS, TIMED, Measured
 from tests.costs.test_memory import changed
 
 LOAD = STEPS[0].load()
@@ -20,7 +20,7 @@ def predict(recipe: Recipe, *, data_parallel: int = 1, **options: Any) -> StepTi
     return step_time(recipe, H200, data_parallel=data_parallel, load=LOAD, **options)
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+@pytest.mark.parametrize("step", [*STEPS, *TIMED], ids=lambda step: step.name)
 def test_steps_are_within_10_percent_of_those_measured(step: Measured) -> None:
     predicted = step_time(step.recipe(), H200, data_parallel=1, load=step.load())
     assert predicted.total == pytest.approx(step.seconds, rel=0.1)

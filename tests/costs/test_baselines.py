@@ -1,0 +1,64 @@
+"""Predictions against every baseline of the training benchmark, as its file says what was run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from training_cases import case_from_dict
+
+from megatron_vita.costs.devices import find_device
+from megatron_vita.costs.memory import PackLoad
+from megatron_vita.costs.prediction import Prediction, predict
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+UNEVEN = {"7b-32k-cp2-fa4-none": "steps of 1.75, 2.09 and 2.14 s, at 124 of 140 GiB reserved"}
+"""Cases whose time says little."""
+
+
+def complete_cases() -> list[dict[str, Any]]:
+    """Results of ours, on devices whose rates are known."""
+    files = sorted((BENCHMARKS / "baselines").glob("*.json"))
+    results = [json.loads(file.read_text()) for file in files]
+    return [
+        result
+        for result in results
+        if result["status"] == "complete"
+        and not result["options"].get("peer")
+        and find_device(result["device"])
+    ]
+
+
+def prediction_of(result: dict[str, Any]) -> Prediction:
+    case = case_from_dict(result["options"])
+    lengths = (case.tokens // case.documents,) * case.documents
+    load = PackLoad(tiles=result["tiles"], rows=result["scored_rows"], lengths=lengths)
+    return predict(case.recipe(), load, world_size=case.gpus, device=result["device"])
+
+
+@pytest.mark.parametrize("result", complete_cases(), ids=lambda result: result["case"])
+def test_memory_is_within_5_percent_of_baselines(result: dict[str, Any]) -> None:
+    found = prediction_of(result)
+    assert found.peak_gib == pytest.approx(result["peak_gib"], rel=0.05)
+    # libraries' share is not in what torch reserves
+    assert found.device_gib - 3 == pytest.approx(result["reserved_gib"], rel=0.05)
+    assert found.host_gib == pytest.approx(result["host_gib"] / result["gpus"], abs=2)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [result for result in complete_cases() if result["case"] not in UNEVEN],
+    ids=lambda result: result["case"],
+)
+def test_steps_are_within_10_percent_of_baselines(result: dict[str, Any]) -> None:
+    found = prediction_of(result)
+    assert found.seconds == pytest.approx(result["step_seconds"], rel=0.1)
+    assert found.flops == pytest.approx(result["step_flops"])
+
+
+def test_there_are_enough_cases_of_different_kinds() -> None:
+    cases = [case_from_dict(result["options"]) for result in complete_cases()]
+    assert len({(case.tp, case.cp, case.tokens) for case in cases}) >= 4
