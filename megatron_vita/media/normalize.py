@@ -1,5 +1,6 @@
 """Normalisation of pixel values."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,15 +29,20 @@ def normalize(
     Computed in float32, some tiles at a time, so that a `dtype` of half the size needs no room for
     float32 of all.
     """
-    mean, std = (
-        torch.tensor(color, device=tiles.device).view(3, 1, 1) for color in _constants(kind)
-    )
+    mean, std = _constants_on(tiles.device, kind)
     normalized = torch.empty(tiles.shape, dtype=dtype, device=tiles.device)
     for part, source in zip(
         normalized.split(TILES_AT_ONCE), tiles.split(TILES_AT_ONCE), strict=True
     ):
         part.copy_((source.to(torch.float32) / 255 - mean) / std)
     return normalized
+
+
+@functools.cache
+def _constants_on(device: torch.device, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [3, 1, 1], kept: making them waits for the device."""
+    mean, std = (torch.tensor(color, device=device).view(3, 1, 1) for color in _constants(kind))
+    return mean, std
 
 
 def mean_color(kind: Normalization) -> tuple[int, int, int]:

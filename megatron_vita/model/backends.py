@@ -29,10 +29,10 @@ from megatron_vita.model.flash_attention import (
     FlashAttention,
     PackedSequences,
     sequences_of_rank,
-    to_device,
 )
 from megatron_vita.model.norm import RMSNorm
 from megatron_vita.parallel import groups
+from megatron_vita.platform.pinned import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,9 @@ class TorchBackend:
             cp_group=groups.context_group() if layout.cp_size > 1 else None,
         )
         device = inverse_frequencies.device
-        return documents.to(device), rotary_angles(positions.to(device), inverse_frequencies)
+        return documents.to(device), rotary_angles(
+            to_device(positions, device), inverse_frequencies
+        )
 
 
 class TransformerEngineBackend:

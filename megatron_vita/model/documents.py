@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_vita.layout.zigzag import gathered_rows, offsets_in_document, positions_of_rank
 from megatron_vita.parallel.collectives import gather_context
+from megatron_vita.platform.pinned import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +55,13 @@ class PackedDocuments:
     def to(self, device: torch.device) -> "PackedDocuments":
         """The same with its tensors on `device`."""
         groups = [
-            replace(g, mask=None if g.mask is None else g.mask.to(device)) for g in self.groups
+            replace(g, mask=None if g.mask is None else to_device(g.mask, device))
+            for g in self.groups
         ]
         return replace(
             self,
-            query_order=self.query_order.to(device),
-            key_order=self.key_order.to(device),
+            query_order=to_device(self.query_order, device),
+            key_order=to_device(self.key_order, device),
             groups=groups,
         )
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.errors import PlatformError
-from megatron_vita.model.flash_attention import SequenceBounds, to_device
+from megatron_vita.model.flash_attention import SequenceBounds
+from megatron_vita.platform.pinned import to_device
 
 LARGEST_ERROR = 0.02
 """Of outputs and gradients in bf16, as a part of their norm: correct kernels stay below 0.005."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_vita.layout.zigzag import rank_chunks
+from megatron_vita.platform.pinned import to_device
 
 
 class SequenceBounds(NamedTuple):
@@ -175,10 +176,3 @@ def _bounds(queries: Tensor, keys: Tensor, device: torch.device) -> SequenceBoun
         for lengths in (queries, keys)
     )
     return SequenceBounds(query, key, int(queries.max()), int(keys.max()))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without waiting for the work that the device still has."""
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -7,7 +7,8 @@ With `x` the layer's input, one layer computes
 
 Recomputed, it keeps `x` alone; attention kept, it keeps `x`, `a` and what attention itself needs
 beside q, k and v (log-sum-exps), so that attention's forward pass runs once. y and everything
-inside the MLP are made again in the backward pass, the MLP over a bounded number of rows at once.
+inside the MLP are made again in the backward pass, the MLP over a bounded number of rows at once
+and without its last product, which only z needs.
 `x` and `a` stay on the device or wait on the host (`offload.py`).
 """
 
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,8 +28,9 @@ from torch import Tensor
 from megatron_vita.config import LayerMemory
 from megatron_vita.model.offload import ActivationStore, LayerActivations
 from megatron_vita.model.pieces import PieceGradients, split_evenly
+from megatron_vita.model.projection import without_output
 
-QueryKeyValue = tuple[Tensor, Tensor, Tensor]
+QueryKeyValue = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +50,23 @@ class StepwiseAttention(SelfAttention):
         Each has a storage of its own. [t, heads, d] in THD layout, else [t, 1, heads, d].
         """
         query, key, value = self.get_query_key_value_tensors(hidden, None)
-        bounds = None
         if around.documents.qkv_format == "thd":
             query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-            bounds = around.documents.cu_seqlens_q_padded
-        query, key = (
-            apply_rotary_pos_emb(
-                part,
-                around.angles,
-                config=self.config,
-                cu_seqlens=bounds,
-                mscale=self._yarn_concentration_factor,
-                cp_group=self.pg_collection.cp,
-            )
-            for part in (query, key)
+        query = self._rotate(query, around)  # one by one: what was not rotated goes at once
+        key = self._rotate(key, around)
+        return query, key, value.clone(memory_format=torch.contiguous_format)
+
+    def _rotate(self, part: Tensor, around: Surroundings) -> Tensor:
+        in_thd = around.documents.qkv_format == "thd"
+        rotated: Tensor = apply_rotary_pos_emb(
+            part,
+            around.angles,
+            config=self.config,
+            cu_seqlens=around.documents.cu_seqlens_q_padded if in_thd else None,
+            mscale=self._yarn_concentration_factor,
+            cp_group=self.pg_collection.cp,
         )
-        return (
-            query.contiguous(),
-            key.contiguous(),
-            value.clone(memory_format=torch.contiguous_format),
-        )
+        return rotated.contiguous()
 
     def attend(self, parts: QueryKeyValue, around: Surroundings) -> Tensor:
         """Attention's output before its projection: [t, 1, heads * d]."""
@@ -90,6 +91,8 @@ class RecomputingLayer(TransformerLayer):
         config = self.config
         assert config.hidden_dropout == config.attention_dropout == 0.0, "nothing restores a seed"
         assert not config.add_bias_linear, "outputs of projections have no bias to be added"
+        assert config.gated_linear_unit, "the MLP is SwiGLU"
+        assert config.activation_func is F.silu, "the MLP is SwiGLU"
 
     def forward(
         self,
@@ -126,7 +129,10 @@ class RecomputingLayer(TransformerLayer):
 
     @property
     def _trains(self) -> bool:
-        return self.training and torch.is_grad_enabled()
+        if not (self.training and torch.is_grad_enabled()):
+            return False
+        assert not self.config.fp8, "a layer that is recomputed does not restore 8-bit scales"
+        return True
 
     def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
         """Queries, keys and values of the layer's input."""
@@ -147,13 +153,26 @@ class RecomputingLayer(TransformerLayer):
         for part, place in zip(self._pieces(hidden), self._pieces(result), strict=True):
             rows = part.detach().requires_grad_()
             with torch.enable_grad():
-                branch = self._mlp_branch(rows)
-            place.add_(gradients.backward(branch, place, rows))
+                branch = self._mlp_branch_without_output(rows)
+            (grad_rows,) = gradients.backward(branch, place, rows)
+            place.add_(grad_rows)
         gradients.deliver()
         return result
 
     def _mlp_branch(self, hidden: Tensor) -> Tensor:
         return self.mlp(self.pre_mlp_layernorm(hidden))[0]
+
+    def _mlp_branch_without_output(self, hidden: Tensor) -> Tensor:
+        """As `_mlp_branch` for autograd, but of the last projection the backward pass alone."""
+        mlp, config = self.mlp, self.config
+        joined = mlp.linear_fc1(self.pre_mlp_layernorm(hidden))[0]
+        if config.bias_activation_fusion:
+            activated = bias_swiglu_impl(joined, None)
+        else:
+            gate, up = joined.chunk(2, dim=-1)
+            activated = config.activation_func(gate) * up
+        group = mlp.tp_group if config.sequence_parallel else None
+        return without_output(activated, mlp.linear_fc2, group=group)
 
     def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
         return split_evenly(rows, at_most=self.memory.mlp_rows or len(rows))

@@ -18,6 +18,7 @@ from megatron_vita.model.row_losses import Scoring, score_rows
 from megatron_vita.model.row_selection import SelectedRows, locate_rows, select_rows
 from megatron_vita.model.softmax import LossForm, Shard
 from megatron_vita.model.weight_gradient import GradientLedger
+from megatron_vita.platform.pinned import to_device
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -97,8 +98,8 @@ class OutputLayer(ColumnParallelLinear):
             return self._losses_of_full_logits(hidden, rows=rows, labels=labels, weight=weight)
         scoring = Scoring(
             rows=selected,
-            targets=(labels - self.shard.start).to(hidden.device, non_blocking=True),
-            scale=torch.as_tensor(row_scale, dtype=torch.float32).to(hidden.device).view(-1),
+            targets=to_device(labels - self.shard.start, hidden.device),
+            scale=_scale_of_rows(row_scale, hidden.device),
             form=self.form,
             shard=self.shard,
             chunk_bytes=self.chunk_bytes,
@@ -179,3 +180,11 @@ class OutputLayer(ColumnParallelLinear):
         if self.weight is not None:
             state[f"{prefix}weight"].allow_shape_mismatch = True
         return state
+
+
+def _scale_of_rows(scale: float | Tensor, device: torch.device) -> Tensor:
+    """One number [1], or [L], in fp32 on `device`, which is not waited for."""
+    if not isinstance(scale, Tensor):
+        return torch.full((1,), scale, dtype=torch.float32, device=device)
+    scale = scale.float().view(-1)
+    return scale if scale.device == device else to_device(scale, device)

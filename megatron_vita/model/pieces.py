@@ -29,20 +29,20 @@ class PieceGradients:
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = [weight for weight in weights if weight.requires_grad]
-        self._sums: list[Tensor | None] = [None] * len(self.weights)
+        self._sums: list[Tensor] = []
 
-    def backward(self, result: Tensor, grad: Tensor, *inputs: Tensor) -> Tensor | None:
-        """Goes back through one piece, whose `result` received `grad`; the gradient of its
-        input, if there is one."""
+    def backward(self, result: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Goes back through one piece, whose `result` received `grad`; the gradients of its
+        inputs."""
         found = torch.autograd.grad(result, [*inputs, *self.weights], grad)
-        for i, (weight, part) in enumerate(zip(self.weights, found[len(inputs) :], strict=True)):
-            self._sums[i] = self._add(weight, self._sums[i], part)
-        return found[0] if inputs else None
+        parts = list(found[len(inputs) :])
+        if self._sums:
+            parts = list(map(self._add, self.weights, self._sums, parts))
+        self._sums = parts
+        return found[: len(inputs)]
 
     @staticmethod
-    def _add(weight: nn.Parameter, total: Tensor | None, part: Tensor) -> Tensor:
-        if total is None:
-            return part
+    def _add(weight: nn.Parameter, total: Tensor, part: Tensor) -> Tensor:
         if getattr(weight, "grad_added_to_main_grad", False):
             return total
         return total.float() + part

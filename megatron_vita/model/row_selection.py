@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_vita.parallel.collectives import concatenate_rows, gather_rows
+from megatron_vita.platform.pinned import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def locate_rows(
         counts = torch.bincount(holder, minlength=group.size()).tolist()
         mine = rows[holder == group.rank()] % length
     return SelectedRows(
-        mine=mine.to(hidden.device, non_blocking=True), length=length, counts=counts, group=group
+        mine=to_device(mine, hidden.device), length=length, counts=counts, group=group
     )
 
 

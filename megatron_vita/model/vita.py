@@ -20,6 +20,7 @@ from megatron_vita.model.projector import Projector
 from megatron_vita.model.vision import VisionTower
 from megatron_vita.parallel import groups
 from megatron_vita.parallel.collectives import exchange_rows
+from megatron_vita.platform.pinned import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +163,15 @@ class VitaModel(MegatronModule):
         """Overwrites placeholder rows with features, which travel to the ranks that hold the
         placeholders."""
         device, route = embeddings.device, pack.route
-        rows = features.flatten(0, 1)[route.send_order.to(device)]
+        rows = features.flatten(0, 1)[to_device(route.send_order, device)]
         rows = exchange_rows(
             rows,
             send_counts=route.send_counts,
             receive_counts=route.receive_counts,
             group=groups.tile_group(),
         )
-        return embeddings.index_copy(0, route.target_rows.to(device), rows.to(embeddings.dtype))
+        places = to_device(route.target_rows, device)
+        return embeddings.index_copy(0, places, rows.to(embeddings.dtype))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

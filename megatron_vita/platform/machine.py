@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from megatron_vita.platform.pinned import pinned_bytes
+
 _SIZE, _WARM_UP, _REPEATS = 8192, 3, 20
 
 
@@ -15,7 +17,7 @@ class MemoryUse:
     peak: int  # most that torch has allocated since the start
     reserved: int  # most that torch has reserved since the start
     host: int  # resident memory of this process
-    pinned: int  # of the host, that torch has pinned
+    pinned: int  # of the host, that this process has pinned
 
 
 def device_name() -> str:
@@ -39,7 +41,7 @@ def memory_use() -> MemoryUse:
         peak=torch.cuda.max_memory_allocated(),
         reserved=torch.cuda.max_memory_reserved(),
         host=host,
-        pinned=torch.cuda.host_memory_stats().get("allocated_bytes.current", 0),
+        pinned=torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) + pinned_bytes(),
     )
 
 

@@ -1,9 +1,10 @@
-"""Memory of the host: how much is free, and buffers that a GPU copies to and from at full speed."""
+"""Memory of the host that a GPU copies to and from at full speed, and how much there is."""
 
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from megatron_vita.errors import PlatformError
 
 _THREADS = 8  # that touch new memory for the first time
 _UNLIMITED = 1 << 60
+_pinned: dict[int, int] = {}  # sizes of buffers that are pinned here, by address
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for the work that the device still has, as
+    copies of ordinary memory do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def available_host_memory(root: Path = Path("/")) -> int:
@@ -69,7 +79,18 @@ def _pin(buffer: Tensor, *, total: int) -> None:
     code = int(runtime.cudaHostRegister(address, len(buffer), 0))
     if code != 0:
         raise _refusal(total, f"cudaHostRegister gave error {code}")
-    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    _pinned[address] = len(buffer)
+    weakref.finalize(buffer, _unpin, runtime, address).atexit = False
+
+
+def _unpin(runtime: Any, address: int) -> None:
+    runtime.cudaHostUnregister(address)
+    del _pinned[address]
+
+
+def pinned_bytes() -> int:
+    """Bytes that `host_buffers` has pinned, which torch does not count."""
+    return sum(_pinned.values())
 
 
 def _refusal(size: int, reason: str) -> PlatformError:

@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_vita import platform
 from megatron_vita.data.batch import Batch, mask_documents
 from megatron_vita.data.loading.ledger import Damage, Ledger, add_up_damage
 from megatron_vita.data.loading.loader import read_packs
@@ -80,7 +82,17 @@ def _final_batches(
         sample_seconds=data.sample_seconds,
     )
     agreement = Agreement(stream, ledger, group=groups.host_group(purpose))
-    return FinalBatches(packs, agreement.finish)
+    device = platform.device()
+    return FinalBatches(packs, lambda pack: _pin_tiles(agreement.finish(pack), device))
+
+
+def _pin_tiles(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tiles where the device copies them from without a wait; for another thread
+    than the one that has chosen the device."""
+    if device.type != "cuda":
+        return batch
+    with torch.cuda.device(device):
+        return replace(batch, tiles=batch.tiles.pin_memory())
 
 
 class Agreement:

@@ -14,6 +14,7 @@ from megatron_vita.costs.memory import GIB
 from megatron_vita.data.batch import TAIL_SOURCE, Batch
 from megatron_vita.layout.slicing import IGNORED_LABEL, PackSlice
 from megatron_vita.parallel import groups
+from megatron_vita.platform.pinned import to_device
 from megatron_vita.training.meter import Meter
 
 DATA_SECONDS = "speed/data_seconds"
@@ -110,7 +111,7 @@ class LossSums:
         document = torch.searchsorted(batch.document_starts, positions, right=True) - 1
         source = batch.document_sources[document]  # never the tail, which has no loss row
         self._rows += torch.bincount(source, minlength=len(self._rows))
-        there = source.to(losses.device, non_blocking=True)
+        there = to_device(source, losses.device)
         self._losses.index_add_(0, there, losses.detach().double())
 
     def put(self, meter: Meter) -> None:

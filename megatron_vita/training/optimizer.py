@@ -73,7 +73,17 @@ def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataP
         layout = DistributedOptimizer.compute_full_param_layout(trained, size, ranks, config)
     wrapped = DistributedDataParallel(model.config, config, model, full_param_layout=layout)
     wrapped.broadcast_params()
+    if config.grad_reduce_in_fp32:  # sums over pieces and packs in bf16 would lose too much
+        _add_products_to_main_gradients(model)
     return wrapped
+
+
+def _add_products_to_main_gradients(model: VitaModel) -> None:
+    """Has Transformer Engine's layers add weight gradients to the fp32 `main_grad` in the matrix
+    product itself, which saves a pass over each weight for every product."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(

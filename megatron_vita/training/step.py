@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.parallel import groups
+from megatron_vita.platform.pinned import to_device
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.metrics import (
     DATA_SECONDS,
@@ -124,14 +125,16 @@ def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[T
     scale = 1.0 if weights is None else weights[pack.positions[pack.loss_rows]]
     # of interleaved chunks the first alone encodes
     tiles = batch.tiles if model.module.encodes else batch.tiles[:0]
-    output = model(prepare_tiles(tiles, work.run), pack.to(platform.device()), row_scale=scale)
+    on_device = replace(pack, input_ids=to_device(pack.input_ids, platform.device()))
+    output = model(prepare_tiles(tiles, work.run), on_device, row_scale=scale)
     return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, sums=work.losses)
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
     """Tiles [n, 3, S, S] uint8, normalised in the model's precision on its device."""
     dtype = torch.bfloat16 if run.recipe.training.bf16 else torch.float32
-    return normalize(tiles.to(platform.device()), run.recipe.media.normalization, dtype=dtype)
+    pixels = to_device(tiles, platform.device())
+    return normalize(pixels, run.recipe.media.normalization, dtype=dtype)
 
 
 def sum_losses(
@@ -140,6 +143,7 @@ def sum_losses(
     """Sum of the losses [L], each times its weight, and their number, by which megatron-core
     divides that of the whole global batch.
     """
-    losses = losses * (scale.to(losses.device) if isinstance(scale, Tensor) else scale)
+    losses = losses * (to_device(scale, losses.device) if isinstance(scale, Tensor) else scale)
     sums.add(losses, batch=batch, pack=pack)
-    return losses.sum(), torch.tensor(len(losses), dtype=torch.int, device=losses.device), {}
+    rows = torch.full((), len(losses), dtype=torch.int, device=losses.device)
+    return losses.sum(), rows, {}

@@ -18,9 +18,11 @@ from megatron_vita.parallel import groups
 
 ONCE, TWICE = [1, 1, 1, 1], [2, 2, 2, 2]
 EVERYTHING_TWICE = dict.fromkeys(("query_key_value", "attention", "projection", "mlp"), TWICE)
+EVERYTHING_TWICE |= {"mlp_output": ONCE}  # which the backward pass does not need
 FULL, SELECTIVE = ({"recompute_granularity": kind} for kind in ("full", "selective"))
 KEPT = {"recompute_keep_attention_layers": -1}
 PIECES = {"mlp_chunk_tokens": 40}  # of 128: four pieces of 32
+IN_PIECES = {"mlp": [8, 8, 8, 8], "mlp_output": [4, 4, 4, 4]}
 FROM_PIXELS = {"recompute_vision": True, "recompute_vision_method": "tiles"}
 
 
@@ -37,7 +39,8 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
         "query_key_value": [layer.self_attention.linear_qkv for layer in layers],
         "attention": [layer.self_attention.core_attention for layer in layers],
         "projection": [layer.self_attention.linear_proj for layer in layers],
-        "mlp": [layer.mlp for layer in layers],
+        "mlp": [layer.mlp.linear_fc1 for layer in layers],
+        "mlp_output": [layer.mlp.linear_fc2 for layer in layers],
         "tower": list(model.vision_model.layers),
     }
     for modules in watched.values():
@@ -59,7 +62,7 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
         (FULL, EVERYTHING_TWICE),
         (
             FULL | {"recompute_num_layers": 1},
-            {part: [2, 1, 1, 1] for part in EVERYTHING_TWICE},
+            {part: [2, 1, 1, 1] for part in EVERYTHING_TWICE} | {"mlp_output": ONCE},
         ),
         (FULL | KEPT, EVERYTHING_TWICE | {"attention": ONCE}),
         (
@@ -68,9 +71,10 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
         ),
         (
             FULL | {"recompute_num_layers": 3, "recompute_keep_attention_layers": 2},
-            {part: [2, 2, 2, 1] for part in EVERYTHING_TWICE} | {"attention": [2, 1, 1, 1]},
+            {part: [2, 2, 2, 1] for part in EVERYTHING_TWICE}
+            | {"attention": [2, 1, 1, 1], "mlp_output": ONCE},
         ),
-        (FULL | KEPT | PIECES, EVERYTHING_TWICE | {"attention": ONCE, "mlp": [8, 8, 8, 8]}),
+        (FULL | KEPT | PIECES, EVERYTHING_TWICE | {"attention": ONCE} | IN_PIECES),
         (
             FULL | PIECES | {"recompute_num_layers": 1},
             {"query_key_value": [2, 1, 1, 1], "mlp": [8, 1, 1, 1]},
@@ -86,7 +90,7 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
         ),
         (
             SELECTIVE | PIECES | {"recompute_modules": ["mlp"]},
-            {"query_key_value": ONCE, "attention": ONCE, "projection": ONCE, "mlp": [8, 8, 8, 8]},
+            {"query_key_value": ONCE, "attention": ONCE, "projection": ONCE} | IN_PIECES,
         ),
         ({"recompute_vision": True}, {"layers": ONCE, "tower": [2, 2]}),
         (FROM_PIXELS, {"layers": ONCE, "tower": [2, 2]}),

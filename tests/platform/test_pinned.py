@@ -106,8 +106,10 @@ def test_pinned_buffers_are_registered_whole_and_forgotten_with_them(
     runtime = _Runtime(most=9)
     buffers = pin(monkeypatch, runtime, [64, 128])
     assert runtime.pinned == [(buffer.data_ptr(), len(buffer)) for buffer in buffers]
+    assert pinned.pinned_bytes() == 64 + 128
     del buffers
     assert runtime.pinned == []
+    assert pinned.pinned_bytes() == 0
 
 
 def test_memory_that_cannot_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

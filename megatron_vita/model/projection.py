@@ -1,0 +1,60 @@
+"""The backward pass of a projection whose output nobody needs.
+
+A recomputed MLP is run for what its backward pass reads: the input of its last projection, not the
+output. So the product, and under tensor parallelism its sum over the ranks, are left out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_vita.model.weight_gradient import add_product
+from megatron_vita.parallel.collectives import concatenate_rows
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, linear: Any, group: ProcessGroup | None
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.linear, ctx.group = linear, group
+        share = len(rows) // (1 if group is None else group.size())
+        return rows.new_empty(()).expand(share, *rows.shape[1:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad, group = grads[0], ctx.group
+        if group is not None:
+            grad = concatenate_rows(grad, counts=[len(grad)] * group.size(), group=group)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grad.flatten(0, -2), rows.flatten(0, -2), ctx.linear)
+        return torch.matmul(grad, weight), grad_weight, None, None
+
+
+def _weight_gradient(grad: Tensor, rows: Tensor, linear: Any) -> Tensor:
+    """The gradient of `linear.weight`, or zeros in its place where the layer adds it to megatron-core's
+    `main_grad` (Transformer Engine's `fuse_wgrad_accumulation`)."""
+    weight = linear.weight
+    if not getattr(linear, "fuse_wgrad_accumulation", False):
+        return torch.mm(grad.t(), rows)
+    add_product(weight.main_grad, grad.t(), rows)
+    weight.grad_added_to_main_grad = True
+    stand_in: Tensor = weight.new_zeros(()).expand_as(weight)
+    return stand_in
+
+
+def without_output(rows: Tensor, linear: Any, *, group: ProcessGroup | None) -> Tensor:
+    """A tensor without contents in the place of `linear(rows)`, with its backward pass.
+
+    rows: input of a row-parallel linear layer without bias, [t, ..., F / TP].
+    group: the tensor-parallel ranks, where these split the output along the rows, [t / TP, ..., H];
+        None where each has all of it.
+    """
+    result: Tensor = _Backward.apply(rows, linear.weight, linear, group)
+    return result
