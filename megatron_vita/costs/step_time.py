@@ -5,6 +5,7 @@ stage, with the bubble. Measured steps that this is held to: `tests/costs/test_s
 """
 
 import functools
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,6 +26,8 @@ from megatron_vita.costs.vision_memory import tiles_of_rank
 RANKS_PER_NODE = 8
 BACKWARD_ATTENTION = 2.5
 """Products of attention's backward over those of its forward: 5 over 2."""
+WITHOUT_OUTPUT = 2 / 3
+"""Of an MLP's forward pass, without its last product: two of three matrices."""
 HOST_RATE = 50e9
 """Bytes/s that a rank's share of the host's cores reads and writes in Adam; not measured."""
 
@@ -119,17 +122,20 @@ class _Stage:
         }
 
     def _repeats(self, plan: LayerPlan) -> tuple[float, float, float]:
-        """Forward passes beyond the first, of attention's projections, attention and the MLP."""
+        """Forward passes beyond the first, of attention's projections, attention and the MLP, whose
+        last product our own layers leave out."""
         training = self.recipe.training
         if training.recompute_granularity == "full" and training.recompute_method == "uniform":
             return 1, 1, 1
         if plan.kept == "input":
-            return 1, 1, 1
+            return 1, 1, WITHOUT_OUTPUT
         if plan.kept == "input_and_attention":
-            return 1, 0, 1
+            return 1, 0, WITHOUT_OUTPUT
         selective = training.recompute_granularity == "selective"
         core = selective and "core_attn" in training.recompute_modules
-        return 0, int(core), int(plan.kept == "all_but_mlp")
+        if plan.kept == "everything":
+            return 0, int(core), 0
+        return 0, int(core), WITHOUT_OUTPUT if plan.pieces > 1 else 1
 
     def _linear(self, plan: LayerPlan) -> float:
         """2 FLOPs for each token and weight; forward, again where recomputed, and backward once for
@@ -189,22 +195,20 @@ class _Stage:
 
         Forward: 10 hidden (two norms, two residuals), 4 query + 3 keys (rotation, copies), 3 mlp
         (SwiGLU). Backward: 12 hidden, 12 query + 3 keys (with fp32 sums of the queries' gradients),
-        5 mlp; and the weights' gradients are added to fp32 ones, 10 bytes each.
+        5 mlp. Weights' gradients are added to their sums in the matrix products.
         """
         t = self.tensors
         around, _, inside = self._repeats(plan)
         attention = 5 * t.hidden + 4 * t.query + 3 * t.keys
         mlp = 5 * t.hidden + 3 * t.mlp
-        forward = attention * (1 + around) + mlp * (1 + inside)
+        forward = attention * (1 + around) + mlp * (1 + math.ceil(inside))
         backward = 12 * t.hidden + 12 * t.query + 3 * t.keys + 5 * t.mlp
-        weights = (self.layer.split // self.tp) * 10 if self.trained else 0
-        if plan.pieces > 1 and self.trained:  # summed over pieces in fp32 first
-            weights += 3 * plan.pieces * t.weight // value_bytes(self.recipe) * 10
-        return (forward + backward + weights) / self.machine.device.bandwidth
+        return (forward + backward) / self.machine.device.bandwidth
 
     def _communication(self, plan: LayerPlan) -> float:
         """Hidden states that TP gathers and scatters: 4 times forward, as often again as is
-        recomputed, 6 times backward; under CP keys and values, and their gradients.
+        recomputed (an MLP without its last product only gathers), 6 times backward; under CP keys
+        and values, and their gradients.
 
         A ring sends keys beside attention.
         """
@@ -212,7 +216,8 @@ class _Stage:
         around, attention, inside = self._repeats(plan)
         whole = t.gathered or t.hidden
         received = whole * (self.tp - 1) / self.tp
-        times = 4 + 2 * around + 2 * inside + 6
+        again = 1 if inside == WITHOUT_OUTPUT else 2 * inside
+        times = 4 + 2 * around + again + 6
         seconds = times * machine.collective(received, spanned=self.tp)
         parallel = self.recipe.parallel
         ring = parallel.cp_comm_type == "p2p" and parallel.attention_backend != "fa4"

@@ -2,7 +2,7 @@
 tower recomputed, packs of `benchmarks/vision_dealing.py`, the optimizer's step included.
 
 2 x H200, torch 2.11.0+cu130, Transformer Engine 2.20.2, megatron-core 0.19.2, commit 040bccf,
-2026-11-28. Peaks are torch's `max_memory_allocated` in GiB.
+2026-11-28: before the last product of a recomputed MLP was left out. Peaks are torch's `max_memory_allocated` in GiB.
 """
 
 from dataclasses import dataclass, field

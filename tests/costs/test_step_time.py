@@ -27,9 +27,9 @@ def test_steps_are_within_10_percent_of_those_measured(step: Measured) -> None:
 
 
 def test_kinds_of_work_are_near_the_kernels_that_were_summed() -> None:
-    """Of the 32K step: matrix products 1,339 ms with the tower's, attention 334 with the tower's,
-    NCCL 253, vision 278 in all."""
-    found = predict(WHOLE)
+    """Of the 32K step at 040bccf, which repeated whole layers, as `uniform` still does: matrix
+    products 1,339 ms with the tower's, attention 334 with the tower's, NCCL 253, vision 278 in all."""
+    found = predict(changed(WHOLE, training={"recompute_method": "uniform"}))
     assert found.linear + found.output == pytest.approx(1.339 - 0.132, rel=0.02)
     assert found.attention == pytest.approx(0.334 - 0.059, rel=0.05)
     assert found.communication == pytest.approx(0.253, rel=0.05)
@@ -41,17 +41,19 @@ def test_what_is_kept_is_not_computed_again() -> None:
     none = predict(changed(WHOLE, training={"recompute_granularity": "none"}))
     full = predict(WHOLE)
     assert none.attention == keep.attention < full.attention
-    assert none.linear == pytest.approx(full.linear * 3 / 4)
+    # MLPs are 203.7 of 233.1 M weights of a layer; of three products their last is not repeated
+    assert full.linear / none.linear == pytest.approx(4 / 3 - 203.7 / 233.1 / 9, rel=1e-3)
+    assert none.communication / full.communication == pytest.approx(10 / 13)
     assert keep.linear == full.linear
     half = predict(changed(WHOLE, training={"recompute_keep_attention_layers": 14}))
     assert half.attention == pytest.approx((full.attention + keep.attention) / 2)
 
 
 def test_copies_to_the_host_are_waited_for_only_where_they_outlast_the_work_beside_them() -> None:
-    """Measured at 32K with 8 layers: 0.840 s with, 0.826 without."""
+    """Measured at 32K with 8 layers: 0.840 s with, 0.826 without, by a prototype that repeated more."""
     kept = changed(STEPS[-1].recipe(), training={"recompute_keep_attention_layers": -1})
     away = changed(kept, training={"activation_offload_fraction": 1.0})
-    assert predict(away).total == pytest.approx(0.840, rel=0.05)
+    assert predict(away).total / predict(kept).total == pytest.approx(0.840 / 0.826, rel=0.02)
     assert predict(away).host_copies == predict(away).total - predict(kept).total
     narrow = dataclasses.replace(H200, host_copy=1e9)
     assert step_time(away, narrow, data_parallel=1, load=LOAD).host_copies > 3
@@ -96,7 +98,7 @@ def test_an_optimizer_with_less_state_moves_fewer_bytes_and_one_on_the_host_take
 
 def test_frozen_weights_take_no_gradients_and_a_frozen_tower_no_backward() -> None:
     language = predict(changed(WHOLE, training={"freeze_language_model": True}))
-    assert language.linear == pytest.approx(predict(WHOLE).linear * 3 / 4)
+    assert language.linear == pytest.approx(predict(WHOLE).linear * 3 / 4, rel=0.03)
     assert language.optimizer < 0.2 * predict(WHOLE).optimizer
     tower = predict(changed(WHOLE, training={"freeze_vision_model": True}))
     assert tower.vision == pytest.approx(predict(WHOLE).vision / 4.2, rel=0.05)
