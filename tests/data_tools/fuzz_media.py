@@ -58,7 +58,8 @@ def images() -> dict[str, File]:
     exif[0x0112] = 6
     frames = [noise(40, 30).convert("P") for _ in range(3)]
     gray16 = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
-    floats = Image.fromarray(np.full((30, 40), np.nan, dtype=np.float32))
+    floats = Image.fromarray(np.full((30, 40), 0.5, dtype=np.float32))
+    no_numbers = Image.fromarray(np.full((30, 40), np.nan, dtype=np.float32))
     return {
         "plain": (".png", saved(noise(40, 30), "PNG")),
         "baseline": (".jpg", saved(noise(90, 60), "JPEG")),
@@ -67,6 +68,7 @@ def images() -> dict[str, File]:
         "gray": (".jpg", saved(noise(40, 30, "L"), "JPEG")),
         "16 bits": (".png", saved(gray16, "PNG")),
         "floats": (".tif", saved(floats, "TIFF")),
+        "floats that are no numbers": (".tif", saved(no_numbers, "TIFF")),
         "palette": (".png", saved(noise(40, 30).convert("P"), "PNG", transparency=0)),
         "gray and alpha": (".png", saved(noise(40, 30, "L").convert("LA"), "PNG")),
         "alpha": (".webp", saved(noise(40, 30).convert("RGBA"), "WEBP")),

@@ -213,6 +213,7 @@ def test_the_odd_media_are_used_or_not_as_they_should_be(tmp_path: Path) -> None
             "portable of any size",
             "tga",
             "program",
+            "floats that are no numbers",
         }
         | {"empty", "text", "html", "svg", "zeros", "bomb"},
         "video": {
