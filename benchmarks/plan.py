@@ -33,6 +33,7 @@ from megatron_vita.data.shards.index import (
     text_stamp,
     write_index,
 )
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 from megatron_vita.training.streams import pack_costs, packs_of_replicas
@@ -99,7 +100,7 @@ def make_mix(folder: Path, samples: int) -> None:
     train_sentencepiece(
         ["a few words to begin with", "and some more of them"] * 20, tokenizer_file, vocab_size=300
     )
-    text = text_stamp(load_tokenizer(str(tokenizer_file)), "chatml")
+    text = text_stamp(ChatFormat(load_tokenizer(str(tokenizer_file))))
     for kind, share in MIX.items():
         for start in range(0, int(samples * share), SHARD):
             numbers = np.arange(start, min(start + SHARD, int(samples * share)))

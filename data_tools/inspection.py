@@ -49,14 +49,14 @@ def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
 
 
 def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Tokenizer) -> PackStream:
-    index = read_index(index_path(shard), text_stamp(tokenizer, recipe.text.template))
+    form = document_format(recipe, tokenizer)
+    index = read_index(index_path(shard), text_stamp(form.chat))
     keys = index.keys()
     if key not in keys:
         raise DataError(
             f"{shard}: no sample {key!r} among {len(keys)}, the first of which is {keys[:1]}"
         )
     row = keys.index(key)
-    form = document_format(recipe, tokenizer)
     lengths = document_lengths(index, form=form)
     counts = (lengths.tokens[row], lengths.tiles[row], lengths.rows[row])
     entry = (0, 0, 0, row, 0, *counts)

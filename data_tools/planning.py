@@ -24,6 +24,7 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer, tokens_needed
 
@@ -57,7 +58,7 @@ def index_shards(recipe: Recipe, *, crew: Crew = HERE, strict: bool = True) -> I
     """
     tokenizer = open_tokenizer(recipe)
     shards = find_all_shards(recipe)
-    text = text_stamp(tokenizer, recipe.text.template)
+    text = text_stamp(ChatFormat(tokenizer, recipe.text))
     stale = [shard for shard in shards if not _is_current(shard, text)]
     tasks = [IndexTask(shard, recipe.text, recipe.model.text_only, strict) for shard in stale]
     with progress_bar("index", total=len(stale), unit="shards") as bar:
@@ -80,9 +81,8 @@ def _index_shard(task: IndexTask, steps: Steps) -> None:
     tokenizer = _tokenizer(
         task.text.tokenizer, added=tokens_needed(task.text, text_only=task.text_only)
     )
-    index, quarantine = build_sound_index(
-        task.shard, tokenizer, task.text.template, attempt=steps.run
-    )
+    chat = ChatFormat(tokenizer, task.text)
+    index, quarantine = build_sound_index(task.shard, chat, attempt=steps.run)
     bad = [entry for entry in quarantine.entries if entry.by == "index"]
     if bad and task.strict:
         raise DataError(bad[0].reason)

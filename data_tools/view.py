@@ -12,6 +12,7 @@ from megatron_vita.data.batch import TAIL_SOURCE, Batch
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.samples.documents import NO_LOSS
 from megatron_vita.data.samples.encoding import Medium
+from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -58,11 +59,12 @@ def view_pack(
 ) -> PackView:
     """Takes a pack of a stream apart again. `names` are the datasets'."""
     batch = stream[pack]
+    media_format = MEDIA_FORMATS[recipe.text.media_format]
     labels = [
         label
         for document in stream.documents(pack)
         for medium in document.media
-        for label in _labels(medium)
+        for label in _labels(medium, thumbnail_last=media_format.thumbnail_last)
     ]
     runs = _Runs(
         batch,
@@ -128,13 +130,27 @@ def heading(document: DocumentView) -> str:
     )
 
 
-def _labels(medium: Medium) -> list[str]:
+def _labels(medium: Medium, *, thumbnail_last: bool) -> list[str]:
     """What each tile of a medium is."""
     if medium.grid is None:
         return [f"{time:.1f} s" for time in medium.times]
     cols, rows = medium.grid
     cells = [f"column {col + 1}, row {row + 1}" for row in range(rows) for col in range(cols)]
-    return ["image"] if medium.num_tiles == 1 else ["thumbnail", *cells]
+    if medium.num_tiles == 1:
+        return ["image"]
+    return [*cells, "thumbnail"] if thumbnail_last else ["thumbnail", *cells]
+
+
+def _tiles_of(placements: list[int], *, tile_tokens: int, length: int) -> np.ndarray:
+    """The tile of each token, or -1; tags around tiles count to them."""
+    tiles = np.full(length, -1)
+    for tile, place in enumerate(placements):
+        tiles[place : place + tile_tokens] = tile
+    for tile, place in enumerate(placements):
+        for tag in (place - 1, place + tile_tokens):
+            if 0 <= tag < length and tiles[tag] < 0:
+                tiles[tag] = tile
+    return tiles
 
 
 class _Runs:
@@ -148,9 +164,9 @@ class _Runs:
         # is this token predicted?
         self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])
         self._tokenizer = tokenizer
-        self._tile = np.full(len(self._ids), -1)
-        for tile, place in enumerate(batch.placements.tolist()):
-            self._tile[place - 1 : place + tile_tokens + 1] = tile
+        self._tile = _tiles_of(
+            batch.placements.tolist(), tile_tokens=tile_tokens, length=len(self._ids)
+        )
 
     def between(self, start: int, stop: int) -> Iterator[Run]:
         end = self._unpadded_end(start, stop)

@@ -16,6 +16,7 @@ from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.data.shards.index import IndexHeader, index_path, read_header, text_stamp
 from megatron_vita.data.shards.storage import Location, find_files, is_remote
 from megatron_vita.errors import ConfigError
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import Tokenizer
 
 Split = Literal["train", "validation"]
@@ -97,8 +98,7 @@ def document_format(
         else {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
     )
     return DocumentFormat(
-        tokenizer=tokenizer,
-        template=recipe.text.template,
+        chat=ChatFormat(tokenizer, recipe.text),
         media=dataclasses.replace(recipe.media, **own),
         vision=recipe.model.vision,
         text_only=recipe.model.text_only,
@@ -117,7 +117,7 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
     datasets: list[DatasetConfig] = getattr(recipe.data, split)
     if not datasets:
         raise ConfigError(f"data.{split} is empty: name at least one dataset")
-    text = text_stamp(tokenizer, recipe.text.template)
+    text = text_stamp(ChatFormat(tokenizer, recipe.text))
     sources = []
     for dataset in datasets:
         shards = find_shards(dataset)
@@ -153,6 +153,7 @@ def plan_stamp(
 ) -> dict[str, Any]:
     """Every input that a split's plan is a function of, by the recipe's own field names."""
     data, media, vision = recipe.data, recipe.media, recipe.model.vision
+    text = text_stamp(ChatFormat(tokenizer, recipe.text))
     stamp = {
         "format_version": FORMAT_VERSION,
         "split": split,
@@ -177,19 +178,17 @@ def plan_stamp(
         "media.max_frames": media.max_frames,
         "model.vision.image_size": vision.image_size,
         "model.vision.image_token_length": vision.image_token_length,
-        "text": {"template": recipe.text.template, **_fingerprints(recipe, tokenizer)},
+        "text": {
+            "template": recipe.text.template,
+            "media_format": text["media_format"],
+            "tokenizer_fingerprint": text["tokenizer"],
+            "template_fingerprint": text["template"],
+        },
         f"data.{split}": [_source_stamp(source) for source in sources],
     }
     if split == "train":
         stamp |= {"data.seed": data.seed, "data.epochs": data.epochs}
     return stamp
-
-
-def _fingerprints(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str]:
-    return {
-        f"{name}_fingerprint": value
-        for name, value in text_stamp(tokenizer, recipe.text.template).items()
-    }
 
 
 def _source_stamp(source: Source) -> dict[str, Any]:

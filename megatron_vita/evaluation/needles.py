@@ -13,7 +13,6 @@ from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.template import encode_turns, generation_prompt
 
 COLORS = (
     "red",
@@ -154,7 +153,7 @@ def as_prompt(pages: Iterable[bytes], question: str, *, media: str) -> Prompt:
 def count_tokens(pages: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
     """Most tokens of a prompt of so many pages. ConfigError if frames of a video would be left
     out."""
-    text = max(_text_tokens(name, form) for name in NAMES)
+    text = max(_text_tokens(name, pages, form=form, media=media) for name in NAMES)
     if media == "images":
         return text + pages * form.measure_image((style.size, style.size))[0]
     tokens, frames = form.measure_video(VideoInfo(duration=float(pages), fps=1.0, frames=pages))
@@ -166,12 +165,21 @@ def count_tokens(pages: int, *, form: DocumentFormat, style: PageStyle, media: s
     return text + tokens
 
 
-def _text_tokens(name: str, form: DocumentFormat) -> int:
+def _text_tokens(name: str, pages: int, *, form: DocumentFormat, media: str) -> int:
     """Tokens of a prompt without those of its media."""
-    prompt = as_prompt([b""], Needle(name=name, code="").question, media="images")
-    sample = {"messages": prompt.messages, "images": list(prompt.images)}
-    turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
-    return sum(pieces_of(turns)[1]) + len(generation_prompt(form.template, form.tokenizer))
+    question = Needle(name=name, code="").question
+    page = MediaFile(name="", data=b"")
+    if media == "images":
+        prompt = Prompt.ask(question, images=[page] * pages)
+    else:
+        prompt = Prompt.ask(question, videos=[page])
+    sample = {
+        "messages": prompt.messages,
+        "images": list(prompt.images),
+        "videos": list(prompt.videos),
+    }
+    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
+    return sum(pieces_of(turns)[1])
 
 
 def pages_within(tokens: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
@@ -180,5 +188,7 @@ def pages_within(tokens: int, *, form: DocumentFormat, style: PageStyle, media: 
     pages = 1 + (tokens - one) // (two - one)
     if pages < 1:
         raise ConfigError(f"a length of {tokens} tokens is asked for: a single page takes {one}")
-    count_tokens(pages, form=form, style=style, media=media)
+    # frames may have labels whose length grows with their number
+    while count_tokens(pages, form=form, style=style, media=media) > tokens:
+        pages -= 1
     return pages

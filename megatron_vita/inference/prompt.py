@@ -3,7 +3,7 @@ are."""
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.template import encode_turns, generation_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,8 @@ class Prompt:
         parts: list[dict[str, str]] = [{"type": "image"} for _ in images] + [
             {"type": "video"} for _ in videos
         ]
-        text = f"\n{question}" if parts else question
         return cls(
-            messages=[{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
+            messages=[{"role": "user", "content": [*parts, {"type": "text", "text": question}]}],
             images=images,
             videos=videos,
         )
@@ -127,7 +125,7 @@ def prepare_prompt(
         "images": [image.name for image in prompt.images],
         "videos": [video.name for video in prompt.videos],
     }
-    turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
+    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
     infos = [probe(video) for video in prompt.videos]
     most = min(form.media.max_frames, form.media.max_frames if max_frames is None else max_frames)
     shown = [
@@ -138,14 +136,10 @@ def prepare_prompt(
         "video": shown,
     }
     document = assemble_document(turns, key="prompt", media=media, form=form)
-    opening = generation_prompt(form.template, form.tokenizer)
     images, videos = iter(prompt.images), iter(prompt.videos)
     files = [next(videos if medium.grid is None else images) for medium in document.media]
     return PreparedPrompt(
-        document=replace(
-            document,
-            input_ids=np.concatenate([document.input_ids, np.array(opening, dtype=np.int64)]),
-        ),
+        document=document,
         files=files,
         videos=[
             VideoFrames(

@@ -2,8 +2,8 @@
 
 Two ways: `dynamic` tiling squashes the image to the grid whose shape is nearest to its own
 (InternVL 1.5, arXiv 2404.16821); `anyres` tiling keeps its aspect ratio, on the black canvas of the
-grid that keeps most of its pixels (LLaVA-NeXT). In both the first tile is the whole image, squashed
-to a square; it is the only one of a grid of one cell.
+grid that keeps most of its pixels (LLaVA-NeXT). In both one more tile, the thumbnail, is the whole
+image, squashed to a square; it is the only one of a grid of one cell.
 """
 
 import functools
@@ -32,6 +32,7 @@ class Tiling(NamedTuple):
     tile_size: int
     grids: tuple[Grid, ...]
     anyres: bool = False
+    thumbnail_last: bool = False  # else it is the first tile
 
 
 @functools.cache
@@ -110,17 +111,23 @@ def num_tiles(grid: tuple[int, int]) -> int:
 def cut_tiles(pixels: Pixels, grid: Grid, *, tiling: Tiling, tiles: range, out: np.ndarray) -> None:
     """Writes tiles `tiles` of an image into `out`, uint8 `[len(tiles), 3, S, S]`.
 
-    Tile 0 is the thumbnail, the others are the cells row by row. Those that are not asked for cost
+    The cells go row by row, the thumbnail before or after them. Tiles that are not asked for cost
     nothing but their share of one resizing to the grid, where any cell is asked for.
     """
     side = tiling.tile_size
-    if 0 in tiles:
-        out[0] = squashed(pixels, (side, side))
-    cells = range(max(tiles.start, 1), tiles.stop)
-    if not cells:
+    cells = range(num_tiles(grid) - 1)
+    if not tiling.thumbnail_last:
+        cells = range(1, len(cells) + 1)
+    thumbnail = cells.stop if tiling.thumbnail_last else 0
+    if thumbnail in tiles:
+        out[thumbnail - tiles.start] = squashed(pixels, (side, side))
+    wanted = range(max(tiles.start, cells.start), min(tiles.stop, cells.stop))
+    if not wanted:
         return
     box = (grid.cols * side, grid.rows * side)
     canvas = letterboxed(pixels, box, BLACK) if tiling.anyres else squashed(pixels, box)
-    for place, cell in enumerate(cells, start=cells.start - tiles.start):
-        row, col = divmod(cell - 1, grid.cols)
-        out[place] = canvas[:, row * side : row * side + side, col * side : col * side + side]
+    for tile in wanted:
+        row, col = divmod(tile - cells.start, grid.cols)
+        out[tile - tiles.start] = canvas[
+            :, row * side : row * side + side, col * side : col * side + side
+        ]

@@ -1,8 +1,8 @@
 """Samples as conversations: who says what, and where images and videos stand."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vita.errors import DataError
@@ -62,12 +62,15 @@ class MediaPart:
 class Turn:
     """What one role says. Neighbouring texts are one part and no text is empty.
 
-    `loss` false: an assistant's turn that is read, and not trained.
+    `loss` false: an assistant's turn that is read, and not trained. `listed` tells a content that
+    was given as a list of parts, in which the prompt format says what stands between parts, from a
+    text with tags.
     """
 
     role: str
     parts: list[TextPart | MediaPart]
     loss: bool = True
+    listed: bool = field(default=False, compare=False)
 
 
 def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> list[Turn]:
@@ -131,9 +134,11 @@ def _turn(message: Any, field: str) -> Turn:
     if not isinstance(message["role"], str) or message["role"] not in ROLES:
         raise DataError(f"{field}.role is {message['role']!r}; known roles: {', '.join(ROLES)}")
     role = ROLES[message["role"]]
-    parts = _parts(message["content"], f"{field}.content", literal=role == "assistant")
+    content = message["content"]
+    parts = merge_texts(_parts(content, f"{field}.content", literal=role == "assistant"))
+    _check_unicode(parts, f"{field}.content")
     loss = _loss(message, field, is_answer=role == "assistant")
-    return Turn(role, _joined(parts, f"{field}.content"), loss)
+    return Turn(role, parts, loss, listed=isinstance(content, list))
 
 
 def _check_fields(message: Mapping[str, Any], field: str) -> None:
@@ -188,22 +193,25 @@ def _part(part: Any, field: str) -> TextPart | MediaPart:
     return TextPart(part["text"])
 
 
-def _joined(parts: list[TextPart | MediaPart], field: str) -> list[TextPart | MediaPart]:
-    """Joins neighbouring texts, drops empty ones and refuses half characters, which no tokenizer
-    can encode."""
-    joined: list[TextPart | MediaPart] = []
+def merge_texts(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
+    """The parts with neighbouring texts joined and empty ones left out."""
+    merged: list[TextPart | MediaPart] = []
     for part in parts:
-        if isinstance(part, TextPart) and joined and isinstance(joined[-1], TextPart):
-            joined[-1] = TextPart(joined[-1].text + part.text)
+        if isinstance(part, TextPart) and merged and isinstance(merged[-1], TextPart):
+            merged[-1] = TextPart(merged[-1].text + part.text)
         elif part != TextPart(""):
-            joined.append(part)
-    for part in joined:
+            merged.append(part)
+    return merged
+
+
+def _check_unicode(parts: Sequence[TextPart | MediaPart], field: str) -> None:
+    """DataError for half characters, which no tokenizer can encode."""
+    for part in parts:
         if isinstance(part, TextPart) and (surrogate := re.search("[\ud800-\udfff]", part.text)):
             raise DataError(
                 f"{field} has the lone surrogate {surrogate.group()!r} at character {surrogate.start()}: "
                 "text must be valid Unicode"
             )
-    return joined
 
 
 def _check_count(sample: Mapping[str, Any], turns: list[Turn], kind: str) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer`, given as its JSON."""
 
-    def __init__(self, definition: str, *, added: Sequence[str] = SPECIAL_TOKENS) -> None:
+    def __init__(
+        self,
+        definition: str,
+        *,
+        added: Sequence[str] = SPECIAL_TOKENS,
+        chat_template: str = "",
+        named_tokens: Mapping[str, str] | None = None,
+    ) -> None:
         self._definition = definition
-        self._added = tuple(added)
+        self._settings: dict[str, Any] = {
+            "added": tuple(added),
+            "chat_template": chat_template,
+            "named_tokens": named_tokens,
+        }
         self._backend = tokenizers.Tokenizer.from_str(definition)
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -39,9 +50,15 @@ class HuggingFaceTokenizer(Tokenizer):
             max(self._backend.get_vocab().values()) + 1,
             appended=[name for name in added if name not in own],
         )
+        self.chat_template, self.named_tokens = chat_template, dict(named_tokens or {})
+        self.stripping = {
+            token.content: (token.lstrip, token.rstrip)
+            for token in known.values()
+            if token.special and (token.lstrip or token.rstrip)
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(HuggingFaceTokenizer, added=self._added), (self._definition,)
+        return partial(HuggingFaceTokenizer, **self._settings), (self._definition,)
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
@@ -68,6 +85,20 @@ class HuggingFaceTokenizer(Tokenizer):
         if index in self.special_ids:
             return piece.encode()
         return _spelled_bytes(piece) if self._spells_bytes else piece_bytes(piece)
+
+    def _vocabulary_id(self, piece: str) -> int | None:
+        return self._backend.token_to_id(piece)
+
+    def token_name(self, index: int) -> str | None:
+        """The spelling of an entry of the vocabulary; None if there is none."""
+        name = self._backend.id_to_token(index)
+        return None if name is None else str(name)
+
+    @property
+    def begin_token(self) -> str:
+        """See Tokenizer."""
+        ids = self._backend.encode("a").ids
+        return str(self._backend.id_to_token(ids[0])) if ids[0] in self.special_ids else ""
 
     @cached_property
     def _spells_bytes(self) -> bool:
@@ -125,4 +156,27 @@ def read_folder(path: Path, *, added: Sequence[str]) -> HuggingFaceTokenizer:
         raise ConfigError(
             f"{path}: {type(tokenizer).__name__} has no tokenizer.json form; one that has is needed"
         )
-    return HuggingFaceTokenizer(tokenizer.backend_tokenizer.to_str(), added=added)
+    return HuggingFaceTokenizer(
+        tokenizer.backend_tokenizer.to_str(),
+        added=added,
+        chat_template=_chat_template(path, tokenizer.chat_template),
+        named_tokens=tokenizer.special_tokens_map,
+    )
+
+
+def _chat_template(folder: Path, of_tokenizer: str | dict[str, str] | None) -> str:
+    """The chat template that a folder is used with: a processor's file goes before what the
+    tokenizer's config says. ConfigError if there are several and none is the default one."""
+    file = folder / "chat_template.json"
+    if file.exists() and not (folder / "chat_template.jinja").exists():
+        try:
+            return str(json.loads(file.read_text())["chat_template"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: not a chat template: {error!r}") from error
+    if isinstance(of_tokenizer, dict):
+        if "default" not in of_tokenizer:
+            raise ConfigError(
+                f"{folder}: has the chat templates {', '.join(sorted(of_tokenizer))}, none of which is called default"
+            )
+        return of_tokenizer["default"]
+    return of_tokenizer or ""

@@ -1,10 +1,12 @@
-"""The token sequence that stands for an image or a video, and its length. Layout: Long-VITA (arXiv
-2502.05177)."""
+"""The token sequences that stand for images and videos, and their lengths."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.conversation import MediaPart, TextPart
+from megatron_vita.text.tokenizer import MEDIA_TOKENS, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -12,54 +14,168 @@ class MediaTokens:
     """One image or video in token ids.
 
     `offsets` holds the place in `ids` of each tile's first placeholder, in the order of the tiles:
-    an image's thumbnail first, then its cells row by row; a video's frames in time.
+    cells go row by row, frames in time.
     """
 
     ids: list[int]
     offsets: list[int]
 
 
-def image_tokens(
-    grid: tuple[int, int], *, image_token_length: int, tokenizer: Tokenizer
-) -> MediaTokens:
-    """`<img>` placeholders `</img>`; if `grid` (cols, rows) has more than one cell, then for each
-    row a newline and for each of its cells `<patch>` placeholders `</patch>`."""
-    cols, rows = grid
-    ids, offsets = _wrapped("img", image_token_length, tokenizer), [1]
-    if cols * rows > 1:
-        newline = tokenizer.encode("\n")
-        cell = _wrapped("patch", image_token_length, tokenizer)
-        for _ in range(rows):
-            ids += newline
-            offsets += _starts(len(ids), cols, cell)
-            ids += cell * cols
-    return MediaTokens(ids, offsets)
+class MediaFormat(ABC):
+    """A form of placeholders. A tile has `image_token_length` of them."""
+
+    special_tokens: ClassVar[tuple[str, ...]]  # those that it is made of
+    thumbnail_last: ClassVar[bool]  # among the tiles of an image
+    video_opening: ClassVar[str]  # text before a video's first frame
+
+    def __init__(self, tokenizer: Tokenizer, *, image_token_length: int) -> None:
+        self.tokenizer, self.image_token_length = tokenizer, image_token_length
+
+    @staticmethod
+    @abstractmethod
+    def laid_out(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
+        """Parts of a content that was given as a list, with what the format puts between them."""
+
+    @abstractmethod
+    def image(self, grid: tuple[int, int]) -> MediaTokens:
+        """An image cut into `grid` (cols, rows): a tile for each cell and, if there is more than
+        one, a thumbnail."""
+
+    @abstractmethod
+    def video(self, frames: int) -> MediaTokens:
+        """A video, without its opening."""
+
+    @abstractmethod
+    def image_length(self, grid: tuple[int, int]) -> int:
+        """Number of ids of `image`."""
+
+    @abstractmethod
+    def video_length(self, frames: int) -> int:
+        """Number of ids of `video`."""
+
+    def _wrapped(self, opening: str, context: str, closing: str, *, tiles: int = 1) -> list[int]:
+        of = self.tokenizer.special_id
+        return [of(opening), *[of(context)] * (self.image_token_length * tiles), of(closing)]
 
 
-def video_tokens(frames: int, *, image_token_length: int, tokenizer: Tokenizer) -> MediaTokens:
-    """`<vid>` placeholders `</vid>` for each frame."""
-    frame = _wrapped("vid", image_token_length, tokenizer)
-    return MediaTokens(frame * frames, _starts(0, frames, frame))
+class LongVitaFormat(MediaFormat):
+    """Long-VITA's (arXiv 2502.05177): a tag around each tile.
+
+    Image: `<img>` thumbnail `</img>`; of a grid of several cells, then for each row a newline and
+    `<patch>` cell `</patch>` for each of its cells. Video: `<vid>` frame `</vid>` for each frame.
+    In a content that is a list, a newline parts a medium from a text that begins with none.
+    """
+
+    special_tokens = MEDIA_TOKENS
+    thumbnail_last = False
+    video_opening = ""
+
+    @staticmethod
+    def laid_out(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
+        """See MediaFormat."""
+        spaced: list[TextPart | MediaPart] = []
+        for part in parts:
+            follows = bool(spaced) and isinstance(spaced[-1], MediaPart)
+            if follows and isinstance(part, TextPart) and not part.text.startswith("\n"):
+                part = TextPart("\n" + part.text)
+            spaced.append(part)
+        return spaced
+
+    def image(self, grid: tuple[int, int]) -> MediaTokens:
+        """See MediaFormat."""
+        cols, rows = grid
+        ids, offsets = self._wrapped("<img>", "<IMG_CONTEXT>", "</img>"), [1]
+        if cols * rows > 1:
+            newline = self.tokenizer.encode("\n")
+            cell = self._wrapped("<patch>", "<PATCH_CONTEXT>", "</patch>")
+            for _ in range(rows):
+                ids += newline
+                offsets += _starts(len(ids), cols, cell)
+                ids += cell * cols
+        return MediaTokens(ids, offsets)
+
+    def video(self, frames: int) -> MediaTokens:
+        """See MediaFormat."""
+        frame = self._wrapped("<vid>", "<VID_CONTEXT>", "</vid>")
+        return MediaTokens(frame * frames, _starts(0, frames, frame))
+
+    def image_length(self, grid: tuple[int, int]) -> int:
+        """See MediaFormat."""
+        cols, rows = grid
+        tile = self.image_token_length + 2
+        if cols * rows == 1:
+            return tile
+        return tile + rows * len(self.tokenizer.encode("\n")) + cols * rows * tile
+
+    def video_length(self, frames: int) -> int:
+        """See MediaFormat."""
+        return frames * (self.image_token_length + 2)
 
 
-def count_image_tokens(
-    grid: tuple[int, int], *, image_token_length: int, newline_length: int
-) -> int:
-    """Length of `image_tokens`, where a newline is `newline_length` tokens."""
-    cols, rows = grid
-    tile = image_token_length + 2
-    return tile + (rows * newline_length + cols * rows * tile if cols * rows > 1 else 0)
+class InternVLFormat(MediaFormat):
+    """InternVL 2.5's and 3's, as transformers' processor writes it: a tag around an image.
+
+    Image: `<img>` cells row by row, thumbnail `</img>`. Video: `Frame1: <img>` frame `</img>`, a
+    newline, `Frame2: ` and so on. In a content that is a list, a newline follows each medium.
+    """
+
+    special_tokens = ("<img>", "</img>", "<IMG_CONTEXT>")
+    thumbnail_last = True
+    video_opening = "Frame1: "
+
+    def __init__(self, tokenizer: Tokenizer, *, image_token_length: int) -> None:
+        super().__init__(tokenizer, image_token_length=image_token_length)
+        self._labels: dict[int, list[int]] = {}
+
+    @staticmethod
+    def laid_out(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
+        """See MediaFormat."""
+        spaced = [
+            [part, TextPart("\n")] if isinstance(part, MediaPart) else [part] for part in parts
+        ]
+        return [part for group in spaced for part in group]
+
+    def image(self, grid: tuple[int, int]) -> MediaTokens:
+        """See MediaFormat."""
+        cells = grid[0] * grid[1]
+        tiles = cells + 1 if cells > 1 else 1
+        offsets = [1 + tile * self.image_token_length for tile in range(tiles)]
+        return MediaTokens(self._tiles(tiles), offsets)
+
+    def video(self, frames: int) -> MediaTokens:
+        """See MediaFormat."""
+        ids: list[int] = []
+        offsets = []
+        for frame in range(frames):
+            ids += self._label(frame) if frame else []
+            offsets.append(len(ids) + 1)
+            ids += self._tiles(1)
+        return MediaTokens(ids, offsets)
+
+    def image_length(self, grid: tuple[int, int]) -> int:
+        """See MediaFormat."""
+        cells = grid[0] * grid[1]
+        return 2 + self.image_token_length * (cells + 1 if cells > 1 else 1)
+
+    def video_length(self, frames: int) -> int:
+        """See MediaFormat."""
+        labels = sum(len(self._label(frame)) for frame in range(1, frames))
+        return frames * (self.image_token_length + 2) + labels
+
+    def _tiles(self, tiles: int) -> list[int]:
+        return self._wrapped("<img>", "<IMG_CONTEXT>", "</img>", tiles=tiles)
+
+    def _label(self, frame: int) -> list[int]:
+        """What stands before a frame but the first, which are counted from 0."""
+        if frame not in self._labels:
+            self._labels[frame] = self.tokenizer.encode(f"\nFrame{frame + 1}: ")
+        return self._labels[frame]
 
 
-def count_video_tokens(frames: int, *, image_token_length: int) -> int:
-    """Length of `video_tokens`."""
-    return frames * (image_token_length + 2)
-
-
-def _wrapped(kind: str, image_token_length: int, tokenizer: Tokenizer) -> list[int]:
-    context = tokenizer.special_id(f"<{kind.upper()}_CONTEXT>")
-    opening, closing = tokenizer.special_id(f"<{kind}>"), tokenizer.special_id(f"</{kind}>")
-    return [opening, *[context] * image_token_length, closing]
+MEDIA_FORMATS: dict[str, type[MediaFormat]] = {
+    "long_vita": LongVitaFormat,
+    "internvl": InternVLFormat,
+}
 
 
 def _starts(position: int, count: int, tile: Sequence[int]) -> list[int]:

@@ -67,6 +67,10 @@ class SentencePieceTokenizer(Tokenizer):
             else b""
         )
 
+    def _vocabulary_id(self, piece: str) -> int | None:
+        index = self._processor.piece_to_id(piece)
+        return None if self._processor.is_unknown(index) else index
+
     @cached_property
     def fingerprint(self) -> str:
         """See Tokenizer."""

@@ -3,7 +3,7 @@ special tokens."""
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -36,6 +36,12 @@ class Tokenizer(ABC):
         """Highest id + 1."""
         self.appended = tuple(appended)
         """Special tokens that the file lacks, which have the last ids."""
+        self.chat_template = ""
+        """The Jinja chat template of its folder, if there is one."""
+        self.named_tokens: dict[str, str] = {}
+        """Tokens by what they are for (`bos_token`, `eos_token`, ...), as its folder names them."""
+        self.stripping: dict[str, tuple[bool, bool]] = {}
+        """Special tokens that swallow white space before or after them, in a template's text."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -69,6 +75,30 @@ class Tokenizer(ABC):
             )
         return self._special_ids[name]
 
+    def token_id(self, name: str, field: str) -> int:
+        """Id of a token of any kind. ConfigError, naming the field that names it, if there is
+        none."""
+        if name in self._special_ids:
+            return self._special_ids[name]
+        index = self._vocabulary_id(name)
+        if index is None:
+            raise ConfigError(f"{field} names {name!r}, which is no token of the tokenizer")
+        return index
+
+    @property
+    def begin_token(self) -> str:
+        """The special token that its folder puts before every text; "" if it puts none."""
+        return ""
+
+    @abstractmethod
+    def _vocabulary_id(self, piece: str) -> int | None:
+        """Id of an entry of the vocabulary, by its spelling there; None if there is none."""
+
+    @property
+    def special_names(self) -> KeysView[str]:
+        """Names of all special tokens."""
+        return self._special_ids.keys()
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of all special tokens."""
@@ -84,13 +114,12 @@ class Tokenizer(ABC):
 
     @property
     def pad_id(self) -> int:
-        """Id of `<|endoftext|>`, which fills what nothing else does."""
-        return self.special_id(PAD)
-
-    @property
-    def end_of_turn_id(self) -> int:
-        """Id of `<|im_end|>`."""
-        return self.special_id(END_OF_TURN)
+        """Id of the token that fills what nothing else does: `<|endoftext|>`, or what the folder
+        names as pad_token or eos_token, or the first one."""
+        for name in (PAD, *(self.named_tokens.get(use, "") for use in ("pad_token", "eos_token"))):
+            if name in self._special_ids:
+                return self._special_ids[name]
+        return 0
 
 
 def load_tokenizer(path: str | Path, *, added: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

@@ -7,22 +7,19 @@ import numpy as np
 
 from megatron_vita.config import Recipe, TextConfig
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.text.tokenizer import (
-    MEDIA_TOKENS,
-    PAD,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    load_tokenizer,
-)
-
-_TEMPLATE_TOKENS = {"chatml": SPECIAL_TOKENS[len(MEDIA_TOKENS) :], "plain": (PAD,)}
+from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.media_tokens import MEDIA_FORMATS
+from megatron_vita.text.template import TEMPLATES
+from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def tokens_needed(text: TextConfig, *, text_only: bool) -> tuple[str, ...]:
     """Special tokens that prompts of a recipe are made of, in the order in which they are appended
     to a tokenizer that lacks them."""
-    media = () if text_only else MEDIA_TOKENS
-    return (*media, *_TEMPLATE_TOKENS[text.template])
+    media = () if text_only else MEDIA_FORMATS[text.media_format].special_tokens
+    # a tokenizer has all that its own template writes
+    template = TEMPLATES[text.template].special_tokens if text.template in TEMPLATES else ()
+    return (*media, *template)
 
 
 def open_tokenizer(recipe: Recipe, *, folder: Path | None = None) -> Tokenizer:
@@ -32,8 +29,8 @@ def open_tokenizer(recipe: Recipe, *, folder: Path | None = None) -> Tokenizer:
     data tools all come by here.
 
     Raises:
-        ConfigError: the recipe names no tokenizer, it cannot be read, or it has more entries than
-            the model's embedding has rows.
+        ConfigError: the recipe names no tokenizer, it cannot be read, has more entries than the
+            model's embedding has rows, or lacks what the recipe's prompts are made of.
     """
     path = folder or recipe.text.tokenizer
     if not path:
@@ -43,6 +40,7 @@ def open_tokenizer(recipe: Recipe, *, folder: Path | None = None) -> Tokenizer:
     added = tokens_needed(recipe.text, text_only=recipe.model.text_only)
     tokenizer = load_tokenizer(path, added=added)
     check_vocabulary(tokenizer, rows=recipe.model.language.vocab_size, name=str(path))
+    ChatFormat(tokenizer, recipe.text).check()
     return tokenizer
 
 

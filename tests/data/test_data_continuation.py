@@ -14,6 +14,7 @@ from megatron_vita.data.planning.planner import Continuation, make_plan
 from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.text.chat_format import ChatFormat
 
 
 def datasets(recipe: Recipe, **replaced: float) -> dict:
@@ -112,7 +113,7 @@ def test_another_break_shuffles_anew(planned, world) -> None:
 def test_a_shard_whose_samples_changed_is_not_read_by_its_old_rows(planned, world) -> None:
     recipe, old = planned
     shard = write_shard(Path(recipe.data.plan).parent / "more-000000.tar", range(31, 41))
-    write_index(build_index(shard, world.tokenizer, "chatml"), index_path(shard))
+    write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
     new, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
     kept, mine = new.before(4), old.before(4)["dataset"] == old.datasets.index("more")
     assert mine.any()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from toy_data import SIZES, write_shard
 
-from megatron_vita.config import MediaConfig
+from megatron_vita.config import MediaConfig, TextConfig
+from megatron_vita.config.text import TEMPLATES
 from megatron_vita.data.planning.token_counts import Lengths, document_lengths
 from megatron_vita.data.samples.documents import NO_LOSS, Document, build_document, check_length
 from megatron_vita.data.samples.encoding import DocumentFormat
@@ -15,6 +16,10 @@ from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.errors import DataError
+from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.hugging_face import HuggingFaceTokenizer
+from megatron_vita.text.media_tokens import MEDIA_FORMATS
+from tests.text.published import INTERNVL_TEMPLATE, byte_level_bpe
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory):
 
 
 def documents_of(shard, form: DocumentFormat):
-    index, reader = build_index(shard, form.tokenizer, form.template), ShardReader()
+    index, reader = build_index(shard, form.chat), ShardReader()
     for i in range(len(index)):
         row = index.row(i)
         data = reader.read(
@@ -36,7 +41,7 @@ def documents_of(shard, form: DocumentFormat):
 def form(world) -> DocumentFormat:
     recipe = world.recipe
     return DocumentFormat(
-        tokenizer=world.tokenizer, template="chatml", media=recipe.media, vision=recipe.model.vision
+        chat=ChatFormat(world.tokenizer), media=recipe.media, vision=recipe.model.vision
     )
 
 
@@ -47,9 +52,32 @@ def test_lengths_from_metadata_are_those_of_the_documents(
     shard, form, template: str, max_tiles: int, max_fps: float, max_frames: int
 ) -> None:
     media = MediaConfig(max_tiles=max_tiles, max_fps=max_fps, max_frames=max_frames)
-    form = replace(form, template=template, media=media)
-    index = build_index(shard, form.tokenizer, template)
+    chat = ChatFormat(form.tokenizer, TextConfig(template=template))
+    form = replace(form, chat=chat, media=media)
+    index = build_index(shard, form.chat)
     assert_counted(document_lengths(index, form=form), list(documents_of(shard, form)))
+
+
+@pytest.mark.parametrize("overlong", ["", "drop_media", "cut"])
+@pytest.mark.parametrize("media_format", MEDIA_FORMATS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_lengths_are_known_for_every_template_and_media_format(
+    shard, form, template: str, media_format: str, overlong: str
+) -> None:
+    special = (*MEDIA_FORMATS[media_format].special_tokens, "<|im_start|>", "<|im_end|>", "</s>")
+    tokenizer = HuggingFaceTokenizer(
+        byte_level_bpe(*special).to_str(), added=(), chat_template=INTERNVL_TEMPLATE
+    )
+    chat = ChatFormat(tokenizer, TextConfig(template=template, media_format=media_format))
+    media = MediaConfig(max_tiles=6, max_fps=8.0, max_frames=12)
+    form = replace(form, chat=chat, media=media)
+    if overlong:
+        form = replace(form, overlong=overlong, limit=100)
+    index = build_index(shard, chat)
+    lengths = document_lengths(index, form=form)
+    assert_counted(lengths, list(documents_of(shard, form)))
+    if overlong:
+        assert (lengths.tokens <= 100).sum() > 0
 
 
 def assert_counted(lengths: Lengths, documents: list[Document]) -> None:
@@ -69,7 +97,7 @@ def test_what_is_left_of_long_documents_is_counted_from_metadata(
     shard, form, policy: str, limit: int
 ) -> None:
     form = replace(form, limit=limit, overlong=policy)
-    lengths = document_lengths(build_index(shard, form.tokenizer, form.template), form=form)
+    lengths = document_lengths(build_index(shard, form.chat), form=form)
     documents = list(documents_of(shard, form))
     assert_counted(lengths, documents)
     whole = [len(document) for document in documents_of(shard, replace(form, limit=0))]

@@ -30,6 +30,7 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter, scan_shard
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.text.chat_format import ChatFormat
 
 CAPTIONED = {"0.jpg": picture((40, 40), "red", format="JPEG"), "0.txt": b"A red square."}
 
@@ -131,7 +132,7 @@ def test_a_run_reads_shards_of_others(tmp_path: Path, tokenizer, tokenizer_path:
     shard = write_tar(tmp_path / "shapes-0.tar", CAPTIONED | {"1.txt": b"Just words, many words."})
     other = write_shard(tmp_path / "more-0.tar", range(2))
     for path in (shard, other):
-        write_index(build_index(path, tokenizer, "chatml"), index_path(path))
+        write_index(build_index(path, ChatFormat(tokenizer)), index_path(path))
     write_plan(make_plan(recipe, "train", tokenizer=tokenizer)[0], plan_path(recipe, "train"))
     stream = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=(0, 1))
     texts = {}
@@ -175,19 +176,19 @@ def test_members_that_must_not_be_used_are_listed_and_the_others_are_indexed(
     write_tar(shard, {name: b"" if fields else b"x"}, **fields)
     write_tar(shard, {name.rpartition(".")[0] + ".txt": b"A caption."})
     write_tar(shard, {"9.txt": b"The last."})
-    index, quarantine = build_sound_index(shard, tokenizer, "chatml")
+    index, quarantine = build_sound_index(shard, ChatFormat(tokenizer))
     assert index.keys() == ["0", "5", "9"]
     (entry,) = quarantine.entries
     assert reason in entry.reason
     with pytest.raises(DataError, match=reason):
-        build_index(shard, tokenizer, "chatml")
+        build_index(shard, ChatFormat(tokenizer))
 
 
 def test_a_member_that_comes_twice_spoils_its_sample(tmp_path: Path, tokenizer) -> None:
     shard = write_tar(
         write_tar(tmp_path / "a.tar", CAPTIONED), {"0.txt": b"Again.", "1.txt": b"Next."}
     )
-    index, quarantine = build_sound_index(shard, tokenizer, "chatml")
+    index, quarantine = build_sound_index(shard, ChatFormat(tokenizer))
     assert index.keys() == ["1"]
     assert "two members are called '0.txt'" in quarantine.entries[0].reason
 
@@ -205,7 +206,7 @@ def test_of_a_damaged_tar_the_whole_samples_before_are_used(tmp_path: Path, toke
         "damaged header": whole[: headers[5]] + b"\xff" * 512 + whole[headers[5] + 512 :],
     }.items():
         (tmp_path / "b.tar").write_bytes(data)
-        index, quarantine = build_sound_index(tmp_path / "b.tar", tokenizer, "chatml")
+        index, quarantine = build_sound_index(tmp_path / "b.tar", ChatFormat(tokenizer))
         assert index.keys() == [f"s{i:04d}" for i in range(4)], name
         (entry,) = quarantine.entries
         assert entry.key == ""
@@ -231,9 +232,9 @@ def test_what_validate_listed_is_left_out_and_other_shards_lists_are_not_obeyed(
         "validate", [Entry("validate", "s0001", "why")]
     )
     write_quarantine(listed, shard)
-    assert build_index(shard, tokenizer, "chatml").keys() == ["s0000", "s0002", "s0003"]
+    assert build_index(shard, ChatFormat(tokenizer)).keys() == ["s0000", "s0002", "s0003"]
     write_shard(shard, range(5))
-    assert len(build_index(shard, tokenizer, "chatml")) == 5
+    assert len(build_index(shard, ChatFormat(tokenizer))) == 5
     assert read_quarantine(shard).entries == []
 
 
@@ -263,4 +264,4 @@ def test_own_samples_that_name_what_is_not_theirs_are_bad(tmp_path: Path, tokeni
     with pytest.raises(
         DataError, match=r"images names \{'k.imag': 0\}, which the shard does not hold"
     ):
-        build_index(tmp_path / "a.tar", tokenizer, "chatml")
+        build_index(tmp_path / "a.tar", ChatFormat(tokenizer))

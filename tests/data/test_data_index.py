@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from toy_data import clip, picture, talk, write_shard
 
+from megatron_vita.config import TextConfig
 from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.shards.index import (
     index_path,
@@ -16,13 +17,16 @@ from megatron_vita.data.shards.index import (
     text_stamp,
     write_index,
 )
-from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.index_build import build_index, build_sound_index
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
+from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.hugging_face import HuggingFaceTokenizer
+from tests.text.published import INTERNVL_TEMPLATE, QWEN, byte_level_bpe
 
 
 def indexed(shard: Path, tokenizer) -> Path:
-    write_index(build_index(shard, tokenizer, "chatml"), index_path(shard))
+    write_index(build_index(shard, ChatFormat(tokenizer)), index_path(shard))
     return index_path(shard)
 
 
@@ -30,7 +34,7 @@ def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
     shard = write_shard(tmp_path / "a.tar", range(10))
     path, size = indexed(shard, tokenizer), shard.stat().st_size
     shard.unlink()
-    index = read_index(path, text_stamp(tokenizer, "chatml"))
+    index = read_index(path, text_stamp(ChatFormat(tokenizer)))
     assert (len(index), index.header.shard_size, index.keys()[3]) == (10, size, "s0003")
     row = index.row(1)
     assert row.image_sizes == [(200, 100), (90, 30)]
@@ -51,7 +55,7 @@ def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer) ->
     with SampleWriter(tmp_path / "a.tar") as writer:
         image = MediaFile(".jpg", picture((120, 40), "red", format="JPEG", exif=exif))
         writer.write("k", record=talk("<image>", "b"), media={"image": [image]})
-    assert build_index(tmp_path / "a.tar", tokenizer, "chatml").row(0).image_sizes == [(40, 120)]
+    assert build_index(tmp_path / "a.tar", ChatFormat(tokenizer)).row(0).image_sizes == [(40, 120)]
 
 
 def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
@@ -68,7 +72,32 @@ def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
 def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     with pytest.raises(DataError, match="made with template"):
-        read_header(path, text_stamp(tokenizer, "plain"))
+        read_header(path, text_stamp(ChatFormat(tokenizer, TextConfig(template="plain"))))
+
+
+def test_an_index_of_another_media_format_is_refused_by_its_name(tmp_path: Path, tokenizer) -> None:
+    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    internvl = ChatFormat(tokenizer, TextConfig(media_format="internvl"))
+    with pytest.raises(
+        DataError, match=r"made with media_format long_vita, the recipe's .* internvl"
+    ):
+        read_header(path, text_stamp(internvl))
+
+
+def test_a_sample_that_its_template_refuses_is_quarantined_by_its_turn(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with SampleWriter(path) as writer:
+        writer.write("good", record=talk("a", "b"), media={})
+        writer.write("bad", record=talk("a", "\n\nb"), media={})
+    tokenizer = HuggingFaceTokenizer(
+        byte_level_bpe(*QWEN).to_str(), added=(), chat_template=INTERNVL_TEMPLATE
+    )
+    chat = ChatFormat(tokenizer, TextConfig(template="jinja"))
+    index, quarantine = build_sound_index(path, chat)
+    assert index.keys() == ["good"]
+    (entry,) = quarantine.entries
+    assert entry.key == "bad"
+    assert "sample bad: messages[1]: this answer shares a token" in entry.reason
 
 
 def test_a_missing_index_says_what_to_run(tmp_path: Path) -> None:
@@ -114,7 +143,7 @@ def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer) -> None:
             writer.write(
                 "k", record=talk("<image>", "b"), media={"image": [MediaFile(".png", image)]}
             )
-        contents.add(build_index(tmp_path / "a.tar", tokenizer, "chatml").header.content)
+        contents.add(build_index(tmp_path / "a.tar", ChatFormat(tokenizer)).header.content)
     assert len(contents) == 2
 
 
@@ -132,4 +161,4 @@ def test_a_bad_sample_is_named_by_shard_and_key(
     with SampleWriter(tmp_path / "a.tar") as writer:
         writer.write("k", record=record, media=media)
     with pytest.raises(DataError, match=rf"a\.tar {names}"):
-        build_index(tmp_path / "a.tar", tokenizer, "chatml")
+        build_index(tmp_path / "a.tar", ChatFormat(tokenizer))

@@ -28,6 +28,7 @@ from megatron_vita.data.samples.documents import NO_LOSS
 from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import DataError, ShardError, VitaError
+from megatron_vita.text.chat_format import ChatFormat
 
 
 def tasks(stream: PackStream) -> list[PackTask]:
@@ -291,7 +292,7 @@ def test_an_index_made_anew_while_a_run_has_the_plan_open_ends_the_run(
 ) -> None:
     stream = train_stream(own_world)
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
-    write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
+    write_index(build_index(shard, ChatFormat(own_world.tokenizer)), index_path(shard))
     with pytest.raises(
         ShardError, match=r"more-000000\.index\.parquet: the index was made anew after the plan"
     ):

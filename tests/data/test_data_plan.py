@@ -16,6 +16,7 @@ from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.text.chat_format import ChatFormat
 
 
 def samples_of(plan):
@@ -147,7 +148,7 @@ def test_a_plan_of_another_recipe_is_refused_by_field_and_values(
 
 def test_a_plan_of_other_samples_is_refused(own_world) -> None:
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
-    write_index(build_index(shard, own_world.tokenizer, "chatml"), index_path(shard))
+    write_index(build_index(shard, ChatFormat(own_world.tokenizer)), index_path(shard))
     with pytest.raises(
         DataError,
         match=r"data\.train\[1\]\.shards\.more-000000\.tar is \w{16} in the plan and \w{16} now",
@@ -262,7 +263,7 @@ def test_an_epoch_without_packs_does_not_start_the_numbering_anew(tmp_path: Path
     with SampleWriter(shard) as writer:
         writer.write("short", record=talk("Which colour?", "It is red."), media={})
         writer.write("long", record=talk("Which colour? " * 400, "It is red."), media={})
-    write_index(build_index(shard, world.tokenizer, "chatml"), index_path(shard))
+    write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
     entry = {"name": "talk", "shards": f"{tmp_path}/talk-*.tar", "ratio": 0.5}
     recipe = changed(world.recipe, data={"train": [entry], "validation": [], "epochs": 12})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)

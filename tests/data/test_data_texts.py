@@ -12,10 +12,10 @@ from megatron_vita.data.loading import stream
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
-from megatron_vita.data.samples.records import END_OF_TEXT
 from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import SampleWriter
+from megatron_vita.text.chat_format import ChatFormat
 
 LENGTH = 256
 
@@ -40,7 +40,10 @@ def texts(world) -> dict[str, tuple[str, list[int]]]:
             text = longer
         while len(world.tokenizer.encode(text)) < length - 1:
             text += "#"
-        ids[key] = (text, [*world.tokenizer.encode(text), world.tokenizer.special_id(END_OF_TEXT)])
+        ids[key] = (
+            text,
+            [*world.tokenizer.encode(text), world.tokenizer.special_id("<|endoftext|>")],
+        )
         assert len(ids[key][1]) == length
     return ids
 
@@ -51,7 +54,7 @@ def packs(world, texts, tmp_path: Path) -> PackStream:
     with SampleWriter(shard) as writer:
         for key, (text, _) in texts.items():
             writer.write(key, record={"text": text}, media={})
-    write_index(build_index(shard, world.tokenizer, "chatml"), index_path(shard))
+    write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
     recipe = toy_recipe(
         tmp_path, train=[{"name": "shapes", "shards": str(shard)}], validation=[], seq_length=LENGTH
     )

@@ -19,13 +19,14 @@ from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
+from megatron_vita.text.chat_format import ChatFormat
 
 
 @pytest.fixture
 def form(world) -> DocumentFormat:
     recipe = world.recipe
     return DocumentFormat(
-        tokenizer=world.tokenizer, template="chatml", media=recipe.media, vision=recipe.model.vision
+        chat=ChatFormat(world.tokenizer), media=recipe.media, vision=recipe.model.vision
     )
 
 
@@ -98,7 +99,7 @@ def test_an_archive_of_frames_is_a_video_of_a_shard(form, tmp_path) -> None:
     with SampleWriter(shard) as writer:
         media = {"video": [MediaFile(".frames.zip", data)]}
         writer.write("s0", record=talk("<video>What is it?", "Grey."), media=media)
-    index = build_index(shard, form.tokenizer, form.template)
+    index = build_index(shard, form.chat)
     row = index.row(0)
     assert "s0.video0.frames.zip" in row.members
     assert document_lengths(index, form=form).tiles.tolist() == [6]

@@ -20,6 +20,7 @@ from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.shards.index import index_path, read_index, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import Tokenizer
 
 COLORS = ("red", "green", "blue", "orange", "purple")
@@ -121,7 +122,7 @@ def make_world(root: Path, tokenizer: Tokenizer) -> Recipe:
     ]
     shards.append(write_shard(root / "more-000000.tar", range(30, 40)))
     for shard in shards:
-        write_index(build_index(shard, tokenizer, "chatml"), index_path(shard))
+        write_index(build_index(shard, ChatFormat(tokenizer)), index_path(shard))
     recipe = toy_recipe(root)
     for split in ("train", "validation"):
         write_plan(make_plan(recipe, split, tokenizer=tokenizer)[0], plan_path(recipe, split))

@@ -93,6 +93,23 @@ def test_a_sheet_shows_tiles_in_order_beside_the_text(world: Path, capsys) -> No
     assert sum(row) == 3 * contact_sheet.THUMBNAIL
 
 
+def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(world: Path, capsys) -> None:
+    recipe, internvl = str(world / "recipe.yaml"), "text.media_format=internvl"
+    arguments = [
+        "inspect",
+        recipe,
+        "--sample",
+        f"{world}/toy/toy-000000.tar:toy-00000002",
+        internvl,
+    ]
+    assert main(arguments) == 1
+    assert "the recipe's media_format is internvl; make the index again" in capsys.readouterr().err
+    assert main(["index", recipe, internvl]) == 0
+    assert main([*arguments, "--png", str(world / "sample.png")]) == 0
+    shown = capsys.readouterr().out
+    assert r"|im_start|>user\n[tile 0][tile 1][tile 2]\nWhich" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

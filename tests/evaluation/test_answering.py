@@ -158,6 +158,20 @@ def test_media_are_data_urls_in_their_places() -> None:
     assert last["content"][0]["video_url"]["url"].startswith("data:application/zip;base64,")
 
 
+def test_a_line_break_between_a_medium_and_its_question_is_left_to_the_server() -> None:
+    png = MediaFile(name="a.png", data=b"\x89PNG..")
+    for question, sent in (("\nwhat?", "what?"), ("\n\nwhat?", "\nwhat?"), (" what?", " what?")):
+        for content in (
+            f"<image>{question}",
+            [{"type": "image"}, {"type": "text", "text": question}],
+        ):
+            prompt = Prompt(messages=[{"role": "user", "content": content}], images=[png])
+            ((_, text),) = (message["content"] for message in openai_messages(prompt))
+            assert text == {"type": "text", "text": sent}
+    asked = Prompt.ask("what?", images=[png])
+    assert openai_messages(asked)[0]["content"][1] == {"type": "text", "text": "what?"}
+
+
 def test_options_that_the_protocol_does_not_have_are_sent_only_where_they_are_set() -> None:
     assert "extra_body" not in openai_options(SamplingParams())
     options = openai_options(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_vita.config import MediaConfig, VisionConfig
+from megatron_vita.config import MediaConfig, TextConfig, VisionConfig
 from megatron_vita.data.samples.documents import assemble_document
 from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.errors import ConfigError, DataError
@@ -23,8 +23,8 @@ from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.template import encode_turns, generation_prompt
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
@@ -150,15 +150,16 @@ def test_pages_as_a_video_are_its_frames_in_order() -> None:
         assert np.abs(frame[0].astype(int) - pixels(image.data)).max() <= 1
 
 
-@pytest.fixture(scope="module")
-def form(tmp_path_factory: pytest.TempPathFactory) -> DocumentFormat:
+@pytest.fixture(scope="module", params=["long_vita", "internvl"])
+def form(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> DocumentFormat:
     model = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
     train_sentencepiece(
         ["the access code of the red door is five digits"] * 50, model, vocab_size=300
     )
     return DocumentFormat(
-        tokenizer=load_tokenizer(str(model)),
-        template="chatml",
+        chat=ChatFormat(load_tokenizer(str(model)), TextConfig(media_format=request.param)),
         media=MediaConfig(max_tiles=4, max_frames=100),
         vision=VisionConfig(image_size=112, patch_size=14),
     )
@@ -193,9 +194,8 @@ def prompt_tokens(prompt: Prompt, form: DocumentFormat) -> int:
         "images": list(prompt.images),
         "videos": list(prompt.videos),
     }
-    turns = encode_turns(check_messages(sample, needs_answer=False), form.tokenizer, form.template)
-    document = assemble_document(turns, key="prompt", media=media, form=form)
-    return len(document) + len(generation_prompt(form.template, form.tokenizer))
+    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
+    return len(assemble_document(turns, key="prompt", media=media, form=form))
 
 
 def test_lengths_that_cannot_be_are_refused(form: DocumentFormat) -> None:

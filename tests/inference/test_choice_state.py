@@ -35,7 +35,9 @@ def answer(tokenizer: Tokenizer, **options: object) -> ChoiceState:
 def take_all(state: ChoiceState, ids: list[int], tokenizer: Tokenizer) -> list[AnswerPiece]:
     pieces = []
     for token in ids:
-        pieces.append(state.append(scored(token), end_ids=frozenset([tokenizer.end_of_turn_id])))
+        pieces.append(
+            state.append(scored(token), end_ids=frozenset([tokenizer.special_id("<|im_end|>")]))
+        )
         if state.finish:
             break
     return pieces
@@ -50,7 +52,7 @@ def joined(pieces: list[AnswerPiece]) -> tuple[str, list[int]]:
 def test_an_end_token_stops_the_answer_and_is_no_part_of_it(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXT)
     state = answer(tokenizer)
-    pieces = take_all(state, [*ids, tokenizer.end_of_turn_id, *ids], tokenizer)
+    pieces = take_all(state, [*ids, tokenizer.special_id("<|im_end|>"), *ids], tokenizer)
     assert joined(pieces) == (TEXT, ids)
     assert [piece.finish for piece in pieces] == [None] * len(ids) + ["stop"]
     assert {(piece.request, piece.choice) for piece in pieces} == {(7, 2)}
@@ -66,7 +68,7 @@ def test_the_most_tokens_end_the_answer_with_what_waited(tokenizer: Tokenizer) -
 
 
 def test_an_ignored_end_goes_on_to_the_most_tokens(tokenizer: Tokenizer) -> None:
-    ids = [*tokenizer.encode("the"), tokenizer.end_of_turn_id, *tokenizer.encode("fox")]
+    ids = [*tokenizer.encode("the"), tokenizer.special_id("<|im_end|>"), *tokenizer.encode("fox")]
     pieces = take_all(answer(tokenizer, max_new_tokens=len(ids), ignore_eos=True), ids, tokenizer)
     assert joined(pieces) == ("thefox", ids)
     assert pieces[-1].finish == "length"

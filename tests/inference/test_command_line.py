@@ -188,8 +188,8 @@ def test_a_conversation_keeps_its_turns_and_media_until_it_is_reset(
     assert code == 0
     assert out.splitlines() == ["you said one ", "you said two ", "you said three "]
     assert [texts_of(r) for r in server.requests] == [
-        ["\none"],
-        ["\none", "you said one ", "two"],
+        ["one"],
+        ["one", "you said one ", "two"],
         ["three"],
     ]
     pictures = [

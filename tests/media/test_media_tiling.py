@@ -7,7 +7,10 @@ import pytest
 from picture_files import photograph
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+    GotOcr2ImageProcessorPil,
+    get_optimal_tiled_canvas,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -121,9 +124,39 @@ def test_tiles_are_the_thumbnail_and_then_the_cells_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("anyres", [False, True])
+def test_a_thumbnail_that_comes_last_leaves_the_cells_as_they_are(anyres: bool) -> None:
+    first = tiling_of(16, max_tiles=6, anyres=anyres)
+    image, last = photograph((400, 150)), first._replace(thumbnail_last=True)
+    grid = choose_grid(image.size, first)
+    assert num_tiles(grid) > 3
+    tiles, moved = cut(image, grid, first), cut(image, grid, last)
+    assert (moved == np.concatenate([tiles[1:], tiles[:1]])).all()
+    one = Grid(1, 1)
+    assert (cut(image, one, first) == cut(image, one, last)).all()
+
+
+def test_internvls_tiles_are_in_the_order_of_its_image_processor() -> None:
+    image = photograph((700, 230))
+    theirs = GotOcr2ImageProcessorPil(
+        size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=6,
+        do_normalize=False, do_rescale=False,
+    )(image, return_tensors="np")["pixel_values"]  # fmt: skip
+    tiling = tiling_of(56, max_tiles=6)._replace(thumbnail_last=True)
+    ours = cut(image, choose_grid(image.size, tiling), tiling)
+    assert theirs.shape == ours.shape
+    difference = np.abs(ours.astype(int) - theirs.astype(int)).reshape(len(ours), -1).mean(axis=1)
+    assert difference.max() < 1
+    assert np.abs(ours[0].astype(int) - theirs[-1].astype(int)).mean() > 3
+
+
+@pytest.mark.parametrize("anyres", [False, True])
+@pytest.mark.parametrize("thumbnail_last", [False, True])
 @pytest.mark.parametrize("size", [(37, 53), (400, 30), (1203, 907)])
-def test_any_part_of_the_tiles_is_the_same_as_in_all(size: tuple[int, int], anyres: bool) -> None:
+def test_any_part_of_the_tiles_is_the_same_as_in_all(
+    size: tuple[int, int], anyres: bool, thumbnail_last: bool
+) -> None:
     image, tiling = photograph(size), tiling_of(16, max_tiles=6, anyres=anyres)
+    tiling = tiling._replace(thumbnail_last=thumbnail_last)
     grid = choose_grid(size, tiling)
     whole = cut(image, grid, tiling)
     count = len(whole)

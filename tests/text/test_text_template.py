@@ -2,18 +2,13 @@
 
 import pytest
 
+from megatron_vita.config import TextConfig
 from megatron_vita.config.text import TEMPLATES as RECIPE_TEMPLATES
 from megatron_vita.errors import ConfigError
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import MediaPart, TextPart, Turn
-from megatron_vita.text.template import (
-    TEMPLATES,
-    EncodedTurn,
-    MediaPiece,
-    TextPiece,
-    encode_turns,
-    generation_prompt,
-    template_fingerprint,
-)
+from megatron_vita.text.pieces import EncodedTurn, MediaPiece, TextPiece
+from megatron_vita.text.template import TEMPLATES
 from megatron_vita.text.tokenizer import Tokenizer
 
 TURNS = [
@@ -23,6 +18,14 @@ TURNS = [
     Turn("user", [TextPart("sure?")]),
     Turn("assistant", [TextPart("yes")]),
 ]
+
+
+def chat(tokenizer: Tokenizer, template: str) -> ChatFormat:
+    return ChatFormat(tokenizer, TextConfig(template=template))
+
+
+def encode_turns(turns: list[Turn], tokenizer: Tokenizer, template: str) -> list[EncodedTurn]:
+    return chat(tokenizer, template).encode(turns)
 
 
 def rendered(turns: list[EncodedTurn], tokenizer: Tokenizer, *, scored: bool | None = None) -> str:
@@ -37,7 +40,7 @@ def rendered(turns: list[EncodedTurn], tokenizer: Tokenizer, *, scored: bool | N
 
 
 def test_recipes_and_templates_know_the_same_names() -> None:
-    assert tuple(TEMPLATES) == RECIPE_TEMPLATES
+    assert (*TEMPLATES, "jinja") == RECIPE_TEMPLATES
 
 
 def test_chatml_frames_every_turn_and_adds_none(small_tokenizer: Tokenizer) -> None:
@@ -128,18 +131,19 @@ def test_the_generation_prompt_is_what_precedes_an_answer_in_training(
         if isinstance(piece, TextPiece) and not piece.loss
         for index in piece.ids
     ]
-    assert generation_prompt(template, small_tokenizer) == unscored
+    prompt = chat(small_tokenizer, template).prompt([])
+    assert [index for turn in prompt for piece in turn for index in piece.ids] == unscored
     text = small_tokenizer.decode(unscored, skip_special=False)
     assert text == {"chatml": "<|im_start|>assistant\n", "plain": ""}[template]
 
 
-def test_fingerprints_tell_templates_apart() -> None:
-    fingerprints = {template_fingerprint(name) for name in TEMPLATES}
+def test_fingerprints_tell_templates_apart(small_tokenizer: Tokenizer) -> None:
+    fingerprints = {chat(small_tokenizer, name).fingerprint for name in TEMPLATES}
     assert len(fingerprints) == len(TEMPLATES)
     assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
-    assert template_fingerprint("chatml") in fingerprints
+    assert chat(small_tokenizer, "chatml").fingerprint in fingerprints
 
 
 def test_an_unknown_template_is_refused(small_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="'llama'; known templates: chatml, plain"):
+    with pytest.raises(ConfigError, match="'llama'; known templates: chatml, plain, jinja"):
         encode_turns(TURNS, small_tokenizer, "llama")

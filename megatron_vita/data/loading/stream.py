@@ -87,7 +87,7 @@ class PackStream(Dataset):
         self._shards, self._contents = shards, contents
         self._data = data
         self._tile_share = tile_share
-        self._text = text_stamp(forms[0].tokenizer, forms[0].template)
+        self._text = text_stamp(forms[0].chat)
         self._open_caches()
 
     def __len__(self) -> int:

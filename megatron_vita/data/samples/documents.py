@@ -12,8 +12,8 @@ from megatron_vita.data.samples.records import Kind, encode_record, weight_of
 from megatron_vita.data.samples.truncation import Fit, Piece, whole
 from megatron_vita.data.shards.index import SampleRow
 from megatron_vita.errors import DataError
-from megatron_vita.text.media_tokens import MediaTokens, image_tokens, video_tokens
-from megatron_vita.text.template import EncodedTurn, MediaPiece
+from megatron_vita.text.media_tokens import MediaTokens
+from megatron_vita.text.pieces import EncodedTurn, MediaPiece
 
 NO_LOSS = -100
 
@@ -74,7 +74,7 @@ def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentForm
     for kind, medium in _media_left(row, left, form):
         name = next(names[kind])
         media[kind.name.lower()].append(medium and medium._replace(member=name))
-    turns = encode_record(record, form.tokenizer, form.template)
+    turns = encode_record(record, form.chat)
     document = assemble_document(
         turns, key=row.key, media=media, form=form, weight=weight_of(record)
     )
@@ -141,8 +141,8 @@ def assemble_document(
     form: DocumentFormat,
     weight: float = 1.0,
 ) -> Document:
-    """The turns' tokens in order, each place of a medium filled by its placeholder sequence
-    (Long-VITA, arXiv 2502.05177), or by nothing where the medium is left out (None).
+    """The turns' tokens in order, each place of a medium filled by its placeholder sequence, or by
+    nothing where the medium is left out (None).
 
     DataError for media where the model is text-only.
     """
@@ -180,10 +180,9 @@ def assemble_document(
 
 
 def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
-    length = form.vision.image_token_length
     if medium.grid is not None:
-        return image_tokens(medium.grid, image_token_length=length, tokenizer=form.tokenizer)
-    return video_tokens(medium.num_tiles, image_token_length=length, tokenizer=form.tokenizer)
+        return form.placeholders.image(medium.grid)
+    return form.placeholders.video(medium.num_tiles)
 
 
 def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:

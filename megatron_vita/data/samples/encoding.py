@@ -11,7 +11,8 @@ from megatron_vita.data.samples.truncation import Fit, Piece, fit
 from megatron_vita.media.normalize import Normalization
 from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_tiles
 from megatron_vita.media.video import VideoInfo, frame_times, num_frames
-from megatron_vita.text.media_tokens import count_image_tokens, count_video_tokens
+from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.media_tokens import MediaFormat
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -42,20 +43,27 @@ class TileFormat(NamedTuple):
 class DocumentFormat:
     """All that turns a sample into a document."""
 
-    tokenizer: Tokenizer
-    template: str
+    chat: ChatFormat
     media: MediaConfig
     vision: VisionConfig
     text_only: bool = False
     limit: int = 0  # tokens of a pack; 0 for none
     overlong: str = "reject"
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of prompts."""
+        return self.chat.tokenizer
+
+    @cached_property
+    def placeholders(self) -> MediaFormat:
+        """The token sequences of media."""
+        return self.chat.media(image_token_length=self.vision.image_token_length)
+
     def measure_image(self, size: tuple[int, int]) -> tuple[int, int]:
         """Tokens and tiles of an image of (width, height)."""
-        grid, length = self._grid(size), self.vision.image_token_length
-        return count_image_tokens(
-            grid, image_token_length=length, newline_length=self._newline
-        ), num_tiles(grid)
+        grid = self._grid(size)
+        return self.placeholders.image_length(grid), num_tiles(grid)
 
     def measure_video(self, info: VideoInfo) -> tuple[int, int]:
         """Tokens and frames of a video."""
@@ -64,7 +72,7 @@ class DocumentFormat:
 
     def video_tokens(self, frames: int) -> int:
         """Tokens of a video of so many frames."""
-        return count_video_tokens(frames, image_token_length=self.vision.image_token_length)
+        return self.placeholders.video_length(frames)
 
     def image(
         self, member: str, size: tuple[int, int], *, tiles: int | None = None
@@ -98,15 +106,13 @@ class DocumentFormat:
         listed = tuple(Grid(*map(int, grid.split("x"))) for grid in media.grids)
         grids = listed or grids_of(media.min_tiles, media.max_tiles)
         return Tiling(
-            tile_size=self.vision.image_size, grids=grids, anyres=media.tiling == "anyres"
+            tile_size=self.vision.image_size,
+            grids=grids,
+            anyres=media.tiling == "anyres",
+            thumbnail_last=self.placeholders.thumbnail_last,
         )
 
     @property
     def tile_format(self) -> TileFormat:
         """What decoding needs."""
         return TileFormat(self.tiling, self.media.normalization, self.media.video_fit)
-
-    @cached_property
-    def _newline(self) -> int:
-        """Tokens of the newline that begins a row of tiles."""
-        return len(self.tokenizer.encode("\n"))

@@ -7,11 +7,9 @@ from enum import IntEnum
 from typing import Any
 
 from megatron_vita.errors import DataError
+from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import CHAT_FIELDS, check_messages
-from megatron_vita.text.template import EncodedTurn, MediaPiece, TextPiece, encode_turns
-from megatron_vita.text.tokenizer import Tokenizer
-
-END_OF_TEXT = "<|endoftext|>"
+from megatron_vita.text.pieces import EncodedTurn, MediaPiece
 
 
 class Kind(IntEnum):
@@ -85,16 +83,13 @@ def weight_of(record: Mapping[str, Any]) -> float:
     return float(weight)
 
 
-def encode_record(
-    record: Mapping[str, Any], tokenizer: Tokenizer, template: str
-) -> list[EncodedTurn]:
+def encode_record(record: Mapping[str, Any], chat: ChatFormat) -> list[EncodedTurn]:
     """A sample's turns in token ids, with the places of its media; raw text is one turn that ends
     the text."""
     if is_raw_text(record):
         check_record(record)
-        ids = [*tokenizer.encode(record["text"]), tokenizer.special_id(END_OF_TEXT)]
-        return [[TextPiece(ids, loss=True)]]
-    return encode_turns(check_messages(record), tokenizer, template)
+        return chat.raw_text(record["text"])
+    return chat.encode(check_messages(record))
 
 
 def pieces_of(turns: list[EncodedTurn]) -> tuple[list[Kind], list[int]]:

@@ -1,6 +1,7 @@
 """Documents that are longer than a pack: what is left of them, by the recipe's policy, known from
 the index alone."""
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,7 +85,9 @@ def _drop_media(
 def _fewer_frames(piece: Piece, room: int, video_tokens: Callable[[int], int]) -> Piece:
     frames = 0
     if piece.kind == Kind.VIDEO:
-        frames = min(room // video_tokens(1), piece.tiles)
+        # of frames that need more tokens than there is room for, the fewest but one
+        counts = range(1, piece.tiles + 1)
+        frames = bisect.bisect_right(counts, room, key=video_tokens)
     return Piece(piece.kind, video_tokens(frames) if frames else 0, frames)
 
 

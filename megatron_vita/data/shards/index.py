@@ -2,8 +2,8 @@
 training.
 
 `train-000000.tar` has `train-000000.index.parquet`, a row for each sample in shard order. It does
-not depend on how images are tiled or frames sampled, only on the tokenizer and the template, whose
-fingerprints it carries.
+not depend on how images are tiled or frames sampled, only on the tokenizer, the template and the
+media format, whose stamp it carries.
 """
 
 import io
@@ -25,10 +25,9 @@ from megatron_vita.data.shards.storage import Location, read_file, read_tail
 from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError
 from megatron_vita.media.video import VideoInfo
-from megatron_vita.text.template import template_fingerprint
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.chat_format import ChatFormat
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FOOTER_BYTES = 1 << 16  # of a remote index are asked for at once; most footers are shorter
 SCHEMA = pa.schema(
     [
@@ -61,6 +60,7 @@ class IndexHeader:
     samples: int
     tokenizer: str
     template: str
+    media_format: str
     content: str
     rule: str = ""
     left_out: str = ""
@@ -138,9 +138,13 @@ def index_path[Place: (Path, UPath, Path | UPath)](shard: Place) -> Place:
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.parquet")
 
 
-def text_stamp(tokenizer: Tokenizer, template: str) -> dict[str, str]:
-    """The fingerprints that token counts depend on."""
-    return {"tokenizer": tokenizer.fingerprint, "template": template_fingerprint(template)}
+def text_stamp(chat: ChatFormat) -> dict[str, str]:
+    """What token counts of texts depend on."""
+    return {
+        "tokenizer": chat.tokenizer.fingerprint,
+        "template": chat.fingerprint,
+        "media_format": chat.text.media_format,
+    }
 
 
 def write_index(index: SampleIndex, path: Path) -> None:

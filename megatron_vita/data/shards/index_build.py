@@ -24,18 +24,18 @@ from megatron_vita.data.shards.tar import ScannedSample, scan_shard
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.chat_format import ChatFormat
 
 Attempt = Callable[[Callable[[bool], Any]], Any]
 """Carries out an action that reads what may be damaged; the action is told whether it is known to be good."""
 
 
-def build_index(shard: Path, tokenizer: Tokenizer, template: str) -> SampleIndex:
+def build_index(shard: Path, chat: ChatFormat) -> SampleIndex:
     """Scans a shard once and gives its index, without what the quarantine beside the shard lists.
 
     DataError naming shard and key for a sample that cannot be read.
     """
-    index, quarantine = build_sound_index(shard, tokenizer, template)
+    index, quarantine = build_sound_index(shard, chat)
     for entry in quarantine.entries:
         if entry.by == "index":
             raise DataError(entry.reason)
@@ -44,8 +44,7 @@ def build_index(shard: Path, tokenizer: Tokenizer, template: str) -> SampleIndex
 
 def build_sound_index(
     shard: Path,
-    tokenizer: Tokenizer,
-    template: str,
+    chat: ChatFormat,
     *,
     attempt: Attempt = lambda action: action(False),
 ) -> tuple[SampleIndex, Quarantine]:
@@ -54,7 +53,7 @@ def build_sound_index(
     quarantine = read_quarantine(shard)
     scanned = list(scan_whole(shard, attempt))
     known = _Known(quarantine, scanned)
-    reader, bad = _Reader(shard, tokenizer, template), list[Entry]()
+    reader, bad = _Reader(shard, chat), list[Entry]()
     rows = []
     for sample, error in scanned:
         if sample in known:
@@ -70,7 +69,7 @@ def build_sound_index(
     made_with = {
         "rule": rule_stamp(reader.rule),
         "left_out": quarantine.stamp(),
-        **text_stamp(tokenizer, template),
+        **text_stamp(chat),
     }
     return _as_index(rows, quarantine.shard_size, made_with), quarantine
 
@@ -150,8 +149,8 @@ class _Known:
 class _Reader:
     """Reads the samples of one shard."""
 
-    def __init__(self, shard: Path, tokenizer: Tokenizer, template: str) -> None:
-        self._shard, self._tokenizer, self._template = shard, tokenizer, template
+    def __init__(self, shard: Path, chat: ChatFormat) -> None:
+        self._shard, self._chat = shard, chat
         self._size = shard.stat().st_size
         self.rule = read_rule(shard.parent)
         self._reader = ShardReader()
@@ -168,7 +167,7 @@ class _Reader:
 
         try:
             record, is_foreign = parse_sample(sample, read, self.rule)
-            kinds, tokens = pieces_of(encode_record(record, self._tokenizer, self._template))
+            kinds, tokens = pieces_of(encode_record(record, self._chat))
             check_members(record, sample)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
@@ -213,6 +212,7 @@ def _as_index(
         content=content,
         tokenizer=made_with["tokenizer"],
         template=made_with["template"],
+        media_format=made_with["media_format"],
         rule=made_with["rule"],
         left_out=made_with["left_out"],
     )

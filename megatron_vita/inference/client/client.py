@@ -144,7 +144,9 @@ def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = []
         for part in turn.parts:
             if isinstance(part, TextPart):
-                parts.append({"type": "text", "text": part.text})
+                # servers put a line break between a medium and a text of their own
+                text = part.text.removeprefix("\n") if _ends_in_medium(parts) else part.text
+                parts.append({"type": "text", "text": text})
             else:
                 kind: Literal["image", "video"] = "video" if part.kind == "video" else "image"
                 url = data_url(next(files[kind]).data, kind)
@@ -154,6 +156,10 @@ def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
         content = "".join(texts) if len(texts) == len(parts) else parts
         messages.append({"role": turn.role, "content": content})
     return messages
+
+
+def _ends_in_medium(parts: list[dict[str, Any]]) -> bool:
+    return bool(parts) and parts[-1]["type"] != "text"
 
 
 def openai_options(sampling: SamplingParams) -> dict[str, Any]:

@@ -331,9 +331,7 @@ class Engine:
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return frozenset(
-            {self.tokenizer.end_of_turn_id, self.tokenizer.special_id("<|endoftext|>")}
-        )
+        return self.form.chat.stop_ids
 
     def _execute(self, step: SchedulerOutput) -> StepResult:
         changes = self._scheduler.take_changes()

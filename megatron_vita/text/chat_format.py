@@ -1,0 +1,168 @@
+"""How conversations and texts become token ids: a tokenizer, and what a recipe's `text` says."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from megatron_vita.config import TextConfig
+from megatron_vita.errors import ConfigError
+from megatron_vita.text.conversation import MediaPart, TextPart, Turn, merge_texts
+from megatron_vita.text.media_tokens import MEDIA_FORMATS, MediaFormat
+from megatron_vita.text.own_template import OwnTemplate
+from megatron_vita.text.pieces import EncodedTurn, TextPiece
+from megatron_vita.text.template import TEMPLATES, Template, frame_opening, frame_turn
+from megatron_vita.text.tokenizer import Tokenizer
+
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+
+@dataclass(frozen=True, eq=False)
+class ChatFormat:
+    """The one place where prompts are laid out, for training as for serving."""
+
+    tokenizer: Tokenizer
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __reduce__(self) -> tuple[type["ChatFormat"], tuple[Tokenizer, TextConfig]]:
+        return ChatFormat, (self.tokenizer, self.text)
+
+    def check(self) -> None:
+        """ConfigError unless the tokenizer has what prompts are made of: a template of its own
+        where that is asked for, and the tokens that the recipe names."""
+        for name in filter(None, (self.text.begin_token, self.text.end_token)):
+            self.tokenizer.special_id(name)
+        if not self.stop_ids:
+            raise ConfigError(
+                "text.stop_tokens is empty, and neither the tokenizer nor its chat template has a token that "
+                "ends an answer: name one"
+            )
+
+    def encode(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
+        """A conversation in token ids. Scored are what assistants say and the tokens that end their
+        turns.
+
+        The built-in templates tokenize each turn by itself, `jinja` the whole conversation, which
+        is then one "turn". DataError, naming a turn, for what a template cannot render.
+        """
+        whole = self._with_system(turns)
+        if self._own is not None:
+            return [self._own.encode(whole, first=len(whole) - len(turns))]
+        return [*self._begin(), *map(self._framed, whole)]
+
+    def prompt(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
+        """A conversation in token ids, up to where the assistant's words begin."""
+        whole = self._with_system(turns)
+        if self._own is not None:
+            return [self._own.prompt(whole)]
+        opening = frame_opening("assistant", tokenizer=self.tokenizer, template=self._frame)
+        last = [[TextPiece(opening, loss=False)]] if opening else []
+        return [*self._begin(), *map(self._framed, whole), *last]
+
+    def raw_text(self, text: str) -> list[EncodedTurn]:
+        """A text that is no conversation, scored whole, with the tokens that begin and end it."""
+        ends = self.tokenizer.special_id(self.end_token)
+        return [[TextPiece([*self._begin_ids, *self.tokenizer.encode(text), ends], loss=True)]]
+
+    def media(self, *, image_token_length: int) -> MediaFormat:
+        """The placeholders of images and videos, so many for a tile."""
+        return self.media_format(self.tokenizer, image_token_length=image_token_length)
+
+    @property
+    def media_format(self) -> type[MediaFormat]:
+        """The form of placeholders."""
+        return MEDIA_FORMATS[self.text.media_format]
+
+    @cached_property
+    def end_token(self) -> str:
+        """The token that ends raw text. ConfigError if the tokenizer has none that could."""
+        named = self.tokenizer.named_tokens.get("eos_token", "")
+        if self.text.end_token:
+            return self.text.end_token
+        for name in (*_ENDS_OF_TEXT, named):
+            if name in self.tokenizer.special_names:
+                return name
+        raise ConfigError(
+            "text.end_token is empty, and the tokenizer has no token that ends a text: name one"
+        )
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the template's end of turn, the tokenizer's ends of text, and
+        `text.stop_tokens`. ConfigError if one of these is no token."""
+        ends = [self.end_of_turn, *_ENDS_OF_TEXT, self.tokenizer.named_tokens.get("eos_token", "")]
+        known = [name for name in ends if name in self.tokenizer.special_names]
+        asked = [
+            self.tokenizer.token_id(name, "text.stop_tokens") for name in self.text.stop_tokens
+        ]
+        return frozenset([*map(self.tokenizer.special_id, known), *asked])
+
+    @property
+    def end_of_turn(self) -> str:
+        """The special token that ends an answer; "" if none does."""
+        return self._frame.closing if self._own is None else self._own.end_of_turn
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 over all but the tokenizer's vocabulary that decides the ids of
+        conversations and texts.
+
+        ConfigError for a template that writes today's date where `text.date` does not say it: ids
+        must not change from day to day.
+        """
+        text, own = self.text, self._own
+        described: dict[str, Any] = {
+            "system": text.system,
+            "begin_token": text.begin_token,
+            "end_tokens": [text.end_token, self.tokenizer.named_tokens.get("eos_token", "")],
+        }
+        if own is None:
+            described["frame"] = dataclasses.asdict(self._frame)
+        else:
+            if own.writes_date and not text.date:
+                raise ConfigError(
+                    "text.date is empty, but the tokenizer's chat template writes today's date: set it to the "
+                    "day that training shall be told, as 2026-01-31"
+                )
+            described |= {
+                "source": self.tokenizer.chat_template,
+                "names": self.tokenizer.named_tokens,
+                "date": text.date if own.writes_date else "",
+            }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _own(self) -> OwnTemplate | None:
+        if self.text.template != "jinja":
+            return None
+        return OwnTemplate(self.tokenizer, self.media_format, self.text.date)
+
+    @cached_property
+    def _frame(self) -> Template:
+        template = TEMPLATES[self.text.template]
+        return dataclasses.replace(template, closing=template.closing or self.end_token)
+
+    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        if self.text.system and (not turns or turns[0].role != "system"):
+            return [Turn("system", [TextPart(self.text.system)]), *turns]
+        return list(turns)
+
+    @property
+    def _begin_ids(self) -> list[int]:
+        name = self.text.begin_token
+        return [self.tokenizer.special_id(name)] if name else []
+
+    def _begin(self) -> list[EncodedTurn]:
+        return [[TextPiece(self._begin_ids, loss=False)]] if self.text.begin_token else []
+
+    def _framed(self, turn: Turn) -> EncodedTurn:
+        parts: list[TextPart | MediaPart] = []
+        for part in self.media_format.laid_out(turn.parts) if turn.listed else turn.parts:
+            if part == MediaPart("video"):
+                parts.append(TextPart(self.media_format.video_opening))
+            parts.append(part)
+        turn = dataclasses.replace(turn, parts=merge_texts(parts))
+        return frame_turn(turn, tokenizer=self.tokenizer, template=self._frame)
