@@ -129,8 +129,15 @@ def _wrong_value(fault: ErrorDetails) -> str:
 
 
 def _json_type(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value)) or {list: "a list", dict: "an object"}.get(type(value), "null")
+    names: dict[type, str] = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), "null")
 
 
 def _field_name(location: Sequence[int | str]) -> str:

@@ -165,13 +165,13 @@ class ChatRequest(_Object):
 
     def frame_limits(self) -> Iterator[tuple[str, int]]:
         """Yield the fields that say how many frames of a video are taken, with their numbers."""
-        video = self.media_io_kwargs and self.media_io_kwargs.video
+        video = self.media_io_kwargs.video if self.media_io_kwargs else None
         processor = self.mm_processor_kwargs
         given = {
             "max_frames": self.max_frames,
-            "media_io_kwargs.video.num_frames": video and video.num_frames,
-            "mm_processor_kwargs.num_frames": processor and processor.num_frames,
-            "mm_processor_kwargs.max_frames": processor and processor.max_frames,
+            "media_io_kwargs.video.num_frames": video.num_frames if video else None,
+            "mm_processor_kwargs.num_frames": processor.num_frames if processor else None,
+            "mm_processor_kwargs.max_frames": processor.max_frames if processor else None,
         }
         for field, frames in given.items():
             if frames is not None and not (frames == -1 and field.endswith("num_frames")):

@@ -41,7 +41,7 @@ def sampling_of(
     _check_companions(request)
     _check_limits(request, limits)
     beams = _num_beams(request)
-    given = {
+    given: dict[str, Any] = {
         "max_new_tokens": _max_new_tokens(request, limits),
         "temperature": request.temperature,
         "top_k": 0 if request.top_k == -1 else request.top_k,
