@@ -15,9 +15,11 @@ from data_tools.reencode import Reencode
 from data_tools.report import write_report
 from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
+from data_tools.vocabulary import rejected_path as rejected_lines_path
 from data_tools.vocabulary import train_tokenizer
 from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
+from megatron_vita.data.samples.foreign import DEFAULT_PROMPT
 from megatron_vita.data.shards.quarantine import Entry
 
 app = typer.Typer(
@@ -55,9 +57,11 @@ def tokenizer(
     out: Annotated[Path, typer.Option(help="Model to write, NAME.model.")],
     vocab_size: Annotated[int, typer.Option(help="Pieces, special tokens included.")] = 8192,
 ) -> None:
-    """Train a SentencePiece tokenizer on the text of samples."""
-    texts = train_tokenizer(files, out=out, vocab_size=vocab_size)
-    typer.echo(f"{out}: {vocab_size} pieces from {texts} texts")
+    """Train a SentencePiece tokenizer on the text of samples; bad lines are left out and listed."""
+    count = train_tokenizer(files, out=out, vocab_size=vocab_size)
+    listed = rejected_lines_path(out)
+    left_out = f"; {count.rejected} lines rejected, listed in {listed}" if count.rejected else ""
+    typer.echo(f"{out}: {vocab_size} pieces from {count.texts} texts{left_out}")
 
 
 @app.command("import")
@@ -72,18 +76,35 @@ def import_(
         Path | None, typer.Option(help="Folder for media found inside the sources.")
     ] = None,
     prompt: Annotated[
-        str, typer.Option(help="What the user asks where there is only a caption.")
-    ] = "Describe it.",
+        str | None,
+        typer.Option(
+            help="What the user asks where there is only a caption; else members.yaml's, or "
+            f"{DEFAULT_PROMPT!r}"
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A field or column, or the suffix of a tar's members, to be passed over; may be "
+            "given several times."
+        ),
+    ] = None,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
 ) -> int:
-    """Turn samples of other formats into chat JSONL; run again to finish an interrupted run."""
+    """Turn samples of other formats into chat JSONL; run again to finish an interrupted run.
+
+    A record that holds media, turns or marks in fields that are not known is rejected by their
+    names; see docs/data-tools.md.
+    """
     job = ImportJob(
         format=format,
         paths=sources,
         out=out,
-        setting=Setting(media=media, media_out=media_out, prompt=prompt),
+        setting=Setting(
+            media=media, media_out=media_out, prompt=prompt, ignore=tuple(ignore or ())
+        ),
     )
     count = import_samples(
         job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor)

@@ -6,9 +6,14 @@ from pathlib import Path
 from megatron_vita.errors import DataError
 from megatron_vita.media.files import is_hidden
 from megatron_vita.media.frame_archive import pack_frames
+from megatron_vita.media.kinds import (
+    HEAD,
+    IMAGE_SUFFIXES,
+    MediaKind,
+    kind_of_content,
+    kind_of_name,
+)
 
-FRAMES_SUFFIX = ".frames.zip"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 RATE_FILE = "fps.txt"
 
 
@@ -27,7 +32,8 @@ def read_frames(folder: Path) -> bytes:
     """The frames of a folder packed into one file. Their rate is in its `fps.txt`, one a second
     where that is missing.
 
-    DataError if there are none, a frame is a link, or `fps.txt` holds no positive number.
+    DataError if there are none, a frame is a link, another file may be one too, or `fps.txt` holds
+    no positive number.
     """
     paths = list_frames(folder)
     if not paths:
@@ -36,7 +42,28 @@ def read_frames(folder: Path) -> bytes:
         raise DataError(
             f"{folder}: the frame {links[0]} is a link or no file: plain files are needed"
         )
+    if other := next((path for path in folder.iterdir() if _is_unread(path)), None):
+        raise DataError(
+            f"{folder}: {other.name} looks like a medium, and is none of the frames, whose suffixes "
+            f"are {', '.join(IMAGE_SUFFIXES)}"
+        )
     return pack_frames([(path.name, path.read_bytes()) for path in paths], _rate(folder))
+
+
+def _is_unread(path: Path) -> bool:
+    """Whether a file among frames looks like a medium, but not like a frame."""
+    if is_hidden(path.name) or path.suffix.lower() in IMAGE_SUFFIXES or not path.is_file():
+        return False
+    return kind_of_name(path.name) is not None or kind_of_head(path) is not None
+
+
+def kind_of_head(path: Path) -> MediaKind | None:
+    """What a file holds by its first bytes. DataError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return kind_of_content(file.read(HEAD))
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from error
 
 
 def _rate(folder: Path) -> float:

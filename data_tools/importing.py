@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from data_tools.formats import FORMATS
 from data_tools.formats.base import Candidate, Setting, walk
-from data_tools.frames import IMAGE_SUFFIXES
 from data_tools.pool import Crew, Steps, judged
 from data_tools.progress import Progress
-from data_tools.samples import find_medium
+from data_tools.samples import check_medium
+from megatron_vita.data.samples.media_fields import FIELDS
 from megatron_vita.data.samples.records import check_record
-from megatron_vita.data.samples.third_party import TAGS
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.media.kinds import kind_of_name
 
 BATCH = 32
 KINDS = ("samples", "rejected")
@@ -113,12 +113,12 @@ def _stamp(job: ImportJob, sources: list[Path]) -> dict[str, Any]:
 
 
 def _version(source: Path) -> tuple[int, int | str]:
-    """A file's size and time of change; a folder's are those of all images and texts in it."""
+    """A file's size and time of change; a folder's are those of all media and texts in it."""
     if source.is_file():
         return source.stat().st_size, source.stat().st_mtime_ns
     digest = hashlib.sha256()
     for path in walk(source):
-        if path.name.lower().endswith((*IMAGE_SUFFIXES, ".txt")):
+        if kind_of_name(path.name) or path.name.lower().endswith(".txt"):
             known = path.stat() if path.exists() else path.lstat()
             digest.update(
                 f"{path.relative_to(source)!r} {known.st_size} {known.st_mtime_ns}\n".encode()
@@ -199,9 +199,9 @@ def _judged(task: ImportTask, candidate: Candidate) -> tuple[str, dict[str, Any]
 def _checked(candidate: Candidate, root: Path) -> dict[str, Any]:
     sample = candidate.make()
     check_record(sample)
-    for field in TAGS:
+    for field in FIELDS:
         for i, name in enumerate(sample.get(field, [])):
-            find_medium(name, f"{field}[{i}]", root=root)
+            check_medium(name, f"{field}[{i}]", root=root)
     try:
         json.dumps(sample, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

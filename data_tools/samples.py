@@ -1,6 +1,5 @@
 """Lines of JSONL files as samples, each checked to the last pixel before it enters a shard."""
 
-import json
 import os
 import re
 import stat
@@ -10,12 +9,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from data_tools.frames import FRAMES_SUFFIX, read_frames
+from data_tools.frames import read_frames
 from data_tools.lines import Line
+from megatron_vita.data.samples.foreign import sample_of
+from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.records import check_record, is_raw_text
 from megatron_vita.data.shards.tar import MEDIA_KINDS, MediaFile
 from megatron_vita.errors import DataError
+from megatron_vita.media.data_urls import inline_content, is_inline
 from megatron_vita.media.images import open_image
+from megatron_vita.media.kinds import FRAMES_SUFFIX, HEAD, suffix_of_content
 from megatron_vita.media.video import decode_frames, probe_video
 
 
@@ -34,18 +37,16 @@ def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
 
     `decode` false reads media only: they are known to be good.
     """
-    sample = parse_line(line)
-    check_record(sample)
+    sample = read_sample(line)
     media = {
         kind: list(_read_media(sample.get(f"{kind}s") or [], kind, media_root))
         for kind in MEDIA_KINDS
     }
     for kind, files in media.items() if decode else ():
         for i, file in enumerate(files):
-            _CHECKS[kind](file.data, f"{kind}s[{i}] {sample[f'{kind}s'][i]}")
-    body = {"text": sample["text"]} if is_raw_text(sample) else {}
-    record = body or {"messages": sample.get("messages", sample.get("conversations"))}
-    record |= {name: sample[name] for name in ("id", "weight") if name in sample}
+            _CHECKS[kind](file.data, f"{kind}s[{i}] {sample[f'{kind}s'][i]:.200}")
+    body = "text" if is_raw_text(sample) else "messages"
+    record = {name: sample[name] for name in (body, "id", "weight") if name in sample}
     return Sample(key=sample_key(line), record=record, media=media)
 
 
@@ -58,9 +59,19 @@ def find_medium(name: Any, field: str, *, root: Path) -> Path:
     """
     if not isinstance(name, str) or not name:
         raise DataError(f"{field} is {name!r:.80}: a path under the media folder is needed")
-    if name.startswith("/") or ".." in name.split("/"):
+    if "://" in name:
+        raise DataError(f"{field} {name} is a URL: a file under the media folder {root} is needed")
+    if name.startswith("/"):
+        inside = Path(os.path.normpath(name)).is_relative_to(root.absolute())
+        where = "" if inside else f" and lies outside the media folder {root}"
+        raise DataError(f"{field} {name} is absolute{where}: a path from {root} on is needed")
+    if os.path.normpath(name).startswith(".."):
         raise DataError(
             f"{field} {name} lies outside the media folder {root}: a path under it is needed"
+        )
+    if ".." in name.split("/"):
+        raise DataError(
+            f"{field} {name} has .. in it: nothing tells whether it lies outside the media folder"
         )
     path = root / name
     try:
@@ -74,8 +85,18 @@ def find_medium(name: Any, field: str, *, root: Path) -> Path:
             f"{field} {name!r:.200}: not a path: {getattr(error, 'strerror', error)}"
         ) from error
     if not real.is_relative_to(_resolved(root)):
-        raise DataError(f"{field} {name} is a link to outside the media folder {root}")
+        what = "is a link" if is_link else "lies in a folder that is a link"
+        raise DataError(f"{field} {name} {what} to outside the media folder {root}")
     return path
+
+
+def check_medium(name: Any, field: str, *, root: Path) -> None:
+    """Raise a DataError, which names `field`, unless a sample names a medium that is there, or holds
+    one as a data URL or in base64."""
+    if isinstance(name, str) and is_inline(name):
+        inline_content(name)
+    else:
+        find_medium(name, field, root=root)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -85,16 +106,17 @@ def _resolved(folder: Path) -> Path:
     return folder.resolve()
 
 
-def parse_line(line: Line) -> dict[str, Any]:
-    """The JSON object of a line. DataError if it is none."""
-    try:
-        sample = json.loads(line.text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not JSON: {error}") from error
-    if not isinstance(sample, dict):
+def read_sample(line: Line) -> dict[str, Any]:
+    """The sample of a line: checked messages or text, and the media that it names. DataError, to
+    whose message the caller adds file and line."""
+    record = parse_json(line.text)
+    if not isinstance(record, dict):
+        found = type(record).__name__
         raise DataError(
-            f"a {type(sample).__name__}, not a JSON object: a line holds one sample {{...}}"
+            f"it is of type {found}, not a JSON object: a line holds one sample {{...}}"
         )
+    sample = sample_of(record, prompt=None)
+    check_record(sample)
     return sample
 
 
@@ -112,6 +134,10 @@ def key_stem(file: Path) -> str:
 def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
     for i, name in enumerate(names):
         field = f"{kind}s[{i}]"
+        if isinstance(name, str) and is_inline(name):
+            data = inline_content(name)
+            yield MediaFile(suffix_of_content(data[:HEAD]), data)
+            continue
         path = find_medium(name, field, root=root)
         if kind == "video" and path.is_dir():
             yield MediaFile(FRAMES_SUFFIX, read_frames(path))
@@ -126,11 +152,9 @@ def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
 
 def _suffix(path: Path) -> str:
     """The suffix of a medium, without what a name in a shard must not hold."""
-    return (
-        FRAMES_SUFFIX
-        if path.name.endswith(FRAMES_SUFFIX)
-        else re.sub(r"[^a-z0-9.]", "", path.suffix.lower())
-    )
+    if path.name.lower().endswith(FRAMES_SUFFIX):
+        return FRAMES_SUFFIX
+    return re.sub(r"[^a-z0-9.]", "", path.suffix.lower())
 
 
 def _check_image(data: bytes, name: str) -> None:

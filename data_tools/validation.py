@@ -30,7 +30,7 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
-from megatron_vita.data.shards.tar import ScannedSample
+from megatron_vita.data.shards.tar import Member, ScannedSample
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
@@ -196,9 +196,9 @@ class _Checker:
 
     def _record(self, sample: ScannedSample, known: bool) -> dict[str, Any]:
         try:
-            record, _ = parse_sample(sample, partial(self._read, sample), self._rule)
+            record, is_foreign = parse_sample(sample, self._read_part, self._rule)
             check_record(record)
-            check_members(record, sample)
+            check_members(record, sample, is_foreign=is_foreign)
         except DataError as error:
             raise DataError(f"{self._shard} sample {sample.key}: {error}") from error
         return record
@@ -234,4 +234,7 @@ class _Checker:
             raise DataError(USABLE + reasons[0])
 
     def _read(self, sample: ScannedSample, name: str) -> bytes:
-        return self._reader.read(self._shard, member=sample.members[name], shard_size=self._size)
+        return self._read_part(sample.members[name])
+
+    def _read_part(self, part: Member) -> bytes:
+        return self._reader.read(self._shard, member=part, shard_size=self._size)

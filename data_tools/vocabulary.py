@@ -1,34 +1,58 @@
 """Trains a tokenizer on the text of samples."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from data_tools.lines import Line, read_lines
-from data_tools.samples import parse_line
-from megatron_vita.data.samples.records import check_record, is_raw_text
+from data_tools.progress import write_lines
+from data_tools.samples import read_sample
+from megatron_vita.data.samples.records import is_raw_text
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.conversation import TextPart, check_messages
 from megatron_vita.text.train import train_sentencepiece
 
 
-def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> int:
-    """Trains a SentencePiece model and gives the number of texts. DataError naming file and line of
-    a bad one."""
+class Training(NamedTuple):
+    """What a tokenizer was trained on: the number of texts, and of lines that were left out."""
+
+    texts: int
+    rejected: int
+
+
+def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> Training:
+    """Train a SentencePiece model; list lines that are no samples beside it, each with its reason.
+
+    Raises:
+        ConfigError: `out` has another suffix, or the size does not fit the text.
+        DataError: a file cannot be read, or all lines are bad.
+    """
     if out.suffix != ".model":
         raise ConfigError(f"--out {out}: the name must end in .model")
-    texts = [text for line in read_lines(files) for text in _texts(line)]
+    texts: list[str] = []
+    rejected = []
+    for line in read_lines(files):
+        try:
+            texts += _texts(line)
+        except DataError as error:
+            rejected.append({"file": str(line.file), "line": line.number, "reason": str(error)})
+    if rejected and not texts:
+        raise DataError("{file}:{line}: {reason}; no line is good".format(**rejected[0]))
     train_sentencepiece(texts, out, vocab_size=vocab_size)
-    return len(texts)
+    if rejected:
+        write_lines(rejected_path(out), rejected)
+    else:
+        rejected_path(out).unlink(missing_ok=True)
+    return Training(len(texts), len(rejected))
 
 
-def _texts(line: Line) -> Iterator[str]:
-    try:
-        sample = parse_line(line)
-        check_record(sample)
-        turns = [] if is_raw_text(sample) else check_messages(sample)
-    except DataError as error:
-        raise DataError(f"{line.file}:{line.number}: {error}") from error
-    if not turns:
-        yield sample["text"]
-    for turn in turns:
-        yield from (part.text for part in turn.parts if isinstance(part, TextPart))
+def rejected_path(out: Path) -> Path:
+    """Where the list of lines that were left out lies."""
+    return out.with_suffix(".rejected.jsonl")
+
+
+def _texts(line: Line) -> list[str]:
+    sample = read_sample(line)
+    if is_raw_text(sample):
+        return [sample["text"]]
+    parts = [part for turn in check_messages(sample) for part in turn.parts]
+    return [part.text for part in parts if isinstance(part, TextPart)]

@@ -2,33 +2,40 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, sample_of
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.files import is_hidden
-
-MAGIC = (
-    (b"\xff\xd8", ".jpg"),
-    (b"\x89PNG", ".png"),
-    (b"GIF8", ".gif"),
-    (b"BM", ".bmp"),
-    (b"II*\0", ".tif"),
-    (b"MM\0*", ".tif"),
-    (b"\x1aE\xdf\xa3", ".mkv"),
-)
+from megatron_vita.media.kinds import HEAD, suffix_of_content
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What an import is told: where media lie, where those found inside sources are written, the
-    captions' question."""
+    captions' question (None: the usual one, or the source's own), and fields to be passed over."""
 
     media: Path
     media_out: Path | None
-    prompt: str
+    prompt: str | None
+    ignore: tuple[str, ...] = ()
+
+    def sample_of(self, record: Mapping[str, Any], *, literal_tags: bool = False) -> dict[str, Any]:
+        """The sample of a record. DataError naming the field that is not understood."""
+        return sample_of(
+            record,
+            prompt=self.question,
+            ignore=self.ignore,
+            literal_tags=literal_tags,
+        )
+
+    @property
+    def question(self) -> str:
+        """What the user asks where there is only a caption."""
+        return DEFAULT_PROMPT if self.prompt is None else self.prompt
 
 
 class Candidate(NamedTuple):
@@ -70,7 +77,7 @@ def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = [file for file in walk(path) if file.name.endswith(suffixes)]
+        inside = [file for file in walk(path) if file.name.lower().endswith(suffixes)]
         if not inside:
             raise ConfigError(f"{path}: no file with {' or '.join(suffixes)} in this folder")
         found += inside
@@ -100,18 +107,13 @@ def write_medium(data: bytes, *, source: Path, name: str, setting: Setting) -> s
     the source's own."""
     assert setting.media_out is not None
     where = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
-    path = Path(f"{source.name.replace('.', '_')}-{where}", f"{name}{_suffix(data)}")
+    path = Path(
+        f"{source.name.replace('.', '_')}-{where}",
+        f"{name}{suffix_of_content(data[:HEAD]) or '.bin'}",
+    )
     target = setting.media_out / path
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, target)
     return path.as_posix()
-
-
-def _suffix(data: bytes) -> str:
-    if data[:4] == b"RIFF":
-        return ".webp" if data[8:12] == b"WEBP" else ".avi"
-    if data[4:8] == b"ftyp":
-        return ".avif" if data[8:12] == b"avif" else ".mp4"
-    return next((suffix for magic, suffix in MAGIC if data.startswith(magic)), ".bin")

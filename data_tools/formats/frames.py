@@ -1,25 +1,38 @@
 """Folders of frame images, each a video, with a caption beside it: `clips/a/0001.jpg`, ... and
-`clips/a.txt`.
+`clips/a.txt`; and video files with captions among them.
 
 A file `fps.txt` among the frames holds their rate.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from data_tools.formats.base import Candidate, Setting
+from data_tools.formats.base import Candidate, Setting, refuse
 from data_tools.formats.captions import captioned
 from data_tools.frames import is_image
 from megatron_vita.media.files import is_hidden
+from megatron_vita.media.kinds import kind_of_name
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The folders in a folder that hold images; hidden ones are passed over."""
+    """The folders in a folder that hold images, and its video files; hidden ones are passed over."""
     for root, folders, names in os.walk(source):
         folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
-        if any(map(is_image, names)) and Path(root) != source:
-            yield Candidate(
-                root, partial(captioned, Path(root), field="videos", setting=setting), 0
-            )
+        place = Path(root)
+        if any(map(is_image, names)):
+            yield Candidate(root, _of_frames(place, source, setting), 0)
+            continue
+        for name in sorted(names):
+            if kind_of_name(name) == "video" and not is_hidden(name):
+                make = partial(captioned, place / name, field="videos", setting=setting)
+                yield Candidate(str(place / name), make, 0)
+
+
+def _of_frames(folder: Path, source: Path, setting: Setting) -> Callable[[], dict[str, Any]]:
+    """How the sample of a folder of frames is made."""
+    if folder == source:
+        return refuse("images stand in the source itself: name the folder above it")
+    return partial(captioned, folder, field="videos", setting=setting)

@@ -1,8 +1,7 @@
-"""Folders of Hugging Face `datasets`: Parquet or Arrow files with images inside.
+"""Folders of Hugging Face `datasets`: Parquet or Arrow files with images or videos inside.
 
-A row has a conversation (`messages`, `conversations` or `texts`), or `question` and `answer`, or a
-caption (`caption` or `text`), and images in `images` or `image`: each {bytes, path}. Bytes are
-written out; a path alone is taken from the media folder.
+A row is a record as `megatron_vita/data/samples/foreign.py` reads it; its media are bytes, {bytes,
+path} or data URLs, which are written out, or paths, whose files are taken from the media folder.
 """
 
 from collections.abc import Iterator
@@ -15,16 +14,11 @@ import pyarrow.parquet as pq
 
 from data_tools.formats.base import Candidate, Setting, find_files, write_medium
 from data_tools.samples import find_medium
-from megatron_vita.data.samples.third_party import (
-    CHAT_FIELDS,
-    caption_record,
-    chat_messages,
-    place_media,
-)
+from megatron_vita.data.samples.media_fields import FIELDS, Value
 from megatron_vita.errors import DataError
+from megatron_vita.media.data_urls import inline_content, is_inline
 
 ROWS = 32  # read at a time: rows with images are large
-CAPTIONS = ("caption", "text")
 ERRORS = (pa.ArrowException, OSError, ValueError, EOFError)
 
 
@@ -37,10 +31,14 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """The rows of a file."""
     size, row = source.stat().st_size if source.exists() else 0, 0
     try:
-        for batch, share in _parquet(source) if source.suffix == ".parquet" else _arrow(source):
+        for batch, share in (
+            _parquet(source) if source.suffix.lower() == ".parquet" else _arrow(source)
+        ):
             batch.validate(full=True)  # else a damaged length would be believed
-            for values in batch.to_pylist():
-                make = partial(_sample, values, source=source, row=row, setting=setting)
+            for start in range(len(batch)):
+                make = partial(
+                    _sample_of_row, batch.slice(start, 1), source=source, row=row, setting=setting
+                )
                 yield Candidate(f"row {row}", make, int(share * size))
                 row += 1
     except ERRORS as error:
@@ -67,47 +65,39 @@ def _arrow(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:
                 yield batch.slice(start, ROWS), file.tell() / max(file.size(), 1)
 
 
+def _sample_of_row(batch: pa.RecordBatch, **place: Any) -> dict[str, Any]:
+    columns = zip(batch.schema.names, batch.columns, strict=True)
+    return _sample({name: _value(column[0], name) for name, column in columns}, **place)
+
+
+def _value(scalar: pa.Scalar, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except (*ERRORS, OverflowError) as error:
+        if pa.types.is_temporal(scalar.type):  # a time that Python cannot tell, which nobody reads
+            return None
+        raise DataError(f"{name} cannot be read: {error}") from error
+
+
 def _sample(
     row_values: dict[str, Any], *, source: Path, row: int, setting: Setting
 ) -> dict[str, Any]:
-    found = row_values.get("images") or row_values.get("image") or []
-    images = [
-        _write_image(image, name=f"{row:08d}-{i}", source=source, setting=setting)
-        for i, image in enumerate(found if isinstance(found, list) else [found])
-    ]
-    media = {"images": images, "videos": []}
-    sample = _conversation(row_values, media, setting.prompt) | (
-        {"images": images} if images else {}
-    )
-    sample.pop("videos", None)
-    return (
-        {"id": row_values["id"], **sample}
-        if isinstance(row_values.get("id"), str | int)
-        else sample
-    )
+    sample = setting.sample_of(row_values)
+    for field in FIELDS:
+        for i, value in enumerate(sample.get(field, [])):
+            name = f"{row:08d}-{i}" if field == "images" else f"{row:08d}-video{i}"
+            data = _content(value, f"{field}[{i}]", setting)
+            sample[field][i] = write_medium(data, source=source, name=name, setting=setting)
+    return sample
 
 
-def _conversation(row: dict[str, Any], media: dict[str, list[str]], prompt: str) -> dict[str, Any]:
-    turns = next((row[field] for field in CHAT_FIELDS if row.get(field)), None)
-    if turns is not None:
-        return {"messages": place_media(chat_messages(turns), media)}
-    if "question" in row and "answer" in row:
-        return {
-            "messages": place_media(
-                chat_messages([{"user": row["question"], "assistant": row["answer"]}]), media
-            )
-        }
-    name = next((field for field in CAPTIONS if field in row), None)
-    if name is None:
-        known = ", ".join((*CHAT_FIELDS, "question and answer", *CAPTIONS))
-        raise DataError(f"no text among the columns {sorted(row)}: {known} are known")
-    return caption_record(row[name], media, prompt=prompt, name=name)
-
-
-def _write_image(image: Any, *, name: str, source: Path, setting: Setting) -> str:
-    data = image.get("bytes") if isinstance(image, dict) else image
-    if isinstance(image, dict) and not data and image.get("path"):
-        data = find_medium(image["path"], "image", root=setting.media).read_bytes()
-    if not isinstance(data, bytes) or not data:
-        raise DataError(f"image {name} is {image!r:.80}: bytes, or {{bytes, path}}, are needed")
-    return write_medium(data, source=source, name=name, setting=setting)
+def _content(value: Value, name: str, setting: Setting) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if is_inline(value):
+        return inline_content(value)
+    path = find_medium(value, name, root=setting.media)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{name} {value}: cannot read {path}: {error.strerror}") from error

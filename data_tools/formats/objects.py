@@ -1,6 +1,5 @@
 """Objects of JSON files: one array, read piece by piece, however long; or one object a line."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.formats.base import Candidate, refuse
+from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.errors import DataError
 
 HEAD, BOM = 4096, b"\xef\xbb\xbf"
@@ -97,9 +97,9 @@ def _lines(file: BinaryIO) -> Iterator[tuple[str, Any, int]]:
 def _parsed(text: bytes) -> Any:
     """What a text says, or the DataError that it is."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return DataError(f"not JSON: {error}")
+        return parse_json(text)
+    except DataError as error:
+        return error
 
 
 def _maker(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.data.samples.records import parse_record
+from megatron_vita.data.samples.foreign import sample_of
+from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.evaluation.grading import METRICS
@@ -56,12 +57,15 @@ def read_questions(path: Path, *, media: Path, group: str | None) -> list[HeldOu
 
 
 def _question(line: bytes, name: str, *, media: Path, group: str | None) -> HeldOut:
-    sample = parse_record(line, name)
     try:
+        record = parse_json(line)
+        if not isinstance(record, dict):
+            raise DataError(f"a {type(record).__name__}: a sample is a JSON object with messages")
+        sample = sample_of(record, prompt=None)
         turns = check_messages(sample)
-        if group is not None and group not in sample:
+        if group is not None and group not in record:
             raise DataError(
-                f"no field {group}, by which answers are grouped, among {sorted(sample)}"
+                f"no field {group}, by which answers are grouped, among {sorted(record)}"
             )
         last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
         if last != len(turns) - 1 or last == 0:
@@ -77,10 +81,10 @@ def _question(line: bytes, name: str, *, media: Path, group: str | None) -> Held
         raise DataError(f"{name}: {error}") from error
     return HeldOut(
         messages=sample["messages"][:last],
-        images=[media / file for file in sample["images"]],
-        videos=[media / file for file in sample["videos"]],
+        images=[media / file for file in sample.get("images", [])],
+        videos=[media / file for file in sample.get("videos", [])],
         reference=reference,
-        group=str(sample[group]) if group is not None else "",
+        group=str(record[group]) if group is not None else "",
     )
 
 

@@ -101,6 +101,21 @@ def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> l
     return turns
 
 
+def check_turn_fields(message: Mapping[str, Any], field: str) -> None:
+    """Raise a DataError, which names the field, if a turn holds what would be lost."""
+    for name, reason in REFUSED_FIELDS.items():
+        if message.get(name) not in (None, "", [], {}):
+            raise DataError(f"{field}.{name} is {message[name]!r:.80}: {reason}")
+
+
+def count_places(content: Any, kind: str) -> int:
+    """The places of media of a kind in what a user or the system says; 0 for no content."""
+    if isinstance(content, str):
+        return sum(part == MediaPart(kind) for part in _tagged_parts(content))
+    parts = content if isinstance(content, list) else []
+    return sum(isinstance(part, Mapping) and part.get("type") == kind for part in parts)
+
+
 def _messages(sample: Mapping[str, Any]) -> list[Any]:
     if not isinstance(sample, Mapping):
         raise DataError(
@@ -128,7 +143,7 @@ def _messages(sample: Mapping[str, Any]) -> list[Any]:
 def _turn(message: Any, field: str) -> Turn:
     if not isinstance(message, Mapping):
         raise DataError(f"{field} has {message!r:.80}: the fields role and content are needed")
-    _check_fields(message, field)
+    check_turn_fields(message, field)
     if not {"role", "content"} <= set(message):
         raise DataError(f"{field} has {sorted(message)}: the fields role and content are needed")
     if not isinstance(message["role"], str) or message["role"] not in ROLES:
@@ -139,13 +154,6 @@ def _turn(message: Any, field: str) -> Turn:
     _check_unicode(parts, f"{field}.content")
     loss = _loss(message, field, is_answer=role == "assistant")
     return Turn(role, parts, loss, listed=isinstance(content, list))
-
-
-def _check_fields(message: Mapping[str, Any], field: str) -> None:
-    """DataError if a turn holds what is not read."""
-    for name, reason in REFUSED_FIELDS.items():
-        if message.get(name) not in (None, "", [], {}):
-            raise DataError(f"{field}.{name} is {message[name]!r:.80}: {reason}")
 
 
 def _loss(message: Mapping[str, Any], field: str, *, is_answer: bool) -> bool:

@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_data import picture, talk, toy_recipe, write_shard
@@ -12,10 +13,9 @@ from toy_data import picture, talk, toy_recipe, write_shard
 from megatron_vita.data.datasets import open_split, plan_path
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.samples.foreign_turns import place_media, read_chat
 from megatron_vita.data.samples.third_party import (
     MemberRule,
-    chat_messages,
-    place_media,
     read_rule,
     record_of_members,
 )
@@ -47,7 +47,7 @@ def write_tar(path: Path, files: dict[str, bytes], **fields) -> Path:
     return path
 
 
-def record(files: dict[str, bytes], **rule: str) -> dict:
+def record(files: dict[str, bytes], **rule: Any) -> dict:
     return record_of_members(list(files), files.__getitem__, rule=MemberRule(**rule))
 
 
@@ -101,10 +101,87 @@ def test_members_that_are_no_sample_are_named(files: dict[str, bytes], reason: s
         record(files)
 
 
+JPG, AVIF, PNG = (picture((40, 40), "red", format=form) for form in ("JPEG", "AVIF", "PNG"))
+TAGGED = json.dumps(talk("<image> or <image>?", "The first.")).encode()
+
+
+@pytest.mark.parametrize(
+    ("files", "rule", "images"),
+    [
+        ({"0.avif": AVIF, "0.txt": b"A cat."}, {}, ["0.avif"]),
+        ({"0.JPG": JPG, "0.txt": b"A cat.", "0.prompts": b"BM texts"}, {}, ["0.JPG"]),
+        ({"0..jpg": JPG, "0.txt": b"A cat.", "0.counts": b"3"}, {}, ["0..jpg"]),
+        ({"0.seg.png": PNG, "0.txt": b"A cat."}, {}, ["0.seg.png"]),
+        ({"0.jpg": JPG, "0.seg.png": PNG, "0.txt": b"A cat."}, {"ignore": ("seg.*",)}, ["0.jpg"]),
+        ({"0.jpg": JPG, "0.seg.png": PNG, "0.txt": b"A cat."}, {"images": ("jpg",)}, ["0.jpg"]),
+        ({"0.b.jpg": JPG, "0.a.png": PNG, "0.txt": b"x"}, {"images": ("a.png", "b.jpg")}, ["0.a.png", "0.b.jpg"]),
+        ({"0.png": PNG, "0.txt": b"A cat."}, {"images": ("jpg;png",)}, ["0.png"]),
+        ({"0.1.jpg": JPG, "0.2.jpg": JPG, "0.json": TAGGED}, {}, ["0.1.jpg", "0.2.jpg"]),
+        ({"0.jpg": JPG, "0.wav": b"RIFF", "0.txt": b"A cat."}, {"ignore": ("wav",)}, ["0.jpg"]),
+        ({"0.jpg": JPG, "0.x": JPG, "0.txt": b"A cat."}, {"ignore": ("x",)}, ["0.jpg"]),
+        ({"0.jpg": JPG, "0.json": b'{"caption": "A cat.", "url": "http://x/y.jpg"}'}, {}, ["0.jpg"]),
+        ({"0.jpg": JPG, "0.json": b'{"width": 40}', "0.txt": b"A cat."}, {}, ["0.jpg"]),
+        ({"0.jpg": JPG, "0.json": b'{"image": "coco/7.jpg", "caption": "A"}'}, {}, ["0.jpg"]),
+        (
+            {"0.a.jpg": JPG, "0.b.jpg": JPG, "0.json": b'{"images": ["0.b.jpg", "0.a.jpg"], "caption": "A"}'},
+            {},
+            ["0.b.jpg", "0.a.jpg"],
+        ),
+    ],
+)  # fmt: skip
+def test_members_are_media_by_their_last_suffix_and_the_rule(
+    files: dict[str, bytes], rule: dict[str, Any], images: list[str]
+) -> None:
+    found = record(files, **rule)
+    assert found["images"] == images
+    assert sum(turn["content"].count("<image>") for turn in found["messages"]) == len(images)
+
+
+@pytest.mark.parametrize(
+    ("files", "rule", "reason"),
+    [
+        ({"0.jpg": JPG, "0.seg.png": PNG}, {}, r"several media, \['0.jpg', '0.seg.png'\].*ignore"),
+        ({"0.mp4": b"", "0.thumb.jpg": JPG}, {}, r"several media, \['0.thumb.jpg', '0.mp4'\]"),
+        ({"0.jpg": JPG, "0.x": PNG}, {}, "0.x holds image data, by its first bytes"),
+        ({"0.bin": AVIF}, {}, "0.bin holds image data, by its first bytes"),
+        ({"0.jpg": JPG, "0.wav": b""}, {}, "0.wav holds sound"),
+        ({"0.jpg": JPG, "0.JPG": JPG}, {}, "0.jpg and 0.JPG differ in the case of letters"),
+        ({"0.jpg": JPG}, {"images": ("png",)}, "images of members.yaml names png"),
+        ({"0.jpg": JPG, "0.json": b'{"images": ["a.jpg", "b.jpg"]}'}, {}, "it names 2 images"),
+        ({"0.jpg": JPG, "0.json": b'{"video": "a.mp4"}'}, {}, "it names 1 videos"),
+        ({"0.json": b'{"image": "a.jpg"}'}, {}, "it names 1 images"),
+        ({"0.jpg": JPG, "0.json": b'{"mask": "m.png"}'}, {}, "mask is 'm.png'"),
+        ({"0.jpg": JPG, "0.json": b'{"caption": "Another."}'}, {}, "caption and txt .* differ"),
+        ({"0.jpg": JPG, "0.json": b'{"a": 1, "a": 2}'}, {}, "the key a stands twice"),
+    ],
+)
+def test_media_of_which_nothing_says_what_they_are_for_are_named(
+    files: dict[str, bytes], rule: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        record(files | {"0.txt": b"A cat."}, **rule)
+
+
+def test_a_record_of_ours_names_all_media_that_come_with_it(tmp_path: Path, tokenizer) -> None:
+    shard = write_tar(
+        tmp_path / "a.tar",
+        {
+            "0.jpg": JPG,
+            "0.json": json.dumps(talk("a", "b") | {"images": [], "videos": []}).encode(),
+            "1.jpg": JPG,
+            "1.json": json.dumps(talk("a", "b") | {"images": None, "videos": None}).encode(),
+        },
+    )
+    index, quarantine = build_sound_index(shard, ChatFormat(tokenizer))
+    assert index.keys() == ["1"]
+    assert len(index.row(0).image_sizes) == 1
+    assert "does not name 0.jpg" in quarantine.entries[0].reason
+
+
 def test_turns_of_many_makers() -> None:
-    pairs = chat_messages([{"user": "a", "assistant": "b", "source": "x"}])
+    pairs = read_chat([{"user": "a", "assistant": "b", "source": "x"}]).messages
     assert pairs == talk("a", "b")["messages"]
-    assert chat_messages([{"role": "model", "content": "c"}]) == [
+    assert read_chat([{"role": "model", "content": "c"}]).messages == [
         {"role": "assistant", "content": "c"}
     ]
 
@@ -121,7 +198,11 @@ def test_a_rule_file_with_unknown_fields_is_refused(tmp_path: Path) -> None:
     assert read_rule(tmp_path) == MemberRule()
     (tmp_path / "members.yaml").write_text("prompt: Say.\n")
     assert read_rule(tmp_path) == MemberRule(prompt="Say.")
-    for text in ("promt: Say.\n", "- x\n", "prompt: 3\n", "{"):
+    (tmp_path / "members.yaml").write_text("images: jpg;png\nignore: [seg.png, '*.wav']\n")
+    assert read_rule(tmp_path) == MemberRule(images=("jpg;png",), ignore=("seg.png", "*.wav"))
+    for text in (
+        "promt: Say.\n", "- x\n", "prompt: 3\n", "{", "images: 3\n", "ignore: [3]\n", "text: [a]\n"
+    ):  # fmt: skip
         (tmp_path / "members.yaml").write_text(text)
         with pytest.raises(ConfigError, match=r"members\.yaml"):
             read_rule(tmp_path)

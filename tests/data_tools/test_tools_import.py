@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.formats import objects
-from data_tools.frames import list_frames
+from data_tools.frames import list_frames, read_frames
 from megatron_vita.errors import DataError
 
 
@@ -425,6 +425,125 @@ def test_hidden_files_in_a_folder_of_frames_are_no_frames(tmp_path: Path) -> Non
         (tmp_path / f"{number}.png").write_bytes(picture())
     bookkeep(tmp_path)
     assert [path.name for path in list_frames(tmp_path)] == ["1.png", "2.png", "10.png"]
+
+
+def test_captions_stand_beside_media_of_every_suffix(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    for name, form in (("a.AVIF", "AVIF"), ("b.jfif", "JPEG"), ("c.d.JPG", "JPEG")):
+        (root / name).write_bytes(picture(format=form))
+        (root / Path(name).with_suffix(".txt")).write_text(name)
+    (root / "e.mp4").write_bytes(b"some film")
+    (root / "e.mp4.txt").write_text("A film.")
+    samples, rejected = convert("captions", root, "--media", str(root))
+    assert not rejected
+    media = [sample.get("images", []) + sample.get("videos", []) for sample in samples]
+    assert media == [["a.AVIF"], ["b.jfif"], ["c.d.JPG"], ["e.mp4"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("b.image", picture(), "b.image is an image by its first bytes, but not by its suffix"),
+        ("b", picture(format="JPEG"), "b is an image by its first bytes"),
+        ("b.wav", b"RIFF", "b.wav holds sound"),
+        ("b.raw", b"12 bits", "b.raw has a caption, but is no image or video"),
+        ("b.heic", b"", ""),
+    ],
+)
+def test_files_that_may_be_media_are_not_passed_over(
+    tmp_path: Path, name: str, data: bytes, reason: str
+) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    (root / "a.png").write_bytes(picture())
+    (root / "README.md").write_text("About it.")
+    (root / name).write_bytes(data)
+    for stem in "ab":
+        (root / f"{stem}.txt").write_text("Two.")
+    samples, rejected = convert("captions", root, "--media", str(root))
+    assert len(samples) == (1 if reason else 2)  # what cannot be decoded, shard refuses by name
+    assert [reason in entry["reason"] for entry in rejected] == [True] * bool(reason)
+
+
+def test_what_stands_beside_frames_is_used_or_refused_by_name(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    (root / "one").mkdir(parents=True)
+    (root / "one/1.AVIF").write_bytes(picture(format="AVIF"))
+    (root / "two.mp4").write_bytes(b"some film")
+    for name in ("one", "two"):
+        (root / f"{name}.txt").write_text("A film.")
+    samples, _ = convert("frames", root, "--media", str(root))
+    assert [sample["videos"] for sample in samples] == [["two.mp4"], ["one"]]
+    assert b"1.AVIF" in read_frames(root / "one")
+    (root / "one/2.jpg_").write_bytes(picture(format="JPEG"))
+    with pytest.raises(DataError, match=r"2.jpg_ looks like a medium, and is none of the frames"):
+        read_frames(root / "one")
+    (tmp_path / "out.jsonl").unlink()
+    (tmp_path / "out.progress.jsonl").unlink()
+    (root / "0.png").write_bytes(picture())
+    _, rejected = convert("frames", root, "--media", str(root))
+    assert "images stand in the source itself" in rejected[0]["reason"]
+
+
+def test_fields_can_be_passed_over(tmp_path: Path, media: Path) -> None:
+    record = {"image": "a.png", "thumb": "b.png", "conversations": human("Red?")}
+    (tmp_path / "set.json").write_text(json.dumps([record]))
+    samples, rejected = convert("llava", tmp_path / "set.json", "--media", str(media))
+    assert not samples
+    assert "thumb is 'b.png', which looks like a medium" in rejected[0]["reason"]
+    for path in tmp_path.glob("out.*"):
+        path.unlink()
+    command = ("--media", str(media), "--ignore", "thumb", "--ignore", "mask")
+    samples, _ = convert("llava", tmp_path / "set.json", *command)
+    assert samples == [{"messages": said("<image>\nRed?"), "images": ["a.png"]}]
+
+
+def test_a_time_that_cannot_be_told_costs_no_sample(tmp_path: Path) -> None:
+    image = {"bytes": picture(), "path": None}
+    table = pa.Table.from_pylist([{"image": image, "caption": "A red one."}] * 2)
+    times = pa.array([1, 2**62], pa.timestamp("us"))
+    pq.write_table(table.append_column("taken", times), tmp_path / "set.parquet")
+    samples, _ = convert("hf", tmp_path / "set.parquet", "--media-out", str(tmp_path / "found"))
+    assert len(samples) == 2
+
+
+def test_the_prompt_of_a_members_file_is_asked_unless_another_is_given(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "set.tar", {"0.jpg": picture(format="JPEG"), "0.txt": b"Red."})
+    (tmp_path / "members.yaml").write_text("prompt: Which?\n")
+    out = ("--media-out", str(tmp_path / "found"))
+    samples, _ = convert("webdataset", path, *out)
+    assert samples[0]["messages"] == said("<image>\nWhich?", answer="Red.")
+    for file in tmp_path.glob("out.*"):
+        file.unlink()
+    samples, _ = convert("webdataset", path, *out, "--prompt", "Say.")
+    assert samples[0]["messages"] == said("<image>\nSay.", answer="Red.")
+
+
+def test_sources_are_found_in_letters_of_any_case(tmp_path: Path, media: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/TRAIN.JSON").write_text(json.dumps([{"conversations": human("One?")}]))
+    samples, _ = convert("llava", tmp_path / "set", "--media", str(media))
+    assert len(samples) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("{media}/a.png", "is absolute: a path from"),
+        ("x/../a.png", "has .. in it"),
+        ("https://x.org/a.png", "is a URL"),
+        ("folder/a.png", "lies in a folder that is a link to outside"),
+    ],
+)
+def test_reasons_are_true(tmp_path: Path, media: Path, path: str, reason: str) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.png").write_bytes(picture())
+    (media / "folder").symlink_to(tmp_path / "other")
+    record = {"image": path.format(media=media), "conversations": human("<image>")}
+    (tmp_path / "set.json").write_text(json.dumps([record]))
+    _, (entry,) = convert("llava", tmp_path / "set.json", "--media", str(media))
+    assert reason in entry["reason"]
 
 
 def test_media_outside_the_media_folder_are_refused_by_name(tmp_path: Path, media: Path) -> None:

@@ -150,6 +150,25 @@ def test_a_bad_line_is_named_when_a_tokenizer_is_trained(tmp_path: Path, capsys)
     assert f"error: {tmp_path}/bad.jsonl:2: messages is an empty list" in capsys.readouterr().err
 
 
+def test_bad_lines_cost_a_tokenizer_themselves_alone(tmp_path: Path, capsys) -> None:
+    path = write_world(tmp_path, count=60)
+    good = path.read_text()
+    command = ["tokenizer", str(path), "--out", str(tmp_path / "x.model"), "--vocab-size", "320"]
+    assert main(command) == 0
+    expected = (tmp_path / "x.model").read_bytes()
+    path.write_text('{"messages": [\n' + good + '{"messages": null}\n{"images": 3, "text": "a"}\n')
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "from 120 texts; 3 lines rejected" in capsys.readouterr().out
+    assert (tmp_path / "x.model").read_bytes() == expected
+    listed = [json.loads(line) for line in (tmp_path / "x.rejected.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"][:12]) for entry in listed] == [
+        (1, "not JSON: Ex"),
+        (62, "no text amon"),
+        (63, "images is 3:"),
+    ]
+
+
 def test_a_plan_is_continued_with_another_mix(world: Path, capsys) -> None:
     recipe = str(world / "recipe.yaml")
     assert main(["plan", recipe, "data.epochs=2"]) == 0

@@ -1,11 +1,14 @@
 """`shard`: bad samples are listed or stop it, by file and line; an interrupted run goes on to the
 same bytes."""
 
+import base64
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,6 +20,14 @@ from data_tools import sharding
 from data_tools.cli import main
 from megatron_vita.errors import DataError
 
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((20, 10), 80).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
 BESIDE = ("index.parquet", "quarantine.json")
 BAD = {
     "malformed JSON": ('{"messages": [', "not JSON"),
@@ -32,6 +43,21 @@ BAD = {
         "1 places for images (<image>) and images lists 0",
     ),
     "empty conversation": (json.dumps({"messages": []}), "messages is an empty list"),
+    "unknown medium": (json.dumps(sample(0) | {"mask": "1.png"}), "mask is '1.png', which looks"),
+    "key twice": (
+        '{"images": ["0.png"], "images": [], "messages": []}',
+        "the key images stands twice",
+    ),
+    "tool calls": (
+        json.dumps(
+            {"messages": [*sample(0)["messages"], {"role": "assistant", "tool_calls": [1]}]}
+        ),
+        "tool_calls is [1]: tool calls are not trained",
+    ),
+    "preference": (
+        json.dumps(sample(0) | {"rejected_response": "No."}),
+        "rejected_response is 'No.'",
+    ),
     "path is no text": (json.dumps(sample(0) | {"images": [7]}), "images[0] is 7"),
     "broken video": (
         json.dumps(
@@ -70,6 +96,35 @@ def insert_bad(path: Path, text: str) -> None:
     (path.parent / "media/no.mp4").write_bytes(b"no video")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:4], text + "\n", *lines[4:]]))
+
+
+QUESTION, ANSWER = ({"role": "user", "content": "Which?"}, {"role": "assistant", "content": "0."})
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": "0.png"},
+        {"images": None, "image_path": ["0.png"]},
+        {"file_name": "0.png"},
+        {"images": [{"bytes": None, "path": "0.png"}], "coco_url": "https://x.org/0.jpg"},
+        {"images": [URL]},
+        {"messages": [QUESTION | {"image": "0.png"}, ANSWER]},
+        {"messages": [QUESTION | {"content": [{"type": "image", "image": "0.png"}]}, ANSWER]},
+        {"messages": None, "conversations": [QUESTION, ANSWER], "image": "0.png"},
+    ],
+)
+def test_media_under_other_names_are_stored_with_a_place(tmp_path: Path, fields: dict) -> None:
+    path = write_world(tmp_path, count=1)
+    (tmp_path / "media/0.png").write_bytes(PNG)
+    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]} | fields))
+    assert shard(path, "--workers", "0") == 0
+    with tarfile.open(tmp_path / "toy/toy-000000.tar") as tar:
+        stored = {name: tar.extractfile(name).read() for name in tar.getnames()}
+    record = json.loads(stored["toy-00000001.json"])
+    assert stored[record["images"][0]] == PNG
+    assert "image" in str(record["messages"][0]["content"])
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -1,5 +1,4 @@
-"""Samples of other makers as conversations of ours: turns of other names, captions, tar members
-without a record.
+"""Tar members without a record of ours as samples.
 
 In a plain webdataset tar, the files of a sample share a key: `KEY.jpg` with `KEY.txt`, a caption,
 or with `KEY.json`, which holds a conversation (a list of turns, alone or as messages, conversations
@@ -10,33 +9,20 @@ or conversation; Megatron-Energon's chat samples are such) or an object with a c
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from megatron_vita.config.yaml_file import read_yaml, resolved
+from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, Beside, sample_of
+from megatron_vita.data.samples.json_text import parse_json
+from megatron_vita.data.samples.media_fields import FIELDS, KINDS, Media, Value
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.text.conversation import ROLES
+from megatron_vita.media.kinds import kind_of_content, kind_of_name
 
 RULE_FILE = "members.yaml"
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
-VIDEO_SUFFIXES = (
-    "mp4",
-    "mkv",
-    "webm",
-    "avi",
-    "mov",
-    "m4v",
-    "mpg",
-    "mpeg",
-    "ts",
-    "flv",
-    "wmv",
-    "frames.zip",
-)
 TEXT_SUFFIXES = ("json", "txt")
-CHAT_FIELDS = ("messages", "conversations", "conversation", "texts")
-OTHER_ROLES = {"chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
-TAGS = {"images": "<image>", "videos": "<video>"}
+ReadMember = Callable[[str], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +31,21 @@ class MemberRule:
 
     `text` is the suffix of the member with the text (empty: `json`, else `txt`), `caption` the
     field of a JSON object that holds a caption, `prompt` what the user asks where there is only a
-    caption.
+    caption. `images` and `videos` are the suffixes of the members that are meant, in order, with
+    alternatives as `jpg;png`; other media are then left out. `ignore` are patterns of suffixes of
+    members, and of fields of JSON, that are left out.
     """
 
     text: str = ""
     caption: str = "caption"
-    prompt: str = "Describe it."
+    prompt: str = DEFAULT_PROMPT
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def ignores(self, name: str) -> bool:
+        """Whether a suffix or a field is left out."""
+        return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
 
 def read_rule(folder: Path) -> MemberRule:
@@ -66,8 +61,15 @@ def read_rule(folder: Path) -> MemberRule:
     known = [field.name for field in fields(MemberRule)]
     if not isinstance(values, dict) or not set(values) <= set(known):
         raise ConfigError(f"{path}: it has {values!r:.200}; known fields: {', '.join(known)}")
-    if wrong := [name for name, value in values.items() if not isinstance(value, str)]:
-        raise ConfigError(f"{path}: {wrong[0]} is {values[wrong[0]]!r:.80}: text is needed")
+    for name, value in values.items():
+        is_list = isinstance(getattr(MemberRule, name), tuple)
+        if is_list:
+            value = [value] if isinstance(value, str) else value
+            values[name] = tuple(value) if isinstance(value, list) else value
+        needed = "a list of suffixes" if is_list else "text"
+        items = values[name] if isinstance(values[name], tuple) else (values[name],)
+        if is_list != isinstance(values[name], tuple) or not all(isinstance(i, str) for i in items):
+            raise ConfigError(f"{path}: {name} is {value!r:.80}: {needed} is needed")
     return MemberRule(**values)
 
 
@@ -77,101 +79,33 @@ def rule_stamp(rule: MemberRule) -> str:
 
 
 def record_of_members(
-    names: Sequence[str], read: Callable[[str], bytes], *, rule: MemberRule
+    names: Sequence[str],
+    read: ReadMember,
+    *,
+    rule: MemberRule,
+    read_head: ReadMember | None = None,
 ) -> dict[str, Any]:
     """The record of a sample whose members are `names` (`KEY.suffix`), of which `read` gives the
-    bytes.
+    bytes, and `read_head` the first `HEAD` ones.
 
-    DataError, naming the member, if there is no text or it is neither a conversation nor a caption.
+    Raises:
+        DataError: naming the member, if there is no text or it is neither a conversation nor a
+            caption, or a medium of which nothing says what is to become of it.
     """
-    by_suffix = {suffix_of(name): name for name in names}
-    media = {
-        field: [by_suffix[suffix] for suffix in by_suffix if suffix.endswith(endings)]
-        for field, endings in (("images", IMAGE_SUFFIXES), ("videos", VIDEO_SUFFIXES))
-    }
-    suffixes = [rule.text] if rule.text else TEXT_SUFFIXES
-    name = next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
-    if name is None:
-        raise DataError(
-            f"no text among {sorted(by_suffix)}: a member with the suffix {' or '.join(suffixes)} is needed"
-        )
-    content = _parsed(read(name), name) if name.endswith(".json") else _decoded(read(name), name)
-    turns = _turns_in(content)
-    if turns is not None:
-        return {"messages": place_media(chat_messages(turns), media), **media}
-    caption = (
-        content.get(rule.caption, content.get("text")) if isinstance(content, dict) else content
-    )
-    return caption_record(caption, media, prompt=rule.prompt, name=name)
-
-
-def caption_record(
-    caption: Any, media: Mapping[str, list[str]], *, prompt: str, name: str
-) -> dict[str, Any]:
-    """A question about media and a caption that answers it; raw text if there are no media.
-    DataError by `name`."""
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError(f"{name}: the caption is {caption!r:.80}: text is needed")
-    if not any(media.values()):
-        return {"text": caption.strip()}
-    turns = [
-        {"role": "user", "content": literal(prompt)},
-        {"role": "assistant", "content": caption.strip()},
-    ]
-    return {"messages": place_media(turns, media), **media}
-
-
-def chat_messages(turns: Any) -> list[dict[str, Any]]:
-    """Turns as {role, content}: of {from, value}, of {role, content}, or of {user, assistant}
-    pairs.
-
-    DataError, naming the turn, for anything else; roles that nobody knows are left to
-    `check_messages`.
-    """
-    if not isinstance(turns, list):
-        raise DataError(f"the conversation is {type(turns).__name__}: a list of turns is needed")
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise DataError(f"turn {i} is {turn!r:.80}: an object is needed")
-        if "user" in turn and "assistant" in turn:
-            messages += [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
-        elif {"from", "value"} <= set(turn):
-            messages.append({"role": _role(turn["from"]), "content": turn["value"]})
-        elif {"role", "content"} <= set(turn):
-            messages.append({"role": _role(turn["role"]), "content": turn["content"]})
-        else:
-            raise DataError(
-                f"turn {i} has {sorted(map(str, turn))}: from and value, or role and content are needed"
-            )
-    return messages
-
-
-def place_media(
-    messages: list[dict[str, Any]], media: Mapping[str, Sequence[Any]]
-) -> list[dict[str, Any]]:
-    """The messages with a tag for each medium: where no user turn has one, tags go before the first
-    user's text."""
-    users = [message for message in messages if message["role"] != "assistant"]
-    if not users or any(not isinstance(message["content"], str) for message in users):
-        return messages
-    missing = "".join(
-        f"{tag}\n" * len(media.get(field, ()))
-        for field, tag in TAGS.items()
-        if not any(tag in message["content"].replace(f"\\{tag}", "") for message in users)
-    )
-    first = next((message for message in users if message["role"] == "user"), users[0])
-    return [
-        message | {"content": missing + message["content"]} if message is first else message
-        for message in messages
-    ]
-
-
-def literal(text: str) -> str:
-    """Text in which tags are not places of media."""
-    for tag in TAGS.values():
-        text = text.replace(tag, f"\\{tag}")
-    return text
+    by_suffix = _by_suffix(names)
+    texts = _text_members(by_suffix, rule)
+    others = {suffix: name for suffix, name in by_suffix.items() if name not in texts}
+    media = _media_members(others, rule, read_head or read)
+    record: dict[str, Any] = {}
+    for name in texts:
+        record |= _read_text(name, read(name), rule)
+    is_listed = bool(rule.images or rule.videos)
+    try:
+        sample = sample_of(record, prompt=rule.prompt, beside=Beside(media, is_listed))
+    except DataError as error:
+        raise DataError(f"{' and '.join(texts)}: {error}") from error
+    sample.pop("id", None)  # the sample's key is its name
+    return sample if "text" in sample else {field: [] for field in FIELDS} | sample
 
 
 def suffix_of(name: str) -> str:
@@ -180,21 +114,85 @@ def suffix_of(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _turns_in(content: Any) -> list[Any] | None:
-    if isinstance(content, dict):
-        content = next((content[field] for field in CHAT_FIELDS if field in content), None)
-    return content if isinstance(content, list) else None
+def _by_suffix(names: Sequence[str]) -> dict[str, str]:
+    by_suffix: dict[str, str] = {}
+    for name in names:
+        if (first := by_suffix.setdefault(suffix_of(name), name)) != name:
+            raise DataError(f"the members {first} and {name} differ in the case of letters alone")
+    return by_suffix
 
 
-def _role(role: Any) -> Any:
-    return ROLES.get(role, OTHER_ROLES.get(role, role)) if isinstance(role, str) else role
+def _text_members(by_suffix: Mapping[str, str], rule: MemberRule) -> list[str]:
+    suffixes = [rule.text.lower()] if rule.text else TEXT_SUFFIXES
+    texts = [by_suffix[suffix] for suffix in suffixes if suffix in by_suffix]
+    if not texts:
+        raise DataError(
+            f"no text among {sorted(by_suffix)}: a member with the suffix {' or '.join(suffixes)} "
+            "is needed"
+        )
+    return texts
+
+
+def _media_members(by_suffix: Mapping[str, str], rule: MemberRule, read_head: ReadMember) -> Media:
+    """The members that are media of the sample. DataError by name for one that may or may not be."""
+    if rule.images or rule.videos:
+        listed = {"images": rule.images, "videos": rule.videos}
+        return {
+            field: [_listed(by_suffix, item, field) for item in listed[field]] for field in FIELDS
+        }
+    media: dict[str, list[Value]] = {"image": [], "video": []}
+    for suffix, name in by_suffix.items():
+        if rule.ignores(suffix):
+            continue
+        kind = kind_of_name(name)
+        if kind in media:
+            media[kind].append(name)
+        elif kind or kind_of_content(read_head(name)):
+            raise DataError(
+                f"{name} holds {_told(kind, read_head(name))}: name it in images, videos or ignore "
+                "of members.yaml"
+            )
+    return {field: media[KINDS[field]] for field in FIELDS}
+
+
+def _listed(by_suffix: Mapping[str, str], item: str, field: str) -> str:
+    """The member that an entry of the rule names."""
+    suffixes = [suffix.strip().lower() for suffix in item.split(";")]
+    found = [by_suffix[suffix] for suffix in suffixes if suffix in by_suffix]
+    if len(found) != 1:
+        raise DataError(
+            f"{field} of members.yaml names {item}: one such member is needed among "
+            f"{sorted(by_suffix)}"
+        )
+    return found[0]
+
+
+def _told(kind: str | None, head: bytes) -> str:
+    return "sound" if kind == "audio" else f"{kind_of_content(head)} data, by its first bytes,"
+
+
+def _read_text(name: str, data: bytes, rule: MemberRule) -> dict[str, Any]:
+    """The fields of a record that a member with a text gives."""
+    if not name.lower().endswith(".json"):
+        return {"txt": _decoded(data, name)}
+    content = _parsed(data, name)
+    if isinstance(content, list):
+        return {"conversations": content}
+    if not isinstance(content, dict):
+        return {"caption": content}
+    record = {field: value for field, value in content.items() if not rule.ignores(field)}
+    if rule.caption in record and rule.caption != MemberRule.caption:
+        caption = record.pop(rule.caption)
+        record = {field: record[field] for field in record if field not in ("caption", "text")}
+        record["caption"] = caption
+    return record
 
 
 def _parsed(data: bytes, name: str) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not JSON: {error}") from error
+        return parse_json(data)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
 
 
 def _decoded(data: bytes, name: str) -> str:

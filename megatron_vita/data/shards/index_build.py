@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from megatron_vita.data.samples.media_fields import FIELDS
 from megatron_vita.data.samples.records import encode_record, is_raw_text, parse_record, pieces_of
 from megatron_vita.data.samples.third_party import (
     MemberRule,
@@ -20,9 +21,10 @@ from megatron_vita.data.samples.third_party import (
 from megatron_vita.data.shards.index import SCHEMA, IndexHeader, SampleIndex, text_stamp
 from megatron_vita.data.shards.quarantine import Entry, Quarantine, read_quarantine
 from megatron_vita.data.shards.reader import ShardReader
-from megatron_vita.data.shards.tar import ScannedSample, scan_shard
+from megatron_vita.data.shards.tar import Member, ScannedSample, scan_shard
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
+from megatron_vita.media.kinds import HEAD, kind_of_name
 from megatron_vita.media.video import probe_video
 from megatron_vita.text.chat_format import ChatFormat
 
@@ -89,14 +91,23 @@ def printable(key: str) -> str:
 
 
 def parse_sample(
-    sample: ScannedSample, read: Callable[[str], bytes], rule: MemberRule
+    sample: ScannedSample, read: Callable[[Member], bytes], rule: MemberRule
 ) -> tuple[dict[str, Any], bool]:
     """A sample's record, and whether it is of another maker: made of its members, not stored as
     `{key}.json`."""
     name = f"{sample.key}.json"
-    if name in sample.members and _is_own(data := read(name)):
+
+    def read_member(name: str) -> bytes:
+        return read(sample.members[name])
+
+    def read_head(name: str) -> bytes:
+        member = sample.members[name]
+        return read(member._replace(size=min(member.size, HEAD)))
+
+    if name in sample.members and _is_own(data := read_member(name)):
         return parse_record(data, name), False
-    return record_of_members(list(sample.members), read, rule=rule), True
+    names = list(sample.members)
+    return record_of_members(names, read_member, rule=rule, read_head=read_head), True
 
 
 def _scan(shard: Path, _: bool) -> tuple[list[tuple[ScannedSample, str]], str]:
@@ -122,7 +133,8 @@ def _is_own(data: bytes) -> bool:
         record = json.loads(data)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and {"images", "videos"} <= set(record)
+    media = [record.get(field) for field in FIELDS] if isinstance(record, dict) else [None]
+    return all(isinstance(names, list) for names in media)
 
 
 class _Known:
@@ -160,15 +172,16 @@ class _Reader:
         """A sample's row of the index. DataError naming shard and key."""
         name = f"{self._shard} sample {sample.key}"
 
+        def read_member(member: Member) -> bytes:
+            return self._reader.read(self._shard, member=member, shard_size=self._size)
+
         def read(member: str) -> bytes:
-            return self._reader.read(
-                self._shard, member=sample.members[member], shard_size=self._size
-            )
+            return read_member(sample.members[member])
 
         try:
-            record, is_foreign = parse_sample(sample, read, self.rule)
+            record, is_foreign = parse_sample(sample, read_member, self.rule)
             kinds, tokens = pieces_of(encode_record(record, self._chat))
-            check_members(record, sample)
+            check_members(record, sample, is_foreign=is_foreign)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         sizes = [image_size(read(member), f"{self._shard} {member}") for member in record["images"]]
@@ -192,14 +205,18 @@ class _Reader:
         }
 
 
-def check_members(record: dict[str, Any], sample: ScannedSample) -> None:
+def check_members(record: dict[str, Any], sample: ScannedSample, *, is_foreign: bool) -> None:
     """DataError if a record, which must be checked, names a medium that is not a member of its
-    sample."""
+    sample, or is ours and does not name one that is."""
     for field in ("images", "videos"):
         record[field] = record.get(field) or []
         for name in record[field]:
             if not isinstance(name, str) or name not in sample.members:
                 raise DataError(f"{field} names {name!r:.200}, which the shard does not hold")
+    media = [name for name in sample.members if kind_of_name(name)]
+    named = {*record["images"], *record["videos"]}
+    if not is_foreign and (other := next((name for name in media if name not in named), None)):
+        raise DataError(f"its record does not name {other}, a medium that it comes with")
 
 
 def _as_index(

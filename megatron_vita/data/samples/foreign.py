@@ -1,0 +1,310 @@
+"""Records of other makers as samples of ours.
+
+A record is a conversation (`messages`, `conversations`, ...), a question and an answer in fields of
+their own, a caption of media, or raw text; with media, a system's turn, and marks of what is
+trained. Nothing that it says is passed over: it is used, or the record is refused by the name of the
+field.
+"""
+
+from collections.abc import Collection, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+from megatron_vita.data.samples.foreign_turns import Chat, literal, place_media, read_chat
+from megatron_vita.data.samples.json_text import parse_json
+from megatron_vita.data.samples.media_fields import (
+    FIELDS,
+    Media,
+    agreed_media,
+    is_filled,
+    refuse_unread,
+    take_media,
+)
+from megatron_vita.errors import DataError
+
+DEFAULT_PROMPT = "Describe it."
+CHAT_FIELDS = ("messages", "conversations", "conversation", "texts")
+PAIRS = (
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("user", "assistant"),
+)
+CAPTIONS = ("caption", "text", "txt")
+SYSTEMS = ("system", "system_prompt")
+_REFUSED = {
+    **dict.fromkeys(
+        ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "candidates"),
+        "of several answers, or their grades, nothing is learnt here",
+    ),
+    **dict.fromkeys(("tools", "functions"), "tools are not read"),
+    "train_detail": "parts of a turn cannot be masked",
+}
+_CONTEXT = ("input", "history", "choices", "options", "context", "passage", "hint")
+"""Fields without which a question in a field of its own is another one."""
+_TURN_KEYS = ({"role", "content"}, {"from", "value"}, {"user", "assistant"})
+_WHICH = (
+    "several media, {}, and no place for each in its text: say which are meant by images, videos or "
+    "ignore in members.yaml"
+)
+_GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift's places of `objects`
+
+
+class Beside(NamedTuple):
+    """Media that a record comes with; `is_listed`: someone said that they are all meant."""
+
+    media: Media
+    is_listed: bool = False
+
+
+class _Turns(NamedTuple):
+    """Turns as a record has them, and the fields that they stood in."""
+
+    turns: Any
+    names: set[str]
+
+
+def sample_of(
+    record: Mapping[str, Any],
+    *,
+    prompt: str | None = DEFAULT_PROMPT,
+    ignore: Collection[str] = (),
+    literal_tags: bool = False,
+    beside: Beside | None = None,
+) -> dict[str, Any]:
+    """The sample of a record: messages or a text, with images and videos as the record has them.
+
+    Args:
+        record: an object of JSON, or a row of a table.
+        prompt: what the user asks where there is only a caption; None: a `text` is raw text, and
+            there are no captions.
+        ignore: fields that are passed over.
+        literal_tags: `<image>` is a text like others where there are no media.
+        beside: media that the record comes with, in files of their own.
+
+    Raises:
+        DataError: naming the field that is not understood.
+    """
+    fields = {name: value for name, value in record.items() if name not in ignore}
+    fields = _opened({name: value for name, value in fields.items() if value is not None})
+    columns = sorted(map(str, fields))
+    _refuse_what_is_not_learnt(fields)
+    media = take_media(fields)
+    found = _find_turns(fields)
+    chat = read_chat(found.turns) if found else Chat([], {})
+    media = agreed_media(media, chat.media, names=("the sample", "its turns"))
+    is_clear = True
+    if beside is not None:
+        is_clear = beside.is_listed or any(media.values()) or _count(beside.media) < 2
+        media = _media_beside(beside.media, named=media)
+    if found is not None:
+        messages = _with_system(fields, chat.messages)
+        sample = _placed(messages, media, literal_tags=literal_tags, add=is_clear)
+    else:
+        sample = _captioned(fields, media, prompt=prompt, columns=columns, add=is_clear)
+    used = {*(found.names if found else ()), *CAPTIONS, *SYSTEMS}
+    rest = {name: value for name, value in fields.items() if name not in used}
+    refuse_unread(rest, media)
+    _refuse_turns(rest)
+    kept = {"id": fields["id"]} if isinstance(fields.get("id"), str | int | float) else {}
+    return kept | ({"weight": fields["weight"]} if "weight" in fields else {}) | sample
+
+
+def caption_record(
+    caption: Any, media: Mapping[str, list[Any]], *, prompt: str, name: str
+) -> dict[str, Any]:
+    """A question about media and a caption that answers it; raw text if there are no media.
+    DataError by `name`."""
+    if not isinstance(caption, str) or not caption.strip():
+        raise DataError(f"{name}: the caption is {caption!r:.80}: text is needed")
+    filled: Media = {field: media[field] for field in FIELDS if media.get(field)}
+    if not filled:
+        return {"text": caption.strip()}
+    turns = [
+        {"role": "user", "content": literal(prompt)},
+        {"role": "assistant", "content": caption.strip()},
+    ]
+    return {"messages": place_media(turns, filled), **filled}
+
+
+def _media_beside(media: Media, *, named: Media) -> Media:
+    """Media in files of their own, in the order in which the record names them, if it does."""
+    ordered: Media = {}
+    for field in FIELDS:
+        names, files = named[field], media[field]
+        if names and len(names) != len(files):
+            raise DataError(f"it names {len(names)} {field}, {names!r:.80}; it comes with {files}")
+        by_name = {str(file).rpartition("/")[2]: file for file in files}
+        found = [by_name.get(str(name).rpartition("/")[2]) for name in names]
+        whole = [file for file in found if file is not None]
+        ordered[field] = whole if len(set(whole)) == len(files) else list(files)
+    return ordered
+
+
+def _opened(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields with those of a `json` column, as tables made of webdatasets have it, among them."""
+    inner = fields.get("json")
+    if isinstance(inner, str | bytes):
+        try:
+            inner = parse_json(inner)
+        except DataError as error:
+            raise DataError(f"json is {inner!r:.80}: {error}") from error
+    if isinstance(inner, list):
+        inner = {"conversations": inner}
+    if not isinstance(inner, Mapping):
+        return fields
+    outer = {name: value for name, value in fields.items() if name != "json"}
+    inner = {name: value for name, value in inner.items() if value is not None}
+    for name in outer.keys() & inner.keys():
+        if outer[name] != inner[name]:
+            raise DataError(f"{name} and json.{name} are both there, and differ: one is needed")
+    return outer | inner
+
+
+def _refuse_what_is_not_learnt(fields: Mapping[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if is_filled(fields.get(name)) and fields[name] != "[]":
+            raise DataError(f"{name} is {fields[name]!r:.80}: {reason}")
+    if isinstance(fields.get("label"), bool) and _find_turns(fields) is not None:
+        raise DataError(f"label is {fields['label']}: of an answer's grade nothing is learnt here")
+    for name in ("loss", "train"):
+        if fields.get(name) is False:
+            raise DataError(f"{name} is False: the sample is not trained")
+
+
+def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
+    """The turns of a record: a list of its own, or made of fields; None where it has none."""
+    chats = [name for name in CHAT_FIELDS if is_filled(fields.get(name))]
+    if any(fields[name] != fields[chats[0]] for name in chats):
+        raise DataError(f"{' and '.join(chats)} are both there, and differ: one is needed")
+    if chats:
+        if is_filled(fields.get("history")):
+            raise DataError(f"history stands beside {chats[0]}: {fields['history']!r:.80}")
+        return _Turns(fields[chats[0]], set(chats))
+    if name := next((name for name in CHAT_FIELDS if fields.get(name) == []), None):
+        raise DataError(f"{name} is an empty list: at least one turn is needed")
+    pairs = [pair for pair in PAIRS if set(pair) <= fields.keys()]
+    if len(pairs) > 1:
+        told = " and ".join("/".join(pair) for pair in pairs)
+        raise DataError(f"{told} are both there: one question and one answer are needed")
+    return _turns_of_fields(fields, *pairs[0]) if pairs else None
+
+
+def _turns_of_fields(fields: Mapping[str, Any], asker: str, answerer: str) -> _Turns:
+    used = {asker, answerer}
+    question, answer = fields[asker], fields[answerer]
+    for name in (asker, answerer):
+        if not isinstance(fields[name], str):
+            raise DataError(f"{name} is {fields[name]!r:.80}: text is needed, one for a question")
+    if asker == "instruction" and isinstance(fields.get("input"), str):
+        used.add("input")
+        question = "\n".join(filter(None, (question, fields["input"])))
+    turns: list[Any] = []
+    if is_filled(fields.get("history")):
+        used.add("history")
+        turns = _history(fields["history"])
+    for name in _CONTEXT:
+        if name not in used and is_filled(fields.get(name)):
+            raise DataError(
+                f"{name} is {fields[name]!r:.80}: it is not read beside {asker} and {answerer}; "
+                "write it into the question, or leave it out (import has --ignore)"
+            )
+    return _Turns([*turns, {"user": question, "assistant": answer}], used)
+
+
+def _history(history: Any) -> list[Any]:
+    """Earlier turns, as pairs of a question and an answer, or as turns."""
+    if not isinstance(history, list):
+        raise DataError(f"history is {history!r:.80}: a list of turns is needed")
+    turns = []
+    for i, item in enumerate(history):
+        if isinstance(item, Mapping):
+            turns.append(item)
+        elif isinstance(item, list | tuple) and [*map(type, item)] == [str, str]:
+            turns.append({"user": item[0], "assistant": item[1]})
+        else:
+            raise DataError(f"history[{i}] is {item!r:.80}: [question, answer] is needed")
+    return turns
+
+
+def _with_system(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of a record, its system's turn among them."""
+    text = " ".join(str(message["content"]) for message in messages)
+    if is_filled(fields.get("objects")) and any(tag in text for tag in _GROUNDING):
+        raise DataError(f"objects is {fields['objects']!r:.80}: boxes are not written into texts")
+    return [*_system_turn(fields, messages), *messages]
+
+
+def _placed(
+    messages: list[dict[str, Any]], media: Media, *, literal_tags: bool, add: bool
+) -> dict[str, Any]:
+    """Messages and media, with a place for each. DataError if `add` is false and places lack."""
+    filled: Media = {field: values for field, values in media.items() if values}
+    if literal_tags and not filled:
+        return {"messages": [_literal(message) for message in messages]}
+    placed = place_media(messages, filled)
+    if not add and placed != messages:
+        raise DataError(_WHICH.format([*chain.from_iterable(filled.values())]))
+    return {"messages": placed, **filled}
+
+
+def _system_turn(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a field of its own says to the model before the turns, unless they begin with it."""
+    name = next((name for name in SYSTEMS if is_filled(fields.get(name))), None)
+    if name is None:
+        return []
+    turn = {"role": "system", "content": fields[name]}
+    if not isinstance(fields[name], str):
+        raise DataError(f"{name} is {fields[name]!r:.80}: text is needed")
+    systems = [message for message in messages if message["role"] == "system"]
+    if systems and systems[0] != turn:
+        raise DataError(f"{name} and a system's turn are both there, and differ: one is needed")
+    return [] if systems else [turn]
+
+
+def _captioned(
+    fields: Mapping[str, Any], media: Media, *, prompt: str | None, columns: list[str], add: bool
+) -> dict[str, Any]:
+    """A caption with its media, or raw text."""
+    known = CAPTIONS if prompt is not None else ("text",)
+    names = [name for name in known if name in fields]
+    if not names:
+        pairs = ", ".join(f"{asker} and {answerer}" for asker, answerer in PAIRS)
+        raise DataError(
+            f"no text among the columns {columns}: a list of turns is needed in one of "
+            f"{', '.join(CHAT_FIELDS)}; or {pairs}; or {', '.join(known)}"
+        )
+    if len({str(fields[name]).strip() for name in names}) > 1:
+        raise DataError(f"{' and '.join(names)} are both there, and differ: one is needed")
+    if not add:
+        raise DataError(_WHICH.format([*chain.from_iterable(media.values())]))
+    filled: Media = {field: values for field, values in media.items() if values}
+    caption, system = fields[names[0]], _system_turn(fields, [])
+    sample = {"text": caption, **filled}
+    if prompt is not None:
+        sample = caption_record(caption, filled, prompt=prompt, name=names[0])
+    if system and "messages" not in sample:
+        raise DataError(f"a system's turn, {system[0]['content']!r:.80}, stands beside raw text")
+    return sample | ({"messages": system + sample["messages"]} if system else {})
+
+
+def _refuse_turns(fields: Mapping[str, Any]) -> None:
+    """DataError if a field that is not read holds turns."""
+    for name, value in fields.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, Mapping) and any(keys <= first.keys() for keys in _TURN_KEYS):
+            raise DataError(
+                f"{name} holds turns, {value!r:.80}, in a field that is not read: name it messages, "
+                "or leave it out (import has --ignore)"
+            )
+
+
+def _count(media: Media) -> int:
+    return sum(map(len, media.values()))
+
+
+def _literal(message: dict[str, Any]) -> dict[str, Any]:
+    is_read = message["role"] != "assistant" and isinstance(message["content"], str)
+    return message | {"content": literal(message["content"])} if is_read else message
