@@ -98,7 +98,7 @@ def turned(tiles: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _opened(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=formats)
+    image = Image.open(io.BytesIO(data), formats=list(formats))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")

@@ -59,7 +59,7 @@ class ChatFormat:
         if self._own is not None:
             return [self._own.prompt(whole)]
         opening = frame_opening("assistant", tokenizer=self.tokenizer, template=self._frame)
-        last = [[TextPiece(opening, loss=False)]] if opening else []
+        last: list[EncodedTurn] = [[TextPiece(opening, loss=False)]] if opening else []
         return [*self._begin(), *map(self._framed, whole), *last]
 
     def raw_text(self, text: str) -> list[EncodedTurn]:

@@ -130,7 +130,7 @@ class InternVLFormat(MediaFormat):
     @staticmethod
     def laid_out(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
         """See MediaFormat."""
-        spaced = [
+        spaced: list[list[TextPart | MediaPart]] = [
             [part, TextPart("\n")] if isinstance(part, MediaPart) else [part] for part in parts
         ]
         return [part for group in spaced for part in group]

@@ -169,9 +169,9 @@ class Rendering:
             self._assemble(assembly, text[start:stop], turn)
             position = stop
         self._assemble(assembly, text[position:], None)
-        if (turn := assembly.end()) is not None:
+        if (shared := assembly.end()) is not None:
             raise DataError(
-                f"{self._name(turn)}: this answer shares a token with what the tokenizer's chat template "
+                f"{self._name(shared)}: this answer shares a token with what the tokenizer's chat template "
                 "writes around it: take the white space from its beginning and end"
             )
         self._check_media(assembly.media)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from megatron_vita.config import GenerationConfig
 from megatron_vita.convert.config_file import Config
@@ -49,7 +50,7 @@ def read_generation(folder: Path, *, ignored: Collection[str] = ()) -> Generatio
         if name not in ignored:
             config.must_be(name, (value,), value)
     drawn = ("temperature", "top_k", "top_p")
-    fields = {
+    fields: dict[str, Any] = {
         name: config.get(name)
         if name == "top_k" or config.get(name) is None
         else config.number(name)
