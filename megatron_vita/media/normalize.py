@@ -29,7 +29,7 @@ def normalize(
     Computed in float32, some tiles at a time, so that a `dtype` of half the size needs no room for
     float32 of all.
     """
-    mean, std = _constants_on(tiles.device, kind)
+    mean, std = _constants_on(tiles.device, *map(tuple, _constants(kind)))
     normalized = torch.empty(tiles.shape, dtype=dtype, device=tiles.device)
     for part, source in zip(
         normalized.split(TILES_AT_ONCE), tiles.split(TILES_AT_ONCE), strict=True
@@ -39,10 +39,15 @@ def normalize(
 
 
 @functools.cache
-def _constants_on(device: torch.device, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [3, 1, 1], kept: making them waits for the device."""
-    mean, std = (torch.tensor(color, device=device).view(3, 1, 1) for color in _constants(kind))
-    return mean, std
+def _constants_on(
+    device: torch.device, mean: tuple[float, ...], deviation: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [3, 1, 1], cached: making them waits for the device."""
+    shape = (3, 1, 1)
+    return (
+        torch.tensor(mean, device=device).view(shape),
+        torch.tensor(deviation, device=device).view(shape),
+    )
 
 
 def mean_color(kind: Normalization) -> tuple[int, int, int]:

@@ -97,8 +97,10 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def begin_token(self) -> str:
         """See Tokenizer."""
-        ids = self._backend.encode("a").ids
-        return str(self._backend.id_to_token(ids[0])) if ids[0] in self.special_ids else ""
+        ids = self._backend.encode("a").ids  # none where a vocabulary has no such character
+        if not ids or ids[0] not in self.special_ids:
+            return ""
+        return str(self._backend.id_to_token(ids[0]))
 
     @cached_property
     def _spells_bytes(self) -> bool:
