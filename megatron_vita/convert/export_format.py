@@ -22,19 +22,24 @@ from megatron_vita.convert.transfers import Transfer
 from megatron_vita.errors import CheckpointError
 
 
-def kept_folders(checkpoint: Path) -> list[Path]:
-    """Folders of companions that a checkpoint brought along, each named by its layout."""
-    return sorted(folder for folder in (checkpoint / FOLDER).glob("*") if folder.is_dir())
+def kept_folders(checkpoint: Path, *, tokenizer: str) -> list[Path]:
+    """Folders of companions, each named by its layout: those that a checkpoint brought along, else
+    those of the converted checkpoint in which the tokenizer of its run lies."""
+    own = sorted(folder for folder in (checkpoint / FOLDER).glob("*") if folder.is_dir())
+    origin = Path(tokenizer).parent
+    if own or origin.name != FOLDER:
+        return own
+    return sorted(folder for folder in origin.glob("*") if folder.is_dir())
 
 
 def choose_layout(
-    checkpoint: Path, model: ModelConfig, *, layout: str, like: Path | None
+    kept: list[Path], model: ModelConfig, *, layout: str, like: Path | None
 ) -> tuple[Layout, Path | None]:
-    """The named layout, that of `like`, that which the checkpoint came in, or that of its parts;
-    and the folder whose config and companions are taken over, if there is one. CheckpointError for
-    one that does not fit the model.
+    """The named layout, that of `like`, that of the only one of `kept` folders, or that of the
+    model's parts; and the folder whose config and companions are taken over, if there is one.
+
+    CheckpointError for one that does not fit the model.
     """
-    kept = kept_folders(checkpoint)
     if like is not None:
         found = layout_of(Config.read(like))
         chosen = layout_named(layout) if layout else found
@@ -42,14 +47,19 @@ def choose_layout(
             raise CheckpointError(f"{like}: is of layout {found.name}, not {layout}")
     elif layout:
         chosen = layout_named(layout)
-    elif len(kept) == 1:
+    elif len(kept) == 1 and _fits(layout_named(kept[0].name), model):
         chosen = layout_named(kept[0].name)
     else:
         whole = LONG_VITA if model.projector.kind == LONG_VITA.projector else INTERNVL_HF
         chosen = CAUSAL if model.text_only else whole
     _check_parts(chosen, model)
-    folder = checkpoint / FOLDER / chosen.name
-    return chosen, like or (folder if (folder / CONFIG).exists() else None)
+    origins = (f for f in kept if f.name == chosen.name and (f / CONFIG).exists())
+    return chosen, like or next(origins, None)
+
+
+def _fits(layout: Layout, model: ModelConfig) -> bool:
+    """Whether a layout has a place for all parts of the model."""
+    return layout.parts == (CAUSAL.parts if model.text_only else ALL_PARTS)
 
 
 def _check_parts(layout: Layout, model: ModelConfig) -> None:

@@ -14,6 +14,7 @@ from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.export_format import choose_layout, config_fields, kept_folders
+from megatron_vita.convert.export_prompts import complete_folder
 from megatron_vita.convert.families.layouts import Layout, layout_named
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
@@ -35,6 +36,7 @@ class Export:
     recipe: Recipe
     layout: Layout
     like: Path | None  # a folder whose config and companions are taken over
+    kept: list[Path]  # folders of companions of its parts
     config: dict[str, Any]
     source: DistSource
     transfers: list[Transfer]
@@ -44,7 +46,8 @@ def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
     """What is to be written where; see `choose_layout` for the layout."""
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    chosen, like = choose_layout(checkpoint, recipe.model, layout=layout, like=like)
+    kept = kept_folders(checkpoint, tokenizer=recipe.text.tokenizer)
+    chosen, like = choose_layout(kept, recipe.model, layout=layout, like=like)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=chosen.parts)
     transfers = plan_export(
@@ -57,7 +60,13 @@ def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
     base = Config.read(like).values if like is not None else {}
     config = config_fields(chosen, recipe.model, base=base, transfers=transfers)
     return Export(
-        recipe=recipe, layout=chosen, like=like, config=config, source=source, transfers=transfers
+        recipe=recipe,
+        layout=chosen,
+        like=like,
+        kept=kept,
+        config=config,
+        source=source,
+        transfers=transfers,
     )
 
 
@@ -69,8 +78,11 @@ def export_checkpoint(
     work = plan(checkpoint, layout=layout, like=like)
     with new_folder(destination) as folder:
         _write_companions(work, folder)
-        if work.like is None or work.config != Config.read(work.like).values:
-            (folder / CONFIG).write_text(json.dumps(work.config, indent=2) + "\n")
+        config = work.config | complete_folder(
+            folder, layout=work.layout, recipe=work.recipe, config=work.config
+        )
+        if work.like is None or config != Config.read(work.like).values:
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         _write_tensors(work, folder)
     return work
 
@@ -81,7 +93,7 @@ def _write_companions(work: Export, folder: Path) -> None:
     if work.like is not None:
         sidecar_files.copy_companions(work.like, folder)
         return
-    parts = {kept: set(layout_named(kept.name).parts) for kept in kept_folders(work.source.folder)}
+    parts = {kept: set(layout_named(kept.name).parts) for kept in work.kept}
     known = [kept for kept in parts if parts[kept] & set(work.layout.parts)]
     known.sort(key=lambda kept: "language_model" in parts[kept])
     tokenizer = work.source.folder / work.recipe.text.tokenizer

@@ -1,6 +1,7 @@
 """From Hugging Face folders to a distributed checkpoint."""
 
 import dataclasses
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,18 @@ from pathlib import Path
 import torch
 
 from megatron_vita.config import DataConfig, MediaConfig, ModelConfig, ProjectorConfig, Recipe
-from megatron_vita.convert.families.layouts import ALL_PARTS
+from megatron_vita.convert.families.layouts import ALL_PARTS, CAUSAL, INTERNVL_HF
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.initialized_parts import FreshProjector, Grown
+from megatron_vita.convert.prompts import Prompts, append_tokens, check_image_token, read_prompts
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sources import Opened, open_source
 from megatron_vita.convert.transfers import Transfer, plan_import
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +30,28 @@ class Import:
     recipe: Recipe
     sources: list[Opened]
     transfers: list[tuple[Transfer, TensorSource]]
+    prompts: Prompts
 
     @property
     def language(self) -> Opened:
         """The source of the language model."""
-        return next(source for source in self.sources if "language_model" in source.layout.parts)
+        return _source_of("language_model", self.sources)
+
+    def write_language_companions(self, folder: Path) -> None:
+        """Writes the companions of the language model, its tokenizer with the special tokens that
+        prompts need."""
+        self.language.write_companions(folder)
+        assert self.prompts.tokenizer is not None
+        append_tokens(folder, self.prompts.tokenizer, names={})
 
 
 def plan(sources: list[Opened], *, projector: str) -> Import:
-    """Puts parts together; a projector that no source has is fresh. CheckpointError for missing or
+    """Put parts together; a projector that no source has is fresh. CheckpointError for missing or
     doubled ones."""
     model, fresh = _combine(sources, projector)
+    language = _source_of("language_model", sources)
+    prompts = _prompts_of(language, model)
+    model = _with_rows(model, prompts, language)
     parts = {part for source in sources for part in source.layout.parts} | (
         {"projector"} if fresh else set()
     )
@@ -53,31 +68,8 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
         )
         transfers += [(transfer, made) for transfer in planned]
     assert_complete(transfers, shapes)
-    recipe = _recipe_of(model, sources)
-    return Import(recipe=recipe, sources=sources, transfers=transfers)
-
-
-def _recipe_of(model: ModelConfig, sources: list[Opened]) -> Recipe:
-    """What the sources say beside their tensors; the length is that which prompts are cut at where
-    nobody says otherwise."""
-    language = next(source for source in sources if "language_model" in source.layout.parts)
-    data = DataConfig()
-    longest = language.longest // data.document_alignment * data.document_alignment
-    return Recipe(
-        model=model,
-        media=_media_of(sources),
-        generation=language.generation,
-        data=DataConfig(seq_length=longest or data.seq_length),
-    )
-
-
-def _media_of(sources: list[Opened]) -> MediaConfig:
-    """That of a whole model, or the normalisation of a tower that is put into a new one."""
-    tower = next((source for source in sources if "vision_model" in source.layout.parts), None)
-    if tower is None:
-        return MediaConfig()
-    whole = tower.layout.parts == ALL_PARTS
-    return tower.media if whole else MediaConfig(normalization=tower.media.normalization)
+    recipe = _recipe_of(model, sources, prompts)
+    return Import(recipe=recipe, sources=sources, transfers=transfers, prompts=prompts)
 
 
 def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
@@ -100,12 +92,43 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
     model = ModelConfig(
         vision=owner["vision_model"].model.vision,
         projector=ProjectorConfig(kind=projector) if fresh else owner["projector"].model.projector,
-        language=dataclasses.replace(owner["language_model"].model.language),
+        language=owner["language_model"].model.language,
     )
-    if fresh:
-        needed = owner["language_model"].tokenizer_size()
-        model.language.vocab_size = max(model.language.vocab_size, needed)
     return model, fresh
+
+
+def _source_of(part: str, sources: list[Opened]) -> Opened:
+    return next(source for source in sources if part in source.layout.parts)
+
+
+def _prompts_of(language: Opened, model: ModelConfig) -> Prompts:
+    """How the model is asked; one that is put together has the placeholders of its projector."""
+    alone = language.layout.parts == CAUSAL.parts
+    prompts = read_prompts(
+        language.layout,
+        language.config,
+        write_companions=language.write_companions,
+        with_media=model.projector.kind if alone and not model.text_only else "",
+    )
+    if language.layout is INTERNVL_HF and prompts.tokenizer is not None:
+        check_image_token(language.config, prompts.tokenizer)
+    return prompts
+
+
+def _with_rows(model: ModelConfig, prompts: Prompts, language: Opened) -> ModelConfig:
+    """The model with a row of the word embedding for each entry of the tokenizer."""
+    rows = model.language.vocab_size
+    if prompts.entries <= rows:
+        return model
+    logger.warning(
+        "%s: the word embedding has %d rows and the tokenizer %d entries%s: rows are added",
+        language.path,
+        rows,
+        prompts.entries,
+        f" with {', '.join(prompts.appended)}" if prompts.appended else "",
+    )
+    grown = dataclasses.replace(model.language, vocab_size=prompts.entries)
+    return dataclasses.replace(model, language=grown)
 
 
 def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
@@ -117,6 +140,30 @@ def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
     if not rule.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
         return rule
     return dataclasses.replace(rule, cut=Grown(rows=rows, given=source.model.language.vocab_size))
+
+
+def _recipe_of(model: ModelConfig, sources: list[Opened], prompts: Prompts) -> Recipe:
+    """What the sources say beside their tensors; the length is that which prompts are cut at where
+    nobody says otherwise."""
+    language = _source_of("language_model", sources)
+    data = DataConfig()
+    longest = language.longest // data.document_alignment * data.document_alignment
+    return Recipe(
+        model=model,
+        text=prompts.text,
+        media=_media_of(sources),
+        generation=language.generation,
+        data=DataConfig(seq_length=longest or data.seq_length),
+    )
+
+
+def _media_of(sources: list[Opened]) -> MediaConfig:
+    """That of a whole model, or the normalisation of a tower that is put into a new one."""
+    tower = next((source for source in sources if "vision_model" in source.layout.parts), None)
+    if tower is None:
+        return MediaConfig()
+    whole = tower.layout.parts == ALL_PARTS
+    return tower.media if whole else MediaConfig(normalization=tower.media.normalization)
 
 
 def assert_complete(
@@ -146,6 +193,8 @@ def import_weights(
     opened = [open_source(path, ignored=ignored) for path in paths]
     work = plan(opened, projector=projector)
     companions = {source.layout.name: source.write_companions for source in work.sources}
+    if work.prompts.appended:
+        companions[work.language.layout.name] = work.write_language_companions
     write_checkpoint(
         destination,
         work.transfers,

@@ -1,7 +1,6 @@
 """What weights can come from: a Hugging Face folder or a GGUF file."""
 
 import json
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +14,8 @@ from megatron_vita.convert.families.rotary_config import warn_of_dynamic
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
 from megatron_vita.convert.formats.weight_files import open_weights
-from megatron_vita.convert.sidecar_files import SPARE, copy_companions, has_tokenizer
+from megatron_vita.convert.sidecar_files import SPARE, copy_companions
 from megatron_vita.errors import CheckpointError
-from megatron_vita.text.tokenizer import load_tokenizer
 
 GGUF = ".gguf"
 ADAPTER = "adapter_config.json"
@@ -76,12 +74,6 @@ class Opened:
 
         write_gguf_companions(self.path, folder)
         (folder / CONFIG).write_text(json.dumps(self.config.values, indent=2) + "\n")
-
-    def tokenizer_size(self) -> int:
-        """Entries of its tokenizer with the special tokens of media; 0 if it has none."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.write_companions(Path(folder))
-            return load_tokenizer(folder).vocab_size if has_tokenizer(Path(folder)) else 0
 
 
 def open_source(path: Path, *, ignored: Collection[str] = ()) -> Opened:

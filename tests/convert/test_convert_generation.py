@@ -78,7 +78,8 @@ def test_a_default_that_the_engine_cannot_follow_is_refused_by_field(
 
 def test_defaults_travel_from_the_folder_to_the_recipe_and_to_requests(tmp_path: Path) -> None:
     folder = save(model_of("qwen2"), tmp_path / "theirs")
-    change(folder, FILE, **GENERATION["qwen2-7b"])
+    ends = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}  # of the toy tokenizer
+    change(folder, FILE, **(GENERATION["qwen2-7b"] | ends))
     import_weights([folder], tmp_path / "ours", projector="internvl")
     recipe = recipe_from_dict(read_manifest(tmp_path / "ours")["recipe"])
     assert recipe.generation == load_recipe(tmp_path / "ours/model.yaml").generation

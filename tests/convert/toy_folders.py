@@ -118,21 +118,28 @@ def model_of(name: str) -> nn.Module:
 def save(model: nn.Module, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """As `save_pretrained` writes it, with a tokenizer and a generation config."""
     model.to(dtype).save_pretrained(folder)
-    add_companions(folder)
+    add_companions(folder, media=hasattr(model.config, "vision_config"))
     return folder
 
 
-def add_companions(folder: Path) -> None:
+def add_companions(folder: Path, *, media: bool) -> None:
     words = {
         word: i
         for i, word in enumerate(["<unk>", "a", "b", " ", "\n", "<|im_start|>", "<|im_end|>"])
     }
+    special = ["<IMG_CONTEXT>", "<img>", "</img>", "<video>"] if media else []
+    kinds = ("context_image_token", "start_image_token", "end_image_token", "video_token")
+    words |= {word: IMAGE_TOKEN + i for i, word in enumerate(special)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>"
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        **({"extra_special_tokens": dict(zip(kinds, special, strict=True))} if media else {}),
     )
+    tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     GenerationConfig(temperature=0.25, do_sample=True, eos_token_id=6).save_pretrained(folder)
@@ -199,7 +206,7 @@ def save_chat(
         "vision_config": vision_fields(vision) | {"model_type": "intern_vit_6b"},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    add_companions(folder)
+    add_companions(folder, media=True)
     return folder
 
 

@@ -69,7 +69,7 @@ def _read_chat(config: Config, tensors: Collection[str]) -> ModelConfig:
     model = _whole(config, "llm_config", tied=_tied(config, tensors, "language_model.lm_head."))
     config.must_be("hidden_size", (model.language.hidden_size,), model.language.hidden_size)
     config.must_be("force_image_size", (model.vision.image_size,), model.vision.image_size)
-    config.disregard(("template", "system_message"))
+    config.disregard(("template", "system_message"))  # read with the chat template
     return model
 
 

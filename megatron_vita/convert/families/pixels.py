@@ -13,6 +13,7 @@ from megatron_vita.media.normalize import NORMALIZATION
 PROCESSOR = "processor_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
+Fields = dict[str, Any]
 BICUBIC = 3  # Pillow's number
 ANY_RATE = 1000.0  # frames a second, more than videos have
 _OF_TOWERS = {"clip": "clip", "eva": "clip", "siglip": "siglip"}
@@ -87,7 +88,7 @@ def read_media(
     if kind.startswith("internvl-"):
         fields["video_fit"] = "squash"
     if kind == "internvl-chat":
-        fields |= _chat_tiling(config)
+        fields |= chat_tiling(config)
         images.disregard(_GEOMETRY)
     elif kind == "internvl-hf":
         fields |= _hf_tiling(images, image_size)
@@ -136,7 +137,7 @@ def _color(images: Config, name: str, default: list[float]) -> list[float]:
     return [float(number) for number in values]
 
 
-def _chat_tiling(config: Config) -> dict[str, Any]:
+def chat_tiling(config: Config) -> dict[str, Any]:
     """Limits of OpenGVLab's own layout, in config.json."""
     config.must_be("pad2square", (False,), False)
     if not config.flag("dynamic_image_size", False):
@@ -194,3 +195,52 @@ def _frames(videos: Config) -> dict[str, Any]:
     if videos.get("num_frames") is not None:
         return {"max_frames": videos.integer("num_frames"), "max_fps": ANY_RATE}
     return {"max_fps": videos.number("fps")} if videos.get("fps") is not None else {}
+
+
+def processor_files(media: MediaConfig, vision: VisionConfig, folder: Path) -> dict[str, Fields]:
+    """The processor files of transformers' InternVL by name; none where those of `folder` say the
+    same already."""
+    if _says(folder, media, vision):
+        return {}
+    mean, deviation = _numbers(media.normalization)
+    side = {"height": vision.image_size, "width": vision.image_size}
+    pixels: Fields = {
+        "do_resize": True,
+        "size": side,
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": deviation,
+        "processor_class": "InternVLProcessor",
+    }
+    images = {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "crop_to_patches": True,
+        "min_patches": media.min_tiles,
+        "max_patches": media.max_tiles,
+    }
+    return {
+        IMAGE_PROCESSOR: pixels | images,
+        VIDEO_PROCESSOR: pixels | {"video_processor_type": "InternVLVideoProcessor"},
+        PROCESSOR: {
+            "processor_class": "InternVLProcessor",
+            "image_seq_length": vision.image_token_length,
+        },
+    }
+
+
+def _says(folder: Path, media: MediaConfig, vision: VisionConfig) -> bool:
+    processors = Processors.read(folder)
+    if not processors.images.values:
+        return False
+    said = read_media("internvl-hf", Config({}, ""), processors=processors, vision=vision)
+    decisive = ("normalization", "min_tiles", "max_tiles")
+    return all(getattr(said, name) == getattr(media, name) for name in decisive)
+
+
+def _numbers(normalization: str | list[list[float]]) -> tuple[list[float], list[float]]:
+    mean, deviation = (
+        NORMALIZATION[normalization] if isinstance(normalization, str) else normalization
+    )
+    return list(mean), list(deviation)

@@ -1,0 +1,150 @@
+"""What an exported folder says of prompts, pixels and answers, so that transformers asks as the
+recipe does: tokenizer, chat template, processors, generation defaults."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.config import GenerationConfig, Recipe
+from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.generation import GENERATION, read_generation
+from megatron_vita.convert.families.layouts import INTERNVL_CHAT, INTERNVL_HF, Layout
+from megatron_vita.convert.families.pixels import chat_tiling, processor_files
+from megatron_vita.convert.prompts import CONTEXT, NAMES, append_tokens
+from megatron_vita.convert.sidecar_files import has_tokenizer
+from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_vita.text.vocabulary import tokens_needed
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_FLATTENED = (  # contents that are lists become texts, as InternVL's processor reads them
+    "{% set flat = namespace(messages=[]) %}{% for m in messages %}{% set said = namespace(text='') %}"
+    "{% if m.content is string %}{% set said.text = m.content %}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}{% set said.text = said.text + '<IMG_CONTEXT>\n' %}"
+    "{% elif part.type == 'video' %}{% set said.text = said.text + '<video>\n' %}"
+    "{% else %}{% set said.text = said.text + part.text %}{% endif %}{% endfor %}{% endif %}"
+    "{% set flat.messages = flat.messages + [dict(m, content=said.text)] %}{% endfor %}"
+    "{% set messages = flat.messages %}"
+)
+logger = logging.getLogger(__name__)
+
+
+def complete_folder(
+    folder: Path, *, layout: Layout, recipe: Recipe, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Add to a folder of companions what the recipe knows beyond them; gives fields that its
+    `config` lacks.
+
+    CheckpointError where transformers would give special tokens other ids than those trained.
+    """
+    fields = _media_fields(layout, recipe, config)
+    if layout is INTERNVL_HF:
+        for name, content in processor_files(recipe.media, recipe.model.vision, folder).items():
+            _write(folder / name, content)
+    if "language_model" not in layout.parts:
+        return fields
+    if not has_tokenizer(folder):
+        if recipe.text.tokenizer:
+            logger.warning(
+                "%s: text.tokenizer %s is no Hugging Face folder, and is not exported",
+                folder,
+                recipe.text.tokenizer,
+            )
+        return fields
+    needed = tokens_needed(recipe.text, text_only=recipe.model.text_only)
+    tokenizer = load_tokenizer(folder, added=needed)
+    _complete_tokenizer(folder, tokenizer, layout=layout, recipe=recipe)
+    _complete_generation(folder, tokenizer, recipe)
+    if layout is INTERNVL_HF:
+        fields["image_token_id"] = tokenizer.special_id(CONTEXT)
+    return fields
+
+
+def _media_fields(layout: Layout, recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
+    """What OpenGVLab's own layout says of tiles and prompts in config.json, unless it does so."""
+    if layout is not INTERNVL_CHAT:
+        return {}
+    media = recipe.media
+    said = chat_tiling(Config(config, ""))
+    if (
+        said == {"min_tiles": media.min_tiles, "max_tiles": media.max_tiles}
+        and "template" in config
+    ):
+        return {}
+    return {
+        "dynamic_image_size": media.max_tiles > 1,
+        "min_dynamic_patch": media.min_tiles,
+        "max_dynamic_patch": media.max_tiles,
+        "use_thumbnail": True,
+        "force_image_size": recipe.model.vision.image_size,
+        "template": "internvl2_5",
+    }
+
+
+def _complete_tokenizer(
+    folder: Path, tokenizer: Tokenizer, *, layout: Layout, recipe: Recipe
+) -> None:
+    """Its special tokens, the names that a processor asks for, and the chat template."""
+    named = layout is INTERNVL_HF and not NAMES.keys() <= tokenizer.named_tokens.keys()
+    if tokenizer.appended or named:
+        append_tokens(folder, tokenizer, names=NAMES if named else {})
+    template = tokenizer.chat_template
+    if recipe.text.template == "chatml":
+        template = _chatml(recipe)
+    if layout is INTERNVL_HF and template and CONTEXT not in template:
+        template = _FLATTENED + template
+    if template != tokenizer.chat_template:
+        _write_template(folder, template)
+
+
+def _chatml(recipe: Recipe) -> str:
+    """ChatML in Jinja, with the default system turn of the recipe."""
+    if not recipe.text.system:
+        return _CHATML
+    system = json.dumps(recipe.text.system, ensure_ascii=False)
+    first = f"<|im_start|>system\n{{{{ {system} }}}}<|im_end|>\n"
+    return f"{{% if messages[0].role != 'system' %}}{first}{{% endif %}}{_CHATML}"
+
+
+def _write_template(folder: Path, template: str) -> None:
+    """In place of every one that the folder has."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(template)
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        fields = json.loads(path.read_text())
+        fields.pop("chat_template", None)
+        _write(path, fields)
+
+
+def _complete_generation(folder: Path, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Where answers end, and how they are drawn, unless the folder says so already."""
+    path = folder / GENERATION
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before and read_generation(folder) == recipe.generation:
+        return
+    ends = sorted(ChatFormat(tokenizer, recipe.text).stop_ids)
+    _write(path, {"eos_token_id": ends} | before | _drawing(recipe.generation))
+
+
+def _drawing(generation: GenerationConfig) -> dict[str, Any]:
+    """The fields of transformers."""
+    drawn = {
+        name: getattr(generation, name)
+        for name in ("temperature", "top_k", "top_p")
+        if getattr(generation, name) is not None
+    }
+    fields: dict[str, Any] = {"do_sample": True} | drawn if drawn else {}
+    if generation.temperature == 0:
+        fields = {"do_sample": False}
+    if generation.repetition_penalty is not None:
+        fields["repetition_penalty"] = generation.repetition_penalty
+    return fields
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
