@@ -141,10 +141,10 @@ def test_few_media_are_opened_by_two_ranks(world, monkeypatch: pytest.MonkeyPatc
     opened: list[str] = []
     decode = stream_module.decode_tiles
 
-    def counting(medium, data, *, name, tiles, form, out):
+    def counting(medium, data, *, name, tiles, **options):
         opened.append(name)
         assert tiles
-        return decode(medium, data, name=name, tiles=tiles, form=form, out=out)
+        return decode(medium, data, name=name, tiles=tiles, **options)
 
     monkeypatch.setattr(stream_module, "decode_tiles", counting)
     shares = [train_stream(world, (rank, 3)) for rank in range(3)]
