@@ -145,11 +145,11 @@ def test_counting_and_reducing_take_less_than_half_a_percent_of_a_second() -> No
     meter, batch = Meter(), make_pack([(31, 2), (1, 0), (45, 5)], seed=1)
     seconds = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()  # other programs on the machine do not count
         count_batch(meter, batch, recipe)
         measure_memory(meter)
         meter.reduce()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert sorted(seconds)[10] < 0.005
 
 
