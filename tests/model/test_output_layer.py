@@ -57,13 +57,12 @@ class Problem:
     def plain(
         self, layer: OutputLayer, *, label_smoothing: float = 0.0, z_loss: float = 0.0
     ) -> tuple[Tensor, ...]:
-        """Losses, gradient of the hidden state and of the weight: fp32 logits of all positions,
-        plain PyTorch."""
-        hidden, labels = (
-            self.hidden.detach().float().requires_grad_(),
-            self.labels.to(self.hidden.device),
-        )
-        weight = layer.weight.detach().float().requires_grad_()
+        """Losses, gradient of the hidden state and of the weight: logits of all positions in plain
+        PyTorch, in fp64: in fp32, label smoothing's sum over a large vocabulary alone is off by
+        more than the tolerance on some processors."""
+        hidden = self.hidden.detach().double().requires_grad_()
+        labels = self.labels.to(self.hidden.device)
+        weight = layer.weight.detach().double().requires_grad_()
         logits = (hidden.squeeze(1) @ weight.T)[self.rows]
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         losses = losses + z_loss * logits.logsumexp(-1).square()
