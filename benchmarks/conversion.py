@@ -111,7 +111,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    source, folder = options.folder / f"theirs-{options.layers}", options.folder
+    source = options.folder / f"theirs-{options.layers}"
+    folder = options.folder
     if not source.exists():
         sys.stdout.write(f"{write_model(source, options.layers) / 1e9:.1f} GB written\n")
     rows: dict[str, list[tuple[float, float]]] = {"copy": [], "from-hf": [], "to-hf": []}
@@ -125,7 +126,8 @@ def main() -> None:
     sys.stdout.write("| what | seconds (median) | of the copy | peak, GiB |\n|---|---|---|---|\n")
     base = statistics.median(seconds for seconds, _ in rows["copy"])
     for name, measured in rows.items():
-        seconds, peak = statistics.median(s for s, _ in measured), max(peak for _, peak in measured)
+        seconds = statistics.median(s for s, _ in measured)
+        peak = max(peak for _, peak in measured)
         every = ", ".join(f"{s:.1f}" for s, _ in measured)
         sys.stdout.write(
             f"| {name} | {seconds:.1f} ({every}) | {seconds / base:.2f} | {peak:.2f} |\n"

@@ -25,19 +25,23 @@ from megatron_vita.data.datasets import open_split
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
-SECONDS, FPS = 300, 10
+SECONDS = 300
+FPS = 10
 PHOTOGRAPHS = 24
 
 
 def film() -> bytes:
     """Moving shapes over noise, 720p, a key frame every 48 frames."""
-    buffer, noise = io.BytesIO(), np.random.default_rng(0)
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0)
     background = noise.integers(0, 255, (720, 1280, 3), dtype=np.uint8) // 4
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream(
             "libx264", rate=FPS, options={"preset": "ultrafast", "g": "48"}
         )
-        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        stream.width = 1280
+        stream.height = 720
+        stream.pix_fmt = "yuv420p"
         for i in range(SECONDS * FPS):
             picture = np.roll(background, 3 * i, axis=1)
             picture[200:500, (7 * i) % 900 : (7 * i) % 900 + 300] = (200, 40, i % 256)
@@ -91,7 +95,8 @@ def write_pack(folder: Path, name: str, *, films: int, photographs: int) -> Reci
 def measure(recipe: Recipe, ranks: int) -> tuple[list[int], list[float]]:
     """Tiles and CPU seconds of each rank."""
     tokenizer = load_tokenizer(recipe.text.tokenizer)
-    tiles, seconds = [], []
+    tiles = []
+    seconds = []
     for rank in range(ranks):
         stream = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=(rank, ranks))
         start = time.process_time()

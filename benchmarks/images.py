@@ -29,7 +29,8 @@ try:
 except ImportError:
     GotOcr2ImageProcessor = None
 
-SIDE, GRID = 448, (4, 3)
+SIDE = 448
+GRID = (4, 3)
 TILING = Tiling(SIDE, grids_of(1, 12))
 Way = Callable[[bytes], np.ndarray]
 
@@ -81,9 +82,9 @@ def simplejpeg_pillow(data: bytes) -> np.ndarray:
 def upright(data: bytes) -> Image.Image:
     """By Pillow alone."""
     image = Image.open(io.BytesIO(data))
-    return (
-        image.transpose(Image.Transpose.ROTATE_270) if image.getexif().get(0x0112) == 6 else image
-    )
+    if image.getexif().get(0x0112) == 6:
+        return image.transpose(Image.Transpose.ROTATE_270)
+    return image
 
 
 def cells(image: Image.Image, thumbnail: Image.Image) -> np.ndarray:

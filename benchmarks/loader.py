@@ -48,7 +48,9 @@ from megatron_vita.data.planning.plan import read_plan
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.text.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
-LENGTH, SHARD, GOP = 16384, 50, 250
+LENGTH = 16384
+SHARD = 50
+GOP = 250
 COUNTS = {"text": 3000, "photographs": 100, "films": 16}
 PACKS = {"text": (5, 50), "photographs": (3, 12), "films": (2, 8)}  # to warm up, to measure
 PEERS = ("webdataset", "energon")
@@ -95,9 +97,11 @@ def chat(noise: random.Random, opening: str = "", turns: int = 1) -> dict[str, A
 
 def cut_films() -> list[bytes]:
     """A film of a minute, and its beginnings of some GOPs."""
-    whole, files = film(GOP), []
+    whole = film(GOP)
+    files = []
     for gops in (4, 5, 6, 7):
-        file, seen = io.BytesIO(), 0
+        file = io.BytesIO()
+        seen = 0
         with av.open(io.BytesIO(whole)) as source, av.open(file, "w", format="mp4") as target:
             copy = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(video=0):
@@ -167,7 +171,8 @@ def read_ours(folder: Path, *, warm_up: int, batches: int) -> dict[str, Any]:
 
 def told(pack: ReadPack) -> dict[str, Any]:
     """A pack as `measure` wants it."""
-    batch, count = pack.batch, len(pack.batch.sample_keys)
+    batch = pack.batch
+    count = len(pack.batch.sample_keys)
     ends = torch.searchsorted(batch.placements, batch.document_starts[1 : count + 1].long())
     return {
         **{
@@ -184,9 +189,9 @@ def told(pack: ReadPack) -> dict[str, Any]:
 def run(command: list[str]) -> dict[str, Any] | None:
     """What a reader in a process of its own tells; None where it fails, which it has said."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    return (
-        json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else None
-    )
+    if done.returncode == 0 and done.stdout:
+        return json.loads(done.stdout.splitlines()[-1])
+    return None
 
 
 def find_peers(python: str) -> list[str]:

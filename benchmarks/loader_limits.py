@@ -43,15 +43,20 @@ from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
-FRAMES, GOP, EXTRA_MINUTES = 4048, 250, 8
-PACK, DOCUMENTS, SAMPLES = 1_000_000, 8, 1000
+FRAMES = 4048
+GOP = 250
+EXTRA_MINUTES = 8
+PACK = 1_000_000
+DOCUMENTS = 8
+SAMPLES = 1000
 
 
 class Watch:
     """The most PSS that the loader process of this one has had, in bytes."""
 
     def __init__(self) -> None:
-        self.baseline, self.peak = 0, 0
+        self.baseline = 0
+        self.peak = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look)
 
@@ -132,7 +137,8 @@ def memory(folder: Path, all_ranks: list[int]) -> Iterator[str]:
         seconds = time.perf_counter() - start
         watch.stop()
         tiles = pack.batch.tiles.nbytes / 1e6
-        used, bar = (watch.peak - watch.baseline) / 1e6, 2600 / ranks + 300
+        used = (watch.peak - watch.baseline) / 1e6
+        bar = 2600 / ranks + 300
         yield (
             f"| {ranks} | {len(pack.batch.tiles)} | {tiles:.0f} | {megabytes:.0f} | {watch.baseline / 1e6:.0f} "
             f"| {used:.0f} | {bar:.0f} | {used - tiles:.0f} | {seconds:.0f} |"
@@ -158,7 +164,8 @@ def make_long_run(folder: Path, shards: int) -> Recipe:
         shutil.copyfile(index_path(first), index_path(shard))
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     sources = find_sources(recipe, "train", tokenizer=tokenizer)
-    noise, packs = np.random.default_rng(0), PACK + 100
+    noise = np.random.default_rng(0)
+    packs = PACK + 100
     number = packs * DOCUMENTS
     columns = {name: np.full(number, value) for name, value in columns_of(first, recipe).items()}
     columns["pack"] = np.repeat(np.arange(packs), DOCUMENTS)

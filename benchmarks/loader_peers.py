@@ -26,7 +26,9 @@ import tokenizers
 import torch
 from PIL import Image
 
-SIDE, ROWS, MAX_TILES = 448, 256, 12
+SIDE = 448
+ROWS = 256
+MAX_TILES = 12
 GREY = (123, 116, 103)
 Sample = dict[str, Any]
 
@@ -73,7 +75,9 @@ class Encoder:
         return flat, np.append(np.where(loss[1:], flat[1:], -100), -100)
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        if text:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return []
 
     def _id(self, name: str) -> int:
         return self._tokenizer.token_to_id(name)
@@ -148,7 +152,8 @@ def collate(samples: list[Sample], length: int) -> Sample:
     """Samples one after another in one sequence, which is padded to `length`."""
     lengths, counts = ([len(sample[name]) for sample in samples] for name in ("ids", "tiles"))
     length = max(length, sum(lengths))
-    ids, labels = torch.zeros(length, dtype=torch.int64), torch.full((length,), -100)
+    ids = torch.zeros(length, dtype=torch.int64)
+    labels = torch.full((length,), -100)
     for name, tensor in (("ids", ids), ("labels", labels)):
         tensor[: sum(lengths)] = torch.from_numpy(
             np.concatenate([sample[name] for sample in samples])
@@ -169,12 +174,14 @@ def summaries(pack: Sample) -> Sample:
     """What readers must agree on, by key: sums of ids and labels, number of tiles, mean of the
     middles of two."""
     facts: Sample = {}
-    start, first = 0, 0
+    start = 0
+    first = 0
     for key, length, count in zip(pack["keys"], pack["lengths"], pack["counts"], strict=True):
         tiles = pack["tiles"][first : first + min(count, 2), :, 120:330, 8:440].double()
         sums = (int(pack[name][start : start + length].sum()) for name in ("ids", "labels"))
         facts[key] = [*sums, count, float(tiles.mean()) if count else 0.0]
-        start, first = start + length, first + count
+        start = start + length
+        first = first + count
     return facts
 
 
@@ -242,11 +249,16 @@ def measure(packs: Iterator[Sample], *, warm_up: int, batches: int) -> Sample:
     """
     for _ in range(warm_up):
         next(packs)
-    cpu, start, samples, tiles = cpu_seconds(), time.perf_counter(), 0, 0
+    cpu = cpu_seconds()
+    start = time.perf_counter()
+    samples = 0
+    tiles = 0
     for _ in range(batches):
         pack = next(packs)
-        samples, tiles = samples + len(pack["keys"]), tiles + len(pack["tiles"])
-    cpu, wall = cpu_seconds() - cpu, time.perf_counter() - start
+        samples = samples + len(pack["keys"])
+        tiles = tiles + len(pack["tiles"])
+    cpu = cpu_seconds() - cpu
+    wall = time.perf_counter() - start
     facts: Sample = {}
     for _ in range(batches):
         facts |= summaries(next(packs))

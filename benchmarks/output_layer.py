@@ -140,7 +140,8 @@ def seconds_of(call: Callable[[], Any]) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
     call()
@@ -248,7 +249,9 @@ def reset_of(layer: OutputLayer, problem: Problem) -> Callable[[], None]:
 
 def row_of(result: tuple[float, float] | None) -> list[object]:
     """Milliseconds and GiB, or that memory was out."""
-    return [OUT_OF_MEMORY, ""] if result is None else [result[0] * 1000, result[1]]
+    if result is None:
+        return [OUT_OF_MEMORY, ""]
+    return [result[0] * 1000, result[1]]
 
 
 def time_losses(sizes: Sizes) -> Iterator[Table]:
@@ -256,7 +259,8 @@ def time_losses(sizes: Sizes) -> Iterator[Table]:
     groups.initialize_groups(Recipe().parallel)
     layer = make_layer(sizes)
     for positions, rows in ((131_072, 6_554), (32_768, 32_768)):
-        positions, rows = sizes.positions(positions), max(1, sizes.positions(rows))
+        positions = sizes.positions(positions)
+        rows = max(1, sizes.positions(rows))
         table = Table(
             f"{rows:,} loss rows of {positions:,} positions, forward and backward",
             ["what", "ms", "GiB at the peak"],
@@ -338,10 +342,8 @@ def softmax_step(sizes: Sizes) -> Iterator[Table]:
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     groups.initialize_groups(Recipe().parallel)
-    form, shard = (
-        LossForm(vocab_size=sizes.vocab),
-        Shard(start=0, columns=sizes.vocab, group=groups.tensor_group()),
-    )
+    form = LossForm(vocab_size=sizes.vocab)
+    shard = Shard(start=0, columns=sizes.vocab, group=groups.tensor_group())
     rows = max(1, sizes.positions(1408))
     logits = torch.randn(rows, sizes.vocab, device=platform.device()).bfloat16()
     targets = torch.randint(0, sizes.vocab, (rows,), device=logits.device)
@@ -369,7 +371,8 @@ def softmax_step(sizes: Sizes) -> Iterator[Table]:
 
 def two_ranks(sizes: Sizes) -> Iterator[Table]:
     """One GPU against tensor parallelism over two, on 5 % of 131,072 rows."""
-    positions, rows = sizes.positions(131_072), sizes.positions(6_554)
+    positions = sizes.positions(131_072)
+    rows = sizes.positions(6_554)
     table = Table(
         f"{rows:,} loss rows of {positions:,} positions on two GPUs",
         ["layout", "ms", "GiB a GPU", "of TP1"],
@@ -412,7 +415,8 @@ class PrefillAttention:
         result = torch.empty_like(query)
         heads = query.shape[1] // key.shape[1]
         for group in range(key.shape[1]):
-            k, v = self.keys[layer - 1, group], self.values[layer - 1, group]
+            k = self.keys[layer - 1, group]
+            v = self.values[layer - 1, group]
             k.copy_(key[:, group])
             v.copy_(value[:, group])
             own = slice(group * heads, (group + 1) * heads)
@@ -444,20 +448,21 @@ class Prefill:
         recipe.parallel.tensor_model_parallel_size = 2
         shape: LanguageConfig = recipe.model.language
         if sizes.scale > 1:
-            shape.num_layers, shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size = (
-                2,
-                64,
-                128,
-                1000,
-            )
-            shape.num_attention_heads, shape.num_query_groups, shape.kv_channels = 4, 2, 16
+            shape.num_layers = 2
+            shape.hidden_size = 64
+            shape.ffn_hidden_size = 128
+            shape.vocab_size = 1000
+            shape.num_attention_heads = 4
+            shape.num_query_groups = 2
+            shape.kv_channels = 16
         groups.initialize_groups(recipe.parallel)
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         config = transformer_config(recipe, fused=False)
         config.perform_initialization = False
-        self.shape, self.backend = shape, PrefillBackend()
+        self.shape = shape
+        self.backend = PrefillBackend()
         self.model = LanguageModel(
             config,
             shape=shape,
@@ -478,7 +483,8 @@ class Prefill:
         free()  # also what an earlier call that ran out of memory held
         self.model.output_layer.full_logits = full
         self.model.decoder.layers = self.layers[:layers]
-        device, shape = platform.device(), self.shape
+        device = platform.device()
+        shape = self.shape
         try:
             room = (shape.num_layers, shape.num_query_groups // 2, tokens, shape.kv_channels)
             self.backend.cache = PrefillAttention(
@@ -524,9 +530,10 @@ def prefill(sizes: Sizes) -> Iterator[Table]:
         # the same on both ranks, so that both run out together
         torch.cuda.set_per_process_memory_fraction(0.96)
     model.run(unit, full=False, layers=1)
-    bounds = (
-        {True: (16, 18), False: (74, 81)} if sizes.scale == 1 else {True: (1, 4), False: (2, 8)}
-    )
+    if sizes.scale == 1:
+        bounds = {True: (16, 18), False: (74, 81)}
+    else:
+        bounds = {True: (1, 4), False: (2, 8)}
     limits = {
         full: model.longest(full=full, low=unit * low, high=unit * high, step=unit)
         for full, (low, high) in bounds.items()
@@ -543,13 +550,10 @@ def prefill(sizes: Sizes) -> Iterator[Table]:
         )
     )
     for tokens in sorted({both, *(unit * count for count in sizes.prefill)}):
-        full = (
-            None
-            if tokens > both
-            else model.run(tokens, full=True, layers=every)
-            if tokens < both
-            else longest_time
-        )
+        if tokens > both:
+            full = None
+        else:
+            full = model.run(tokens, full=True, layers=every) if tokens < both else longest_time
         wanted = model.run(tokens, full=False, layers=every)
         share = f"{wanted / full:.3f}" if full and wanted else ""
         times.add(

@@ -17,7 +17,8 @@ def make_pack(recipe: Recipe, *, documents: int, seed: int) -> Batch:
     """A pack of `documents` of equal length with their tiles at the start, a tenth of the other
     tokens scored; all tiles, of which a text-only model has none."""
     generator = torch.Generator().manual_seed(seed)
-    length, rows = recipe.data.seq_length, recipe.model.vision.image_token_length
+    length = recipe.data.seq_length
+    rows = recipe.model.vision.image_token_length
     each = length // documents
     per_document = 0 if recipe.model.text_only else int(each * IMAGE_SHARE / rows)
     placements = torch.cat(

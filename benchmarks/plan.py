@@ -52,7 +52,8 @@ MIX = {
 SIDES = np.array(
     [(640, 480), (1024, 768), (800, 1200), (500, 375), (448, 448), (1920, 1080), (1700, 2200)]
 )
-REPLICAS, STEPS = 8, 100
+REPLICAS = 8
+STEPS = 100
 
 
 def write_shard(

@@ -57,7 +57,9 @@ def resident() -> int:
 def watched(peak: list[int]) -> Iterator[None]:
     """Adds to `peak` by how much host and device memory grew at the most, in bytes."""
     gc.collect()
-    before, most, over = resident(), [0], threading.Event()
+    before = resident()
+    most = [0]
+    over = threading.Event()
     on_device = torch.cuda.is_available()
 
     def watch() -> None:

@@ -56,7 +56,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser.add_argument("--case", default="", help="name of the case; made from the rest if empty")
     parser.add_argument("--model", choices=MODELS, default=plain.model)
     for name, text in OPTIONS.items():
-        option, default = f"--{name.replace('_', '-')}", getattr(plain, name)
+        option = f"--{name.replace('_', '-')}"
+        default = getattr(plain, name)
         parser.add_argument(option, type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--no-sp", dest="sp", action="store_false", help="no sequence parallelism")
     parser.add_argument("--backend", default=plain.backend, help="parallel.attention_backend")

@@ -90,7 +90,8 @@ def _run(command: list[str], *, timeout: float, finished: Callable[[], int]) -> 
     finished."""
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    process, done = subprocess.Popen(command, env=environment), -1
+    process = subprocess.Popen(command, env=environment)
+    done = -1
     try:
         while finished() > done:
             done = finished()

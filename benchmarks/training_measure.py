@@ -21,7 +21,8 @@ from megatron_vita import platform
 from megatron_vita.costs.flops import pack_flops
 
 GIB = 1 << 30
-OUT_OF_MEMORY, NOT_EMPTY = 3, 4
+OUT_OF_MEMORY = 3
+NOT_EMPTY = 4
 """Exit codes of a process that ran out of memory, and of one whose last case has left too much there."""
 LEFT_OVER = GIB // 2
 
@@ -45,7 +46,8 @@ class Measurement:
     """The result of a case, written after each step."""
 
     def __init__(self, case: Case, out: Path, content: PackContent, **known: Any) -> None:
-        self.case, self.out = case, out
+        self.case = case
+        self.out = out
         self.seconds: list[float] = []
         self.result = describe(case, content) | known | {"status": "running"}
         self.write()
@@ -123,7 +125,9 @@ def describe(case: Case, content: PackContent) -> dict[str, Any]:
 
 
 def _allocated() -> int:
-    return torch.cuda.memory_allocated() if platform.on_cuda() else 0
+    if platform.on_cuda():
+        return torch.cuda.memory_allocated()
+    return 0
 
 
 def _peaks() -> tuple[int, int]:
@@ -163,7 +167,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _leave_out_of_memory(out: Path, error: BaseException) -> None:
     """Notes the error beside the result and ends this process; torchrun then ends the others, which
     wait for it."""
-    rank, peak = dist.get_rank(), _peaks()[0] / GIB
+    rank = dist.get_rank()
+    peak = _peaks()[0] / GIB
     message = f"rank {rank}, peak {peak:.1f} GiB: {str(error).splitlines()[0]}"
     out.with_suffix(".oom").write_text(message)
     os._exit(OUT_OF_MEMORY)

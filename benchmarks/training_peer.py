@@ -23,7 +23,8 @@ from megatron_vita import platform
 from megatron_vita.config import LanguageConfig, Recipe, VisionConfig
 
 IMAGE_TOKEN = 7
-IMAGE_SHARE, SCORED_SHARE = 0.6, 0.1
+IMAGE_SHARE = 0.6
+SCORED_SHARE = 0.1
 
 
 def has_liger() -> bool:
@@ -87,8 +88,10 @@ def build(recipe: Recipe) -> nn.Module:
 def make_inputs(recipe: Recipe) -> dict[str, Tensor]:
     """Ids and labels [1, T] with placeholders of `packs.py`'s share of image tokens, and pixels."""
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    length, vision = recipe.data.seq_length, recipe.model.vision
-    rows, vocabulary = vision.image_token_length, recipe.model.language.vocab_size
+    length = recipe.data.seq_length
+    vision = recipe.model.vision
+    rows = vision.image_token_length
+    vocabulary = recipe.model.language.vocab_size
     tiles = int(length * IMAGE_SHARE / rows)
     ids = torch.randint(IMAGE_TOKEN + 1, vocabulary, (length,), generator=generator)
     scored = torch.rand(length, generator=generator) < SCORED_SHARE
@@ -105,7 +108,8 @@ def make_inputs(recipe: Recipe) -> dict[str, Tensor]:
 
 def measure(case: Case, out: Path) -> dict[str, Any]:
     """Runs a case in the process group that exists, and returns its result. Collective."""
-    recipe, liger = case.recipe(), has_liger()
+    recipe = case.recipe()
+    liger = has_liger()
     inputs = make_inputs(recipe)
     rows = int((inputs["labels"] != -100).sum())
     content = PackContent([case.tokens], len(inputs["pixel_values"]), rows)

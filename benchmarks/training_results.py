@@ -21,7 +21,9 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 def read_result(path: Path) -> dict[str, Any]:
     """A result; empty if there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    if path.exists():
+        return json.loads(path.read_text())
+    return {}
 
 
 def stamp() -> dict[str, str]:
@@ -43,7 +45,9 @@ def _commit() -> str:
         text=True,
         check=False,
     )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    if done.returncode == 0:
+        return done.stdout.strip()
+    return "unknown"
 
 
 def regressions(result: dict[str, Any], baseline: dict[str, Any], *, threshold: float) -> list[str]:
@@ -58,7 +62,8 @@ def regressions(result: dict[str, Any], baseline: dict[str, Any], *, threshold: 
         return []
     found = []
     for key, sign in (("tokens_per_second_per_gpu", -1), ("peak_gib", 1)):
-        then, now = baseline[key], result[key]
+        then = baseline[key]
+        now = result[key]
         if sign * (now - then) > threshold * then:
             found.append(f"{name}: {key} {now:g}, {abs(now / then - 1):.1%} worse than {then:g}")
     return found

@@ -22,8 +22,12 @@ from PIL import Image
 from megatron_vita.media.normalize import mean_color
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
-FPS, SECONDS, MINUTES, SIDE = 30, 60, 60, 448
-WIDTH, HEIGHT = 1280, 720
+FPS = 30
+SECONDS = 60
+MINUTES = 60
+SIDE = 448
+WIDTH = 1280
+HEIGHT = 720
 
 
 def film(gop: int) -> bytes:
@@ -42,9 +46,12 @@ def film(gop: int) -> bytes:
         stream = container.add_stream(
             "libx264", rate=FPS, options={"preset": "veryfast", "crf": "26", "g": str(gop)}
         )
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width = WIDTH
+        stream.height = HEIGHT
+        stream.pix_fmt = "yuv420p"
         for i in range(SECONDS * FPS):
-            x, y = int(640 + 630 * np.sin(i / 200)), int(180 + 170 * np.sin(i / 130))
+            x = int(640 + 630 * np.sin(i / 200))
+            y = int(180 + 170 * np.sin(i / 130))
             picture = background[y : y + HEIGHT, x : x + WIDTH] + grain[i % 8]
             picture[200:500, 5 * i % 1000 : 5 * i % 1000 + 250] = (200, 40, i % 256)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
@@ -63,8 +70,10 @@ def repeated(data: bytes, times: int) -> bytes:
         length = round(SECONDS / float(stream.time_base or 1))
         for i in range(times):
             for packet, (pts, dts) in zip(packets, stamps, strict=True):
-                packet.stream, packet.time_base = copy, stream.time_base
-                packet.pts, packet.dts = pts + i * length, dts + i * length
+                packet.stream = copy
+                packet.time_base = stream.time_base
+                packet.pts = pts + i * length
+                packet.dts = dts + i * length
                 target.mux(packet)
     return file.getvalue()
 

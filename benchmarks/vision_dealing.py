@@ -45,7 +45,8 @@ from megatron_vita.training.step import train_step
 
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP = {"context_parallel_size": 2}
-WARM_UP, STEPS = 2, 5
+WARM_UP = 2
+STEPS = 5
 DOCUMENTS = 4
 
 
@@ -174,7 +175,9 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     if platform.on_cuda():
         torch.cuda.reset_peak_memory_stats()
     run = assemble_run(recipe)
-    pack, clock, sent = make_pack(recipe, documents=DOCUMENTS, seed=1), Clock(), []
+    pack = make_pack(recipe, documents=DOCUMENTS, seed=1)
+    clock = Clock()
+    sent = []
     watch_vision(run.core, clock)
     if duplicated:
         duplicate_vision(run.core, pack)

@@ -5,7 +5,10 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT, FOOT, HEAD = 340, 120, 20, 16
+WIDTH = 340
+HEIGHT = 120
+FOOT = 20
+HEAD = 16
 MOST_BINS = 24
 
 
@@ -16,7 +19,8 @@ def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | 
         return '<p class="none">none</p>'
     edges = _doubling_edges(values) if log else _even_edges(values, top)
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
-    step, most = WIDTH / len(counts), max(int(counts.max()), 1)
+    step = WIDTH / len(counts)
+    most = max(int(counts.max()), 1)
     bars = "".join(
         f'<rect class="bar" x="{i * step + 0.5:.1f}" width="{max(step - 1, 1):.1f}" '
         f'y="{HEAD + (HEIGHT - bar):.1f}" height="{bar:.1f}"><title>{_number(edges[i])} to {_number(edges[i + 1])} '
@@ -77,11 +81,15 @@ def _marked(bins: int) -> int:
 
 
 def _anchor(place: int, bins: int) -> str:
-    return "start" if place == 0 else "end" if place == bins else "middle"
+    if place == 0:
+        return "start"
+    return "end" if place == bins else "middle"
 
 
 def _number(value: float) -> str:
     for limit, suffix in ((1 << 20, "M"), (1 << 10, "K")):
         if value >= limit and value % limit == 0:
             return f"{value / limit:g}{suffix}"
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    if value < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"

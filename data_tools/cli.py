@@ -158,7 +158,9 @@ def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
         f"{out}: {samples} samples"
         + (f"; {rejected} rejected, listed in {listed}" if rejected else "")
     )
-    return 1 if rejected and not samples else 0
+    if rejected and not samples:
+        return 1
+    return 0
 
 
 @app.command()
@@ -175,9 +177,10 @@ def index(
     """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
     crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
     count = index_shards(load_recipe(recipe, overrides or []), crew=crew, strict=strict)
-    left_out = (
-        f"; {count.left_out} samples left out, listed beside the shards" if count.left_out else ""
-    )
+    if count.left_out:
+        left_out = f"; {count.left_out} samples left out, listed beside the shards"
+    else:
+        left_out = ""
     typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
 
 
@@ -202,7 +205,9 @@ def validate(
     typer.echo(
         f"{found.samples} samples in {len(tasks)} shards; {usable}{len(found.bad)} bad, listed beside the shards"
     )
-    return 1 if found.bad else 0
+    if found.bad:
+        return 1
+    return 0
 
 
 def _list_entries(entries: list[tuple[Path, Entry]]) -> None:
@@ -261,9 +266,8 @@ def inspect(
 ) -> None:
     """Show a pack or a sample as the model sees it: text, loss, tiles."""
     loaded = load_recipe(recipe, overrides or [])
-    text = (
-        inspect_sample(loaded, sample, png=png)
-        if sample
-        else inspect_pack(loaded, split, pack, png=png)
-    )
+    if sample:
+        text = inspect_sample(loaded, sample, png=png)
+    else:
+        text = inspect_pack(loaded, split, pack, png=png)
     typer.echo(text)

@@ -8,13 +8,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.view import DocumentView, PackView, Run, heading
 
-WIDTH, MARGIN, STRIP = 1200, 16, 36
-TEXT_SIZE, LINE = 15, 22
-THUMBNAIL, GAP, CAPTION, COLUMNS = 128, 8, 18, 4
+WIDTH = 1200
+MARGIN = 16
+STRIP = 36
+TEXT_SIZE = 15
+LINE = 22
+THUMBNAIL = 128
+GAP = 8
+CAPTION = 18
+COLUMNS = 4
 TEXT_EDGE = WIDTH - MARGIN - COLUMNS * (THUMBNAIL + GAP) - GAP
-MAX_TILES, MAX_CHARACTERS = 96, 1500
+MAX_TILES = 96
+MAX_CHARACTERS = 1500
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
-INK, PAPER, FAINT = "#1c1c1c", "#ffffff", "#8a8a8a"
+INK = "#1c1c1c"
+PAPER = "#ffffff"
+FAINT = "#8a8a8a"
 COLORS = {
     "text": "#e6e6e6",
     "loss": "#a6dba0",
@@ -55,7 +64,8 @@ class _Sheet:
         if self._y + 2 * THUMBNAIL > self._canvas.height:
             taller = Image.new("RGB", (WIDTH, 2 * self._canvas.height), PAPER)
             taller.paste(self._canvas)
-            self._canvas, self._draw = taller, ImageDraw.Draw(taller)
+            self._canvas = taller
+            self._draw = ImageDraw.Draw(taller)
 
     def finish(self) -> Image.Image:
         return self._canvas.crop((0, 0, WIDTH, self._y + MARGIN))
@@ -82,7 +92,8 @@ class _Sheet:
         for document in view.documents:
             position = document.start
             for run in document.runs:
-                left, right = MARGIN + position * scale, MARGIN + (position + run.tokens) * scale
+                left = MARGIN + position * scale
+                right = MARGIN + (position + run.tokens) * scale
                 self._draw.rectangle(
                     [left, self._y, max(left, right - 1), self._y + STRIP], fill=COLORS[run.kind]
                 )
@@ -99,7 +110,8 @@ class _Sheet:
             [_shortened(run) for run in document.runs],
             TEXT_EDGE if document.tiles else WIDTH - MARGIN,
         )
-        bottom, self._y = self._y, top
+        bottom = self._y
+        self._y = top
         self._tiles(view, document)
         self._y = max(self._y, bottom)
 

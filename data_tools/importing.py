@@ -127,7 +127,9 @@ def _version(source: Path) -> tuple[int, int | str]:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    if path.is_file():
+        return path.stat().st_size
+    return 0
 
 
 def _import_source(task: ImportTask, steps: Steps) -> dict[str, int]:
@@ -153,12 +155,14 @@ def _sorted_samples(task: ImportTask, steps: Steps) -> Iterator[tuple[str, dict[
     """("samples", sample) or ("rejected", where and why) of each candidate of a source; a step
     reads some of them."""
     candidates = FORMATS[task.job.format].read(task.source, task.job.setting)
-    position, in_bytes = 0, _size(task.source) > 0
+    position = 0
+    in_bytes = _size(task.source) > 0
     while True:
         try:
             batch, end = steps.run(lambda known: _read_batch(candidates))
         except DataError as error:
-            batch, end = [], str(error)
+            batch = []
+            end = str(error)
         yield from map(partial(_judged, task), batch)
         if end:
             yield "rejected", {"source": str(task.source), "place": "the rest", "reason": end}
@@ -181,11 +185,10 @@ def _read_batch(candidates: Iterator[Candidate]) -> tuple[list[Candidate], str]:
 
 def _judged(task: ImportTask, candidate: Candidate) -> tuple[str, dict[str, Any]]:
     setting = task.job.setting
-    root = (
-        setting.media_out
-        if FORMATS[task.job.format].writes_media and setting.media_out
-        else setting.media
-    )
+    if FORMATS[task.job.format].writes_media and setting.media_out:
+        root = setting.media_out
+    else:
+        root = setting.media
     try:
         return "samples", judged(partial(_checked, candidate, root))
     except DataError as error:

@@ -138,7 +138,9 @@ def _film(color: np.ndarray, noise: np.random.Generator) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=2)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for _ in range(2 * SECONDS):
             container.mux(
                 stream.encode(av.VideoFrame.from_ndarray(_shade(color, noise, (48, 64, 3))))

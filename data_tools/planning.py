@@ -105,11 +105,10 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):
             path = plan_path(recipe, split)
-            continued = (
-                Continuation(read_plan(path), continue_from)
-                if continue_from and split == "train"
-                else None
-            )
+            if continue_from and split == "train":
+                continued = Continuation(read_plan(path), continue_from)
+            else:
+                continued = None
             plan, left_out = make_plan(
                 recipe, split, tokenizer=tokenizer, strict=strict, continued=continued
             )
@@ -135,9 +134,11 @@ def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:
 def _is_current(shard: Path, text: dict[str, str]) -> bool:
     """Whether a shard's index is newer than the shard, and made with the rule and the quarantine of
     now."""
-    path, rule = index_path(shard), read_rule(shard.parent)
+    path = index_path(shard)
+    rule = read_rule(shard.parent)
     try:
-        header, left_out = read_header(path, text), read_quarantine(shard).stamp()
+        header = read_header(path, text)
+        left_out = read_quarantine(shard).stamp()
     except DataError:
         return False
     is_of_shard = (

@@ -66,7 +66,10 @@ class Steps:
     is done again."""
 
     def __init__(self, verdicts: dict[int, str], tell: Callable[..., object]) -> None:
-        self._verdicts, self._tell, self._count, self.amount = verdicts, tell, 0, 0
+        self._verdicts = verdicts
+        self._tell = tell
+        self._count = 0
+        self.amount = 0
 
     def advance(self, amount: int = 1) -> None:
         """Reports that so much more of the task is behind it."""
@@ -80,7 +83,8 @@ class Steps:
         DataError with the reason if the step is bad: by itself, by its time, by the death of its
         process.
         """
-        number, self._count = self._count, self._count + 1
+        number = self._count
+        self._count = self._count + 1
         verdict = self._verdicts.get(number)
         if verdict:
             raise DataError(verdict)
@@ -166,7 +170,10 @@ class _Watch:
     def __init__(
         self, work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]
     ) -> None:
-        self._work, self._tasks, self._crew, self._on_advance = work, tasks, crew, on_advance
+        self._work = work
+        self._tasks = tasks
+        self._crew = crew
+        self._on_advance = on_advance
         self._waiting = deque(range(len(tasks)))
         self._workers: list[_Worker] = []
 
@@ -194,10 +201,14 @@ class _Watch:
     def _patience(self, busy: list["_Worker"]) -> float | None:
         """Seconds until the first worker is late."""
         deadlines = [worker.deadline for worker in busy if worker.step is not None]
-        return max(min(deadlines) - time.monotonic(), 0) if deadlines else None
+        if deadlines:
+            return max(min(deadlines) - time.monotonic(), 0)
+        return None
 
     def _deal(self, worker: "_Worker") -> None:
-        worker.task, worker.verdicts, worker.reached = None, {}, 0
+        worker.task = None
+        worker.verdicts = {}
+        worker.reached = 0
         if self._waiting:
             worker.task = self._waiting.popleft()
             worker.send(self._tasks[worker.task])
@@ -209,9 +220,11 @@ class _Watch:
             self._replace(worker, worker.cause_of_death())
             return
         if word == "begin":
-            worker.step, worker.deadline = values[0], time.monotonic() + self._crew.time_limit
+            worker.step = values[0]
+            worker.deadline = time.monotonic() + self._crew.time_limit
         elif word == "end":
-            worker.step, worker.verdicts[values[0]] = None, values[1]
+            worker.step = None
+            worker.verdicts[values[0]] = values[1]
         elif word == "at":
             self._on_advance(max(values[0] - worker.reached, 0))
             worker.reached = max(values[0], worker.reached)

@@ -21,17 +21,22 @@ from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times
 from megatron_vita.text.conversation import MediaPart, check_messages
 
-SIDE, FRAMES = 144, 4
-MOST_IMAGES, MOST_TURNS, MOST_CHARACTERS = 6, 6, 600
+SIDE = 144
+FRAMES = 4
+MOST_IMAGES = 6
+MOST_TURNS = 6
+MOST_CHARACTERS = 600
 
 
 def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
     """`count` samples, evenly spread over a dataset's shards; what cannot be read says why."""
     starts = np.cumsum([0, *(header.samples for header in dataset.source.headers)])
-    reader, count = ShardReader(), min(count, int(starts[-1]))
+    reader = ShardReader()
+    count = min(count, int(starts[-1]))
     for place in ((2 * i + 1) * int(starts[-1]) // (2 * count) for i in range(count)):
         number = int(np.searchsorted(starts, place, side="right")) - 1
-        shard, number = dataset.source.shards[number], place - int(starts[number])
+        shard = dataset.source.shards[number]
+        number = place - int(starts[number])
         index = read_index(index_path(shard))
         row = index.row(number)
         try:
@@ -85,11 +90,10 @@ def _turns(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _cut(text: str) -> str:
-    short = (
-        text
-        if len(text) <= MOST_CHARACTERS
-        else f"{text[:MOST_CHARACTERS]} … {len(text) - MOST_CHARACTERS:,} more"
-    )
+    if len(text) <= MOST_CHARACTERS:
+        short = text
+    else:
+        short = f"{text[:MOST_CHARACTERS]} … {len(text) - MOST_CHARACTERS:,} more"
     return re.sub(r"\n+", "<br>", escape(short.strip()))
 
 

@@ -159,7 +159,8 @@ class _Encoder:
             )
         assert self._stream is not None, "the first frame is there"
         assert self._picture is not None, "the first frame is there"
-        self._picture.pts, self._picture.time_base = self._stamps[place], CLOCK
+        self._picture.pts = self._stamps[place]
+        self._picture.time_base = CLOCK
         is_key = not place or self._group(place) > self._group(place - 1)
         self._picture.pict_type = PictureType.I if is_key else PictureType.NONE
         self._write(self._stream.encode(self._picture))
@@ -182,6 +183,7 @@ class _Encoder:
         rate = Fraction((len(self._starts) - 1) / self._starts[-1]).limit_denominator(1 << 16)
         stream = self._container.add_stream("libx264", rate=rate, options=X264)
         stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)
-        stream.pix_fmt, stream.gop_size = "yuv420p", NO_KEY_FRAMES
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = NO_KEY_FRAMES
         stream.codec_context.time_base = CLOCK
         return stream

@@ -25,8 +25,10 @@ from megatron_vita.config import DatasetConfig, load_recipe
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 
-PROGRESS, REJECTED = "progress.jsonl", "rejected.jsonl"
-HERE, MEGABYTE = Crew(workers=0), 10**6
+PROGRESS = "progress.jsonl"
+REJECTED = "rejected.jsonl"
+HERE = Crew(workers=0)
+MEGABYTE = 10**6
 MADE = r"-(\d{6}|[1-9]\d{6,})(_[1-9]\d*)?"  # follows a dataset's name in those of its shards
 BESIDE = r"\.(tar(\.whole)?(\.partial)?|index\.parquet|quarantine\.json)"
 Rejection = dict[str, Any]
@@ -85,7 +87,8 @@ def find_jobs(
 
 
 def _recipe_jobs(recipe: Path, options: dict[str, Any]) -> list[ShardJob]:
-    data, jobs = load_recipe(recipe, []).data, dict[Path, ShardJob]()
+    data = load_recipe(recipe, []).data
+    jobs = dict[Path, ShardJob]()
     for dataset in (*data.train, *data.validation):
         if dataset.jsonl:
             job = _job_of(dataset, options)
@@ -186,7 +189,8 @@ def _remove_strays(job: ShardJob, results: list[ShardCount]) -> None:
 
 def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
     """Writes a shard; gives the fields of its ShardCount."""
-    job, count = task.job, ShardCount(0, [])
+    job = task.job
+    count = ShardCount(0, [])
     with _Tars(job, task.shard) as tars:
         for line in read_stretches(task.stretches):
             steps.advance()
@@ -212,7 +216,8 @@ class _Tars:
     """
 
     def __init__(self, job: ShardJob, shard: int) -> None:
-        self._job, self._shard = job, shard
+        self._job = job
+        self._shard = shard
         self.count = 0
 
     def __enter__(self) -> Self:

@@ -77,7 +77,8 @@ class Statistics:
 def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
     """DataError if an index is missing; a plan may be, one that is there need not fit the recipe
     any more."""
-    datasets, plans = [], []
+    datasets = []
+    plans = []
     for split in get_args(Split):
         if split == "validation" and not recipe.data.validation:
             continue
@@ -119,11 +120,14 @@ def _counts(index: SampleIndex, name: str) -> np.ndarray:
 
 def _left_out(shard: Location) -> int:
     """Samples that are in quarantine, which lies beside local shards only."""
-    return len(read_quarantine(shard).entries) if isinstance(shard, Path) and shard.exists() else 0
+    if isinstance(shard, Path) and shard.exists():
+        return len(read_quarantine(shard).entries)
+    return 0
 
 
 def _of_plan(plan: PackPlan, split: str, seq_length: int) -> PlanStatistics:
-    pack, tokens = plan.columns["pack"], plan.columns["tokens"].astype(np.int64)
+    pack = plan.columns["pack"]
+    tokens = plan.columns["tokens"].astype(np.int64)
     dataset = plan.columns["dataset"]
     known = dataset >= 0
     by_dataset = np.bincount(dataset[known], weights=tokens[known], minlength=len(plan.datasets))

@@ -84,12 +84,11 @@ def find_targets(targets: list[str]) -> list[ValidateTask]:
 
 
 def _recipe_targets(recipe: Recipe) -> list[ValidateTask]:
-    shards, samplings = find_all_shards(recipe), defaultdict[Location, set[Sampling]](set)
+    shards = find_all_shards(recipe)
+    samplings = defaultdict[Location, set[Sampling]](set)
     for dataset in (*recipe.data.train, *recipe.data.validation):
-        fps, frames = (
-            dataset.max_fps or recipe.media.max_fps,
-            dataset.max_frames or recipe.media.max_frames,
-        )
+        fps = dataset.max_fps or recipe.media.max_fps
+        frames = dataset.max_frames or recipe.media.max_frames
         for shard in find_shards(dataset):
             samplings[shard].add(Sampling(fps, frames))
     return [ValidateTask(shard, sorted(samplings[shard])) for shard in shards]
@@ -132,12 +131,18 @@ def _with_earlier(target: ValidateTask) -> ValidateTask | None:
     """The task that also samples as the shard was sampled before, so that nothing found then is
     lost; None if done."""
     earlier = (read_quarantine(target.shard).validated or {}).get("samplings", [])
-    done, wanted = {Sampling(*sampling) for sampling in earlier}, set(target.samplings)
-    return None if wanted <= done else ValidateTask(target.shard, sorted(wanted | done))
+    done = {Sampling(*sampling) for sampling in earlier}
+    wanted = set(target.samplings)
+    if wanted <= done:
+        return None
+    return ValidateTask(target.shard, sorted(wanted | done))
 
 
 def _validate_shard(task: ValidateTask, steps: Steps) -> None:
-    checker, bad, samples, position = _Checker(task, steps), list[Entry](), 0, 0
+    checker = _Checker(task, steps)
+    bad = list[Entry]()
+    samples = 0
+    position = 0
     for sample, error in scan_whole(task.shard, steps.run):
         samples += bool(sample.key)
         try:
@@ -166,7 +171,9 @@ class _Checker:
     """Decodes the samples of a shard, each medium a step, and videos some frames a step."""
 
     def __init__(self, task: ValidateTask, steps: Steps) -> None:
-        self._shard, self._samplings, self._steps = task.shard, task.samplings, steps
+        self._shard = task.shard
+        self._samplings = task.samplings
+        self._steps = steps
         self._size = task.shard.stat().st_size
         self._rule: MemberRule = read_rule(task.shard.parent)
         self._reader = ShardReader()
@@ -222,7 +229,8 @@ class _Checker:
     ) -> None:
         if known:
             return
-        data, reasons = self._read(sample, name), list[str]()
+        data = self._read(sample, name)
+        reasons = list[str]()
         decode_frames(
             data,
             f"{self._shard} {name}",

@@ -72,14 +72,14 @@ def view_pack(
         tile_tokens=recipe.model.vision.image_token_length,
         tokenizer=tokenizer,
     )
-    documents, placements = [], batch.placements.numpy()
+    documents = []
+    placements = batch.placements.numpy()
     for i, (start, stop) in enumerate(itertools.pairwise(batch.document_starts.tolist())):
         source = int(batch.document_sources[i])
-        name = (
-            "tail"
-            if source == TAIL_SOURCE
-            else f"document {i}: {batch.sample_keys[i]} from {names[source]}"
-        )
+        if source == TAIL_SOURCE:
+            name = "tail"
+        else:
+            name = f"document {i}: {batch.sample_keys[i]} from {names[source]}"
         tiles = range(*np.searchsorted(placements, (start, stop)).tolist())
         documents.append(
             DocumentView(
@@ -138,7 +138,9 @@ def _labels(medium: Medium, *, thumbnail_last: bool) -> list[str]:
     cells = [f"column {col + 1}, row {row + 1}" for row in range(rows) for col in range(cols)]
     if medium.num_tiles == 1:
         return ["image"]
-    return [*cells, "thumbnail"] if thumbnail_last else ["thumbnail", *cells]
+    if thumbnail_last:
+        return [*cells, "thumbnail"]
+    return ["thumbnail", *cells]
 
 
 def _tiles_of(placements: list[int], *, tile_tokens: int, length: int) -> np.ndarray:
@@ -159,7 +161,8 @@ class _Runs:
     def __init__(
         self, batch: Batch, *, labels: list[str], tile_tokens: int, tokenizer: Tokenizer
     ) -> None:
-        self._labels, self._frames = labels, batch.frames.tolist()
+        self._labels = labels
+        self._frames = batch.frames.tolist()
         self._ids = batch.input_ids.numpy()
         # is this token predicted?
         self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])

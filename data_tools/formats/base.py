@@ -35,7 +35,9 @@ class Setting:
     @property
     def question(self) -> str:
         """What the user asks where there is only a caption."""
-        return DEFAULT_PROMPT if self.prompt is None else self.prompt
+        if self.prompt is None:
+            return DEFAULT_PROMPT
+        return self.prompt
 
 
 class Candidate(NamedTuple):

@@ -29,7 +29,8 @@ def list_sources(paths: list[Path]) -> list[Path]:
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """The rows of a file."""
-    size, row = source.stat().st_size if source.exists() else 0, 0
+    size = source.stat().st_size if source.exists() else 0
+    row = 0
     try:
         for batch, share in (
             _parquet(source) if source.suffix.lower() == ".parquet" else _arrow(source)

@@ -10,9 +10,12 @@ from data_tools.formats.base import Candidate, refuse
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.errors import DataError
 
-HEAD, BOM = 4096, b"\xef\xbb\xbf"
-CHUNK, MAX_ITEM = 1 << 18, 1 << 30
-OUTSIDE, IN_STRING = re.compile(rb'["\[\]{},]'), re.compile(rb'["\\]')
+HEAD = 4096
+BOM = b"\xef\xbb\xbf"
+CHUNK = 1 << 18
+MAX_ITEM = 1 << 30
+OUTSIDE = re.compile(rb'["\[\]{},]')
+IN_STRING = re.compile(rb'["\\]')
 
 
 def read_objects(
@@ -27,9 +30,10 @@ def read_objects(
             head = file.read(HEAD)
             start = len(BOM) if head.startswith(BOM) else 0
             file.seek(start)
-            found = (
-                _array_items(file, path) if head[start:].lstrip().startswith(b"[") else _lines(file)
-            )
+            if head[start:].lstrip().startswith(b"["):
+                found = _array_items(file, path)
+            else:
+                found = _lines(file)
             for place, item, position in found:
                 yield Candidate(place, _maker(item, make), position)
     except OSError as error:
@@ -51,11 +55,16 @@ def _array_items(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any, int]]:
 def _split_array(file: BinaryIO) -> Iterator[bytes]:
     """The text of each item of an array, none of which need be JSON. DataError if the array does
     not end."""
-    depth, quoted, skip, item = 0, False, 0, bytearray()
+    depth = 0
+    quoted = False
+    skip = 0
+    item = bytearray()
     for chunk in iter(partial(file.read, CHUNK), b""):
-        start, position = 0, skip
+        start = 0
+        position = skip
         while match := (IN_STRING if quoted else OUTSIDE).search(chunk, position):
-            position, mark = match.end(), match[0]
+            position = match.end()
+            mark = match[0]
             if mark == b"\\":
                 position += 1
             elif mark == b'"':

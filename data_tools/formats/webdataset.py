@@ -22,7 +22,8 @@ def list_sources(paths: list[Path]) -> list[Path]:
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """The samples of a tar."""
-    rule, reader = read_rule(source.parent), ShardReader()
+    rule = read_rule(source.parent)
+    reader = ShardReader()
     prompt = rule.prompt if setting.prompt is None else setting.prompt
     rule = replace(rule, prompt=prompt, ignore=(*rule.ignore, *setting.ignore))
     for number, sample in enumerate(scan_shard(source)):

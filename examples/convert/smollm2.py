@@ -90,7 +90,8 @@ def their_perplexity(file: Path, ids: torch.Tensor) -> float:
 
 def convert_and_ask(folder: Path) -> tuple[str, float, float]:
     """The answer, our perplexity and theirs."""
-    file, ours = fetch(folder), folder / "checkpoint"
+    file = fetch(folder)
+    ours = folder / "checkpoint"
     if not ours.exists():
         compare_tensors(import_weights([file], ours, projector="long_vita").transfers, ours)
     engine = Engine.from_checkpoint(ours)

@@ -108,7 +108,8 @@ def grade(checkpoint: Path, folder: Path) -> tuple[dict[str, list[Graded]], int]
     Also the number of the model's parameters. Answers are kept in a folder of the checkpoint's
     name.
     """
-    test, train = read_questions("test"), read_questions("train")
+    test = read_questions("test")
+    train = read_questions("train")
     folder = folder / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     engine = Engine.from_checkpoint(checkpoint)

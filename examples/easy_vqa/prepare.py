@@ -34,7 +34,9 @@ class Question:
         """What is asked: yes/no, color or shape."""
         if self.answer in ("yes", "no"):
             return "yes/no"
-        return "color" if self.answer in COLORS else "shape"
+        if self.answer in COLORS:
+            return "color"
+        return "shape"
 
 
 def read_questions(split: str) -> list[Question]:
@@ -57,8 +59,11 @@ def caption(questions: Iterable[Question]) -> str | None:
         negated = {"not", "no"} & set(question.text.split())
         if question.kind != "yes/no" or (question.answer == "yes") != bool(negated):
             true_words |= set(question.text.rstrip("?").split())
-    colors, shapes = true_words.intersection(COLORS), true_words.intersection(SHAPES)
-    return f"a {colors.pop()} {shapes.pop()}" if colors and shapes else None
+    colors = true_words.intersection(COLORS)
+    shapes = true_words.intersection(SHAPES)
+    if colors and shapes:
+        return f"a {colors.pop()} {shapes.pop()}"
+    return None
 
 
 def question_sample(question: Question, split: str) -> dict:

@@ -49,7 +49,9 @@ def _prepare(folder: Path) -> tuple[str, str, str]:
 
 def _newest(folder: Path) -> str:
     found = store.latest_checkpoint(folder)
-    return found.name if found else ""
+    if found:
+        return found.name
+    return ""
 
 
 def _look_for(folder: Path, probe: str, newest: str) -> str:

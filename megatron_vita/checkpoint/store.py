@@ -64,7 +64,8 @@ def save_checkpoint(
     Collective. A kill at any moment leaves the last complete checkpoint as the latest.
     """
     folder = Path(folder)
-    final, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.incomplete"
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".step_{step:08d}.incomplete"
     if _first():
         # by a job that was killed while it saved or removed
         for left_behind in folder.glob(".step_*.incomplete"):

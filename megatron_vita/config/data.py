@@ -121,4 +121,6 @@ class DataConfig:
     @property
     def padding_multiple(self) -> int:
         """The tokens of each document are padded to a multiple of this."""
-        return self.document_alignment if self.isolate_documents else 1
+        if self.isolate_documents:
+            return self.document_alignment
+        return 1

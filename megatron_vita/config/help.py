@@ -16,9 +16,10 @@ def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
             yield f"\n{prefix}{field.name}: {field.metadata['doc']}"
             yield from describe_fields(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
-        type_name = (
-            hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-        )
+        if isinstance(hint, type) and not typing.get_args(hint):
+            type_name = hint.__name__
+        else:
+            type_name = str(hint)
         yield f"  {prefix}{field.name}: {_short(type_name)} = {_default(field)}\n      {field.metadata['doc']}"
         for item in typing.get_args(hint):
             if dataclasses.is_dataclass(item):

@@ -148,7 +148,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         (item,) = typing.get_args(hint)
         return [_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
     if origin in (typing.Union, types.UnionType):
-        return None if is_null(value) else _convert(_member_for(value, hint), value, path)
+        if is_null(value):
+            return None
+        return _convert(_member_for(value, hint), value, path)
     return _convert_scalar(hint, value, path)
 
 
@@ -156,7 +158,9 @@ def _member_for(value: Any, union: Any) -> Any:
     """The type of a union that a value is read as: the list for a list, else the first."""
     members = typing.get_args(union)
     lists = [member for member in members if typing.get_origin(member) is list]
-    return lists[0] if lists and isinstance(value, list) else members[0]
+    if lists and isinstance(value, list):
+        return lists[0]
+    return members[0]
 
 
 def _convert_scalar(hint: type, value: Any, path: str) -> Any:

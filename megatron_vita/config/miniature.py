@@ -52,7 +52,8 @@ def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe
         ]
         for datasets in (recipe.data.train, recipe.data.validation)
     )
-    tiny.data.epochs, tiny.data.num_workers = 64, min(recipe.data.num_workers, 1)
+    tiny.data.epochs = 64
+    tiny.data.num_workers = min(recipe.data.num_workers, 1)
     _shrink_training(tiny, world_size=world_size, bf16=bf16)
     tiny.data.plan = recipe.data.plan + SUFFIX
     for place in ("save", "load"):
@@ -81,7 +82,8 @@ def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
         tiny.context_parallel_size != parallel.context_parallel_size
         and tiny.cp_comm_type == "a2a+p2p"
     ):
-        tiny.cp_comm_type, tiny.hierarchical_context_parallel_sizes = "p2p", []
+        tiny.cp_comm_type = "p2p"
+        tiny.hierarchical_context_parallel_sizes = []
     return tiny
 
 
@@ -110,13 +112,16 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
 
 
 def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
-    training, parallel = tiny.training, tiny.parallel
+    training = tiny.training
+    parallel = tiny.parallel
     replicas = world_size // parallel.replica_size
-    training.train_iters, training.log_interval = STEPS, 1
+    training.train_iters = STEPS
+    training.log_interval = 1
     training.global_batch_size = 2 * replicas * parallel.pipeline_model_parallel_size
     training.recompute_num_layers = min(training.recompute_num_layers, 1)
     training.recompute_keep_attention_layers = min(training.recompute_keep_attention_layers, 1)
-    training.eval_interval, training.eval_iters = min(training.eval_interval, STEPS // 2), 1
+    training.eval_interval = min(training.eval_interval, STEPS // 2)
+    training.eval_iters = 1
     training.bf16 = training.bf16 and bf16
     if not training.bf16:
         tiny.optimizer = tiny.optimizer.in_full_precision()

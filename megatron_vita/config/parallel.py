@@ -89,7 +89,8 @@ class ParallelConfig:
         )
 
     def _check_hierarchy(self) -> None:
-        sizes, cp = self.hierarchical_context_parallel_sizes, self.context_parallel_size
+        sizes = self.hierarchical_context_parallel_sizes
+        cp = self.context_parallel_size
         if self.cp_comm_type != "a2a+p2p":
             require(
                 not sizes,
@@ -108,21 +109,23 @@ class ParallelConfig:
         """CP ranks over which Transformer Engine splits heads: 1 but for the a2a schemes."""
         if self.cp_comm_type == "a2a+p2p":
             return self.hierarchical_context_parallel_sizes[0]
-        return self.context_parallel_size if self.cp_comm_type == "a2a" else 1
+        if self.cp_comm_type == "a2a":
+            return self.context_parallel_size
+        return 1
 
     @property
     def virtual_size(self) -> int | None:
         """Chunks of a stage as megatron-core wants it: None where there is one."""
         chunks = self.virtual_pipeline_model_parallel_size
-        return chunks if chunks > 1 else None
+        if chunks > 1:
+            return chunks
+        return None
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
         """Layers of each pipeline stage; ConfigError if they do not divide."""
         stages = self.pipeline_model_parallel_size
-        first, last = (
-            self.num_layers_in_first_pipeline_stage,
-            self.num_layers_in_last_pipeline_stage,
-        )
+        first = self.num_layers_in_first_pipeline_stage
+        last = self.num_layers_in_last_pipeline_stage
         require(
             stages > 1 or not (first or last),
             "parallel.num_layers_in_..._pipeline_stage is set, but there is one stage",
@@ -134,7 +137,8 @@ class ParallelConfig:
             f"parallel.virtual_pipeline_model_parallel_size {chunks} needs several pipeline stages without given "
             f"numbers of layers, and layers ({num_layers}) that divide by stages ({stages}) x chunks",
         )
-        rest, left = stages - len(given), num_layers - sum(given.values())
+        rest = stages - len(given)
+        left = num_layers - sum(given.values())
         require(
             left % rest == 0 and left >= rest if rest else left == 0,
             f"{num_layers} layers do not divide over {stages} pipeline stages"
@@ -146,7 +150,9 @@ class ParallelConfig:
     def tile_ranks(self) -> int:
         """Ranks that share the tiles of a pack."""
         cp = self.context_parallel_size
-        return cp if self.vision_tensor_parallel else self.tensor_model_parallel_size * cp
+        if self.vision_tensor_parallel:
+            return cp
+        return self.tensor_model_parallel_size * cp
 
     @property
     def replica_size(self) -> int:

@@ -49,7 +49,8 @@ class Recipe:
     def check_tensor_parallel(self) -> None:
         """ConfigError unless the ranks of tensor parallelism can share the model's matrices
         evenly: for whoever changes `parallel` of a recipe."""
-        tp, language = self.parallel.tensor_model_parallel_size, self.model.language
+        tp = self.parallel.tensor_model_parallel_size
+        language = self.model.language
         for name in ("num_attention_heads", "ffn_hidden_size"):
             value = getattr(language, name)
             require(
@@ -70,7 +71,8 @@ class Recipe:
         )
 
     def _check_context_parallel(self) -> None:
-        ranks, tp = self.parallel.head_exchange_size, self.parallel.tensor_model_parallel_size
+        ranks = self.parallel.head_exchange_size
+        tp = self.parallel.tensor_model_parallel_size
         if ranks == 1:
             return
         language = self.model.language
@@ -86,7 +88,8 @@ class Recipe:
             )
 
     def _check_backend(self) -> None:
-        name, width = self.parallel.attention_backend, self.model.language.kv_channels
+        name = self.parallel.attention_backend
+        width = self.model.language.kv_channels
         if name not in ("te", "fa4"):
             return
         require(
@@ -103,7 +106,8 @@ class Recipe:
 
     def fa4_obstacle(self) -> str:
         """The field for which attention_backend fa4 cannot be taken; empty if there is none."""
-        width, scheme = self.model.language.kv_channels, self.parallel.cp_comm_type
+        width = self.model.language.kv_channels
+        scheme = self.parallel.cp_comm_type
         if width not in FA4_WIDTHS:
             return (
                 f"model.language.kv_channels is {width}: FlashAttention-4 is known to be right for "
@@ -125,7 +129,8 @@ class Recipe:
             number <= layers,
             f"training.recompute_num_layers is {number}, but no rank has more than {layers} layers at once",
         )
-        kept, recomputed = self.training.recompute_keep_attention_layers, number or layers
+        kept = self.training.recompute_keep_attention_layers
+        recomputed = number or layers
         require(
             kept <= recomputed,
             f"training.recompute_keep_attention_layers is {kept}, but no rank recomputes more than {recomputed} "
@@ -133,13 +138,14 @@ class Recipe:
         )
 
     def _check_sequence(self) -> None:
-        tp, cp = self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
-        alignment, length = self.data.document_alignment, self.data.seq_length
-        chunked, name = (
-            (alignment, "document_alignment")
-            if self.data.isolate_documents
-            else (length, "seq_length")
-        )
+        tp = self.parallel.tensor_model_parallel_size
+        cp = self.parallel.context_parallel_size
+        alignment = self.data.document_alignment
+        length = self.data.seq_length
+        if self.data.isolate_documents:
+            chunked, name = (alignment, "document_alignment")
+        else:
+            chunked, name = (length, "seq_length")
         require(
             cp == 1 or chunked % (2 * cp) == 0,
             f"data.{name} {chunked} is not a multiple of {2 * cp}, twice parallel.context_parallel_size {cp}: "

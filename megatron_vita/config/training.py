@@ -104,7 +104,8 @@ class TrainingConfig:
             )
 
     def _check_profile(self) -> None:
-        first, last = self.profile_step_start, self.profile_step_end
+        first = self.profile_step_start
+        last = self.profile_step_end
         require(
             0 <= first <= last,
             f"training.profile_step_start is {first} and profile_step_end {last}: 0 <= start <= end is needed",
@@ -152,7 +153,8 @@ class TrainingConfig:
 
     def _check_levers(self) -> None:
         """What works on layers that are recomputed one by one."""
-        kept, tokens = self.recompute_keep_attention_layers, self.mlp_chunk_tokens
+        kept = self.recompute_keep_attention_layers
+        tokens = self.mlp_chunk_tokens
         require(
             kept >= -1,
             f"training.recompute_keep_attention_layers is {kept}: a number of layers, or -1 for all",
@@ -182,7 +184,8 @@ class TrainingConfig:
         )
 
     def _check_offload(self, one_by_one: bool) -> None:
-        fraction, most = self.activation_offload_fraction, self.activation_offload_gib
+        fraction = self.activation_offload_fraction
+        most = self.activation_offload_gib
         require(
             0 <= fraction <= 1,
             f"training.activation_offload_fraction is {fraction}: a share between 0 and 1",

@@ -72,7 +72,9 @@ def scalar_as(kind: type, text: PlainScalar) -> Any:
     Numbers are YAML 1.2's; leading zeros, which are octal in YAML 1.1, make no number.
     """
     if kind is str:
-        return None if _NULL.fullmatch(text) else str(text)
+        if _NULL.fullmatch(text):
+            return None
+        return str(text)
     if kind is bool:
         return _BOOLS.get(text.lower())
     if kind is int and _INT.fullmatch(text):
@@ -102,7 +104,9 @@ def resolved(value: Any) -> Any:
     for kind in (int, float):
         if (number := scalar_as(kind, value)) is not None:
             return number
-    return None if _NULL.fullmatch(value) else str(value)
+    if _NULL.fullmatch(value):
+        return None
+    return str(value)
 
 
 class _DuplicateKeyError(Exception):
@@ -129,7 +133,9 @@ class _Loader(yaml.SafeLoader):
     def construct_plain(self, node: yaml.ScalarNode) -> str:
         """A scalar of no known type: its text."""
         text = self.construct_scalar(node)
-        return text if node.style else PlainScalar(text)
+        if node.style:
+            return text
+        return PlainScalar(text)
 
 
 _Loader.yaml_implicit_resolvers = {

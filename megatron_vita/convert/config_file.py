@@ -20,7 +20,8 @@ class Config:
     """A config, or a part of one, and where it comes from."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values, self.where = values, where
+        self.values = values
+        self.where = where
         self._read: set[str] = set()
         self._parts: dict[str, Config] = {}
 
@@ -44,13 +45,17 @@ class Config:
     def read_if_present(cls, folder: Path, name: str) -> "Config":
         """The config of a folder; one without fields where the folder has no file of this name."""
         path = folder / name
-        return cls.read(folder, name) if path.exists() else cls({}, str(path))
+        if path.exists():
+            return cls.read(folder, name)
+        return cls({}, str(path))
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field; `default` where it is missing or null."""
         self._read.add(name)
         value = self.values.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        return value
 
     def need(self, name: str) -> Any:
         """A field that must be there."""
@@ -83,7 +88,8 @@ class Config:
     def named(self, model_type: str) -> "Config":
         """The same fields, of another model type; what is read of it counts as read here."""
         view = Config(self.values | {"model_type": model_type}, self.where)
-        view._read, view._parts = self._read, self._parts
+        view._read = self._read
+        view._parts = self._parts
         return view
 
     def part(self, name: str) -> "Config":

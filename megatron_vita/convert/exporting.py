@@ -112,7 +112,9 @@ def _write_companions(work: Export, folder: Path) -> None:
 def _spare(work: Export) -> SafetensorsSource | None:
     """Tensors that came along with the origin."""
     folder = work.like / sidecar_files.SPARE if work.like is not None else None
-    return SafetensorsSource(folder) if folder is not None and folder.exists() else None
+    if folder is not None and folder.exists():
+        return SafetensorsSource(folder)
+    return None
 
 
 def _write_tensors(work: Export, folder: Path) -> None:
@@ -147,4 +149,6 @@ def read_ours(source: DistSource, transfer: Transfer, rows: Rows = None) -> Tens
     if rows is not None:
         return source.read(transfer.place, rows)
     tensor = source.read(transfer.place)
-    return tensor if tensor.shape == torch.Size(transfer.shape) else tensor[: transfer.shape[0]]
+    if tensor.shape == torch.Size(transfer.shape):
+        return tensor
+    return tensor[: transfer.shape[0]]

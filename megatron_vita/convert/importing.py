@@ -163,7 +163,9 @@ def _media_of(sources: list[Opened]) -> MediaConfig:
     if tower is None:
         return MediaConfig()
     whole = tower.layout.parts == ALL_PARTS
-    return tower.media if whole else MediaConfig(normalization=tower.media.normalization)
+    if whole:
+        return tower.media
+    return MediaConfig(normalization=tower.media.normalization)
 
 
 def assert_complete(

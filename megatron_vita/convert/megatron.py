@@ -61,7 +61,8 @@ def export_megatron(checkpoint: Path, destination: Path) -> None:
     any TP and PP."""
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    source, shapes = DistSource(checkpoint), stored_shapes(recipe.model, parts=CAUSAL.parts)
+    source = DistSource(checkpoint)
+    shapes = stored_shapes(recipe.model, parts=CAUSAL.parts)
     transfers = plan_export(
         gpt_table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
     )

@@ -34,12 +34,16 @@ class Prompts:
     @property
     def entries(self) -> int:
         """Rows that the word embedding must have at least."""
-        return 0 if self.tokenizer is None else self.tokenizer.vocab_size
+        if self.tokenizer is None:
+            return 0
+        return self.tokenizer.vocab_size
 
     @property
     def appended(self) -> Sequence[str]:
         """Special tokens that the folder's own tokenizer lacks, in the order of their ids."""
-        return () if self.tokenizer is None else self.tokenizer.appended
+        if self.tokenizer is None:
+            return ()
+        return self.tokenizer.appended
 
 
 def read_prompts(
@@ -85,7 +89,8 @@ def _text_of(layout: Layout, config: Config, folder: Path) -> TextConfig:
 
 def check_image_token(config: Config, tokenizer: Tokenizer) -> None:
     """CheckpointError unless image_token_id of transformers' InternVL is the tokenizer's."""
-    said, found = config.get("image_token_id"), tokenizer.special_id(CONTEXT)
+    said = config.get("image_token_id")
+    found = tokenizer.special_id(CONTEXT)
     if said is not None and said != found:
         raise config.wrong("image_token_id", f"the tokenizer has {CONTEXT} at {found}")
 
@@ -107,7 +112,8 @@ def append_tokens(folder: Path, tokenizer: Tokenizer, *, names: dict[str, str]) 
         special_tokens=True,
     )
     for name in tokenizer.appended:
-        found, wanted = theirs.convert_tokens_to_ids(name), tokenizer.special_id(name)
+        found = theirs.convert_tokens_to_ids(name)
+        wanted = tokenizer.special_id(name)
         if found != wanted:
             raise CheckpointError(
                 f"{folder}: transformers gives {name} the id {found}, but {wanted} was trained"

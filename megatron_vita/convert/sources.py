@@ -130,7 +130,9 @@ def _media_of(opened: Opened, ignored: Collection[str]) -> MediaConfig:
 def _language_config(config: Config) -> Config:
     """The part that describes the language model, or the whole."""
     parts = [name for name in ("text_config", "llm_config") if config.get(name)]
-    return config.part(parts[0]) if parts else config
+    if parts:
+        return config.part(parts[0])
+    return config
 
 
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:

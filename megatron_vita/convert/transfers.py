@@ -30,7 +30,9 @@ class Transfer:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of this tensor, without the axis of layers."""
-        return self.whole if self.place.layer is None else self.whole[1:]
+        if self.place.layer is None:
+            return self.whole
+        return self.whole[1:]
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +118,8 @@ def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) ->
     for transfer in transfers:
         other = first.setdefault(transfer.place.key, transfer)
         if other.dtype != transfer.dtype:
-            name, like = transfer.rule.theirs[0], other.rule.theirs[0]
+            name = transfer.rule.theirs[0]
+            like = other.rule.theirs[0]
             raise CheckpointError(
                 f"{infos[name].file}: tensor {name} is {_short(transfer.dtype)}, but {like} of another layer is "
                 f"{_short(other.dtype)}: one type is needed"
@@ -131,7 +134,8 @@ def plan_export(
     transfers = []
     for rule in rules:
         place = place_of(rule.ours)
-        found, expected = infos.get(place.key), shapes[place.key]
+        found = infos.get(place.key)
+        expected = shapes[place.key]
         if found is None:
             raise CheckpointError(
                 f"{source}: has no tensor {place.key}, which its recipe calls for"

@@ -88,11 +88,9 @@ def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
     """fp32 logits [t, V] of a text."""
     platform.initialize_process()
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    recipe.parallel, recipe.data, recipe.training.bf16 = (
-        ParallelConfig(),
-        DataConfig(seq_length=PROBE),
-        False,
-    )
+    recipe.parallel = ParallelConfig()
+    recipe.data = DataConfig(seq_length=PROBE)
+    recipe.training.bf16 = False
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe).eval()
     store.load_weights([model], checkpoint)

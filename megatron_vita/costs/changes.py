@@ -45,4 +45,6 @@ def as_overrides(changes: Changes) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)

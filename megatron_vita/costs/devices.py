@@ -44,7 +44,8 @@ class Device:
         if not shorter or not longer:
             _, forward, backward = longer[0] if longer else shorter[-1]
             return forward, backward
-        low, high = shorter[-1], longer[0]
+        low = shorter[-1]
+        high = longer[0]
         share = math.log(length / low[0]) / math.log(high[0] / low[0])
         return (
             low[1] + share * (high[1] - low[1]),
@@ -96,4 +97,6 @@ def find_device(name: str) -> Device | None:
     """The device whose name is part of `name`, such as NVIDIA H200; None if its rates are not
     known."""
     matching = [device for device in DEVICES if device.name.lower() in name.lower()]
-    return matching[0] if matching else None
+    if matching:
+        return matching[0]
+    return None

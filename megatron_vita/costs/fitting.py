@@ -112,7 +112,8 @@ def fit_memory(
     device: whose rates say what is fastest; an H100 if not known.
     """
     search = _Search(recipe, room, data_parallel=data_parallel)
-    load, rates = full_pack(recipe), device or H100
+    load = full_pack(recipe)
+    rates = device or H100
     fitting = list(search.candidates())
     if not fitting:
         return None
@@ -134,7 +135,8 @@ def smallest(recipe: Recipe) -> Recipe:
 def leaner_optimizers(recipe: Recipe) -> list[Recipe]:
     """The recipe with less of the optimizer's state on the device, least last. None of them is
     chosen without being asked for: they round otherwise."""
-    sharded, optimizer = recipe.parallel.use_distributed_optimizer, recipe.optimizer
+    sharded = recipe.parallel.use_distributed_optimizer
+    optimizer = recipe.optimizer
     if not (recipe.training.bf16 and sharded) or optimizer.use_precision_aware_optimizer:
         return []
     return [change(recipe, LEAN), change(recipe, LEANEST)]
@@ -144,7 +146,9 @@ class _Search:
     """Candidates that fit, the best of each kind."""
 
     def __init__(self, recipe: Recipe, room: Room, *, data_parallel: int) -> None:
-        self.recipe, self.room, self.data_parallel = recipe, room, data_parallel
+        self.recipe = recipe
+        self.room = room
+        self.data_parallel = data_parallel
 
     def need(self, candidate: Recipe) -> Need:
         return memory_need(candidate, data_parallel=self.data_parallel)
@@ -210,7 +214,9 @@ class _Search:
         candidate = smallest(self.recipe) if at_least else change(self.recipe, changes)
         need = self.need(candidate)
         alone = device_alone or at_least
-        return need.fits_device(self.room) if alone else need.fits(self.room)
+        if alone:
+            return need.fits_device(self.room)
+        return need.fits(self.room)
 
 
 def _mlp(recipe: Recipe) -> Changes:
@@ -249,8 +255,12 @@ def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
     for chunk in CHUNKS:
         pieces = -(-tokens // chunk)
         if tensors.mlp_working(LayerPlan(kept=plan.kept, pieces=pieces)) <= most:
-            return chunk if pieces > 1 else 0
-    return CHUNKS[-1] if tokens > CHUNKS[-1] else 0
+            if pieces > 1:
+                return chunk
+            return 0
+    if tokens > CHUNKS[-1]:
+        return CHUNKS[-1]
+    return 0
 
 
 def _vision_choices(recipe: Recipe) -> list[Changes]:
@@ -285,4 +295,6 @@ def _first(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
     None if it holds for none."""
     numbers = range(low, high + 1)
     index = bisect.bisect_left(numbers, True, key=holds)
-    return numbers[index] if index < len(numbers) else None
+    if index < len(numbers):
+        return numbers[index]
+    return None

@@ -36,14 +36,16 @@ def tile_flops(model: ModelConfig) -> int:
 
 def projector_flops(model: ModelConfig) -> int:
     """Of the projector for one tile."""
-    vision, language = model.vision, model.language
+    vision = model.vision
+    language = model.language
     hidden = language.hidden_size if model.projector.kind == "internvl" else vision.hidden_size
     return 2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
 
 
 def tower_flops(vision: VisionConfig) -> int:
     """Of the vision tower for one tile."""
-    width, tokens = vision.hidden_size, vision.tokens
+    width = vision.hidden_size
+    tokens = vision.tokens
     linear = 2 * tokens * (4 * width * width + 2 * width * vision.ffn_hidden_size)
     patches = 2 * vision.patches * 3 * vision.patch_size**2 * width
     return vision.num_layers * (linear + tower_attention_flops(vision)) + patches
@@ -114,7 +116,8 @@ def training_flops(
 
     Frozen weights need no gradients of their own (twice), and a frozen tower has no backward.
     """
-    language, training = recipe.model.language, recipe.training
+    language = recipe.model.language
+    training = recipe.training
     segments = lengths if recipe.data.isolate_documents else [sum(lengths)]
     passes = 2 if training.freeze_language_model else 3
     vision = 0

@@ -43,7 +43,8 @@ class HostMemory:
 
 def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> HostMemory:
     """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
-    saves, trained = bool(recipe.checkpoint.save), stage_parameters(recipe, stage).trainable(recipe)
+    saves = bool(recipe.checkpoint.save)
+    trained = stage_parameters(recipe, stage).trainable(recipe)
     buffers = offload_buffers(recipe, stage, data_parallel=data_parallel)
     shards = optimizer_shards(recipe, data_parallel)
     return HostMemory(
@@ -75,7 +76,8 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
 def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
     """Loader processes, and uint8 tiles of the packs ahead, which the first stage's ranks decode:
     (prefetch + 2) x tiles of the rank x 3 S^2."""
-    data, vision = recipe.data, recipe.model.vision
+    data = recipe.data
+    vision = recipe.model.vision
     processes = data.num_workers * LOADER_PROCESS
     if stage > 0 or recipe.model.text_only:
         return processes

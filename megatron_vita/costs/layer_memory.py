@@ -17,7 +17,9 @@ Kept = Literal["everything", "all_but_mlp", "input_and_attention", "input"]
 
 def value_bytes(recipe: Recipe) -> int:
     """Bytes of a weight or an activation."""
-    return 2 if recipe.training.bf16 else 4
+    if recipe.training.bf16:
+        return 2
+    return 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,9 @@ class LayerTensors:
     def mlp_kept(self) -> int:
         """Norm's output, gate and up, their product: hidden + 3 mlp. The MLP's input is counted
         with attention, since the residual stream is the same tensor."""
-        return 2 * self.mlp if self.frozen else self.hidden + 3 * self.mlp
+        if self.frozen:
+            return 2 * self.mlp
+        return self.hidden + 3 * self.mlp
 
     def kept(self, what: Kept) -> int:
         """Bytes that stay until the layer's backward."""
@@ -79,7 +83,9 @@ class LayerTensors:
         if not plan.offload:
             return 0
         kept = self.kept(plan.kept)
-        return kept - self.log_sums if plan.kept == "input_and_attention" else kept
+        if plan.kept == "input_and_attention":
+            return kept - self.log_sums
+        return kept
 
     def working(self, plan: LayerPlan, *, before: LayerPlan | None = None) -> int:
         """Most bytes beside what is kept, while the layer is recomputed and goes backward.
@@ -136,7 +142,9 @@ class LayerTensors:
 
 def layer_tensors(recipe: Recipe) -> LayerTensors:
     """Sizes for a layer of this recipe on one rank."""
-    language, parallel, size = recipe.model.language, recipe.parallel, value_bytes(recipe)
+    language = recipe.model.language
+    parallel = recipe.parallel
+    size = value_bytes(recipe)
     tp = parallel.tensor_model_parallel_size
     tokens = recipe.data.seq_length // parallel.context_parallel_size
     whole = tokens * language.hidden_size * size
@@ -164,7 +172,8 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
 def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
     """The layers that a rank runs one after another, as the recipe recomputes them; `uniform`
     groups are not of this kind."""
-    training, parallel = recipe.training, recipe.parallel
+    training = recipe.training
+    parallel = recipe.parallel
     selective = training.recompute_granularity == "selective"
     otherwise: Kept = "everything"
     if selective and "mlp" in training.recompute_modules:

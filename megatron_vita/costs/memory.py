@@ -99,7 +99,8 @@ class RankMemory:
 
 def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> RankMemory:
     """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
-    parameters, kinds = stage_parameters(recipe, stage), optimizer_bytes(recipe)
+    parameters = stage_parameters(recipe, stage)
+    kinds = optimizer_bytes(recipe)
     trained = parameters.trainable(recipe)
     shards = optimizer_shards(recipe, data_parallel)
     moments = [
@@ -121,7 +122,8 @@ def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
 
 def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> Iterator[Moment]:
     """Points of a step at which memory may be highest."""
-    parallel, tensors = recipe.parallel, layer_tensors(recipe)
+    parallel = recipe.parallel
+    tensors = layer_tensors(recipe)
     parameters = stage_parameters(recipe, stage)
     chunk, working = _chunk_of_layers(recipe, stage, tensors)
     encodes = stage == 0 and not recipe.model.text_only
@@ -156,7 +158,8 @@ def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) 
 
 def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple[int, int]:
     """Bytes that a pack keeps in a chunk of layers, and most that its backward takes beside."""
-    training, parallel = recipe.training, recipe.parallel
+    training = recipe.training
+    parallel = recipe.parallel
     layers = parallel.layers_of_stages(recipe.model.language.num_layers)[stage]
     count = layers // parallel.virtual_pipeline_model_parallel_size
     if training.recompute_granularity == "full" and training.recompute_method == "uniform":
@@ -167,7 +170,8 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
             LayerPlan(kept="input")
         )
     # From the last layer to the first: what later layers kept is gone.
-    working, kept = 0, 0
+    working = 0
+    kept = 0
     plans = plan_layers(recipe, count)
     of_layer = functools.cache(tensors.working)  # most layers are alike
     for i, plan in reversed(list(enumerate(plans))):
@@ -182,8 +186,10 @@ def _output_working(
 ) -> int:
     """Final norm's output and the gradient of the hidden state, the selected rows (their gradients
     take their place), and one chunk of logits with its softmax in place."""
-    language, size = recipe.model.language, value_bytes(recipe)
-    tp, cp = recipe.parallel.tensor_model_parallel_size, recipe.parallel.context_parallel_size
+    language = recipe.model.language
+    size = value_bytes(recipe)
+    tp = recipe.parallel.tensor_model_parallel_size
+    cp = recipe.parallel.context_parallel_size
     columns = -(-language.vocab_size // tp)
     if recipe.model.output.full_logits:
         tokens = recipe.data.seq_length // cp

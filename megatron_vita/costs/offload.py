@@ -10,9 +10,11 @@ from megatron_vita.costs.schedule import most_kept
 def offload_buffers(recipe: Recipe, stage: int, *, data_parallel: int) -> Counter[int]:
     """Most buffers that a rank of pipeline stage `stage` fills at once, by size in bytes: layers'
     inputs, and the outputs of attention of those that keep it."""
-    parallel, language = recipe.parallel, recipe.model.language
+    parallel = recipe.parallel
+    language = recipe.model.language
     rows = recipe.data.seq_length // parallel.context_parallel_size
-    tp, size = parallel.tensor_model_parallel_size, value_bytes(recipe)
+    tp = parallel.tensor_model_parallel_size
+    size = value_bytes(recipe)
     share = rows // tp if parallel.sequence_parallel else rows
     chunks = parallel.virtual_pipeline_model_parallel_size
     layers = parallel.layers_of_stages(language.num_layers)[stage] // chunks

@@ -32,7 +32,8 @@ class OptimizerBytes:
 
 def optimizer_bytes(recipe: Recipe) -> OptimizerBytes:
     """Bytes of a trained parameter under a recipe's optimizer, undivided."""
-    optimizer, bf16 = recipe.optimizer, recipe.training.bf16
+    optimizer = recipe.optimizer
+    bf16 = recipe.training.bf16
     gradient = _BYTES[optimizer.main_grads_dtype]
     if not optimizer.use_precision_aware_optimizer:
         # two moments in fp32, and fp32 weights beside bf16 ones
@@ -69,4 +70,6 @@ def optimizer_shards(recipe: Recipe, data_parallel: int) -> int:
     """Ranks over which a distributed optimizer divides its state."""
     parallel = recipe.parallel
     ranks = data_parallel * parallel.context_parallel_size
-    return ranks if parallel.use_distributed_optimizer else 1
+    if parallel.use_distributed_optimizer:
+        return ranks
+    return 1

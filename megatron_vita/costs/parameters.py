@@ -17,7 +17,8 @@ class LayerShape:
 def language_layer(language: LanguageConfig) -> LayerShape:
     """Of the whole layer; divide `split` by TP. Biases of query, key and value and the norms
     included."""
-    width, heads = language.hidden_size, language.num_attention_heads * language.kv_channels
+    width = language.hidden_size
+    heads = language.num_attention_heads * language.kv_channels
     inner = heads + 2 * language.num_query_groups * language.kv_channels
     attention = inner * width + heads * width + (inner if language.add_qkv_bias else 0)
     norms = 2 * width + (2 * language.kv_channels if language.qk_layernorm else 0)
@@ -27,7 +28,8 @@ def language_layer(language: LanguageConfig) -> LayerShape:
 def vision_tower(vision: VisionConfig) -> LayerShape:
     """Of the whole tower; `split` is what a TP group divides where the tower is split over it,
     heads not padded."""
-    width, ffn = vision.hidden_size, vision.ffn_hidden_size
+    width = vision.hidden_size
+    ffn = vision.ffn_hidden_size
     norm = width * (2 if vision.normalization == "LayerNorm" else 1)
     scales = 2 * width if vision.layer_scale else 0
     split = 4 * width * width + 2 * ffn * width + ffn
@@ -44,7 +46,8 @@ def vision_tower(vision: VisionConfig) -> LayerShape:
 
 def projector(model: ModelConfig) -> int:
     """All of it is on every rank of the first stage."""
-    joined, wide = 4 * model.vision.hidden_size, model.language.hidden_size
+    joined = 4 * model.vision.hidden_size
+    wide = model.language.hidden_size
     biased = model.projector.kind == "internvl"
     hidden = wide if biased else model.vision.hidden_size
     return 2 * joined + joined * hidden + hidden * wide + (hidden + wide if biased else 0)
@@ -86,13 +89,14 @@ class StageParameters:
 
 def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
     """Parameters on one rank of pipeline stage `stage`, as the recipe lays the model out."""
-    model, parallel = recipe.model, recipe.parallel
-    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layer, layers = (
-        language_layer(model.language),
-        parallel.layers_of_stages(model.language.num_layers)[stage],
-    )
-    first, last = stage == 0, stage == stages - 1
+    model = recipe.model
+    parallel = recipe.parallel
+    tp = parallel.tensor_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    layer = language_layer(model.language)
+    layers = parallel.layers_of_stages(model.language.num_layers)[stage]
+    first = stage == 0
+    last = stage == stages - 1
     encodes = first and not model.text_only
     vocabulary = -(-model.language.vocab_size // tp) * model.language.hidden_size
     tied = not model.language.untie_embeddings_and_output_weights
@@ -108,11 +112,13 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
 
 def _vision(recipe: Recipe) -> int:
     """On one rank. Where the tower is split, heads that do not divide are padded."""
-    vision, tp = recipe.model.vision, recipe.parallel.tensor_model_parallel_size
+    vision = recipe.model.vision
+    tp = recipe.parallel.tensor_model_parallel_size
     tower = vision_tower(vision)
     if not recipe.parallel.vision_tensor_parallel:
         return tower.split + tower.whole
-    width, heads = vision.hidden_size, vision.num_attention_heads
+    width = vision.hidden_size
+    heads = vision.num_attention_heads
     mine = -(-heads // tp) * (width // heads)
     attention = (
         4 * width * mine
@@ -135,7 +141,8 @@ def trained_parameters(recipe: Recipe) -> int:
 
 def _whole_parts(model: ModelConfig) -> StageParameters:
     """The whole model as one rank of one stage would hold it."""
-    layer, tower = language_layer(model.language), vision_tower(model.vision)
+    layer = language_layer(model.language)
+    tower = vision_tower(model.vision)
     vocabulary = word_embedding(model.language)
     layers = model.language.num_layers * (layer.split + layer.whole) + model.language.hidden_size
     return StageParameters(

@@ -25,17 +25,23 @@ class Prediction:
     @property
     def seconds(self) -> float | None:
         """Of a step."""
-        return None if self.time is None else self.time.total
+        if self.time is None:
+            return None
+        return self.time.total
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
         """0 where the time is not known."""
-        return self.tokens / self.seconds / self.ranks if self.seconds else 0.0
+        if self.seconds:
+            return self.tokens / self.seconds / self.ranks
+        return 0.0
 
     @property
     def tflops_per_gpu(self) -> float:
         """Model TFLOP/s; 0 where the time is not known."""
-        return self.flops / self.seconds / self.ranks / 1e12 if self.seconds else 0.0
+        if self.seconds:
+            return self.flops / self.seconds / self.ranks / 1e12
+        return 0.0
 
 
 def predict(
@@ -55,7 +61,8 @@ def predict(
     stages = range(recipe.parallel.pipeline_model_parallel_size)
     devices = [rank_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
     hosts = [host_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
-    known, packs = find_device(device), recipe.training.global_batch_size
+    known = find_device(device)
+    packs = recipe.training.global_batch_size
     time = None
     if known is not None:
         time = step_time(

@@ -13,16 +13,15 @@ def most_kept(recipe: Recipe, stage: int, *, data_parallel: int, chunks: Sequenc
     megatron-core): a warm-up of forwards, then one forward and one backward in turns.
     """
     parallel = recipe.parallel
-    stages, packs = (
-        parallel.pipeline_model_parallel_size,
-        recipe.training.global_batch_size // data_parallel,
-    )
+    stages = parallel.pipeline_model_parallel_size
+    packs = recipe.training.global_batch_size // data_parallel
     forwards = _order(packs, chunks=len(chunks), group=stages)
     backwards = [len(chunks) - 1 - chunk for chunk in forwards]
     warm_up = stages - stage - 1
     if len(chunks) > 1:
         warm_up = 2 * warm_up + (len(chunks) - 1) * stages
-    kept, most = 0, 0
+    kept = 0
+    most = 0
     for i, chunk in enumerate(forwards):
         kept += chunks[chunk]
         most = max(most, kept)

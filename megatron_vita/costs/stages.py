@@ -36,9 +36,11 @@ def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[in
     """Layers of the first and of the last pipeline stage that make the slowest stage fastest; those
     of now if none is better. At least 2 stages.
     """
-    total, stages = recipe.model.language.num_layers, recipe.parallel.pipeline_model_parallel_size
+    total = recipe.model.language.num_layers
+    stages = recipe.parallel.pipeline_model_parallel_size
     now = recipe.parallel.layers_of_stages(total)
-    best, ends = max(_loads(recipe, load, lengths=lengths, counts=now)), (now[0], now[-1])
+    best = max(_loads(recipe, load, lengths=lengths, counts=now))
+    ends = (now[0], now[-1])
     for first in range(1, total):
         for last in range(1, total - first + 1):
             between = total - first - last
@@ -53,5 +55,6 @@ def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[in
             ]
             slowest = max(_loads(recipe, load, lengths=lengths, counts=counts))
             if slowest < best:
-                best, ends = slowest, (first, last)
+                best = slowest
+                ends = (first, last)
     return ends

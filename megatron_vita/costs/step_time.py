@@ -97,13 +97,15 @@ class _Stage:
     """Work of one rank of a pipeline stage for one pack."""
 
     def __init__(self, recipe: Recipe, stage: int, load: PackLoad, machine: _Machine) -> None:
-        self.recipe, self.stage, self.load, self.machine = recipe, stage, load, machine
+        self.recipe = recipe
+        self.stage = stage
+        self.load = load
+        self.machine = machine
         parallel = recipe.parallel
-        self.tp, self.cp = (
-            parallel.tensor_model_parallel_size,
-            parallel.context_parallel_size,
-        )
-        self.tensors, self.layer = layer_tensors(recipe), language_layer(recipe.model.language)
+        self.tp = parallel.tensor_model_parallel_size
+        self.cp = parallel.context_parallel_size
+        self.tensors = layer_tensors(recipe)
+        self.layer = language_layer(recipe.model.language)
         count = parallel.layers_of_stages(recipe.model.language.num_layers)[stage]
         chunks = parallel.virtual_pipeline_model_parallel_size
         self.plans = plan_layers(recipe, count // chunks) * chunks
@@ -162,13 +164,15 @@ class _Stage:
         2 x heads x d FLOPs for each square of a document's length (causal), at the rate of that
         length, which a ring cuts by CP.
         """
-        language, parallel = self.recipe.model.language, self.recipe.parallel
+        language = self.recipe.model.language
+        parallel = self.recipe.parallel
         backend = "fa4" if parallel.attention_backend == "fa4" else "te"
         ring = parallel.cp_comm_type == "p2p" and backend == "te"
         lengths = list(self.load.lengths) or [self.recipe.data.seq_length]
         if not self.recipe.data.isolate_documents:
             lengths = [sum(lengths)]
-        once, back = 0.0, 0.0
+        once = 0.0
+        back = 0.0
         for length, number in zip(*np.unique(lengths, return_counts=True), strict=True):
             forward, backward = self.machine.device.attention_rates(
                 backend, int(length) // (self.cp if ring else 1)
@@ -186,7 +190,8 @@ class _Stage:
         if not seconds:
             return 0.0
         forward, backward = self._attention_passes
-        tokens, rate = self.recipe.data.seq_length // self.cp, self.machine.matmul
+        tokens = self.recipe.data.seq_length // self.cp
+        rate = self.machine.matmul
         linear = 2 * tokens * self.layer.split / self.tp / rate
         return max(0.0, seconds - forward - linear) + max(0.0, seconds - backward)
 
@@ -212,7 +217,8 @@ class _Stage:
 
         A ring sends keys beside attention.
         """
-        t, machine = self.tensors, self.machine
+        t = self.tensors
+        machine = self.machine
         around, attention, inside = self._repeats(plan)
         whole = t.gathered or t.hidden
         received = whole * (self.tp - 1) / self.tp
@@ -239,10 +245,12 @@ class _Stage:
         """Tower and projector on the rank with the most tiles: matrix products, attention, and 36
         passes over a layer's residual stream (66 ms forward and 211 ms backward were measured for 38
         tiles)."""
-        recipe, device = self.recipe, self.machine.device
+        recipe = self.recipe
+        device = self.machine.device
         if self.stage > 0 or recipe.model.text_only:
             return 0.0
-        vision, training = recipe.model.vision, recipe.training
+        vision = recipe.model.vision
+        training = recipe.training
         tiles = tiles_of_rank(recipe, self.load.tiles)
         split = self.tp if recipe.parallel.vision_tensor_parallel else 1
         attention = vision.num_layers * tower_attention_flops(vision) / split
@@ -274,10 +282,12 @@ def _optimizer(recipe: Recipe, stage: int, machine: _Machine, *, data_parallel: 
 
     What is updated on the host is copied there and back, and read and written at the host's rate.
     """
-    parallel, kinds = recipe.parallel, optimizer_bytes(recipe)
+    parallel = recipe.parallel
+    kinds = optimizer_bytes(recipe)
     trained = stage_parameters(recipe, stage).trainable(recipe)
     shards = optimizer_shards(recipe, data_parallel)
-    weight, device = value_bytes(recipe), machine.device
+    weight = value_bytes(recipe)
+    device = machine.device
     adam = 2 * kinds.state + kinds.gradient + weight
     seconds = trained * (adam / shards + 4 * kinds.gradient) / device.bandwidth
     if kinds.host:

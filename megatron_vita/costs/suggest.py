@@ -145,7 +145,8 @@ def _valid_layouts(
 
 def _layouts(recipe: Recipe, world_size: int, ranks_per_node: int) -> Iterator[Changes]:
     """TP inside a node, CP and PP, all powers of two."""
-    parallel, layers = recipe.parallel, recipe.model.language.num_layers
+    parallel = recipe.parallel
+    layers = recipe.model.language.num_layers
     sizes = [1 << i for i in range(world_size.bit_length())]
     for tp, cp, pp in itertools.product(sizes, sizes, sizes):
         if world_size % (tp * cp * pp) or tp > ranks_per_node or pp > layers:

@@ -32,7 +32,8 @@ def describe_suggestions(
 
 
 def _row(suggestion: Suggestion, world_size: int) -> tuple[str, ...]:
-    parallel, prediction = suggestion.recipe.parallel, suggestion.prediction
+    parallel = suggestion.recipe.parallel
+    prediction = suggestion.prediction
     levers = {
         name.partition(".")[2]: value
         for name, value in differences(Recipe(), suggestion.recipe, (*LEVERS, *LEANEST)).items()

@@ -32,7 +32,8 @@ def vision_working(recipe: Recipe, tiles: int) -> int:
     # gradients of the stream, of the scaled branch and of both sides of the MLP; in a forward
     # without backward: the stream, the norm's output and both sides of the MLP
     values = 2 * vision.hidden_size + 2 * vision.ffn_hidden_size // _split(recipe)
-    recomputed, sums = 0, 0
+    recomputed = 0
+    sums = 0
     if _from_pixels(recipe):
         recomputed = _kept_of_tile(recipe, layer=_layer_kept(recipe))
         if at_once < tiles_of_rank(recipe, tiles):
@@ -51,7 +52,8 @@ def _from_pixels(recipe: Recipe) -> bool:
 
 def _trained(recipe: Recipe) -> int:
     """Parameters of tower and projector that are trained, on one rank."""
-    parameters, training = stage_parameters(recipe, 0), recipe.training
+    parameters = stage_parameters(recipe, 0)
+    training = recipe.training
     tower = 0 if training.freeze_vision_model else parameters.vision
     return tower + (0 if training.freeze_projector else parameters.projector)
 
@@ -90,4 +92,6 @@ def _layer_kept(recipe: Recipe) -> int:
 def _split(recipe: Recipe) -> int:
     """Ranks that share the inner width of the tower's layers."""
     parallel = recipe.parallel
-    return parallel.tensor_model_parallel_size if parallel.vision_tensor_parallel else 1
+    if parallel.vision_tensor_parallel:
+        return parallel.tensor_model_parallel_size
+    return 1

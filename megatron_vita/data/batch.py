@@ -61,11 +61,14 @@ def mask_documents(
     """The batch with some documents blank: pad tokens without loss, black tiles. The same on all
     ranks of a replica, whatever each has read of them.
     """
-    input_ids, labels = batch.input_ids.clone(), batch.labels.clone()
-    placements, tiles = batch.placements.clone(), batch.tiles
+    input_ids = batch.input_ids.clone()
+    labels = batch.labels.clone()
+    placements = batch.placements.clone()
+    tiles = batch.tiles
     for document in documents:
         start, stop = batch.document_starts[document : document + 2].tolist()
-        input_ids[start:stop], labels[start:stop] = pad_id, NO_LOSS
+        input_ids[start:stop] = pad_id
+        labels[start:stop] = NO_LOSS
         first, last = torch.searchsorted(batch.placements, torch.tensor([start, stop])).tolist()
         placements[first:last] = start + torch.from_numpy(
             blank_placements(last - first, rows_per_tile)
@@ -100,11 +103,9 @@ def collate(
     weights = np.ones(seq_length, dtype=np.float32)
     for start, document in zip(starts, documents, strict=False):
         here = slice(start, start + len(document))
-        input_ids[here], labels[here], weights[here] = (
-            document.input_ids,
-            document.labels,
-            document.weight,
-        )
+        input_ids[here] = document.input_ids
+        labels[here] = document.labels
+        weights[here] = document.weight
     placements = [
         start + document.placements for start, document in zip(starts, documents, strict=False)
     ]

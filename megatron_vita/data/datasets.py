@@ -92,11 +92,10 @@ def document_format(
 ) -> DocumentFormat:
     """What a recipe says about turning samples into documents; those of `dataset`, which may have
     limits of its own."""
-    own = (
-        {}
-        if dataset is None
-        else {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
-    )
+    if dataset is None:
+        own = {}
+    else:
+        own = {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
     return DocumentFormat(
         chat=ChatFormat(tokenizer, recipe.text),
         media=dataclasses.replace(recipe.media, **own),
@@ -152,7 +151,9 @@ def plan_stamp(
     recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: Sequence[Source]
 ) -> dict[str, Any]:
     """Every input that a split's plan is a function of, by the recipe's own field names."""
-    data, media, vision = recipe.data, recipe.media, recipe.model.vision
+    data = recipe.data
+    media = recipe.media
+    vision = recipe.model.vision
     text = text_stamp(ChatFormat(tokenizer, recipe.text))
     stamp = {
         "format_version": FORMAT_VERSION,

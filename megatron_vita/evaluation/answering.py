@@ -66,7 +66,9 @@ def _reply(answer: Answer) -> Reply:
     not begin."""
     if answer.finish == "model_error":
         raise LogitsError(answer.error)
-    return Reply(error=answer.error) if answer.finish == "error" else Reply(text=answer.text)
+    if answer.finish == "error":
+        return Reply(error=answer.error)
+    return Reply(text=answer.text)
 
 
 class ServerAnswerer:

@@ -72,7 +72,9 @@ def choice_letter(text: str) -> str | None:
     if first := _LETTER_FIRST.match(text):
         return first[1] or first[2]
     named = {match[match.lastindex or 0].upper() for match in _LETTER_NAMED.finditer(text)}
-    return named.pop() if len(named) == 1 else None
+    if len(named) == 1:
+        return named.pop()
+    return None
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {

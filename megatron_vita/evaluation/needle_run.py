@@ -141,10 +141,8 @@ def _share(rows: Sequence[Row], pages: int, depth: float) -> float:
 
 def _label(length: Row) -> str:
     """A length in words: 512, 32K, 1M tokens (of 1024), and the pages."""
-    tokens, pages = (
-        length["tokens"],
-        f"{length['pages']:,} pages" if length["pages"] > 1 else "1 page",
-    )
+    tokens = length["tokens"]
+    pages = f"{length['pages']:,} pages" if length["pages"] > 1 else "1 page"
     if tokens is None:
         return pages
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):

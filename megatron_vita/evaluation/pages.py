@@ -91,7 +91,9 @@ class Book:
 
     def page(self, number: int, replaced: Mapping[int, str]) -> bytes:
         """Page `number` as PNG, with some lines replaced: line of the page -> text."""
-        return self._draw(number, replaced) if replaced else self._plain(number)
+        if replaced:
+            return self._draw(number, replaced)
+        return self._plain(number)
 
     def _draw(self, number: int, replaced: Mapping[int, str] | None = None) -> bytes:
         first = number * self.style.lines

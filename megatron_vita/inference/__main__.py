@@ -111,7 +111,10 @@ def ask(
     if question is None:
         converse(stream, conversation, _lines())
         return 0
-    return 0 if answer(stream, conversation, question) else 130  # as of a program that SIGINT ends
+    # as of a program that SIGINT ends
+    if answer(stream, conversation, question):
+        return 0
+    return 130
 
 
 def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -> None:
@@ -137,7 +140,9 @@ def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -
 def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
     """Shows the answer as it comes, and keeps it. False if Ctrl-C stopped it: then what was said by
     then is kept."""
-    prompt, pieces, finished = conversation.ask(question), list[TextPiece](), True
+    prompt = conversation.ask(question)
+    pieces = list[TextPiece]()
+    finished = True
     several = False
     try:
         for piece in stream(prompt):

@@ -136,7 +136,8 @@ def prepare_prompt(
         "video": shown,
     }
     document = assemble_document(turns, key="prompt", media=media, form=form)
-    images, videos = iter(prompt.images), iter(prompt.videos)
+    images = iter(prompt.images)
+    videos = iter(prompt.videos)
     files = [next(videos if medium.grid is None else images) for medium in document.media]
     return PreparedPrompt(
         document=document,

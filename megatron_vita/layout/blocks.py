@@ -52,7 +52,8 @@ class BlockLayout:
         A slot is block * page_tokens + row of the page; `blocks` are the numbers of the sequence's
         blocks.
         """
-        block, rest = positions // self.block_tokens, positions % self.block_tokens
+        block = positions // self.block_tokens
+        rest = positions % self.block_tokens
         here = rest // self.page_tokens == self.cp_rank
         return here, blocks[block[here]] * self.page_tokens + rest[here] % self.page_tokens
 

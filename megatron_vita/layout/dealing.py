@@ -18,7 +18,8 @@ def deal_tiles(frames: Tensor, ranks: int) -> list[Tensor]:
     media whole where possible: at most `ranks - 1` images and `ranks - 1` videos of a pack are
     opened by two ranks.
     """
-    of_images, of_videos = (~frames).nonzero().squeeze(1), frames.nonzero().squeeze(1)
+    of_images = (~frames).nonzero().squeeze(1)
+    of_videos = frames.nonzero().squeeze(1)
     images = _split(len(of_images), [len(of_images) // ranks] * ranks, order=range(ranks))
     fewest_first = sorted(range(ranks), key=lambda rank: images[rank])
     videos = _split(len(of_videos), [len(of_videos) // ranks] * ranks, order=fewest_first)
@@ -60,7 +61,8 @@ def _lower_the_dearest(hands: list[list[int]], sums: np.ndarray, cost: np.ndarra
     """Exchanges one pack of the dearest replica so that the dearer of the two becomes as cheap as
     can be."""
     dearest = int(np.argmax(sums))
-    best, exchange = sums[dearest] * (1 - 1e-9), None
+    best = sums[dearest] * (1 - 1e-9)
+    exchange = None
     for other in range(len(hands)):
         if other == dearest:
             continue
@@ -68,12 +70,15 @@ def _lower_the_dearest(hands: list[list[int]], sums: np.ndarray, cost: np.ndarra
         result = np.maximum(sums[dearest] - gain, sums[other] + gain)
         mine, theirs = divmod(int(np.argmin(result)), result.shape[1])
         if result[mine, theirs] < best:
-            best, exchange = result[mine, theirs], (other, mine, theirs)
+            best = result[mine, theirs]
+            exchange = (other, mine, theirs)
     if exchange is None:
         return False
     other, mine, theirs = exchange
-    given, taken = hands[dearest][mine], hands[other][theirs]
-    hands[dearest][mine], hands[other][theirs] = taken, given
+    given = hands[dearest][mine]
+    taken = hands[other][theirs]
+    hands[dearest][mine] = taken
+    hands[other][theirs] = given
     sums[dearest] += cost[taken] - cost[given]
     sums[other] += cost[given] - cost[taken]
     return True

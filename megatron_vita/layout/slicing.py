@@ -32,16 +32,16 @@ class RankLayout:
     def tile_ranks(self) -> int:
         """Ranks that share the tiles of a pack: TP x CP, TP fastest; CP alone where TP ranks encode
         together."""
-        return self.cp_size if self.vision_tensor_parallel else self.tp_size * self.cp_size
+        if self.vision_tensor_parallel:
+            return self.cp_size
+        return self.tp_size * self.cp_size
 
     @property
     def tile_rank(self) -> int:
         """This rank among them."""
-        return (
-            self.cp_rank
-            if self.vision_tensor_parallel
-            else self.cp_rank * self.tp_size + self.tp_rank
-        )
+        if self.vision_tensor_parallel:
+            return self.cp_rank
+        return self.cp_rank * self.tp_size + self.tp_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,8 @@ def route_features(
     """
     destination, share_row = _holders(owner, layout)
     position = placements[:, None] + torch.arange(rows_per_tile)  # [N, rows_per_tile]
-    destination, share_row = destination[position], share_row[position]
+    destination = destination[position]
+    share_row = share_row[position]
     mine = destination[hands[layout.tile_rank]].flatten()
     order = torch.argsort(mine, stable=True)
     arriving = [share_row[hand][destination[hand] == layout.tile_rank] for hand in hands]

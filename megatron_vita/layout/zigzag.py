@@ -70,7 +70,8 @@ def rank_chunks(cu_seqlens: Tensor, *, cp_size: int, cp_rank: int) -> RankChunks
     """
     bounds = cu_seqlens.to(torch.int64)
     lengths = bounds.diff()
-    starts, lengths = bounds[:-1][lengths > 0], lengths[lengths > 0]
+    starts = bounds[:-1][lengths > 0]
+    lengths = lengths[lengths > 0]
     chunks = (lengths // (2 * cp_size)).repeat_interleave(2)
     ends = torch.tensor([cp_rank + 1, 2 * cp_size - cp_rank])  # in chunks
     key_lengths = chunks * ends.repeat(len(lengths))

@@ -104,7 +104,8 @@ class Clip:
         after `beyond`."""
         if not self._has_index or self.counts:
             return False
-        stamp, entries = int((moment + TOLERANCE) / self._unit), self._stream.index_entries
+        stamp = int((moment + TOLERANCE) / self._unit)
+        entries = self._stream.index_entries
         place = entries.search_timestamp(stamp, backward=True)
         if place < 0 or entries[place].timestamp * self._unit <= beyond:
             return False
@@ -119,11 +120,15 @@ class Clip:
 
     def time_of(self, frame: av.VideoFrame) -> float | None:
         """When a decoded frame is shown; None if it must be told by counting."""
-        return None if self.counts or frame.pts is None else frame.pts * self._unit
+        if self.counts or frame.pts is None:
+            return None
+        return frame.pts * self._unit
 
     def _time(self, packet: av.Packet, place: int) -> float:
         stamp = packet.dts if packet.pts is None else packet.pts
-        return place / (self.rate or 25) if self._timeless or stamp is None else stamp * self._unit
+        if self._timeless or stamp is None:
+            return place / (self.rate or 25)
+        return stamp * self._unit
 
     def _demux(self) -> Iterator[av.Packet]:
         try:
@@ -167,4 +172,6 @@ def _can_be_shown(stream: av.VideoStream) -> bool:
 
 def _kind(stream: Stream) -> str:
     is_attached = stream.disposition & Disposition.attached_pic
-    return "attached picture" if is_attached else stream.type
+    if is_attached:
+        return "attached picture"
+    return stream.type

@@ -86,7 +86,8 @@ def _of_integers(samples: np.ndarray, white: int) -> np.ndarray:
 
 
 def _of_floats(samples: np.ndarray) -> np.ndarray:
-    low, high = float(samples.min()), float(samples.max())
+    low = float(samples.min())
+    high = float(samples.max())
     if not (low >= 0 and high <= 1):  # also where one is no number
         raise DataError(
             f"its floating point values go from {low:g} to {high:g}: 0 (black) to 1 (white) "

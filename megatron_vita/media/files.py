@@ -18,7 +18,9 @@ def opened(file: File) -> IO[bytes]:
 
 def num_bytes(file: File) -> int:
     """Its length."""
-    return len(file) if isinstance(file, bytes) else file.seek(0, io.SEEK_END)
+    if isinstance(file, bytes):
+        return len(file)
+    return file.seek(0, io.SEEK_END)
 
 
 _HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")

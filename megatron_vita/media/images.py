@@ -34,7 +34,9 @@ class Pixels(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Width and height as it is seen."""
         height, width = self.stored.shape[:2]
-        return (height, width) if self.orientation >= 5 else (width, height)
+        if self.orientation >= 5:
+            return (height, width)
+        return (width, height)
 
 
 def read_pixels(data: bytes, name: str) -> Pixels:
@@ -68,7 +70,9 @@ def open_image(data: bytes, name: str) -> Image.Image:
 def upright(pixels: Pixels) -> Image.Image:
     """The image as it is seen."""
     image = Image.fromarray(pixels.stored)
-    return image.transpose(UPRIGHT[pixels.orientation]) if pixels.orientation in UPRIGHT else image
+    if pixels.orientation in UPRIGHT:
+        return image.transpose(UPRIGHT[pixels.orientation])
+    return image
 
 
 def image_size(data: bytes, name: str, *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
@@ -80,7 +84,9 @@ def image_size(data: bytes, name: str, *, formats: Sequence[str] = FORMATS) -> t
     try:
         with _opened(data, formats) as image:
             width, height = image.size
-            return (height, width) if exif_orientation(image, data) >= 5 else (width, height)
+            if exif_orientation(image, data) >= 5:
+                return (height, width)
+            return (width, height)
     except Exception as error:  # as above
         raise _unreadable(name, data, error, formats) from error
 

@@ -46,7 +46,9 @@ def exif_orientation(image: Image.Image, data: bytes) -> int:
             return orientation
         if image.format in ("JPEG", "MPO"):
             return _of_later_segments(image)
-        return _of_chunks_behind_pixels(data) if image.format == "PNG" else 1
+        if image.format == "PNG":
+            return _of_chunks_behind_pixels(data)
+        return 1
     except Exception:  # damaged EXIF does not make the pixels worthless
         return 1
 
@@ -59,7 +61,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _known(exif: Image.Exif) -> int:
     orientation = exif.get(ExifTags.Base.Orientation, 0)
-    return orientation if orientation == 1 or orientation in UPRIGHT else 0
+    if orientation == 1 or orientation in UPRIGHT:
+        return orientation
+    return 0
 
 
 def _of_later_segments(image: Image.Image) -> int:
@@ -89,7 +93,8 @@ def _of_chunks_behind_pixels(data: bytes) -> int:
 def _late_metadata(data: bytes) -> list[bytes]:
     """The chunks of metadata behind the first pixels of a PNG."""
     chunks = []
-    place, is_late = _PNG_HEAD, False
+    place = _PNG_HEAD
+    is_late = False
     while place + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
         is_late = is_late or kind == b"IDAT"
@@ -118,17 +123,27 @@ def frame_orientation(frame: av.VideoFrame) -> int:
         return 1
     angle = round(math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c)))) % 360
     if angle == 0:
-        return 4 if d < 0 else 1
+        if d < 0:
+            return 4
+        return 1
     if angle == 90:
-        return 5 if c > 0 else 6
+        if c > 0:
+            return 5
+        return 6
     if angle == 180:
         return _flipped(sideways=a < 0, upside_down=d < 0)
     if angle == 270:
-        return 7 if c < 0 else 8
+        if c < 0:
+            return 7
+        return 8
     raise DataError(f"its display matrix turns by {angle} degrees: a multiple of 90 is needed")
 
 
 def _flipped(*, sideways: bool, upside_down: bool) -> int:
     if sideways:
-        return 3 if upside_down else 2
-    return 4 if upside_down else 1
+        if upside_down:
+            return 3
+        return 2
+    if upside_down:
+        return 4
+    return 1

@@ -75,7 +75,8 @@ class Picker:
 
     def stands_in(self, place: int) -> bool:
         """Whether what was taken for a moment stands for a frame that cannot be decoded."""
-        time, moment = self._picked[place].time, self._moments[place] + TOLERANCE
+        time = self._picked[place].time
+        moment = self._moments[place] + TOLERANCE
         if self._picked[place].is_exact:
             return False
         if self._clip.counts:  # the times of packets are not those of their frames
@@ -129,10 +130,13 @@ class Picker:
         """Decodes a packet on the way to moment `place`."""
         if self._broken:
             self._clip.codec.flush_buffers()
-            self._broken, self._start = False, coded.time
-            self._first, self._shown = bisect.bisect_left(self._times, coded.time), 0
+            self._broken = False
+            self._start = coded.time
+            self._first = bisect.bisect_left(self._times, coded.time)
+            self._shown = 0
             if self._clip.counts:
-                self._start_place, self._ahead = coded.packet.pts or 0, []
+                self._start_place = coded.packet.pts or 0
+                self._ahead = []
         if self._skip:
             self._read_past(coded.time)
             self._clip.codec.skip_frame = "DEFAULT" if self._is_wanted(coded.time) else "NONREF"
@@ -195,11 +199,9 @@ class Picker:
 
     def _target(self, moment: float) -> float:
         """Time of the frame shown at `moment`, if it has been read past."""
-        return (
-            self._times[max(bisect.bisect_right(self._times, moment + TOLERANCE) - 1, 0)]
-            if self._times
-            else moment
-        )
+        if self._times:
+            return self._times[max(bisect.bisect_right(self._times, moment + TOLERANCE) - 1, 0)]
+        return moment
 
     def _is_wanted(self, time: float) -> bool:
         """Whether the frame of this time is shown at any moment."""

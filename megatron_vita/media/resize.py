@@ -43,7 +43,8 @@ def letterboxed(pixels: Pixels, size: Size, color: Color) -> np.ndarray:
     width, height = fitting_size(pixels.size, size)
     canvas = np.empty((3, size[1], size[0]), dtype=np.uint8)
     canvas[:] = np.array(color, dtype=np.uint8)[:, None, None]
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    left = (size[0] - width) // 2
+    top = (size[1] - height) // 2
     canvas[:, top : top + height, left : left + width] = squashed(pixels, (width, height))
     return canvas
 
@@ -51,7 +52,8 @@ def letterboxed(pixels: Pixels, size: Size, color: Color) -> np.ndarray:
 def fitting_size(size: Size, box: Size) -> Size:
     """The largest size within `box` of `size`'s aspect ratio, rounded up (as by Hugging Face's
     LLaVA-NeXT)."""
-    wide, high = box[0] / size[0], box[1] / size[1]
+    wide = box[0] / size[0]
+    high = box[1] / size[1]
     if wide < high:
         return box[0], min(math.ceil(size[1] * wide), box[1])
     return min(math.ceil(size[0] * high), box[0]), box[1]

@@ -73,13 +73,16 @@ def _nearest_grid(size: Size, tiling: Tiling) -> Grid:
     processor for InternVL.
     """
     width, height = size
-    aspect, cell = width / height, tiling.tile_size**2
-    best, best_distance = tiling.grids[0], float("inf")
+    aspect = width / height
+    cell = tiling.tile_size**2
+    best = tiling.grids[0]
+    best_distance = float("inf")
     for grid in tiling.grids:
         distance = abs(aspect - grid.cols / grid.rows)
         half_full = width * height > 0.5 * cell * grid.cols * grid.rows
         if distance < best_distance or (distance == best_distance and half_full):
-            best, best_distance = grid, distance
+            best = grid
+            best_distance = distance
     return best
 
 
@@ -93,7 +96,8 @@ def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
     width, height = size
 
     def merit(grid: Grid) -> tuple[int, int]:
-        wide, high = grid.cols * tiling.tile_size, grid.rows * tiling.tile_size
+        wide = grid.cols * tiling.tile_size
+        high = grid.rows * tiling.tile_size
         scale = min(wide / width, high / height)
         shown = min(max(1, int(width * scale)) * max(1, int(height * scale)), width * height)
         return shown, shown - wide * high
@@ -105,7 +109,9 @@ def num_tiles(grid: tuple[int, int]) -> int:
     """Tiles that an image cut into `grid` yields: one for each cell, and a thumbnail if there is
     more than one cell."""
     cells = grid[0] * grid[1]
-    return cells + 1 if cells > 1 else 1
+    if cells > 1:
+        return cells + 1
+    return 1
 
 
 def cut_tiles(pixels: Pixels, grid: Grid, *, tiling: Tiling, tiles: range, out: np.ndarray) -> None:

@@ -54,14 +54,16 @@ def probe_video(data: File, name: str) -> VideoInfo:
         archive = _MeasuredArchive(data, name)
         return VideoInfo(len(archive) / archive.fps, archive.fps, len(archive), archive.size())
     with open_clip(data, name) as clip:
-        last, frames = clip.read(), 0
+        last = clip.read()
+        frames = 0
         assert last is not None, "a clip has a packet"
         packets = itertools.chain([last], iter(clip.read, None))
         for coded in packets:
             frames += coded.is_shown
             if coded.is_shown and (coded.time > last.time or frames == 1):
                 last = coded
-        duration, frames = last.time - clip.origin + clip.duration_of(last), max(frames, 1)
+        duration = last.time - clip.origin + clip.duration_of(last)
+        frames = max(frames, 1)
         size = (clip.codec.width, clip.codec.height)
         return VideoInfo(duration, frames / duration if duration else clip.rate, frames, size)
 
@@ -178,9 +180,10 @@ class _Tiles:
         self, times: Sequence[float], tile_size: int, color: Color | None, out: np.ndarray | None
     ) -> None:
         self.times = times
-        self.out = (
-            np.empty((len(times), 3, tile_size, tile_size), dtype=np.uint8) if out is None else out
-        )
+        if out is None:
+            self.out = np.empty((len(times), 3, tile_size, tile_size), dtype=np.uint8)
+        else:
+            self.out = out
         self._box = (tile_size, tile_size)
         self._color = color
 

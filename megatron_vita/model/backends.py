@@ -110,7 +110,8 @@ class TransformerEngineBackend:
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
         """One tensor as padded and unpadded bounds; angles of the longest document, which each
         document restarts."""
-        longest, device = int(cu_seqlens.diff().max()), inverse_frequencies.device
+        longest = int(cu_seqlens.diff().max())
+        device = inverse_frequencies.device
         packed = PackedSeqParams(**_thd(cu_seqlens, device))
         return packed, rotary_angles(torch.arange(longest, device=device), inverse_frequencies)
 
@@ -153,7 +154,8 @@ class FlashBackend:
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
         """Documents for rotary positions, this rank's sequences for the kernel; angles as Transformer
         Engine takes them."""
-        longest, device = int(cu_seqlens.diff().max()), inverse_frequencies.device
+        longest = int(cu_seqlens.diff().max())
+        device = inverse_frequencies.device
         group = groups.context_group() if groups.rank_layout().cp_size > 1 else None
         bounds, gathered_keys = sequences_of_rank(cu_seqlens, group=group, device=device)
         packed = PackedSequences(
@@ -213,7 +215,9 @@ def _missing_for(name: str, recipe: Recipe) -> str:
         return "CUDA is not present"
     if not platform.has_transformer_engine():
         return "Transformer Engine is not installed (requirements-gpu.txt)"
-    return _missing_for_fa4(recipe) if name == "fa4" else ""
+    if name == "fa4":
+        return _missing_for_fa4(recipe)
+    return ""
 
 
 def _missing_for_fa4(recipe: Recipe) -> str:
@@ -226,7 +230,8 @@ def _missing_for_fa4(recipe: Recipe) -> str:
 
 def _attention_shape(recipe: Recipe) -> dict[str, Any]:
     """Heads of a rank, as the checks of kernels take them."""
-    language, tp = recipe.model.language, recipe.parallel.tensor_model_parallel_size
+    language = recipe.model.language
+    tp = recipe.parallel.tensor_model_parallel_size
     return {
         "heads": language.num_attention_heads // tp,
         "query_groups": language.query_groups_of_rank(tp),

@@ -43,7 +43,8 @@ def _in_our_words(error: Exception) -> str:
 
 
 def _transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
-    shape, parallel = recipe.model.language, recipe.parallel
+    shape = recipe.model.language
+    parallel = recipe.parallel
     dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
     attention_factor = shape.rope_scaling.attention_factor
     config = TransformerConfig(
@@ -160,7 +161,9 @@ def _build_chunk(
     model.initialize_vision(recipe.training.seed)
     model.to(platform.device())
     model.initialize_language(recipe.training.seed)
-    return model.bfloat16() if recipe.training.bf16 else model
+    if recipe.training.bf16:
+        return model.bfloat16()
+    return model
 
 
 def _assemble_chunk(

@@ -73,13 +73,17 @@ class PackedDocuments:
         repeats = query.shape[1] // key.shape[1]
         query = query[self.query_order]
         key, value = (x[self.key_order].repeat_interleave(repeats, dim=1) for x in (key, value))
-        results, q_row, k_row = [], 0, 0
+        results = []
+        q_row = 0
+        k_row = 0
         for group in self.groups:
-            q_next, k_next = q_row + group.query_rows, k_row + group.count * group.length
+            q_next = q_row + group.query_rows
+            k_next = k_row + group.count * group.length
             results.append(
                 group.attend(query[q_row:q_next], key=key[k_row:k_next], value=value[k_row:k_next])
             )
-            q_row, k_row = q_next, k_next
+            q_row = q_next
+            k_row = k_next
         ordered = torch.cat(results)
         return torch.empty_like(ordered).index_copy(0, self.query_order, ordered)
 
@@ -97,7 +101,9 @@ def pack_documents(
     gathered_row = gathered_rows(cu_seqlens, cp_size=cp_size)
     local_row = torch.full_like(gathered_row, -1)  # pack position -> row held here
     local_row[held] = torch.arange(len(held))
-    groups, query_order, key_order = [], [], []
+    groups = []
+    query_order = []
+    key_order = []
     for length in lengths.unique().tolist():
         if length == 0:
             continue

@@ -53,7 +53,8 @@ def _method(name: str, config: TransformerConfig) -> Draw:
 
 def _fill_matrix(tensor: ShardedTensor, *, draw: Draw, rows: int | None, seed: int) -> None:
     """Fills this rank's part [r, c] of a matrix of `rows` (None: all) rows that are drawn."""
-    layers, shard = tensor.prepend_axis_num, tensor.data
+    layers = tensor.prepend_axis_num
+    shard = tensor.data
     rows_drawn = tensor.global_shape[layers] if rows is None else rows
     columns = tensor.global_shape[layers + 1]
     first_row, first_column = tensor.global_offset[layers:]
@@ -65,7 +66,8 @@ def _fill_matrix(tensor: ShardedTensor, *, draw: Draw, rows: int | None, seed: i
         stop = min(start + height, rows_drawn)
         block = torch.empty(stop - start, columns, device=shard.device)
         draw(block, generator=_generator(f"{name}/{start}", shard.device))
-        low, high = max(start, first_row), min(stop, last_row)
+        low = max(start, first_row)
+        high = min(stop, last_row)
         part = block[low - start : high - start, first_column : first_column + shard.shape[1]]
         shard[low - first_row : high - first_row].copy_(part)
 

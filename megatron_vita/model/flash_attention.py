@@ -62,7 +62,8 @@ class GatheredKeys:
 
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's [t, groups, d] of each -> [k, groups, d], prefix after prefix."""
-        tensors, works = [], []
+        tensors = []
+        works = []
         for own in (key, value):
             whole = own.new_empty(len(own) * self.group.size(), *own.shape[1:])
             works.append(dist.all_gather_into_tensor(whole, own, group=self.group, async_op=True))

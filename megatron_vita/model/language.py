@@ -41,8 +41,11 @@ class LanguageModel(LanguageModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.shape, self.backend, self.vp_stage = shape, backend, vp_stage
-        self.pre_process, self.post_process = pre_process, post_process
+        self.shape = shape
+        self.backend = backend
+        self.vp_stage = vp_stage
+        self.pre_process = pre_process
+        self.post_process = post_process
         self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
         # no buffer: it must stay fp32
         self.inverse_frequencies = inverse_frequencies(shape).to(platform.device())
@@ -122,11 +125,10 @@ class LanguageModel(LanguageModule):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [L, V] of rows [L, H] that every TP rank has, for serving."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else None
-        )
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = None
         return self.output_layer.project(hidden, weight=weight)
 
     def output(
@@ -138,11 +140,10 @@ class LanguageModel(LanguageModule):
         row_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """Losses [L] or logits [L, V] of rows of the slice; see `OutputLayer.forward`."""
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else None
-        )
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = None
         return self.output_layer(
             hidden, rows=rows, labels=labels, row_scale=row_scale, weight=weight
         )

@@ -51,7 +51,9 @@ class StepwiseAttention(SelfAttention):
         """
         query, key, value = self.get_query_key_value_tensors(hidden, None)
         if around.documents.qkv_format == "thd":
-            query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+            query = query.squeeze(1)
+            key = key.squeeze(1)
+            value = value.squeeze(1)
         query = self._rotate(query, around)  # one by one: what was not rotated goes at once
         key = self._rotate(key, around)
         return query, key, value.clone(memory_format=torch.contiguous_format)
@@ -164,7 +166,8 @@ class RecomputingLayer(TransformerLayer):
 
     def _mlp_branch_without_output(self, hidden: Tensor) -> Tensor:
         """As `_mlp_branch` for autograd, but of the last projection the backward pass alone."""
-        mlp, config = self.mlp, self.config
+        mlp = self.mlp
+        config = self.config
         joined = mlp.linear_fc1(self.pre_mlp_layernorm(hidden))[0]
         if config.bias_activation_fusion:
             activated = bias_swiglu_impl(joined, None)
@@ -183,7 +186,8 @@ class _RecomputedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, around: Surroundings) -> Tensor:
-        ctx.layer, ctx.around = layer, around
+        ctx.layer = layer
+        ctx.around = around
         ctx.activations = activations = layer.open_activations()
         activations.keep(hidden)
         parts = layer.project(hidden, around)
@@ -192,7 +196,8 @@ class _RecomputedLayer(torch.autograd.Function):
             attended = ctx.attention.output
             activations.keep(attended)
         else:
-            ctx.attention, attended = None, layer.self_attention.attend(parts, around)
+            ctx.attention = None
+            attended = layer.self_attention.attend(parts, around)
         del parts
         ctx.hidden = hidden.detach()
         result = layer.add_mlp(hidden + layer.self_attention.linear_proj(attended)[0])
@@ -202,12 +207,10 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layer, around, attention, activations = (
-            ctx.layer,
-            ctx.around,
-            ctx.attention,
-            ctx.activations,
-        )
+        layer = ctx.layer
+        around = ctx.around
+        attention = ctx.attention
+        activations = ctx.activations
         hidden = ctx.hidden.requires_grad_()
         ctx.hidden = ctx.attention = ctx.activations = None
         activations.arrive()

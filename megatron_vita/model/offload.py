@@ -57,7 +57,8 @@ class ActivationStore:
 
     def __init__(self) -> None:
         self.buffers = HostBuffers()
-        self.outward, self.inward = torch.cuda.Stream(), torch.cuda.Stream()
+        self.outward = torch.cuda.Stream()
+        self.inward = torch.cuda.Stream()
         self._latest = LayerActivations(0)
 
     def open(self, layer_number: int, *, offload: bool) -> "LayerActivations":
@@ -80,7 +81,8 @@ class LayerActivations:
         store: ActivationStore | None = None,
     ) -> None:
         self.layer_number = layer_number
-        self._before, self._store = before, store
+        self._before = before
+        self._store = store
         self._sent: list[_SentTensor] = []
 
     def keep(self, tensor: Tensor) -> None:
@@ -106,7 +108,8 @@ class LayerActivations:
 
     def fetch_before(self) -> None:
         """Begins to bring back what the layer before has, whose backward comes next."""
-        before, self._before = self._before, None
+        before = self._before
+        self._before = None
         if before is not None:
             before.fetch()
 
@@ -122,7 +125,8 @@ class _SentTensor:
     """A tensor and its copy on the host."""
 
     def __init__(self, tensor: Tensor, store: ActivationStore) -> None:
-        self._tensor, self._store = tensor.detach(), store
+        self._tensor = tensor.detach()
+        self._store = store
         self._buffer = store.buffers.take(tensor.nbytes)
         self._host = self._buffer.view(tensor.dtype).view(tensor.shape)
         self._fetched: torch.cuda.Event | None = None

@@ -142,14 +142,17 @@ class OutputLayer(ColumnParallelLinear):
     ) -> Tensor:
         taken = self._all_rows(hidden) if self.full_logits else select_rows(hidden, rows=selected)
         logits = self.project(taken, weight=weight)
-        return logits[rows.to(logits.device)] if self.full_logits else logits
+        if self.full_logits:
+            return logits[rows.to(logits.device)]
+        return logits
 
     def _losses_of_full_logits(
         self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor
     ) -> Tensor:
         """The yardstick: fp32 logits of every position of the slice, by megatron-core's cross
         entropy."""
-        columns, group = self.shard.columns, self.tp_group
+        columns = self.shard.columns
+        group = self.tp_group
         logits = self._project(self._all_rows(hidden), weight).float()  # [t, v]
         targets = (
             torch.zeros(len(logits), dtype=labels.dtype)
@@ -167,7 +170,8 @@ class OutputLayer(ColumnParallelLinear):
         entropy = vocab_parallel_cross_entropy(
             logits[:, None], targets[:, None], tp_group=group
         ).squeeze(1)
-        log_sum, smoothing = entropy + target, self.form.label_smoothing
+        log_sum = entropy + target
+        smoothing = self.form.label_smoothing
         losses = (1 - smoothing) * entropy + smoothing * (log_sum - total / self.form.vocab_size)
         losses = losses + self.form.z_loss * log_sum.square()
         return losses[rows.to(losses.device)]
@@ -187,4 +191,6 @@ def _scale_of_rows(scale: float | Tensor, device: torch.device) -> Tensor:
     if not isinstance(scale, Tensor):
         return torch.full((1,), scale, dtype=torch.float32, device=device)
     scale = scale.float().view(-1)
-    return scale if scale.device == device else to_device(scale, device)
+    if scale.device == device:
+        return scale
+    return to_device(scale, device)

@@ -49,7 +49,8 @@ class PieceGradients:
 
     def take(self) -> list[Tensor]:
         """The sums, in the types of their weights."""
-        sums, self._sums = self._sums, []
+        sums = self._sums
+        self._sums = []
         return [total.to(w.dtype) for w, total in zip(self.weights, sums, strict=True)]
 
     def deliver(self) -> None:
@@ -63,7 +64,10 @@ class _CheckpointedPieces(torch.autograd.Function):
     def forward(
         ctx: Any, function: PieceFunction, rows: Tensor, at_most: int, *weights: nn.Parameter
     ) -> Tensor:
-        ctx.function, ctx.rows, ctx.at_most, ctx.weights = function, rows, at_most, weights
+        ctx.function = function
+        ctx.rows = rows
+        ctx.at_most = at_most
+        ctx.weights = weights
         result: Tensor | None = None
         for first, piece in _numbered(rows, at_most):
             part = function(piece)

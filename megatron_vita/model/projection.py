@@ -20,7 +20,8 @@ class _Backward(torch.autograd.Function):
         ctx: Any, rows: Tensor, weight: Tensor, linear: Any, group: ProcessGroup | None
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.linear, ctx.group = linear, group
+        ctx.linear = linear
+        ctx.group = group
         share = len(rows) // (1 if group is None else group.size())
         return rows.new_empty(()).expand(share, *rows.shape[1:-1], len(weight))
 
@@ -28,7 +29,8 @@ class _Backward(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        grad, group = grads[0], ctx.group
+        grad = grads[0]
+        group = ctx.group
         if group is not None:
             grad = concatenate_rows(grad, counts=[len(grad)] * group.size(), group=group)
         grad_weight = None

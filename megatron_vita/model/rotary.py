@@ -36,16 +36,20 @@ def _llama3_share(plain: Tensor, scaling: RopeScalingConfig) -> Tensor:
 def _yarn_share(shape: LanguageConfig) -> Tensor:
     """How much of each frequency stays as it is: a ramp over dimensions (YaRN, section 3.2, NTK by
     parts)."""
-    scaling, width = shape.rope_scaling, shape.kv_channels
+    scaling = shape.rope_scaling
+    width = shape.kv_channels
 
     def dimension_of(turns: float) -> float:
         length = scaling.original_length / (turns * 2 * math.pi)
         return width * math.log(length) / (2 * math.log(shape.rotary_base))
 
-    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    low = dimension_of(scaling.beta_fast)
+    high = dimension_of(scaling.beta_slow)
     if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, width - 1)
     ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(
         high - low, 1e-3
     )

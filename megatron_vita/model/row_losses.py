@@ -46,12 +46,14 @@ class _RowLosses(torch.autograd.Function):
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         rows = scoring.rows.gather(hidden)
         # A copy of the selected rows is ours: their gradients take its place.
-        ctx.row_gradients = (
-            None if not wants_hidden else rows if rows is not hidden else torch.empty_like(rows)
-        )
-        ctx.weight_gradient = (
-            scoring.ledger.open(weight, training=scoring.training) if wants_weight else None
-        )
+        if not wants_hidden:
+            ctx.row_gradients = None
+        else:
+            ctx.row_gradients = rows if rows is not hidden else torch.empty_like(rows)
+        if wants_weight:
+            ctx.weight_gradient = scoring.ledger.open(weight, training=scoring.training)
+        else:
+            ctx.weight_gradient = None
         chunks = _Chunks(rows, weight, scoring)
         return chunks.run(weight_gradient=ctx.weight_gradient, row_gradients=ctx.row_gradients)
 
@@ -60,8 +62,10 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scoring = ctx.scoring
         _check_arriving(grads[0], scoring.scale)
-        rows, ctx.row_gradients = ctx.row_gradients, None
-        gradient, ctx.weight_gradient = ctx.weight_gradient, None
+        rows = ctx.row_gradients
+        ctx.row_gradients = None
+        gradient = ctx.weight_gradient
+        ctx.weight_gradient = None
         grad_weight = None
         if gradient is not None:
             grad_weight = gradient.settle()
@@ -84,7 +88,9 @@ class _Chunks:
     """The rows [L, H] of one forward, taken a chunk at a time through one buffer of logits."""
 
     def __init__(self, rows: Tensor, weight: Tensor, scoring: Scoring) -> None:
-        self.rows, self.weight, self.scoring = rows, weight, scoring
+        self.rows = rows
+        self.weight = weight
+        self.scoring = scoring
         self.scale = scoring.scale.expand(len(rows))
 
     def run(
@@ -95,7 +101,8 @@ class _Chunks:
         losses = self.rows.new_empty(len(self.rows), dtype=torch.float32)
         reductions = []
         for chunk, logits in self._logits():
-            part, targets = self.rows[chunk], self.scoring.targets[chunk]
+            part = self.rows[chunk]
+            targets = self.scoring.targets[chunk]
             summary = summarize(logits, targets=targets, shard=self.scoring.shard)
             losses[chunk] = self.scoring.form.losses(summary)
             if weight_gradient is None and row_gradients is None:
@@ -121,7 +128,8 @@ class _Chunks:
 
     def _logits(self) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk with its logits [r, v], which the next overwrite."""
-        total, width = len(self.rows), len(self.weight)
+        total = len(self.rows)
+        width = len(self.weight)
         if total == 0:
             return
         most = max(1, self.scoring.chunk_bytes // (width * self.rows.element_size()))
@@ -138,4 +146,6 @@ class _Chunks:
         """Sums a chunk of row gradients over the vocabulary shards, beside the next chunk's
         computation."""
         group = self.scoring.shard.group
-        return dist.all_reduce(gradients, group=group, async_op=True) if group.size() > 1 else None
+        if group.size() > 1:
+            return dist.all_reduce(gradients, group=group, async_op=True)
+        return None

@@ -34,11 +34,9 @@ class SelectedRows:
         if self.is_whole:
             return hidden
         picked = hidden.index_select(0, self.mine)
-        return (
-            picked
-            if self.counts is None
-            else concatenate_rows(picked, counts=self.counts, group=self.group)
-        )
+        if self.counts is None:
+            return picked
+        return concatenate_rows(picked, counts=self.counts, group=self.group)
 
     def spread(self, rows: Tensor) -> Tensor:
         """The gradient of `hidden` [length, H] from that of the rows [L, H], the same on all TP
@@ -58,7 +56,9 @@ def locate_rows(
     `hidden` [t / TP, ...] holds this rank's share of the slice under sequence parallelism, else all
     of it [t, ...].
     """
-    length, counts, mine = len(hidden), None, rows
+    length = len(hidden)
+    counts = None
+    mine = rows
     if sequence_parallel:
         holder = rows // length
         counts = torch.bincount(holder, minlength=group.size()).tolist()
@@ -73,6 +73,6 @@ def select_rows(hidden: Tensor, *, rows: SelectedRows) -> Tensor:
     if rows.is_whole:
         return hidden
     picked = hidden[rows.mine]
-    return (
-        picked if rows.counts is None else gather_rows(picked, counts=rows.counts, group=rows.group)
-    )
+    if rows.counts is None:
+        return picked
+    return gather_rows(picked, counts=rows.counts, group=rows.group)

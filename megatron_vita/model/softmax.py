@@ -36,7 +36,9 @@ class LossForm:
         loss = summary.log_sum - (1 - smoothing) * summary.target
         if smoothing:
             loss = loss - smoothing / self.vocab_size * summary.total
-        return loss + self.z_loss * summary.log_sum.square() if self.z_loss else loss
+        if self.z_loss:
+            return loss + self.z_loss * summary.log_sum.square()
+        return loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +99,8 @@ def write_gradient(
 ) -> None:
     """Overwrites logits [r, v] by the gradient of the sum of `scale` [r] times the losses."""
     slope = scale * (1 + 2 * form.z_loss * summary.log_sum)
-    aim, floor = (
-        scale * (1 - form.label_smoothing),
-        scale * (form.label_smoothing / form.vocab_size),
-    )
+    aim = scale * (1 - form.label_smoothing)
+    floor = scale * (form.label_smoothing / form.vocab_size)
     if logits.is_cuda:
         from megatron_vita.model.softmax_triton import write_gradient_on_cuda
 

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _WARPS = 4096, 8
+_BLOCK = 4096
+_WARPS = 8
 
 
 def summarize_on_cuda(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor:
@@ -70,8 +71,10 @@ def _write_gradient(logits, targets, factors, rows, columns, width, stride, BLOC
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits += row * stride + column
     x = tl.load(logits, mask=column < columns, other=-float("inf")).to(tl.float32)
-    log_sum, slope = tl.load(factors + row), tl.load(factors + rows + row)
-    aim, floor = tl.load(factors + 2 * rows + row), tl.load(factors + 3 * rows + row)
+    log_sum = tl.load(factors + row)
+    slope = tl.load(factors + rows + row)
+    aim = tl.load(factors + 2 * rows + row)
+    floor = tl.load(factors + 3 * rows + row)
     gradient = (
         tl.exp(x - log_sum) * slope - floor - tl.where(column == tl.load(targets + row), aim, 0.0)
     )

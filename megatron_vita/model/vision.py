@@ -28,7 +28,8 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        width, patch = config.hidden_size, config.patch_size
+        width = config.hidden_size
+        patch = config.patch_size
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.empty(1, 1, width)) if config.class_token else None
         self.position_embedding = nn.Parameter(torch.empty(1, config.tokens, width))
@@ -40,7 +41,9 @@ class VisionEmbeddings(nn.Module):
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(tiles), -1, -1), x], dim=1)
         x = x + self.position_embedding
-        return x if self.pre_norm is None else self.pre_norm(x)
+        if self.pre_norm is None:
+            return x
+        return self.pre_norm(x)
 
 
 class VisionLayer(nn.Module):
@@ -64,7 +67,9 @@ class VisionLayer(nn.Module):
 
     def _branch(self, x: Tensor, work: nn.Module, norm: nn.Module, scale: Tensor | None) -> Tensor:
         out = norm(work(x)) if self.norm_after else work(norm(x))
-        return out if scale is None else scale * out
+        if scale is None:
+            return out
+        return scale * out
 
 
 class VisionTower(nn.Module):
@@ -99,22 +104,23 @@ class VisionTower(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() > 1:
                 fan_in = parameter[0].numel()
-                std = (
-                    fan_in**-0.5
-                    if name == "embeddings.patch_embedding.weight"
-                    else self.config.init_method_std
-                )
+                if name == "embeddings.patch_embedding.weight":
+                    std = fan_in**-0.5
+                else:
+                    std = self.config.init_method_std
                 whole = torch.empty(self._whole_shape(name, parameter))
                 nn.init.normal_(whole, std=std, generator=generator)
                 with torch.no_grad():
                     parameter.copy_(self.split.part_of(whole, name=name, size=parameter.shape))
 
     def _whole_shape(self, name: str, parameter: Tensor) -> list[int]:
-        shape, axis = list(parameter.shape), self.split.axis_of(name)
+        shape = list(parameter.shape)
+        axis = self.split.axis_of(name)
         if axis is not None:
-            shape[axis] = (
-                self.config.ffn_hidden_size if ".mlp." in name else self.config.hidden_size
-            )
+            if ".mlp." in name:
+                shape[axis] = self.config.ffn_hidden_size
+            else:
+                shape[axis] = self.config.hidden_size
         return shape
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -123,11 +129,10 @@ class VisionTower(nn.Module):
         x = self.embeddings(tiles)
         for layer in self.layers:
             # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
-            x = (
-                checkpoint(layer, x, use_reentrant=False)
-                if self.recompute and self.training
-                else layer(x)
-            )
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
         if self.post_norm is not None:
             x = self.post_norm(x)
         return pixel_shuffle(x[:, 1:] if self.config.class_token else x)
@@ -159,7 +164,8 @@ def pixel_shuffle(patches: Tensor) -> Tensor:
     """
     n, count, channels = patches.shape
     side = math.isqrt(count)
-    odd, cells = side % 2, -(-side // 2)
+    odd = side % 2
+    cells = -(-side // 2)
     grid = F.pad(patches.view(n, side, side, channels), (0, 0, 0, odd, 0, odd)) if odd else patches
     return (
         grid.reshape(n, cells, 2, cells, 2, channels)

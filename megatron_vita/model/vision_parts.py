@@ -65,7 +65,8 @@ class Split:
         axis = self.axis_of(name)
         if axis is None:
             return whole
-        start, length = self.rank * size[axis], size[axis]
+        start = self.rank * size[axis]
+        length = size[axis]
         stop = min(start + length, whole.shape[axis])
         part = whole.new_zeros(size)
         if start < stop:
@@ -75,17 +76,15 @@ class Split:
     def share(self, x: Tensor) -> Tensor:
         """`x`, the same on all ranks, as the input of work that is split: gradients are summed on
         the way back."""
-        return (
-            x if self.group is None else copy_to_tensor_model_parallel_region(x, group=self.group)
-        )
+        if self.group is None:
+            return x
+        return copy_to_tensor_model_parallel_region(x, group=self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks, on each of them; all receive the same gradient."""
-        return (
-            x
-            if self.group is None
-            else reduce_from_tensor_model_parallel_region(x, group=self.group)
-        )
+        if self.group is None:
+            return x
+        return reduce_from_tensor_model_parallel_region(x, group=self.group)
 
 
 def build_norm(config: VisionConfig) -> nn.Module:
@@ -100,7 +99,9 @@ class HeadsNorm(nn.Module):
 
     def __init__(self, config: VisionConfig, split: Split, width: int) -> None:
         super().__init__()
-        self.total, self.eps, self.split = config.hidden_size, config.layernorm_epsilon, split
+        self.total = config.hidden_size
+        self.eps = config.layernorm_epsilon
+        self.split = split
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +147,8 @@ class VisionAttention(nn.Module):
         n, s, _ = x.shape
         q, k, v = self.qkv(self.split.share(x)).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         q, k, v = (y.view(n, s, self.heads, self.head_width).transpose(1, 2) for y in (q, k, v))
         # On CUDA it gives None for no tiles; the sum keeps every parameter in the graph.
         attended = F.scaled_dot_product_attention(q, k, v) if n else q + k + v

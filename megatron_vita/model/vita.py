@@ -54,7 +54,8 @@ class VitaModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.shapes = shapes
         self.vp_stage = vp_stage
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process = pre_process
+        self.post_process = post_process
         self.vision_work = vision_work
         self.encodes = pre_process and not shapes.text_only
         if self.encodes:
@@ -92,7 +93,9 @@ class VitaModel(MegatronModule):
         """The parts whose gradient each TP rank has for its own tiles only: their sum over TP is
         the gradient."""
         dealt = self.encodes and not self.vision_work.tensor_parallel
-        return [self.vision_model, self.projector] if dealt else []
+        if dealt:
+            return [self.vision_model, self.projector]
+        return []
 
     def encode(self, tiles: Tensor) -> Tensor:
         """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H], a bounded number of
@@ -162,7 +165,8 @@ class VitaModel(MegatronModule):
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
         """Overwrites placeholder rows with features, which travel to the ranks that hold the
         placeholders."""
-        device, route = embeddings.device, pack.route
+        device = embeddings.device
+        route = pack.route
         rows = features.flatten(0, 1)[to_device(route.send_order, device)]
         rows = exchange_rows(
             rows,

@@ -21,7 +21,8 @@ class WeightGradient:
     """Of one forward. `settle` belongs into its backward."""
 
     def __init__(self, weight: Tensor, *, direct: bool) -> None:
-        self.weight, self.direct = weight, direct
+        self.weight = weight
+        self.direct = direct
         self._total: Tensor | None = getattr(weight, "main_grad", None) if direct else None
 
     def add(self, grad_logits: Tensor, rows: Tensor) -> None:
@@ -33,9 +34,12 @@ class WeightGradient:
 
     def settle(self) -> Tensor | None:
         """The gradient that backward returns for the weight; None where it is in `main_grad`."""
-        total, self._total = self._total, None
+        total = self._total
+        self._total = None
         if not hasattr(self.weight, "main_grad"):
-            return torch.zeros_like(self.weight) if total is None else total
+            if total is None:
+                return torch.zeros_like(self.weight)
+            return total
         if not self.direct and total is not None:
             self.weight.main_grad.add_(total)
         _mark_as_added(self.weight)

@@ -13,7 +13,9 @@ class _ExchangeRows(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup
     ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+        ctx.send = send
+        ctx.receive = receive
+        ctx.group = group
         return _all_to_all(rows, send, receive, group)
 
     @staticmethod
@@ -100,4 +102,6 @@ class _GatherContext(torch.autograd.Function):
 def gather_context(rows: Tensor, group: ProcessGroup) -> Tensor:
     """All ranks' `rows` [t, ...] one after another: [ranks * t, ...]. Gradients are summed over the
     ranks."""
-    return rows if group.size() == 1 else _GatherContext.apply(rows, group)
+    if group.size() == 1:
+        return rows
+    return _GatherContext.apply(rows, group)

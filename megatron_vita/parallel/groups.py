@@ -29,7 +29,8 @@ def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> No
     `with_gloo`: also those for the host, which saving needs.
     """
     global _current
-    previous, _current = _current, copy.deepcopy(parallel)
+    previous = _current
+    _current = copy.deepcopy(parallel)
     if parallel_state.is_initialized():
         if all(getattr(previous, name) == getattr(parallel, name) for name in _GROUP_FIELDS):
             return  # each group costs threads that outlive it
@@ -90,11 +91,9 @@ def rank_layout() -> RankLayout:
 def tile_group() -> ProcessGroup:
     """The ranks of a pipeline stage that share a pack's tiles: TP x CP, or CP where TP ranks encode
     together."""
-    return (
-        context_group()
-        if _current.vision_tensor_parallel
-        else parallel_state.get_tensor_and_context_parallel_group()
-    )
+    if _current.vision_tensor_parallel:
+        return context_group()
+    return parallel_state.get_tensor_and_context_parallel_group()
 
 
 def tensor_group() -> ProcessGroup:

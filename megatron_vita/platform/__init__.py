@@ -63,7 +63,9 @@ def on_cuda() -> bool:
 
 def device() -> torch.device:
     """The device of this process: one GPU of the machine, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+    if on_cuda():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def initialize_process(timeout_minutes: float = 30) -> None:

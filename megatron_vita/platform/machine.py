@@ -7,7 +7,9 @@ import torch
 
 from megatron_vita.platform.pinned import pinned_bytes
 
-_SIZE, _WARM_UP, _REPEATS = 8192, 3, 20
+_SIZE = 8192
+_WARM_UP = 3
+_REPEATS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,9 @@ class MemoryUse:
 
 def device_name() -> str:
     """Name of the GPU, or CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "CPU"
 
 
 def device_memory() -> int:

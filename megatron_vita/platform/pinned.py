@@ -45,7 +45,9 @@ def available_host_memory(root: Path = Path("/")) -> int:
 
 def _number(path: Path) -> int:
     text = path.read_text().strip() if path.is_file() else "max"
-    return _UNLIMITED if text == "max" else int(text)
+    if text == "max":
+        return _UNLIMITED
+    return int(text)
 
 
 def _inactive_files(path: Path) -> int:
@@ -75,7 +77,8 @@ def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
 
 
 def _pin(buffer: Tensor, *, total: int) -> None:
-    runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+    runtime = torch.cuda.cudart()
+    address = buffer.data_ptr()
     code = int(runtime.cudaHostRegister(address, len(buffer), 0))
     if code != 0:
         raise _refusal(total, f"cudaHostRegister gave error {code}")

@@ -12,7 +12,9 @@ class Assembly:
     def __init__(self, tokenizer: Tokenizer, marks: Marks, *, video_opening: str) -> None:
         self.pieces: EncodedTurn = []
         self.media: list[str] = []  # kinds, in order
-        self._tokenizer, self._marks, self._video_opening = tokenizer, marks, video_opening
+        self._tokenizer = tokenizer
+        self._marks = marks
+        self._video_opening = video_opening
         self._run: list[tuple[str, int | None]] = []  # text since the last special token or medium
         self._strips = False  # the special token before it swallows white space
         self._shared: int | None = None

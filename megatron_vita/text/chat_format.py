@@ -103,7 +103,9 @@ class ChatFormat:
     @property
     def end_of_turn(self) -> str:
         """The special token that ends an answer; "" if none does."""
-        return self._frame.closing if self._own is None else self._own.end_of_turn
+        if self._own is None:
+            return self._frame.closing
+        return self._own.end_of_turn
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,7 +115,8 @@ class ChatFormat:
         ConfigError for a template that writes today's date where `text.date` does not say it: ids
         must not change from day to day.
         """
-        text, own = self.text, self._own
+        text = self.text
+        own = self._own
         described: dict[str, Any] = {
             "system": text.system,
             "begin_token": text.begin_token,
@@ -153,10 +156,14 @@ class ChatFormat:
     @property
     def _begin_ids(self) -> list[int]:
         name = self.text.begin_token
-        return [self.tokenizer.special_id(name)] if name else []
+        if name:
+            return [self.tokenizer.special_id(name)]
+        return []
 
     def _begin(self) -> list[EncodedTurn]:
-        return [[TextPiece(self._begin_ids, loss=False)]] if self.text.begin_token else []
+        if self.text.begin_token:
+            return [[TextPiece(self._begin_ids, loss=False)]]
+        return []
 
     def _framed(self, turn: Turn) -> EncodedTurn:
         parts: list[TextPart | MediaPart] = []

@@ -173,7 +173,9 @@ def _loss(message: Mapping[str, Any], field: str, *, is_answer: bool) -> bool:
 
 def _parts(content: Any, field: str, *, literal: bool) -> list[TextPart | MediaPart]:
     if isinstance(content, str):
-        return [TextPart(content)] if literal else _tagged_parts(content)
+        if literal:
+            return [TextPart(content)]
+        return _tagged_parts(content)
     if isinstance(content, list):
         return [_part(part, f"{field}[{index}]") for index, part in enumerate(content)]
     raise DataError(f"{field} is {type(content).__name__}: a string or a list of parts is needed")

@@ -50,7 +50,8 @@ class HuggingFaceTokenizer(Tokenizer):
             max(self._backend.get_vocab().values()) + 1,
             appended=[name for name in added if name not in own],
         )
-        self.chat_template, self.named_tokens = chat_template, dict(named_tokens or {})
+        self.chat_template = chat_template
+        self.named_tokens = dict(named_tokens or {})
         self.stripping = {
             token.content: (token.lstrip, token.rstrip)
             for token in known.values()
@@ -84,7 +85,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return b""
         if index in self.special_ids:
             return piece.encode()
-        return _spelled_bytes(piece) if self._spells_bytes else piece_bytes(piece)
+        if self._spells_bytes:
+            return _spelled_bytes(piece)
+        return piece_bytes(piece)
 
     def _vocabulary_id(self, piece: str) -> int | None:
         return self._backend.token_to_id(piece)
@@ -92,7 +95,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_name(self, index: int) -> str | None:
         """The spelling of an entry of the vocabulary; None if there is none."""
         name = self._backend.id_to_token(index)
-        return None if name is None else str(name)
+        if name is None:
+            return None
+        return str(name)
 
     @property
     def begin_token(self) -> str:

@@ -37,7 +37,9 @@ class Marks(NamedTuple):
 
     def of_medium(self, kind: str) -> str:
         """The mark of an "image" or a "video"."""
-        return self.image if kind == "image" else self.video
+        if kind == "image":
+            return self.image
+        return self.video
 
     def guarded(self, text: str, names: re.Pattern[str]) -> str:
         """The text with every name of a special token in it split."""

@@ -29,7 +29,8 @@ class MediaFormat(ABC):
     video_opening: ClassVar[str]  # text before a video's first frame
 
     def __init__(self, tokenizer: Tokenizer, *, image_token_length: int) -> None:
-        self.tokenizer, self.image_token_length = tokenizer, image_token_length
+        self.tokenizer = tokenizer
+        self.image_token_length = image_token_length
 
     @staticmethod
     @abstractmethod
@@ -84,7 +85,8 @@ class LongVitaFormat(MediaFormat):
     def image(self, grid: tuple[int, int]) -> MediaTokens:
         """See MediaFormat."""
         cols, rows = grid
-        ids, offsets = self._wrapped("<img>", "<IMG_CONTEXT>", "</img>"), [1]
+        ids = self._wrapped("<img>", "<IMG_CONTEXT>", "</img>")
+        offsets = [1]
         if cols * rows > 1:
             newline = self.tokenizer.encode("\n")
             cell = self._wrapped("<patch>", "<PATCH_CONTEXT>", "</patch>")

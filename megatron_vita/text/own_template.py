@@ -24,7 +24,9 @@ from megatron_vita.text.rendering import PLACEHOLDERS, Rendering
 from megatron_vita.text.tokenizer import Tokenizer
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_QUESTION, _ANSWER = "\N{WHITE SQUARE}", "\N{WHITE CIRCLE}"  # words that no template knows
+# words that no template knows
+_QUESTION = "\N{WHITE SQUARE}"
+_ANSWER = "\N{WHITE CIRCLE}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class OwnTemplate:
     def _past_end_of_turn(self, text: str, stop: int) -> int:
         """Where an answer ends that a generation block encloses, perhaps without its end of turn."""
         end = self.end_of_turn
-        return stop + len(end) if end and text.startswith(end, stop) else stop
+        if end and text.startswith(end, stop):
+            return stop + len(end)
+        return stop
 
     def probe(self, *contents: str | list[dict[str, str]]) -> str:
         """The rendering of a question and perhaps its answer. jinja2.TemplateError if it is
@@ -118,7 +122,9 @@ def _end_of_turn(template: OwnTemplate) -> str:
         ) from error
     after = rendered[rendered.rfind(_ANSWER) + 1 :]
     end = names_pattern(template.tokenizer.special_names).search(after)
-    return end.group() if end else ""
+    if end:
+        return end.group()
+    return ""
 
 
 @functools.lru_cache(maxsize=16)

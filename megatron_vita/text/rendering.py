@@ -44,8 +44,12 @@ class Rendering:
         date: str,
         first: int = 0,
     ) -> None:
-        self._turns, self._tokenizer, self._format = turns, tokenizer, media_format
-        self._takes_lists, self._date, self._first = takes_lists, date, first
+        self._turns = turns
+        self._tokenizer = tokenizer
+        self._format = media_format
+        self._takes_lists = takes_lists
+        self._date = date
+        self._first = first
         texts = [part.text for turn in turns for part in turn.parts if isinstance(part, TextPart)]
         self._marks = Marks.absent_from([tokenizer.chat_template, *texts])
         self._messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
@@ -147,7 +151,8 @@ class Rendering:
             self._check_order([turn], text[start:stop])
 
     def _check_order(self, turns: Sequence[int], text: str) -> None:
-        squeezed, place = _squeezed(text), 0
+        squeezed = _squeezed(text)
+        place = 0
         for turn in turns:
             for said in map(_squeezed, _texts(self._messages[turn]["content"])):
                 place = squeezed.find(said, place)
@@ -192,8 +197,12 @@ class Rendering:
     def _medium(self, name: str) -> str:
         """The kind of medium that a mark or a placeholder stands for; "" for a special token."""
         if name in (self._marks.image, self._marks.video):
-            return "image" if name == self._marks.image else "video"
-        return PLACEHOLDERS.get(name, "") if self._takes_lists else ""
+            if name == self._marks.image:
+                return "image"
+            return "video"
+        if self._takes_lists:
+            return PLACEHOLDERS.get(name, "")
+        return ""
 
     def _check_media(self, written: list[str]) -> None:
         wanted = [

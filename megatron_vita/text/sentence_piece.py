@@ -55,21 +55,23 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode_run(self, ids: list[int], skip_special: bool) -> str:
         if ids[0] not in self.special_ids:
             return self._processor.decode(ids)
-        return "" if skip_special else "".join(self._names[index] for index in ids)
+        if skip_special:
+            return ""
+        return "".join(self._names[index] for index in ids)
 
     def token_bytes(self, index: int) -> bytes:
         """See Tokenizer."""
         if index in self.special_ids:
             return self._names[index].encode()
-        return (
-            piece_bytes(self._processor.id_to_piece(index))
-            if index < self._processor.vocab_size()
-            else b""
-        )
+        if index < self._processor.vocab_size():
+            return piece_bytes(self._processor.id_to_piece(index))
+        return b""
 
     def _vocabulary_id(self, piece: str) -> int | None:
         index = self._processor.piece_to_id(piece)
-        return None if self._processor.is_unknown(index) else index
+        if self._processor.is_unknown(index):
+            return None
+        return index
 
     @cached_property
     def fingerprint(self) -> str:

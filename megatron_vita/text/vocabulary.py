@@ -49,12 +49,13 @@ def check_vocabulary(tokenizer: Tokenizer, *, rows: int, name: str) -> None:
     `name`."""
     if tokenizer.vocab_size <= rows:
         return
-    appended = (
-        f", of which {len(tokenizer.appended)} are appended for prompts and media "
-        f"({', '.join(tokenizer.appended)})"
-        if tokenizer.appended
-        else ""
-    )
+    if tokenizer.appended:
+        appended = (
+            f", of which {len(tokenizer.appended)} are appended for prompts and media "
+            f"({', '.join(tokenizer.appended)})"
+        )
+    else:
+        appended = ""
     raise ConfigError(
         f"model.language.vocab_size is {rows}, but the tokenizer {name} has "
         f"{tokenizer.vocab_size} entries{appended}"
@@ -65,7 +66,8 @@ def check_ids(ids: np.ndarray | Sequence[int], *, rows: int) -> None:
     """DataError if a token id is beyond the `rows` of an embedding."""
     if not len(ids):
         return
-    lowest, highest = int(np.min(ids)), int(np.max(ids))
+    lowest = int(np.min(ids))
+    highest = int(np.max(ids))
     if lowest < 0 or highest >= rows:
         wrong = lowest if lowest < 0 else highest
         raise DataError(f"the prompt has token {wrong}, but the model's embedding {rows} rows")

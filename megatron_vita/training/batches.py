@@ -37,9 +37,11 @@ def train_batches(run: Run) -> "FinalBatches":
     """This rank's packs of all remaining steps, in order; each step's packs are dealt to the
     replicas by cost."""
     assert run.train_stream is not None
-    size, start = run.recipe.training.global_batch_size, run.consumed_packs
+    size = run.recipe.training.global_batch_size
+    start = run.consumed_packs
     firsts = range(start, start + (run.recipe.training.train_iters - run.step) * size, size)
-    plan, group = run.train_stream.plan, groups.data_parallel_group()
+    plan = run.train_stream.plan
+    group = groups.data_parallel_group()
     ids = itertools.chain.from_iterable(
         packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()]
         for first in firsts
@@ -100,7 +102,9 @@ class Agreement:
     the ledger."""
 
     def __init__(self, stream: PackStream, ledger: Ledger, *, group: ProcessGroup | None) -> None:
-        self._stream, self._ledger, self._group = stream, ledger, group
+        self._stream = stream
+        self._ledger = ledger
+        self._group = group
 
     def finish(self, pack: ReadPack) -> Batch:
         """The batch of a pack, the same on all ranks but for their tiles. Collective."""

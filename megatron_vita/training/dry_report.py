@@ -35,7 +35,8 @@ def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
 
 def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
     parallel = recipe.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    tp = parallel.tensor_model_parallel_size
+    cp = parallel.context_parallel_size
     yield describe_layout(recipe, world_size=report.world_size)
     yield "  rank = ((stage x DP + replica) x CP + context) x TP + tensor"
     for i, stage in enumerate(report.stages):
@@ -49,7 +50,9 @@ def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
 
 
 def _span(ranks: range) -> str:
-    return f"{ranks.start}" if len(ranks) == 1 else f"{ranks.start} to {ranks.stop - 1}"
+    if len(ranks) == 1:
+        return f"{ranks.start}"
+    return f"{ranks.start} to {ranks.stop - 1}"
 
 
 def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:

@@ -118,8 +118,10 @@ def dry_run(
 
 
 def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport:
-    batch, parallel = stream[pack_id], recipe.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    batch = stream[pack_id]
+    parallel = recipe.parallel
+    tp = parallel.tensor_model_parallel_size
+    cp = parallel.context_parallel_size
     lengths = stream.plan.lengths_of(pack_id).tolist()
     is_token = torch.zeros(len(batch.input_ids), dtype=torch.bool)
     for start, length in zip(batch.document_starts.tolist(), lengths, strict=False):
@@ -151,7 +153,8 @@ def _report_stage(
 ) -> StageReport:
     parallel = recipe.parallel
     ranks = world_size // parallel.pipeline_model_parallel_size
-    parameters, first = stage_parameters(recipe, stage), stage * ranks
+    parameters = stage_parameters(recipe, stage)
+    first = stage * ranks
     with _fake_world(recipe, rank=first, world_size=world_size):
         built = sum(p.numel() for chunk in build_on_meta(recipe) for p in chunk.parameters())
     assert built == parameters.total, (
@@ -196,4 +199,6 @@ def _better_ends(recipe: Recipe, load: PackLoad, lengths: list[int]) -> tuple[in
         return None
     now = parallel.layers_of_stages(recipe.model.language.num_layers)
     better = even_ends(recipe, load, lengths=lengths)
-    return None if better == (now[0], now[-1]) else better
+    if better == (now[0], now[-1]):
+        return None
+    return better

@@ -34,7 +34,8 @@ def choose_levers(recipe: Recipe) -> Recipe:
     """
     if not recipe.training.fit_memory:
         return recipe
-    room, device = _least_room(recipe), _common_device()
+    room = _least_room(recipe)
+    device = _common_device()
     plain = change(recipe, NO_LEVERS)
     replicas = recipe.data_parallel_size(dist.get_world_size())
     fitted = fit_memory(plain, room, data_parallel=replicas, device=device)
@@ -62,7 +63,9 @@ def _common_device() -> Device | None:
     index = DEVICES.index(device) if device is not None else -1
     both = torch.tensor([index, -index], device=platform.device())
     dist.all_reduce(both, op=dist.ReduceOp.MIN)
-    return device if both[0] == -both[1] else None
+    if both[0] == -both[1]:
+        return device
+    return None
 
 
 def _least_room(recipe: Recipe) -> Room:

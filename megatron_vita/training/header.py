@@ -18,7 +18,8 @@ from megatron_vita.training.wording import count, describe_layout, describe_leve
 
 def describe_run(run: Run) -> Iterator[str]:
     """The lines, the same on every rank."""
-    recipe, world_size = run.recipe, dist.get_world_size()
+    recipe = run.recipe
+    world_size = dist.get_world_size()
     yield _versions()
     yield _devices(world_size, run.matmul_rate)
     yield describe_layout(recipe, world_size=world_size)
@@ -49,7 +50,8 @@ def _devices(world_size: int, matmul_rate: float) -> str:
 
 
 def _parameters(recipe: Recipe) -> str:
-    whole, trained = model_parameters(recipe.model), trained_parameters(recipe)
+    whole = model_parameters(recipe.model)
+    trained = trained_parameters(recipe)
     stages = range(recipe.parallel.pipeline_model_parallel_size)
     most = max(stage_parameters(recipe, stage).total for stage in stages)
     return (
@@ -60,7 +62,8 @@ def _parameters(recipe: Recipe) -> str:
 
 def _memory(recipe: Recipe, *, world_size: int) -> str:
     """Estimates for packs full of tiles."""
-    data_parallel, load = world_size // recipe.parallel.replica_size, full_pack(recipe)
+    data_parallel = world_size // recipe.parallel.replica_size
+    load = full_pack(recipe)
     stages = range(recipe.parallel.pipeline_model_parallel_size)
     devices = [
         rank_memory(recipe, stage, data_parallel=data_parallel, load=load) for stage in stages

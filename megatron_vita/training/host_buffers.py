@@ -41,7 +41,8 @@ def open_activation_store(models: list[VitaModel], recipe: Recipe) -> Activation
 
 def _check_room(needed: int, recipe: Recipe) -> None:
     """Asks all ranks of this host before any of them takes memory."""
-    host, free = socket.gethostname(), available_host_memory()
+    host = socket.gethostname()
+    free = available_host_memory()
     ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
     dist.all_gather_object(ranks, (host, needed))
     most = int(recipe.training.activation_offload_gib * GIB)

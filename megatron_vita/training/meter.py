@@ -116,7 +116,9 @@ def _combine(before: Any, value: Any, reduce: Reduce) -> Any:
     if isinstance(before, Tensor) or isinstance(value, Tensor):
         pick = torch.maximum if reduce == "max" else torch.minimum
         return pick(torch.as_tensor(before), torch.as_tensor(value))
-    return max(before, value) if reduce == "max" else min(before, value)
+    if reduce == "max":
+        return max(before, value)
+    return min(before, value)
 
 
 def _vector(*entries: float | Tensor) -> Tensor:

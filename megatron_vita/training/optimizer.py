@@ -26,7 +26,8 @@ from megatron_vita.errors import PlatformError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
-BUCKET_SIZE, BUCKET_SIZE_PER_RANK = 40_000_000, 1_000_000
+BUCKET_SIZE = 40_000_000
+BUCKET_SIZE_PER_RANK = 1_000_000
 """Gradients in a bucket, at the least: megatron-core's own defaults where it makes several."""
 
 _TYPES = {
@@ -90,7 +91,8 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], recipe: Recipe
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over what is trainable, and its learning rate schedule in steps."""
-    optimizer, training = recipe.optimizer, recipe.training
+    optimizer = recipe.optimizer
+    training = recipe.training
     config = CoreOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -155,7 +157,8 @@ def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     layers; the factor is vision_lr_mult * vision_lr_decay ** (layers + 1 - depth), as in
     Long-VITA's layer-wise decay.
     """
-    optimizer, layers = recipe.optimizer, recipe.model.vision.num_layers
+    optimizer = recipe.optimizer
+    layers = recipe.model.vision.num_layers
     if optimizer.vision_lr_mult == optimizer.vision_lr_decay == 1.0:
         return {}
     rates: dict[ParamKey, ParamGroupOverride] = {}

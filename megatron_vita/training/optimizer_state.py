@@ -84,7 +84,8 @@ def _places_without_padding(buffer: Buffer) -> Iterator[None]:
     neighbours' values.
     """
     padded = buffer.param_index_map
-    starts, start = [], 0
+    starts = []
+    start = 0
     for bucket in buffer.buckets:
         starts.append(start - bucket.offset)
         start += bucket.numel_unpadded

@@ -47,7 +47,8 @@ def check_plan(plan: PackPlan, recipe: Recipe, position: Position) -> None:
     """ConfigError if a plan is too short for the steps that are left; CheckpointError if its packs
     up to the position are not those that the run has consumed.
     """
-    training, consumed = recipe.training, position.consumed_packs
+    training = recipe.training
+    consumed = position.consumed_packs
     needed = consumed + max(0, training.train_iters - position.step) * training.global_batch_size
     if needed > plan.num_packs:
         enough = position.step + (plan.num_packs - consumed) // training.global_batch_size

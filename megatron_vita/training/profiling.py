@@ -27,7 +27,8 @@ class ProfileCallback(Callback):
     """
 
     def __init__(self, training: TrainingConfig) -> None:
-        self.first, self.last = training.profile_step_start, training.profile_step_end
+        self.first = training.profile_step_start
+        self.last = training.profile_step_end
         self.folder = Path(training.profile_dir)
         self.records = dist.get_rank() in training.profile_ranks
         self._profiler: profile | None = None
@@ -53,7 +54,8 @@ class ProfileCallback(Callback):
         """Write what has been recorded, if anything."""
         if self._profiler is None:
             return
-        profiler, self._profiler = self._profiler, None
+        profiler = self._profiler
+        self._profiler = None
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps_{self.first}_to_{self.last}_rank_{dist.get_rank()}"

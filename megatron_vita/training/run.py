@@ -75,9 +75,9 @@ class Run:
     @property
     def ledger_folder(self) -> Path | None:
         """Where damaged samples are noted: beside the checkpoints."""
-        return (
-            Path(self.recipe.checkpoint.save) / "damaged" if self.recipe.checkpoint.save else None
-        )
+        if self.recipe.checkpoint.save:
+            return Path(self.recipe.checkpoint.save) / "damaged"
+        return None
 
     def read_damage(self) -> list[Damage]:
         """The plan's damaged samples that are noted there, in the checkpoint taken up, or by this
@@ -115,7 +115,8 @@ def open_run(recipe: Recipe) -> Run:
     share = (layout.tile_rank, layout.tile_ranks) if encodes else None
     train_stream, validation_stream = open_streams(recipe, tile_share=share, replicas=replicas)
     run = assemble_run(recipe)
-    run.train_stream, run.validation_stream = train_stream, validation_stream
+    run.train_stream = train_stream
+    run.validation_stream = validation_stream
     run.matmul_rate = matmul_rate
     take_up(run)
     return run
@@ -211,7 +212,8 @@ def _resume(run: Run, checkpoint: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     run.schedule.load_state_dict(state["schedule"])
-    run.step, run.consumed_packs = manifest["step"], manifest["consumed_packs"]
+    run.step = manifest["step"]
+    run.consumed_packs = manifest["consumed_packs"]
     run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])
     logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
     if changes := list(changed_fields(manifest["recipe"], dataclasses.asdict(run.recipe))):

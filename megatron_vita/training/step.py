@@ -43,10 +43,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     run.meter.add("stops", int(bool(run.stop.heard)))
     measure_memory(run.meter)
     metrics = collect(run.meter, losses, step=run.step + 1, started=started)
-    metrics.grad_norm, metrics.lr = (
-        float(grad_norm),
-        get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0,
-    )
+    metrics.grad_norm = float(grad_norm)
+    metrics.lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
     metrics.matmul_rate = run.matmul_rate
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
         raise VitaError(
@@ -92,7 +90,8 @@ class Work:
 def _run_schedule(
     work: Work, batches: Iterator[Batch], *, num_microbatches: int, forward_only: bool
 ) -> None:
-    run, packs = work.run, cast(Any, batches)
+    run = work.run
+    packs = cast(Any, batches)
     if len(run.chunks) > 1:  # each chunk asks for the same packs
         taken = [work.next_of(batches) for _ in range(num_microbatches)]
         packs = [iter(taken) for _ in run.chunks]

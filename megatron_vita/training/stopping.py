@@ -39,7 +39,8 @@ class StopRequest:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.heard:
-            self.heard, self._heard_at = signal.Signals(number).name, now
+            self.heard = signal.Signals(number).name
+            self._heard_at = now
         elif now - self._heard_at > REPEAT_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

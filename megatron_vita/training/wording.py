@@ -42,7 +42,8 @@ def describe_levers(recipe: Recipe) -> str:
     default = Recipe()
     changed = []
     for group, others in NOT_LEVERS.items():
-        ours, theirs = getattr(recipe, group), getattr(default, group)
+        ours = getattr(recipe, group)
+        theirs = getattr(default, group)
         names = [field.name for field in fields(ours) if field.name not in others]
         changed += [
             f"{name} {getattr(ours, name)}"

@@ -35,7 +35,8 @@ TINY = {"model": "tiny", "tokens": 512, "documents": 2, "warm_up": 0, "steps": 2
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     platform.initialize_process()
     levers = ["training.recompute_granularity=full"]
-    case, out = Case(**TINY, levers=levers, profile=True), tmp_path_factory.mktemp("out")
+    case = Case(**TINY, levers=levers, profile=True)
+    out = tmp_path_factory.mktemp("out")
     training_worker.measure(case, out / "tiny.json")
     return read_result(out / "tiny.json")
 
@@ -119,7 +120,8 @@ def ended(
     (tmp_path / "training_worker.py").write_text(WORKER)
     monkeypatch.setattr(training_launch, "HERE", tmp_path)
     monkeypatch.setattr(training_launch, "launcher", lambda _: [sys.executable])
-    cases, out = [Case(**TINY, case=name) for name in names], tmp_path / "-".join(names)
+    cases = [Case(**TINY, case=name) for name in names]
+    out = tmp_path / "-".join(names)
     results = list(training_launch.run_cases(cases, out, timeout=2, **options))
     assert [path.name for path in sorted(out.iterdir())] == sorted(f"{name}.json" for name in names)
     for result in results:

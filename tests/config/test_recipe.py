@@ -316,10 +316,8 @@ def test_fields_that_cannot_work_together_are_refused(
 
 
 def test_uneven_first_and_last_stages_share_the_layers_that_are_left(tmp_path: Path) -> None:
-    first, last = (
-        "parallel.num_layers_in_first_pipeline_stage=10",
-        "parallel.num_layers_in_last_pipeline_stage=14",
-    )
+    first = "parallel.num_layers_in_first_pipeline_stage=10"
+    last = "parallel.num_layers_in_last_pipeline_stage=14"
     path = write(tmp_path, "parallel: {pipeline_model_parallel_size: 4}")
     assert load_recipe(path, [first, last]).parallel.layers_of_stages(48) == [10, 12, 12, 14]
     assert load_recipe(path).parallel.layers_of_stages(48) == [12, 12, 12, 12]

@@ -28,11 +28,9 @@ Outputs = list[Tensor]
 def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
     """A run at a layout with the weights of a converted checkpoint."""
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    recipe.parallel, recipe.data, recipe.training.bf16 = (
-        ParallelConfig(**fields),
-        DataConfig(seq_length=length),
-        False,
-    )
+    recipe.parallel = ParallelConfig(**fields)
+    recipe.data = DataConfig(seq_length=length)
+    recipe.training.bf16 = False
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     store.load_weights(run.cores, checkpoint)
@@ -47,7 +45,8 @@ def weigh(logits: Tensor, *, target: Tensor, seen: Outputs) -> tuple[Tensor, Ten
 
 def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tuple[Tensor, partial]:
     """One document through this stage."""
-    ids, frames = inputs["ids"], torch.zeros(len(inputs["placements"]), dtype=torch.bool)
+    ids = inputs["ids"]
+    frames = torch.zeros(len(inputs["placements"]), dtype=torch.bool)
     layout = groups.rank_layout()
     pack = slice_pack(
         ids,
@@ -88,7 +87,9 @@ def run_case(folder: Path, name: str, fields: dict) -> None:
 
 def main() -> None:
     """Arguments: see above."""
-    folder, cases, layouts = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    folder = Path(sys.argv[1])
+    cases = json.loads(sys.argv[2])
+    layouts = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     for name, fields in layouts.items():

@@ -77,7 +77,10 @@ def write_gguf(
 
 def rotary_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Rows of queries and keys as llama.cpp has them: those that turn together are neighbours."""
-    heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+    if "q_proj" in name:
+        heads = 4
+    else:
+        heads = 2 if "k_proj" in name else 0
     if not heads:
         return tensor
     half = len(tensor) // heads // 2

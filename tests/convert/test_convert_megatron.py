@@ -40,14 +40,18 @@ from megatron_vita.errors import CheckpointError
 from megatron_vita.model.norm import RMSNorm
 from megatron_vita.parallel import groups
 
-HEADS, GROUPS, LAYERS, WIDTH = 4, 2, 2, 32
+HEADS = 4
+GROUPS = 2
+LAYERS = 2
+WIDTH = 32
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model whose rows of the vocabulary, 97, two ranks do not divide."""
     folder = tmp_path_factory.mktemp("ours")
-    llm, vit = save(model_of("qwen2"), folder / "llm"), save_vision(folder / "vit")
+    llm = save(model_of("qwen2"), folder / "llm")
+    vit = save_vision(folder / "vit")
     import_weights([llm, vit], folder / "ours", projector="long_vita")
     return folder / "ours"
 
@@ -58,7 +62,8 @@ def shapes_of(checkpoint: Path) -> ModelConfig:
 
 def our_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Under names with layers."""
-    source, found = DistSource(checkpoint), {}
+    source = DistSource(checkpoint)
+    found = {}
     for key, info in source.infos.items():
         if "decoder.layers." in key:
             for i in range(info.shape[0]):
@@ -138,11 +143,10 @@ def write_ranks(tensors: dict[str, Tensor], folder: Path, *, tp: int, pp: int = 
                 ends = {0: ("embedding", "external"), pp - 1: ("decoder.final", "output")}
                 if layer is None and not name.startswith(ends.get(stage, ()) if pp > 1 else ("",)):
                     continue
-                new = (
-                    name
-                    if layer is None
-                    else name.replace(f".{layer}.", f".{layer % per_stage}.", 1)
-                )
+                if layer is None:
+                    new = name
+                else:
+                    new = name.replace(f".{layer}.", f".{layer % per_stage}.", 1)
                 model[new] = share(name, tensor, rank, tp)
             path = iteration / (
                 f"mp_rank_{rank:02d}" if pp == 1 else f"mp_rank_{rank:02d}_{stage:03d}"
@@ -165,7 +169,8 @@ def recipe_file(checkpoint: Path, folder: Path, **changes: object) -> Path:
 
 
 def assert_same_checkpoint(one: Path, other: Path, *, parts: tuple[str, ...] = ("",)) -> None:
-    before, after = our_tensors(one), our_tensors(other)
+    before = our_tensors(one)
+    after = our_tensors(other)
     before = {name: tensor for name, tensor in before.items() if name.startswith(parts)}
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -174,7 +179,8 @@ def assert_same_checkpoint(one: Path, other: Path, *, parts: tuple[str, ...] = (
 
 def test_long_vita_ranks_come_in(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ranks = write_ranks(megatron_tensors(ours), tmp_path / "ranks", tp=2)
-    recipe, tokenizer = recipe_file(ours, tmp_path), ours / "hugging_face" / "causal"
+    recipe = recipe_file(ours, tmp_path)
+    tokenizer = ours / "hugging_face" / "causal"
     command = ["from-megatron", str(ranks), str(tmp_path / "ours"), "--recipe", str(recipe)]
     assert main([*command, "--tokenizer", str(tokenizer)]) == 0, capsys.readouterr().err
     assert_same_checkpoint(ours, tmp_path / "ours")

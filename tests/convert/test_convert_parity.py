@@ -56,7 +56,9 @@ def their_model(family: str) -> nn.Module:
 
 
 def write(model: nn.Module, folder: Path, family: str) -> Path:
-    return save_chat(model, folder) if "chat" in family else save(model, folder)
+    if "chat" in family:
+        return save_chat(model, folder)
+    return save(model, folder)
 
 
 def make_inputs(family: str, *, tile: int = TILE) -> dict[str, Tensor]:
@@ -94,7 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
     platform.initialize_process()
     for family in [*FAMILIES, *SCALED]:
-        model, case = their_model(family), folder / family
+        model = their_model(family)
+        case = folder / family
         import_weights([write(model, case / "theirs", family)], case / "ours", projector="internvl")
         inputs = make_inputs(family)
         torch.save(inputs, case / "inputs.pt")
@@ -102,7 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_case(case, "single", {})
     for name in MIXED:
         mix(name, folder / name, language=folder / "qwen2" / "theirs")
-    cases, layouts = [*FAMILIES, *MIXED], LAYOUTS | {"tp2together": TOGETHER}
+    cases = [*FAMILIES, *MIXED]
+    layouts = LAYOUTS | {"tp2together": TOGETHER}
     torchrun(
         HERE / "parity_worker.py", str(folder), json.dumps(cases), json.dumps(layouts), processes=2
     )
@@ -154,7 +158,8 @@ def test_logits_and_gradients_are_those_of_transformers(
     source = DistSource(find_checkpoint(case / layout))
     for transfer in plan(case / "ours", layout="", like=None).transfers:
         for name, grad in transfer.split(read_ours(source, transfer)).items():
-            apart, allowed = (grad - theirs[name]).norm(), 1e-5 * theirs[name].norm() + 1e-8 * total
+            apart = (grad - theirs[name]).norm()
+            allowed = 1e-5 * theirs[name].norm() + 1e-8 * total
             assert apart <= allowed, f"{name}: {apart} > {allowed}"
             compared.add(name)
     assert compared == theirs.keys()

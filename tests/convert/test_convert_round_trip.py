@@ -46,7 +46,8 @@ def bring_in(*folders: Path, to: Path) -> Path:
 
 
 def assert_same_folder(one: Path, other: Path) -> None:
-    before, after = tensors_of(one), tensors_of(other)
+    before = tensors_of(one)
+    after = tensors_of(other)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
@@ -93,17 +94,20 @@ def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(
 
 def test_layouts_of_internvl_become_each_other(tmp_path: Path) -> None:
     model = model_of("internvl-hf")
-    chat, hf = save_chat(model, tmp_path / "chat"), save(model, tmp_path / "hf")
+    chat = save_chat(model, tmp_path / "chat")
+    hf = save(model, tmp_path / "hf")
     export_checkpoint(bring_in(chat, to=tmp_path / "1"), tmp_path / "to hf", layout="internvl-hf")
     export_checkpoint(bring_in(hf, to=tmp_path / "2"), tmp_path / "to chat", layout="internvl-chat")
     for one, other in ((hf, tmp_path / "to hf"), (chat, tmp_path / "to chat")):
-        before, after = tensors_of(one), tensors_of(other)
+        before = tensors_of(one)
+        after = tensors_of(other)
         assert before.keys() == after.keys()
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_parts_are_put_together_with_a_fresh_projector_and_taken_out_again(tmp_path: Path) -> None:
-    language, vision = save(model_of("qwen2"), tmp_path / "llm"), save_vision(tmp_path / "vit")
+    language = save(model_of("qwen2"), tmp_path / "llm")
+    vision = save_vision(tmp_path / "vit")
     import_weights([language, vision], tmp_path / "ours", projector="long_vita")
     model = recipe_from_dict(read_manifest(tmp_path / "ours")["recipe"]).model
     assert (model.text_only, model.projector.kind) == (False, "long_vita")
@@ -125,10 +129,12 @@ def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens
 ) -> None:
     model = model_of("qwen2")
     model.resize_token_embeddings(10, mean_resizing=False)
-    language, vision = save(model, tmp_path / "llm"), save_vision(tmp_path / "vit")
+    language = save(model, tmp_path / "llm")
+    vision = save_vision(tmp_path / "vit")
     import_weights([language, vision], tmp_path / "ours", projector="long_vita")
     export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="causal")
-    before, after = tensors_of(language), tensors_of(tmp_path / "again")
+    before = tensors_of(language)
+    after = tensors_of(tmp_path / "again")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert after[name].shape[0] > 7 + 17
         assert torch.equal(after[name][:10], before[name])

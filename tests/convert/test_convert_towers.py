@@ -46,7 +46,8 @@ def bring_in(tower: Path, language: Path, to: Path) -> tuple[VisionTower, Recipe
     import_weights([language, tower], to, projector="long_vita")
     platform.initialize_process()
     recipe = recipe_from_dict(store.read_manifest(to)["recipe"])
-    recipe.data, recipe.training.bf16 = DataConfig(seq_length=64), False
+    recipe.data = DataConfig(seq_length=64)
+    recipe.training.bf16 = False
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)
     store.load_weights([model], to)
@@ -62,7 +63,9 @@ def joined(hidden: Tensor, *, class_token: bool) -> Tensor:
     zero = torch.zeros_like(grid[:, 0, 0])
 
     def at(row: int, column: int) -> Tensor:
-        return grid[:, row, column] if row < side and column < side else zero
+        if row < side and column < side:
+            return grid[:, row, column]
+        return zero
 
     corners = [(r, c) for r in range(0, side, 2) for c in range(0, side, 2)]
     cells = [
@@ -112,7 +115,8 @@ def test_features_gradients_and_round_trip(name: str, language: Path, tmp_path: 
 
     layout = "internvit-hf" if "internvit" in name else name.split("-")[0]
     export_checkpoint(tmp_path / "ours", tmp_path / "again", layout=layout)
-    before, after = tensors_of(tmp_path / "tower"), tensors_of(tmp_path / "again")
+    before = tensors_of(tmp_path / "tower")
+    after = tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
     configs = [
@@ -131,7 +135,8 @@ def test_a_tower_is_taken_out_of_a_whole_clip(language: Path, tmp_path: Path) ->
     hidden = whole.vision_model(pixel_values=tiles).last_hidden_state
     assert_same_features_and_gradients(tower, joined(hidden, class_token=True), tiles)
     export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="clip-prefixed")
-    before, after = tensors_of(tmp_path / "clip"), tensors_of(tmp_path / "again")
+    before = tensors_of(tmp_path / "clip")
+    after = tensors_of(tmp_path / "again")
     assert after.keys() == {name for name in before if name.startswith("vision_model.")}
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
     loaded = CLIPVisionModel.from_pretrained(tmp_path / "again").eval()
@@ -160,7 +165,9 @@ class Eva(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        width, ffn, patches = 32, 64, (TILE // 14) ** 2
+        width = 32
+        ffn = 64
+        patches = (TILE // 14) ** 2
         shapes = {
             "patch_embedding.proj.weight": (width, 3, 14, 14),
             "patch_embedding.proj.bias": (width,),
@@ -217,7 +224,8 @@ class Eva(nn.Module):
 
 
 def test_eva_is_taken_out_of_a_glm_folder(language: Path, tmp_path: Path) -> None:
-    eva, folder = Eva(), tmp_path / "glm"
+    eva = Eva()
+    folder = tmp_path / "glm"
     folder.mkdir()
     tensors = {
         f"transformer.vision.{n.replace('|', '.')}": t.detach() for n, t in eva.weights.items()

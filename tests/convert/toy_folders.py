@@ -34,7 +34,10 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from hf_weights import randomize
 
-VOCAB, IMAGE_TOKEN, ROWS, TILE = 97, 90, 4, 56
+VOCAB = 97
+IMAGE_TOKEN = 90
+ROWS = 4
+TILE = 56
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
@@ -198,7 +201,8 @@ def save_chat(
         {name: t.to(dtype).contiguous() for name, t in chat_tensors(model).items()},
         folder / "model.safetensors",
     )
-    vision, text = model.config.vision_config, model.config.text_config.to_dict()
+    vision = model.config.vision_config
+    text = model.config.text_config.to_dict()
     config = {
         "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "downsample_ratio": 0.5,
         "ps_version": "v2", "select_layer": -1, "template": "internvl2_5", "max_dynamic_patch": 12,
@@ -233,7 +237,8 @@ def chat_tensors(model: InternVLForConditionalGeneration) -> dict[str, Tensor]:
         if name.startswith("vision_tower."):
             if ".q_proj." in name:
                 qkv = [state[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"]
-                new, tensor = name.replace("attention.q_proj", "attn.qkv"), torch.cat(qkv)
+                new = name.replace("attention.q_proj", "attn.qkv")
+                tensor = torch.cat(qkv)
             elif "_proj." in name:
                 continue
             else:

@@ -53,7 +53,8 @@ def seconds(recipe: Recipe) -> float:
 def test_what_is_chosen_fits_and_is_faster_than_the_least_there_is(
     length: int, device: float
 ) -> None:
-    recipe, room = recipe_of(length), room_of(device)
+    recipe = recipe_of(length)
+    room = room_of(device)
     fitted = fit(recipe, room)
     least = smallest(recipe)
     if fitted is None:
@@ -83,7 +84,8 @@ def test_more_room_is_never_slower() -> None:
 def test_attention_is_kept_for_as_many_layers_as_there_is_room_for() -> None:
     """At a million tokens a host that holds all inputs and some outputs of attention: one more
     layer that keeps attention would not fit."""
-    recipe, room = recipe_of(1024), room_of(139.8)
+    recipe = recipe_of(1024)
+    room = room_of(139.8)
     fitted = fit(recipe, room)
     kept = fitted.training.recompute_keep_attention_layers
     assert 0 < kept < 28
@@ -133,7 +135,8 @@ def test_every_stage_of_a_pipeline_fits() -> None:
 
 
 def test_the_choice_depends_on_nothing_but_its_arguments() -> None:
-    recipe, room = recipe_of(128), room_of(120)
+    recipe = recipe_of(128)
+    room = room_of(120)
     assert fit(recipe, room) == fit(recipe_of(128), room_of(120))
     assert recipe == recipe_of(128)  # untouched
 
@@ -150,7 +153,8 @@ def test_levers_beside_fit_memory_are_refused_by_field(fields: dict[str, Any]) -
 
 def test_what_does_not_fit_is_told_what_would_fastest_first() -> None:
     """128K with nothing recomputed on 139.8 GiB: levers alone would do."""
-    recipe, room = recipe_of(128), room_of(139.8)
+    recipe = recipe_of(128)
+    room = room_of(139.8)
     found = find_remedies(recipe, room, world_size=2, device=H200)
     times = [remedy.seconds for remedy in found]
     assert times == sorted(times)
@@ -164,7 +168,8 @@ def test_what_does_not_fit_is_told_what_would_fastest_first() -> None:
 
 def test_where_levers_do_not_do_a_leaner_optimizer_or_another_layout_is_named() -> None:
     """7B of 18 bytes a parameter on two cards of 79 GiB: 12 bytes fit."""
-    recipe, room = recipe_of(32), room_of(79.2)
+    recipe = recipe_of(32)
+    room = room_of(79.2)
     (alone, *_) = find_remedies(recipe, room, world_size=2, device=H100)
     assert alone.changes["optimizer.store_param_remainders"] is True
     assert "optimizer.main_grads_dtype" not in alone.changes

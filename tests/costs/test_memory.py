@@ -135,7 +135,9 @@ def test_recomputation_keeps_less_the_more_it_repeats() -> None:
     ).highest.activations
     # Inputs alone; bytes counted by hand for 65,536 rows of 3,584, 131,072 of 14 + 2 x 2 heads of
     # 128, and 131,072 of an MLP of 9,472; fused attention makes nothing that core_attn could drop.
-    hidden, heads, mlp_width = 65536 * 3584 * 2, 131072 * 128 * 2, 131072 * 9472 * 2
+    hidden = 65536 * 3584 * 2
+    heads = 131072 * 128 * 2
+    mlp_width = 131072 * 9472 * 2
     sums = 131072 * 14 * 4  # attention's log-sum-exps
     assert full == 8 * hidden
     assert kept == 8 * (hidden + 14 * heads + sums)
@@ -208,7 +210,8 @@ def test_activations_on_the_host_leave_the_device_but_for_two_layers() -> None:
     )
     away = changed(recipe, training={"activation_offload_fraction": 1.0})
     tensors = layer_tensors(recipe)
-    here, there = estimate(recipe).highest, estimate(away).highest
+    here = estimate(recipe).highest
+    there = estimate(away).highest
     assert here.activations == 28 * (tensors.hidden + tensors.query + tensors.log_sums)
     assert there.activations == 28 * tensors.log_sums
     # a layer's own tensors, and those of the layer whose backward comes next
@@ -223,7 +226,8 @@ def test_activations_on_the_host_leave_the_device_but_for_two_layers() -> None:
 
 def test_frozen_parts_keep_no_gradients_and_less_for_their_backward() -> None:
     recipe = changed(STEPS[2].recipe(), training={"freeze_language_model": True})
-    frozen, trained = estimate(recipe, tiles=76), estimate(STEPS[2].recipe(), tiles=76)
+    frozen = estimate(recipe, tiles=76)
+    trained = estimate(STEPS[2].recipe(), tiles=76)
     assert frozen.gradients < 0.1 * trained.gradients
     # norm's output is for the weights' gradient alone
     tensors = layer_tensors(recipe)

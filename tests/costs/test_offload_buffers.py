@@ -18,7 +18,8 @@ SP = [*TP2, "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 VPP2 = [*PP2, "parallel.virtual_pipeline_model_parallel_size=2"]
 BF16 = ["training.bf16=true"]
-INPUT, OUTPUT = 256 * 64 * 4, 256 * 8 * 16 * 4
+INPUT = 256 * 64 * 4
+OUTPUT = 256 * 8 * 16 * 4
 
 
 @pytest.mark.parametrize(

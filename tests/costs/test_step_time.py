@@ -75,7 +75,8 @@ def test_a_pipeline_waits_for_its_slowest_stage_and_fills_and_drains() -> None:
 
 
 def test_gradients_of_replicas_are_reduced_in_the_open_unless_overlapped() -> None:
-    alone, replicas = predict(WHOLE).optimizer, predict(WHOLE, data_parallel=8).optimizer
+    alone = predict(WHOLE).optimizer
+    replicas = predict(WHOLE, data_parallel=8).optimizer
     assert replicas > alone
     overlapped = changed(
         WHOLE, parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}

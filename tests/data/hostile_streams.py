@@ -67,5 +67,8 @@ def hostile(
 ) -> HostileStream:
     """The stream, turned hostile."""
     stream.__class__ = HostileStream
-    stream.deed, stream.pack, stream.document, stream.memory = deed, pack, document, memory
+    stream.deed = deed
+    stream.pack = pack
+    stream.document = document
+    stream.memory = memory
     return stream

@@ -36,7 +36,8 @@ def digest(batch: Batch) -> str:
 
 def main() -> None:
     """Reads the plan's packs over and over, up to number `LAST`, from where the position stands."""
-    world, folder = pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
+    world = pickle.loads(Path(sys.argv[1]).read_bytes())
+    folder = Path(sys.argv[2])
     last = int(sys.argv[3])
     stream = train_stream(world, (1, 2))
     position = folder / "position"

@@ -16,7 +16,9 @@ class FaultyStore:
     def __init__(self) -> None:
         self._store = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
-        self.faults, self.reads, self.failed = 0.0, 0, 0
+        self.faults = 0.0
+        self.reads = 0
+        self.failed = 0
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property

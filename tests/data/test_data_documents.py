@@ -28,7 +28,8 @@ def shard(tmp_path_factory: pytest.TempPathFactory):
 
 
 def documents_of(shard, form: DocumentFormat):
-    index, reader = build_index(shard, form.chat), ShardReader()
+    index = build_index(shard, form.chat)
+    reader = ShardReader()
     for i in range(len(index)):
         row = index.row(i)
         data = reader.read(

@@ -6,7 +6,8 @@ from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.samples.truncation import Fit, Piece, fit, whole
 
 TEXT, LOSS, IMAGE, VIDEO = Kind
-QUESTION, ANSWER = Piece(TEXT, 10), Piece(LOSS, 20)
+QUESTION = Piece(TEXT, 10)
+ANSWER = Piece(LOSS, 20)
 
 
 def left_of(pieces: list[Piece], limit: int, policy: str) -> Fit | None:

@@ -32,7 +32,8 @@ def indexed(shard: Path, tokenizer) -> Path:
 
 def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
     shard = write_shard(tmp_path / "a.tar", range(10))
-    path, size = indexed(shard, tokenizer), shard.stat().st_size
+    path = indexed(shard, tokenizer)
+    size = shard.stat().st_size
     shard.unlink()
     index = read_index(path, text_stamp(ChatFormat(tokenizer)))
     assert (len(index), index.header.shard_size, index.keys()[3]) == (10, size, "s0003")

@@ -39,18 +39,19 @@ def wait_for_progress(job: subprocess.Popen, folder: Path, before: int) -> None:
 
 
 def test_a_job_killed_at_random_points_loses_and_repeats_nothing(world, tmp_path: Path) -> None:
-    draw, packs_a_run = random.Random(11), 100
+    draw = random.Random(11)
+    packs_a_run = 100
     last = packs_a_run * (KILLS + 1)
-    world_file, folder = tmp_path / "world.pickle", tmp_path / "job"
+    world_file = tmp_path / "world.pickle"
+    folder = tmp_path / "job"
     world_file.write_bytes(pickle.dumps(world))
     folder.mkdir()
     kills = 0
     while kills < KILLS:
-        size = (
-            int((folder / "position").read_text().split()[1])
-            if (folder / "position").exists()
-            else 0
-        )
+        if (folder / "position").exists():
+            size = int((folder / "position").read_text().split()[1])
+        else:
+            size = 0
         job = start(world_file, folder, last)
         wait_for_progress(job, folder, size)
         time.sleep(draw.random() * 0.3)

@@ -88,7 +88,8 @@ def test_tiles_outlive_the_process_that_decoded_them(world) -> None:
 
 
 def test_processes_killed_at_random_points_lose_and_repeat_nothing(world) -> None:
-    stream, draw = train_stream(world), random.Random(5)
+    stream = train_stream(world)
+    draw = random.Random(5)
     ids = [draw.randrange(len(stream)) for _ in range(60)]
     found: list[ReadPack] = []
     for pack in read_packs(stream, map(PackTask, ids), num_workers=2, prefetch=4):
@@ -199,7 +200,8 @@ def test_a_damaged_sample_is_blank_and_reported(own_world, num_workers: int, suf
     stream = train_stream(own_world)
     events = []
     for pack in read_packs(stream, tasks(stream), num_workers=num_workers):
-        wanted, documents = before[pack.batch.pack_id], [event.document for event in pack.damages]
+        wanted = before[pack.batch.pack_id]
+        documents = [event.document for event in pack.damages]
         assert_same(masked(stream, pack.batch, documents), masked(stream, wanted, documents))
         events += pack.damages
     (event,) = events

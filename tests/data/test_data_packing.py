@@ -92,7 +92,8 @@ def test_packs_hold_documents_of_a_window_and_of_those_left_over_before() -> Non
 def test_packs_are_full_on_a_realistic_mix(capacity: int) -> None:
     """Chats, images of 1 to 13 tiles, and films: real tokens over T, at the default alignment."""
     draw = np.random.default_rng(0)
-    kind, count = draw.random(60_000), 60_000
+    kind = draw.random(60_000)
+    count = 60_000
     tokens = np.exp(draw.normal(5.7, 0.8, count)) + (kind > 0.25) * 260 * draw.choice(
         [1, 3, 5, 7, 9, 13], count
     )

@@ -25,7 +25,8 @@ from megatron_vita.errors import ConfigError, DataError, ShardError
 
 SIZE = 1000
 MEMBER = Member("a.png", 10, 20)
-FIRST, SECOND = UPath("memory://cached/first.tar"), UPath("memory://cached/second.tar")
+FIRST = UPath("memory://cached/first.tar")
+SECOND = UPath("memory://cached/second.tar")
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,8 @@ def test_a_copy_evicted_as_soon_as_it_is_found_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read(tmp_path, FIRST)
-    mark_used, evicted = os.utime, []
+    mark_used = os.utime
+    evicted = []
 
     def evict_then(file: int | Path, *rest: object) -> None:
         mark_used(file, *rest)
@@ -93,10 +95,8 @@ def test_a_copy_evicted_as_soon_as_it_is_found_is_read(
 def test_a_copy_evicted_as_soon_as_it_is_made_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename, other = (
-        Path.rename,
-        threading.Thread(target=read, args=(tmp_path, SECOND), kwargs={"limit": SIZE}),
-    )
+    rename = Path.rename
+    other = threading.Thread(target=read, args=(tmp_path, SECOND), kwargs={"limit": SIZE})
 
     def rename_then_evict(path: Path, target: Path) -> None:
         rename(path, target)
@@ -169,7 +169,8 @@ def slow_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[tuple[threading.Event, threading.Event]]:
     """Has a copy of FIRST begin, as the first event tells, and end when the second one is set."""
-    begun, may_end = threading.Event(), threading.Event()
+    begun = threading.Event()
+    may_end = threading.Event()
     read_range = shard_cache.read_range
 
     def wait_then_read(location: UPath, start: int, stop: int) -> bytes:

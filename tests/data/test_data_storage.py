@@ -87,7 +87,9 @@ def test_batches_are_those_of_a_disk_whatever_fails(
 ) -> None:
     recipe, _ = remote
     stream = stream_of(recipe, world, cache=str(tmp_path / "cache") if cached else "")
-    store.faults, store.reads, store.failed = faults, 0, 0
+    store.faults = faults
+    store.reads = 0
+    store.failed = 0
     local = train_stream(world)
     tasks = [PackTask(pack) for pack in range(len(stream))]
     for pack in read_packs(stream, tasks, num_workers=num_workers):
@@ -236,7 +238,8 @@ def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
 def test_an_answer_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     place = UPath("memory://bucket/file.tar")
     place.write_bytes(b"0123456789")
-    whole, answers = place.fs.cat_file, []
+    whole = place.fs.cat_file
+    answers = []
 
     def cut(path: str, start: int, end: int) -> bytes:
         answers.append(whole(path, start=start, end=end)[: 3 if len(answers) < 2 else None])

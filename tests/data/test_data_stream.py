@@ -50,7 +50,8 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
         tile_share=(0, 1),
     )
     for pack in range(len(stream)):
-        batch, lengths = stream[pack], plan.lengths_of(pack).tolist()
+        batch = stream[pack]
+        lengths = plan.lengths_of(pack).tolist()
         assert batch.cu_seqlens.tolist() == [0, 256]
         assert batch.document_starts.diff().tolist()[: len(lengths)] == lengths
         assert batch.document_starts[-1] == 256
@@ -62,7 +63,8 @@ def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) ->
     stream = train_stream(world)
     tails = 0
     for pack in range(len(stream)):
-        batch, entries = stream[pack], stream.plan.pack(pack)
+        batch = stream[pack]
+        entries = stream.plan.pack(pack)
         for i, (start, stop) in enumerate(
             zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
         ):

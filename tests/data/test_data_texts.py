@@ -24,7 +24,8 @@ LENGTH = 256
 def texts(world) -> dict[str, tuple[str, list[int]]]:
     """Texts and their token ids by key; of one token, just a pack, one token more, and several
     packs."""
-    ids, words = {}, ["It", "is", "red.", "How", "much", "is", "seven?", "A", "clip.", ""]
+    ids = {}
+    words = ["It", "is", "red.", "How", "much", "is", "seven?", "A", "clip.", ""]
     for key, length in {
         "one": 2,
         "pack": LENGTH,
@@ -66,7 +67,8 @@ def parts_of(packs: PackStream) -> dict[str, list[tuple[int, np.ndarray, np.ndar
     """Start, token ids and labels of each part of each text."""
     found: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = {}
     for pack_id in range(len(packs)):
-        batch, entries = packs[pack_id], packs.plan.pack(pack_id)
+        batch = packs[pack_id]
+        entries = packs.plan.pack(pack_id)
         for key, first, entry in zip(
             batch.sample_keys, batch.document_starts.tolist(), entries, strict=False
         ):

@@ -75,7 +75,8 @@ def test_tiles_of_any_medium_are_written_into_a_given_array(form) -> None:
         form.video("b.mp4", probe_video(data["b.mp4"], "b.mp4")),
     ]
     for medium in media:
-        content, name = data[medium.member], medium.member
+        content = data[medium.member]
+        name = medium.member
         whole = decode_tiles(
             medium, content, name=name, tiles=range(medium.num_tiles), form=form.tile_format
         )

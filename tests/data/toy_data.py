@@ -41,7 +41,10 @@ def clip(frames: int = 16) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", 4
+        stream.width = 48
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = 4
         for i in range(frames):
             pixels = np.zeros((32, 48, 3), dtype=np.uint8)
             pixels[..., 0] = 255 * i // frames
@@ -59,7 +62,8 @@ def talk(*turns: str) -> dict[str, Any]:
 def toy_sample(number: int) -> tuple[dict[str, Any], dict[str, list[MediaFile]]]:
     """Sample `number`: one in four is text alone, one in five has a clip and two pictures, the
     others one picture."""
-    color, size = COLORS[number % len(COLORS)], SIZES[number % 3 + (number % 7 == 0)]
+    color = COLORS[number % len(COLORS)]
+    size = SIZES[number % 3 + (number % 7 == 0)]
     image = MediaFile(".png", picture(size, color))
     if number % 4 == 3:
         return talk(

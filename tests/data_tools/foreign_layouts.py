@@ -129,12 +129,16 @@ def user_assistant(truth: Truth, rng: Random, *, mark: str = "") -> list[Record]
     said = turns(
         truth, rng, role="role", content="content", asker="user", answerer="assistant", mark=mark
     )
-    return [{"role": "system", "content": truth.system}, *said] if truth.system else said
+    if truth.system:
+        return [{"role": "system", "content": truth.system}, *said]
+    return said
 
 
 def alone(names: list[str], rng: Random) -> Any:
     """A single path as itself, or as a list."""
-    return names[0] if len(names) == 1 and rng.random() < 0.7 else names
+    if len(names) == 1 and rng.random() < 0.7:
+        return names[0]
+    return names
 
 
 def llava(truth: Truth, rng: Random) -> Record:
@@ -399,7 +403,8 @@ def with_refused_turn(case: Case, rng: Random) -> None:
 
 def make_cases(count: int, seed: int) -> list[Case]:
     """So many records, dealt over the layouts: half as they are, half with more fields."""
-    rng, cases = Random(seed), []
+    rng = Random(seed)
+    cases = []
     for number in range(count):
         layout = LAYOUTS[number % len(LAYOUTS)]
         truth = make_truth(layout, rng)

@@ -26,7 +26,9 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     picture = Image.effect_noise((width, height), 90)
-    return picture if mode == "L" else picture.convert("RGB").convert(mode)
+    if mode == "L":
+        return picture
+    return picture.convert("RGB").convert(mode)
 
 
 def png_of(
@@ -119,7 +121,10 @@ def film(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=file_format) as container:
         stream = container.add_stream(codec, rate=4)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 32, "yuv420p", gop
+        stream.width = 48
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = gop
         stream.codec_context.time_base = Fraction(1, 4)
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(
@@ -207,7 +212,8 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
     """The bytes cut short, with some flipped, overwritten, doubled or left out."""
     harmed = bytearray(data)
     for _ in range(dice.choice((1, 1, 2, 5))):
-        place, length = dice.randrange(len(harmed) + 1), dice.choice((1, 4, 64, 1024))
+        place = dice.randrange(len(harmed) + 1)
+        length = dice.choice((1, 4, 64, 1024))
         deed = dice.randrange(5)
         if deed == 0:
             del harmed[place:]

@@ -103,10 +103,8 @@ def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(root: Path, capsy
         indexed = set(read_index(index_path(path)).keys())
         alone = [entry for entry in entries if not entry.reason.endswith("has the same key")]
         assert not indexed & {entry.key for entry in alone if entry.by == "validate"}
-        used, listed = (
-            used + len(indexed),
-            listed + len({(entry.key, entry.reason) for entry in entries}),
-        )
+        used = used + len(indexed)
+        listed = listed + len({(entry.key, entry.reason) for entry in entries})
     assert used > len(paths) / 2
     assert read_all(root / "recipe.yaml") > 0
     out = ["--out", str(root / "found.jsonl"), "--media-out", str(root / "found")]
@@ -136,14 +134,16 @@ def hostile_sources(folder: Path, format: str, count: int) -> int:
     table = pa.Table.from_pylist(
         [{"image": image, "conversations": turns, "id": i} for i in range(20)]
     )
-    whole, stream = io.BytesIO(), io.BytesIO()
+    whole = io.BytesIO()
+    stream = io.BytesIO()
     pq.write_table(table, whole)
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     for i in range(count):
-        name, data = (
-            (f"{i}.parquet", whole.getvalue()) if i % 2 else (f"{i}.arrow", stream.getvalue())
-        )
+        if i % 2:
+            name, data = (f"{i}.parquet", whole.getvalue())
+        else:
+            name, data = (f"{i}.arrow", stream.getvalue())
         (folder / name).write_bytes(damaged(data, dice))
     return 0
 

@@ -43,7 +43,8 @@ def convert(
     root = source.parent
     out = root / "out.jsonl"
     code = main(["import", format, str(source), "--out", str(out), "--workers", "1", *options])
-    samples, rejected = read(out), read(root / "out.rejected.jsonl")
+    samples = read(out)
+    rejected = read(root / "out.rejected.jsonl")
     assert code == (1 if rejected and not samples else 0)
     return samples, rejected
 
@@ -179,7 +180,8 @@ def test_what_is_no_object_is_one_bad_sample(
     tmp_path: Path, text: str, samples: int, reason: str
 ) -> None:
     (tmp_path / "set.json").write_bytes(text.encode("latin-1"))
-    found, reasons = 0, ""
+    found = 0
+    reasons = ""
     try:
         for candidate in objects.read_objects(tmp_path / "set.json", dict):
             try:

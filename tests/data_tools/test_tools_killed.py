@@ -17,7 +17,8 @@ from toy_jsonl import sample, write_world
 from data_tools.cli import main
 
 ROUNDS = 12 if os.environ.get("VITA_TEST_ALL") else 1
-SOURCES, SAMPLES = 24, 192
+SOURCES = 24
+SAMPLES = 192
 EIGHT = ("--samples-per-shard", "8")
 
 
@@ -52,7 +53,8 @@ def prepare(name: str, root: Path) -> None:
     shards."""
     path = write_world(root, count=SAMPLES)
     lines = path.read_text().splitlines()
-    lines[50], lines[100] = "{", json.dumps(sample(0) | {"images": ["none.png"]})
+    lines[50] = "{"
+    lines[100] = json.dumps(sample(0) | {"images": ["none.png"]})
     path.write_text("\n".join(lines))
     (root / "recipe.yaml").write_text(
         (root / "recipe.yaml").read_text().replace(f"{root}/toy/", f"{root}/made/toy/")
@@ -136,7 +138,8 @@ def finished(name: str, root: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["import", "shard", "index", "validate"])
 def test_a_killed_command_run_again_ends_as_an_undisturbed_one(tmp_path: Path, name: str) -> None:
-    root, dice = tmp_path / "world", random.Random(name)
+    root = tmp_path / "world"
+    dice = random.Random(name)
     code = 1 if name == "validate" else 0
     prepare(name, root)
     shutil.copytree(root, tmp_path / "before")

@@ -57,7 +57,8 @@ def test_a_plan_names_samples_longer_than_a_pack(world: Path, capsys) -> None:
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_one_that_is_there(world: Path, capsys) -> None:
-    recipe, plan = str(world / "recipe.yaml"), world / "plan/train.arrow"
+    recipe = str(world / "recipe.yaml")
+    plan = world / "plan/train.arrow"
     assert main(["plan", recipe]) == 0
     before = plan.read_bytes()
     few = f"[{{name: toy, shards: '{world}/toy/*.tar', ratio: 0.01}}]"
@@ -94,7 +95,8 @@ def test_a_sheet_shows_tiles_in_order_beside_the_text(world: Path, capsys) -> No
 
 
 def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(world: Path, capsys) -> None:
-    recipe, internvl = str(world / "recipe.yaml"), "text.media_format=internvl"
+    recipe = str(world / "recipe.yaml")
+    internvl = "text.media_format=internvl"
     arguments = [
         "inspect",
         recipe,

@@ -26,7 +26,9 @@ def film(*, frames: int = 250, rate: int = 25, rotation: int = 0) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"g": "1000", "crf": "10"})
-        stream.width, stream.height, stream.pix_fmt = 97 - 1, 64, "yuv420p"
+        stream.width = 97 - 1
+        stream.height = 64
+        stream.pix_fmt = "yuv420p"
         if rotation:
             stream.set_display_rotation(rotation)
         for i in range(frames):

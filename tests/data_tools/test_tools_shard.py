@@ -98,7 +98,8 @@ def insert_bad(path: Path, text: str) -> None:
     path.write_text("".join([*lines[:4], text + "\n", *lines[4:]]))
 
 
-QUESTION, ANSWER = ({"role": "user", "content": "Which?"}, {"role": "assistant", "content": "0."})
+QUESTION = {"role": "user", "content": "Which?"}
+ANSWER = {"role": "assistant", "content": "0."}
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
@@ -173,11 +174,13 @@ def test_strict_also_stops_at_a_sample_that_an_earlier_run_left_out(tmp_path: Pa
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch
 ) -> None:
-    whole, path = write_world(tmp_path / "a"), write_world(tmp_path / "b")
+    whole = write_world(tmp_path / "a")
+    path = write_world(tmp_path / "b")
     for world in (whole, path):
         insert_bad(world, "{")
     assert shard(whole, "--samples-per-shard", "3") == 0
-    check, seen = sharding.check_line, []
+    check = sharding.check_line
+    seen = []
 
     def failing(line, **how):
         seen.append(line.number)
@@ -237,7 +240,8 @@ def test_a_folder_of_other_inputs_is_refused(tmp_path: Path, capsys) -> None:
 def job(root: Path, **options) -> sharding.ShardJob:
     """The work on the world under `root`, by the library."""
     usual = {"samples_per_shard": 6, "strict": False}
-    files, media = [root / "toy.jsonl"], root / "media"
+    files = [root / "toy.jsonl"]
+    media = root / "media"
     return sharding.ShardJob(files=files, media_root=media, out=root / "toy", **(usual | options))
 
 
@@ -315,7 +319,8 @@ def test_datasets_of_one_folder_must_have_the_same_lines(tmp_path: Path, capsys)
 
 
 def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
-    first, second = write_world(tmp_path / "a"), write_world(tmp_path / "b")
+    first = write_world(tmp_path / "a")
+    second = write_world(tmp_path / "b")
     assert main(["shard", str(first), str(second), "--out", str(tmp_path / "toy")]) == 1
     assert "must differ" in capsys.readouterr().err
 

@@ -32,10 +32,13 @@ from tests.media.video_files import damage
 
 def film(seconds: int = 3) -> bytes:
     """Noise at 10 frames a second."""
-    buffer, noise = io.BytesIO(), np.random.default_rng(0)
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0)
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for _ in range(10 * seconds):
             frame = av.VideoFrame.from_ndarray(
                 noise.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24"
@@ -76,7 +79,8 @@ def shard(tmp_path: Path) -> Path:
     (tmp_path / "toy").mkdir()
     good = (tmp_path / "media/0.png").read_bytes()
     whole = film()
-    start, end = whole.index(b"mdat") + 4, whole.index(b"moov") - 4
+    start = whole.index(b"mdat") + 4
+    end = whole.index(b"moov") - 4
     write(
         tmp_path / "toy/toy-000000.tar",
         {

@@ -16,7 +16,8 @@ from toy_jsonl import sample, write_world
 from data_tools.cli import main
 from megatron_vita.media.video import VideoInfo, decode_frames, probe_video
 
-SLOW_SIDE, SLOW_IMAGES = 13000, 50
+SLOW_SIDE = 13000
+SLOW_IMAGES = 50
 
 
 def shard(root: Path, out: str, *options: str) -> dict[str, bytes]:

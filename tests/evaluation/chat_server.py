@@ -26,7 +26,8 @@ class FakeChatServer(ThreadingHTTPServer):
         self, reply: Callable[[dict[str, Any]], str], *, seconds_a_word: float = 0.0
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.reply, self.seconds_a_word = reply, seconds_a_word
+        self.reply = reply
+        self.seconds_a_word = seconds_a_word
         self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.left_early = threading.Event()

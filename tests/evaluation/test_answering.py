@@ -134,10 +134,8 @@ def test_the_key_is_the_environments(
 
 
 def test_media_are_data_urls_in_their_places() -> None:
-    png, film = (
-        MediaFile(name="a.png", data=b"\x89PNG.."),
-        MediaFile(name="b.mp4", data=b"....ftyp"),
-    )
+    png = MediaFile(name="a.png", data=b"\x89PNG..")
+    film = MediaFile(name="b.mp4", data=b"....ftyp")
     frames = MediaFile(name="c.frames.zip", data=b"PK\x03\x04..")
     prompt = Prompt(
         messages=[

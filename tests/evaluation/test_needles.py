@@ -42,7 +42,9 @@ class Reader:
     def __init__(
         self, haystack: Haystack, cells: Iterable[Cell], misses: set[str] | None = None
     ) -> None:
-        self.haystack, self.cells, self.misses = haystack, list(cells), misses or set()
+        self.haystack = haystack
+        self.cells = list(cells)
+        self.misses = misses or set()
         self.asked: list[Prompt] = []
         self.stop_after: int | None = None
 
@@ -60,7 +62,9 @@ class Reader:
             )
 
     def code(self, cell: Cell) -> str:
-        return "0" if cell.key in self.misses else self.haystack.needle(cell, depths=DEPTHS).code
+        if cell.key in self.misses:
+            return "0"
+        return self.haystack.needle(cell, depths=DEPTHS).code
 
 
 def fingerprint(prompt: Prompt) -> str:
@@ -86,7 +90,8 @@ def test_a_needle_lies_on_one_page_at_its_depth() -> None:
 
 def test_a_needle_is_drawn_whole_between_lines_of_the_book() -> None:
     for trial in range(20):
-        haystack, cell = Haystack(book=BOOK), Cell(pages=1, depth=0.5, trial=trial)
+        haystack = Haystack(book=BOOK)
+        cell = Cell(pages=1, depth=0.5, trial=trial)
         lines = haystack._places(cell, {0.5: haystack.needle(cell, depths=DEPTHS)})[0]
         assert " ".join(lines.values()) == haystack.needle(cell, depths=DEPTHS).sentence
         assert min(lines) >= 0
@@ -119,7 +124,8 @@ def test_cells_of_a_shared_haystack_differ_in_the_question_alone() -> None:
 
 
 def test_needles_that_share_a_page_do_not_cover_one_another() -> None:
-    haystack, cell = Haystack(book=BOOK, shared=True), Cell(pages=1, depth=0.5, trial=0)
+    haystack = Haystack(book=BOOK, shared=True)
+    cell = Cell(pages=1, depth=0.5, trial=0)
     needles = haystack._needles(cell, depths=DEPTHS)
     lines = haystack._places(cell, needles)[0]
     text = " ".join(lines[line] for line in sorted(lines))

@@ -70,7 +70,8 @@ def test_the_metric_is_the_one_named(tmp_path: Path, metric: str, right: int) ->
 
 
 def test_an_unknown_metric_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
-    path, answerer = write(tmp_path / "a.jsonl", sample("which?", "B")), Says()
+    path = write(tmp_path / "a.jsonl", sample("which?", "B"))
+    answerer = Says()
     with pytest.raises(ConfigError, match="known: exact, contains, letter"):
         run(tmp_path / "out", path, answerer, "bleu")
 

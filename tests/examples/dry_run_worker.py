@@ -32,7 +32,9 @@ def film() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=1)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.width = 32
+        stream.height = 32
+        stream.pix_fmt = "yuv420p"
         for i in range(FILM_SECONDS):
             container.mux(
                 stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), i % 256, np.uint8)))

@@ -92,7 +92,8 @@ def test_accuracy_counts_all_and_each_kind() -> None:
 
 
 def test_answering_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
-    questions, asked = read_questions("test")[:200], []
+    questions = read_questions("test")[:200]
+    asked = []
 
     class Parrot:
         def generate(self, prompts: list, *, sampling: object) -> list[Answer]:

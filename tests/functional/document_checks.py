@@ -74,7 +74,8 @@ def run_pack(model: VitaModel, batch: Batch) -> Outcome:
 
 def _input_gradients(hidden: torch.Tensor, pack: PackSlice, model: VitaModel) -> torch.Tensor:
     """Gradients [T, H] from the rows that this rank holds of the pack, or of its sequence share."""
-    layout, shared = groups.rank_layout(), model.config.sequence_parallel
+    layout = groups.rank_layout()
+    shared = model.config.sequence_parallel
     rows = pack.positions.chunk(layout.tp_size)[layout.tp_rank] if shared else pack.positions
     assert hidden.grad is not None
     whole = torch.zeros(int(pack.cu_seqlens[-1]), hidden.shape[-1], device=hidden.device)
@@ -92,7 +93,8 @@ def with_noise(batch: Batch, document: int, *, seed: int) -> Batch:
     """The batch with every token and pixel of one document replaced by noise."""
     generator = torch.Generator().manual_seed(seed)
     start, stop = batch.document_starts[document : document + 2].tolist()
-    ids, tiles = batch.input_ids.clone(), batch.tiles.clone()
+    ids = batch.input_ids.clone()
+    tiles = batch.tiles.clone()
     ids[start:stop] = torch.randint(0, VOCAB, (stop - start,), generator=generator)
     own = (batch.placements >= start) & (batch.placements < stop)
     tiles[own] = torch.randint(0, 256, tiles[own].shape, generator=generator, dtype=torch.uint8)
@@ -102,14 +104,16 @@ def with_noise(batch: Batch, document: int, *, seed: int) -> Batch:
 def poison(model: VitaModel, batch: Batch) -> dict[str, dict[str, float]]:
     """Noise in one document after the other: largest changes of the documents before it, after it
     and of itself."""
-    clean, bounds = run_pack(model, batch), batch.document_starts.tolist()
+    clean = run_pack(model, batch)
+    bounds = batch.document_starts.tolist()
     worst = {place: {"loss": 0.0, "gradient": 0.0} for place in ("before", "after", "itself")}
     for poisoned in range(len(bounds) - 1):
         noisy = run_pack(model, with_noise(batch, poisoned, seed=poisoned))
         for document in range(len(bounds) - 1):
-            place = (
-                "itself" if document == poisoned else "before" if document < poisoned else "after"
-            )
+            if document == poisoned:
+                place = "itself"
+            else:
+                place = "before" if document < poisoned else "after"
             change = clean.change(noisy, slice(bounds[document], bounds[document + 1]))
             worst[place] = {what: max(worst[place][what], change[what]) for what in change}
     return worst
@@ -124,10 +128,8 @@ def position_of_documents(model: VitaModel, *, length: int, joined: bool) -> flo
         batch = make_pack(lengths, seed=6, length=length, joined=joined)
         text = make_pack([(31, 0)], seed=7, length=length)
         start = 0 if lengths[0][0] == 31 else int(batch.document_starts[1])
-        batch.input_ids[start : start + 31], batch.labels[start : start + 31] = (
-            text.input_ids[:31],
-            text.labels[:31],
-        )
+        batch.input_ids[start : start + 31] = text.input_ids[:31]
+        batch.labels[start : start + 31] = text.labels[:31]
         outcomes.append(run_pack(model, batch).losses[start : start + 31])
     return (outcomes[0] - outcomes[1]).abs().max().item()
 
@@ -136,9 +138,11 @@ def several_turns(*, joined: bool) -> tuple[Batch, list[list[int]], list[list[in
     """A pack of two conversations of one-token answers; also each document's ids and its scored
     token indices."""
     generator = torch.Generator().manual_seed(9)
-    documents, scored = [], []
+    documents = []
+    scored = []
     for turns in (3, 4):
-        ids, answers = [], []
+        ids = []
+        answers = []
         for _ in range(turns):
             question = torch.randint(
                 5,
@@ -164,12 +168,15 @@ def plain_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tens
     """Qwen2 in plain PyTorch on one document, every position's logits: an independent computation
     [len(ids), V]."""
     shape = tiny_recipe().model.language
-    heads, kv_heads, width = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels
+    heads = shape.num_attention_heads
+    kv_heads = shape.num_query_groups
+    width = shape.kv_channels
     x = weights["embedding.word_embeddings.weight"][torch.tensor(ids)]
     angle = torch.arange(len(ids))[:, None] / shape.rotary_base ** (
         torch.arange(0, width, 2) / width
     )
-    cos, sin = angle.cos()[:, None].repeat(1, 1, 2), angle.sin()[:, None].repeat(1, 1, 2)
+    cos = angle.cos()[:, None].repeat(1, 1, 2)
+    sin = angle.sin()[:, None].repeat(1, 1, 2)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return (
@@ -188,7 +195,9 @@ def plain_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tens
         qkv = (qkv + weights[f"{layer}self_attention.linear_qkv.bias"]).view(
             len(ids), kv_heads, -1, width
         )
-        q, k, v = rotate(qkv[:, :, :-2].flatten(1, 2)), rotate(qkv[:, :, -2]), qkv[:, :, -1]
+        q = rotate(qkv[:, :, :-2].flatten(1, 2))
+        k = rotate(qkv[:, :, -2])
+        v = qkv[:, :, -1]
         k, v = (y.repeat_interleave(heads // kv_heads, dim=1) for y in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) / width**0.5
         future = torch.ones(len(ids), len(ids)).triu(1).bool()
@@ -231,7 +240,8 @@ def run_checks(recipe: Recipe) -> dict[str, Any]:
     """All checks at a layout that fills the world."""
     platform.initialize_process()
     groups.initialize_groups(recipe.parallel)
-    model, joined = build_model(recipe), not recipe.data.isolate_documents
+    model = build_model(recipe)
+    joined = not recipe.data.isolate_documents
     length = recipe.data.seq_length
     found: dict[str, Any] = {
         "poison": poison(model, make_pack(LENGTHS[length], seed=3, length=length, joined=joined)),

@@ -31,7 +31,8 @@ def build(fields: dict) -> list[VitaModel]:
 
 def main() -> None:
     """Arguments: see above."""
-    folder, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder = Path(sys.argv[1])
+    layouts = json.loads(sys.argv[2])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     for name, fields in layouts.items():

@@ -72,7 +72,8 @@ def check(fields: dict) -> dict[str, Any]:
     """Everything that is compared at a layout."""
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
-    length, joined = recipe.data.seq_length, not recipe.data.isolate_documents
+    length = recipe.data.seq_length
+    joined = not recipe.data.isolate_documents
     batch = make_pack(LENGTHS[length], seed=3, length=length, joined=joined)
     model = build_model(recipe, backend=StandIn())
     found: dict[str, Any] = {"differences": largest_differences(recipe, batch)}

@@ -62,7 +62,8 @@ def _run_forked(
     server = _rank_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
+        out = Path(folder, "out")
+        err = Path(folder, "err")
         job = {"script": script, "arguments": arguments, "processes": processes}
         job |= {"port": store.port, "out": str(out), "err": str(err)}
         assert server.stdin

@@ -26,7 +26,8 @@ from megatron_vita.training.step import train_step
 STEPS = 3
 BUCKET = 5000
 """Gradients that are reduced, and gathered for a checkpoint, together: as many buckets as a real model has."""
-optimizer.BUCKET_SIZE, optimizer.BUCKET_SIZE_PER_RANK = BUCKET, 0
+optimizer.BUCKET_SIZE = BUCKET
+optimizer.BUCKET_SIZE_PER_RANK = 0
 
 
 def my_batches(run: Run, step: int) -> list:
@@ -134,10 +135,8 @@ def check_agreement(metrics: list[StepMetrics]) -> None:
 
 def main() -> None:
     """Arguments: see above."""
-    folder, layouts = (
-        Path(sys.argv[1]),
-        [Layout(tuple(values)) for values in json.loads(sys.argv[2])],
-    )
+    folder = Path(sys.argv[1])
+    layouts = [Layout(tuple(values)) for values in json.loads(sys.argv[2])]
     fields = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())

@@ -133,7 +133,9 @@ class Layout:
         """The kind of model whose first weights it takes: those of a whole one are also for text
         alone."""
         kind = self.value("model")
-        return "untied" if kind == "text_only" else kind
+        if kind == "text_only":
+            return "untied"
+        return kind
 
     @property
     def reference(self) -> "Layout":
@@ -187,7 +189,8 @@ def covering_layouts(
     )
     left = np.zeros(offsets[-1], dtype=bool)
     left[ids] = True  # pairs that can meet
-    draw, chosen = random.Random(seed), []
+    draw = random.Random(seed)
+    chosen = []
     while left.any():
         missing = np.flatnonzero(left)[0]
         rows = np.flatnonzero((ids == missing).any(axis=1))

@@ -20,12 +20,10 @@ from tests.inference.tiny import prompts, tiny_engine
 
 def main() -> None:
     """Rank 0 answers or waits; the file has its error."""
-    folder, parallel, steps, busy = (
-        Path(sys.argv[1]),
-        json.loads(sys.argv[2]),
-        int(sys.argv[3]),
-        sys.argv[4] == "busy",
-    )
+    folder = Path(sys.argv[1])
+    parallel = json.loads(sys.argv[2])
+    steps = int(sys.argv[3])
+    busy = sys.argv[4] == "busy"
     platform.initialize_process()
     engine = tiny_engine(folder, parallel=ParallelConfig(**parallel))
     if dist.get_rank() == 1:

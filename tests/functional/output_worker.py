@@ -89,7 +89,8 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
     """Difference of losses and weights over 3 steps between overlapped and plain communication, on
     DP2."""
     found = {"weights that were used while on their way": 0.0}
-    plain, overlapped = open_case(case, start), overlapped_run(tiny_recipe_of(case), start)
+    plain = open_case(case, start)
+    overlapped = overlapped_run(tiny_recipe_of(case), start)
 
     def watched(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
         group = overlapped.chunks[0].param_to_bucket_group.get(weight)
@@ -115,7 +116,8 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
 def main() -> None:
     """Arguments: folder, JSON of {name: (shape, case)}; weights to start from are in the folder, by
     shape."""
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder = Path(sys.argv[1])
+    cases = json.loads(sys.argv[2])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     found = {"shards": vocabulary_shards(), "losses": {}}

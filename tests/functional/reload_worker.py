@@ -53,7 +53,9 @@ def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, fl
 
 def main() -> None:
     """Saves at each layout, then takes up each pair."""
-    folder, layouts, pairs = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    folder = Path(sys.argv[1])
+    layouts = json.loads(sys.argv[2])
+    pairs = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     for name, fields in layouts.items():

@@ -24,7 +24,8 @@ from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 
 # as many buckets as a real model has
-optimizer.BUCKET_SIZE, optimizer.BUCKET_SIZE_PER_RANK = 5000, 0
+optimizer.BUCKET_SIZE = 5000
+optimizer.BUCKET_SIZE_PER_RANK = 0
 
 
 def die() -> None:
@@ -51,7 +52,8 @@ def main() -> None:
     """Wraps a step, to record it, and the writing of a checkpoint, to die in the middle of it."""
     recipe, records, death, *overrides = sys.argv[1:]
     where, _, at = death.partition(":")
-    train_step, save = loop.train_step, store.dist_checkpointing.save
+    train_step = loop.train_step
+    save = store.dist_checkpointing.save
 
     def recorded_step(run: Run, batches) -> StepMetrics:
         seen = []

@@ -48,7 +48,8 @@ def answers(engine: Engine) -> list[dict]:
 
 def main() -> None:
     """Each layout in turn."""
-    checkpoint, layouts = sys.argv[1], json.loads(sys.argv[2])
+    checkpoint = sys.argv[1]
+    layouts = json.loads(sys.argv[2])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     for file, (parallel, options) in layouts.items():

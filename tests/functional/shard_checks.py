@@ -21,7 +21,8 @@ from megatron_vita.model.build import transformer_config
 from megatron_vita.model.output import OutputLayer
 from megatron_vita.parallel import groups
 
-LENGTH, HIDDEN = 24, 16
+LENGTH = 24
+HIDDEN = 16
 ROWS = {"both ranks": [1, 2, 11, 20], "one rank": [2, 5], "none": [], "all": list(range(LENGTH))}
 VOCABULARIES = (50, 51, 1)  # 51 leaves a row of padding, 1 leaves the second rank without a token
 
@@ -36,7 +37,8 @@ def layer_over_shards(
 ) -> OutputLayer:
     """An output layer with this rank's rows of the weight `whole` [V, H]."""
     config = transformer_config(recipe, fused=False)
-    config.hidden_size, config.init_method = HIDDEN, torch.nn.init.zeros_
+    config.hidden_size = HIDDEN
+    config.init_method = torch.nn.init.zeros_
     options = OutputConfig(label_smoothing=0.1, z_loss=0.01)
     layer = OutputLayer(config, vocab_size=vocab_size, options=options, owns_weight=True)
     layer.chunk_bytes = 3 * 4 * len(layer.weight)
@@ -95,10 +97,8 @@ def vocabulary_shards() -> dict[str, float]:
     found = {}
     for sequence_parallel in (False, True):
         recipe = Recipe()
-        recipe.parallel.tensor_model_parallel_size, recipe.parallel.sequence_parallel = (
-            2,
-            sequence_parallel,
-        )
+        recipe.parallel.tensor_model_parallel_size = 2
+        recipe.parallel.sequence_parallel = sequence_parallel
         groups.initialize_groups(recipe.parallel)
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         kinds = itertools.product(ROWS, VOCABULARIES, ("weight", "main_grad", "frozen"))

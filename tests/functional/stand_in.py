@@ -17,7 +17,8 @@ class PlainKernel:
         self, query: Tensor, key: Tensor, value: Tensor, bounds: SequenceBounds
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionKernel.forward`."""
-        outs, sums = [], []
+        outs = []
+        sums = []
         for rows, columns in _sequences(bounds):
             scores = _scores(query[rows], key[columns])
             lse = scores.logsumexp(-1)
@@ -39,10 +40,13 @@ class PlainKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `AttentionKernel.backward`."""
         grads = tuple(torch.zeros_like(x) for x in (query, key, value))
-        scale, groups = query.shape[-1] ** -0.5, key.shape[1]
+        scale = query.shape[-1] ** -0.5
+        groups = key.shape[1]
         for rows, columns in _sequences(bounds):
-            q, g = query[rows], grad[rows]
-            k, v = _repeated(key[columns], query), _repeated(value[columns], query)
+            q = query[rows]
+            g = grad[rows]
+            k = _repeated(key[columns], query)
+            v = _repeated(value[columns], query)
             weights = (_scores(q, key[columns]) - lse[:, rows, None]).exp()
             d_weights = torch.einsum("qhd,khd->hqk", g, v)
             delta = (g * out[rows]).sum(-1).T
@@ -57,7 +61,8 @@ class PlainKernel:
 
 
 def _sequences(bounds: SequenceBounds) -> list[tuple[slice, slice]]:
-    query, key = bounds.query.tolist(), bounds.key.tolist()
+    query = bounds.query.tolist()
+    key = bounds.key.tolist()
     assert bounds.longest_query == max(b - a for a, b in itertools.pairwise(query))
     assert bounds.longest_key == max(b - a for a, b in itertools.pairwise(key))
     starts = zip(query, query[1:], key, key[1:], strict=False)

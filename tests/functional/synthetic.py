@@ -21,7 +21,9 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.layout.dealing import deal_tiles
 from megatron_vita.layout.slicing import RankLayout
 
-LENGTH, VOCAB, ROWS = 128, 96, 4
+LENGTH = 128
+VOCAB = 96
+ROWS = 4
 IGNORED = -100
 
 
@@ -138,7 +140,8 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
     step to step: odd lengths and a tail, text only, media at the start alone, and a single loss row
     or none.
     """
-    seed, joined = 10 * step, not recipe.data.isolate_documents
+    seed = 10 * step
+    joined = not recipe.data.isolate_documents
     shapes = [
         [(31, 2), (1, 0), (45, 5 - step), (16, 0)],
         [(47, 0), (80, 0)],
@@ -156,9 +159,8 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
 
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:
     """The batch as the rank at `layout` would read it, with its own tiles only."""
-    dealt = (
-        deal_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank]
-        if first_stage
-        else batch.tile_ids[:0]
-    )
+    if first_stage:
+        dealt = deal_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank]
+    else:
+        dealt = batch.tile_ids[:0]
     return replace(batch, tiles=batch.tiles[dealt], tile_ids=dealt)

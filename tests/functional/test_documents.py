@@ -13,7 +13,8 @@ from document_checks import run_checks
 from launch import MOST_PROCESSES, torchrun
 from synthetic import tiny_recipe
 
-TP, CP = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+TP = {"tensor_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
 LAYOUTS = {"plain": {}, "cp2": CP, "tp2": TP, "tp2sp": TP | {"sequence_parallel": True}}
 if os.environ.get("VITA_TEST_ALL") and MOST_PROCESSES >= 4:
     LAYOUTS["tp2sp-cp2"] = LAYOUTS["tp2sp"] | CP
@@ -23,7 +24,8 @@ JOINED = {"isolate_documents": False}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What each layout shows, with documents isolated and joined."""
-    results, folder = {}, tmp_path_factory.mktemp("documents")
+    results = {}
+    folder = tmp_path_factory.mktemp("documents")
     cases = {
         f"{name}{suffix}": layout | data
         for name, layout in LAYOUTS.items()

@@ -107,5 +107,6 @@ def test_no_two_matrices_and_no_two_blocks_are_alike() -> None:
 
 
 def test_a_language_model_alone_begins_as_inside_a_whole_one() -> None:
-    whole, alone = single(), single(text_only=True)
+    whole = single()
+    alone = single(text_only=True)
     assert all(torch.equal(weight, whole[name]) for name, weight in alone.items())

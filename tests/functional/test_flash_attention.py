@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from launch import torchrun
 
-TP, CP = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+TP = {"tensor_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
 LAYOUTS = {
     "cp4 selective": {"context_parallel_size": 4, "recompute_granularity": "selective"},
     "cp2 one document": CP | {"isolate_documents": False},

@@ -30,7 +30,8 @@ ODD = {
         "init_method_std": 0.1,
     },
 }
-TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP = {"tensor_model_parallel_size": 2}
+PP = {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
     "tp2sp": TP | {"sequence_parallel": True},
     "tp2together": TP | {"vision_tensor_parallel": True},

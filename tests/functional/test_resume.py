@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from recorded_run import run
 from toy_run import make_toy_run
 
-STEPS, PACKS = 12, 48
+STEPS = 12
+PACKS = 48
 ALL = bool(os.environ.get("VITA_TEST_ALL"))
 ALL_DEATHS = [
     "step:1",

@@ -62,7 +62,8 @@ def compare(name: str, fields: dict, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Compares every layout."""
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder = Path(sys.argv[1])
+    cases = json.loads(sys.argv[2])
     platform.initialize_process()
     found = {name: compare(name, fields, folder) for name, fields in cases.items()}
     if dist.get_rank() == 0:

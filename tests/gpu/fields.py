@@ -17,7 +17,8 @@ TE = SIZES | {"attention_backend": "te"}
 FA4 = SIZES | {"attention_backend": "fa4"}
 TORCH = SIZES | {"attention_backend": "torch"}
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-TP, CP = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+TP = {"tensor_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
 SP = TP | {"sequence_parallel": True}
 
 

@@ -20,7 +20,8 @@ JOINED = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    folder, results = tmp_path_factory.mktemp("documents"), {}
+    folder = tmp_path_factory.mktemp("documents")
+    results = {}
     cases = LAYOUTS | JOINED
     for world in sorted({world_of(fields) for fields in cases.values()}):
         path = folder / f"{world}.json"

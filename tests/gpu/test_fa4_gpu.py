@@ -23,7 +23,8 @@ def run(
     from megatron_vita.model.fa4 import FlashAttention4, _starts
     from megatron_vita.model.flash_attention import SequenceBounds
 
-    kernel, (query, key, value, grad) = FlashAttention4(deterministic=deterministic), tensors
+    kernel = FlashAttention4(deterministic=deterministic)
+    (query, key, value, grad) = tensors
     bounds = SequenceBounds(_starts(queries), _starts(keys), max(queries), max(keys))
     out, lse = kernel.forward(query, key, value, bounds)
     grads = kernel.backward(

@@ -13,10 +13,8 @@ def test_graphs_can_be_recorded_after_all_earlier_ones_were_given_back() -> None
     number = torch.ones(1 << 20, device="cuda")
     for factor in (2.0, 3.0):
         pool = GraphPool()
-        times, plus = (
-            pool.record(lambda f=factor: number * f),
-            pool.record(lambda f=factor: number + f),
-        )
+        times = pool.record(lambda f=factor: number * f)
+        plus = pool.record(lambda f=factor: number + f)
         for value in (1.0, 5.0):
             number.fill_(value)
             assert times.launch().unique().tolist() == [value * factor]

@@ -79,13 +79,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _scheme(layout: Layout) -> str:
     """CP schemes take turns."""
     with_context = [other for other in LAYOUTS if other.value("context") == "cp2"]
-    return SCHEMES[with_context.index(layout) % 3] if layout in with_context else SCHEMES[0]
+    if layout in with_context:
+        return SCHEMES[with_context.index(layout) % 3]
+    return SCHEMES[0]
 
 
 @pytest.fixture(scope="module")
 def references(folder: Path) -> dict[Layout, list[Outcome]]:
     """Of each reference: an fp32 run, then eight in bf16, from the same weights."""
-    found, draw = {}, random.Random(3)
+    found = {}
+    draw = random.Random(3)
     for reference in dict.fromkeys(layout.reference for layout in LAYOUTS):
         found[reference] = [
             _run_alone(reference, folder, fields=TORCH | {"bf16": False}, order=[0, 1, 2, 3])
@@ -102,7 +105,8 @@ def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) 
     """On one GPU, the packs of each step in `order`."""
     kind = "tied" if layout.value("model") == "tied" else "untied"
     run = open_layout(layout.fields | fields, folder / f"start_{kind}")
-    steps, gradients = [], {}
+    steps = []
+    gradients = {}
     for step in range(STEPS):
         packs = my_batches(run, step)
         metrics = train_step(run, iter([packs[i] for i in order]))
@@ -155,10 +159,8 @@ def test_layout_is_as_near_to_the_truth_as_a_single_gpu(
         assert found["rows"] == runs[0].steps[step]["rows"]
         for what in ("loss", "grad_norm"):
             values = [run.steps[step][what] for run in runs]
-            middle, width = (
-                sum(values) / SHUFFLES,
-                max(max(values) - min(values), ULP * max(values)),
-            )
+            middle = sum(values) / SHUFFLES
+            width = max(max(values) - min(values), ULP * max(values))
             assert abs(found[what] - middle) <= width, (what, step, found[what], values)
     for what in ("gradients", "weights"):
         truth = getattr(exact, what)

@@ -19,7 +19,8 @@ from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
-LENGTH, LAYERS = 16384, 8
+LENGTH = 16384
+LAYERS = 8
 STATE = LENGTH * 512 * 2  # bytes of a hidden state
 MODEL = TE | {
     "seq_length": LENGTH,
@@ -64,7 +65,8 @@ def gradients(run: Run) -> Tensor:
 
 def three_steps(**fields: Any) -> tuple[list[float], Tensor, Tensor]:
     """Losses; gradients of the first step; weights after the last."""
-    run, first = open_run(**fields), torch.empty(0)
+    run = open_run(**fields)
+    first = torch.empty(0)
     losses = []
     for number in range(3):
         losses.append(train_step(run, iter(packs(number))).loss)
@@ -89,7 +91,8 @@ def test_levers_change_losses_and_gradients_within_rounding(
 
 @pytest.mark.parametrize("fields", [FULL, KEPT | PIECES])
 def test_waiting_on_the_host_changes_no_bit(fields: dict) -> None:
-    here, away = three_steps(**fields), three_steps(**fields, **OFFLOADED)
+    here = three_steps(**fields)
+    away = three_steps(**fields, **OFFLOADED)
     assert away[0] == here[0]
     assert torch.equal(away[1], here[1])
     assert torch.equal(away[2], here[2])
@@ -106,7 +109,9 @@ def peak(**fields: Any) -> float:
 
 
 def test_each_lever_takes_less_memory_than_the_one_before() -> None:
-    everything, kept, in_pieces = peak(), peak(**KEPT), peak(**KEPT, **PIECES)
+    everything = peak()
+    kept = peak(**KEPT)
+    in_pieces = peak(**KEPT, **PIECES)
     offloaded = peak(**KEPT, **PIECES, **OFFLOADED)
     inputs = peak(**FULL, **PIECES)
     assert everything - kept > 20 * (LAYERS - 2)  # a layer makes more than 30

@@ -57,7 +57,8 @@ def test_a_gpu_draws_what_a_cpu_draws() -> None:
             assert [score.token_id for score in one.likeliest] == [
                 score.token_id for score in other.likeliest
             ]
-            ours, theirs = one.chosen.logprob, other.chosen.logprob
+            ours = one.chosen.logprob
+            theirs = other.chosen.logprob
             assert ours == pytest.approx(theirs, abs=1e-4, nan_ok=True)
 
 
@@ -74,7 +75,8 @@ def waits(device_work: Callable[[], object]) -> int:
 
 
 def test_the_host_waits_once_a_step() -> None:
-    batch, rows = logits(0).cuda(), draws(0, "cuda")
+    batch = logits(0).cuda()
+    rows = draws(0, "cuda")
     beams = BeamSearch(SamplingParams(num_beams=len(OPTIONS), logprobs=3), end_ids=frozenset([7]))
     sample_tokens(batch, rows)
     beams.advance(batch[:1])

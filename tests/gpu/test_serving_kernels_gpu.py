@@ -12,7 +12,10 @@ from megatron_vita.layout.blocks import BlockLayout
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 
-HEADS, GROUPS, WIDTH, PAGE = 14, 2, 128, 64
+HEADS = 14
+GROUPS = 2
+WIDTH = 128
+PAGE = 64
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE))
 

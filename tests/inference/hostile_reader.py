@@ -6,7 +6,8 @@ import time
 
 from megatron_vita.inference.vision import decode_worker
 
-decode_tiles, probe_video = decode_worker.decode_tiles, decode_worker.probe_video
+decode_tiles = decode_worker.decode_tiles
+probe_video = decode_worker.probe_video
 
 
 def misbehave(name: str) -> None:
@@ -31,7 +32,8 @@ def probe(file: object, name: str) -> object:
     return probe_video(file, name)  # type: ignore[arg-type]
 
 
-decode_worker.decode_tiles, decode_worker.probe_video = decode, probe
+decode_worker.decode_tiles = decode
+decode_worker.probe_video = probe
 
 if __name__ == "__main__":
     decode_worker.main()

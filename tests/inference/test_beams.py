@@ -93,7 +93,9 @@ def test_the_answers_of_these_models_end_both_ways_and_at_several_lengths() -> N
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_enough_beams_find_what_trying_everything_finds(length_penalty: float) -> None:
     model = tiny_llama(3)
-    vocabulary, end, length = range(8), 4, 3
+    vocabulary = range(8)
+    end = 4
+    length = 3
     model.lm_head.weight.data = model.lm_head.weight.data[: len(vocabulary)]
     best = []
     for tokens in itertools.product(vocabulary, repeat=length):

@@ -39,7 +39,8 @@ def test_a_checkpoint_answers_elsewhere_and_without_the_folder_of_training(
 
 
 def test_of_a_folder_only_what_makes_a_tokenizer_is_copied(tmp_path: Path) -> None:
-    source, checkpoint = tmp_path / "model", tmp_path / "checkpoint"
+    source = tmp_path / "model"
+    checkpoint = tmp_path / "checkpoint"
     names = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
     names += ["vocab.json", "special_tokens_map.json", "spiece.model", "config.json"]
     source.mkdir()

@@ -224,7 +224,9 @@ def test_who_is_to_answer_must_be_clear(ask: Client, arguments: list[str], messa
 
 def test_control_c_stops_the_answer_and_not_the_conversation() -> None:
     def answer(request: dict[str, Any]) -> str:
-        return "quick" if texts_of(request)[-1] == "short" else "word " * 600
+        if texts_of(request)[-1] == "short":
+            return "quick"
+        return "word " * 600
 
     # background jobs ignore it, as do their children
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -102,7 +102,8 @@ def test_what_forks_has_one_thread(readers: DecodePool) -> None:
 
 def test_many_threads_share_the_readers_of_one_file(readers: DecodePool, before: set[int]) -> None:
     """Each process has its own place in the file."""
-    file, found = SharedFile(video().data), {}
+    file = SharedFile(video().data)
+    found = {}
 
     def look(number: int) -> None:
         found[number] = readers.decode(file, FRAMES, name="clip", tiles=range(number % 5, 5))
@@ -220,7 +221,8 @@ def test_what_is_read_for_a_cancelled_request_ends_at_once(long_films: Engine) -
 def test_readers_of_a_stopped_file_are_killed_and_others_go_on(
     hostile_program: None, before: set[int]
 ) -> None:
-    readers, file = DecodePool(FORM, count=3, seconds=30), SharedFile(video().data)
+    readers = DecodePool(FORM, count=3, seconds=30)
+    file = SharedFile(video().data)
     with ThreadPoolExecutor() as pool:
         hang = [
             pool.submit(readers.decode, file, FRAMES, name="hangs", tiles=range(1))
@@ -251,7 +253,8 @@ def test_a_beginning_shared_with_a_film_that_hangs_is_computed_at_once(hostile: 
     films = [
         ask("what is in this", MediaFile(name="hangs", data=video(12 + k).data)) for k in range(2)
     ]
-    text, began = ask("no cats"), time.monotonic()
+    text = ask("no cats")
+    began = time.monotonic()
     ended: list[AnswerPiece] = []
     while not any(piece.request == text for piece in ended):
         ended += [piece for piece in hostile.step() if piece.finish]
@@ -272,7 +275,8 @@ def test_closing_waits_for_no_decoder(tmp_path: Path, monkeypatch: pytest.Monkey
         GREEDY,
     )
     engine.step()
-    threads, began = engine.worker.features.decoder._pool._threads, time.monotonic()
+    threads = engine.worker.features.decoder._pool._threads
+    began = time.monotonic()
     engine.close()
     for thread in threads:
         thread.join(10)

@@ -54,7 +54,8 @@ def test_any_chunks_and_pages_give_the_whole_forward(folder: Path, chunk: int, p
 
 def test_an_answer_does_not_depend_on_when_others_come_and_go(engine: Engine) -> None:
     alone = [engine.generate([prompt], sampling=GREEDY)[0] for prompt in prompts()]
-    numbers, pieces = [], []
+    numbers = []
+    pieces = []
     for prompt in prompts():
         numbers.append(engine.add(engine.prepare(prompt), GREEDY))
         pieces += [piece for _ in range(3) for piece in engine.step()]

@@ -45,7 +45,8 @@ def published_recipe(folder: Path, family: str) -> Recipe:
 def test_a_prompt_is_the_beginning_of_the_trained_document(tmp_path: Path, family: str) -> None:
     recipe = published_recipe(tmp_path, family)
     form = document_format(recipe, open_tokenizer(recipe))
-    images, film = [picture(1, (40, 20)), picture(2, (16, 16))], video(2)
+    images = [picture(1, (40, 20)), picture(2, (16, 16))]
+    film = video(2)
     shard = tmp_path / "a.tar"
     with SampleWriter(shard) as writer:
         media = {

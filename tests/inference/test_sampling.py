@@ -118,7 +118,8 @@ def test_presence_and_frequency_penalties_take_from_tokens_of_the_answer_alone()
 
 def test_greedy_takes_the_likeliest_after_penalties() -> None:
     logits = torch.zeros(2, VOCAB)
-    logits[:, 7], logits[:, 9] = 3.0, 2.0
+    logits[:, 7] = 3.0
+    logits[:, 9] = 2.0
     assert ids(logits, [draw(), draw_with_penalties([7], [], repetition_penalty=2.0)]) == [7, 9]
 
 

@@ -103,10 +103,8 @@ def test_chunks_are_never_larger_than_they_may_be(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_gets_on_however_many_short_ones_come(tmp_path: Path) -> None:
-    engine, one = (
-        tiny_engine(tmp_path, chunk_tokens=16, busy_chunk_tokens=16),
-        SamplingParams(max_new_tokens=1),
-    )
+    engine = tiny_engine(tmp_path, chunk_tokens=16, busy_chunk_tokens=16)
+    one = SamplingParams(max_new_tokens=1)
     long = engine.add(engine.prepare(Prompt.ask("no cats " * 45)), one)
     for turn in range(200):
         while len(engine._scheduler._prefilling) + len(engine._scheduler._waiting) < 5:
@@ -152,7 +150,8 @@ def test_pieces_of_a_prompt_with_images_are_whole_chunks(tmp_path: Path) -> None
 
 
 def test_numbers_that_went_wrong_are_not_shared(tmp_path: Path) -> None:
-    engine, sampling = tiny_engine(tmp_path), SamplingParams(max_new_tokens=4, ignore_eos=True)
+    engine = tiny_engine(tmp_path)
+    sampling = SamplingParams(max_new_tokens=4, ignore_eos=True)
     prompts = [RED, Prompt.ask("is there a red circle or two cats")]
     weight = next(engine.model.language_model.decoder.layers[0].parameters())
     right = weight.detach().clone()

@@ -103,10 +103,8 @@ class World:
 
     def hear(self, changes: SchedulerOutput, requests: dict[int, Request]) -> None:
         for start in changes.new:
-            self.decoded[start.sequence], self.done[start.sequence] = (
-                {},
-                requests[start.sequence].cached_tokens,
-            )
+            self.decoded[start.sequence] = {}
+            self.done[start.sequence] = requests[start.sequence].cached_tokens
         for sequence, first, stop in changes.prefetch:
             for tile in tiles_of(requests[sequence], first, stop):
                 self.decoded[sequence].setdefault(tile, False)
@@ -139,7 +137,9 @@ def test_pieces_follow_one_another_when_their_tiles_are_there_and_everything_end
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    world, chance, hangs = World(rng), rng.choice([0.02, 0.2, 1.0]), rng.choice([0.0, 0.3])
+    world = World(rng)
+    chance = rng.choice([0.02, 0.2, 1.0])
+    hangs = rng.choice([0.0, 0.3])
     for number in range(30):
         gaps = [
             rng.choice([0, 1, 7, 16, 20, 50]),

@@ -64,7 +64,8 @@ def test_rank_holds_chunks_r_and_its_mirror_of_each_document() -> None:
 
 @pytest.mark.parametrize("cp", [2, 4])
 def test_causal_work_is_the_same_for_every_rank(cp: int) -> None:
-    owner, offset = owners(BOUNDS, cp), offsets_in_document(BOUNDS)
+    owner = owners(BOUNDS, cp)
+    offset = offsets_in_document(BOUNDS)
     work = torch.zeros(cp, dtype=torch.int64).index_add_(0, owner, offset + 1)
     assert len(set(work.tolist())) == 1
 
@@ -81,7 +82,8 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(
     rows_per_tile = 4
     placements = torch.tensor([1, 6, 20, 30, 75, 81, 110])
     frames = torch.tensor([0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)
-    ids, labels = torch.arange(TOTAL), torch.full((TOTAL,), -100)
+    ids = torch.arange(TOTAL)
+    labels = torch.full((TOTAL,), -100)
     layouts = [
         RankLayout(tp_size=tp, tp_rank=t, cp_size=cp, cp_rank=c, vision_tensor_parallel=together)
         for c in range(cp)

@@ -41,7 +41,8 @@ def tiff_of(
     known = {256: size[0], 257: size[1], 259: 1, 277: len(planes), 278: size[1]}
     known |= {273: starts[:-1].tolist(), 279: [len(plane) for plane in planes]}
     known |= {int(name[1:]): value for name, value in tags.items()}
-    arrays, entries = b"", b""
+    arrays = b""
+    entries = b""
     for tag, value in sorted(known.items()):
         values = value if isinstance(value, list) else [value]
         content = struct.pack(f"{order}{len(values)}I", *values)

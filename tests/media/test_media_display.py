@@ -88,7 +88,8 @@ def test_a_matrix_that_also_scales_turns_alike_and_a_singular_one_does_not_turn(
 
 def test_a_matrix_of_an_odd_angle_is_refused_by_name() -> None:
     for degrees in (30, 91, 181):
-        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        cos = math.cos(math.radians(degrees))
+        sin = math.sin(math.radians(degrees))
         with pytest.raises(DataError, match=f"^clip: its display matrix turns by {degrees} deg"):
             shown(with_matrix("mp4", (cos, sin, -sin, cos)))
 
@@ -97,7 +98,8 @@ def cover() -> av.Packet:
     """A JPEG as a packet."""
     encoder = av.CodecContext.create("mjpeg", "w")
     encoder.width = encoder.height = 16
-    encoder.pix_fmt, encoder.time_base = "yuvj420p", Fraction(1, 25)
+    encoder.pix_fmt = "yuvj420p"
+    encoder.time_base = Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 255, np.uint8))
     frame = frame.reformat(format="yuvj420p")
     frame.pts = 0

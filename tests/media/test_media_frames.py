@@ -156,7 +156,8 @@ def test_changed_bytes_are_noticed() -> None:
 
 
 def test_archives_that_do_not_keep_the_format_are_refused_by_name() -> None:
-    deflated, empty = io.BytesIO(), io.BytesIO()
+    deflated = io.BytesIO()
+    empty = io.BytesIO()
     with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.png", b"0" * 999)
     with zipfile.ZipFile(empty, "w"):

@@ -28,7 +28,9 @@ def video(form: str, codec: str) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as container:
         stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width = 64
+        stream.height = 48
+        stream.pix_fmt = "yuv420p"
         for _ in range(12):
             frame = av.VideoFrame.from_image(Image.new("RGB", (64, 48), "blue"))
             container.mux(stream.encode(frame))

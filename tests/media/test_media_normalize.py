@@ -26,7 +26,8 @@ def test_values_are_scaled_and_then_standardised_channel_by_channel(kind: str) -
 
 
 def test_constants_are_those_of_hugging_face() -> None:
-    clip, siglip = CLIPImageProcessorPil(), SiglipImageProcessorPil()
+    clip = CLIPImageProcessorPil()
+    siglip = SiglipImageProcessorPil()
     expected = {
         "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         "clip": (clip.image_mean, clip.image_std),

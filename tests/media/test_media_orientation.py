@@ -22,7 +22,8 @@ def assert_upright(data: bytes, *, turned: bool = True) -> None:
 def png(*, before: bytes = b"", after: bytes = b"") -> bytes:
     """A PNG with chunks before and after its pixels."""
     data = file_of(WIDE, "PNG")
-    start, end = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
+    start = data.index(b"IDAT") - 4
+    end = data.index(b"IEND") - 4
     return data[:start] + before + data[start:end] + after + data[end:]
 
 

@@ -145,7 +145,8 @@ def test_the_moment_before_a_key_frame_is_found_in_one_pass(
 class HastyClip:
     """A clip whose decoder gives each frame as soon as all that are shown earlier have come."""
 
-    origin, counts = 0.0, False
+    origin = 0.0
+    counts = False
 
     def __init__(self, order: list[int]) -> None:
         self._packets = iter(

@@ -70,7 +70,8 @@ def test_a_turned_picture_is_as_if_turned_before_it_is_resized(
     assert np.abs(squashed(pixels, (112, 84)) - by_pillow(upright, (112, 84))).max() <= 1
     width, height = fitting_size(upright.size, (60, 60))
     boxed = letterboxed(pixels, (60, 60), (1, 2, 3))
-    left, top = (60 - width) // 2, (60 - height) // 2
+    left = (60 - width) // 2
+    top = (60 - height) // 2
     inside = boxed[:, top : top + height, left : left + width]
     assert np.abs(inside - by_pillow(upright, (width, height))).max() <= 1
     assert boxed[:, 0, 0].tolist() == [1, 2, 3] or (left, top) == (0, 0)

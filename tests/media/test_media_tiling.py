@@ -126,10 +126,12 @@ def test_tiles_are_the_thumbnail_and_then_the_cells_row_by_row() -> None:
 @pytest.mark.parametrize("anyres", [False, True])
 def test_a_thumbnail_that_comes_last_leaves_the_cells_as_they_are(anyres: bool) -> None:
     first = tiling_of(16, max_tiles=6, anyres=anyres)
-    image, last = photograph((400, 150)), first._replace(thumbnail_last=True)
+    image = photograph((400, 150))
+    last = first._replace(thumbnail_last=True)
     grid = choose_grid(image.size, first)
     assert num_tiles(grid) > 3
-    tiles, moved = cut(image, grid, first), cut(image, grid, last)
+    tiles = cut(image, grid, first)
+    moved = cut(image, grid, last)
     assert (moved == np.concatenate([tiles[1:], tiles[:1]])).all()
     one = Grid(1, 1)
     assert (cut(image, one, first) == cut(image, one, last)).all()
@@ -155,7 +157,8 @@ def test_internvls_tiles_are_in_the_order_of_its_image_processor() -> None:
 def test_any_part_of_the_tiles_is_the_same_as_in_all(
     size: tuple[int, int], anyres: bool, thumbnail_last: bool
 ) -> None:
-    image, tiling = photograph(size), tiling_of(16, max_tiles=6, anyres=anyres)
+    image = photograph(size)
+    tiling = tiling_of(16, max_tiles=6, anyres=anyres)
     tiling = tiling._replace(thumbnail_last=thumbnail_last)
     grid = choose_grid(size, tiling)
     whole = cut(image, grid, tiling)
@@ -199,7 +202,8 @@ def test_anyres_tiles_are_those_of_llava_next(size: tuple[int, int]) -> None:
         do_rescale=False,
         do_normalize=False,
     )
-    image, tiling = photograph(size), Tiling(56, LLAVA_NEXT, True)
+    image = photograph(size)
+    tiling = Tiling(56, LLAVA_NEXT, True)
     expected = reference(image, return_tensors="np")["pixel_values"][0]
     tiles = cut(image, choose_grid(size, tiling), tiling)
     assert tiles.shape == expected.shape

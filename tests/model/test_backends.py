@@ -39,7 +39,8 @@ def test_rotary_positions_restart_at_each_document_and_run_on_through_a_joined_p
     cp_rank: int,
 ) -> None:
     """Looked at directly: attention inside a document sees differences of positions only."""
-    apart, joined = torch.tensor([0, 8, 16]), torch.tensor([0, 16])
+    apart = torch.tensor([0, 8, 16])
+    joined = torch.tensor([0, 16])
     positions = [
         pack_documents(bounds, cp_size=2, cp_rank=cp_rank)[1].tolist() for bounds in (apart, joined)
     ]
@@ -120,6 +121,7 @@ def test_fa4_by_name_is_refused_with_what_it_lacks(
 ) -> None:
     on_gpu(monkeypatch, **found)
     recipe = Recipe()
-    recipe.training.bf16, recipe.parallel.attention_backend = True, "fa4"
+    recipe.training.bf16 = True
+    recipe.parallel.attention_backend = "fa4"
     with pytest.raises(PlatformError, match=message):
         choose_backend(recipe)

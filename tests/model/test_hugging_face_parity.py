@@ -29,7 +29,9 @@ from megatron_vita.model.vision import pixel_shuffle
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 
-VOCAB, IMAGE_TOKEN, ROWS = 96, 90, 4
+VOCAB = 96
+IMAGE_TOKEN = 90
+ROWS = 4
 LENGTH = 32
 CASES = {
     "one image of one tile": [3],
@@ -66,7 +68,9 @@ def ours(request: pytest.FixtureRequest) -> VitaModel:
     recipe = Recipe(model=shapes(), data=DataConfig(seq_length=LENGTH))
     vision = recipe.model.vision
     if request.param == "InternViT-6B":
-        vision.normalization, vision.qk_layernorm, vision.add_qkv_bias = "RMSNorm", True, False
+        vision.normalization = "RMSNorm"
+        vision.qk_layernorm = True
+        vision.add_qkv_bias = False
     groups.initialize_groups(recipe.parallel)
     return build_model(recipe)
 
@@ -196,7 +200,8 @@ def test_long_vita_projector_is_norm_linear_gelu_linear_without_biases() -> None
 
 
 def test_pixel_shuffle_joins_neighbouring_patches_two_by_two() -> None:
-    side, channels = 4, 2
+    side = 4
+    channels = 2
     patches = torch.arange(side * side * channels).view(1, side * side, channels)
     grid = patches.view(side, side, channels)
     cells = [

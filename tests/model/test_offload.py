@@ -88,7 +88,8 @@ def sent(*tensors: Tensor) -> LayerActivations:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
 def test_a_tensor_has_no_memory_on_the_device_meanwhile(dtype: torch.dtype) -> None:
     tensor = torch.arange(60).to(dtype).view(3, 1, 20)
-    expected, other = tensor.clone(), tensor.view(60)
+    expected = tensor.clone()
+    other = tensor.view(60)
     activations = sent(tensor)
     assert tensor.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
     activations.arrive()
@@ -124,7 +125,8 @@ def test_a_layer_fetches_what_the_layer_before_of_its_own_pass_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two passes of three layers, the last of which keeps its tensors here."""
-    store, fetched = ActivationStore(), []
+    store = ActivationStore()
+    fetched = []
     fetch = offload._SentTensor.fetch
 
     def noted(self: offload._SentTensor) -> None:

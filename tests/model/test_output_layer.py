@@ -18,7 +18,9 @@ from megatron_vita.model.build import transformer_config
 from megatron_vita.model.output import OutputLayer
 from megatron_vita.parallel import groups
 
-LENGTH, VOCAB, HIDDEN = 40, 50, 16
+LENGTH = 40
+VOCAB = 50
+HIDDEN = 16
 ROWS = {"some": [0, 3, 4, 17, 38], "one": [39], "none": [], "all": list(range(LENGTH))}
 
 
@@ -31,7 +33,8 @@ def make_layer(
     if not parallel_state.is_initialized() or groups.tensor_group().size() > 1:
         groups.initialize_groups(recipe.parallel)  # once: on CUDA each set of groups takes memory
     config = transformer_config(recipe, fused=False)
-    config.hidden_size, config.init_method = HIDDEN, torch.nn.init.normal_
+    config.hidden_size = HIDDEN
+    config.init_method = torch.nn.init.normal_
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     layer = OutputLayer(config, vocab_size=vocab, options=OutputConfig(**options), owns_weight=True)
@@ -125,7 +128,8 @@ def test_losses_and_gradients_equal_plain_cross_entropy(
 
 @pytest.mark.parametrize("rows", ["some", "all"])
 def test_bf16_is_exact_within_its_rounding(rows: str) -> None:
-    layer, problem = make_layer(bf16=True), make_problem(rows, dtype=torch.bfloat16)
+    layer = make_layer(bf16=True)
+    problem = make_problem(rows, dtype=torch.bfloat16)
     losses, hidden_grad, weight_grad = problem.plain(layer)
     assert_close(problem.run(layer), losses, tolerance=1e-2)
     assert_close(problem.hidden.grad, hidden_grad, tolerance=1e-2)
@@ -135,7 +139,8 @@ def test_bf16_is_exact_within_its_rounding(rows: str) -> None:
 
 @pytest.mark.parametrize("vocab", [4095, 4096, 10_001])
 def test_any_vocabulary_size_is_exact(vocab: int) -> None:
-    layer, problem = make_layer(vocab=vocab, label_smoothing=0.1), make_problem("all")
+    layer = make_layer(vocab=vocab, label_smoothing=0.1)
+    problem = make_problem("all")
     problem.labels = (problem.labels + vocab * torch.arange(LENGTH) // LENGTH) % vocab
     losses, hidden_grad, weight_grad = problem.plain(layer, label_smoothing=0.1)
     assert_close(problem.run(layer), losses)
@@ -145,7 +150,8 @@ def test_any_vocabulary_size_is_exact(vocab: int) -> None:
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 100])
 def test_chunk_size_changes_nothing(chunk_rows: int) -> None:
-    layer, problem = make_layer(chunk_rows=chunk_rows), make_problem("all")
+    layer = make_layer(chunk_rows=chunk_rows)
+    problem = make_problem("all")
     losses, hidden_grad, weight_grad = problem.plain(layer)
     assert_close(problem.run(layer), losses)
     assert_close(problem.hidden.grad, hidden_grad)
@@ -154,7 +160,8 @@ def test_chunk_size_changes_nothing(chunk_rows: int) -> None:
 
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen: str) -> None:
-    layer, problem = make_layer(), make_problem()
+    layer = make_layer()
+    problem = make_problem()
     _, hidden_grad, weight_grad = problem.plain(layer)
     {"weight": layer.weight, "hidden": problem.hidden}[frozen].requires_grad_(False)
     if frozen == "weight":
@@ -181,7 +188,8 @@ def test_inputs_are_left_as_they_are() -> None:
 def test_weight_gradients_of_microbatches_add_up_in_fp32_main_grad(
     layer_with_main_grad: OutputLayer,
 ) -> None:
-    weight, expected = layer_with_main_grad.weight, zeros_for(layer_with_main_grad)
+    weight = layer_with_main_grad.weight
+    expected = zeros_for(layer_with_main_grad)
     for seed, rows in enumerate(["some", "none", "all"]):
         problem = make_problem(rows, seed=seed, dtype=torch.bfloat16)
         expected += problem.plain(layer_with_main_grad)[2]
@@ -215,10 +223,8 @@ def test_evaluation_accumulates_nothing(layer_with_main_grad: OutputLayer, how: 
 def test_second_forward_accumulates_nothing_before_its_own_backward(
     layer_with_main_grad: OutputLayer,
 ) -> None:
-    one, two = (
-        make_problem("some", seed=1, dtype=torch.bfloat16),
-        make_problem("all", seed=2, dtype=torch.bfloat16),
-    )
+    one = make_problem("some", seed=1, dtype=torch.bfloat16)
+    two = make_problem("all", seed=2, dtype=torch.bfloat16)
     losses = [
         layer_with_main_grad(p.hidden, rows=p.rows, labels=p.labels, row_scale=p.weights)
         for p in (one, two)
@@ -275,7 +281,8 @@ def test_forward_dropped_without_backward_is_refused_until_gradients_are_zeroed(
 
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_gradients_are_made_for_row_scale_and_any_other_is_refused(scale: float) -> None:
-    layer, problem = make_layer(), make_problem()
+    layer = make_layer()
+    problem = make_problem()
     problem.weights = torch.full_like(problem.weights, scale)
     expected = problem.plain(layer)[1]
     losses = layer(problem.hidden, rows=problem.rows, labels=problem.labels, row_scale=scale)
@@ -290,7 +297,8 @@ def test_gradients_are_made_for_row_scale_and_any_other_is_refused(scale: float)
 
 @pytest.mark.parametrize("full_logits", [False, True])
 def test_logits_of_wanted_rows_carry_gradients(full_logits: bool) -> None:
-    layer, problem = make_layer(full_logits=full_logits), make_problem()
+    layer = make_layer(full_logits=full_logits)
+    problem = make_problem()
     logits = layer(problem.hidden, rows=problem.rows)
     assert_close(logits, (problem.hidden.squeeze(1) @ layer.weight.T)[problem.rows].detach())
     F.cross_entropy(logits, problem.labels.to(logits.device), reduction="none").mul(
@@ -302,7 +310,8 @@ def test_logits_of_wanted_rows_carry_gradients(full_logits: bool) -> None:
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept_for_backward() -> None:
-    layer, problem = make_layer(chunk_rows=2), make_problem("all")
+    layer = make_layer(chunk_rows=2)
+    problem = make_problem("all")
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         losses = layer(problem.hidden, rows=problem.rows, labels=problem.labels)
@@ -315,7 +324,8 @@ def test_nothing_of_the_size_of_the_logits_is_kept_for_backward() -> None:
 
 @pytest.mark.parametrize("label", [-100, VOCAB])
 def test_label_that_is_no_token_is_refused(label: int) -> None:
-    layer, problem = make_layer(), make_problem()
+    layer = make_layer()
+    problem = make_problem()
     problem.labels[2] = label
     with pytest.raises(VitaError, match=str(label)):
         problem.run(layer)

@@ -16,7 +16,8 @@ from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 
-ONCE, TWICE = [1, 1, 1, 1], [2, 2, 2, 2]
+ONCE = [1, 1, 1, 1]
+TWICE = [2, 2, 2, 2]
 EVERYTHING_TWICE = dict.fromkeys(("query_key_value", "attention", "projection", "mlp"), TWICE)
 EVERYTHING_TWICE |= {"mlp_output": ONCE}  # which the backward pass does not need
 FULL, SELECTIVE = ({"recompute_granularity": kind} for kind in ("full", "selective"))
@@ -32,7 +33,8 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
     platform.initialize_process()
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
-    model, counts = build_model(recipe), Counter()
+    model = build_model(recipe)
+    counts = Counter()
     layers = list(model.language_model.decoder.layers)
     watched = {
         "layers": layers,

@@ -10,7 +10,8 @@ from megatron_vita.platform import pinned
 from megatron_vita.platform.pinned import available_host_memory, host_buffers
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\n"
-V2, V1 = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
+V2 = "sys/fs/cgroup/"
+V1 = "sys/fs/cgroup/memory/"
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,10 @@ class _Runtime:
     """CUDA's runtime, which pins `most` buffers."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.pinned = most, []
-        self.cudaHostRegister, self.cudaHostUnregister = self.register, self.unregister
+        self.most = most
+        self.pinned = []
+        self.cudaHostRegister = self.register
+        self.cudaHostUnregister = self.unregister
 
     def register(self, address: int, size: int, flags: int) -> int:
         """0, or CUDA's code for want of memory."""

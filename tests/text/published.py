@@ -198,16 +198,15 @@ def byte_level_bpe(*special: str, plain: tuple[str, ...] = ()) -> tokenizers.Tok
 def save_family(folder: Path, name: str) -> PreTrainedTokenizerFast:
     """The tokenizer folder of a family; gives transformers' reading of it."""
     family = FAMILIES[name]
-    extra = (
-        {
+    if name == "internvl-hf":
+        extra = {
             "start_image_token": "<img>",
             "end_image_token": "</img>",
             "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
         }
-        if name == "internvl-hf"
-        else None
-    )
+    else:
+        extra = None
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level_bpe(*family.special, plain=family.plain),
         **family.names,

@@ -7,7 +7,8 @@ import pytest
 from megatron_vita.errors import DataError
 from megatron_vita.text.conversation import MediaPart, TextPart, Turn, check_messages
 
-IMAGE, VIDEO = MediaPart("image"), MediaPart("video")
+IMAGE = MediaPart("image")
+VIDEO = MediaPart("video")
 
 
 def turns_of(*messages: tuple[str, Any], images: int = 0, videos: int = 0) -> list[Turn]:

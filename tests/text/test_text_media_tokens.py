@@ -78,7 +78,8 @@ def test_internvl_puts_one_tag_around_the_cells_and_the_thumbnail(
     small_tokenizer: Tokenizer,
 ) -> None:
     form = InternVLFormat(small_tokenizer, image_token_length=2)
-    one, three = form.image((1, 1)), form.image((3, 1))
+    one = form.image((1, 1))
+    three = form.image((3, 1))
     assert named(one.ids, small_tokenizer) == "<img>" + "<IMG_CONTEXT>" * 2 + "</img>"
     assert named(three.ids, small_tokenizer) == "<img>" + "<IMG_CONTEXT>" * 8 + "</img>"
     assert (one.offsets, three.offsets) == ([1], [1, 3, 5, 7])
@@ -95,7 +96,9 @@ def test_internvl_numbers_frames_from_one_on_lines_of_their_own(small_tokenizer:
 
 
 def test_a_list_of_parts_is_laid_out_as_each_format_parts_media_from_text() -> None:
-    image, text, broken = MediaPart("image"), TextPart("what?"), TextPart("\nwhat?")
+    image = MediaPart("image")
+    text = TextPart("what?")
+    broken = TextPart("\nwhat?")
     line = TextPart("\n")
     assert LongVitaFormat.laid_out([image, image, text]) == [image, image, broken]
     assert LongVitaFormat.laid_out([text, image]) == [text, image]

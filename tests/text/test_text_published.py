@@ -25,7 +25,8 @@ from megatron_vita.text.tokenizer import load_tokenizer
 from tests.text.published import FAMILIES, INTERNVL_SYSTEM, byte_level_bpe, save_family
 
 DATE = "2026-01-31"
-ROWS, TILE = 4, 56
+ROWS = 4
+TILE = 56
 SYSTEM = {"role": "system", "content": " Be kind.\n"}
 TALK = [
     {"role": "user", "content": "What is this? \n"},
@@ -126,7 +127,8 @@ def scored_by_offsets(family: Published, messages: list[dict[str, Any]], end: st
     characters that transformers says a token has."""
     text = family.rendered(messages, prompt=False)
     encoding = family.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
-    spans, place = [], 0
+    spans = []
+    place = 0
     for message in messages:
         said = message["content"].strip()
         place = text.index(said, place)
@@ -347,7 +349,9 @@ def words(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-SQUARE, WIDE, TALL = (TILE, TILE), (3 * TILE, TILE), (100, 260)
+SQUARE = (TILE, TILE)
+WIDE = (3 * TILE, TILE)
+TALL = (100, 260)
 ASKED: dict[str, tuple[list[Any], list[tuple[int, int]], list[int]]] = {
     "one tile": ([[part("image"), words("What is this?")]], [SQUARE], []),
     "several tiles": ([[part("image"), words("What is this?")]], [WIDE], []),

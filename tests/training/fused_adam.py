@@ -21,7 +21,8 @@ STATES = ("exp_avg", "exp_avg_sq", "master_param")
 
 def numpy_join(upper: Tensor, lower: Tensor) -> Tensor:
     """fp32 from bf16 and int16 by their bytes, as the kernel does it."""
-    high, low = upper.view(torch.int16).numpy().copy(), lower.numpy()
+    high = upper.view(torch.int16).numpy().copy()
+    low = lower.numpy()
     high[low < 0] -= 1
     words = high.astype("<u2").astype("<u4") << 16 | low.view("<u2").astype("<u4")
     return torch.from_numpy(words.view("<f4"))
@@ -30,7 +31,8 @@ def numpy_join(upper: Tensor, lower: Tensor) -> Tensor:
 def numpy_split(weights: Tensor) -> tuple[Tensor, Tensor]:
     """bf16 and int16 from fp32 by their bytes."""
     words = weights.contiguous().numpy().view("<u4")
-    low, high = (words & 0xFFFF).astype("<u2").view("<i2"), (words >> 16).astype("<u2").view("<i2")
+    low = (words & 0xFFFF).astype("<u2").view("<i2")
+    high = (words >> 16).astype("<u2").view("<i2")
     high = high + (low < 0).astype("<i2")
     return torch.from_numpy(high.astype("<i2")).view(torch.bfloat16), torch.from_numpy(low.copy())
 
@@ -58,7 +60,8 @@ class FusedAdam(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"bias_correction": bias_correction})
-        self.master_weights, self.use_decoupled_grad = master_weights, use_decoupled_grad
+        self.master_weights = master_weights
+        self.use_decoupled_grad = use_decoupled_grad
         self.store_param_remainders = (
             store_param_remainders and master_weights and master_weight_dtype == torch.float32
         )
@@ -127,7 +130,8 @@ class FusedAdam(torch.optim.Optimizer):
                     self._update(param, grad.float(), group)
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        (beta1, beta2), step = group["betas"], group["step"]
+        (beta1, beta2) = group["betas"]
+        step = group["step"]
         mean, variance = (self.get_unscaled_state(param, name) for name in STATES[:2])
         mean = beta1 * mean + (1 - beta1) * grad
         variance = beta2 * variance + (1 - beta2) * grad * grad

@@ -49,7 +49,8 @@ class Ranks:
     """Two ranks as threads of this process, whose collectives meet at a barrier."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.barrier, self.shared = threading.Barrier(2, timeout=10), [None, None]
+        self.barrier = threading.Barrier(2, timeout=10)
+        self.shared = [None, None]
         self.collectives = 0
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
@@ -89,7 +90,8 @@ class Ranks:
 def test_values_are_reduced_over_ranks_by_whichever_ranks_add_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ranks, meters = Ranks(monkeypatch), (Meter(), Meter())
+    ranks = Ranks(monkeypatch)
+    meters = (Meter(), Meter())
 
     def first() -> dict[str, float]:
         meters[0].add("both", 1)
@@ -125,7 +127,8 @@ def test_a_name_that_is_reduced_in_two_ways_is_our_mistake() -> None:
 
 
 def test_time_is_that_of_the_rank_that_waited_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks, meters = Ranks(monkeypatch), (Meter(), Meter())
+    ranks = Ranks(monkeypatch)
+    meters = (Meter(), Meter())
 
     def wait(meter: Meter, seconds: float) -> dict[str, float]:
         for _ in range(2):
@@ -142,7 +145,8 @@ def test_counting_and_reducing_take_less_than_half_a_percent_of_a_second() -> No
     platform.initialize_process()
     recipe = tiny_recipe()
     groups.initialize_groups(recipe.parallel)
-    meter, batch = Meter(), make_pack([(31, 2), (1, 0), (45, 5)], seed=1)
+    meter = Meter()
+    batch = make_pack([(31, 2), (1, 0), (45, 5)], seed=1)
     seconds = []
     for _ in range(20):
         start = time.process_time()  # other programs on the machine do not count
@@ -181,7 +185,8 @@ def test_a_batch_counts_documents_with_their_padding_and_no_tail() -> None:
     platform.initialize_process()
     recipe = tiny_recipe()
     groups.initialize_groups(recipe.parallel)
-    batch, meter = make_pack([(31, 2), (45, 5)], seed=2), Meter()
+    batch = make_pack([(31, 2), (45, 5)], seed=2)
+    meter = Meter()
     count_batch(meter, batch, recipe)
     found = meter.reduce()
     rows = int((batch.labels != -100).sum())
@@ -218,7 +223,8 @@ def test_speed_memory_and_waiting_are_in_the_log_and_in_tensorboard(
         return [event.value for event in events.Scalars(tag)]
 
     assert values("mine/first_step") == [7.0]
-    seconds, rates = values("speed/step_seconds"), values("speed/tflops_per_gpu")
+    seconds = values("speed/step_seconds")
+    rates = values("speed/tflops_per_gpu")
     shares = values("speed/matmul_share")
     assert shares == pytest.approx([rate * 1e12 / 1e9 for rate in rates])
     waits = values("speed/data_seconds")

@@ -27,7 +27,8 @@ from megatron_vita.training.run import Run, open_run, save_run
 from megatron_vita.training.streams import open_streams
 from tests.environment import environment_with
 
-STEP, PACKS = 8, 32
+STEP = 8
+PACKS = 32
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]
 
 
@@ -75,7 +76,8 @@ def test_rates_schedule_and_adams_constants_are_those_of_now(halfway: Path) -> N
     factors = {round(group["max_lr"] / 1e-3, 6) for group in run.optimizer.param_groups}
     assert factors == {1.0, round(0.5 * 0.9, 6), round(0.5 * 0.9**2, 6)}
     for group in run.optimizer.param_groups:
-        peak, low = group["max_lr"], group["min_lr"]
+        peak = group["max_lr"]
+        low = group["min_lr"]
         assert low == pytest.approx(peak / 10)
         assert group["lr"] == pytest.approx(
             low + (peak - low) * (1 + math.cos(math.pi * STEP / 16)) / 2
@@ -173,10 +175,8 @@ def test_state_that_could_not_be_saved_is_refused_at_the_start(
     halfway: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = "parallel.pipeline_model_parallel_size=2"
-    frozen, sharded = (
-        "training.freeze_language_model=true",
-        "parallel.use_distributed_optimizer=true",
-    )
+    frozen = "training.freeze_language_model=true"
+    sharded = "parallel.use_distributed_optimizer=true"
     monkeypatch.setattr(optimizer_state, "HAVE_APEX_OR_TE", False)
     with pytest.raises(ConfigError, match="set use_distributed_optimizer to false"):
         optimizer_state.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))

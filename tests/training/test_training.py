@@ -277,7 +277,8 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -
     for _ in range(10):
         rates.append(run.optimizer.param_groups[0]["lr"])
         run.schedule.step(1)
-    peak, low = recipe.optimizer.lr, recipe.optimizer.min_lr
+    peak = recipe.optimizer.lr
+    low = recipe.optimizer.min_lr
     cosine = [
         low + (peak - low) * (1 + math.cos(math.pi * (step - 2) / 8)) / 2 for step in range(2, 10)
     ]

@@ -18,7 +18,8 @@ def read_language(config: Config, *, tied: bool) -> LanguageConfig:
     """
     family = config.must_be("model_type", tuple(FAMILIES), None)
     _check_options(config, family)
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    hidden = config.integer("hidden_size")
+    heads = config.integer("num_attention_heads")
     with config.naming():
         rotary_base, rope_scaling = read_rotary(config)
         return LanguageConfig(
@@ -90,4 +91,6 @@ def _family(shape: LanguageConfig) -> str:
         raise CheckpointError(
             "model.language.qk_layernorm and add_qkv_bias are both true: no Hugging Face family here has both"
         )
-    return "qwen3" if shape.qk_layernorm else "qwen2" if shape.add_qkv_bias else "llama"
+    if shape.qk_layernorm:
+        return "qwen3"
+    return "qwen2" if shape.add_qkv_bias else "llama"

@@ -42,7 +42,8 @@ def _layer(qkv: Cut) -> tuple[Rule, ...]:
         return tuple(f"layers.{{i}}.self_attn.{x}_proj.{kind}" for x in "qkv")
 
     gate_and_up = ("layers.{i}.mlp.gate_proj.weight", "layers.{i}.mlp.up_proj.weight")
-    attention, mlp = "decoder.layers.{i}.self_attention.", "decoder.layers.{i}.mlp."
+    attention = "decoder.layers.{i}.self_attention."
+    mlp = "decoder.layers.{i}.mlp."
     return (
         row("layers.{i}.input_layernorm.weight", f"{attention}linear_qkv.layer_norm_weight"),
         row(parts("weight"), f"{attention}linear_qkv.weight", qkv),

@@ -267,7 +267,9 @@ def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
         return LONG_VITA
     layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
     prefixed = LAYOUTS.get(layout.name + PREFIXED, layout)
-    return prefixed if any(name.startswith("vision_model.") for name in tensors) else layout
+    if any(name.startswith("vision_model.") for name in tensors):
+        return prefixed
+    return layout
 
 
 def layout_named(name: str) -> Layout:

@@ -150,4 +150,6 @@ _DECODER_LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)\.(.*)")
 def place_of(ours: str) -> Place:
     """The place of a tensor of ours."""
     found = _DECODER_LAYER.fullmatch(ours)
-    return Place(found[1] + found[3], int(found[2])) if found else Place(ours)
+    if found:
+        return Place(found[1] + found[3], int(found[2]))
+    return Place(ours)

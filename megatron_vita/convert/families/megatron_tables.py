@@ -55,7 +55,8 @@ _PROJECTOR = (
 
 
 def _tower(config: VisionConfig) -> tuple[Rule, ...]:
-    attention, mlp = "decoder.layers.{i}.self_attention.", "decoder.layers.{i}.mlp."
+    attention = "decoder.layers.{i}.self_attention."
+    mlp = "decoder.layers.{i}.mlp."
     heads = ByHead(config.num_attention_heads)
     return (
         row("class_token", "embeddings.class_token"),

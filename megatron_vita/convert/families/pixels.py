@@ -79,7 +79,9 @@ def read_media(
     What is not said keeps its default. CheckpointError, naming file and field, for pixels that are
     made otherwise than here.
     """
-    images, videos, image_size = processors.images, processors.videos, vision.image_size
+    images = processors.images
+    videos = processors.videos
+    image_size = vision.image_size
     rows = vision.image_token_length
     processors.whole.must_be("image_seq_length", (rows,), rows)
     processors.whole.disregard(_IDLE)
@@ -194,7 +196,9 @@ def _frames(videos: Config) -> dict[str, Any]:
     videos.must_be("initial_shift", (True,), True)
     if videos.get("num_frames") is not None:
         return {"max_frames": videos.integer("num_frames"), "max_fps": ANY_RATE}
-    return {"max_fps": videos.number("fps")} if videos.get("fps") is not None else {}
+    if videos.get("fps") is not None:
+        return {"max_fps": videos.number("fps")}
+    return {}
 
 
 def processor_files(media: MediaConfig, vision: VisionConfig, folder: Path) -> dict[str, Fields]:
@@ -240,7 +244,8 @@ def _says(folder: Path, media: MediaConfig, vision: VisionConfig) -> bool:
 
 
 def _numbers(normalization: str | list[list[float]]) -> tuple[list[float], list[float]]:
-    mean, deviation = (
-        NORMALIZATION[normalization] if isinstance(normalization, str) else normalization
-    )
+    if isinstance(normalization, str):
+        mean, deviation = NORMALIZATION[normalization]
+    else:
+        mean, deviation = normalization
     return list(mean), list(deviation)

@@ -42,9 +42,12 @@ def _chosen(config: Config) -> Config:
     Where both are there, transformers takes rope_scaling and forgets rope_parameters, its base
     included.
     """
-    old, new = config.get("rope_scaling"), config.get("rope_parameters")
+    old = config.get("rope_scaling")
+    new = config.get("rope_parameters")
     if not old:
-        return config.part("rope_parameters") if new else Config({}, config.where)
+        if new:
+            return config.part("rope_parameters")
+        return Config({}, config.where)
     scaling = config.part("rope_scaling")
     if new and not _agree(scaling.values, new):
         raise config.wrong(
@@ -125,7 +128,8 @@ def _read_yarn(config: Config, rope: Config, length: int) -> RopeScalingConfig:
 
 def _attention_scale(rope: Config, factor: float) -> float:
     """0 where transformers would compute it from the factor alone."""
-    mscale, over = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    mscale = rope.number("mscale", 0.0)
+    over = rope.number("mscale_all_dim", 0.0)
     if rope.get("attention_factor") is not None:
         return rope.number("attention_factor")
     if mscale and over:

@@ -75,7 +75,9 @@ class GgufSource:
 
     def _field(self, name: str, default: Any = None) -> Any:
         field = self._reader.get_field(name)
-        return default if field is None else field.contents()
+        if field is None:
+            return default
+        return field.contents()
 
     def _read_config(self) -> Config:
         """The same as Hugging Face's config of the model."""
@@ -88,10 +90,8 @@ class GgufSource:
             raise CheckpointError(
                 f"{self.file}: {family}.{_SCALING} is {scaling!r}; supported: 'none'"
             )
-        heads, width = (
-            self._field(f"{family}.attention.head_count"),
-            self._field(f"{family}.embedding_length"),
-        )
+        heads = self._field(f"{family}.attention.head_count")
+        width = self._field(f"{family}.embedding_length")
         fields = {
             "architectures": [FAMILIES[family]],
             "model_type": family,

@@ -68,7 +68,8 @@ class RanksSource:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
-        parts, axis = self._parts[name], _axis(name)
+        parts = self._parts[name]
+        axis = _axis(name)
         if axis is None or len(parts) == 1:
             return self._trim(name, parts[0])
         if name.endswith("linear_fc1.weight") and not name.startswith(VISION):
@@ -105,7 +106,8 @@ class RanksSource:
         return len(layers)
 
     def _info(self, name: str, parts: list[Tensor]) -> TensorInfo:
-        shape, axis = list(parts[0].shape), _axis(name)
+        shape = list(parts[0].shape)
+        axis = _axis(name)
         if axis is not None:
             shape[axis] = sum(part.shape[axis] for part in parts)
         if _is_vocabulary(name):
@@ -113,7 +115,9 @@ class RanksSource:
         return TensorInfo(file=self._files[name], dtype=parts[0].dtype, shape=tuple(shape))
 
     def _trim(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor[: self._vocab_size] if _is_vocabulary(name) else tensor
+        if _is_vocabulary(name):
+            return tensor[: self._vocab_size]
+        return tensor
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -126,7 +130,10 @@ def _axis(name: str) -> int | None:
         and ".layers." not in name
         and name.split(".")[-2].startswith("linear_")
     ):
-        return 0 if "fc1" in name else 1  # the projector's
+        # the projector's
+        if "fc1" in name:
+            return 0
+        return 1
     return next(
         (axis for ending, axis in _SPLIT.items() if f".{name}".endswith(f".{ending}")), None
     )
@@ -140,7 +147,9 @@ def _plain_name(given: str) -> str:
     if not given.startswith(VISION):
         return given
     found = _VISION_ENDS.search(given)
-    return VISION + found[1] if found else given
+    if found:
+        return VISION + found[1]
+    return given
 
 
 def _iteration(folder: Path) -> Path:
@@ -151,7 +160,10 @@ def _iteration(folder: Path) -> Path:
     if not tracker.exists():
         raise CheckpointError(f"{folder}: has neither folders mp_rank_* nor {TRACKER}")
     said = tracker.read_text().strip()
-    name = "release" if said == "release" else f"iter_{int(said):07d}" if said.isdigit() else said
+    if said == "release":
+        name = "release"
+    else:
+        name = f"iter_{int(said):07d}" if said.isdigit() else said
     if not (folder / name).is_dir():
         raise CheckpointError(f"{tracker}: names iteration {said}, but there is no folder {name}")
     return folder / name
@@ -164,7 +176,8 @@ def _rank_files(folder: Path) -> list[list[Path]]:
     for entry in folder.iterdir():
         if (found := _RANK.fullmatch(entry.name)) is not None:
             ranks[int(found[2] or 0), int(found[1])] = entry / FILE
-    stages, width = 1 + max(stage for stage, _ in ranks), 1 + max(rank for _, rank in ranks)
+    stages = 1 + max(stage for stage, _ in ranks)
+    width = 1 + max(rank for _, rank in ranks)
     for stage in range(stages):
         for rank in range(width):
             if (stage, rank) not in ranks:
@@ -202,7 +215,9 @@ class CoreSource:
     def read(self, name: str) -> Tensor:
         """See TensorSource."""
         tensor = self._source.read(place_of(name))
-        return tensor[: self._vocab_size] if _is_vocabulary(name) else tensor
+        if _is_vocabulary(name):
+            return tensor[: self._vocab_size]
+        return tensor
 
     def release(self, name: str) -> None:
         """See TensorSource."""

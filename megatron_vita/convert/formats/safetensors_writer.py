@@ -61,7 +61,8 @@ def _shards(
         more = sum(info.nbytes for info in group.values())
         if shard and size + more > largest:
             yield shard
-            shard, size = {}, 0
+            shard = {}
+            size = 0
         shard |= group
         size += more
     yield shard

@@ -78,7 +78,9 @@ class DistSource:
             )
             for chunk, cut in parts:
                 _narrow(whole, cut, within=box).copy_(self._load(place.key, chunk, cut))
-        return whole if place.layer is None else whole.squeeze(0)
+        if place.layer is None:
+            return whole
+        return whole.squeeze(0)
 
     def release(self, place: Place) -> None:
         """Gives memory that `read` took for a file's pages back to the system."""
@@ -144,7 +146,9 @@ def _box_of(chunk: ChunkStorageMetadata) -> Box:
 def _overlap(one: Box, other: Box) -> Box:
     """What two boxes share; nothing (an empty list) if they do not meet."""
     shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)]
-    return shared if all(start < stop for start, stop in shared) else []
+    if all(start < stop for start, stop in shared):
+        return shared
+    return []
 
 
 def _count(box: Box) -> int:

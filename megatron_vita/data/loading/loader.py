@@ -34,10 +34,13 @@ from megatron_vita.supervise.shared_memory import receive_array
 
 # exit codes of processes that others end, rarely for what they read
 KILLS = (-signal.SIGKILL, -signal.SIGTERM)
-STRIKES, STRIKES_OF_KILLS = 2, 5  # deaths on one document that are put down to it
+# deaths on one document that are put down to it
+STRIKES = 2
+STRIKES_OF_KILLS = 5
 STARTING_SECONDS = 120
 # of processes that have read nothing yet: the machine cannot run them
-BARREN_DEATHS, BARREN_KILLS = 3, 20
+BARREN_DEATHS = 3
+BARREN_KILLS = 20
 
 
 def start_fork_server() -> None:
@@ -140,7 +143,8 @@ class _Pool:
 
     def __init__(self, stream: PackStream, *, num_workers: int, sample_seconds: float) -> None:
         self.pending: deque[_Job] = deque()
-        self._stream, self._limit = stream, sample_seconds
+        self._stream = stream
+        self._limit = sample_seconds
         self._pickled = pickle.dumps(stream, protocol=5)
         self._context = _context()
         self._barren = 0
@@ -187,7 +191,8 @@ class _Pool:
                 job.result = ReadPack(message.batch, message.damages)
             else:
                 job.result = message
-            reader.job, self._barren = None, 0
+            reader.job = None
+            self._barren = 0
         except (EOFError, OSError, RuntimeError):
             self._bury(reader)
 

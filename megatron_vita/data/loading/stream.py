@@ -84,7 +84,8 @@ class PackStream(Dataset):
     ) -> None:
         self.plan = plan
         self.forms = list(forms)
-        self._shards, self._contents = shards, contents
+        self._shards = shards
+        self._contents = contents
         self._data = data
         self._tile_share = tile_share
         self._text = text_stamp(forms[0].chat)
@@ -170,11 +171,13 @@ class PackStream(Dataset):
         return deal_tiles(frames, ranks)[rank]
 
     def _document(self, pack: "_Pack", i: int) -> Document:
-        entry, row = pack.entries[i], pack.rows[i]
+        entry = pack.entries[i]
+        row = pack.rows[i]
         form = self.forms[entry.dataset]
-        document = (
-            None if i in pack.skip else self._attempt(pack, i, lambda: self._build(entry, row))
-        )
+        if i in pack.skip:
+            document = None
+        else:
+            document = self._attempt(pack, i, lambda: self._build(entry, row))
         if document is None:
             return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, form=form)
         if row.is_text and (entry.start or entry.tokens < len(document)):
@@ -212,7 +215,8 @@ class PackStream(Dataset):
         except ShardError:
             raise
         except DataError as error:
-            shard, key = self._shard(pack.entries[i]), pack.rows[i].key
+            shard = self._shard(pack.entries[i])
+            key = pack.rows[i].key
             reason = str(error) if str(shard) in str(error) else f"{shard} sample {key}: {error}"
             pack.skip.add(i)
             pack.damages.append(Damage(pack.id, i, shard.name, key, reason))
@@ -241,7 +245,8 @@ class PackStream(Dataset):
         self, pack: "_Pack", i: int, medium: Medium, part: range, out: np.ndarray
     ) -> None:
         entry = pack.entries[i]
-        shard, member = self._shard(entry), self._member(entry, pack.rows[i], medium.member)
+        shard = self._shard(entry)
+        member = self._member(entry, pack.rows[i], medium.member)
         name = f"{self._shard(entry)} {medium.member}"
         with self._reader.open(shard, member=member, shard_size=self._shard_size(entry)) as file:
             decode_tiles(
@@ -258,7 +263,8 @@ class PackStream(Dataset):
         pack.damages.append(self.damage(pack.id, i, reason)._replace(frames=frames))
 
     def _read(self, entry: DocumentEntry, row: SampleRow, name: str) -> bytes:
-        shard, member = self._shard(entry), self._member(entry, row, name)
+        shard = self._shard(entry)
+        member = self._member(entry, row, name)
         return self._reader.read(shard, member=member, shard_size=self._shard_size(entry))
 
     def _member(self, entry: DocumentEntry, row: SampleRow, name: str) -> Member:
@@ -279,9 +285,10 @@ class PackStream(Dataset):
 
     def _open_caches(self) -> None:
         data = self._data
-        cache = (
-            ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30)) if data.cache else None
-        )
+        if data.cache:
+            cache = ShardCache(Path(data.cache), limit=int(data.cache_gib * 2**30))
+        else:
+            cache = None
         self._reader = ShardReader(cache=cache)
         self._index = lru_cache(maxsize=OPEN_INDEXES)(self._read_index)
         self._long_texts: LRUCache[tuple[int, int, int], Document] = LRUCache(

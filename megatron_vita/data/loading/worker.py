@@ -56,7 +56,9 @@ class Progress:
     @property
     def document(self) -> int | None:
         """The document that is being read; None before the first."""
-        return None if self._cells[0] < 0 else self._cells[0]
+        if self._cells[0] < 0:
+            return None
+        return self._cells[0]
 
     @property
     def silence(self) -> float:

@@ -31,7 +31,9 @@ def taken_of(samples: int, *, ratio: float, cap: int) -> int:
     """How many of a dataset's samples an epoch takes: 0.29 of 100 are 29, though their product in
     floats is less."""
     taken = int(samples * ratio + 1e-6)
-    return min(taken, cap) if cap else taken
+    if cap:
+        return min(taken, cap)
+    return taken
 
 
 def sample_order(
@@ -50,7 +52,8 @@ def sample_order(
     evenly: each is spread over the epoch in proportion to its size, and every window sees the
     epoch's mix.
     """
-    orders, places = [], []
+    orders = []
+    places = []
     first = 0
     for sizes, ratio, cap in zip(shard_sizes, ratios, caps, strict=True):
         bounds = np.cumsum([first, *sizes])
@@ -82,7 +85,9 @@ def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
         if place < len(rooms):
             room, pack = rooms.pop(place)
         else:
-            room, pack, count = capacity, count, count + 1
+            room = capacity
+            pack = count
+            count = count + 1
         packs[document] = pack
         if room > length:
             bisect.insort(rooms, (room - length, pack))
@@ -100,7 +105,9 @@ def pack_windows(
     half full. The packs of a window are shuffled: else each would go from long documents to short
     ones.
     """
-    orders, packs, first_pack = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    orders = [np.zeros(0, np.int64)]
+    packs = [np.zeros(0, np.int64)]
+    first_pack = 0
     waiting = np.zeros(0, dtype=np.int64)
     for start, stop in itertools.pairwise([*range(0, len(lengths), window), len(lengths)]):
         documents = np.concatenate([waiting, np.arange(start, stop)])
@@ -108,7 +115,9 @@ def pack_windows(
         stays = np.ones(len(documents), dtype=bool)
         if stop < len(lengths):
             stays = ~_carried(lengths[documents], pack, capacity=capacity, most=window // 2)
-        waiting, documents, pack = documents[~stays], documents[stays], pack[stays]
+        waiting = documents[~stays]
+        documents = documents[stays]
+        pack = pack[stays]
         pack = np.unique(pack, return_inverse=True)[1]
         count = int(pack.max(initial=-1)) + 1
         pack = shuffler.permutation(count)[pack]

@@ -60,16 +60,18 @@ class PackPlan:
         path: Path | None = None,
     ) -> None:
         self.columns = {name: np.asarray(columns[name], dtype=np.int32) for name in COLUMNS}
-        self.datasets, self.stamp, self.history = list(datasets), stamp, list(history)
+        self.datasets = list(datasets)
+        self.stamp = stamp
+        self.history = list(history)
         self._path = path
-        self._hashed, self._hash = 0, hashlib.blake2b(digest_size=16)
+        self._hashed = 0
+        self._hash = hashlib.blake2b(digest_size=16)
         pack = self.columns["pack"]
         self.num_packs = int(pack[-1]) + 1 if len(pack) else 0
-        self._starts = (
-            np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]])
-            if len(pack)
-            else [0]
-        )
+        if len(pack):
+            self._starts = np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]])
+        else:
+            self._starts = [0]
         assert len(self._starts) == self.num_packs + 1, "every pack has a document"
 
     @property
@@ -108,7 +110,8 @@ class PackPlan:
         """
         rows = self.documents_before(pack_id)
         if rows < self._hashed:
-            self._hashed, self._hash = 0, hashlib.blake2b(digest_size=16)
+            self._hashed = 0
+            self._hash = hashlib.blake2b(digest_size=16)
         for start in range(self._hashed, rows, HASHED_AT_ONCE):
             block = slice(start, min(start + HASHED_AT_ONCE, rows))
             self._hash.update(
@@ -188,11 +191,10 @@ def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackP
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         about = json.loads(table.schema.metadata[b"plan"])
         version = about["format_version"]
-        columns = (
-            {name: table[name].combine_chunks().to_numpy() for name in COLUMNS}
-            if version == FORMAT_VERSION
-            else {}
-        )
+        if version == FORMAT_VERSION:
+            columns = {name: table[name].combine_chunks().to_numpy() for name in COLUMNS}
+        else:
+            columns = {}
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a pack plan: {error}; {REMEDY}") from error
     if version != FORMAT_VERSION:

@@ -64,9 +64,10 @@ def make_plan(
     samples = _sample_table(recipe, sources, tokenizer)
     usable = _usable(recipe, samples)
     rejected = _rejected(split, sources, samples, usable=usable, recipe=recipe)
-    first = (
-        f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}" if rejected else ""
-    )
+    if rejected:
+        first = f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}"
+    else:
+        first = ""
     if strict and rejected:
         raise DataError(first)
     if not usable.any():
@@ -75,11 +76,10 @@ def make_plan(
     parts = [kept] if kept else []
     num_packs = _packs_in(kept)
     for epoch in range(recipe.data.epochs if split == "train" else 1):
-        seed = (
-            (recipe.data.seed, epoch)
-            if continued is None
-            else (recipe.data.seed, epoch, continued.pack)
-        )
+        if continued is None:
+            seed = (recipe.data.seed, epoch)
+        else:
+            seed = (recipe.data.seed, epoch, continued.pack)
         shuffler = Shuffler(seed if split == "train" else None)
         columns = _plan_epoch(
             recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs
@@ -99,7 +99,9 @@ def make_plan(
 
 def _packs_in(columns: dict[str, np.ndarray]) -> int:
     """Packs up to the last one of some columns, which may have none."""
-    return int(columns["pack"][-1]) + 1 if columns and len(columns["pack"]) else 0
+    if columns and len(columns["pack"]):
+        return int(columns["pack"][-1]) + 1
+    return 0
 
 
 def _check_shares(sources: Sequence[Source]) -> None:
@@ -124,13 +126,15 @@ def _kept_packs(
     """
     if continued is None:
         return {}, []
-    plan, pack = continued.plan, continued.pack
+    plan = continued.plan
+    pack = continued.pack
     if not 0 < pack <= plan.num_packs:
         raise ConfigError(
             f"--continue-from is {pack}: the plan has packs 0 to {plan.num_packs - 1}"
         )
     columns = {name: column.copy() for name, column in plan.before(pack).items()}
-    datasets, shards = columns["dataset"].copy(), columns["shard"].copy()
+    datasets = columns["dataset"].copy()
+    shards = columns["shard"].copy()
     now = {source.name: (place, source.contents) for place, source in enumerate(sources)}
     then = {entry["name"]: entry["shards"] for entry in plan.stamp["data.train"]}
     for place, name in enumerate(plan.datasets):
@@ -177,7 +181,8 @@ def _plan_epoch(
             costs, size=step, first=min(-first % step, len(costs)), shuffler=shuffler
         )[packs]
         regrouped = np.argsort(packs, kind="stable")
-        place, packs = place[regrouped], packs[regrouped]
+        place = place[regrouped]
+        packs = packs[regrouped]
     return {"pack": packs} | {name: documents[name][place] for name in COLUMNS[1:]}
 
 
@@ -219,7 +224,9 @@ def _pack(
             shuffler=shuffler,
         )
         packed.append((members[order], packs))
-    return packed[0] if len(packed) == 1 else interleave(packed)
+    if len(packed) == 1:
+        return packed[0]
+    return interleave(packed)
 
 
 def _pack_costs(
@@ -253,7 +260,9 @@ def _sample_table(
 
 def _usable(recipe: Recipe, samples: dict[str, np.ndarray]) -> np.ndarray:
     usable = (samples["tokens"] <= recipe.data.seq_length) | samples["is_text"].astype(bool)
-    return usable & (samples["tiles"] == 0) if recipe.model.text_only else usable
+    if recipe.model.text_only:
+        return usable & (samples["tiles"] == 0)
+    return usable
 
 
 def _rejected(
@@ -270,7 +279,8 @@ def _rejected(
     for sample in np.flatnonzero(~usable):
         source = sources[samples["dataset"][sample]]
         path = source.shards[samples["shard"][sample]]
-        tokens, tiles = samples["tokens"][sample], samples["tiles"][sample]
+        tokens = samples["tokens"][sample]
+        tiles = samples["tiles"][sample]
         reason = f"{tokens} tokens do not fit data.seq_length {recipe.data.seq_length}"
         if tokens <= recipe.data.seq_length:
             reason = f"has images or videos ({tiles} tiles), which model.text_only cannot take"

@@ -38,7 +38,8 @@ def document_lengths(index: SampleIndex, *, form: DocumentFormat) -> Lengths:
         (Kind.IMAGE, _measure_images(index, form)),
         (Kind.VIDEO, _measure_videos(index, form)),
     ):
-        tokens[kinds == kind], tiles[kinds == kind] = measured[:, 0], measured[:, 1]
+        tokens[kinds == kind] = measured[:, 0]
+        tiles[kinds == kind] = measured[:, 1]
     scored = np.where(kinds == Kind.LOSS, tokens, 0)
     first = np.cumsum(counts) - counts
     opens_scored = np.zeros(len(index), dtype=np.int64)
@@ -54,11 +55,9 @@ def document_lengths(index: SampleIndex, *, form: DocumentFormat) -> Lengths:
             kinds[pieces].tolist(), tokens[pieces].tolist(), tiles[pieces].tolist(), strict=True
         )
         if (left := form.fit([Piece(Kind(k), n, t) for k, n, t in values])) is not None:
-            found.tokens[sample], found.tiles[sample], found.rows[sample] = (
-                left.tokens,
-                left.tiles,
-                left.rows,
-            )
+            found.tokens[sample] = left.tokens
+            found.tiles[sample] = left.tiles
+            found.rows[sample] = left.rows
     return found
 
 

@@ -78,7 +78,9 @@ def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentForm
     document = assemble_document(
         turns, key=row.key, media=media, form=form, weight=weight_of(record)
     )
-    return document if row.is_text else document.cut(left.tokens)
+    if row.is_text:
+        return document
+    return document.cut(left.tokens)
 
 
 def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFormat) -> Document:
@@ -107,7 +109,9 @@ def _media_left(
     row: SampleRow, left: Fit, form: DocumentFormat
 ) -> Iterator[tuple[Kind, Medium | None]]:
     """The media of a sample in order, yet without names; None for those left out."""
-    kept, images, videos = iter(left.kept), iter(row.image_sizes), iter(row.videos)
+    kept = iter(left.kept)
+    images = iter(row.image_sizes)
+    videos = iter(row.videos)
     for kind, _ in row.pieces:
         if kind == Kind.IMAGE:
             yield kind, form.image("", next(images), tiles=next(kept))
@@ -118,7 +122,8 @@ def _media_left(
 def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:
     """What is left of a sample; all of it where it is not too long, or where nothing would be
     left."""
-    images, videos = iter(row.image_sizes), iter(row.videos)
+    images = iter(row.image_sizes)
+    videos = iter(row.videos)
     pieces = []
     for kind, tokens in row.pieces:
         if kind == Kind.IMAGE:

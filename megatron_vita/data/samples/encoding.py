@@ -80,7 +80,9 @@ class DocumentFormat:
         """An image of (width, height) with the grid it is cut into; None if `tiles` is 0: it is
         left out."""
         grid = self._grid(size)
-        return None if tiles == 0 else Medium(member, num_tiles(grid), grid, [])
+        if tiles == 0:
+            return None
+        return Medium(member, num_tiles(grid), grid, [])
 
     def video(self, member: str, info: VideoInfo, *, frames: int | None = None) -> Medium | None:
         """A video with the times of its frames, fewer than usual where `frames` says so; None if

@@ -133,7 +133,8 @@ def _media_beside(media: Media, *, named: Media) -> Media:
     """Media in files of their own, in the order in which the record names them, if it does."""
     ordered: Media = {}
     for field in FIELDS:
-        names, files = named[field], media[field]
+        names = named[field]
+        files = media[field]
         if names and len(names) != len(files):
             raise DataError(f"it names {len(names)} {field}, {names!r:.80}; it comes with {files}")
         by_name = {str(file).rpartition("/")[2]: file for file in files}
@@ -189,12 +190,15 @@ def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
     if len(pairs) > 1:
         told = " and ".join("/".join(pair) for pair in pairs)
         raise DataError(f"{told} are both there: one question and one answer are needed")
-    return _turns_of_fields(fields, *pairs[0]) if pairs else None
+    if pairs:
+        return _turns_of_fields(fields, *pairs[0])
+    return None
 
 
 def _turns_of_fields(fields: Mapping[str, Any], asker: str, answerer: str) -> _Turns:
     used = {asker, answerer}
-    question, answer = fields[asker], fields[answerer]
+    question = fields[asker]
+    answer = fields[answerer]
     for name in (asker, answerer):
         if not isinstance(fields[name], str):
             raise DataError(f"{name} is {fields[name]!r:.80}: text is needed, one for a question")
@@ -261,7 +265,9 @@ def _system_turn(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> l
     systems = [message for message in messages if message["role"] == "system"]
     if systems and systems[0] != turn:
         raise DataError(f"{name} and a system's turn are both there, and differ: one is needed")
-    return [] if systems else [turn]
+    if systems:
+        return []
+    return [turn]
 
 
 def _captioned(
@@ -281,7 +287,8 @@ def _captioned(
     if not add:
         raise DataError(_WHICH.format([*chain.from_iterable(media.values())]))
     filled: Media = {field: values for field, values in media.items() if values}
-    caption, system = fields[names[0]], _system_turn(fields, [])
+    caption = fields[names[0]]
+    system = _system_turn(fields, [])
     sample = {"text": caption, **filled}
     if prompt is not None:
         sample = caption_record(caption, filled, prompt=prompt, name=names[0])
@@ -307,4 +314,6 @@ def _count(media: Media) -> int:
 
 def _literal(message: dict[str, Any]) -> dict[str, Any]:
     is_read = message["role"] != "assistant" and isinstance(message["content"], str)
-    return message | {"content": literal(message["content"])} if is_read else message
+    if is_read:
+        return message | {"content": literal(message["content"])}
+    return message

@@ -28,7 +28,8 @@ from megatron_vita.text.conversation import (
 OTHER_ROLES = {"chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
 TAGS: dict[Field, str] = {"images": "<image>", "videos": "<video>"}
 PAIRS = (("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("question", "answer"))
-ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
+ROLE_FIELDS = ("role", "from")
+CONTENT_FIELDS = ("content", "value")
 
 _INLINE = re.compile(r"<(img|video)>\s*([^<>\n]+?)\s*</\1>")  # as Qwen-VL's data has them
 _INLINE_FIELDS: dict[str, Field] = {"img": "images", "video": "videos"}
@@ -134,7 +135,8 @@ def _read_turn(turn: Any, name: str) -> list[tuple[dict[str, Any], Media]]:
     check_turn_fields(fields, name)
     for asker, answerer in PAIRS:
         if asker in fields and answerer in fields:
-            question, answer = fields.pop(asker), fields.pop(answerer)
+            question = fields.pop(asker)
+            answer = fields.pop(answerer)
             marks = _marks(fields)
             asked = _message("user", question, fields, name)
             return [asked, ({"role": "assistant", "content": answer, **marks}, {})]
@@ -170,7 +172,9 @@ def _message(
 def _only(first: Media, second: Media, name: str) -> Media:
     if any(first.values()) and any(second.values()):
         raise DataError(f"{name} holds media both in its content and beside it: one is needed")
-    return first if any(first.values()) else second
+    if any(first.values()):
+        return first
+    return second
 
 
 def _marks(fields: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +227,8 @@ def _read_inline(text: str, name: str) -> tuple[str, Media]:
     media: Media = {field: [] for field in FIELDS}
 
     def place(match: re.Match[str]) -> str:
-        field, value = _INLINE_FIELDS[match[1]], match[2]
+        field = _INLINE_FIELDS[match[1]]
+        value = match[2]
         if not is_medium(value):
             return match[0]
         media[field].append(value)
@@ -258,7 +263,9 @@ def _refuse_other_places(messages: Sequence[Mapping[str, Any]], field: Field) ->
 def _with_places(content: Any, field: Field, number: int) -> Any:
     if isinstance(content, list):
         return [{"type": KINDS[field]}] * number + content
-    return f"{TAGS[field]}\n" * number + content if isinstance(content, str) else content
+    if isinstance(content, str):
+        return f"{TAGS[field]}\n" * number + content
+    return content
 
 
 def _with_video_tags(message: dict[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,9 @@ def _agreed(found: dict[str, list[Value]], field: Field) -> list[Value]:
     if not same and (len(contents) != 1 or {len(values) for values in lists} != {len(contents[0])}):
         names = " and ".join(found)
         raise DataError(f"{names} hold different {field}: which are meant? (import has --ignore)")
-    return contents[0] if contents else lists[0]
+    if contents:
+        return contents[0]
+    return lists[0]
 
 
 def _take_file_name(fields: dict[str, Any], media: Media) -> None:
@@ -217,7 +219,9 @@ def _stem(value: Value) -> str:
 
 
 def _without_query(text: str) -> str:
-    return re.split("[?#]", text, maxsplit=1)[0] if _URL.match(text) else text
+    if _URL.match(text):
+        return re.split("[?#]", text, maxsplit=1)[0]
+    return text
 
 
 def _short(value: Any) -> str:

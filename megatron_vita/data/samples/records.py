@@ -94,7 +94,8 @@ def encode_record(record: Mapping[str, Any], chat: ChatFormat) -> list[EncodedTu
 
 def pieces_of(turns: list[EncodedTurn]) -> tuple[list[Kind], list[int]]:
     """Kinds of a document's pieces in order, and tokens of those that are text; 0 for media."""
-    kinds, tokens = [], []
+    kinds = []
+    tokens = []
     for piece in (piece for turn in turns for piece in turn):
         if isinstance(piece, MediaPiece):
             kinds.append(Kind.IMAGE if piece.kind == "image" else Kind.VIDEO)

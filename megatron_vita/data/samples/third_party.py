@@ -105,7 +105,9 @@ def record_of_members(
     except DataError as error:
         raise DataError(f"{' and '.join(texts)}: {error}") from error
     sample.pop("id", None)  # the sample's key is its name
-    return sample if "text" in sample else {field: [] for field in FIELDS} | sample
+    if "text" in sample:
+        return sample
+    return {field: [] for field in FIELDS} | sample
 
 
 def suffix_of(name: str) -> str:
@@ -168,7 +170,9 @@ def _listed(by_suffix: Mapping[str, str], item: str, field: str) -> str:
 
 
 def _told(kind: str | None, head: bytes) -> str:
-    return "sound" if kind == "audio" else f"{kind_of_content(head)} data, by its first bytes,"
+    if kind == "audio":
+        return "sound"
+    return f"{kind_of_content(head)} data, by its first bytes,"
 
 
 def _read_text(name: str, data: bytes, rule: MemberRule) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def fit(
     if policy == "reject":
         return None
     found = _cut(pieces, limit) if policy == "cut" else _drop_media(pieces, limit, video_tokens)
-    return found if found is not None and found.rows > 0 else None
+    if found is not None and found.rows > 0:
+        return found
+    return None
 
 
 def _cut(pieces: Sequence[Piece], limit: int) -> Fit:
@@ -71,7 +73,8 @@ def _drop_media(
     left = limit - sum(piece.tokens for piece in pieces if piece.kind < Kind.IMAGE)
     if left < 0:
         return None
-    changed, full = [], False
+    changed = []
+    full = False
     for piece in pieces:
         if piece.kind >= Kind.IMAGE:
             if full or piece.tokens > left:

@@ -36,7 +36,8 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, *, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+        self._folder = folder
+        self._limit = limit
 
     def open(self, shard: UPath, *, size: int) -> int:
         """A descriptor of the copy of a shard, which is made now if need be; it can be read though

@@ -202,7 +202,9 @@ def _read_footer(path: UPath) -> bytes:
     four bytes."""
     tail = read_tail(path, FOOTER_BYTES)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
-    return tail if needed <= len(tail) else read_tail(path, needed)
+    if needed <= len(tail):
+        return tail
+    return read_tail(path, needed)
 
 
 def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> IndexHeader:

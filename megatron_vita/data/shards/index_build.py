@@ -55,7 +55,8 @@ def build_sound_index(
     quarantine = read_quarantine(shard)
     scanned = list(scan_whole(shard, attempt))
     known = _Known(quarantine, scanned)
-    reader, bad = _Reader(shard, chat), list[Entry]()
+    reader = _Reader(shard, chat)
+    bad = list[Entry]()
     rows = []
     for sample, error in scanned:
         if sample in known:
@@ -162,7 +163,8 @@ class _Reader:
     """Reads the samples of one shard."""
 
     def __init__(self, shard: Path, chat: ChatFormat) -> None:
-        self._shard, self._chat = shard, chat
+        self._shard = shard
+        self._chat = chat
         self._size = shard.stat().st_size
         self.rule = read_rule(shard.parent)
         self._reader = ShardReader()

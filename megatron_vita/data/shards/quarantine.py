@@ -63,7 +63,8 @@ def read_quarantine(shard: Path) -> Quarantine:
     """The list of a shard; an empty one where there is none, or one of an earlier shard of this
     name: of another size, or older than the shard. DataError if it is damaged.
     """
-    path, empty = quarantine_path(shard), Quarantine(shard_size=shard.stat().st_size)
+    path = quarantine_path(shard)
+    empty = Quarantine(shard_size=shard.stat().st_size)
     if not path.exists() or path.stat().st_mtime_ns < shard.stat().st_mtime_ns:
         return empty
     try:

@@ -20,7 +20,9 @@ from megatron_vita.data.shards.storage import (
 from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError, ShardError, VitaError
 
-NEAR_BUFFER, FAR_BUFFER = 1 << 17, 1 << 22  # bytes read at once of a file that is read part by part
+# bytes read at once of a file that is read part by part
+NEAR_BUFFER = 1 << 17
+FAR_BUFFER = 1 << 22
 
 
 class ShardReader:
@@ -28,7 +30,8 @@ class ShardReader:
     ones are read."""
 
     def __init__(self, *, cache: ShardCache | None = None, max_open: int = 64) -> None:
-        self._cache, self._max_open = cache, max_open
+        self._cache = cache
+        self._max_open = max_open
         self._files: OrderedDict[Location, int] = OrderedDict()
         self._check_remote = lru_cache(maxsize=4096)(_check_remote)
 
@@ -62,11 +65,9 @@ class ShardReader:
         assert not isinstance(shard, Path)
         try:
             self._check_remote(shard, shard_size)
-            return (
-                read_range(shard, member.offset, member.offset + member.size)
-                if member.size
-                else b""
-            )
+            if member.size:
+                return read_range(shard, member.offset, member.offset + member.size)
+            return b""
         except FileNotFoundError as error:
             raise ShardError(f"{shard}: cannot open the shard: it is not there") from error
         except OSError as error:
@@ -137,12 +138,10 @@ class _MemberFile(io.RawIOBase):
     def __init__(
         self, reader: ShardReader, shard: Location, member: Member, shard_size: int
     ) -> None:
-        self._reader, self._shard, self._member, self._shard_size = (
-            reader,
-            shard,
-            member,
-            shard_size,
-        )
+        self._reader = reader
+        self._shard = shard
+        self._member = member
+        self._shard_size = shard_size
         self._position = 0
         self.failure: VitaError | None = None  # the first
 

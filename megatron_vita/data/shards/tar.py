@@ -156,4 +156,6 @@ def _fault_of_key(key: str, earlier: set[str]) -> str:
 def _fault_of_member(info: tarfile.TarInfo, members: dict[str, Member]) -> str:
     if not info.isreg() or info.sparse is not None:
         return f"{info.name!a:.200} is a link, a device or sparse: a plain file is needed"
-    return f"two members are called {info.name!a:.200}" if info.name in members else ""
+    if info.name in members:
+        return f"two members are called {info.name!a:.200}"
+    return ""

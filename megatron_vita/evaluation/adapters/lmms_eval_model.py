@@ -49,7 +49,9 @@ def benchmark_of(task: str) -> tuple[str, str] | None:
     wins."""
     plain = re.sub(r"[^a-z0-9]", "", task.lower())
     fitting = [name for name in BENCHMARKS if plain.startswith(name)]
-    return BENCHMARKS[max(fitting, key=len)] if fitting else None
+    if fitting:
+        return BENCHMARKS[max(fitting, key=len)]
+    return None
 
 
 class VitaChat(lmms):
@@ -104,7 +106,9 @@ def _parts(message: Any, task: str) -> list[Part]:
         for part in content
     ]
     found = benchmark_of(task) if message["role"] == "user" else None
-    return long_vita_parts(parts, benchmark=found[0], kind=found[1]) if found else parts
+    if found:
+        return long_vita_parts(parts, benchmark=found[0], kind=found[1])
+    return parts
 
 
 MODEL_REGISTRY_V2.register_manifest(

@@ -91,11 +91,9 @@ def clean_answer(text: str) -> str:
 def _shown(part: Part, benchmark: str | None) -> list[Part]:
     if part.kind != "image":
         return [part]
-    return (
-        [Part("video", part.value)]
-        if benchmark == FRAMES_ARE_VIDEOS
-        else [part, Part("text", "\n")]
-    )
+    if benchmark == FRAMES_ARE_VIDEOS:
+        return [Part("video", part.value)]
+    return [part, Part("text", "\n")]
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:

@@ -17,7 +17,9 @@ from megatron_vita.media.data_urls import data_url
 from megatron_vita.text.conversation import TextPart, check_messages
 
 KEY_VARIABLES = ("VITA_API_KEY", "OPENAI_API_KEY")
-_CONNECT_SECONDS, _ANSWER_SECONDS = 10, 3600  # a prompt of a million tokens may be read for minutes
+# a prompt of a million tokens may be read for minutes
+_CONNECT_SECONDS = 10
+_ANSWER_SECONDS = 3600
 _OF_THE_PROMPT = (400, 413, 422)
 _STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "seed", "n")
 _BEYOND = ("top_k", "repetition_penalty", "num_beams", "length_penalty", "ignore_eos")

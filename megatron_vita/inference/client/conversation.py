@@ -31,5 +31,7 @@ class Conversation:
         dropped."""
         if answer:
             self.messages = [*prompt.messages, {"role": "assistant", "content": answer}]
-            self.images, self.videos = list(prompt.images), list(prompt.videos)
-            self.next_images, self.next_videos = [], []
+            self.images = list(prompt.images)
+            self.videos = list(prompt.videos)
+            self.next_images = []
+            self.next_videos = []

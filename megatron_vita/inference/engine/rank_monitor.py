@@ -26,7 +26,8 @@ CONNECT_SECONDS = 60.0
 _KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 """TCP keep-alive finds hosts that lost power or network, which close no connection."""
 _GOODBYE = b"."
-_SECRET_BYTES, _RANK_BYTES = 32, 4
+_SECRET_BYTES = 32
+_RANK_BYTES = 4
 
 
 class RankMonitor:
@@ -42,7 +43,8 @@ class RankMonitor:
         """
         self._on_loss = on_loss
         self._peers: dict[socket.socket, int] = {}
-        rank, ranks = group.rank(), group.size()
+        rank = group.rank()
+        ranks = group.size()
         listener = socket.create_server(("", 0)) if rank == 0 else None
         address = (
             os.environ.get("MASTER_ADDR", "127.0.0.1"),
@@ -125,7 +127,8 @@ def _receive_byte(peer: socket.socket) -> bytes:
 
 def _receive(peer: socket.socket, count: int) -> bytes:
     """Receive `count` bytes; fewer if the peer closes or takes longer than HANDSHAKE_SECONDS."""
-    ends, received = time.monotonic() + HANDSHAKE_SECONDS, b""
+    ends = time.monotonic() + HANDSHAKE_SECONDS
+    received = b""
     while len(received) < count and (left := ends - time.monotonic()) > 0:
         try:
             peer.settimeout(left)

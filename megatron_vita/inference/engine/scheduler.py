@@ -263,7 +263,9 @@ class Scheduler:
     @property
     def _chunk_tokens(self) -> int:
         """Prompt tokens in a step."""
-        return self.config.busy_chunk_tokens if self._running else self.config.chunk_tokens
+        if self._running:
+            return self.config.busy_chunk_tokens
+        return self.config.chunk_tokens
 
     def _prefill_order(self) -> list[Request]:
         """Prompts under way, shortest remaining first, so that a short one never waits long; every

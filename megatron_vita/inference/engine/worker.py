@@ -69,7 +69,8 @@ class Worker:
         max_blocks: int,
         graphs: bool = True,
     ) -> None:
-        self.model, self.cache = model, cache
+        self.model = model
+        self.cache = cache
         self.graphs = GraphPool() if graphs and platform.on_cuda() else None
         self.features = FeatureSource(
             model, recipe=recipe, form=form, readers=readers, graphs=self.graphs
@@ -77,9 +78,10 @@ class Worker:
         self.decoder = DecodeRunner(
             model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
         )
-        self.prefill_graphs = (
-            PrefillGraphs(model.language_model, cache, graphs=self.graphs) if self.graphs else None
-        )
+        if self.graphs:
+            self.prefill_graphs = PrefillGraphs(model.language_model, cache, graphs=self.graphs)
+        else:
+            self.prefill_graphs = None
         self._tables: dict[int, Tensor] = {}
         self._prompts: dict[int, NewSequence] = {}
 
@@ -110,7 +112,9 @@ class Worker:
             result = self._prefill(step.prefill)
         elif step.decode:
             result = StepResult(logits=self.decoder.run(step.decode, tables=self._tables))
-        return replace(result, ready=self._ready(step)) if step.awaiting_tiles else result
+        if step.awaiting_tiles:
+            return replace(result, ready=self._ready(step))
+        return result
 
     def _ready(self, step: SchedulerOutput) -> list[int]:
         """Awaited sequences whose tiles are decoded on all ranks."""
@@ -165,11 +169,10 @@ class Worker:
         ranks = groups.rank_layout().cp_size
         lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
         first = pieces[0]
-        short = (
-            padded_length(first.stop)
-            if self.prefill_graphs and len(pieces) == 1 and first.start == 0
-            else None
-        )
+        if self.prefill_graphs and len(pieces) == 1 and first.start == 0:
+            short = padded_length(first.stop)
+        else:
+            short = None
         if short is not None and short % (2 * ranks) == 0:
             lengths = [short]
         bounds = bounds_of(lengths)
@@ -216,7 +219,8 @@ class Worker:
     def _stored(self, pack: _Pack) -> tuple[Tensor, Tensor]:
         """Pack positions that are cached on this rank, and their slots."""
         layout = self.cache.layout
-        stored, slots = [], []
+        stored = []
+        slots = []
         for piece, start in zip(pack.pieces, pack.starts, strict=True):
             here, places = layout.slots(
                 torch.arange(piece.start, piece.stop), self._tables[piece.sequence]
@@ -226,7 +230,8 @@ class Worker:
         return torch.cat(stored), torch.cat(slots)
 
     def _attention(self, pack: _Pack) -> PrefillAttention:
-        layout, device = self.cache.layout, platform.device()
+        layout = self.cache.layout
+        device = platform.device()
         bounds = [*pack.starts, len(pack.ids)]
         pieces = [
             PromptPiece(

@@ -103,9 +103,10 @@ class BeamSearch:
         count = min(self._sampling.num_beams * (1 + max(1, len(self._end_ids))), len(sums))
         values, places = likeliest_tokens(sums.unsqueeze(0), count)
         width = min(self._sampling.logprobs or 0, vocab_size)
-        others, ids = (
-            likeliest_tokens(logprobs, width) if width else (logprobs[:, :0], logprobs[:, :0])
-        )
+        if width:
+            others, ids = likeliest_tokens(logprobs, width)
+        else:
+            others, ids = (logprobs[:, :0], logprobs[:, :0])
         found = torch.cat(
             [
                 part.double().flatten()

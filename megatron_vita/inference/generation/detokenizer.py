@@ -44,8 +44,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._until_stop(self._tokenizer.decode(self._window)[self._known_length :])
-        rest, self._held = self._held, ""
-        self._window, self._known, self._known_length = [], 0, 0
+        rest = self._held
+        self._held = ""
+        self._window = []
+        self._known = 0
+        self._known_length = 0
         return text + rest
 
     def _keeps_apart(self) -> bool:
@@ -58,24 +61,25 @@ class TextStream:
     def _decode_window(self) -> str:
         text = self._tokenizer.decode(self._window)
         if text.endswith(_UNDECODABLE) or self._window[-1] in self._tokenizer.byte_ids:
-            return (
-                self._shorten_window(text)
-                if len(self._window) - self._known >= _LONGEST_TAIL
-                else ""
-            )
+            if len(self._window) - self._known >= _LONGEST_TAIL:
+                return self._shorten_window(text)
+            return ""
         new = text[self._known_length :]
         if new:
             if len(self._window) >= _LONGEST_WINDOW and self._known:
                 self._window = self._window[self._known :]
                 text = self._tokenizer.decode(self._window)
-            self._known, self._known_length = len(self._window), len(text)
+            self._known = len(self._window)
+            self._known_length = len(text)
         return new
 
     def _shorten_window(self, text: str) -> str:
         """Give out the part of a long tail that further bytes cannot change."""
         cut = self._cut(text)
         new = self._tokenizer.decode(self._window[:cut])[self._known_length :]
-        self._window, self._known, self._known_length = self._window[cut:], 0, 0
+        self._window = self._window[cut:]
+        self._known = 0
+        self._known_length = 0
         return new
 
     def _cut(self, text: str) -> int:
@@ -106,7 +110,8 @@ class TextStream:
         text = self._held + new
         places = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if places:
-            self.stopped, self._held = True, ""
+            self.stopped = True
+            self._held = ""
             return text[: min(places)[1]]
         held = self._beginning_of_stop(text)
         self._held = text[len(text) - held :]

@@ -209,12 +209,12 @@ def _apply_top_k_top_p(logits: Tensor, options: Sequence[SamplingParams]) -> Ten
     if not cut:
         return logits
     rows = upload(cut, like=logits, dtype=torch.int64)
-    whole, width = logits[rows], max(top_k[i] for i in cut)
-    ordered = (
-        whole.topk(width).values
-        if width < vocab_size
-        else whole.sort(dim=-1, descending=True).values
-    )
+    whole = logits[rows]
+    width = max(top_k[i] for i in cut)
+    if width < vocab_size:
+        ordered = whole.topk(width).values
+    else:
+        ordered = whole.sort(dim=-1, descending=True).values
     limits = upload([top_k[i] for i in cut], like=rows).unsqueeze(1)
     ordered = ordered.masked_fill(torch.arange(width, device=rows.device) >= limits, -math.inf)
     probabilities = ordered.double().softmax(dim=-1)
@@ -230,7 +230,8 @@ def _apply_top_k_top_p(logits: Tensor, options: Sequence[SamplingParams]) -> Ten
 def _highest(rows: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
     """Mask of the `counts` [R, 1] highest values of rows [R, V], of which `thresholds` [R, 1] are
     the lowest. Among values equal to the threshold, lower ids are taken first."""
-    above, equal = rows > thresholds, rows == thresholds
+    above = rows > thresholds
+    equal = rows == thresholds
     return above | (equal & (equal.cumsum(dim=-1) <= counts - above.sum(dim=-1, keepdim=True)))
 
 

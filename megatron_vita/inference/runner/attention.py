@@ -76,7 +76,8 @@ class PrefillAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
         query = self.rotation.rotate(query)
-        keys, values = self._whole(self.rotation.rotate(key)), self._whole(value)
+        keys = self._whole(self.rotation.rotate(key))
+        values = self._whole(value)
         self.cache.write(layer, keys[self.stored_rows], values[self.stored_rows], slots=self.slots)
         own = self._attend_within(query, keys.transpose(0, 1), values.transpose(0, 1))
         if any(piece.blocks.numel() for piece in self.pieces):
@@ -85,11 +86,9 @@ class PrefillAttention:
 
     def _whole(self, rows: Tensor) -> Tensor:
         """Gather the rows of all CP ranks into pack order: [t, ...] -> [T, ...]."""
-        return (
-            rows
-            if self.cp_group.size() == 1
-            else gather_context(rows, self.cp_group)[self.gathered_row]
-        )
+        if self.cp_group.size() == 1:
+            return rows
+        return gather_context(rows, self.cp_group)[self.gathered_row]
 
     def _attend_within(self, query: Tensor, keys: Tensor, values: Tensor) -> Partial:
         """Attend from each row to the earlier rows of its own chunk: keys, values [groups, T, d]."""
@@ -97,7 +96,8 @@ class PrefillAttention:
         for piece in self.pieces:
             for run in runs_of(piece, cp_size=self.cp_group.size(), cp_rank=self.cp_group.rank()):
                 rows = query[run.row : run.row + run.length]
-                begin, middle = piece.start, piece.start + run.offset
+                begin = piece.start
+                middle = piece.start + run.offset
                 own = slice(middle, middle + run.length)
                 part = attend(rows, keys[:, own], values[:, own], causal=True)
                 if run.offset:

@@ -53,7 +53,8 @@ def _free_bytes() -> int:
 
 def _needed_bytes(recipe: Recipe, chunk_tokens: int) -> int:
     """Bytes of activations of a prefill chunk: one layer's, and attention's partial results."""
-    shape, layout = recipe.model.language, groups.rank_layout()
+    shape = recipe.model.language
+    layout = groups.rank_layout()
     heads = shape.num_attention_heads * shape.kv_channels // layout.tp_size
     per_token = 6 * shape.hidden_size + 4 * shape.ffn_hidden_size // layout.tp_size
     own = -(-chunk_tokens // layout.cp_size) * per_token

@@ -49,7 +49,9 @@ class DecodeRunner:
         max_blocks: int,
         graphs: GraphPool | None,
     ) -> None:
-        self.model, self.cache, self.max_blocks = model, cache, max_blocks
+        self.model = model
+        self.cache = cache
+        self.max_blocks = max_blocks
         self.graphs = graphs
         self._batches: dict[int, DecodeBuffers] = {}
 

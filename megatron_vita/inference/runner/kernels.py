@@ -31,11 +31,13 @@ def _join(  # type: ignore[no-untyped-def]
     a_row, a_head, la_row, la_head, b_row, b_head, lb_row, lb_head, heads,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     first = tl.load(lse_a + row * la_row + head * la_head)
     second = tl.load(lse_b + row * lb_row + head * lb_head)
     peak = tl.maximum(tl.maximum(first, second), -1e30)
-    weight_a, weight_b = tl.exp(first - peak), tl.exp(second - peak)
+    weight_a = tl.exp(first - peak)
+    weight_b = tl.exp(second - peak)
     total = weight_a + weight_b
     scale = 1.0 / tl.maximum(total, 1e-30)
     column = tl.arange(0, BLOCK)
@@ -64,7 +66,8 @@ def rotate_on_cuda(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate(  # type: ignore[no-untyped-def]
     rows, cos, sin, out, row_stride, head_stride, heads, HALF: tl.constexpr, BLOCK: tl.constexpr  # noqa: N803
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     _turn(rows + row * row_stride + head * head_stride, cos + row * HALF, sin + row * HALF,
           out + (row * heads + head) * 2 * HALF, HALF, BLOCK)  # fmt: skip
 
@@ -73,7 +76,8 @@ def _rotate(  # type: ignore[no-untyped-def]
 def _turn(source, cos, sin, target, HALF: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     column = tl.arange(0, BLOCK)
     inside = column < HALF
-    c, s = tl.load(cos + column, mask=inside), tl.load(sin + column, mask=inside)
+    c = tl.load(cos + column, mask=inside)
+    s = tl.load(sin + column, mask=inside)
     first = tl.load(source + column, mask=inside).to(tl.float32)
     second = tl.load(source + HALF + column, mask=inside).to(tl.float32)
     tl.store(target + column, (first * c - second * s).to(target.dtype.element_ty), mask=inside)
@@ -115,7 +119,8 @@ def _rotate_and_store(  # type: ignore[no-untyped-def]
     q_row, q_head, k_row, k_head, v_row, v_head, group_stride, heads,
     HALF: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     cos += row * HALF
     sin += row * HALF
     if head < heads:
@@ -187,16 +192,17 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr, PAGE_BLOCK: tl.constexpr, SCALED: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """Attend to one split of a sequence's pages, for all query heads of a key group."""
-    split, group, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split = tl.program_id(0)
+    group = tl.program_id(1)
+    sequence = tl.program_id(2)
     length = tl.load(lengths + sequence)
     pages = tl.cdiv(length, PAGE)
     share = tl.cdiv(pages, tl.num_programs(0))
-    first, last = split * share, tl.minimum((split + 1) * share, pages)
-    member, column, row = (
-        tl.arange(0, MEMBER_BLOCK),
-        tl.arange(0, WIDTH_BLOCK),
-        tl.arange(0, PAGE_BLOCK),
-    )
+    first = split * share
+    last = tl.minimum((split + 1) * share, pages)
+    member = tl.arange(0, MEMBER_BLOCK)
+    column = tl.arange(0, WIDTH_BLOCK)
+    row = tl.arange(0, PAGE_BLOCK)
     head = group * MEMBERS + member
     real = (member < MEMBERS)[:, None] & (column < WIDTH)[None, :]
     q = tl.load(
@@ -247,8 +253,10 @@ def _join_splits(  # type: ignore[no-untyped-def]
     parts, sums, out, lse, batch, heads, splits,
     SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    split, column = tl.arange(0, SPLITS), tl.arange(0, BLOCK)
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.arange(0, SPLITS)
+    column = tl.arange(0, BLOCK)
     place = (split * batch + sequence) * heads + head
     inside = split < splits
     values = tl.load(sums + place, mask=inside, other=-float("inf"))

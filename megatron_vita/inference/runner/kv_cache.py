@@ -43,15 +43,18 @@ class KeyValueCache:
     def __init__(
         self, layout: BlockLayout, shape: CacheShape, *, blocks: int, device: torch.device
     ) -> None:
-        self.layout, self.dtype = layout, shape.dtype
-        slots, layers = blocks * layout.page_tokens, range(shape.layers)
+        self.layout = layout
+        self.dtype = shape.dtype
+        slots = blocks * layout.page_tokens
+        layers = range(shape.layers)
         rows = (shape.groups, slots, shape.width)
         stored = _FP8 if shape.fp8 else shape.dtype
         self._keys = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
         self._values = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
-        self._scales = (
-            [torch.zeros(2, *rows[:2], device=device) for _ in layers] if shape.fp8 else None
-        )
+        if shape.fp8:
+            self._scales = [torch.zeros(2, *rows[:2], device=device) for _ in layers]
+        else:
+            self._scales = None
 
     def write(self, layer: int, key: Tensor, value: Tensor, *, slots: Tensor) -> None:
         """Store rows [n, groups, d] in slots [n]; slots may repeat only in the scratch block."""
@@ -149,11 +152,10 @@ class KeyValueCache:
         if query.is_cuda:
             from megatron_vita.inference.runner.kernels import attend_pages
 
-            scales = (
-                None
-                if self._scales is None
-                else (self._scales[layer - 1][0], self._scales[layer - 1][1])
-            )
+            if self._scales is None:
+                scales = None
+            else:
+                scales = (self._scales[layer - 1][0], self._scales[layer - 1][1])
             return attend_pages(
                 query, self._keys[layer - 1], self._values[layer - 1], tables=tables, lengths=lengths,
                 page_tokens=self.layout.page_tokens, scales=scales,
@@ -165,7 +167,8 @@ class KeyValueCache:
                 layer, query[row : row + 1], blocks=tables[row], length=length
             )
             if part is not None:
-                out[row], lse[row] = part[0][0], part[1][0]
+                out[row] = part[0][0]
+                lse[row] = part[1][0]
         return out, lse
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:

@@ -10,7 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-PLANNED_ROWS, PLANNED_KEYS = 1024, 8192
+PLANNED_ROWS = 1024
+PLANNED_KEYS = 8192
 """cuDNN takes queries in multiples of the first over at least so many keys."""
 
 
@@ -22,12 +23,15 @@ def attend(
 
     `causal`: query i sees keys up to i; then n = m.
     """
-    q, k, v = query.transpose(0, 1)[None], key[None], value[None]
+    q = query.transpose(0, 1)[None]
+    k = key[None]
+    v = value[None]
     if not query.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     elif query.dtype == torch.float32:
         heads = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
+        k = k.repeat_interleave(heads, 1)
+        v = v.repeat_interleave(heads, 1)
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
             q, k, v, None, True, 0.0, causal
         )[:2]
@@ -50,7 +54,8 @@ def merge_attention_states(
 
     A part without keys has a log-sum-exp of -inf.
     """
-    (a, lse_a), (b, lse_b) = first, second
+    (a, lse_a) = first
+    (b, lse_b) = second
     if a.is_cuda:
         from megatron_vita.inference.runner.kernels import merge_states_on_cuda
 

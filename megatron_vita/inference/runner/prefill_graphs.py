@@ -25,7 +25,9 @@ class PrefillGraphs:
     """The layers over whole prompts of each of LENGTHS."""
 
     def __init__(self, model: LanguageModel, cache: KeyValueCache, *, graphs: GraphPool) -> None:
-        self.model, self.cache, self.graphs = model, cache, graphs
+        self.model = model
+        self.cache = cache
+        self.graphs = graphs
         self._graphs: dict[int, tuple[Tensor, Tensor, Graph]] = {}  # embeddings, slots, graph
 
     def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor) -> Tensor:
@@ -46,11 +48,9 @@ class PrefillGraphs:
 
     def record(self, length: int) -> None:
         """Record the graph of a length. Collective."""
-        device, ranks, rank = (
-            platform.device(),
-            groups.context_group().size(),
-            groups.context_group().rank(),
-        )
+        device = platform.device()
+        ranks = groups.context_group().size()
+        rank = groups.context_group().rank()
         held = held_places(torch.tensor([0, length]), cp_size=ranks)
         gathered_row = torch.empty_like(held)
         gathered_row[held] = torch.arange(length)

@@ -31,7 +31,8 @@ class Rotation:
             from megatron_vita.inference.runner.kernels import rotate_on_cuda
 
             return rotate_on_cuda(rows, self.cos, self.sin)
-        cos, sin = self.cos[:, None], self.sin[:, None]
+        cos = self.cos[:, None]
+        sin = self.sin[:, None]
         first, second = rows.float().chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
             rows.dtype

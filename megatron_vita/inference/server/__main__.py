@@ -66,7 +66,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     limits = parser.add_argument_group("limits")
     for field in dataclasses.fields(Limits):
         name = f"--{field.name.replace('_', '-')}"
-        kind, doc = type(field.default), field.metadata["doc"]
+        kind = type(field.default)
+        doc = field.metadata["doc"]
         limits.add_argument(
             name, type=kind, default=field.default, help=f"{doc} (default: %(default)s)"
         )
@@ -123,7 +124,8 @@ def load_engine(arguments: argparse.Namespace) -> "Engine":
     from megatron_vita.config import ParallelConfig
     from megatron_vita.inference.engine.engine import Engine, EngineOptions
 
-    tp, world = arguments.tensor_model_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    tp = arguments.tensor_model_parallel_size
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     cp = arguments.context_parallel_size or max(1, world // tp)
     names = [field.name for field in dataclasses.fields(EngineOptions)]
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}

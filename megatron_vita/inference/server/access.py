@@ -29,7 +29,9 @@ def read_keys(path: Path | None) -> list[str]:
     server.
     """
     if path is None:
-        return [key] if (key := os.environ.get(VARIABLE, "").strip()) else []
+        if key := os.environ.get(VARIABLE, "").strip():
+            return [key]
+        return []
     try:
         keys = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -137,7 +139,9 @@ def _is_address(name: str, *, of_this_machine: bool = False) -> bool:
 
 def _bearer_key(headers: Headers) -> str:
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return ""
 
 
 def _digest(key: str) -> bytes:

@@ -28,7 +28,8 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})
-        watched, began = StatusSend(send), time.monotonic()
+        watched = StatusSend(send)
+        began = time.monotonic()
         try:
             await self._app(scope, receive, watched)
         finally:
@@ -59,14 +60,17 @@ def _listed(facts: Mapping[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return text if text.isidentifier() or isinstance(value, int) else f"{text!r:.{_LONGEST}}"
+    if text.isidentifier() or isinstance(value, int):
+        return text
+    return f"{text!r:.{_LONGEST}}"
 
 
 class LineBudget:
     """Lets `most` lines pass in `seconds`, so that nobody can flood the log."""
 
     def __init__(self, most: int, *, seconds: float) -> None:
-        self._most, self._seconds = most, seconds
+        self._most = most
+        self._seconds = seconds
         self._ends = 0.0
         self._passed = 0
         self._left_out = 0
@@ -75,10 +79,12 @@ class LineBudget:
         """Take a line: None if it must be left out, else the number of those left out before."""
         now = time.monotonic()
         if now >= self._ends:
-            self._ends, self._passed = now + self._seconds, 0
+            self._ends = now + self._seconds
+            self._passed = 0
         if self._passed >= self._most:
             self._left_out += 1
             return None
         self._passed += 1
-        left_out, self._left_out = self._left_out, 0
+        left_out = self._left_out
+        self._left_out = 0
         return left_out

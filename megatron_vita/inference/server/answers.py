@@ -85,7 +85,9 @@ class AnswerForm:
             {"name": v.name, "duration": v.duration, "times": list(v.times)}
             for v in self.prepared.videos
         ]
-        return {"videos": videos} if videos else {}
+        if videos:
+            return {"videos": videos}
+        return {}
 
     def _logprobs(self, scores: Sequence[ScoredToken]) -> dict[str, Any]:
         content = [

@@ -152,7 +152,9 @@ def health(service: EngineService, chat: ChatEndpoint) -> dict[str, Any]:
 def _status(service: EngineService, chat: ChatEndpoint) -> str:
     if service.failure is not None:
         return "failed"
-    return "stopping" if chat.draining else "ok"
+    if chat.draining:
+        return "stopping"
+    return "ok"
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

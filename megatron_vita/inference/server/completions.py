@@ -176,7 +176,8 @@ class _Exchange:
 
     async def run(self) -> None:
         """Reads, prepares and answers. Whatever goes wrong is raised."""
-        endpoint, request = self._endpoint, self._request
+        endpoint = self._endpoint
+        request = self._request
         async with (
             endpoint.until_cut_off({"connection": "close"}),
             endpoint.bodies.place(self._client),

@@ -112,11 +112,10 @@ class EventStream:
 
     async def send(self, data: dict[str, Any] | str) -> None:
         """An event: an object as JSON, or a text as it is."""
-        text = (
-            data
-            if isinstance(data, str)
-            else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        )
+        if isinstance(data, str):
+            text = data
+        else:
+            text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         await self._write(f"data: {text}\n\n")
 
     async def comment(self) -> None:

@@ -111,7 +111,9 @@ def check_pixels(size: tuple[int, int], limits: Limits) -> None:
 
 
 def _url(part: ImagePart | VideoPart) -> str:
-    return part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
+    if isinstance(part, ImagePart):
+        return part.image_url.url
+    return part.video_url.url
 
 
 def about(field: str, error: RefusalError) -> RefusalError:

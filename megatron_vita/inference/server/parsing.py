@@ -116,7 +116,9 @@ def _wrong_part(field: str, kind: str) -> RefusalError:
 
 def _wrong_value(fault: ErrorDetails) -> str:
     """Say what a field must be, and what kind of value it has."""
-    kind, context, value = fault["type"], fault.get("ctx", {}), fault["input"]
+    kind = fault["type"]
+    context = fault.get("ctx", {})
+    value = fault["input"]
     if kind == "float_type" and isinstance(value, int) and not isinstance(value, bool):
         return "is too large a number"
     if kind == MUST_BE or kind in _TYPES:

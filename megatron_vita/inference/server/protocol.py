@@ -23,7 +23,9 @@ class _Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_foreign(cls, data: Any) -> Any:
-        return without_foreign(data, cls.foreign) if isinstance(data, dict) else data
+        if isinstance(data, dict):
+            return without_foreign(data, cls.foreign)
+        return data
 
 
 class TextPart(_Object):

@@ -93,7 +93,9 @@ def _max_new_tokens(request: ChatRequest, limits: Limits) -> int:
     asked = request.max_tokens
     if request.max_completion_tokens is not None:
         asked = request.max_completion_tokens
-    return limits.output_tokens if asked is None else min(asked, limits.output_tokens)
+    if asked is None:
+        return limits.output_tokens
+    return min(asked, limits.output_tokens)
 
 
 def _num_beams(request: ChatRequest) -> int | None:
@@ -102,7 +104,9 @@ def _num_beams(request: ChatRequest) -> int | None:
     vLLM's width is `n`, and in its first versions `best_of`, which may exceed `n`.
     """
     if not request.use_beam_search:
-        return request.num_beams if request.num_beams != 1 else None
+        if request.num_beams != 1:
+            return request.num_beams
+        return None
     widths = {
         field: getattr(request, field)
         for field in ("num_beams", "best_of")
@@ -167,7 +171,9 @@ def _refuse_above(field: str, value: int, *, limit: str, most: int) -> NoReturn:
 
 def _shown(value: float) -> str:
     """A number for a message: numbers of requests may have thousands of digits."""
-    return f"{value:,}" if abs(value) < 1e18 else f"{value!s:.20}..."
+    if abs(value) < 1e18:
+        return f"{value:,}"
+    return f"{value!s:.20}..."
 
 
 def _in_the_requests_words(message: str, request: ChatRequest) -> RefusalError:

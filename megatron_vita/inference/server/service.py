@@ -120,7 +120,9 @@ class EngineService:
     def step_seconds(self) -> float:
         """How long the present step has taken; 0 between steps."""
         began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
+        if began is None:
+            return 0.0
+        return time.monotonic() - began
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -150,7 +152,8 @@ class EngineService:
         failure is told."""
         reason = f"the engine failed: {type(error).__name__}: {error}"
         with self._lock:
-            is_first, self.failure = self.failure is None, self.failure or reason
+            is_first = self.failure is None
+            self.failure = self.failure or reason
         try:
             self._end(self.failure)
         finally:
@@ -174,7 +177,8 @@ class EngineService:
     def _step(self) -> None:
         self._step_began = time.monotonic()
         pieces = self.engine.step()
-        self._step_began, self._used = None, time.monotonic()
+        self._step_began = None
+        self._used = time.monotonic()
         arrivals = [
             (self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open
         ]

@@ -61,7 +61,8 @@ class DecodePool:
 
     def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
         """`seconds`: time limit of one request. Processes are started on demand."""
-        self.form, self._seconds = form, seconds
+        self.form = form
+        self._seconds = seconds
         self._busy: dict[_Reader, SharedFile] = {}  # and what they read
         self._stopped: WeakSet[SharedFile] = WeakSet()
         self._lock = threading.Lock()  # of both
@@ -119,7 +120,9 @@ class DecodePool:
     def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
         """Send a request to a process and yield its pipe. A process that ends without a reply is
         blamed on the file: DataError."""
-        reader, good, began = self._free.get(), None, time.monotonic()
+        reader = self._free.get()
+        good = None
+        began = time.monotonic()
         try:
             reader = reader or connect()
             self._begin(reader, question, file)
@@ -229,7 +232,8 @@ def connect() -> _Reader:
     Raises:
         PlatformError: the fork server has ended.
     """
-    program, (ours, theirs) = start(), socket.socketpair()
+    program = start()
+    (ours, theirs) = socket.socketpair()
     with theirs:
         try:
             socket.send_fds(program.orders, [b"."], [theirs.fileno()])

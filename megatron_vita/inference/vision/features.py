@@ -47,7 +47,9 @@ class FeatureSource:
         readers: DecodePool,
         graphs: GraphPool | None,
     ) -> None:
-        self.model, self.form, self.graphs = model, form, graphs
+        self.model = model
+        self.form = form
+        self.graphs = graphs
         # by number of tiles: their pixels, and what encodes them
         self._graphs: dict[int, tuple[Tensor, Graph]] = {}
         self.normalization = recipe.media.normalization
@@ -83,11 +85,13 @@ class FeatureSource:
         new = [tile for tile in tiles if tile not in self._left]
         features, failed = self._encode(new)
         known = self._left | dict(zip(new, features, strict=True))
-        rows, targets = [], []
+        rows = []
+        targets = []
         for piece, place in zip(pieces, places, strict=True):
             for key in self._tiles_of(piece.sequence, piece.start, piece.stop):
                 begin = int(self._sequences[piece.sequence].placements[key[1]])
-                first, last = max(begin, piece.start), min(begin + self.rows_per_tile, piece.stop)
+                first = max(begin, piece.start)
+                last = min(begin + self.rows_per_tile, piece.stop)
                 rows.append(known[key][first - begin : last - begin])
                 targets.append(torch.arange(first, last) - piece.start + place)
                 if begin + self.rows_per_tile > piece.stop:
@@ -103,7 +107,8 @@ class FeatureSource:
         Ranks take turns to be the first, so that many prompts of one tile do not all go to one
         rank.
         """
-        owner, layout = self._owner[sequence], groups.rank_layout()
+        owner = self._owner[sequence]
+        layout = groups.rank_layout()
         tiles = [tile for _, tile in self._tiles_of(sequence, start, stop) if tile not in owner]
         frames = torch.tensor([self._is_frame(sequence, tile) for tile in tiles], dtype=torch.bool)
         for rank, hand in enumerate(deal_tiles(frames, layout.tile_ranks), start=sequence):
@@ -145,7 +150,8 @@ class FeatureSource:
     def _graph_for(self, size: int) -> tuple[Tensor, Graph]:
         assert self.graphs is not None, "tiles are encoded without graphs here"
         if size not in self._graphs:
-            side, dtype = self.form.vision.image_size, self.model.config.params_dtype
+            side = self.form.vision.image_size
+            dtype = self.model.config.params_dtype
             buffer = torch.zeros(size, 3, side, side, dtype=dtype, device=platform.device())
             self._graphs[size] = (buffer, self.graphs.record(lambda: self.model.encode(buffer)))
         return self._graphs[size]

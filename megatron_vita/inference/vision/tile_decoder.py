@@ -23,7 +23,8 @@ DECODERS = min(16, os.cpu_count() or 1)
 """Runs of tiles that are decoded at a time."""
 SHARE = max(1, DECODERS // 2)
 """Those of one sequence: a film whose decoding hangs leaves room for others."""
-_FEWEST, _MOST = 8, 64
+_FEWEST = 8
+_MOST = 64
 """Frames of a video in one run: a reader has to seek first, so fewer would waste work; more would take too long."""
 
 TileKey = tuple[int, int]
@@ -73,7 +74,8 @@ class TileDecoder:
             _File(file.name, medium, first, SharedFile(file.data))
             for file, medium, first in zip(start.files, start.media, firsts, strict=False)
         ]
-        self._coming[start.sequence], self._queues[start.sequence] = {}, _Queue()
+        self._coming[start.sequence] = {}
+        self._queues[start.sequence] = _Queue()
 
     def forget(self, sequence: int) -> None:
         """Drop a sequence, and cancel what is being decoded for it."""
@@ -118,7 +120,8 @@ class TileDecoder:
         """Pixels uint8 [n, 3, S, S] of submitted tiles, black where decoding failed, and reasons of
         failure by sequence."""
         size = self.readers.form.size
-        pixels, failed = np.zeros((len(tiles), 3, size, size), dtype=np.uint8), {}
+        pixels = np.zeros((len(tiles), 3, size, size), dtype=np.uint8)
+        failed = {}
         for place, (sequence, tile) in enumerate(tiles):
             run, offset = self._coming[sequence].pop(tile)
             try:

@@ -139,7 +139,8 @@ class FakeEngine:
         number = next(self._numbers)
         answer = self.reply if self.reply is not None else prepared.text
         request = _Request(prepared, sampling, answer.encode())
-        request.said, request.open = [0] * sampling.n, [True] * sampling.n
+        request.said = [0] * sampling.n
+        request.open = [True] * sampling.n
         self.requests[number] = request
         self.samplings = [*self.samplings[-9:], sampling]
         return number

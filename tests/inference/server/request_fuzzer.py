@@ -126,9 +126,10 @@ class RequestFuzzer:
             value[place] = self._anything(2)
 
     def _conversation(self) -> Json:
-        messages = (
-            [{"role": "system", "content": "be brief"}] if self._random.random() < 0.3 else []
-        )
+        if self._random.random() < 0.3:
+            messages = [{"role": "system", "content": "be brief"}]
+        else:
+            messages = []
         for _ in range(self._random.choice([0, 0, 1, 2])):
             messages.append({"role": "user", "content": self._text()})
             messages.append({"role": "assistant", "content": self._text(), "refusal": None})

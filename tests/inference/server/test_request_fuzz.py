@@ -44,14 +44,16 @@ def send(client: httpx.Client, case: Case) -> str:
     headers = {"content-type": "application/json"}
     response = client.post("/v1/chat/completions", content=data, headers=headers)
     fault = _fault(case, response)
-    return (
-        f"{fault}: {response.status_code} {response.text[:300]} to {data[:2000]!r}" if fault else ""
-    )
+    if fault:
+        return f"{fault}: {response.status_code} {response.text[:300]} to {data[:2000]!r}"
+    return ""
 
 
 def _fault(case: Case, response: httpx.Response) -> str:
     if response.status_code == 200:
-        return "" if _is_whole(case.body, response) else "not whole"
+        if _is_whole(case.body, response):
+            return ""
+        return "not whole"
     if case.is_plain:
         return "refused"
     if response.status_code not in (400, 404):
@@ -75,7 +77,9 @@ def _fault_of_refusal(asked: Any, error: dict[str, Any]) -> str:
         return ""
     field = (error["param"] or "").split(".")[0].split("[")[0]
     is_there = field in asked or error["code"] == "missing_required_parameter"
-    return "" if is_there or not field.isidentifier() else "names no field of the request"
+    if is_there or not field.isidentifier():
+        return ""
+    return "names no field of the request"
 
 
 def run(server: RunningServer, cases: list[Case]) -> list[str]:
@@ -108,7 +112,8 @@ def quickest(server: RunningServer) -> float:
 
 
 def test_the_fuzzer_makes_what_it_should() -> None:
-    first, again = RequestFuzzer(SEED), RequestFuzzer(SEED)
+    first = RequestFuzzer(SEED)
+    again = RequestFuzzer(SEED)
     cases = [first.case() for _ in range(300)]
     assert cases == [again.case() for _ in range(300)]
     fields = Counter(field for case in cases if isinstance(case.body, dict) for field in case.body)

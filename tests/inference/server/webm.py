@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 FPS = 10
-WIDTH, HEIGHT = 320, 180
+WIDTH = 320
+HEIGHT = 180
 
 
 def webm(*, seconds: int) -> bytes:
@@ -17,7 +18,9 @@ def webm(*, seconds: int) -> bytes:
         stream = container.add_stream(
             "libvpx", rate=FPS, options={"deadline": "realtime", "cpu-used": "8"}
         )
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width = WIDTH
+        stream.height = HEIGHT
+        stream.pix_fmt = "yuv420p"
         frames = seconds * FPS
         for index in range(frames):
             x = 20 + (WIDTH - 40) * index / frames
