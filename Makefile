@@ -2,18 +2,31 @@
 PYTHON ?= python3.12
 VENV := .venv/.installed
 RUN := .venv/bin/python
+PYTEST = $(RUN) -m pytest -q
+WORKERS ?= 2
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all test-gpu lint clean
+# The rooms without processes or files of their own, and one small run.
+QUICK := tests/layout tests/config tests/costs tests/text tests/test_import_rules.py \
+	tests/training/test_training.py::test_the_newest_checkpoints_are_kept_and_latest_names_the_last
+
+.PHONY: demo quick test test-all test-gpu lint clean
 
 demo: $(VENV)
 	$(RUN) -m examples.easy_vqa
 
+quick: $(VENV)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(PYTEST) -x -n $(WORKERS) $(QUICK)
+
 test: lint
-	$(RUN) -m pytest -q
+	$(PYTEST) -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m alone
 
 test-all: lint
-	VITA_TEST_ALL=1 $(RUN) -m pytest -q
+	$(PYTEST) --full -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --full -m alone
 
 # On a machine with GPUs and Transformer Engine (requirements-gpu.txt); RUN=python3 takes the python that has them.
 test-gpu:

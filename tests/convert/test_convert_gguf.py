@@ -20,8 +20,6 @@ from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError
 from megatron_vita.inference.engine.engine import Engine
 
-ALL = bool(os.environ.get("VITA_TEST_ALL"))
-
 
 def write_gguf(
     path: Path, *, family: str = "llama-tied", architecture: str = "llama", quantise: str = ""
@@ -134,14 +132,14 @@ def smollm2_folder() -> Path:
     return folder
 
 
-@pytest.mark.skipif(not ALL, reason="downloads 93 MB: VITA_TEST_ALL=1")
+@pytest.mark.full("downloads 93 MB")
 def test_smollm2_knows_the_capital_of_france_and_has_transformers_perplexity() -> None:
     answer, ours, theirs = convert_and_ask(smollm2_folder())
     assert "Paris" in answer
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-@pytest.mark.skipif(not ALL, reason="downloads 93 MB: VITA_TEST_ALL=1")
+@pytest.mark.full("downloads 93 MB")
 def test_smollm2_answers_token_by_token_as_transformers_does() -> None:
     folder = smollm2_folder()
     convert_and_ask(folder)

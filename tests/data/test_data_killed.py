@@ -15,8 +15,9 @@ from reading_job import digest
 from toy_data import train_stream
 
 from tests.environment import environment_with
+from tests.scale import scaled
 
-KILLS = 50 if os.environ.get("VITA_TEST_ALL") else 3
+KILLS = scaled(3, full=50)
 HERE = Path(__file__).parent
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import re
 import time
@@ -27,9 +26,11 @@ from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.tar import scan_shard
 from megatron_vita.errors import DataError
 from megatron_vita.text.vocabulary import open_tokenizer
+from tests.scale import scaled
 
-WHOLE = "VITA_TEST_ALL" in os.environ
-LINES, TARS = (1500, 700) if WHOLE else (60, 20)
+WHOLE = scaled(False, full=True)
+LINES = scaled(60, full=1500)
+TARS = scaled(20, full=700)
 SEED = 20261125
 WORST = re.compile(f"time limit|ended the process|{FAULT}")
 QUICK = ("--workers", "2", "--time-limit", "30")
@@ -150,7 +151,7 @@ def hostile_sources(folder: Path, format: str, count: int) -> int:
 
 @pytest.mark.parametrize("format", ["llava", "sharegpt", "hf"])
 def test_hostile_sources_are_imported_as_far_as_they_can_be_read(root: Path, format: str) -> None:
-    lines = hostile_sources(root / "sources", format, count=150 if WHOLE else 15)
+    lines = hostile_sources(root / "sources", format, count=scaled(15, full=150))
     (root / "media/0.png").write_bytes(images()["plain"][1])
     out = [
         "--out",
@@ -188,7 +189,7 @@ def test_checking_the_same_inputs_again_takes_no_more_memory(root: Path) -> None
     write_lines(root / "lines.jsonl", root / "odd", count=60, seed=SEED + 1, huge=False)
     found = [line for line in read_lines([root / "lines.jsonl"]) if len(line.text) < 100_000]
     sizes = []
-    for _ in range(8 if WHOLE else 4):
+    for _ in range(scaled(4, full=8)):
         for line in found:
             try:
                 check_line(line, media_root=root / "odd")

@@ -15,8 +15,9 @@ import pytest
 from toy_jsonl import sample, write_world
 
 from data_tools.cli import main
+from tests.scale import scaled
 
-ROUNDS = 12 if os.environ.get("VITA_TEST_ALL") else 1
+ROUNDS = scaled(1, full=12)
 SOURCES = 24
 SAMPLES = 192
 EIGHT = ("--samples-per-shard", "8")

@@ -124,9 +124,7 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(
-    "VITA_TEST_ALL" not in os.environ, reason="installs megatron-energon; VITA_TEST_ALL=1 runs it"
-)
+@pytest.mark.full("installs megatron-energon")
 def test_energon_prepares_the_shards(tmp_path: Path) -> None:
     write_world(tmp_path, count=7)
     shard(tmp_path, "a")

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.environment import environment_with
+from tests.scale import scaled
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "long_vita").glob("*b/stage*.yaml"))
 LAUNCHERS = sorted((ROOT / "examples" / "launch").iterdir())
-SIZES = ["7b", "14b", "72b"] if os.environ.get("VITA_TEST_ALL") else ["14b"]
-STAGES = range(1, 5 if os.environ.get("VITA_TEST_ALL") else 3)
+SIZES = scaled(["14b"], full=["7b", "14b", "72b"])
+STAGES = range(1, scaled(3, full=5))
 ENVIRONMENT = environment_with()
 
 
@@ -154,9 +155,9 @@ def test_launchers_hold_no_path_and_no_address(launcher: Path) -> None:
     assert not re.search(r"(?<![\w.}$])/(?!usr/bin/env|dev/null)\w+/", text)
 
 
+@pytest.mark.full("makes network namespaces")
 @pytest.mark.skipif(
-    os.geteuid() != 0 or not os.environ.get("VITA_TEST_ALL") or not Path("/usr/sbin/ip").exists(),
-    reason="makes network namespaces: needs root and iproute2; part of make test-all",
+    os.geteuid() != 0 or not Path("/usr/sbin/ip").exists(), reason="needs root and iproute2"
 )
 def test_two_nodes_train_over_a_network(tmp_path: Path) -> None:
     """Two network namespaces joined by a pair of virtual devices, a torchrun in each."""

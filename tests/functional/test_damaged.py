@@ -2,7 +2,6 @@
 many stop the run."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from recorded_run import run
 from toy_run import make_toy_run
 
 from megatron_vita.data.shards.index import index_path, read_index
+from tests.scale import scaled
 
 ANY = "data.max_damaged=1"
 LAYOUTS = {
@@ -83,7 +83,7 @@ def ledger(folder: Path) -> list[dict]:
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("VITA_TEST_ALL") else ["pp2"])
+@pytest.mark.parametrize("layout", scaled(["pp2"], full=LAYOUTS))
 def test_every_layout_masks_the_same_samples_and_has_the_same_losses(
     whole: Path,
     spoilt_keys: list[str],
@@ -106,7 +106,7 @@ def test_every_layout_masks_the_same_samples_and_has_the_same_losses(
     assert manifest["damaged"] == events
 
 
-@pytest.mark.skipif(not os.environ.get("VITA_TEST_ALL"), reason="takes a minute; make test-all")
+@pytest.mark.full("takes a minute")
 def test_a_replay_masks_what_was_masked_though_it_could_be_read_by_now(
     whole: Path, spoilt_keys: list[str], tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 trained."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from document_checks import run_checks
 from launch import MOST_PROCESSES, torchrun
 from synthetic import tiny_recipe
 
+from tests.scale import scaled
+
 TP = {"tensor_model_parallel_size": 2}
 CP = {"context_parallel_size": 2}
 LAYOUTS = {"plain": {}, "cp2": CP, "tp2": TP, "tp2sp": TP | {"sequence_parallel": True}}
-if os.environ.get("VITA_TEST_ALL") and MOST_PROCESSES >= 4:
+if scaled(False, full=True) and MOST_PROCESSES >= 4:
     LAYOUTS["tp2sp-cp2"] = LAYOUTS["tp2sp"] | CP
 JOINED = {"isolate_documents": False}
 

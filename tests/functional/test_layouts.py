@@ -5,7 +5,6 @@ meets.
 """
 
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.training.run import Run
+from tests.scale import scaled
 
-ALL = bool(os.environ.get("VITA_TEST_ALL"))
 PLAIN = [
     layout_of(*values)
     for values in (
@@ -42,7 +41,8 @@ PLAIN = [
 ]
 COVERING = covering_layouts()
 EIGHT = [layout_of("tp2sp", "cp2", "pp2", "overlapped", "full")]
-LAYOUTS = [*PLAIN, *COVERING, *EIGHT] if ALL else [*PLAIN, *random.Random(2026).sample(COVERING, 6)]
+SAMPLED = random.Random(2026).sample(COVERING, 6)
+LAYOUTS = [*PLAIN, *scaled(SAMPLED, full=[*COVERING, *EIGHT])]
 LAYOUTS = [layout for layout in LAYOUTS if layout.world <= MOST_PROCESSES]
 
 

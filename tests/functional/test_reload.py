@@ -6,7 +6,6 @@ both are padded.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from reload_worker import first_step, second_step
 
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
+from tests.scale import scaled
 
 ODD = {
     "vocab_size": 97,
@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 NAMES = list(LAYOUTS)
 CYCLE = list(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))
-PAIRS = [(a, b) for a in NAMES for b in NAMES] if os.environ.get("VITA_TEST_ALL") else CYCLE
+PAIRS = scaled(CYCLE, full=[(a, b) for a in NAMES for b in NAMES])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_next_step_is_the_same_at_any_layout(folder: Path, pair: tuple[str, 
         torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="a minute: make test-all")
+@pytest.mark.full("a minute")
 def test_any_layout_takes_up_rounded_and_shared_weights_of_any_other(tmp_path: Path) -> None:
     """In bf16 the optimizer has weights of its own, which must round to the model's on every
     rank."""

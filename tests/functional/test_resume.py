@@ -5,7 +5,6 @@ Layers are recomputed but for attention, MLPs in pieces, the tower from pixels; 
 activations wait on the host, which changes no digit.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from recorded_run import run
 from toy_run import make_toy_run
 
+from tests.scale import scaled
+
 STEPS = 12
 PACKS = 48
-ALL = bool(os.environ.get("VITA_TEST_ALL"))
 ALL_DEATHS = [
     "step:1",
     "step:3",
@@ -38,7 +38,7 @@ LEVERS = [
     "training.vision_tiles_at_once=3",
 ]
 OFFLOADED = ["training.activation_offload_fraction=1"]
-DEATHS = ALL_DEATHS if ALL else ["saving:8"]
+DEATHS = scaled(["saving:8"], full=ALL_DEATHS)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,7 @@ def test_each_replica_writes_its_share_of_a_checkpoint(
     assert min(sizes.values()) > 0.5 * max(sizes.values())
 
 
-@pytest.mark.skipif(
-    not ALL, reason="two minutes: make test-all; test_training.py has the rule for one process"
-)
+@pytest.mark.full("two minutes; test_training.py has the rule for one process")
 @pytest.mark.parametrize("told", ["term:5", "usr1:6"])
 def test_a_run_that_is_told_to_stop_saves_after_its_next_step(
     recipe: Path, uninterrupted: dict[int, dict], tmp_path: Path, told: str

@@ -3,7 +3,6 @@ instead of hanging it."""
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from tests.environment import environment_with
 from tests.inference.tiny import tiny_engine, tiny_recipe
+from tests.scale import scaled
 
 TP = "tensor_model_parallel_size"
 CP = "context_parallel_size"
@@ -68,7 +68,7 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("processes", list(LAYOUTS) if os.environ.get("VITA_TEST_ALL") else [2])
+@pytest.mark.parametrize("processes", scaled([2], full=list(LAYOUTS)))
 def test_answers_are_those_of_one_process(
     processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:
@@ -96,7 +96,7 @@ def test_ranks_that_share_a_key_head_answer_as_one_process(one_group: Path, tmp_
         assert scores(answer) == pytest.approx(scores(right), abs=1e-5)
 
 
-@pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="20 seconds: make test-all")
+@pytest.mark.full("20 seconds")
 def test_a_cache_of_eight_bits_is_split_over_context_ranks_too(
     checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:
@@ -126,9 +126,7 @@ def scores(answer: dict) -> list[float]:
 LOSSES = [({CP: 2}, 3, "busy"), ({TP: 2}, 2, "idle"), ({TP: 2}, 5, "busy")]
 
 
-@pytest.mark.parametrize(
-    ("parallel", "steps", "doing"), LOSSES if os.environ.get("VITA_TEST_ALL") else LOSSES[:2]
-)
+@pytest.mark.parametrize(("parallel", "steps", "doing"), scaled(LOSSES[:2], full=LOSSES))
 def test_a_lost_rank_is_an_error_at_once(
     parallel: dict, steps: int, doing: str, tmp_path: Path
 ) -> None:

@@ -1,7 +1,6 @@
 """Three replicas, shares of a document, stages or slices of a layer, none a power of two, give one
 process's digits."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.skipif("VITA_TEST_ALL" not in os.environ, reason="two minutes: make test-all")
+@pytest.mark.full("two minutes")
 def test_a_run_that_changes_layout_every_two_steps_has_the_digits_of_one_process(
     recipe: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,6 @@ and of dealt tiles are rounded to bf16 each, which shows most in a bias, where m
 """
 
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step
+from tests.scale import scaled
 
 pytestmark = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 WORLDS = tuple(world for world in (2, 4) if world <= max(GPUS, 2))
@@ -36,13 +36,12 @@ PLAIN = [
     for v in (("tp2",), ("tp2sp",), ("cp2",), ("pp2",), ("pp2vpp2",), ("dp2", "overlapped"))
 ]
 COVERING = covering_layouts(WORLDS)
-ALL = bool(os.environ.get("VITA_TEST_ALL"))
 SIMPLE = [
     layout
     for layout in COVERING
     if sum(map(str.__ne__, layout.reference.values, layout_of().values)) <= 1
 ]
-LAYOUTS = [*PLAIN, *(COVERING if ALL else random.Random(7).sample(SIMPLE, 12))]
+LAYOUTS = [*PLAIN, *scaled(random.Random(7).sample(SIMPLE, 12), full=COVERING)]
 SCHEMES = ("p2p", "all_gather", "a2a")
 SHUFFLES = 8
 TURNS = (64, 1, 2, 3)  # tiles at once

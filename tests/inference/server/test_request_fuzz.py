@@ -3,7 +3,6 @@ reason, and the server is afterwards as it was."""
 
 import gc
 import json
-import os
 import time
 import tracemalloc
 from collections import Counter
@@ -20,8 +19,9 @@ from running_server import RunningServer, body, running, wait_until
 from megatron_vita import platform
 from megatron_vita.inference.server.limits import Limits
 from tests.inference.tiny import tiny_engine
+from tests.scale import scaled
 
-REQUESTS = 2000 if os.environ.get("VITA_TEST_ALL") else 200
+REQUESTS = scaled(200, full=2000)
 SEED = 15
 CLIENTS = 4
 DOCS = Path(__file__).parents[3] / "docs" / "serving.md"

@@ -2,7 +2,6 @@
 memory is flat."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from soak import KINDS
 
 from tests.environment import environment_with
+from tests.scale import scaled
 
 SCRIPT = Path(__file__).with_name("soak_alone.py")
 KILOBYTES = 1000
@@ -21,7 +21,7 @@ MEGABYTES = 5
 
 @pytest.mark.parametrize(
     ("engine", "requests"),
-    [("fake", 1000), ("tiny", 1000 if os.environ.get("VITA_TEST_ALL") else 10 * len(KINDS))],
+    [("fake", 1000), ("tiny", scaled(10 * len(KINDS), full=1000))],
 )
 def test_mixed_requests_end_as_they_should_and_leave_nothing(engine: str, requests: int) -> None:
     command = [sys.executable, str(SCRIPT), engine, str(requests)]
