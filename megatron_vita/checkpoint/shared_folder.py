@@ -1,5 +1,4 @@
-"""The folder of a run's checkpoints, looked at before the run begins: it must be one folder for all
-ranks."""
+"""Check, before a run begins, that all ranks see the same checkpoint folder and can write to it."""
 
 import secrets
 import socket
@@ -12,18 +11,23 @@ from megatron_vita.checkpoint import store
 from megatron_vita.errors import CheckpointError
 
 VISIBLE_SECONDS = 90.0
-"""What a shared file system may take to show other hosts a new file: attribute caches of NFS last a minute."""
+"""Time for a new file to appear on other hosts: attribute caches of NFS last a minute."""
 
 
 def check(folder: Path) -> None:
-    """Makes `folder` where it is not there. Collective.
+    """Create `folder` if needed and check that every rank shares it. Collective.
 
-    CheckpointError, on all ranks, if one cannot write there, or does not see there what the first
-    sees.
+    Raises:
+        CheckpointError: on all ranks, if any of them cannot write there or does not see the first
+            rank's files.
     """
-    said: list[tuple[str, str, str]] = [_prepare(folder) if dist.get_rank() == 0 else ("", "", "")]
-    dist.broadcast_object_list(said, src=0)
-    probe, newest, problem = said[0]
+    message = [("", "", "")]
+    if dist.get_rank() == 0:
+        message = [_prepare(folder)]
+    dist.broadcast_object_list(message, src=0)
+    probe, newest, problem = message[0]
+    # Every rank takes part in both collectives, whatever it found: one that raised before would
+    # leave the others waiting.
     problems: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(problems, problem or _look_for(folder, probe, newest))
     if dist.get_rank() == 0 and probe:
@@ -33,8 +37,8 @@ def check(folder: Path) -> None:
 
 
 def _prepare(folder: Path) -> tuple[str, str, str]:
-    """By the first rank: the name of a file made there, the newest checkpoint's name, and what is
-    wrong."""
+    """On the first rank: return a probe file's name, the newest checkpoint's name and the error, if
+    any."""
     probe = f".probe_{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +59,11 @@ def _newest(folder: Path) -> str:
 
 
 def _look_for(folder: Path, probe: str, newest: str) -> str:
-    """What is wrong with the folder as this rank sees it, after time for what the first rank sees
-    to appear."""
+    """Compare this rank's view of the folder with the first rank's, for up to VISIBLE_SECONDS.
+
+    Returns:
+        The difference that remains; empty if there is none.
+    """
     ends = time.monotonic() + VISIBLE_SECONDS
     while (problem := _difference(folder, probe, newest)) and time.monotonic() < ends:
         time.sleep(0.5)
@@ -65,15 +72,22 @@ def _look_for(folder: Path, probe: str, newest: str) -> str:
 
 def _difference(folder: Path, probe: str, newest: str) -> str:
     where = f"checkpoint.save {folder} on {socket.gethostname()}"
-    own = folder / f"{probe}.{dist.get_rank()}"  # each rank will write
+    # Each rank writes its shards itself, so each must be able to create files.
+    own = folder / f"{probe}.{dist.get_rank()}"
     try:
         if not (folder / probe).exists():
-            return f"{where} is not the folder that the first rank has: it must be on a file system that all hosts share"
+            return (
+                f"{where} is not the folder that the first rank has: it must be on a file system that "
+                "all hosts share"
+            )
         own.touch()
         own.unlink()
         found = _newest(folder)
     except (OSError, CheckpointError) as error:
         return f"{where}: {error}"
     if found != newest:
-        return f"{where}: the newest checkpoint is {found or 'none'}, and {newest or 'none'} for the first rank"
+        return (
+            f"{where}: the newest checkpoint is {found or 'none'}, and {newest or 'none'} for the "
+            "first rank"
+        )
     return ""

@@ -1,7 +1,7 @@
 """A folder of checkpoints, each written under a temporary name and renamed when complete.
 
 <folder>/step_00000500/   distributed tensors, manifest.json, a copy of the tokenizer
-<folder>/latest           name of the newest complete checkpoint; moves last
+<folder>/latest           name of the newest complete checkpoint; updated last
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """What megatron-core's modules and optimizers ask for in order to describe their shards.
+    """Return the metadata with which megatron-core's modules and optimizers describe their shards.
 
     Optimizer state is written so that any layout can read it.
     """
@@ -58,30 +58,32 @@ def save_checkpoint(
     keep: int,
     tokenizer: str = "",
 ) -> Path:
-    """Writes a sharded `state`, its `manifest` (plain values) and a copy of the `tokenizer` as the
-    newest checkpoint; keeps the `keep` newest.
+    """Write a sharded `state` as the newest checkpoint and delete all but the `keep` newest.
+    Collective.
 
-    Collective. A kill at any moment leaves the last complete checkpoint as the latest.
+    A kill at any moment leaves the last complete checkpoint as the latest.
+
+    Args:
+        folder: parent of all checkpoints of the run.
+        step: optimizer steps done; names the checkpoint.
+        state: megatron-core's sharded state.
+        manifest: plain values for manifest.json.
+        keep: number of checkpoints to retain.
+        tokenizer: path of a tokenizer to copy into the checkpoint; empty for none.
+
+    Returns:
+        Path of the checkpoint.
     """
     folder = Path(folder)
     final = folder / f"step_{step:08d}"
     temporary = folder / f".step_{step:08d}.incomplete"
     if _first():
-        # by a job that was killed while it saved or removed
+        # of a job that was killed while it saved or deleted
         for left_behind in folder.glob(".step_*.incomplete"):
             shutil.rmtree(left_behind, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    replicas = groups.data_parallel_group(with_context_parallel=True)
-    # each writes its share
-    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)
-    dist_checkpointing.save(
-        state,
-        str(temporary),
-        sharded_strategy=strategy,
-        validate_access_integrity=False,  # the strategy does, once it is known who writes what
-        async_strategy="mcore",
-    )
+    _save_shards(state, temporary)
     dist.barrier()
     if _first():
         if tokenizer:
@@ -90,8 +92,11 @@ def save_checkpoint(
             temporary / MANIFEST,
             json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}),
         )
+        # A run resumed from an earlier step reaches this one again.
         if final.exists():
             _remove(final)
+        # In this order, `latest` names a complete checkpoint at any moment, and an older one is
+        # deleted only after it is no longer the one to resume from.
         temporary.rename(final)
         _write_text(folder / "latest", final.name)
         _prune(folder, keep, newest=final)
@@ -99,8 +104,26 @@ def save_checkpoint(
     return final
 
 
+def _save_shards(state: dict[str, Any], folder: Path) -> None:
+    replicas = groups.data_parallel_group(with_context_parallel=True)
+    # Ranks with the same shard of the model divide its tensors among them: none writes all.
+    strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)
+    dist_checkpointing.save(
+        state,
+        str(folder),
+        sharded_strategy=strategy,
+        # The strategy checks it itself, after it has decided which rank writes which tensor.
+        validate_access_integrity=False,
+        async_strategy="mcore",
+    )
+
+
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None if there is none."""
+    """Return the newest complete checkpoint in `folder`, or None if there is none.
+
+    Raises:
+        CheckpointError: `latest` names a checkpoint that is missing or incomplete.
+    """
     pointer = Path(folder) / "latest"
     if not pointer.exists():
         return None
@@ -111,8 +134,11 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest in it; CheckpointError if there is
-    none."""
+    """Return `path` if it is a checkpoint, else the newest checkpoint in it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = Path(path)
     if (path / MANIFEST).exists():
         return path
@@ -125,8 +151,11 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; CheckpointError if it cannot be read or is of another format
-    version."""
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read or has another format version.
+    """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -140,37 +169,47 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
-    """CheckpointError, naming the first field that differs, unless the checkpoint is of the same
-    model shapes.
+    """Check that a checkpoint holds a model of the same shapes.
 
-    A text-only model may be the language model of a whole one.
+    A text-only model may load the language model of a whole one.
+
+    Raises:
+        CheckpointError: names the first field that differs.
     """
     found = _flatten(
         dataclasses.asdict(recipe_from_dict(read_manifest(checkpoint)["recipe"]).model)
     )
     free = ("text_only", "vision.", "projector.") if model["text_only"] else ()
     for name, value in _flatten(model).items():
+        # How weights were initialized does not change their shapes.
         if name.startswith(free) or name.endswith(("init", "init_method_std")):
             continue
         if found.get(name) != value:
             raise CheckpointError(
-                f"{checkpoint}: is of another model: model.{name} is {found.get(name)} there and {value} in the recipe"
+                f"{checkpoint}: holds another model: model.{name} is {found.get(name)} there and "
+                f"{value} in the recipe"
             )
 
 
 def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Fills a sharded `state` from a checkpoint, whatever layout wrote it. Collective."""
+    """Fill a sharded `state` from a checkpoint written by any layout. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be loaded.
+    """
+    # A state may ask for less than the checkpoint holds (weights without optimizer, a language
+    # model without tower), but not for more.
+    strict = StrictHandling.RAISE_UNEXPECTED
     try:
-        return dist_checkpointing.load(
-            state, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED
-        )
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        return dist_checkpointing.load(state, str(checkpoint), strict=strict)
+    except (Exception, CheckpointException) as error:  # torch's derives from BaseException
+        # torch's message lists the traceback of every rank; its last line is the cause.
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise CheckpointError(f"{checkpoint}: cannot be loaded: {reason[0]}") from error
 
 
 def model_state(chunks: list[VitaModel]) -> dict[str, Any]:
-    """The sharded state of a rank's chunks of the model."""
+    """Return the sharded state of a rank's model chunks."""
     return {
         str(i): chunk.sharded_state_dict(metadata=sharding_metadata())
         for i, chunk in enumerate(chunks)
@@ -178,13 +217,14 @@ def model_state(chunks: list[VitaModel]) -> dict[str, Any]:
 
 
 def set_model_state(chunks: list[VitaModel], state: dict[str, Any]) -> None:
-    """Sets the weights of a rank's chunks from a loaded state."""
+    """Load a rank's model chunks from a loaded state."""
     for i, chunk in enumerate(chunks):
+        # Not strict: `_extra_state` of Transformer Engine's modules is not saved.
         chunk.load_state_dict(state[str(i)], strict=False)
 
 
 def load_weights(chunks: list[VitaModel], checkpoint: Path) -> None:
-    """Sets a model's weights from a checkpoint of any layout. Collective."""
+    """Load a model's weights from a checkpoint written by any layout. Collective."""
     state = load_state(checkpoint, {"model": model_state(chunks)})
     set_model_state(chunks, state["model"])
 
@@ -194,7 +234,7 @@ def _first() -> bool:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Writes and moves into place, so that a reader never sees half of it."""
+    """Write to a temporary file and rename it, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.incomplete")
     with temporary.open("w") as file:
         file.write(text)
@@ -204,8 +244,10 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _prune(folder: Path, keep: int, *, newest: Path) -> None:
-    """Later steps than the newest are of a run that was taken up again before them: they stay, and
-    so does what was not saved here under this name, such as a copy or a link.
+    """Delete all but the `keep` checkpoints up to `newest`.
+
+    Later steps (of a run resumed from before them) are kept, and so is anything not named step_N or
+    linked there, such as a copy.
     """
     saved = [
         path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_symlink()
@@ -215,8 +257,10 @@ def _prune(folder: Path, keep: int, *, newest: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Hides it first: a kill must not leave half of it under its name. What resists stays, with a
-    warning."""
+    """Rename a checkpoint, then delete it; log a warning if it cannot be deleted.
+
+    The rename first: a kill must not leave half of it under its name.
+    """
     hidden = checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}.incomplete")
     try:
         checkpoint.rename(hidden)
@@ -228,9 +272,8 @@ def _remove(checkpoint: Path) -> None:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
     return flat

@@ -1,10 +1,10 @@
-"""The tokenizer of a checkpoint, which travels in its folder.
+"""The copy of the tokenizer inside a checkpoint.
 
-<checkpoint>/tokenizer.model   a copy of a SentencePiece model, or
-<checkpoint>/tokenizer/        of the files of a Hugging Face tokenizer
+    <checkpoint>/tokenizer.model   copy of a SentencePiece model, or
+    <checkpoint>/tokenizer/        copies of the files of a Hugging Face tokenizer
 
-A recipe names its tokenizer by a path that holds where it was trained; the copy lets a checkpoint be
-used from any folder, on any machine.
+A recipe's path to its tokenizer is valid only where the model was trained; the copy makes a
+checkpoint usable from any folder on any machine.
 """
 
 import logging
@@ -25,14 +25,13 @@ _NAMES = (
     "vocab*",
     "merges.txt",
     "*.model",
-    "config.json",  # tells transformers the class of a tokenizer
+    "config.json",  # names the tokenizer's class for transformers
 )
-"""What tokenizers are made of: a folder that one is named by may also hold a model's weights."""
+"""Files of a tokenizer: the folder given as tokenizer may also hold a model's weights."""
 
 
 def copy_tokenizer(source: str | Path, checkpoint: Path) -> None:
-    """Copy a tokenizer into the folder of a checkpoint. What cannot be copied is warned of: it must
-    not end a run."""
+    """Copy a tokenizer into a checkpoint; log a warning if that fails, as it must not end a run."""
     source = Path(source)
     try:
         if source.is_file():
@@ -47,19 +46,19 @@ def copy_tokenizer(source: str | Path, checkpoint: Path) -> None:
 
 
 def find_tokenizer(checkpoint: Path, recorded: str) -> str:
-    """Give the place of a checkpoint's tokenizer: in its folder, or else the `recorded` one.
+    """Return the path of a checkpoint's tokenizer: inside it, or else the `recorded` path.
 
     Raises:
         CheckpointError: there is none in either place.
     """
-    # converted weights name a place in their own folder
+    # Converted weights record a path relative to their own folder.
     inside = [checkpoint / FOLDER, checkpoint / FILE]
     if recorded and not Path(recorded).is_absolute():
         inside.insert(0, checkpoint / recorded)
-    for place in (*inside, Path(recorded)):
-        if place.exists():
-            return str(place)
+    for path in (*inside, Path(recorded)):
+        if path.exists():
+            return str(path)
     raise CheckpointError(
-        f"{checkpoint} holds no tokenizer, and {recorded!r}, where it was in training, is not to be "
-        f"found from {Path.cwd()}: name it (--tokenizer)"
+        f"{checkpoint} holds no tokenizer, and {recorded!r}, its path in training, does not exist "
+        f"as seen from {Path.cwd()}: give its path (--tokenizer)"
     )

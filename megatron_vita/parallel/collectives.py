@@ -1,4 +1,4 @@
-"""Differentiable collectives over rows of uneven counts, which the host knows beforehand."""
+"""Differentiable collectives over rows whose counts per rank differ and are known on the host."""
 
 from typing import Any
 
@@ -32,10 +32,11 @@ def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Proces
 def exchange_rows(
     rows: Tensor, *, send_counts: list[int], receive_counts: list[int], group: ProcessGroup
 ) -> Tensor:
-    """Sends the first `send_counts[0]` of `rows` [n, ...] to rank 0, the next to rank 1, ...;
-    returns those received.
+    """Send consecutive runs of `rows` [n, ...] to the ranks of a group (all-to-all) and return
+    those received.
 
-    Received rows [m, ...] are ordered by source rank. Gradients return the same way.
+    The first `send_counts[0]` rows go to rank 0, the next to rank 1, and so on. Received rows [m,
+    ...] are ordered by source rank. Gradients travel back the same way.
     """
     if group.size() == 1:
         return rows
@@ -43,9 +44,14 @@ def exchange_rows(
 
 
 def concatenate_rows(rows: Tensor, *, counts: list[int], group: ProcessGroup) -> Tensor:
-    """All ranks' `rows` [counts[rank], ...] one after another, on every rank, with no second copy.
-    Not recorded."""
+    """Gather all ranks' `rows` [counts[rank], ...] in rank order on every rank, without a second
+    copy.
+
+    Not differentiable: see `gather_rows`.
+    """
     gathered = rows.new_empty(sum(counts), *rows.shape[1:])
+    # A gather of uneven counts would pad them or need a buffer for each rank. Broadcasts write
+    # every rank's rows where they belong.
     if len(set(counts)) == 1:
         dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
         return gathered
@@ -74,10 +80,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, *, counts: list[int], group: ProcessGroup) -> Tensor:
-    """All ranks' `rows` [counts[rank], ...] one after another, on every rank.
+    """Gather all ranks' `rows` [counts[rank], ...] in rank order on every rank; differentiable.
 
-    The gradient that arrives must be the same on all ranks; each takes its own rows of it.
+    The arriving gradient must be the same on all ranks: each rank takes its own rows of it.
     """
+    # All ranks know all counts, so that all of them skip the collective or none does.
     if group.size() == 1 or max(counts) == 0:
         return rows
     return _GatherRows.apply(rows, counts, group)
@@ -100,8 +107,8 @@ class _GatherContext(torch.autograd.Function):
 
 
 def gather_context(rows: Tensor, group: ProcessGroup) -> Tensor:
-    """All ranks' `rows` [t, ...] one after another: [ranks * t, ...]. Gradients are summed over the
-    ranks."""
+    """Gather equal numbers of rows [t, ...] of all ranks: [ranks * t, ...]; gradients are summed
+    over the ranks."""
     if group.size() == 1:
         return rows
     return _GatherContext.apply(rows, group)

@@ -1,4 +1,4 @@
-"""megatron-core's process groups, made from a recipe."""
+"""Process groups of megatron-core, created from a recipe."""
 
 import copy
 from typing import Literal, get_args
@@ -18,22 +18,27 @@ _GROUP_FIELDS = (
     "hierarchical_context_parallel_sizes",
 )
 HostPurpose = Literal["main", "validation"]
-_host_groups: dict[str, ProcessGroup] = {}  # of this rank's replica, by what they are for
-# what the groups were made for, beside megatron-core's own global state
+_host_groups: dict[str, ProcessGroup] = {}  # of this rank's replica, by purpose
+# The sizes for which the groups were created. megatron-core keeps the groups in global state too,
+# but not whether the vision tower is split over TP.
 _current = ParallelConfig()
 
 
 def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> None:
-    """Makes the groups of `parallel`, replacing others made before. The process group must exist.
+    """Create the groups of `parallel`, replacing any created before. torch's process group must
+    exist.
 
-    `with_gloo`: also those for the host, which saving needs.
+    Args:
+        parallel: sizes of the parallel dimensions.
+        with_gloo: also create the gloo groups between hosts, which saving checkpoints needs.
     """
     global _current
     previous = _current
     _current = copy.deepcopy(parallel)
     if parallel_state.is_initialized():
         if all(getattr(previous, name) == getattr(parallel, name) for name in _GROUP_FIELDS):
-            return  # each group costs threads that outlive it
+            # Each group starts threads that outlive it: tests and conversion initialize often.
+            return
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -59,7 +64,10 @@ def _make_host_groups(parallel: ParallelConfig, *, with_gloo: bool) -> None:
         cp=parallel.context_parallel_size,
         order="tp-cp-ep-dp-pp",  # megatron-core's own
     )
+    # One group for each purpose: training and validation agree on batches in threads of their own,
+    # whose messages must not mix.
     for purpose in get_args(HostPurpose):
+        # `new_group` is collective: every rank creates the groups of all replicas, in one order.
         for replica in ranks.get_ranks("tp-cp-pp"):
             group = dist.new_group(replica, backend="gloo")
             if dist.get_rank() in replica:
@@ -67,18 +75,18 @@ def _make_host_groups(parallel: ParallelConfig, *, with_gloo: bool) -> None:
 
 
 def host_group(purpose: HostPurpose) -> ProcessGroup | None:
-    """The ranks of this replica, for messages between hosts; None where it is one rank."""
+    """Return the gloo group of this replica's ranks; None if the replica is one rank."""
     return _host_groups.get(purpose)
 
 
 def is_first_of_replica() -> bool:
-    """Whether this rank is the first of its replica."""
+    """Tell whether this rank is the first of its replica."""
     group = _host_groups.get("main")
     return group is None or group.rank() == 0
 
 
 def rank_layout() -> RankLayout:
-    """Where this rank stands in its replica."""
+    """Return this rank's coordinates in its replica."""
     return RankLayout(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -89,45 +97,46 @@ def rank_layout() -> RankLayout:
 
 
 def tile_group() -> ProcessGroup:
-    """The ranks of a pipeline stage that share a pack's tiles: TP x CP, or CP where TP ranks encode
-    together."""
+    """Return the ranks of a pipeline stage that share a pack's tiles.
+
+    TP x CP, or CP alone where the TP ranks encode the same tiles together.
+    """
     if _current.vision_tensor_parallel:
         return context_group()
     return parallel_state.get_tensor_and_context_parallel_group()
 
 
 def tensor_group() -> ProcessGroup:
-    """The TP ranks of this stage."""
+    """Return the TP ranks of this stage."""
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def context_group() -> ProcessGroup:
-    """The CP ranks of this stage."""
+    """Return the CP ranks of this stage."""
     return parallel_state.get_context_parallel_group()
 
 
 def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
-    """The ranks with the same share of the model."""
+    """Return the ranks that hold the same shard of the model."""
     return parallel_state.get_data_parallel_group(with_context_parallel=with_context_parallel)
 
 
 def is_first_stage(chunk: int = 0) -> bool:
-    """Whether `chunk` of this rank's layers is the first of the pipeline, which encodes tiles."""
+    """Tell whether `chunk` of this rank's layers is the pipeline's first, which encodes tiles."""
     return parallel_state.is_pipeline_first_stage() and chunk == 0
 
 
 def is_last_stage() -> bool:
-    """Whether this rank is on the last pipeline stage, whose last chunk of layers computes
-    losses."""
+    """Tell whether this rank is on the last pipeline stage, which computes the losses."""
     return parallel_state.is_pipeline_last_stage()
 
 
 def pipeline_rank() -> int:
-    """This rank's pipeline stage, from 0."""
+    """Return this rank's pipeline stage, from 0."""
     return parallel_state.get_pipeline_model_parallel_rank()
 
 
 def is_reporting_rank() -> bool:
-    """Whether this rank speaks for its replica: the first of TP and CP on the last stage."""
+    """Tell whether this rank reports metrics for its replica: TP rank 0, CP rank 0, last stage."""
     layout = rank_layout()
     return is_last_stage() and layout.tp_rank == 0 and layout.cp_rank == 0

@@ -1,4 +1,4 @@
-"""The tensors of megatron-core's sharded states."""
+"""Traversal of megatron-core's sharded state dictionaries."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,14 +7,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 
 def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
-    """Each tensor of a rank's state with its place in the whole one; gate and up of a fused matrix
-    are two.
+    """Yield every ShardedTensor of a rank's state; gate and up of a fused matrix are two.
 
-    What a tensor holds is a view of the model's parameter.
+    The data of each is a view of the model's parameter, so writing to it sets the weights.
     """
     if isinstance(state, ShardedTensor):
         yield state
     elif isinstance(state, ShardedTensorFactory):
+        # megatron-core's form for a parameter that checkpoints hold as several tensors
         yield from sharded_tensors(state.build())
     elif isinstance(state, dict):
         for value in state.values():

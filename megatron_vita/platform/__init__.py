@@ -1,6 +1,6 @@
-"""The door to the machine: device, backend, logging.
+"""Entry point to the machine: device, communication backend, logging.
 
-Importing it on a machine without CUDA makes megatron-core run there. Every room that imports
+Importing it on a machine without CUDA adapts megatron-core to the CPU. Every package that imports
 megatron-core imports this one first, in its `__init__`.
 """
 
@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -28,10 +29,10 @@ from megatron_vita.platform.packages import (
 from megatron_vita.platform.pinned import available_host_memory
 
 refuse_unrelated_apex()
-# Its warnings speak of its own deprecations and of packages that are optional here.
+# They announce megatron-core's own deprecations and packages that are optional here.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-# of CUDA, where there is none
+# It warns of a missing CUDA toolkit on machines without CUDA.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     from megatron_vita.platform.cpu import adapt_to_cpu
@@ -57,23 +58,24 @@ __all__ = [
 
 
 def on_cuda() -> bool:
-    """Whether this machine computes on CUDA."""
+    """Tell whether this machine computes on CUDA."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this process: one GPU of the machine, or the CPU."""
+    """Return the device of this process: its GPU, or the CPU."""
     if on_cuda():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def initialize_process(timeout_minutes: float = 30) -> None:
-    """Joins the process group that torchrun describes (NCCL on CUDA, gloo on CPU), or a world of
-    one.
-
-    PlatformError for one of several processes that no launcher has told its rank: each would be a
+    """Join the process group described by torchrun's variables (NCCL on CUDA, gloo on CPU), or a
     world of one.
+
+    Raises:
+        PlatformError: the launcher started several processes but set no RANK, so that each would be
+            a world of one.
     """
     if torch.distributed.is_initialized():
         return
@@ -81,24 +83,25 @@ def initialize_process(timeout_minutes: float = 30) -> None:
     if on_cuda():
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        )
-    store = None
+        # Otherwise each rank of a host would start as many threads as the host has cores.
+        ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_of_host))
+    world: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        _refuse_many()
-        store = torch.distributed.HashStore()
+        _refuse_unlaunched_ranks()
+        # A store in this process: a world of one needs no address to meet at.
+        world = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    if on_cuda():
+        # Named, so that barriers need not guess this rank's device.
+        world["device_id"] = torch.device("cuda", local_rank)
     torch.distributed.init_process_group(
         "nccl" if on_cuda() else "gloo",
-        store=store,
-        rank=0 if store else -1,
-        world_size=1 if store else -1,
         timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=torch.device("cuda", local_rank) if on_cuda() else None,
+        **world,
     )
 
 
-def _refuse_many() -> None:
+def _refuse_unlaunched_ranks() -> None:
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if int(os.environ.get(name) or "1") > 1:
             raise PlatformError(
@@ -108,15 +111,15 @@ def _refuse_many() -> None:
 
 
 def leave_process() -> None:
-    """Leaves the process group, if it was joined: a process does so before it ends."""
+    """Destroy the process group if there is one; to be called before the process exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def set_up_logging(rank: int) -> None:
-    """Rank 0 logs everything from INFO up; other ranks only warnings and errors, prefixed with
-    their rank."""
+    """Log from INFO on rank 0; warnings and errors on the others, prefixed with the rank."""
     prefix = "" if rank == 0 else f"[rank {rank}] "
+    # `force`: imported libraries may have set up the root logger before.
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s {prefix}%(levelname)s %(message)s",

@@ -1,10 +1,10 @@
-"""What megatron-core 0.19.2 needs in order to run without CUDA.
+"""Replacements for CUDA calls with which megatron-core 0.19.2 runs on a CPU.
 
-It calls CUDA unconditionally: for the current device, for buffers, streams and random states. Each
-such entry point of torch is answered here by its CPU counterpart. Plain wrappers are used and not a
-TorchFunctionMode, because a mode is not active inside autograd's backward pass, where recomputed
-activations need it. `torch.cuda.is_available` stays false. Nothing of this is ever active on a
-machine with CUDA.
+megatron-core calls CUDA unconditionally: for the current device, for buffers, streams and random
+states. Each such entry point of torch is replaced by its CPU counterpart. Plain wrappers are used
+and not a TorchFunctionMode, because a mode is not active inside autograd's backward pass, where
+recomputed activations need it. `torch.cuda.is_available` stays false. Nothing here is ever active
+on a machine with CUDA.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _FACTORIES = (
 
 
 class _Stream:
-    """A CUDA stream on a machine where everything runs in order."""
+    """A no-op CUDA stream: on the CPU everything runs in program order."""
 
     cuda_stream = 0
 
@@ -42,7 +42,7 @@ class _Stream:
 
 
 class _Event:
-    """A CUDA event on a machine where everything runs in order."""
+    """A no-op CUDA event: on the CPU everything runs in program order."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def record(self, *_: Any) -> None: ...
@@ -54,13 +54,13 @@ _STREAM = _Stream()
 
 
 def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or getattr(
-        device, "type", None
-    ) == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return getattr(device, "type", None) == "cuda"
 
 
 def _on_cpu(factory: Callable) -> Callable:
-    """`factory` with a CUDA device and pinned memory read as CPU and ordinary memory."""
+    """Wrap a tensor factory so that CUDA means CPU and pinned memory means ordinary memory."""
 
     @functools.wraps(factory)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def _on_cpu(factory: Callable) -> Callable:
 
 
 def _to_cpu(to: Callable) -> Callable:
-    """`Tensor.to` with a CUDA device read as CPU."""
+    """Wrap `Tensor.to` so that CUDA devices mean CPU."""
 
     @functools.wraps(to)
     def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -88,15 +88,16 @@ def _to_cpu(to: Callable) -> Callable:
 
 
 def _cuda_type_names(type_of: Callable) -> Callable:
-    """`Tensor.type` that tells megatron-core, and only it, names of CUDA tensor types."""
+    """Wrap `Tensor.type` to return CUDA type names to megatron-core, and to no other caller."""
 
     @functools.wraps(type_of)
     def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = type_of(self, *args, **kwargs)
+        name = type_of(self, *args, **kwargs)
+        # Only for megatron-core: torch and other libraries must see the true type.
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if isinstance(answer, str) and caller.startswith("megatron.core"):
-            return answer.replace("torch.", "torch.cuda.")
-        return answer
+        if isinstance(name, str) and caller.startswith("megatron.core"):
+            return name.replace("torch.", "torch.cuda.")
+        return name
 
     return wrapper
 
@@ -110,15 +111,15 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _torch_patches() -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, replacement), grouped by the reason for which megatron-core needs it."""
+    """List (owner, attribute, replacement), grouped by the reason megatron-core needs it."""
     cuda = torch.cuda
-    # "which device is mine": rotary positions, collectives, pipeline messages, gradient buffers
+    # the current device: rotary positions, collectives, pipeline messages, gradient buffers
     device = [
         (cuda, "current_device", lambda: CPU),
         (cuda, "device_count", lambda: 1),
         (cuda, "set_device", _nothing),
     ]
-    # "wait for the device", side streams of overlapped communication and of checkpointing
+    # synchronization, and the side streams of overlapped communication and of checkpointing
     order = [
         (cuda, "synchronize", _nothing),
         (cuda, "empty_cache", _nothing),
@@ -150,15 +151,15 @@ def _torch_patches() -> list[tuple[Any, str, Any]]:
 
 
 def _megatron_patches() -> list[tuple[Any, str, Any]]:
-    """Patches of megatron-core itself; imports it, so torch must be adapted before."""
+    """List patches of megatron-core itself, whose import needs an adapted torch."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
-        """torch's Adam keeps a `step` tensor that the sharded state does not carry: fused Adam has
-        none."""
+        """Add the `step` that torch's Adam keeps: fused Adam has none, so the sharded state lacks
+        it."""
         with torch.no_grad():
             return set_states(self, model_param, {"step": None, **tensors})
 
@@ -172,10 +173,11 @@ def _megatron_patches() -> list[tuple[Any, str, Any]]:
 
 
 def adapt_to_cpu() -> Callable[[], None]:
-    """Adapts torch, then megatron-core, to a machine without CUDA; returns a function that undoes
-    all of it."""
+    """Adapt torch, then megatron-core, to a machine without CUDA; return a function that undoes
+    all."""
     assert not torch.cuda.is_available(), "never on a machine with CUDA"
-    # remembers the factories by which `with torch.device(...)` knows them, before they change
+    # torch caches the factories that `with torch.device(...)` recognizes: fill the cache before they
+    # are replaced, else that context would no longer apply to them.
     _device_constructors()
     undo = contextlib.ExitStack()
     for patches in (_torch_patches, _megatron_patches):

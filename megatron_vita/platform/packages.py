@@ -1,4 +1,4 @@
-"""Checks of installed packages that fail early and say what to do."""
+"""Checks of installed packages that fail early and name the remedy."""
 
 import importlib.metadata
 import importlib.util
@@ -7,15 +7,17 @@ from megatron_vita.errors import PlatformError
 
 
 def refuse_unrelated_apex() -> None:
-    """Raises PlatformError if `apex` is not NVIDIA's: the package index has an unrelated one of
-    that name.
+    """Refuse an installed `apex` that is not NVIDIA's: the package index has an unrelated one.
 
-    megatron-core takes any `apex` that it can import, and then fails far from the cause.
+    megatron-core uses any `apex` that can be imported, and then fails far from the cause.
+
+    Raises:
+        PlatformError: the unrelated package is installed.
     """
-    if (
-        importlib.util.find_spec("apex") is None
-        or importlib.util.find_spec("apex.optimizers") is not None
-    ):
+    if importlib.util.find_spec("apex") is None:
+        return
+    # NVIDIA's has this module, the unrelated one has not.
+    if importlib.util.find_spec("apex.optimizers") is not None:
         return
     try:
         version = importlib.metadata.version("apex")
@@ -28,12 +30,13 @@ def refuse_unrelated_apex() -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine for torch can be imported."""
+    """Tell whether Transformer Engine is installed."""
     return importlib.util.find_spec("transformer_engine") is not None
 
 
 def has_flash_attention_4() -> bool:
-    """Whether FlashAttention-4 (package flash-attn-4, module flash_attn.cute) can be imported."""
+    """Tell whether FlashAttention-4 (package flash-attn-4, module flash_attn.cute) is installed."""
+    # `find_spec` of a submodule raises where the package is missing.
     if importlib.util.find_spec("flash_attn") is None:
         return False
     return importlib.util.find_spec("flash_attn.cute") is not None

@@ -1,4 +1,4 @@
-"""Memory of the host that a GPU copies to and from at full speed, and how much there is."""
+"""Pinned host memory, asynchronous copies to the device, and the free memory of the host."""
 
 import weakref
 from collections.abc import Sequence
@@ -11,27 +11,35 @@ from torch import Tensor
 
 from megatron_vita.errors import PlatformError
 
-_THREADS = 8  # that touch new memory for the first time
+_THREADS = 8  # to touch new pages: one thread clears only a few GiB/s
+# Version 1 of control groups writes "no limit" as a number close to 2^63.
 _UNLIMITED = 1 << 60
-_pinned: dict[int, int] = {}  # sizes of buffers that are pinned here, by address
+_pinned: dict[int, int] = {}  # sizes of the buffers pinned here, by address
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, without waiting for the work that the device still has, as
-    copies of ordinary memory do."""
+    """Copy a host tensor to `device` without waiting for work queued there.
+
+    A copy from pageable memory would wait, so the tensor is pinned first.
+    """
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def available_host_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: what the host has, or its control group's limit
-    allows. `root` is where /proc and /sys are."""
+    """Return the bytes this process may still allocate, by the host and its control group's limit.
+
+    Args:
+        root: folder that holds `proc` and `sys`.
+    """
     fields = dict(
         line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if line
     )
     free = int(fields["MemAvailable"].split()[0]) << 10
     group = root / "sys/fs/cgroup"
+    # Versions 2 and 1 of control groups. Page cache counts as used there, but is reclaimed before
+    # the limit kills anything.
     for limit, used, stat in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -44,33 +52,37 @@ def available_host_memory(root: Path = Path("/")) -> int:
 
 
 def _number(path: Path) -> int:
-    text = path.read_text().strip() if path.is_file() else "max"
+    if not path.is_file():
+        return _UNLIMITED
+    text = path.read_text().strip()
     if text == "max":
         return _UNLIMITED
     return int(text)
 
 
 def _inactive_files(path: Path) -> int:
-    """Bytes of cached files that count as used and are given up when memory is asked for."""
+    """Return the bytes of page cache that count as used but are reclaimed on demand."""
     lines = path.read_text().splitlines() if path.is_file() else []
     values = dict(line.split() for line in lines)
     return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
 def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
-    """Buffers [size] of bytes, pinned where there is CUDA, to the byte: torch's own pinned memory
-    is rounded up to powers of two.
+    """Allocate byte buffers [size], pinned where there is CUDA, of exactly these sizes.
+
+    torch's own pinned allocator rounds sizes up to powers of two.
 
     Raises:
-        PlatformError: the memory cannot be had or pinned.
+        PlatformError: the memory cannot be allocated or pinned.
     """
     try:
         buffers = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
     except RuntimeError as error:
         raise _refusal(sum(sizes), str(error)) from error
     if torch.cuda.is_available():
+        # Registration would touch all pages from one thread: let several do it before.
         with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(Tensor.zero_, buffers))  # pages are there before they are pinned
+            list(threads.map(Tensor.zero_, buffers))
         for buffer in buffers:
             _pin(buffer, total=sum(sizes))
     return buffers
@@ -83,6 +95,7 @@ def _pin(buffer: Tensor, *, total: int) -> None:
     if code != 0:
         raise _refusal(total, f"cudaHostRegister gave error {code}")
     _pinned[address] = len(buffer)
+    # Not at exit: CUDA may be shut down by then, and the end of the process unpins anyway.
     weakref.finalize(buffer, _unpin, runtime, address).atexit = False
 
 
@@ -92,7 +105,7 @@ def _unpin(runtime: Any, address: int) -> None:
 
 
 def pinned_bytes() -> int:
-    """Bytes that `host_buffers` has pinned, which torch does not count."""
+    """Return the bytes pinned by `host_buffers`, which torch's statistics do not include."""
     return sum(_pinned.values())
 
 

@@ -1,4 +1,4 @@
-"""megatron-core's way of writing checkpoints, without the process that it starts for it."""
+"""Patch of megatron-core's checkpoint writing: no manager process."""
 
 import queue
 
@@ -6,10 +6,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 def write_without_a_manager() -> None:
-    """Has what a rank writes reported through a queue of this process.
+    """Report what a rank wrote through a queue inside this process.
 
-    megatron-core starts a manager process for it, which other processes could reach and ours need
-    not: a launcher's SIGTERM ends it, and with it the saving of a run that was told to stop; and
-    one that outlives its rank keeps the launcher's output open.
+    megatron-core starts a manager process for it, so that other processes can report too; here none
+    do. A launcher's SIGTERM ends the manager, and with it the save of a run that is stopping; and a
+    manager that outlives its rank keeps the launcher's output open.
     """
     filesystem_async._results_queue = queue.Queue()
