@@ -77,8 +77,8 @@ def _difference(folder: Path, probe: str, newest: str) -> str:
     try:
         if not (folder / probe).exists():
             return (
-                f"{where} is not the folder that the first rank has: it must be on a file system that "
-                "all hosts share"
+                f"{where} is not the folder that the first rank has: it must be on a file system "
+                "that all hosts share"
             )
         own.touch()
         own.unlink()

@@ -1,3 +1,3 @@
-"""Vision tower, projector, language model, and VitaModel that joins them."""
+"""Vision tower, projector and language model, and VitaModel, which combines them."""
 
 import megatron_vita.platform  # noqa: F401  adapts torch to the machine before megatron-core is imported

@@ -1,5 +1,4 @@
-"""The `torch` attention backend's place in megatron-core. What is attended to is the business of
-`documents.py`."""
+"""Core attention of the `torch` backend; the computation itself is in `documents.py`."""
 
 from typing import Any
 
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DocumentAttention(nn.Module):
-    """megatron-core's `core_attention` slot (transformer/attention.py names the contract)."""
+    """Module for megatron-core's `core_attention` slot (contract: its transformer/attention.py)."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -24,6 +23,6 @@ class DocumentAttention(nn.Module):
         packed_seq_params: Any,
         **_: Any,
     ) -> Tensor:
-        """query [t, 1, heads, d], key and value [t, 1, groups, d] -> [t, 1, heads * d]."""
+        """Attend: query [t, 1, heads, d], key and value [t, 1, groups, d] -> [t, 1, heads * d]."""
         rows = packed_seq_params.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0])
         return rows.flatten(1).unsqueeze(1)

@@ -1,7 +1,7 @@
-"""Attention backends: how layers are built, and what they are told of a pack's documents.
+"""Attention backends: layer specifications, and attention metadata of a pack's documents.
 
-`torch` runs everywhere. `te` is Transformer Engine's layer, untouched, for CUDA. `fa4` is that layer
-with FlashAttention-4's kernels in its middle. All write the same checkpoint.
+`torch` runs everywhere. `te` is Transformer Engine's layer, unchanged, for CUDA. `fa4` is that
+layer with FlashAttention-4's kernels as core attention. All write the same checkpoint.
 """
 
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionBackend(Protocol):
-    """What the language model asks of a backend."""
+    """Interface of a backend to the language model."""
 
     name: str  # as recipes call it
     # kernels of Transformer Engine are taken for rotary positions and activations too
@@ -47,28 +47,38 @@ class AttentionBackend(Protocol):
     def block_spec(
         self, num_layers: int, *, qk_layernorm: bool
     ) -> ModuleSpec | TransformerBlockSubmodules:
-        """The layers of a pipeline stage; `qk_layernorm`: with an RMSNorm of each query and key
-        head."""
+        """Return the layers of a pipeline stage.
+
+        Args:
+            num_layers: layers of the stage.
+            qk_layernorm: with an RMSNorm of each query and key head.
+        """
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """The pack for attention, and rotary angles, from the documents' bounds [D+1] on the
-        host."""
+        """Return a pack's attention metadata and rotary angles.
+
+        Args:
+            cu_seqlens: bounds of the documents [D+1], on the host.
+            inverse_frequencies: see `rotary.inverse_frequencies`; its device is that of the
+                results.
+        """
 
 
 def rotary_angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
-    """Angles of rotary positions, halves side by side: positions [t] -> [t, 1, 1, d], fp32."""
+    """Compute rotary angles, halves side by side: positions [t] -> [t, 1, 1, d], fp32."""
     angles = positions[:, None].float() * inverse_frequencies
     return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
 
 class TorchBackend:
-    """Exact attention by torch's scaled_dot_product_attention, document by document."""
+    """Exact attention by torch's scaled_dot_product_attention, in groups of equally long
+    documents."""
 
     name: str = "torch"
     fused = False
 
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> TransformerBlockSubmodules:
-        """megatron-core's local layers with our norm and core attention."""
+        """Return megatron-core's local layers with our norm and core attention."""
         submodules = get_gpt_layer_local_submodules(normalization="RMSNorm")
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         attention = submodules.self_attention.submodules
@@ -79,7 +89,7 @@ class TorchBackend:
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """Rows grouped by document; angles of this rank's rows."""
+        """Return rows grouped by document, and the angles of this rank's rows."""
         layout = groups.rank_layout()
         documents, positions = pack_documents(
             cu_seqlens,
@@ -100,7 +110,8 @@ class TransformerEngineBackend:
     fused = True
 
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
-        """megatron-core's Transformer Engine layer, whose attention refuses to run unfused."""
+        """Return megatron-core's Transformer Engine layer, with attention that refuses to run
+        unfused."""
         from megatron_vita.model.fused_attention import FusedAttention
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
@@ -108,8 +119,8 @@ class TransformerEngineBackend:
         return layer
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """One tensor as padded and unpadded bounds; angles of the longest document, which each
-        document restarts."""
+        """Return THD parameters, and the angles of the longest document, restarted in each
+        document."""
         longest = int(cu_seqlens.diff().max())
         device = inverse_frequencies.device
         packed = PackedSeqParams(**_thd(cu_seqlens, device))
@@ -117,7 +128,7 @@ class TransformerEngineBackend:
 
 
 def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
-    """megatron-core's fields for documents of the same query and key rows without padding."""
+    """Return PackedSeqParams' fields for documents without padding, of equal query and key rows."""
     longest = int(cu_seqlens.diff().max())
     names = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
     return {
@@ -146,14 +157,14 @@ class FlashBackend:
     def block_spec(
         self, num_layers: int, *, qk_layernorm: bool
     ) -> ModuleSpec | TransformerBlockSubmodules:
-        """megatron-core's Transformer Engine layer with our core attention."""
+        """Return megatron-core's Transformer Engine layer with our core attention."""
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         layer.submodules.self_attention.submodules.core_attention = FlashAttention
         return layer
 
     def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
-        """Documents for rotary positions, this rank's sequences for the kernel; angles as Transformer
-        Engine takes them."""
+        """Return documents for rotary positions with this rank's sequences for the kernel, and
+        the angles of the longest document."""
         longest = int(cu_seqlens.diff().max())
         device = inverse_frequencies.device
         group = groups.context_group() if groups.rank_layout().cp_size > 1 else None
@@ -168,10 +179,12 @@ class FlashBackend:
 
 
 def choose_backend(recipe: Recipe) -> AttentionBackend:
-    """The backend that a recipe names; `auto` takes the fastest one that can run, in bf16 on CUDA.
+    """Return the backend named by a recipe; for `auto` the fastest one that can run, in bf16 on
+    CUDA.
 
     Raises:
-        PlatformError: what the backend needs is not present, or does not compute rightly here.
+        PlatformError: the backend's packages or hardware are missing, or it computes wrong results
+            here.
     """
     name = recipe.parallel.attention_backend
     if name == "auto":
@@ -195,7 +208,7 @@ def choose_backend(recipe: Recipe) -> AttentionBackend:
 
 
 def _fastest_backend(recipe: Recipe) -> str:
-    """fa4, te or torch; a line of the log says why not an earlier one of them."""
+    """Return fa4, te or torch, and log the reasons against the faster ones."""
     if not (platform.on_cuda() and recipe.training.bf16):
         return "torch"
     reasons = {name: _missing_for(name, recipe) for name in ("fa4", "te")}
@@ -208,7 +221,8 @@ def _fastest_backend(recipe: Recipe) -> str:
 
 
 def _missing_for(name: str, recipe: Recipe) -> str:
-    """What a backend lacks on this machine or for this recipe; empty if it can run."""
+    """Return the reason a backend cannot run on this machine or for this recipe; empty if it
+    can."""
     if name == "torch":
         return ""
     if not platform.on_cuda():
@@ -229,7 +243,7 @@ def _missing_for_fa4(recipe: Recipe) -> str:
 
 
 def _attention_shape(recipe: Recipe) -> dict[str, Any]:
-    """Heads of a rank, as the checks of kernels take them."""
+    """Return the shape of attention on one rank, as arguments of the kernel checks."""
     language = recipe.model.language
     tp = recipe.parallel.tensor_model_parallel_size
     return {

@@ -1,4 +1,4 @@
-"""From a recipe to a model on this rank."""
+"""Construction of this rank's model from a recipe."""
 
 import dataclasses
 import re
@@ -20,8 +20,11 @@ from megatron_vita.parallel import groups
 
 
 def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
-    """megatron-core's view of the language model; `fused` takes kernels that need Transformer
-    Engine.
+    """Build megatron-core's configuration of the language model.
+
+    Args:
+        recipe: a checked recipe.
+        fused: use kernels that need Transformer Engine.
 
     Raises:
         ConfigError: megatron-core refuses the recipe.
@@ -34,7 +37,7 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 
 def _in_our_words(error: Exception) -> str:
-    """What megatron-core says of its fields, with the recipe's names for them."""
+    """Translate megatron-core's field names in an error to the recipe's."""
     message = " ".join(str(error).split()) or type(error).__name__
     for group, config in (("model.language", LanguageConfig), ("parallel", ParallelConfig)):
         for field in dataclasses.fields(config):
@@ -97,8 +100,11 @@ def _transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 
 def _recomputation(recipe: Recipe) -> dict[str, Any]:
-    """megatron-core's fields: `selective` keeps all but what given parts make inside, `uniform` the
-    inputs of groups of layers. What our own layers do is `layer_memory`'s business."""
+    """Return megatron-core's recomputation fields, for what our own layers do not do themselves.
+
+    `selective` recomputes the interior of named modules, `uniform` keeps the inputs of groups of
+    layers. `layer_memory` configures our own layers.
+    """
     training = recipe.training
     if training.recompute_granularity == "selective":
         ours = {"mlp"} if training.mlp_chunk_tokens else set()
@@ -114,14 +120,13 @@ def _recomputation(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_model(recipe: Recipe, *, backend: AttentionBackend | None = None) -> VitaModel:
-    """This rank's stage of the model, which is one chunk, with first weights. See
-    `build_chunks`."""
+    """Build this rank's stage of the model, where it is one chunk; see `build_chunks`."""
     (model,) = build_chunks(recipe, backend=backend)
     return model
 
 
 def build_on_meta(recipe: Recipe) -> list[VitaModel]:
-    """This rank's chunks of the model without memory for weights. Groups must be initialized."""
+    """Build this rank's chunks without memory for weights. Groups must be initialized."""
     backend = TorchBackend()
     config = transformer_config(recipe, fused=False)
     config.use_cpu_initialization = True  # its other way names a CUDA device
@@ -133,10 +138,13 @@ def build_on_meta(recipe: Recipe) -> list[VitaModel]:
 
 
 def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> list[VitaModel]:
-    """This rank's chunks of the model with first weights from `training.seed`. Groups must be
-    initialized.
+    """Build this rank's chunks with weights initialized from `training.seed`.
 
-    `backend` replaces the one that the recipe names.
+    Groups must be initialized.
+
+    Args:
+        recipe: a checked recipe.
+        backend: used instead of the one that the recipe names.
     """
     backend = backend or choose_backend(recipe)
     config = transformer_config(recipe, fused=backend.fused)
@@ -192,7 +200,7 @@ def _assemble_chunk(
 
 
 def freeze_parts(model: VitaModel, recipe: Recipe) -> None:
-    """Stops the gradients of the parts that the recipe freezes."""
+    """Disable the gradients of the parts that the recipe freezes."""
     frozen = {
         "vision_model": recipe.training.freeze_vision_model,
         "projector": recipe.training.freeze_projector,

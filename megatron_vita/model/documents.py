@@ -1,5 +1,4 @@
-"""What attention must know of a pack's documents, for the `torch` backend: rows grouped by document
-length.
+"""Attention metadata of the `torch` backend: the documents of a pack, grouped by length.
 
 Documents of one length are attended to in one batched call; since lengths are multiples of the
 document alignment, there are few groups.
@@ -19,8 +18,7 @@ from megatron_vita.platform.pinned import to_device
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentGroup:
-    """`count` documents of the same length; q rows are this rank's, k rows all of the
-    document's."""
+    """`count` documents of equal length: queries of this rank's rows, keys of all rows."""
 
     count: int
     length: int
@@ -29,11 +27,11 @@ class DocumentGroup:
 
     @property
     def query_rows(self) -> int:
-        """Rows that this rank holds of the group."""
+        """Number of this rank's rows in the group."""
         return self.count * (self.length if self.mask is None else len(self.mask))
 
     def attend(self, query: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of all documents of the group at once; rows of a document are consecutive."""
+        """Attend in all documents of the group at once; rows of a document are consecutive."""
         q, k, v = (x.unflatten(0, (self.count, -1)).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self.mask, is_causal=self.mask is None
@@ -43,8 +41,10 @@ class DocumentGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedDocuments:
-    """Passed through megatron-core in the place of its PackedSeqParams; any `qkv_format` but "thd"
-    leaves rotary positions to the caller."""
+    """Attention metadata that megatron-core passes on in the place of its PackedSeqParams.
+
+    Any `qkv_format` but "thd" leaves rotary positions to the caller.
+    """
 
     query_order: Tensor  # [t] local rows, group by group, document by document
     key_order: Tensor  # [T] rows of the keys gathered over CP, in the same order
@@ -53,7 +53,7 @@ class PackedDocuments:
     qkv_format: str = "documents"
 
     def to(self, device: torch.device) -> "PackedDocuments":
-        """The same with its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         groups = [
             replace(g, mask=None if g.mask is None else to_device(g.mask, device))
             for g in self.groups
@@ -66,8 +66,10 @@ class PackedDocuments:
         )
 
     def attend(self, _layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention inside each document. query [t, heads, d]; key, value [t, groups, d] ->
-        [t, heads, d]."""
+        """Attend causally inside each document.
+
+        query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d].
+        """
         if self.cp_group is not None:
             key, value = (gather_context(x, self.cp_group) for x in (key, value))
         repeats = query.shape[1] // key.shape[1]
@@ -91,10 +93,15 @@ class PackedDocuments:
 def pack_documents(
     cu_seqlens: Tensor, *, cp_size: int = 1, cp_rank: int = 0, cp_group: ProcessGroup | None = None
 ) -> tuple[PackedDocuments, Tensor]:
-    """Groups the documents of a pack, and gives the rotary position of each of this rank's rows
-    [t].
+    """Group the documents of a pack, and return the rotary positions [t] of this rank's rows.
 
-    `cu_seqlens` [D+1] on the host. Empty documents are left out.
+    Empty documents are left out.
+
+    Args:
+        cu_seqlens: bounds of the documents [D+1], on the host.
+        cp_size: context-parallel ranks.
+        cp_rank: this rank among them.
+        cp_group: their group; None for one rank.
     """
     lengths = cu_seqlens.diff().to(torch.int64)
     held = positions_of_rank(cu_seqlens, cp_size=cp_size, cp_rank=cp_rank)
@@ -129,6 +136,6 @@ def pack_documents(
 
 
 def _mask(held: Tensor) -> Tensor:
-    """Causal mask [held offsets, offsets] of a document of which this rank holds the offsets marked
-    in `held`."""
+    """Build the causal mask [held offsets, offsets] of a document, of which this rank holds
+    `held`."""
     return held.nonzero() >= torch.arange(len(held))

@@ -1,8 +1,8 @@
-"""FlashAttention-4's kernels (`flash_attn.cute`), as `flash_attention.py` calls them.
+"""FlashAttention-4's kernels (`flash_attn.cute`) behind the interface of `flash_attention.py`.
 
 Imported only where FlashAttention-4 is used. Its public function is an autograd function that would
-keep gathered keys and values, so the two functions beneath it are called; requirements-gpu.txt names
-the version that they are taken from.
+keep gathered keys and values, so the two functions beneath it are called; requirements-gpu.txt
+names the version that has them.
 """
 
 import os
@@ -23,11 +23,13 @@ LARGEST_ERROR = 0.02
 
 
 class FlashAttention4:
-    """Kernels of Hopper and later GPUs, compiled at the first call for packs and for one document, about
-    6 s each.
+    """Kernels for Hopper and later GPUs.
 
-    `deterministic`: gradients are summed in one order, which costs time. None: where Transformer
-    Engine is told so too, NVTE_ALLOW_NONDETERMINISTIC_ALGO=0.
+    Compiled at the first call, for packs and for one document, about 6 s each.
+
+    Args:
+        deterministic: sum gradients in a fixed order, which is slower. None: as Transformer Engine
+            is told, by NVTE_ALLOW_NONDETERMINISTIC_ALGO=0.
     """
 
     def __init__(self, *, deterministic: bool | None = None) -> None:
@@ -38,7 +40,7 @@ class FlashAttention4:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bounds: SequenceBounds
     ) -> tuple[Tensor, Tensor]:
-        """See `AttentionKernel.forward`."""
+        """Implement `AttentionKernel.forward`."""
         if _is_one_document(bounds):
             out, lse, *_ = _flash_attn_fwd(
                 query[None], key[None], value[None], causal=True, return_lse=True
@@ -60,7 +62,7 @@ class FlashAttention4:
         lse: Tensor,
         bounds: SequenceBounds,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `AttentionKernel.backward`."""
+        """Implement `AttentionKernel.backward`."""
         tensors = (query, key, value, out, grad, lse)
         if _is_one_document(bounds):
             grads = _flash_attn_bwd(
@@ -74,7 +76,7 @@ class FlashAttention4:
 
 
 def _is_one_document(bounds: SequenceBounds) -> bool:
-    """Kernels for equal lengths are 3 % faster at 128K than those for packs."""
+    """Tell whether the kernels for equal lengths apply, 3 % faster at 128K than those for packs."""
     return len(bounds.query) == 2 and bounds.longest_query == bounds.longest_key
 
 
@@ -88,13 +90,14 @@ def _arguments(bounds: SequenceBounds) -> dict[str, Any]:
 
 
 def check_fa4(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> None:
-    """Runs the kernels once, forward and backward, on a whole document and the end of another, then
-    on one document, and compares them with torch's attention in fp32.
+    """Compare the kernels with torch's attention in fp32, forward and backward, on two small
+    inputs.
 
-    The kernels that it compiles are those of training.
+    The inputs are a whole document with the end of another, and one document. The kernels compiled
+    here are those used in training.
 
     Raises:
-        PlatformError: they cannot run, or differ.
+        PlatformError: the kernels cannot run, or their results differ.
     """
     for queries, keys in (([208, 128], [208, 336]), ([336], [336])):
         query, grad = _random(2, sum(queries), heads, width, dtype=dtype)
@@ -113,7 +116,7 @@ def check_fa4(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, bounds: SequenceBounds
 ) -> tuple[Tensor, ...]:
-    """Output and gradients of query, key and value."""
+    """Return the output and the gradients of query, key and value."""
     kernel = FlashAttention4()
     out, lse = kernel.forward(query, key, value, bounds)
     grads = kernel.backward(
@@ -135,7 +138,8 @@ def _compare(found: tuple[Tensor, ...], expected: list[Tensor]) -> None:
 
 
 def _in_fp32(*tensors: Tensor, lengths: tuple[list[int], list[int]]) -> list[Tensor]:
-    """Output and gradients of query, key and value by torch, sequence by sequence."""
+    """Return the output and the gradients of query, key and value by torch, sequence by
+    sequence."""
     parts: list[list[Tensor]] = [[], [], [], []]
     sizes = (lengths[0], lengths[1], lengths[1], lengths[0])
     split = [x.float().split(size) for x, size in zip(tensors, sizes, strict=True)]

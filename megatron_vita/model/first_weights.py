@@ -1,9 +1,9 @@
-"""First weights of the language model: a function of a parameter's name in checkpoints, its layer
-and a seed alone, so that they are the same at every layout.
+"""Initial weights of the language model, the same at every parallel layout.
 
-Numbers are drawn in blocks of rows, each from a generator of its own, and a rank draws the blocks
-that its shard lies in: never more than a block beyond the weights themselves. The generators are
-the device's, so that weights drawn on another kind of device are others.
+They depend only on a parameter's name in checkpoints, its layer and a seed. Numbers are drawn in
+blocks of rows, each from a generator of its own; a rank draws the blocks that intersect its shard,
+so that it never needs more than one block of extra memory. Generators are the device's: weights
+drawn on another kind of device differ.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ Draw = Callable[..., Any]
 def set_first_weights(
     state: dict[str, Any], *, config: TransformerConfig, vocab_size: int, seed: int
 ) -> None:
-    """Write first weights into the parameters of a rank's sharded `state` of a language model.
+    """Initialize the parameters of a rank's sharded `state` of a language model.
 
-    Matrices are normal with the deviations of `config`, norms are 1 and biases 0; rows of padding,
-    beyond `vocab_size`, are 0.
+    Matrices are normal with the standard deviations of `config`, norms are 1 and biases 0; padding
+    rows, beyond `vocab_size`, are 0.
     """
     for tensor in sharded_tensors(state):
         if tensor.key.endswith("bias"):
@@ -52,7 +52,8 @@ def _method(name: str, config: TransformerConfig) -> Draw:
 
 
 def _fill_matrix(tensor: ShardedTensor, *, draw: Draw, rows: int | None, seed: int) -> None:
-    """Fills this rank's part [r, c] of a matrix of `rows` (None: all) rows that are drawn."""
+    """Fill this rank's shard [r, c] of a matrix, of which the first `rows` (None: all) are
+    drawn."""
     layers = tensor.prepend_axis_num
     shard = tensor.data
     rows_drawn = tensor.global_shape[layers] if rows is None else rows

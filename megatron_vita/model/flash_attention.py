@@ -1,7 +1,7 @@
-"""Attention of packed documents by a kernel for sequences of various lengths, and over context
-parallel ranks by all-gathering keys and values.
+"""Attention of packed documents by a variable-length kernel, with keys and values all-gathered over
+CP.
 
-With CP each rank's chunks are sequences of their own: a chunk's queries are the last rows of its
+With CP each chunk of a rank is a sequence of its own: a chunk's queries are the last rows of its
 prefix, so causal attention aligned at the ends is exact. All chunks of a pack go through one call,
 for which the keys of early chunks are laid out twice. Autograd keeps the rank's own query, key and
 value, the output and its log-sum-exp; keys and values are gathered again in backward.
@@ -22,7 +22,7 @@ from megatron_vita.platform.pinned import to_device
 
 
 class SequenceBounds(NamedTuple):
-    """Where the sequences of a call begin and end; the queries of each are the last of its keys."""
+    """Bounds of the sequences of a call; a sequence's queries are the last of its keys' rows."""
 
     query: Tensor  # [S + 1] int32, on the device
     key: Tensor  # [S + 1] int32, on the device
@@ -31,13 +31,15 @@ class SequenceBounds(NamedTuple):
 
 
 class AttentionKernel(Protocol):
-    """Causal attention inside each sequence, aligned at the sequences' ends; outside autograd."""
+    """Causal attention inside each sequence, aligned at the sequences' ends; without autograd."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, bounds: SequenceBounds
     ) -> tuple[Tensor, Tensor]:
-        """query [q, heads, d]; key, value [k, groups, d] -> output [q, heads, d] and log-sum-exp
-        [heads, q] fp32."""
+        """Compute output [q, heads, d] and log-sum-exp [heads, q] in fp32.
+
+        query [q, heads, d]; key, value [k, groups, d].
+        """
 
     def backward(
         self,
@@ -50,18 +52,19 @@ class AttentionKernel(Protocol):
         lse: Tensor,
         bounds: SequenceBounds,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value from that of the output."""
+        """Compute the gradients of query, key and value from that of the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatheredKeys:
-    """How a rank comes by the keys that its chunks see."""
+    """Exchange of the keys and values that a rank's chunks attend to."""
 
     rows: Tensor  # [k] rows of all ranks' keys one after another, on the device
     group: ProcessGroup
 
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's [t, groups, d] of each -> [k, groups, d], prefix after prefix."""
+        """Gather keys and values: this rank's [t, groups, d] -> [k, groups, d], prefix after
+        prefix."""
         tensors = []
         works = []
         for own in (key, value):
@@ -75,8 +78,10 @@ class GatheredKeys:
         return laid_out[0], laid_out[1]
 
     def reduce(self, grad: Tensor) -> Tensor:
-        """Gradients [k, groups, d] of what was gathered -> those of this rank's rows, summed over
-        ranks and chunks in fp32: [t, groups, d]."""
+        """Reduce gradients [k, groups, d] of gathered rows to this rank's rows [t, groups, d].
+
+        Sums over ranks and chunks are made in fp32.
+        """
         ranks = self.group.size()
         total = self._gathered_length(ranks)
         summed = grad.new_zeros(total, *grad.shape[1:], dtype=torch.float32)
@@ -86,26 +91,27 @@ class GatheredKeys:
         return mine.to(grad.dtype)
 
     def _gathered_length(self, ranks: int) -> int:
-        """A rank's prefixes hold 2 * ranks + 1 of the 2 * ranks chunks of all rows."""
+        """Return the rows of all ranks: a rank's prefixes hold 2 * ranks + 1 of their 2 * ranks
+        chunks."""
         return len(self.rows) * 2 * ranks // (2 * ranks + 1)
 
 
 @dataclass(kw_only=True)
 class PackedSequences(PackedSeqParams):
-    """megatron-core's view of a pack, for rotary positions, with what the kernel is told."""
+    """Attention metadata of a pack: megatron-core's, for rotary positions, and the kernel's."""
 
     kernel: AttentionKernel
     bounds: SequenceBounds
     gathered_keys: GatheredKeys | None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
+        """Attend: query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
         # A slice of the joint projection would keep all of that in memory.
         out: Tensor = _Attend.apply(query, key.contiguous(), value.contiguous(), self)
         return out
 
     def keys_of_chunks(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that this rank's queries see, sequence after sequence."""
+        """Return the keys and values that this rank's queries see, sequence after sequence."""
         if self.gathered_keys is None:
             return key, value
         return self.gathered_keys.gather(key, value)
@@ -136,7 +142,7 @@ class _Attend(torch.autograd.Function):
 
 
 class FlashAttention(nn.Module):
-    """megatron-core's `core_attention` slot (transformer/attention.py names the contract)."""
+    """Module for megatron-core's `core_attention` slot (contract: its transformer/attention.py)."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -151,16 +157,21 @@ class FlashAttention(nn.Module):
         packed_seq_params: PackedSequences,
         **_: Any,
     ) -> Tensor:
-        """query [t, heads, d], key and value [t, groups, d] -> [t, heads * d]."""
+        """Attend: query [t, heads, d], key and value [t, groups, d] -> [t, heads * d]."""
         return packed_seq_params.attend(query, key, value).flatten(1)
 
 
 def sequences_of_rank(
     cu_seqlens: Tensor, *, group: ProcessGroup | None, device: torch.device
 ) -> tuple[SequenceBounds, GatheredKeys | None]:
-    """What a rank attends to in a pack with bounds [D + 1] on the host; `group`: its CP ranks.
+    """Return the bounds of a rank's sequences in a pack, and with CP its exchange of keys.
 
     Copies to the device do not wait for it.
+
+    Args:
+        cu_seqlens: bounds of the documents [D + 1], on the host.
+        group: context-parallel ranks; None for one rank.
+        device: device of the results.
     """
     if group is None or group.size() == 1:
         lengths = cu_seqlens.diff()

@@ -1,7 +1,6 @@
-"""Transformer Engine's attention, fused or not at all: unfused attention holds all scores, and is
-an error here.
+"""Transformer Engine's fused attention; falling back to unfused attention is an error here.
 
-Imported only where Transformer Engine is used.
+Unfused attention materializes all scores. Imported only where Transformer Engine is used.
 """
 
 import os
@@ -17,11 +16,14 @@ from megatron_vita.errors import PlatformError
 
 
 class FusedAttention(TEDotProductAttention):
-    """megatron-core's wrapper; the language model has switched unfused attention off
-    (`NVTE_UNFUSED_ATTN`)."""
+    """megatron-core's wrapper, with unfused attention disabled (`NVTE_UNFUSED_ATTN`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the parent's. PlatformError where only unfused attention would do."""
+        """Attend as the parent does.
+
+        Raises:
+            PlatformError: no fused kernel supports this run.
+        """
         try:
             return super().forward(*args, **kwargs)
         except ValueError as error:
@@ -29,8 +31,11 @@ class FusedAttention(TEDotProductAttention):
 
 
 def check_fused_attention(*, heads: int, query_groups: int, width: int, dtype: torch.dtype) -> None:
-    """Runs attention once, forward and backward, on two short documents; PlatformError if it is not
-    fused."""
+    """Run attention once, forward and backward, on two short documents.
+
+    Raises:
+        PlatformError: no fused kernel supports it.
+    """
     os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # as megatron-core sets it later for the layers
     shape = (32, heads, width)
     query = torch.randn(shape, device=platform.device(), dtype=dtype, requires_grad=True)

@@ -1,9 +1,8 @@
-"""The language model: a thin composition of megatron-core's embedding, transformer block and output
-layer.
+"""The language model: megatron-core's embedding, transformer block and output layer, composed.
 
 megatron-core's GPTModel is deprecated and its successor has no hook at the output, so its parts are
-put together here, where positions and rows are explicit. This is the one file that knows which
-parts those are. Names of parameters are GPTModel's, so checkpoints of either fit the other.
+composed here, where positions and rows are explicit. No other file knows which parts those are.
+Parameter names are GPTModel's, so checkpoints of either fit the other.
 """
 
 from typing import Any
@@ -78,12 +77,12 @@ class LanguageModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Takes the previous stage's output, as megatron-core's schedules give it."""
+        """Set the previous stage's output, as megatron-core's schedules pass it."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings of this rank's share of the sequence: ids [t] -> [t / TP, H], also
+        """Embed the tokens of this rank's part of the sequence: ids [t] -> [t / TP, H], also
         without SP."""
         x = self.embedding(input_ids[None], None)
         if not self.config.sequence_parallel:
@@ -91,10 +90,14 @@ class LanguageModel(LanguageModule):
         return x.squeeze(1)
 
     def decode(self, share: Tensor | None, *, cu_seqlens: Tensor) -> Tensor:
-        """Runs this stage's layers.
+        """Run this stage's layers.
 
-        `share` [t / TP, H] on the first stage, None after it; returns [t / TP, 1, H] with SP and
-        [t, 1, H] without.
+        Args:
+            share: embeddings [t / TP, H] on the first stage, None after it.
+            cu_seqlens: bounds of the documents [D+1], on the host.
+
+        Returns:
+            Hidden state [t / TP, 1, H] with SP, [t, 1, H] without.
         """
         if share is not None:
             share = share.unsqueeze(1)
@@ -110,8 +113,13 @@ class LanguageModel(LanguageModule):
     def run_layers(
         self, hidden: Tensor | None, *, attention: Any, angles: Tensor | None = None
     ) -> Tensor:
-        """This stage's layers on rows [t, 1, H], which see what `attention` says, at rotary
-        `angles` [t, 1, 1, d]; without angles, `attention` rotates queries and keys itself."""
+        """Run this stage's layers on rows [t, 1, H] with given attention metadata.
+
+        Args:
+            hidden: rows on the first stage, None after it.
+            attention: metadata for the layers' core attention.
+            angles: rotary angles [t, 1, 1, d]; None where core attention rotates queries and keys.
+        """
         return self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -120,11 +128,11 @@ class LanguageModel(LanguageModule):
         )
 
     def embed_rows(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings on every TP rank, for serving: ids [t] -> [t, 1, H]."""
+        """Embed tokens on every TP rank, for serving: ids [t] -> [t, 1, H]."""
         return self.embedding(input_ids[None], None)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Logits [L, V] of rows [L, H] that every TP rank has, for serving."""
+        """Compute logits [L, V] of rows [L, H] that every TP rank has, for serving."""
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:
@@ -139,7 +147,7 @@ class LanguageModel(LanguageModule):
         labels: Tensor | None = None,
         row_scale: float | Tensor = 1.0,
     ) -> Tensor:
-        """Losses [L] or logits [L, V] of rows of the slice; see `OutputLayer.forward`."""
+        """Compute losses [L] or logits [L, V] of rows of the slice; see `OutputLayer.forward`."""
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         else:

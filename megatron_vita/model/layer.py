@@ -1,15 +1,15 @@
-"""A transformer layer that says exactly what it keeps between its forward and backward passes.
+"""A transformer layer with exact control over what it keeps between forward and backward.
 
 With `x` the layer's input, one layer computes
 
     q, k, v = rotate(project(norm(x)))        a = attention(q, k, v)
     y = x + output_projection(a)              z = y + mlp(norm(y))
 
-Recomputed, it keeps `x` alone; attention kept, it keeps `x`, `a` and what attention itself needs
-beside q, k and v (log-sum-exps), so that attention's forward pass runs once. y and everything
-inside the MLP are made again in the backward pass, the MLP over a bounded number of rows at once
-and without its last product, which only z needs.
-`x` and `a` stay on the device or wait on the host (`offload.py`).
+A recomputed layer keeps `x` alone. With attention kept, it keeps `x`, `a` and what attention itself
+needs beside q, k and v (log-sum-exps), so that attention's forward pass runs once. y and all of the
+MLP are computed again in the backward pass, the MLP over a bounded number of rows at a time and
+without its last product, which only z needs. `x` and `a` stay on the device or wait on the host
+(`offload.py`).
 """
 
 from dataclasses import dataclass
@@ -35,19 +35,20 @@ QueryKeyValue = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a layer is told beside its input: rotary angles and the pack's documents."""
+    """Inputs of a layer beside the hidden state: rotary angles and attention metadata."""
 
     angles: Tensor
     documents: Any
 
 
 class StepwiseAttention(SelfAttention):
-    """megatron-core's self-attention, whose steps can be called one by one."""
+    """megatron-core's self-attention with its steps as separate methods."""
 
     def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
-        """Rotated queries and keys, and values, of normalised rows [s, 1, H].
+        """Compute rotated queries and keys, and values, of normalized rows [s, 1, H].
 
-        Each has a storage of its own. [t, heads, d] in THD layout, else [t, 1, heads, d].
+        Each has a storage of its own. Shapes are [t, heads, d] in THD layout, else [t, 1, heads,
+        d].
         """
         query, key, value = self.get_query_key_value_tensors(hidden, None)
         if around.documents.qkv_format == "thd":
@@ -71,7 +72,7 @@ class StepwiseAttention(SelfAttention):
         return rotated.contiguous()
 
     def attend(self, parts: QueryKeyValue, around: Surroundings) -> Tensor:
-        """Attention's output before its projection: [t, 1, heads * d]."""
+        """Return attention's output before its projection: [t, 1, heads * d]."""
         attended = self.core_attention(
             *parts,
             None,
@@ -83,7 +84,8 @@ class StepwiseAttention(SelfAttention):
 
 
 class RecomputingLayer(TransformerLayer):
-    """megatron-core's layer, which `memory` tells what to keep. It draws no random numbers."""
+    """megatron-core's layer, which keeps what `memory` says; without dropout or other
+    randomness."""
 
     memory = LayerMemory()
     store: ActivationStore | None = None  # where some layers of the rank keep theirs on the host
@@ -104,7 +106,7 @@ class RecomputingLayer(TransformerLayer):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows [s, 1, H] -> [s, 1, H], and None for a context that is not used."""
+        """Run the layer: rows [s, 1, H] -> [s, 1, H], and None for an unused context."""
         if not (self.memory.recompute and self._trains):
             return super().forward(
                 hidden_states,
@@ -118,13 +120,14 @@ class RecomputingLayer(TransformerLayer):
         return _RecomputedLayer.apply(hidden_states, self, around), None
 
     def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The second half of a layer that is not recomputed as a whole."""
+        """Run the MLP of a layer that is not recomputed as a whole, recomputing the MLP alone if
+        asked."""
         if not (self.memory.mlp_rows and not self.memory.recompute and self._trains):
             return super()._forward_mlp(hidden_states, *args, **kwargs)
         return _RecomputedMLP.apply(hidden_states, self)
 
     def open_activations(self) -> LayerActivations:
-        """For what is kept of one forward pass."""
+        """Return the record of one forward pass's kept activations."""
         if self.store is None:
             return LayerActivations(self.layer_number)
         return self.store.open(self.layer_number, offload=self.memory.offload)
@@ -137,19 +140,22 @@ class RecomputingLayer(TransformerLayer):
         return True
 
     def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
-        """Queries, keys and values of the layer's input."""
+        """Compute queries, keys and values of the layer's input."""
         return self.self_attention.project(self.input_layernorm(hidden), around)
 
     def add_mlp(self, hidden: Tensor) -> Tensor:
-        """Rows plus what the MLP makes of them, piece by piece, without a record for autograd."""
+        """Add the MLP's output to rows, a piece at a time, without recording for autograd."""
         result = torch.empty_like(hidden)
         for part, into in zip(self._pieces(hidden), self._pieces(result), strict=True):
             torch.add(part, self._mlp_branch(part), out=into)
         return result
 
     def backpropagate_mlp(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of the input of `add_mlp`, given that of its result, whose place it takes:
-        nothing but this layer reads the latter. Adds those of the weights."""
+        """Compute the gradient of `add_mlp`'s input from that of its result, and those of the
+        weights.
+
+        Overwrites `grad` with the result where it is contiguous: nothing but this layer reads it.
+        """
         gradients = PieceGradients([*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()])
         result = grad.contiguous()  # an expanded one has no place
         for part, place in zip(self._pieces(hidden), self._pieces(result), strict=True):
@@ -165,7 +171,8 @@ class RecomputingLayer(TransformerLayer):
         return self.mlp(self.pre_mlp_layernorm(hidden))[0]
 
     def _mlp_branch_without_output(self, hidden: Tensor) -> Tensor:
-        """As `_mlp_branch` for autograd, but of the last projection the backward pass alone."""
+        """Compute `_mlp_branch` for autograd, skipping the forward product of the last
+        projection."""
         mlp = self.mlp
         config = self.config
         joined = mlp.linear_fc1(self.pre_mlp_layernorm(hidden))[0]
@@ -182,7 +189,7 @@ class RecomputingLayer(TransformerLayer):
 
 
 class _RecomputedLayer(torch.autograd.Function):
-    """A whole layer, see the head of the file."""
+    """Recomputation of a whole layer; see the module's docstring."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, around: Surroundings) -> Tensor:
@@ -233,7 +240,7 @@ class _RecomputedLayer(torch.autograd.Function):
 
 
 class _RecomputedMLP(torch.autograd.Function):
-    """The second half of a layer, which keeps its input."""
+    """Recomputation of a layer's MLP, which keeps the MLP's input."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer) -> Tensor:
@@ -251,7 +258,7 @@ class _RecomputedMLP(torch.autograd.Function):
 class _KeptAttention:
     """One call of attention, recorded by autograd, without its queries, keys and values.
 
-    Their storages are emptied once the output is there, and filled again before attention's own
+    Their storages are emptied after the forward pass, and filled again before attention's own
     backward pass reads them.
     """
 
@@ -267,7 +274,8 @@ class _KeptAttention:
             part.untyped_storage().resize_(0)
 
     def backpropagate(self, parts: QueryKeyValue) -> tuple[Tensor, ...]:
-        """Gradients of queries, keys and values, given those recomputed and `output.grad`."""
+        """Return the gradients of queries, keys and values, given these recomputed and
+        `output.grad`."""
         for emptied, part in zip(self._parts, parts, strict=True):
             source = part.untyped_storage()
             emptied.untyped_storage().resize_(source.nbytes())
@@ -279,7 +287,7 @@ class _KeptAttention:
 def use_recomputing_layers(
     spec: ModuleSpec | TransformerBlockSubmodules,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of any attention backend as `RecomputingLayer`s, changed in place."""
+    """Replace the layers of any backend's specification by `RecomputingLayer`, in place."""
     layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
     for layer in layers:
         layer.module = RecomputingLayer

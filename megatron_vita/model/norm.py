@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, whose
-    gradient each tensor-parallel rank then has for its rows only."""
+    """RMSNorm that supports sequence parallelism, which megatron-core's own torch norm refuses.
+
+    It marks its weight, whose gradient each TP rank then has for its own rows only.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object
@@ -19,5 +21,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
+        """Normalize: [..., H] -> [..., H]."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

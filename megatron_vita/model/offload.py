@@ -1,13 +1,13 @@
-"""Saved activations in host memory between a layer's forward and backward passes.
+"""Offloading of saved activations to host memory between a layer's forward and backward.
 
-A tensor that waits on the host keeps its place in autograd's graph: its storage on the device is
-emptied once the copy is complete, and filled again before it is read. So whoever else refers to it
-(attention's own record, a pipeline schedule) keeps no memory alive and reads the right values.
-Copies run on streams of their own, outward beside the rest of the layer's forward pass, inward
-beside the backward pass of the layer above. Nothing here waits on the host.
+An offloaded tensor stays in autograd's graph: its storage on the device is emptied once the copy is
+complete, and filled again before it is read. Other references to it (attention's own record, a
+pipeline schedule) then keep no memory alive and still read the right values. Copies run on streams
+of their own, outward beside the rest of the layer's forward pass, inward beside the backward pass
+of the layer above. No call here blocks the host.
 
-Layers of one forward pass form a chain, so that any order of passes will do: those of other
-micro-batches and chunks, as pipeline schedules interleave them, have chains of their own.
+Layers of one forward pass form a chain, which makes the order of passes free: other micro-batches
+and model chunks, as pipeline schedules interleave them, have chains of their own.
 """
 
 import logging
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class HostBuffers:
-    """Buffers of host memory by size, pinned on CUDA; got once, for that takes about 1 s/GiB."""
+    """Pool of host buffers by size, pinned on CUDA; reused, since pinning takes about 1 s/GiB."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.count = 0
 
     def reserve(self, counts: Mapping[int, int]) -> None:
-        """Gets buffers, given their numbers by size in bytes.
+        """Allocate buffers, given their numbers by size in bytes.
 
         Raises:
             PlatformError: they cannot be pinned.
@@ -41,19 +41,19 @@ class HostBuffers:
         self.count += len(sizes)
 
     def take(self, size: int) -> Tensor:
-        """A buffer [size] of bytes; a new one where all that were reserved are in use."""
+        """Return a free buffer [size] of bytes, or a new one if all reserved ones are in use."""
         if not self._free[size]:
             logger.debug("one more buffer of %d bytes than was reserved", size)
             self.reserve({size: 1})
         return self._free[size].pop()
 
     def give_back(self, buffer: Tensor) -> None:
-        """Lets others have the buffer, once what this stream was given so far has run."""
+        """Free a buffer for reuse, ordered after the work queued so far on the current stream."""
         self._free[len(buffer)].append(buffer)
 
 
 class ActivationStore:
-    """What the layers of a rank keep on the host."""
+    """Host buffers and copy streams for the offloaded activations of a rank's layers."""
 
     def __init__(self) -> None:
         self.buffers = HostBuffers()
@@ -62,7 +62,8 @@ class ActivationStore:
         self._latest = LayerActivations(0)
 
     def open(self, layer_number: int, *, offload: bool) -> "LayerActivations":
-        """For one forward pass of a layer; layers of a pass are numbered one after another."""
+        """Begin the record of one forward pass of a layer; layers of a pass have consecutive
+        numbers."""
         before = self._latest if self._latest.layer_number == layer_number - 1 else None
         self._latest = LayerActivations(
             layer_number, before=before, store=self if offload else None
@@ -71,7 +72,8 @@ class ActivationStore:
 
 
 class LayerActivations:
-    """What one layer keeps of one forward pass: on the host if it has a store, else where it is."""
+    """Activations kept by one layer for one forward pass: on the host with a store, else in
+    place."""
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class LayerActivations:
         self._sent: list[_SentTensor] = []
 
     def keep(self, tensor: Tensor) -> None:
-        """Begins to copy a tensor that backward will read, and forward until `leave`."""
+        """Start copying a tensor that backward will read; forward may read it until `leave`."""
         if self._store is None:
             return
         if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -97,24 +99,24 @@ class LayerActivations:
             )
 
     def leave(self) -> None:
-        """Frees the device's memory of all that was kept, once it is copied."""
+        """Free the device memory of everything kept, once it is copied."""
         for sent in self._sent:
             sent.leave()
 
     def fetch(self) -> None:
-        """Begins to bring everything back."""
+        """Start copying everything back."""
         for sent in self._sent:
             sent.fetch()
 
     def fetch_before(self) -> None:
-        """Begins to bring back what the layer before has, whose backward comes next."""
+        """Start copying back the previous layer's activations, whose backward comes next."""
         before = self._before
         self._before = None
         if before is not None:
             before.fetch()
 
     def arrive(self) -> None:
-        """Has the current stream wait until everything is back."""
+        """Make the current stream wait until everything is back."""
         self.fetch()
         for sent in self._sent:
             sent.arrive()

@@ -1,4 +1,4 @@
-"""The output layer, for training and serving: work and memory only for the rows that matter."""
+"""The output layer for training and serving: it projects only the rows that are needed."""
 
 from typing import Any
 
@@ -22,8 +22,7 @@ from megatron_vita.platform.pinned import to_device
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding and of the output layer over all TP ranks: the next multiple of their
-    number."""
+    """Return the vocabulary's rows over all TP ranks: rounded up to a multiple of their number."""
     return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
@@ -31,7 +30,7 @@ class OutputLayer(ColumnParallelLinear):
     """Projection onto a vocabulary shard, with the loss.
 
     Call it, and do not read `.weight` from outside: hooks on its forward wait for weights that are
-    still on their way (megatron-core's `overlap_param_gather`).
+    still being gathered (megatron-core's `overlap_param_gather`).
     """
 
     def __init__(
@@ -74,14 +73,19 @@ class OutputLayer(ColumnParallelLinear):
         row_scale: float | Tensor = 1.0,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """Losses [L] in fp32 where `labels` are given, else logits [L, V] on every TP rank.
+        """Compute losses [L] in fp32 where `labels` are given, else logits [L, V] on every TP rank.
 
-        hidden: [t / TP, 1, H] under sequence parallelism, else [t, 1, H].
-        rows, labels: [L], rows of the slice, ascending, and their target tokens; both on the host.
-        row_scale: the gradient of each loss that will arrive in backward, one number or [L]:
-        gradients are made for it
-            in the forward, so they precede any loss scale. Backward checks it.
-        weight: the word embedding, where the layer has no weight of its own.
+        Args:
+            hidden: [t / TP, 1, H] under sequence parallelism, else [t, 1, H].
+            rows: rows of the slice [L], ascending, on the host.
+            labels: their target tokens [L], on the host.
+            row_scale: the gradient that backward will bring to each loss, one number or [L].
+                Gradients are computed for it in the forward pass, so it must include any loss
+                scale. Backward checks it.
+            weight: the word embedding, where the layer has no weight of its own.
+
+        Raises:
+            VitaError: a label is no token of the vocabulary.
         """
         weight = self.weight if weight is None else weight
         hidden = hidden.squeeze(1)
@@ -115,19 +119,21 @@ class OutputLayer(ColumnParallelLinear):
             )
 
     def project(self, rows: Tensor, *, weight: Tensor | None = None) -> Tensor:
-        """Logits [L, V] on every TP rank of rows [L, H] that all of them have; `weight` as in
-        `forward`."""
+        """Compute logits [L, V] on every TP rank from rows [L, H] that all of them have.
+
+        `weight` as in `forward`.
+        """
         logits = self._project(rows, self.weight if weight is None else weight)
         return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[
             :, : self.form.vocab_size
         ]
 
     def _project(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Rows [L, H], the same on all TP ranks -> logits of this shard [L, v]."""
+        """Project rows [L, H], the same on all TP ranks, to logits of this shard [L, v]."""
         return super().forward(rows, weight=weight)[0]
 
     def _all_rows(self, hidden: Tensor) -> Tensor:
-        """The whole slice on every TP rank [t, H]."""
+        """Gather the whole slice [t, H] on every TP rank."""
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
         every = locate_rows(
             torch.arange(len(hidden) * ranks),
@@ -149,7 +155,7 @@ class OutputLayer(ColumnParallelLinear):
     def _losses_of_full_logits(
         self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor
     ) -> Tensor:
-        """The yardstick: fp32 logits of every position of the slice, by megatron-core's cross
+        """Compute the reference losses: fp32 logits of every position, megatron-core's cross
         entropy."""
         columns = self.shard.columns
         group = self.tp_group
@@ -179,7 +185,8 @@ class OutputLayer(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """As the parent's, but rows of padding may differ between layouts."""
+        """Return the parent's state, but with a number of padding rows that may differ when
+        loaded."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.weight is not None:
             state[f"{prefix}weight"].allow_shape_mismatch = True
@@ -187,7 +194,7 @@ class OutputLayer(ColumnParallelLinear):
 
 
 def _scale_of_rows(scale: float | Tensor, device: torch.device) -> Tensor:
-    """One number [1], or [L], in fp32 on `device`, which is not waited for."""
+    """Return one number [1], or [L], in fp32 on `device`, without waiting for the device."""
     if not isinstance(scale, Tensor):
         return torch.full((1,), scale, dtype=torch.float32, device=device)
     scale = scale.float().view(-1)

@@ -1,7 +1,7 @@
-"""Work done piece by piece, whose weights still receive one gradient.
+"""Computation in pieces, with one gradient for each weight.
 
-megatron-core counts how often each weight's gradient arrives and begins to reduce it over the ranks
-when the last one has: so the pieces' gradients are summed here first.
+megatron-core counts how often each weight's gradient arrives and starts its reduction over the
+ranks after the last: so the gradients of the pieces are summed here first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,19 @@ PieceFunction = Callable[[Tensor], Tensor]
 
 
 def split_evenly(rows: Tensor, *, at_most: int) -> tuple[Tensor, ...]:
-    """`rows` [n, ...] in as few pieces of at most `at_most` as must be, of nearly equal size; no
-    rows are one piece."""
+    """Split `rows` [n, ...] into the fewest nearly equal pieces of at most `at_most` rows.
+
+    No rows are one piece.
+    """
     pieces = max(1, -(-len(rows) // at_most))
     return rows.split(max(1, -(-len(rows) // pieces)))
 
 
 class PieceGradients:
-    """Sums of the gradients of weights over pieces of work, in fp32.
+    """Sums of weight gradients over pieces, in fp32.
 
-    A gradient that a layer has already added to megatron-core's `main_grad` (it says so by
-    `grad_added_to_main_grad`) is not summed; what the layer returns in its place is passed on.
+    A gradient that a layer has already added to megatron-core's `main_grad` (marked by
+    `grad_added_to_main_grad`) is not summed; the placeholder returned in its place is passed on.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
@@ -32,8 +34,7 @@ class PieceGradients:
         self._sums: list[Tensor] = []
 
     def backward(self, result: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Goes back through one piece, whose `result` received `grad`; the gradients of its
-        inputs."""
+        """Backpropagate `grad` through one piece's `result`; return the gradients of its inputs."""
         found = torch.autograd.grad(result, [*inputs, *self.weights], grad)
         parts = list(found[len(inputs) :])
         if self._sums:
@@ -48,13 +49,13 @@ class PieceGradients:
         return total.float() + part
 
     def take(self) -> list[Tensor]:
-        """The sums, in the types of their weights."""
+        """Return the sums in the weights' types, and reset them."""
         sums = self._sums
         self._sums = []
         return [total.to(w.dtype) for w, total in zip(self.weights, sums, strict=True)]
 
     def deliver(self) -> None:
-        """Gives the weights their gradients, as autograd does at the end of a backward pass."""
+        """Pass the sums to the weights as autograd does at the end of a backward pass."""
         if self.weights:
             torch.autograd.backward(self.weights, self.take())
 
@@ -89,7 +90,7 @@ class _CheckpointedPieces(torch.autograd.Function):
 
 
 def _numbered(rows: Tensor, at_most: int) -> Iterator[tuple[int, Tensor]]:
-    """Pieces with the number of their first row."""
+    """Yield pieces with the index of their first row."""
     first = 0
     for piece in split_evenly(rows, at_most=at_most):
         yield first, piece
@@ -99,9 +100,14 @@ def _numbered(rows: Tensor, at_most: int) -> Iterator[tuple[int, Tensor]]:
 def checkpoint_pieces(
     function: PieceFunction, rows: Tensor, *, at_most: int, weights: Sequence[nn.Parameter]
 ) -> Tensor:
-    """`function` of `rows` [n, ...], row by row, a piece at a time; backward runs each piece
-    again, so that one piece's intermediates live at a time and `rows` alone are kept.
+    """Apply a row-wise `function` to `rows` [n, ...] a piece at a time, recomputed in backward.
 
-    weights: the trained weights that `function` uses, at least one. `rows` receive no gradient.
+    Only `rows` are kept, and one piece's intermediate values exist at a time.
+
+    Args:
+        function: maps rows [r, ...] to rows.
+        rows: input; receives no gradient.
+        at_most: rows of a piece.
+        weights: the trained weights that `function` uses, at least one.
     """
     return _CheckpointedPieces.apply(function, rows, at_most, *weights)

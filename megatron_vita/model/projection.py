@@ -1,7 +1,7 @@
-"""The backward pass of a projection whose output nobody needs.
+"""A linear projection with a backward pass but without a forward product.
 
-A recomputed MLP is run for what its backward pass reads: the input of its last projection, not the
-output. So the product, and under tensor parallelism its sum over the ranks, are left out.
+A recomputed MLP needs only what its backward pass reads: the input of its last projection, not the
+output. So the product, and under tensor parallelism its sum over the ranks, are skipped.
 """
 
 from typing import Any
@@ -40,8 +40,10 @@ class _Backward(torch.autograd.Function):
 
 
 def _weight_gradient(grad: Tensor, rows: Tensor, linear: Any) -> Tensor:
-    """The gradient of `linear.weight`, or zeros in its place where the layer adds it to megatron-core's
-    `main_grad` (Transformer Engine's `fuse_wgrad_accumulation`)."""
+    """Return the gradient of `linear.weight`, or a placeholder if it was added to `main_grad`.
+
+    The latter is Transformer Engine's `fuse_wgrad_accumulation`.
+    """
     weight = linear.weight
     if not getattr(linear, "fuse_wgrad_accumulation", False):
         return torch.mm(grad.t(), rows)
@@ -52,11 +54,13 @@ def _weight_gradient(grad: Tensor, rows: Tensor, linear: Any) -> Tensor:
 
 
 def without_output(rows: Tensor, linear: Any, *, group: ProcessGroup | None) -> Tensor:
-    """A tensor without contents in the place of `linear(rows)`, with its backward pass.
+    """Return a tensor without contents in the place of `linear(rows)`, with its backward pass.
 
-    rows: input of a row-parallel linear layer without bias, [t, ..., F / TP].
-    group: the tensor-parallel ranks, where these split the output along the rows, [t / TP, ..., H];
-        None where each has all of it.
+    Args:
+        rows: input of a row-parallel linear layer without bias, [t, ..., F / TP].
+        linear: the layer.
+        group: tensor-parallel ranks, where the output is scattered along the rows, [t / TP, ...,
+            H]; None where each rank has all of it.
     """
     result: Tensor = _Backward.apply(rows, linear.weight, linear, group)
     return result

@@ -1,4 +1,4 @@
-"""From joined vision features to the width of the language model."""
+"""Projection of vision features to the width of the language model."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from megatron_vita.config import ModelConfig
 class Projector(nn.Module):
     """LayerNorm, Linear, exact GELU, Linear.
 
-    Kind `long_vita`: the hidden layer has the vision tower's width and nothing has a bias
+    Kind `long_vita`: the hidden layer has the vision tower's width and there are no biases
     (Long-VITA's `pre_proj_layernorm` and MLP). Kind `internvl`: it has the language model's width,
     with biases (InternVL's `mlp1`).
     """
@@ -26,12 +26,12 @@ class Projector(nn.Module):
         self.fc2 = nn.Linear(hidden, config.language.hidden_size, bias=biased)
 
     def initialize(self, generator: torch.Generator) -> None:
-        """First weights, the same on every rank for the same generator."""
+        """Initialize the weights, the same on every rank for the same generator."""
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=self.config.init_method_std, generator=generator)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[n, rows, 4 * vision width] -> [n, rows, LLM width]."""
+        """Project [n, rows, 4 * vision width] -> [n, rows, LLM width]."""
         return self.fc2(F.gelu(self.fc1(self.norm(features))))

@@ -1,5 +1,4 @@
-"""Frequencies of rotary positions, scaled where a model reaches beyond the length that it was
-trained at."""
+"""Rotary frequencies, with the scalings that extend a model beyond its trained length."""
 
 import math
 
@@ -11,7 +10,8 @@ from megatron_vita.config import LanguageConfig, RopeScalingConfig
 
 
 def inverse_frequencies(shape: LanguageConfig) -> Tensor:
-    """Radians per token of each pair of dimensions [kv_channels / 2], fp32, on the host."""
+    """Compute radians per token for each pair of dimensions [kv_channels / 2], fp32, on the
+    host."""
     exponents = (
         torch.arange(0, shape.kv_channels, 2, dtype=torch.float32, device="cpu") / shape.kv_channels
     )
@@ -26,16 +26,20 @@ def inverse_frequencies(shape: LanguageConfig) -> Tensor:
 
 
 def _llama3_share(plain: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """How much of each frequency stays as it is: by turns in the original length (Llama 3.1's
-    reference code)."""
+    """Compute the unscaled fraction of each frequency from its turns in the original length.
+
+    Source: Llama 3.1's reference code.
+    """
     turns = scaling.original_length * plain / (2 * math.pi)
     ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return ramp.clamp(0, 1)
 
 
 def _yarn_share(shape: LanguageConfig) -> Tensor:
-    """How much of each frequency stays as it is: a ramp over dimensions (YaRN, section 3.2, NTK by
-    parts)."""
+    """Compute the unscaled fraction of each frequency as a ramp over dimensions.
+
+    Source: YaRN, section 3.2, NTK by parts.
+    """
     scaling = shape.rope_scaling
     width = shape.kv_channels
 
@@ -57,7 +61,7 @@ def _yarn_share(shape: LanguageConfig) -> Tensor:
 
 
 def scale_rotary_positions(config: TransformerConfig, factor: float) -> None:
-    """Makes megatron-core's attention multiply rotated queries and keys by `factor`.
+    """Make megatron-core's attention multiply rotated queries and keys by `factor`.
 
     It reads YaRN's fields from a config that has them, and computes (0.1 * yarn_mscale *
     ln(scaling) + 1) from them: with a scaling of e, yarn_mscale is 10 * (factor - 1).

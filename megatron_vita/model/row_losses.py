@@ -1,5 +1,7 @@
-"""Losses of selected rows in chunks, with their gradients made in the same pass: no logits are kept
-for backward."""
+"""Losses of selected rows in chunks, with gradients computed in the same pass.
+
+No logits are kept for backward.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ _ROW_MULTIPLE = 64  # of chunks, for the matrix units
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """What is asked of one forward, but for the tensors that autograd follows."""
+    """Inputs of one forward pass that autograd does not track."""
 
     rows: SelectedRows
     targets: Tensor  # [L], counted from the shard's first column
@@ -32,7 +34,7 @@ class Scoring:
 
 
 def score_rows(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
-    """Losses [L] in fp32: hidden [length, H], weight [v, H]. Collective over the shard's group."""
+    """Compute losses [L] in fp32: hidden [length, H], weight [v, H]. Collective over the shards."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _RowLosses.apply(hidden, weight, scoring)
     chunks = _Chunks(scoring.rows.gather(hidden), weight, scoring)
@@ -74,8 +76,11 @@ class _RowLosses(torch.autograd.Function):
 
 
 def _check_arriving(grad: Tensor, scale: Tensor) -> None:
-    """VitaError unless the gradient of each loss is what the forward assumed; on CUDA an assertion
-    on the device."""
+    """Check that the gradient of each loss is the one that the forward pass assumed.
+
+    Raises:
+        VitaError: it is not; on CUDA an assertion on the device fails instead.
+    """
     right = torch.isclose(grad, scale, rtol=1e-5, atol=0.0).all()
     message = "a gradient other than row_scale arrived at the output layer, which made its gradients for row_scale"
     if grad.is_cuda:
@@ -85,7 +90,7 @@ def _check_arriving(grad: Tensor, scale: Tensor) -> None:
 
 
 class _Chunks:
-    """The rows [L, H] of one forward, taken a chunk at a time through one buffer of logits."""
+    """The rows [L, H] of one forward pass, processed in chunks through one buffer of logits."""
 
     def __init__(self, rows: Tensor, weight: Tensor, scoring: Scoring) -> None:
         self.rows = rows
@@ -96,8 +101,12 @@ class _Chunks:
     def run(
         self, *, weight_gradient: WeightGradient | None, row_gradients: Tensor | None
     ) -> Tensor:
-        """Losses [L]; adds to `weight_gradient` and fills `row_gradients` [L, H], which may be the
-        rows themselves."""
+        """Compute losses [L] and, where asked, gradients.
+
+        Args:
+            weight_gradient: accumulates the weight's gradient.
+            row_gradients: receives the rows' gradients [L, H]; may be the rows themselves.
+        """
         losses = self.rows.new_empty(len(self.rows), dtype=torch.float32)
         reductions = []
         for chunk, logits in self._logits():
@@ -127,7 +136,7 @@ class _Chunks:
         return losses
 
     def _logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk with its logits [r, v], which the next overwrite."""
+        """Yield each chunk with its logits [r, v], which the next chunk overwrites."""
         total = len(self.rows)
         width = len(self.weight)
         if total == 0:
@@ -143,8 +152,8 @@ class _Chunks:
             yield chunk, logits
 
     def _reduce(self, gradients: Tensor) -> dist.Work | None:
-        """Sums a chunk of row gradients over the vocabulary shards, beside the next chunk's
-        computation."""
+        """Start summing a chunk's row gradients over the vocabulary shards, beside the next
+        chunk."""
         group = self.scoring.shard.group
         if group.size() > 1:
             return dist.all_reduce(gradients, group=group, async_op=True)

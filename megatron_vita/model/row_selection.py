@@ -1,6 +1,7 @@
-"""Which rows of the last hidden state the output layer takes, and on which TP rank they lie.
+"""Selection of rows of the last hidden state for the output layer, across TP ranks.
 
-Rows come from labels or bounds on the host, so that counts are known without asking the device.
+Rows come from labels or bounds on the host, so that counts are known without waiting for the
+device.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_vita.platform.pinned import to_device
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedRows:
-    """`L` rows of a CP rank's slice, seen from one of its TP ranks."""
+    """`L` selected rows of a CP rank's slice, as seen by one of its TP ranks."""
 
     mine: Tensor  # [counts[rank]] rows of this rank's hidden state, ascending, on its device
     length: int  # rows of this rank's hidden state
@@ -25,12 +26,14 @@ class SelectedRows:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the hidden state of this rank is what is selected, row by row."""
+        """True if the selection is this rank's whole hidden state."""
         return self.counts is None and len(self.mine) == self.length
 
     def gather(self, hidden: Tensor) -> Tensor:
-        """The rows [L, H] of `hidden` [length, H] on every TP rank; `hidden` itself where it is
-        whole. Not recorded."""
+        """Gather the rows [L, H] of `hidden` [length, H] on every TP rank, without autograd.
+
+        Returns `hidden` itself, not a copy, where it is whole.
+        """
         if self.is_whole:
             return hidden
         picked = hidden.index_select(0, self.mine)
@@ -39,8 +42,8 @@ class SelectedRows:
         return concatenate_rows(picked, counts=self.counts, group=self.group)
 
     def spread(self, rows: Tensor) -> Tensor:
-        """The gradient of `hidden` [length, H] from that of the rows [L, H], the same on all TP
-        ranks."""
+        """Scatter the gradient of the rows [L, H], the same on all TP ranks, into that of
+        `hidden`."""
         if self.is_whole:
             return rows
         if self.counts is not None:
@@ -51,10 +54,14 @@ class SelectedRows:
 def locate_rows(
     rows: Tensor, *, hidden: Tensor, sequence_parallel: bool, group: ProcessGroup
 ) -> SelectedRows:
-    """Finds `rows` [L] of the slice, ascending, on the host.
+    """Locate selected rows of the slice on the TP ranks.
 
-    `hidden` [t / TP, ...] holds this rank's share of the slice under sequence parallelism, else all
-    of it [t, ...].
+    Args:
+        rows: [L], ascending, on the host.
+        hidden: this rank's part of the slice [t / TP, ...] under sequence parallelism, else all of
+            it [t, ...].
+        sequence_parallel: whether the slice is split over `group`.
+        group: tensor-parallel ranks.
     """
     length = len(hidden)
     counts = None
@@ -69,7 +76,8 @@ def locate_rows(
 
 
 def select_rows(hidden: Tensor, *, rows: SelectedRows) -> Tensor:
-    """The same as `rows.gather`, recorded by autograd: hidden [length, H] -> [L, H]."""
+    """Gather selected rows as `SelectedRows.gather`, with autograd: hidden [length, H] -> [L,
+    H]."""
     if rows.is_whole:
         return hidden
     picked = hidden[rows.mine]

@@ -1,9 +1,8 @@
-"""Cross entropy of logits that lie on TP ranks by vocabulary shard, and its gradient, for a chunk
-of rows.
+"""Cross entropy and its gradient over vocabulary shards on TP ranks, for a chunk of rows.
 
-A shard is summed up in four numbers a row; those of all shards, in one collective, give the loss
-and all that the gradient needs. The gradient is written over the logits. Plain torch on CPU, Triton
-on CUDA.
+A shard is summarized by four numbers a row; those of all shards, exchanged in one collective, give
+the loss and all that the gradient needs. The gradient overwrites the logits. Plain torch on CPU,
+Triton on CUDA.
 """
 
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ LOWEST = -1e30
 
 @dataclass(frozen=True, kw_only=True)
 class LossForm:
-    """Cross entropy with label smoothing (as torch's `cross_entropy` has it) and z-loss (PaLM,
-    section 5).
+    """Cross entropy with label smoothing (as torch's `cross_entropy`) and z-loss (PaLM, section 5).
 
-    For a row with logits x, log-sum-exp Z and target y over V tokens:
-    loss = Z - (1 - smoothing) x[y] - smoothing mean(x) + z_loss Z^2.
+    For a row with logits x, log-sum-exp Z and target y over V tokens: loss = Z - (1 - smoothing)
+    x[y] - smoothing mean(x) + z_loss Z^2.
     """
 
     vocab_size: int  # V, rows of padding not counted
@@ -31,7 +29,7 @@ class LossForm:
     z_loss: float = 0.0
 
     def losses(self, summary: "Summary") -> Tensor:
-        """[r]"""
+        """Compute the losses [r]."""
         smoothing = self.label_smoothing
         loss = summary.log_sum - (1 - smoothing) * summary.target
         if smoothing:
@@ -43,7 +41,7 @@ class LossForm:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The columns of a TP rank."""
+    """A TP rank's columns of the vocabulary."""
 
     start: int  # token of the first column
     columns: int  # columns that stand for a token; those after them are padding
@@ -52,7 +50,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row's loss and gradient need to know of all its logits: [r] each, fp32."""
+    """Per-row statistics of all logits for the loss and its gradient: [r] each, fp32."""
 
     log_sum: Tensor
     target: Tensor
@@ -60,8 +58,7 @@ class Summary:
 
 
 def summarize(logits: Tensor, *, targets: Tensor, shard: Shard) -> Summary:
-    """Of logits [r, v], with targets [r] counted from the shard's first column. Collective over the
-    shard's group."""
+    """Summarize logits [r, v]; targets [r] count from the shard's first column. Collective."""
     parts = _summarize_shard(logits, targets=targets, columns=shard.columns)[None]  # [1, 4, r]
     if shard.group.size() > 1:
         gathered = parts.new_empty(shard.group.size(), *parts.shape[1:])
@@ -74,8 +71,8 @@ def summarize(logits: Tensor, *, targets: Tensor, shard: Shard) -> Summary:
 
 
 def _summarize_shard(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor:
-    """Largest logit, sum of exponentials relative to it, the target's logit (or 0) and the sum of
-    logits: [4, r]."""
+    """Return [4, r]: largest logit, sum of exponentials relative to it, target's logit or 0,
+    sum."""
     if logits.is_cuda:
         from megatron_vita.model.softmax_triton import summarize_on_cuda
 
@@ -97,7 +94,7 @@ def write_gradient(
     scale: Tensor,
     form: LossForm,
 ) -> None:
-    """Overwrites logits [r, v] by the gradient of the sum of `scale` [r] times the losses."""
+    """Overwrite logits [r, v] by the gradient of the sum of `scale` [r] times the losses."""
     slope = scale * (1 + 2 * form.z_loss * summary.log_sum)
     aim = scale * (1 - form.label_smoothing)
     floor = scale * (form.label_smoothing / form.vocab_size)

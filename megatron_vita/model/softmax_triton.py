@@ -1,5 +1,5 @@
-"""The Triton side of `softmax`: logits are read once for their summary, and once more to be
-overwritten."""
+"""Triton kernels of `softmax`: one read of the logits for the summary, one more to overwrite
+them."""
 
 import torch
 import triton
@@ -11,8 +11,8 @@ _WARPS = 8
 
 
 def summarize_on_cuda(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor:
-    """[4, r]: largest logit, sum of exponentials relative to it, the target's logit or 0, sum of
-    logits."""
+    """Return [4, r]: largest logit, sum of exponentials relative to it, target's logit or 0,
+    sum."""
     rows = len(logits)
     parts = torch.empty(4, rows, device=logits.device, dtype=torch.float32)
     _summarize[(rows,)](
@@ -24,7 +24,7 @@ def summarize_on_cuda(logits: Tensor, *, targets: Tensor, columns: int) -> Tenso
 def write_gradient_on_cuda(
     logits: Tensor, *, targets: Tensor, columns: int, factors: Tensor
 ) -> None:
-    """Overwrites logits [r, v]; `factors` [4, r] are log-sum, slope, aim and floor."""
+    """Overwrite logits [r, v]; `factors` [4, r] are log-sum, slope, aim and floor."""
     rows, width = logits.shape
     grid = (rows, triton.cdiv(width, _BLOCK))
     _write_gradient[grid](

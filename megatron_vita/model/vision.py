@@ -1,5 +1,5 @@
-"""Vision transformers: InternViT, and by options CLIP, SigLIP and EVA2-CLIP, up to their last
-hidden state.
+"""Vision transformers: InternViT, and by options CLIP, SigLIP and EVA2-CLIP, up to the last hidden
+state.
 
 Shapes and order of operations follow InternViT-300M-448px and InternViT-6B-448px-V2.5 (long form:
 the InternVL 2.5 model cards), transformers' CLIPVisionModel and SiglipVisionModel, and GLM-4V's
@@ -24,7 +24,7 @@ from megatron_vita.parallel import groups
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches, class token and learned absolute positions."""
+    """Patch embedding, class token and learned absolute positions."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class VisionEmbeddings(nn.Module):
         self.pre_norm = build_norm(config) if config.pre_norm else None
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """[n, 3, S, S] -> [n, tokens, H], the class token first."""
+        """Embed tiles: [n, 3, S, S] -> [n, tokens, H], the class token first."""
         x = self.patch_embedding(tiles).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(tiles), -1, -1), x], dim=1)
@@ -47,8 +47,10 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """Norms before each branch or at its end; LayerScale multiplies the branch, its bias
-    included."""
+    """Transformer layer with norms before each branch or after it, and optional LayerScale.
+
+    LayerScale multiplies the whole branch, its bias included.
+    """
 
     def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class VisionLayer(nn.Module):
         self.scale2 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, s, H] -> [n, s, H]."""
+        """Run the layer: [n, s, H] -> [n, s, H]."""
         x = x + self._branch(x, self.attention, self.norm1, self.scale1)
         return x + self._branch(x, self.mlp, self.norm2, self.scale2)
 
@@ -73,11 +75,15 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Tiles to features, four patches joined into each feature row."""
+    """Encoder of tiles into features, four patches joined into each feature row."""
 
     def __init__(self, config: VisionConfig, *, tp_group: ProcessGroup | None = None) -> None:
-        """`tp_group`: the ranks that the tower is split over; None where each rank holds all of
-        it."""
+        """Build the tower.
+
+        Args:
+            config: shape of the tower.
+            tp_group: ranks that the tower is split over; None where each rank holds all of it.
+        """
         super().__init__()
         self.config = config
         self.split = Split(tp_group)
@@ -91,11 +97,10 @@ class VisionTower(nn.Module):
             parameter.tensor_model_parallel = self.split.axis_of(name) is not None  # type: ignore[attr-defined]
 
     def initialize(self, generator: torch.Generator) -> None:
-        """First weights for training from scratch, the same on every rank for the same generator,
-        however split.
+        """Initialize weights for training from scratch, the same on every rank and however split.
 
-        The patch embedding sees pixels of unit deviation, whatever the patch's size: its deviation
-        is 1 / sqrt(fan in).
+        The patch embedding sees pixels of unit deviation, whatever the patch's size: its standard
+        deviation is 1 / sqrt(fan in).
         """
         for name, parameter in self.named_parameters():
             if name.endswith(("scale1", "scale2")):
@@ -124,8 +129,8 @@ class VisionTower(nn.Module):
         return shape
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] -> features [n, rows, 4 * H]; the class token is
-        dropped."""
+        """Encode normalized tiles [n, 3, S, S] -> features [n, rows, 4 * H], without the class
+        token."""
         x = self.embeddings(tiles)
         for layer in self.layers:
             # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
@@ -140,7 +145,8 @@ class VisionTower(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Sharded state, the same for a whole tower and for one split over any number of ranks."""
+        """Return the sharded state, the same for a whole tower and for one split over any TP
+        size."""
         assert not sharded_offsets
         state = self.state_dict(prefix="", keep_vars=True)
         axes = {name: axis for name in state if (axis := self.split.axis_of(name)) is not None}
@@ -156,11 +162,11 @@ class VisionTower(nn.Module):
 
 
 def pixel_shuffle(patches: Tensor) -> Tensor:
-    """Joins patches two by two: [n, side * side, C] -> [n, side * side / 4, 4 * C], both row-major.
+    """Join patches two by two: [n, side * side, C] -> [n, side * side / 4, 4 * C], both row-major.
 
     A cell holds, in this order, its upper left, upper right, lower left and lower right patch, as
-    InternVL's second version of pixel shuffle with a scale of 0.5 does. An odd grid gets a column
-    and a row of zeros at its end.
+    InternVL's second version of pixel shuffle with a scale of 0.5 does. An odd grid is padded with
+    a column and a row of zeros at its end.
     """
     n, count, channels = patches.shape
     side = math.isqrt(count)

@@ -1,9 +1,7 @@
-"""Parts of a vision layer that can be split over a tensor-parallel group: attention by heads, the
-MLP by width.
+"""Parts of a vision layer that can be tensor-parallel: attention by heads, the MLP by width.
 
-Heads that do not divide are padded by heads of zeros, which stay zero: their output is zero, so no
-gradient reaches them. All sums over the group are megatron-core's; without a group they are left
-out.
+Where heads do not divide, heads of zeros are added, which stay zero: their output is zero, so no
+gradient reaches them. Collectives are megatron-core's; without a group there are none.
 """
 
 from collections.abc import Callable
@@ -33,7 +31,7 @@ _AXES = {
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The approximation that OpenAI's CLIP was trained with."""
+    """Approximate GELU as OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -45,7 +43,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Split:
-    """How the tower is split over a group; None: not at all."""
+    """Tensor parallelism of the tower over a group; None: not split."""
 
     padded = tuple(name for name in _AXES if name.startswith("attention."))
 
@@ -54,14 +52,15 @@ class Split:
         self.ranks, self.rank = (1, 0) if group is None else (group.size(), group.rank())
 
     def axis_of(self, name: str) -> int | None:
-        """The axis along which the parameter `name` of the tower is split; None if each rank holds
-        all of it."""
+        """Return the axis along which parameter `name` is split; None if each rank holds all of
+        it."""
         if self.group is None:
             return None
         return next((axis for ending, axis in _AXES.items() if name.endswith(ending)), None)
 
     def part_of(self, whole: Tensor, *, name: str, size: torch.Size) -> Tensor:
-        """This rank's part of a parameter, with zeros where it reaches beyond the whole one."""
+        """Return this rank's shard of a parameter, with zeros where it extends beyond the whole
+        one."""
         axis = self.axis_of(name)
         if axis is None:
             return whole
@@ -74,28 +73,28 @@ class Split:
         return part
 
     def share(self, x: Tensor) -> Tensor:
-        """`x`, the same on all ranks, as the input of work that is split: gradients are summed on
-        the way back."""
+        """Mark `x`, the same on all ranks, as input of split work: its gradients are summed over
+        ranks."""
         if self.group is None:
             return x
         return copy_to_tensor_model_parallel_region(x, group=self.group)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, on each of them; all receive the same gradient."""
+        """Sum over the ranks, on each of them; all receive the same gradient."""
         if self.group is None:
             return x
         return reduce_from_tensor_model_parallel_region(x, group=self.group)
 
 
 def build_norm(config: VisionConfig) -> nn.Module:
-    """A norm over the tower's width."""
+    """Build a norm over the tower's width."""
     norm = nn.LayerNorm if config.normalization == "LayerNorm" else nn.RMSNorm
     return norm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class HeadsNorm(nn.Module):
-    """RMSNorm over all heads together, of which this rank has some (InternViT-6B's norm of queries
-    and keys)."""
+    """RMSNorm over all heads together, split over ranks (InternViT-6B's norm of queries and
+    keys)."""
 
     def __init__(self, config: VisionConfig, split: Split, width: int) -> None:
         super().__init__()
@@ -105,7 +104,7 @@ class HeadsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """Normalize: [..., width] -> [..., width]."""
         squares = x.float().square().sum(-1, keepdim=True)
         # Each rank's part of the gradient of the sum comes from its own heads: summed on the way
         # back, too.
@@ -114,7 +113,7 @@ class HeadsNorm(nn.Module):
 
 
 class QueryKeyValue(nn.Module):
-    """The three input projections: weight [3, width, H]."""
+    """The three input projections of attention as one weight [3, width, H]."""
 
     def __init__(self, config: VisionConfig, width: int) -> None:
         super().__init__()
@@ -122,7 +121,7 @@ class QueryKeyValue(nn.Module):
         self.bias = nn.Parameter(torch.empty(3, width)) if config.add_qkv_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, s, H] -> [n, s, 3 * width]."""
+        """Project [n, s, H] -> [n, s, 3 * width]."""
         return F.linear(
             x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten()
         )
@@ -143,7 +142,7 @@ class VisionAttention(nn.Module):
         self.projection = RowLinear(width, config.hidden_size, split)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, s, H] -> [n, s, H]."""
+        """Attend: [n, s, H] -> [n, s, H]."""
         n, s, _ = x.shape
         q, k, v = self.qkv(self.split.share(x)).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -156,7 +155,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Plain MLP."""
+    """MLP with one hidden layer, split by width."""
 
     def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
@@ -167,12 +166,12 @@ class VisionMLP(nn.Module):
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, s, H] -> [n, s, H]."""
+        """Apply the MLP: [n, s, H] -> [n, s, H]."""
         return self.fc2(self.activation(self.fc1(self.split.share(x))))
 
 
 class RowLinear(nn.Module):
-    """A linear layer whose input is split over the ranks; its bias is added once."""
+    """Row-parallel linear layer, whose input is split over the ranks; its bias is added once."""
 
     def __init__(self, width: int, hidden_size: int, split: Split) -> None:
         super().__init__()
@@ -181,7 +180,7 @@ class RowLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, s, width] -> [n, s, H]."""
+        """Project [n, s, width] -> [n, s, H]."""
         if self.split.group is None:
             return F.linear(x, self.weight, self.bias)
         return self.split.sum(F.linear(x, self.weight)) + self.bias

@@ -1,4 +1,4 @@
-"""VitaModel: tiles and tokens in, losses of the scored rows out."""
+"""VitaModel: from tiles and tokens to the losses of the scored rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_vita.platform.pinned import to_device
 
 @dataclass(frozen=True, kw_only=True)
 class VisionWork:
-    """How tiles are encoded."""
+    """Options of encoding tiles: parallelism, tiles at a time, recomputation."""
 
     # the tower is split over TP; else each TP rank encodes tiles of its own
     tensor_parallel: bool = False
@@ -35,8 +35,7 @@ class VisionWork:
 
 
 class VitaModel(MegatronModule):
-    """A pipeline stage of the whole model; the first stage also holds the vision tower and the
-    projector."""
+    """A pipeline stage of the model; the first stage also holds vision tower and projector."""
 
     def __init__(
         self,
@@ -81,25 +80,29 @@ class VitaModel(MegatronModule):
         )
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Takes the previous stage's output, as megatron-core's schedules give it."""
+        """Set the previous stage's output, as megatron-core's schedules pass it."""
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """The word embedding that first and last stage share, for megatron-core's gradient
+        """Return the word embedding shared by first and last stage, for megatron-core's
         reduction."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def parts_with_partial_gradients(self) -> list[nn.Module]:
-        """The parts whose gradient each TP rank has for its own tiles only: their sum over TP is
-        the gradient."""
+        """Return the parts whose gradients must be summed over TP.
+
+        Each TP rank has those of its own tiles only, unless the tower is split over TP.
+        """
         dealt = self.encodes and not self.vision_work.tensor_parallel
         if dealt:
             return [self.vision_model, self.projector]
         return []
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """Normalised tiles [n, 3, S, S] -> feature rows [n, rows per tile, H], a bounded number of
-        tiles at once."""
+        """Encode normalized tiles [n, 3, S, S] -> feature rows [n, rows per tile, H].
+
+        At most `tiles_at_once` tiles are encoded together.
+        """
         at_most = self.vision_work.tiles_at_once
         weights = [p for part in (self.vision_model, self.projector) for p in part.parameters()]
         trained = [p for p in weights if p.requires_grad]
@@ -130,17 +133,20 @@ class VitaModel(MegatronModule):
         wanted_rows: Tensor | None = None,
         row_scale: float | Tensor = 1.0,
     ) -> Tensor:
-        """One pack.
+        """Run one pack through this stage.
 
-        tiles: normalised tiles that were dealt to this rank [n, 3, S, S]; ignored where there is no
-        tower.
-        features: feature rows of those tiles where they were encoded before [n, rows per tile, H].
-        wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
-        row_scale: the gradient that backward will bring to each loss (a loss scale, or weights
-        [L]).
+        Args:
+            tiles: normalized tiles dealt to this rank [n, 3, S, S]; ignored where there is no
+                tower.
+            pack: this CP rank's slice of the pack.
+            features: feature rows of those tiles [n, rows per tile, H], where already encoded.
+            wanted_rows: rows of the slice whose logits are wanted, ascending, on the host.
+            row_scale: the gradient that backward will bring to each loss (a loss scale, or weights
+                [L]).
 
-        Returns [t / TP or t, 1, H] before the last stage; on it the losses [L] of `pack.loss_rows`,
-        or the logits [rows, V] of `wanted_rows` where those are given.
+        Returns:
+            The hidden state [t / TP or t, 1, H] before the last stage; on it the losses [L] of
+                `pack.loss_rows`, or the logits [rows, V] of `wanted_rows` where those are given.
         """
         share = self._embed(tiles, pack, features) if self.pre_process else None
         hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
@@ -154,7 +160,7 @@ class VitaModel(MegatronModule):
         )
 
     def _embed(self, tiles: Tensor, pack: PackSlice, features: Tensor | None) -> Tensor:
-        """This rank's share of the sequence [t / TP, H]: word embeddings and feature rows."""
+        """Return this rank's part of the sequence [t / TP, H]: word embeddings and feature rows."""
         share = self.language_model.embed(pack.input_ids)
         if not self.encodes:
             return share
@@ -163,8 +169,7 @@ class VitaModel(MegatronModule):
         )
 
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
-        """Overwrites placeholder rows with features, which travel to the ranks that hold the
-        placeholders."""
+        """Send features to the ranks that hold their placeholders, and overwrite those rows."""
         device = embeddings.device
         route = pack.route
         rows = features.flatten(0, 1)[to_device(route.send_order, device)]
@@ -180,17 +185,17 @@ class VitaModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Sharded state of all parts, for megatron-core's distributed checkpoints, the same for
-        every backend.
+        """Return the sharded state of all parts, the same for every backend.
 
-        Transformer Engine's `_extra_state` holds scales of 8-bit formats, which are not used.
+        Transformer Engine's `_extra_state` is left out: it holds scales of 8-bit formats, which are
+        not used.
         """
         assert not sharded_offsets
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
     def initialize_language(self, seed: int) -> None:
-        """First weights of this stage's part of the language model, the same at every layout."""
+        """Initialize this stage's part of the language model, the same at every layout."""
         replicas = groups.data_parallel_group(with_context_parallel=True)
         state = self.language_model.sharded_state_dict(
             prefix="language_model.", metadata={"dp_cp_group": replicas}
@@ -200,7 +205,7 @@ class VitaModel(MegatronModule):
         )
 
     def initialize_vision(self, seed: int) -> None:
-        """First weights of tower and projector, the same on every rank."""
+        """Initialize tower and projector, the same on every rank."""
         generator = torch.Generator().manual_seed(seed)
         for part in (self.vision_model, self.projector) if self.encodes else ():
             part.initialize(generator)

@@ -1,10 +1,10 @@
-"""Where the weight gradient goes that the output layer makes in its forward pass.
+"""Accumulation of the weight gradient that the output layer computes in its forward pass.
 
 Where megatron-core has given the weight an fp32 `main_grad`, chunks are added to it at once, as
-megatron-core's own fused layers do in backward. This is right only for a forward whose backward
-follows. So a forward in evaluation, or while an earlier one still awaits its backward (activation
-recomputation runs a layer twice), holds its gradient until its own backward; and one that was
-dropped without a backward is refused by the next.
+megatron-core's own fused layers do in backward. This is correct only for a forward pass whose
+backward follows. So a forward in evaluation, or while an earlier one still awaits its backward
+(activation recomputation runs a layer twice), holds its gradient until its own backward; and one
+that was dropped without a backward is refused by the next.
 """
 
 import weakref
@@ -18,7 +18,7 @@ _BLOCK_ROWS = 4096
 
 
 class WeightGradient:
-    """Of one forward. `settle` belongs into its backward."""
+    """Weight gradient of one forward pass; its backward must call `settle`."""
 
     def __init__(self, weight: Tensor, *, direct: bool) -> None:
         self.weight = weight
@@ -26,14 +26,14 @@ class WeightGradient:
         self._total: Tensor | None = getattr(weight, "main_grad", None) if direct else None
 
     def add(self, grad_logits: Tensor, rows: Tensor) -> None:
-        """Adds a chunk: grad_logits [r, v], rows [r, H]."""
+        """Add the gradient of a chunk: grad_logits [r, v], rows [r, H]."""
         if self._total is None:
             self._total = torch.mm(grad_logits.t(), rows)
         else:
             add_product(self._total, grad_logits.t(), rows)
 
     def settle(self) -> Tensor | None:
-        """The gradient that backward returns for the weight; None where it is in `main_grad`."""
+        """Return the weight's gradient for autograd; None where it is in `main_grad`."""
         total = self._total
         self._total = None
         if not hasattr(self.weight, "main_grad"):
@@ -47,10 +47,10 @@ class WeightGradient:
 
 
 def _mark_as_added(weight: Tensor) -> None:
-    """Tells megatron-core's hook that `main_grad` is complete.
+    """Tell megatron-core's hook that `main_grad` is complete.
 
-    Under overlapped reduction the hook wants to see some `.grad`. megatron-core's layers allocate
-    one of full size; a single zero, expanded, will do, but where another layer shares the weight
+    Under overlapped reduction the hook expects some `.grad`. megatron-core's layers allocate one of
+    full size; a single zero, expanded, is enough, unless another layer shares the weight
     (`zero_out_wgrad`) and will add its own.
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
@@ -61,14 +61,18 @@ def _mark_as_added(weight: Tensor) -> None:
 
 
 class GradientLedger:
-    """The output layer's memory of the last forward that added to `main_grad` directly."""
+    """Record of the last forward pass that added to `main_grad` directly."""
 
     def __init__(self) -> None:
         self._last: weakref.ref[WeightGradient] | None = None
 
     def open(self, weight: Tensor, *, training: bool) -> WeightGradient:
-        """For a new forward. VitaError if the last one's backward never ran, since its gradient is
-        in `main_grad`."""
+        """Begin the weight gradient of a new forward pass.
+
+        Raises:
+            VitaError: the last pass's backward never ran, so that its gradient is left in
+                `main_grad`.
+        """
         direct = (
             training and hasattr(weight, "main_grad") and not self._is_awaiting_backward(weight)
         )
@@ -80,7 +84,7 @@ class GradientLedger:
         return gradient
 
     def close(self, gradient: WeightGradient) -> None:
-        """After a backward."""
+        """Record that the gradient's backward has run."""
         if gradient.direct:
             self._last = None
 
@@ -100,7 +104,7 @@ class GradientLedger:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [v, H] += left [v, r] @ right [r, H], without a temporary of the size of `total`."""
+    """Compute total [v, H] += left [v, r] @ right [r, H] without a temporary of `total`'s size."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

@@ -176,8 +176,8 @@ def adapt_to_cpu() -> Callable[[], None]:
     """Adapt torch, then megatron-core, to a machine without CUDA; return a function that undoes
     all."""
     assert not torch.cuda.is_available(), "never on a machine with CUDA"
-    # torch caches the factories that `with torch.device(...)` recognizes: fill the cache before they
-    # are replaced, else that context would no longer apply to them.
+    # torch caches the factories that `with torch.device(...)` recognizes: fill the cache before
+    # they are replaced, else that context would no longer apply to them.
     _device_constructors()
     undo = contextlib.ExitStack()
     for patches in (_torch_patches, _megatron_patches):
