@@ -63,8 +63,12 @@ def to_hf(
         typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
     ],
     destination: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
-    layout: Annotated[
-        str, typer.Option(help="Layout to write, which may be of one part; that of the origin.")
+    folder_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Format to write, perhaps of one part alone; default: that of the origin.",
+        ),
     ] = "",
     like: Annotated[
         Path | None, typer.Option(help="Folder whose config and tokenizer are taken over.")
@@ -74,9 +78,9 @@ def to_hf(
     """Write a Hugging Face folder from a distributed checkpoint."""
     from megatron_vita.convert.exporting import export_checkpoint
 
-    work = export_checkpoint(source, destination, layout=layout, like=like)
+    work = export_checkpoint(source, destination, folder_format=folder_format, like=like)
     typer.echo(
-        f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.layout.name}"
+        f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.folder_format.name}"
     )
     if verify:
         from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
@@ -84,7 +88,7 @@ def to_hf(
 
         written = SafetensorsSource(destination)
         compare_tensors([(transfer, written) for transfer in work.transfers], work.source.folder)
-        whole = destination if "language_model" in work.layout.parts else None
+        whole = destination if "language_model" in work.folder_format.parts else None
         typer.echo(f"all tensors are equal both ways; {compare_logits(work.source.folder, whole)}")
 
 

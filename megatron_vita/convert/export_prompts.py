@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_vita.config import GenerationConfig, Recipe
 from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.folder_formats import INTERNVL_CHAT, INTERNVL_HF, FolderFormat
 from megatron_vita.convert.families.generation import GENERATION, read_generation
-from megatron_vita.convert.families.layouts import INTERNVL_CHAT, INTERNVL_HF, Layout
 from megatron_vita.convert.families.pixels import chat_tiling, processor_files
 from megatron_vita.convert.prompts import CONTEXT, NAMES, append_tokens
 from megatron_vita.convert.sidecar_files import has_tokenizer
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 
 def complete_folder(
-    folder: Path, *, layout: Layout, recipe: Recipe, config: dict[str, Any]
+    folder: Path, *, folder_format: FolderFormat, recipe: Recipe, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Add to a folder of companions what the recipe knows beyond them; gives fields that its
     `config` lacks.
 
     CheckpointError where transformers would give special tokens other ids than those trained.
     """
-    fields = _media_fields(layout, recipe, config)
-    if layout is INTERNVL_HF:
+    fields = _media_fields(folder_format, recipe, config)
+    if folder_format is INTERNVL_HF:
         for name, content in processor_files(recipe.media, recipe.model.vision, folder).items():
             _write(folder / name, content)
-    if "language_model" not in layout.parts:
+    if "language_model" not in folder_format.parts:
         return fields
     if not has_tokenizer(folder):
         if recipe.text.tokenizer:
@@ -57,16 +57,18 @@ def complete_folder(
         return fields
     needed = tokens_needed(recipe.text, text_only=recipe.model.text_only)
     tokenizer = load_tokenizer(folder, added=needed)
-    _complete_tokenizer(folder, tokenizer, layout=layout, recipe=recipe)
+    _complete_tokenizer(folder, tokenizer, folder_format=folder_format, recipe=recipe)
     _complete_generation(folder, tokenizer, recipe)
-    if layout is INTERNVL_HF:
+    if folder_format is INTERNVL_HF:
         fields["image_token_id"] = tokenizer.special_id(CONTEXT)
     return fields
 
 
-def _media_fields(layout: Layout, recipe: Recipe, config: dict[str, Any]) -> dict[str, Any]:
-    """What OpenGVLab's own layout says of tiles and prompts in config.json, unless it does so."""
-    if layout is not INTERNVL_CHAT:
+def _media_fields(
+    folder_format: FolderFormat, recipe: Recipe, config: dict[str, Any]
+) -> dict[str, Any]:
+    """What OpenGVLab's own format says of tiles and prompts in config.json, unless it does so."""
+    if folder_format is not INTERNVL_CHAT:
         return {}
     media = recipe.media
     said = chat_tiling(Config(config, ""))
@@ -86,16 +88,16 @@ def _media_fields(layout: Layout, recipe: Recipe, config: dict[str, Any]) -> dic
 
 
 def _complete_tokenizer(
-    folder: Path, tokenizer: Tokenizer, *, layout: Layout, recipe: Recipe
+    folder: Path, tokenizer: Tokenizer, *, folder_format: FolderFormat, recipe: Recipe
 ) -> None:
     """Its special tokens, the names that a processor asks for, and the chat template."""
-    named = layout is INTERNVL_HF and not NAMES.keys() <= tokenizer.named_tokens.keys()
+    named = folder_format is INTERNVL_HF and not NAMES.keys() <= tokenizer.named_tokens.keys()
     if tokenizer.appended or named:
         append_tokens(folder, tokenizer, names=NAMES if named else {})
     template = tokenizer.chat_template
     if recipe.text.template == "chatml":
         template = _chatml(recipe)
-    if layout is INTERNVL_HF and template and CONTEXT not in template:
+    if folder_format is INTERNVL_HF and template and CONTEXT not in template:
         template = _FLATTENED + template
     if template != tokenizer.chat_template:
         _write_template(folder, template)

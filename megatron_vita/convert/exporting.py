@@ -13,9 +13,9 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
-from megatron_vita.convert.export_format import choose_layout, config_fields, kept_folders
+from megatron_vita.convert.export_format import choose_format, config_fields, kept_folders
 from megatron_vita.convert.export_prompts import complete_folder
-from megatron_vita.convert.families.layouts import Layout, layout_named
+from megatron_vita.convert.families.folder_formats import FolderFormat, format_named
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
@@ -34,7 +34,7 @@ class Export:
     """All that is to be done, checked."""
 
     recipe: Recipe
-    layout: Layout
+    folder_format: FolderFormat
     like: Path | None  # a folder whose config and companions are taken over
     kept: list[Path]  # folders of companions of its parts
     config: dict[str, Any]
@@ -42,12 +42,12 @@ class Export:
     transfers: list[Transfer]
 
 
-def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
-    """What is to be written where; see `choose_layout` for the layout."""
+def plan(checkpoint: Path, *, folder_format: str, like: Path | None) -> Export:
+    """What is to be written where; see `choose_format` for the format."""
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     kept = kept_folders(checkpoint, tokenizer=recipe.text.tokenizer)
-    chosen, like = choose_layout(kept, recipe.model, layout=layout, like=like)
+    chosen, like = choose_format(kept, recipe.model, folder_format=folder_format, like=like)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=chosen.parts)
     transfers = plan_export(
@@ -55,13 +55,13 @@ def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
     )
     if lost := shapes.keys() - {transfer.place.key for transfer in transfers}:
         raise CheckpointError(
-            f"layout {chosen.name} is of other models: it has no place for tensor {min(lost)}"
+            f"format {chosen.name} is of other models: it has no place for tensor {min(lost)}"
         )
     base = Config.read(like).values if like is not None else {}
     config = config_fields(chosen, recipe.model, base=base, transfers=transfers)
     return Export(
         recipe=recipe,
-        layout=chosen,
+        folder_format=chosen,
         like=like,
         kept=kept,
         config=config,
@@ -71,15 +71,15 @@ def plan(checkpoint: Path, *, layout: str, like: Path | None) -> Export:
 
 
 def export_checkpoint(
-    checkpoint: Path, destination: Path, *, layout: str = "", like: Path | None = None
+    checkpoint: Path, destination: Path, *, folder_format: str = "", like: Path | None = None
 ) -> Export:
     """Writes the Hugging Face folder `destination`. CheckpointError, with nothing written, for what
     is wrong."""
-    work = plan(checkpoint, layout=layout, like=like)
+    work = plan(checkpoint, folder_format=folder_format, like=like)
     with new_folder(destination) as folder:
         _write_companions(work, folder)
         config = work.config | complete_folder(
-            folder, layout=work.layout, recipe=work.recipe, config=work.config
+            folder, folder_format=work.folder_format, recipe=work.recipe, config=work.config
         )
         if work.like is None or config != Config.read(work.like).values:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -93,14 +93,14 @@ def _write_companions(work: Export, folder: Path) -> None:
     if work.like is not None:
         sidecar_files.copy_companions(work.like, folder)
         return
-    parts = {kept: set(layout_named(kept.name).parts) for kept in work.kept}
-    known = [kept for kept in parts if parts[kept] & set(work.layout.parts)]
+    parts = {kept: set(format_named(kept.name).parts) for kept in work.kept}
+    known = [kept for kept in parts if parts[kept] & set(work.folder_format.parts)]
     known.sort(key=lambda kept: "language_model" in parts[kept])
     tokenizer = work.source.folder / work.recipe.text.tokenizer
     if (
         not known
         and tokenizer.is_dir()
-        and "language_model" in work.layout.parts
+        and "language_model" in work.folder_format.parts
         and work.recipe.text.tokenizer
     ):
         known = [tokenizer]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_vita.config import DataConfig, MediaConfig, ModelConfig, ProjectorConfig, Recipe
-from megatron_vita.convert.families.layouts import ALL_PARTS, CAUSAL, INTERNVL_HF
+from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL, INTERNVL_HF
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.initialized_parts import FreshProjector, Grown
@@ -52,13 +52,13 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
     language = _source_of("language_model", sources)
     prompts = _prompts_of(language, model)
     model = _with_rows(model, prompts, language)
-    parts = {part for source in sources for part in source.layout.parts} | (
+    parts = {part for source in sources for part in source.folder_format.parts} | (
         {"projector"} if fresh else set()
     )
     shapes = stored_shapes(model, parts=tuple(parts))
     transfers: list[tuple[Transfer, TensorSource]] = []
     for source in sources:
-        rules = [_grow(rule, source, model) for rule in source.layout.table(source.model)]
+        rules = [_grow(rule, source, model) for rule in source.folder_format.table(source.model)]
         planned = plan_import(rules, infos=source.wanted(), shapes=shapes, source=source.path)
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
@@ -76,7 +76,7 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
     """The whole model, and whether its projector is fresh."""
     owner: dict[str, Opened] = {}
     for source in sources:
-        for part in source.layout.parts:
+        for part in source.folder_format.parts:
             if part in owner:
                 raise CheckpointError(
                     f"{owner[part].path} and {source.path} both hold a {part}: one is needed"
@@ -98,19 +98,19 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
 
 
 def _source_of(part: str, sources: list[Opened]) -> Opened:
-    return next(source for source in sources if part in source.layout.parts)
+    return next(source for source in sources if part in source.folder_format.parts)
 
 
 def _prompts_of(language: Opened, model: ModelConfig) -> Prompts:
     """How the model is asked; one that is put together has the placeholders of its projector."""
-    alone = language.layout.parts == CAUSAL.parts
+    alone = language.folder_format.parts == CAUSAL.parts
     prompts = read_prompts(
-        language.layout,
+        language.folder_format,
         language.config,
         write_companions=language.write_companions,
         with_media=model.projector.kind if alone and not model.text_only else "",
     )
-    if language.layout is INTERNVL_HF and prompts.tokenizer is not None:
+    if language.folder_format is INTERNVL_HF and prompts.tokenizer is not None:
         check_image_token(language.config, prompts.tokenizer)
     return prompts
 
@@ -135,7 +135,10 @@ def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
     """The rule with rows added to the vocabulary, where the whole model has more than the
     source."""
     rows = model.language.vocab_size
-    if "language_model" not in source.layout.parts or source.model.language.vocab_size == rows:
+    if (
+        "language_model" not in source.folder_format.parts
+        or source.model.language.vocab_size == rows
+    ):
         return rule
     if not rule.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
         return rule
@@ -159,10 +162,12 @@ def _recipe_of(model: ModelConfig, sources: list[Opened], prompts: Prompts) -> R
 
 def _media_of(sources: list[Opened]) -> MediaConfig:
     """That of a whole model, or the normalisation of a tower that is put into a new one."""
-    tower = next((source for source in sources if "vision_model" in source.layout.parts), None)
+    tower = next(
+        (source for source in sources if "vision_model" in source.folder_format.parts), None
+    )
     if tower is None:
         return MediaConfig()
-    whole = tower.layout.parts == ALL_PARTS
+    whole = tower.folder_format.parts == ALL_PARTS
     if whole:
         return tower.media
     return MediaConfig(normalization=tower.media.normalization)
@@ -194,14 +199,14 @@ def import_weights(
     """
     opened = [open_source(path, ignored=ignored) for path in paths]
     work = plan(opened, projector=projector)
-    companions = {source.layout.name: source.write_companions for source in work.sources}
+    companions = {source.folder_format.name: source.write_companions for source in work.sources}
     if work.prompts.appended:
-        companions[work.language.layout.name] = work.write_language_companions
+        companions[work.language.folder_format.name] = work.write_language_companions
     write_checkpoint(
         destination,
         work.transfers,
         recipe=work.recipe,
         companions=companions,
-        tokenizer=work.language.layout.name,
+        tokenizer=work.language.folder_format.name,
     )
     return work

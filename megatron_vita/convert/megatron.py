@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert.exporting import read_ours
-from megatron_vita.convert.families.layouts import ALL_PARTS, CAUSAL
+from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL
 from megatron_vita.convert.families.mapping import place_of
 from megatron_vita.convert.families.megatron_tables import gpt_table, long_vita_table
 from megatron_vita.convert.folders import new_folder

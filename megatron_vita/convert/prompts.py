@@ -7,7 +7,12 @@ from pathlib import Path
 
 from megatron_vita.config import TextConfig
 from megatron_vita.convert.config_file import Config
-from megatron_vita.convert.families.layouts import INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, Layout
+from megatron_vita.convert.families.folder_formats import (
+    INTERNVL_CHAT,
+    INTERNVL_HF,
+    LONG_VITA,
+    FolderFormat,
+)
 from megatron_vita.convert.sidecar_files import has_tokenizer
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.text.origin import INTERNVL_SYSTEMS, text_of_folder
@@ -47,7 +52,7 @@ class Prompts:
 
 
 def read_prompts(
-    layout: Layout,
+    folder_format: FolderFormat,
     config: Config,
     *,
     write_companions: Callable[[Path], None],
@@ -65,22 +70,22 @@ def read_prompts(
         if not has_tokenizer(folder):
             return Prompts()
         try:
-            text = _text_of(layout, config, folder)
+            text = _text_of(folder_format, config, folder)
             if with_media:
                 text = dataclasses.replace(text, media_format=with_media)
-            needed = tokens_needed(text, text_only=not with_media and len(layout.parts) == 1)
+            needed = tokens_needed(text, text_only=not with_media and len(folder_format.parts) == 1)
             return Prompts(text=text, tokenizer=load_tokenizer(folder, added=needed))
         except ConfigError as error:
             raise CheckpointError(str(error).replace(temporary, config.where)) from error
 
 
-def _text_of(layout: Layout, config: Config, folder: Path) -> TextConfig:
+def _text_of(folder_format: FolderFormat, config: Config, folder: Path) -> TextConfig:
     text = text_of_folder(folder)
-    if layout is LONG_VITA:  # trained without the default system turn of Qwen's template
+    if folder_format is LONG_VITA:  # trained without the default system turn of Qwen's template
         return dataclasses.replace(text, template="chatml", media_format="long_vita")
-    if layout is INTERNVL_HF:
+    if folder_format is INTERNVL_HF:
         return dataclasses.replace(text, media_format="internvl")
-    if layout is INTERNVL_CHAT:
+    if folder_format is INTERNVL_CHAT:
         name = config.must_be("template", tuple(INTERNVL_SYSTEMS), None)
         system = config.get("system_message") or INTERNVL_SYSTEMS[name]
         return dataclasses.replace(text, media_format="internvl", system=system)

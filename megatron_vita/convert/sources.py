@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_vita.config import GenerationConfig, MediaConfig, ModelConfig
 from megatron_vita.convert.config_file import CONFIG, Config
+from megatron_vita.convert.families.folder_formats import LONG_VITA, FolderFormat, format_of
 from megatron_vita.convert.families.generation import read_generation
-from megatron_vita.convert.families.layouts import LONG_VITA, Layout, layout_of
 from megatron_vita.convert.families.pixels import Processors, read_media
 from megatron_vita.convert.families.rotary_config import warn_of_dynamic
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
@@ -30,26 +30,26 @@ class Opened:
     """A source whose config and tensors are known, and not yet read."""
 
     path: Path
-    layout: Layout
+    folder_format: FolderFormat
     config: Config
-    model: ModelConfig  # of which the layout's parts count
+    model: ModelConfig  # of which the format's parts count
     tensors: TensorSource
     # an output layer that the config ties to the embedding, and that is equal to it
     repeated: tuple[str, ...] = ()
-    media: MediaConfig = field(default_factory=MediaConfig)  # of a layout with a vision tower
-    # of a layout with a language model
+    media: MediaConfig = field(default_factory=MediaConfig)  # of a format with a vision tower
+    # of a format with a language model
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     longest: int = 0  # tokens that it was trained at; 0 where nothing says so
 
     def spare(self) -> dict[str, TensorInfo]:
         """Tensors that the model has no use for, and that travel along."""
-        aside = (*self.layout.spare, *self.repeated)
+        aside = (*self.folder_format.spare, *self.repeated)
         return {name: info for name, info in self.tensors.infos.items() if name.startswith(aside)}
 
     def wanted(self) -> dict[str, TensorInfo]:
         """Tensors that must be the model's."""
-        aside = (*self.layout.spare, *self.layout.others, *self.repeated)
-        needed = {name for rule in self.layout.table(self.model) for name in rule.theirs}
+        aside = (*self.folder_format.spare, *self.folder_format.others, *self.repeated)
+        needed = {name for rule in self.folder_format.table(self.model) for name in rule.theirs}
         infos = self.tensors.infos
         return {
             name: info
@@ -91,7 +91,7 @@ def open_source(path: Path, *, ignored: Collection[str] = ()) -> Opened:
     _refuse_adapter(path)
     opened = _opened(path, Config.read(path), open_weights(path))
     opened = replace(opened, media=_media_of(opened, ignored))
-    if "language_model" in opened.layout.parts:
+    if "language_model" in opened.folder_format.parts:
         language = _language_config(opened.config)
         warn_of_dynamic(language)
         opened = replace(
@@ -114,11 +114,11 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _media_of(opened: Opened, ignored: Collection[str]) -> MediaConfig:
     """What the folder says of pixels; Long-VITA's own says nothing, and is as our defaults."""
-    if "vision_model" not in opened.layout.parts or opened.layout is LONG_VITA:
+    if "vision_model" not in opened.folder_format.parts or opened.folder_format is LONG_VITA:
         return MediaConfig()
     processors = Processors.read(opened.path)
     media = read_media(
-        opened.layout.name,
+        opened.folder_format.name,
         opened.config,
         processors=processors,
         vision=opened.model.vision,
@@ -136,19 +136,21 @@ def _language_config(config: Config) -> Config:
 
 
 def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
-    layout = layout_of(config, tensors.infos)
-    model = layout.read(config, tensors.infos)
+    folder_format = format_of(config, tensors.infos)
+    model = folder_format.read(config, tensors.infos)
     for head, embedding in _HEADS.items():
         if head in tensors.infos and embedding in tensors.infos:
-            tied = layout.read(config, tensors.infos.keys() - {head})
+            tied = folder_format.read(config, tensors.infos.keys() - {head})
             is_tied = not tied.language.untie_embeddings_and_output_weights
             if is_tied and same_bits(tensors.read(head), tensors.read(embedding)):
                 return Opened(
                     path=path,
-                    layout=layout,
+                    folder_format=folder_format,
                     config=config,
                     model=tied,
                     tensors=tensors,
                     repeated=(head,),
                 )
-    return Opened(path=path, layout=layout, config=config, model=model, tensors=tensors)
+    return Opened(
+        path=path, folder_format=folder_format, config=config, model=model, tensors=tensors
+    )

@@ -253,21 +253,21 @@ def test_a_checkpoint_of_other_shapes_than_its_recipe(ours: Path) -> None:
 
 
 def test_layouts_that_do_not_fit(ours: Path) -> None:
-    refused_out(ours, "text_only", layout="internvl-hf")
-    refused_out(ours, "'nonsense'", "internvl-chat", layout="nonsense")
+    refused_out(ours, "text_only", folder_format="internvl-hf")
+    refused_out(ours, "'nonsense'", "internvl-chat", folder_format="nonsense")
 
 
 def test_layouts_of_other_models_are_refused_by_what_they_cannot_say(
     folder: Path, tmp_path: Path
 ) -> None:
     import_weights([folder, save_vision(tmp_path / "vit")], tmp_path / "ours", projector="internvl")
-    refused_out(tmp_path / "ours", "layers.0.scale1", layout="clip")
-    refused_out(tmp_path / "ours", "clip", "is of layout causal", layout="clip", like=folder)
-    refused_out(tmp_path / "ours", "projector of kind long_vita", layout="long-vita")
+    refused_out(tmp_path / "ours", "layers.0.scale1", folder_format="clip")
+    refused_out(tmp_path / "ours", "clip", "is of format causal", folder_format="clip", like=folder)
+    refused_out(tmp_path / "ours", "projector of kind long_vita", folder_format="long-vita")
     large = save_vision(tmp_path / "large", large=True)
     import_weights([folder, large], tmp_path / "ours 2", projector="internvl")
     change_config(tmp_path / "ours 2" / "hugging_face" / "internvit-hf", use_mean_pooling=False)
-    refused_out(tmp_path / "ours 2", "use_mean_pooling", layout="internvit-hf")
+    refused_out(tmp_path / "ours 2", "use_mean_pooling", folder_format="internvit-hf")
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(

@@ -156,7 +156,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     total = torch.stack([grad.norm() for grad in theirs.values()]).norm()
     compared = set()
     source = DistSource(find_checkpoint(case / layout))
-    for transfer in plan(case / "ours", layout="", like=None).transfers:
+    for transfer in plan(case / "ours", folder_format="", like=None).transfers:
         for name, grad in transfer.split(read_ours(source, transfer)).items():
             apart = (grad - theirs[name]).norm()
             allowed = 1e-5 * theirs[name].norm() + 1e-8 * total

@@ -20,7 +20,7 @@ from toy_folders import model_of, save, save_chat, save_vision, tower_of
 from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import MediaConfig, load_recipe, recipe_from_dict
 from megatron_vita.convert.config_file import Config
-from megatron_vita.convert.families.layouts import layout_of
+from megatron_vita.convert.families.folder_formats import format_of
 from megatron_vita.convert.families.pixels import Processors, read_media
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -32,14 +32,14 @@ ODD = [[0.5, 0.25, 0.125], [0.25, 0.5, 1.0]]
 def media_of(name: str, folder: Path, *, config: dict | None = None, **files: dict) -> MediaConfig:
     """The media of a published folder, some fields of whose processor files are replaced."""
     described = Config(CONFIGS[name] | (config or {}), "config.json")
-    layout = layout_of(described)
+    folder_format = format_of(described)
     heads = {"lm_head.weight", "language_model.lm_head.weight"}
-    vision = layout.read(described, heads).vision
+    vision = folder_format.read(described, heads).vision
     change(folder, "preprocessor_config.json", **(PREPROCESSORS[name] | files.pop("images", {})))
     for file, fields in files.items():
         change(folder, f"{file}.json", **fields)
     processors = Processors.read(folder)
-    media = read_media(layout.name, described, processors=processors, vision=vision)
+    media = read_media(folder_format.name, described, processors=processors, vision=vision)
     processors.refuse_unread(())
     described.refuse_unread()
     return media
@@ -69,9 +69,11 @@ def test_a_folder_without_a_processor_has_the_normalization_of_its_family(
     name: str, normalization: str, tmp_path: Path
 ) -> None:
     described = Config(CONFIGS[name], "config.json")
-    layout = layout_of(described)
-    vision = layout.read(described, {"language_model.lm_head.weight"}).vision
-    media = read_media(layout.name, described, processors=Processors.read(tmp_path), vision=vision)
+    folder_format = format_of(described)
+    vision = folder_format.read(described, {"language_model.lm_head.weight"}).vision
+    media = read_media(
+        folder_format.name, described, processors=Processors.read(tmp_path), vision=vision
+    )
     assert media.normalization == normalization
 
 

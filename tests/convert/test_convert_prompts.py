@@ -63,7 +63,7 @@ def test_what_parts_were_given_leaves_with_the_export_and_is_known_to_transforme
     rows = tokenizer.vocab_size
     assert recipe.model.language.vocab_size == rows == entries + len(MEDIA)
     assert ids == [entries, entries + 1, entries + 2]
-    export_checkpoint(tmp_path / "ours", tmp_path / "back", layout="internvl-hf")
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", folder_format="internvl-hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
     assert theirs.convert_tokens_to_ids(list(MEDIA)) == ids
     assert theirs.context_image_token == "<IMG_CONTEXT>"

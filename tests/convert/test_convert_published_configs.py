@@ -22,8 +22,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vita.config import LanguageConfig, ModelConfig, RopeScalingConfig
 from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.families.folder_formats import format_of
 from megatron_vita.convert.families.language_config import read_language, write_language
-from megatron_vita.convert.families.layouts import layout_of
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.rotary import inverse_frequencies
 
@@ -33,7 +33,7 @@ HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 def read(fields: dict, *, where: str = "config.json") -> ModelConfig:
     """The model of a config; CheckpointError also for a field that is not known."""
     config = Config(fields, where)
-    model = layout_of(config).read(config, HEADS)
+    model = format_of(config).read(config, HEADS)
     # what the pixel reader takes of OpenGVLab's layout, and the pixel and text readers test
     tiling = ("dynamic_image_size", "min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")
     config.disregard((*tiling, "pad2square"))

@@ -96,8 +96,12 @@ def test_layouts_of_internvl_become_each_other(tmp_path: Path) -> None:
     model = model_of("internvl-hf")
     chat = save_chat(model, tmp_path / "chat")
     hf = save(model, tmp_path / "hf")
-    export_checkpoint(bring_in(chat, to=tmp_path / "1"), tmp_path / "to hf", layout="internvl-hf")
-    export_checkpoint(bring_in(hf, to=tmp_path / "2"), tmp_path / "to chat", layout="internvl-chat")
+    export_checkpoint(
+        bring_in(chat, to=tmp_path / "1"), tmp_path / "to hf", folder_format="internvl-hf"
+    )
+    export_checkpoint(
+        bring_in(hf, to=tmp_path / "2"), tmp_path / "to chat", folder_format="internvl-chat"
+    )
     for one, other in ((hf, tmp_path / "to hf"), (chat, tmp_path / "to chat")):
         before = tensors_of(one)
         after = tensors_of(other)
@@ -118,8 +122,8 @@ def test_parts_are_put_together_with_a_fresh_projector_and_taken_out_again(tmp_p
     export_checkpoint(tmp_path / "ours", tmp_path / "whole")
     assert (tmp_path / "whole" / "preprocessor_config.json").read_text() == "{}"
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template
-    export_checkpoint(tmp_path / "ours", tmp_path / "vit again", layout="internvit-hf")
-    export_checkpoint(tmp_path / "ours", tmp_path / "llm again", layout="causal")
+    export_checkpoint(tmp_path / "ours", tmp_path / "vit again", folder_format="internvit-hf")
+    export_checkpoint(tmp_path / "ours", tmp_path / "llm again", folder_format="causal")
     assert_same_folder(vision, tmp_path / "vit again")
     assert_same_folder(language, tmp_path / "llm again")
 
@@ -132,7 +136,7 @@ def test_the_vocabulary_grows_by_mean_rows_where_the_tokenizer_with_media_tokens
     language = save(model, tmp_path / "llm")
     vision = save_vision(tmp_path / "vit")
     import_weights([language, vision], tmp_path / "ours", projector="long_vita")
-    export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="causal")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again", folder_format="causal")
     before = tensors_of(language)
     after = tensors_of(tmp_path / "again")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -113,8 +113,8 @@ def test_features_gradients_and_round_trip(name: str, language: Path, tmp_path: 
         tower.embeddings.patch_embedding.weight.grad, patch, atol=1e-4, rtol=1e-5
     )
 
-    layout = "internvit-hf" if "internvit" in name else name.split("-")[0]
-    export_checkpoint(tmp_path / "ours", tmp_path / "again", layout=layout)
+    folder_format = "internvit-hf" if "internvit" in name else name.split("-")[0]
+    export_checkpoint(tmp_path / "ours", tmp_path / "again", folder_format=folder_format)
     before = tensors_of(tmp_path / "tower")
     after = tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
@@ -134,7 +134,7 @@ def test_a_tower_is_taken_out_of_a_whole_clip(language: Path, tmp_path: Path) ->
     tiles = random_tiles()
     hidden = whole.vision_model(pixel_values=tiles).last_hidden_state
     assert_same_features_and_gradients(tower, joined(hidden, class_token=True), tiles)
-    export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="clip-prefixed")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again", folder_format="clip-prefixed")
     before = tensors_of(tmp_path / "clip")
     after = tensors_of(tmp_path / "again")
     assert after.keys() == {name for name in before if name.startswith("vision_model.")}
@@ -152,7 +152,7 @@ def test_a_prefixed_siglip_tower_keeps_its_prefix(language: Path, tmp_path: Path
     }
     save_file(tensors, tmp_path / "tower" / "model.safetensors")
     bring_in(tmp_path / "tower", language, tmp_path / "ours")
-    export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="siglip-prefixed")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again", folder_format="siglip-prefixed")
     after = tensors_of(tmp_path / "again")
     assert after.keys() == tensors.keys()
     loaded = SiglipVisionModel.from_pretrained(tmp_path / "again")
@@ -254,7 +254,7 @@ def test_eva_is_taken_out_of_a_glm_folder(language: Path, tmp_path: Path) -> Non
     tower, _ = bring_in(folder, language, tmp_path / "ours")
     tiles = random_tiles()
     assert_same_features_and_gradients(tower, joined(eva(tiles), class_token=True), tiles)
-    export_checkpoint(tmp_path / "ours", tmp_path / "again", layout="eva")
+    export_checkpoint(tmp_path / "ours", tmp_path / "again", folder_format="eva")
     after = tensors_of(tmp_path / "again")
     assert after.keys() == tensors.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in tensors.items())

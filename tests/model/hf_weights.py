@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.config import ModelConfig
-from megatron_vita.convert.families.layouts import CAUSAL, INTERNVL_HF
+from megatron_vita.convert.families.folder_formats import CAUSAL, INTERNVL_HF
 from megatron_vita.model.vita import VitaModel
 
 _IN_MEMORY = {  # beginnings of names in files, and in transformers' models

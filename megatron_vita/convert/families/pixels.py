@@ -72,7 +72,7 @@ class Processors:
 
 
 def read_media(
-    layout: str, config: Config, *, processors: Processors, vision: VisionConfig
+    folder_format: str, config: Config, *, processors: Processors, vision: VisionConfig
 ) -> MediaConfig:
     """Tiling limits, normalisation and frames of a folder with a vision tower.
 
@@ -85,7 +85,7 @@ def read_media(
     rows = vision.image_token_length
     processors.whole.must_be("image_seq_length", (rows,), rows)
     processors.whole.disregard(_IDLE)
-    kind = layout.removesuffix("-prefixed")
+    kind = folder_format.removesuffix("-prefixed")
     fields: dict[str, Any] = {"normalization": _normalization(images, _default(images, kind))}
     if kind.startswith("internvl-"):
         fields["video_fit"] = "squash"
@@ -140,7 +140,7 @@ def _color(images: Config, name: str, default: list[float]) -> list[float]:
 
 
 def chat_tiling(config: Config) -> dict[str, Any]:
-    """Limits of OpenGVLab's own layout, in config.json."""
+    """Limits of OpenGVLab's own format, in config.json."""
     config.must_be("pad2square", (False,), False)
     if not config.flag("dynamic_image_size", False):
         config.disregard(("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail"))
@@ -153,7 +153,7 @@ def chat_tiling(config: Config) -> dict[str, Any]:
 
 
 def _hf_tiling(images: Config, image_size: int) -> dict[str, Any]:
-    """Limits of transformers' layout, in the image processor."""
+    """Limits of transformers' format, in the image processor."""
     images.must_be("do_center_crop", (False,), False)
     images.disregard(("crop_size",))
     if images.side("size", image_size) != image_size:

@@ -24,11 +24,11 @@ from megatron_vita.convert.families.vision_config import (
 from megatron_vita.errors import CheckpointError
 
 Fields = dict[str, Any]
-PREFIXED = "-prefixed"  # names of layouts whose names of tensors begin with `vision_model.`
+PREFIXED = "-prefixed"  # names of formats whose names of tensors begin with `vision_model.`
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class FolderFormat:
     """One kind of folder. Parts are named as the model names them."""
 
     name: str
@@ -162,42 +162,42 @@ def _long_vita_table(model: ModelConfig) -> list[Rule]:
 
 
 ALL_PARTS = ("vision_model", "projector", "language_model")
-CAUSAL = Layout(
+CAUSAL = FolderFormat(
     name="causal",
     parts=("language_model",),
     read=_read_causal,
     write=lambda model, base: write_language(model.language, base),
     table=lambda model: language_table(model.language),
 )
-INTERNVIT = Layout(
+INTERNVIT = FolderFormat(
     name="internvit",
     parts=("vision_model",),
     read=lambda config, _: ModelConfig(vision=read_internvit(config)),
     write=lambda model, base: write_internvit(model.vision, base, hf=False),
     table=lambda model: names.vision_table(names.INTERNVIT_CHAT, model.vision),
 )
-INTERNVIT_HF = Layout(
+INTERNVIT_HF = FolderFormat(
     name="internvit-hf",
     parts=("vision_model",),
     read=lambda config, _: ModelConfig(vision=read_internvit(config)),
     write=lambda model, base: write_internvit(model.vision, base, hf=True),
     table=lambda model: names.vision_table(names.INTERNVIT_HF, model.vision),
 )
-INTERNVL_CHAT = Layout(
+INTERNVL_CHAT = FolderFormat(
     name="internvl-chat",
     parts=ALL_PARTS,
     read=_read_chat,
     write=_write_chat,
     table=_whole_table(names.INTERNVIT_CHAT, "vision_model.", names.PROJECTOR_CHAT),
 )
-INTERNVL_HF = Layout(
+INTERNVL_HF = FolderFormat(
     name="internvl-hf",
     parts=ALL_PARTS,
     read=_read_hf,
     write=_write_hf,
     table=_whole_table(names.INTERNVIT_HF, "vision_tower.", names.PROJECTOR_HF),
 )
-LONG_VITA = Layout(
+LONG_VITA = FolderFormat(
     name="long-vita",
     parts=ALL_PARTS,
     projector="long_vita",
@@ -211,13 +211,13 @@ def _clip_table(prefix: str) -> Callable[[ModelConfig], list[Rule]]:
     return lambda model: names.vision_table(names.CLIP, model.vision, theirs=prefix)
 
 
-def _clip_layouts(kind: str) -> Iterator[Layout]:
+def _clip_formats(kind: str) -> Iterator[FolderFormat]:
     """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole
     models have them."""
     siglip = kind == "siglip"
     read = read_siglip if siglip else read_clip
     for name, prefix in ((kind, ""), (kind + PREFIXED, "vision_model.")):
-        yield Layout(
+        yield FolderFormat(
             name=name,
             parts=("vision_model",),
             read=lambda config, _: ModelConfig(vision=read(config)),
@@ -234,7 +234,7 @@ def _clip_layouts(kind: str) -> Iterator[Layout]:
         )
 
 
-EVA = Layout(
+EVA = FolderFormat(
     name="eva",
     parts=("vision_model",),
     read=lambda config, _: ModelConfig(vision=read_eva(config)),
@@ -242,38 +242,46 @@ EVA = Layout(
     table=lambda model: names.vision_table(names.EVA, model.vision, theirs="transformer.vision."),
     others=("transformer.",),
 )
-_TOWERS = (*_clip_layouts("clip"), *_clip_layouts("siglip"), EVA)
-LAYOUTS = {
-    layout.name: layout
-    for layout in (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, *_TOWERS)
+_TOWERS = (*_clip_formats("clip"), *_clip_formats("siglip"), EVA)
+FOLDER_FORMATS = {
+    folder_format.name: folder_format
+    for folder_format in (
+        CAUSAL,
+        INTERNVIT,
+        INTERNVIT_HF,
+        INTERNVL_CHAT,
+        INTERNVL_HF,
+        LONG_VITA,
+        *_TOWERS,
+    )
 }
 _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
     "intern_vit_6b": INTERNVIT,
     "internvl_vision": INTERNVIT_HF,
     "internvl_chat": INTERNVL_CHAT,
     "internvl": INTERNVL_HF,
-    "clip": LAYOUTS["clip"],
-    "clip_vision_model": LAYOUTS["clip"],
-    "siglip": LAYOUTS["siglip"],
-    "siglip_vision_model": LAYOUTS["siglip"],
+    "clip": FOLDER_FORMATS["clip"],
+    "clip_vision_model": FOLDER_FORMATS["clip"],
+    "siglip": FOLDER_FORMATS["siglip"],
+    "siglip_vision_model": FOLDER_FORMATS["siglip"],
     "chatglm": EVA,
 }
 
 
-def layout_of(config: Config, tensors: Collection[str] = ()) -> Layout:
-    """The layout of a folder with this config and tensors; CheckpointError, naming its model type,
+def format_of(config: Config, tensors: Collection[str] = ()) -> FolderFormat:
+    """The format of a folder with this config and tensors; CheckpointError, naming its model type,
     if there is none."""
     if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
         return LONG_VITA
-    layout = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
-    prefixed = LAYOUTS.get(layout.name + PREFIXED, layout)
+    folder_format = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
+    prefixed = FOLDER_FORMATS.get(folder_format.name + PREFIXED, folder_format)
     if any(name.startswith("vision_model.") for name in tensors):
         return prefixed
-    return layout
+    return folder_format
 
 
-def layout_named(name: str) -> Layout:
-    """A layout by name."""
-    if name not in LAYOUTS:
-        raise CheckpointError(f"layout is {name!r}; known: {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
+def format_named(name: str) -> FolderFormat:
+    """A format by name."""
+    if name not in FOLDER_FORMATS:
+        raise CheckpointError(f"format is {name!r}; known: {', '.join(FOLDER_FORMATS)}")
+    return FOLDER_FORMATS[name]
