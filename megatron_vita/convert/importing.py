@@ -12,7 +12,7 @@ from megatron_vita.config import DataConfig, MediaConfig, ModelConfig, Projector
 from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL, INTERNVL_HF
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
-from megatron_vita.convert.initialized_parts import FreshProjector, Grown
+from megatron_vita.convert.initialized_parts import FreshProjector, ResizeVocab
 from megatron_vita.convert.prompts import Prompts, append_tokens, check_image_token, read_prompts
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sources import Opened, open_source
@@ -142,7 +142,9 @@ def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
         return rule
     if not rule.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
         return rule
-    return dataclasses.replace(rule, cut=Grown(rows=rows, given=source.model.language.vocab_size))
+    return dataclasses.replace(
+        rule, reshape=ResizeVocab(rows=rows, given=source.model.language.vocab_size)
+    )
 
 
 def _recipe_of(model: ModelConfig, sources: list[Opened], prompts: Prompts) -> Recipe:

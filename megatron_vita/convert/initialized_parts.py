@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.config import ModelConfig
-from megatron_vita.convert.families.mapping import Cut, Rule
+from megatron_vita.convert.families.mapping import Reshape, Rule
 from megatron_vita.convert.formats.tensors import TensorInfo
 from megatron_vita.model.projector import Projector
 
@@ -39,7 +39,7 @@ class FreshProjector:
 
 
 @dataclass(frozen=True)
-class Grown(Cut):
+class ResizeVocab(Reshape):
     """A matrix with rows added for new tokens, each the mean of those that are given."""
 
     rows: int

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vita.convert.families.mapping import Joined, Place, Rule, place_of
+from megatron_vita.convert.families.mapping import Concat, Place, Rule, place_of
 from megatron_vita.convert.formats.tensors import FLOATS, TensorInfo
 from megatron_vita.errors import CheckpointError
 
@@ -45,7 +45,7 @@ class Transfer:
         Where theirs only follow one another, each is moved alone, and nothing is copied.
         """
         names = self.rule.theirs
-        if not isinstance(self.rule.cut, Joined):
+        if not isinstance(self.rule.reshape, Concat):
             yield names, None
             return
         rows = self.shape[0] // len(names)
@@ -53,11 +53,11 @@ class Transfer:
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
         """Ours from theirs."""
-        return self.rule.cut.join([read(name) for name in self.rule.theirs])
+        return self.rule.reshape.join([read(name) for name in self.rule.theirs])
 
     def split(self, ours: Tensor) -> dict[str, Tensor]:
         """Theirs, by name, from ours."""
-        return dict(zip(self.rule.theirs, self.rule.cut.split(ours), strict=True))
+        return dict(zip(self.rule.theirs, self.rule.reshape.split(ours), strict=True))
 
     def their_infos(self, file: Path) -> dict[str, TensorInfo]:
         """What theirs look like, by name, where they are to be in `file`."""

@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import LANGUAGE, SCALED, WHOLE, model_of, save, save_chat, save_vision, tensors_of
+from toy_folders import (
+    LANGUAGE,
+    SCALED,
+    UNCHANGED,
+    model_of,
+    save,
+    save_chat,
+    save_vision,
+    tensors_of,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -25,7 +34,7 @@ from megatron_vita.convert.__main__ import main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 
-FAMILIES = [*LANGUAGE, *SCALED, *WHOLE, "internvl-chat", "internvl-chat-large"]
+FAMILIES = [*LANGUAGE, *SCALED, *UNCHANGED, "internvl-chat", "internvl-chat-large"]
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -71,7 +80,7 @@ def test_a_round_trip_keeps_tensors_names_config_and_companions(
     assert GenerationConfig.from_pretrained(tmp_path / "again").temperature == 0.25
 
 
-@pytest.mark.parametrize("family", [*LANGUAGE, *SCALED, *WHOLE])
+@pytest.mark.parametrize("family", [*LANGUAGE, *SCALED, *UNCHANGED])
 def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(
     family: str, tmp_path: Path
 ) -> None:
@@ -80,7 +89,7 @@ def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(
     for file in (ours / "hugging_face").rglob("config.json"):
         file.unlink()
     export_checkpoint(ours, tmp_path / "again")
-    loader = AutoModelForImageTextToText if family in WHOLE else AutoModelForCausalLM
+    loader = AutoModelForImageTextToText if family in UNCHANGED else AutoModelForCausalLM
     loaded, report = loader.from_pretrained(
         tmp_path / "again", output_loading_info=True, dtype="auto"
     )

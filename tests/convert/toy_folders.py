@@ -105,7 +105,7 @@ SCALED = {
         )
     ),
 }  # fmt: skip
-WHOLE = {
+UNCHANGED = {
     "internvl-hf": lambda: internvl(VISION),
     "internvl-hf-tied": lambda: internvl(VISION, tied=True),
     "internvl-hf-large": lambda: internvl(LARGE_VISION),
@@ -113,7 +113,7 @@ WHOLE = {
 
 
 def model_of(name: str) -> nn.Module:
-    model = (LANGUAGE | SCALED | WHOLE)[name]()
+    model = (LANGUAGE | SCALED | UNCHANGED)[name]()
     randomize(model)
     return model
 

@@ -35,7 +35,7 @@ def our_tensors(
         name = rule.ours
         for stored, ending in _LAYERS.items():
             name = name.replace(stored, ending)
-        ours[name] = rule.cut.join(
+        ours[name] = rule.reshape.join(
             [get(_in_memory(theirs) if whole else theirs) for theirs in rule.theirs]
         )
     return ours

@@ -5,7 +5,7 @@ Ours are GPTModel's names in checkpoints, where a norm belongs to the linear lay
 """
 
 from megatron_vita.config import LanguageConfig
-from megatron_vita.convert.families.mapping import Cut, Grouped, Joined, Rule, expand, row
+from megatron_vita.convert.families.mapping import Concat, FusedQKV, Reshape, Rule, expand, row
 
 
 def language_table(
@@ -14,7 +14,7 @@ def language_table(
     """All rows of a language model; `theirs` and `head` come before their names."""
     layers = [
         *_layer(
-            Grouped(shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups)
+            FusedQKV(shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups)
         )
     ]
     if not shape.add_qkv_bias:
@@ -37,7 +37,7 @@ def language_table(
     return rules
 
 
-def _layer(qkv: Cut) -> tuple[Rule, ...]:
+def _layer(qkv: Reshape) -> tuple[Rule, ...]:
     def parts(kind: str) -> tuple[str, ...]:
         return tuple(f"layers.{{i}}.self_attn.{x}_proj.{kind}" for x in "qkv")
 
@@ -52,6 +52,6 @@ def _layer(qkv: Cut) -> tuple[Rule, ...]:
         row("layers.{i}.self_attn.k_norm.weight", f"{attention}k_layernorm.weight"),
         row("layers.{i}.self_attn.o_proj.weight", f"{attention}linear_proj.weight"),
         row("layers.{i}.post_attention_layernorm.weight", f"{mlp}linear_fc1.layer_norm_weight"),
-        row(gate_and_up, f"{mlp}linear_fc1.weight", Joined()),
+        row(gate_and_up, f"{mlp}linear_fc1.weight", Concat()),
         row("layers.{i}.mlp.down_proj.weight", f"{mlp}linear_fc2.weight"),
     )

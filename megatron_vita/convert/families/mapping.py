@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Cut:
+class Reshape:
     """How tensors of theirs make up one of ours. `split` undoes `join`, bit by bit."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
@@ -22,7 +22,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Grouped(Cut):
+class FusedQKV(Reshape):
     """Query, key and value, row by row -> for each query group its queries, its key and its
     value."""
 
@@ -36,7 +36,7 @@ class Grouped(Cut):
         )
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """See Cut."""
+        """See Reshape."""
         rows = whole.unflatten(0, (self.groups, self.queries + 2, -1))
         bounds = (
             (0, self.queries),
@@ -47,61 +47,61 @@ class Grouped(Cut):
 
 
 @dataclass(frozen=True)
-class Joined(Cut):
+class Concat(Reshape):
     """Tensors of one shape, one after another along the first axis: gate and up."""
 
     count: int = 2
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """See Cut."""
+        """See Reshape."""
         return torch.cat(parts)
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """See Cut."""
+        """See Reshape."""
         return list(whole.chunk(self.count))
 
 
-class Stacked(Cut):
+class Stack(Reshape):
     """Tensors of one shape along a new first axis: query, key and value of a vision layer."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """See Cut."""
+        """See Reshape."""
         return torch.stack(parts)
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """See Cut."""
+        """See Reshape."""
         return list(whole.unbind())
 
 
-class InThree(Cut):
+class UnflattenQKV(Reshape):
     """One tensor whose first axis we fold into [3, ...]: query, key and value that lie together
     already."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """See Cut."""
+        """See Reshape."""
         return parts[0].unflatten(0, (3, -1))
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """See Cut."""
+        """See Reshape."""
         return [whole.flatten(0, 1)]
 
 
 @dataclass(frozen=True)
-class Leading(Cut):
+class Unsqueeze(Reshape):
     """One tensor to which we add leading axes of size 1."""
 
     axes: int
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """See Cut."""
+        """See Reshape."""
         return parts[0][(None,) * self.axes]
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """See Cut."""
+        """See Reshape."""
         return [whole.flatten(0, self.axes)]
 
 
-WHOLE = Cut()
+UNCHANGED = Reshape()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Rule:
 
     theirs: tuple[str, ...]
     ours: str
-    cut: Cut = WHOLE
+    reshape: Reshape = UNCHANGED
 
     def of_layer(self, i: int) -> "Rule":
         """The row with the layer's number filled in."""
@@ -118,9 +118,9 @@ class Rule:
         return replace(self, theirs=theirs, ours=self.ours.replace("{i}", str(i)))
 
 
-def row(theirs: str | tuple[str, ...], ours: str, cut: Cut = WHOLE) -> Rule:
+def row(theirs: str | tuple[str, ...], ours: str, reshape: Reshape = UNCHANGED) -> Rule:
     """A row; one name of theirs may be given as it is."""
-    return Rule((theirs,) if isinstance(theirs, str) else theirs, ours, cut)
+    return Rule((theirs,) if isinstance(theirs, str) else theirs, ours, reshape)
 
 
 def expand(
@@ -128,7 +128,9 @@ def expand(
 ) -> Iterator[Rule]:
     """Rows for every layer, with prefixes `theirs` and `ours` before the names of either side."""
     for rule in rules:
-        prefixed = Rule(tuple(theirs + name for name in rule.theirs), ours + rule.ours, rule.cut)
+        prefixed = Rule(
+            tuple(theirs + name for name in rule.theirs), ours + rule.ours, rule.reshape
+        )
         if "{i}" in rule.ours:
             yield from (prefixed.of_layer(i) for i in range(layers))
         else:

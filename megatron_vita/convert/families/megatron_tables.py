@@ -10,38 +10,39 @@ from torch import Tensor
 
 from megatron_vita.config import ModelConfig, VisionConfig
 from megatron_vita.convert.families.language_tables import language_table
-from megatron_vita.convert.families.mapping import WHOLE, Cut, Leading, Rule, expand, row
+from megatron_vita.convert.families.mapping import UNCHANGED, Reshape, Rule, Unsqueeze, expand, row
 from megatron_vita.convert.families.vision_tables import vision_table
 
 VISION = "external_feature_model."
 
 
 @dataclass(frozen=True)
-class ByHead(Cut):
+class PerHeadQKV(Reshape):
     """Query, key and value of each head in turn -> [3, heads * d, ...]."""
 
     heads: int
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """See Cut."""
+        """See Reshape."""
         return parts[0].unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(1, 2)
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """See Cut."""
+        """See Reshape."""
         return [whole.unflatten(1, (self.heads, -1)).transpose(0, 1).flatten(0, 2)]
 
 
 def gpt_table(model: ModelConfig) -> list[Rule]:
     """GPTModel's names are ours."""
     ours = [rule.ours for rule in language_table(model.language)]
-    return [Rule((name.removeprefix("language_model."),), name, WHOLE) for name in ours]
+    return [Rule((name.removeprefix("language_model."),), name, UNCHANGED) for name in ours]
 
 
 def long_vita_table(model: ModelConfig) -> list[Rule]:
     """All rows of a Long-VITA checkpoint, with the names that `ends` gives its tensors."""
     tower = vision_table(_tower(model.vision), model.vision)
     rules = [
-        Rule(tuple(VISION + name for name in rule.theirs), rule.ours, rule.cut) for rule in tower
+        Rule(tuple(VISION + name for name in rule.theirs), rule.ours, rule.reshape)
+        for rule in tower
     ]
     return [*gpt_table(model), *rules, *expand(_PROJECTOR, layers=0, theirs=VISION)]
 
@@ -57,10 +58,10 @@ _PROJECTOR = (
 def _tower(config: VisionConfig) -> tuple[Rule, ...]:
     attention = "decoder.layers.{i}.self_attention."
     mlp = "decoder.layers.{i}.mlp."
-    heads = ByHead(config.num_attention_heads)
+    heads = PerHeadQKV(config.num_attention_heads)
     return (
         row("class_token", "embeddings.class_token"),
-        row("position_embeddings.weight", "embeddings.position_embedding", Leading(1)),
+        row("position_embeddings.weight", "embeddings.position_embedding", Unsqueeze(1)),
         row("conv1.weight", "embeddings.patch_embedding.weight"),
         row("conv1.bias", "embeddings.patch_embedding.bias"),
         row(f"{attention}linear_qkv.layer_norm_weight", "layers.{i}.norm1.weight"),

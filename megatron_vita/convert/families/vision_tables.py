@@ -4,7 +4,7 @@ Each table names all that a tower may have; `vision_table` keeps what a given on
 """
 
 from megatron_vita.config import ModelConfig, VisionConfig
-from megatron_vita.convert.families.mapping import InThree, Leading, Rule, Stacked, expand, row
+from megatron_vita.convert.families.mapping import Rule, Stack, UnflattenQKV, Unsqueeze, expand, row
 
 
 def _both(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -17,7 +17,7 @@ def _qkv(names: str, kinds: tuple[str, ...] = ("weight", "bias")) -> tuple[Rule,
         row(
             tuple(f"{names.replace('{x}', x)}.{kind}" for x in "qkv"),
             f"layers.{{i}}.attention.qkv.{kind}",
-            Stacked(),
+            Stack(),
         )
         for kind in kinds
     )
@@ -28,8 +28,8 @@ INTERNVIT_CHAT = (  # OpenGVLab's own layout, of InternViT and inside `internvl_
     row("embeddings.position_embedding", "embeddings.position_embedding"),
     *_both("embeddings.patch_embedding", "embeddings.patch_embedding"),
     *_both("encoder.layers.{i}.norm1", "layers.{i}.norm1"),
-    row("encoder.layers.{i}.attn.qkv.weight", "layers.{i}.attention.qkv.weight", InThree()),
-    row("encoder.layers.{i}.attn.qkv.bias", "layers.{i}.attention.qkv.bias", InThree()),
+    row("encoder.layers.{i}.attn.qkv.weight", "layers.{i}.attention.qkv.weight", UnflattenQKV()),
+    row("encoder.layers.{i}.attn.qkv.bias", "layers.{i}.attention.qkv.bias", UnflattenQKV()),
     row("encoder.layers.{i}.attn.q_norm.weight", "layers.{i}.attention.q_norm.weight"),
     row("encoder.layers.{i}.attn.k_norm.weight", "layers.{i}.attention.k_norm.weight"),
     *_both("encoder.layers.{i}.attn.proj", "layers.{i}.attention.projection"),
@@ -57,8 +57,8 @@ INTERNVIT_HF = (  # transformers' layout: `internvl_vision`, and inside `internv
 )
 
 CLIP = (  # CLIP and SigLIP
-    row("embeddings.class_embedding", "embeddings.class_token", Leading(2)),
-    row("embeddings.position_embedding.weight", "embeddings.position_embedding", Leading(1)),
+    row("embeddings.class_embedding", "embeddings.class_token", Unsqueeze(2)),
+    row("embeddings.position_embedding.weight", "embeddings.position_embedding", Unsqueeze(1)),
     *_both("embeddings.patch_embedding", "embeddings.patch_embedding"),
     *_both("pre_layrnorm", "embeddings.pre_norm"),
     *_both("encoder.layers.{i}.layer_norm1", "layers.{i}.norm1"),
@@ -71,18 +71,18 @@ CLIP = (  # CLIP and SigLIP
 )
 
 EVA = (  # EVA2-CLIP as CogVLM and GLM-4V carry it
-    row("patch_embedding.cls_embedding", "embeddings.class_token", Leading(1)),
-    row("patch_embedding.position_embedding.weight", "embeddings.position_embedding", Leading(1)),
+    row("patch_embedding.cls_embedding", "embeddings.class_token", Unsqueeze(1)),
+    row("patch_embedding.position_embedding.weight", "embeddings.position_embedding", Unsqueeze(1)),
     *_both("patch_embedding.proj", "embeddings.patch_embedding"),
     row(
         "transformer.layers.{i}.attention.query_key_value.weight",
         "layers.{i}.attention.qkv.weight",
-        InThree(),
+        UnflattenQKV(),
     ),
     row(
         "transformer.layers.{i}.attention.query_key_value.bias",
         "layers.{i}.attention.qkv.bias",
-        InThree(),
+        UnflattenQKV(),
     ),
     *_both("transformer.layers.{i}.attention.dense", "layers.{i}.attention.projection"),
     *_both("transformer.layers.{i}.input_layernorm", "layers.{i}.norm1"),
