@@ -23,7 +23,7 @@ from megatron_vita.errors import CheckpointError
 
 
 def kept_folders(checkpoint: Path, *, tokenizer: str) -> list[Path]:
-    """Folders of companions, each named by its format: those that a checkpoint brought along, else
+    """Folders of sidecar_files, each named by its format: those that a checkpoint brought along, else
     those of the converted checkpoint in which the tokenizer of its run lies."""
     own = sorted(folder for folder in (checkpoint / FOLDER).glob("*") if folder.is_dir())
     origin = Path(tokenizer).parent
@@ -36,7 +36,7 @@ def choose_format(
     kept: list[Path], model: ModelConfig, *, folder_format: str, like: Path | None
 ) -> tuple[FolderFormat, Path | None]:
     """The named format, that of `like`, that of the only one of `kept` folders, or that of the
-    model's parts; and the folder whose config and companions are taken over, if there is one.
+    model's parts; and the folder whose config and sidecar_files are taken over, if there is one.
 
     CheckpointError for one that does not fit the model.
     """

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def complete_folder(
     folder: Path, *, folder_format: FolderFormat, recipe: Recipe, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """Add to a folder of companions what the recipe knows beyond them; gives fields that its
+    """Add to a folder of sidecar_files what the recipe knows beyond them; gives fields that its
     `config` lacks.
 
     CheckpointError where transformers would give special tokens other ids than those trained.

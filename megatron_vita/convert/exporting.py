@@ -35,8 +35,8 @@ class Export:
 
     recipe: Recipe
     folder_format: FolderFormat
-    like: Path | None  # a folder whose config and companions are taken over
-    kept: list[Path]  # folders of companions of its parts
+    like: Path | None  # a folder whose config and sidecar_files are taken over
+    kept: list[Path]  # folders of sidecar_files of its parts
     config: dict[str, Any]
     source: DistSource
     transfers: list[Transfer]
@@ -77,7 +77,7 @@ def export_checkpoint(
     is wrong."""
     work = plan(checkpoint, folder_format=folder_format, like=like)
     with new_folder(destination) as folder:
-        _write_companions(work, folder)
+        _write_sidecar_files(work, folder)
         config = work.config | complete_folder(
             folder, folder_format=work.folder_format, recipe=work.recipe, config=work.config
         )
@@ -87,11 +87,11 @@ def export_checkpoint(
     return work
 
 
-def _write_companions(work: Export, folder: Path) -> None:
+def _write_sidecar_files(work: Export, folder: Path) -> None:
     """Those of the folder that is taken over; else what is known of the parts, the language model's
     last."""
     if work.like is not None:
-        sidecar_files.copy_companions(work.like, folder)
+        sidecar_files.copy_sidecar_files(work.like, folder)
         return
     parts = {kept: set(format_named(kept.name).parts) for kept in work.kept}
     known = [kept for kept in parts if parts[kept] & set(work.folder_format.parts)]
@@ -105,7 +105,7 @@ def _write_companions(work: Export, folder: Path) -> None:
     ):
         known = [tokenizer]
     for kept in known:
-        sidecar_files.copy_companions(kept, folder)
+        sidecar_files.copy_sidecar_files(kept, folder)
     (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
 
 

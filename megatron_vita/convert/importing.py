@@ -37,10 +37,10 @@ class Import:
         """The source of the language model."""
         return _source_of("language_model", self.sources)
 
-    def write_language_companions(self, folder: Path) -> None:
-        """Writes the companions of the language model, its tokenizer with the special tokens that
+    def write_language_sidecar_files(self, folder: Path) -> None:
+        """Writes the sidecar_files of the language model, its tokenizer with the special tokens that
         prompts need."""
-        self.language.write_companions(folder)
+        self.language.write_sidecar_files(folder)
         assert self.prompts.tokenizer is not None
         append_tokens(folder, self.prompts.tokenizer, names={})
 
@@ -107,7 +107,7 @@ def _prompts_of(language: Opened, model: ModelConfig) -> Prompts:
     prompts = read_prompts(
         language.folder_format,
         language.config,
-        write_companions=language.write_companions,
+        write_sidecar_files=language.write_sidecar_files,
         with_media=model.projector.kind if alone and not model.text_only else "",
     )
     if language.folder_format is INTERNVL_HF and prompts.tokenizer is not None:
@@ -201,14 +201,16 @@ def import_weights(
     """
     opened = [open_source(path, ignored=ignored) for path in paths]
     work = plan(opened, projector=projector)
-    companions = {source.folder_format.name: source.write_companions for source in work.sources}
+    sidecar_files = {
+        source.folder_format.name: source.write_sidecar_files for source in work.sources
+    }
     if work.prompts.appended:
-        companions[work.language.folder_format.name] = work.write_language_companions
+        sidecar_files[work.language.folder_format.name] = work.write_language_sidecar_files
     write_checkpoint(
         destination,
         work.transfers,
         recipe=work.recipe,
-        companions=companions,
+        sidecar_files=sidecar_files,
         tokenizer=work.language.folder_format.name,
     )
     return work

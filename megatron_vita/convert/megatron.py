@@ -19,7 +19,7 @@ from megatron_vita.convert.formats.torch_dist_writer import Piece, write_distrib
 from megatron_vita.convert.importing import assert_complete
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.sidecar_files import copy_companions
+from megatron_vita.convert.sidecar_files import copy_sidecar_files
 from megatron_vita.convert.transfers import Transfer, plan_export, plan_import
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError
@@ -49,10 +49,12 @@ def import_megatron(
     planned = plan_import(rules, infos=tensors.infos, shapes=shapes, source=source)
     transfers = [(transfer, tensors) for transfer in planned]
     assert_complete(transfers, shapes)
-    companions = {} if tokenizer is None else {CAUSAL.name: partial(copy_companions, tokenizer)}
+    sidecar_files = (
+        {} if tokenizer is None else {CAUSAL.name: partial(copy_sidecar_files, tokenizer)}
+    )
     known = Recipe(model=model, text=recipe.text, media=recipe.media)
     write_checkpoint(
-        destination, transfers, recipe=known, companions=companions, tokenizer=CAUSAL.name
+        destination, transfers, recipe=known, sidecar_files=sidecar_files, tokenizer=CAUSAL.name
     )
 
 

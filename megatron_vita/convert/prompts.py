@@ -55,18 +55,18 @@ def read_prompts(
     folder_format: FolderFormat,
     config: Config,
     *,
-    write_companions: Callable[[Path], None],
+    write_sidecar_files: Callable[[Path], None],
     with_media: str,
 ) -> Prompts:
     """What a source says of prompts.
 
-    write_companions: writes its files into a folder. with_media: the media format of a model that
+    write_sidecar_files: writes its files into a folder. with_media: the media format of a model that
     is put together from it; "" where it stays a language model. CheckpointError, naming the field,
     for a form of prompts that is not known.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_companions(folder)
+        write_sidecar_files(folder)
         if not has_tokenizer(folder):
             return Prompts()
         try:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
-SPARE = "spare"  # in a folder of companions: tensors that the model has no use for
+SPARE = "spare"  # in a folder of sidecar_files: tensors that the model has no use for
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -19,7 +19,7 @@ _WEIGHTS = (
 )
 
 
-def copy_companions(source: Path, destination: Path) -> None:
+def copy_sidecar_files(source: Path, destination: Path) -> None:
     """Copies the files of a folder that are no weights, into a folder that is made."""
     destination.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):

@@ -14,7 +14,7 @@ from megatron_vita.convert.families.rotary_config import warn_of_dynamic
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
 from megatron_vita.convert.formats.weight_files import open_weights
-from megatron_vita.convert.sidecar_files import SPARE, copy_companions
+from megatron_vita.convert.sidecar_files import SPARE, copy_sidecar_files
 from megatron_vita.errors import CheckpointError
 
 GGUF = ".gguf"
@@ -57,7 +57,7 @@ class Opened:
             if name in needed or not name.startswith(aside)
         }
 
-    def write_companions(self, folder: Path) -> None:
+    def write_sidecar_files(self, folder: Path) -> None:
         """Writes what travels with the weights, the config included."""
         if spare := self.spare():
             (folder / SPARE).mkdir(parents=True)
@@ -68,11 +68,11 @@ class Opened:
                 writer.write(name, self.tensors.read(name))
             writer.close()
         if self.path.is_dir():
-            copy_companions(self.path, folder)
+            copy_sidecar_files(self.path, folder)
             return
-        from megatron_vita.convert.formats.gguf_reader import write_gguf_companions
+        from megatron_vita.convert.formats.gguf_reader import write_gguf_sidecar_files
 
-        write_gguf_companions(self.path, folder)
+        write_gguf_sidecar_files(self.path, folder)
         (folder / CONFIG).write_text(json.dumps(self.config.values, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint from tensors that are to be moved: weights, companions, manifest, and a recipe to
+"""A checkpoint from tensors that are to be moved: weights, sidecar_files, manifest, and a recipe to
 build on."""
 
 import dataclasses
@@ -27,12 +27,12 @@ def write_checkpoint(
     transfers: list[tuple[Transfer, TensorSource]],
     *,
     recipe: Recipe,
-    companions: Mapping[str, Callable[[Path], None]],
+    sidecar_files: Mapping[str, Callable[[Path], None]],
     tokenizer: str,
 ) -> None:
     """Writes a checkpoint, whole or not at all.
 
-    companions: what writes the files that travel along, by the name of their folder; `tokenizer`
+    sidecar_files: what writes the files that travel along, by the name of their folder; `tokenizer`
     names that which has the tokenizer. recipe: what is known of the model, whose tokenizer is set.
     """
     with new_folder(destination) as folder:
@@ -40,7 +40,7 @@ def write_checkpoint(
             "reading", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
         ) as progress:
             write_distributed(folder, _pieces(transfers, progress))
-        for name, write in companions.items():
+        for name, write in sidecar_files.items():
             write(folder / FOLDER / name)
         place = Path(FOLDER) / tokenizer
         found = str(place) if has_tokenizer(folder / place) else ""

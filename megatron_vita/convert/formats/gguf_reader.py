@@ -130,7 +130,7 @@ def _their_name(name: str, file: Path) -> str:
     raise CheckpointError(f"{file}: has tensor {name}, which no model known here has")
 
 
-def write_gguf_companions(file: Path, folder: Path) -> None:
+def write_gguf_sidecar_files(file: Path, folder: Path) -> None:
     """Writes the tokenizer, its chat template and the config that a GGUF file holds."""
     from transformers import AutoTokenizer
 
