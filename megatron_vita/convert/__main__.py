@@ -43,16 +43,16 @@ def from_hf(
     """Write a distributed checkpoint from Hugging Face folders, or from a GGUF file."""
     from megatron_vita.convert.importing import import_weights
 
-    work = import_weights(sources, destination, projector=projector, ignored=ignore_field or ())
+    plan = import_weights(sources, destination, projector=projector, ignored=ignore_field or ())
     typer.echo(
-        f"{destination}: {sum(transfer.nbytes for transfer, _ in work.transfers) / 1e9:.2f} GB"
+        f"{destination}: {sum(transfer.nbytes for transfer, _ in plan.transfers) / 1e9:.2f} GB"
     )
     if verify:
         from megatron_vita.convert.verify import compare_logits, compare_tensors
 
-        compare_tensors(work.transfers, destination)
+        compare_tensors(plan.transfers, destination)
         typer.echo(
-            f"all tensors are equal both ways; {compare_logits(destination, work.language.path)}"
+            f"all tensors are equal both ways; {compare_logits(destination, plan.language.path)}"
         )
 
 
@@ -78,18 +78,18 @@ def to_hf(
     """Write a Hugging Face folder from a distributed checkpoint."""
     from megatron_vita.convert.exporting import export_checkpoint
 
-    work = export_checkpoint(source, destination, folder_format=folder_format, like=like)
+    plan = export_checkpoint(source, destination, folder_format=folder_format, like=like)
     typer.echo(
-        f"{destination}: {sum(transfer.nbytes for transfer in work.transfers) / 1e9:.2f} GB, {work.folder_format.name}"
+        f"{destination}: {sum(transfer.nbytes for transfer in plan.transfers) / 1e9:.2f} GB, {plan.folder_format.name}"
     )
     if verify:
         from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
         from megatron_vita.convert.verify import compare_logits, compare_tensors
 
         written = SafetensorsSource(destination)
-        compare_tensors([(transfer, written) for transfer in work.transfers], work.source.folder)
-        whole = destination if "language_model" in work.folder_format.parts else None
-        typer.echo(f"all tensors are equal both ways; {compare_logits(work.source.folder, whole)}")
+        compare_tensors([(transfer, written) for transfer in plan.transfers], plan.source.folder)
+        whole = destination if "language_model" in plan.folder_format.parts else None
+        typer.echo(f"all tensors are equal both ways; {compare_logits(plan.source.folder, whole)}")
 
 
 @app.command()

@@ -23,14 +23,14 @@ from megatron_vita.convert.formats.tensors import TensorInfo, check_finite
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.transfers import Rows, Transfer, plan_export
+from megatron_vita.convert.transfers import Rows, Transfer, export_transfers
 from megatron_vita.errors import CheckpointError
 
 LARGEST_FILE = 5 << 30  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class ExportPlan:
     """All that is to be done, checked."""
 
     recipe: Recipe
@@ -42,7 +42,7 @@ class Export:
     transfers: list[Transfer]
 
 
-def plan(checkpoint: Path, *, folder_format: str, like: Path | None) -> Export:
+def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> ExportPlan:
     """What is to be written where; see `choose_format` for the format."""
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
@@ -50,7 +50,7 @@ def plan(checkpoint: Path, *, folder_format: str, like: Path | None) -> Export:
     chosen, like = choose_format(kept, recipe.model, folder_format=folder_format, like=like)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=chosen.parts)
-    transfers = plan_export(
+    transfers = export_transfers(
         chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
     )
     if lost := shapes.keys() - {transfer.place.key for transfer in transfers}:
@@ -59,7 +59,7 @@ def plan(checkpoint: Path, *, folder_format: str, like: Path | None) -> Export:
         )
     base = Config.read(like).values if like is not None else {}
     config = config_fields(chosen, recipe.model, base=base, transfers=transfers)
-    return Export(
+    return ExportPlan(
         recipe=recipe,
         folder_format=chosen,
         like=like,
@@ -72,36 +72,36 @@ def plan(checkpoint: Path, *, folder_format: str, like: Path | None) -> Export:
 
 def export_checkpoint(
     checkpoint: Path, destination: Path, *, folder_format: str = "", like: Path | None = None
-) -> Export:
+) -> ExportPlan:
     """Writes the Hugging Face folder `destination`. CheckpointError, with nothing written, for what
     is wrong."""
-    work = plan(checkpoint, folder_format=folder_format, like=like)
+    plan = plan_export(checkpoint, folder_format=folder_format, like=like)
     with new_folder(destination) as folder:
-        _write_sidecar_files(work, folder)
-        config = work.config | complete_folder(
-            folder, folder_format=work.folder_format, recipe=work.recipe, config=work.config
+        _write_sidecar_files(plan, folder)
+        config = plan.config | complete_folder(
+            folder, folder_format=plan.folder_format, recipe=plan.recipe, config=plan.config
         )
-        if work.like is None or config != Config.read(work.like).values:
+        if plan.like is None or config != Config.read(plan.like).values:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        _write_tensors(work, folder)
-    return work
+        _write_tensors(plan, folder)
+    return plan
 
 
-def _write_sidecar_files(work: Export, folder: Path) -> None:
+def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
     """Those of the folder that is taken over; else what is known of the parts, the language model's
     last."""
-    if work.like is not None:
-        sidecar_files.copy_sidecar_files(work.like, folder)
+    if plan.like is not None:
+        sidecar_files.copy_sidecar_files(plan.like, folder)
         return
-    parts = {kept: set(format_named(kept.name).parts) for kept in work.kept}
-    known = [kept for kept in parts if parts[kept] & set(work.folder_format.parts)]
+    parts = {kept: set(format_named(kept.name).parts) for kept in plan.kept}
+    known = [kept for kept in parts if parts[kept] & set(plan.folder_format.parts)]
     known.sort(key=lambda kept: "language_model" in parts[kept])
-    tokenizer = work.source.folder / work.recipe.text.tokenizer
+    tokenizer = plan.source.folder / plan.recipe.text.tokenizer
     if (
         not known
         and tokenizer.is_dir()
-        and "language_model" in work.folder_format.parts
-        and work.recipe.text.tokenizer
+        and "language_model" in plan.folder_format.parts
+        and plan.recipe.text.tokenizer
     ):
         known = [tokenizer]
     for kept in known:
@@ -109,35 +109,35 @@ def _write_sidecar_files(work: Export, folder: Path) -> None:
     (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
 
 
-def _spare(work: Export) -> SafetensorsSource | None:
+def _spare(plan: ExportPlan) -> SafetensorsSource | None:
     """Tensors that came along with the origin."""
-    folder = work.like / sidecar_files.SPARE if work.like is not None else None
+    folder = plan.like / sidecar_files.SPARE if plan.like is not None else None
     if folder is not None and folder.exists():
         return SafetensorsSource(folder)
     return None
 
 
-def _write_tensors(work: Export, folder: Path) -> None:
+def _write_tensors(plan: ExportPlan, folder: Path) -> None:
     groups: list[Mapping[str, TensorInfo]] = [
-        transfer.their_infos(folder) for transfer in work.transfers
+        transfer.their_infos(folder) for transfer in plan.transfers
     ]
-    spare = _spare(work)
+    spare = _spare(plan)
     if spare is not None:
         groups.append(spare.infos)
     writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
     with Progress(
-        "writing", nbytes=sum(transfer.nbytes for transfer in work.transfers)
+        "writing", nbytes=sum(transfer.nbytes for transfer in plan.transfers)
     ) as progress:
-        for transfer in work.transfers:
+        for transfer in plan.transfers:
             for names, rows in transfer.portions():
-                ours = read_ours(work.source, transfer, rows)
-                check_finite(ours, name=transfer.place.key, file=work.source.folder)
+                ours = read_ours(plan.source, transfer, rows)
+                check_finite(ours, name=transfer.place.key, file=plan.source.folder)
                 for name, tensor in (
                     transfer.split(ours) if rows is None else {names[0]: ours}
                 ).items():
                     writer.write(name, tensor)
                     progress.advance(tensor.nbytes)
-            work.source.release(transfer.place)
+            plan.source.release(transfer.place)
         if spare is not None:
             for name in spare.infos:
                 writer.write(name, spare.read(name))

@@ -12,11 +12,11 @@ from megatron_vita.config import DataConfig, MediaConfig, ModelConfig, Projector
 from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL, INTERNVL_HF
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
-from megatron_vita.convert.initialized_parts import FreshProjector, ResizeVocab
+from megatron_vita.convert.initialized_parts import InitializedProjector, ResizeVocab
 from megatron_vita.convert.prompts import Prompts, append_tokens, check_image_token, read_prompts
 from megatron_vita.convert.shapes import stored_shapes
-from megatron_vita.convert.sources import Opened, open_source
-from megatron_vita.convert.transfers import Transfer, plan_import
+from megatron_vita.convert.sources import OpenedSource, open_source
+from megatron_vita.convert.transfers import Transfer, import_transfers
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError
 
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import:
+class ImportPlan:
     """All that is to be done, checked."""
 
     recipe: Recipe
-    sources: list[Opened]
+    sources: list[OpenedSource]
     transfers: list[tuple[Transfer, TensorSource]]
     prompts: Prompts
 
     @property
-    def language(self) -> Opened:
+    def language(self) -> OpenedSource:
         """The source of the language model."""
         return _source_of("language_model", self.sources)
 
@@ -45,7 +45,7 @@ class Import:
         append_tokens(folder, self.prompts.tokenizer, names={})
 
 
-def plan(sources: list[Opened], *, projector: str) -> Import:
+def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
     """Put parts together; a projector that no source has is fresh. CheckpointError for missing or
     doubled ones."""
     model, fresh = _combine(sources, projector)
@@ -59,22 +59,22 @@ def plan(sources: list[Opened], *, projector: str) -> Import:
     transfers: list[tuple[Transfer, TensorSource]] = []
     for source in sources:
         rules = [_grow(rule, source, model) for rule in source.folder_format.table(source.model)]
-        planned = plan_import(rules, infos=source.wanted(), shapes=shapes, source=source.path)
+        planned = import_transfers(rules, infos=source.wanted(), shapes=shapes, source=source.path)
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
-        made = FreshProjector(model, dtype=transfers[-1][0].dtype)
-        planned = plan_import(
+        made = InitializedProjector(model, dtype=transfers[-1][0].dtype)
+        planned = import_transfers(
             made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector")
         )
         transfers += [(transfer, made) for transfer in planned]
     assert_complete(transfers, shapes)
     recipe = _recipe_of(model, sources, prompts)
-    return Import(recipe=recipe, sources=sources, transfers=transfers, prompts=prompts)
+    return ImportPlan(recipe=recipe, sources=sources, transfers=transfers, prompts=prompts)
 
 
-def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
+def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, bool]:
     """The whole model, and whether its projector is fresh."""
-    owner: dict[str, Opened] = {}
+    owner: dict[str, OpenedSource] = {}
     for source in sources:
         for part in source.folder_format.parts:
             if part in owner:
@@ -97,11 +97,11 @@ def _combine(sources: list[Opened], projector: str) -> tuple[ModelConfig, bool]:
     return model, fresh
 
 
-def _source_of(part: str, sources: list[Opened]) -> Opened:
+def _source_of(part: str, sources: list[OpenedSource]) -> OpenedSource:
     return next(source for source in sources if part in source.folder_format.parts)
 
 
-def _prompts_of(language: Opened, model: ModelConfig) -> Prompts:
+def _prompts_of(language: OpenedSource, model: ModelConfig) -> Prompts:
     """How the model is asked; one that is put together has the placeholders of its projector."""
     alone = language.folder_format.parts == CAUSAL.parts
     prompts = read_prompts(
@@ -115,7 +115,7 @@ def _prompts_of(language: Opened, model: ModelConfig) -> Prompts:
     return prompts
 
 
-def _with_rows(model: ModelConfig, prompts: Prompts, language: Opened) -> ModelConfig:
+def _with_rows(model: ModelConfig, prompts: Prompts, language: OpenedSource) -> ModelConfig:
     """The model with a row of the word embedding for each entry of the tokenizer."""
     rows = model.language.vocab_size
     if prompts.entries <= rows:
@@ -131,7 +131,7 @@ def _with_rows(model: ModelConfig, prompts: Prompts, language: Opened) -> ModelC
     return dataclasses.replace(model, language=grown)
 
 
-def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
+def _grow(rule: Rule, source: OpenedSource, model: ModelConfig) -> Rule:
     """The rule with rows added to the vocabulary, where the whole model has more than the
     source."""
     rows = model.language.vocab_size
@@ -147,7 +147,7 @@ def _grow(rule: Rule, source: Opened, model: ModelConfig) -> Rule:
     )
 
 
-def _recipe_of(model: ModelConfig, sources: list[Opened], prompts: Prompts) -> Recipe:
+def _recipe_of(model: ModelConfig, sources: list[OpenedSource], prompts: Prompts) -> Recipe:
     """What the sources say beside their tensors; the length is that which prompts are cut at where
     nobody says otherwise."""
     language = _source_of("language_model", sources)
@@ -162,7 +162,7 @@ def _recipe_of(model: ModelConfig, sources: list[Opened], prompts: Prompts) -> R
     )
 
 
-def _media_of(sources: list[Opened]) -> MediaConfig:
+def _media_of(sources: list[OpenedSource]) -> MediaConfig:
     """That of a whole model, or the normalisation of a tower that is put into a new one."""
     tower = next(
         (source for source in sources if "vision_model" in source.folder_format.parts), None
@@ -191,7 +191,7 @@ def assert_complete(
 
 def import_weights(
     paths: Sequence[Path], destination: Path, *, projector: str, ignored: Collection[str] = ()
-) -> Import:
+) -> ImportPlan:
     """Write the checkpoint `destination` from folders or GGUF files that hold the parts of one
     model.
 
@@ -200,17 +200,17 @@ def import_weights(
     wrong.
     """
     opened = [open_source(path, ignored=ignored) for path in paths]
-    work = plan(opened, projector=projector)
+    plan = plan_import(opened, projector=projector)
     sidecar_files = {
-        source.folder_format.name: source.write_sidecar_files for source in work.sources
+        source.folder_format.name: source.write_sidecar_files for source in plan.sources
     }
-    if work.prompts.appended:
-        sidecar_files[work.language.folder_format.name] = work.write_language_sidecar_files
+    if plan.prompts.appended:
+        sidecar_files[plan.language.folder_format.name] = plan.write_language_sidecar_files
     write_checkpoint(
         destination,
-        work.transfers,
-        recipe=work.recipe,
+        plan.transfers,
+        recipe=plan.recipe,
         sidecar_files=sidecar_files,
-        tokenizer=work.language.folder_format.name,
+        tokenizer=plan.language.folder_format.name,
     )
-    return work
+    return plan

@@ -15,7 +15,7 @@ from megatron_vita.model.projector import Projector
 SEED = 0
 
 
-class FreshProjector:
+class InitializedProjector:
     """A projector with first weights, as a source of tensors under our names."""
 
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:

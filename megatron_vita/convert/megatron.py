@@ -15,12 +15,12 @@ from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.megatron_reader import CoreSource, RanksSource
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
-from megatron_vita.convert.formats.torch_dist_writer import Piece, write_distributed
+from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
 from megatron_vita.convert.importing import assert_complete
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sidecar_files import copy_sidecar_files
-from megatron_vita.convert.transfers import Transfer, plan_export, plan_import
+from megatron_vita.convert.transfers import Transfer, export_transfers, import_transfers
 from megatron_vita.convert.writing import write_checkpoint
 from megatron_vita.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def import_megatron(
     else:
         tensors = RanksSource(source, vocab_size=vocab_size)
     shapes = stored_shapes(model, parts=parts)
-    planned = plan_import(rules, infos=tensors.infos, shapes=shapes, source=source)
+    planned = import_transfers(rules, infos=tensors.infos, shapes=shapes, source=source)
     transfers = [(transfer, tensors) for transfer in planned]
     assert_complete(transfers, shapes)
     sidecar_files = (
@@ -65,15 +65,15 @@ def export_megatron(checkpoint: Path, destination: Path) -> None:
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=CAUSAL.parts)
-    transfers = plan_export(
+    transfers = export_transfers(
         gpt_table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
     )
     nbytes = sum(transfer.nbytes for transfer in transfers)
     with new_folder(destination) as folder, Progress("writing", nbytes=nbytes) as progress:
-        write_distributed(folder, [_piece(transfer, source, progress) for transfer in transfers])
+        write_distributed(folder, [_chunk(transfer, source, progress) for transfer in transfers])
 
 
-def _piece(transfer: Transfer, source: DistSource, progress: Progress) -> Piece:
+def _chunk(transfer: Transfer, source: DistSource, progress: Progress) -> TensorChunk:
     def make() -> Tensor:
         return read_ours(source, transfer).contiguous()
 
@@ -82,7 +82,7 @@ def _piece(transfer: Transfer, source: DistSource, progress: Progress) -> Piece:
         progress.advance(transfer.nbytes)
 
     (theirs,) = transfer.rule.theirs
-    return Piece(
+    return TensorChunk(
         place=place_of(theirs),
         rows=None,
         whole=transfer.whole,

@@ -26,7 +26,7 @@ _HEADS = {  # output layers, and the embeddings that they may be tied to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenedSource:
     """A source whose config and tensors are known, and not yet read."""
 
     path: Path
@@ -76,7 +76,7 @@ class Opened:
         (folder / CONFIG).write_text(json.dumps(self.config.values, indent=2) + "\n")
 
 
-def open_source(path: Path, *, ignored: Collection[str] = ()) -> Opened:
+def open_source(path: Path, *, ignored: Collection[str] = ()) -> OpenedSource:
     """Reads configs and headers. CheckpointError, naming file and field or tensor, if anything is
     wrong with them, or if a field is neither used nor known to have no effect nor `ignored`."""
     if path.suffix == GGUF:
@@ -112,7 +112,7 @@ def _refuse_adapter(folder: Path) -> None:
         )
 
 
-def _media_of(opened: Opened, ignored: Collection[str]) -> MediaConfig:
+def _media_of(opened: OpenedSource, ignored: Collection[str]) -> MediaConfig:
     """What the folder says of pixels; Long-VITA's own says nothing, and is as our defaults."""
     if "vision_model" not in opened.folder_format.parts or opened.folder_format is LONG_VITA:
         return MediaConfig()
@@ -135,7 +135,7 @@ def _language_config(config: Config) -> Config:
     return config
 
 
-def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
+def _opened(path: Path, config: Config, tensors: TensorSource) -> OpenedSource:
     folder_format = format_of(config, tensors.infos)
     model = folder_format.read(config, tensors.infos)
     for head, embedding in _HEADS.items():
@@ -143,7 +143,7 @@ def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
             tied = folder_format.read(config, tensors.infos.keys() - {head})
             is_tied = not tied.language.untie_embeddings_and_output_weights
             if is_tied and same_bits(tensors.read(head), tensors.read(embedding)):
-                return Opened(
+                return OpenedSource(
                     path=path,
                     folder_format=folder_format,
                     config=config,
@@ -151,6 +151,6 @@ def _opened(path: Path, config: Config, tensors: TensorSource) -> Opened:
                     tensors=tensors,
                     repeated=(head,),
                 )
-    return Opened(
+    return OpenedSource(
         path=path, folder_format=folder_format, config=config, model=model, tensors=tensors
     )

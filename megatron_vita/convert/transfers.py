@@ -68,7 +68,7 @@ class Transfer:
         }
 
 
-def plan_import(
+def import_transfers(
     rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
 ) -> list[Transfer]:
     """The transfers of one folder. CheckpointError, naming tensor and file, for the first that is
@@ -126,7 +126,7 @@ def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) ->
             )
 
 
-def plan_export(
+def export_transfers(
     rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
 ) -> list[Transfer]:
     """The transfers out of a distributed checkpoint. CheckpointError, naming the tensor, for what

@@ -14,7 +14,7 @@ from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
 from megatron_vita.config import Recipe
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.tensors import TensorSource, check_finite
-from megatron_vita.convert.formats.torch_dist_writer import Piece, write_distributed
+from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.sidecar_files import FOLDER, has_tokenizer
 from megatron_vita.convert.transfers import Rows, Transfer
@@ -39,7 +39,7 @@ def write_checkpoint(
         with Progress(
             "reading", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
         ) as progress:
-            write_distributed(folder, _pieces(transfers, progress))
+            write_distributed(folder, _chunks(transfers, progress))
         for name, write in sidecar_files.items():
             write(folder / FOLDER / name)
         place = Path(FOLDER) / tokenizer
@@ -49,24 +49,26 @@ def write_checkpoint(
         (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
 
 
-def _pieces(transfers: list[tuple[Transfer, TensorSource]], progress: Progress) -> list[Piece]:
+def _chunks(
+    transfers: list[tuple[Transfer, TensorSource]], progress: Progress
+) -> list[TensorChunk]:
     """What is to be written: a tensor of ours, or part of one where theirs only follow one
     another."""
     return [
-        _piece(transfer, source, names=names, rows=rows, progress=progress)
+        _chunk(transfer, source, names=names, rows=rows, progress=progress)
         for transfer, source in transfers
         for names, rows in transfer.portions()
     ]
 
 
-def _piece(
+def _chunk(
     transfer: Transfer,
     source: TensorSource,
     *,
     names: tuple[str, ...],
     rows: Rows,
     progress: Progress,
-) -> Piece:
+) -> TensorChunk:
     def read(name: str) -> Tensor:
         tensor = source.read(name)
         check_finite(tensor, name=name, file=source.infos[name].file)
@@ -77,7 +79,7 @@ def _piece(
             source.release(name)
             progress.advance(source.infos[name].nbytes)
 
-    return Piece(
+    return TensorChunk(
         place=transfer.place,
         rows=rows,
         whole=transfer.whole,

@@ -31,7 +31,7 @@ from toy_folders import (
 
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint
-from megatron_vita.convert.exporting import plan, read_ours
+from megatron_vita.convert.exporting import plan_export, read_ours
 from megatron_vita.convert.families.mapping import Place
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.importing import import_weights
@@ -156,7 +156,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     total = torch.stack([grad.norm() for grad in theirs.values()]).norm()
     compared = set()
     source = DistSource(find_checkpoint(case / layout))
-    for transfer in plan(case / "ours", folder_format="", like=None).transfers:
+    for transfer in plan_export(case / "ours", folder_format="", like=None).transfers:
         for name, grad in transfer.split(read_ours(source, transfer)).items():
             apart = (grad - theirs[name]).norm()
             allowed = 1e-5 * theirs[name].norm() + 1e-8 * total

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, uint8
 
 from megatron_vita.convert.formats.safetensors_reader import DTYPES, INDEX, SINGLE
-from megatron_vita.convert.formats.synced_file import SteadyFile
+from megatron_vita.convert.formats.synced_file import SyncedFile
 from megatron_vita.convert.formats.tensors import TensorInfo
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -25,7 +25,7 @@ class SafetensorsWriter:
         self._names = _file_names(len(shards))
         self._shards = iter(zip(self._names, shards, strict=True))
         self._left: list[str] = []
-        self._file: SteadyFile | None = None
+        self._file: SyncedFile | None = None
         if len(shards) > 1:
             _write_index(folder, dict(zip(self._names, shards, strict=True)))
 
@@ -48,7 +48,7 @@ class SafetensorsWriter:
         self.close()
         file, tensors = next(self._shards)
         self._left = list(tensors)
-        self._file = SteadyFile(self.folder / file)
+        self._file = SyncedFile(self.folder / file)
         self._file.write(_header(tensors))
 
 

@@ -11,7 +11,7 @@ _PIECE = 1 << 20  # bytes
 _STEP = 256 << 20  # bytes between two requests to write to the disk
 
 
-class SteadyFile(io.FileIO):
+class SyncedFile(io.FileIO):
     """A new file, whose `close` returns when all of it is on the disk."""
 
     def __init__(self, path: Path) -> None:

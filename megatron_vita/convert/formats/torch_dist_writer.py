@@ -36,11 +36,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_vita.convert.families.mapping import Place
-from megatron_vita.convert.formats.synced_file import SteadyFile
+from megatron_vita.convert.formats.synced_file import SyncedFile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TensorChunk:
     """A tensor of the checkpoint, whole or one layer of it, and how it is made when its turn
     comes."""
 
@@ -68,11 +68,11 @@ class Piece:
         return Size(own if self.place.layer is None else [1, *own])
 
 
-def write_distributed(folder: Path, pieces: list[Piece]) -> None:
-    """Writes a checkpoint that megatron-core loads at any layout, holding one piece at a time."""
+def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
+    """Writes a checkpoint that megatron-core loads at any layout, holding one chunk at a time."""
     writer = _OneByOne(folder, thread_count=1, overwrite=False)
     try:
-        dcp.save({}, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
+        dcp.save({}, storage_writer=writer, planner=_Planner(chunks), no_dist=True)
     except CheckpointException as error:  # torch wraps whatever was raised
         cause, _ = next(iter(error.failures.values()))
         raise cause from None
@@ -87,30 +87,30 @@ def _common_state() -> tuple[MetadataIndex, io.BytesIO]:
 
 
 class _Planner(SavePlanner):
-    """Plans from pieces' shapes, and makes a piece when its data is asked for."""
+    """Plans from chunks' shapes, and makes a chunk when its data is asked for."""
 
-    def __init__(self, pieces: list[Piece]) -> None:
-        self.pieces = {MetadataIndex(piece.place.key, piece.offsets): piece for piece in pieces}
-        assert len(self.pieces) == len(pieces), "two pieces of one place"
+    def __init__(self, chunks: list[TensorChunk]) -> None:
+        self.chunks = {MetadataIndex(chunk.place.key, chunk.offsets): chunk for chunk in chunks}
+        assert len(self.chunks) == len(chunks), "two chunks of one place"
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
         """Nothing: the state is not given at once."""
 
     def create_local_plan(self) -> SavePlan:
-        """One item for each piece, in their order."""
-        items = [_item(index, piece) for index, piece in self.pieces.items()]
+        """One item for each chunk, in their order."""
+        items = [_item(index, chunk) for index, chunk in self.chunks.items()]
         return SavePlan([WriteItem(index=_common_state()[0], type=WriteItemType.BYTE_IO), *items])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """The plan as it is, and what readers must know of it."""
         described: dict[str, Any] = {_common_state()[0].fqn: BytesStorageMetadata()}
-        for piece in self.pieces.values():
-            properties = TensorProperties(dtype=piece.dtype)
+        for chunk in self.chunks.values():
+            properties = TensorProperties(dtype=chunk.dtype)
             entry = described.setdefault(
-                piece.place.key,
-                TensorStorageMetadata(properties=properties, size=Size(piece.whole), chunks=[]),
+                chunk.place.key,
+                TensorStorageMetadata(properties=properties, size=Size(chunk.whole), chunks=[]),
             )
-            entry.chunks.append(ChunkStorageMetadata(offsets=piece.offsets, sizes=piece.sizes))
+            entry.chunks.append(ChunkStorageMetadata(offsets=chunk.offsets, sizes=chunk.sizes))
         return all_plans, Metadata(state_dict_metadata=described)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -118,23 +118,23 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Makes a piece."""
+        """Makes a chunk."""
         if write_item.type == WriteItemType.BYTE_IO:
             return _common_state()[1]
-        piece = self.pieces[write_item.index]
-        return piece.make().reshape(piece.sizes)
+        chunk = self.chunks[write_item.index]
+        return chunk.make().reshape(chunk.sizes)
 
     def written(self, write_item: WriteItem) -> None:
-        """Tells a piece that it is written."""
+        """Tells a chunk that it is written."""
         if write_item.type != WriteItemType.BYTE_IO:
-            self.pieces[write_item.index].done()
+            self.chunks[write_item.index].done()
 
 
-def _item(index: MetadataIndex, piece: Piece) -> WriteItem:
+def _item(index: MetadataIndex, chunk: TensorChunk) -> WriteItem:
     data = TensorWriteData(
-        chunk=ChunkStorageMetadata(offsets=piece.offsets, sizes=piece.sizes),
-        properties=TensorProperties(dtype=piece.dtype),
-        size=Size(piece.whole),
+        chunk=ChunkStorageMetadata(offsets=chunk.offsets, sizes=chunk.sizes),
+        properties=TensorProperties(dtype=chunk.dtype),
+        size=Size(chunk.whole),
     )
     return WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)
 
@@ -148,7 +148,7 @@ class _OneByOne(FileSystemWriter):
         assert isinstance(planner, _Planner)
         name = f"{plan.storage_data.prefix}0.distcp"
         results = []
-        with SteadyFile(Path(self.path) / name) as stream:
+        with SyncedFile(Path(self.path) / name) as stream:
             for item in plan.items:
                 start = stream.tell()
                 data = planner.resolve_data(item)
