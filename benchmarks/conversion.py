@@ -23,7 +23,7 @@ import torch
 from megatron_vita.config import LanguageConfig, ModelConfig
 from megatron_vita.convert.families.language_config import write_language
 from megatron_vita.convert.families.language_tables import language_table
-from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.transfers import Transfer
@@ -49,7 +49,7 @@ def write_model(folder: Path, layers: int) -> int:
     )
     transfers = []
     for rule in language_table(language):
-        place = place_of(rule.ours)
+        place = location_of(rule.ours)
         transfers.append(
             Transfer(rule=rule, place=place, whole=shapes[place.key], dtype=torch.bfloat16)
         )

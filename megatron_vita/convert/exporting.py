@@ -53,7 +53,7 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
     transfers = export_transfers(
         chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
     )
-    if lost := shapes.keys() - {transfer.place.key for transfer in transfers}:
+    if lost := shapes.keys() - {transfer.location.key for transfer in transfers}:
         raise CheckpointError(
             f"format {chosen.name} is of other models: it has no place for tensor {min(lost)}"
         )
@@ -109,9 +109,9 @@ def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
     (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
 
 
-def _spare(plan: ExportPlan) -> SafetensorsSource | None:
+def _passthrough(plan: ExportPlan) -> SafetensorsSource | None:
     """Tensors that came along with the origin."""
-    folder = plan.like / sidecar_files.SPARE if plan.like is not None else None
+    folder = plan.like / sidecar_files.PASSTHROUGH if plan.like is not None else None
     if folder is not None and folder.exists():
         return SafetensorsSource(folder)
     return None
@@ -121,9 +121,9 @@ def _write_tensors(plan: ExportPlan, folder: Path) -> None:
     groups: list[Mapping[str, TensorInfo]] = [
         transfer.their_infos(folder) for transfer in plan.transfers
     ]
-    spare = _spare(plan)
-    if spare is not None:
-        groups.append(spare.infos)
+    passthrough = _passthrough(plan)
+    if passthrough is not None:
+        groups.append(passthrough.infos)
     writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
     with Progress(
         "writing", nbytes=sum(transfer.nbytes for transfer in plan.transfers)
@@ -131,24 +131,24 @@ def _write_tensors(plan: ExportPlan, folder: Path) -> None:
         for transfer in plan.transfers:
             for names, rows in transfer.portions():
                 ours = read_ours(plan.source, transfer, rows)
-                check_finite(ours, name=transfer.place.key, file=plan.source.folder)
+                check_finite(ours, name=transfer.location.key, file=plan.source.folder)
                 for name, tensor in (
                     transfer.split(ours) if rows is None else {names[0]: ours}
                 ).items():
                     writer.write(name, tensor)
                     progress.advance(tensor.nbytes)
-            plan.source.release(transfer.place)
-        if spare is not None:
-            for name in spare.infos:
-                writer.write(name, spare.read(name))
+            plan.source.release(transfer.location)
+        if passthrough is not None:
+            for name in passthrough.infos:
+                writer.write(name, passthrough.read(name))
         writer.close()
 
 
 def read_ours(source: DistSource, transfer: Transfer, rows: Rows = None) -> Tensor:
     """A tensor of ours or some of its rows, without those that pad the vocabulary."""
     if rows is not None:
-        return source.read(transfer.place, rows)
-    tensor = source.read(transfer.place)
+        return source.read(transfer.location, rows)
+    tensor = source.read(transfer.location)
     if tensor.shape == torch.Size(transfer.shape):
         return tensor
     return tensor[: transfer.shape[0]]

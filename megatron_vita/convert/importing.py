@@ -181,8 +181,8 @@ def assert_complete(
     """The transfers make up the model, nothing missing and nothing twice."""
     given: dict[str, int] = {}
     for transfer, _ in transfers:
-        given[transfer.place.key] = (
-            given.get(transfer.place.key, 0) + torch.Size(transfer.shape).numel()
+        given[transfer.location.key] = (
+            given.get(transfer.location.key, 0) + torch.Size(transfer.shape).numel()
         )
     assert given == {key: torch.Size(shape).numel() for key, shape in shapes.items()}, (
         "a table does not cover the model"

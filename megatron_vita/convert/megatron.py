@@ -9,7 +9,7 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL
-from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.families.megatron_tables import gpt_table, long_vita_table
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.megatron_reader import CoreSource, RanksSource
@@ -78,12 +78,12 @@ def _chunk(transfer: Transfer, source: DistSource, progress: Progress) -> Tensor
         return read_ours(source, transfer).contiguous()
 
     def done() -> None:
-        source.release(transfer.place)
+        source.release(transfer.location)
         progress.advance(transfer.nbytes)
 
     (theirs,) = transfer.rule.theirs
     return TensorChunk(
-        place=place_of(theirs),
+        location=location_of(theirs),
         rows=None,
         whole=transfer.whole,
         dtype=transfer.dtype,

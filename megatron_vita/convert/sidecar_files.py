@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
-SPARE = "spare"  # in a folder of sidecar_files: tensors that the model has no use for
+PASSTHROUGH = "spare"  # in a folder of sidecar_files: tensors that the model has no use for
 _WEIGHTS = (
     ".safetensors",
     ".bin",

@@ -14,7 +14,7 @@ from megatron_vita.convert.families.rotary_config import warn_of_dynamic
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
 from megatron_vita.convert.formats.weight_files import open_weights
-from megatron_vita.convert.sidecar_files import SPARE, copy_sidecar_files
+from megatron_vita.convert.sidecar_files import PASSTHROUGH, copy_sidecar_files
 from megatron_vita.errors import CheckpointError
 
 GGUF = ".gguf"
@@ -41,14 +41,14 @@ class OpenedSource:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     longest: int = 0  # tokens that it was trained at; 0 where nothing says so
 
-    def spare(self) -> dict[str, TensorInfo]:
+    def passthrough(self) -> dict[str, TensorInfo]:
         """Tensors that the model has no use for, and that travel along."""
-        aside = (*self.folder_format.spare, *self.repeated)
+        aside = (*self.folder_format.passthrough, *self.repeated)
         return {name: info for name, info in self.tensors.infos.items() if name.startswith(aside)}
 
     def wanted(self) -> dict[str, TensorInfo]:
         """Tensors that must be the model's."""
-        aside = (*self.folder_format.spare, *self.folder_format.others, *self.repeated)
+        aside = (*self.folder_format.passthrough, *self.folder_format.ignored, *self.repeated)
         needed = {name for rule in self.folder_format.table(self.model) for name in rule.theirs}
         infos = self.tensors.infos
         return {
@@ -59,12 +59,14 @@ class OpenedSource:
 
     def write_sidecar_files(self, folder: Path) -> None:
         """Writes what travels with the weights, the config included."""
-        if spare := self.spare():
-            (folder / SPARE).mkdir(parents=True)
+        if passthrough := self.passthrough():
+            (folder / PASSTHROUGH).mkdir(parents=True)
             writer = SafetensorsWriter(
-                folder / SPARE, [spare], largest=sum(info.nbytes for info in spare.values())
+                folder / PASSTHROUGH,
+                [passthrough],
+                largest=sum(info.nbytes for info in passthrough.values()),
             )
-            for name in spare:
+            for name in passthrough:
                 writer.write(name, self.tensors.read(name))
             writer.close()
         if self.path.is_dir():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vita.convert.families.mapping import Concat, Place, Rule, place_of
+from megatron_vita.convert.families.mapping import Concat, Rule, TensorLocation, location_of
 from megatron_vita.convert.formats.tensors import FLOATS, TensorInfo
 from megatron_vita.errors import CheckpointError
 
@@ -23,14 +23,14 @@ class Transfer:
     """One tensor of ours, or one layer of it, and its rule."""
 
     rule: Rule
-    place: Place
+    location: TensorLocation
     whole: tuple[int, ...]  # shape under the key, its layers included
     dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of this tensor, without the axis of layers."""
-        if self.place.layer is None:
+        if self.location.layer is None:
             return self.whole
         return self.whole[1:]
 
@@ -78,9 +78,12 @@ def import_transfers(
         for name in rule.theirs:
             if name not in infos:
                 raise CheckpointError(f"{source}: has no tensor {name}, which its config calls for")
-        place = place_of(rule.ours)
+        location = location_of(rule.ours)
         transfer = Transfer(
-            rule=rule, place=place, whole=shapes[place.key], dtype=infos[rule.theirs[0]].dtype
+            rule=rule,
+            location=location,
+            whole=shapes[location.key],
+            dtype=infos[rule.theirs[0]].dtype,
         )
         _check_theirs(transfer, infos)
         transfers.append(transfer)
@@ -116,7 +119,7 @@ def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) ->
     """Layers that are stacked are of one type."""
     first: dict[str, Transfer] = {}
     for transfer in transfers:
-        other = first.setdefault(transfer.place.key, transfer)
+        other = first.setdefault(transfer.location.key, transfer)
         if other.dtype != transfer.dtype:
             name = transfer.rule.theirs[0]
             like = other.rule.theirs[0]
@@ -133,18 +136,18 @@ def export_transfers(
     it does not hold."""
     transfers = []
     for rule in rules:
-        place = place_of(rule.ours)
-        found = infos.get(place.key)
-        expected = shapes[place.key]
+        location = location_of(rule.ours)
+        found = infos.get(location.key)
+        expected = shapes[location.key]
         if found is None:
             raise CheckpointError(
-                f"{source}: has no tensor {place.key}, which its recipe calls for"
+                f"{source}: has no tensor {location.key}, which its recipe calls for"
             )
-        if found.shape != expected and not _is_padded(place.key, found.shape, expected):
+        if found.shape != expected and not _is_padded(location.key, found.shape, expected):
             raise CheckpointError(
-                f"{source}: tensor {place.key} has shape {list(found.shape)}; its recipe calls for {list(expected)}"
+                f"{source}: tensor {location.key} has shape {list(found.shape)}; its recipe calls for {list(expected)}"
             )
-        transfers.append(Transfer(rule=rule, place=place, whole=expected, dtype=found.dtype))
+        transfers.append(Transfer(rule=rule, location=location, whole=expected, dtype=found.dtype))
     return transfers
 
 

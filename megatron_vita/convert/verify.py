@@ -40,15 +40,15 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
             ours = read_ours(source, transfer)
             if not same_bits(transfer.join(theirs.read), ours):
                 raise CheckpointError(
-                    f"{checkpoint}: tensor {transfer.place} is not what {transfer.rule.theirs} make up"
+                    f"{checkpoint}: tensor {transfer.location} is not what {transfer.rule.theirs} make up"
                 )
             for name, tensor in transfer.split(ours).items():
                 if not same_bits(tensor, theirs.read(name)):
                     raise CheckpointError(
-                        f"{checkpoint}: tensor {transfer.place} does not come apart into {name}"
+                        f"{checkpoint}: tensor {transfer.location} does not come apart into {name}"
                     )
                 theirs.release(name)
-            source.release(transfer.place)
+            source.release(transfer.location)
             progress.advance(transfer.nbytes)
 
 

@@ -80,7 +80,7 @@ def _chunk(
             progress.advance(source.infos[name].nbytes)
 
     return TensorChunk(
-        place=transfer.place,
+        location=transfer.location,
         rows=rows,
         whole=transfer.whole,
         dtype=transfer.dtype,

@@ -31,7 +31,7 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import ModelConfig, ParallelConfig, load_recipe, recipe_from_dict
 from megatron_vita.convert.__main__ import main
 from megatron_vita.convert.exporting import export_checkpoint
-from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.formats.tensors import same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.importing import import_weights
@@ -68,9 +68,9 @@ def our_tensors(checkpoint: Path) -> dict[str, Tensor]:
         if "decoder.layers." in key:
             for i in range(info.shape[0]):
                 name = key.replace("decoder.layers.", f"decoder.layers.{i}.")
-                found[name] = source.read(place_of(name)).clone()
+                found[name] = source.read(location_of(name)).clone()
         else:
-            found[key] = source.read(place_of(key)).clone()
+            found[key] = source.read(location_of(key)).clone()
     return found
 
 

@@ -32,7 +32,7 @@ from toy_folders import (
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint
 from megatron_vita.convert.exporting import plan_export, read_ours
-from megatron_vita.convert.families.mapping import Place
+from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.importing import import_weights
 
@@ -131,7 +131,9 @@ def test_parts_put_together_are_the_same_model_at_any_layout(
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     one, other = (DistSource(find_checkpoint(case / path)) for path in ("single", layout))
     vocabulary = ("word_embeddings.weight", "output_layer.weight")
-    grads = {key: (one.read(Place(key)), other.read(Place(key))) for key in one.infos}
+    grads = {
+        key: (one.read(TensorLocation(key)), other.read(TensorLocation(key))) for key in one.infos
+    }
     total = torch.stack([grad.norm() for grad, _ in grads.values()]).norm()
     assert one.infos.keys() == other.infos.keys()
     for key, (grad, found) in grads.items():

@@ -39,9 +39,9 @@ class FolderFormat:
     table: Callable[[ModelConfig], list[Rule]]
     projector: str = "internvl"  # the kind, where it has one
     # beginnings of names that the model has no use for, and that travel along
-    spare: tuple[str, ...] = ()
+    passthrough: tuple[str, ...] = ()
     # beginnings of names that belong to models around this part, and are left behind
-    others: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def _tied(config: Config, tensors: Collection[str], head: str, *, default: bool = False) -> bool:
@@ -223,8 +223,8 @@ def _clip_formats(kind: str) -> Iterator[FolderFormat]:
             read=lambda config, _: ModelConfig(vision=read(config)),
             write=lambda model, base: write_clip(model.vision, base, siglip=siglip),
             table=_clip_table(prefix),
-            spare=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
-            others=(
+            passthrough=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
+            ignored=(
                 "text_model.",
                 "text_projection.",
                 "visual_projection.",
@@ -240,7 +240,7 @@ EVA = FolderFormat(
     read=lambda config, _: ModelConfig(vision=read_eva(config)),
     write=lambda model, base: write_eva(model.vision, base),
     table=lambda model: names.vision_table(names.EVA, model.vision, theirs="transformer.vision."),
-    others=("transformer.",),
+    ignored=("transformer.",),
 )
 _TOWERS = (*_clip_formats("clip"), *_clip_formats("siglip"), EVA)
 FOLDER_FORMATS = {

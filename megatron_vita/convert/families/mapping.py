@@ -138,7 +138,7 @@ def expand(
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies in a distributed checkpoint: megatron-core stacks the decoder's layers
     along a first axis."""
 
@@ -149,9 +149,9 @@ class Place:
 _DECODER_LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)\.(.*)")
 
 
-def place_of(ours: str) -> Place:
+def location_of(ours: str) -> TensorLocation:
     """The place of a tensor of ours."""
     found = _DECODER_LAYER.fullmatch(ours)
     if found:
-        return Place(found[1] + found[3], int(found[2]))
-    return Place(ours)
+        return TensorLocation(found[1] + found[3], int(found[2]))
+    return TensorLocation(ours)

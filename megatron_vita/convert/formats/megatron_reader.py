@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vita.convert.families.mapping import place_of
+from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.families.megatron_tables import VISION
 from megatron_vita.convert.formats.pickle_reader import load_pickle
 from megatron_vita.convert.formats.tensors import TensorInfo, same_bits
@@ -204,7 +204,7 @@ class CoreSource:
         self._source = DistSource(folder)
         self._vocab_size = vocab_size
         self._infos = {
-            name: self._info(name) for name in names if place_of(name).key in self._source.infos
+            name: self._info(name) for name in names if location_of(name).key in self._source.infos
         }
 
     @property
@@ -214,17 +214,17 @@ class CoreSource:
 
     def read(self, name: str) -> Tensor:
         """See TensorSource."""
-        tensor = self._source.read(place_of(name))
+        tensor = self._source.read(location_of(name))
         if _is_vocabulary(name):
             return tensor[: self._vocab_size]
         return tensor
 
     def release(self, name: str) -> None:
         """See TensorSource."""
-        self._source.release(place_of(name))
+        self._source.release(location_of(name))
 
     def _info(self, name: str) -> TensorInfo:
-        place = place_of(name)
+        place = location_of(name)
         info = self._source.infos[place.key]
         shape = info.shape if place.layer is None else info.shape[1:]
         rows = min(shape[0], self._vocab_size) if _is_vocabulary(name) else shape[0]

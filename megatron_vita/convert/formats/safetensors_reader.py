@@ -122,11 +122,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{file}: its header is not that of a safetensors file: {error!r}"
             ) from error
-    _check_places(file, entries, start=8 + length, size=size)
+    _check_offsets(file, entries, start=8 + length, size=size)
     return entries
 
 
-def _check_places(file: Path, entries: dict[str, StoredTensor], *, start: int, size: int) -> None:
+def _check_offsets(file: Path, entries: dict[str, StoredTensor], *, start: int, size: int) -> None:
     """Tensors follow one another without gaps from byte `start` to the file's end."""
     end = start
     for name, info in sorted(entries.items(), key=lambda entry: (entry[1].start, entry[1].nbytes)):

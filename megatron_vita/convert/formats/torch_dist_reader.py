@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_vita.convert.families.mapping import Place
+from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.tensors import TensorInfo
 from megatron_vita.errors import CheckpointError
 
@@ -50,46 +50,46 @@ class DistSource:
         stored = cast(dict[Any, _StorageInfo], metadata.storage_data)
         self._places = {(index.fqn, index.offset): info for index, info in stored.items()}
 
-    def read(self, place: Place, rows: tuple[int, int] | None = None) -> Tensor:
+    def read(self, location: TensorLocation, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or one layer of it without the axis of layers; `rows`: only these of its first
         axis.
 
         It may be a view of the file.
         """
-        box: Box = [(0, size) for size in self.infos[place.key].shape]
-        if place.layer is not None:
-            box[0] = (place.layer, place.layer + 1)
+        box: Box = [(0, size) for size in self.infos[location.key].shape]
+        if location.layer is not None:
+            box[0] = (location.layer, location.layer + 1)
         if rows is not None:
-            box[0 if place.layer is None else 1] = rows
+            box[0 if location.layer is None else 1] = rows
         parts = [
             (chunk, cut)
-            for chunk in self._chunks[place.key]
+            for chunk in self._chunks[location.key]
             if (cut := _overlap(_box_of(chunk), box))
         ]
         if sum(_count(cut) for _, cut in parts) != _count(box):
             raise CheckpointError(
-                f"{self.folder}: the parts of tensor {place.key} do not make up all of it"
+                f"{self.folder}: the parts of tensor {location.key} do not make up all of it"
             )
         if len(parts) == 1:
-            whole = self._load(place.key, *parts[0])
+            whole = self._load(location.key, *parts[0])
         else:
             whole = torch.empty(
-                [stop - start for start, stop in box], dtype=self.infos[place.key].dtype
+                [stop - start for start, stop in box], dtype=self.infos[location.key].dtype
             )
             for chunk, cut in parts:
-                _narrow(whole, cut, within=box).copy_(self._load(place.key, chunk, cut))
-        if place.layer is None:
+                _narrow(whole, cut, within=box).copy_(self._load(location.key, chunk, cut))
+        if location.layer is None:
             return whole
         return whole.squeeze(0)
 
-    def release(self, place: Place) -> None:
+    def release(self, location: TensorLocation) -> None:
         """Gives memory that `read` took for a file's pages back to the system."""
-        for chunk in self._chunks[place.key]:
+        for chunk in self._chunks[location.key]:
             if (
-                place.layer is None
-                or chunk.offsets[0] <= place.layer < chunk.offsets[0] + chunk.sizes[0]
+                location.layer is None
+                or chunk.offsets[0] <= location.layer < chunk.offsets[0] + chunk.sizes[0]
             ):
-                stored = self._places[(place.key, chunk.offsets)]
+                stored = self._places[(location.key, chunk.offsets)]
                 first = -(-stored.offset // mmap.PAGESIZE) * mmap.PAGESIZE
                 if (length := stored.offset + stored.length - first) > 0:
                     self._map(self.folder / stored.relative_path).madvise(
@@ -125,7 +125,7 @@ class DistSource:
         if count == 0:
             return described
         if start + count * described.itemsize > stored.offset + stored.length:
-            raise ValueError("its values reach beyond its place")
+            raise ValueError("its values reach beyond its record")
         values = torch.frombuffer(
             memoryview(self._map(file)), dtype=described.dtype, count=count, offset=start
         )

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_vita.convert.families.mapping import Place
+from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.synced_file import SyncedFile
 
 
@@ -44,7 +44,7 @@ class TensorChunk:
     """A tensor of the checkpoint, whole or one layer of it, and how it is made when its turn
     comes."""
 
-    place: Place
+    location: TensorLocation
     rows: tuple[int, int] | None  # of the tensor or layer, where it is only some of them
     whole: tuple[int, ...]  # shape under the key, its layers included
     dtype: torch.dtype
@@ -55,17 +55,17 @@ class TensorChunk:
     def offsets(self) -> Size:
         """Where it begins in the whole."""
         zeros = [0] * len(self.whole)
-        first = [] if self.place.layer is None else [self.place.layer]
+        first = [] if self.location.layer is None else [self.location.layer]
         own = [] if self.rows is None else [self.rows[0]]
         return Size([*first, *own, *zeros][: len(zeros)])
 
     @property
     def sizes(self) -> Size:
         """Its own shape in the whole."""
-        own = list(self.whole if self.place.layer is None else self.whole[1:])
+        own = list(self.whole if self.location.layer is None else self.whole[1:])
         if self.rows is not None:
             own[0] = self.rows[1] - self.rows[0]
-        return Size(own if self.place.layer is None else [1, *own])
+        return Size(own if self.location.layer is None else [1, *own])
 
 
 def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
@@ -90,8 +90,8 @@ class _Planner(SavePlanner):
     """Plans from chunks' shapes, and makes a chunk when its data is asked for."""
 
     def __init__(self, chunks: list[TensorChunk]) -> None:
-        self.chunks = {MetadataIndex(chunk.place.key, chunk.offsets): chunk for chunk in chunks}
-        assert len(self.chunks) == len(chunks), "two chunks of one place"
+        self.chunks = {MetadataIndex(chunk.location.key, chunk.offsets): chunk for chunk in chunks}
+        assert len(self.chunks) == len(chunks), "two chunks of one location"
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
         """Nothing: the state is not given at once."""
@@ -107,7 +107,7 @@ class _Planner(SavePlanner):
         for chunk in self.chunks.values():
             properties = TensorProperties(dtype=chunk.dtype)
             entry = described.setdefault(
-                chunk.place.key,
+                chunk.location.key,
                 TensorStorageMetadata(properties=properties, size=Size(chunk.whole), chunks=[]),
             )
             entry.chunks.append(ChunkStorageMetadata(offsets=chunk.offsets, sizes=chunk.sizes))
