@@ -1,4 +1,4 @@
-"""python -m megatron_vita.convert: weights from Hugging Face and back."""
+"""Command line of the conversion: `python -m megatron_vita.convert`."""
 
 import logging
 import sys
@@ -40,7 +40,7 @@ def from_hf(
     ] = None,
     verify: Verify = False,
 ) -> None:
-    """Write a distributed checkpoint from Hugging Face folders, or from a GGUF file."""
+    """Convert Hugging Face folders or a GGUF file to a distributed checkpoint."""
     from megatron_vita.convert.importing import import_weights
 
     plan = import_weights(sources, destination, projector=projector, ignored=ignore_field or ())
@@ -75,7 +75,7 @@ def to_hf(
     ] = None,
     verify: Verify = False,
 ) -> None:
-    """Write a Hugging Face folder from a distributed checkpoint."""
+    """Convert a distributed checkpoint to a Hugging Face folder."""
     from megatron_vita.convert.exporting import export_checkpoint
 
     plan = export_checkpoint(source, destination, folder_format=folder_format, like=like)
@@ -103,7 +103,7 @@ def from_megatron(
         Path | None, typer.Option(help="Hugging Face tokenizer folder that travels along.")
     ] = None,
 ) -> None:
-    """Write a distributed checkpoint from Long-VITA's Megatron checkpoint or a GPTModel's."""
+    """Convert a Megatron checkpoint, of Long-VITA or of a GPTModel, to a distributed checkpoint."""
     from megatron_vita.config import load_recipe
     from megatron_vita.convert.megatron import import_megatron
 
@@ -121,7 +121,7 @@ def to_megatron(
         Path, typer.Argument(help="megatron-core checkpoint (torch_dist) of a GPTModel to write.")
     ],
 ) -> None:
-    """Write the language model as megatron-core's checkpoint of a GPTModel."""
+    """Export the language model as megatron-core's checkpoint of a GPTModel."""
     from megatron_vita.convert.megatron import export_megatron
 
     export_megatron(source, destination)
@@ -129,7 +129,11 @@ def to_megatron(
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command and gives its exit code; a user's error is one line."""
+    """Run one command; print a user's error as one line.
+
+    Returns:
+        The exit code.
+    """
     return run_command(app, arguments, name="megatron_vita.convert")
 
 

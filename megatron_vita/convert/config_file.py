@@ -1,5 +1,8 @@
-"""Hugging Face's config files: read with errors that name file and field, and with a record of the
-fields that were read."""
+"""Reader of Hugging Face's JSON config files.
+
+Errors name the file and the field. Each Config records the fields that were read, so that a field
+that nobody has read can be refused.
+"""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -17,7 +20,7 @@ UNQUANTIZED = (
 
 
 class Config:
-    """A config, or a part of one, and where it comes from."""
+    """Fields of a config file, or of an object inside it, with the place they come from for errors."""
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.values = values
@@ -27,7 +30,11 @@ class Config:
 
     @classmethod
     def read(cls, folder: Path, name: str = CONFIG) -> "Config":
-        """The config of a folder; CheckpointError if there is none."""
+        """Read a config file of a folder.
+
+        Raises:
+            CheckpointError: the file is missing or no JSON object.
+        """
         path = folder / name
         try:
             values = json.loads(path.read_text())
@@ -43,14 +50,14 @@ class Config:
 
     @classmethod
     def read_if_present(cls, folder: Path, name: str) -> "Config":
-        """The config of a folder; one without fields where the folder has no file of this name."""
+        """Read a config file of a folder; a missing file gives a Config without fields."""
         path = folder / name
         if path.exists():
             return cls.read(folder, name)
         return cls({}, str(path))
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field; `default` where it is missing or null."""
+        """Return a field, or `default` where it is missing or null."""
         self._read.add(name)
         value = self.values.get(name)
         if value is None:
@@ -58,42 +65,43 @@ class Config:
         return value
 
     def need(self, name: str) -> Any:
-        """A field that must be there."""
+        """Return a field; CheckpointError if it is missing or null."""
         value = self.get(name)
         if value is None:
             raise CheckpointError(f"{self.where}: has no field {name}")
         return value
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`, which must be there unless it has a default."""
+        """Return an integer field of at least `least`; a field without a default is required."""
         value = self.need(name) if default is None else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(name, f"a whole number of at least {least} is needed")
         return value
 
     def number(self, name: str, default: float | None = None, *, least: float = 0.0) -> float:
-        """A number of at least `least`, which must be there unless it has a default."""
+        """Return a numeric field of at least `least`; a field without a default is required."""
         value = self.need(name) if default is None else self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
             raise self.wrong(name, f"a number of at least {least:g} is needed")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """A field that is true or false."""
+        """Return a boolean field."""
         value = self.get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "true or false is needed")
         return value
 
     def named(self, model_type: str) -> "Config":
-        """The same fields, of another model type; what is read of it counts as read here."""
+        """Return a view of this config with another `model_type`; fields read through it count as
+        read here."""
         view = Config(self.values | {"model_type": model_type}, self.where)
         view._read = self._read
         view._parts = self._parts
         return view
 
     def part(self, name: str) -> "Config":
-        """A field that holds fields."""
+        """Return a nested object as a Config of its own."""
         value = self.need(name)
         if not isinstance(value, dict):
             raise self.wrong(name, "an object of fields is needed")
@@ -102,7 +110,7 @@ class Config:
         return self._parts[name]
 
     def must_be(self, name: str, known: Sequence[Any], default: Any) -> Any:
-        """A field whose value must be one of `known`."""
+        """Return a field; CheckpointError if its value is not one of `known`."""
         value = self.get(name, default)
         if value not in known:
             supported = ", ".join(map(repr, known))
@@ -110,13 +118,15 @@ class Config:
         return value
 
     def refuse(self, names: Sequence[str], right: str) -> None:
-        """CheckpointError where a field is given that no model here can follow."""
+        """Raise CheckpointError if one of the fields is set: no model here implements it. `right`
+        says what to do."""
         for name in names:
             if self.get(name) is not None:
                 raise CheckpointError(f"{self.where}: {name} is given; {right}")
 
     def side(self, name: str, default: int) -> int:
-        """A number of pixels, given once, as [height, width] or by name, of a square."""
+        """Return the side of a square in pixels, given as a number, [height, width] or an object of
+        sides."""
         value = self.get(name, default)
         if isinstance(value, dict) and value.keys() <= {"height", "width", "shortest_edge"}:
             value = list(value.values())
@@ -129,25 +139,26 @@ class Config:
         return side
 
     def wrong(self, name: str, right: str) -> CheckpointError:
-        """The error that a field's value is, with what would be right."""
+        """Build the error for a field's value; `right` says what would be right."""
         return CheckpointError(f"{self.where}: {name} is {self.values.get(name)!r}: {right}")
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Names this file in errors of recipes that are made from it."""
+        """Prefix errors of recipe groups built inside with the name of this file."""
         try:
             yield
         except ConfigError as error:
             raise CheckpointError(f"{self.where}: {error}") from error
 
     def disregard(self, names: Collection[str]) -> None:
-        """Counts fields as read that are known to change nothing."""
+        """Mark fields as read that are known to have no effect."""
         self._read.update(names)
 
     def unread(self) -> Iterator[tuple[str, str, Any]]:
-        """Fields that say something and that nobody has read, parts included: place, name, value.
+        """Yield (file, name, value) of the fields that were never read, nested objects included.
 
-        Null and empty fields say nothing. Names that begin with an underscore are notes of the program that wrote the file.
+        Null and empty fields are left out, and so are names that begin with an underscore: the
+        program that wrote the file keeps notes in them.
         """
         for name, value in self.values.items():
             if name in self._parts:
@@ -156,8 +167,7 @@ class Config:
                 yield self.where, name, value
 
     def refuse_unread(self, ignored: Collection[str] = ()) -> None:
-        """CheckpointError, naming the first, for fields that nobody has read and that are not
-        `ignored`."""
+        """Raise CheckpointError for the first field that was never read and is not `ignored`."""
         for where, name, value in self.unread():
             if name not in ignored:
                 raise CheckpointError(
@@ -167,7 +177,7 @@ class Config:
 
 
 def updated(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `fields`; a field that is [side, side] in `base` stays a list."""
+    """Return `base` updated with `fields`; a field given as [side, side] in `base` stays a list."""
     return base | {
         n: [v, v] if isinstance(base.get(n), list) and isinstance(v, int) else v
         for n, v in fields.items()

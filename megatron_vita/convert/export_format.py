@@ -1,4 +1,4 @@
-"""Which format a checkpoint goes out in, and what its config says."""
+"""Choice of the folder format of an export, and the fields of its config.json."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,8 @@ from megatron_vita.errors import CheckpointError
 
 
 def kept_folders(checkpoint: Path, *, tokenizer: str) -> list[Path]:
-    """Folders of sidecar_files, each named by its format: those that a checkpoint brought along, else
-    those of the converted checkpoint in which the tokenizer of its run lies."""
+    """Folders of sidecar files, each named after its format: those inside the checkpoint, or else
+    those of the converted checkpoint that holds the tokenizer of the run."""
     own = sorted(folder for folder in (checkpoint / FOLDER).glob("*") if folder.is_dir())
     origin = Path(tokenizer).parent
     if own or origin.name != FOLDER:
@@ -35,10 +35,13 @@ def kept_folders(checkpoint: Path, *, tokenizer: str) -> list[Path]:
 def choose_format(
     kept: list[Path], model: ModelConfig, *, folder_format: str, like: Path | None
 ) -> tuple[FolderFormat, Path | None]:
-    """The named format, that of `like`, that of the only one of `kept` folders, or that of the
-    model's parts; and the folder whose config and sidecar_files are taken over, if there is one.
+    """Choose the format to write, and the folder whose config and sidecar files are reused, if any.
 
-    CheckpointError for one that does not fit the model.
+    The format is the named one, or that of the folder `like`, or that of the only folder in `kept`,
+    or the default for the model's parts, in this order.
+
+    Raises:
+        CheckpointError: the format does not fit the model.
     """
     if like is not None:
         found = format_of(Config.read(like))
@@ -58,7 +61,7 @@ def choose_format(
 
 
 def _fits(folder_format: FolderFormat, model: ModelConfig) -> bool:
-    """Whether a format has a place for all parts of the model."""
+    """Tell whether a format holds exactly the parts of the model."""
     return folder_format.parts == (CAUSAL.parts if model.text_only else ALL_PARTS)
 
 
@@ -81,9 +84,10 @@ def config_fields(
     base: dict[str, Any],
     transfers: list[Transfer],
 ) -> dict[str, Any]:
-    """The config of a folder: `base` itself if it says what the model is, else one that does.
+    """Fields of config.json: `base` unchanged if it describes the model, otherwise an updated one.
 
-    CheckpointError, naming the field, if the format has no way to say it.
+    Raises:
+        CheckpointError: the format cannot express the model; the message names the field.
     """
     names = {name for transfer in transfers for name in transfer.rule.theirs}
 
@@ -108,8 +112,8 @@ def config_fields(
 
 
 def _difference(folder_format: FolderFormat, one: ModelConfig, other: ModelConfig) -> str | None:
-    """The first field in which two models differ, in the parts of a format; first weights do not
-    count."""
+    """First field in which two models differ, among the parts of a format. Initialization is not
+    compared."""
     for part in (part.removesuffix("_model") for part in folder_format.parts):
         mine = asdict(getattr(other, part))
         for name, value in asdict(getattr(one, part)).items():

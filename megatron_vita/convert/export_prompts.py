@@ -1,5 +1,5 @@
-"""What an exported folder says of prompts, pixels and answers, so that transformers asks as the
-recipe does: tokenizer, chat template, processors, generation defaults."""
+"""Tokenizer, chat template, processor files and generation defaults of an exported folder, so that
+transformers builds the same prompts and pixels as the recipe."""
 
 import json
 import logging
@@ -36,10 +36,13 @@ logger = logging.getLogger(__name__)
 def complete_folder(
     folder: Path, *, folder_format: FolderFormat, recipe: Recipe, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """Add to a folder of sidecar_files what the recipe knows beyond them; gives fields that its
-    `config` lacks.
+    """Add to a folder of sidecar files what only the recipe knows.
 
-    CheckpointError where transformers would give special tokens other ids than those trained.
+    Returns:
+        Fields that are missing in its `config`.
+
+    Raises:
+        CheckpointError: transformers would give special tokens other ids than the trained ones.
     """
     fields = _media_fields(folder_format, recipe, config)
     if folder_format is INTERNVL_HF:
@@ -67,7 +70,8 @@ def complete_folder(
 def _media_fields(
     folder_format: FolderFormat, recipe: Recipe, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """What OpenGVLab's own format says of tiles and prompts in config.json, unless it does so."""
+    """Fields for tiling and prompts in config.json of `internvl-chat`, unless `config` has them
+    already."""
     if folder_format is not INTERNVL_CHAT:
         return {}
     media = recipe.media
@@ -90,7 +94,7 @@ def _media_fields(
 def _complete_tokenizer(
     folder: Path, tokenizer: Tokenizer, *, folder_format: FolderFormat, recipe: Recipe
 ) -> None:
-    """Its special tokens, the names that a processor asks for, and the chat template."""
+    """Write special tokens, the token names that a processor looks up, and the chat template."""
     named = folder_format is INTERNVL_HF and not NAMES.keys() <= tokenizer.named_tokens.keys()
     if tokenizer.appended or named:
         append_tokens(folder, tokenizer, names=NAMES if named else {})
@@ -104,7 +108,7 @@ def _complete_tokenizer(
 
 
 def _chatml(recipe: Recipe) -> str:
-    """ChatML in Jinja, with the default system turn of the recipe."""
+    """ChatML template in Jinja, with the default system turn of the recipe."""
     if not recipe.text.system:
         return _CHATML
     system = json.dumps(recipe.text.system, ensure_ascii=False)
@@ -113,7 +117,7 @@ def _chatml(recipe: Recipe) -> str:
 
 
 def _write_template(folder: Path, template: str) -> None:
-    """In place of every one that the folder has."""
+    """Write the chat template and remove every other one of the folder."""
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(template)
     path = folder / "tokenizer_config.json"
@@ -124,7 +128,7 @@ def _write_template(folder: Path, template: str) -> None:
 
 
 def _complete_generation(folder: Path, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Where answers end, and how they are drawn, unless the folder says so already."""
+    """Write end tokens and sampling defaults, unless generation_config.json has the same already."""
     path = folder / GENERATION
     before = json.loads(path.read_text()) if path.exists() else {}
     if before and read_generation(folder) == recipe.generation:
@@ -134,7 +138,7 @@ def _complete_generation(folder: Path, tokenizer: Tokenizer, recipe: Recipe) -> 
 
 
 def _drawing(generation: GenerationConfig) -> dict[str, Any]:
-    """The fields of transformers."""
+    """Sampling defaults as fields of generation_config.json."""
     drawn = {
         name: getattr(generation, name)
         for name in ("temperature", "top_k", "top_p")

@@ -1,4 +1,4 @@
-"""From a distributed checkpoint to a Hugging Face folder."""
+"""Export of a distributed checkpoint to a Hugging Face folder."""
 
 import json
 from collections.abc import Mapping
@@ -31,19 +31,23 @@ LARGEST_FILE = 5 << 30  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
-    """All that is to be done, checked."""
+    """A checked export: everything is known but the values of tensors."""
 
     recipe: Recipe
     folder_format: FolderFormat
-    like: Path | None  # a folder whose config and sidecar_files are taken over
-    kept: list[Path]  # folders of sidecar_files of its parts
+    like: Path | None  # a folder whose config and sidecar files are taken over
+    kept: list[Path]  # folders of sidecar files of its parts
     config: dict[str, Any]
     source: DistSource
     transfers: list[Transfer]
 
 
 def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> ExportPlan:
-    """What is to be written where; see `choose_format` for the format."""
+    """Plan an export without reading tensors; `choose_format` describes the choice of the format.
+
+    Raises:
+        CheckpointError: the checkpoint or the format does not fit the model.
+    """
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     kept = kept_folders(checkpoint, tokenizer=recipe.text.tokenizer)
@@ -73,8 +77,11 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
 def export_checkpoint(
     checkpoint: Path, destination: Path, *, folder_format: str = "", like: Path | None = None
 ) -> ExportPlan:
-    """Writes the Hugging Face folder `destination`. CheckpointError, with nothing written, for what
-    is wrong."""
+    """Write the Hugging Face folder `destination`, completely or not at all.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be exported to this format.
+    """
     plan = plan_export(checkpoint, folder_format=folder_format, like=like)
     with new_folder(destination) as folder:
         _write_sidecar_files(plan, folder)
@@ -88,8 +95,8 @@ def export_checkpoint(
 
 
 def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
-    """Those of the folder that is taken over; else what is known of the parts, the language model's
-    last."""
+    """Copy the sidecar files of the reused folder, or else those known for the parts. The language
+    model's are copied last: its tokenizer must win."""
     if plan.like is not None:
         sidecar_files.copy_sidecar_files(plan.like, folder)
         return
@@ -110,7 +117,7 @@ def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
 
 
 def _passthrough(plan: ExportPlan) -> SafetensorsSource | None:
-    """Tensors that came along with the origin."""
+    """Tensors of the original folder that the model does not use."""
     folder = plan.like / sidecar_files.PASSTHROUGH if plan.like is not None else None
     if folder is not None and folder.exists():
         return SafetensorsSource(folder)
@@ -145,7 +152,7 @@ def _write_tensors(plan: ExportPlan, folder: Path) -> None:
 
 
 def read_ours(source: DistSource, transfer: Transfer, rows: Rows = None) -> Tensor:
-    """A tensor of ours or some of its rows, without those that pad the vocabulary."""
+    """Read a tensor of the checkpoint, or some rows of it, without padding of the vocabulary."""
     if rows is not None:
         return source.read(transfer.location, rows)
     tensor = source.read(transfer.location)

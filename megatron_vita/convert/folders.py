@@ -1,4 +1,4 @@
-"""Folders that are complete or not there at all."""
+"""Output folders that appear complete or not at all."""
 
 import os
 import shutil
@@ -11,11 +11,12 @@ from megatron_vita.errors import CheckpointError
 
 @contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `destination` when all went well, and is removed
-    when not.
+    """Yield a temporary folder that is renamed to `destination` on success and removed on failure.
 
-    CheckpointError if there is something of that name. A kill leaves a hidden folder, which the
-    next try removes.
+    A killed process leaves a hidden folder, which the next attempt removes.
+
+    Raises:
+        CheckpointError: `destination` exists and is not an empty folder, or cannot be written.
     """
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists and is not an empty folder; name a new one")

@@ -1,4 +1,4 @@
-"""From Hugging Face folders to a distributed checkpoint."""
+"""Import of Hugging Face folders and GGUF files into a distributed checkpoint."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ImportPlan:
-    """All that is to be done, checked."""
+    """A checked import: everything is known but the values of tensors."""
 
     recipe: Recipe
     sources: list[OpenedSource]
@@ -34,20 +34,23 @@ class ImportPlan:
 
     @property
     def language(self) -> OpenedSource:
-        """The source of the language model."""
+        """Source of the language model."""
         return _source_of("language_model", self.sources)
 
     def write_language_sidecar_files(self, folder: Path) -> None:
-        """Writes the sidecar_files of the language model, its tokenizer with the special tokens that
-        prompts need."""
+        """Write the language model's sidecar files, with the special tokens that prompts need in
+        its tokenizer."""
         self.language.write_sidecar_files(folder)
         assert self.prompts.tokenizer is not None
         append_tokens(folder, self.prompts.tokenizer, names={})
 
 
 def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
-    """Put parts together; a projector that no source has is fresh. CheckpointError for missing or
-    doubled ones."""
+    """Combine sources to one model; a projector that no source has is initialized.
+
+    Raises:
+        CheckpointError: a part is missing or given twice, or a tensor does not fit.
+    """
     model, fresh = _combine(sources, projector)
     language = _source_of("language_model", sources)
     prompts = _prompts_of(language, model)
@@ -73,7 +76,7 @@ def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
 
 
 def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, bool]:
-    """The whole model, and whether its projector is fresh."""
+    """Combine the parts to a model; the flag tells that its projector must be initialized."""
     owner: dict[str, OpenedSource] = {}
     for source in sources:
         for part in source.folder_format.parts:
@@ -102,7 +105,8 @@ def _source_of(part: str, sources: list[OpenedSource]) -> OpenedSource:
 
 
 def _prompts_of(language: OpenedSource, model: ModelConfig) -> Prompts:
-    """How the model is asked; one that is put together has the placeholders of its projector."""
+    """Prompt format of the model. A language model combined with a tower gets the placeholders that
+    go with its projector."""
     alone = language.folder_format.parts == CAUSAL.parts
     prompts = read_prompts(
         language.folder_format,
@@ -116,7 +120,7 @@ def _prompts_of(language: OpenedSource, model: ModelConfig) -> Prompts:
 
 
 def _with_rows(model: ModelConfig, prompts: Prompts, language: OpenedSource) -> ModelConfig:
-    """The model with a row of the word embedding for each entry of the tokenizer."""
+    """Grow the word embedding to a row for every entry of the tokenizer."""
     rows = model.language.vocab_size
     if prompts.entries <= rows:
         return model
@@ -132,8 +136,7 @@ def _with_rows(model: ModelConfig, prompts: Prompts, language: OpenedSource) -> 
 
 
 def _grow(rule: Rule, source: OpenedSource, model: ModelConfig) -> Rule:
-    """The rule with rows added to the vocabulary, where the whole model has more than the
-    source."""
+    """Let a rule add rows to the vocabulary where the model has more than the source."""
     rows = model.language.vocab_size
     if (
         "language_model" not in source.folder_format.parts
@@ -148,8 +151,8 @@ def _grow(rule: Rule, source: OpenedSource, model: ModelConfig) -> Rule:
 
 
 def _recipe_of(model: ModelConfig, sources: list[OpenedSource], prompts: Prompts) -> Recipe:
-    """What the sources say beside their tensors; the length is that which prompts are cut at where
-    nobody says otherwise."""
+    """Recipe of the sources' settings. Its sequence length is the model's context: prompts are
+    limited to it where nothing else sets a limit."""
     language = _source_of("language_model", sources)
     data = DataConfig()
     longest = language.longest // data.document_alignment * data.document_alignment
@@ -163,7 +166,7 @@ def _recipe_of(model: ModelConfig, sources: list[OpenedSource], prompts: Prompts
 
 
 def _media_of(sources: list[OpenedSource]) -> MediaConfig:
-    """That of a whole model, or the normalisation of a tower that is put into a new one."""
+    """Media settings of a whole model; of a tower alone, its normalization."""
     tower = next(
         (source for source in sources if "vision_model" in source.folder_format.parts), None
     )
@@ -178,7 +181,7 @@ def _media_of(sources: list[OpenedSource]) -> MediaConfig:
 def assert_complete(
     transfers: list[tuple[Transfer, TensorSource]], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """The transfers make up the model, nothing missing and nothing twice."""
+    """Assert that the transfers cover the model exactly once."""
     given: dict[str, int] = {}
     for transfer, _ in transfers:
         given[transfer.location.key] = (
@@ -195,9 +198,12 @@ def import_weights(
     """Write the checkpoint `destination` from folders or GGUF files that hold the parts of one
     model.
 
-    projector: the kind of a projector that none of them has. ignored: names of config fields that
-    are not known, and that change nothing. CheckpointError, with nothing written, for what is
-    wrong.
+    Args:
+        projector: kind of the projector to initialize if no source has one.
+        ignored: names of unknown config fields that have no effect.
+
+    Raises:
+        CheckpointError: a source cannot be imported; nothing is written.
     """
     opened = [open_source(path, ignored=ignored) for path in paths]
     plan = plan_import(opened, projector=projector)

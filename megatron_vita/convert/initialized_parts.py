@@ -1,4 +1,5 @@
-"""What a model put together from parts needs beyond them: a projector, and rows for new tokens."""
+"""Parts that a model combined from several sources needs beyond them: a projector, and rows for new
+tokens."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ SEED = 0
 
 
 class InitializedProjector:
-    """A projector with first weights, as a source of tensors under our names."""
+    """A randomly initialized projector, as a tensor source under our names."""
 
     def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
         projector = Projector(model)
@@ -40,16 +41,16 @@ class InitializedProjector:
 
 @dataclass(frozen=True)
 class ResizeVocab(Reshape):
-    """A matrix with rows added for new tokens, each the mean of those that are given."""
+    """Matrix with rows appended for new tokens, each the mean of the given rows."""
 
     rows: int
     given: int
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """[given, H] -> [rows, H]."""
+        """Append rows: [given, H] to [rows, H]."""
         mean = parts[0].float().mean(0, keepdim=True).to(parts[0].dtype)
         return torch.cat([parts[0], mean.expand(self.rows - self.given, -1)])
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """[rows, H] -> [given, H]."""
+        """Drop the appended rows: [rows, H] to [given, H]."""
         return [whole[: self.given]]

@@ -1,4 +1,4 @@
-"""From Megatron checkpoints to ours, and megatron-core's own of a GPTModel from ours."""
+"""Import of Megatron checkpoints, and export of the language model as megatron-core's GPTModel."""
 
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,16 @@ from megatron_vita.errors import CheckpointError
 def import_megatron(
     source: Path, destination: Path, *, recipe: Recipe, tokenizer: Path | None
 ) -> None:
-    """Writes the checkpoint `destination` from a Megatron one of the shapes that `recipe` gives.
+    """Write the checkpoint `destination` from a Megatron checkpoint.
 
-    source: a folder of iterations or one of ranks (Long-VITA's, or a GPTModel's where
-    `model.text_only`), or megatron-core's `torch_dist` of a GPTModel. CheckpointError, with nothing
-    written, for what does not fit.
+    Args:
+        source: a folder of iterations or of ranks (Long-VITA's, or a GPTModel's if
+            `model.text_only`), or megatron-core's `torch_dist` of a GPTModel.
+        recipe: the shapes of the model.
+        tokenizer: Hugging Face folder whose files are copied along.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the recipe; nothing is written.
     """
     if not source.is_dir():
         raise CheckpointError(f"{source}: is no folder")
@@ -59,7 +64,7 @@ def import_megatron(
 
 
 def export_megatron(checkpoint: Path, destination: Path) -> None:
-    """Writes the language model of a checkpoint as megatron-core's `torch_dist` of a GPTModel, for
+    """Write the language model of a checkpoint as megatron-core's `torch_dist` of a GPTModel, for
     any TP and PP."""
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])

@@ -1,4 +1,4 @@
-"""How far a conversion is: bytes, rate and time left."""
+"""Progress of a conversion: bytes, rate and remaining time."""
 
 from typing import TextIO
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on the terminal."""
+    """Progress bar on the terminal."""
 
     def __init__(self, title: str, *, nbytes: int, stream: TextIO | None = None) -> None:
         self._bar = tqdm(
@@ -20,11 +20,11 @@ class Progress:
         )
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes more are done."""
+        """Count `nbytes` more bytes as done."""
         self._bar.update(nbytes)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """End the bar and leave it on the terminal."""
         self._bar.close()
 
     def __enter__(self) -> "Progress":

@@ -1,4 +1,4 @@
-"""What a folder says of its prompts, and the special tokens that its tokenizer lacks for them."""
+"""Prompt format of a folder, and the special tokens that its tokenizer lacks for it."""
 
 import dataclasses
 import tempfile
@@ -31,21 +31,21 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """How a model is asked; without a tokenizer nothing is known of it."""
+    """Prompt format and tokenizer of a model; the defaults stand for a folder without a tokenizer."""
 
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     tokenizer: Tokenizer | None = None
 
     @property
     def entries(self) -> int:
-        """Rows that the word embedding must have at least."""
+        """Number of rows that the word embedding needs at least."""
         if self.tokenizer is None:
             return 0
         return self.tokenizer.vocab_size
 
     @property
     def appended(self) -> Sequence[str]:
-        """Special tokens that the folder's own tokenizer lacks, in the order of their ids."""
+        """Special tokens missing in the folder's own tokenizer, in the order of their ids."""
         if self.tokenizer is None:
             return ()
         return self.tokenizer.appended
@@ -58,11 +58,14 @@ def read_prompts(
     write_sidecar_files: Callable[[Path], None],
     with_media: str,
 ) -> Prompts:
-    """What a source says of prompts.
+    """Read the prompt format of a source.
 
-    write_sidecar_files: writes its files into a folder. with_media: the media format of a model that
-    is put together from it; "" where it stays a language model. CheckpointError, naming the field,
-    for a form of prompts that is not known.
+    Args:
+        write_sidecar_files: writes the source's files into a folder.
+        with_media: media format for a language model that gets a vision tower; otherwise "".
+
+    Raises:
+        CheckpointError: the prompt format is unknown; the message names the field.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -93,7 +96,8 @@ def _text_of(folder_format: FolderFormat, config: Config, folder: Path) -> TextC
 
 
 def check_image_token(config: Config, tokenizer: Tokenizer) -> None:
-    """CheckpointError unless image_token_id of transformers' InternVL is the tokenizer's."""
+    """Raise CheckpointError unless `image_token_id` in an `internvl-hf` config is the tokenizer's
+    id."""
     said = config.get("image_token_id")
     found = tokenizer.special_id(CONTEXT)
     if said is not None and said != found:
@@ -101,10 +105,13 @@ def check_image_token(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def append_tokens(folder: Path, tokenizer: Tokenizer, *, names: dict[str, str]) -> None:
-    """Write the special tokens that `tokenizer` appends into the tokenizer files of a folder, and
-    what transformers' processors call some of them.
+    """Write the special tokens that `tokenizer` appends into a folder's tokenizer files.
 
-    CheckpointError if transformers would give them other ids.
+    Args:
+        names: special tokens by the names under which transformers' processors look them up.
+
+    Raises:
+        CheckpointError: transformers would give the tokens other ids.
     """
     from transformers import AddedToken, AutoTokenizer
 

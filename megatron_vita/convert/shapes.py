@@ -1,5 +1,4 @@
-"""The tensors that a model has in checkpoints, from the model itself, built without memory for
-weights."""
+"""Shapes of a model's tensors in checkpoints, from the model itself, built on the meta device."""
 
 import torch
 
@@ -12,8 +11,8 @@ from megatron_vita.parallel.sharded_state import sharded_tensors
 
 
 def stored_shapes(model: ModelConfig, *, parts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes by key in a distributed checkpoint, the decoder's layers stacked, of the given parts
-    of a model."""
+    """Shapes by key in a distributed checkpoint, with the decoder's layers stacked, of the given
+    parts of a model."""
     platform.initialize_process()
     recipe = Recipe(model=model)
     groups.initialize_groups(recipe.parallel)

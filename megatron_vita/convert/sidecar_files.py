@@ -1,11 +1,11 @@
-"""Files that travel with weights: tokenizer, chat template, generation and processor configs, code,
-licence."""
+"""Files that accompany the weights: tokenizer, chat template, generation and processor configs,
+code, licence."""
 
 import shutil
 from pathlib import Path
 
 FOLDER = "hugging_face"  # in a checkpoint
-PASSTHROUGH = "spare"  # in a folder of sidecar_files: tensors that the model has no use for
+PASSTHROUGH = "spare"  # in a folder of sidecar files: tensors that the model has no use for
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -20,7 +20,7 @@ _WEIGHTS = (
 
 
 def copy_sidecar_files(source: Path, destination: Path) -> None:
-    """Copies the files of a folder that are no weights, into a folder that is made."""
+    """Copy all files of a folder but weights into `destination`, which is created."""
     destination.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS):
@@ -28,7 +28,7 @@ def copy_sidecar_files(source: Path, destination: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer that transformers reads."""
+    """Tell whether a folder holds a tokenizer that transformers can load."""
     return any(
         (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     )

@@ -1,4 +1,4 @@
-"""What weights can come from: a Hugging Face folder or a GGUF file."""
+"""Sources of an import: a Hugging Face folder or a GGUF file."""
 
 import json
 from collections.abc import Collection
@@ -27,7 +27,7 @@ _HEADS = {  # output layers, and the embeddings that they may be tied to
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedSource:
-    """A source whose config and tensors are known, and not yet read."""
+    """A source with its config and tensor headers, before any tensor is read."""
 
     path: Path
     folder_format: FolderFormat
@@ -42,12 +42,12 @@ class OpenedSource:
     longest: int = 0  # tokens that it was trained at; 0 where nothing says so
 
     def passthrough(self) -> dict[str, TensorInfo]:
-        """Tensors that the model has no use for, and that travel along."""
+        """Tensors that the model does not use and that are copied along."""
         aside = (*self.folder_format.passthrough, *self.repeated)
         return {name: info for name, info in self.tensors.infos.items() if name.startswith(aside)}
 
     def wanted(self) -> dict[str, TensorInfo]:
-        """Tensors that must be the model's."""
+        """Tensors that the mapping must use."""
         aside = (*self.folder_format.passthrough, *self.folder_format.ignored, *self.repeated)
         needed = {name for rule in self.folder_format.table(self.model) for name in rule.theirs}
         infos = self.tensors.infos
@@ -58,7 +58,7 @@ class OpenedSource:
         }
 
     def write_sidecar_files(self, folder: Path) -> None:
-        """Writes what travels with the weights, the config included."""
+        """Write the files that accompany the weights, including the config."""
         if passthrough := self.passthrough():
             (folder / PASSTHROUGH).mkdir(parents=True)
             writer = SafetensorsWriter(
@@ -79,8 +79,12 @@ class OpenedSource:
 
 
 def open_source(path: Path, *, ignored: Collection[str] = ()) -> OpenedSource:
-    """Reads configs and headers. CheckpointError, naming file and field or tensor, if anything is
-    wrong with them, or if a field is neither used nor known to have no effect nor `ignored`."""
+    """Read a source's configs and tensor headers.
+
+    Raises:
+        CheckpointError: something in them is wrong, or a config field is neither used, nor known to
+            have no effect, nor `ignored`. The message names file and field or tensor.
+    """
     if path.suffix == GGUF:
         from megatron_vita.convert.formats.gguf_reader import GgufSource
 
@@ -106,7 +110,7 @@ def open_source(path: Path, *, ignored: Collection[str] = ()) -> OpenedSource:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """transformers would put the adapter on top of the weights that it names."""
+    """Refuse a folder with a low-rank adapter, which transformers would apply to the weights."""
     if (folder / ADAPTER).exists():
         raise CheckpointError(
             f"{folder / ADAPTER}: the folder is an adapter of a model: merge it into that model "
@@ -115,7 +119,8 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _media_of(opened: OpenedSource, ignored: Collection[str]) -> MediaConfig:
-    """What the folder says of pixels; Long-VITA's own says nothing, and is as our defaults."""
+    """Media settings of a folder. Long-VITA's own folders have none: its preprocessing is our
+    default."""
     if "vision_model" not in opened.folder_format.parts or opened.folder_format is LONG_VITA:
         return MediaConfig()
     processors = Processors.read(opened.path)
@@ -130,7 +135,7 @@ def _media_of(opened: OpenedSource, ignored: Collection[str]) -> MediaConfig:
 
 
 def _language_config(config: Config) -> Config:
-    """The part that describes the language model, or the whole."""
+    """Config of the language model: a nested one, or the whole."""
     parts = [name for name in ("text_config", "llm_config") if config.get(name)]
     if parts:
         return config.part(parts[0])

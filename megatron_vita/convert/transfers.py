@@ -1,5 +1,4 @@
-"""Which tensors of theirs make up which of ours, checked by shape and type before any of them is
-read."""
+"""Assignment of a source's tensors to ours, checked by shape and type before any tensor is read."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ _BUFFERS = (".rotary_emb.inv_freq", ".position_ids")
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """One tensor of ours, or one layer of it, and its rule."""
+    """One of our tensors, or one layer of it, and the rule that maps theirs to it."""
 
     rule: Rule
     location: TensorLocation
@@ -29,20 +28,21 @@ class Transfer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of this tensor, without the axis of layers."""
+        """Shape without the axis of layers."""
         if self.location.layer is None:
             return self.whole
         return self.whole[1:]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this tensor's values."""
+        """Size of the values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def portions(self) -> Iterator[tuple[tuple[str, ...], Rows]]:
-        """Names of theirs that are moved together, and their rows of ours; None: all.
+        """Yield the names of theirs that are moved together, with their rows of our tensor (None:
+        all).
 
-        Where theirs only follow one another, each is moved alone, and nothing is copied.
+        Concatenated tensors are moved one by one, which saves a copy of the whole.
         """
         names = self.rule.theirs
         if not isinstance(self.rule.reshape, Concat):
@@ -52,15 +52,15 @@ class Transfer:
         yield from (((name,), (i * rows, (i + 1) * rows)) for i, name in enumerate(names))
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Ours from theirs."""
+        """Convert theirs to ours."""
         return self.rule.reshape.join([read(name) for name in self.rule.theirs])
 
     def split(self, ours: Tensor) -> dict[str, Tensor]:
-        """Theirs, by name, from ours."""
+        """Convert ours to theirs, by name."""
         return dict(zip(self.rule.theirs, self.rule.reshape.split(ours), strict=True))
 
     def their_infos(self, file: Path) -> dict[str, TensorInfo]:
-        """What theirs look like, by name, where they are to be in `file`."""
+        """Type and shape of their tensors by name, as they will be in `file`."""
         parts = self.split(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return {
             name: TensorInfo(file=file, dtype=self.dtype, shape=tuple(t.shape))
@@ -71,8 +71,12 @@ class Transfer:
 def import_transfers(
     rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
 ) -> list[Transfer]:
-    """The transfers of one folder. CheckpointError, naming tensor and file, for the first that is
-    missing, extra, misshaped or of a wrong type."""
+    """Transfers from one source.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, or of a wrong shape or type; the message
+            names tensor and file.
+    """
     transfers = []
     for rule in rules:
         for name in rule.theirs:
@@ -116,7 +120,7 @@ def _check_theirs(transfer: Transfer, infos: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) -> None:
-    """Layers that are stacked are of one type."""
+    """Check that all layers stacked under one key have one type."""
     first: dict[str, Transfer] = {}
     for transfer in transfers:
         other = first.setdefault(transfer.location.key, transfer)
@@ -132,8 +136,11 @@ def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) ->
 def export_transfers(
     rules: Iterable[Rule], *, infos: Mapping[str, TensorInfo], shapes: Shapes, source: Path
 ) -> list[Transfer]:
-    """The transfers out of a distributed checkpoint. CheckpointError, naming the tensor, for what
-    it does not hold."""
+    """Transfers out of a distributed checkpoint.
+
+    Raises:
+        CheckpointError: a tensor is missing or misshaped; the message names it.
+    """
     transfers = []
     for rule in rules:
         location = location_of(rule.ours)
@@ -152,7 +159,7 @@ def export_transfers(
 
 
 def _is_padded(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether a vocabulary has rows of padding, which its writer's layout asked for."""
+    """Tell whether a vocabulary matrix has extra rows, as tensor parallelism may require."""
     return (
         key.endswith(("word_embeddings.weight", "output_layer.weight"))
         and found[1:] == expected[1:]

@@ -1,5 +1,5 @@
-"""Whether a conversion is right: every tensor both ways, bit by bit, and one forward pass where it
-fits."""
+"""Verification of a conversion: every tensor in both directions, bit by bit, and the logits of a
+forward pass if memory allows."""
 
 import logging
 from pathlib import Path
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: Path) -> None:
-    """CheckpointError, naming the tensor, unless theirs make up ours and ours come apart into
-    theirs."""
+    """Raise CheckpointError unless joining theirs gives ours and splitting ours gives theirs, bit
+    by bit."""
     source = DistSource(checkpoint)
     with Progress(
         "comparing", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
@@ -53,11 +53,14 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
 
 
 def compare_logits(checkpoint: Path, folder: Path | None) -> str:
-    """Runs one forward pass of the checkpoint's language model and, where it can load `folder`, of
-    transformers.
+    """Run a forward pass of the checkpoint's language model, and of transformers if it can load
+    `folder`.
 
-    Says in a sentence what was seen. CheckpointError if logits are no numbers, or not those of
-    transformers.
+    Returns:
+        A sentence that tells the result.
+
+    Raises:
+        CheckpointError: logits are not finite, or differ from those of transformers.
     """
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     needed = model_parameters(recipe.model) * 4 * (1 if folder is None else 2)
@@ -85,7 +88,7 @@ def compare_logits(checkpoint: Path, folder: Path | None) -> str:
 
 @torch.no_grad()
 def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
-    """fp32 logits [t, V] of a text."""
+    """Logits [t, V] of a text in fp32."""
     platform.initialize_process()
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     recipe.parallel = ParallelConfig()
@@ -113,7 +116,8 @@ def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
-    """The same by transformers; None for what it cannot load without running code of the folder."""
+    """Logits [t, V] of transformers; None for a model that it cannot load without running the
+    folder's code."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

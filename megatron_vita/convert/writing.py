@@ -1,5 +1,4 @@
-"""A checkpoint from tensors that are to be moved: weights, sidecar_files, manifest, and a recipe to
-build on."""
+"""Writer of a converted checkpoint: weights, sidecar files, manifest, and a recipe to build on."""
 
 import dataclasses
 import json
@@ -30,10 +29,12 @@ def write_checkpoint(
     sidecar_files: Mapping[str, Callable[[Path], None]],
     tokenizer: str,
 ) -> None:
-    """Writes a checkpoint, whole or not at all.
+    """Write a checkpoint, completely or not at all.
 
-    sidecar_files: what writes the files that travel along, by the name of their folder; `tokenizer`
-    names that which has the tokenizer. recipe: what is known of the model, whose tokenizer is set.
+    Args:
+        recipe: the settings that the sources give; its tokenizer path is set here.
+        sidecar_files: functions that write the accompanying files, by the name of their folder.
+        tokenizer: the name of the folder with the tokenizer.
     """
     with new_folder(destination) as folder:
         with Progress(
@@ -52,8 +53,7 @@ def write_checkpoint(
 def _chunks(
     transfers: list[tuple[Transfer, TensorSource]], progress: Progress
 ) -> list[TensorChunk]:
-    """What is to be written: a tensor of ours, or part of one where theirs only follow one
-    another."""
+    """Chunks to write: whole tensors or layers, or parts of them where theirs are concatenated."""
     return [
         _chunk(transfer, source, names=names, rows=rows, progress=progress)
         for transfer, source in transfers
@@ -99,7 +99,7 @@ def _manifest(recipe: Recipe) -> dict[str, Any]:
 
 
 def _as_yaml(recipe: Recipe, destination: Path) -> str:
-    """The groups of a recipe that a stage which starts from these weights takes as its base."""
+    """Recipe groups that a training stage starting from these weights can use as its base."""
     groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
     if recipe.text.tokenizer:
         groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
@@ -113,6 +113,6 @@ def _as_yaml(recipe: Recipe, destination: Path) -> str:
 
 
 def _stated(group: Any) -> dict[str, Any]:
-    """The fields of a group that are not as in a recipe that says nothing of them."""
+    """Fields of a group that differ from their defaults."""
     usual = dataclasses.asdict(type(group)())
     return {n: v for n, v in dataclasses.asdict(group).items() if v != usual[n]}

@@ -1,1 +1,1 @@
-"""One module per kind of published folder: its configuration and names of tensors."""
+"""Model families: mapping of config fields and tensor names, and the formats of their folders."""

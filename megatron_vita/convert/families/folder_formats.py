@@ -1,5 +1,5 @@
-"""Layouts of Hugging Face folders: which parts of the model they hold, and by which names and
-fields."""
+"""Formats of Hugging Face folders: the parts of the model that they hold, and their config fields
+and tensor names."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ PREFIXED = "-prefixed"  # names of formats whose names of tensors begin with `vi
 
 @dataclass(frozen=True, kw_only=True)
 class FolderFormat:
-    """One kind of folder. Parts are named as the model names them."""
+    """One kind of Hugging Face folder. Parts have the names of the model's modules."""
 
     name: str
     parts: tuple[str, ...]
@@ -45,8 +45,11 @@ class FolderFormat:
 
 
 def _tied(config: Config, tensors: Collection[str], head: str, *, default: bool = False) -> bool:
-    """A head in the file is used, as transformers does, whatever the config says; `default` is said
-    where no part of it says anything."""
+    """Tell whether the output layer shares the word embedding.
+
+    A head among the tensors is used whatever the config says, as in transformers. `default` holds
+    where neither the config nor a nested config says anything.
+    """
     parts = [config.get(name) or {} for name in ("text_config", "llm_config")]
     flags = [fields.get("tie_word_embeddings") for fields in (config.values, *parts)]
     config.flag("tie_word_embeddings", default)
@@ -87,7 +90,7 @@ def _read_hf(config: Config, tensors: Collection[str]) -> ModelConfig:
 
 
 def _whole(config: Config, language: str, *, tied: bool) -> ModelConfig:
-    """The parts of an InternVL; `language` names the field of its language model."""
+    """All parts of an InternVL; `language` is the field with the config of its language model."""
     config.disregard(idle_fields.COMMON)
     config.refuse(QUANTIZED, UNQUANTIZED)
     return ModelConfig(
@@ -134,7 +137,7 @@ def _whole_table(
 
 
 def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
-    """Long-VITA's config is Qwen2's with a `visual` that describes the tower."""
+    """Read Long-VITA's config: that of Qwen2 with a field `visual` for the vision tower."""
     language = config.named("qwen2")
     return ModelConfig(
         vision=read_internvit(config.part("visual")),
@@ -212,8 +215,8 @@ def _clip_table(prefix: str) -> Callable[[ModelConfig], list[Rule]]:
 
 
 def _clip_formats(kind: str) -> Iterator[FolderFormat]:
-    """CLIP or SigLIP, with names as transformers 5 writes them alone, and as version 4 and whole
-    models have them."""
+    """Formats of CLIP or SigLIP: tensor names as transformers 5 writes a tower alone, and with the
+    prefix that version 4 and whole models have."""
     siglip = kind == "siglip"
     read = read_siglip if siglip else read_clip
     for name, prefix in ((kind, ""), (kind + PREFIXED, "vision_model.")):
@@ -269,8 +272,11 @@ _BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
 
 
 def format_of(config: Config, tensors: Collection[str] = ()) -> FolderFormat:
-    """The format of a folder with this config and tensors; CheckpointError, naming its model type,
-    if there is none."""
+    """Recognize the format of a folder by its config and tensor names.
+
+    Raises:
+        CheckpointError: the model type is unknown.
+    """
     if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
         return LONG_VITA
     folder_format = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
@@ -281,7 +287,7 @@ def format_of(config: Config, tensors: Collection[str] = ()) -> FolderFormat:
 
 
 def format_named(name: str) -> FolderFormat:
-    """A format by name."""
+    """Look up a format by name; CheckpointError if there is none."""
     if name not in FOLDER_FORMATS:
         raise CheckpointError(f"format is {name!r}; known: {', '.join(FOLDER_FORMATS)}")
     return FOLDER_FORMATS[name]

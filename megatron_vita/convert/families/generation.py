@@ -1,4 +1,4 @@
-"""What generation_config.json says: a server's defaults."""
+"""Sampling defaults in generation_config.json."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -39,10 +39,13 @@ _NEUTRAL = {
 
 
 def read_generation(folder: Path, *, ignored: Collection[str] = ()) -> GenerationConfig:
-    """Defaults of a folder; transformers looks at temperature and its like where do_sample is true
-    alone.
+    """Read the sampling defaults of a folder.
 
-    CheckpointError, naming the field, for a default that the engine cannot follow.
+    Without `do_sample: true` transformers ignores temperature, top_k and top_p, and so does this
+    reader.
+
+    Raises:
+        CheckpointError: the engine does not implement a default; the message names the field.
     """
     config = Config.read_if_present(folder, GENERATION)
     config.disregard((*_TOKENS, *_NOTES, *_KERNELS))

@@ -1,7 +1,6 @@
-"""Fields of published config files that change nothing in what a model computes, each with the
-reason.
+"""Fields of published config files that do not affect what a model computes, each with the reason.
 
-A reader disregards the tables of its part. All other fields are used, or refused by name
+Readers disregard the tables that apply to their part. Every other field is used, or refused by name
 (`sources.open_source`).
 """
 

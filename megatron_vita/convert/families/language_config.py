@@ -1,4 +1,4 @@
-"""Shapes of language models from Hugging Face configs and back: qwen2, qwen3, llama."""
+"""Configs of language models (qwen2, qwen3, llama) to LanguageConfig and back."""
 
 from typing import Any
 
@@ -12,9 +12,13 @@ FAMILIES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "
 
 
 def read_language(config: Config, *, tied: bool) -> LanguageConfig:
-    """The shapes that a config describes; `tied`: whether the output layer is the word embedding.
+    """Read a language model's config.
 
-    CheckpointError, naming the field, for what the model cannot do.
+    Args:
+        tied: the output layer shares the weights of the word embedding.
+
+    Raises:
+        CheckpointError: the model does not implement an option; the message names the field.
     """
     family = config.must_be("model_type", tuple(FAMILIES), None)
     _check_options(config, family)
@@ -40,7 +44,7 @@ def read_language(config: Config, *, tied: bool) -> LanguageConfig:
 
 
 def _check_options(config: Config, family: str) -> None:
-    """Fields that would make another model, and those that make none."""
+    """Refuse options that change the computation; disregard those that do not."""
     config.refuse(QUANTIZED, UNQUANTIZED)
     config.must_be("hidden_act", ("silu",), "silu")
     config.must_be("mlp_bias", (False,), False)
@@ -59,8 +63,8 @@ def _check_options(config: Config, family: str) -> None:
 
 
 def write_language(shape: LanguageConfig, base: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `shape`; a base without a model type becomes the family that has
-    such layers."""
+    """Return `base` updated with the fields of `shape`; without a model type in `base`, the family
+    is the one with the same layers."""
     family = base.get("model_type") or _family(shape)
     fields = {
         "architectures": base.get("architectures", [FAMILIES[family]]),

@@ -1,7 +1,7 @@
-"""Names of language models: Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2 share them, and differ in
-which they have.
+"""Tensor names of language models. Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2 share them and differ
+in which of them exist.
 
-Ours are GPTModel's names in checkpoints, where a norm belongs to the linear layer that follows it.
+Our names are those of GPTModel in checkpoints, where a norm belongs to the linear layer after it.
 """
 
 from megatron_vita.config import LanguageConfig
@@ -11,7 +11,7 @@ from megatron_vita.convert.families.mapping import Concat, FusedQKV, Reshape, Ru
 def language_table(
     shape: LanguageConfig, *, theirs: str = "model.", head: str = "lm_head."
 ) -> list[Rule]:
-    """All rows of a language model; `theirs` and `head` come before their names."""
+    """Mapping of a language model; `theirs` and `head` prefix the names on their side."""
     layers = [
         *_layer(
             FusedQKV(shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups)

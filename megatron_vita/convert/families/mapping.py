@@ -1,4 +1,5 @@
-"""What the tables of the families are made of: their names, our name, and how the tensor is cut."""
+"""Building blocks of the mapping tables: their tensor names, our name, and the reshape between
+them."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -9,28 +10,29 @@ from torch import Tensor
 
 
 class Reshape:
-    """How tensors of theirs make up one of ours. `split` undoes `join`, bit by bit."""
+    """Reshape of Hugging Face tensors ("theirs") into one of ours. `split` inverts `join` bit by
+    bit."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Theirs, in the order of the rule -> ours."""
+        """Convert their tensors, in the order of the rule, to ours."""
         (whole,) = parts
         return whole
 
     def split(self, whole: Tensor) -> list[Tensor]:
-        """Ours -> theirs."""
+        """Convert our tensor to theirs."""
         return [whole]
 
 
 @dataclass(frozen=True)
 class FusedQKV(Reshape):
-    """Query, key and value, row by row -> for each query group its queries, its key and its
-    value."""
+    """Query, key and value weights fused as megatron-core does: for each query group its queries,
+    its key and its value."""
 
     groups: int
     queries: int  # of a group
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """[heads * d, ...], [groups * d, ...] twice -> [(heads + 2 groups) * d, ...]."""
+        """Fuse [heads * d, ...] and twice [groups * d, ...] to [(heads + 2 * groups) * d, ...]."""
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(
             0, 1
         )
@@ -48,7 +50,7 @@ class FusedQKV(Reshape):
 
 @dataclass(frozen=True)
 class Concat(Reshape):
-    """Tensors of one shape, one after another along the first axis: gate and up."""
+    """Tensors of one shape concatenated along the first axis, such as gate and up."""
 
     count: int = 2
 
@@ -62,7 +64,7 @@ class Concat(Reshape):
 
 
 class Stack(Reshape):
-    """Tensors of one shape along a new first axis: query, key and value of a vision layer."""
+    """Tensors of one shape stacked along a new first axis: query, key and value of a vision layer."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """See Reshape."""
@@ -74,8 +76,7 @@ class Stack(Reshape):
 
 
 class UnflattenQKV(Reshape):
-    """One tensor whose first axis we fold into [3, ...]: query, key and value that lie together
-    already."""
+    """One fused tensor [3 * d, ...] unflattened to [3, d, ...]: query, key and value."""
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """See Reshape."""
@@ -88,7 +89,7 @@ class UnflattenQKV(Reshape):
 
 @dataclass(frozen=True)
 class Unsqueeze(Reshape):
-    """One tensor to which we add leading axes of size 1."""
+    """One tensor with leading axes of size 1 added."""
 
     axes: int
 
@@ -106,27 +107,27 @@ UNCHANGED = Reshape()
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a table. `{i}` in names stands for the number of a layer."""
+    """One row of a mapping table. `{i}` in names stands for the layer's number."""
 
     theirs: tuple[str, ...]
     ours: str
     reshape: Reshape = UNCHANGED
 
     def of_layer(self, i: int) -> "Rule":
-        """The row with the layer's number filled in."""
+        """Return the rule with the layer's number filled in."""
         theirs = tuple(name.replace("{i}", str(i)) for name in self.theirs)
         return replace(self, theirs=theirs, ours=self.ours.replace("{i}", str(i)))
 
 
 def row(theirs: str | tuple[str, ...], ours: str, reshape: Reshape = UNCHANGED) -> Rule:
-    """A row; one name of theirs may be given as it is."""
+    """Build a rule; a single name on their side may be given as a string."""
     return Rule((theirs,) if isinstance(theirs, str) else theirs, ours, reshape)
 
 
 def expand(
     rules: Iterable[Rule], *, layers: int, theirs: str = "", ours: str = ""
 ) -> Iterator[Rule]:
-    """Rows for every layer, with prefixes `theirs` and `ours` before the names of either side."""
+    """Yield the rules of every layer, with the prefixes `theirs` and `ours` before the names."""
     for rule in rules:
         prefixed = Rule(
             tuple(theirs + name for name in rule.theirs), ours + rule.ours, rule.reshape
@@ -139,8 +140,8 @@ def expand(
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies in a distributed checkpoint: megatron-core stacks the decoder's layers
-    along a first axis."""
+    """Key of a tensor in a distributed checkpoint, and its layer: megatron-core stacks the tensors
+    of the decoder's layers along a first axis."""
 
     key: str
     layer: int | None = None
@@ -150,7 +151,7 @@ _DECODER_LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)\.(.*)")
 
 
 def location_of(ours: str) -> TensorLocation:
-    """The place of a tensor of ours."""
+    """Location of one of our tensors, from its name in the module."""
     found = _DECODER_LAYER.fullmatch(ours)
     if found:
         return TensorLocation(found[1] + found[3], int(found[2]))

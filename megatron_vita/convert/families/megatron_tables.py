@@ -1,7 +1,8 @@
-"""Names in Megatron checkpoints: GPTModel's, and those of Long-VITA's vision tower and projector.
+"""Tensor names in Megatron checkpoints: those of GPTModel, and of Long-VITA's vision tower and
+projector.
 
-Long-VITA's names are known from its converters' description (their ends: what stands before them is
-not relied on).
+Long-VITA's names are known from the description of its converters. Only the ends of names are
+relied on, not the prefixes.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ VISION = "external_feature_model."
 
 @dataclass(frozen=True)
 class PerHeadQKV(Reshape):
-    """Query, key and value of each head in turn -> [3, heads * d, ...]."""
+    """Query, key and value interleaved head by head, as [3, heads * d, ...]."""
 
     heads: int
 
@@ -32,13 +33,13 @@ class PerHeadQKV(Reshape):
 
 
 def gpt_table(model: ModelConfig) -> list[Rule]:
-    """GPTModel's names are ours."""
+    """Mapping of a GPTModel, whose names are ours."""
     ours = [rule.ours for rule in language_table(model.language)]
     return [Rule((name.removeprefix("language_model."),), name, UNCHANGED) for name in ours]
 
 
 def long_vita_table(model: ModelConfig) -> list[Rule]:
-    """All rows of a Long-VITA checkpoint, with the names that `ends` gives its tensors."""
+    """Mapping of a Long-VITA checkpoint, for names as `RanksSource` normalizes them."""
     tower = vision_table(_tower(model.vision), model.vision)
     rules = [
         Rule(tuple(VISION + name for name in rule.theirs), rule.ours, rule.reshape)

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says about pixels: tiling limits and normalisation."""
+"""Tiling limits, normalization and frame sampling in a folder's config and processor files."""
 
 import logging
 from collections.abc import Collection
@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Processors:
-    """What a folder's processor files say, each without fields where there is none.
+    """A folder's processor files; a missing file is a Config without fields.
 
-    transformers 5 writes all into processor_config.json, and prefers what that says.
+    transformers 5 writes all of them into processor_config.json and prefers it to the others.
     """
 
     whole: Config
@@ -54,7 +54,7 @@ class Processors:
 
     @classmethod
     def read(cls, folder: Path) -> "Processors":
-        """CheckpointError for a file that cannot be read."""
+        """Read all processor files; CheckpointError for an unreadable one."""
         whole = Config.read_if_present(folder, PROCESSOR)
         images, videos = (
             whole.part(part) if whole.get(part) else Config.read_if_present(folder, file)
@@ -66,7 +66,7 @@ class Processors:
         return cls(whole=whole, images=images, videos=videos)
 
     def refuse_unread(self, ignored: Collection[str]) -> None:
-        """CheckpointError, naming the first, for fields that nobody has read."""
+        """Raise CheckpointError for the first field that was never read."""
         for config in (self.whole, self.images, self.videos):
             config.refuse_unread(ignored)
 
@@ -74,10 +74,13 @@ class Processors:
 def read_media(
     folder_format: str, config: Config, *, processors: Processors, vision: VisionConfig
 ) -> MediaConfig:
-    """Tiling limits, normalisation and frames of a folder with a vision tower.
+    """Read tiling limits, normalization and frame sampling of a folder with a vision tower.
 
-    What is not said keeps its default. CheckpointError, naming file and field, for pixels that are
-    made otherwise than here.
+    A field that the folder does not give keeps its default.
+
+    Raises:
+        CheckpointError: the folder's preprocessing differs from ours; the message names file and
+            field.
     """
     images = processors.images
     videos = processors.videos
@@ -105,7 +108,8 @@ def read_media(
 
 
 def _default(images: Config, kind: str) -> str:
-    """The normalisation of a folder that names none: its processor's, else its tower's."""
+    """Normalization of a folder that gives none: the default of its processor class, else of its
+    tower."""
     named = str(images.get("image_processor_type") or images.get("feature_extractor_type") or "")
     for beginning, normalization in _OF_PROCESSORS.items():
         if named.startswith(beginning):
@@ -114,7 +118,7 @@ def _default(images: Config, kind: str) -> str:
 
 
 def _normalization(images: Config, default: str) -> str | list[list[float]]:
-    """The name of mean and deviation, or both in numbers."""
+    """Normalization by its name, or as [mean, deviation] where it has none."""
     images.must_be("do_rescale", (True,), True)
     factor = images.number("rescale_factor", 1 / 255)
     if abs(factor * 255 - 1) > 1e-6:
@@ -140,7 +144,7 @@ def _color(images: Config, name: str, default: list[float]) -> list[float]:
 
 
 def chat_tiling(config: Config) -> dict[str, Any]:
-    """Limits of OpenGVLab's own format, in config.json."""
+    """Tiling limits of `internvl-chat`, from config.json."""
     config.must_be("pad2square", (False,), False)
     if not config.flag("dynamic_image_size", False):
         config.disregard(("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail"))
@@ -153,7 +157,7 @@ def chat_tiling(config: Config) -> dict[str, Any]:
 
 
 def _hf_tiling(images: Config, image_size: int) -> dict[str, Any]:
-    """Limits of transformers' format, in the image processor."""
+    """Tiling limits of `internvl-hf`, from the image processor."""
     images.must_be("do_center_crop", (False,), False)
     images.disregard(("crop_size",))
     if images.side("size", image_size) != image_size:
@@ -165,7 +169,8 @@ def _hf_tiling(images: Config, image_size: int) -> dict[str, Any]:
 
 
 def _check_resampling(images: Config, *, is_tower: bool) -> None:
-    """Ours is Pillow's bicubic filter. A tower that goes into a new model is trained with it."""
+    """Check that images are resized by Pillow's bicubic filter. A tower alone only causes a
+    warning: it will be trained with ours."""
     images.disregard(_IDLE)
     found = images.get("resample", BICUBIC)
     if found == BICUBIC:
@@ -178,7 +183,7 @@ def _check_resampling(images: Config, *, is_tower: bool) -> None:
 
 
 def _check_videos(videos: Config, normalization: str | list[list[float]], image_size: int) -> None:
-    """Frames are normalized and resized as images are."""
+    """Check that frames are normalized and resized as images are."""
     if _normalization(videos, "clip") != normalization:
         raise videos.wrong("image_mean", "frames must be normalized as images are")
     if videos.side("size", image_size) != image_size:
@@ -189,7 +194,8 @@ def _check_videos(videos: Config, normalization: str | list[list[float]], image_
 
 
 def _frames(videos: Config) -> dict[str, Any]:
-    """Limits of a processor that samples frames itself: middles of equal parts, as ours."""
+    """Frame limits of a processor that samples frames itself: the middles of equal segments, as
+    ours."""
     videos.disregard(("crop_size", "initial_shift", "num_frames", "fps"))
     if not videos.flag("do_sample_frames", False):
         return {}
@@ -202,8 +208,7 @@ def _frames(videos: Config) -> dict[str, Any]:
 
 
 def processor_files(media: MediaConfig, vision: VisionConfig, folder: Path) -> dict[str, Fields]:
-    """The processor files of transformers' InternVL by name; none where those of `folder` say the
-    same already."""
+    """Processor files of transformers' InternVL, by name; empty where `folder` already agrees."""
     if _says(folder, media, vision):
         return {}
     mean, deviation = _numbers(media.normalization)

@@ -1,4 +1,4 @@
-"""Rotary positions from Hugging Face configs of either generation and back."""
+"""Rotary position settings in Hugging Face configs, of transformers 4 and 5, to ours and back."""
 
 import logging
 import math
@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 def read_rotary(config: Config) -> tuple[float, RopeScalingConfig]:
-    """Base and scaling of a language model's rotary positions.
+    """Read base and scaling of rotary positions.
 
-    `dynamic` scaling is none up to max_position_embeddings, and is read as such.
-    CheckpointError, naming the field, for other kinds and for statements that contradict each
-    other.
+    `dynamic` scaling is read as none: both are equal up to max_position_embeddings.
+
+    Raises:
+        CheckpointError: the kind is unknown, or two fields contradict each other; the message names
+            the field.
     """
     rope = _chosen(config)
     kind = rope.must_be("rope_type", tuple(_ROPE_KINDS), rope.get("type", "default"))
@@ -37,10 +39,9 @@ def read_rotary(config: Config) -> tuple[float, RopeScalingConfig]:
 
 
 def _chosen(config: Config) -> Config:
-    """The part that counts: `rope_scaling` of older configs, `rope_parameters` of newer ones.
+    """Choose between `rope_scaling` (older configs) and `rope_parameters` (newer ones).
 
-    Where both are there, transformers takes rope_scaling and forgets rope_parameters, its base
-    included.
+    If both are present, transformers takes rope_scaling and drops rope_parameters with its base.
     """
     old = config.get("rope_scaling")
     new = config.get("rope_parameters")
@@ -59,7 +60,7 @@ def _chosen(config: Config) -> Config:
 
 
 def _agree(scaling: Fields, parameters: Any) -> bool:
-    """Whether nothing that rope_parameters says is lost where rope_scaling is taken."""
+    """Tell whether taking rope_scaling loses nothing that rope_parameters says."""
     return isinstance(parameters, dict) and all(
         scaling.get(name) == value for name, value in parameters.items()
     )
@@ -90,7 +91,7 @@ def _read_scaling(config: Config, rope: Config, kind: str) -> RopeScalingConfig:
 
 
 def warn_of_dynamic(config: Config) -> None:
-    """Says from which length on a model with dynamic scaling is not transformers'."""
+    """Warn that a model with dynamic scaling differs from transformers beyond its original length."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if scaling.get("rope_type", scaling.get("type")) == "dynamic":
         logger.warning(
@@ -102,7 +103,7 @@ def warn_of_dynamic(config: Config) -> None:
 
 
 def _original_length(config: Config, rope: Config) -> int:
-    """Where it is not given, transformers takes the whole length for it."""
+    """Original context length; transformers takes max_position_embeddings where it is not given."""
     if config.get("original_max_position_embeddings") is not None:
         return config.integer("original_max_position_embeddings")
     if rope.get("original_max_position_embeddings") is not None:
@@ -127,7 +128,7 @@ def _read_yarn(config: Config, rope: Config, length: int) -> RopeScalingConfig:
 
 
 def _attention_scale(rope: Config, factor: float) -> float:
-    """0 where transformers would compute it from the factor alone."""
+    """Attention scale of YaRN; 0 where transformers would compute the same from the factor."""
     mscale = rope.number("mscale", 0.0)
     over = rope.number("mscale_all_dim", 0.0)
     if rope.get("attention_factor") is not None:
@@ -138,8 +139,8 @@ def _attention_scale(rope: Config, factor: float) -> float:
 
 
 def write_rotary(base: float, scaling: RopeScalingConfig, *, origin: Fields) -> Fields:
-    """Fields of a config that starts from those of `origin`: none where that says the same, else
-    of its generation."""
+    """Fields to add to `origin`: none if it says the same, otherwise fields in the style that it
+    uses."""
     if "rope_theta" not in origin and "rope_parameters" not in origin:
         return {"rope_parameters": _new_style(base, scaling)}
     if read_rotary(Config(origin, "")) == (base, scaling):

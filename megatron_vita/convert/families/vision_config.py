@@ -1,4 +1,4 @@
-"""Shapes of vision towers from Hugging Face configs and back."""
+"""Configs of vision towers (InternViT, CLIP, SigLIP, EVA2-CLIP) to VisionConfig and back."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ _NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 
 def read_internvit(config: Config) -> VisionConfig:
-    """InternViT, in the original layout (`intern_vit_6b`) or transformers' (`internvl_vision`)."""
+    """Read InternViT's config, in OpenGVLab's format (`intern_vit_6b`) or transformers'
+    (`internvl_vision`)."""
     hf = config.get("model_type") == "internvl_vision"
     config.must_be("hidden_act", ("gelu",), "gelu")
     config.must_be("num_channels", (3,), 3)
@@ -32,7 +33,7 @@ def read_internvit(config: Config) -> VisionConfig:
 
 
 def read_clip(config: Config) -> VisionConfig:
-    """CLIP's vision tower, alone or inside a whole CLIP."""
+    """Read CLIP's vision config, alone or inside a whole CLIP."""
     config = _tower_of(config)
     config.must_be("attention_bias", (True,), True)
     config.must_be("hidden_act", ("quick_gelu", "gelu"), "quick_gelu")
@@ -48,7 +49,7 @@ def read_clip(config: Config) -> VisionConfig:
 
 
 def read_siglip(config: Config) -> VisionConfig:
-    """SigLIP's vision tower, alone or inside a whole SigLIP."""
+    """Read SigLIP's vision config, alone or inside a whole SigLIP."""
     config = _tower_of(config)
     config.must_be("attention_bias", (True,), True)
     config.must_be("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
@@ -63,7 +64,7 @@ def read_siglip(config: Config) -> VisionConfig:
 
 
 def read_eva(config: Config) -> VisionConfig:
-    """EVA2-CLIP, as the `vision_config` of GLM-4V describes it."""
+    """Read the config of EVA2-CLIP, which is the `vision_config` of GLM-4V."""
     config.need("vision_config")
     tower = _tower_of(config)
     tower.must_be("hidden_act", ("gelu",), "gelu")
@@ -73,9 +74,10 @@ def read_eva(config: Config) -> VisionConfig:
 
 
 def _tower_of(config: Config) -> Config:
-    """The part of a whole model that describes its tower; the rest stays behind.
+    """Return the vision part of a whole model's config; all other fields are disregarded.
 
-    CheckpointError where `vision_config_dict`, which transformers prefers, says otherwise.
+    Raises:
+        CheckpointError: `vision_config_dict`, which transformers prefers, contradicts it.
     """
     if not config.get("vision_config"):
         return config
@@ -88,7 +90,8 @@ def _tower_of(config: Config) -> Config:
 
 
 def _built(config: Config, *, heads: str = "num_attention_heads", **fields: Any) -> VisionConfig:
-    """A tower without LayerScale; `heads` names the field of attention heads."""
+    """Build the config of a tower without LayerScale; `heads` is the field with the number of
+    heads."""
     fields = _common(config, heads=heads) | {"layer_scale": False} | fields
     fields["ragged_grid"] = fields["image_size"] % (2 * fields["patch_size"]) != 0
     with config.naming():
@@ -111,7 +114,7 @@ def _common(config: Config, *, heads: str = "num_attention_heads") -> dict[str, 
 
 
 def write_internvit(shape: VisionConfig, base: dict[str, Any], *, hf: bool) -> dict[str, Any]:
-    """`base` with the fields of `shape`; `hf`: transformers' layout."""
+    """Return `base` updated with the fields of `shape`, in transformers' format if `hf`."""
     norm = next(theirs for theirs, ours in _NORMS.items() if ours == shape.normalization)
     fields = _written(shape) | {"norm_type": norm, "hidden_act": "gelu"}
     if hf:
@@ -134,7 +137,7 @@ def write_internvit(shape: VisionConfig, base: dict[str, Any], *, hf: bool) -> d
 
 
 def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> dict[str, Any]:
-    """`base`, or the vision part of it, with the fields of `shape`."""
+    """Return `base`, or its vision part, updated with the fields of `shape`."""
     base = base.get("vision_config", base)
     kind, architecture = ("siglip", "SiglipVisionModel") if siglip else ("clip", "CLIPVisionModel")
     activation = "gelu_pytorch_tanh" if shape.activation == "gelu_tanh" else shape.activation
@@ -147,7 +150,7 @@ def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> di
 
 
 def write_eva(shape: VisionConfig, base: dict[str, Any]) -> dict[str, Any]:
-    """`base`, a GLM-4V config, with the fields of `shape` in its vision part."""
+    """Return `base`, a GLM-4V config, with its vision part updated with the fields of `shape`."""
     heads = {
         "num_heads": shape.num_attention_heads,
         "num_positions": shape.tokens,

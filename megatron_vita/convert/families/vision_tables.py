@@ -1,6 +1,6 @@
-"""Names of vision towers and projectors.
+"""Tensor names of vision towers and projectors.
 
-Each table names all that a tower may have; `vision_table` keeps what a given one has.
+A table lists every tensor of its family; `vision_table` keeps those that a given tower has.
 """
 
 from megatron_vita.config import ModelConfig, VisionConfig
@@ -12,7 +12,7 @@ def _both(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 
 def _qkv(names: str, kinds: tuple[str, ...] = ("weight", "bias")) -> tuple[Rule, ...]:
-    """`names` with `{x}` for each of q, k and v."""
+    """Rules that stack the tensors `names`, in which `{x}` stands for q, k and v."""
     return tuple(
         row(
             tuple(f"{names.replace('{x}', x)}.{kind}" for x in "qkv"),
@@ -111,14 +111,14 @@ PROJECTOR_HF = (
 
 
 def vision_table(table: tuple[Rule, ...], config: VisionConfig, *, theirs: str = "") -> list[Rule]:
-    """The rows of `table` that a tower has; `theirs` comes before their names."""
+    """Mapping of a tower: the rules of `table` whose tensors it has, with `theirs` as prefix."""
     absent = _absent(config)
     kept = [rule for rule in table if not rule.ours.endswith(absent)]
     return list(expand(kept, layers=config.num_layers, theirs=theirs, ours="vision_model."))
 
 
 def _absent(config: VisionConfig) -> tuple[str, ...]:
-    """Endings of names that a tower does not have."""
+    """Suffixes of our names that a tower does not have."""
     rms = config.normalization == "RMSNorm"
     lacks = {
         "attention.qkv.bias": not config.add_qkv_bias,
@@ -137,6 +137,6 @@ def _absent(config: VisionConfig) -> tuple[str, ...]:
 
 
 def projector_table(table: tuple[Rule, ...], model: ModelConfig) -> list[Rule]:
-    """The rows of `table` that a projector has."""
+    """The rules of `table` whose tensors the projector has."""
     biased = model.projector.kind == "internvl"
     return [rule for rule in table if biased or not rule.ours.endswith(("fc1.bias", "fc2.bias"))]

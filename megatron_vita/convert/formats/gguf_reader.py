@@ -1,6 +1,6 @@
-"""GGUF files: quantised weights, made whole numbers of fp32 again, under Hugging Face's names.
+"""GGUF files: weights dequantized to fp32, under Hugging Face's names.
 
-Names and the order of rotary rows are those of llama.cpp's own converter from Hugging Face.
+Names and the row order of rotary weights follow llama.cpp's converter from Hugging Face.
 """
 
 from pathlib import Path
@@ -33,10 +33,14 @@ _SCALING = "rope.scaling.type"
 
 
 class GgufSource:
-    """The tensors of a GGUF file, each made whole when it is read."""
+    """Tensors of a GGUF file, each dequantized when it is read."""
 
     def __init__(self, file: Path) -> None:
-        """CheckpointError if the file is damaged or of a model that is not known here."""
+        """Read the header.
+
+        Raises:
+            CheckpointError: the file is damaged or holds an unsupported model.
+        """
         self.file = file
         try:
             self._reader = gguf.GGUFReader(file)
@@ -57,7 +61,7 @@ class GgufSource:
         return self._infos
 
     def read(self, name: str) -> Tensor:
-        """fp32, in Hugging Face's order of rows."""
+        """Dequantize a tensor to fp32, in Hugging Face's order of rows."""
         stored = self._stored[name]
         values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).float()
         whole = values.view(self._infos[name].shape)
@@ -80,7 +84,7 @@ class GgufSource:
         return field.contents()
 
     def _read_config(self) -> Config:
-        """The same as Hugging Face's config of the model."""
+        """Build the Hugging Face config of the model from the file's metadata."""
         family = self._field("general.architecture")
         if family not in FAMILIES:
             raise CheckpointError(
@@ -120,7 +124,7 @@ class GgufSource:
 
 
 def _their_name(name: str, file: Path) -> str:
-    """Hugging Face's name of a tensor."""
+    """Translate llama.cpp's name of a tensor to Hugging Face's."""
     stem, _, kind = name.rpartition(".")
     if stem in _ENDS:
         return f"{_ENDS[stem]}.{kind}"
@@ -131,7 +135,7 @@ def _their_name(name: str, file: Path) -> str:
 
 
 def write_gguf_sidecar_files(file: Path, folder: Path) -> None:
-    """Writes the tokenizer, its chat template and the config that a GGUF file holds."""
+    """Write the tokenizer and the chat template that a GGUF file holds."""
     from transformers import AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

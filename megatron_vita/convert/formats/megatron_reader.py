@@ -1,5 +1,4 @@
-"""Megatron checkpoints as sources of tensors: a file for each rank, or megatron-core's
-`torch_dist`."""
+"""Megatron checkpoints as tensor sources: one file per rank, or megatron-core's `torch_dist`."""
 
 import argparse
 import re
@@ -45,12 +44,15 @@ Stage = list[dict[str, Tensor]]  # the tensors of each TP rank, by name
 
 
 class RanksSource:
-    """`iter_*/mp_rank_XX[_XXX]/model_optim_rng.pt`, put together over tensor- and pipeline-parallel
-    ranks."""
+    """Tensors of `iter_*/mp_rank_XX[_XXX]/model_optim_rng.pt`, merged over tensor- and
+    pipeline-parallel ranks."""
 
     def __init__(self, folder: Path, *, vocab_size: int) -> None:
-        """`vocab_size`: rows of the vocabulary that are no padding. CheckpointError for ranks that
-        do not fit."""
+        """Load all ranks; `vocab_size` is the number of rows without padding.
+
+        Raises:
+            CheckpointError: the ranks do not fit together.
+        """
         self.folder = _iteration(folder)
         stages = [[_tensors(file) for file in files] for files in _rank_files(self.folder)]
         self._parts: dict[str, list[Tensor]] = {}
@@ -67,7 +69,7 @@ class RanksSource:
         return self._infos
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """Merge the shards of a tensor."""
         parts = self._parts[name]
         axis = _axis(name)
         if axis is None or len(parts) == 1:
@@ -78,10 +80,11 @@ class RanksSource:
         return self._trim(name, torch.cat(parts, dim=axis))
 
     def release(self, name: str) -> None:
-        """See TensorSource. The map is torch's, which keeps its pages."""
+        """See TensorSource. torch owns the memory map and keeps its pages."""
 
     def _add(self, stage: Stage, file: Path, *, first_layer: int) -> int:
-        """Takes over a stage's tensors; returns how many layers of the language model it has."""
+        """Add a stage's tensors under global layer numbers; return its number of language model
+        layers."""
         layers = set()
         for given in stage[0]:
             if given.endswith(_NO_WEIGHTS) or given == "unused":
@@ -140,8 +143,8 @@ def _axis(name: str) -> int | None:
 
 
 def _plain_name(given: str) -> str:
-    """The name in `long_vita_table`: without what stands around the vision tower's and the
-    projector's ends."""
+    """Normalize a name to that in `long_vita_table`: without Transformer Engine's variants, and
+    without the prefixes inside the vision tower and projector."""
     for old, new in _OTHER_NAMES.items():
         given = given.replace(old, new)
     if not given.startswith(VISION):
@@ -153,7 +156,7 @@ def _plain_name(given: str) -> str:
 
 
 def _iteration(folder: Path) -> Path:
-    """The folder of one iteration: `folder` itself, or the newest in it."""
+    """Folder of one iteration: `folder` itself, or the newest inside it."""
     if any(_RANK.fullmatch(entry.name) for entry in folder.iterdir()):
         return folder
     tracker = folder / TRACKER
@@ -170,8 +173,11 @@ def _iteration(folder: Path) -> Path:
 
 
 def _rank_files(folder: Path) -> list[list[Path]]:
-    """Files by pipeline rank, then by tensor-parallel rank. CheckpointError if ranks are
-    missing."""
+    """Files by pipeline rank, then by tensor-parallel rank.
+
+    Raises:
+        CheckpointError: a rank is missing.
+    """
     ranks: dict[tuple[int, int], Path] = {}
     for entry in folder.iterdir():
         if (found := _RANK.fullmatch(entry.name)) is not None:
@@ -197,10 +203,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 class CoreSource:
-    """megatron-core's `torch_dist`, whose layers are reached by GPTModel's names."""
+    """Tensors of megatron-core's `torch_dist`, under GPTModel's names of single layers."""
 
     def __init__(self, folder: Path, *, names: list[str], vocab_size: int) -> None:
-        """`names`: those of the tensors that are looked for; others are left behind."""
+        """Offer only the tensors in `names`; others are not read."""
         self._source = DistSource(folder)
         self._vocab_size = vocab_size
         self._infos = {

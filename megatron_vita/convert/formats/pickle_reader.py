@@ -1,4 +1,4 @@
-"""Weights that torch has pickled: memory-mapped, and never allowed to run code."""
+"""Pickled weights of torch, memory-mapped and loaded without running code."""
 
 import json
 import pickle
@@ -16,8 +16,11 @@ SINGLE = "pytorch_model.bin"
 
 
 def load_pickle(file: Path) -> Any:
-    """What a file holds. CheckpointError if it is damaged, of torch's old format, or more than
-    plain data."""
+    """Load a file of tensors and plain values.
+
+    Raises:
+        CheckpointError: the file is damaged, in torch's old format, or holds other objects.
+    """
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
@@ -35,10 +38,14 @@ def load_pickle(file: Path) -> Any:
 
 
 class PickledSource:
-    """All tensors of a folder with `pytorch_model.bin` or its parts."""
+    """Tensors of a folder with `pytorch_model.bin` or its shards."""
 
     def __init__(self, folder: Path) -> None:
-        """CheckpointError, naming the file, if one is missing or may not be loaded."""
+        """Map all files.
+
+        Raises:
+            CheckpointError: a file is missing or may not be loaded.
+        """
         self._tensors: dict[str, Tensor] = {}
         self._infos: dict[str, TensorInfo] = {}
         for file in _files(folder):
@@ -63,7 +70,7 @@ class PickledSource:
         return self._tensors[name]
 
     def release(self, name: str) -> None:
-        """See TensorSource. The map is torch's, which keeps its pages."""
+        """See TensorSource. torch owns the memory map and keeps its pages."""
 
 
 def _files(folder: Path) -> list[Path]:

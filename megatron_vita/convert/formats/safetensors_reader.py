@@ -1,7 +1,7 @@
-"""Safetensors folders, memory-mapped: headers are checked first, tensors are views of the file.
+"""Memory-mapped safetensors: headers are checked first, tensors are views of the file.
 
-The format is read here and not by its library, whose map of a file stays in memory, and whose
-errors name no file.
+The format is parsed here because the safetensors library keeps a file's memory map for as long as a
+tensor lives, and its errors name no file.
 """
 
 import json
@@ -39,16 +39,21 @@ _MOST_HEADER = 100 << 20  # bytes; the format's own limit
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor(TensorInfo):
-    """A tensor's place in its file, in bytes from the file's start."""
+    """A tensor and its offset in the file, in bytes."""
 
     start: int
 
 
 class SafetensorsSource:
-    """All tensors of a folder, or of one file."""
+    """Tensors of a folder or of a single file."""
 
     def __init__(self, path: Path) -> None:
-        """Reads all headers. CheckpointError, naming file and tensor, if anything does not fit."""
+        """Read all headers.
+
+        Raises:
+            CheckpointError: a header, the index or a file is inconsistent; the message names file
+                and tensor.
+        """
         self._tensors: dict[str, StoredTensor] = {}
         for file in _files(path):
             header = read_header(file)
@@ -67,7 +72,7 @@ class SafetensorsSource:
         return self._tensors
 
     def read(self, name: str) -> Tensor:
-        """A view of the file: reading it reads the file."""
+        """Return a view of the file; its pages are read on access."""
         info = self._tensors[name]
         count = torch.Size(info.shape).numel()
         if count == 0:
@@ -100,8 +105,11 @@ class SafetensorsSource:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file. CheckpointError if the header is damaged or the file is shorter than
-    it says."""
+    """Read the tensors of a file from its header.
+
+    Raises:
+        CheckpointError: the header is damaged, or the file is shorter or longer than it says.
+    """
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -127,7 +135,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _check_offsets(file: Path, entries: dict[str, StoredTensor], *, start: int, size: int) -> None:
-    """Tensors follow one another without gaps from byte `start` to the file's end."""
+    """Check that tensors fill the file from byte `start` to its end without gaps."""
     end = start
     for name, info in sorted(entries.items(), key=lambda entry: (entry[1].start, entry[1].nbytes)):
         if info.start != end:
@@ -161,9 +169,10 @@ def _entry(file: Path, name: str, fields: dict[str, Any], data: int) -> StoredTe
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a source, in transformers' order of preference: one file before an index.
+    """Files of a source, in transformers' order of preference: a single file before an index.
 
-    CheckpointError, naming one, if it is missing.
+    Raises:
+        CheckpointError: a file is missing.
     """
     if path.is_file():
         return [path]
@@ -197,7 +206,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
-    """What the index says is what the files hold."""
+    """Check that the index lists exactly what the files hold."""
     if not (path / INDEX).exists() or (path / SINGLE).exists():
         return
     for name, file in _weight_map(path).items():

@@ -1,4 +1,4 @@
-"""Safetensors written tensor by tensor: headers are computed first, an index names the files."""
+"""Writer of safetensors, one tensor at a time: headers and the index are computed beforehand."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,8 +14,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes the tensors of `groups`, in their order, into files of at most `largest` bytes; groups
-    stay together."""
+    """Writes the tensors of `groups`, in their order, into files of at most `largest` bytes. A
+    group is never split over two files."""
 
     def __init__(
         self, folder: Path, groups: list[Mapping[str, TensorInfo]], *, largest: int
@@ -30,7 +30,7 @@ class SafetensorsWriter:
             _write_index(folder, dict(zip(self._names, shards, strict=True)))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor."""
+        """Write the next tensor."""
         if not self._left:
             self._open_next()
         assert self._file is not None
@@ -39,7 +39,7 @@ class SafetensorsWriter:
         self._file.write(flat.numpy().data)
 
     def close(self) -> None:
-        """Makes sure of the last file."""
+        """Flush the last file to disk."""
         assert not self._left, f"{self._left[0]} was not written"
         if self._file is not None:
             self._file.close()

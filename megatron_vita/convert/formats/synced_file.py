@@ -1,5 +1,4 @@
-"""Files that go to the disk while they are written, so that making sure of them at the end takes no
-time."""
+"""Files that are flushed to disk while they are written, so that the final fsync is short."""
 
 import io
 import os
@@ -12,7 +11,7 @@ _STEP = 256 << 20  # bytes between two requests to write to the disk
 
 
 class SyncedFile(io.FileIO):
-    """A new file, whose `close` returns when all of it is on the disk."""
+    """A new file; `close` returns once all of it is on disk."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w")
@@ -21,8 +20,7 @@ class SyncedFile(io.FileIO):
         self._since = 0
 
     def write(self, data: Any) -> int:
-        """Writes all of `data`, piece by piece: in large ones the system takes several times as
-        long."""
+        """Write all of `data`."""
         view = memoryview(data).cast("B")
         left = view
         while len(left):
@@ -34,8 +32,11 @@ class SyncedFile(io.FileIO):
         return len(view)
 
     def close(self) -> None:
-        """Makes sure of the file. OSError, also of requests before, such as for a disk that is
-        full."""
+        """Flush and close.
+
+        Raises:
+            OSError: this flush or an earlier one failed, for instance because the disk is full.
+        """
         if self.closed:
             return
         try:

@@ -1,4 +1,4 @@
-"""Tensors that a source offers, before any of them is read."""
+"""Interface of tensor sources, and checks of tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """File, type and shape of a tensor, known without reading it."""
 
     file: Path
     dtype: torch.dtype
@@ -23,7 +23,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -32,17 +32,17 @@ class TensorSource(Protocol):
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """What there is."""
+        """All tensors by name."""
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the host; it may be a view of the file."""
+        """Read a tensor to the host; it may be a view of the file."""
 
     def release(self, name: str) -> None:
-        """Gives memory that `read` took for a file's pages back to the system."""
+        """Return the page memory that `read` used to the system."""
 
 
 def check_finite(tensor: Tensor, *, name: str, file: Path) -> None:
-    """CheckpointError if a tensor has a value that is no number."""
+    """Raise CheckpointError if a tensor has a NaN or infinite value."""
     if tensor.numel() == 0:
         return
     least, most = torch.aminmax(tensor)
@@ -54,7 +54,7 @@ def check_finite(tensor: Tensor, *, name: str, file: Path) -> None:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit by bit, so that -0 and 0 differ."""
+    """Compare two tensors bit by bit: -0 differs from 0, and a NaN equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]

@@ -1,5 +1,5 @@
-"""Distributed checkpoints read tensor by tensor, whatever layout wrote them. No pickle of theirs
-runs code."""
+"""Reader of distributed checkpoints, one tensor at a time, whatever parallel layout wrote them.
+Unpickling runs no code of theirs."""
 
 import mmap
 import pickle
@@ -31,11 +31,14 @@ Box = list[tuple[int, int]]  # first and last + 1, axis by axis
 
 
 class DistSource:
-    """The tensors of a `torch_dist` checkpoint by key; `infos` has shapes with all layers."""
+    """Tensors of a `torch_dist` checkpoint by key; shapes in `infos` include the axis of layers."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what the checkpoint says of itself. CheckpointError if it cannot be read or would
-        run code."""
+        """Read the metadata.
+
+        Raises:
+            CheckpointError: it cannot be read, or would run code.
+        """
         self.folder = folder
         self._reader = FileSystemReader(folder)
         self._maps: dict[Path, mmap.mmap] = {}
@@ -51,10 +54,13 @@ class DistSource:
         self._places = {(index.fqn, index.offset): info for index, info in stored.items()}
 
     def read(self, location: TensorLocation, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or one layer of it without the axis of layers; `rows`: only these of its first
-        axis.
+        """Read a tensor, or one layer of it without the axis of layers.
 
-        It may be a view of the file.
+        Args:
+            rows: first and last + 1 row to read; None for all.
+
+        Returns:
+            The tensor, which may be a view of the file.
         """
         box: Box = [(0, size) for size in self.infos[location.key].shape]
         if location.layer is not None:
@@ -83,7 +89,7 @@ class DistSource:
         return whole.squeeze(0)
 
     def release(self, location: TensorLocation) -> None:
-        """Gives memory that `read` took for a file's pages back to the system."""
+        """Return the page memory that `read` used to the system."""
         for chunk in self._chunks[location.key]:
             if (
                 location.layer is None
@@ -97,7 +103,7 @@ class DistSource:
                     )
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, cut: Box) -> Tensor:
-        """What lies in a box of the whole, from a chunk that holds it."""
+        """Read the box `cut` of a tensor from a chunk that contains it."""
         stored = self._places[(key, chunk.offsets)]
         file = self.folder / stored.relative_path
         try:
@@ -113,8 +119,7 @@ class DistSource:
         return _narrow(tensor, cut, within=_box_of(chunk))
 
     def _view(self, file: Path, stored: _StorageInfo) -> Tensor:
-        """A tensor as `torch.save` wrote it: its description is loaded, its values are where they
-        lie in the file."""
+        """Open a tensor written by `torch.save`: unpickle its description only, and map its values."""
         with file.open("rb") as opened, torch.serialization.skip_data():
             part = self._reader._slice_file(opened, stored)
             described = torch.load(part, map_location="cpu", weights_only=True)
@@ -144,7 +149,7 @@ def _box_of(chunk: ChunkStorageMetadata) -> Box:
 
 
 def _overlap(one: Box, other: Box) -> Box:
-    """What two boxes share; nothing (an empty list) if they do not meet."""
+    """Intersect two boxes; an empty list if they do not meet."""
     shared = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)]
     if all(start < stop for start, stop in shared):
         return shared
@@ -156,7 +161,7 @@ def _count(box: Box) -> int:
 
 
 def _narrow(tensor: Tensor, cut: Box, *, within: Box) -> Tensor:
-    """The part `cut` of a tensor that fills `within`."""
+    """View of the box `cut` in a tensor that covers the box `within`."""
     for axis, ((start, stop), (first, _)) in enumerate(zip(cut, within, strict=True)):
         tensor = tensor.narrow(axis, start - first, stop - start)
     return tensor
@@ -167,10 +172,10 @@ def _first_line(error: BaseException) -> str:
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    """Knows the classes of torch's checkpoint metadata, and nothing else."""
+    """Unpickler restricted to the classes of torch's checkpoint metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A class that a pickle names. UnpicklingError for one that has no business there."""
+        """Resolve a class named in a pickle; UnpicklingError unless checkpoint metadata needs it."""
         if (module, name) in _SAFE_NAMES:
             return super().find_class(module, name)
         if module in _SAFE_MODULES and "." not in name:

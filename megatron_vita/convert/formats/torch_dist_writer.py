@@ -1,7 +1,7 @@
-"""Distributed checkpoints written by one process, tensor by tensor.
+"""Writer of distributed checkpoints by a single process, one tensor at a time.
 
-megatron-core's own save holds the whole state; torch's distributed checkpoint asks a planner for
-each tensor when its turn comes, and megatron-core reads what it writes.
+megatron-core's own save needs the whole state in memory. torch's distributed checkpoint asks a
+planner for each tensor when its turn comes, and megatron-core can load the result.
 """
 
 import io
@@ -41,8 +41,7 @@ from megatron_vita.convert.formats.synced_file import SyncedFile
 
 @dataclass(frozen=True, kw_only=True)
 class TensorChunk:
-    """A tensor of the checkpoint, whole or one layer of it, and how it is made when its turn
-    comes."""
+    """A part of a checkpoint's tensor (all of it, a layer, or rows of these), created on demand."""
 
     location: TensorLocation
     rows: tuple[int, int] | None  # of the tensor or layer, where it is only some of them
@@ -53,7 +52,7 @@ class TensorChunk:
 
     @property
     def offsets(self) -> Size:
-        """Where it begins in the whole."""
+        """Offset of the chunk in the whole tensor, axis by axis."""
         zeros = [0] * len(self.whole)
         first = [] if self.location.layer is None else [self.location.layer]
         own = [] if self.rows is None else [self.rows[0]]
@@ -61,7 +60,7 @@ class TensorChunk:
 
     @property
     def sizes(self) -> Size:
-        """Its own shape in the whole."""
+        """Shape of the chunk, with all axes of the whole tensor."""
         own = list(self.whole if self.location.layer is None else self.whole[1:])
         if self.rows is not None:
             own[0] = self.rows[1] - self.rows[0]
@@ -69,7 +68,8 @@ class TensorChunk:
 
 
 def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
-    """Writes a checkpoint that megatron-core loads at any layout, holding one chunk at a time."""
+    """Write a checkpoint that megatron-core loads at any parallel layout; only one chunk is in
+    memory at a time."""
     writer = _OneByOne(folder, thread_count=1, overwrite=False)
     try:
         dcp.save({}, storage_writer=writer, planner=_Planner(chunks), no_dist=True)
@@ -80,29 +80,29 @@ def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
 
 
 def _common_state() -> tuple[MetadataIndex, io.BytesIO]:
-    """megatron-core's object of what is no tensor: empty, but it must be there."""
+    """megatron-core's object for everything that is no tensor; it is empty but required."""
     data = io.BytesIO()
     torch.save([{}], data)
     return MetadataIndex(ShardedObject("common_state", None, (1,), (0,)).unique_key), data
 
 
 class _Planner(SavePlanner):
-    """Plans from chunks' shapes, and makes a chunk when its data is asked for."""
+    """Planner that knows the shapes of chunks and creates their data when asked for it."""
 
     def __init__(self, chunks: list[TensorChunk]) -> None:
         self.chunks = {MetadataIndex(chunk.location.key, chunk.offsets): chunk for chunk in chunks}
         assert len(self.chunks) == len(chunks), "two chunks of one location"
 
     def set_up_planner(self, *_: Any, **__: Any) -> None:
-        """Nothing: the state is not given at once."""
+        """Do nothing: there is no state dict."""
 
     def create_local_plan(self) -> SavePlan:
-        """One item for each chunk, in their order."""
+        """Plan one item per chunk, in the order of the chunks."""
         items = [_item(index, chunk) for index, chunk in self.chunks.items()]
         return SavePlan([WriteItem(index=_common_state()[0], type=WriteItemType.BYTE_IO), *items])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The plan as it is, and what readers must know of it."""
+        """Describe the chunks in the metadata that readers need; the plan stays as it is."""
         described: dict[str, Any] = {_common_state()[0].fqn: BytesStorageMetadata()}
         for chunk in self.chunks.values():
             properties = TensorProperties(dtype=chunk.dtype)
@@ -114,18 +114,18 @@ class _Planner(SavePlanner):
         return all_plans, Metadata(state_dict_metadata=described)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """As it is."""
+        """Return the plan unchanged."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Makes a chunk."""
+        """Create the data of a chunk."""
         if write_item.type == WriteItemType.BYTE_IO:
             return _common_state()[1]
         chunk = self.chunks[write_item.index]
         return chunk.make().reshape(chunk.sizes)
 
     def written(self, write_item: WriteItem) -> None:
-        """Tells a chunk that it is written."""
+        """Notify a chunk that it has been written."""
         if write_item.type != WriteItemType.BYTE_IO:
             self.chunks[write_item.index].done()
 
@@ -140,11 +140,11 @@ def _item(index: MetadataIndex, chunk: TensorChunk) -> WriteItem:
 
 
 class _OneByOne(FileSystemWriter):
-    """torch's writer keeps a reference to every tensor until the file is complete; this one to
-    none."""
+    """Writer that keeps no reference to a written tensor; torch's keeps all until the file is
+    complete."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """All items into one file, in the order of the plan."""
+        """Write all items into one file, in the order of the plan."""
         assert isinstance(planner, _Planner)
         name = f"{plan.storage_data.prefix}0.distcp"
         results = []

@@ -1,4 +1,4 @@
-"""Which of a folder's weight files are read: those that transformers reads."""
+"""Choice among a folder's weight files, the same as transformers makes."""
 
 import logging
 from pathlib import Path
@@ -17,9 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def open_weights(folder: Path) -> TensorSource:
-    """The tensors of a folder: safetensors before pickles, one file before an index of several.
+    """Open a folder's tensors: safetensors before pickles, a single file before an index.
 
-    Files that are left aside are named in a warning. CheckpointError if there are no weights.
+    Weight files that are not read are named in a warning.
+
+    Raises:
+        CheckpointError: the folder has no weights.
     """
     names = {path.name for path in folder.iterdir()}
     if names.intersection(_SAFE):
