@@ -20,6 +20,7 @@ from tests.environment import environment_with
 
 HERE = Path(__file__).parent
 ON_GPUS = torch.cuda.is_available()
+INNERMOST_FRAMES = 12
 MOST_PROCESSES = torch.cuda.device_count() if ON_GPUS else 8
 
 
@@ -32,8 +33,24 @@ def torchrun(
     """
     run = _run_with_torchrun if ON_GPUS else _run_forked
     ended = run(str(HERE / script), arguments, processes, seconds)
-    assert not check or ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-8000:]
+    assert not check or ended.returncode == 0, ended.stdout[-4000:] + readable(ended.stderr)[-8000:]
     return ended
+
+
+def readable(errors: str) -> str:
+    """Shorten what ranks wrote to stderr: of each stack that a signal wrote, the innermost frames.
+
+    faulthandler writes the innermost frame first, and a list of all extension modules last: the
+    end of its text alone would not tell where a rank was.
+    """
+    lines = []
+    frames = 0
+    for line in errors.splitlines():
+        is_frame = line.startswith("  File ")
+        frames = frames + 1 if is_frame else 0
+        if frames <= INNERMOST_FRAMES and not line.startswith("Extension modules:"):
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _run_with_torchrun(
