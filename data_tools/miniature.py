@@ -7,6 +7,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -89,7 +90,7 @@ def _make_dataset(folder: Path) -> None:
     )
 
 
-def _conversation(number: int) -> dict:
+def _conversation(number: int) -> dict[str, Any]:
     """About an image, two images, a video, or nothing but words."""
     kind = ("image", "text", "two images", "image", "video", "text")[number % 6]
     color = list(COLORS)[number % len(COLORS)]
@@ -102,7 +103,7 @@ def _conversation(number: int) -> dict:
         ),
         "text": (f"Say {color} {number % 9 + 1} times.", " ".join([color] * (number % 9 + 1))),
     }[kind]
-    sample: dict = {
+    sample: dict[str, Any] = {
         "messages": [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
@@ -115,7 +116,7 @@ def _conversation(number: int) -> dict:
     return sample
 
 
-def _media(sample: dict, number: int) -> Iterator[tuple[str, bytes]]:
+def _media(sample: dict[str, Any], number: int) -> Iterator[tuple[str, bytes]]:
     """The files that a sample names: (name, content)."""
     color = np.array(list(COLORS.values())[number % len(COLORS)])
     noise = np.random.default_rng(number)

@@ -14,6 +14,7 @@ from av.video.stream import VideoStream
 from megatron_vita.data.shards.tar import MediaFile
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.clip import TOLERANCE
+from megatron_vita.media.clock import Packet
 from megatron_vita.media.frame_archive import is_archive
 from megatron_vita.media.images import open_image, upright
 from megatron_vita.media.video import (
@@ -173,7 +174,7 @@ class _Encoder:
     def _group(self, place: int) -> int:
         return int((self._starts[place] + TOLERANCE) / self._gop)
 
-    def _write(self, packets: list[av.Packet]) -> None:
+    def _write(self, packets: list[Packet]) -> None:
         for packet in packets:
             packet.duration = self._stamps[self._place + 1] - self._stamps[self._place]
             self._place += 1

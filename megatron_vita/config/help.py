@@ -34,7 +34,7 @@ def _short(type_name: str) -> str:
     )
 
 
-def _default(field: dataclasses.Field) -> str:
+def _default(field: dataclasses.Field[typing.Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return repr(field.default)
     if field.default_factory is not dataclasses.MISSING:

@@ -12,7 +12,7 @@ from av.format import Flags
 from av.stream import Disposition, Stream
 
 from megatron_vita.errors import DataError
-from megatron_vita.media.clock import steady
+from megatron_vita.media.clock import Packet, steady
 from megatron_vita.media.files import File, num_bytes, opened
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Coded(NamedTuple):
     """A packet and when its frame is shown, in seconds of the container's clock; some (edited out)
     are not shown."""
 
-    packet: av.Packet
+    packet: Packet
     time: float
     is_shown: bool
 
@@ -68,7 +68,7 @@ class Clip:
         self._begin()
 
     def _begin(self) -> None:
-        head: list[av.Packet] = []
+        head: list[Packet] = []
         shown = 0
         for packet in self._packets:
             head.append(packet)
@@ -124,13 +124,13 @@ class Clip:
             return None
         return frame.pts * self._unit
 
-    def _time(self, packet: av.Packet, place: int) -> float:
+    def _time(self, packet: Packet, place: int) -> float:
         stamp = packet.dts if packet.pts is None else packet.pts
         if self._timeless or stamp is None:
             return place / (self.rate or 25)
         return stamp * self._unit
 
-    def _demux(self) -> Iterator[av.Packet]:
+    def _demux(self) -> Iterator[Packet]:
         try:
             yield from (packet for packet in self._container.demux(self._stream) if packet.size)
         except av.FFmpegError as error:

@@ -10,8 +10,12 @@ slide shows; here these keep their times.
 import itertools
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
 import av
+
+# Generic in PyAV's stubs alone: the alias is not evaluated at run time.
+type Packet = av.Packet[Any]
 
 _FAR_SECONDS = 10.0
 _FAR_FRAMES = 10
@@ -20,9 +24,7 @@ _HEAD = 64
 """Packets from which the usual time between two is told."""
 
 
-def steady(
-    packets: Iterator[av.Packet], *, unit: float, frame_seconds: float
-) -> Iterator[av.Packet]:
+def steady(packets: Iterator[Packet], *, unit: float, frame_seconds: float) -> Iterator[Packet]:
     """Packets of a stream, in the order of the file, with stamps that do not jump.
 
     `unit`: seconds of a stamp's step; `frame_seconds`: of a packet that has no duration.
@@ -49,7 +51,7 @@ class _SteadyClock:
         self._last: int | None = None  # the decoding stamp before, moved
         self._next = 0  # the one that follows if nothing jumps
 
-    def move(self, packet: av.Packet) -> None:
+    def move(self, packet: Packet) -> None:
         """Set the stamps of the next packet."""
         if packet.dts is not None:
             self._note_jump(packet.dts + self._offset)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import av
 
 from megatron_vita.media.clip import TOLERANCE, Clip, Coded
+from megatron_vita.media.clock import Packet
 
 _REORDERED = 17
 """A frame is decoded at most so many frames before one that is shown earlier (16 by the standards)."""
@@ -146,7 +147,7 @@ class Picker:
         else:
             self._offer(frames, place)
 
-    def _decoded(self, packet: av.Packet | None) -> list[av.VideoFrame] | None:
+    def _decoded(self, packet: Packet | None) -> list[av.VideoFrame] | None:
         """What comes out of the decoder; None if it cannot decode this."""
         try:
             return self._clip.codec.decode(packet)

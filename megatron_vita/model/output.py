@@ -64,7 +64,7 @@ class OutputLayer(ColumnParallelLinear):
         self.shard = Shard(start=start, columns=columns, group=self.tp_group)
         self.ledger = GradientLedger()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         *,
@@ -183,7 +183,10 @@ class OutputLayer(ColumnParallelLinear):
         return losses[rows.to(losses.device)]
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return the parent's state, but with a number of padding rows that may differ when
         loaded."""

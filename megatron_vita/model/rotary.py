@@ -67,6 +67,6 @@ def scale_rotary_positions(config: TransformerConfig, factor: float) -> None:
     ln(scaling) + 1) from them: with a scaling of e, yarn_mscale is 10 * (factor - 1).
     """
     if factor != 1.0:
-        config.yarn_rotary_scaling_factor = math.e  # type: ignore[attr-defined]
-        config.yarn_mscale = 10 * (factor - 1)  # type: ignore[attr-defined]
-        config.yarn_mscale_all_dim = 0.0  # type: ignore[attr-defined]
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale = 10 * (factor - 1)
+        config.yarn_mscale_all_dim = 0.0

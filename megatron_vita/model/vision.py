@@ -143,7 +143,10 @@ class VisionTower(nn.Module):
         return pixel_shuffle(x[:, 1:] if self.config.class_token else x)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return the sharded state, the same for a whole tower and for one split over any TP
         size."""

@@ -183,7 +183,10 @@ class VitaModel(MegatronModule):
         return embeddings.index_copy(0, places, rows.to(embeddings.dtype))
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return the sharded state of all parts, the same for every backend.
 

@@ -59,7 +59,7 @@ def _is_cuda(device: Any) -> bool:
     return getattr(device, "type", None) == "cuda"
 
 
-def _on_cpu(factory: Callable) -> Callable:
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a tensor factory so that CUDA means CPU and pinned memory means ordinary memory."""
 
     @functools.wraps(factory)
@@ -73,7 +73,7 @@ def _on_cpu(factory: Callable) -> Callable:
     return wrapper
 
 
-def _to_cpu(to: Callable) -> Callable:
+def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Tensor.to` so that CUDA devices mean CPU."""
 
     @functools.wraps(to)
@@ -87,7 +87,7 @@ def _to_cpu(to: Callable) -> Callable:
     return wrapper
 
 
-def _cuda_type_names(type_of: Callable) -> Callable:
+def _cuda_type_names(type_of: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Tensor.type` to return CUDA type names to megatron-core, and to no other caller."""
 
     @functools.wraps(type_of)

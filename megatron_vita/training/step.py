@@ -138,7 +138,7 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
 
 def sum_losses(
     losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, sums: LossSums
-) -> tuple[Tensor, Tensor, dict]:
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Sum of the losses [L], each times its weight, and their number, by which megatron-core
     divides that of the whole global batch.
     """

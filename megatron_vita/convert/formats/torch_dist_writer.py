@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Size, Tensor
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -72,7 +72,7 @@ def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
     memory at a time."""
     writer = _OneByOne(folder, thread_count=1, overwrite=False)
     try:
-        dcp.save({}, storage_writer=writer, planner=_Planner(chunks), no_dist=True)
+        save({}, storage_writer=writer, planner=_Planner(chunks), no_dist=True)
     except CheckpointException as error:  # torch wraps whatever was raised
         cause, _ = next(iter(error.failures.values()))
         raise cause from None

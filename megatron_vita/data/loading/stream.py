@@ -63,7 +63,7 @@ class _Pack:
     damages: list[Damage] = field(default_factory=list)
 
 
-class PackStream(Dataset):
+class PackStream(Dataset[Batch]):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
     `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the

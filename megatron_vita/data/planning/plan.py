@@ -71,7 +71,7 @@ class PackPlan:
         if len(pack):
             self._starts = np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]])
         else:
-            self._starts = [0]
+            self._starts = np.zeros(1, np.int64)
         assert len(self._starts) == self.num_packs + 1, "every pack has a document"
 
     @property
@@ -158,7 +158,10 @@ def _reopen(path: Path, fingerprint: str) -> PackPlan:
 
 
 def _rebuild(
-    columns: dict[str, np.ndarray], datasets: list[str], stamp: dict, history: list[dict]
+    columns: dict[str, np.ndarray],
+    datasets: list[str],
+    stamp: dict[str, Any],
+    history: list[dict[str, Any]],
 ) -> PackPlan:
     return PackPlan(columns, datasets=datasets, stamp=stamp, history=history)
 

@@ -76,10 +76,9 @@ def make_plan(
     parts = [kept] if kept else []
     num_packs = _packs_in(kept)
     for epoch in range(recipe.data.epochs if split == "train" else 1):
-        if continued is None:
-            seed = (recipe.data.seed, epoch)
-        else:
-            seed = (recipe.data.seed, epoch, continued.pack)
+        seed: tuple[int, ...] = (recipe.data.seed, epoch)
+        if continued is not None:
+            seed = (*seed, continued.pack)
         shuffler = Shuffler(seed if split == "train" else None)
         columns = _plan_epoch(
             recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs

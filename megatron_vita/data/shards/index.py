@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -228,7 +228,7 @@ def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> I
     return header
 
 
-def _videos(values: dict[str, list]) -> list[VideoInfo]:
+def _videos(values: dict[str, list[Any]]) -> list[VideoInfo]:
     columns = zip(
         values["video_durations"], values["video_fps"], values["video_frames"], strict=True
     )

@@ -78,10 +78,9 @@ class Worker:
         self.decoder = DecodeRunner(
             model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
         )
+        self.prefill_graphs: PrefillGraphs | None = None
         if self.graphs:
             self.prefill_graphs = PrefillGraphs(model.language_model, cache, graphs=self.graphs)
-        else:
-            self.prefill_graphs = None
         self._tables: dict[int, Tensor] = {}
         self._prompts: dict[int, NewSequence] = {}
 

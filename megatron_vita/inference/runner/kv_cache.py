@@ -51,10 +51,9 @@ class KeyValueCache:
         stored = _FP8 if shape.fp8 else shape.dtype
         self._keys = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
         self._values = [torch.zeros(rows, dtype=stored, device=device) for _ in layers]
+        self._scales: list[Tensor] | None = None
         if shape.fp8:
             self._scales = [torch.zeros(2, *rows[:2], device=device) for _ in layers]
-        else:
-            self._scales = None
 
     def write(self, layer: int, key: Tensor, value: Tensor, *, slots: Tensor) -> None:
         """Store rows [n, groups, d] in slots [n]; slots may repeat only in the scratch block."""
@@ -110,9 +109,8 @@ class KeyValueCache:
             return
         if self._scales is None and consecutive(blocks):
             start = int(blocks[0]) * page
-            yield tuple(
-                store[layer - 1][:, start : start + length] for store in (self._keys, self._values)
-            )  # type: ignore[misc]
+            here = slice(start, start + length)
+            yield self._keys[layer - 1][:, here], self._values[layer - 1][:, here]
             return
         for part in blocks.split(GATHERED_TOKENS // page):
             count = min(length, len(part) * page)

@@ -122,7 +122,8 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 def load_engine(arguments: argparse.Namespace) -> "Engine":
     """The engine of a checkpoint, over all processes that torchrun has started."""
     from megatron_vita.config import ParallelConfig
-    from megatron_vita.inference.engine.engine import Engine, EngineOptions
+    from megatron_vita.inference.engine.engine import Engine
+    from megatron_vita.inference.engine.options import EngineOptions
 
     tp = arguments.tensor_model_parallel_size
     world = int(os.environ.get("WORLD_SIZE", "1"))
