@@ -48,7 +48,7 @@ class Progress:
                 _append(file, [{"part": numbers[place], "result": result}])
 
 
-def progress_bar(name: object, *, total: int, unit: str) -> tqdm[Any]:
+def progress_bar(name: object, *, total: int, unit: str) -> "tqdm[Any]":
     """Amount done, rate and time left; bytes in their multiples."""
     scaled = unit == "B"
     return tqdm(
