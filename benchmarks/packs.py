@@ -7,6 +7,7 @@ import torch
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.parallel import groups
 
 IMAGE_SHARE = 0.6
@@ -26,9 +27,9 @@ def make_pack(recipe: Recipe, *, documents: int, seed: int) -> Batch:
     )
     ids = torch.randint(0, recipe.model.language.vocab_size, (length,), generator=generator)
     scored = torch.rand(length, generator=generator) < SCORED_SHARE
-    labels = torch.where(scored, ids.roll(-1), -100)
+    labels = torch.where(scored, ids.roll(-1), IGNORED_LABEL)
     for start in placements.tolist():
-        labels[start - 1 : start + rows] = -100
+        labels[start - 1 : start + rows] = IGNORED_LABEL
     bounds = (torch.arange(documents + 1) * each).int()
     side = recipe.model.vision.image_size
     tiles = torch.randint(

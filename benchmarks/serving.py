@@ -42,6 +42,7 @@ from megatron_vita.inference.prompt import MediaFile, PreparedPrompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.train import train_sentencepiece
 
 GIB = 1 << 30
@@ -94,7 +95,7 @@ def film(length: int, *, seed: int) -> PreparedPrompt:
     document = Document(
         key="film",
         input_ids=ids,
-        labels=np.full(length, -100),
+        labels=np.full(length, IGNORED_LABEL),
         placements=np.arange(frames) * ROWS_OF_FRAME + 1,
         media=[Medium("film", frames, None, [float(i) for i in range(frames)])] if frames else [],
     )

@@ -10,6 +10,7 @@ from training_measure import GIB, Measurement, PackContent, StepResult, work_thr
 from training_profile import profile_step
 
 from megatron_vita.costs.memory import PackLoad, rank_memory
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import assemble_run
 from megatron_vita.training.step import train_step
@@ -31,7 +32,7 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
     recipe = case.recipe()
     groups.initialize_groups(recipe.parallel)
     pack = make_pack(recipe, documents=case.documents, seed=1)
-    rows = int((pack.labels != -100).sum())
+    rows = int((pack.labels != IGNORED_LABEL).sum())
     content = PackContent(pack.document_starts.diff().tolist(), len(pack.tiles), rows)
     measurement = Measurement(case, out, content, estimated_gib=estimated_gib(case, content))
     run = assemble_run(recipe)

@@ -38,6 +38,7 @@ from megatron_vita.costs.flops import pack_flops
 from megatron_vita.costs.memory import GIB, PackLoad, rank_memory
 from megatron_vita.data.batch import Batch
 from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import collectives, groups
 from megatron_vita.training.run import Run, assemble_run
@@ -196,7 +197,7 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     result["tiles"] = float(len(batch.tiles))
     result["peak"] = float(torch.cuda.max_memory_allocated()) if platform.on_cuda() else 0.0
     result = _slowest(result)
-    load = PackLoad(tiles=len(pack.tiles), rows=int((pack.labels != -100).sum()))
+    load = PackLoad(tiles=len(pack.tiles), rows=int((pack.labels != IGNORED_LABEL).sum()))
     result["estimated"] = float(rank_memory(recipe, 0, data_parallel=1, load=load).peak)
     flops = 3 * pack_flops(
         recipe, pack.cu_seqlens.diff().tolist(), tiles=load.tiles, rows=load.rows

@@ -10,8 +10,8 @@ import numpy as np
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import TAIL_SOURCE, Batch
 from megatron_vita.data.loading.stream import PackStream
-from megatron_vita.data.samples.documents import NO_LOSS
 from megatron_vita.data.samples.encoding import Medium
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.tokenizer import Tokenizer
 
@@ -91,7 +91,7 @@ def view_pack(
             )
         )
     length = len(batch.input_ids)
-    rows = int((batch.labels != NO_LOSS).sum())
+    rows = int((batch.labels != IGNORED_LABEL).sum())
     summary = (
         f"{title}: {len(batch.sample_keys)} documents, {batch.num_tokens} of {length} tokens "
         f"({batch.num_tokens / length:.1%}), {rows} loss rows, {len(placements)} tiles"
@@ -165,7 +165,7 @@ class _Runs:
         self._frames = batch.frames.tolist()
         self._ids = batch.input_ids.numpy()
         # is this token predicted?
-        self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != NO_LOSS])
+        self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != IGNORED_LABEL])
         self._tokenizer = tokenizer
         self._tile = _tiles_of(
             batch.placements.tolist(), tile_tokens=tile_tokens, length=len(self._ids)

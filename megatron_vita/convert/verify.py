@@ -20,7 +20,7 @@ from megatron_vita.convert.sources import GGUF
 from megatron_vita.convert.transfers import Transfer
 from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.errors import CheckpointError
-from megatron_vita.layout.slicing import slice_pack
+from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 
@@ -99,7 +99,7 @@ def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
     store.load_weights([model], checkpoint)
     pack = slice_pack(
         ids,
-        labels=torch.full_like(ids, -100),
+        labels=torch.full_like(ids, IGNORED_LABEL),
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         placements=torch.zeros(0, dtype=torch.int64),
         frames=torch.zeros(0, dtype=torch.bool),

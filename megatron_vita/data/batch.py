@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from megatron_vita.config import DataConfig
-from megatron_vita.data.samples.documents import NO_LOSS, Document, blank_placements
+from megatron_vita.data.samples.documents import Document, blank_placements
+from megatron_vita.layout.slicing import IGNORED_LABEL
 
 TAIL_SOURCE = -1
 
@@ -68,7 +69,7 @@ def mask_documents(
     for document in documents:
         start, stop = batch.document_starts[document : document + 2].tolist()
         input_ids[start:stop] = pad_id
-        labels[start:stop] = NO_LOSS
+        labels[start:stop] = IGNORED_LABEL
         first, last = torch.searchsorted(batch.placements, torch.tensor([start, stop])).tolist()
         placements[first:last] = start + torch.from_numpy(
             blank_placements(last - first, rows_per_tile)
@@ -93,7 +94,7 @@ def collate(
     plan saw to it."""
     seq_length = data.seq_length
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
-    labels = np.full(seq_length, NO_LOSS, dtype=np.int64)
+    labels = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
     starts = np.cumsum(
         [0, *(padded_length(len(document), data.padding_multiple) for document in documents)]
     )

@@ -10,12 +10,13 @@ from toy_data import SIZES, write_shard
 from megatron_vita.config import MediaConfig, TextConfig
 from megatron_vita.config.text import TEMPLATES
 from megatron_vita.data.planning.token_counts import Lengths, document_lengths
-from megatron_vita.data.samples.documents import NO_LOSS, Document, build_document, check_length
+from megatron_vita.data.samples.documents import Document, build_document, check_length
 from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.errors import DataError
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
@@ -88,7 +89,7 @@ def assert_counted(lengths: Lengths, documents: list[Document]) -> None:
         sum(medium.num_tiles for medium in document.media) for document in documents
     ]
     assert lengths.rows.tolist() == [
-        int((document.labels != NO_LOSS).sum()) for document in documents
+        int((document.labels != IGNORED_LABEL).sum()) for document in documents
     ]
 
 
@@ -134,13 +135,13 @@ def test_dropping_media_keeps_all_text_and_as_many_frames_as_fit(shard, form) ->
         for kind in ("img", "/img", "vid", "/vid", "patch", "/patch")
     }
     assert np.isin(fewer.input_ids, list(text)).sum() < np.isin(whole.input_ids, list(text)).sum()
-    assert (fewer.labels != NO_LOSS).sum() == (whole.labels != NO_LOSS).sum()
+    assert (fewer.labels != IGNORED_LABEL).sum() == (whole.labels != IGNORED_LABEL).sum()
 
 
 def test_a_label_is_the_next_token_of_an_answer(shard, form) -> None:
     tokenizer = form.tokenizer
     for number, document in enumerate(documents_of(shard, form)):
-        scored = np.flatnonzero(document.labels != NO_LOSS)
+        scored = np.flatnonzero(document.labels != IGNORED_LABEL)
         assert (document.labels[scored] == document.input_ids[scored + 1]).all()
         answers = tokenizer.decode(document.labels[scored].tolist(), skip_special=False)
         if number % 4 == 3:
@@ -151,7 +152,7 @@ def test_a_label_is_the_next_token_of_an_answer(shard, form) -> None:
 
 def test_the_first_token_of_an_answer_is_predicted_from_the_prompt(shard, form) -> None:
     for document in documents_of(shard, form):
-        first = np.flatnonzero(document.labels != NO_LOSS)[0]
+        first = np.flatnonzero(document.labels != IGNORED_LABEL)[0]
         before = form.tokenizer.decode(document.input_ids[: first + 1].tolist(), skip_special=False)
         assert before.endswith("<|im_start|>assistant\n")
 

@@ -24,10 +24,10 @@ from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
-from megatron_vita.data.samples.documents import NO_LOSS
 from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import DataError, ShardError, VitaError
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.chat_format import ChatFormat
 
 
@@ -234,7 +234,7 @@ def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(
             start, stop = batch.document_starts[document : document + 2].tolist()
             blank = masked(stream, batch, [document])
             assert (blank.input_ids[start:stop] == world.tokenizer.pad_id).all()
-            assert (blank.labels[start:stop] == NO_LOSS).all()
+            assert (blank.labels[start:stop] == IGNORED_LABEL).all()
             inside = (batch.placements >= start) & (batch.placements < stop)
             rows = torch.arange(stream.forms[0].vision.image_token_length)
             places = (blank.placements[inside][:, None] + rows).flatten()

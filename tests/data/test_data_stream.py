@@ -11,8 +11,8 @@ from toy_data import COLORS, assert_same, changed, damage, train_stream
 from megatron_vita.data.loading import stream as stream_module
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.planner import make_plan
-from megatron_vita.data.samples.documents import NO_LOSS
 from megatron_vita.errors import DataError
+from megatron_vita.layout.slicing import IGNORED_LABEL
 
 
 def test_a_pack_is_always_full_length_and_its_documents_tile_it(world) -> None:
@@ -56,7 +56,7 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
         assert batch.document_starts.diff().tolist()[: len(lengths)] == lengths
         assert batch.document_starts[-1] == 256
         for start in batch.document_starts[1:-1].tolist():
-            assert batch.labels[start - 1] == NO_LOSS
+            assert batch.labels[start - 1] == IGNORED_LABEL
 
 
 def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) -> None:
@@ -69,7 +69,7 @@ def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) ->
             zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
         ):
             used = entries[i].tokens if i < len(entries) else 0
-            assert (batch.labels[start + max(used - 1, 0) : stop] == NO_LOSS).all()
+            assert (batch.labels[start + max(used - 1, 0) : stop] == IGNORED_LABEL).all()
             assert (batch.input_ids[start + used : stop] == world.tokenizer.pad_id).all()
             tails += i == len(entries)
         assert batch.document_sources.tolist()[: len(entries)] == [

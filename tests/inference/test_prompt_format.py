@@ -8,7 +8,7 @@ import pytest
 from megatron_vita import platform
 from megatron_vita.config import Recipe, TextConfig
 from megatron_vita.data.datasets import document_format
-from megatron_vita.data.samples.documents import NO_LOSS, build_document
+from megatron_vita.data.samples.documents import build_document
 from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.reader import ShardReader
@@ -18,6 +18,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt, prepare_prompt
 from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.media.video import probe_video
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.inference.tiny import picture, tiny_recipe, video
@@ -69,7 +70,7 @@ def test_a_prompt_is_the_beginning_of_the_trained_document(tmp_path: Path, famil
     assert trained.placements.tolist() == asked.placements.tolist()
     assert [medium.grid for medium in trained.media] == [medium.grid for medium in asked.media]
     last = trained.labels[len(asked) - 1 :]
-    answer = form.tokenizer.decode(last[last != NO_LOSS].tolist(), skip_special=False)
+    answer = form.tokenizer.decode(last[last != IGNORED_LABEL].tolist(), skip_special=False)
     assert answer == "It sat" + FAMILIES[family].end_of_turn
 
 

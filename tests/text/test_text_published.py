@@ -13,9 +13,10 @@ from tokenizers import processors
 from transformers import GotOcr2ImageProcessorPil, InternVLProcessor, PreTrainedTokenizerFast
 
 from megatron_vita.config import MediaConfig, TextConfig, VisionConfig
-from megatron_vita.data.samples.documents import NO_LOSS, Document, assemble_document
+from megatron_vita.data.samples.documents import Document, assemble_document
 from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
@@ -433,7 +434,7 @@ def test_media_are_trained_around_and_counted_from_metadata(
     contents, sizes, frames = ASKED["all, over turns"]
     messages = as_messages(contents[:4])
     document = document_of(chat, messages, sizes=sizes, frames=frames, prompt=False)
-    scored = document.labels[document.labels != NO_LOSS].tolist()
+    scored = document.labels[document.labels != IGNORED_LABEL].tolist()
     wanted = [chat.tokenizer.encode(said) for said in ("A cat.", "no")]
     end = chat.tokenizer.special_id("<|im_end|>")
     assert scored == [*wanted[0], end, *wanted[1], end]

@@ -12,10 +12,9 @@ from megatron_vita.data.samples.records import Kind, encode_record, weight_of
 from megatron_vita.data.samples.truncation import Fit, Piece, whole
 from megatron_vita.data.shards.index import SampleRow
 from megatron_vita.errors import DataError
+from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.media_tokens import MediaTokens
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece
-
-NO_LOSS = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class Document:
         if tokens >= len(self):
             return self
         labels = self.labels[:tokens].copy()
-        labels[-1] = NO_LOSS
+        labels[-1] = IGNORED_LABEL
         tiles = np.cumsum([0, *(medium.num_tiles for medium in self.media)])
         held = int(np.searchsorted(self.placements, tokens))
         media = [medium for medium, end in zip(self.media, tiles[1:], strict=True) if end <= held]
@@ -93,7 +92,7 @@ def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFor
     return Document(
         key=row.key,
         input_ids=np.full(tokens, form.tokenizer.pad_id, dtype=np.int64),
-        labels=np.full(tokens, NO_LOSS, dtype=np.int64),
+        labels=np.full(tokens, IGNORED_LABEL, dtype=np.int64),
         placements=blank_placements(tiles, form.vision.image_token_length),
         media=media[: int(np.searchsorted(ends, tiles, side="right"))],
     )
@@ -191,8 +190,8 @@ def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
 
 
 def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    labels = np.full_like(input_ids, NO_LOSS)
-    labels[:-1] = np.where(loss[1:], input_ids[1:], NO_LOSS)
+    labels = np.full_like(input_ids, IGNORED_LABEL)
+    labels[:-1] = np.where(loss[1:], input_ids[1:], IGNORED_LABEL)
     return labels
 
 
