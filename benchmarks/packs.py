@@ -6,7 +6,7 @@ import torch
 
 from megatron_vita.config import Recipe
 from megatron_vita.data.batch import Batch
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.parallel import groups
 
@@ -54,7 +54,7 @@ def make_pack(recipe: Recipe, *, documents: int, seed: int) -> Batch:
 def dealt_to_this_rank(pack: Batch) -> Batch:
     """The pack with the tiles that this rank would have read."""
     layout = groups.rank_layout()
-    dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
+    assigned = assign_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
     if not groups.is_first_stage():
-        dealt = dealt[:0]
-    return dataclasses.replace(pack, tiles=pack.tiles[dealt], tile_ids=dealt)
+        assigned = assigned[:0]
+    return dataclasses.replace(pack, tiles=pack.tiles[assigned], tile_ids=assigned)

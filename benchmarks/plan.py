@@ -153,8 +153,8 @@ def imbalance(recipe: Recipe, *, packs_per_replica: int) -> list[float]:
     for step in range(min(STEPS, plan.num_packs // recipe.training.global_batch_size)):
         first = step * recipe.training.global_batch_size
         costs = pack_costs(recipe, plan, first=first)
-        hands = packs_of_replicas(recipe, plan, first=first, replicas=REPLICAS)
-        sums = [sum(costs[pack - first] for pack in hand) for hand in hands]
+        assignments = packs_of_replicas(recipe, plan, first=first, replicas=REPLICAS)
+        sums = [sum(costs[pack - first] for pack in assigned) for assigned in assignments]
         found.append(max(sums) / (sum(sums) / REPLICAS))
     return found
 

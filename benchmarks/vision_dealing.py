@@ -37,7 +37,7 @@ from megatron_vita.config import (
 from megatron_vita.costs.flops import pack_flops
 from megatron_vita.costs.memory import GIB, PackLoad, rank_memory
 from megatron_vita.data.batch import Batch
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import collectives, groups
@@ -161,12 +161,12 @@ def watched_exchange(clock: Clock, sent: list[int]) -> Iterator[None]:
 
 
 def duplicate_vision(model: VitaModel, pack: Batch) -> None:
-    """Every rank encodes all tiles, and keeps what it would have been dealt: the work that dealing
+    """Every rank encodes all tiles, and keeps what it would have been assigned: the work that dealing
     spares."""
     layout = groups.rank_layout()
-    dealt = deal_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
+    assigned = assign_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
     encode = model.encode
-    model.encode = lambda tiles: encode(tiles)[dealt.to(tiles.device)]  # type: ignore[method-assign]
+    model.encode = lambda tiles: encode(tiles)[assigned.to(tiles.device)]  # type: ignore[method-assign]
 
 
 def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]:
@@ -248,13 +248,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
     for name, result in results.items():
         if (other := results.get(f"{name}, duplicated")) is not None:
             lines.append(
-                f"\n{name}: vision time dealt / duplicated {result['vision'] / other['vision']:.3f}"
+                f"\n{name}: vision time assigned / duplicated {result['vision'] / other['vision']:.3f}"
             )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures every layout dealt, and the first two also duplicated."""
+    """Measures every layout assigned, and the first two also duplicated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -5,6 +5,8 @@ from html import escape
 
 import numpy as np
 
+from megatron_vita.rounding import round_up
+
 WIDTH = 340
 HEIGHT = 120
 FOOT = 20
@@ -72,7 +74,7 @@ def _even_edges(values: np.ndarray, top: float | None) -> np.ndarray:
         return np.linspace(0, top, MOST_BINS + 1 - 4)
     width = max(1, int(np.ceil((values.max() + 1) / MOST_BINS)))
     bins = int(values.max()) // width + 1
-    return np.arange((bins if bins <= 8 else -(-bins // 6) * 6) + 1) * width
+    return np.arange((bins if bins <= 8 else round_up(bins, 6)) + 1) * width
 
 
 def _marked(bins: int) -> int:

@@ -9,13 +9,13 @@ import numpy as np
 from data_tools.contact_sheet import draw_sheet
 from data_tools.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
-from megatron_vita.data.batch import padded_length
 from megatron_vita.data.datasets import Split, document_format, open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.shards.index import index_path, read_index, text_stamp
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer import Tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer
 
@@ -63,7 +63,7 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     plan = PackPlan(
         {name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={}
     )
-    length = padded_length(int(lengths.tokens[row]), recipe.data.document_alignment)
+    length = round_up(int(lengths.tokens[row]), recipe.data.document_alignment)
     return PackStream(
         plan,
         shards=[[shard]],

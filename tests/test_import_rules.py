@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "supervise", "platform", "config"}
-PURE = {"errors", "config", "media", "text", "layout", "costs"}
+EVERYWHERE = {"errors", "rounding", "supervise", "platform", "config"}
+PURE = {"errors", "rounding", "config", "media", "text", "layout", "costs"}
 MAY_IMPORT = {
     "errors": set(),
+    "rounding": set(),
     "supervise": set(),
     "commands": {"errors"},
     "platform": {"errors"},
-    "config": {"errors"},
+    "config": {"errors", "rounding"},
     "media": EVERYWHERE,
     "text": EVERYWHERE,
     "layout": EVERYWHERE,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_vita.config.recipe import Recipe
+from megatron_vita.rounding import ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,4 +48,4 @@ def _mlp_rows(recipe: Recipe) -> int:
     """Under sequence parallelism a piece is gathered from the shares of all TP ranks."""
     parallel = recipe.parallel
     ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return -(-recipe.training.mlp_chunk_tokens // ranks)
+    return ceil_div(recipe.training.mlp_chunk_tokens, ranks)

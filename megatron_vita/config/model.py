@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from megatron_vita.config.fields import described, require
 from megatron_vita.config.output import OutputConfig
 from megatron_vita.config.rotary import RopeScalingConfig
+from megatron_vita.rounding import ceil_div
 
 PROJECTORS = ("long_vita", "internvl")
 NORMS = ("LayerNorm", "RMSNorm")
@@ -95,7 +96,7 @@ class VisionConfig:
     def image_token_length(self) -> int:
         """Feature rows of a tile after the pixel shuffle, which joins patches two by two:
         placeholders."""
-        return (-(-self.grid // 2)) ** 2
+        return ceil_div(self.grid, 2) ** 2
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from megatron_vita.costs.host_memory import host_memory
 from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors
 from megatron_vita.costs.memory import GIB, full_pack, rank_memory
 from megatron_vita.costs.step_time import step_time
+from megatron_vita.rounding import ceil_div
 
 LEVERS = (
     "training.recompute_granularity",
@@ -253,7 +254,7 @@ def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
     if tensors.mlp_working(plan) <= most:
         return 0
     for chunk in CHUNKS:
-        pieces = -(-tokens // chunk)
+        pieces = ceil_div(tokens, chunk)
         if tensors.mlp_working(LayerPlan(kept=plan.kept, pieces=pieces)) <= most:
             if pieces > 1:
                 return chunk

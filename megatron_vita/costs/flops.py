@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
 from megatron_vita.costs.parameters import language_layer, word_embedding
+from megatron_vita.rounding import round_up
 
 
 def linear_flops(language: LanguageConfig, tokens: int) -> int:
@@ -61,7 +62,7 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
     `lengths` tokens, and of its tiles, on the first pipeline stage, forward and backward.
     """
     alignment = recipe.data.document_alignment
-    padded = -(-np.asarray(lengths, dtype=np.int64) // alignment) * alignment
+    padded = round_up(np.asarray(lengths, dtype=np.int64), alignment)
     of_square, of_tile = cost_weights(recipe)
     return of_square * int(np.square(padded).sum()) + of_tile * tiles
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vita.config import Recipe, layer_memory
+from megatron_vita.rounding import ceil_div
 
 Kept = Literal["everything", "all_but_mlp", "input_and_attention", "input"]
 """Tensors of a layer that stay between its forward and its backward."""
@@ -185,7 +186,7 @@ def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
         kept: Kept = otherwise
         if memory.recompute:
             kept = "input_and_attention" if memory.keep_attention else "input"
-        pieces = -(-rows // memory.mlp_rows) if memory.mlp_rows and kept != "everything" else 1
+        pieces = ceil_div(rows, memory.mlp_rows) if memory.mlp_rows and kept != "everything" else 1
         plans.append(LayerPlan(kept=kept, pieces=pieces, offload=memory.offload))
     return plans
 

@@ -21,6 +21,7 @@ from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shar
 from megatron_vita.costs.parameters import StageParameters, stage_parameters
 from megatron_vita.costs.schedule import most_kept
 from megatron_vita.costs.vision_memory import vision_kept, vision_working
+from megatron_vita.rounding import ceil_div
 
 GIB = 1 << 30
 LIBRARIES = 3 * GIB
@@ -166,7 +167,7 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
         group = training.recompute_num_layers or 1
         # The whole group is brought back before its last layer goes backward.
         others = (group - 1) * tensors.kept("everything")
-        return -(-count // group) * tensors.hidden, others + tensors.working(
+        return ceil_div(count, group) * tensors.hidden, others + tensors.working(
             LayerPlan(kept="input")
         )
     # From the last layer to the first: what later layers kept is gone.
@@ -190,11 +191,11 @@ def _output_working(
     size = value_bytes(recipe)
     tp = recipe.parallel.tensor_model_parallel_size
     cp = recipe.parallel.context_parallel_size
-    columns = -(-language.vocab_size // tp)
+    columns = ceil_div(language.vocab_size, tp)
     if recipe.model.output.full_logits:
         tokens = recipe.data.seq_length // cp
         # logits, then in fp32: themselves, a masked copy, and the softmax that backward needs
         return 2 * tensors.hidden + tensors.gathered + tokens * columns * (size + 3 * 4)
-    mine = -(-rows // cp)
+    mine = ceil_div(rows, cp)
     logits = min(recipe.model.output.chunk_mib << 20, mine * columns * size)
     return 2 * tensors.hidden + mine * language.hidden_size * size + logits

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megatron_vita.rounding import ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
     first = stage == 0
     last = stage == stages - 1
     encodes = first and not model.text_only
-    vocabulary = -(-model.language.vocab_size // tp) * model.language.hidden_size
+    vocabulary = ceil_div(model.language.vocab_size, tp) * model.language.hidden_size
     tied = not model.language.untie_embeddings_and_output_weights
     return StageParameters(
         vision=_vision(recipe) if encodes else 0,
@@ -119,7 +120,7 @@ def _vision(recipe: Recipe) -> int:
         return tower.split + tower.whole
     width = vision.hidden_size
     heads = vision.num_attention_heads
-    mine = -(-heads // tp) * (width // heads)
+    mine = ceil_div(heads, tp) * (width // heads)
     attention = (
         4 * width * mine
         + (3 * mine if vision.add_qkv_bias else 0)

@@ -22,6 +22,7 @@ from megatron_vita.costs.memory import PackLoad
 from megatron_vita.costs.optimizer_memory import optimizer_bytes, optimizer_shards
 from megatron_vita.costs.parameters import language_layer, stage_parameters
 from megatron_vita.costs.vision_memory import tiles_of_rank
+from megatron_vita.rounding import ceil_div
 
 RANKS_PER_NODE = 8
 BACKWARD_ATTENTION = 2.5
@@ -270,7 +271,7 @@ class _Stage:
         if self.stage < recipe.parallel.pipeline_model_parallel_size - 1:
             return 0.0
         language = recipe.model.language
-        rows = -(-self.load.rows // self.cp)
+        rows = ceil_div(self.load.rows, self.cp)
         flops = 6 * rows * language.vocab_size // self.tp * language.hidden_size
         return flops / (0.8 * self.machine.matmul)
 

@@ -3,11 +3,12 @@
 from megatron_vita.config import Recipe, VisionConfig
 from megatron_vita.costs.layer_memory import value_bytes
 from megatron_vita.costs.parameters import stage_parameters
+from megatron_vita.rounding import ceil_div
 
 
 def tiles_of_rank(recipe: Recipe, tiles: int) -> int:
     """Most tiles of a pack that one rank encodes."""
-    return -(-tiles // recipe.parallel.tile_ranks)
+    return ceil_div(tiles, recipe.parallel.tile_ranks)
 
 
 def vision_kept(recipe: Recipe, tiles: int) -> int:

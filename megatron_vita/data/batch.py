@@ -9,6 +9,7 @@ import torch
 from megatron_vita.config import DataConfig
 from megatron_vita.data.samples.documents import Document, blank_placements
 from megatron_vita.layout.slicing import IGNORED_LABEL
+from megatron_vita.rounding import round_up
 
 TAIL_SOURCE = -1
 
@@ -40,11 +41,6 @@ class Batch:
     masked: list[int] = field(default_factory=list)  # documents that could not be read
     # frames that stand for damaged ones, by document
     stand_ins: dict[int, int] = field(default_factory=dict)
-
-
-def padded_length[Tokens: (int, np.ndarray)](tokens: Tokens, alignment: int) -> Tokens:
-    """Tokens of a document in a pack: rounded up to a multiple of `alignment`."""
-    return -(-tokens // alignment) * alignment
 
 
 def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
@@ -96,7 +92,7 @@ def collate(
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
     starts = np.cumsum(
-        [0, *(padded_length(len(document), data.padding_multiple) for document in documents)]
+        [0, *(round_up(len(document), data.padding_multiple) for document in documents)]
     )
     assert starts[-1] <= seq_length, (
         f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"

@@ -1,1 +1,1 @@
-"""Pure index arithmetic: who holds which token, tile and feature row. No torch.distributed."""
+"""Index arithmetic without communication: ranks of a pack's tokens, tiles and feature rows."""

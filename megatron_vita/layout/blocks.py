@@ -1,4 +1,4 @@
-"""Where the keys and values of a sequence lie: pages of tokens, dealt in turn over the CP ranks.
+"""Paged KV cache layout: pages of tokens, assigned to the CP ranks in round-robin order.
 
 A block is one page on each CP rank, under the same number on all of them. Block `i` of a sequence
 holds its positions from `i * block_tokens`; the first page of them lies on CP rank 0, the next on
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_vita.rounding import ceil_div
+
 SCRATCH_BLOCK = 0
 """The block that padding writes to; it belongs to no sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """Tokens of a page, and the CP rank whose pages are meant."""
+    """Page size, and the CP rank whose pages are addressed."""
 
     page_tokens: int
     cp_size: int = 1
@@ -28,29 +30,36 @@ class BlockLayout:
         return self.page_tokens * self.cp_size
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that so many tokens of one sequence take."""
-        return -(-tokens // self.block_tokens)
+        """Number of blocks needed for `tokens` tokens of one sequence."""
+        return ceil_div(tokens, self.block_tokens)
 
-    def held(self, tokens: int) -> int:
-        """How many of a sequence's first `tokens` tokens lie on this rank: the first rows of its
-        pages, in order."""
+    def local_tokens(self, tokens: int) -> int:
+        """Number of a sequence's first `tokens` tokens that lie on this rank.
+
+        They are the first rows of its pages, in order.
+        """
         blocks, rest = divmod(tokens, self.block_tokens)
-        return blocks * self.page_tokens + min(
-            max(rest - self.cp_rank * self.page_tokens, 0), self.page_tokens
-        )
+        # The last block fills rank by rank: earlier ranks have full pages, later ones none.
+        in_last = min(max(rest - self.cp_rank * self.page_tokens, 0), self.page_tokens)
+        return blocks * self.page_tokens + in_last
 
     def slot(self, position: int, blocks: Tensor) -> int | None:
-        """The slot of one position, or None where another rank has it."""
+        """Slot of one position, or None if another rank holds it."""
         block, rest = divmod(position, self.block_tokens)
         if rest // self.page_tokens != self.cp_rank:
             return None
         return int(blocks[block]) * self.page_tokens + rest % self.page_tokens
 
     def slots(self, positions: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of `positions` [n] of a sequence lie here, as a mask [n], and the slots of those.
+        """Slots of the positions of a sequence that this rank holds.
 
-        A slot is block * page_tokens + row of the page; `blocks` are the numbers of the sequence's
-        blocks.
+        Args:
+            positions: positions in the sequence [n].
+            blocks: numbers of the sequence's blocks, in order.
+
+        Returns:
+            mask: bool [n], true for the positions on this rank.
+            slots: slot of each of those: block * page_tokens + row in the page.
         """
         block = positions // self.block_tokens
         rest = positions % self.block_tokens
@@ -59,15 +68,10 @@ class BlockLayout:
 
 
 def consecutive(blocks: Tensor) -> bool:
-    """Whether blocks follow one another in memory."""
+    """Return true if block numbers ascend by one, so that the blocks are contiguous in memory."""
     return len(blocks) < 2 or bool((blocks.diff() == 1).all())
 
 
-def pad_to(length: int, multiple: int) -> int:
-    """The next multiple at or above a length."""
-    return -(-length // multiple) * multiple
-
-
-def bounds_of(lengths: list[int]) -> Tensor:
-    """Where documents of these lengths begin and end when they follow one another: int32 [D+1]."""
+def cumulative_lengths(lengths: list[int]) -> Tensor:
+    """Bounds of documents laid end to end, as `cu_seqlens` of attention kernels: int32 [D+1]."""
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).int()

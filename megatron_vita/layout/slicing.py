@@ -1,8 +1,7 @@
-"""A rank's part of a pack: its tokens and labels, the way of the feature rows, and the rows that
-carry loss.
+"""Slice of a pack that one rank computes: its tokens and labels, the route of feature rows, the
+rows that carry loss.
 
-All of it follows from the pack's metadata, which every rank of a replica has; nothing here
-communicates.
+Every rank of a replica derives it from the same metadata of the pack; nothing here communicates.
 """
 
 from dataclasses import dataclass, replace
@@ -10,17 +9,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.zigzag import owners
 
 IGNORED_LABEL = -100
+"""Label of a position without loss, as in PyTorch's `ignore_index`."""
 ELSEWHERE = -1
+"""Destination of feature rows that another TP rank sends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
-    """Where a rank stands in its replica, and whether TP ranks encode tiles together or each its
-    own."""
+    """Coordinates of a rank in its replica.
+
+    With `vision_tensor_parallel` the TP ranks encode the same tiles together.
+    """
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -30,15 +33,14 @@ class RankLayout:
 
     @property
     def tile_ranks(self) -> int:
-        """Ranks that share the tiles of a pack: TP x CP, TP fastest; CP alone where TP ranks encode
-        together."""
+        """Ranks that share a pack's tiles: TP x CP, TP fastest; CP alone with a TP-split tower."""
         if self.vision_tensor_parallel:
             return self.cp_size
         return self.tp_size * self.cp_size
 
     @property
     def tile_rank(self) -> int:
-        """This rank among them."""
+        """Index of this rank among the `tile_ranks`."""
         if self.vision_tensor_parallel:
             return self.cp_rank
         return self.cp_rank * self.tp_size + self.tp_rank
@@ -46,19 +48,18 @@ class RankLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRoute:
-    """How feature rows travel from the rank that encoded their tile to the rank that holds their
-    placeholder."""
+    """Route of feature rows from the rank that encoded a tile to the rank that holds its
+    placeholders."""
 
     send_order: Tensor  # this rank's feature rows, sorted by the rank they go to
     send_counts: list[int]  # rows to each tile rank
     receive_counts: list[int]  # rows from each tile rank
-    target_rows: Tensor  # [m] row of this rank's sequence share that each received row overwrites
+    target_rows: Tensor  # [m] row of this rank's sequence slice that each received row overwrites
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackSlice:
-    """What one rank computes of a pack; t = T / CP. Sequence shares are the t / TP rows of each TP
-    rank."""
+    """One rank's slice of a pack; t = T / CP tokens, of which each TP rank embeds t / TP."""
 
     positions: Tensor  # [t] positions of the pack that this CP rank holds
     input_ids: Tensor  # [t], on the device
@@ -67,13 +68,13 @@ class PackSlice:
     route: FeatureRoute
 
     def to(self, device: torch.device) -> "PackSlice":
-        """The same with its input ids on `device`; what only decides shapes and routes stays on the
-        host."""
+        """Return the slice with its input ids on `device`."""
+        # The rest decides shapes and routes: on a device, reading it would synchronize the stream.
         return replace(self, input_ids=self.input_ids.to(device))
 
     @property
     def loss_rows(self) -> Tensor:
-        """Rows of the slice that predict a scored token: [L]."""
+        """Indices of the rows that predict a token with loss: [L]."""
         return (self.labels != IGNORED_LABEL).nonzero().squeeze(1)
 
 
@@ -87,21 +88,31 @@ def slice_pack(
     rows_per_tile: int,
     layout: RankLayout,
 ) -> PackSlice:
-    """The part of a pack that the rank at `layout` computes.
+    """Slice a pack for the rank at `layout`.
 
-    `input_ids`, `labels` [T]; `cu_seqlens` [D+1]; `placements` [N] position of each tile's first
-    placeholder; `frames` [N] bool, whether it is of a video.
+    Args:
+        input_ids: [T].
+        labels: [T], already shifted inside each document.
+        cu_seqlens: bounds of the documents [D+1].
+        placements: position of each tile's first placeholder [N].
+        frames: bool [N], true for tiles that are frames of videos.
+        rows_per_tile: feature rows of a tile, which are consecutive placeholders.
+        layout: coordinates of the rank.
     """
     owner = owners(cu_seqlens, layout.cp_size)
     positions = (owner == layout.cp_rank).nonzero().squeeze(1)
-    hands = deal_tiles(frames, layout.tile_ranks)
+    assignments = assign_tiles(frames, layout.tile_ranks)
     return PackSlice(
         positions=positions,
         input_ids=input_ids[positions],
         labels=labels[positions],
         cu_seqlens=cu_seqlens,
         route=route_features(
-            owner, placements=placements, hands=hands, rows_per_tile=rows_per_tile, layout=layout
+            owner,
+            placements=placements,
+            assignments=assignments,
+            rows_per_tile=rows_per_tile,
+            layout=layout,
         ),
     )
 
@@ -110,23 +121,32 @@ def route_features(
     owner: Tensor,
     *,
     placements: Tensor,
-    hands: list[Tensor],
+    assignments: list[Tensor],
     rows_per_tile: int,
     layout: RankLayout,
 ) -> FeatureRoute:
-    """The way of every feature row of a pack, seen from the rank at `layout`.
+    """Route the feature rows of a pack, seen from the rank at `layout`.
 
-    `hands` are the tiles of each tile rank, ascending. Rows arrive ordered by source rank and,
-    within one, by tile. Where TP ranks encode together, each has all rows of its tiles and sends
-    those for its own sequence share and for those of equal TP rank.
+    Rows arrive ordered by source rank and, within one, by tile. With a TP-split tower each TP rank
+    has all rows of the group's tiles and sends those for sequence slices of its own TP rank.
+
+    Args:
+        owner: CP rank of each position [T], as of `zigzag.owners`.
+        placements: position of each tile's first placeholder [N].
+        assignments: indices of the tiles of each tile rank, ascending.
+        rows_per_tile: feature rows of a tile.
+        layout: coordinates of the rank.
     """
-    destination, share_row = _holders(owner, layout)
+    destination, slice_row = _holders(owner, layout)
     position = placements[:, None] + torch.arange(rows_per_tile)  # [N, rows_per_tile]
     destination = destination[position]
-    share_row = share_row[position]
-    mine = destination[hands[layout.tile_rank]].flatten()
+    slice_row = slice_row[position]
+    mine = destination[assignments[layout.tile_rank]].flatten()
+    # Stable: rows to one rank stay in tile order, which the receiver counts on in `target_rows`.
     order = torch.argsort(mine, stable=True)
-    arriving = [share_row[hand][destination[hand] == layout.tile_rank] for hand in hands]
+    arriving = [
+        slice_row[assigned][destination[assigned] == layout.tile_rank] for assigned in assignments
+    ]
     return FeatureRoute(
         send_order=order[mine[order] != ELSEWHERE],
         send_counts=torch.bincount(mine[mine != ELSEWHERE], minlength=layout.tile_ranks).tolist(),
@@ -136,17 +156,16 @@ def route_features(
 
 
 def _holders(owner: Tensor, layout: RankLayout) -> tuple[Tensor, Tensor]:
-    """For each position of the pack: the tile rank whose sequence share holds it, and its row in
-    that share.
+    """Tile rank whose sequence slice holds each position of the pack [T], and its row there [T].
 
-    Where TP ranks encode together, ELSEWHERE stands for shares of another TP rank.
+    With a TP-split tower, the rank is ELSEWHERE for slices of another TP rank.
     """
-    share = len(owner) // (layout.tp_size * layout.cp_size)
+    size = len(owner) // (layout.tp_size * layout.cp_size)
     row = torch.empty_like(owner)
     for cp_rank in range(layout.cp_size):
         held = owner == cp_rank
         row[held] = torch.arange(int(held.sum()))
-    tp_rank = row // share
+    tp_rank = row // size
     if layout.vision_tensor_parallel:
-        return owner.where(tp_rank == layout.tp_rank, ELSEWHERE), row % share
-    return owner * layout.tp_size + tp_rank, row % share
+        return owner.where(tp_rank == layout.tp_rank, ELSEWHERE), row % size
+    return owner * layout.tp_size + tp_rank, row % size

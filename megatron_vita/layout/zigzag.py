@@ -1,7 +1,7 @@
-"""Context parallelism's split: each document is cut into 2*CP equal chunks, and rank r holds chunks
-r and 2*CP-1-r.
+"""Zigzag split of context parallelism: rank r holds chunks r and 2*CP-1-r of 2*CP equal chunks of
+each document.
 
-Causal attention makes late chunks dearer than early ones; pairing them gives every rank the same
+Causal attention makes late chunks costlier than early ones; pairing them gives every rank the same
 work.
 """
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def owners(cu_seqlens: Tensor, cp_size: int) -> Tensor:
-    """The CP rank that holds each position of a pack: [T] int64.
+    """CP rank that holds each position of a pack: [T] int64.
 
-    `cu_seqlens` [D+1] are the documents' bounds; every length must be a multiple of 2*CP (1 at CP
-    1).
+    `cu_seqlens` [D+1] are the bounds of the documents, whose lengths must be multiples of 2*CP
+    unless CP is 1.
     """
     lengths = cu_seqlens.diff().to(torch.int64)
     if cp_size == 1:
@@ -24,27 +24,25 @@ def owners(cu_seqlens: Tensor, cp_size: int) -> Tensor:
         f"document lengths {lengths.tolist()} at context parallel {cp_size}"
     )
     offset = offsets_in_document(cu_seqlens)
+    # The clamp keeps empty documents, which have no position, from dividing by zero.
     chunk = offset // (lengths // (2 * cp_size)).clamp(min=1).repeat_interleave(lengths)
     return torch.minimum(chunk, 2 * cp_size - 1 - chunk)
 
 
 def offsets_in_document(cu_seqlens: Tensor) -> Tensor:
-    """Distance of each position from its document's start, which is its rotary position: [T]
-    int64."""
+    """Offset of each position in its document, which is its rotary position: [T] int64."""
     lengths = cu_seqlens.diff().to(torch.int64)
     starts = cu_seqlens[:-1].to(torch.int64).repeat_interleave(lengths)
     return torch.arange(len(starts)) - starts
 
 
 def positions_of_rank(cu_seqlens: Tensor, *, cp_size: int, cp_rank: int) -> Tensor:
-    """Positions of the pack that `cp_rank` holds, in the order in which it holds them: [t] int64, t
-    = T / CP."""
+    """Positions of the pack that `cp_rank` holds, in its local order: int64 [t], t = T / CP."""
     return (owners(cu_seqlens, cp_size) == cp_rank).nonzero().squeeze(1)
 
 
 def gathered_rows(cu_seqlens: Tensor, *, cp_size: int) -> Tensor:
-    """Row of each pack position where all ranks' rows stand one after another, rank 0's first: [T]
-    int64."""
+    """Row of each pack position after an all-gather of the ranks' rows in rank order: [T] int64."""
     order = owners(cu_seqlens, cp_size).argsort(stable=True)
     rows = torch.empty_like(order)
     rows[order] = torch.arange(len(order))
@@ -52,9 +50,9 @@ def gathered_rows(cu_seqlens: Tensor, *, cp_size: int) -> Tensor:
 
 
 class RankChunks(NamedTuple):
-    """The chunks of a rank, in the order in which it holds them, and the keys that each sees.
+    """Chunks of a rank in its local order, with the keys that each attends to.
 
-    A chunk sees its prefix: its document's keys from the first to the chunk's own last.
+    A chunk attends to its prefix: its document's keys from the first to the chunk's own last.
     """
 
     query_lengths: Tensor  # [chunks] int64
@@ -63,16 +61,14 @@ class RankChunks(NamedTuple):
 
 
 def rank_chunks(cu_seqlens: Tensor, *, cp_size: int, cp_rank: int) -> RankChunks:
-    """The chunks of `cp_rank`: the early one and the late one of each document that is not empty.
-
-    The prefixes of a document's two chunks have 2*CP + 1 chunks together on every rank: all ranks
-    gather and attend to the same number of keys.
-    """
+    """Chunks of `cp_rank`: the early and the late one of each document that is not empty."""
     bounds = cu_seqlens.to(torch.int64)
     lengths = bounds.diff()
     starts = bounds[:-1][lengths > 0]
     lengths = lengths[lengths > 0]
     chunks = (lengths // (2 * cp_size)).repeat_interleave(2)
+    # Both prefixes together have 2*CP + 1 chunks on every rank, so that all ranks attend to equally
+    # many keys.
     ends = torch.tensor([cp_rank + 1, 2 * cp_size - cp_rank])  # in chunks
     key_lengths = chunks * ends.repeat(len(lengths))
     rows = gathered_rows(cu_seqlens, cp_size=cp_size)

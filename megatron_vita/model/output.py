@@ -19,11 +19,12 @@ from megatron_vita.model.row_selection import SelectedRows, locate_rows, select_
 from megatron_vita.model.softmax import LossForm, Shard
 from megatron_vita.model.weight_gradient import GradientLedger
 from megatron_vita.platform.pinned import to_device
+from megatron_vita.rounding import round_up
 
 
 def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
     """Return the vocabulary's rows over all TP ranks: rounded up to a multiple of their number."""
-    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+    return round_up(vocab_size, tensor_parallel_size)
 
 
 class OutputLayer(ColumnParallelLinear):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_vita.rounding import ceil_div
+
 PieceFunction = Callable[[Tensor], Tensor]
 
 
@@ -18,8 +20,8 @@ def split_evenly(rows: Tensor, *, at_most: int) -> tuple[Tensor, ...]:
 
     No rows are one piece.
     """
-    pieces = max(1, -(-len(rows) // at_most))
-    return rows.split(max(1, -(-len(rows) // pieces)))
+    pieces = max(1, ceil_div(len(rows), at_most))
+    return rows.split(max(1, ceil_div(len(rows), pieces)))
 
 
 class PieceGradients:

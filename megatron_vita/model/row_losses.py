@@ -15,6 +15,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.model.row_selection import SelectedRows
 from megatron_vita.model.softmax import LossForm, Shard, summarize, write_gradient
 from megatron_vita.model.weight_gradient import GradientLedger, WeightGradient
+from megatron_vita.rounding import ceil_div, round_up
 
 _ROW_MULTIPLE = 64  # of chunks, for the matrix units
 
@@ -142,8 +143,9 @@ class _Chunks:
         if total == 0:
             return
         most = max(1, self.scoring.chunk_bytes // (width * self.rows.element_size()))
-        size = -(-total // -(-total // most))  # as many chunks as must be, of nearly equal size
-        size = min(most, -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, total)
+        # As few chunks as the limit allows, of nearly equal size.
+        size = ceil_div(total, ceil_div(total, most))
+        size = min(most, round_up(size, _ROW_MULTIPLE), total)
         buffer = self.rows.new_empty(size, width)
         for start in range(0, total, size):
             chunk = slice(start, min(start + size, total))

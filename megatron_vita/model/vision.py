@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_vita.config import VisionConfig
 from megatron_vita.model.vision_parts import Split, VisionAttention, VisionMLP, build_norm
 from megatron_vita.parallel import groups
+from megatron_vita.rounding import ceil_div
 
 
 class VisionEmbeddings(nn.Module):
@@ -174,7 +175,7 @@ def pixel_shuffle(patches: Tensor) -> Tensor:
     n, count, channels = patches.shape
     side = math.isqrt(count)
     odd = side % 2
-    cells = -(-side // 2)
+    cells = ceil_div(side, 2)
     grid = F.pad(patches.view(n, side, side, channels), (0, 0, 0, odd, 0, odd)) if odd else patches
     return (
         grid.reshape(n, cells, 2, cells, 2, channels)

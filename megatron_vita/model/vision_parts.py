@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_vita.config import VisionConfig
+from megatron_vita.rounding import ceil_div
 
 _AXES = {
     "attention.qkv.weight": 1,
@@ -133,7 +134,7 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, split: Split) -> None:
         super().__init__()
         self.split = split
-        self.heads = -(-config.num_attention_heads // split.ranks)
+        self.heads = ceil_div(config.num_attention_heads, split.ranks)
         self.head_width = config.hidden_size // config.num_attention_heads
         width = self.heads * self.head_width
         self.qkv = QueryKeyValue(config, width)

@@ -14,6 +14,7 @@ from megatron_vita.costs.prediction import Prediction
 from megatron_vita.costs.remedies import find_remedies, name_remedies
 from megatron_vita.costs.tables import align
 from megatron_vita.errors import ConfigError
+from megatron_vita.rounding import ceil_div
 from megatron_vita.training.dry_run import DryRun, PackReport
 from megatron_vita.training.wording import count, describe_layout
 
@@ -44,7 +45,7 @@ def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
     if report.data_parallel > 1:
         yield f"  replica r of a stage: r x {tp * cp} further on"
     for name, ranks in (("TP", tp), ("TP x CP", tp * cp)):
-        nodes = -(-ranks // ranks_per_node)
+        nodes = ceil_div(ranks, ranks_per_node)
         where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
         yield f"  {name} groups lie {where}, with {ranks_per_node} ranks a node"
 

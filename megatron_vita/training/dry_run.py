@@ -19,8 +19,8 @@ from megatron_vita.costs.prediction import Prediction, predict
 from megatron_vita.costs.stages import even_ends, stage_flops
 from megatron_vita.costs.step_time import RANKS_PER_NODE
 from megatron_vita.data.loading.stream import PackStream
+from megatron_vita.layout.assignment import assign_packs, assign_tiles
 from megatron_vita.layout.counts import count_by_rank
-from megatron_vita.layout.dealing import deal_packs, deal_tiles
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
@@ -130,7 +130,9 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
         pack_id=pack_id,
         lengths=lengths,
         tokens=count_by_rank(is_token, batch.cu_seqlens, tp_size=1, cp_size=cp).flatten().numpy(),
-        tiles=np.array([len(hand) for hand in deal_tiles(batch.frames, parallel.tile_ranks)]),
+        tiles=np.array(
+            [len(assigned) for assigned in assign_tiles(batch.frames, parallel.tile_ranks)]
+        ),
         rows=count_by_rank(
             batch.labels != IGNORED_LABEL, batch.cu_seqlens, tp_size=tp, cp_size=cp
         ).numpy(),
@@ -190,7 +192,9 @@ def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int, *, first
     if first + recipe.training.global_batch_size > len(stream):  # the run is complete
         return []
     costs = pack_costs(recipe, stream.plan, first=first)
-    return [sum(costs[pack] for pack in hand) for hand in deal_packs(costs, data_parallel)]
+    return [
+        sum(costs[pack] for pack in assigned) for assigned in assign_packs(costs, data_parallel)
+    ]
 
 
 def _better_ends(recipe: Recipe, load: PackLoad, lengths: list[int]) -> tuple[int, int] | None:

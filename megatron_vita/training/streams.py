@@ -6,7 +6,7 @@ from megatron_vita.data.datasets import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import ConfigError
-from megatron_vita.layout.dealing import deal_packs
+from megatron_vita.layout.assignment import assign_packs
 from megatron_vita.text.vocabulary import open_tokenizer
 from megatron_vita.training.position import check_plan, find_position
 
@@ -60,5 +60,5 @@ def packs_of_replicas(
 ) -> list[list[int]]:
     """The packs of a step that each replica takes, of nearly equal cost; `first` is the step's
     first pack."""
-    hands = deal_packs(pack_costs(recipe, plan, first=first), replicas)
-    return [[first + pack for pack in hand] for hand in hands]
+    assignments = assign_packs(pack_costs(recipe, plan, first=first), replicas)
+    return [[first + pack for pack in assigned] for assigned in assignments]

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
@@ -57,7 +57,7 @@ def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tupl
         rows_per_tile=model.module.shapes.vision.image_token_length,
         layout=layout,
     )
-    tiles = inputs["tiles"][deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
+    tiles = inputs["tiles"][assign_tiles(frames, layout.tile_ranks)[layout.tile_rank]]
     return model(tiles, pack, wanted_rows=torch.arange(len(ids))), partial(
         weigh, target=inputs["target"], seen=seen
     )

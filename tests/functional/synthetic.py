@@ -18,7 +18,7 @@ from megatron_vita.config import (
 )
 from megatron_vita.config import VisionConfig as Vision
 from megatron_vita.data.batch import Batch
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import RankLayout
 
 LENGTH = 128
@@ -160,7 +160,7 @@ def make_step(step: int, recipe: Recipe) -> list[Batch]:
 def share_of(batch: Batch, layout: RankLayout, *, first_stage: bool) -> Batch:
     """The batch as the rank at `layout` would read it, with its own tiles only."""
     if first_stage:
-        dealt = deal_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank]
+        assigned = assign_tiles(batch.frames, layout.tile_ranks)[layout.tile_rank]
     else:
-        dealt = batch.tile_ids[:0]
-    return replace(batch, tiles=batch.tiles[dealt], tile_ids=dealt)
+        assigned = batch.tile_ids[:0]
+    return replace(batch, tiles=batch.tiles[assigned], tile_ids=assigned)

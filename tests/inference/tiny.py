@@ -24,7 +24,7 @@ from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.parallel import groups
@@ -120,7 +120,7 @@ def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) ->
             )
         )
     mine = torch.from_numpy(np.concatenate(tiles))[
-        deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]
+        assign_tiles(frames, layout.tile_ranks)[layout.tile_rank]
     ]
     wanted = torch.arange(prepared.tokens - 1, len(ids))
     rows = ((pack.positions[:, None] == wanted).any(1)).nonzero().squeeze(1)

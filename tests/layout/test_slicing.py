@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import RankLayout, slice_pack
 from megatron_vita.layout.zigzag import (
     offsets_in_document,
@@ -105,8 +105,8 @@ def test_feature_rows_reach_the_rank_that_holds_their_placeholder(
     position = placements[:, None] + torch.arange(rows_per_tile)
     outgoing = []
     for layout, part in zip(layouts, slices, strict=True):
-        dealt = deal_tiles(frames, layout.tile_ranks)[layout.tile_rank]
-        mine = position[dealt].flatten()[part.route.send_order]
+        assigned = assign_tiles(frames, layout.tile_ranks)[layout.tile_rank]
+        mine = position[assigned].flatten()[part.route.send_order]
         outgoing.append(mine.split(part.route.send_counts))
     for layout, part in zip(layouts, slices, strict=True):
         peers = [

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.tensors import TensorInfo
 from megatron_vita.errors import CheckpointError
+from megatron_vita.rounding import round_up
 
 _SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _SAFE_NAMES = (
@@ -96,7 +97,7 @@ class DistSource:
                 or chunk.offsets[0] <= location.layer < chunk.offsets[0] + chunk.sizes[0]
             ):
                 stored = self._places[(location.key, chunk.offsets)]
-                first = -(-stored.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+                first = round_up(stored.offset, mmap.PAGESIZE)
                 if (length := stored.offset + stored.length - first) > 0:
                     self._map(self.folder / stored.relative_path).madvise(
                         mmap.MADV_DONTNEED, first, length

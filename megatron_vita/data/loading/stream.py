@@ -37,7 +37,7 @@ from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
 from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError, ShardError
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 
 OPEN_INDEXES = 64
 LONG_TEXT_BYTES = 64 << 20  # of texts longer than a pack are kept, four million tokens
@@ -127,7 +127,7 @@ class PackStream(Dataset[Batch]):
         rows = [self._row(entry) for entry in entries]
         pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
         documents = [self._document(pack, i) for i in range(len(entries))]
-        tile_ids = self._dealt(mark_frames(documents))
+        tile_ids = self._assigned_tiles(mark_frames(documents))
         side = self.forms[0].vision.image_size
         tiles = allocate((len(tile_ids), 3, side, side))
         self._decode(pack, documents, tile_ids.numpy(), tiles)
@@ -163,12 +163,12 @@ class PackStream(Dataset[Batch]):
         known = self.damage(damage.pack, damage.document, damage.reason)
         return known._replace(frames=damage.frames) == damage
 
-    def _dealt(self, frames: torch.Tensor) -> torch.Tensor:
+    def _assigned_tiles(self, frames: torch.Tensor) -> torch.Tensor:
         """The tiles of a pack that this rank decodes."""
         if self._tile_share is None:
             return torch.zeros(0, dtype=torch.int64)
         rank, ranks = self._tile_share
-        return deal_tiles(frames, ranks)[rank]
+        return assign_tiles(frames, ranks)[rank]
 
     def _document(self, pack: "_Pack", i: int) -> Document:
         entry = pack.entries[i]

@@ -9,7 +9,6 @@ import numpy as np
 
 from megatron_vita.config import DataConfig, Recipe
 from megatron_vita.costs.flops import forward_weights
-from megatron_vita.data.batch import padded_length
 from megatron_vita.data.datasets import Source, Split, document_format, find_sources, plan_stamp
 from megatron_vita.data.planning.packing import (
     Shuffler,
@@ -23,6 +22,7 @@ from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.shards.index import index_path, read_index
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.rounding import ceil_div, round_up
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -171,7 +171,7 @@ def _plan_epoch(
         shuffler=shuffler,
     )
     documents = _split_texts(samples, order[usable[order]], limit=data.seq_length)
-    lengths = padded_length(documents["tokens"], data.padding_multiple)
+    lengths = round_up(documents["tokens"], data.padding_multiple)
     place, packs = _pack(documents["dataset"], lengths, data=data, shuffler=shuffler)
     if data.group_by_cost:
         costs = _pack_costs(recipe, lengths[place], documents["tiles"][place], packs)
@@ -190,7 +190,7 @@ def _split_texts(
 ) -> dict[str, np.ndarray]:
     """The documents of samples taken in `order`: raw texts longer than a pack become several."""
     tokens = samples["tokens"][order]
-    parts = np.where(samples["is_text"][order], -(-tokens // limit), 1)
+    parts = np.where(samples["is_text"][order], ceil_div(tokens, limit), 1)
     documents = {
         name: np.repeat(samples[name][order], parts)
         for name in (*COLUMNS[1:4], "tokens", "tiles", "rows")

@@ -21,9 +21,10 @@ from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk, SchedulerOutput
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.features import FeatureSource
-from megatron_vita.layout.blocks import bounds_of, pad_to
+from megatron_vita.layout.blocks import cumulative_lengths
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.rounding import round_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ class Worker:
             short = None
         if short is not None and short % (2 * ranks) == 0:
             lengths = [short]
-        bounds = bounds_of(lengths)
+        bounds = cumulative_lengths(lengths)
         ids = [
             F.pad(
                 torch.from_numpy(self._prompts[p.sequence].input_ids[p.start : p.stop]),
@@ -236,7 +237,7 @@ class Worker:
             PromptPiece(
                 start=start,
                 length=stop - start,
-                past=layout.held(piece.start),
+                past=layout.local_tokens(piece.start),
                 blocks=self._tables[piece.sequence][: layout.blocks_for(piece.start)],
             )
             for piece, start, stop in zip(pack.pieces, pack.starts, bounds[1:], strict=True)
@@ -278,4 +279,6 @@ class Worker:
 def _padded(length: int, cp_size: int) -> int:
     """Length of a chunk padded to the zigzag of CP, and to cuDNN's multiples where it is long."""
     multiple = 2 * cp_size if cp_size > 1 else 1
-    return pad_to(length, math.lcm(PLANNED_ROWS, multiple) if length >= PLANNED_KEYS else multiple)
+    return round_up(
+        length, math.lcm(PLANNED_ROWS, multiple) if length >= PLANNED_KEYS else multiple
+    )

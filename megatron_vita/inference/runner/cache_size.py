@@ -9,6 +9,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.inference.runner.kv_cache import CacheShape, KeyValueCache
 from megatron_vita.layout.blocks import BlockLayout
 from megatron_vita.parallel import groups
+from megatron_vita.rounding import ceil_div
 
 _TOKENS_ON_CPU = 65536
 _SPARE_BYTES = 3 << 30
@@ -57,7 +58,7 @@ def _needed_bytes(recipe: Recipe, chunk_tokens: int) -> int:
     layout = groups.rank_layout()
     heads = shape.num_attention_heads * shape.kv_channels // layout.tp_size
     per_token = 6 * shape.hidden_size + 4 * shape.ffn_hidden_size // layout.tp_size
-    own = -(-chunk_tokens // layout.cp_size) * per_token
+    own = ceil_div(chunk_tokens, layout.cp_size) * per_token
     return (own + chunk_tokens * heads * 6) * (2 if recipe.training.bf16 else 4) + _SPARE_BYTES
 
 

@@ -70,7 +70,7 @@ class DecodeRunner:
                 token,
                 position,
                 inputs[row][2] if slot is None else slot,
-                layout.held(position + 1),
+                layout.local_tokens(position + 1),
             ]
         batch.host.copy_(torch.tensor(inputs).T)
         batch.device.copy_(batch.host, non_blocking=True)

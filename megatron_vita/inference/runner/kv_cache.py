@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_vita.inference.runner.partial_attention import attend, merge_attention_states
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout, consecutive
+from megatron_vita.rounding import ceil_div
 
 GATHERED_TOKENS = 1 << 19
 """Keys that are brought together at a time where a sequence's pages do not lie side by side."""
@@ -104,7 +105,7 @@ class KeyValueCache:
         """Keys and values [groups, n, d] of a sequence: as one view where its blocks are
         consecutive, else copied at most GATHERED_TOKENS at a time."""
         page = self.layout.page_tokens
-        blocks = blocks[: -(-length // page)]
+        blocks = blocks[: ceil_div(length, page)]
         if not length:
             return
         if self._scales is None and consecutive(blocks):

@@ -15,7 +15,7 @@ from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
 from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.inference.vision.tile_decoder import TileDecoder, TileKey
-from megatron_vita.layout.dealing import deal_tiles
+from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
@@ -111,8 +111,8 @@ class FeatureSource:
         layout = groups.rank_layout()
         tiles = [tile for _, tile in self._tiles_of(sequence, start, stop) if tile not in owner]
         frames = torch.tensor([self._is_frame(sequence, tile) for tile in tiles], dtype=torch.bool)
-        for rank, hand in enumerate(deal_tiles(frames, layout.tile_ranks), start=sequence):
-            owner.update({tiles[i]: rank % layout.tile_ranks for i in hand})
+        for rank, assigned in enumerate(assign_tiles(frames, layout.tile_ranks), start=sequence):
+            owner.update({tiles[i]: rank % layout.tile_ranks for i in assigned})
         if self.model.encodes:
             self.decoder.begin(
                 sequence, [tile for tile in tiles if owner[tile] == layout.tile_rank]
@@ -165,13 +165,13 @@ class FeatureSource:
             ), {}
         layout = groups.rank_layout()
         owners = torch.tensor([self._owner[sequence][tile] for sequence, tile in tiles])
-        hands = [(owners == rank).nonzero().squeeze(1) for rank in range(layout.tile_ranks)]
-        pixels, failed = self.decoder.take([tiles[i] for i in hands[layout.tile_rank]])
+        assignments = [(owners == rank).nonzero().squeeze(1) for rank in range(layout.tile_ranks)]
+        pixels, failed = self.decoder.take([tiles[i] for i in assignments[layout.tile_rank]])
         own = self._encode_pixels(torch.from_numpy(pixels))
         if layout.tile_ranks == 1:
             return own, failed
         everything = concatenate_rows(
-            own, counts=[len(hand) for hand in hands], group=groups.tile_group()
+            own, counts=[len(assigned) for assigned in assignments], group=groups.tile_group()
         )
-        order = torch.argsort(torch.cat(hands)).to(everything.device)
+        order = torch.argsort(torch.cat(assignments)).to(everything.device)
         return everything[order], failed

@@ -17,6 +17,7 @@ from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.errors import DataError
 from megatron_vita.inference.scheduler_output import NewSequence
 from megatron_vita.inference.vision.decode_pool import DecodePool
+from megatron_vita.rounding import ceil_div
 from megatron_vita.supervise.shared_memory import SharedFile
 
 DECODERS = min(16, os.cpu_count() or 1)
@@ -140,7 +141,7 @@ class TileDecoder:
     def _runs(self, sequence: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
         """Split tiles into jobs (first tile, count) of consecutive tiles of one medium; an image is
         one job."""
-        frames = min(max(-(-len(tiles) // DECODERS), _FEWEST), _MOST)
+        frames = min(max(ceil_div(len(tiles), DECODERS), _FEWEST), _MOST)
         runs: list[tuple[int, int]] = []
         for tile in tiles:
             first, count = runs[-1] if runs else (-1, 0)
