@@ -1,4 +1,4 @@
-"""Where checkpoints go and come from. Names are Megatron's."""
+"""Checkpoint folders and retention. Field names are Megatron's."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,18 @@ from megatron_vita.config.fields import described, require
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Saving and loading. A run resumes from the latest checkpoint in `save`; `load` is where a
-    fresh run starts."""
+    """Saving and loading of checkpoints.
 
-    save: str = described("", "Folder for this run's checkpoints; empty saves none.")
+    A run resumes from the latest checkpoint in `save`; without one it starts from `load`.
+    """
+
+    save: str = described("", "Folder for this run's checkpoints; empty: none are saved.")
     save_interval: int = described(500, "Steps between checkpoints; the last step is always saved.")
     keep: int = described(
         2, "Checkpoints kept in `save`; older ones are deleted once a newer one is complete."
     )
     load: str = described(
-        "", "Checkpoint whose weights a fresh run starts from, such as the previous stage's."
+        "", "Checkpoint that provides the initial weights, such as the previous stage's."
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run reads."""
+"""Datasets, packing and loading of a run."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ SCOPES = ("mix", "dataset")
 
 @dataclass(kw_only=True)
 class DatasetConfig:
-    """One source of samples."""
+    """One dataset: its shards, its share of an epoch and its own media limits."""
 
-    name: str = described(doc="Name under which its loss is reported.")
+    name: str = described(doc="Name of the dataset in the plan, logs and metrics.")
     shards: str = described(
-        doc="Glob of its .tar shards, local or remote (s3://...); each has its index beside it."
+        doc="Glob of its .tar shards, local or remote (s3://...), with their indexes beside them."
     )
     ratio: float = described(
-        1.0, "Share of its samples that an epoch takes; above 1 it goes through them again."
+        1.0, "Fraction of its samples in an epoch; above 1, samples are repeated."
     )
-    cap: int = described(0, "Most samples that an epoch takes of it; 0: no limit.")
-    max_tiles: int = described(0, "Replaces media.max_tiles for it; 0 does not.")
-    max_frames: int = described(0, "Replaces media.max_frames for it; 0 does not.")
-    max_fps: float = described(0.0, "Replaces media.max_fps for it; 0 does not.")
-    jsonl: str = described("", "JSONL file that `data_tools shard RECIPE` makes its shards from.")
+    cap: int = described(0, "Maximum number of its samples in an epoch; 0: no limit.")
+    max_tiles: int = described(0, "media.max_tiles for this dataset; 0: the recipe's.")
+    max_frames: int = described(0, "media.max_frames for this dataset; 0: the recipe's.")
+    max_fps: float = described(0.0, "media.max_fps for this dataset; 0: the recipe's.")
+    jsonl: str = described("", "JSONL file from which `data_tools shard RECIPE` writes the shards.")
     media: str = described(
-        "", "Folder that the media paths of `jsonl` start from; empty: the file's own."
+        "", "Folder to which media paths in `jsonl` are relative; empty: the folder of the file."
     )
 
     def __post_init__(self) -> None:
@@ -37,54 +37,59 @@ class DatasetConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Datasets, packing and reading."""
+    """Datasets, packing and loader processes."""
 
     train: list[DatasetConfig] = described([], "Datasets to train on.")
     validation: list[DatasetConfig] = described([], "Held-out datasets for the validation loss.")
     plan: str = described(
-        "", "Folder of the pack plan that `data_tools plan` writes and training reads."
+        "", "Folder of the pack plan, written by `data_tools plan` and read in training."
     )
-    seq_length: int = described(4096, "Tokens of a pack, the same for every pack of a run (T).")
+    seq_length: int = described(4096, "Tokens of every pack (T).")
     document_alignment: int = described(
-        16, "Each document is padded at its end to a multiple of this many tokens."
+        16, "Length of each document in a pack is padded to a multiple of this."
     )
     isolate_documents: bool = described(
         True,
-        "Documents of a pack do not see each other and their positions start at 0; false: a document sees those before "
-        "it, positions run on through the pack, and nothing but its end is padded.",
+        "Restrict attention to each document, with positions from 0; false: documents attend to "
+        "earlier ones of the pack, positions continue, and only the end of the pack is padded.",
     )
     overlong: str = described(
         "reject",
-        "Samples longer than a pack: reject, cut (keep the beginning) or drop_media (keep all text).",
+        "Samples longer than a pack: reject, cut (keep the beginning) or drop_media (keep all the "
+        "text, leave out media).",
     )
     packing_scope: str = described(
-        "mix", "Which documents may share a pack: those of the mix, or of one dataset."
+        "mix",
+        "Documents that may share a pack: mix (of all datasets) or dataset (of the same one).",
     )
     group_by_cost: bool = described(
         False,
-        "Give the packs of a step like costs, for runs whose replicas take one pack or few a step.",
+        "Group packs of similar cost into a step; for replicas that compute few packs a step.",
     )
     shuffle_window: int = described(
-        4096, "Samples shuffled and packed together; reads stay within a window."
+        4096, "Samples that are packed together; shard reads stay within such a window."
     )
-    epochs: int = described(1, "Times that the plan goes through the training data.")
-    seed: int = described(1234, "Seed of the plan's order.")
+    epochs: int = described(1, "Epochs of the training data in the plan.")
+    seed: int = described(1234, "Seed of the sample order.")
     num_workers: int = described(
-        1, "Loader processes of each rank; 0 reads in the training process."
+        1, "Loader processes of each rank; 0: read in the training process."
     )
-    prefetch: int = described(2, "Packs that a rank's loader processes work on or hold ready.")
+    prefetch: int = described(2, "Packs that a rank's loader processes read ahead.")
     sample_seconds: float = described(
         300.0,
-        "A sample whose reading or decoding makes no progress for so long is masked; needs loader processes.",
+        "Timeout in seconds after which a sample that makes no progress is masked; needs loader "
+        "processes.",
     )
     cache: str = described(
-        "", "Local folder for copies of remote shards; empty: their parts are read as needed."
+        "", "Local cache folder for remote shards; empty: read byte ranges as needed."
     )
-    cache_gib: float = described(100.0, "Room for those copies, for all processes of a machine.")
+    cache_gib: float = described(
+        100.0, "Size limit of `cache` in GiB, over all processes of a host."
+    )
     max_damaged: float = described(
         0.01,
-        "Share of damaged samples (unreadable, or a frame of theirs is) among those read (1,000 at least) above which a "
-        "run stops.",
+        "Fraction of damaged samples (unreadable, or with undecodable frames), of at least 1,000 "
+        "samples, above which a run stops.",
     )
 
     def __post_init__(self) -> None:
@@ -109,18 +114,19 @@ class DataConfig:
             self.num_workers >= 0,
             f"data.num_workers is {self.num_workers}: it must not be negative",
         )
+        # The tail of a pack is one more document, whose length must be aligned as well.
+        below = self.seq_length // self.document_alignment * self.document_alignment
         require(
             self.seq_length % self.document_alignment == 0,
             f"data.seq_length {self.seq_length} is not a multiple of data.document_alignment "
-            f"{self.document_alignment}; the nearest that is: "
-            f"{self.seq_length // self.document_alignment * self.document_alignment or self.document_alignment}",
+            f"{self.document_alignment}; the nearest that is: {below or self.document_alignment}",
         )
         names = [dataset.name for dataset in self.train]
         require(len(set(names)) == len(names), f"data.train names a dataset twice: {names}")
 
     @property
     def padding_multiple(self) -> int:
-        """The tokens of each document are padded to a multiple of this."""
+        """Multiple to which the tokens of each document are padded."""
         if self.isolate_documents:
             return self.document_alignment
         return 1

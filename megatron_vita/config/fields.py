@@ -1,5 +1,4 @@
-"""How a recipe field carries its own documentation: `lr: float = described(1e-4, "Peak learning
-rate.")`."""
+"""Recipe fields with documentation: `lr: float = described(1e-4, "Peak learning rate.")`."""
 
 import dataclasses
 from typing import Any
@@ -8,9 +7,12 @@ from megatron_vita.errors import ConfigError
 
 
 def described(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
-    """A dataclass field with a default (a list or dataclass is copied for each owner) and one line
-    of documentation."""
+    """Define a dataclass field with a default and one line of documentation for `--help`.
+
+    A list or dict is copied for each instance; a class as the default is called for each instance.
+    """
     metadata = {"doc": doc}
+    # A list or group shared by two recipes would let one change the other.
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     if isinstance(default, type):
@@ -19,6 +21,6 @@ def described(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with `message` unless `condition` holds."""
+    """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)

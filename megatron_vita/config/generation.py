@@ -1,4 +1,4 @@
-"""How answers are drawn where a request does not say."""
+"""Default sampling parameters of a server."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from megatron_vita.config.fields import described, require
 
 @dataclass(kw_only=True)
 class GenerationConfig:
-    """A server's defaults, as the model's authors advise; those that are null are OpenAI's."""
+    """Sampling defaults recommended by the model's authors; null: the default of OpenAI's API."""
 
-    temperature: float | None = described(None, "0 takes the likeliest token.")
-    top_k: int | None = described(None, "Draw from so many likeliest tokens; 0: all.")
-    top_p: float | None = described(None, "Draw from likeliest tokens of this probability.")
+    temperature: float | None = described(None, "Sampling temperature; 0: greedy decoding.")
+    top_k: int | None = described(None, "Sample from the k most probable tokens; 0: all.")
+    top_p: float | None = described(None, "Sample from the most probable tokens up to this sum.")
     repetition_penalty: float | None = described(
-        None, "Above 1: against tokens of prompt and answer."
+        None, "Penalty on tokens of prompt and answer; above 1 discourages repetition."
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The text of `--help`: every field with its type, its default and one line."""
+"""Text of `--help` for recipes: every field with its type, default and documentation."""
 
 import dataclasses
 import typing
@@ -8,7 +8,7 @@ from megatron_vita.config.recipe import Recipe
 
 
 def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
-    """One line for each field of a recipe: `group.field: type = default  documentation`."""
+    """Yield an entry for each field of a recipe: `group.field: type = default`, then its line."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
@@ -20,7 +20,8 @@ def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
             type_name = hint.__name__
         else:
             type_name = str(hint)
-        yield f"  {prefix}{field.name}: {_short(type_name)} = {_default(field)}\n      {field.metadata['doc']}"
+        head = f"{prefix}{field.name}: {_short(type_name)} = {_default(field)}"
+        yield f"  {head}\n      {field.metadata['doc']}"
         for item in typing.get_args(hint):
             if dataclasses.is_dataclass(item):
                 yield from describe_fields(typing.cast(type, item), f"{prefix}{field.name}[].")

@@ -1,4 +1,4 @@
-"""Recipes from YAML and dotted overrides (`optimizer.lr=3e-4`), with unknown names refused."""
+"""Load recipes from YAML files with dotted overrides (`optimizer.lr=3e-4`)."""
 
 import copy
 import dataclasses
@@ -24,13 +24,13 @@ from megatron_vita.errors import ConfigError
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file and apply `group.field=value` overrides.
 
-    A file may name others that it builds on: `base: [stage.yaml, model.yaml]`, relative to itself.
-    Later ones replace fields of earlier ones, and its own fields replace all of theirs. Lists,
-    mappings and quoted text of an override are YAML; anything else is taken as it stands.
+    A file may name base recipes, relative to itself: `base: [stage.yaml, model.yaml]`. Fields of
+    later bases replace those of earlier ones, and its own fields replace all of theirs. The value
+    of an override is parsed as YAML if it is a list, a mapping or quoted, else taken literally.
 
     Raises:
-        ConfigError: for a missing file, bad YAML, a key that stands twice, an unknown field (naming
-            the nearest known one) or a bad value.
+        ConfigError: missing file, invalid YAML, duplicate key, unknown field (the message names the
+            nearest known one) or invalid value.
     """
     tree = _read_tree(Path(path))
     for override in overrides:
@@ -42,8 +42,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file as plain values, with those of its bases; `readers` are the files that led to
-    it."""
+    """Read a recipe file, merged over its bases; `readers` are the files that include it."""
     tree = read_yaml(path, what="recipe")
     if not isinstance(tree, dict):
         found = type(resolved(tree)).__name__
@@ -54,10 +53,11 @@ def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base is {resolved(bases)!r}: a list of recipe files is needed")
     readers = (*readers, path.resolve())
+    # Bases before the file itself: what is merged later replaces what was there.
     merged: dict[str, Any] = {}
     for base in bases:
         if (file := path.parent / base).resolve() in readers:
-            raise ConfigError(f"{path}: its base {base} builds on it in turn")
+            raise ConfigError(f"{path}: base {base} includes this file again: a cycle")
         _merge(merged, _read_tree(file, readers))
     _merge(merged, tree)
     return merged
@@ -72,8 +72,12 @@ def _merge(tree: dict[str, Any], later: dict[str, Any]) -> None:
 
 
 def recipe_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A Recipe from nested plain values, as `dataclasses.asdict` gives them, with overrides as in
-    `load_recipe`."""
+    """Build a Recipe from nested plain values, as of `dataclasses.asdict`, and overrides.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    # Overrides are written into the tree, which is the caller's.
     tree = copy.deepcopy(tree)
     for override in overrides:
         _apply_override(tree, override)
@@ -86,6 +90,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form group.field=value")
     *groups, field = name.split(".")
     for group in groups:
+        # A group that does not exist is created, so that `_build` reports its name as unknown.
         tree = tree.setdefault(group, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {group} is not a group of fields")
@@ -119,6 +124,7 @@ def _build(cls: type, tree: Any, path: str) -> Any:
 def _unknown(full_name: str, name: str, known: dict[str, Any]) -> str:
     group = full_name[: -len(str(name))]
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    # A field at the top level is mostly one whose group was forgotten: `lr=1e-4`.
     named = [] if group else [path for path in _leaves(Recipe) if path.endswith(f".{name}")]
     if named:
         hint = f"did you mean {' or '.join(named)}?"
@@ -130,7 +136,7 @@ def _unknown(full_name: str, name: str, known: dict[str, Any]) -> str:
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[str]:
-    """The dotted names of a recipe's fields."""
+    """Yield the dotted names of a recipe's fields."""
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             yield from _leaves(typing.cast(type, hint), f"{prefix}{name}.")
@@ -155,7 +161,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _member_for(value: Any, union: Any) -> Any:
-    """The type of a union that a value is read as: the list for a list, else the first."""
+    """Select the member of a union to convert a value to: the list type for a list, else the
+    first."""
     members = typing.get_args(union)
     lists = [member for member in members if typing.get_origin(member) is list]
     if lists and isinstance(value, list):
@@ -167,6 +174,7 @@ def _convert_scalar(hint: type, value: Any, path: str) -> Any:
     if isinstance(value, PlainScalar):
         if (typed := scalar_as(hint, value)) is not None:
             return typed
+    # bool is a subclass of int, but `true` is no number.
     elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)

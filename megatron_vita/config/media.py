@@ -1,4 +1,4 @@
-"""How images become tiles and videos become frames."""
+"""Tiling of images, sampling of video frames and normalization of pixels."""
 
 import re
 from dataclasses import dataclass
@@ -13,30 +13,32 @@ TILINGS = ("dynamic", "anyres")
 
 @dataclass(kw_only=True)
 class MediaConfig:
-    """Tiling, frame sampling and pixel normalisation."""
+    """Preprocessing of images and videos."""
 
     tiling: str = described(
         "dynamic",
-        "How images are cut: dynamic squashes them to the grid of the nearest shape (InternVL), "
-        "anyres keeps their aspect ratio, on black, in the grid that keeps most pixels (LLaVA-NeXT).",
+        "Tiling of images: dynamic (InternVL) resizes to the grid of the nearest aspect ratio; "
+        "anyres (LLaVA-NeXT) keeps the aspect ratio, padded with black, in the grid that keeps "
+        "most pixels.",
     )
     grids: list[str] = described(
         [],
-        "Grids to choose from, as COLSxROWS, earlier ones first if alike; none: all of min_tiles to max_tiles.",
+        "Allowed grids, as COLSxROWS; of equally good ones the first is taken; empty: all of "
+        "min_tiles to max_tiles.",
     )
-    min_tiles: int = described(1, "Fewest tiles an image is cut into.")
-    max_tiles: int = described(12, "Most tiles an image is cut into, its thumbnail not counted.")
-    max_fps: float = described(1.0, "Most frames taken from one second of video.")
-    max_frames: int = described(128, "Most frames taken from one video.")
+    min_tiles: int = described(1, "Minimum number of tiles of an image.")
+    max_tiles: int = described(12, "Maximum number of tiles of an image, without its thumbnail.")
+    max_fps: float = described(1.0, "Maximum number of frames sampled per second of video.")
+    max_frames: int = described(128, "Maximum number of frames sampled from one video.")
     video_fit: str = described(
         "letterbox",
-        "How a frame becomes a square tile: letterbox keeps its aspect ratio, on the mean colour "
-        "(Long-VITA), squash does not (InternVL).",
+        "Resizing of frames to square tiles: letterbox (Long-VITA) keeps the aspect ratio, "
+        "padded with the mean colour; squash (InternVL) does not.",
     )
     normalization: str | list[list[float]] = described(
         "imagenet",
-        "Mean and deviation of pixel values: imagenet, clip, siglip, or [[mean of red, green, blue], [deviation of each]] "
-        "on a scale of 0 to 1.",
+        "Mean and standard deviation of pixel values: imagenet, clip, siglip, or [[means of red, "
+        "green, blue], [deviations]], on a scale of 0 to 1.",
     )
 
     def __post_init__(self) -> None:
@@ -63,8 +65,8 @@ class MediaConfig:
         )
         require(
             self.normalization in NORMALIZATIONS or _is_mean_and_deviation(self.normalization),
-            f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}, or "
-            "[[red, green, blue], [red, green, blue]] with positive deviations",
+            f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}, "
+            "or [[red, green, blue], [red, green, blue]] with positive deviations",
         )
 
 

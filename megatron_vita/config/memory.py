@@ -1,4 +1,4 @@
-"""What each layer keeps between its forward and backward passes, as the fields of `training` say."""
+"""Activations that each layer keeps for its backward pass, from the fields of `training`."""
 
 import math
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from megatron_vita.rounding import ceil_div
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
-    """Of one layer of the language model."""
+    """Recomputation and offloading of one layer of the language model."""
 
-    recompute: bool = False  # keeps its input alone; else everything
-    keep_attention: bool = False  # of a recomputed layer: attention's output too
-    offload: bool = False  # of a recomputed layer: what it keeps waits on the host
-    mlp_rows: int = 0  # rows of a rank's share that the MLP takes at once, recomputed; 0: all
+    recompute: bool = False  # keep the layer's input alone; false: all activations
+    keep_attention: bool = False  # with recompute: keep attention's output too
+    offload: bool = False  # with recompute: move kept activations to the host
+    mlp_rows: int = 0  # rows of a rank that the recomputed MLP takes at a time; 0: all
 
 
 def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
-    """Of the layers that a rank runs one after another (a stage's, or one interleaved chunk's).
+    """List the memory plan of each layer of a stage, or of one interleaved chunk.
 
     The first `recompute_num_layers` are recomputed; the last `recompute_keep_attention_layers`
-    of those keep attention's output, and the first, which live longest, wait on the host.
+    of those keep attention's output, and the first ones are offloaded.
     """
     training = recipe.training
     recomputed = kept = 0
@@ -31,6 +31,7 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
     if kept == -1:
         kept = recomputed
     selective = training.recompute_granularity == "selective"
+    # The first layers' activations wait longest for their backward pass: time to copy them.
     offloaded = math.ceil(training.activation_offload_fraction * recomputed)
     rows = _mlp_rows(recipe)
     return [
@@ -45,7 +46,10 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
 
 
 def _mlp_rows(recipe: Recipe) -> int:
-    """Under sequence parallelism a piece is gathered from the shares of all TP ranks."""
+    """Rows of a rank in an MLP chunk of `training.mlp_chunk_tokens`."""
     parallel = recipe.parallel
-    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    ranks = 1
+    if parallel.sequence_parallel:
+        # A chunk is gathered from all TP ranks, so that each gives its part of the tokens.
+        ranks = parallel.tensor_model_parallel_size
     return ceil_div(recipe.training.mlp_chunk_tokens, ranks)

@@ -1,5 +1,4 @@
-"""A recipe's miniature: the same stage with everything large made small, for few processes and
-made-up data."""
+"""Miniature of a recipe: the same stage at toy size, for few processes and synthetic data."""
 
 import copy
 from dataclasses import replace
@@ -29,15 +28,15 @@ VISION_KINDS = (
     ),
     *("post_norm", "norm_after", "layer_scale"),
 )
-VOCABULARY = 512  # of the made-up tokenizer, with room for special tokens
+VOCABULARY = 512  # of the synthetic tokenizer, with room for special tokens
 
 
 def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe:
-    """The miniature for `world_size` ranks, with data and tokenizer in the folder `data`.
+    """Shrink a recipe for `world_size` ranks, with data and tokenizer in the folder `data`.
 
-    What a stage is stays: what is frozen and recomputed, which documents see which, rates, datasets
-    and their ratios, kinds of parallelism as far as the ranks reach. Its plan and checkpoints are
-    those of the recipe with `-tiny` added.
+    Kept are frozen and recomputed parts, attention between documents, learning rates, datasets and
+    their ratios, and the kinds of parallelism for which there are enough ranks. Folders of plan and
+    checkpoints are those of the recipe with `-tiny` appended.
     """
     tiny = copy.deepcopy(recipe)
     tiny.parallel = _shrink_parallel(recipe.parallel, world_size)
@@ -45,34 +44,39 @@ def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe
     tiny.text = TextConfig(tokenizer=str(data / "tokenizer.model"), template=recipe.text.template)
     tiny.media.max_frames = max(2, recipe.media.max_frames // FRAMES_FACTOR)
     tiny.data.seq_length = min(max(256, recipe.data.seq_length // LENGTH_FACTOR), LONGEST)
-    tiny.data.train, tiny.data.validation = (
-        [
-            DatasetConfig(name=d.name, shards=str(data / d.name / "*.tar"), ratio=d.ratio)
-            for d in datasets
-        ]
-        for datasets in (recipe.data.train, recipe.data.validation)
-    )
+    tiny.data.train = _shrink_datasets(recipe.data.train, data)
+    tiny.data.validation = _shrink_datasets(recipe.data.validation, data)
     tiny.data.epochs = 64
     tiny.data.num_workers = min(recipe.data.num_workers, 1)
     _shrink_training(tiny, world_size=world_size, bf16=bf16)
     tiny.data.plan = recipe.data.plan + SUFFIX
-    for place in ("save", "load"):
-        if folder := getattr(recipe.checkpoint, place):
-            setattr(tiny.checkpoint, place, folder + SUFFIX)
+    for field in ("save", "load"):
+        if folder := getattr(recipe.checkpoint, field):
+            setattr(tiny.checkpoint, field, folder + SUFFIX)
     tiny.checkpoint.save_interval = STEPS // 2
+    # Fields were assigned one by one: check the groups that changed, then the recipe as a whole.
     for part in (tiny.parallel, tiny.training, tiny.data, tiny):
         part.__post_init__()
     return tiny
 
 
+def _shrink_datasets(datasets: list[DatasetConfig], data: Path) -> list[DatasetConfig]:
+    return [
+        DatasetConfig(
+            name=dataset.name, shards=str(data / dataset.name / "*.tar"), ratio=dataset.ratio
+        )
+        for dataset in datasets
+    ]
+
+
 def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfig:
-    """Sizes halved, the largest first, until a replica fits; what needs a size that is gone goes
-    with it."""
+    """Halve the sizes, the largest first, until a replica fits; reset options that need them."""
     tiny = copy.deepcopy(parallel)
     names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"]
     while tiny.replica_size > world_size or world_size % tiny.replica_size:
         largest = max(names, key=lambda name: getattr(tiny, name))
         setattr(tiny, largest, getattr(tiny, largest) // 2)
+    # Given numbers of layers are of the full model; the few layers of the miniature split evenly.
     tiny.num_layers_in_first_pipeline_stage = tiny.num_layers_in_last_pipeline_stage = 0
     if tiny.pipeline_model_parallel_size == 1:
         tiny.virtual_pipeline_model_parallel_size = 1

@@ -1,5 +1,4 @@
-"""Shapes of the vision tower, the projector and the language model. Defaults are
-Long-VITA-14B's."""
+"""Shapes of vision tower, projector and language model; the defaults are Long-VITA-14B's."""
 
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """A vision transformer. Defaults: InternViT-300M-448px. Others differ from it in these fields:
+    """A vision transformer; the defaults are InternViT-300M-448px. Other towers set these fields:
 
     InternViT-6B: normalization RMSNorm, qk_layernorm true, add_qkv_bias false.
     CLIP: layer_scale false, patch_bias false, pre_norm true, activation quick_gelu.
@@ -27,41 +26,44 @@ class VisionConfig:
     patch_size: int = described(14, "Side of a patch in pixels.")
     ragged_grid: bool = described(
         False,
-        "Pixels beyond the last whole patch are left out, and an odd grid is padded with zeros before joining.",
+        "Drop pixels beyond the last whole patch and pad an odd patch grid with zeros before the "
+        "pixel shuffle.",
     )
     num_layers: int = described(24, "Transformer layers.")
-    hidden_size: int = described(1024, "Width.")
-    ffn_hidden_size: int = described(4096, "Width of the MLP.")
+    hidden_size: int = described(1024, "Hidden size.")
+    ffn_hidden_size: int = described(4096, "Hidden size of the MLP.")
     num_attention_heads: int = described(16, "Attention heads.")
-    normalization: str = described("LayerNorm", "LayerNorm or RMSNorm.")
-    layernorm_epsilon: float = described(1e-6, "Epsilon of the norms.")
-    qk_layernorm: bool = described(False, "RMSNorm of queries and keys over all heads together.")
+    normalization: str = described("LayerNorm", "Normalization layers: LayerNorm or RMSNorm.")
+    layernorm_epsilon: float = described(1e-6, "Epsilon of the normalization layers.")
+    qk_layernorm: bool = described(False, "RMSNorm on queries and keys, over all heads together.")
     add_qkv_bias: bool = described(True, "Biases on query, key and value.")
-    activation: str = described("gelu", "Of the MLP: gelu (exact), gelu_tanh or quick_gelu.")
-    class_token: bool = described(
-        True, "A token before the patches, which takes part and is dropped at the end."
+    activation: str = described(
+        "gelu", "Activation of the MLP: gelu (exact), gelu_tanh or quick_gelu."
     )
+    class_token: bool = described(True, "Prepend a class token, which is dropped from the output.")
     patch_bias: bool = described(True, "Bias on the patch embedding.")
-    pre_norm: bool = described(False, "A norm of the embeddings before the first layer.")
-    post_norm: bool = described(False, "A norm after the last layer.")
+    pre_norm: bool = described(False, "Normalize the embeddings before the first layer.")
+    post_norm: bool = described(False, "Normalize the output of the last layer.")
     norm_after: bool = described(
-        False, "Norms of a layer follow attention and MLP, inside the residual branch."
+        False, "Normalize the outputs of attention and MLP instead of their inputs."
     )
     layer_scale: bool = described(True, "LayerScale: a learned vector on each residual branch.")
     layer_scale_init: float = described(
-        0.1, "First value of the LayerScale vectors of a tower trained from scratch."
+        0.1, "Initial value of the LayerScale vectors of a tower trained from scratch."
     )
-    init_method_std: float = described(0.02, "Standard deviation of first weights.")
+    init_method_std: float = described(0.02, "Standard deviation of initial weights.")
 
     def __post_init__(self) -> None:
         require(
             self.image_size % (2 * self.patch_size) == 0 or self.ragged_grid,
-            f"model.vision.image_size {self.image_size} is not a multiple of twice patch_size {self.patch_size}: "
-            "the pixel shuffle joins patches two by two; set ragged_grid for a tower that was trained so",
+            f"model.vision.image_size {self.image_size} is not a multiple of twice patch_size "
+            f"{self.patch_size}: the pixel shuffle joins patches two by two; set ragged_grid if "
+            "the tower was trained with it",
         )
         require(
             self.image_size >= self.patch_size,
-            f"model.vision.image_size {self.image_size} is smaller than patch_size {self.patch_size}",
+            f"model.vision.image_size {self.image_size} is smaller than patch_size "
+            f"{self.patch_size}",
         )
         require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -84,30 +86,32 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """Patches of a tile, the class token not counted."""
+        """Patches of a tile, without the class token."""
         return self.grid**2
 
     @property
     def tokens(self) -> int:
-        """Rows that the tower's layers work on."""
-        return self.patches + (1 if self.class_token else 0)
+        """Tokens of a tile in the tower: patches, and the class token if there is one."""
+        if self.class_token:
+            return self.patches + 1
+        return self.patches
 
     @property
     def image_token_length(self) -> int:
-        """Feature rows of a tile after the pixel shuffle, which joins patches two by two:
-        placeholders."""
+        """Placeholder tokens of a tile: its feature rows after the 2 x 2 pixel shuffle."""
         return ceil_div(self.grid, 2) ** 2
 
 
 @dataclass(kw_only=True)
 class ProjectorConfig:
-    """From vision features to the language model's width."""
+    """MLP that maps vision features to the hidden size of the language model."""
 
     kind: str = described(
         "long_vita",
-        "long_vita (hidden layer of vision width, no biases) or internvl (of LLM width, biased).",
+        "long_vita (hidden layer of the vision tower's size, no biases) or internvl (of the "
+        "language model's size, with biases).",
     )
-    init_method_std: float = described(0.02, "Standard deviation of first weights.")
+    init_method_std: float = described(0.02, "Standard deviation of initial weights.")
 
     def __post_init__(self) -> None:
         require(
@@ -118,31 +122,33 @@ class ProjectorConfig:
 
 @dataclass(kw_only=True)
 class LanguageConfig:
-    """A Qwen2-, Qwen3- (qk_layernorm) or Llama-shaped decoder (both: add_qkv_bias false). Defaults:
-    Qwen2.5-14B."""
+    """A decoder of the Qwen2, Qwen3 or Llama family; the defaults are Qwen2.5-14B.
+
+    Qwen3: qk_layernorm true, add_qkv_bias false. Llama: add_qkv_bias false.
+    """
 
     num_layers: int = described(48, "Transformer layers.")
-    hidden_size: int = described(5120, "Width.")
-    ffn_hidden_size: int = described(13824, "Width of the SwiGLU MLP.")
+    hidden_size: int = described(5120, "Hidden size.")
+    ffn_hidden_size: int = described(13824, "Hidden size of the SwiGLU MLP.")
     num_attention_heads: int = described(40, "Query heads.")
-    num_query_groups: int = described(8, "Key and value heads.")
-    kv_channels: int = described(128, "Width of a head.")
+    num_query_groups: int = described(8, "Key and value heads (GQA groups).")
+    kv_channels: int = described(128, "Channels of a head.")
     vocab_size: int = described(
-        152064, "Rows of the embedding matrix: at least the tokenizer's entries."
+        152064, "Rows of the embedding matrix, at least the size of the tokenizer's vocabulary."
     )
     layernorm_epsilon: float = described(1e-6, "Epsilon of RMSNorm.")
-    rotary_base: float = described(1e6, "Base of the rotary positions.")
+    rotary_base: float = described(1e6, "Base of the rotary embedding.")
     rope_scaling: RopeScalingConfig = described(
-        RopeScalingConfig, "Rotary positions beyond the trained length."
+        RopeScalingConfig, "Scaling of the rotary embedding to longer contexts."
     )
     add_qkv_bias: bool = described(
-        True, "Biases on query, key and value: Qwen2 has them, Llama and Qwen3 have not."
+        True, "Biases on query, key and value (Qwen2: true; Llama, Qwen3: false)."
     )
-    qk_layernorm: bool = described(False, "RMSNorm of each query and key head: Qwen3 has it.")
+    qk_layernorm: bool = described(False, "RMSNorm on each query and key head (Qwen3: true).")
     untie_embeddings_and_output_weights: bool = described(
-        True, "Whether the output layer has weights of its own."
+        True, "Give the output layer its own weights instead of the embedding's."
     )
-    init_method_std: float = described(0.02, "Standard deviation of first weights.")
+    init_method_std: float = described(0.02, "Standard deviation of initial weights.")
 
     def __post_init__(self) -> None:
         require(
@@ -152,20 +158,22 @@ class LanguageConfig:
         )
         require(
             self.kv_channels % 2 == 0,
-            f"model.language.kv_channels is {self.kv_channels}: rotary positions need an even number",
+            f"model.language.kv_channels is {self.kv_channels}: rotary embeddings need an even "
+            "number",
         )
 
     def query_groups_of_rank(self, tensor_parallel_size: int) -> int:
-        """Key and value heads that a TP rank attends with; ranks beyond their number share one."""
+        """Key and value heads of a TP rank: at least one, replicated if there are more ranks."""
         return max(self.num_query_groups // tensor_parallel_size, 1)
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The whole model."""
+    """Shapes of the parts of a model."""
 
     text_only: bool = described(
-        False, "Only the language model: no vision tower, no projector, no media in the data."
+        False,
+        "Build the language model alone, without vision tower and projector; no media in the data.",
     )
     vision: VisionConfig = described(VisionConfig, "Vision tower.")
     projector: ProjectorConfig = described(ProjectorConfig, "Projector.")

@@ -1,4 +1,4 @@
-"""Adam and its learning rate schedule. Names are Megatron's."""
+"""AdamW, its precision and its learning rate schedule. Field names are Megatron's."""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ FULL_PRECISION = {
     "optimizer_offload_fraction": 1.0,
     "overlap_cpu_optimizer_d2h_h2d": False,
 }
-"""Settings of an optimizer that runs everywhere."""
+"""Settings of an optimizer in plain fp32, which needs no Transformer Engine."""
 
 
 @dataclass(kw_only=True)
@@ -27,48 +27,53 @@ class OptimizerConfig:
     """AdamW with cosine decay after a linear warm-up."""
 
     lr: float = described(1e-4, "Peak learning rate.")
-    min_lr: float = described(0.0, "Learning rate at the end.")
-    lr_warmup_fraction: float = described(
-        0.03, "Share of train_iters over which the learning rate rises."
-    )
-    vision_lr_mult: float = described(1.0, "Factor on the vision tower's learning rate.")
+    min_lr: float = described(0.0, "Learning rate at the end of the decay.")
+    lr_warmup_fraction: float = described(0.03, "Fraction of train_iters for the linear warm-up.")
+    vision_lr_mult: float = described(1.0, "Multiplier of the vision tower's learning rate.")
     vision_lr_decay: float = described(
-        1.0, "Factor on it for each layer of the tower from the last to the first."
+        1.0, "Layer-wise decay of the tower's learning rate, per layer from the last to the first."
     )
-    weight_decay: float = described(0.0, "Weight decay; biases and vectors are spared.")
-    adam_beta1: float = described(0.9, "Decay of Adam's mean.")
-    adam_beta2: float = described(0.999, "Decay of Adam's variance.")
+    weight_decay: float = described(
+        0.0, "Weight decay, not applied to biases and other one-dimensional parameters."
+    )
+    adam_beta1: float = described(0.9, "Decay rate of Adam's first moment.")
+    adam_beta2: float = described(0.999, "Decay rate of Adam's second moment.")
     adam_eps: float = described(1e-8, "Epsilon of Adam.")
-    clip_grad: float = described(1.0, "Largest global gradient norm; 0 does not clip.")
+    clip_grad: float = described(
+        1.0, "Global gradient norm to which gradients are clipped; 0: no clipping."
+    )
     use_precision_aware_optimizer: bool = described(
         False,
-        "Transformer Engine's Adam keeps the weights of its own, in the types below. Needs CUDA, bf16 and "
-        "use_distributed_optimizer.",
+        "Use Transformer Engine's Adam, which keeps main weights and moments in the dtypes "
+        "below. Needs CUDA, bf16 and use_distributed_optimizer.",
     )
     main_grads_dtype: str = described(
-        "fp32", "Type in which gradients are added up over packs and reduced: fp32 or bf16."
+        "fp32", "Dtype for accumulating gradients over packs and reducing them: fp32 or bf16."
     )
     main_params_dtype: str = described(
-        "fp32", "Type of Adam's own weights: fp32, or fp16 with a scale for each parameter."
+        "fp32", "Dtype of main weights: fp32, or fp16 with a scale for each parameter."
     )
-    exp_avg_dtype: str = described("fp32", "Type of Adam's mean: fp32, bf16, fp16 or fp8.")
-    exp_avg_sq_dtype: str = described("fp32", "Type of Adam's variance: fp32, bf16, fp16 or fp8.")
+    exp_avg_dtype: str = described("fp32", "Dtype of the first moment: fp32, bf16, fp16 or fp8.")
+    exp_avg_sq_dtype: str = described(
+        "fp32", "Dtype of the second moment: fp32, bf16, fp16 or fp8."
+    )
     store_param_remainders: bool = described(
         False,
-        "Keep of fp32 weights only the 16 bits that bf16 weights lack: the same numbers in half the memory.",
+        "Store only the 16 bits of fp32 main weights that the bf16 weights lack: the same values "
+        "in half the memory.",
     )
     reduce_scatter_with_fp32_accumulation: bool = described(
-        False, "Sum bf16 gradients of replicas in fp32, by an all-to-all."
+        False, "Reduce bf16 gradients over replicas by an all-to-all with fp32 accumulation."
     )
     optimizer_cpu_offload: bool = described(
-        False, "Keep Adam's state in host memory and update those weights on the CPU."
+        False, "Keep optimizer state in host memory and update its weights on the CPU."
     )
     optimizer_offload_fraction: float = described(
-        1.0, "Share of the parameters to which optimizer_cpu_offload applies."
+        1.0, "Fraction of the parameters to offload with optimizer_cpu_offload."
     )
     overlap_cpu_optimizer_d2h_h2d: bool = described(
         False,
-        "Update on the CPU parameter by parameter, beside the copies of gradients and weights.",
+        "Overlap CPU updates with the copies of gradients and weights, parameter by parameter.",
     )
 
     def __post_init__(self) -> None:
@@ -83,13 +88,14 @@ class OptimizerConfig:
             )
         require(
             0 <= self.lr_warmup_fraction < 1,
-            f"optimizer.lr_warmup_fraction is {self.lr_warmup_fraction}: it must be at least 0 and below 1",
+            f"optimizer.lr_warmup_fraction is {self.lr_warmup_fraction}: it must be at least 0 "
+            "and below 1",
         )
         self._check_types()
         self._check_offload()
 
     def in_full_precision(self) -> "OptimizerConfig":
-        """The same optimizer where Transformer Engine is not present."""
+        """Return this configuration in plain fp32, for devices without Transformer Engine."""
         return replace(self, **FULL_PRECISION)  # type: ignore[arg-type]
 
     def _check_types(self) -> None:
@@ -113,24 +119,26 @@ class OptimizerConfig:
             )
         require(
             not self.store_param_remainders or self.main_params_dtype == "fp32",
-            f"optimizer.store_param_remainders needs main_params_dtype fp32, which is {self.main_params_dtype}",
+            "optimizer.store_param_remainders needs main_params_dtype fp32, which is "
+            f"{self.main_params_dtype}",
         )
         require(
             not self.reduce_scatter_with_fp32_accumulation or self.main_grads_dtype == "bf16",
-            "optimizer.reduce_scatter_with_fp32_accumulation needs main_grads_dtype bf16: fp32 gradients are summed "
-            "in fp32 without it",
+            "optimizer.reduce_scatter_with_fp32_accumulation needs main_grads_dtype bf16: fp32 "
+            "gradients are summed in fp32 without it",
         )
 
     def _check_offload(self) -> None:
         require(
             0 < self.optimizer_offload_fraction <= 1,
-            f"optimizer.optimizer_offload_fraction is {self.optimizer_offload_fraction}: it must be above 0 and at "
-            "most 1",
+            f"optimizer.optimizer_offload_fraction is {self.optimizer_offload_fraction}: it must "
+            "be above 0 and at most 1",
         )
         for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
             require(
                 self.optimizer_cpu_offload or getattr(self, name) == FULL_PRECISION[name],
-                f"optimizer.{name} is {getattr(self, name)}, which needs optimizer.optimizer_cpu_offload",
+                f"optimizer.{name} is {getattr(self, name)}, which needs "
+                "optimizer.optimizer_cpu_offload",
             )
         if not self.optimizer_cpu_offload:
             return
@@ -142,6 +150,6 @@ class OptimizerConfig:
         ):
             require(
                 getattr(self, name) == FULL_PRECISION[name],
-                f"optimizer.{name} is {getattr(self, name)}, but optimizer_cpu_offload keeps weights and moments whole "
-                "in fp32, those on the device too",
+                f"optimizer.{name} is {getattr(self, name)}, but optimizer_cpu_offload keeps "
+                "weights and moments whole in fp32, those on the device too",
             )

@@ -1,4 +1,4 @@
-"""The output layer: what is added to the cross entropy, and how much of it is held at once."""
+"""Output layer and loss."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,25 @@ from megatron_vita.config.fields import described, require
 
 @dataclass(kw_only=True)
 class OutputConfig:
-    """Projection onto the vocabulary, and the loss."""
+    """Terms of the loss, and memory of the projection onto the vocabulary."""
 
     label_smoothing: float = described(
-        0.0, "Share of each target that is spread evenly over the vocabulary."
+        0.0, "Probability mass of each target that is spread evenly over the vocabulary."
     )
     z_loss: float = described(
-        0.0, "Weight of the squared logarithm of the softmax's sum, added to each row's loss."
+        0.0, "Weight of z-loss: the squared log-sum-exp of the logits, added to each token's loss."
     )
-    chunk_mib: int = described(448, "MiB of logits that are held at once.")
+    chunk_mib: int = described(448, "MiB of logits computed at a time.")
     full_logits: bool = described(
         False,
-        "Compute and keep fp32 logits of every position, as a yardstick: memory grows with length.",
+        "Materialize fp32 logits of every position, as a reference: memory grows with length.",
     )
 
     def __post_init__(self) -> None:
         require(
             0.0 <= self.label_smoothing < 1.0,
-            f"model.output.label_smoothing is {self.label_smoothing}: it must be at least 0 and below 1",
+            f"model.output.label_smoothing is {self.label_smoothing}: it must be at least 0 and "
+            "below 1",
         )
         require(
             self.z_loss >= 0.0, f"model.output.z_loss is {self.z_loss}: it must not be negative"

@@ -1,4 +1,4 @@
-"""How the model is spread over ranks. Names are Megatron's."""
+"""Parallel layout of the model over ranks. Field names are Megatron's."""
 
 from dataclasses import dataclass
 
@@ -10,50 +10,55 @@ CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Tensor, pipeline and context parallelism; what is left of the world is data parallelism."""
+    """Tensor, pipeline and context parallelism; data parallelism takes the remaining ranks."""
 
-    tensor_model_parallel_size: int = described(1, "Ranks that share each weight matrix (TP).")
-    pipeline_model_parallel_size: int = described(
-        1, "Ranks that share the layers in sequence (PP)."
+    tensor_model_parallel_size: int = described(
+        1, "Tensor parallelism: ranks that split each weight matrix (TP)."
     )
-    context_parallel_size: int = described(1, "Ranks that share each document's tokens (CP).")
+    pipeline_model_parallel_size: int = described(1, "Pipeline parallelism: stages of layers (PP).")
+    context_parallel_size: int = described(
+        1, "Context parallelism: ranks that split each document (CP)."
+    )
     sequence_parallel: bool = described(
-        False, "Split activations between layers along the sequence over TP."
+        False, "Split activations outside attention and MLP along the sequence over TP."
     )
     cp_comm_type: str = described(
         "p2p",
-        "How te attends over CP: p2p (ring), all_gather, a2a (by heads), a2a+p2p. torch and fa4 always gather keys.",
+        "CP communication of te: p2p (ring), all_gather, a2a (over heads) or a2a+p2p. torch and "
+        "fa4 always all-gather keys and values.",
     )
     hierarchical_context_parallel_sizes: list[int] = described(
         [],
-        "For a2a+p2p: ranks that exchange heads, then ranks in the ring; their product is context_parallel_size.",
+        "For a2a+p2p: [ranks of the all-to-all, ranks of the ring]; their product is "
+        "context_parallel_size.",
     )
     vision_tensor_parallel: bool = described(
         False,
-        "Split the vision tower over TP, for one too large for each rank; tiles are then dealt over CP alone.",
+        "Split the vision tower over TP, if it is too large to replicate; tiles are then "
+        "assigned over CP alone.",
     )
     virtual_pipeline_model_parallel_size: int = described(
-        1, "Chunks of layers of each stage, interleaved (VPP)."
+        1, "Interleaved chunks of layers in each stage (VPP)."
     )
     num_layers_in_first_pipeline_stage: int = described(
-        0, "Its layers, fewer since it has the vision tower; 0: even."
+        0, "Layers of the first stage, which also has the vision tower; 0: split evenly."
     )
     num_layers_in_last_pipeline_stage: int = described(
-        0, "Its layers, fewer since it has the output layer; 0: even."
+        0, "Layers of the last stage, which also has the output layer; 0: split evenly."
     )
     overlap_grad_reduce: bool = described(
-        False, "Reduce gradients while the backward pass goes on."
+        False, "Overlap gradient reduction with the backward pass."
     )
     overlap_param_gather: bool = described(
-        False, "Gather updated weights while the forward pass goes on."
+        False, "Overlap the all-gather of updated weights with the forward pass."
     )
     use_distributed_optimizer: bool = described(
-        True, "Split optimizer state over data-parallel ranks."
+        True, "Shard optimizer state over data-parallel ranks."
     )
     attention_backend: str = described(
         "auto",
-        "torch, te (Transformer Engine), fa4 (its layers with FlashAttention-4, Hopper or later), or auto: the "
-        "fastest that can run, torch on CPU.",
+        "torch, te (Transformer Engine), fa4 (its layers with FlashAttention-4, Hopper or "
+        "later), or auto: the fastest available; torch on CPU.",
     )
 
     def __post_init__(self) -> None:
@@ -67,7 +72,8 @@ class ParallelConfig:
             )
         require(
             self.attention_backend in ATTENTION_BACKENDS,
-            f"parallel.attention_backend is {self.attention_backend!r}; known: {', '.join(ATTENTION_BACKENDS)}",
+            f"parallel.attention_backend is {self.attention_backend!r}; known: "
+            f"{', '.join(ATTENTION_BACKENDS)}",
         )
         require(
             self.cp_comm_type in CP_COMM_TYPES,
@@ -76,7 +82,8 @@ class ParallelConfig:
         self._check_hierarchy()
         require(
             not self.vision_tensor_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.vision_tensor_parallel needs tensor_model_parallel_size of at least 2, which is 1",
+            "parallel.vision_tensor_parallel needs tensor_model_parallel_size of at least 2, "
+            "which is 1",
         )
         require(
             not self.overlap_param_gather
@@ -94,19 +101,19 @@ class ParallelConfig:
         if self.cp_comm_type != "a2a+p2p":
             require(
                 not sizes,
-                f"parallel.hierarchical_context_parallel_sizes is {sizes}, which needs cp_comm_type a2a+p2p; "
-                f"it is {self.cp_comm_type}",
+                f"parallel.hierarchical_context_parallel_sizes is {sizes}, which needs "
+                f"cp_comm_type a2a+p2p; it is {self.cp_comm_type}",
             )
             return
         require(
             len(sizes) == 2 and min(sizes) >= 2 and sizes[0] * sizes[1] == cp,
-            f"parallel.cp_comm_type a2a+p2p needs hierarchical_context_parallel_sizes [heads, ring], both at least 2, "
-            f"whose product is context_parallel_size {cp}; it is {sizes}",
+            "parallel.cp_comm_type a2a+p2p needs hierarchical_context_parallel_sizes [heads, "
+            f"ring], both at least 2, whose product is context_parallel_size {cp}; it is {sizes}",
         )
 
     @property
     def head_exchange_size(self) -> int:
-        """CP ranks over which Transformer Engine splits heads: 1 but for the a2a schemes."""
+        """CP ranks over which Transformer Engine splits heads: 1 unless cp_comm_type is a2a."""
         if self.cp_comm_type == "a2a+p2p":
             return self.hierarchical_context_parallel_sizes[0]
         if self.cp_comm_type == "a2a":
@@ -115,14 +122,18 @@ class ParallelConfig:
 
     @property
     def virtual_size(self) -> int | None:
-        """Chunks of a stage as megatron-core wants it: None where there is one."""
+        """Virtual pipeline size as megatron-core expects it: None without interleaving."""
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks > 1:
             return chunks
         return None
 
     def layers_of_stages(self, num_layers: int) -> list[int]:
-        """Layers of each pipeline stage; ConfigError if they do not divide."""
+        """Layers of each pipeline stage.
+
+        Raises:
+            ConfigError: the layers cannot be split as the fields require.
+        """
         stages = self.pipeline_model_parallel_size
         first = self.num_layers_in_first_pipeline_stage
         last = self.num_layers_in_last_pipeline_stage
@@ -134,21 +145,25 @@ class ParallelConfig:
         chunks = self.virtual_pipeline_model_parallel_size
         require(
             chunks == 1 or (stages > 1 and not given and num_layers % (stages * chunks) == 0),
-            f"parallel.virtual_pipeline_model_parallel_size {chunks} needs several pipeline stages without given "
-            f"numbers of layers, and layers ({num_layers}) that divide by stages ({stages}) x chunks",
+            f"parallel.virtual_pipeline_model_parallel_size {chunks} needs several pipeline "
+            f"stages without given numbers of layers, and layers ({num_layers}) that divide by "
+            f"stages ({stages}) x chunks",
         )
         rest = stages - len(given)
         left = num_layers - sum(given.values())
-        require(
-            left % rest == 0 and left >= rest if rest else left == 0,
-            f"{num_layers} layers do not divide over {stages} pipeline stages"
-            + (f" of which {given} hold given numbers of layers (counted from 0)" if given else ""),
-        )
+        if rest:
+            divides = left % rest == 0 and left >= rest
+        else:
+            divides = left == 0
+        fixed = ""
+        if given:
+            fixed = f" of which {given} hold given numbers of layers (counted from 0)"
+        require(divides, f"{num_layers} layers do not divide over {stages} pipeline stages{fixed}")
         return [given.get(stage) or left // rest for stage in range(stages)]
 
     @property
     def tile_ranks(self) -> int:
-        """Ranks that share the tiles of a pack."""
+        """Ranks of a replica that share the tiles of a pack."""
         cp = self.context_parallel_size
         if self.vision_tensor_parallel:
             return cp
@@ -156,7 +171,7 @@ class ParallelConfig:
 
     @property
     def replica_size(self) -> int:
-        """Ranks that hold one copy of the model (TP x CP x PP)."""
+        """Ranks of one replica of the model: TP x CP x PP."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""A recipe: everything that defines a stage's run, as one tree of dataclasses."""
+"""Recipe: the configuration of a training stage, as one tree of dataclasses."""
 
 from dataclasses import dataclass
 
@@ -15,29 +15,34 @@ from megatron_vita.config.training import TrainingConfig
 
 FORMAT_VERSION = 1
 FA4_WIDTHS = (64, 128)
-"""Widths of a head that 4.0.0b36 computes rightly; at 80 its gradients of packs are wrong on Hopper."""
+"""Head sizes for which FlashAttention 4.0.0b36 is correct: at 80, gradients are wrong on Hopper."""
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """One stage's run."""
+    """Configuration of one training stage; the defaults train Long-VITA-14B."""
 
     format_version: int = described(FORMAT_VERSION, "Version of the recipe format.")
-    model: ModelConfig = described(ModelConfig, "Shapes of the model's parts.")
+    model: ModelConfig = described(ModelConfig, "Shapes of the parts of the model.")
     text: TextConfig = described(TextConfig, "Tokenizer and prompt format.")
-    media: MediaConfig = described(MediaConfig, "Images and videos.")
-    generation: GenerationConfig = described(GenerationConfig, "A server's defaults.")
+    media: MediaConfig = described(MediaConfig, "Preprocessing of images and videos.")
+    generation: GenerationConfig = described(
+        GenerationConfig, "Default sampling parameters of a server."
+    )
     data: DataConfig = described(DataConfig, "Datasets and packing.")
-    parallel: ParallelConfig = described(ParallelConfig, "Layout over ranks.")
-    optimizer: OptimizerConfig = described(OptimizerConfig, "Optimizer and schedule.")
-    training: TrainingConfig = described(TrainingConfig, "Length, freezing, validation, logging.")
-    checkpoint: CheckpointConfig = described(CheckpointConfig, "Saving and loading.")
+    parallel: ParallelConfig = described(ParallelConfig, "Parallel layout.")
+    optimizer: OptimizerConfig = described(OptimizerConfig, "Optimizer and learning rate schedule.")
+    training: TrainingConfig = described(
+        TrainingConfig, "Length of the run, frozen parts, recomputation, validation, logging."
+    )
+    checkpoint: CheckpointConfig = described(CheckpointConfig, "Saving and loading of checkpoints.")
 
     def __post_init__(self) -> None:
         require(
             self.format_version == FORMAT_VERSION,
             f"format_version is {self.format_version}; this version reads {FORMAT_VERSION}",
         )
+        # Tensor parallelism first: the checks of context parallelism divide heads by its size.
         self.check_tensor_parallel()
         self._check_context_parallel()
         self._check_backend()
@@ -47,17 +52,25 @@ class Recipe:
         self._check_optimizer()
 
     def check_tensor_parallel(self) -> None:
-        """ConfigError unless the ranks of tensor parallelism can share the model's matrices
-        evenly: for whoever changes `parallel` of a recipe."""
+        """Check that tensor parallelism divides the model's weight matrices.
+
+        Public for code that replaces `parallel` of a recipe.
+
+        Raises:
+            ConfigError: naming the size that is not divisible.
+        """
         tp = self.parallel.tensor_model_parallel_size
         language = self.model.language
         for name in ("num_attention_heads", "ffn_hidden_size"):
             value = getattr(language, name)
             require(
                 value % tp == 0,
-                f"model.language.{name} {value} is not a multiple of parallel.tensor_model_parallel_size {tp}",
+                f"model.language.{name} {value} is not a multiple of "
+                f"parallel.tensor_model_parallel_size {tp}",
             )
         shared = language.num_query_groups
+        # With more TP ranks than key and value heads, megatron-core splits the projection's
+        # rows over the ranks and gathers its outputs, which needs rows that divide.
         require(
             shared % tp == 0 or (tp % shared == 0 and 2 * shared * language.kv_channels % tp == 0),
             f"model.language.num_query_groups {shared} is neither a multiple nor a divisor of "
@@ -66,8 +79,9 @@ class Recipe:
         width = self.model.vision.ffn_hidden_size
         require(
             not self.parallel.vision_tensor_parallel or width % tp == 0,
-            f"model.vision.ffn_hidden_size {width} is not a multiple of parallel.tensor_model_parallel_size {tp}, "
-            "which parallel.vision_tensor_parallel needs",
+            f"model.vision.ffn_hidden_size {width} is not a multiple of "
+            f"parallel.tensor_model_parallel_size {tp}, which parallel.vision_tensor_parallel "
+            "needs",
         )
 
     def _check_context_parallel(self) -> None:
@@ -83,8 +97,9 @@ class Recipe:
         for name, heads in of_rank.items():
             require(
                 heads % ranks == 0,
-                f"parallel.cp_comm_type {self.parallel.cp_comm_type} splits model.language.{name} over {ranks} ranks, "
-                f"but a TP rank has {heads}; use p2p or all_gather, or a smaller tensor_model_parallel_size",
+                f"parallel.cp_comm_type {self.parallel.cp_comm_type} splits model.language.{name} "
+                f"over {ranks} ranks, but a TP rank has {heads}; use p2p or all_gather, or a "
+                "smaller tensor_model_parallel_size",
             )
 
     def _check_backend(self) -> None:
@@ -94,18 +109,20 @@ class Recipe:
             return
         require(
             self.training.bf16,
-            f"parallel.attention_backend {name} needs training.bf16: its kernels take no fp32; or use torch",
+            f"parallel.attention_backend {name} needs training.bf16: its kernels take no fp32; or "
+            "use torch",
         )
         require(
             name == "fa4" or (width % 8 == 0 and width <= 128),
-            f"model.language.kv_channels is {width}: Transformer Engine's fused attention takes multiples of 8 up to "
-            "128; or use parallel.attention_backend torch",
+            f"model.language.kv_channels is {width}: Transformer Engine's fused attention takes "
+            "multiples of 8 up to 128; or use parallel.attention_backend torch",
         )
-        obstacle = self.fa4_obstacle() if name == "fa4" else ""
-        require(not obstacle, f"parallel.attention_backend is fa4, but {obstacle}")
+        if name == "fa4":
+            obstacle = self.fa4_obstacle()
+            require(not obstacle, f"parallel.attention_backend is fa4, but {obstacle}")
 
     def fa4_obstacle(self) -> str:
-        """The field for which attention_backend fa4 cannot be taken; empty if there is none."""
+        """Reason why attention_backend fa4 cannot be used, naming the field; empty: it can be."""
         width = self.model.language.kv_channels
         scheme = self.parallel.cp_comm_type
         if width not in FA4_WIDTHS:
@@ -115,46 +132,49 @@ class Recipe:
             )
         if self.parallel.head_exchange_size > 1:
             return (
-                f"parallel.cp_comm_type is {scheme}: fa4 gathers keys instead of exchanging heads; use all_gather, or "
-                "parallel.attention_backend te"
+                f"parallel.cp_comm_type is {scheme}: fa4 gathers keys instead of exchanging "
+                "heads; use all_gather, or parallel.attention_backend te"
             )
         return ""
 
     def _check_layers(self) -> None:
-        """Layers over pipeline stages, and how many of them are recomputed."""
+        """Check the layers of pipeline stages, and the numbers of recomputed layers."""
         chunks = self.parallel.virtual_pipeline_model_parallel_size
         layers = max(self.parallel.layers_of_stages(self.model.language.num_layers)) // chunks
         number = self.training.recompute_num_layers
         require(
             number <= layers,
-            f"training.recompute_num_layers is {number}, but no rank has more than {layers} layers at once",
+            f"training.recompute_num_layers is {number}, but no rank has more than {layers} "
+            "layers at once",
         )
         kept = self.training.recompute_keep_attention_layers
         recomputed = number or layers
         require(
             kept <= recomputed,
-            f"training.recompute_keep_attention_layers is {kept}, but no rank recomputes more than {recomputed} "
-            "layers at once; -1 keeps all",
+            f"training.recompute_keep_attention_layers is {kept}, but no rank recomputes more "
+            f"than {recomputed} layers at once; -1 keeps all",
         )
 
     def _check_sequence(self) -> None:
         tp = self.parallel.tensor_model_parallel_size
         cp = self.parallel.context_parallel_size
-        alignment = self.data.document_alignment
         length = self.data.seq_length
+        # Zigzag cuts each attention segment into 2 x CP chunks: a document, or else the whole pack.
+        segment = "pack"
+        name = "seq_length"
         if self.data.isolate_documents:
-            chunked, name = (alignment, "document_alignment")
-        else:
-            chunked, name = (length, "seq_length")
+            segment = "document"
+            name = "document_alignment"
+        chunked = getattr(self.data, name)
         require(
             cp == 1 or chunked % (2 * cp) == 0,
-            f"data.{name} {chunked} is not a multiple of {2 * cp}, twice parallel.context_parallel_size {cp}: "
-            f"each {'document' if self.data.isolate_documents else 'pack'} is split into that many chunks",
+            f"data.{name} {chunked} is not a multiple of {2 * cp}, twice "
+            f"parallel.context_parallel_size {cp}: each {segment} is split into that many chunks",
         )
         require(
             length % (tp * cp) == 0,
-            f"data.seq_length {length} is not a multiple of {tp * cp}, tensor_model_parallel_size {tp} times "
-            f"context_parallel_size {cp}",
+            f"data.seq_length {length} is not a multiple of {tp * cp}, tensor_model_parallel_size "
+            f"{tp} times context_parallel_size {cp}",
         )
 
     def _check_parts(self) -> None:
@@ -166,8 +186,8 @@ class Recipe:
         }
         require(
             not all(frozen.values()),
-            "training freezes the vision model, the projector and the language model, or model.text_only has none of "
-            "the first two: nothing is left to train",
+            "training freezes the vision model, the projector and the language model, or "
+            "model.text_only has none of the first two: nothing is left to train",
         )
 
     def _check_optimizer(self) -> None:
@@ -175,7 +195,8 @@ class Recipe:
             return
         require(
             self.training.bf16,
-            "optimizer.use_precision_aware_optimizer needs training.bf16: fp32 weights have no others beside them",
+            "optimizer.use_precision_aware_optimizer needs training.bf16: fp32 weights have no "
+            "others beside them",
         )
         require(
             self.parallel.use_distributed_optimizer,
@@ -183,27 +204,33 @@ class Recipe:
         )
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas in a world of `world_size` ranks; ConfigError if it or the global batch does not
-        divide."""
+        """Number of data-parallel replicas in a world of `world_size` ranks.
+
+        Raises:
+            ConfigError: the ranks do not divide by those of a replica, or the global batch does not
+                divide over replicas and, with interleaving, over pipeline stages.
+        """
         replica = self.parallel.replica_size
         require(
             world_size % replica == 0,
             f"{world_size} ranks are not a multiple of {replica}, the ranks of one replica "
             f"(tensor {self.parallel.tensor_model_parallel_size} x pipeline "
-            f"{self.parallel.pipeline_model_parallel_size} x context {self.parallel.context_parallel_size})",
+            f"{self.parallel.pipeline_model_parallel_size} x context "
+            f"{self.parallel.context_parallel_size})",
         )
         data_parallel = world_size // replica
         require(
             self.training.global_batch_size % data_parallel == 0,
-            f"training.global_batch_size {self.training.global_batch_size} is not a multiple of the "
-            f"{data_parallel} data-parallel replicas",
+            f"training.global_batch_size {self.training.global_batch_size} is not a multiple of "
+            f"the {data_parallel} data-parallel replicas",
         )
         microbatches = self.training.global_batch_size // data_parallel
+        # The interleaved schedule feeds micro-batches to the chunks in groups of one per stage.
         require(
             self.parallel.virtual_size is None
             or microbatches % self.parallel.pipeline_model_parallel_size == 0,
-            f"training.global_batch_size {self.training.global_batch_size} gives {microbatches} packs to each of "
-            f"{data_parallel} replicas; interleaved stages need a multiple of pipeline_model_parallel_size "
-            f"{self.parallel.pipeline_model_parallel_size}",
+            f"training.global_batch_size {self.training.global_batch_size} gives {microbatches} "
+            f"packs to each of {data_parallel} replicas; interleaved stages need a multiple of "
+            f"pipeline_model_parallel_size {self.parallel.pipeline_model_parallel_size}",
         )
         return data_parallel

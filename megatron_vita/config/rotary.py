@@ -1,4 +1,4 @@
-"""How rotary positions reach beyond the length that a model was trained at."""
+"""RoPE scaling: rotary embeddings for contexts longer than in pre-training."""
 
 import math
 from dataclasses import dataclass
@@ -10,31 +10,29 @@ KINDS = ("none", "linear", "llama3", "yarn")
 
 @dataclass(kw_only=True)
 class RopeScalingConfig:
-    """Scaling of rotary frequencies. Fields that a kind does not use must keep their defaults."""
+    """Scaling of rotary frequencies; fields that `kind` does not use are ignored."""
 
     kind: str = described(
         "none",
         "none, linear (position interpolation), llama3 (Llama 3.1) or yarn (arXiv 2309.00071).",
     )
-    factor: float = described(1.0, "How many times longer.")
-    original_length: int = described(
-        0, "llama3, yarn: tokens of the length that the model was trained at."
-    )
+    factor: float = described(1.0, "Ratio of the new context length to the original one.")
+    original_length: int = described(0, "llama3, yarn: original context length in tokens.")
     low_freq_factor: float = described(
-        1.0, "llama3: wavelengths above original_length / this are scaled in full."
+        1.0, "llama3: wavelengths above original_length / low_freq_factor are scaled in full."
     )
     high_freq_factor: float = described(
-        4.0, "llama3: wavelengths below original_length / this stay."
+        4.0, "llama3: wavelengths below original_length / high_freq_factor are not scaled."
     )
     beta_fast: float = described(
-        32.0, "yarn: dimensions of more turns than this in original_length stay."
+        32.0, "yarn: dimensions with more rotations than this in original_length are not scaled."
     )
     beta_slow: float = described(
-        1.0, "yarn: dimensions of fewer turns than this are scaled in full."
+        1.0, "yarn: dimensions with fewer rotations than this are scaled in full."
     )
-    truncate: bool = described(True, "yarn: bounds of the ramp are rounded to whole dimensions.")
+    truncate: bool = described(True, "yarn: round the bounds of the ramp to whole dimensions.")
     attention_scale: float = described(
-        0.0, "yarn: factor on queries and keys; 0: 0.1 ln(factor) + 1."
+        0.0, "yarn: scale of queries and keys; 0: 0.1 ln(factor) + 1."
     )
 
     def __post_init__(self) -> None:
@@ -48,18 +46,18 @@ class RopeScalingConfig:
         )
         require(
             self.kind not in ("llama3", "yarn") or self.original_length > 0,
-            f"model.language.rope_scaling.original_length is {self.original_length}: {self.kind} needs the length that "
-            "the model was trained at",
+            f"model.language.rope_scaling.original_length is {self.original_length}: {self.kind} "
+            "needs the length that the model was trained at",
         )
         require(
             self.kind != "llama3" or self.low_freq_factor < self.high_freq_factor,
-            f"model.language.rope_scaling.low_freq_factor is {self.low_freq_factor}: it must be below "
-            f"high_freq_factor {self.high_freq_factor}",
+            f"model.language.rope_scaling.low_freq_factor is {self.low_freq_factor}: it must be "
+            f"below high_freq_factor {self.high_freq_factor}",
         )
 
     @property
     def attention_factor(self) -> float:
-        """What rotated queries and keys are multiplied by."""
+        """Scale of rotated queries and keys (mscale of YaRN)."""
         if self.kind != "yarn":
             return 1.0
         return self.attention_scale or 0.1 * math.log(self.factor) + 1.0

@@ -11,7 +11,7 @@ MEDIA_FORMATS = ("long_vita", "internvl")
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """How conversations become token ids."""
+    """Tokenizer, prompt template and special tokens."""
 
     tokenizer: str = described(
         "", "Folder of a Hugging Face tokenizer, or a SentencePiece .model file."
@@ -22,29 +22,30 @@ class TextConfig:
     )
     media_format: str = described(
         "long_vita",
-        "Placeholders of images and videos: long_vita (thumbnail first, a tag around each tile), or "
-        "internvl (one tag around all tiles, thumbnail last; videos as 'Frame1: ...' lines).",
+        "Placeholders of images and videos: long_vita (thumbnail first, a tag around each tile), "
+        "or internvl (one tag around all tiles, thumbnail last; videos as 'Frame1: ...' lines).",
     )
     system: str = described(
         "",
-        "System turn put before conversations that begin with none; a jinja template may add its own.",
+        "System prompt of conversations without one; a jinja template may add its own.",
     )
     begin_token: str = described(
         "",
-        "Token that begins documents and prompts; a jinja template writes its own. None if empty.",
+        "Token that begins documents and prompts; empty: none. A jinja template writes its own.",
     )
     end_token: str = described(
         "",
-        "Token that ends raw text; if empty the first of <|endoftext|>, <|end_of_text|>, </s> that the "
-        "tokenizer has, else its eos_token.",
+        "Token that ends raw text; empty: the first of <|endoftext|>, <|end_of_text|>, </s> that "
+        "the tokenizer has, else its eos_token.",
     )
     stop_tokens: list[str] = described(
-        [], "Tokens that end an answer, beside the template's end of turn and the tokenizer's end."
+        [],
+        "Further tokens that end an answer, beside the template's end of turn and the eos_token.",
     )
     date: str = described(
         "",
-        "Today for a jinja template that writes it, as 2026-01-31: needed in training; in serving the "
-        "real one if empty.",
+        "Date for jinja templates that write it, as 2026-01-31: required in training; empty in "
+        "serving: today.",
     )
 
     def __post_init__(self) -> None:

@@ -1,9 +1,7 @@
-"""The one reader of YAML: keys stand once, and plain scalars keep their text until a field says
-what they are.
+"""YAML reader that refuses duplicate keys and leaves the types of plain scalars to recipe fields.
 
 YAML 1.1 reads `no` as a boolean, `1:30` as 90, `010` as 8, `1e-4` as text and `2026-11-28` as a
-date. Here the type of the field that a value is for decides: all of these are names where text is
-needed.
+date. Here the type of the recipe field decides: all of these are valid strings for a text field.
 """
 
 import re
@@ -21,21 +19,25 @@ _FLOAT = re.compile(
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NULL = re.compile("null|Null|NULL|~")
 _YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
-_PARSED = re.compile(r"""\s*["'\[{]""")  # what a text begins with that is more than a plain scalar
+_PARSED = re.compile(r"""\s*["'\[{]""")  # beginning of a value that is not a plain scalar
 
 
 class PlainScalar(str):
-    """The text of a scalar that was not quoted."""
+    """Text of an unquoted scalar."""
 
 
 def read_yaml(path: Path, *, what: str) -> Any:
-    """The content of a YAML file, in which unquoted scalars other than null are `PlainScalar`s.
+    """Read a YAML file; unquoted scalars other than null become `PlainScalar`s.
+
+    Args:
+        path: the file.
+        what: kind of file, for error messages: "recipe".
 
     Raises:
-        ConfigError: naming the file, and `what` it is, if it cannot be read; or the line if it is
-            no YAML, or has a key that stands twice in a mapping.
+        ConfigError: the file cannot be read, is not YAML, or repeats a key in a mapping.
     """
     try:
+        # Editors on Windows begin files with a byte order mark, which would be part of a key.
         text = path.read_text("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the {what}: {error.strerror}") from error
@@ -50,11 +52,12 @@ def read_yaml(path: Path, *, what: str) -> Any:
 
 
 def parse_override(text: str) -> Any:
-    """The value of an override: YAML where it is quoted, a list or a mapping; else its own text, as
-    a `PlainScalar`. So is what only begins like YAML.
+    """Parse the value of an override: YAML if it is quoted, a list or a mapping, else plain text.
+
+    Text that begins like YAML but is not valid is plain text too.
 
     Raises:
-        ConfigError: a key stands twice.
+        ConfigError: a mapping repeats a key.
     """
     if _PARSED.match(text):
         try:
@@ -67,9 +70,9 @@ def parse_override(text: str) -> Any:
 
 
 def scalar_as(kind: type, text: PlainScalar) -> Any:
-    """An unquoted scalar as a `kind` (str, int, float or bool), or None if it is none.
+    """Convert an unquoted scalar to `kind` (str, int, float or bool); None if it is not one.
 
-    Numbers are YAML 1.2's; leading zeros, which are octal in YAML 1.1, make no number.
+    Numbers follow YAML 1.2; text with leading zeros, octal in YAML 1.1, is not a number.
     """
     if kind is str:
         if _NULL.fullmatch(text):
@@ -85,14 +88,14 @@ def scalar_as(kind: type, text: PlainScalar) -> Any:
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value is null, as YAML writes it or as an empty override."""
+    """Return true for null, as YAML writes it or as an empty override."""
     return value is None or (
         isinstance(value, PlainScalar) and (not value or bool(_NULL.fullmatch(value)))
     )
 
 
 def resolved(value: Any) -> Any:
-    """A value, or all values in it, as YAML 1.2 takes them where no field says what they are."""
+    """Convert a value and all values in it by YAML 1.2, for values without a typed field."""
     if isinstance(value, dict):
         return {str(key): resolved(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -110,7 +113,7 @@ def resolved(value: Any) -> Any:
 
 
 class _DuplicateKeyError(Exception):
-    """A key stands twice, the second time in `line`."""
+    """A mapping repeats a key, in `line`."""
 
     def __init__(self, name: str, line: int, first: int) -> None:
         super().__init__(f"the key {name} stands twice, first in line {first}")
@@ -118,7 +121,7 @@ class _DuplicateKeyError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe; resolves nothing but null, and refuses keys that stand twice."""
+    """Safe loader that resolves only null and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -131,13 +134,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_plain(self, node: yaml.ScalarNode) -> str:
-        """A scalar of no known type: its text."""
+        """Construct a scalar as text: `PlainScalar` unless it is quoted."""
         text = self.construct_scalar(node)
         if node.style:
             return text
         return PlainScalar(text)
 
 
+# PyYAML turns scalars into numbers and booleans by these tables: without them `no` and `1:30` stay
+# text. Those for null and for merge keys (`<<`) remain.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

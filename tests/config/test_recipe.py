@@ -65,9 +65,9 @@ def test_a_recipe_builds_on_others_in_order_and_its_own_fields_win(tmp_path: Pat
         ("{a: b.yaml}", "base is {'a': 'b.yaml'}: a list of recipe files is needed"),
         ("[[a.yaml]]", r"base is \[\['a.yaml'\]\]: a list of recipe files is needed"),
         ("none.yaml", "none.yaml: cannot read the recipe"),
-        ("recipe.yaml", "its base recipe.yaml builds on it in turn"),
+        ("recipe.yaml", "base recipe.yaml includes this file again"),
         ("[none.yaml]", "none.yaml: cannot read the recipe"),
-        ("[recipe.yaml]", "its base recipe.yaml builds on it in turn"),
+        ("[recipe.yaml]", "base recipe.yaml includes this file again"),
     ],
 )
 def test_wrong_bases_are_refused(tmp_path: Path, base: str, message: str) -> None:
