@@ -1,4 +1,4 @@
-"""The compressed frames of a video file, read one by one, and when each of them is shown."""
+"""Demuxing of a video file: its packets one by one, with presentation times."""
 
 import itertools
 import logging
@@ -20,19 +20,21 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 5e-4
 """Seconds by which a container's clock (often of milliseconds) may round the time of a frame."""
 MAX_FRAME_PIXELS = 2**26
-"""Most pixels of a frame (8192 x 8192): decoders hold up to 17 of them."""
+"""Largest frame in pixels (8192 x 8192): decoders hold up to 17 frames."""
 _HEAD = 64
-"""Frames from which a video's beginning and kind of time stamps are told."""
+"""Frames that are read to find the first time and the kind of time stamps."""
 _WITH_INDEX = ("mov", "matroska")
-"""Containers whose index tells where key frames are; what others call one may be of guessed places (MPEG-TS)."""
+"""Containers with a reliable index of key frames; that of others may hold guesses (MPEG-TS)."""
 
 _NO_PROTOCOLS = {"protocol_whitelist": "none"}
-"""Keeps FFmpeg within the file: playlists and session descriptions name other files and hosts, which it would open."""
+"""Keeps FFmpeg from opening the files and hosts that playlists and session descriptions name."""
 
 
 class Coded(NamedTuple):
-    """A packet and when its frame is shown, in seconds of the container's clock; some (edited out)
-    are not shown."""
+    """A packet with the presentation time of its frame, in seconds of the container's clock.
+
+    `is_shown` is false for frames that an edit list cuts out; other frames may depend on them.
+    """
 
     packet: Packet
     time: float
@@ -40,12 +42,12 @@ class Coded(NamedTuple):
 
 
 class Clip:
-    """A video stream.
+    """A video stream, read packet by packet.
 
-    `origin` is the time of the first frame; `rate` is of frames in a second, 0 if unknown. Where
-    `counts` is true, the container has no times (raw streams), or those of decoding only (AVI):
-    then the frames that are decoded must be counted, since their own times mean nothing; their
-    `pts` is the place of their packet in the file.
+    `origin` is the time of the first frame; `rate` is the frame rate in 1/s, 0 if unknown. `counts`
+    is true if the container has no time stamps (raw streams), or only those of decoding (AVI): then
+    frames must be counted after decoding, since their own times mean nothing, and their `pts` is
+    the index of their packet in the file.
     """
 
     def __init__(self, stream: av.VideoStream, name: str) -> None:
@@ -58,12 +60,15 @@ class Clip:
         self._unit = float(stream.time_base or 0)
         self._has_index = self._container.format.name.startswith(_WITH_INDEX)
         if self._container.format.name.startswith("matroska"):
+            # The index of a Matroska file is at its end: FFmpeg reads it at the first seek.
             with suppress(av.FFmpegError):
-                self._container.seek(0, stream=stream)  # loads the index
+                self._container.seek(0, stream=stream)
         self._packets = self._demux()
         may_jump = self._container.format.flags & cast(int, Flags.ts_discont.value)
         if may_jump and self._unit:
-            frame_seconds = 1 / self.rate if self.rate else 0.0
+            frame_seconds = 0.0
+            if self.rate:
+                frame_seconds = 1 / self.rate
             self._packets = steady(self._packets, unit=self._unit, frame_seconds=frame_seconds)
         self._begin()
 
@@ -78,9 +83,11 @@ class Clip:
         if not head:
             raise DataError(f"{self._name}: this video holds no frame")
         self._packets = itertools.chain(head, self._packets)
-        stamps = [packet.dts if packet.pts is None else packet.pts for packet in head]
+        stamps = list(map(_stamp, head))
         known = [stamp for stamp in stamps if stamp is not None]
         self._timeless = len(known) < len(stamps)
+        # With B-frames presentation times cannot ascend in file order: ascending stamps are those
+        # of decoding.
         self.counts = self._timeless or (bool(self.codec.has_b_frames) and known == sorted(known))
         times = [self._time(packet, place) for place, packet in enumerate(head)]
         self.origin = min(
@@ -88,20 +95,23 @@ class Clip:
         )
 
     def read(self) -> Coded | None:
-        """The next packet in the order of the file; None at its end, or where it cannot be read
-        on."""
+        """Read the next packet in file order; None at the end of the file, or at a read error."""
         packet = next(self._packets, None)
         if packet is None:
             return None
         coded = Coded(packet, self._time(packet, self.num_read), not packet.is_discard)
-        if self.counts:  # the decoder hands it on with the frame
+        if self.counts:
+            # The decoder passes the stamp on to the frame: it identifies the frame's packet.
             packet.pts = self.num_read
         self.num_read += 1
         return coded
 
     def seek(self, moment: float, *, beyond: float) -> bool:
-        """Goes on at a key frame before `moment`, if the container's index knows one that comes
-        after `beyond`."""
+        """Seek to the last key frame before `moment`, if the container's index has one after
+        `beyond`.
+
+        Both are in seconds of the container's clock. Returns whether the position changed.
+        """
         if not self._has_index or self.counts:
             return False
         stamp = int((moment + TOLERANCE) / self._unit)
@@ -115,17 +125,21 @@ class Clip:
         return True
 
     def duration_of(self, coded: Coded) -> float:
-        """Seconds for which a frame is shown; 0 if nothing tells."""
-        return (coded.packet.duration or 0) * self._unit or (1 / self.rate if self.rate else 0.0)
+        """Duration of a frame in seconds; 0 if unknown."""
+        if coded.packet.duration and self._unit:
+            return coded.packet.duration * self._unit
+        if self.rate:
+            return 1 / self.rate
+        return 0.0
 
     def time_of(self, frame: av.VideoFrame) -> float | None:
-        """When a decoded frame is shown; None if it must be told by counting."""
+        """Presentation time of a decoded frame in seconds; None if frames must be counted."""
         if self.counts or frame.pts is None:
             return None
         return frame.pts * self._unit
 
     def _time(self, packet: Packet, place: int) -> float:
-        stamp = packet.dts if packet.pts is None else packet.pts
+        stamp = _stamp(packet)
         if self._timeless or stamp is None:
             return place / (self.rate or 25)
         return stamp * self._unit
@@ -137,15 +151,24 @@ class Clip:
             logger.warning("%s: %s", self._name, error)
 
 
+def _stamp(packet: Packet) -> int | None:
+    """Presentation stamp of a packet, else its decoding stamp."""
+    if packet.pts is None:
+        return packet.dts
+    return packet.pts
+
+
 @contextmanager
 def open_clip(data: File, name: str) -> Iterator[Clip]:
-    """The video stream of a file that FFmpeg calls the best, to be decoded in one thread.
+    """Open the video stream that FFmpeg ranks best, for decoding in one thread.
 
-    Raises DataError, which names the video by `name`, if there is none or it holds no frame.
+    Raises:
+        DataError: naming the video by `name`: there is no video stream, or it has no frame.
     """
     try:
         with av.open(opened(data), options=_NO_PROTOCOLS) as container:
             stream = _best_stream(cast(InputContainer, container), name)
+            # Loader processes decode side by side; threads of FFmpeg would oversubscribe the cores.
             stream.codec_context.thread_count = 1
             stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
             yield Clip(stream, name)
@@ -156,7 +179,11 @@ def open_clip(data: File, name: str) -> Iterator[Clip]:
 
 
 def _best_stream(container: InputContainer, name: str) -> av.VideoStream:
-    """The best of the video streams that can be shown; DataError, by `name`, if there is none."""
+    """Select FFmpeg's best video stream among those that can be decoded.
+
+    Raises:
+        DataError: naming the video by `name`: there is none.
+    """
     best = container.streams.best("video")
     streams = [stream for stream in container.streams.video if _can_be_shown(stream)]
     if not streams:
@@ -166,7 +193,7 @@ def _best_stream(container: InputContainer, name: str) -> av.VideoStream:
 
 
 def _can_be_shown(stream: av.VideoStream) -> bool:
-    """Whether it is neither an attached picture nor of an unknown codec."""
+    """Return false for attached pictures (cover art) and unknown codecs."""
     return stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
 
 

@@ -1,10 +1,10 @@
-"""One clock for streams whose time stamps jump, such as recordings that were joined.
+"""Continuous time stamps for streams whose time stamps jump, such as joined recordings.
 
-The rule is that of FFmpeg's command line for formats that it says may jump (MPEG-TS, MPEG-PS, Ogg):
-a packet is decoded when the one before has lasted its time. Where its stamp is more than 10 seconds
-off that, or more than a tenth of a second before the last packet's, this and all later stamps are
-moved. A shorter gap is one, and stays. FFmpeg also moves frames that are always so far apart, as in
-slide shows; here these keep their times.
+The rule is that of FFmpeg's command line for formats with discontinuities (MPEG-TS, MPEG-PS, Ogg):
+the decoding time of a packet is predicted as that of the one before plus its duration. If the stamp
+is more than 10 seconds off, or more than a tenth of a second before the previous packet's, this and
+all later stamps are shifted. Shorter gaps are kept. FFmpeg also shifts frames that are always far
+apart, as in slide shows; here these keep their times.
 """
 
 import itertools
@@ -21,18 +21,23 @@ _FAR_SECONDS = 10.0
 _FAR_FRAMES = 10
 _BACK_SECONDS = 0.1
 _HEAD = 64
-"""Packets from which the usual time between two is told."""
+"""Packets that are read to find the usual time between two."""
 
 
 def steady(packets: Iterator[Packet], *, unit: float, frame_seconds: float) -> Iterator[Packet]:
-    """Packets of a stream, in the order of the file, with stamps that do not jump.
+    """Yield the packets of a stream, in file order, with stamps that do not jump.
 
-    `unit`: seconds of a stamp's step; `frame_seconds`: of a packet that has no duration.
+    Args:
+        packets: packets in file order; their stamps are changed in place.
+        unit: seconds of one step of a time stamp.
+        frame_seconds: duration of packets that state none.
     """
     head = list(itertools.islice(packets, _HEAD))
     stamps = [packet.dts for packet in head if packet.dts is not None]
     gaps = [abs(later - earlier) for earlier, later in itertools.pairwise(stamps)]
-    usual = statistics.median_high(gaps) if gaps else 0
+    usual = 0
+    if gaps:
+        usual = statistics.median_high(gaps)
     clock = _SteadyClock(unit, step=max(round(frame_seconds / unit), usual))
     for packet in itertools.chain(head, packets):
         clock.move(packet)
@@ -40,7 +45,7 @@ def steady(packets: Iterator[Packet], *, unit: float, frame_seconds: float) -> I
 
 
 class _SteadyClock:
-    """Moves the stamps of packets."""
+    """Offset that makes the stamps of successive packets continuous."""
 
     def __init__(self, unit: float, *, step: int) -> None:
         self._far = max(_FAR_SECONDS / unit, _FAR_FRAMES * step)
@@ -48,24 +53,26 @@ class _SteadyClock:
         self._step = step
         self._offset = 0
         self._delay = 0  # from decoding to presentation
-        self._last: int | None = None  # the decoding stamp before, moved
-        self._next = 0  # the one that follows if nothing jumps
+        self._last: int | None = None  # previous decoding stamp, shifted
+        self._next = 0  # the decoding stamp expected next
 
     def move(self, packet: Packet) -> None:
-        """Set the stamps of the next packet."""
+        """Shift the stamps of the next packet."""
         if packet.dts is not None:
             self._note_jump(packet.dts + self._offset)
             packet.dts += self._offset
         if packet.pts is not None:
             packet.pts += self._offset
         if packet.pts is not None and packet.dts is not None:
-            # FFmpeg takes a missing presentation stamp from the next packet, which may be beyond
-            # a jump.
+            # FFmpeg fills in a missing presentation stamp from the next packet, which may follow a
+            # jump: use the previous packet's delay between decoding and presentation instead.
             if abs(packet.pts - packet.dts) > self._far:
                 packet.pts = packet.dts + self._delay
             self._delay = packet.pts - packet.dts
         if packet.dts is not None or self._last is not None:
-            self._last = self._next if packet.dts is None else packet.dts
+            self._last = packet.dts
+            if self._last is None:
+                self._last = self._next
             self._next = self._last + (packet.duration or self._step)
 
     def _note_jump(self, stamp: int) -> None:

@@ -1,8 +1,8 @@
-"""Pixels as 8 bits, by the depth that the file states.
+"""Conversion of pixels to 8 bits, by the bit depth stated in the file.
 
-Pillow's mode says how samples are held in memory, not which value is white: a TIFF of 12 bits and
-one of 16 are both `I;16`. The file says it: a PGM by its maxval (which Pillow scales to 65535), a
-TIFF by BitsPerSample and PhotometricInterpretation, a JPEG 2000 by the precision of a component.
+Pillow's mode gives the format of samples in memory, not the value of white: TIFFs of 12 and of 16
+bits are both `I;16`. The file states it: a PGM by its maxval (which Pillow scales to 65535), a TIFF
+by BitsPerSample and PhotometricInterpretation, a JPEG 2000 by the precision of a component.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ from megatron_vita.errors import DataError
 _SIGNED = 2
 """SampleFormat of signed integers."""
 _WHITE_IS_ZERO = 0
-"""PhotometricInterpretation of grey values that grow darker."""
+"""PhotometricInterpretation of grey in which 0 is white."""
 _SIZ = b"\xff\x4f\xff\x51"
 """Beginning of a JPEG 2000 codestream: the markers SOC and SIZ."""
 _FIRST_PRECISION = 42
@@ -28,11 +28,11 @@ _FIRST_PRECISION = 42
 
 
 def check_samples(image: Image.Image) -> None:
-    """Refuse what Pillow reads into wrong values.
+    """Refuse files that Pillow decodes to wrong values.
 
     Raises:
-        DataError: a TIFF of signed integers, whose black and white nothing tells, or one whose
-            planes of more than 8 bits lie apart and uncompressed, which Pillow reads as bytes.
+        DataError: a TIFF of signed integers, which does not state black and white, or one with
+            separate uncompressed planes of more than 8 bits, which Pillow reads as bytes.
     """
     if not isinstance(image, TiffImageFile):
         return
@@ -48,16 +48,17 @@ def check_samples(image: Image.Image) -> None:
 
 
 def to_8_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """The loaded image of the file `data` with samples of 8 bits.
+    """Convert the loaded image of the file `data` to samples of 8 bits.
 
-    Grey of modes I;16, I and F becomes L, or LA where a PNG calls a value transparent.
+    Grey of modes I;16, I and F becomes L, or LA if a PNG declares a value transparent.
 
     Raises:
-        DataError: floating point values beyond 0 (black) to 1 (white).
+        DataError: floating point values outside 0 (black) to 1 (white).
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey(image, data)
     if image.format == "PNG" and "transparency" in image.info:
+        # Byte 24 of a PNG, in its header chunk, is the bit depth.
         image.info["transparency"] = _transparent(image, bits=data[24])
     if image.format == "JPEG2000" and image.mode in ("L", "LA", "RGB", "RGBA"):
         precision = _precision(data)
@@ -69,7 +70,10 @@ def to_8_bits(image: Image.Image, data: bytes) -> Image.Image:
 
 def _grey(image: Image.Image, data: bytes) -> Image.Image:
     samples = np.asarray(image)
-    grey = _of_floats(samples) if image.mode == "F" else _of_integers(samples, _white(image, data))
+    if image.mode == "F":
+        grey = _of_floats(samples)
+    else:
+        grey = _of_integers(samples, _white(image, data))
     if _photometric(image) == _WHITE_IS_ZERO:
         grey = 255 - grey
     result = Image.fromarray(grey)
@@ -80,6 +84,7 @@ def _grey(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _of_integers(samples: np.ndarray, white: int) -> np.ndarray:
+    # Pillow keeps 32-bit samples in signed integers; a table of them would be too large.
     if white > 65535:
         return np.rint(samples.view(np.uint32) * (255 / white)).astype(np.uint8)
     return _scale(white, length=65536)[samples]
@@ -88,7 +93,8 @@ def _of_integers(samples: np.ndarray, white: int) -> np.ndarray:
 def _of_floats(samples: np.ndarray) -> np.ndarray:
     low = float(samples.min())
     high = float(samples.max())
-    if not (low >= 0 and high <= 1):  # also where one is no number
+    # Negated, so that it also refuses NaN, which fails every comparison.
+    if not (low >= 0 and high <= 1):
         raise DataError(
             f"its floating point values go from {low:g} to {high:g}: 0 (black) to 1 (white) "
             "is needed"
@@ -97,12 +103,13 @@ def _of_floats(samples: np.ndarray) -> np.ndarray:
 
 
 def _scale(white: int, *, length: int) -> np.ndarray:
-    """Values of 8 bits for samples 0 to `length` - 1, of which `white` is 255: uint8 [length]."""
+    """Lookup table of 8-bit values for samples 0 to `length` - 1, with 255 for `white`: uint8
+    [length]."""
     return np.rint(np.minimum(np.arange(length), white) * (255 / white)).astype(np.uint8)
 
 
 def _white(image: Image.Image, data: bytes) -> int:
-    """The largest sample that a grey file can hold, as Pillow gives it."""
+    """Sample value of white in a grey file, as Pillow decodes it."""
     if isinstance(image, TiffImageFile):
         return int(2 ** image.tag_v2[BITSPERSAMPLE][0] - 1)
     if image.format == "JPEG2000":
@@ -128,7 +135,7 @@ def _photometric(image: Image.Image) -> int | None:
 
 
 def _transparent(image: Image.Image, *, bits: int) -> int | tuple[int, ...] | bytes:
-    """The colour that a PNG of `bits` calls transparent, in the 8 bits that its pixels have."""
+    """Transparent colour of a PNG of `bits`, at the depth of its decoded pixels."""
     color = image.info["transparency"]
     if image.mode == "L" and bits < 8:
         return int(color) * (255 // (2**bits - 1))

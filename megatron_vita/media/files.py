@@ -1,4 +1,4 @@
-"""Media files in memory, or read as they are needed."""
+"""Media files in memory, or opened for reading in parts."""
 
 import io
 from pathlib import PurePosixPath
@@ -9,7 +9,7 @@ File = bytes | IO[bytes]
 
 
 def opened(file: File) -> IO[bytes]:
-    """The file, to be read from its beginning."""
+    """Return a file object at the beginning of the file."""
     if isinstance(file, bytes):
         return io.BytesIO(file)
     file.seek(0)
@@ -17,21 +17,22 @@ def opened(file: File) -> IO[bytes]:
 
 
 def num_bytes(file: File) -> int:
-    """Its length."""
+    """Size of the file in bytes."""
     if isinstance(file, bytes):
         return len(file)
     return file.seek(0, io.SEEK_END)
 
 
 _HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini")
-"""What macOS, Synology and Windows leave beside files, without regard to case."""
+"""Files and folders that macOS, Synology and Windows create; compared in lower case."""
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path in a folder or archive is of no medium: hidden, or a desktop's bookkeeping.
+    """Return true for hidden files and bookkeeping of desktops in a folder or archive.
 
     A copy from a Mac has an AppleDouble file `._0001.jpg` beside each `0001.jpg`, or a folder
     `__MACOSX` of them.
     """
+    # ZIP files made on Windows may have backslashes in names.
     parts = PurePosixPath(path.replace("\\", "/")).parts
     return any(part.startswith(".") or part.lower() in _HIDDEN for part in parts if part != "..")

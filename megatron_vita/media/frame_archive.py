@@ -1,10 +1,9 @@
-"""A video as an archive of its frames: one ZIP file whose members are image files, for clips kept
-as frame folders.
+"""Frame archives: a video as one ZIP file of image files, for clips kept as frame folders.
 
-Format, by the usual suffix `.frames.zip`: members are stored (not compressed: images are already),
-in the order in which they are shown, whatever their names; folders and hidden files among them are
-passed over. The archive's comment is the number of frames in a second, in decimal digits (`2`,
-`0.5`, `29.97`); without a comment it is 1. Frame i is shown from second i / fps on.
+Format, with the usual suffix `.frames.zip`: members are stored (not compressed: images already are)
+in display order, whatever their names; folders and hidden files are skipped. The comment of the
+archive is the frame rate in decimal digits (`2`, `0.5`, `29.97`); without a comment it is 1. Frame
+i is shown from second i / fps on.
 """
 
 import io
@@ -23,26 +22,29 @@ from megatron_vita.media.images import Pixels, read_pixels
 logger = logging.getLogger(__name__)
 
 _RATE_FILE = "fps.txt"
-"""Where a folder of frames keeps their rate."""
+"""File with the frame rate of a frame folder."""
 _SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
 
 
 def is_archive(data: File) -> bool:
-    """Whether a video is an archive of frames, by its first bytes."""
+    """Return true if a video is a frame archive, by its first bytes."""
     return opened(data).read(4).startswith(_SIGNATURES)
 
 
 def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
-    """An archive of image files (name, content) that are shown in this order. The same input gives
-    the same bytes.
+    """Build a frame archive of image files (name, content) in display order.
 
-    Raises DataError if `fps` is not positive or there is no frame.
+    The same input gives the same bytes.
+
+    Raises:
+        DataError: `fps` is not positive, or there is no frame.
     """
     _require_rate(fps, repr(fps))
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in frames:
-            archive.writestr(zipfile.ZipInfo(name), content)  # dated 1980
+            # A ZipInfo without a date gets 1980-01-01, so that bytes do not depend on the time.
+            archive.writestr(zipfile.ZipInfo(name), content)
         archive.comment = repr(fps).encode()
         if not archive.infolist():
             raise DataError("no frames: a video needs at least one")
@@ -50,8 +52,11 @@ def pack_frames(frames: Iterable[tuple[str, bytes]], fps: float) -> bytes:
 
 
 class FrameArchive:
-    """An opened archive of `len` frames, `fps` in a second. DataError, by `name`, for what does not
-    keep the format."""
+    """An open frame archive of `len(archive)` frames at `fps` frames per second.
+
+    Raises:
+        DataError: naming the video by `name`: the file violates the format.
+    """
 
     def __init__(self, data: File, name: str) -> None:
         self._name = name
@@ -84,17 +89,24 @@ class FrameArchive:
         return len(self._members)
 
     def show(self, times: Sequence[float], take: Callable[[int, Pixels | None], None]) -> int:
-        """Hands on the frame of each time (its place, and None where it is that of the time
-        before).
+        """Call `take(index, pixels)` with the frame of each time; None as pixels repeats the one
+        before.
 
-        For a frame that cannot be read stands the one before, at the start the one after; gives how
-        many do. DataError if none can be read.
+        A frame that cannot be read is replaced by the nearest earlier one, at the start by the
+        next.
+
+        Returns:
+            The number of times whose frame was replaced.
+
+        Raises:
+            DataError: no frame can be read.
         """
         shown: int | None = None
         stand_ins = 0
         lost: set[int] = set()
         for place, time in enumerate(times):
             frame = min(max(int((time + TOLERANCE) * self.fps), 0), len(self) - 1)
+            # Backwards first, as for the frames of video files.
             for nearest in itertools.chain(range(frame, -1, -1), range(frame + 1, len(self))):
                 if nearest == shown:
                     take(place, None)
@@ -124,7 +136,7 @@ class FrameArchive:
 
 
 def _rate(comment: bytes, name: str) -> float:
-    """Frames in a second, as an archive's comment says."""
+    """Parse the frame rate from the comment of an archive."""
     shown = comment.decode(errors="replace").strip()
     try:
         rate = float(shown or 1)

@@ -1,8 +1,8 @@
-"""Image files of the usual kinds as 8-bit RGB.
+"""Decoding of image files to 8-bit RGB.
 
-Ordinary JPEGs are decoded by simplejpeg, whose pixels are Pillow's bit for bit in a third of the
-time; all others, and those which simplejpeg finds fault with, by Pillow, which so has the last word
-on what is too damaged to be used.
+Ordinary JPEGs are decoded by simplejpeg, whose pixels equal Pillow's bit for bit in a third of the
+time. All others, and those that simplejpeg rejects, are decoded by Pillow, which thus decides
+whether a file is too damaged to be used.
 """
 
 import io
@@ -18,21 +18,21 @@ from megatron_vita.media.depth import check_samples, to_8_bits
 from megatron_vita.media.orientation import UPRIGHT, exif_orientation
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""What is read, by Pillow's names. Others are drawn by programs (EPS) or known by too little (TGA)."""
+"""Supported formats, by Pillow's names. EPS is a program to be run, TGA has no signature."""
 MAX_PIXELS = 2**29 // 3
-"""Most pixels of an image: 512 MiB as RGB. Files that hold more are refused before they are decoded."""
+"""Largest image in pixels: 512 MiB as RGB. Larger ones are refused before they are decoded."""
 
 
 class Pixels(NamedTuple):
-    """An image as it is stored: uint8 `[height, width, 3]` in RGB, and the EXIF orientation (1 to
-    8) it is seen in."""
+    """Decoded image: uint8 `[height, width, 3]` in RGB as stored, and its EXIF orientation (1 to
+    8)."""
 
     stored: np.ndarray
     orientation: int
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height as it is seen."""
+        """Width and height of the upright image."""
         height, width = self.stored.shape[:2]
         if self.orientation >= 5:
             return (height, width)
@@ -40,14 +40,15 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(data: bytes, name: str) -> Pixels:
-    """The first picture in `data`, fully decoded.
+    """Decode the first picture in `data` completely.
 
-    Transparent pixels are laid over white. Values of more or fewer than 8 bits are scaled to 8 by
-    the depth that the file states; floating point ones go from 0 (black) to 1 (white).
+    Transparent pixels are composited over white. Values of more or fewer than 8 bits are scaled to
+    8 by the depth that the file states; floating point values range from 0 (black) to 1 (white).
 
-    Raises DataError, which names the image by `name`, for anything that cannot be decoded to its
-    end, for images of more than MAX_PIXELS (decompression bombs), and for samples whose black and
-    white are not told: signed integers, floating point values beyond 0 to 1.
+    Raises:
+        DataError: naming the image by `name`: it cannot be decoded to its end, has more than
+            MAX_PIXELS (a decompression bomb), or has samples without defined black and white:
+            signed integers, floating point values outside 0 to 1.
     """
     try:
         with _opened(data) as image:
@@ -57,18 +58,18 @@ def read_pixels(data: bytes, name: str) -> Pixels:
             check_samples(image)
             image.load()
             return Pixels(np.array(_to_rgb(to_8_bits(image, data))), orientation)
-    # Pillow's decoders raise OSError, SyntaxError, struct.error and many more
+    # Pillow's decoders raise OSError, SyntaxError, struct.error and many more.
     except Exception as error:
         raise _unreadable(name, data, error) from error
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """What `read_pixels` reads, turned upright."""
+    """Decode an image and turn it upright; raises as `read_pixels`."""
     return upright(read_pixels(data, name))
 
 
 def upright(pixels: Pixels) -> Image.Image:
-    """The image as it is seen."""
+    """Turn a decoded image upright."""
     image = Image.fromarray(pixels.stored)
     if pixels.orientation in UPRIGHT:
         return image.transpose(UPRIGHT[pixels.orientation])
@@ -76,10 +77,11 @@ def upright(pixels: Pixels) -> Image.Image:
 
 
 def image_size(data: bytes, name: str, *, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
-    """Width and height in pixels of what `open_image` returns, from the header alone.
+    """Width and height in pixels of the upright image, from the header alone.
 
-    Raises DataError, which names the image by `name`, if the header cannot be read, is of none of
-    the `formats`, or tells of too many pixels.
+    Raises:
+        DataError: naming the image by `name`: its header cannot be read, is of none of the
+            `formats`, or states too many pixels.
     """
     try:
         with _opened(data, formats) as image:
@@ -92,8 +94,8 @@ def image_size(data: bytes, name: str, *, formats: Sequence[str] = FORMATS) -> t
 
 
 def turned(tiles: np.ndarray, orientation: int) -> np.ndarray:
-    """Planes `[..., height, width]` of an image as stored, as they are seen in its EXIF
-    orientation; a view."""
+    """Turn planes `[..., height, width]` of a stored image upright; returns a view."""
+    # EXIF: 5 to 8 are transposed; after that 3, 4, 7, 8 are upside down and 2, 3, 6, 7 mirrored.
     if orientation >= 5:
         tiles = tiles.swapaxes(-1, -2)
     if orientation in (3, 4, 7, 8):
@@ -105,6 +107,7 @@ def turned(tiles: np.ndarray, orientation: int) -> np.ndarray:
 
 def _opened(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=list(formats))
+    # Pillow reads only the header here: refuse decompression bombs before any pixel is decoded.
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
@@ -112,11 +115,13 @@ def _opened(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
 
 
 def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray | None:
-    """uint8 `[height, width, 3]` of a JPEG in colour or grey; None for others and where anything is
-    wrong with it."""
+    """Decode a JPEG in colour or grey to uint8 `[height, width, 3]`; None for others and on any
+    error."""
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     try:
+        # The slow DCT and upsampling are those of Pillow, for equal pixels; `strict` makes warnings
+        # errors, which leave the decision about damaged files to Pillow.
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except ValueError:
         return None
@@ -126,7 +131,8 @@ def _unreadable(
     name: str, data: bytes, error: Exception, formats: Sequence[str] = FORMATS
 ) -> DataError:
     reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, UnidentifiedImageError):  # its message tells where the file lay in memory
+    if isinstance(error, UnidentifiedImageError):
+        # Pillow's own message prints the address of the buffer in memory.
         reason = _why_not_identified(data, formats)
     elif isinstance(error, DataError):
         reason = str(error)
@@ -134,7 +140,7 @@ def _unreadable(
 
 
 def _why_not_identified(data: bytes, formats: Sequence[str]) -> str:
-    """The reason for which Pillow takes a file for none of `formats`."""
+    """Explain why Pillow identifies a file as none of `formats`."""
     for kind in formats:
         factory, accepts = Image.OPEN[kind]
         if accepts is None or accepts(data[:16]) is not True:

@@ -1,7 +1,7 @@
-"""What a file is taken for: by the suffix of its name, or by its first bytes.
+"""Kinds of media files, by the suffix of the name or by the first bytes.
 
-Suffixes of formats that cannot be decoded here are known too: such a file is refused by name, and
-not passed over.
+Suffixes of formats that cannot be decoded here are known too, so that such a file is refused by
+name instead of being skipped.
 """
 
 from typing import Literal
@@ -9,17 +9,18 @@ from typing import Literal
 MediaKind = Literal["image", "video", "audio"]
 
 FRAMES_SUFFIX = ".frames.zip"
-"""Of an archive of frames, which is a video."""
+"""Suffix of a frame archive, which is a video."""
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".ico"),
     *(".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".avif", ".avifs"),
     *(".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
 )
-"""Of images that can be decoded."""
+"""Suffixes of images that can be decoded."""
 OTHER_IMAGE_SUFFIXES = (
     *(".heic", ".heif", ".hif", ".jxl", ".svg", ".tga", ".psd", ".dds", ".exr", ".hdr"),
     *(".eps", ".dng", ".cr2", ".nef", ".arw", ".rw2"),
 )
+"""Suffixes of images that cannot be decoded, which are refused by name."""
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mpe", ".m2v"),
     *(".ts", ".mts", ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".vob"),
@@ -28,7 +29,7 @@ VIDEO_SUFFIXES = (
 )
 AUDIO_SUFFIXES = (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aiff")
 HEAD = 512
-"""Bytes of a file that tell its kind."""
+"""Bytes at the beginning of a file that are needed to find its kind."""
 
 _SUFFIXES: dict[str, MediaKind] = {
     **dict.fromkeys((*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES), "image"),
@@ -57,12 +58,11 @@ _RIFF = {b"WEBP": ".webp", b"AVI ": ".avi", b"WAVE": ".wav"}
 _STILL_BRANDS = {b"avif": ".avif", b"avis": ".avif", b"heic": ".heic", b"heix": ".heic"}
 _STILL_BRANDS |= {b"mif1": ".heic", b"msf1": ".heic", b"hevc": ".heic"}
 _AUDIO_BRANDS = {b"M4A ": ".m4a", b"M4B ": ".m4a"}
-_PACKET = 188  # bytes of a packet of an MPEG transport stream, each of which begins with a G
+_PACKET = 188  # bytes of a packet of an MPEG transport stream
 
 
 def kind_of_name(name: str) -> MediaKind | None:
-    """What a file with this name holds, by what follows the last dot, in any case; None if that is
-    no suffix of a medium."""
+    """Kind of a file by its suffix, in any case; None if the suffix is of no medium."""
     name = name.rpartition("/")[2].lower()
     if name.endswith(FRAMES_SUFFIX):
         return "video"
@@ -71,8 +71,7 @@ def kind_of_name(name: str) -> MediaKind | None:
 
 
 def suffix_of_content(head: bytes) -> str:
-    """The usual suffix of a file that begins so (with `HEAD` bytes, if it has so many), with the
-    dot; empty if it is no known medium."""
+    """Usual suffix of a file, with the dot, by its first `HEAD` bytes; empty if unknown."""
     if head[:4] == b"RIFF":
         return _RIFF.get(head[8:12], "")
     if head[4:8] == b"ftyp":
@@ -80,11 +79,12 @@ def suffix_of_content(head: bytes) -> str:
         return _STILL_BRANDS.get(brand) or _AUDIO_BRANDS.get(brand) or ".mp4"
     if head[:2] == b"BM" and head[6:10] == bytes(4):
         return ".bmp"
+    # Transport streams have no signature but a sync byte G in every packet: look at three.
     if len(head) > 2 * _PACKET and not head[: 2 * _PACKET + 1 : _PACKET].strip(b"G"):
         return ".ts"
     return next((suffix for magic, suffix in _SIGNATURES if head.startswith(magic)), "")
 
 
 def kind_of_content(head: bytes) -> MediaKind | None:
-    """What a file that begins so holds; None if it is no known medium."""
+    """Kind of a file by its first `HEAD` bytes; None if they are of no known medium."""
     return _SUFFIXES.get(suffix_of_content(head))

@@ -1,4 +1,4 @@
-"""Normalisation of pixel values."""
+"""Normalization of pixel values."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from megatron_vita.errors import ConfigError
 
 Color = Sequence[float]
 Normalization = str | Sequence[Color]
-"""The name of a mean and a deviation, or both, each of red, green and blue."""
+"""Name of a normalization, or [mean, standard deviation], each of red, green and blue."""
 
 NORMALIZATION: dict[str, tuple[Color, Color]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -23,12 +23,11 @@ TILES_AT_ONCE = 32
 def normalize(
     tiles: torch.Tensor, kind: Normalization, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """uint8 `[n, 3, S, S]` as `dtype` of the same shape: `(tiles / 255 - mean) / std`, on the
-    device of `tiles`.
+    """Normalize uint8 tiles `[n, 3, S, S]` to `dtype`: `(tiles / 255 - mean) / std`.
 
-    Computed in float32, some tiles at a time, so that a `dtype` of half the size needs no room for
-    float32 of all.
+    The result has the same shape and device.
     """
+    # In float32 and some tiles at a time: a bf16 result needs no room for float32 of all tiles.
     mean, std = _constants_on(tiles.device, *map(tuple, _constants(kind)))
     normalized = torch.empty(tiles.shape, dtype=dtype, device=tiles.device)
     for part, source in zip(
@@ -38,11 +37,12 @@ def normalize(
     return normalized
 
 
+# Cached, since a copy to the device waits for the work queued there.
 @functools.cache
 def _constants_on(
     device: torch.device, mean: tuple[float, ...], deviation: tuple[float, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [3, 1, 1], cached: making them waits for the device."""
+    """Mean and standard deviation as [3, 1, 1] tensors on a device."""
     shape = (3, 1, 1)
     return (
         torch.tensor(mean, device=device).view(shape),
@@ -51,7 +51,7 @@ def _constants_on(
 
 
 def mean_color(kind: Normalization) -> tuple[int, int, int]:
-    """The mean as an 8-bit colour (rounded down): what letterboxed frames are padded with."""
+    """Mean as an 8-bit colour, rounded down, for the padding of letterboxed frames."""
     red, green, blue = (min(max(int(v * 255), 0), 255) for v in _constants(kind)[0])
     return red, green, blue
 

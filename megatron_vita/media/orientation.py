@@ -1,8 +1,7 @@
-"""The orientation of an image or a video's frame, wherever its file keeps it.
+"""Orientation of images and video frames, wherever the file stores it.
 
-Pillow gives a JPEG's Exif segments joined, of which the first one is then read, and a PNG's
-metadata as far as the first pixels; turns a TIFF while it loads it; and gives an AVIF's `irot` and
-`imir` as EXIF.
+Pillow joins the Exif segments of a JPEG and reads the first; reads a PNG's metadata up to the first
+pixels; turns a TIFF while it loads it; and reports an AVIF's `irot` and `imir` as EXIF.
 """
 
 import io
@@ -23,11 +22,11 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by EXIF orientation."""
+"""Transpose operation that turns an image upright, by EXIF orientation."""
 _PNG_HEAD = 33
 """Bytes of a PNG's signature and its first chunk, IHDR."""
 _PNG_METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-"""Chunks that may hold EXIF or XMP, in front of the pixels or behind them."""
+"""Chunks that may hold EXIF or XMP, before or after the pixels."""
 _PNG_END = b"".join(
     struct.pack(">I4sI", 0, kind, crc)
     for kind, crc in ((b"IDAT", 0x35AF061E), (b"IEND", 0xAE426082))
@@ -35,9 +34,9 @@ _PNG_END = b"".join(
 
 
 def exif_orientation(image: Image.Image, data: bytes) -> int:
-    """The orientation (1 to 8) of the opened file `data`, as it is decoded.
+    """EXIF orientation (1 to 8) of the opened file `data`, relative to its decoded pixels.
 
-    1 (upright) where it is missing or damaged, and for a TIFF, which Pillow turns while loading.
+    It is 1 (upright) if it is missing or damaged, and for a TIFF, which Pillow turns while loading.
     """
     if image.format == "TIFF":
         return 1
@@ -49,13 +48,14 @@ def exif_orientation(image: Image.Image, data: bytes) -> int:
         if image.format == "PNG":
             return _of_chunks_behind_pixels(data)
         return 1
-    except Exception:  # damaged EXIF does not make the pixels worthless
+    except Exception:
+        # Parsers of EXIF raise anything on damaged data, which leaves the pixels usable.
         return 1
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation in what Pillow has read so far; 0 where there is none."""
-    # The method of the base class: that of PNG decodes all pixels in search of a late chunk.
+    """Orientation in the metadata that Pillow has read so far; 0 if there is none."""
+    # The base class's method: the one of PNG decodes all pixels to find metadata after them.
     return _known(Image.Image.getexif(image))
 
 
@@ -67,7 +67,7 @@ def _known(exif: Image.Exif) -> int:
 
 
 def _of_later_segments(image: Image.Image) -> int:
-    """The orientation of a JPEG whose first Exif segment has none: of the next one that has."""
+    """Orientation of a JPEG whose first Exif segment has none: the first of the later segments."""
     segments = [
         content
         for kind, content in getattr(image, "applist", ())
@@ -82,43 +82,47 @@ def _of_later_segments(image: Image.Image) -> int:
 
 
 def _of_chunks_behind_pixels(data: bytes) -> int:
-    """The orientation of a PNG whose metadata stand behind its pixels."""
+    """Orientation of a PNG whose metadata chunks follow its pixels."""
     late = b"".join(_late_metadata(data))
     if not late:
         return 1
+    # Pillow parses metadata before the pixels without decoding: give it a PNG of the header, the
+    # late chunks and no pixels.
     with Image.open(io.BytesIO(data[:_PNG_HEAD] + late + _PNG_END), formats=("PNG",)) as head:
         return _orientation(head) or 1
 
 
 def _late_metadata(data: bytes) -> list[bytes]:
-    """The chunks of metadata behind the first pixels of a PNG."""
+    """Collect the metadata chunks that follow the first pixels of a PNG."""
     chunks = []
-    place = _PNG_HEAD
+    offset = _PNG_HEAD
     is_late = False
-    while place + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
+    # A chunk is its length, kind, content and CRC: 12 bytes and the content.
+    while offset + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, offset)
         is_late = is_late or kind == b"IDAT"
-        end = place + 12 + length
+        end = offset + 12 + length
         if is_late and kind in _PNG_METADATA:
-            chunks.append(data[place:end])
-        place = end
+            chunks.append(data[offset:end])
+        offset = end
     return chunks
 
 
 def frame_orientation(frame: av.VideoFrame) -> int:
-    """The EXIF orientation (1 to 8) that a frame's display matrix means, as `ffmpeg -autorotate`.
+    """EXIF orientation (1 to 8) of a frame's display matrix, as `ffmpeg -autorotate` applies it.
 
-    The matrix is of the container or of the codec (H.264's and HEVC's display orientation). One
-    that is singular turns nothing.
+    The matrix is the container's or the codec's (display orientation of H.264 and HEVC). A singular
+    one is ignored.
 
     Raises:
-        DataError: the matrix turns by another angle than 0, 90, 180 or 270 degrees, rounded.
+        DataError: the matrix turns by an angle other than 0, 90, 180 or 270 degrees, rounded.
     """
     side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return 1
     # ISO 14496-12: a point (x, y) is shown at (a x + c y, b x + d y).
     a, b, _, c, d = struct.unpack("=9i", bytes(side_data))[:5]
+    # A zero row collapses the picture: no angle can be computed.
     if not (a or c) or not (b or d):
         return 1
     angle = round(math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c)))) % 360

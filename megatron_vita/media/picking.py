@@ -1,4 +1,4 @@
-"""Finding the frames that a clip shows at given moments, with as little decoding as is safe."""
+"""Selection of the frames that a clip shows at given moments, with as little decoding as safe."""
 
 import bisect
 import math
@@ -13,18 +13,22 @@ from megatron_vita.media.clip import TOLERANCE, Clip, Coded
 from megatron_vita.media.clock import Packet
 
 _REORDERED = 17
-"""A frame is decoded at most so many frames before one that is shown earlier (16 by the standards)."""
+"""Frames to read ahead: a frame may be decoded up to 16 frames before one that is shown earlier."""
 _WORTH_A_SEEK = 20.0
-"""Seconds of packets that are passed over by reading rather than by a jump in the file."""
+"""Seconds of video that are skipped by reading packets rather than by a seek."""
 
 Take = Callable[[int, av.VideoFrame | None], None]
-"""Takes a frame for a moment, by the moment's place; None stands for the frame that was taken last."""
+"""Callback (i, frame) with the frame selected for moment i; None: the same frame as before."""
 
 
 class Picked(NamedTuple):
-    """What was taken for a moment: the time of the frame; whether it is the one that the file tells
-    to be shown then; and whether it lies between the key frame from which was decoded and the
-    moment."""
+    """Frame selected for a moment.
+
+    Attributes:
+        time: presentation time of the frame in seconds.
+        is_exact: the frame is the one that the file shows at the moment.
+        is_covered: the frame lies between the key frame at which decoding started and the moment.
+    """
 
     time: float
     is_exact: bool
@@ -32,12 +36,13 @@ class Picked(NamedTuple):
 
 
 class Picker:
-    """One pass over a clip, for ascending `moments` (seconds of the clip's clock).
+    """One pass over a clip that selects frames for ascending `moments` (seconds of the clip's
+    clock).
 
-    Packets that cannot be decoded are passed over: the frame before (at the start, the one after)
-    stands for what they held. The pass may `jump` to the last key frame before a moment, and `skip`
-    frames that neither a moment nor another frame needs; then a damaged video may give another
-    frame than in a pass without, but never one said to be exact.
+    Packets that cannot be decoded are skipped: the frame before (at the start, the one after)
+    replaces theirs. The pass may `jump` to the last key frame before a moment, and `skip` frames on
+    which neither a moment nor another frame depends. A damaged video may then yield other frames
+    than without, but none of those is marked exact.
     """
 
     def __init__(
@@ -48,21 +53,24 @@ class Picker:
         self._moments = moments
         self._take_frame = take
         self._jump = jump
+        # Counting frames after decoding needs all of them: none may be skipped.
         self._skip = skip and not clip.counts
-        self._coming: deque[Coded] = deque()  # read and not yet decoded
-        self._times: list[float] = []  # of all frames read that are shown, ascending
+        self._coming: deque[Coded] = deque()  # packets read and not yet decoded
+        self._times: list[float] = []  # times of all shown frames read so far, ascending
         self._newest = clip.origin
         self._picked: list[Picked] = []
-        self._broken = True  # whether what comes does not follow what was decoded
-        self._start = clip.origin  # of the key frame from which is decoded
-        self._first = self._shown = 0  # its place in `_times`, and frames that came out since
-        self._start_place = 0  # its place in the file, where frames are counted
-        self._ahead: list[int] = []  # places of the frames that came out since the last key frame
+        self._broken = True  # the next packet does not follow the last decoded one
+        self._start = clip.origin  # time of the key frame at which decoding started
+        self._first = self._shown = 0  # its index in `_times`, and frames decoded since
+        self._start_place = 0  # its index in the file, if frames are counted
+        self._ahead: list[int] = []  # indices of the frames decoded since the last key frame
         self._last: tuple[float, av.VideoFrame] | None = None
 
     def run(self) -> list[Picked]:
-        """Takes a frame for each moment; for fewer, if no frame can be decoded from the last one's
-        key frame on."""
+        """Select a frame for each moment.
+
+        Returns fewer if no frame can be decoded from the last moment's key frame on.
+        """
         for place, moment in enumerate(self._moments):
             self._read_past(moment, jump=self._jump)
             if self._last and len(self._picked) == place and self._last[0] == self._target(moment):
@@ -75,20 +83,21 @@ class Picker:
         return self._picked
 
     def stands_in(self, place: int) -> bool:
-        """Whether what was taken for a moment stands for a frame that cannot be decoded."""
+        """Return true if the frame selected for a moment replaces one that cannot be decoded."""
         time = self._picked[place].time
         moment = self._moments[place] + TOLERANCE
         if self._picked[place].is_exact:
             return False
-        if self._clip.counts:  # the times of packets are not those of their frames
+        if self._clip.counts:
+            # Times of packets are not those of their frames: any loss may be of this frame.
             return bool(self.lost)
         if time > moment:
             return any(lost < time for lost in self.lost)
         return any(time < lost <= moment for lost in self.lost)
 
     def _read_past(self, moment: float, *, jump: bool = False) -> None:
-        """Reads until the frame shown at `moment` is known, and forgets what is not needed for it
-        on the way."""
+        """Read packets until the frame shown at `moment` is known; with `jump`, drop those not
+        needed for it."""
         if (
             jump
             and moment > self._newest + _WORTH_A_SEEK
@@ -106,7 +115,7 @@ class Picker:
                 self._forget_before(moment)
 
     def _read(self) -> bool:
-        """Whether there was another packet."""
+        """Read the next packet; return false at the end of the clip."""
         coded = self._clip.read()
         if coded is None:
             return False
@@ -117,7 +126,7 @@ class Picker:
         return True
 
     def _forget_before(self, moment: float) -> None:
-        """Drops what comes before the last key frame that is not later than `moment`."""
+        """Drop the packets before the last key frame that is not later than `moment`."""
         for place in range(len(self._coming) - 1, 0, -1):
             if (
                 self._coming[place].packet.is_keyframe
@@ -128,8 +137,9 @@ class Picker:
                 return
 
     def _decode(self, coded: Coded, place: int) -> None:
-        """Decodes a packet on the way to moment `place`."""
+        """Decode a packet that moment number `place` needs."""
         if self._broken:
+            # A gap in the packets: frames that the decoder still holds belong to earlier moments.
             self._clip.codec.flush_buffers()
             self._broken = False
             self._start = coded.time
@@ -139,8 +149,12 @@ class Picker:
                 self._start_place = coded.packet.pts or 0
                 self._ahead = []
         if self._skip:
+            # Whether a frame is wanted depends on when the next one is shown.
             self._read_past(coded.time)
-            self._clip.codec.skip_frame = "DEFAULT" if self._is_wanted(coded.time) else "NONREF"
+            if self._is_wanted(coded.time):
+                self._clip.codec.skip_frame = "DEFAULT"
+            else:
+                self._clip.codec.skip_frame = "NONREF"
         if (frames := self._decoded(coded.packet)) is None:
             self.lost.add(coded.time)
             self._shown += 1
@@ -148,21 +162,20 @@ class Picker:
             self._offer(frames, place)
 
     def _decoded(self, packet: Packet | None) -> list[av.VideoFrame] | None:
-        """What comes out of the decoder; None if it cannot decode this."""
+        """Frames that the decoder returns for a packet; None if it cannot decode it."""
         try:
             return self._clip.codec.decode(packet)
-        except (av.FFmpegError, ValueError):  # ValueError: it refuses the stream as a whole
+        except (av.FFmpegError, ValueError):  # ValueError: the decoder cannot open the stream
             return None
 
     def _drain(self, place: int) -> None:
-        """Takes what the decoder still holds, and its last frame for all moments that are left."""
+        """Flush the decoder, and use its last frame for all moments that remain."""
         self._offer(self._decoded(None) or [], place)
         while self._last and len(self._picked) < len(self._moments):
             self._take(*self._last)
 
     def _offer(self, frames: list[av.VideoFrame], place: int) -> None:
-        """Frames in the order in which they are shown; that of moment `place` is known to be its
-        target."""
+        """Select from frames in presentation order; the target of moment `place` must be known."""
         for frame in frames:
             time = self._clip.time_of(frame)
             if time is None:
@@ -180,11 +193,12 @@ class Picker:
                 self._take(time, frame)
 
     def _settle_count(self, frame: av.VideoFrame) -> None:
-        """Count anew at a key frame, since a decoder may have dropped frames: what comes before it
-        in the file is shown before it, and so is what the decoder has given already."""
+        """Correct the count of frames at a key frame, since a decoder may have dropped some."""
         if frame.pts is None:
             return
         if frame.key_frame:
+            # Shown before the key frame are all frames before it in the file, and those behind it
+            # that the decoder has already returned.
             before = sum(place > frame.pts for place in self._ahead)
             self._shown = frame.pts - self._start_place + before
             self._ahead = []
@@ -193,22 +207,27 @@ class Picker:
     def _take(self, time: float, frame: av.VideoFrame) -> None:
         place = len(self._picked)
         moment = self._moments[place]
-        is_same = bool(place) and self._picked[-1].time == time
-        self._take_frame(place, None if is_same else frame)
+        if place and self._picked[-1].time == time:
+            self._take_frame(place, None)
+        else:
+            self._take_frame(place, frame)
         is_covered = self._start - TOLERANCE <= time <= moment + TOLERANCE
         self._picked.append(Picked(time, time == self._target(moment), is_covered))
 
     def _target(self, moment: float) -> float:
-        """Time of the frame shown at `moment`, if it has been read past."""
+        """Time of the frame shown at `moment`, if the packets after it have been read."""
         if self._times:
             return self._times[max(bisect.bisect_right(self._times, moment + TOLERANCE) - 1, 0)]
         return moment
 
     def _is_wanted(self, time: float) -> bool:
-        """Whether the frame of this time is shown at any moment."""
+        """Return true if the frame of this time is shown at any moment."""
         after = bisect.bisect_right(self._times, time)
+        # The first frame is shown for all moments before it, too.
         if after <= 1:
             return True
         place = bisect.bisect_left(self._moments, time - TOLERANCE)
-        until = self._times[after] if after < len(self._times) else math.inf
+        until = math.inf
+        if after < len(self._times):
+            until = self._times[after]
         return place < len(self._moments) and self._moments[place] + TOLERANCE < until

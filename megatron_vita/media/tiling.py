@@ -1,9 +1,9 @@
-"""Which grid an image is cut into, and the cutting.
+"""Choice of an image's tile grid, and cutting of its tiles.
 
-Two ways: `dynamic` tiling squashes the image to the grid whose shape is nearest to its own
-(InternVL 1.5, arXiv 2404.16821); `anyres` tiling keeps its aspect ratio, on the black canvas of the
-grid that keeps most of its pixels (LLaVA-NeXT). In both one more tile, the thumbnail, is the whole
-image, squashed to a square; it is the only one of a grid of one cell.
+`dynamic` tiling squashes the image to the grid of the nearest aspect ratio (InternVL 1.5, arXiv
+2404.16821); `anyres` tiling keeps its aspect ratio, on the black canvas of the grid that keeps most
+of its pixels (LLaVA-NeXT). Both add a tile of the whole image squashed to a square, the thumbnail;
+a grid of one cell consists of it alone.
 """
 
 import functools
@@ -26,8 +26,8 @@ class Grid(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How images are cut into tiles of `tile_size` pixels a side: into one of `grids`, earlier ones
-    first if alike."""
+    """Tiling of images: tiles of `tile_size` pixels a side, in one of `grids` in order of
+    preference."""
 
     tile_size: int
     grids: tuple[Grid, ...]
@@ -37,10 +37,10 @@ class Tiling(NamedTuple):
 
 @functools.cache
 def grids_of(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    """All grids of `min_tiles` to `max_tiles` cells, from few to many, narrow ones first among
-    equal counts.
+    """List the grids of `min_tiles` to `max_tiles` cells, by ascending count and then width.
 
-    Raises ConfigError if there is none.
+    Raises:
+        ConfigError: there is none.
     """
     sides = range(1, max_tiles + 1)
     grids = [
@@ -57,21 +57,27 @@ def grids_of(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
 
 
 def choose_grid(size: Size, tiling: Tiling) -> Grid:
-    """The grid for an image of `size` (width, height) in pixels. DataError if a side is not
-    positive."""
+    """Choose the grid for an image of `size` (width, height) in pixels.
+
+    Raises:
+        DataError: a side is not positive.
+    """
     width, height = size
     if width < 1 or height < 1:
         raise DataError(f"image size is {width} x {height} pixels: both sides must be at least 1")
-    return (_roomiest_grid if tiling.anyres else _nearest_grid)(size, tiling)
+    if tiling.anyres:
+        return _roomiest_grid(size, tiling)
+    return _nearest_grid(size, tiling)
 
 
 def _nearest_grid(size: Size, tiling: Tiling) -> Grid:
-    """The grid whose cols/rows is nearest to width/height.
+    """Grid whose cols/rows is nearest to width/height.
 
     Among equally near grids a later one wins only if the image has more than half as many pixels as
-    that grid. Ratios are compared in float64, so that choices equal those of the Hugging Face image
-    processor for InternVL.
+    that grid.
     """
+    # Ratios are compared in float64, as in the Hugging Face image processor for InternVL, so that
+    # choices are equal.
     width, height = size
     aspect = width / height
     cell = tiling.tile_size**2
@@ -87,14 +93,11 @@ def _nearest_grid(size: Size, tiling: Tiling) -> Grid:
 
 
 def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
-    """The grid that shows most of the image's pixels, and among those the one with least of its own
-    left empty.
-
-    Sizes are rounded as by Hugging Face's image processor for LLaVA-NeXT, so that choices are the
-    same.
-    """
+    """Grid that keeps most of the image's pixels, and among those the one with the least empty
+    area."""
     width, height = size
 
+    # Sizes are rounded as in the Hugging Face image processor for LLaVA-NeXT, for equal choices.
     def merit(grid: Grid) -> tuple[int, int]:
         wide = grid.cols * tiling.tile_size
         high = grid.rows * tiling.tile_size
@@ -106,8 +109,7 @@ def _roomiest_grid(size: Size, tiling: Tiling) -> Grid:
 
 
 def num_tiles(grid: tuple[int, int]) -> int:
-    """Tiles that an image cut into `grid` yields: one for each cell, and a thumbnail if there is
-    more than one cell."""
+    """Number of tiles of an image cut into `grid`: its cells, and a thumbnail if several."""
     cells = grid[0] * grid[1]
     if cells > 1:
         return cells + 1
@@ -115,23 +117,29 @@ def num_tiles(grid: tuple[int, int]) -> int:
 
 
 def cut_tiles(pixels: Pixels, grid: Grid, *, tiling: Tiling, tiles: range, out: np.ndarray) -> None:
-    """Writes tiles `tiles` of an image into `out`, uint8 `[len(tiles), 3, S, S]`.
+    """Write tiles `tiles` of an image into `out`, uint8 `[len(tiles), 3, S, S]`.
 
-    The cells go row by row, the thumbnail before or after them. Tiles that are not asked for cost
-    nothing but their share of one resizing to the grid, where any cell is asked for.
+    The cells are ordered row by row, with the thumbnail before or after them. The image is resized
+    to the grid once if any cell is requested.
     """
     side = tiling.tile_size
-    cells = range(num_tiles(grid) - 1)
-    if not tiling.thumbnail_last:
-        cells = range(1, len(cells) + 1)
-    thumbnail = cells.stop if tiling.thumbnail_last else 0
+    number = num_tiles(grid)
+    if tiling.thumbnail_last:
+        cells = range(number - 1)
+        thumbnail = number - 1
+    else:
+        cells = range(1, number)
+        thumbnail = 0
     if thumbnail in tiles:
         out[thumbnail - tiles.start] = squashed(pixels, (side, side))
     wanted = range(max(tiles.start, cells.start), min(tiles.stop, cells.stop))
     if not wanted:
         return
     box = (grid.cols * side, grid.rows * side)
-    canvas = letterboxed(pixels, box, BLACK) if tiling.anyres else squashed(pixels, box)
+    if tiling.anyres:
+        canvas = letterboxed(pixels, box, BLACK)
+    else:
+        canvas = squashed(pixels, box)
     for tile in wanted:
         row, col = divmod(tile - cells.start, grid.cols)
         out[tile - tiles.start] = canvas[

@@ -1,6 +1,6 @@
-"""Videos: what they hold, which moments to look at, and the frames there.
+"""Videos: probing, sampling of frame times, and decoding of the frames.
 
-A video is a file of any kind that FFmpeg reads, or an archive of pictures (`frame_archive.py`).
+A video is a file of any format that FFmpeg reads, or a frame archive (`frame_archive.py`).
 """
 
 import itertools
@@ -26,16 +26,15 @@ from megatron_vita.media.resize import Color, letterboxed, squashed
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int, str], None]
-"""Told how many frames of a video are shown by others because they are damaged, and a line on it."""
+"""Callback (frames, reason) for frames of a video that are replaced because they are damaged."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What sampling needs to know: `duration` in seconds, mean frames per second, and the number of
-    frames.
+    """Metadata for sampling: `duration` in seconds, mean frames per second, and number of frames.
 
-    `size`, which sampling does not need, is the width and height of the frames by the file's head,
-    of an archive those of its largest frame by that frame's head; 0 where none is known.
+    `size`, not used for sampling, is the width and height of the frames by the file's header, for
+    an archive those of its largest frame; (0, 0) if unknown.
     """
 
     duration: float
@@ -45,15 +44,16 @@ class VideoInfo:
 
 
 def probe_video(data: File, name: str) -> VideoInfo:
-    """Counts the compressed frames, which a truncated file's header would not tell; none is
-    decoded.
+    """Measure a video by reading all its packets, without decoding.
 
-    Raises DataError, which names the video by `name`, if there are none.
+    Raises:
+        DataError: naming the video by `name`: it has no frame.
     """
     if is_archive(data):
         archive = _MeasuredArchive(data, name)
         return VideoInfo(len(archive) / archive.fps, archive.fps, len(archive), archive.size())
     with open_clip(data, name) as clip:
+        # Packets are counted, since the header of a truncated file states frames that are missing.
         last = clip.read()
         frames = 0
         assert last is not None, "a clip has a packet"
@@ -65,29 +65,33 @@ def probe_video(data: File, name: str) -> VideoInfo:
         duration = last.time - clip.origin + clip.duration_of(last)
         frames = max(frames, 1)
         size = (clip.codec.width, clip.codec.height)
-        return VideoInfo(duration, frames / duration if duration else clip.rate, frames, size)
+        rate = clip.rate
+        if duration:
+            rate = frames / duration
+        return VideoInfo(duration, rate, frames, size)
 
 
 class _MeasuredArchive(FrameArchive):
-    """An archive whose frames are measured by their headers."""
+    """A frame archive that reads the sizes of its frames from their headers."""
 
     def size(self) -> tuple[int, int]:
-        """Width and height of the frame with the most pixels, 0 where no header can be read."""
+        """Width and height of the frame with the most pixels; (0, 0) if no header can be read."""
         sizes = [self._size(member) for member in self._members]
         return max(sizes, key=math.prod)
 
     def _size(self, member: zipfile.ZipInfo) -> tuple[int, int]:
         try:
             return image_size(self._archive.read(member), member.filename)
-        except Exception:  # as where frames are decoded, which passes over this one
+        except Exception:
+            # Decoding replaces a frame that cannot be read, and so does not need its size.
             return (0, 0)
 
 
 def frame_starts(data: File, name: str) -> list[float]:
-    """The moments at which the frames of a video file begin to be shown, ascending, in seconds from
-    the first one.
+    """Presentation times of all frames of a video file, ascending, in seconds from the first one.
 
-    Raises DataError, which names the video by `name`, if it holds none.
+    Raises:
+        DataError: naming the video by `name`: it has no frame.
     """
     with open_clip(data, name) as clip:
         shown = (coded.time for coded in iter(clip.read, None) if coded.is_shown)
@@ -95,16 +99,16 @@ def frame_starts(data: File, name: str) -> list[float]:
 
 
 def num_frames(info: VideoInfo, *, max_fps: float, max_frames: int) -> int:
-    """Frames to take: as many as `max_fps`, `max_frames` and the video allow, and at least one."""
+    """Number of frames to sample: within `max_fps`, `max_frames` and the video, at least one."""
+    # The margin counts durations that float rounding puts just below a whole number of frames.
     by_rate = int(info.duration * max_fps + 1e-6)
     return max(1, min(by_rate, max_frames, info.frames))
 
 
 def frame_times(info: VideoInfo, *, max_fps: float, max_frames: int) -> list[float]:
-    """Moments to look at, in seconds from the first frame: the middles of `num_frames` equal parts
-    of the video.
+    """Times to sample, in seconds from the first frame: the middles of `num_frames` equal parts.
 
-    So no moment of it is farther from a sampled one than half a part. (Long-VITA steps from the
+    No moment of the video is thus farther from a sample than half a part. (Long-VITA steps from the
     first frame and leaves the end unsampled.)
     """
     frames = num_frames(info, max_fps=max_fps, max_frames=max_frames)
@@ -122,21 +126,30 @@ def decode_frames(
     out: np.ndarray | None = None,
     report: Report | None = None,
 ) -> np.ndarray:
-    """The frames shown at `times` (ascending, in seconds from the first frame) as uint8
-    `[len(times), 3, S, S]`.
+    """Decode the frames shown at `times` to uint8 `[len(times), 3, S, S]`.
 
-    They are written into `out`, if given. Each is turned upright and resized (bicubic): with `fit`
-    "letterbox" it is as large as it fits in the middle of a square of the mean colour of
-    `normalization`, with "squash" it is the square. What cannot be decoded is passed over: the
-    frame before (at the start, the one after) stands for it, and `report` is told (without one, the
-    log). Only what `times` need is decoded.
+    Each frame is turned upright and resized (bicubic). A frame that cannot be decoded is replaced
+    by the one before (at the start, by the one after).
 
-    Raises DataError, which names the video by `name`, if no frame can be decoded.
+    Args:
+        data: the video file.
+        name: name of the video in errors and reports.
+        times: ascending, in seconds from the first frame; only what these need is decoded.
+        tile_size: side S of a tile in pixels.
+        normalization: its mean colour pads letterboxed frames.
+        fit: "letterbox" keeps the aspect ratio in the middle of the square, "squash" does not.
+        out: array to write into; None allocates one.
+        report: called with the number of replaced frames and a line about them; None logs it.
+
+    Raises:
+        DataError: naming the video by `name`: no frame can be decoded.
     """
     assert all(earlier <= later for earlier, later in itertools.pairwise(times)), (
         "times must ascend"
     )
-    color = mean_color(normalization) if fit == "letterbox" else None
+    color = None
+    if fit == "letterbox":
+        color = mean_color(normalization)
     tiles = _Tiles(times, tile_size, color, out)
     if times and is_archive(data):
         stand_ins = FrameArchive(data, name).show(
@@ -157,11 +170,12 @@ def _log(stand_ins: int, reason: str) -> None:
 def walk_frames(
     data: File, name: str, *, times: Sequence[float], take: Take, report: Report
 ) -> None:
-    """Hand on the frame of a video file that is shown at each of `times` (as in `decode_frames`).
+    """Call `take(index, frame)` for the frame shown at each of `times`, as in `decode_frames`.
 
     All of the file is decoded once, in order.
 
-    Raises DataError, which names the video by `name`, if no frame can be decoded.
+    Raises:
+        DataError: naming the video by `name`: no frame can be decoded.
     """
     with open_clip(data, name) as clip:
         moments = [clip.origin + time for time in times]
@@ -174,7 +188,7 @@ def walk_frames(
 
 
 class _Tiles:
-    """The tiles of `times`, to be filled one by one."""
+    """Array of tiles for `times`, filled one by one."""
 
     def __init__(
         self, times: Sequence[float], tile_size: int, color: Color | None, out: np.ndarray | None
@@ -188,7 +202,7 @@ class _Tiles:
         self._color = color
 
     def show(self, place: int, pixels: Pixels | None, *, before: int) -> None:
-        """Draws tile `place`; without pixels it is that of place `before`."""
+        """Draw tile `place`; None as pixels copies tile `before`."""
         if pixels is None:
             self.out[place] = self.out[before]
         elif self._color is None:
@@ -198,8 +212,9 @@ class _Tiles:
 
 
 def _show_clip(data: File, name: str, tiles: _Tiles, report: Report) -> None:
-    """Draws the frame of each time. What one pass does not surely find, is looked for with less
-    haste."""
+    """Draw the frame of each time, in up to three passes of decreasing speed."""
+    # Seeks and skipped frames may miss the right frame of a damaged video: moments without an exact
+    # frame are decoded again with fewer shortcuts, the last pass without any.
     left = list(range(len(tiles.times)))
     lost: set[float] = set()
     stand_ins = 0
@@ -222,11 +237,14 @@ def _show_clip(data: File, name: str, tiles: _Tiles, report: Report) -> None:
 
 
 def _report_lost(report: Report, name: str, *, stand_ins: int, of: int, packets: int) -> None:
-    """Tell of packets that cannot be decoded: the log alone where no frame that is wanted is."""
+    """Report packets that cannot be decoded; only log them if all wanted frames are intact."""
     reason = (
         f"{name}: {packets} packets cannot be decoded, {stand_ins} of {of} frames that are shown"
     )
-    (report if stand_ins else _log)(stand_ins, reason)
+    if stand_ins:
+        report(stand_ins, reason)
+    else:
+        _log(stand_ins, reason)
 
 
 def _undecodable(name: str, packets: int) -> DataError:
@@ -234,20 +252,23 @@ def _undecodable(name: str, packets: int) -> DataError:
 
 
 def _drawn(tiles: _Tiles, places: list[int], name: str) -> Take:
-    """Draws what is taken for moment number i as tile `places[i]`."""
+    """Callback that draws the frame of moment number i as tile `places[i]`."""
 
     def take(number: int, frame: av.VideoFrame | None) -> None:
-        tiles.show(
-            places[number],
-            None if frame is None else frame_pixels(frame, name),
-            before=places[max(number - 1, 0)],
-        )
+        pixels = None
+        if frame is not None:
+            pixels = frame_pixels(frame, name)
+        tiles.show(places[number], pixels, before=places[max(number - 1, 0)])
 
     return take
 
 
 def frame_pixels(frame: av.VideoFrame, name: str) -> Pixels:
-    """A decoded frame and its orientation. DataError, by `name`, if it is turned by odd angles."""
+    """Convert a decoded frame to pixels with an orientation.
+
+    Raises:
+        DataError: naming the video by `name`: it is turned by an angle that is no multiple of 90.
+    """
     try:
         return Pixels(frame.to_ndarray(format="rgb24"), frame_orientation(frame))
     except DataError as error:
