@@ -1,4 +1,4 @@
-"""Token ids of a rendering: ordinary text between special tokens and media is tokenized at once."""
+"""Tokenization of a rendered template: text between special tokens and media is encoded at once."""
 
 from megatron_vita.text.marks import Marks
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece, append_ids
@@ -6,8 +6,11 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Assembly:
-    """Pieces in the making. What is added comes with the turn whose answer it is part of, if any;
-    answers are scored."""
+    """Builder of encoded pieces from parts of a rendering.
+
+    Each part is added with the index of the turn whose trained answer it belongs to, or None;
+    tokens of answers carry loss.
+    """
 
     def __init__(self, tokenizer: Tokenizer, marks: Marks, *, video_opening: str) -> None:
         self.pieces: EncodedTurn = []
@@ -16,8 +19,8 @@ class Assembly:
         self._marks = marks
         self._video_opening = video_opening
         self._run: list[tuple[str, int | None]] = []  # text since the last special token or medium
-        self._strips = False  # the special token before it swallows white space
-        self._shared: int | None = None
+        self._strips = False  # the last special token strips the white space after it
+        self._shared: int | None = None  # a turn whose answer shares a token with its neighbour
 
     def add_text(self, text: str, turn: int | None) -> None:
         """Add ordinary text."""
@@ -32,14 +35,15 @@ class Assembly:
         self._run.append((text, turn))
 
     def add_special(self, name: str, turn: int | None) -> None:
-        """Add a special token, which may swallow the white space around it."""
+        """Add a special token, which may strip the white space around it."""
+        # The text before is encoded here, since tokens never span a special token.
         strips_left, strips_right = self._tokenizer.stripping.get(name, (False, False))
         self._end_run(strips=strips_left)
         append_ids(self.pieces, [self._tokenizer.special_id(name)], loss=turn is not None)
         self._strips = strips_right
 
     def add_medium(self, kind: str, turn: int | None) -> None:
-        """Add the place of an image or a video."""
+        """Add the placeholder of an image or a video."""
         if kind == "video":
             self.add_text(self._video_opening, turn)
         self._end_run()
@@ -48,8 +52,11 @@ class Assembly:
         self.pieces.append(MediaPiece(kind))
 
     def end(self) -> int | None:
-        """End the last text. Gives a turn whose answer shares a token with its neighbour, if there
-        is one."""
+        """Encode the remaining text.
+
+        Returns:
+            A turn whose answer shares a token with the text around it; None if there is none.
+        """
         self._end_run()
         return self._shared
 
@@ -61,6 +68,8 @@ class Assembly:
             encoded = self._tokenizer.encode(text)
             append_ids(self.pieces, encoded, loss=turn is not None)
             ids += encoded
+        # transformers encodes the run at once. If that gives other tokens, one of them spans the
+        # border of an answer, and it is undefined whether it carries loss.
         if len(self._run) > 1 and ids != self._tokenizer.encode("".join(t for t, _ in self._run)):
             self._shared = next(turn for _, turn in self._run if turn is not None)
         self._run.clear()

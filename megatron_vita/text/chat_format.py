@@ -1,4 +1,4 @@
-"""How conversations and texts become token ids: a tokenizer, and what a recipe's `text` says."""
+"""Tokenization of conversations and raw text, by a tokenizer and a recipe's `text`."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """The one place where prompts are laid out, for training as for serving."""
+    """Prompt format of a tokenizer and a recipe's `text`, the same for training and serving."""
 
     tokenizer: Tokenizer
     text: TextConfig = field(default_factory=TextConfig)
@@ -31,22 +31,27 @@ class ChatFormat:
         return ChatFormat, (self.tokenizer, self.text)
 
     def check(self) -> None:
-        """ConfigError unless the tokenizer has what prompts are made of: a template of its own
-        where that is asked for, and the tokens that the recipe names."""
+        """Check that the tokenizer has the tokens and the chat template that the recipe names.
+
+        Raises:
+            ConfigError: a token is missing, or nothing ends an answer.
+        """
         for name in filter(None, (self.text.begin_token, self.text.end_token)):
             self.tokenizer.special_id(name)
         if not self.stop_ids:
             raise ConfigError(
-                "text.stop_tokens is empty, and neither the tokenizer nor its chat template has a token that "
-                "ends an answer: name one"
+                "text.stop_tokens is empty, and neither the tokenizer nor its chat template has "
+                "a token that ends an answer: name one"
             )
 
     def encode(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
-        """A conversation in token ids. Scored are what assistants say and the tokens that end their
-        turns.
+        """Encode a conversation; answers and the tokens that end them carry loss.
 
-        The built-in templates tokenize each turn by itself, `jinja` the whole conversation, which
-        is then one "turn". DataError, naming a turn, for what a template cannot render.
+        The built-in templates encode turn by turn; `jinja` encodes the whole conversation, which is
+        returned as one turn.
+
+        Raises:
+            DataError: naming the turn that the template cannot render.
         """
         whole = self._with_system(turns)
         if self._own is not None:
@@ -54,31 +59,38 @@ class ChatFormat:
         return [*self._begin(), *map(self._framed, whole)]
 
     def prompt(self, turns: Sequence[Turn]) -> list[EncodedTurn]:
-        """A conversation in token ids, up to where the assistant's words begin."""
+        """Encode a conversation up to the beginning of the next answer."""
         whole = self._with_system(turns)
         if self._own is not None:
             return [self._own.prompt(whole)]
+        prompt = [*self._begin(), *map(self._framed, whole)]
         opening = frame_opening("assistant", tokenizer=self.tokenizer, template=self._frame)
-        last: list[EncodedTurn] = [[TextPiece(opening, loss=False)]] if opening else []
-        return [*self._begin(), *map(self._framed, whole), *last]
+        if opening:
+            prompt.append([TextPiece(opening, loss=False)])
+        return prompt
 
     def raw_text(self, text: str) -> list[EncodedTurn]:
-        """A text that is no conversation, scored whole, with the tokens that begin and end it."""
+        """Encode raw text with its begin and end tokens; all tokens carry loss."""
         ends = self.tokenizer.special_id(self.end_token)
         return [[TextPiece([*self._begin_ids, *self.tokenizer.encode(text), ends], loss=True)]]
 
     def media(self, *, image_token_length: int) -> MediaFormat:
-        """The placeholders of images and videos, so many for a tile."""
+        """Placeholder format of images and videos, with `image_token_length` placeholders for a
+        tile."""
         return self.media_format(self.tokenizer, image_token_length=image_token_length)
 
     @property
     def media_format(self) -> type[MediaFormat]:
-        """The form of placeholders."""
+        """Class of the placeholder format that the recipe names."""
         return MEDIA_FORMATS[self.text.media_format]
 
     @cached_property
     def end_token(self) -> str:
-        """The token that ends raw text. ConfigError if the tokenizer has none that could."""
+        """Name of the token that ends raw text.
+
+        Raises:
+            ConfigError: neither the recipe nor the tokenizer names one.
+        """
         named = self.tokenizer.named_tokens.get("eos_token", "")
         if self.text.end_token:
             return self.text.end_token
@@ -91,8 +103,13 @@ class ChatFormat:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end an answer: the template's end of turn, the tokenizer's ends of text, and
-        `text.stop_tokens`. ConfigError if one of these is no token."""
+        """Ids of the tokens that end an answer.
+
+        These are the template's end of turn, the tokenizer's ends of text, and `text.stop_tokens`.
+
+        Raises:
+            ConfigError: one of `text.stop_tokens` is not in the vocabulary.
+        """
         ends = [self.end_of_turn, *_ENDS_OF_TEXT, self.tokenizer.named_tokens.get("eos_token", "")]
         known = [name for name in ends if name in self.tokenizer.special_names]
         asked = [
@@ -102,18 +119,18 @@ class ChatFormat:
 
     @property
     def end_of_turn(self) -> str:
-        """The special token that ends an answer; "" if none does."""
+        """Name of the special token that ends an answer; "" if there is none."""
         if self._own is None:
             return self._frame.closing
         return self._own.end_of_turn
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 over all but the tokenizer's vocabulary that decides the ids of
-        conversations and texts.
+        """Hexadecimal SHA-256 over everything but the vocabulary that determines token ids.
 
-        ConfigError for a template that writes today's date where `text.date` does not say it: ids
-        must not change from day to day.
+        Raises:
+            ConfigError: the template writes today's date and `text.date` does not fix it, so that
+                ids would change from day to day.
         """
         text = self.text
         own = self._own
@@ -127,9 +144,10 @@ class ChatFormat:
         else:
             if own.writes_date and not text.date:
                 raise ConfigError(
-                    "text.date is empty, but the tokenizer's chat template writes today's date: set it to the "
-                    "day that training shall be told, as 2026-01-31"
+                    "text.date is empty, but the tokenizer's chat template writes today's date: "
+                    "set it to the day to train with, as 2026-01-31"
                 )
+            # A template that writes no date gives the same ids on any: the date must not count.
             described |= {
                 "source": self.tokenizer.chat_template,
                 "names": self.tokenizer.named_tokens,
@@ -167,7 +185,12 @@ class ChatFormat:
 
     def _framed(self, turn: Turn) -> EncodedTurn:
         parts: list[TextPart | MediaPart] = []
-        for part in self.media_format.laid_out(turn.parts) if turn.listed else turn.parts:
+        # Tags inside a text come with the white space that the author wrote; only a list of parts
+        # leaves it to the format.
+        given = turn.parts
+        if turn.listed:
+            given = self.media_format.laid_out(given)
+        for part in given:
             if part == MediaPart("video"):
                 parts.append(TextPart(self.media_format.video_opening))
             parts.append(part)

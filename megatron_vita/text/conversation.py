@@ -1,4 +1,4 @@
-"""Samples as conversations: who says what, and where images and videos stand."""
+"""Conversations of samples: turns of roles, with the positions of images and videos."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ ROLES = {
     "gpt": "assistant",
     "system": "system",
 }
-"""Roles that samples may use, and what each is called here."""
+"""Roles that samples may use, with the canonical name of each."""
 
 CHAT_FIELDS = ("messages", "conversations")
 
 MEDIA_KINDS = ("image", "video")
 
 LOSS_MARKS = ("loss", "train", "weight")
-"""Fields of a turn that say whether what an assistant says is trained: true, 1, false or 0."""
+"""Fields of an assistant's turn that switch its loss on or off: true, 1, false or 0."""
 
 REFUSED_FIELDS = {
     "tool_calls": "tool calls are not trained",
@@ -53,18 +53,17 @@ class TextPart:
 
 @dataclass(frozen=True)
 class MediaPart:
-    """The place of the next image or video of the sample; `kind` is "image" or "video"."""
+    """Position of the next image or video of the sample; `kind` is "image" or "video"."""
 
     kind: str
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says. Neighbouring texts are one part and no text is empty.
+    """Message of one role; adjacent texts are one part, and no text is empty.
 
-    `loss` false: an assistant's turn that is read, and not trained. `listed` tells a content that
-    was given as a list of parts, in which the prompt format says what stands between parts, from a
-    text with tags.
+    `loss` is false for an assistant's turn that is not trained. `listed` is true if the content was
+    a list of parts, for which the prompt format defines the text between parts.
     """
 
     role: str
@@ -74,23 +73,28 @@ class Turn:
 
 
 def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> list[Turn]:
-    """The turns of `{"messages": [{"role", "content"}, ...], "images": [...], "videos": [...]}`.
+    """Parse `{"messages": [{"role", "content"}, ...], "images": [...], "videos": [...]}`.
 
-    `conversations` is read where there is no `messages`; null is as good as absent. Content is text or a list of parts:
-    `{"type": "text", "text"}` (always literal), `{"type": "image"}`, `{"type": "video"}`. In the
-    text of users and of the system, `<image>` and `<video>` are places of media and `\\<image>` is
-    the literal tag; what an assistant says as text is always literal. An assistant's turn with
-    `"loss": false` is read and not trained. `needs_answer` false accepts a conversation in which no
-    assistant speaks yet, or none is trained, as a prompt is.
+    `conversations` replaces `messages` if that is absent or null. Content is text or a list of
+    parts: `{"type": "text", "text"}` (always literal), `{"type": "image"}`, `{"type": "video"}`. In
+    text of users and of the system, `<image>` and `<video>` are positions of media and `\\<image>`
+    is the literal tag; text of an assistant is always literal. An assistant's turn with `"loss":
+    false` is context without loss.
 
-    Raises DataError, naming the field and its value, for anything else and where places and media
-    differ in number.
+    Args:
+        sample: the sample; other fields are ignored.
+        needs_answer: require an assistant's turn with loss; false for prompts.
+
+    Raises:
+        DataError: naming the field and its value, for anything else, and if the numbers of
+            positions and media differ.
     """
     messages = _messages(sample)
     turns = [_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if needs_answer and all(turn.role != "assistant" for turn in turns):
         raise DataError(
-            f"no assistant turn among the roles {[turn.role for turn in turns]}: at least one is needed"
+            f"no assistant turn among the roles {[turn.role for turn in turns]}: at least one is "
+            "needed"
         )
     if needs_answer and not any(turn.loss for turn in turns if turn.role == "assistant"):
         raise DataError("no assistant turn is trained: at least one without loss false is needed")
@@ -102,18 +106,23 @@ def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> l
 
 
 def check_turn_fields(message: Mapping[str, Any], field: str) -> None:
-    """Raise a DataError, which names the field, if a turn holds what would be lost."""
+    """Refuse fields of a turn whose content would be lost.
+
+    Raises:
+        DataError: naming the field.
+    """
     for name, reason in REFUSED_FIELDS.items():
         if message.get(name) not in (None, "", [], {}):
             raise DataError(f"{field}.{name} is {message[name]!r:.80}: {reason}")
 
 
 def count_places(content: Any, kind: str) -> int:
-    """The places of media of a kind in what a user or the system says; 0 for no content."""
+    """Count positions of media of a kind in the content of a user's or the system's turn."""
     if isinstance(content, str):
         return sum(part == MediaPart(kind) for part in _tagged_parts(content))
-    parts = content if isinstance(content, list) else []
-    return sum(isinstance(part, Mapping) and part.get("type") == kind for part in parts)
+    if not isinstance(content, list):
+        return 0
+    return sum(isinstance(part, Mapping) and part.get("type") == kind for part in content)
 
 
 def _messages(sample: Mapping[str, Any]) -> list[Any]:
@@ -121,6 +130,7 @@ def _messages(sample: Mapping[str, Any]) -> list[Any]:
         raise DataError(
             f"the sample is {type(sample).__name__}: an object with the field messages is needed"
         )
+    # Tables hold a null for every column that a row does not use: null is absent.
     filled = {name for name in sample if sample[name] is not None}
     fields = [name for name in CHAT_FIELDS if name in filled]
     if not fields:
@@ -157,12 +167,13 @@ def _turn(message: Any, field: str) -> Turn:
 
 
 def _loss(message: Mapping[str, Any], field: str, *, is_answer: bool) -> bool:
-    """Whether a turn is trained, by its marks. DataError, naming the mark, if it cannot be so."""
+    """Parse the loss marks of a turn; raises DataError naming a mark that is invalid."""
     marks = {name: message[name] for name in LOSS_MARKS if message.get(name) is not None}
     for name, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(f"{field}.{name} is {value!r:.80}: true, 1, false or 0 is needed")
-        if value and not is_answer and name != "weight":  # a weight of 1 changes nothing
+        # A weight of 1 on any turn changes nothing.
+        if value and not is_answer and name != "weight":
             raise DataError(f"{field}.{name} is {value!r}: only assistants' turns are trained")
     if not is_answer:
         return True
@@ -187,13 +198,18 @@ def _tagged_parts(text: str) -> list[TextPart | MediaPart]:
     for tag in _TAG.finditer(text):
         escape, kind = tag.groups()
         parts.append(TextPart(text[position : tag.start()]))
-        parts.append(TextPart(f"<{kind}>") if escape else MediaPart(kind))
+        if escape:
+            parts.append(TextPart(f"<{kind}>"))
+        else:
+            parts.append(MediaPart(kind))
         position = tag.end()
     return [*parts, TextPart(text[position:])]
 
 
 def _part(part: Any, field: str) -> TextPart | MediaPart:
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = None
+    if isinstance(part, Mapping):
+        kind = part.get("type")
     if kind in MEDIA_KINDS:
         return MediaPart(kind)
     if kind != "text":
@@ -204,7 +220,7 @@ def _part(part: Any, field: str) -> TextPart | MediaPart:
 
 
 def merge_texts(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
-    """The parts with neighbouring texts joined and empty ones left out."""
+    """Join adjacent texts and drop empty ones."""
     merged: list[TextPart | MediaPart] = []
     for part in parts:
         if isinstance(part, TextPart) and merged and isinstance(merged[-1], TextPart):
@@ -215,12 +231,12 @@ def merge_texts(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaP
 
 
 def _check_unicode(parts: Sequence[TextPart | MediaPart], field: str) -> None:
-    """DataError for half characters, which no tokenizer can encode."""
+    """Raise DataError for lone surrogates, which no tokenizer can encode."""
     for part in parts:
         if isinstance(part, TextPart) and (surrogate := re.search("[\ud800-\udfff]", part.text)):
             raise DataError(
-                f"{field} has the lone surrogate {surrogate.group()!r} at character {surrogate.start()}: "
-                "text must be valid Unicode"
+                f"{field} has the lone surrogate {surrogate.group()!r} at character "
+                f"{surrogate.start()}: text must be valid Unicode"
             )
 
 

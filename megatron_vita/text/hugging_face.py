@@ -13,13 +13,13 @@ import tokenizers
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import SPECIAL_TOKENS, Tokenizer, piece_bytes
 
-# Texts are encoded one by one, which the threads of `tokenizers` do not speed up; unused, they
-# allow a fork, too.
+# Texts are encoded one by one, which threads of `tokenizers` do not speed up. Without threads,
+# processes that use it can be forked, too.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizers.Tokenizer`, given as its JSON."""
+    """A `tokenizers.Tokenizer`, constructed from its JSON."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
             "named_tokens": named_tokens,
         }
         self._backend = tokenizers.Tokenizer.from_str(definition)
+        # Files keep the truncation and padding of their last use, which would cut long documents.
         self._backend.no_truncation()
         self._backend.no_padding()
         own = self._backend.get_vocab()
@@ -63,13 +64,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
-        # without offsets
+        # The fast method computes no offsets, which are needed only for the rare case below.
         ids = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self.special_ids.isdisjoint(ids):
             return ids
         encoding = self._backend.encode(text, add_special_tokens=False)
         for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            # models that look whole words up in the vocabulary
+            # A model that looks up whole words finds the name of a special token in its vocabulary:
+            # encode the name in two parts.
             if index in self.special_ids and stop - start > 1:
                 return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
         return ids
@@ -93,7 +95,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._backend.token_to_id(piece)
 
     def token_name(self, index: int) -> str | None:
-        """The spelling of an entry of the vocabulary; None if there is none."""
+        """Spelling of an entry of the vocabulary; None if there is no such id."""
         name = self._backend.id_to_token(index)
         if name is None:
             return None
@@ -102,19 +104,21 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def begin_token(self) -> str:
         """See Tokenizer."""
-        ids = self._backend.encode("a").ids  # none where a vocabulary has no such character
+        # Any text shows it; a vocabulary without this character may give no ids.
+        ids = self._backend.encode("a").ids
         if not ids or ids[0] not in self.special_ids:
             return ""
         return str(self._backend.id_to_token(ids[0]))
 
     @cached_property
     def _spells_bytes(self) -> bool:
-        """Whether each character of a vocabulary entry stands for a byte."""
+        """Return true if the vocabulary is byte-level: each character of an entry represents a
+        byte."""
         return '"ByteLevel"' in json.dumps(json.loads(self._definition)["decoder"])
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
-        """See Tokenizer. `ByteFallback` decoders know these tokens by name."""
+        """See Tokenizer. `ByteFallback` decoders find these tokens by name."""
         ids = (self._backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         return frozenset(index for index in ids if index is not None)
 
@@ -129,8 +133,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters are themselves, others stand from
-    U+0100 on in order."""
+    """Map GPT-2's characters for bytes to the bytes.
+
+    Printable Latin-1 characters represent themselves; the other bytes are U+0100 and on, in order.
+    """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {
@@ -142,20 +148,25 @@ _BYTE_CHARACTERS = _byte_characters()
 
 
 def _spelled_bytes(piece: str) -> bytes:
-    """The bytes of an entry of a byte-level vocabulary; what was added to it as ordinary text is
-    that text."""
+    """Bytes of an entry of a byte-level vocabulary; an entry added as plain text is its UTF-8."""
     if not all(character in _BYTE_CHARACTERS for character in piece):
         return piece.encode()
     return bytes(_BYTE_CHARACTERS[character] for character in piece)
 
 
 def read_folder(path: Path, *, added: Sequence[str]) -> HuggingFaceTokenizer:
-    """Read a tokenizer folder. ConfigError, naming it, if transformers cannot."""
-    from transformers import AutoTokenizer  # takes seconds, and SentencePiece models do without
+    """Read a tokenizer folder with transformers.
+
+    Raises:
+        ConfigError: naming the folder: transformers cannot read it, or it has no fast tokenizer.
+    """
+    # Imported here: it takes seconds, and SentencePiece models do without.
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # whatever its many loaders raise
+    # The loaders of transformers raise exceptions of any type.
+    except Exception as error:
         raise ConfigError(
             f"{path}: cannot read a Hugging Face tokenizer: {type(error).__name__}: {error}"
         ) from error
@@ -172,8 +183,11 @@ def read_folder(path: Path, *, added: Sequence[str]) -> HuggingFaceTokenizer:
 
 
 def _chat_template(folder: Path, of_tokenizer: str | dict[str, str] | None) -> str:
-    """The chat template that a folder is used with: a processor's file goes before what the
-    tokenizer's config says. ConfigError if there are several and none is the default one."""
+    """Chat template of a folder: the processor's file if there is one, else the tokenizer's.
+
+    Raises:
+        ConfigError: there are several templates and none is the default.
+    """
     file = folder / "chat_template.json"
     if file.exists() and not (folder / "chat_template.jinja").exists():
         try:
@@ -183,7 +197,8 @@ def _chat_template(folder: Path, of_tokenizer: str | dict[str, str] | None) -> s
     if isinstance(of_tokenizer, dict):
         if "default" not in of_tokenizer:
             raise ConfigError(
-                f"{folder}: has the chat templates {', '.join(sorted(of_tokenizer))}, none of which is called default"
+                f"{folder}: has the chat templates {', '.join(sorted(of_tokenizer))}, none of "
+                "which is called default"
             )
         return of_tokenizer["default"]
     return of_tokenizer or ""

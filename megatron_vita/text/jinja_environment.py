@@ -1,7 +1,7 @@
-"""Chat templates of tokenizer folders: compiled and rendered as transformers does it, in a sandbox.
+"""Sandboxed Jinja environment for chat templates, with the extensions of transformers.
 
-A template sees plain values only. `{% generation %}` blocks, which mark what an assistant says,
-put a mark before and after what they enclose.
+A template sees plain values only. `{% generation %}` blocks, which enclose answers, are rendered
+with a mark before and after them.
 """
 
 import datetime
@@ -24,9 +24,9 @@ MARKS = "generation_marks"
 
 
 class _GenerationBlocks(Extension):
-    """`{% generation %}...{% endgeneration %}`."""
+    """Jinja extension for `{% generation %}...{% endgeneration %}`."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own form
+    tags = {"generation"}  # noqa: RUF012 - read by jinja2
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -69,7 +69,7 @@ def _as_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the escapes for HTML that jinja2's own filter writes."""
+    """Serialize to JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -77,12 +77,17 @@ def _as_json(
 
 @functools.lru_cache(maxsize=16)
 def compile_template(source: str) -> jinja2.Template:
-    """Compile a chat template. ConfigError if it is none."""
+    """Compile a chat template.
+
+    Raises:
+        ConfigError: the template has a syntax error.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
     )
     environment.filters["tojson"] = _as_json
     environment.globals["raise_exception"] = _raise
+    # The types themselves have attributes from which a template could reach into Python.
     environment.globals["dict"] = _plain_dict
     environment.globals["namespace"] = _PlainNamespace
     try:
@@ -94,7 +99,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def _plain_dict(*pairs: Any, **fields: Any) -> dict[Any, Any]:
-    """`dict` without its attributes."""
+    """Build a dict; a function, since the type `dict` would expose its attributes."""
     return dict(*pairs, **fields)
 
 
@@ -109,13 +114,21 @@ def render(
 ) -> str:
     """Render a conversation.
 
-    `names` are the tokenizer's (bos_token ...), `marks` stand around generation blocks, and `date`
-    is today (YYYY-MM-DD), if not the real one.
+    Args:
+        source: the chat template.
+        messages: the conversation, as dicts of role and content.
+        names: special tokens of the tokenizer by purpose (bos_token ...).
+        add_generation_prompt: end with the opening of the next answer.
+        marks: strings around generation blocks.
+        date: today for the template (YYYY-MM-DD); empty: the real date.
 
     Raises:
-        jinja2.TemplateError: whatever the template objects to.
+        jinja2.TemplateError: the template refuses the conversation or fails.
     """
-    now = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
+    if date:
+        now = datetime.datetime.fromisoformat(date)
+    else:
+        now = datetime.datetime.now()
     values = {
         **names,
         "messages": messages,
@@ -128,5 +141,5 @@ def render(
     try:
         return compile_template(source).render(values)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        # of Python, as by adding a list to a string
+        # Errors of Python inside a template, as by adding a list to a string.
         raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error

@@ -1,8 +1,8 @@
-"""Characters that stand for something in the rendering of one conversation.
+"""Private-use characters that represent media and guard special tokens while a template renders.
 
-A template gets a conversation in which a character that occurs nowhere else stands for each image
-and video. Another is put inside the names of special tokens that the texts hold, so that the names
-which are whole in the rendering are the template's own.
+A template gets a conversation in which each image and video is a character that occurs nowhere
+else. Another is inserted into names of special tokens in the texts, so that the names which are
+intact in the rendering are the template's own.
 """
 
 import re
@@ -16,7 +16,7 @@ _PRIVATE_LETTER = re.compile(f"[{chr(_PRIVATE[0])}-{chr(_PRIVATE[-1])}]")
 
 
 class Marks(NamedTuple):
-    """One character each; `opening` and `closing` enclose what `{% generation %}` encloses."""
+    """Marks of one character each; `opening` and `closing` enclose `{% generation %}` blocks."""
 
     split: str
     image: str
@@ -26,8 +26,11 @@ class Marks(NamedTuple):
 
     @classmethod
     def absent_from(cls, texts: Iterable[str]) -> "Marks":
-        """Marks that occur in none of `texts`. DataError if these use up Unicode's private
-        characters."""
+        """Choose marks that occur in none of `texts`.
+
+        Raises:
+            DataError: the texts use all private-use characters.
+        """
         used = {letter for text in texts for letter in _PRIVATE_LETTER.findall(text)}
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         marks = [letter for letter, _ in zip(free, cls._fields, strict=False)]
@@ -36,21 +39,22 @@ class Marks(NamedTuple):
         return cls(*marks)
 
     def of_medium(self, kind: str) -> str:
-        """The mark of an "image" or a "video"."""
+        """Mark of an "image" or a "video"."""
         if kind == "image":
             return self.image
         return self.video
 
     def guarded(self, text: str, names: re.Pattern[str]) -> str:
-        """The text with every name of a special token in it split."""
+        """Split every name of a special token in a text by the `split` mark."""
         return names.sub(lambda name: name.group()[0] + self.split + name.group()[1:], text)
 
     def plain(self, text: str) -> str:
-        """The text with its names whole again."""
+        """Remove the `split` marks from a text."""
         return text.replace(self.split, "")
 
     def without_generation(self, rendered: str) -> tuple[str, list[tuple[int, int]]]:
-        """A rendering without the marks of generation blocks, and where these were in it."""
+        """Remove the marks of generation blocks from a rendering; returns the text and the blocks'
+        spans."""
         pieces: list[str] = []
         spans: list[tuple[int, int]] = []
         length = opened = 0
@@ -66,6 +70,7 @@ class Marks(NamedTuple):
 
 
 def names_pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of `names`, the longest where several begin at one place, as tokenizers do."""
+    """Compile a pattern for any of `names`, the longest at a position first, as tokenizers do."""
+    # Alternatives of a regular expression are tried in order, whatever their length.
     longest_first = sorted(set(names), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -1,4 +1,4 @@
-"""The token sequences that stand for images and videos, and their lengths."""
+"""Placeholder token sequences of images and videos, and their lengths."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from megatron_vita.text.tokenizer import MEDIA_TOKENS, Tokenizer
 
 @dataclass(frozen=True)
 class MediaTokens:
-    """One image or video in token ids.
+    """Token ids of one image or video.
 
-    `offsets` holds the place in `ids` of each tile's first placeholder, in the order of the tiles:
-    cells go row by row, frames in time.
+    `offsets` holds the index in `ids` of each tile's first placeholder, in tile order: cells row by
+    row, frames in time.
     """
 
     ids: list[int]
@@ -22,10 +22,10 @@ class MediaTokens:
 
 
 class MediaFormat(ABC):
-    """A form of placeholders. A tile has `image_token_length` of them."""
+    """Placeholder format of images and videos; a tile has `image_token_length` placeholders."""
 
-    special_tokens: ClassVar[tuple[str, ...]]  # those that it is made of
-    thumbnail_last: ClassVar[bool]  # among the tiles of an image
+    special_tokens: ClassVar[tuple[str, ...]]  # special tokens of the format
+    thumbnail_last: ClassVar[bool]  # the thumbnail is the last tile of an image, else the first
     video_opening: ClassVar[str]  # text before a video's first frame
 
     def __init__(self, tokenizer: Tokenizer, *, image_token_length: int) -> None:
@@ -35,16 +35,16 @@ class MediaFormat(ABC):
     @staticmethod
     @abstractmethod
     def laid_out(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
-        """Parts of a content that was given as a list, with what the format puts between them."""
+        """Insert the text that the format writes between the parts of a content given as a list."""
 
     @abstractmethod
     def image(self, grid: tuple[int, int]) -> MediaTokens:
-        """An image cut into `grid` (cols, rows): a tile for each cell and, if there is more than
-        one, a thumbnail."""
+        """Tokens of an image cut into `grid` (cols, rows), with a thumbnail if it has several
+        cells."""
 
     @abstractmethod
     def video(self, frames: int) -> MediaTokens:
-        """A video, without its opening."""
+        """Tokens of a video, without `video_opening`."""
 
     @abstractmethod
     def image_length(self, grid: tuple[int, int]) -> int:
@@ -60,11 +60,12 @@ class MediaFormat(ABC):
 
 
 class LongVitaFormat(MediaFormat):
-    """Long-VITA's (arXiv 2502.05177): a tag around each tile.
+    """Placeholder format of Long-VITA (arXiv 2502.05177), with a tag around each tile.
 
     Image: `<img>` thumbnail `</img>`; of a grid of several cells, then for each row a newline and
     `<patch>` cell `</patch>` for each of its cells. Video: `<vid>` frame `</vid>` for each frame.
-    In a content that is a list, a newline parts a medium from a text that begins with none.
+    In a content given as a list, a newline separates a medium from a text that does not begin with
+    one.
     """
 
     special_tokens = MEDIA_TOKENS
@@ -115,10 +116,11 @@ class LongVitaFormat(MediaFormat):
 
 
 class InternVLFormat(MediaFormat):
-    """InternVL 2.5's and 3's, as transformers' processor writes it: a tag around an image.
+    """Placeholder format of InternVL 2.5 and 3, as of transformers' processor: one tag around an
+    image.
 
     Image: `<img>` cells row by row, thumbnail `</img>`. Video: `Frame1: <img>` frame `</img>`, a
-    newline, `Frame2: ` and so on. In a content that is a list, a newline follows each medium.
+    newline, `Frame2: ` and so on. In a content given as a list, a newline follows each medium.
     """
 
     special_tokens = ("<img>", "</img>", "<IMG_CONTEXT>")
@@ -132,15 +134,16 @@ class InternVLFormat(MediaFormat):
     @staticmethod
     def laid_out(parts: Sequence[TextPart | MediaPart]) -> list[TextPart | MediaPart]:
         """See MediaFormat."""
-        spaced: list[list[TextPart | MediaPart]] = [
-            [part, TextPart("\n")] if isinstance(part, MediaPart) else [part] for part in parts
-        ]
-        return [part for group in spaced for part in group]
+        spaced: list[TextPart | MediaPart] = []
+        for part in parts:
+            spaced.append(part)
+            if isinstance(part, MediaPart):
+                spaced.append(TextPart("\n"))
+        return spaced
 
     def image(self, grid: tuple[int, int]) -> MediaTokens:
         """See MediaFormat."""
-        cells = grid[0] * grid[1]
-        tiles = cells + 1 if cells > 1 else 1
+        tiles = _num_tiles(grid)
         offsets = [1 + tile * self.image_token_length for tile in range(tiles)]
         return MediaTokens(self._tiles(tiles), offsets)
 
@@ -149,15 +152,15 @@ class InternVLFormat(MediaFormat):
         ids: list[int] = []
         offsets = []
         for frame in range(frames):
-            ids += self._label(frame) if frame else []
+            if frame:
+                ids += self._label(frame)
             offsets.append(len(ids) + 1)
             ids += self._tiles(1)
         return MediaTokens(ids, offsets)
 
     def image_length(self, grid: tuple[int, int]) -> int:
         """See MediaFormat."""
-        cells = grid[0] * grid[1]
-        return 2 + self.image_token_length * (cells + 1 if cells > 1 else 1)
+        return 2 + self.image_token_length * _num_tiles(grid)
 
     def video_length(self, frames: int) -> int:
         """See MediaFormat."""
@@ -168,7 +171,8 @@ class InternVLFormat(MediaFormat):
         return self._wrapped("<img>", "<IMG_CONTEXT>", "</img>", tiles=tiles)
 
     def _label(self, frame: int) -> list[int]:
-        """What stands before a frame but the first, which are counted from 0."""
+        """Ids of the text before frame number `frame`, counted from 0; the first frame has none."""
+        # Kept, since lengths of the same frames are asked for with every video.
         if frame not in self._labels:
             self._labels[frame] = self.tokenizer.encode(f"\nFrame{frame + 1}: ")
         return self._labels[frame]
@@ -180,6 +184,14 @@ MEDIA_FORMATS: dict[str, type[MediaFormat]] = {
 }
 
 
+def _num_tiles(grid: tuple[int, int]) -> int:
+    """Cells of a grid, and a thumbnail if there are several."""
+    cells = grid[0] * grid[1]
+    if cells > 1:
+        return cells + 1
+    return 1
+
+
 def _starts(position: int, count: int, tile: Sequence[int]) -> list[int]:
-    """Places of the first placeholders of `count` tiles that follow one another from `position`."""
+    """Indices of the first placeholders of `count` consecutive tiles from `position`."""
     return [position + 1 + index * len(tile) for index in range(count)]

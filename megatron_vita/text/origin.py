@@ -1,4 +1,4 @@
-"""What a published folder says of its prompts, as the fields of a recipe."""
+"""Prompt format of a published folder, as the fields of a recipe."""
 
 import json
 from pathlib import Path
@@ -14,16 +14,18 @@ INTERNVL_SYSTEMS = {
         "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
     )
 }
-"""Default system turns of OpenGVLab's own layout, by `template` of its config.json (2.5, 3 and 3.5)."""
+"""Default system prompts of OpenGVLab's own layout, by `template` of config.json (2.5, 3, 3.5)."""
 _NESTED = ("text_config", "llm_config")
 
 
 def text_of_folder(folder: Path) -> TextConfig:
-    """The recipe's `text` for a Hugging Face folder, but for the place of the tokenizer and the
-    media format: the chat template, where it has one, the token that begins texts, and those that
-    end what transformers generates.
+    """Derive a recipe's `text` from a Hugging Face folder.
 
-    ConfigError, naming the file, for an end that is no token of the tokenizer.
+    It holds the template, the token that begins texts, and the tokens that end generation in
+    transformers; tokenizer, media format and system prompt are left to the caller.
+
+    Raises:
+        ConfigError: naming the file: an end of generation is not in the vocabulary.
     """
     tokenizer = read_folder(folder, added=())
     file, ids = _ends(folder)
@@ -31,23 +33,32 @@ def text_of_folder(folder: Path) -> TextConfig:
     for index, name in zip(ids, names, strict=True):
         if name is None:
             raise ConfigError(
-                f"{file}: eos_token_id {index} is none of the tokenizer's {tokenizer.vocab_size} entries"
+                f"{file}: eos_token_id {index} is none of the tokenizer's {tokenizer.vocab_size} "
+                "entries"
             )
+    template = "plain"
+    if tokenizer.chat_template:
+        template = "jinja"
     return TextConfig(
-        template="jinja" if tokenizer.chat_template else "plain",
+        template=template,
         begin_token=tokenizer.begin_token,
         stop_tokens=[name for name in names if name is not None],
     )
 
 
 def _ends(folder: Path) -> tuple[Path, list[int]]:
-    """The file that says where generation ends, and the ids of `eos_token_id` in it."""
+    """File that defines the end of generation, and the ids of `eos_token_id` in it."""
+    # As in transformers: generation_config.json, where there is one, replaces config.json.
     file = folder / "generation_config.json"
     if not file.exists():
         file = folder / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    config: dict[str, Any] = {}
+    if file.exists():
+        config = json.loads(file.read_text())
     for values in (config, *(config.get(name) or {} for name in _NESTED)):
         ends = values.get("eos_token_id")
+        if isinstance(ends, list):
+            return file, ends
         if ends is not None:
-            return file, ends if isinstance(ends, list) else [ends]
+            return file, [ends]
     return file, []

@@ -1,10 +1,10 @@
-"""Prompts by the chat template of a tokenizer's own folder, with the answers found in them.
+"""Prompts by the chat template of a tokenizer's folder, with the answers located in them.
 
 The whole conversation is rendered at once and tokenized as transformers does it, so that ids are
-those of `apply_chat_template`; only names of special tokens that texts hold stay text. Answers,
-which carry the loss, are what `{% generation %}` blocks enclose. In a template without these, an
-answer begins where the rendering of what precedes it, with a generation prompt, ends; it ends with
-the template's end-of-turn token.
+those of `apply_chat_template`; only names of special tokens inside texts remain text. Answers,
+which carry the loss, are the `{% generation %}` blocks. In a template without these, an answer
+begins at the end of the rendering of what precedes it, with a generation prompt, and ends with the
+template's end-of-turn token.
 """
 
 import functools
@@ -24,16 +24,17 @@ from megatron_vita.text.rendering import PLACEHOLDERS, Rendering
 from megatron_vita.text.tokenizer import Tokenizer
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# words that no template knows
+# Texts that occur in no template, to be found again in its rendering.
 _QUESTION = "\N{WHITE SQUARE}"
 _ANSWER = "\N{WHITE CIRCLE}"
 
 
 @dataclass(frozen=True)
 class OwnTemplate:
-    """The chat template of a tokenizer. `date` is today, if not the real one (YYYY-MM-DD).
+    """The chat template of a tokenizer; `date` (YYYY-MM-DD) replaces today's.
 
-    ConfigError if the tokenizer has none, or one that is not valid.
+    Raises:
+        ConfigError: the tokenizer has no template, or one with a syntax error.
     """
 
     tokenizer: Tokenizer
@@ -43,28 +44,27 @@ class OwnTemplate:
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "text.template is jinja, but the tokenizer has no chat template of its own: name a folder "
-                "that has one, or another text.template"
+                "text.template is jinja, but the tokenizer has no chat template of its own: name "
+                "a folder that has one, or another text.template"
             )
         jinja_environment.compile_template(self.tokenizer.chat_template)
 
     @property
     def writes_date(self) -> bool:
-        """Whether what it renders depends on the day."""
+        """Return true if the rendering depends on the date."""
         return "strftime_now" in self.tokenizer.chat_template
 
     @property
     def end_of_turn(self) -> str:
-        """The special token that ends an answer; "" if none does."""
+        """Name of the special token that ends an answer; "" if there is none."""
         return _end_of_turn(self)
 
     def encode(self, turns: Sequence[Turn], *, first: int = 0) -> EncodedTurn:
-        """A conversation in token ids, answers scored; `first` is the number of its first turn that
-        errors name.
+        """Encode a conversation; answers carry loss. Errors count turns from turn `first`.
 
         Raises:
-            DataError: the template refuses the conversation, leaves out or changes what a turn
-                says, or an answer cannot be told from what stands around it.
+            DataError: the template refuses the conversation, omits or changes the text of a turn,
+                or an answer cannot be located.
         """
         rendering = self._rendering(turns, first)
         text, blocks = rendering.with_blocks(add_generation_prompt=False)
@@ -77,8 +77,11 @@ class OwnTemplate:
         return rendering.pieces(text, answers)
 
     def prompt(self, turns: Sequence[Turn]) -> EncodedTurn:
-        """A conversation in token ids, up to where the assistant speaks next. DataError if the
-        template refuses it."""
+        """Encode a conversation up to the beginning of the next answer.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
         rendering = self._rendering(turns, 0)
         return rendering.pieces(rendering.render(add_generation_prompt=True), [])
 
@@ -93,15 +96,15 @@ class OwnTemplate:
         )
 
     def _past_end_of_turn(self, text: str, stop: int) -> int:
-        """Where an answer ends that a generation block encloses, perhaps without its end of turn."""
+        """End of an answer in a generation block, extended by an end of turn that follows the
+        block."""
         end = self.end_of_turn
         if end and text.startswith(end, stop):
             return stop + len(end)
         return stop
 
     def probe(self, *contents: str | list[dict[str, str]]) -> str:
-        """The rendering of a question and perhaps its answer. jinja2.TemplateError if it is
-        refused."""
+        """Render a question and perhaps its answer; raises jinja2.TemplateError if refused."""
         roles = ("user", "assistant")
         return jinja_environment.render(
             self.tokenizer.chat_template,
@@ -129,11 +132,12 @@ def _end_of_turn(template: OwnTemplate) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _takes_lists(template: OwnTemplate) -> bool:
-    """Whether a template writes a placeholder for an image in a content that is a list of parts."""
+    """Return true if the template writes a placeholder for an image in a list of parts."""
     parts = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
     try:
         rendered = template.probe(parts)
     except jinja2.TemplateError:
         return False
+    # A template that takes no lists prints the list in Python's notation, or drops it.
     written = [name for name, kind in PLACEHOLDERS.items() if kind == "image" and name in rendered]
     return len(written) == 1 and _QUESTION in rendered and "'type'" not in rendered

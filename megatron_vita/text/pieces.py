@@ -1,11 +1,11 @@
-"""Pieces that conversations are encoded to: runs of token ids, and places of media."""
+"""Pieces of encoded conversations: runs of token ids, and positions of media."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Token ids that follow one another, and whether their prediction is scored."""
+    """A run of token ids; with `loss` their prediction is trained."""
 
     ids: list[int]
     loss: bool
@@ -13,8 +13,8 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class MediaPiece:
-    """The place of the next image or video; `kind` is "image" or "video". Its tokens are never
-    scored."""
+    """Position of the next image or video, whose tokens carry no loss; `kind` is "image" or
+    "video"."""
 
     kind: str
 
@@ -23,8 +23,7 @@ EncodedTurn = list[TextPiece | MediaPiece]
 
 
 def append_ids(pieces: EncodedTurn, ids: list[int], *, loss: bool) -> None:
-    """Add ids to the last piece if that is text of the same kind, so that a turn has as few pieces
-    as it can."""
+    """Append ids, merged into the last piece if that is text with the same `loss`."""
     if not ids:
         return
     last = pieces[-1] if pieces else None

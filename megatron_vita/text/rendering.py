@@ -1,4 +1,4 @@
-"""One conversation on its way through a chat template: rendered, and taken apart again."""
+"""Rendering of one conversation by a chat template, and location of its answers."""
 
 import functools
 import re
@@ -17,11 +17,11 @@ from megatron_vita.text.pieces import EncodedTurn
 from megatron_vita.text.tokenizer import Tokenizer
 
 PLACEHOLDERS = {"<image>": "image", "<IMG_CONTEXT>": "image", "<video>": "video"}
-"""What templates that take contents as lists write for media."""
+"""Placeholders that templates which take contents as lists write for media."""
 
 
 class Answer(NamedTuple):
-    """A turn that is trained, and where it is in a rendering."""
+    """Span of a trained answer in a rendering, and the index of its turn."""
 
     start: int
     stop: int
@@ -29,9 +29,10 @@ class Answer(NamedTuple):
 
 
 class Rendering:
-    """A conversation as a template's messages, in which marks stand for media.
+    """A conversation as the messages of a template, with marks in the place of media.
 
-    `first` is the number in the sample of the first turn. Errors are DataErrors that name a turn.
+    `first` is the index in the sample of the first turn, for error messages. Errors are DataErrors
+    that name a turn.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class Rendering:
         return self._marks.guarded(part.text, _guarded_names(self._tokenizer))
 
     def render(self, turns: int | None = None, *, add_generation_prompt: bool) -> str:
-        """The first `turns` turns, or all, without marks of generation blocks."""
+        """Render the first `turns` turns, or all, without marks of generation blocks."""
         return self.with_blocks(turns, add_generation_prompt=add_generation_prompt)[0]
 
     def with_blocks(
         self, turns: int | None = None, *, add_generation_prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """As `render`, and what generation blocks enclose of it."""
+        """Render as `render`; returns the text and the spans of its generation blocks."""
         try:
             rendered = jinja_environment.render(
                 self._tokenizer.chat_template,
@@ -94,30 +95,35 @@ class Rendering:
                 date=self._date,
             )
         except jinja2.TemplateError as error:
-            shown = "messages" if turns is None else f"what comes before {self._name(turns)}"
+            shown = "messages"
+            if turns is not None:
+                shown = f"what comes before {self._name(turns)}"
             raise DataError(f"the tokenizer's chat template refuses {shown}: {error}") from error
         return self._marks.without_generation(rendered)
 
     def answers_in(self, blocks: Sequence[tuple[int, int]]) -> list[Answer]:
-        """The answers that are trained, of generation blocks of which each answer has one."""
+        """Trained answers among generation blocks, of which each answer must have one."""
         said = [turn for turn, message in enumerate(self._messages) if _is_answer(message)]
         if len(blocks) != len(said):
             raise DataError(
-                f"the tokenizer's chat template has {len(blocks)} generation blocks for messages with {len(said)} "
-                "answers: one for each is needed"
+                f"the tokenizer's chat template has {len(blocks)} generation blocks for messages "
+                f"with {len(said)} answers: one for each is needed"
             )
         found = [Answer(*block, turn) for block, turn in zip(blocks, said, strict=True)]
         return [answer for answer in found if self._turns[answer.turn].loss]
 
     def find_answers(self, text: str, *, end_of_turn: str) -> list[Answer]:
-        """The answers that are trained, by the renderings of what precedes them."""
+        """Locate trained answers by rendering what precedes each of them."""
         found: list[Answer] = []
         for turn in self._trained:
+            # Some templates rewrite the history once a later turn is there: then the rendering up
+            # to the answer is no prefix of the whole.
             before = self.render(turn, add_generation_prompt=True)
             if not text.startswith(before) or (found and found[-1].stop > len(before)):
                 raise DataError(
-                    f"{self._name(turn)}: the tokenizer's chat template writes what precedes this answer "
-                    "in another way once the answer is there, so that its beginning cannot be found; "
+                    f"{self._name(turn)}: the tokenizer's chat template writes what precedes this "
+                    "answer differently once the answer is there, so that its beginning cannot "
+                    "be found; "
                     'give it "loss": false'
                 )
             stop = self._end_of_answer(text, len(before), turn, end_of_turn)
@@ -134,13 +140,19 @@ class Rendering:
             if text.startswith(upto):
                 return len(upto)
         raise DataError(
-            f"{self._name(turn)}: the tokenizer's chat template writes no end of this answer that can be found"
+            f"{self._name(turn)}: the tokenizer's chat template writes no end of this answer that "
+            "can be found"
         )
 
     def check_contents(self, text: str, answers: Sequence[Answer]) -> None:
-        """DataError unless the rendering has what each turn says, in order and but for white space,
-        and the answers have what they say. Answers that are not trained may lose what a template
-        leaves out of the history."""
+        """Check that the rendering has the text of each turn, in order, and each answer its own.
+
+        White space is ignored. Answers without loss may lose what a template omits from the
+        history.
+
+        Raises:
+            DataError: naming the turn whose text is missing.
+        """
         said = [
             turn
             for turn, message in enumerate(self._messages)
@@ -151,6 +163,7 @@ class Rendering:
             self._check_order([turn], text[start:stop])
 
     def _check_order(self, turns: Sequence[int], text: str) -> None:
+        # Templates strip and add white space; all else must be there.
         squeezed = _squeezed(text)
         place = 0
         for turn in turns:
@@ -158,15 +171,19 @@ class Rendering:
                 place = squeezed.find(said, place)
                 if place < 0:
                     raise DataError(
-                        f"{self._name(turn)}: the tokenizer's chat template leaves out or changes what this "
-                        "turn says, as some do with the reasoning of answers that are not the last; give such "
+                        f"{self._name(turn)}: the tokenizer's chat template leaves out or changes "
+                        "what this turn says, as some do with the reasoning of answers that are "
+                        "not the last; give such "
                         'answers "loss": false'
                     )
                 place += len(said)
 
     def pieces(self, text: str, answers: Sequence[Answer]) -> EncodedTurn:
-        """The rendering in token ids, answers scored. DataError if media are missing or an answer
-        shares a token with what stands around it."""
+        """Encode a rendering; answers carry loss.
+
+        Raises:
+            DataError: media are missing, or an answer shares a token with the text around it.
+        """
         assembly = Assembly(self._tokenizer, self._marks, video_opening=self._format.video_opening)
         position = 0
         for start, stop, turn in answers:
@@ -176,14 +193,14 @@ class Rendering:
         self._assemble(assembly, text[position:], None)
         if (shared := assembly.end()) is not None:
             raise DataError(
-                f"{self._name(shared)}: this answer shares a token with what the tokenizer's chat template "
-                "writes around it: take the white space from its beginning and end"
+                f"{self._name(shared)}: this answer shares a token with what the tokenizer's chat "
+                "template writes around it: take the white space from its beginning and end"
             )
         self._check_media(assembly.media)
         return assembly.pieces
 
     def _assemble(self, assembly: Assembly, text: str, turn: int | None) -> None:
-        """Add a part of the rendering, which is of the answer `turn` or of none."""
+        """Add a part of the rendering, which belongs to the answer of `turn` or to none."""
         position = 0
         for found in _pattern(self._tokenizer, self._marks, self._takes_lists).finditer(text):
             assembly.add_text(text[position : found.start()], turn)
@@ -195,7 +212,7 @@ class Rendering:
         assembly.add_text(text[position:], turn)
 
     def _medium(self, name: str) -> str:
-        """The kind of medium that a mark or a placeholder stands for; "" for a special token."""
+        """Kind of medium of a mark or a placeholder; "" for a special token."""
         if name in (self._marks.image, self._marks.video):
             if name == self._marks.image:
                 return "image"
@@ -210,8 +227,8 @@ class Rendering:
         ]
         if written != wanted:
             raise DataError(
-                f"messages has media {wanted}, of which the tokenizer's chat template writes {written}: "
-                "put them into texts by the tags <image> and <video>"
+                f"messages has media {wanted}, of which the tokenizer's chat template writes "
+                f"{written}: put them into texts by the tags <image> and <video>"
             )
 
     def _name(self, turn: int) -> str:
@@ -220,15 +237,17 @@ class Rendering:
 
 @functools.lru_cache(maxsize=16)
 def _guarded_names(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """What no text may hold as a whole."""
+    """Pattern of the names that must not stay intact in texts."""
     return names_pattern([*tokenizer.special_names, *PLACEHOLDERS])
 
 
 @functools.lru_cache(maxsize=64)
 def _pattern(tokenizer: Tokenizer, marks: Marks, takes_lists: bool) -> re.Pattern[str]:
-    """Finds what is no ordinary text in a rendering."""
-    placeholders = PLACEHOLDERS if takes_lists else ()
-    return names_pattern([*tokenizer.special_names, *placeholders, marks.image, marks.video])
+    """Pattern of everything in a rendering that is not ordinary text."""
+    names = [*tokenizer.special_names, marks.image, marks.video]
+    if takes_lists:
+        names += PLACEHOLDERS
+    return names_pattern(names)
 
 
 def _is_answer(message: dict[str, Any]) -> bool:
@@ -242,5 +261,5 @@ def _texts(content: str | list[dict[str, str]]) -> list[str]:
 
 
 def _squeezed(text: str) -> str:
-    """Without white space."""
+    """Remove white space from a text."""
     return "".join(text.split())

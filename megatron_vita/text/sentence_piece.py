@@ -20,8 +20,8 @@ _KEEP_SPACES = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, given as the bytes of its file. It is made to keep all spaces and to
-    add none."""
+    """A SentencePiece model, given as the bytes of its file, set to keep all spaces and to add
+    none."""
 
     def __init__(self, model: bytes, *, added: Sequence[str] = SPECIAL_TOKENS) -> None:
         self._model = model
@@ -76,18 +76,23 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """See Tokenizer."""
+        # The bytes of the model hold the vocabulary; appended tokens are not in them.
         names = json.dumps(self._special_ids, sort_keys=True)
         return hashlib.sha256(self._model + names.encode()).hexdigest()
 
 
 def _runs(ids: Iterable[int], special_ids: frozenset[int]) -> list[list[int]]:
-    """Neighbours that are all special, or none of them, as lists of plain ints."""
+    """Group adjacent ids into runs that are all special or all ordinary, as plain ints."""
     groups = itertools.groupby(map(int, ids), key=lambda index: index in special_ids)
     return [list(group) for _, group in groups]
 
 
 def read_model(path: Path, *, added: Sequence[str]) -> SentencePieceTokenizer:
-    """Read a model file. ConfigError, naming it, if it is none or loses line breaks."""
+    """Read a model file.
+
+    Raises:
+        ConfigError: naming the file: it is not a SentencePiece model, or loses line breaks.
+    """
     model = path.read_bytes()
     try:
         tokenizer = SentencePieceTokenizer(model, added=added)

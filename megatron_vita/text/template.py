@@ -1,4 +1,4 @@
-"""The built-in prompt formats: each turn is framed and tokenized by itself."""
+"""Built-in prompt templates: each turn is framed and encoded by itself."""
 
 import functools
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Template:
-    """How a turn is framed: `{opening}{role}{after_role}` content `{closing}{after_closing}`.
+    """Frame of a turn: `{opening}{role}{after_role}` content `{closing}{after_closing}`.
 
-    Opening and closing are special tokens; an empty closing stands for the token that ends raw
-    text. `frames_all` false frames no turn but the assistant's, and without a role.
+    Opening and closing are special tokens; an empty closing means the token that ends raw text.
+    With `frames_all` false only the assistant's turns are framed, and without a role.
     """
 
     opening: str
@@ -24,7 +24,7 @@ class Template:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The special tokens that it is made of."""
+        """Special tokens of the frame."""
         return tuple(name for name in (self.opening, self.closing) if name)
 
 
@@ -41,8 +41,7 @@ TEMPLATES = {
 
 
 def frame_turn(turn: Turn, *, tokenizer: Tokenizer, template: Template) -> EncodedTurn:
-    """A turn in token ids. Scored are what assistants say and the tokens that close their turns,
-    but for turns without loss."""
+    """Encode a turn; content and closing of an assistant's turn carry loss if `turn.loss`."""
     is_answer = turn.role == "assistant"
     scored = is_answer and turn.loss
     pieces: EncodedTurn = []
@@ -63,7 +62,7 @@ def frame_turn(turn: Turn, *, tokenizer: Tokenizer, template: Template) -> Encod
 
 
 def frame_opening(role: str, *, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The ids after which a role's words begin."""
+    """Ids before the content of a role's turn."""
     if not template.opening:
         return []
     return [
@@ -74,5 +73,5 @@ def frame_opening(role: str, *, tokenizer: Tokenizer, template: Template) -> lis
 
 @functools.lru_cache(maxsize=64)
 def _framing(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Ids of a text that comes with each turn."""
+    """Ids of the constant text of a frame."""
     return tuple(tokenizer.encode(text))

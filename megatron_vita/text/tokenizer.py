@@ -1,5 +1,5 @@
-"""Tokenizers: a Hugging Face folder or a SentencePiece model behind one face, with this project's
-special tokens."""
+"""Common interface of Hugging Face and SentencePiece tokenizers, with this project's special
+tokens."""
 
 import re
 from abc import ABC, abstractmethod
@@ -25,8 +25,10 @@ SPECIAL_TOKENS = (*MEDIA_TOKENS, "<|im_start|>", END_OF_TURN, PAD)
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Special tokens are reached by `special_id` alone, never by their
-    names in a text."""
+    """Conversion of text to token ids and back.
+
+    Special tokens are reached only by `special_id`, never by their names in a text.
+    """
 
     def __init__(
         self, special_ids: dict[str, int], vocab_size: int, *, appended: Sequence[str] = ()
@@ -35,49 +37,47 @@ class Tokenizer(ABC):
         self.vocab_size = vocab_size
         """Highest id + 1."""
         self.appended = tuple(appended)
-        """Special tokens that the file lacks, which have the last ids."""
+        """Special tokens missing in the file, which got the last ids."""
         self.chat_template = ""
-        """The Jinja chat template of its folder, if there is one."""
+        """Jinja chat template of its folder; "" if there is none."""
         self.named_tokens: dict[str, str] = {}
-        """Tokens by what they are for (`bos_token`, `eos_token`, ...), as its folder names them."""
+        """Special tokens by purpose (`bos_token`, `eos_token`, ...), as its folder names them."""
         self.stripping: dict[str, tuple[bool, bool]] = {}
-        """Special tokens that swallow white space before or after them, in a template's text."""
+        """Special tokens that strip white space (before, after) them in a template's text."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, none of them special: the name of a special token is encoded as the
-        characters it has.
+        """Encode text without special tokens: their names in it are encoded as ordinary characters.
 
-        Texts that are encoded one by one decode, when their ids are joined, to the texts joined.
+        The concatenated ids of texts encoded one by one decode to the concatenated texts.
         """
 
     @abstractmethod
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; special tokens are left out, or appear by name where `skip_special` is
+        """Decode ids to text; special tokens are omitted, or appear by name if `skip_special` is
         false."""
 
     @abstractmethod
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes that one token stands for, which may be a part of a character; a special
-        token's name."""
+        """UTF-8 bytes of one token, perhaps a part of a character; the name of a special token."""
 
     @cached_property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 over all that decides how text is encoded: vocabulary, merges,
-        special tokens."""
+        """Hexadecimal SHA-256 over vocabulary, merges, special tokens and all else that affects
+        encoding."""
 
     def special_id(self, name: str) -> int:
-        """Id of a special token. Raises ConfigError if there is none of that name."""
+        """Id of a special token; raises ConfigError if there is none of that name."""
         if name not in self._special_ids:
             raise ConfigError(
-                f"{name!r} is not a special token of this tokenizer; known: {', '.join(self._special_ids)}"
+                f"{name!r} is not a special token of this tokenizer; known: "
+                f"{', '.join(self._special_ids)}"
             )
         return self._special_ids[name]
 
     def token_id(self, name: str, field: str) -> int:
-        """Id of a token of any kind. ConfigError, naming the field that names it, if there is
-        none."""
+        """Id of a token of any kind; raises ConfigError, naming `field`, if there is none."""
         if name in self._special_ids:
             return self._special_ids[name]
         index = self._vocabulary_id(name)
@@ -87,12 +87,12 @@ class Tokenizer(ABC):
 
     @property
     def begin_token(self) -> str:
-        """The special token that its folder puts before every text; "" if it puts none."""
+        """Special token that the tokenizer's own post-processor prepends to texts; "" if none."""
         return ""
 
     @abstractmethod
     def _vocabulary_id(self, piece: str) -> int | None:
-        """Id of an entry of the vocabulary, by its spelling there; None if there is none."""
+        """Id of an entry of the vocabulary by its spelling; None if there is none."""
 
     @property
     def special_names(self) -> KeysView[str]:
@@ -106,16 +106,16 @@ class Tokenizer(ABC):
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:
-        """Ids of tokens of one byte each that decode to text only if a whole run of them is UTF-8.
+        """Ids of single-byte tokens that decode to text only in runs of valid UTF-8.
 
-        Special tokens, where they are left out, do not end a run.
+        Omitted special tokens do not end a run.
         """
         return frozenset()
 
     @property
     def pad_id(self) -> int:
-        """Id of the token that fills what nothing else does: `<|endoftext|>`, or what the folder
-        names as pad_token or eos_token, or the first one."""
+        """Id of the padding token: `<|endoftext|>`, else the folder's pad_token or eos_token, else
+        0."""
         for name in (PAD, *(self.named_tokens.get(use, "") for use in ("pad_token", "eos_token"))):
             if name in self._special_ids:
                 return self._special_ids[name]
@@ -123,15 +123,16 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path: str | Path, *, added: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
-    """Read a Hugging Face tokenizer folder or a SentencePiece `.model` file. Nothing is downloaded.
+    """Read a Hugging Face tokenizer folder or a SentencePiece `.model` file, without downloads.
 
-    Special tokens of `added` that are missing get the ids after the last one, in order (of Qwen2.5:
-    151665 and on).
+    Special tokens of `added` that are missing get the ids after the last one, in order (for
+    Qwen2.5: 151665 and on).
 
     Raises:
-        ConfigError: there is no such tokenizer, it puts spaces between texts that are encoded one
-            by one, or it is a SentencePiece model that loses line breaks.
+        ConfigError: there is no such tokenizer, it inserts spaces between texts encoded one by one,
+            or it is a SentencePiece model that loses line breaks.
     """
+    # The two libraries are imported where they are needed: each takes long to load.
     path = Path(path)
     if path.is_dir():
         from megatron_vita.text.hugging_face import read_folder
@@ -148,15 +149,15 @@ def load_tokenizer(path: str | Path, *, added: Sequence[str] = SPECIAL_TOKENS) -
     joined = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
     if joined == "a b":
         raise ConfigError(
-            f"{path}: this tokenizer puts a space before every text ('a' and 'b' decode to {joined!r}), "
-            "so that turns cannot be encoded one by one; use its SentencePiece .model file instead"
+            f"{path}: this tokenizer puts a space before every text ('a' and 'b' decode to "
+            f"{joined!r}), so that turns cannot be encoded one by one; use its SentencePiece "
+            ".model file instead"
         )
     return tokenizer
 
 
 def piece_bytes(piece: str) -> bytes:
-    """The bytes of a SentencePiece entry: `<0x0A>` is a byte, and the lower one eighth block a
-    space."""
+    """Bytes of a SentencePiece entry: `<0x0A>` is a byte, and U+2581 a space."""
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
         return bytes.fromhex(byte.group(1))
     return piece.replace("\u2581", " ").encode()

@@ -14,16 +14,17 @@ from megatron_vita.text.tokenizer import SPECIAL_TOKENS
 def train_sentencepiece(
     lines: Iterable[str], model_path: str | Path, *, vocab_size: int, model_type: str = "bpe"
 ) -> None:
-    """Trains a model of `vocab_size` pieces ("bpe" or "unigram") on `lines` and writes it to
+    """Train a model of `vocab_size` pieces ("bpe" or "unigram") on `lines`; write it to
     `model_path`.
 
-    Text comes back from it unchanged, line breaks and runs of spaces included, except that U+2581
+    Decoding restores text exactly, line breaks and runs of spaces included, except that U+2581
     becomes a space (it is SentencePiece's own mark of one). Digits are single pieces, a line break
-    is one token, and characters that no piece covers become bytes. The special tokens are control
-    symbols. Same lines, same bytes.
+    is one token, and characters without a piece become bytes. The special tokens are control
+    symbols. The same lines give the same bytes.
 
-    Raises DataError if there is no text or if it does not suit `vocab_size`, saying which size
-    does.
+    Raises:
+        DataError: there is no text, or `vocab_size` does not suit it; the message names one that
+            does.
     """
     model = io.BytesIO()
     try:
@@ -44,6 +45,7 @@ def train_sentencepiece(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             max_sentence_length=2**30,
+            # One thread, so that the same lines give the same bytes.
             num_threads=1,
             minloglevel=2,
         )
@@ -55,7 +57,7 @@ def train_sentencepiece(
 
 
 def _single_lines(lines: Iterable[str]) -> Iterator[str]:
-    """What stands between line breaks, so that no piece holds one."""
+    """Split texts at line breaks, so that no piece holds one."""
     for text in lines:
         yield from filter(None, text.split("\n"))
 
@@ -69,7 +71,7 @@ def _explained(message: str, vocab_size: int) -> DataError:
         )
     if low := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return DataError(
-            f"vocab_size {vocab_size} is too small: the special tokens, 256 bytes and the characters of this text "
-            f"take {low[1]}, so more than that is needed"
+            f"vocab_size {vocab_size} is too small: the special tokens, 256 bytes and the "
+            f"characters of this text take {low[1]}, so more than that is needed"
         )
     return DataError(f"training a tokenizer of vocab_size {vocab_size} failed: {message}")

@@ -1,4 +1,4 @@
-"""The one place where a tokenizer meets the embedding of a model."""
+"""Match of a tokenizer with the embedding of a model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +14,28 @@ from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def tokens_needed(text: TextConfig, *, text_only: bool) -> tuple[str, ...]:
-    """Special tokens that prompts of a recipe are made of, in the order in which they are appended
-    to a tokenizer that lacks them."""
-    media = () if text_only else MEDIA_FORMATS[text.media_format].special_tokens
-    # a tokenizer has all that its own template writes
-    template = TEMPLATES[text.template].special_tokens if text.template in TEMPLATES else ()
-    return (*media, *template)
+    """Special tokens of a recipe's prompts, in the order in which missing ones are appended."""
+    needed: list[str] = []
+    if not text_only:
+        needed += MEDIA_FORMATS[text.media_format].special_tokens
+    # A tokenizer with a template of its own has the tokens of that template.
+    if text.template in TEMPLATES:
+        needed += TEMPLATES[text.template].special_tokens
+    return tuple(needed)
 
 
 def open_tokenizer(recipe: Recipe, *, folder: Path | None = None) -> Tokenizer:
-    """The tokenizer of a recipe, with the special tokens that its prompts need.
+    """Load the tokenizer of a recipe, with the special tokens that its prompts need.
 
-    `folder` is where it lies, if not where the recipe says. Training, serving, evaluation and the
-    data tools all come by here.
+    Training, serving, evaluation and the data tools all use this function.
+
+    Args:
+        recipe: the recipe.
+        folder: the tokenizer's folder or file, instead of `text.tokenizer`.
 
     Raises:
-        ConfigError: the recipe names no tokenizer, it cannot be read, has more entries than the
-            model's embedding has rows, or lacks what the recipe's prompts are made of.
+        ConfigError: the recipe names no tokenizer, or it cannot be read, has more entries than the
+            model's embedding has rows, or lacks tokens or the template of the recipe's prompts.
     """
     path = folder or recipe.text.tokenizer
     if not path:
@@ -45,17 +50,15 @@ def open_tokenizer(recipe: Recipe, *, folder: Path | None = None) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, *, rows: int, name: str) -> None:
-    """ConfigError unless an embedding of `rows` has a row for every entry of the tokenizer
-    `name`."""
+    """Raise ConfigError if the tokenizer `name` has more entries than an embedding of `rows`."""
     if tokenizer.vocab_size <= rows:
         return
+    appended = ""
     if tokenizer.appended:
         appended = (
             f", of which {len(tokenizer.appended)} are appended for prompts and media "
             f"({', '.join(tokenizer.appended)})"
         )
-    else:
-        appended = ""
     raise ConfigError(
         f"model.language.vocab_size is {rows}, but the tokenizer {name} has "
         f"{tokenizer.vocab_size} entries{appended}"
@@ -63,11 +66,11 @@ def check_vocabulary(tokenizer: Tokenizer, *, rows: int, name: str) -> None:
 
 
 def check_ids(ids: np.ndarray | Sequence[int], *, rows: int) -> None:
-    """DataError if a token id is beyond the `rows` of an embedding."""
+    """Raise DataError if a token id is outside an embedding of `rows`."""
     if not len(ids):
         return
     lowest = int(np.min(ids))
     highest = int(np.max(ids))
-    if lowest < 0 or highest >= rows:
-        wrong = lowest if lowest < 0 else highest
-        raise DataError(f"the prompt has token {wrong}, but the model's embedding {rows} rows")
+    for token in (lowest, highest):
+        if not 0 <= token < rows:
+            raise DataError(f"the prompt has token {token}, but the model's embedding {rows} rows")
