@@ -38,6 +38,10 @@ class StoppedError(VitaError):
     """A run was told to stop before its last step."""
 
 
+class CallbackError(VitaError, RuntimeError):
+    """A callback of a run failed, on this rank or another."""
+
+
 class PlatformError(VitaError, RuntimeError):
     """The machine or its packages cannot run what was asked."""
 

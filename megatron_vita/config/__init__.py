@@ -1,5 +1,6 @@
 """Recipes: dataclasses documented field by field, read from YAML with dotted overrides."""
 
+from megatron_vita.config.callback import CallbackConfig
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig, DatasetConfig
 from megatron_vita.config.generation import GenerationConfig
@@ -17,6 +18,7 @@ from megatron_vita.config.text import TextConfig
 from megatron_vita.config.training import TrainingConfig
 
 __all__ = [
+    "CallbackConfig",
     "CheckpointConfig",
     "DataConfig",
     "DatasetConfig",

@@ -1,6 +1,7 @@
 """Text of `--help` for recipes: every field with its type, default and documentation."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 
@@ -29,7 +30,8 @@ def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
 
 def _short(type_name: str) -> str:
     return (
-        type_name.replace("megatron_vita.config.data.", "")
+        re.sub(r"megatron_vita\.config\.\w+\.", "", type_name)
+        .replace("typing.", "")
         .replace("<class '", "")
         .replace("'>", "")
     )

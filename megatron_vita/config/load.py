@@ -146,8 +146,15 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[str]:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
+        short = getattr(hint, "SHORT", None)
+        if short and isinstance(value, str):
+            value = {short: value}
         return _build(typing.cast(type, hint), value, f"{path}.")
     origin = typing.get_origin(hint)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} is {resolved(value)!r}: a mapping is needed")
+        return resolved(value)
     if origin is list:
         if not isinstance(value, list):
             raise ConfigError(f"{path} is {resolved(value)!r}: a list is needed")

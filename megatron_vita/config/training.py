@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_vita.config.callback import CallbackConfig
 from megatron_vita.config.fields import described, require
 
 RECOMPUTE = ("none", "full", "selective")
@@ -73,6 +74,11 @@ class TrainingConfig:
     eval_iters: int = described(8, "Batches of global_batch_size packs in a validation.")
     log_interval: int = described(1, "Steps between log lines.")
     tensorboard_dir: str = described("", "Folder for TensorBoard events; empty: none are written.")
+    callbacks: list[CallbackConfig] = described(
+        [],
+        "Classes derived from megatron_vita.training.callbacks.Callback: [my_module.MyCallback], or with arguments "
+        "[{path: my_module.MyCallback, arguments: {threshold: 3}}].",
+    )
     profile_step_start: int = described(
         0, "First step recorded by torch.profiler, with a memory snapshot on CUDA; 0: none."
     )

@@ -1,9 +1,4 @@
-"""Named values that ranks add during a step, reduced over all ranks once at its end.
-
-Adding a metric is one call, from anywhere and on any ranks:
-
-    run.meter.add("loader/retries", 1)
-    run.meter.add("memory/peak_gib", peak, reduce="max")
+"""Named values that ranks add, reduced over all ranks at once.
 
 Names need not be known beforehand: when a rank brings a new one, all ranks exchange their names once.
 """
@@ -19,31 +14,41 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vita import platform
+from megatron_vita.errors import ConfigError
 
 Reduce = Literal["sum", "mean", "max", "min"]
 _SIGNS: dict[str, int] = {"max": 1, "min": -1}  # a minimum is the negated maximum of the negated
 
 
 class Meter:
-    """Values of one step on this rank, by name."""
+    """Values on this rank since the last reduction, by name."""
 
     def __init__(self) -> None:
         self._agreed: dict[str, Reduce] = {}  # the same on all ranks, in the same order
         self._reduces: dict[str, Reduce] = {}
         self._values: dict[str, float | Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}  # calls, or their weights
 
-    def add(self, name: str, value: float | Tensor, *, reduce: Reduce = "sum") -> None:
-        """Add to the step's value of `name`.
+    def reduce_of(self, name: str) -> Reduce | None:
+        """The reduction that `name` is known by here."""
+        return self._reduces.get(name)
 
-        value: a number, or a tensor of one on this rank's device, which is not waited for.
-        reduce: over the calls of a step, on all ranks. `mean` is over the calls.
+    def add(
+        self, name: str, value: float | Tensor, *, reduce: Reduce = "sum", weight: float = 1.0
+    ) -> None:
+        """Add to the value of `name`.
+
+        value: a number, or a tensor of one, which is not waited for.
+        reduce: over the calls since the last reduction, on all ranks.
+        weight: of this call in a `mean`.
         """
         known = self._reduces.setdefault(name, reduce)
         assert known == reduce, f"metric {name} is reduced by {known} elsewhere, by {reduce} here"
         value = value.detach() if isinstance(value, Tensor) else float(value)
+        if reduce == "mean":
+            value = value * weight
         before = self._values.get(name)
-        self._counts[name] = self._counts.get(name, 0) + 1
+        self._counts[name] = self._counts.get(name, 0.0) + weight
         self._values[name] = value if before is None else _combine(before, value, reduce)
 
     @contextmanager
@@ -60,7 +65,11 @@ class Meter:
 
     def reduce(self) -> dict[str, float]:
         """Values over all ranks of all names that some rank has added since the last call.
-        Collective; empties the meter."""
+        Collective; empties the meter.
+
+        Raises:
+            ConfigError: on all ranks, if they reduce one name in different ways.
+        """
         has_new, extremes, totals = self._exchange()
         if has_new:
             self._agree()
@@ -76,7 +85,7 @@ class Meter:
         return result
 
     def _exchange(self) -> tuple[bool, dict[str, float], dict[str, tuple[float, float]]]:
-        """Whether a rank has a new name; extremes by name; sums and numbers of calls by name. One
+        """Whether a rank has a new name; extremes by name; sums and weights of calls by name. One
         transfer from the device."""
         signs = {name: _SIGNS[reduce] for name, reduce in self._agreed.items() if reduce in _SIGNS}
         has_new = float(self._reduces.keys() > self._agreed.keys())
@@ -85,7 +94,7 @@ class Meter:
             *(s * self._values.get(name, -s * math.inf) for name, s in signs.items()),
         )
         added = (0.0 if name in signs else self._values.get(name, 0.0) for name in self._agreed)
-        calls = (float(self._counts.get(name, 0)) for name in self._agreed)
+        calls = (self._counts.get(name, 0.0) for name in self._agreed)
         totals = _vector(*added, *calls)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         dist.all_reduce(totals)
@@ -101,11 +110,14 @@ class Meter:
         """Bring all ranks to the same names in the same order. Collective."""
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, self._reduces)
-        found = {name: reduce for names in gathered for name, reduce in names.items()}
-        for name, reduce in self._reduces.items():
-            assert found[name] == reduce, (
-                f"metric {name}: ranks reduce it by {found[name]}, {reduce}"
-            )
+        found: dict[str, Reduce] = {}
+        for rank, names in enumerate(gathered):
+            for name, reduce in names.items():
+                if found.setdefault(name, reduce) != reduce:
+                    raise ConfigError(
+                        f"metric {name}: rank {rank} reduces it by {reduce}, a rank before it by "
+                        f"{found[name]}: one way is needed on all ranks"
+                    )
         self._agreed = dict(sorted(found.items()))
         self._reduces = dict(self._agreed)
 

@@ -1,7 +1,10 @@
 """Measurements of a step, over all ranks."""
 
+import re
 import time
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, SupportsFloat, get_args
 
 import torch
 import torch.distributed as dist
@@ -12,10 +15,11 @@ from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import training_flops
 from megatron_vita.costs.memory import GIB
 from megatron_vita.data.batch import TAIL_SOURCE, Batch
+from megatron_vita.errors import ConfigError
 from megatron_vita.layout.slicing import IGNORED_LABEL, PackSlice
 from megatron_vita.parallel import groups
 from megatron_vita.platform.pinned import to_device
-from megatron_vita.training.meter import Meter
+from megatron_vita.training.meter import Meter, Reduce
 
 DATA_SECONDS = "speed/data_seconds"
 SUMS = (
@@ -28,6 +32,9 @@ SUMS = (
     "flops",
     "vision_flops",
 )
+OWN_PARTS = ("train", "validation", "speed", "data", "memory", "callbacks")
+OWN_NAMES = ("event", "step", "time")
+_NAME = re.compile(r"[A-Za-z0-9_.: -]+(/[A-Za-z0-9_.: -]+)*")
 
 
 @dataclass(kw_only=True)
@@ -51,10 +58,14 @@ class StepMetrics:
     ranks: int = 1
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on one rank's device; 0: unknown
     stops: bool = False  # some rank was told to stop
+    failed: bool = False  # a callback has failed on some rank
+    held_out: bool = False  # of a validation
     grad_norm: float = 0.0
     lr: float = 0.0
     # everything else that was added to the meter, by name
     values: dict[str, float] = field(default_factory=dict)
+    # metrics of `Run.record` since the last step that was logged, by name
+    recorded: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -72,9 +83,13 @@ class StepMetrics:
         return self.flops / self.seconds / self.ranks / 1e12
 
     def scalars(self) -> dict[str, float]:
-        """All of it by name, as TensorBoard shows it."""
+        """All of it by name, as TensorBoard shows it; of a validation the losses alone."""
+        part = "validation" if self.held_out else "train"
+        losses = {f"{part}/loss": self.loss}
+        losses |= {f"{part}/loss/{source}": loss for source, loss in self.source_losses.items()}
+        if self.held_out:
+            return losses
         scalars = {
-            "train/loss": self.loss,
             "train/grad_norm": self.grad_norm,
             "train/lr": self.lr,
             "speed/step_seconds": self.seconds,
@@ -90,8 +105,48 @@ class StepMetrics:
         }
         if self.matmul_rate:
             scalars["speed/matmul_share"] = self.tflops_per_gpu * 1e12 / self.matmul_rate
-        losses = {f"train/loss/{source}": loss for source, loss in self.source_losses.items()}
-        return scalars | losses | self.values
+        return losses | scalars | self.values | self.recorded
+
+
+@cache
+def check_name(name: str) -> None:
+    """Check the name of a metric that is not the loop's own.
+
+    Raises:
+        ConfigError: it belongs to the loop, or writers of metrics would not take it.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"metric {name!r}: a name has letters, digits and any of _ . : - in parts between single slashes"
+        )
+    if name.split("/")[0] in (*OWN_PARTS, *OWN_NAMES):
+        raise ConfigError(
+            f"metric {name!r}: names that are or begin with {', '.join((*OWN_PARTS, *OWN_NAMES))} are the loop's own; "
+            f"record it as mine/{name}"
+        )
+
+
+def check_record(meter: Meter, name: str, value: Any, *, reduce: Reduce) -> None:
+    """Check what a user adds to `meter`.
+
+    Raises:
+        ConfigError: the name is the loop's own, or the value or the reduction cannot be.
+    """
+    check_name(name)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ConfigError(
+                f"metric {name!r} is a tensor of shape {list(value.shape)}: one number is needed"
+            )
+    elif not isinstance(value, SupportsFloat):
+        raise ConfigError(f"metric {name!r} is {value!r}: a number or a tensor is needed")
+    known = meter.reduce_of(name) or reduce
+    if reduce not in get_args(Reduce):
+        raise ConfigError(
+            f"metric {name!r}: reduce is {reduce!r}; known: {', '.join(get_args(Reduce))}"
+        )
+    if reduce != known:
+        raise ConfigError(f"metric {name!r} is reduced by {known} elsewhere, by {reduce} here")
 
 
 class LossSums:
@@ -156,10 +211,12 @@ def measure_memory(meter: Meter) -> None:
         meter.add(name, size / GIB, reduce="max")
 
 
-def collect(meter: Meter, losses: LossSums, *, step: int, started: float) -> StepMetrics:
-    """The step's metrics over the world. Collective.
+def collect(
+    meter: Meter, losses: LossSums, *, step: int, started: float, held_out: bool = False
+) -> StepMetrics:
+    """Metrics of a step, or of a validation, over the world. Collective.
 
-    started: when the step began, by `time.perf_counter`.
+    started: its beginning by `time.perf_counter`.
     """
     losses.put(meter)
     platform.synchronize()  # or the seconds would leave out what the device still has to do
@@ -190,5 +247,7 @@ def collect(meter: Meter, losses: LossSums, *, step: int, started: float) -> Ste
         vision_flops=sums["vision_flops"],
         ranks=dist.get_world_size(),
         stops=values.pop("stops", 0.0) > 0,
+        failed=values.pop("failed", 0.0) > 0,
+        held_out=held_out,
         values=values,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,8 @@ from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer_state
 from megatron_vita.training.fitting import choose_levers
 from megatron_vita.training.host_buffers import open_activation_store
-from megatron_vita.training.meter import Meter
+from megatron_vita.training.meter import Meter, Reduce
+from megatron_vita.training.metrics import check_record
 from megatron_vita.training.optimizer import (
     build_optimizer,
     check_optimizer,
@@ -33,6 +34,9 @@ from megatron_vita.training.optimizer import (
 from megatron_vita.training.position import changed_fields, check_parts
 from megatron_vita.training.stopping import StopRequest
 from megatron_vita.training.streams import open_streams
+
+if TYPE_CHECKING:
+    from megatron_vita.training.callbacks.hooks import Hooks
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +55,36 @@ class Run:
     # of samples that this rank's replica could not read
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
-    meter: Meter = dataclasses.field(default_factory=Meter)
+    meter: Meter = dataclasses.field(default_factory=Meter)  # the loop's own, of one step
+    recorded: Meter = dataclasses.field(
+        default_factory=Meter
+    )  # of `record`, until a step is logged
+    hooks: "Hooks | None" = None
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on the slowest device; 0: unknown
     step: int = 0
     consumed_packs: int = 0
+
+    def record(
+        self,
+        name: str,
+        value: float | torch.Tensor,
+        *,
+        reduce: Reduce = "mean",
+        weight: float = 1.0,
+    ) -> None:
+        """Add a metric to the log, from any rank, as often as wanted.
+
+        value: a number, or a tensor of one, which is read only when a step is logged.
+        reduce: over all ranks and all calls since the step that was logged last.
+        weight: of this value in a `mean`, such as its number of rows.
+
+        Raises:
+            ConfigError: the name is the loop's own, or the value or the reduction cannot be.
+        """
+        check_record(self.recorded, name, value, reduce=reduce)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().reshape(())
+        self.recorded.add(name, value, reduce=reduce, weight=weight)
 
     @property
     def cores(self) -> list[VitaModel]:

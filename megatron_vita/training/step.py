@@ -18,6 +18,7 @@ from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.parallel import groups
 from megatron_vita.platform.pinned import to_device
+from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.metrics import (
     DATA_SECONDS,
@@ -37,10 +38,11 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     losses = LossSums(run.train_sources)
-    work = Work(run=run, meter=run.meter, losses=losses)
+    work = Work(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
     _run_schedule(work, batches, num_microbatches=run.microbatches, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
     run.meter.add("stops", int(bool(run.stop.heard)))
+    run.meter.add("failed", int(run.hooks is not None and run.hooks.has_failed))
     measure_memory(run.meter)
     metrics = collect(run.meter, losses, step=run.step + 1, started=started)
     metrics.grad_norm = float(grad_norm)
@@ -70,7 +72,7 @@ def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> St
     _run_schedule(work, batches, num_microbatches=num_microbatches, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
-    return collect(work.meter, losses, step=run.step, started=started)
+    return collect(work.meter, losses, step=run.step, started=started, held_out=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class Work:
     run: Run
     meter: Meter
     losses: LossSums
+    hooks: Hooks | None = None  # called with the losses of each pack
 
     def next_of(self, batches: Iterator[Batch]) -> Batch:
         """The next pack; the time waited for it is measured."""
@@ -126,7 +129,7 @@ def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[T
     tiles = batch.tiles if model.module.encodes else batch.tiles[:0]
     on_device = replace(pack, input_ids=to_device(pack.input_ids, platform.device()))
     output = model(prepare_tiles(tiles, work.run), on_device, row_scale=scale)
-    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, sums=work.losses)
+    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, work=work)
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
@@ -137,12 +140,14 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
 
 
 def sum_losses(
-    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, sums: LossSums
+    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, work: Work
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Sum of the losses [L], each times its weight, and their number, by which megatron-core
     divides that of the whole global batch.
     """
     losses = losses * (to_device(scale, losses.device) if isinstance(scale, Tensor) else scale)
-    sums.add(losses, batch=batch, pack=pack)
+    work.losses.add(losses, batch=batch, pack=pack)
+    if work.hooks is not None and groups.tensor_group().rank() == 0:
+        work.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)
     rows = torch.full((), len(losses), dtype=torch.int, device=losses.device)
     return losses.sum(), rows, {}

@@ -7,7 +7,7 @@ from megatron_vita.config import Recipe
 NOT_LEVERS = {
     "training": {
         "train_iters", "global_batch_size", "seed", "eval_interval", "eval_iters", "log_interval",
-        "tensorboard_dir", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir",
+        "callbacks", "tensorboard_dir", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir",
         "freeze_vision_model", "freeze_projector", "freeze_language_model",
     },
     "optimizer": {

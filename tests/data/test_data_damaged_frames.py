@@ -12,7 +12,7 @@ from megatron_vita.data.loading.ledger import Damage, Ledger, read_ledgers
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.errors import VitaError
 from megatron_vita.training.batches import Agreement
-from megatron_vita.training.callbacks import DamageCallback
+from megatron_vita.training.callbacks.damage import DamageCallback
 from tests.media.video_files import damage
 
 LOST = range(3, 13)

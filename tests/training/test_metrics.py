@@ -207,6 +207,7 @@ def test_speed_memory_and_waiting_are_in_the_log_and_in_tensorboard(
     def open_with_metric(recipe: Any) -> Run:
         runs.append(open_run(recipe))
         runs[0].meter.add("mine/first_step", 7)
+        runs[0].record("mine/recorded", torch.tensor([5.0]))
         return runs[0]
 
     open_run = loop.open_run
@@ -223,6 +224,8 @@ def test_speed_memory_and_waiting_are_in_the_log_and_in_tensorboard(
         return [event.value for event in events.Scalars(tag)]
 
     assert values("mine/first_step") == [7.0]
+    assert values("mine/recorded") == [5.0]
+    assert [r.getMessage() for r in caplog.records if "mine/recorded 5" in r.getMessage()]
     seconds = values("speed/step_seconds")
     rates = values("speed/tflops_per_gpu")
     shares = values("speed/matmul_share")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -22,13 +23,16 @@ from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.data import Batch
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, StoppedError, VitaError
-from megatron_vita.training import callbacks, loop, stopping
+from megatron_vita.training import loop, stopping
+from megatron_vita.training.callbacks import validation
+from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import train_step
 
 PARTS = ("vision_model", "projector", "language_model")
+NO_RUN = cast(Run, None)
 FAST = [
     "data.num_workers=0",
     "training.eval_interval=0",
@@ -116,7 +120,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_validation_can_fail(
     def fail(*_: object) -> None:
         raise DataError("a held-out shard is gone")
 
-    monkeypatch.setattr(callbacks, "validation_batches", fail)
+    monkeypatch.setattr(validation, "validation_batches", fail)
     with pytest.raises(DataError, match="held-out"):
         train(
             load_recipe(
@@ -138,7 +142,7 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
 
     monkeypatch.setattr(loop, "train_step", told)
     monkeypatch.setattr(
-        callbacks, "validation_batches", lambda _: pytest.fail("there is no time for it")
+        validation, "validation_batches", lambda _: pytest.fail("there is no time for it")
     )
     before = signal.getsignal(number)
     fields = ["training.train_iters=4", "training.eval_interval=2", f"checkpoint.save={tmp_path}"]
@@ -233,18 +237,20 @@ def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_ther
         events.Reload()
         return [event.step for event in events.Scalars("validation/loss")]
 
-    first = callbacks.TensorBoardCallback(str(tmp_path), step=0)
+    first = TensorBoardCallback(str(tmp_path), step=0)
     for step in (2, 4, 6):
-        first.add_validation(metrics_of(step))
+        first.on_log(NO_RUN, metrics_of(step))
     assert steps_shown() == [2, 4, 6]
-    again = callbacks.TensorBoardCallback(str(tmp_path), step=4)
-    again.add_validation(metrics_of(8))
+    again = TensorBoardCallback(str(tmp_path), step=4)
+    again.on_log(NO_RUN, metrics_of(8))
     assert steps_shown() == [2, 4, 8]
 
 
 def metrics_of(step: int) -> StepMetrics:
     counts = {"loss_rows": 1, "tokens": 1, "tiles": 0, "documents": 1, "damaged": 0}
-    return StepMetrics(step=step, loss=1.0, source_losses={}, fill=1.0, seconds=1.0, **counts)
+    return StepMetrics(
+        step=step, loss=1.0, source_losses={}, fill=1.0, seconds=1.0, held_out=True, **counts
+    )
 
 
 def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_model(

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_vita import platform
 from megatron_vita.config import TrainingConfig
-from megatron_vita.training.callback import Callback
+from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 
@@ -48,10 +48,13 @@ class ProfileCallback(Callback):
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """End with the last."""
         if run.step >= self.last:
-            self.close()
+            self._write()
 
-    def close(self) -> None:
-        """Write what has been recorded, if anything."""
+    def on_end(self, run: Run) -> None:
+        """Write what a run that ends within the range has recorded."""
+        self._write()
+
+    def _write(self) -> None:
         if self._profiler is None:
             return
         profiler = self._profiler

@@ -1,0 +1,33 @@
+"""Reduces what callbacks record, and hands the metrics of a step to whatever writes them."""
+
+from megatron_vita.training.callbacks.callback import Callback
+from megatron_vita.training.callbacks.hooks import Hooks
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run
+
+FAILED = "callbacks/failed"
+
+
+def is_logged(run: Run, metrics: StepMetrics) -> bool:
+    """Whether a step is one of those that are logged: every `log_interval` and the last."""
+    training = run.recipe.training
+    last = metrics.stops or run.step == training.train_iters
+    return last or run.step % training.log_interval == 0
+
+
+class RecordCallback(Callback):
+    """Reduces recorded metrics over all ranks at steps that are logged, and calls `on_log`."""
+
+    collective = True
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Complete the step's metrics. Collective at steps that are logged."""
+        if is_logged(run, metrics):
+            run.recorded.add(FAILED, float(self._hooks.has_failed), reduce="max")
+            metrics.recorded = run.recorded.reduce()
+            if metrics.recorded.pop(FAILED):
+                self._hooks.announce_failure()
+        self._hooks.call("on_log", metrics)

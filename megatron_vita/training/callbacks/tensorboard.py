@@ -1,0 +1,32 @@
+"""Metrics for TensorBoard."""
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_vita.training.callbacks.callback import Callback
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run
+
+
+class TensorBoardCallback(Callback):
+    """Writes all scalars of steps and validations on rank 0.
+
+    Those that a killed run wrote after its checkpoint are purged.
+    """
+
+    def __init__(self, folder: str, *, step: int) -> None:
+        """`step`: position of the run."""
+        self.writer = SummaryWriter(folder, purge_step=step + 1) if dist.get_rank() == 0 else None
+
+    def on_log(self, run: Run, metrics: StepMetrics) -> None:
+        """Write the scalars; they are in the file when this returns."""
+        if self.writer is None:
+            return
+        for name, value in metrics.scalars().items():
+            self.writer.add_scalar(name, value, metrics.step)
+        self.writer.flush()
+
+    def on_end(self, run: Run) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            self.writer.close()

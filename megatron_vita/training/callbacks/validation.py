@@ -1,0 +1,31 @@
+"""Loss on held-out packs."""
+
+from megatron_vita.training.batches import validation_batches
+from megatron_vita.training.callbacks.callback import Callback
+from megatron_vita.training.callbacks.hooks import Hooks
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run
+from megatron_vita.training.step import validate
+
+
+class ValidationCallback(Callback):
+    """Validates every `eval_interval` steps and after the last, unless the run is to stop."""
+
+    collective = True
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Validate where it is due, and give the result to all callbacks."""
+        training = run.recipe.training
+        is_last = run.step == training.train_iters
+        if not is_last and (metrics.stops or run.step % training.eval_interval):
+            return
+        batches, count = validation_batches(run)
+        try:
+            result = validate(run, batches, num_microbatches=count)
+        finally:
+            batches.close()
+        self._hooks.call("on_validation", result)
+        self._hooks.call("on_log", result)

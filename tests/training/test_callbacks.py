@@ -1,0 +1,338 @@
+"""Callbacks see a run from its start to its end, add metrics, and fail in one line on all ranks."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
+from launch import torchrun
+from toy_run import make_toy_run
+
+from megatron_vita import platform
+from megatron_vita.config import load_recipe, recipe_from_dict
+from megatron_vita.errors import CallbackError, ConfigError, StoppedError
+from megatron_vita.training.callbacks import Callback
+from megatron_vita.training.callbacks.importing import import_callbacks
+from megatron_vita.training.loop import train
+from megatron_vita.training.meter import Meter
+from megatron_vita.training.run import Run
+
+FAST = [
+    "data.num_workers=0",
+    "training.eval_interval=0",
+    "checkpoint.save=''",
+    "training.tensorboard_dir=''",
+    "training.train_iters=3",
+]
+HOOKS = [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]
+MODULE = """
+from megatron_vita.training.callbacks import Callback
+
+class Mine(Callback):
+    def __init__(self, threshold=1.0):
+        if threshold < 0:
+            raise ValueError("below zero")
+        self.threshold = threshold
+
+class Other:
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    platform.initialize_process()
+    return make_toy_run(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "users_callbacks.py").write_text(MODULE)
+    (folder / "users_broken.py").write_text("import a_package_that_is_not_there")
+    return folder
+
+
+class Watcher(Callback):
+    """Notes the names of hooks as they are called; `note` may do more."""
+
+    def __init__(self, **actions: Any) -> None:
+        self.seen: list[str] = []
+        for hook in HOOKS:
+            setattr(self, hook, self._noting(hook, actions.get(hook)))
+
+    def _noting(self, hook: str, action: Any) -> Any:
+        def note(run: Run, *arguments: Any, **keywords: Any) -> None:
+            step = "" if hook in ("on_losses", "on_log") else f" {run.step}"
+            self.seen.append(hook + step)
+            if action is not None:
+                action(run, *arguments, **keywords)
+
+        return note
+
+
+def test_hooks_are_called_in_the_order_of_a_runs_events(recipe_path: Path, tmp_path: Path) -> None:
+    watcher = Watcher()
+    fields = [
+        *FAST,
+        "training.train_iters=2",
+        "training.eval_interval=2",
+        f"checkpoint.save={tmp_path}",
+    ]
+    train(load_recipe(recipe_path, fields), callbacks=[watcher])
+    packs = ["on_losses"] * 4
+    assert watcher.seen == [
+        *("on_start 0", "before_step 0", *packs, "after_step 1", "on_log"),
+        *("before_step 1", *packs, "after_step 2", "on_log"),
+        *("on_save 2", "on_validation 2", "on_log", "on_end 2"),
+    ]
+
+
+def test_losses_of_packs_add_up_to_the_loss_of_the_step(recipe_path: Path) -> None:
+    class Sum(Callback):
+        def on_losses(self, run: Run, losses: torch.Tensor, **_: Any) -> None:
+            assert not losses.requires_grad
+            run.record("mine/loss", losses.mean(), weight=len(losses))
+            run.record("mine/rows", len(losses), reduce="sum")
+
+        def on_log(self, run: Run, metrics: Any) -> None:
+            values = metrics.scalars()
+            found.append((metrics.loss, values["mine/loss"]))
+            assert values["mine/rows"] == metrics.loss_rows
+
+    found: list[tuple[float, float]] = []
+    train(load_recipe(recipe_path, FAST), callbacks=[Sum()])
+    assert len(found) == 3
+    for loss, mine in found:
+        assert mine == pytest.approx(loss, rel=1e-6)
+
+
+def test_metrics_are_over_all_calls_since_the_step_logged_last(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    class Count(Callback):
+        def before_step(self, run: Run) -> None:
+            run.record("mine/before", torch.tensor(float(run.step)))
+
+        def after_step(self, run: Run, metrics: Any) -> None:
+            run.record("mine/most", run.step, reduce="max")
+            run.record("mine/sum", 1, reduce="sum")
+
+    fields = [*FAST, "training.log_interval=2", f"training.tensorboard_dir={tmp_path}"]
+    train(load_recipe(recipe_path, fields), callbacks=[Count()])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {
+        name: [(event.step, event.value) for event in events.Scalars(f"mine/{name}")]
+        for name in ("before", "most", "sum")
+    }
+    assert found == {
+        "before": [(2, 0.5), (3, 2.0)],
+        "most": [(2, 2.0), (3, 3.0)],
+        "sum": [(2, 2.0), (3, 1.0)],
+    }
+
+
+def bare_run() -> Run:
+    """As much of a run as `record` needs."""
+    platform.initialize_process()
+    return cast(Run, SimpleNamespace(recorded=Meter()))
+
+
+def test_a_tensor_is_read_once_and_only_when_it_is_reduced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = []
+
+    def counting(name: str) -> Any:
+        original = getattr(torch.Tensor, name)
+
+        def read(tensor: torch.Tensor, *arguments: Any) -> Any:
+            reads.append(name)
+            return original(tensor, *arguments)
+
+        return read
+
+    run = bare_run()
+    value = torch.tensor(2.0, requires_grad=True)
+    for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counting(name))
+    for reduce in ("mean", "sum", "max", "min"):
+        for _ in range(3):
+            Run.record(run, reduce, value, reduce=reduce)
+    assert reads == []
+    run.recorded.reduce()
+    reads.clear()
+    Run.record(run, "mean", value)
+    assert run.recorded.reduce() == {"mean": 2.0}
+    assert reads == ["tolist"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reduce", "message"),
+    [
+        (
+            "train/loss",
+            1,
+            "mean",
+            "'train/loss': names that are or begin with train, .* mine/train",
+        ),
+        ("speed/step_seconds", 1, "mean", "are the loop's own"),
+        ("validation", 1, "mean", "are the loop's own"),
+        ("step", 1, "mean", "are the loop's own"),
+        ("", 1, "mean", "a name has letters"),
+        ("a//b", 1, "mean", "a name has letters"),
+        ("mine/größe", 1, "mean", "a name has letters"),
+        ("a", torch.ones(3), "mean", r"'a' is a tensor of shape \[3\]: one number"),
+        ("a", "seven", "mean", "'a' is 'seven': a number or a tensor"),
+        ("a", 1, "median", "reduce is 'median'; known: sum, mean, max, min"),
+        ("known", 1, "sum", "'known' is reduced by mean elsewhere, by sum here"),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused_by_name(
+    name: str, value: Any, reduce: Any, message: str
+) -> None:
+    run = bare_run()
+    Run.record(run, "known", 1)
+    with pytest.raises(ConfigError, match=message):
+        Run.record(run, name, value, reduce=reduce)
+
+
+def test_all_own_names_are_refused_to_others(recipe_path: Path) -> None:
+    own: set[str] = set()
+    watcher = Watcher(on_log=lambda run, metrics: own.update(metrics.scalars()))
+    train(load_recipe(recipe_path, [*FAST, "training.eval_interval=3"]), callbacks=[watcher])
+    assert {"train/loss", "validation/loss", "data/fill", "memory/host_gib"} < own
+    for name in own:
+        with pytest.raises(ConfigError, match="are the loop's own"):
+            Run.record(bare_run(), name, 1.0)
+
+
+def divide(run: Run, *_: Any, **__: Any) -> None:
+    if run.step == 1:
+        raise ZeroDivisionError("division\nby zero")
+
+
+@pytest.mark.parametrize("hook", ["before_step", "on_losses", "after_step", "on_log", "on_save"])
+def test_a_hook_that_fails_ends_the_run_in_one_line_after_what_is_due(
+    recipe_path: Path, tmp_path: Path, hook: str
+) -> None:
+    fields = [*FAST, f"checkpoint.save={tmp_path}", "checkpoint.save_interval=1"]
+    watcher = Watcher(**{hook: divide})
+    other = Watcher()
+    line = (
+        rf"callback test_callbacks.Watcher.{hook}, rank 0, step 1: ZeroDivisionError: "
+        r"division by zero \(test_callbacks.py:\d+\)$"
+    )
+    with pytest.raises(CallbackError, match=line) as raised:
+        train(load_recipe(recipe_path, fields), callbacks=[watcher, other])
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    last = int((tmp_path / "latest").read_text().removeprefix("step_"))
+    assert other.seen[-3:] == [f"on_save {last}", f"on_error {last}", f"on_end {last}"]
+    assert last in (1, 2)  # what fails after saving is heard of with the next step
+    assert watcher.seen[-2:] == other.seen[-2:]
+
+
+def test_the_last_step_does_not_hide_an_error_in_what_follows_it(recipe_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no connection")
+
+    for hook in ("on_log", "on_end", "on_start"):
+        watcher = Watcher(**{hook: fail})
+        fields = [*FAST, "training.train_iters=1"]
+        with pytest.raises(CallbackError, match=f"Watcher.{hook}, .* no connection"):
+            train(load_recipe(recipe_path, fields), callbacks=[watcher])
+
+
+def test_a_run_that_stops_tells_callbacks_and_not_of_an_error(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    def stop(run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    watcher = Watcher(before_step=stop)
+    fields = [*FAST, f"checkpoint.save={tmp_path}"]
+    with pytest.raises(StoppedError):
+        train(load_recipe(recipe_path, fields), callbacks=[watcher])
+    assert watcher.seen[-3:] == ["on_save 1", "on_stop 1", "on_end 1"]
+
+
+def test_an_error_at_the_end_does_not_hide_the_one_before(
+    recipe_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(*_: Any) -> None:
+        raise OSError("disk is gone")
+
+    monkeypatch.setattr(platform, "set_up_logging", lambda _: None)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CallbackError, match="division by zero"),
+    ):
+        train(
+            load_recipe(recipe_path, FAST),
+            callbacks=[Watcher(after_step=divide, on_end=close), Watcher()],
+        )
+    assert "Watcher.on_end, rank 0, step 1: OSError: disk is gone" in caplog.text
+
+
+def test_a_callback_of_the_working_folder_is_built_with_its_arguments(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(module)
+    entries = "[users_callbacks.Mine, {path: users_callbacks.Mine, arguments: {threshold: 2.5}}]"
+    recipe = recipe_from_dict({}, [f"training.callbacks={entries}"])
+    first, second = import_callbacks(recipe.training.callbacks)
+    assert (first.threshold, second.threshold) == (1.0, 2.5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("Mine", "path is 'Mine': my_module.MyCallback is needed"),
+        ("users_callback.Mine", "no module users_callback: neither installed nor in the working"),
+        ("users_broken.Mine", "its module needs a_package_that_is_not_there"),
+        ("users_callbacks.Mime", r"users_callbacks.py has no Mime; did you mean Mine\?"),
+        ("users_callbacks.Other", "not a class derived from megatron_vita.training.callbacks"),
+        ("{path: users_callbacks.Mine, arguments: {x: 3}}", "unexpected keyword argument 'x'"),
+        ("{path: users_callbacks.Mine, arguments: {threshold: -1}}", "ValueError: below zero"),
+        ("{path: users_callbacks.Mine, arguments: [3]}", "arguments is .*: a mapping is needed"),
+    ],
+)
+def test_a_callback_that_cannot_be_built_is_refused_by_its_path(
+    module: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
+) -> None:
+    monkeypatch.chdir(module)
+    with pytest.raises(ConfigError, match=message):
+        import_callbacks(recipe_from_dict({}, [f"training.callbacks=[{entry}]"]).training.callbacks)
+
+
+def test_two_stages_record_on_some_ranks_and_end_together(recipe_path: Path) -> None:
+    ended = torchrun("callbacks_worker.py", str(recipe_path), processes=2, seconds=120)
+    recorded = [
+        "('mine/all', 2.0)", "('mine/last_stage', 0.0)", "('mine/losses_on', 1.0)",
+    ]  # fmt: skip
+    with_first = [recorded[0], "('mine/first_rank', 7.0)", *recorded[1:]]
+    expected = [
+        *(
+            f"step {step} [{', '.join(with_first if step == 2 else recorded)}]"
+            for step in (1, 2, 3)
+        ),
+        "CallbackError: callback __main__.Fails.after_step, rank 1, step 1: ValueError: "
+        "on one rank (callbacks_worker.py)",
+        "ConfigError: callbacks of train: rank 1 has ",
+        "ConfigError: metric mine/way: rank 1 reduces it by sum, a rank before it by max",
+    ]
+    for rank in (0, 1):
+        prefix = f"rank {rank}: "
+        found = [line for line in ended.stdout.splitlines() if line.startswith(prefix)]
+        assert len(found) == len(expected), found
+        for line, start in zip(found, expected, strict=True):
+            assert line.startswith(prefix + start), line
