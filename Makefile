@@ -37,9 +37,11 @@ lint: $(VENV)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-$(VENV): requirements.txt
+# The pins of requirements.txt, and this folder itself for the command `vita`.
+$(VENV): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 clean:

@@ -46,9 +46,9 @@ Overrides = Annotated[
 ]
 
 
-def main(arguments: list[str]) -> int:
-    """Runs one command and gives its exit code."""
-    return run_command(app, arguments, name="data_tools")
+def main(arguments: list[str], *, name: str = "python -m data_tools") -> int:
+    """Run one command and return its exit code; `name` is what help calls the program."""
+    return run_command(app, arguments, name=name)
 
 
 @app.command()

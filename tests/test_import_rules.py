@@ -51,6 +51,8 @@ MAY_IMPORT = {
     },
     "evaluation": EVERYWHERE | {"commands", "checkpoint", "media", "text", "data", "inference"},
 }
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
+MAY_IMPORT["__main__"] = {"cli"}
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))
 
 

@@ -9,6 +9,8 @@ import typer
 
 from megatron_vita.commands import run_command
 
+MODULE = "python -m megatron_vita.convert"
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -128,19 +130,20 @@ def to_megatron(
     typer.echo(f"{destination}: written")
 
 
-def main(arguments: list[str]) -> int:
-    """Run one command; print a user's error as one line.
-
-    Returns:
-        The exit code.
-    """
-    return run_command(app, arguments, name="megatron_vita.convert")
+def run(arguments: list[str], *, name: str = MODULE) -> int:
+    """Run one command and return its exit code; a user's error is one line."""
+    return run_command(app, arguments, name=name)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str], *, name: str = MODULE) -> int:
+    """Run one command as this process's last work, and return its exit code."""
     from megatron_vita import platform
 
     logging.getLogger("megatron_vita").setLevel(logging.WARNING)
-    code = main(sys.argv[1:])
+    code = run(arguments, name=name)
     platform.leave_process()
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

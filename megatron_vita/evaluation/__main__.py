@@ -160,13 +160,13 @@ def _number(word: str, option: str) -> int:
     return int(found[1]) << {"": 0, "k": 10, "m": 20}[found[2]]
 
 
-def main() -> int:
-    """A user's error is one line and exit code 1."""
+def main(arguments: list[str], *, name: str = "python -m megatron_vita.evaluation") -> int:
+    """Run the command and return its exit code; a user's error is one line and 1."""
     platform.set_up_logging(rank=1)  # warnings only: the bar has the terminal
-    code = run_command(app, sys.argv[1:], name="python -m megatron_vita.evaluation")
+    code = run_command(app, arguments, name=name)
     platform.leave_process()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

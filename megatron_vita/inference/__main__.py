@@ -222,13 +222,13 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
-    """A user's error is one line and exit code 1."""
+def main(arguments: list[str], *, name: str = "python -m megatron_vita.inference") -> int:
+    """Run the command and return its exit code; a user's error is one line and 1."""
     platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
-    code = run_command(app, sys.argv[1:], name="python -m megatron_vita.inference")
+    code = run_command(app, arguments, name=name)
     platform.leave_process()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

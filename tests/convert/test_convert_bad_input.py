@@ -16,7 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_folders import model_of, save, save_vision, tensors_of
 
-from megatron_vita.convert.__main__ import main
+from megatron_vita.convert.__main__ import run as main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError, VitaError

@@ -29,7 +29,7 @@ from toy_folders import VOCAB, model_of, save, save_vision, tensors_of
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ModelConfig, ParallelConfig, load_recipe, recipe_from_dict
-from megatron_vita.convert.__main__ import main
+from megatron_vita.convert.__main__ import run as main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.formats.tensors import same_bits

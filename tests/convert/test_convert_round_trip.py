@@ -30,7 +30,7 @@ from transformers import (
 from megatron_vita.checkpoint.store import find_checkpoint, read_manifest
 from megatron_vita.config import load_recipe, recipe_from_dict
 from megatron_vita.convert import exporting
-from megatron_vita.convert.__main__ import main
+from megatron_vita.convert.__main__ import run as main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 

@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+MODULE = "python -m megatron_vita.inference.server"
+
+
+def parse_arguments(
+    arguments: list[str] | None = None, *, name: str = MODULE
+) -> argparse.Namespace:
+    """Parse the command line; `name` is what help calls the program."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_vita.inference.server",
+        prog=name,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -191,10 +196,11 @@ def work(engine: "Engine") -> int:
     return 0
 
 
-def main() -> None:
-    """A user's error is one line, any other has a traceback; exit code 1."""
+def main(arguments: list[str], *, name: str = MODULE) -> NoReturn:
+    """Serve, and end this process: a user's error is one line, any other has a traceback; exit
+    code 1."""
     try:
-        code = run(parse_arguments())
+        code = run(parse_arguments(arguments, name=name))
     except VitaError as error:
         logging.getLogger("megatron_vita").error("%s", error)
         code = 1
@@ -218,4 +224,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The command `vita`, and its commands that are no room of their own."""
