@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.normalization import mean_color
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
 FPS = 30

@@ -8,11 +8,9 @@ import typer
 from data_tools.formats import FORMATS
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples, rejected_path
-from data_tools.inspection import inspect_pack, inspect_sample
 from data_tools.planning import index_shards, write_plans
 from data_tools.pool import CORES, Crew
 from data_tools.reencode import Reencode
-from data_tools.report import write_report
 from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import rejected_path as rejected_lines_path
@@ -248,6 +246,8 @@ def stats(
 ) -> None:
     """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of the plan,
     samples."""
+    from data_tools.report import write_report  # imports torch, as the tiles that it shows need
+
     loaded = load_recipe(recipe, overrides or [])
     found = write_report(loaded, title=recipe.stem, out=out, samples=samples)
     typer.echo(f"{out}: {len(found.datasets)} datasets, {len(found.plans)} plans")
@@ -265,6 +265,8 @@ def inspect(
     png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,
 ) -> None:
     """Show a pack or a sample as the model sees it: text, loss, tiles."""
+    from data_tools.inspection import inspect_pack, inspect_sample  # imports torch, for its tiles
+
     loaded = load_recipe(recipe, overrides or [])
     if sample:
         text = inspect_sample(loaded, sample, png=png)

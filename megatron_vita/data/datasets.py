@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_vita.config import DatasetConfig, Recipe
 from megatron_vita.costs.flops import forward_weights
-from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import FORMAT_VERSION, read_plan
 from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.data.shards.index import IndexHeader, index_path, read_header, text_stamp
@@ -18,6 +17,9 @@ from megatron_vita.data.shards.storage import Location, find_files, is_remote
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_vita.data.loading.stream import PackStream
 
 Split = Literal["train", "validation"]
 REQUESTS = 16  # to an object store at a time
@@ -58,13 +60,16 @@ class Source:
 
 def open_split(
     recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share: tuple[int, int] | None
-) -> PackStream:
+) -> "PackStream":
     """The packs of a recipe's training or validation data, as its plan has them.
 
     `tile_share` is (rank, ranks) of the ranks that share a pack's tiles, None for ranks that need
     none. Raises ConfigError if the recipe names no data or plan, DataError if shards, indexes or
     plan are missing or do not fit the recipe; both say what to run.
     """
+    # here, since commands that find shards and plans alone need not wait for torch
+    from megatron_vita.data.loading.stream import PackStream
+
     path = plan_path(recipe, split)
     sources = find_sources(recipe, split, tokenizer=tokenizer)
     plan = read_plan(path, plan_stamp(recipe, split, tokenizer=tokenizer, sources=sources))

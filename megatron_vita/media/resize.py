@@ -11,9 +11,7 @@ large photographs one value in 100 million differs by 2.)
 import math
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional
 
 from megatron_vita.media.images import Pixels, turned
 
@@ -66,6 +64,10 @@ def _columns_first(before: Size, after: Size) -> bool:
 
 def _resize(pixels: np.ndarray, size: Size, *, columns_first: bool) -> np.ndarray:
     """Resize uint8 `[height, width, 3]` to `[3, size[1], size[0]]`."""
+    # here, since commands that resize nothing need not wait for torch
+    import torch
+    from torch.nn import functional
+
     height, width = pixels.shape[:2]
     between = (size[0], height)
     if columns_first:

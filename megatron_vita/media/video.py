@@ -18,7 +18,7 @@ from megatron_vita.media.clip import open_clip
 from megatron_vita.media.files import File
 from megatron_vita.media.frame_archive import FrameArchive, is_archive
 from megatron_vita.media.images import Pixels, image_size
-from megatron_vita.media.normalize import Normalization, mean_color
+from megatron_vita.media.normalization import Normalization, mean_color
 from megatron_vita.media.orientation import frame_orientation
 from megatron_vita.media.picking import Picker, Take
 from megatron_vita.media.resize import Color, letterboxed, squashed

@@ -7,7 +7,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from megatron_vita.config.media import NORMALIZATIONS
 from megatron_vita.errors import ConfigError
-from megatron_vita.media.normalize import NORMALIZATION, mean_color, normalize
+from megatron_vita.media.normalization import NORMALIZATION, mean_color
+from megatron_vita.media.normalize import normalize
 
 
 def test_recipes_and_constants_know_the_same_kinds() -> None:

@@ -12,7 +12,7 @@ from video_files import clip
 from megatron_vita.media import video as video_module
 from megatron_vita.media.clip import Clip, Coded
 from megatron_vita.media.images import Pixels
-from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.normalization import mean_color
 from megatron_vita.media.picking import Picker
 from megatron_vita.media.resize import letterboxed
 from megatron_vita.media.video import decode_frames, frame_times, probe_video

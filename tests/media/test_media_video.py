@@ -11,7 +11,7 @@ from video_files import clip, damage
 
 from megatron_vita.errors import DataError
 from megatron_vita.media import clip as clip_module
-from megatron_vita.media.normalize import mean_color
+from megatron_vita.media.normalization import mean_color
 from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, num_frames, probe_video
 
 SIZE = 16

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vita.config import MediaConfig, VisionConfig
 from megatron_vita.convert.config_file import Config
-from megatron_vita.media.normalize import NORMALIZATION
+from megatron_vita.media.normalization import NORMALIZATION
 
 PROCESSOR = "processor_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_vita.config import MediaConfig, VisionConfig
 from megatron_vita.data.samples.truncation import Fit, Piece, fit
-from megatron_vita.media.normalize import Normalization
+from megatron_vita.media.normalization import Normalization
 from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_tiles
 from megatron_vita.media.video import VideoInfo, frame_times, num_frames
 from megatron_vita.text.chat_format import ChatFormat

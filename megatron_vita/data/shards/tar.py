@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from webdataset import TarWriter
-
 from megatron_vita.errors import DataError
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
@@ -46,6 +44,8 @@ class SampleWriter:
         self._partial = path.with_name(path.name + ".partial")
 
     def __enter__(self) -> Self:
+        from webdataset import TarWriter  # imports torch, which takes longer than most commands
+
         self._file = open(self._partial, "wb")
         self._tar = TarWriter(self._file, encoder=False, user="", group="", mtime=0)
         return self
