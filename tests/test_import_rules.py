@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "rounding", "supervise", "platform", "config"}
-PURE = {"errors", "rounding", "config", "media", "text", "layout", "costs"}
+EVERYWHERE = {"errors", "rounding", "sizes", "supervise", "platform", "config"}
+PURE = {"errors", "rounding", "sizes", "config", "media", "text", "layout", "costs"}
 MAY_IMPORT = {
     "errors": set(),
     "rounding": set(),
-    "supervise": set(),
+    "sizes": set(),
+    "supervise": {"errors"},
     "commands": {"errors"},
+    "launch": {"supervise"},
     "platform": {"errors"},
     "config": {"errors", "rounding"},
     "media": EVERYWHERE,

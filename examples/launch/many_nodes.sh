@@ -9,5 +9,5 @@ entry=$(cd "$(dirname "$0")/../.." && pwd)/pretrain_vita.py
 : "${NODE_RANK:?set NODE_RANK to the number of this machine, from 0}"
 : "${HEAD:?set HEAD to the name or address of machine 0}"
 ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
-exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "$NODES" --node_rank "$NODE_RANK" \
+exec "${PYTHON:-python}" -m megatron_vita.launch --nnodes "$NODES" --node_rank "$NODE_RANK" \
     --master_addr "$HEAD" --master_port "${HEAD_PORT:-29500}" --nproc_per_node "$ranks" "$entry" "$@"

@@ -5,4 +5,4 @@
 set -euo pipefail
 entry=$(cd "$(dirname "$0")/../.." && pwd)/pretrain_vita.py
 ranks=${RANKS:-$(nvidia-smi --list-gpus | wc -l)}
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node "$ranks" "$entry" "$@"
+exec "${PYTHON:-python}" -m megatron_vita.launch --standalone --nproc_per_node "$ranks" "$entry" "$@"

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,19 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_vita.checkpoint.space import HALVES, bytes_in, check_space, describe_lack, free_bytes
 from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron_vita.config import recipe_from_dict
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
-from megatron_vita.platform.saving import write_without_a_manager
+from megatron_vita.platform.saving import take_write_failure, write_without_a_manager
 
 write_without_a_manager()
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+FULL = 1 << 16
+"""Bytes that are free where nothing fits any more."""
 _NAME = re.compile(r"step_\d{8,}")
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ def save_checkpoint(
     manifest: dict[str, Any],
     keep: int,
     tokenizer: str = "",
+    size: int = 0,
 ) -> Path:
     """Write a sharded `state` as the newest checkpoint and delete all but the `keep` newest.
     Collective.
@@ -70,52 +75,100 @@ def save_checkpoint(
         manifest: plain values for manifest.json.
         keep: number of checkpoints to retain.
         tokenizer: path of a tokenizer to copy into the checkpoint; empty for none.
+        size: estimated bytes of the tensors of all ranks; 0 if unknown.
 
     Returns:
         Path of the checkpoint.
+
+    Raises:
+        CheckpointError: on all ranks, if it cannot be written; nothing is left of it.
     """
     folder = Path(folder)
     final = folder / f"step_{step:08d}"
     temporary = folder / f".step_{step:08d}.incomplete"
-    if _first():
-        # of a job that was killed while it saved or deleted
-        for left_behind in folder.glob(".step_*.incomplete"):
-            shutil.rmtree(left_behind, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    _save_shards(state, temporary)
-    dist.barrier()
-    if _first():
-        if tokenizer:
-            copy_tokenizer(tokenizer, temporary)
-        _write_text(
-            temporary / MANIFEST,
-            json.dumps({"format_version": FORMAT_VERSION, "step": step, **manifest}),
-        )
-        # A run resumed from an earlier step reaches this one again.
-        if final.exists():
-            _remove(final)
-        # In this order, `latest` names a complete checkpoint at any moment, and an older one is
-        # deleted only after it is no longer the one to resume from.
-        temporary.rename(final)
-        _write_text(folder / "latest", final.name)
-        _prune(folder, keep, newest=final)
-    dist.barrier()
+    _by_first(lambda: _begin(temporary, size=size))
+    _write_tensors(state, temporary, size=size)
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **manifest}
+    _by_first(lambda: _complete(temporary, final, manifest=manifest, tokenizer=tokenizer))
+    _by_first(lambda: _prune(folder, keep, newest=final))
     return final
 
 
-def _save_shards(state: dict[str, Any], folder: Path) -> None:
+def _by_first(action: Callable[[], None]) -> None:
+    """Run `action` on the first rank while the others wait. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if it fails with an OSError or a CheckpointError.
+    """
+    problem = [""]
+    if _first():
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise CheckpointError(problem[0])
+
+
+def _begin(temporary: Path, *, size: int) -> None:
+    """Create the folder to write to, after removing what a killed job left behind."""
+    folder = temporary.parent
+    for left_behind in folder.glob(HALVES):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    check_space(folder, size=size)
+    temporary.mkdir(parents=True)
+
+
+def _write_tensors(state: dict[str, Any], temporary: Path, *, size: int) -> None:
+    """Write the tensors of all ranks, or remove what was written and raise CheckpointError."""
     replicas = groups.data_parallel_group(with_context_parallel=True)
     # Ranks with the same shard of the model divide its tensors among them: none writes all.
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), replicas)
-    dist_checkpointing.save(
-        state,
-        str(folder),
-        sharded_strategy=strategy,
-        # The strategy checks it itself, after it has decided which rank writes which tensor.
-        validate_access_integrity=False,
-        async_strategy="mcore",
-    )
+    try:
+        dist_checkpointing.save(
+            state,
+            str(temporary),
+            sharded_strategy=strategy,
+            # The strategy checks it itself, after it has decided which rank writes which tensor.
+            validate_access_integrity=False,
+            async_strategy="mcore",
+        )
+    except CheckpointException as error:  # on all ranks
+        reasons: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(reasons, take_write_failure())
+        reason = next(filter(None, reasons), str(error).strip().rpartition("\n")[2])
+        _by_first(lambda: _give_up(temporary, size=size, reason=reason))
+    except OSError as error:  # on the first rank alone, which writes what describes the rest
+        _give_up(temporary, size=size, reason=str(error))
+
+
+def _give_up(temporary: Path, *, size: int, reason: str) -> None:
+    """Remove half a checkpoint, which would keep the disk full, and raise CheckpointError."""
+    folder = temporary.parent
+    written = bytes_in(temporary)
+    free = free_bytes(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    if free < FULL or written + free < size:
+        reason = describe_lack(max(size, written), free=written + free)
+    raise CheckpointError(f"checkpoint.save {folder}: {reason}; nothing is left of it")
+
+
+def _complete(temporary: Path, final: Path, *, manifest: dict[str, Any], tokenizer: str) -> None:
+    """Add manifest and tokenizer, and make it the latest."""
+    try:
+        if tokenizer:
+            copy_tokenizer(tokenizer, temporary)
+        _write_text(temporary / MANIFEST, json.dumps(manifest))
+    except OSError as error:
+        _give_up(temporary, size=0, reason=str(error))
+    # A run resumed from an earlier step reaches this one again.
+    if final.exists():
+        _remove(final)
+    # In this order, `latest` names a complete checkpoint at any moment, and an older one is
+    # deleted only after it is no longer the one to resume from.
+    temporary.rename(final)
+    _write_text(final.parent / "latest", final.name)
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
@@ -148,6 +201,11 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path}: neither a checkpoint (no {MANIFEST}) nor a folder of checkpoints (no `latest`)"
         )
     return newest
+
+
+def is_saved(path: Path) -> bool:
+    """Tell whether `path` is named like a checkpoint of a run and is not a link."""
+    return bool(_NAME.fullmatch(path.name)) and not path.is_symlink()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -249,9 +307,7 @@ def _prune(folder: Path, keep: int, *, newest: Path) -> None:
     Later steps (of a run resumed from before them) are kept, and so is anything not named step_N or
     linked there, such as a copy.
     """
-    saved = [
-        path for path in folder.iterdir() if _NAME.fullmatch(path.name) and not path.is_symlink()
-    ]
+    saved = [path for path in folder.iterdir() if is_saved(path)]
     for old in sorted(path for path in saved if path.name <= newest.name)[:-keep]:
         _remove(old)
 

@@ -1,16 +1,15 @@
 """vita train: train the stage that a recipe describes.
 
-One process trains on one device. For more, torchrun --standalone --nproc_per_node GPUS -m
-megatron_vita train RECIPE.yaml [group.field=value ...]
+One process trains on one device. For more, python -m megatron_vita.launch --standalone
+--nproc_per_node GPUS -m megatron_vita train RECIPE.yaml [group.field=value ...], or torchrun
 """
 
 import argparse
-import logging
 import os
 
-from megatron_vita.config import describe_fields, load_recipe
+from megatron_vita.config import Recipe, describe_fields, load_recipe
 from megatron_vita.costs.options import add_options
-from megatron_vita.errors import VitaError
+from megatron_vita.supervise.ranks import note_checkpoints, report_failure
 
 
 def parse_arguments(arguments: list[str], *, name: str) -> argparse.Namespace:
@@ -36,13 +35,30 @@ def parse_arguments(arguments: list[str], *, name: str) -> argparse.Namespace:
 
 
 def main(arguments: list[str], *, name: str) -> int:
-    """Train, and return the exit code; a user's error is one line and 1."""
+    """Train, and return the exit code; a user's error is one line, of one rank, and 1."""
     options = parse_arguments(arguments, name=name)
+    checkpoints = None
     try:
-        _run(options)
-    except VitaError as error:
-        logging.getLogger("megatron_vita").error("%s", error)
-        return 1
+        recipe = load_recipe(options.recipe, options.overrides)
+        world_size = (
+            options.world_size
+            or int(os.environ.get("WORLD_SIZE", "0"))
+            or recipe.parallel.replica_size
+        )
+        is_dry = options.dry_run or options.suggest
+        if options.scale == "tiny":
+            from data_tools.miniature import open_miniature
+
+            recipe = open_miniature(recipe, world_size=world_size, alone=is_dry)
+        if is_dry:
+            from megatron_vita.training.dry_command import run_dry
+
+            run_dry(recipe, options, world_size=world_size)
+        else:
+            checkpoints = recipe.checkpoint.save
+            _train(recipe)
+    except (Exception, KeyboardInterrupt) as error:
+        return report_failure(error, checkpoints=checkpoints)
     return 0
 
 
@@ -51,24 +67,9 @@ def dry_run(arguments: list[str], *, name: str) -> int:
     return main(["--dry-run", *arguments], name=name)
 
 
-def _run(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides)
+def _train(recipe: Recipe) -> None:
+    note_checkpoints(recipe.checkpoint.save)
     from megatron_vita import platform  # imports torch: after the recipe has been checked
-
-    world_size = (
-        options.world_size or int(os.environ.get("WORLD_SIZE", "0")) or recipe.parallel.replica_size
-    )
-    if options.scale == "tiny":
-        from data_tools.miniature import open_miniature
-
-        recipe = open_miniature(
-            recipe, world_size=world_size, alone=options.dry_run or options.suggest
-        )
-    if options.dry_run or options.suggest:
-        from megatron_vita.training.dry_command import run_dry
-
-        run_dry(recipe, options, world_size=world_size)
-        return
     from megatron_vita.training.loop import train
 
     train(recipe)

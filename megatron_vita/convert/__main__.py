@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_vita.commands import run_command
+from megatron_vita.sizes import readable_bytes
 
 MODULE = "python -m megatron_vita.convert"
 
@@ -47,7 +48,7 @@ def from_hf(
 
     plan = import_weights(sources, destination, projector=projector, ignored=ignore_field or ())
     typer.echo(
-        f"{destination}: {sum(transfer.nbytes for transfer, _ in plan.transfers) / 1e9:.2f} GB"
+        f"{destination}: {readable_bytes(sum(transfer.nbytes for transfer, _ in plan.transfers))}"
     )
     if verify:
         from megatron_vita.convert.verify import compare_logits, compare_tensors
@@ -82,7 +83,8 @@ def to_hf(
 
     plan = export_checkpoint(source, destination, folder_format=folder_format, like=like)
     typer.echo(
-        f"{destination}: {sum(transfer.nbytes for transfer in plan.transfers) / 1e9:.2f} GB, {plan.folder_format.name}"
+        f"{destination}: {readable_bytes(sum(transfer.nbytes for transfer in plan.transfers))}, "
+        f"{plan.folder_format.name}"
     )
     if verify:
         from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from megatron_vita.config import Recipe
+from megatron_vita.costs.checkpoint_size import written_state_bytes
 from megatron_vita.costs.layer_memory import value_bytes
 from megatron_vita.costs.memory import GIB, PackLoad
 from megatron_vita.costs.offload import offload_buffers
@@ -66,7 +67,7 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     parallel = recipe.parallel
     parameters = stage_parameters(recipe, stage)
     sharded = parallel.use_distributed_optimizer
-    state = parameters.trainable(recipe) * (12 if sharded or recipe.training.bf16 else 8)
+    state = parameters.trainable(recipe) * written_state_bytes(recipe)
     share = (state + parameters.total * value_bytes(recipe)) // (
         data_parallel * parallel.context_parallel_size
     )

@@ -1,5 +1,6 @@
 """Patch of megatron-core's checkpoint writing: no manager process."""
 
+import logging
 import queue
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -13,3 +14,29 @@ def write_without_a_manager() -> None:
     manager that outlives its rank keeps the launcher's output open.
     """
     filesystem_async._results_queue = queue.Queue()
+
+
+class _WriteFailure(logging.Filter):
+    """Keeps why a file could not be written, which megatron-core logs and leaves out of its
+    exception."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            return True
+        self.reason = self.reason or record.getMessage()  # what follows repeats it
+        return False
+
+
+_write_failure = _WriteFailure()
+logging.getLogger(filesystem_async.__name__).addFilter(_write_failure)
+
+
+def take_write_failure() -> str:
+    """Why this rank could not write its files of a checkpoint; empty if it could."""
+    reason = _write_failure.reason
+    _write_failure.reason = ""
+    return reason

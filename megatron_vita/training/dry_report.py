@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 
 from megatron_vita.config import Recipe
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.devices import DEVICES, Device
 from megatron_vita.costs.fitting import Room
 from megatron_vita.costs.memory import GIB
@@ -15,6 +16,7 @@ from megatron_vita.costs.remedies import find_remedies, name_remedies
 from megatron_vita.costs.tables import align
 from megatron_vita.errors import ConfigError
 from megatron_vita.rounding import ceil_div
+from megatron_vita.sizes import readable_bytes
 from megatron_vita.training.dry_run import DryRun, PackReport
 from megatron_vita.training.wording import count, describe_layout
 
@@ -103,6 +105,17 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
     if recipe.checkpoint.save:
         saving = max(stage.host.saving for stage in report.stages) * ranks / GIB
         yield f"writing a checkpoint takes about {saving:.1f} GiB of a node's own memory, with {ranks} ranks a node"
+        yield _disk(recipe)
+
+
+def _disk(recipe: Recipe) -> str:
+    """Room for the checkpoints that are kept, and the one that is written beside them."""
+    size = checkpoint_bytes(recipe)
+    count = recipe.checkpoint.keep + 1
+    return (
+        f"a checkpoint takes about {readable_bytes(size)} on disk; {recipe.checkpoint.save} needs room for {count}, "
+        f"{readable_bytes(count * size)}: the newest {recipe.checkpoint.keep} and the one being written"
+    )
 
 
 def _time(prediction: Prediction) -> Iterator[str]:
@@ -147,7 +160,7 @@ def _packs(report: DryRun) -> Iterator[str]:
 
 
 def _pack(pack: PackReport) -> Row:
-    values = [str(pack.pack_id), str(len(pack.lengths))]
+    values = [str(pack.pack_id + 1), str(len(pack.lengths))]
     for counts in (pack.tokens, pack.tiles, pack.rows):
         values += [f"{counts.sum():,}", f"{counts.min():,} to {counts.max():,}"]
     return values

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vita import platform
 from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.loading.loader import start_fork_server
 from megatron_vita.data.loading.stream import PackStream
@@ -136,7 +137,11 @@ def open_run(recipe: Recipe) -> Run:
     matmul_rate = _slowest_matmul()  # while the device is empty
     optimizer_state.check_state_can_be_saved(recipe)
     if recipe.checkpoint.save:
-        shared_folder.check(Path(recipe.checkpoint.save))
+        shared_folder.check(
+            Path(recipe.checkpoint.save),
+            size=checkpoint_bytes(recipe),
+            count=min(recipe.checkpoint.keep + 1, _checkpoints(recipe)),
+        )
     if recipe.data.num_workers:
         start_fork_server()
     groups.initialize_groups(recipe.parallel)
@@ -150,6 +155,11 @@ def open_run(recipe: Recipe) -> Run:
     run.matmul_rate = matmul_rate
     take_up(run)
     return run
+
+
+def _checkpoints(recipe: Recipe) -> int:
+    """Checkpoints that a run of all steps writes."""
+    return -(-recipe.training.train_iters // recipe.checkpoint.save_interval)
 
 
 def _slowest_matmul() -> float:
@@ -188,6 +198,7 @@ def save_run(run: Run) -> Path:
         manifest=_manifest(run) if dist.get_rank() == 0 else {},
         keep=run.recipe.checkpoint.keep,
         tokenizer=run.recipe.text.tokenizer,
+        size=checkpoint_bytes(run.recipe),
     )
 
 
@@ -245,7 +256,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     run.step = manifest["step"]
     run.consumed_packs = manifest["consumed_packs"]
     run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])
-    logger.info("resumed from %s at step %d, pack %d", checkpoint, run.step, run.consumed_packs)
+    logger.info("resumed from %s after step %d, pack %d", checkpoint, run.step, run.consumed_packs)
     if changes := list(changed_fields(manifest["recipe"], dataclasses.asdict(run.recipe))):
         logger.info("resumed with changes: %s", "; ".join(changes))
 

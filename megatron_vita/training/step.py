@@ -51,7 +51,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
         raise VitaError(
             f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run diverged in packs "
-            f"{run.consumed_packs} to {run.consumed_packs + run.recipe.training.global_batch_size - 1}; "
+            f"{run.consumed_packs + 1} to {run.consumed_packs + run.recipe.training.global_batch_size}; "
             "resume from the last checkpoint with a smaller optimizer.lr"
         )
     run.schedule.step(1)

@@ -1,23 +1,26 @@
 """A run that is told to stop before its end: it finishes the step, saves, and says so."""
 
+import os
 import signal
 import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 5.0
 """Signals within it are one: a supervisor and a launcher may both pass on what one of them got."""
+LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 
 class StopRequest:
-    """Hears SIGTERM, which launchers and schedulers send, and SIGUSR1, while it is entered. Another
-    one later kills."""
+    """Hears SIGTERM, which launchers and schedulers send, SIGUSR1, and SIGINT (Ctrl-C), while it is
+    entered. Another one later kills; a second Ctrl-C does so at once."""
 
     def __init__(self) -> None:
         self.heard = ""  # the first signal's name
         self._heard_at = 0.0
+        self._repeated_interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -41,6 +44,17 @@ class StopRequest:
         if not self.heard:
             self.heard = signal.Signals(number).name
             self._heard_at = now
-        elif now - self._heard_at > REPEAT_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
+            return
+        is_soon = now - self._heard_at <= REPEAT_SECONDS
+        if not (self._may_be_the_same(number) and is_soon):
+            is_interrupt = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
             signal.raise_signal(number)
+
+    def _may_be_the_same(self, number: int) -> bool:
+        """Whether a signal may be the first one, passed on. A terminal sends Ctrl-C to every
+        process; torchrun alone sends it to its ranks once more."""
+        if number != signal.SIGINT:
+            return True
+        self._repeated_interrupts += 1
+        return LAUNCHED in os.environ and self._repeated_interrupts == 1

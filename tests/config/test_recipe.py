@@ -30,6 +30,14 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("field", ["training.tensorboard_dir", "checkpoint.load", "data.plan"])
+def test_an_empty_override_empties_a_field_of_text(tmp_path: Path, field: str) -> None:
+    group, name = field.split(".")
+    path = write(tmp_path, f"format_version: 1\n{group}: {{{name}: somewhere}}")
+    for text in (f"{field}=", f"{field}=''"):
+        assert getattr(getattr(load_recipe(path, [text]), group), name) == ""
+
+
 def test_values_of_the_file_and_then_of_overrides_replace_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "optimizer: {lr: 3e-4}\nparallel: {tensor_model_parallel_size: 4}\n")
     recipe = load_recipe(

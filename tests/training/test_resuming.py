@@ -6,17 +6,22 @@ import logging
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 from toy_run import data_tools, make_toy_run
 
 from megatron_vita import platform
+from megatron_vita.checkpoint import store
 from megatron_vita.config import load_recipe
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training import optimizer, optimizer_state
@@ -217,6 +222,48 @@ def test_what_a_killed_save_left_is_removed_by_the_next(halfway: Path) -> None:
     save_run(run)
     assert not left_behind.exists()
     assert find_position(run.recipe).step == STEP
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, on which 100 kB are left."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_save_on_a_full_disk_says_so_and_leaves_no_half(
+    halfway: Path, full_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = resumed(halfway)
+    run.recipe.checkpoint.save = str(full_disk)
+    with pytest.raises(CheckpointError, match=r"no space for a checkpoint: .* bytes\) are free"):
+        save_run(run)
+    assert list(full_disk.iterdir()) == []
+    with pytest.raises(CheckpointError, match=r"no space for a checkpoint: .*; nothing is left"):
+        store.save_checkpoint(full_disk, step=8, state=_state(run), manifest={}, keep=1)
+    assert list(full_disk.iterdir()) == []
+    assert "Traceback" not in caplog.text
+
+
+def _state(run: Run) -> dict:
+    return {"model": store.model_state(run.cores)}
+
+
+def test_the_bytes_of_a_checkpoint_are_those_of_its_tensors(halfway: Path) -> None:
+    recipe = load_recipe(halfway, [])
+    folder = Path(recipe.checkpoint.save) / f"step_{STEP:08d}"
+    tensors = [
+        entry
+        for entry in FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+        if isinstance(entry, TensorStorageMetadata)
+    ]
+    written = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors)
+    assert checkpoint_bytes(recipe) == pytest.approx(written, rel=0.01)
 
 
 def test_another_batch_size_goes_on_with_the_next_pack(halfway: Path) -> None:

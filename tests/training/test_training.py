@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 from toy_run import data_tools, make_toy_run
 
 from megatron_vita import platform
-from megatron_vita.checkpoint import shared_folder, store
+from megatron_vita.checkpoint import shared_folder, space, store
 from megatron_vita.config import Recipe, load_recipe
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data import Batch
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, StoppedError, VitaError
 from megatron_vita.training import loop, stopping
@@ -130,7 +131,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_validation_can_fail(
     assert (tmp_path / "latest").read_text() == "step_00000002"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
                 os.kill(os.getpid(), number)
         return train_step(run, batches)
 
+    monkeypatch.setenv(stopping.LAUNCHED, "torchrun")
     monkeypatch.setattr(loop, "train_step", told)
     monkeypatch.setattr(
         validation, "validation_batches", lambda _: pytest.fail("there is no time for it")
@@ -190,6 +192,39 @@ def test_a_folder_that_differs_from_the_first_ranks_is_named(
     assert [file.name for file in tmp_path.iterdir()] == ["probe"]
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_refused_with_bytes_needed_and_free(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path}"])
+    needed = checkpoint_bytes(recipe)
+    monkeypatch.setattr(space, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"checkpoint.save {tmp_path}: no space .* \({needed} bytes\), and .* \({needed - 1} bytes\) are free",
+    ):
+        open_run(recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_fewer_checkpoints_than_are_kept_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(space, "free_bytes", lambda _: 2500)
+    (tmp_path / "step_00000004").mkdir()
+    shared_folder.check(tmp_path, size=1000, count=3)
+    assert not caplog.text
+    shared_folder.check(tmp_path, size=1000, count=4)
+    assert "will be full: 4 checkpoints" in caplog.text
+    assert "need 3.0 kB more, and 2.5 kB are free" in caplog.text
+
+
+def test_halves_of_killed_saves_count_as_room(tmp_path: Path) -> None:
+    (tmp_path / ".step_00000004.incomplete").mkdir()
+    free = space.room_in(tmp_path)
+    (tmp_path / ".step_00000004.incomplete" / "half").write_bytes(bytes(1 << 20))
+    assert abs(space.room_in(tmp_path) - free) < 1 << 19 or os.environ.get("PYTEST_XDIST_WORKER")
+
+
 def test_a_rank_that_cannot_write_there_is_heard_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +248,20 @@ def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.Monkey
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert raised == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch, launched: bool) -> None:
+    monkeypatch.delenv(stopping.LAUNCHED, raising=False)
+    if launched:
+        monkeypatch.setenv(stopping.LAUNCHED, "torchrun")
+    with stopping.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.heard == "SIGINT"
+        if launched:  # torchrun passes on what the terminal sent to all
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_latest_checkpoint_that_cannot_be_read_is_no_matter_of_writing_and_leaves_no_file(
@@ -448,7 +497,7 @@ def test_a_run_that_diverges_stops_and_names_step_and_packs(
         "megatron_vita.training.step.normalize",
         lambda tiles, *_, **__: tiles.float() * float("nan"),
     )
-    with pytest.raises(VitaError, match=r"step 1: loss nan.*packs 0 to 3"):
+    with pytest.raises(VitaError, match=r"step 1: loss nan.*packs 1 to 4"):
         train(load_recipe(recipe_path, FAST))
 
 

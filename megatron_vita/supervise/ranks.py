@@ -1,0 +1,166 @@
+"""The end of a rank that fails: one line from one rank of a machine, which torchrun repeats.
+
+torchrun gives each rank a file for its error, TORCHELASTIC_ERROR_FILE, in a folder of its own; the
+folders of a machine's ranks lie in one. The first rank to fail leaves a mark there. It alone says
+why, and ends with exit code 1. Those that fail after it, mostly because it is gone, end silently:
+with exit code 0, since torchrun shows a block of lines for each other one.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_vita.errors import VitaError
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+MARK = "failed"
+NOTE = "checkpoints"
+LAUNCHER_SECONDS = 10.0
+"""Time for a launcher to notice that another rank has died, and to end the rest."""
+OTHERS_SECONDS = 1.0
+LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+"""In messages of collectives whose other end is gone."""
+logger = logging.getLogger(__name__)
+
+
+def report_failure(error: BaseException, *, checkpoints: str | None = None) -> int:
+    """Say in one line why this rank ends, and return its exit code. If another rank of this machine
+    has done so, end at once instead.
+
+    checkpoints: the folder that a run saves to, for the line to say where the same command goes
+        on; None where nothing was trained.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending
+    if not _is_first():
+        _leave_mark(f"{MARK}.{os.getpid()}")
+        _end_silently()
+    if not isinstance(error, VitaError | KeyboardInterrupt) and not _has_lost_peer(error):
+        logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
+    line = describe_failure(error, checkpoints=checkpoints)
+    logger.error("%s", line)
+    if _has_lost_peer(error):
+        _wait_for_launcher()
+    _write_error_file(line)
+    _wait_for_others()
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 1
+
+
+def describe_failure(error: BaseException, *, checkpoints: str | None = None) -> str:
+    """Why a rank ends, in one line; for all but a user's error also where the run goes on."""
+    if isinstance(error, VitaError):
+        return _one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        reason = "interrupted"
+    elif _has_lost_peer(error):
+        reason = f"another rank has died, which the launcher names: {_one_line(error)}"
+    else:
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+    line = f"rank {os.environ.get('RANK', '0')}: {reason}"
+    if checkpoints is None:
+        return line
+    return f"{line}; {describe_restart(checkpoints)}"
+
+
+def describe_restart(checkpoints: str) -> str:
+    """Say where a run that saves to the folder `checkpoints` goes on when it is started again."""
+    if not checkpoints:
+        return "the same command starts from the beginning: checkpoint.save is empty"
+    try:
+        newest = (Path(checkpoints) / "latest").read_text().strip()
+    except OSError:  # also where the folder is not there yet
+        return f"the same command starts from the beginning: {checkpoints} has no checkpoint"
+    return f"the same command goes on from {Path(checkpoints) / newest}"
+
+
+def note_checkpoints(folder: str) -> None:
+    """Leave word of the folder that this run saves to, for the launcher to name it when a rank is
+    killed."""
+    file = os.environ.get(ERROR_FILE)
+    if file and folder and os.environ.get("LOCAL_RANK") == "0":
+        _write(Path(file).parent.parent / NOTE, str(Path(folder).absolute()))
+
+
+def noted_checkpoints(logs: Path) -> str:
+    """The folder that a run saves to which the ranks noted in a launcher's folder; empty if they
+    did not come so far."""
+    notes = sorted(logs.rglob(NOTE), key=lambda note: note.stat().st_mtime_ns)
+    if notes:
+        return notes[-1].read_text()
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _has_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
+
+
+def _is_first() -> bool:
+    """Whether no rank of this machine has failed before; true without torchrun."""
+    return _leave_mark(MARK)
+
+
+def _leave_mark(name: str) -> bool:
+    """Create a file for the ranks of this machine to see; false if it is there."""
+    file = os.environ.get(ERROR_FILE)
+    if not file:
+        return True
+    try:
+        (Path(file).parent.parent / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _wait_for_others() -> None:
+    """Let ranks that meet the same error end: torchrun shows a block of lines for each that it has
+    to end."""
+    file = os.environ.get(ERROR_FILE)
+    others = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    ends = time.monotonic() + OTHERS_SECONDS
+    while file and time.monotonic() < ends:
+        if len(list(Path(file).parent.parent.glob(f"{MARK}.*"))) >= others:
+            return
+        time.sleep(0.02)
+
+
+def _wait_for_launcher() -> None:
+    """Let torchrun notice the rank that died and end this one: it takes the first to end for the
+    cause."""
+    if ERROR_FILE in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: _end_silently())
+        time.sleep(LAUNCHER_SECONDS)
+
+
+def _end_silently() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # what is left of the process group cannot be left in order
+
+
+def _write_error_file(line: str) -> None:
+    """Write a line where torchrun looks for a traceback."""
+    file = os.environ.get(ERROR_FILE)
+    if not file:
+        return
+    where = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    _write(Path(file), json.dumps({"message": {"message": line, "extraInfo": where}}))
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        logger.warning("%s: cannot be written: %s", file, error)

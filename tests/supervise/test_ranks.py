@@ -1,0 +1,155 @@
+"""The end of ranks under torchrun, and what is printed of it. The ranks import no torch."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from megatron_vita import launch
+from megatron_vita.errors import ConfigError
+from megatron_vita.supervise.ranks import describe_failure, describe_restart
+from tests.environment import ROOT
+
+BEGINNING = """
+import os, signal, sys, time
+from pathlib import Path
+from megatron_vita.errors import ConfigError
+from megatron_vita.supervise.ranks import note_checkpoints, report_failure
+
+rank = int(os.environ["RANK"])
+here = Path(__file__).parent
+note_checkpoints(str(here / "checkpoints"))
+try:
+"""
+USER = '    raise ConfigError("optimizer.lr is abc: float is needed")'
+ONE_RANK = """
+    while rank == 0 and not (here / "raised").exists():
+        time.sleep(0.01)
+    if rank == 0:
+        time.sleep(0.2)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:1")
+    (here / "raised").touch()
+    raise ConfigError("shard 7 is damaged")
+"""
+KILLED = """
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.2)
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:1")
+"""
+ENDING = """
+except (Exception, KeyboardInterrupt) as error:
+    sys.exit(report_failure(error, checkpoints=str(here / "checkpoints")))
+"""
+
+
+class Ended(NamedTuple):
+    """A launcher's exit code, and the lines that it and its ranks printed."""
+
+    code: int
+    lines: list[str]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    yield
+    for number, handler in before:  # torchrun sets its own
+        signal.signal(number, handler)
+
+
+def arguments(folder: Path, body: str) -> list[str]:
+    """What starts two ranks with a body, in a run that stands at step 20."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "latest").write_text("step_00000020")
+    script = folder / "worker.py"
+    script.write_text(BEGINNING + body + ENDING)
+    return ["--standalone", "--nproc_per_node", "2", str(script)]
+
+
+@contextmanager
+def launchers_log() -> Iterator[list[str]]:
+    """What the launcher itself logs, which pytest takes from stderr."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    launch.logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        launch.logger.removeHandler(handler)
+
+
+def start(folder: Path, body: str, capfd: pytest.CaptureFixture[str]) -> Ended:
+    capfd.readouterr()
+    with launchers_log() as said:
+        code = launch.main(arguments(folder, body))
+    return Ended(code, [*capfd.readouterr().err.splitlines(), *said])
+
+
+def test_a_users_error_is_one_line_of_one_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, USER, capfd) == (1, ["optimizer.lr is abc: float is needed"])
+
+
+def test_torchruns_own_report_ends_with_the_same_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ChildFailedError) as caught:
+        run.run(run.parse_args(arguments(tmp_path, USER)))
+    # one that it had to end, late in coming so far, is no failure of its own
+    assert sum(failure.exitcode > 0 for failure in caught.value.failures.values()) == 1
+    report = str(caught.value).splitlines()
+    assert report[-2] == "  traceback : optimizer.lr is abc: float is needed"
+
+
+def test_ranks_that_lose_the_one_that_failed_say_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, ONE_RANK, capfd) == (1, ["shard 7 is damaged"])
+
+
+def test_a_rank_that_is_killed_is_named_with_where_the_run_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = start(tmp_path, KILLED, capfd)
+    goes_on = f"the same command goes on from {tmp_path}/checkpoints/step_00000020"
+    assert ended.code == 128 + signal.SIGKILL
+    assert ended.lines[-1] == (
+        f"rank 1 was killed by SIGKILL, often for lack of host memory; {goes_on}"
+    )
+    assert all("another rank has died" in line for line in ended.lines[:-1])
+
+
+def test_an_interrupt_of_all_ranks_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = start(tmp_path, "    raise KeyboardInterrupt", capfd)
+    assert ended.code == 128 + signal.SIGINT
+    assert [line.partition(": ")[2] for line in ended.lines] == [
+        f"interrupted; the same command goes on from {tmp_path}/checkpoints/step_00000020"
+    ]
+
+
+def test_a_bug_shows_its_traceback_once_and_ends_with_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ended = start(tmp_path, '    raise ValueError("no\\nsuch thing")', capfd)
+    assert sum(line.startswith("Traceback") for line in ended.lines) == 1
+    assert "ValueError: no such thing; the same command goes on from" in ended.lines[-1]
+
+
+def test_where_a_run_starts_again_is_said(tmp_path: Path) -> None:
+    assert "checkpoint.save is empty" in describe_restart("")
+    assert f"{tmp_path} has no checkpoint" in describe_restart(str(tmp_path))
+    assert describe_failure(ConfigError("a\n  b"), checkpoints="runs") == "a b"
