@@ -1,4 +1,64 @@
 """megatron_vita: trains and serves vision-language models over contexts of up to a million
-tokens."""
+tokens.
+
+The names below are imported once they are asked for: most need torch (docs/api.md).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_vita.api import Model, from_hf, load, open_packs, to_hf
+    from megatron_vita.config import Recipe, load_recipe
+    from megatron_vita.errors import VitaError
+    from megatron_vita.inference.prompt import MediaFile, Prompt
+    from megatron_vita.inference.requests import SamplingParams
+    from megatron_vita.registry import register
+    from megatron_vita.training.callbacks import Callback
+    from megatron_vita.training.loop import train
 
 __version__ = "0.1.0"
+__all__ = [
+    "Callback",
+    "MediaFile",
+    "Model",
+    "Prompt",
+    "Recipe",
+    "SamplingParams",
+    "VitaError",
+    "from_hf",
+    "load",
+    "load_recipe",
+    "open_packs",
+    "register",
+    "to_hf",
+    "train",
+]
+_PLACES = {
+    "Callback": "training.callbacks",
+    "MediaFile": "inference.prompt",
+    "Model": "api",
+    "Prompt": "inference.prompt",
+    "Recipe": "config",
+    "SamplingParams": "inference.requests",
+    "VitaError": "errors",
+    "from_hf": "api",
+    "load": "api",
+    "load_recipe": "config",
+    "open_packs": "api",
+    "register": "registry",
+    "to_hf": "api",
+    "train": "training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "rounding", "sizes", "supervise", "platform", "config"}
-PURE = {"errors", "rounding", "sizes", "config", "media", "text", "layout", "costs"}
+EVERYWHERE = {"errors", "registry", "rounding", "sizes", "supervise", "platform", "config"}
+PURE = {"errors", "registry", "rounding", "sizes", "config", "media", "text", "layout", "costs"}
 MAY_IMPORT = {
     "errors": set(),
+    "registry": {"errors"},
     "rounding": set(),
     "sizes": set(),
     "supervise": {"errors"},
@@ -53,6 +54,7 @@ MAY_IMPORT = {
     },
     "evaluation": EVERYWHERE | {"commands", "checkpoint", "media", "text", "data", "inference"},
 }
+MAY_IMPORT["api"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))

@@ -3,8 +3,9 @@ one of them."""
 
 from data_tools.formats import captions, frames, hf, llava, sharegpt, webdataset
 from data_tools.formats.base import Format
+from megatron_vita.registry import Registry
 
-FORMATS: dict[str, Format] = {
+_OWN = {
     "llava": Format(llava.list_sources, llava.read),
     "sharegpt": Format(llava.list_sources, sharegpt.read),
     "hf": Format(hf.list_sources, hf.read, writes_media=True),
@@ -12,3 +13,4 @@ FORMATS: dict[str, Format] = {
     "captions": Format(captions.list_sources, captions.read),
     "frames": Format(captions.list_sources, frames.read),
 }
+FORMATS: Registry[Format] = Registry("data_format", _OWN)

@@ -10,6 +10,7 @@ import sys
 from typing import NamedTuple
 
 import megatron_vita
+from megatron_vita.errors import VitaError
 
 
 class Command(NamedTuple):
@@ -62,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"error: {_unknown(name)}\n")
         return 1
-    run = pkgutil.resolve_name(COMMANDS[name].main)
+    try:
+        run = pkgutil.resolve_name(COMMANDS[name].main)
+    except VitaError as error:  # of a plugin
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     return run(given[1:], name=f"vita {name}")
 
 

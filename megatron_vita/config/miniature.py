@@ -18,6 +18,7 @@ STEPS = 4
 SUFFIX = "-tiny"
 VISION_KINDS = (
     *(
+        "kind",
         "normalization",
         "qk_layernorm",
         "add_qkv_bias",

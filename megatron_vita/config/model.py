@@ -22,6 +22,7 @@ class VisionConfig:
     pixels ragged_grid true. EVA2-CLIP: layer_scale false, norm_after true.
     """
 
+    kind: str = described("vit", "Module of the tower: vit, or one that a plugin registers.")
     image_size: int = described(448, "Side of a tile in pixels.")
     patch_size: int = described(14, "Side of a patch in pixels.")
     ragged_grid: bool = described(

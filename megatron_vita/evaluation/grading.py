@@ -5,6 +5,8 @@ import string
 import unicodedata
 from collections.abc import Callable
 
+from megatron_vita.registry import Registry
+
 _ARTICLES = {"a", "an", "the"}
 _LETTER_ALONE = re.compile(r"\(?([A-Z])\)?[.:]?", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"(?:\(([A-Z])\)|([A-Z])[).:,](?=\s))")
@@ -77,9 +79,6 @@ def choice_letter(text: str) -> str | None:
     return None
 
 
-METRICS: dict[str, Callable[[str, str], bool]] = {
-    "exact": exact_match,
-    "contains": contains,
-    "letter": same_letter,
-}
+_OWN = {"exact": exact_match, "contains": contains, "letter": same_letter}
+METRICS: Registry[Callable[[str, str], bool]] = Registry("metric", _OWN)
 """Metrics by name; each takes an answer and the reference."""

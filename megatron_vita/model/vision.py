@@ -19,8 +19,10 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megatron_vita.config import VisionConfig
+from megatron_vita.errors import ConfigError
 from megatron_vita.model.vision_parts import Split, VisionAttention, VisionMLP, build_norm
 from megatron_vita.parallel import groups
+from megatron_vita.registry import Registry
 from megatron_vita.rounding import ceil_div
 
 
@@ -163,6 +165,21 @@ class VisionTower(nn.Module):
             for key in (key for key in sharded if key.endswith(name)):
                 sharded[key].allow_shape_mismatch = True  # heads of padding differ between layouts
         return sharded
+
+
+TOWERS: Registry[type[VisionTower]] = Registry("vision_tower", {"vit": VisionTower})
+"""Modules by `model.vision.kind`; a registered one derives from VisionTower."""
+
+
+def build_tower(config: VisionConfig, *, tp_group: ProcessGroup | None = None) -> VisionTower:
+    """Build the tower of a config; `tp_group` is VisionTower's.
+
+    Raises:
+        ConfigError: `kind` is not known.
+    """
+    if config.kind not in TOWERS:
+        raise ConfigError(f"model.vision.kind is {config.kind!r}; known: {', '.join(TOWERS)}")
+    return TOWERS[config.kind](config, tp_group=tp_group)
 
 
 def pixel_shuffle(patches: Tensor) -> Tensor:

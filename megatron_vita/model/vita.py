@@ -17,7 +17,7 @@ from megatron_vita.model.first_weights import set_first_weights
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.model.pieces import checkpoint_pieces, split_evenly
 from megatron_vita.model.projector import Projector
-from megatron_vita.model.vision import VisionTower
+from megatron_vita.model.vision import build_tower
 from megatron_vita.parallel import groups
 from megatron_vita.parallel.collectives import exchange_rows
 from megatron_vita.platform.pinned import to_device
@@ -58,7 +58,7 @@ class VitaModel(MegatronModule):
         self.vision_work = vision_work
         self.encodes = pre_process and not shapes.text_only
         if self.encodes:
-            self.vision_model = VisionTower(
+            self.vision_model = build_tower(
                 shapes.vision,
                 tp_group=groups.tensor_group() if vision_work.tensor_parallel else None,
             )

@@ -5,9 +5,11 @@ import importlib.metadata
 import sys
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from megatron_vita.commands import EXTRAS
 from tests.environment import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -65,6 +67,18 @@ def test_every_declared_dependency_has_a_pin_inside_its_range() -> None:
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version, prereleases=True), name
         assert requirement.extras == pinned[name].extras
+
+
+@pytest.mark.parametrize("extra", ["server", "eval", "wandb", "mlflow"])
+def test_an_error_names_the_extra_of_each_module_that_it_brings(extra: str) -> None:
+    distributions = importlib.metadata.packages_distributions()
+    brought = {
+        canonicalize_name(owner)
+        for module, named in EXTRAS.items()
+        if named == extra
+        for owner in distributions[THROUGH.get(module, module)]
+    }
+    assert set(declared(extra)) - set(declared()) <= brought
 
 
 def test_every_pin_is_declared() -> None:

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from megatron_vita import __version__, platform
 from megatron_vita.cli.vita import COMMANDS, main
+from megatron_vita.commands import run_command
+from megatron_vita.inference.server import __main__ as server
 from tests.environment import environment_with
 
 HEAVY = ("torch", "megatron", "numpy", "transformers", "typer")
@@ -79,3 +82,34 @@ def test_a_user_error_of_a_command_is_one_line_and_code_1(
         lines = capfd.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert lines[0].startswith("error: ")
+
+
+def test_a_missing_extra_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def draw(module: str) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert run_command(app, ["matplotlib.pyplot"], name="x") == 1
+    assert capfd.readouterr().err == (
+        "error: matplotlib is not installed: pip install 'megatron-vita[eval]'\n"
+    )
+    with pytest.raises(ModuleNotFoundError, match="No module named 'elsewhere'"):
+        run_command(app, ["elsewhere"], name="x")
+
+
+def test_serving_names_its_missing_extra(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(arguments: object) -> int:
+        raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(server, "run", run)
+    monkeypatch.setattr(server, "leave", leave)
+    with pytest.raises(SystemExit, match="1"):
+        server.main(["checkpoint"])
+    assert caplog.messages == ["fastapi is not installed: pip install 'megatron-vita[server]'"]

@@ -22,6 +22,7 @@ from megatron_vita.convert.families.vision_config import (
     write_internvit,
 )
 from megatron_vita.errors import CheckpointError
+from megatron_vita.registry import Registry
 
 Fields = dict[str, Any]
 PREFIXED = "-prefixed"  # names of formats whose names of tensors begin with `vision_model.`
@@ -37,6 +38,7 @@ class FolderFormat:
     # a config from shapes; the second is what it may start from
     write: Callable[[ModelConfig, Fields], Fields]
     table: Callable[[ModelConfig], list[Rule]]
+    model_types: tuple[str, ...] = ()  # in config.json; a language family's are its own name
     projector: str = "internvl"  # the kind, where it has one
     # beginnings of names that the model has no use for, and that travel along
     passthrough: tuple[str, ...] = ()
@@ -178,6 +180,7 @@ INTERNVIT = FolderFormat(
     read=lambda config, _: ModelConfig(vision=read_internvit(config)),
     write=lambda model, base: write_internvit(model.vision, base, hf=False),
     table=lambda model: names.vision_table(names.INTERNVIT_CHAT, model.vision),
+    model_types=("intern_vit_6b",),
 )
 INTERNVIT_HF = FolderFormat(
     name="internvit-hf",
@@ -185,6 +188,7 @@ INTERNVIT_HF = FolderFormat(
     read=lambda config, _: ModelConfig(vision=read_internvit(config)),
     write=lambda model, base: write_internvit(model.vision, base, hf=True),
     table=lambda model: names.vision_table(names.INTERNVIT_HF, model.vision),
+    model_types=("internvl_vision",),
 )
 INTERNVL_CHAT = FolderFormat(
     name="internvl-chat",
@@ -192,6 +196,7 @@ INTERNVL_CHAT = FolderFormat(
     read=_read_chat,
     write=_write_chat,
     table=_whole_table(names.INTERNVIT_CHAT, "vision_model.", names.PROJECTOR_CHAT),
+    model_types=("internvl_chat",),
 )
 INTERNVL_HF = FolderFormat(
     name="internvl-hf",
@@ -199,6 +204,7 @@ INTERNVL_HF = FolderFormat(
     read=_read_hf,
     write=_write_hf,
     table=_whole_table(names.INTERNVIT_HF, "vision_tower.", names.PROJECTOR_HF),
+    model_types=("internvl",),
 )
 LONG_VITA = FolderFormat(
     name="long-vita",
@@ -226,6 +232,7 @@ def _clip_formats(kind: str) -> Iterator[FolderFormat]:
             read=lambda config, _: ModelConfig(vision=read(config)),
             write=lambda model, base: write_clip(model.vision, base, siglip=siglip),
             table=_clip_table(prefix),
+            model_types=() if prefix else (kind, f"{kind}_vision_model"),
             passthrough=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
             ignored=(
                 "text_model.",
@@ -243,32 +250,19 @@ EVA = FolderFormat(
     read=lambda config, _: ModelConfig(vision=read_eva(config)),
     write=lambda model, base: write_eva(model.vision, base),
     table=lambda model: names.vision_table(names.EVA, model.vision, theirs="transformer.vision."),
+    model_types=("chatglm",),
     ignored=("transformer.",),
 )
 _TOWERS = (*_clip_formats("clip"), *_clip_formats("siglip"), EVA)
-FOLDER_FORMATS = {
-    folder_format.name: folder_format
-    for folder_format in (
-        CAUSAL,
-        INTERNVIT,
-        INTERNVIT_HF,
-        INTERNVL_CHAT,
-        INTERNVL_HF,
-        LONG_VITA,
-        *_TOWERS,
-    )
-}
-_BY_MODEL_TYPE = dict.fromkeys(FAMILIES, CAUSAL) | {
-    "intern_vit_6b": INTERNVIT,
-    "internvl_vision": INTERNVIT_HF,
-    "internvl_chat": INTERNVL_CHAT,
-    "internvl": INTERNVL_HF,
-    "clip": FOLDER_FORMATS["clip"],
-    "clip_vision_model": FOLDER_FORMATS["clip"],
-    "siglip": FOLDER_FORMATS["siglip"],
-    "siglip_vision_model": FOLDER_FORMATS["siglip"],
-    "chatglm": EVA,
-}
+_OWN = (CAUSAL, INTERNVIT, INTERNVIT_HF, INTERNVL_CHAT, INTERNVL_HF, LONG_VITA, *_TOWERS)
+FOLDER_FORMATS: Registry[FolderFormat] = Registry(
+    "folder_format", {each.name: each for each in _OWN}
+)
+
+
+def _by_model_type() -> dict[str, FolderFormat]:
+    formats = {kind: each for each in FOLDER_FORMATS.values() for kind in each.model_types}
+    return dict.fromkeys(FAMILIES, CAUSAL) | formats
 
 
 def format_of(config: Config, tensors: Collection[str] = ()) -> FolderFormat:
@@ -279,7 +273,8 @@ def format_of(config: Config, tensors: Collection[str] = ()) -> FolderFormat:
     """
     if config.get("visual") is not None:  # Long-VITA's own, whatever model type it names
         return LONG_VITA
-    folder_format = _BY_MODEL_TYPE[config.must_be("model_type", tuple(_BY_MODEL_TYPE), None)]
+    known = _by_model_type()
+    folder_format = known[config.must_be("model_type", tuple(known), None)]
     prefixed = FOLDER_FORMATS.get(folder_format.name + PREFIXED, folder_format)
     if any(name.startswith("vision_model.") for name in tensors):
         return prefixed

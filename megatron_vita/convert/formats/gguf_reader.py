@@ -97,7 +97,7 @@ class GgufSource:
         heads = self._field(f"{family}.attention.head_count")
         width = self._field(f"{family}.embedding_length")
         fields = {
-            "architectures": [FAMILIES[family]],
+            "architectures": [FAMILIES[family].architecture],
             "model_type": family,
             "hidden_size": width,
             "intermediate_size": self._field(f"{family}.feed_forward_length"),

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_vita.errors import VitaError
+from megatron_vita.commands import describe_missing
+from megatron_vita.errors import PlatformError, VitaError
 from megatron_vita.inference.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def main(arguments: list[str], *, name: str = MODULE) -> NoReturn:
     """Serve, and end this process: a user's error is one line, any other has a traceback; exit
     code 1."""
     try:
-        code = run(parse_arguments(arguments, name=name))
+        code = _run_installed(parse_arguments(arguments, name=name))
     except VitaError as error:
         logging.getLogger("megatron_vita").error("%s", error)
         code = 1
@@ -210,6 +211,13 @@ def main(arguments: list[str], *, name: str = MODULE) -> NoReturn:
         )
         code = 1
     leave(code)
+
+
+def _run_installed(arguments: argparse.Namespace) -> int:
+    try:
+        return run(arguments)
+    except ModuleNotFoundError as error:
+        raise PlatformError(describe_missing(error)) from error
 
 
 def leave(code: int) -> NoReturn:
