@@ -1,4 +1,4 @@
-"""python -m megatron_vita.inference: answers about images and videos on the terminal."""
+"""Command-line client: ask a checkpoint or a server about images and videos."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -118,8 +118,8 @@ def ask(
 
 
 def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -> None:
-    """Answers line by line until /exit or the end of the input. A wrong line is complained of and
-    passed over."""
+    """Answer questions line by line until /exit or the end of the input. An error is printed, and
+    the line skipped."""
     for line in lines:
         command, _, file = line.partition(" ")
         try:
@@ -138,8 +138,11 @@ def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -
 
 
 def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
-    """Shows the answer as it comes, and keeps it. False if Ctrl-C stopped it: then what was said by
-    then is kept."""
+    """Print an answer as it is generated, and add it to the conversation.
+
+    Returns:
+        False if Ctrl-C stopped the answer; the text so far is kept.
+    """
     prompt = conversation.ask(question)
     pieces = list[TextPiece]()
     finished = True
@@ -165,7 +168,7 @@ def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
 def _local_stream(
     checkpoint: str | None, *, tokenizer: str | None, sampling: SamplingParams
 ) -> Stream:
-    """Answers of a checkpoint, loaded into this process."""
+    """Load a checkpoint into this process and stream answers from it."""
     if checkpoint is None:
         raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")
     from megatron_vita.inference.engine.engine import Engine
@@ -183,7 +186,7 @@ def _local_stream(
 
 
 def _named(score: ScoredToken, tokenizer: Tokenizer) -> TokenText:
-    """A token by its text."""
+    """Decode the ids of a scored token."""
     likeliest = tuple((tokenizer.decode([one.token_id]), one.logprob) for one in score.likeliest)
     return TokenText(
         text=tokenizer.decode([score.chosen.token_id]),
@@ -193,8 +196,7 @@ def _named(score: ScoredToken, tokenizer: Tokenizer) -> TokenText:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of the terminal, with a mark where one is awaited and editing of the line, or of a
-    file."""
+    """Yield lines of standard input; a terminal gets a prompt and line editing."""
     if not sys.stdin.isatty():
         yield from map(str.strip, sys.stdin)
         return
@@ -223,7 +225,11 @@ def _write(text: str) -> None:
 
 
 def main(arguments: list[str], *, name: str = "python -m megatron_vita.inference") -> int:
-    """Run the command and return its exit code; a user's error is one line and 1."""
+    """Run the client; print a user's error as one line.
+
+    Returns:
+        The exit code.
+    """
     platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
     code = run_command(app, arguments, name=name)
     platform.leave_process()

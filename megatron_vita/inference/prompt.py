@@ -1,4 +1,4 @@
-"""Prompts: a conversation with its images and videos as bytes, laid out as training documents
+"""Prompts: a conversation with the bytes of its images and videos, tokenized as training documents
 are."""
 
 import hashlib
@@ -19,14 +19,14 @@ from megatron_vita.text.conversation import check_messages
 
 @dataclass(frozen=True, kw_only=True)
 class MediaFile:
-    """An image or video: its bytes, and the name that errors use."""
+    """An image or video: its bytes, and a name for error messages."""
 
     name: str
     data: bytes
 
     @classmethod
     def read(cls, path: str | Path) -> "MediaFile":
-        """A file on this machine; DataError if it cannot be read."""
+        """Read a local file; DataError if that fails."""
         try:
             return cls(name=str(path), data=Path(path).read_bytes())
         except OSError as error:
@@ -35,8 +35,8 @@ class MediaFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """Messages as in the chat JSONL; text contents hold the tags `<image>` and `<video>`, or are
-    lists of parts."""
+    """Chat messages in the format of the chat JSONL. Contents are texts with the tags `<image>` and
+    `<video>`, or lists of parts."""
 
     messages: list[dict[str, Any]]
     images: Sequence[MediaFile] = ()
@@ -47,7 +47,8 @@ class Prompt:
     def ask(
         cls, question: str, *, images: Sequence[MediaFile] = (), videos: Sequence[MediaFile] = ()
     ) -> "Prompt":
-        """One question after its media; whatever it says is literal text."""
+        """Build a prompt of one question after its media; the question is literal text, without
+        tags."""
         parts: list[dict[str, str]] = [{"type": "image"} for _ in images] + [
             {"type": "video"} for _ in videos
         ]
@@ -60,7 +61,7 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFrames:
-    """Which frames of a video the model is shown: seconds from its first frame."""
+    """Timestamps of the frames sampled from a video, in seconds from its first frame."""
 
     name: str
     duration: float
@@ -70,7 +71,7 @@ class VideoFrames:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedPrompt:
-    """A prompt in tokens, with its media yet to be decoded."""
+    """A tokenized prompt whose media are probed but not yet decoded."""
 
     document: Document
     files: list[MediaFile]  # of `document.media`
@@ -80,19 +81,23 @@ class PreparedPrompt:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, placeholders included."""
+        """Number of prompt tokens, including placeholders of media."""
         return len(self.document)
 
     @property
     def tiles(self) -> int:
-        """Image tiles and frames."""
+        """Number of image tiles and video frames."""
         return len(self.document.placements)
 
     def block_keys(
         self, block_tokens: int, *, rows_per_tile: int, said: Sequence[int] = ()
     ) -> list[bytes]:
-        """Keys of the whole blocks of the prompt followed by the tokens `said`: of what a block
-        holds, of all that comes before it, and of the salt."""
+        """Prefix cache keys of the full blocks of the prompt followed by the generated tokens
+        `said`.
+
+        A key is a hash of the cache salt, of all preceding tokens and tiles, and of the block's
+        own.
+        """
         ids = np.concatenate([self.document.input_ids, np.array(said, dtype=np.int64)])
         placements = self.document.placements
         key = self.cache_salt
@@ -114,11 +119,14 @@ def prepare_prompt(
     probe: Callable[[MediaFile], VideoInfo],
     max_frames: int | None = None,
 ) -> PreparedPrompt:
-    """The prompt's tokens up to where the assistant speaks. DataError if messages or media are
-    wrong.
+    """Tokenize a prompt up to the beginning of the assistant's turn.
 
-    `probe` tells what kind of video a file is. `max_frames`: of each video at most so many frames,
-    where that is less than the recipe's `media.max_frames`.
+    Args:
+        probe: returns the metadata of a video file.
+        max_frames: limit of frames per video; it can only lower the recipe's `media.max_frames`.
+
+    Raises:
+        DataError: messages or media are invalid.
     """
     sample = {
         "messages": prompt.messages,

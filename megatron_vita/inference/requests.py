@@ -1,5 +1,4 @@
-"""What is asked of the engine and what comes back: sampling options, scored tokens, pieces of
-answers."""
+"""Types of requests and outputs of the engine: sampling parameters, scored tokens, output deltas."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +12,7 @@ was asked cannot be answered, such as a damaged image; `model_error`: the model'
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How an answer is drawn. Temperature 0 always takes the likeliest token."""
+    """Sampling parameters of a request. Temperature 0 is greedy decoding."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -64,8 +63,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token and its natural-log probability under the model's own distribution, before
-    temperature and penalties."""
+    """A token and its natural-log probability under the model's distribution, before temperature
+    and penalties."""
 
     token_id: int
     logprob: float
@@ -73,8 +72,7 @@ class TokenScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredToken:
-    """A token of an answer with the likeliest tokens in its place, best first (none where logprobs
-    is 0)."""
+    """A sampled token with the most likely alternatives, best first; empty where logprobs is 0."""
 
     chosen: TokenScore
     likeliest: tuple[TokenScore, ...] = ()
@@ -82,11 +80,11 @@ class ScoredToken:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPiece:
-    """What a step of the engine added to one answer.
+    """Output that one engine step adds to one choice of a request.
 
-    `text` never needs to be taken back: half characters and what may become a stop string are held
-    back. All pieces' texts joined are the answer. With beam search everything comes in one last
-    piece per answer.
+    Text once delivered is final: incomplete characters and possible beginnings of stop strings are
+    held back. The deltas' texts joined are the whole output. Beam search delivers everything in one
+    last delta per choice.
     """
 
     request: int
@@ -100,7 +98,7 @@ class AnswerPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said."""
+    """Complete output of one choice."""
 
     text: str
     token_ids: list[int]
@@ -110,5 +108,5 @@ class Answer:
 
     @property
     def finished(self) -> bool:
-        """Whether the model itself came to an end; false where a length cut it."""
+        """True if the model or a stop string ended the output, false if a limit did."""
         return self.finish == "stop"

@@ -1,5 +1,4 @@
-"""The scheduler's decision for one step, sent from rank 0 to all ranks: one forward pass and the
-bookkeeping that comes with it."""
+"""The scheduler's decisions for one step, broadcast from rank 0 to all ranks."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from megatron_vita.inference.prompt import MediaFile
 
 @dataclass(frozen=True, kw_only=True)
 class NewSequence:
-    """A sequence whose prompt is to be computed."""
+    """A sequence whose prompt has to be prefilled."""
 
     sequence: int
     input_ids: np.ndarray  # int64 [L]
@@ -22,7 +21,7 @@ class NewSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillChunk:
-    """Tokens `start` to `stop` of a sequence's prompt."""
+    """Prompt tokens `start` to `stop` of a sequence."""
 
     sequence: int
     start: int
@@ -32,9 +31,9 @@ class PrefillChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOutput:
-    """One step: prefill chunks, or one decode token of each of several sequences, or neither.
+    """One step: prefill chunks, or one decode token for each of several sequences, or neither.
 
-    Workers apply the fields in the order in which they stand here.
+    Workers apply the fields in the order of their definition.
     """
 
     finished: list[int] = field(default_factory=list)  # sequences to forget

@@ -1,4 +1,5 @@
-"""The engine: requests in, pieces of answers out, one forward pass of all ranks at a time."""
+"""The engine: takes requests, runs one forward pass of all ranks per step, and returns output
+deltas."""
 
 import contextlib
 import dataclasses
@@ -157,7 +158,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """True if a step would do anything."""
         return bool(self._ended_early) or self._scheduler.has_work
 
     def prepare(self, prompt: Prompt, *, max_frames: int | None = None) -> PreparedPrompt:

@@ -56,10 +56,15 @@ class OutputProcessor:
     def process(
         self, step: SchedulerOutput, logits: Tensor, *, failed: dict[int, str]
     ) -> list[AnswerPiece]:
-        """What a step adds to answers.
+        """Apply the results of a step.
 
-        logits [rows, V]: one row for each prompt that ends in this step, or for each decoded token.
-        failed: reasons by sequence, for those whose tiles could not be decoded.
+        Args:
+            logits: [rows, V], one row for each prompt that ends in this step, or for each decoded
+                token.
+            failed: reasons by sequence, for those whose tiles could not be decoded.
+
+        Returns:
+            The output deltas of this step.
         """
         owners = {s.number: r for r in self._scheduler.admitted for s in r.sequences}
         pieces: list[AnswerPiece] = []

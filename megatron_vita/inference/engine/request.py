@@ -71,6 +71,6 @@ class Request:
         )
 
     def has_tiles(self, start: int, stop: int) -> bool:
-        """Whether a tile begins among tokens `start` to `stop` of the prompt."""
+        """True if a tile begins among prompt tokens `start` to `stop`."""
         first, last = np.searchsorted(self.prepared.document.placements, (start, stop))
         return bool(first < last)

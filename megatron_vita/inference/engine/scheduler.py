@@ -61,7 +61,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something."""
+        """True if a step would compute something."""
         return bool(self._waiting or self._prefilling or self._running)
 
     @property
@@ -213,7 +213,7 @@ class Scheduler:
             self._start_prefill(request, cached)
 
     def _is_being_computed(self, keys: list[bytes], block: int) -> bool:
-        """Whether a prompt under way will hold the block number `block` of a prompt with `keys`."""
+        """True if an admitted prompt will hold block number `block` of a prompt with `keys`."""
         if block == len(keys):
             return False
         return any(
@@ -222,7 +222,7 @@ class Scheduler:
         )
 
     def _has_room(self, request: Request, cached: list[int]) -> bool:
-        """Whether a request fits beside those under way; reserves its blocks."""
+        """Check that the blocks of a request fit beside those already reserved, and reserve them."""
         request.reserved_blocks = self.blocks_needed(request.prepared.tokens, request.sampling)
         room = self.pool.available_beside(cached) - self._unclaimed_blocks()
         if request.reserved_blocks - len(cached) > room:

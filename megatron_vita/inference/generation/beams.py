@@ -145,7 +145,7 @@ class BeamSearch:
         ]
 
     def _can_improve(self, best: _Beam) -> bool:
-        """Whether the best live beam, at its present length, beats the worst result of a full list."""
+        """True if the best live beam, at its present length, beats the worst result of a full list."""
         if len(self._finished) < self._sampling.num_beams:
             return True
         return best.total / self._length**self._sampling.length_penalty > self._finished[-1].score

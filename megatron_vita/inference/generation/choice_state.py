@@ -34,7 +34,7 @@ class ChoiceState:
             self._penalties = Penalties(prompt_ids, vocab_size=vocab_size, device=device)
 
     def sampling_row(self) -> SamplingRow:
-        """How the next token is to be sampled."""
+        """Sampling parameters of the next token."""
         return SamplingRow(
             sampling=self.sampling,
             choice=self.choice,

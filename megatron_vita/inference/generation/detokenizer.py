@@ -52,7 +52,7 @@ class TextStream:
         return text + rest
 
     def _keeps_apart(self) -> bool:
-        """Whether a special token after the window may change how the following tokens decode."""
+        """True if a special token after the window may change how the following tokens decode."""
         if not self._window:
             return False
         last = self._window[-1]

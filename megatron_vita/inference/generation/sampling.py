@@ -46,7 +46,7 @@ class SamplingRow:
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
-    """Whether sampling must know which tokens came before."""
+    """True if sampling depends on the preceding tokens."""
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (
         1,
         0,

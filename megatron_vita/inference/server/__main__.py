@@ -1,8 +1,7 @@
-"""python -m megatron_vita.inference.server CHECKPOINT: OpenAI's chat completions over HTTP, and a
-page to try them.
+"""OpenAI-compatible chat completions over HTTP, with a page to try them.
 
-Under torchrun the model is spread over all processes, and the first one serves. API keys are read
-from a file or from the environment variable VITA_API_KEY, never from the command line, where
+Under torchrun the model is distributed over all processes, and the first one serves. API keys are
+read from a file or from the environment variable VITA_API_KEY, never from the command line, where
 everybody on the machine can see them.
 """
 
@@ -126,7 +125,7 @@ def limits_of(arguments: argparse.Namespace) -> Limits:
 
 
 def load_engine(arguments: argparse.Namespace) -> "Engine":
-    """The engine of a checkpoint, over all processes that torchrun has started."""
+    """Load the engine of a checkpoint on all processes that torchrun has started."""
     from megatron_vita.config import ParallelConfig
     from megatron_vita.inference.engine.engine import Engine
     from megatron_vita.inference.engine.options import EngineOptions
@@ -145,7 +144,11 @@ def load_engine(arguments: argparse.Namespace) -> "Engine":
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Loads the model and serves it; the exit code."""
+    """Load the model and serve it.
+
+    Returns:
+        The exit code.
+    """
     from megatron_vita import platform
     from megatron_vita.inference.server.access import read_keys
     from megatron_vita.inference.vision import decode_pool
@@ -189,8 +192,10 @@ def _serve(
 
 
 def work(engine: "Engine") -> int:
-    """What ranks other than the first do until it closes the engine. Told to stop, they let it
-    finish its answers."""
+    """Run a worker rank until rank 0 closes the engine.
+
+    Signals are ignored: a worker that stopped at once would break the answers that rank 0 finishes.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     engine.serve_as_worker()
@@ -198,8 +203,8 @@ def work(engine: "Engine") -> int:
 
 
 def main(arguments: list[str], *, name: str = MODULE) -> NoReturn:
-    """Serve, and end this process: a user's error is one line, any other has a traceback; exit
-    code 1."""
+    """Run the server. A user's error is logged as one line, any other with its traceback; both exit
+    with 1."""
     try:
         code = _run_installed(parse_arguments(arguments, name=name))
     except VitaError as error:
@@ -221,10 +226,9 @@ def _run_installed(arguments: argparse.Namespace) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, without the interpreter's own end.
+    """End the process immediately, without the interpreter's shutdown.
 
-    That takes seconds, in which it frees modules one by one, and would wait for threads and peers
-    where something has failed.
+    That would take seconds to free modules, and would wait for threads and peers after a failure.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, and without them not the pages of other sites."""
+"""Access control: API keys, and on a server without keys the rejection of other sites' pages."""
 
 import hashlib
 import hmac
@@ -22,11 +22,13 @@ _KEY = "api_key_digest"  # in a request's state
 
 
 def read_keys(path: Path | None) -> list[str]:
-    """The keys in a file, one a line, or in the environment variable VITA_API_KEY; none: the server
-    is open.
+    """Read API keys from a file, one per line, or else from the environment variable VITA_API_KEY.
 
-    ConfigError if the file cannot be read or holds none: nobody asks for keys and wants an open
-    server.
+    Returns:
+        The keys; an empty list leaves the server open.
+
+    Raises:
+        ConfigError: the file is unreadable or empty: a server meant to have keys must not be open.
     """
     if path is None:
         if key := os.environ.get(VARIABLE, "").strip():
@@ -42,28 +44,28 @@ def read_keys(path: Path | None) -> list[str]:
 
 
 def key_of(scope: Scope) -> bytes:
-    """SHA-256 of the API key that a request bears; empty on a server without keys."""
+    """SHA-256 of a request's API key; empty on a server without keys."""
     digest: bytes = scope["state"].get(_KEY, b"")
     return digest
 
 
 def cache_salt(key: bytes, salt: str | None) -> bytes:
-    """Give what tells apart equal beginnings of prompts of different keys, or of requests with
-    different `cache_salt`; empty where all may share them."""
+    """Salt of the prefix cache, so that requests with different API keys or `cache_salt` fields
+    share no blocks; empty where all may share them."""
     if not key and salt is None:
         return b""
     return hashlib.sha256(key + (salt or "").encode()).digest()
 
 
 class RequireKey:
-    """Lets requests to the API and the metrics pass which bear one of the keys."""
+    """Middleware that lets only requests with a known API key reach the API and the metrics."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
         self._app = app
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on, or refuses without a look at the body."""
+        """Pass the request on, or reject it without reading the body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -84,20 +86,20 @@ class RequireKey:
             await self._app(scope, receive, send)
 
     def _is_known(self, digest: bytes) -> bool:
-        """Takes as long whatever the key is."""
+        """Compare with all keys in constant time."""
         # all are compared
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 class RefuseForeignPages:
-    """Refuses what browsers send for pages of other sites. Who is no browser names no origin, and
-    passes."""
+    """Middleware that rejects browser requests from other sites' pages. Clients that are no
+    browsers send no Origin header and pass."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on, or refuses without a look at the body."""
+        """Pass the request on, or reject it without reading the body."""
         if scope["type"] == "http" and scope["method"] == "POST" and _is_foreign(scope):
             message = "pages of other sites get no answer from a server without keys: set one, or open the server's own"
             refusal = RefusalError(
@@ -109,7 +111,7 @@ class RefuseForeignPages:
 
 
 def _is_foreign(scope: Scope) -> bool:
-    """Whether a page of another host sent a request, or one whose name was made to point to this
+    """True for a request of another site's page, or of one whose domain name resolves to this
     machine."""
     headers = Headers(scope=scope)
     if (origin := headers.get("origin")) is None:
@@ -121,7 +123,8 @@ def _is_foreign(scope: Scope) -> bool:
 
 
 def _is_own_name(host: str) -> bool:
-    """Whether nobody elsewhere can decide where a host leads: those of names with a dot can."""
+    """True for a host name that no outsider can point at this machine: one without a dot, below
+    .localhost, or an IP address. This guards against DNS rebinding."""
     try:
         name = urlsplit(f"//{host}").hostname or "."
     except ValueError:

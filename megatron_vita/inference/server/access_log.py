@@ -1,4 +1,4 @@
-"""One line in the log for each request: who asked for what, and what came of it."""
+"""Access log: one line per request, with client, path, status and usage."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ _WATCHED = ("/health", "/metrics")
 
 
 class AccessLog:
-    """Writes a line when a request has ended, however it ended."""
+    """Middleware that logs a request when it has ended, in whatever way."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -66,7 +66,7 @@ def _shown(value: Any) -> str:
 
 
 class LineBudget:
-    """Lets `most` lines pass in `seconds`, so that nobody can flood the log."""
+    """Rate limit for log lines: at most `most` in `seconds`, so that nobody can flood the log."""
 
     def __init__(self, most: int, *, seconds: float) -> None:
         self._most = most
@@ -76,7 +76,11 @@ class LineBudget:
         self._left_out = 0
 
     def take(self) -> int | None:
-        """Take a line: None if it must be left out, else the number of those left out before."""
+        """Take a line.
+
+        Returns:
+            The number of lines dropped before it; None if this one must be dropped.
+        """
         now = time.monotonic()
         if now >= self._ends:
             self._ends = now + self._seconds

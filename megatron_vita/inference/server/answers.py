@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: one JSON object, or chunks of a stream of server-sent events."""
+"""Responses of OpenAI's chat completions API, whole or streamed."""
 
 import time
 import uuid
@@ -15,7 +15,7 @@ TokenBytes = Callable[[int], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerForm:
-    """What all chunks of an answer share."""
+    """Builder of the response objects of one request."""
 
     model: str
     prepared: PreparedPrompt
@@ -25,12 +25,11 @@ class AnswerForm:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def chunk(self, choices: Iterable[dict[str, Any]], **extra: Any) -> dict[str, Any]:
-        """A `chat.completion.chunk`."""
+        """Build a `chat.completion.chunk`."""
         return self._head("chat.completion.chunk") | {"choices": list(choices)} | extra
 
     def opening(self, n: int) -> dict[str, Any]:
-        """The first chunk, which tells the role of all `n` choices and what was sampled from the
-        videos."""
+        """Build the first chunk: the role of all `n` choices, and the frames sampled from videos."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         choices = [
             {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(n)
@@ -38,7 +37,7 @@ class AnswerForm:
         return self.chunk(choices, **self._videos())
 
     def continuation(self, piece: AnswerPiece) -> dict[str, Any] | None:
-        """The chunk of a piece; None where it tells nothing."""
+        """Build the chunk of an output delta; None if the delta holds nothing to show."""
         if not (piece.text or piece.finish or piece.scores):
             return None
         choice = {
@@ -50,7 +49,7 @@ class AnswerForm:
         return self.chunk([choice])
 
     def completion(self, pieces: Iterable[AnswerPiece], *, n: int, usage: Usage) -> dict[str, Any]:
-        """The `chat.completion` of all pieces."""
+        """Build the `chat.completion` of all output deltas."""
         choices = [_Choice() for _ in range(n)]
         for piece in pieces:
             choices[piece.choice].add(piece)
@@ -79,8 +78,7 @@ class AnswerForm:
         }
 
     def _videos(self) -> dict[str, Any]:
-        """The extension `videos`: of each video its duration and the moments that were looked at,
-        in seconds."""
+        """The extension `videos`: duration and sampled timestamps of each video, in seconds."""
         videos = [
             {"name": v.name, "duration": v.duration, "times": list(v.times)}
             for v in self.prepared.videos
@@ -121,7 +119,7 @@ class _Choice:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage`."""
+    """OpenAI's `usage` object."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

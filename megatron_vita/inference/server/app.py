@@ -1,4 +1,4 @@
-"""The server's paths."""
+"""The ASGI application: routes of the server and the objects behind them."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ _PROBING_THREADS = DECODERS
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """What is served, to whom, and how much of it."""
+    """Model name, limits, access and defaults of a server."""
 
     model_name: str
     limits: Limits = Limits()
@@ -52,7 +52,8 @@ class ServerOptions:
 
 
 def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
-    """The application. It starts the service and stops it; `state.chat` is the chat endpoint."""
+    """Build the application; its lifespan starts and stops the service. `state.chat` is the chat
+    endpoint."""
     pool = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="prepare")
     probing = ThreadPoolExecutor(_PROBING_THREADS, thread_name_prefix="probe")
     metrics = Metrics(service)
@@ -135,7 +136,7 @@ def _add_small_paths(
 
 
 def health(service: EngineService, chat: ChatEndpoint) -> dict[str, Any]:
-    """Whether requests are answered, and what the engine is doing."""
+    """Status of the server and load of the engine, for /health."""
     now = service.statistics
     return {
         "status": _status(service, chat),
@@ -158,7 +159,7 @@ def _status(service: EngineService, chat: ChatEndpoint) -> str:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods, in OpenAI's form."""
+    """Answer unknown paths and methods in OpenAI's error format."""
     assert isinstance(error, HTTPException)
     note(request.scope, refused=error.detail)
     return RefusalError(
@@ -167,8 +168,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _page_headers(page: str) -> dict[str, str]:
-    """A policy that runs the page's own script and style, and nothing that anyone could put beside
-    them."""
+    """Headers with a content security policy that allows only the page's own script and style."""
     script, style = (_hash_of(page, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src blob: data:; "
@@ -183,6 +183,6 @@ def _page_headers(page: str) -> dict[str, str]:
 
 
 def _hash_of(page: str, tag: str) -> str:
-    """The hash by which a policy knows the text of the page's only such element."""
+    """Hash of the page's only `tag` element, as a content security policy names it."""
     [text] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

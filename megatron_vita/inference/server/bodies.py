@@ -1,4 +1,5 @@
-"""Bodies that are being read: they are no open requests yet, and nobody can fill all places."""
+"""Limit of request bodies that are read at a time. They are no open requests yet, and one client
+must not be able to occupy all places."""
 
 import asyncio
 from collections import Counter
@@ -9,7 +10,8 @@ from megatron_vita.inference.server.refusals import RefusalError
 
 
 class BodyPlaces:
-    """Places for bodies. Where all are taken, the client that has most of them loses its oldest."""
+    """Places for request bodies. When all are taken, the client that holds most of them loses its
+    oldest."""
 
     def __init__(self, most: int) -> None:
         self._most = most

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, from the request's body to the last token of the answer."""
+"""POST /v1/chat/completions, from the request body to the last token."""
 
 import asyncio
 import logging
@@ -55,11 +55,11 @@ _FAREWELL_SECONDS = 4.0
 
 @dataclass(kw_only=True)
 class ChatEndpoint:
-    """An ASGI application of this one path. `draining` refuses new requests, since the server is
-    about to end.
+    """ASGI application of the chat completions path. `draining` rejects new requests during
+    shutdown.
 
-    Prompts with videos, which wait for readers, are prepared in `probing`; all else that takes time
-    runs in `pool`.
+    Prompts with videos wait for decoder processes and are prepared in `probing`; all other slow
+    work runs in `pool`.
     """
 
     service: EngineService
@@ -81,7 +81,7 @@ class ChatEndpoint:
         self.bodies = BodyPlaces(self.limits.open_bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers, refuses, or gives up on a client that has gone."""
+        """Answer or reject a request; a client that disconnects ends it."""
         counted = StatusSend(send)
         exchange = _Exchange(self, Request(scope, receive, counted), counted)
         try:
@@ -99,11 +99,16 @@ class ChatEndpoint:
 
     @property
     def is_busy(self) -> bool:
-        """Whether any request is open or on its way in."""
+        """True while a request is open or its body is being read."""
         return self.open_requests > 0 or len(self.bodies) > 0
 
     def check_open(self, key: bytes) -> None:
-        """RefusalError if no request is to come any more, or there is no room for one."""
+        """Raise if no request can be accepted.
+
+        Raises:
+            EngineFailedError: the engine has failed.
+            RefusalError: the server is stopping, or a limit of open requests is reached.
+        """
         if self.service.failure is not None:
             raise EngineFailedError(self.service.failure)
         if self.draining:
@@ -123,7 +128,11 @@ class ChatEndpoint:
 
     @contextmanager
     def admitted(self, key: bytes) -> Iterator[None]:
-        """Counts an open request, whose body has come. RefusalError where there is no room."""
+        """Count a request as open inside the context.
+
+        Raises:
+            RefusalError: a limit of open requests is reached.
+        """
         self._check_room(key)
         self.open_requests += 1
         self._of_key[key] += 1
@@ -136,7 +145,7 @@ class ChatEndpoint:
                 del self._of_key[key]
 
     def cut_off(self) -> None:
-        """Ends all open requests at once, whatever they wait for; none is added any more."""
+        """End all open requests now, and later ones as soon as they begin."""
         self._is_cut_off = True
         for timeout in self._cuts:
             if not timeout.expired():
@@ -144,7 +153,11 @@ class ChatEndpoint:
 
     @asynccontextmanager
     async def until_cut_off(self, headers: Mapping[str, str] | None = None) -> AsyncIterator[None]:
-        """What a request does. RefusalError, with these headers, when all are cut off."""
+        """Run the context until it ends or `cut_off` is called.
+
+        Raises:
+            RefusalError: `cut_off` was called; it carries `headers`.
+        """
         try:
             async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
                 self._cuts.add(timeout)
@@ -157,14 +170,14 @@ class ChatEndpoint:
             self._cuts.discard(timeout)
 
     def _end_of_request(self, headers: Mapping[str, str] | None) -> RefusalError:
-        """Why a request is cut off."""
+        """The error for a request that is cut off."""
         if self.service.failure is None:
             return stopping("the request was cut off: the server is stopping", headers)
         return engine_failed(self.service.failure, headers)
 
 
 class _Exchange:
-    """One request on its way."""
+    """One HTTP request and its response."""
 
     def __init__(self, endpoint: ChatEndpoint, request: Request, send: Send) -> None:
         self._endpoint = endpoint
@@ -175,7 +188,7 @@ class _Exchange:
         self._first: float | None = None
 
     async def run(self) -> None:
-        """Reads, prepares and answers. Whatever goes wrong is raised."""
+        """Read the body, prepare the prompt and answer. Errors are raised to the caller."""
         endpoint = self._endpoint
         request = self._request
         async with (
@@ -189,12 +202,12 @@ class _Exchange:
 
     @property
     def _client(self) -> Hashable:
-        """Who sends: a key, or without keys an address."""
+        """Identity of the sender: its API key, or its address on a server without keys."""
         client = self._request.client
         return key_of(self._request.scope) or (client and client.host)
 
     async def refuse(self, refusal: RefusalError) -> None:
-        """Sends a refusal: as the response, or as the last event where the stream has begun."""
+        """Send an error, as the response or as the last event of a stream that has begun."""
         note(self._request.scope, refused=refusal.code, param=refusal.param)
         try:
             # whoever does not read his answer gets none
@@ -228,7 +241,11 @@ class _Exchange:
         self._observe(stream)
 
     async def _begin(self, request: ChatRequest) -> tuple[AnswerForm, RequestStream]:
-        """Gives a request to the engine; the form of its answer and its pieces."""
+        """Submit a request to the engine.
+
+        Returns:
+            The builder of its response, and the stream of its output deltas.
+        """
         endpoint = self._endpoint
         if request.model != endpoint.model_name:
             message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
@@ -250,7 +267,11 @@ class _Exchange:
         return form, await endpoint.service.submit(prepared, sampling)
 
     async def _prepare(self, request: ChatRequest, max_frames: int | None) -> Any:
-        """The engine's prompt. RefusalError or DataError if it is wrong or too long."""
+        """Load media and tokenize the prompt.
+
+        Raises:
+            RefusalError, DataError: the prompt is invalid or exceeds a limit.
+        """
         endpoint = self._endpoint
         images, videos = await endpoint.media.load(request)
         prompt = Prompt(
@@ -310,7 +331,11 @@ class _Exchange:
             await self._events.comment()
 
     async def _pieces(self, stream: RequestStream) -> AsyncIterator[AnswerPiece]:
-        """The pieces. RefusalError for an answer that ends without being one."""
+        """Yield the output deltas of a request.
+
+        Raises:
+            RefusalError: a medium could not be decoded, or the model's logits are not finite.
+        """
         async for piece in stream:
             if self._first is None and (piece.token_ids or piece.text):
                 self._first = time.monotonic() - self._began

@@ -1,4 +1,4 @@
-"""HTTP connections: what uvicorn leaves open without limits has some here."""
+"""HTTP connections with the limits that uvicorn lacks."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ _NOISE = (
 
 
 class BoundedConnection(H11Protocol):
-    """A connection that is closed when the headers of a request do not come in time."""
+    """A connection that is closed if the headers of a request take too long."""
 
     def __init__(self, *, header_seconds: float, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
@@ -43,7 +43,7 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn. Its own line about it names nobody, and comes as often as it is caused."""
+        """See uvicorn. Logs the client's address, which uvicorn's line lacks, and limits the rate."""
         left_out = _INVALID.take()
         if left_out is not None:
             client = self.client[0] if self.client else "-"
@@ -52,7 +52,7 @@ class BoundedConnection(H11Protocol):
         super().send_400_response(msg)
 
     def _watch_headers(self) -> None:
-        """Run the timer as long as a request is awaited; bytes that come do not set it back."""
+        """Run the header timer while a request is awaited; received bytes do not reset it."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget_timer()
         elif self._headers_due is None:
@@ -69,7 +69,7 @@ class BoundedConnection(H11Protocol):
 
 
 def quieten_uvicorn() -> None:
-    """Leave out uvicorn's lines that this module writes in its own form, or bounds."""
+    """Drop uvicorn's log lines that this module replaces by rate-limited ones."""
     named = logging.getLogger("uvicorn.error")
     if _is_no_noise not in named.filters:
         named.addFilter(_is_no_noise)

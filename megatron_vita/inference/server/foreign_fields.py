@@ -1,9 +1,9 @@
-"""Fields of OpenAI's, vLLM's and SGLang's chat completions that this server does not have.
+"""Fields of OpenAI's, vLLM's and SGLang's chat completions that this server does not implement.
 
-Clients send many of them with values that ask for nothing: null, an empty list or object, or the
-default that their documentation gives. Those change nothing here. Any other value is refused with
-the reason, except for the fields that are ignored whatever they hold. docs/serving.md lists them
-from this table.
+Clients send many of them with values that request nothing: null, an empty list or object, or the
+documented default. These are accepted without effect. Any other value is rejected with the reason,
+except for fields that are ignored whatever they hold. docs/serving.md has the lists, made from this
+table.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,20 +18,19 @@ REFUSED = "foreign_field"
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignField:
-    """`why`: the reason that other values than `neutral` are refused for, or that all are
-    ignored for."""
+    """A field that is ignored, or rejected unless its value is neutral; `why` is the reason."""
 
     why: str
     ignored: bool = False
     neutral: tuple[Any, ...] = ()
 
     def accepts(self, value: Any) -> bool:
-        """Tell whether a value changes nothing."""
+        """Tell whether a value has no effect."""
         return self.ignored or value in (None, [], {}) or _is_one_of(value, self.neutral)
 
     @property
     def accepted(self) -> str:
-        """The accepted values in JSON, for a message."""
+        """The accepted values in JSON, for an error message."""
         return ", ".join(["null", "[]", "{}", *map(_as_json, self.neutral)])
 
 
@@ -39,10 +38,10 @@ ForeignFields = Mapping[str, ForeignField]
 
 
 def without_foreign(data: dict[str, Any], table: ForeignFields) -> dict[str, Any]:
-    """Leave out the fields of a JSON object that change nothing.
+    """Remove unsupported fields without effect from a JSON object.
 
     Raises:
-        PydanticCustomError: a field asks for what this server does not do.
+        PydanticCustomError: a field requests something that this server does not do.
     """
     for name in data.keys() & table.keys():
         field = table[name]
@@ -53,7 +52,7 @@ def without_foreign(data: dict[str, Any], table: ForeignFields) -> dict[str, Any
 
 
 def _is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
-    """Compare as JSON does, where true is not 1."""
+    """Compare values as JSON does, where true is not 1."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 
@@ -64,7 +63,7 @@ def _as_json(value: Any) -> str:
 
 
 def _refused(why: str, **fields: tuple[Any, ...]) -> dict[str, ForeignField]:
-    """Fields, each with its neutral values, that are refused for one reason."""
+    """Fields with their neutral values, rejected for one common reason."""
     return {name: ForeignField(why=why, neutral=neutral) for name, neutral in fields.items()}
 
 
@@ -293,8 +292,7 @@ PLACES: Mapping[str, ForeignFields] = {
 
 
 def as_markdown() -> str:
-    """The tables for docs/serving.md: what is ignored, and what is refused but for neutral
-    values."""
+    """Tables for docs/serving.md: ignored fields, and fields rejected unless neutral."""
     lines = ["| fields | in | |", "|---|---|---|"]
     for place, table in PLACES.items():
         for ignored in (True, False):

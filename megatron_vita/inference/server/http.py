@@ -1,5 +1,4 @@
-"""One HTTP exchange: reading a body within limits, noticing that the client has gone, and sending
-events."""
+"""HTTP helpers: reading a body within limits, detecting a disconnected client, server-sent events."""
 
 import asyncio
 import json
@@ -21,18 +20,21 @@ _NOTES = "notes"  # in a request's state
 
 
 def note(scope: Scope, **facts: Any) -> None:
-    """Add facts to the line of a request in the log. `status` replaces the one that was sent."""
+    """Add facts to a request's line in the access log. `status` overrides the status that was sent."""
     scope["state"].setdefault(_NOTES, {}).update(facts)
 
 
 def notes_of(scope: Scope) -> dict[str, Any]:
-    """The facts that were noted about a request."""
+    """The facts noted about a request."""
     return dict(scope["state"].get(_NOTES, {}))
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body. RefusalError as soon as it is known to be too large, or if it comes too
-    slowly."""
+    """Read the whole body.
+
+    Raises:
+        RefusalError: the content type is wrong, or the body is too large or too slow.
+    """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         # Browsers send other types to any site without asking it, so they must not be taken for
         # requests.
@@ -64,9 +66,9 @@ def _body_too_large(what: str, limits: Limits) -> RefusalError:
 
 
 async def refuse_while_sending(refusal: RefusalError, request: Request, send: Send) -> None:
-    """Sends a refusal to a client that still sends its body, and throws that away for a moment.
+    """Send an error to a client that is still sending its body, and discard that body for a moment.
 
-    A connection that is closed with unread bytes is reset, and the client may lose the response.
+    A connection closed with unread bytes is reset, and the client might lose the response.
     """
     note(request.scope, refused=refusal.code, param=refusal.param)
     body = refusal.response()
@@ -82,8 +84,11 @@ async def refuse_while_sending(refusal: RefusalError, request: Request, send: Se
 
 
 async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work`; cancels it, and raises ClientDisconnect, when the client goes away. The body
-    must have been read."""
+    """Run `work` and cancel it when the client disconnects. The body must have been read before.
+
+    Raises:
+        ClientDisconnect: the client has gone.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
@@ -104,14 +109,14 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream:
-    """Server-sent events as the answer to a request."""
+    """A response of server-sent events."""
 
     def __init__(self, send: Send) -> None:
         self.started = False
         self._send = send
 
     async def send(self, data: dict[str, Any] | str) -> None:
-        """An event: an object as JSON, or a text as it is."""
+        """Send an event: an object as JSON, or a text as it is."""
         if isinstance(data, str):
             text = data
         else:
@@ -119,11 +124,11 @@ class EventStream:
         await self._write(f"data: {text}\n\n")
 
     async def comment(self) -> None:
-        """What clients pass over."""
+        """Send a comment, which clients ignore."""
         await self._write(": waiting\n\n")
 
     async def close(self) -> None:
-        """Ends the answer."""
+        """End the response."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write(self, text: str) -> None:
@@ -138,7 +143,7 @@ class EventStream:
 
 
 class StatusSend:
-    """Sends on, and remembers the status."""
+    """ASGI `send` that records the status of the response."""
 
     def __init__(self, send: Send) -> None:
         self.status: int | None = None

@@ -1,5 +1,4 @@
-"""What the server needs of an engine, as types: the engine itself and stand-ins for it have these
-members."""
+"""Protocols of the engine as the server uses it, implemented by the engine and by test doubles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -10,8 +9,8 @@ from megatron_vita.inference.requests import AnswerPiece, SamplingParams
 
 
 class VideoFrames(Protocol):
-    """What was sampled from a video: moments in seconds from its start. `size`: width and height of
-    a frame, or 0."""
+    """Frames sampled from a video: timestamps in seconds from its start, and (width, height), 0 if
+    they vary."""
 
     @property
     def name(self) -> str: ...
@@ -24,7 +23,7 @@ class VideoFrames(Protocol):
 
 
 class PreparedPrompt(Protocol):
-    """A prompt that was tokenized and whose media were probed."""
+    """A tokenized prompt with probed media."""
 
     @property
     def tokens(self) -> int: ...
@@ -33,7 +32,7 @@ class PreparedPrompt(Protocol):
 
 
 class Usage(Protocol):
-    """Tokens of one request; `cached_tokens` of its prompt were not computed again."""
+    """Tokens of a request; `cached_tokens` of the prompt came from the prefix cache."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -44,7 +43,7 @@ class Usage(Protocol):
 
 
 class Statistics(Protocol):
-    """What the engine holds and has done."""
+    """Current load of the engine, and totals since its start."""
 
     @property
     def running(self) -> int: ...
@@ -63,15 +62,15 @@ class Statistics(Protocol):
 
 
 class TokenReader(Protocol):
-    """The part of a tokenizer that log-probabilities need."""
+    """Tokenizer method that log-probabilities need."""
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that a token stands for."""
+        """Bytes of a token."""
         ...
 
 
 class ServedEngine(Protocol):
-    """The engine. `prepare` may be called from any thread, all else from one only."""
+    """The engine. Any thread may call `prepare`; all other methods belong to one thread."""
 
     @property
     def tokenizer(self) -> TokenReader: ...

@@ -1,4 +1,4 @@
-"""How much one request, and all of them together, may take."""
+"""Limits of single requests and of all requests together."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from megatron_vita.config.fields import described, require
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What goes beyond is refused, with a 4xx status that names the limit, before it costs much."""
+    """Limits of a server. A request beyond one is rejected early, with a 4xx status that names it."""
 
     open_requests: int = described(
         64, "Requests that wait or are answered at a time; more get status 429."
@@ -60,5 +60,5 @@ class Limits:
 
     @property
     def text_characters(self) -> int:
-        """Characters of a request's texts: no more are tokenized. English has 4 to 5 to a token."""
+        """Most characters of text that are tokenized: 8 per prompt token. English has 4 to 5."""
         return 8 * self.prompt_tokens

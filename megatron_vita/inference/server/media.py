@@ -1,5 +1,5 @@
-"""The images and videos of a request: data URLs, files under allowed folders, remote ones where
-those are allowed."""
+"""Images and videos of a request: data URLs, files under allowed folders, and remote URLs if
+allowed."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ _FORMATS = [kind for kind in FORMATS if kind not in ("ICO", "PPM")]
 
 
 class MediaLoader:
-    """Reads media within limits; what takes time runs in `pool`."""
+    """Loads media within the limits; slow work runs in `pool`."""
 
     def __init__(
         self,
@@ -43,8 +43,11 @@ class MediaLoader:
         self._remote = remote
 
     async def load(self, request: ChatRequest) -> tuple[list[MediaFile], list[MediaFile]]:
-        """Images and videos of a request, named by their fields. RefusalError names the field that
-        is wrong."""
+        """Load a request's images and videos, named by their fields in the body.
+
+        Raises:
+            RefusalError: names the field that is wrong.
+        """
         files: dict[type, list[MediaFile]] = {ImagePart: [], VideoPart: []}
         left = self._limits.media_bytes
         for field, part in request.parts():
@@ -75,8 +78,8 @@ class MediaLoader:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
     def _file(self, url: str, most: int) -> bytes:
-        """A file under one of the roots. What is elsewhere and what does not exist are refused
-        alike."""
+        """Read a file under one of the roots. Files elsewhere and missing files get the same error,
+        so that clients cannot probe the file system."""
         refusal = RefusalError(
             f"{url!r:.200} is neither a data URL nor a file under the media folders of this server",
             code="media_not_found",
@@ -92,8 +95,7 @@ class MediaLoader:
         raise refusal
 
     def _check_pixels(self, image: MediaFile) -> None:
-        """Refuses images that are larger than the limit by their headers, and kinds that hide
-        it."""
+        """Reject images that are too large by their header, and formats without a bounded header."""
         try:
             size = image_size(image.data, image.name, formats=_FORMATS)
         except DataError as error:
@@ -102,7 +104,7 @@ class MediaLoader:
 
 
 def check_pixels(size: tuple[int, int], limits: Limits) -> None:
-    """RefusalError for an image or frame of a (width, height) beyond the limit."""
+    """Raise RefusalError if an image or frame of (width, height) has too many pixels."""
     width, height = size
     if width * height > limits.image_pixels:
         raise too_large(
@@ -117,7 +119,7 @@ def _url(part: ImagePart | VideoPart) -> str:
 
 
 def about(field: str, error: RefusalError) -> RefusalError:
-    """The same refusal with the field that it is about."""
+    """Return the error with the name of the field that it concerns."""
     message = str(error) if str(error).startswith(field) else f"{field}: {error}"
     return RefusalError(
         message, status=error.status, param=field, code=error.code, headers=error.headers
@@ -144,8 +146,7 @@ def _data_url(url: str, most: int) -> bytes:
 
 
 def _file_path(url: str) -> str:
-    """The path in a `file:` URL, or a path as it is. ValueError for a URL of another kind or
-    machine."""
+    """Path in a `file:` URL, or a plain path; ValueError for other schemes and hosts."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus."""
+"""Prometheus metrics of the server."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Counters and histograms of one server, in a registry of their own."""
 
     def __init__(self, service: EngineService) -> None:
         self._registry = CollectorRegistry()
@@ -42,7 +42,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """The engine's own numbers, as of its last step."""
+    """Collector of the engine's statistics as of its last step."""
 
     def __init__(self, service: EngineService) -> None:
         self._service = service

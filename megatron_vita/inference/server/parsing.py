@@ -1,4 +1,4 @@
-"""From the bytes of a body to a request; what is wrong is told by the field that the body has."""
+"""Parsing of a request body, with errors that name the field as the body does."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _TYPES = {
 
 
 def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
-    """Read the request in a JSON body.
+    """Parse a JSON body.
 
     Raises:
         RefusalError: names the first field that is wrong.
@@ -69,8 +69,8 @@ def _check_size(request: ChatRequest, limits: Limits) -> None:
 
 
 def _has_too_many_values(body: bytes) -> bool:
-    """Count values by what comes before them, outside of texts; those are looked for only where
-    they may matter."""
+    """Count JSON values by the characters that precede them, outside of strings. Strings are
+    removed only if the count without that is too high."""
     if _value_starts(body) <= MAX_VALUES:
         return False
     quotes = body.count(b'"') - body.count(b'\\"')
@@ -82,8 +82,8 @@ def _value_starts(text: bytes) -> int:
 
 
 def _first_fault(error: ValidationError) -> RefusalError:
-    """OpenAI's form of pydantic's first error. Values are not repeated: they may be long or
-    secret."""
+    """Convert pydantic's first error to OpenAI's format. Values are not repeated: they may be long
+    or secret."""
     fault = error.errors(include_url=False)[0]
     context = fault.get("ctx", {})
     field = _field_name(fault["loc"])
@@ -115,7 +115,7 @@ def _wrong_part(field: str, kind: str) -> RefusalError:
 
 
 def _wrong_value(fault: ErrorDetails) -> str:
-    """Say what a field must be, and what kind of value it has."""
+    """Describe the expected type and the actual one."""
     kind = fault["type"]
     context = fault.get("ctx", {})
     value = fault["input"]
@@ -143,7 +143,7 @@ def _json_type(value: Any) -> str:
 
 
 def _field_name(location: Sequence[int | str]) -> str:
-    """Write a place in the body as its author would: `messages[0].content[1].image_url.url`."""
+    """Format a location in the body as `messages[0].content[1].image_url.url`."""
     steps = list(location)
     if len(steps) > 4 and steps[:3:2] == ["messages", "content"]:
         del steps[4]  # the type of the part, which pydantic counts as a step

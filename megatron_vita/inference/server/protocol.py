@@ -1,5 +1,4 @@
-"""Requests of OpenAI's chat completions, checked strictly: what is not known or not supported is
-refused by the name of its field."""
+"""Request schema of OpenAI's chat completions. Unknown and unsupported fields are rejected by name."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +14,7 @@ MUST_BE = "must_be"
 
 
 class _Object(BaseModel):
-    """A JSON object whose fields have exactly their types; foreign fields may be neutral."""
+    """A JSON object, strictly typed; unsupported fields are accepted with neutral values only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     foreign: ClassVar[ForeignFields] = {}
@@ -37,7 +36,7 @@ class TextPart(_Object):
 
 
 class ImageUrl(_Object):
-    """`detail` is accepted and changes nothing: the recipe decides how images are tiled."""
+    """URL of an image. `detail` has no effect: the recipe decides how images are tiled."""
 
     foreign = foreign_fields.IMAGE_URL_FIELDS
     url: str
@@ -45,7 +44,7 @@ class ImageUrl(_Object):
 
 
 class ImagePart(_Object):
-    """The place of an image."""
+    """An image inside a message."""
 
     foreign = foreign_fields.PART_FIELDS
     type: Literal["image_url"]
@@ -53,14 +52,14 @@ class ImagePart(_Object):
 
 
 class VideoUrl(_Object):
-    """Where a video is."""
+    """URL of a video."""
 
     foreign = foreign_fields.VIDEO_URL_FIELDS
     url: str
 
 
 class VideoPart(_Object):
-    """The place of a video."""
+    """A video inside a message."""
 
     foreign = foreign_fields.PART_FIELDS
     type: Literal["video_url"]
@@ -71,7 +70,7 @@ Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
 class Message(_Object):
-    """One turn."""
+    """One turn of the conversation."""
 
     foreign = foreign_fields.MESSAGE_FIELDS
     role: Literal["system", "developer", "user", "assistant"]
@@ -80,7 +79,7 @@ class Message(_Object):
     @field_validator("content", mode="before")
     @classmethod
     def _as_parts(cls, content: Any) -> Any:
-        """A text is a list of one part."""
+        """Turn a plain string into a list of one text part."""
         if isinstance(content, str):
             return [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -89,21 +88,22 @@ class Message(_Object):
 
 
 class StreamOptions(_Object):
-    """Options of streams."""
+    """Options of a streamed response."""
 
     foreign = foreign_fields.STREAM_FIELDS
     include_usage: bool | None = None
 
 
 class VideoIo(_Object):
-    """vLLM's options of reading videos. `num_frames`: the most of each video; -1 for all."""
+    """vLLM's options for reading videos. `num_frames` limits the frames of each video; -1 means
+    all."""
 
     foreign = foreign_fields.VIDEO_IO_FIELDS
     num_frames: int | None = None
 
 
 class MediaIo(_Object):
-    """vLLM's options of reading media."""
+    """vLLM's options for reading media."""
 
     foreign = foreign_fields.MEDIA_IO_FIELDS
     video: VideoIo | None = None
@@ -162,11 +162,11 @@ class ChatRequest(_Object):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
+        """True if a stream ends with a chunk of usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def frame_limits(self) -> Iterator[tuple[str, int]]:
-        """Yield the fields that say how many frames of a video are taken, with their numbers."""
+        """Yield (field, frames) for each field that limits the frames of a video."""
         video = self.media_io_kwargs.video if self.media_io_kwargs else None
         processor = self.mm_processor_kwargs
         given = {
@@ -180,7 +180,7 @@ class ChatRequest(_Object):
                 yield field, frames
 
     def parts(self) -> list[tuple[str, ImagePart | VideoPart]]:
-        """The media in order, each with the name of its field."""
+        """Images and videos in order, each with the name of its field."""
         return [
             (f"messages[{i}].content[{j}]", part)
             for i, message in enumerate(self.messages)
@@ -199,7 +199,7 @@ class ChatRequest(_Object):
         ]
 
     def text_characters(self) -> int:
-        """Characters of all texts together."""
+        """Number of characters of all texts."""
         return sum(
             len(part.text)
             for message in self.messages

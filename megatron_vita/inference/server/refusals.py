@@ -1,4 +1,4 @@
-"""Refused requests, in the form of OpenAI's errors."""
+"""Errors sent to clients, in OpenAI's format."""
 
 import logging
 import re
@@ -19,8 +19,7 @@ NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
 
 
 class RefusalError(VitaError):
-    """A request that gets no answer: the HTTP status, and what OpenAI's clients look for in an
-    error."""
+    """A request that is rejected or fails: HTTP status, and the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -38,7 +37,7 @@ class RefusalError(VitaError):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """`{"error": {"message", "type", "param", "code"}}`."""
+        """OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {
@@ -46,31 +45,31 @@ class RefusalError(VitaError):
         }
 
     def response(self) -> JSONResponse:
-        """The same as an HTTP response."""
+        """The HTTP response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 def too_large(
     what: str, *, limit: str, most: int, param: str | None = None, status: int = 413
 ) -> RefusalError:
-    """`what` is more than `most`, which the server's option --`limit` sets."""
+    """Error for `what`, which exceeds the limit `most` set by the server's option --`limit`."""
     option = f"--{limit.replace('_', '-')}"
     message = f"{what}: the limit is {most:,} (the server's option {option})"
     return RefusalError(message, status=status, param=param, code=f"{limit}_exceeded")
 
 
 def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
-    """Status 503."""
+    """Error 503 of a server that is shutting down."""
     return RefusalError(message, status=503, code="stopping", headers=headers)
 
 
 def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
-    """Status 503."""
+    """Error 503 of a server whose engine has failed."""
     return RefusalError(message, status=503, code="engine_failed", headers=headers)
 
 
 def too_many_requests(whose: str, *, limit: str, most: int) -> RefusalError:
-    """Status 429. `whose` requests are open, `most` of them, which the option --`limit` allows."""
+    """Error 429: `most` requests of `whose` kind are open, as the option --`limit` allows."""
     option = f"--{limit.replace('_', '-')}"
     return RefusalError(
         f"{most} {whose} are open, which is the limit (the server's option {option}): "
@@ -82,7 +81,7 @@ def too_many_requests(whose: str, *, limit: str, most: int) -> RefusalError:
 
 
 def refusal_of(error: Exception, *, request_seconds: float) -> RefusalError:
-    """What an error means for the client."""
+    """Convert any exception to an error for the client."""
     if isinstance(error, RefusalError):
         return error
     if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit

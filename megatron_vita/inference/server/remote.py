@@ -1,9 +1,8 @@
-"""Media from remote servers, which must not become a way into the network that this server stands
-in.
+"""Media from remote servers, guarded against server-side request forgery.
 
-Addresses are checked where the connection is made, and the connection goes to the address that was
-checked: a name that resolves differently the second time (DNS rebinding) gains nothing. Each
-redirect is a connection of its own.
+Addresses are checked where the connection is made, and it goes to the address that was checked, so
+that a name that resolves differently the second time (DNS rebinding) gains nothing. Each redirect
+is a connection of its own.
 """
 
 import asyncio
@@ -29,8 +28,7 @@ _AZURE = ipaddress.IPv4Address("168.63.129.16")
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address, or the IPv4 address that it carries inside, belongs to the public
-    internet."""
+    """True if an address, or the IPv4 address embedded in it, belongs to the public internet."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
@@ -43,13 +41,13 @@ def is_public(address: Address) -> bool:
 
 
 async def resolve(host: str, port: int) -> list[Address]:
-    """All addresses of a name. OSError if there is none."""
+    """Resolve a host name to all its addresses; OSError if there is none."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
 
 
 class _CheckedBackend(httpcore.AnyIOBackend):
-    """Connects to checked addresses only."""
+    """Network backend that connects to allowed addresses only."""
 
     def __init__(self, resolve: Resolve, is_allowed: Callable[[Address], bool]) -> None:
         super().__init__()
@@ -64,7 +62,7 @@ class _CheckedBackend(httpcore.AnyIOBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """One private address among a name's is enough to refuse it."""
+        """Connect to a host; a single private address among its addresses rejects it."""
         addresses = await self._resolve(host, port)
         private = [str(address) for address in addresses if not self._is_allowed(address)]
         if private or not addresses:
@@ -78,14 +76,14 @@ class _CheckedBackend(httpcore.AnyIOBackend):
     async def connect_unix_socket(
         self, path: str, *_: Any, **__: Any
     ) -> httpcore.AsyncNetworkStream:
-        """Refused: there is no remote server behind it."""
+        """Reject Unix sockets, which lead to no remote server."""
         raise RefusalError(
             f"the socket {path!r:.200} has no public address", code="private_address"
         )
 
 
 class RemoteFetcher:
-    """Downloads with limits. `resolve` and `is_allowed` are replaced where there is no internet."""
+    """Downloads media within limits. Tests without internet replace `resolve` and `is_allowed`."""
 
     def __init__(
         self,
@@ -98,8 +96,11 @@ class RemoteFetcher:
         self._backend = _CheckedBackend(resolve, is_allowed)
 
     async def fetch(self, url: str, *, most: int) -> bytes:
-        """The body behind a http or https URL; RefusalError if it is not to be had, or has more
-        than `most` bytes."""
+        """Download the body of an http(s) URL.
+
+        Raises:
+            RefusalError: it cannot be downloaded, or has more than `most` bytes.
+        """
         try:
             async with (
                 asyncio.timeout(self._seconds),
@@ -130,7 +131,7 @@ class RemoteFetcher:
         )
 
     async def _get(self, pool: httpcore.AsyncConnectionPool, url: str, most: int) -> bytes | str:
-        """The body, or where it has moved to."""
+        """Request a URL once; returns the body, or the location that it redirects to."""
         if len(url) > MAX_URL_CHARACTERS:
             message = f"{url!r:.200} has {len(url):,} characters: at most {MAX_URL_CHARACTERS:,} are taken"
             raise RefusalError(message, code="invalid_url")
@@ -154,7 +155,7 @@ class RemoteFetcher:
 
 
 def _encoded(parts: SplitResult) -> httpcore.URL:
-    """A URL in ASCII. ValueError for hosts and ports that are none."""
+    """Encode a URL in ASCII; ValueError for an invalid host or port."""
     target = quote(parts.path or "/", safe=_UNQUOTED) + (
         f"?{quote(parts.query, safe=_UNQUOTED)}" if parts.query else ""
     )

@@ -1,4 +1,4 @@
-"""From a request to the engine's sampling parameters."""
+"""Conversion of a chat request to the engine's sampling parameters."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _SEED_BITS = 63
 
 
 def defaults_of(generation: GenerationConfig) -> SamplingParams:
-    """What a recipe advises, and OpenAI's values for the rest.
+    """Default sampling parameters of a recipe; OpenAI's where it has none.
 
     Raises:
         ConfigError: a value is out of range.
@@ -32,8 +32,11 @@ def sampling_of(
     default_seed: int,
     defaults: SamplingParams = OPENAI_DEFAULTS,
 ) -> SamplingParams:
-    """How the answers are drawn: `defaults` for what the request leaves open, and `default_seed`
-    where it has no seed.
+    """Sampling parameters of a request.
+
+    Args:
+        default_seed: the seed if the request has none.
+        defaults: values of all other fields that the request leaves out.
 
     Raises:
         RefusalError: a value is out of range, or two fields contradict each other.
@@ -67,10 +70,10 @@ def sampling_of(
 
 
 def max_frames_of(request: ChatRequest, *, limits: Limits) -> int | None:
-    """The most frames that a request takes of a video; None for the recipe's number.
+    """Limit of frames per video in a request; None stands for the recipe's.
 
     Raises:
-        RefusalError: a number is out of range, or two fields have different ones.
+        RefusalError: a number is out of range, or two fields differ.
     """
     given = dict(request.frame_limits())
     for field, frames in given.items():
@@ -85,7 +88,7 @@ def max_frames_of(request: ChatRequest, *, limits: Limits) -> int | None:
 
 
 def _max_new_tokens(request: ChatRequest, limits: Limits) -> int:
-    """The longest answer: no field asks for more than the server's limit, but both are checked."""
+    """Length limit of the outputs, capped by the server's; both of OpenAI's fields are checked."""
     for field in ("max_tokens", "max_completion_tokens"):
         value = getattr(request, field)
         if value is not None and value < 1:
@@ -99,9 +102,9 @@ def _max_new_tokens(request: ChatRequest, limits: Limits) -> int:
 
 
 def _num_beams(request: ChatRequest) -> int | None:
-    """The width of a beam search; None where none is asked for.
+    """Width of a beam search; None if none is requested.
 
-    vLLM's width is `n`, and in its first versions `best_of`, which may exceed `n`.
+    In vLLM the width is `n`, and was `best_of`, which may exceed `n`, in its first versions.
     """
     if not request.use_beam_search:
         if request.num_beams != 1:
@@ -121,8 +124,8 @@ def _num_beams(request: ChatRequest) -> int | None:
 
 
 def _beam_options(request: ChatRequest) -> Mapping[str, Any]:
-    """What beam search is given: no draws. Both temperatures that vLLM's clients send mean that
-    beams are scored by the model's own probabilities."""
+    """Sampling options of a beam search, in which nothing is sampled. vLLM's clients send
+    temperature 0 or 1, and both mean that beams are scored by the model's own probabilities."""
     if request.temperature not in (None, 0, 1):
         _refuse("temperature", f"is {request.temperature}: beam search draws nothing; 0 is right")
     neutral = {
@@ -141,7 +144,7 @@ def _beam_options(request: ChatRequest) -> Mapping[str, Any]:
 
 
 def _check_companions(request: ChatRequest) -> None:
-    """Refuse fields that say something about another one, which is absent."""
+    """Reject fields that have a meaning only with another one, which is absent."""
     if request.top_logprobs and not request.logprobs:
         _refuse("top_logprobs", "needs logprobs to be true")
     if request.includes_usage and not request.stream:
@@ -170,15 +173,15 @@ def _refuse_above(field: str, value: int, *, limit: str, most: int) -> NoReturn:
 
 
 def _shown(value: float) -> str:
-    """A number for a message: numbers of requests may have thousands of digits."""
+    """Format a number of a request, which may have thousands of digits, for a message."""
     if abs(value) < 1e18:
         return f"{value:,}"
     return f"{value!s:.20}..."
 
 
 def _in_the_requests_words(message: str, request: ChatRequest) -> RefusalError:
-    """Name the request's field in place of the one of SamplingParams, which its message begins
-    with."""
+    """Convert an error of SamplingParams, whose message begins with its field, to one that names
+    the request's field."""
     name, _, rest = message.partition(" ")
     width = next((f for f in ("num_beams", "best_of") if getattr(request, f) is not None), "n")
     field = {"logprobs": "top_logprobs", "num_beams": width}.get(name, name)

@@ -1,4 +1,4 @@
-"""The life of the server process: until it is told to stop, or until the engine fails."""
+"""Lifecycle of the server process, until a signal or a failure of the engine ends it."""
 
 import asyncio
 import functools
@@ -27,7 +27,7 @@ _HURRY_SECONDS = 2.0
 
 
 class VitaServer(uvicorn.Server):
-    """A server that stops in order: no new requests, time for the open ones to end, then the
+    """A server that shuts down in order: reject new requests, drain open ones, then close the
     engine."""
 
     def __init__(
@@ -71,14 +71,14 @@ class VitaServer(uvicorn.Server):
             await self.service.stop(seconds=_HURRY_SECONDS)
 
     async def _drain(self) -> None:
-        """Goes on to listen while requests are open, so that whoever asks for /health, or for an
-        answer, reads that the server is stopping."""
+        """Keep listening while requests are open, so that new clients and /health get the answer
+        that the server is stopping."""
         latest = time.monotonic() + self._drain_seconds + _LAST_SECONDS
         while self._chat.is_busy and not self.force_exit and time.monotonic() < latest:
             await asyncio.sleep(_LOOK_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """See uvicorn. Who says it twice does not want to wait."""
+        """See uvicorn. A second signal ends open requests at once."""
         super().handle_exit(sig, frame)
         if self.force_exit:
             self._hurry()
@@ -90,8 +90,11 @@ class VitaServer(uvicorn.Server):
 
 
 def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int) -> int:
-    """Serves until SIGTERM or SIGINT (exit code 0) or until the engine fails (1), which includes
-    not ending in time."""
+    """Serve until SIGTERM or SIGINT, or until the engine fails.
+
+    Returns:
+        The exit code: 1 if the engine failed or did not end in time, otherwise 0.
+    """
     server = VitaServer(engine, options, host=host, port=port)
     if threading.current_thread() is threading.main_thread():
         # After an orderly end uvicorn raises again the signals that it got: they have done their

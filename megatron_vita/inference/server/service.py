@@ -1,9 +1,9 @@
-"""The thread that owns the engine, and the bridge between it and the event loop.
+"""The thread that owns the engine, and its bridge to the event loop.
 
-All calls of the engine but `prepare` are made in one thread, which takes commands between two
-steps. Pieces of answers go to the event loop, where each request reads its own. When the engine
-raises, or says that it has lost a rank, the
-service has failed for good: every request, open or new, gets EngineFailedError.
+All calls of the engine but `prepare` are made by one thread, which takes commands between steps.
+Output deltas go to the event loop, where each request reads its own. If the engine raises or
+reports a lost rank, the service has failed for good: every request, open or new, gets
+EngineFailedError.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ _LOOK_SECONDS = 0.02
 
 
 class EngineFailedError(VitaError):
-    """The engine can answer no more."""
+    """The engine has failed or is closed."""
 
 
 @dataclass(eq=False)
 class RequestStream:
-    """The pieces of one request's answers, read on the event loop. `usage` is there when all have
+    """Output deltas of one request, read on the event loop. `usage` is set once the last one has
     come."""
 
     choices: int
@@ -77,14 +77,18 @@ class EngineService:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begins, with the running event loop as the other end."""
+        """Start the thread; outputs are delivered to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         self.engine.on_lost_rank(self._fail)
 
     async def submit(self, prepared: Any, sampling: SamplingParams) -> RequestStream:
-        """Adds a request. DataError if it can never fit; EngineFailedError if the engine has
-        ended."""
+        """Add a request to the engine.
+
+        Raises:
+            DataError: the request can never fit.
+            EngineFailedError: the engine has ended.
+        """
         stream = RequestStream(sampling.n)
         added: Future[None] = Future()
         self._command(lambda: self._add(stream, prepared, sampling, added))
@@ -96,14 +100,15 @@ class EngineService:
         return stream
 
     def cancel(self, stream: RequestStream) -> None:
-        """Ends a request's answers; nothing happens where they have ended."""
+        """Cancel a request; one that has ended is left alone."""
         try:
             self._command(lambda: self._cancel(stream))
         except EngineFailedError:
             return  # then the request has ended, too
 
     async def stop(self, *, seconds: float = 30.0) -> None:
-        """Closes the engine after its present step; waits so long for it, or until it fails."""
+        """Close the engine after its current step; wait for that at most `seconds`, or until it
+        fails."""
         self._stopping = True
         self._commands.put(lambda: None)
         ends = time.monotonic() + seconds
@@ -114,11 +119,11 @@ class EngineService:
 
     @property
     def is_running(self) -> bool:
-        """Whether the engine's thread has not ended."""
+        """True until the engine's thread ends."""
         return self._thread.is_alive()
 
     def step_seconds(self) -> float:
-        """How long the present step has taken; 0 between steps."""
+        """Duration of the current step so far; 0 between steps."""
         began = self._step_began
         if began is None:
             return 0.0
@@ -148,8 +153,8 @@ class EngineService:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Ends the service, by the thread of the engine or the one that misses a rank. The first
-        failure is told."""
+        """End the service after a failure; the first failure is the reported one. Called by the
+        engine's thread, or by the one that detects a lost rank."""
         reason = f"the engine failed: {type(error).__name__}: {error}"
         with self._lock:
             is_first = self.failure is None
@@ -161,7 +166,7 @@ class EngineService:
                 self._loop.call_soon_threadsafe(self.on_failure)
 
     def _take_commands(self) -> None:
-        """Runs what has come, for a bounded time; where there is nothing to do, waits for it."""
+        """Run queued commands for a bounded time; an idle engine waits for the next one."""
         idle_at = self._used + IDLE_SECONDS
         patience = 0.0 if self.engine.has_work else max(idle_at - time.monotonic(), 0.0)
         try:
@@ -187,7 +192,7 @@ class EngineService:
             self._loop.call_soon_threadsafe(_deliver, arrivals)
 
     def _settle(self, piece: AnswerPiece) -> Usage | None:
-        """Lets the engine forget a request whose last answer has ended, and tells its usage."""
+        """Forget a request whose last choice has finished, and return its usage."""
         stream = self._open[piece.request]
         stream.left -= piece.finish is not None
         if stream.left:
@@ -227,8 +232,7 @@ class EngineService:
             self.engine.cancel(stream.number)
 
     def _end(self, reason: str) -> None:
-        """Refuses all commands from now on, and ends what is open. Any thread may do it, also once
-        more."""
+        """Reject commands from now on and end open requests. Any thread may call it, repeatedly."""
         with self._lock:
             self._ended = self._ended or EngineFailedError(reason)
         with contextlib.suppress(queue.Empty):
