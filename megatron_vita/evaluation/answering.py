@@ -10,7 +10,7 @@ from typing import Protocol
 from megatron_vita.errors import DataError, LogitsError, RefusedError
 from megatron_vita.inference.client.client import ChatServer
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import Answer, SamplingParams
+from megatron_vita.inference.requests import CompletionOutput, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,9 @@ class Answerer(Protocol):
 class Generates(Protocol):
     """What is asked of an engine."""
 
-    def generate(self, prompts: Sequence[Prompt], *, sampling: SamplingParams) -> Sequence[Answer]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, sampling: SamplingParams
+    ) -> Sequence[CompletionOutput]:
         """An answer for each prompt. DataError for a prompt that is wrong."""
 
 

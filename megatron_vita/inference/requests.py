@@ -79,7 +79,7 @@ class ScoredToken:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerPiece:
+class OutputDelta:
     """Output that one engine step adds to one choice of a request.
 
     Text once delivered is final: incomplete characters and possible beginnings of stop strings are
@@ -97,7 +97,7 @@ class AnswerPiece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class CompletionOutput:
     """Complete output of one choice."""
 
     text: str

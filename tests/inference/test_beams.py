@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_vita.errors import LogitsError
-from megatron_vita.inference.generation.beams import BeamAnswer, BeamSearch
+from megatron_vita.inference.generation.beams import BeamHypothesis, BeamSearch
 from megatron_vita.inference.requests import SamplingParams
 
 PROMPT = [5, 9, 3, 17]
@@ -198,6 +198,6 @@ def test_results_are_no_more_than_asked_for_best_first() -> None:
     beams = search(
         tiny_llama(1), SamplingParams(num_beams=4, n=2, max_new_tokens=6), end_ids=frozenset([2])
     )
-    found: list[BeamAnswer] = beams.results(2)
+    found: list[BeamHypothesis] = beams.results(2)
     assert len(found) == 2
     assert found[0].score >= found[1].score

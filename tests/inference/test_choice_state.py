@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vita.inference.generation.beams import BeamAnswer
+from megatron_vita.inference.generation.beams import BeamHypothesis
 from megatron_vita.inference.generation.choice_state import ChoiceState
 from megatron_vita.inference.generation.sampling import sample_tokens
-from megatron_vita.inference.requests import AnswerPiece, SamplingParams, ScoredToken, TokenScore
+from megatron_vita.inference.requests import OutputDelta, SamplingParams, ScoredToken, TokenScore
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
@@ -32,7 +32,7 @@ def answer(tokenizer: Tokenizer, **options: object) -> ChoiceState:
     return ChoiceState(SamplingParams(**options), request=7, choice=2, tokenizer=tokenizer)
 
 
-def take_all(state: ChoiceState, ids: list[int], tokenizer: Tokenizer) -> list[AnswerPiece]:
+def take_all(state: ChoiceState, ids: list[int], tokenizer: Tokenizer) -> list[OutputDelta]:
     pieces = []
     for token in ids:
         pieces.append(
@@ -43,7 +43,7 @@ def take_all(state: ChoiceState, ids: list[int], tokenizer: Tokenizer) -> list[A
     return pieces
 
 
-def joined(pieces: list[AnswerPiece]) -> tuple[str, list[int]]:
+def joined(pieces: list[OutputDelta]) -> tuple[str, list[int]]:
     return "".join(piece.text for piece in pieces), [
         token for piece in pieces for token in piece.token_ids
     ]
@@ -158,7 +158,7 @@ def test_an_answer_of_beam_search_is_one_piece(
     tokenizer: Tokenizer, stop: tuple[str, ...], text: str, finish: str
 ) -> None:
     tokens = tuple(scored(token) for token in tokenizer.encode(TEXT))
-    found = BeamAnswer(tokens=tokens, score=-1.0, finish="length")
+    found = BeamHypothesis(tokens=tokens, score=-1.0, finish="length")
     state = answer(tokenizer, stop=stop, logprobs=1)
     piece = state.append_beam(found)
     assert (piece.text, piece.finish) == (text, finish)

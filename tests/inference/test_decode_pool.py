@@ -22,7 +22,7 @@ from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import DataError, PlatformError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import AnswerPiece, SamplingParams
+from megatron_vita.inference.requests import OutputDelta, SamplingParams
 from megatron_vita.inference.vision import decode_pool, tile_decoder
 from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.media.tiling import Grid, Tiling
@@ -163,7 +163,7 @@ def test_a_film_that_is_slow_to_decode_holds_nobody_up(hostile: Engine) -> None:
         Prompt.ask("two images of cats", images=[picture(3)]),
     ]
     others = [hostile.add(hostile.prepare(prompt), LONG) for prompt in asked]
-    pieces: list[AnswerPiece] = []
+    pieces: list[OutputDelta] = []
     while hostile.has_work:
         pieces += hostile.step()
     assert [piece.request for piece in pieces if piece.finish][-1] == film
@@ -191,7 +191,7 @@ def test_a_film_that_hangs_leaves_decoders_to_others(long_films: Engine) -> None
     image = long_films.add(
         long_films.prepare(Prompt.ask("two images of cats", images=[picture(77)])), GREEDY
     )
-    ended: list[AnswerPiece] = []
+    ended: list[OutputDelta] = []
     while not any(piece.request == image for piece in ended):
         ended += [piece for piece in long_films.step() if piece.finish]
     assert time.monotonic() - began < 2.0
@@ -255,7 +255,7 @@ def test_a_beginning_shared_with_a_film_that_hangs_is_computed_at_once(hostile: 
     ]
     text = ask("no cats")
     began = time.monotonic()
-    ended: list[AnswerPiece] = []
+    ended: list[OutputDelta] = []
     while not any(piece.request == text for piece in ended):
         ended += [piece for piece in hostile.step() if piece.finish]
     assert time.monotonic() - began < 2.0

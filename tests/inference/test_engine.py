@@ -14,7 +14,7 @@ from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Answer, AnswerPiece, SamplingParams
+from megatron_vita.inference.requests import Answer, OutputDelta, SamplingParams
 from megatron_vita.inference.scheduler_output import SchedulerOutput
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
@@ -88,7 +88,7 @@ def test_a_tokenizer_of_more_entries_than_rows_is_refused_at_the_start(folder: P
         Engine(recipe)
 
 
-def of(pieces: list[AnswerPiece], number: int, choice: int = 0) -> list[AnswerPiece]:
+def of(pieces: list[OutputDelta], number: int, choice: int = 0) -> list[OutputDelta]:
     return [piece for piece in pieces if (piece.request, piece.choice) == (number, choice)]
 
 

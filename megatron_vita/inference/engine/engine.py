@@ -24,13 +24,13 @@ from megatron_vita.inference.engine.options import (
     EngineStatistics,
     Usage,
 )
-from megatron_vita.inference.engine.output_processor import OutputProcessor, join_pieces
+from megatron_vita.inference.engine.output_processor import OutputProcessor, join_deltas
 from megatron_vita.inference.engine.rank_monitor import RankMonitor
 from megatron_vita.inference.engine.request import Request
 from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
-from megatron_vita.inference.requests import Answer, AnswerPiece, SamplingParams
+from megatron_vita.inference.requests import CompletionOutput, OutputDelta, SamplingParams
 from megatron_vita.inference.runner.cache_size import build_cache
 from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.inference.vision import decode_pool
@@ -141,7 +141,7 @@ class Engine:
             rows_per_tile=self.form.vision.image_token_length,
         )
         self._requests: dict[int, Request] = {}
-        self._ended_early: list[AnswerPiece] = []
+        self._ended_early: list[OutputDelta] = []
         self._numbers = itertools.count()
         self._totals = NO_USAGE  # of requests that are forgotten
         logger.info(
@@ -219,7 +219,7 @@ class Engine:
         long take this one for dead."""
         self._execute(SchedulerOutput())
 
-    def step(self) -> list[AnswerPiece]:
+    def step(self) -> list[OutputDelta]:
         """Run one forward pass, and return what it adds to answers.
 
         Raises:
@@ -254,7 +254,9 @@ class Engine:
             completion_tokens_total=totals.completion_tokens,
         )
 
-    def generate(self, prompts: Sequence[Prompt], *, sampling: SamplingParams) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, sampling: SamplingParams
+    ) -> list[CompletionOutput]:
         """Answer prompts, `sampling.n` times each, in order.
 
         Raises:
@@ -265,7 +267,7 @@ class Engine:
         try:
             for prompt in prepared:
                 numbers.append(self.add(prompt, sampling))
-            pieces: list[AnswerPiece] = []
+            pieces: list[OutputDelta] = []
             while self.has_work:
                 pieces += self.step()
         finally:
@@ -274,12 +276,12 @@ class Engine:
                 self.forget(number)
             self._ended_early = []
         return [
-            join_pieces(pieces, request=number, choice=choice)
+            join_deltas(pieces, request=number, choice=choice)
             for number in numbers
             for choice in range(sampling.n)
         ]
 
-    def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[AnswerPiece]:
+    def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[OutputDelta]:
         """Stream the answers to one prompt from an engine that has no other requests.
 
         Closing the iterator cancels what is left.
@@ -359,7 +361,7 @@ class Engine:
         with _lost_rank_as_engine_error():
             return self._channel.receive()
 
-    def _process(self, step: SchedulerOutput, result: StepResult) -> list[AnswerPiece]:
+    def _process(self, step: SchedulerOutput, result: StepResult) -> list[OutputDelta]:
         self._scheduler.note_ready(result.ready)
         if result.logits is None:
             return []

@@ -14,7 +14,12 @@ from megatron_vita.inference.engine.scheduler import Scheduler
 from megatron_vita.inference.generation.beams import BeamSearch
 from megatron_vita.inference.generation.choice_state import ChoiceState
 from megatron_vita.inference.generation.sampling import SamplingRow, sample_tokens
-from megatron_vita.inference.requests import Answer, AnswerPiece, FinishReason, ScoredToken
+from megatron_vita.inference.requests import (
+    CompletionOutput,
+    FinishReason,
+    OutputDelta,
+    ScoredToken,
+)
 from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.text.tokenizer import Tokenizer
 
@@ -55,7 +60,7 @@ class OutputProcessor:
 
     def process(
         self, step: SchedulerOutput, logits: Tensor, *, failed: dict[int, str]
-    ) -> list[AnswerPiece]:
+    ) -> list[OutputDelta]:
         """Apply the results of a step.
 
         Args:
@@ -67,7 +72,7 @@ class OutputProcessor:
             The output deltas of this step.
         """
         owners = {s.number: r for r in self._scheduler.admitted for s in r.sequences}
-        pieces: list[AnswerPiece] = []
+        pieces: list[OutputDelta] = []
         for sequence, reason in failed.items():
             pieces += self.fail(owners.pop(sequence), reason)
         for chunk in step.prefill:
@@ -79,7 +84,7 @@ class OutputProcessor:
         tokens_only = logits[:, : self._tokenizer.vocab_size]  # no rows that pad the vocabulary
         return pieces + self._sample(tokens_only, [owners.get(sequence) for sequence in rows])
 
-    def cancel(self, request: Request) -> list[AnswerPiece]:
+    def cancel(self, request: Request) -> list[OutputDelta]:
         """End the answers of a request that nobody waits for."""
         return self._end_all(
             request, [choice.cancel() for choice in request.choices if choice.finish is None]
@@ -87,7 +92,7 @@ class OutputProcessor:
 
     def fail(
         self, request: Request, error: str, *, finish: FinishReason = "error"
-    ) -> list[AnswerPiece]:
+    ) -> list[OutputDelta]:
         """End the answers of a request with an error for whoever asked."""
         if finish == "model_error":
             self._scheduler.invalidate(request)
@@ -100,10 +105,10 @@ class OutputProcessor:
             ],
         )
 
-    def _sample(self, logits: Tensor, owners: list[Request | None]) -> list[AnswerPiece]:
+    def _sample(self, logits: Tensor, owners: list[Request | None]) -> list[OutputDelta]:
         """Advance the owners of the rows of logits [rows, V]; rows of a request are adjacent. None
         owns rows of requests that have just failed."""
-        pieces: list[AnswerPiece] = []
+        pieces: list[OutputDelta] = []
         to_sample: list[_RowToSample] = []
         for request, group in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
             rows = list(group)
@@ -136,24 +141,24 @@ class OutputProcessor:
             _RowToSample(request, first_row, choice.sampling_row()) for choice in request.choices
         ]
 
-    def _sample_rows(self, logits: Tensor, rows: Rows[_RowToSample]) -> list[AnswerPiece]:
+    def _sample_rows(self, logits: Tensor, rows: Rows[_RowToSample]) -> list[OutputDelta]:
         """Sample one token for each row; requests whose logits are not finite fail."""
         try:
             scored = sample_tokens(logits[[row.row for row in rows]], [row.how for row in rows])
         except LogitsError as error:
             wrong = list(dict.fromkeys(rows[row].request for row in error.rows))
-            failed: list[AnswerPiece] = []
+            failed: list[OutputDelta] = []
             for request in wrong:
                 failed += self.fail(request, str(error), finish="model_error")
             rest = [row for row in rows if row.request not in wrong]
             return failed + self._sample_rows(logits, rest)
-        pieces: list[AnswerPiece] = []
+        pieces: list[OutputDelta] = []
         pairs = zip(rows, scored, strict=True)
         for request, group in itertools.groupby(pairs, key=lambda pair: pair[0].request):
             pieces += self._append_tokens(request, [token for _, token in group])
         return pieces
 
-    def _append_tokens(self, request: Request, tokens: list[ScoredToken]) -> list[AnswerPiece]:
+    def _append_tokens(self, request: Request, tokens: list[ScoredToken]) -> list[OutputDelta]:
         """Add one token to each unfinished choice, in their order."""
         if not request.running:
             self._scheduler.start_decoding(request, len(request.choices))
@@ -179,14 +184,14 @@ class OutputProcessor:
         self._scheduler.cache_blocks(sequence, keys)
         self._scheduler.finish_sequence(request, sequence)
 
-    def _end_all(self, request: Request, pieces: list[AnswerPiece]) -> list[AnswerPiece]:
+    def _end_all(self, request: Request, pieces: list[OutputDelta]) -> list[OutputDelta]:
         request.sequence_of_choice.clear()
         self._scheduler.finish(request)
         return pieces
 
     def _advance_beams(
         self, request: Request, beams: BeamSearch, logits: Tensor
-    ) -> list[AnswerPiece]:
+    ) -> list[OutputDelta]:
         """Advance beam search by one token, on logits [W, V] of the live beams.
 
         Raises:
@@ -222,12 +227,12 @@ class OutputProcessor:
         request.sequences = new
 
 
-def join_pieces(pieces: Rows[AnswerPiece], *, request: int, choice: int) -> Answer:
+def join_deltas(pieces: Rows[OutputDelta], *, request: int, choice: int) -> CompletionOutput:
     """The whole answer of one choice of a request, among the pieces of many."""
     own = [piece for piece in pieces if (piece.request, piece.choice) == (request, choice)]
     finish = own[-1].finish
     assert finish is not None
-    return Answer(
+    return CompletionOutput(
         text="".join(piece.text for piece in own),
         token_ids=[token for piece in own for token in piece.token_ids],
         finish=finish,

@@ -16,7 +16,7 @@ from megatron_vita.inference.requests import FinishReason, SamplingParams, Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeamAnswer:
+class BeamHypothesis:
     """One result of a search: its tokens without the end token, and its score."""
 
     tokens: tuple[ScoredToken, ...]
@@ -61,7 +61,7 @@ class BeamSearch:
         self._sampling = sampling
         self._end_ids = frozenset() if sampling.ignore_eos else end_ids
         self._live: list[_Beam | None] = [None]
-        self._finished: list[BeamAnswer] = []
+        self._finished: list[BeamHypothesis] = []
         self._length = 0
 
     def advance(self, logits: Tensor) -> None:
@@ -89,7 +89,7 @@ class BeamSearch:
         self.tokens = [beam.token.chosen.token_id for _, beam in live]
         self.done = not live or not self._can_improve(live[0][1])
 
-    def results(self, count: int) -> list[BeamAnswer]:
+    def results(self, count: int) -> list[BeamHypothesis]:
         """Best results, best first; fewer than `count` only if the vocabulary has no more."""
         return self._finished[:count]
 
@@ -137,7 +137,7 @@ class BeamSearch:
     def _finish(self, beam: _Beam, reason: FinishReason) -> None:
         score = beam.total / self._length**self._sampling.length_penalty
         tokens = tuple(beam.chain())[::-1]
-        answer = BeamAnswer(
+        answer = BeamHypothesis(
             tokens=tokens[:-1] if reason == "stop" else tokens, score=score, finish=reason
         )
         self._finished = sorted([*self._finished, answer], key=lambda one: -one.score)[

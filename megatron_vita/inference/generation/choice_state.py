@@ -4,10 +4,10 @@ limit ends it."""
 import torch
 from torch import Tensor
 
-from megatron_vita.inference.generation.beams import BeamAnswer
+from megatron_vita.inference.generation.beams import BeamHypothesis
 from megatron_vita.inference.generation.detokenizer import TextStream
 from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, has_penalties
-from megatron_vita.inference.requests import AnswerPiece, FinishReason, SamplingParams, ScoredToken
+from megatron_vita.inference.requests import FinishReason, OutputDelta, SamplingParams, ScoredToken
 from megatron_vita.text.tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ class ChoiceState:
             penalties=self._penalties,
         )
 
-    def append(self, scored: ScoredToken, *, end_ids: frozenset[int]) -> AnswerPiece:
+    def append(self, scored: ScoredToken, *, end_ids: frozenset[int]) -> OutputDelta:
         """Add a sampled token. One of `end_ids` ends the answer and is not part of it, unless
         `ignore_eos` is set."""
         assert self.finish is None
@@ -59,7 +59,7 @@ class ChoiceState:
             return self._end("length", text=text, tokens=(scored,))
         return self._piece(text, tokens=(scored,))
 
-    def append_beam(self, answer: BeamAnswer) -> AnswerPiece:
+    def append_beam(self, answer: BeamHypothesis) -> OutputDelta:
         """Add the whole answer of a beam search, up to a stop string."""
         assert self.finish is None
         text = ""
@@ -70,15 +70,15 @@ class ChoiceState:
                 break
         return self._end(answer.finish, text=text, tokens=answer.tokens[: len(self.ids)])
 
-    def stop_at_length(self) -> AnswerPiece:
+    def stop_at_length(self) -> OutputDelta:
         """End the answer for want of room for another token."""
         return self._end("length")
 
-    def cancel(self) -> AnswerPiece:
+    def cancel(self) -> OutputDelta:
         """End an answer that nobody waits for."""
         return self._end("cancelled")
 
-    def fail(self, error: str, *, finish: FinishReason = "error") -> AnswerPiece:
+    def fail(self, error: str, *, finish: FinishReason = "error") -> OutputDelta:
         """End the answer with an error for whoever asked."""
         return self._end(finish, error=error)
 
@@ -89,15 +89,15 @@ class ChoiceState:
         text: str = "",
         tokens: tuple[ScoredToken, ...] = (),
         error: str = "",
-    ) -> AnswerPiece:
+    ) -> OutputDelta:
         assert self.finish is None
         text += self._stream.finish()
         stopped = reason == "length" and self._stream.stopped  # by characters that were held back
         self.finish = "stop" if stopped else reason
         return self._piece(text, tokens=tokens, error=error)
 
-    def _piece(self, text: str, *, tokens: tuple[ScoredToken, ...], error: str = "") -> AnswerPiece:
-        return AnswerPiece(
+    def _piece(self, text: str, *, tokens: tuple[ScoredToken, ...], error: str = "") -> OutputDelta:
+        return OutputDelta(
             request=self.request,
             choice=self.choice,
             text=text,

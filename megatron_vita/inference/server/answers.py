@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vita.inference.requests import AnswerPiece, ScoredToken, TokenScore
+from megatron_vita.inference.requests import OutputDelta, ScoredToken, TokenScore
 from megatron_vita.inference.server.interface import PreparedPrompt, Usage
 
 TokenBytes = Callable[[int], bytes]
@@ -36,7 +36,7 @@ class AnswerForm:
         ]
         return self.chunk(choices, **self._videos())
 
-    def continuation(self, piece: AnswerPiece) -> dict[str, Any] | None:
+    def continuation(self, piece: OutputDelta) -> dict[str, Any] | None:
         """Build the chunk of an output delta; None if the delta holds nothing to show."""
         if not (piece.text or piece.finish or piece.scores):
             return None
@@ -48,7 +48,7 @@ class AnswerForm:
         }
         return self.chunk([choice])
 
-    def completion(self, pieces: Iterable[AnswerPiece], *, n: int, usage: Usage) -> dict[str, Any]:
+    def completion(self, pieces: Iterable[OutputDelta], *, n: int, usage: Usage) -> dict[str, Any]:
         """Build the `chat.completion` of all output deltas."""
         choices = [_Choice() for _ in range(n)]
         for piece in pieces:
@@ -112,7 +112,7 @@ class _Choice:
     scores: list[ScoredToken] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, piece: AnswerPiece) -> None:
+    def add(self, piece: OutputDelta) -> None:
         self.texts.append(piece.text)
         self.scores += piece.scores
         self.finish = piece.finish or self.finish

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from megatron_vita.inference.prompt import Prompt
-from megatron_vita.inference.requests import AnswerPiece, SamplingParams
+from megatron_vita.inference.requests import OutputDelta, SamplingParams
 from megatron_vita.inference.server.access import cache_salt, key_of
 from megatron_vita.inference.server.answers import AnswerForm, usage_object
 from megatron_vita.inference.server.bodies import BodyPlaces
@@ -330,7 +330,7 @@ class _Exchange:
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
             await self._events.comment()
 
-    async def _pieces(self, stream: RequestStream) -> AsyncIterator[AnswerPiece]:
+    async def _pieces(self, stream: RequestStream) -> AsyncIterator[OutputDelta]:
         """Yield the output deltas of a request.
 
         Raises:

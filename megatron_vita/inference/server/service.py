@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vita.errors import ConfigError, DataError, VitaError
-from megatron_vita.inference.requests import AnswerPiece, SamplingParams
+from megatron_vita.inference.requests import OutputDelta, SamplingParams
 from megatron_vita.inference.server.interface import ServedEngine, Statistics, Usage
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ class RequestStream:
     usage: Usage | None = None
     number: int | None = None  # the engine's; of the engine's thread
     left: int = 0  # answers that go on; of the engine's thread
-    arrivals: asyncio.Queue[AnswerPiece | EngineFailedError] = field(default_factory=asyncio.Queue)
+    arrivals: asyncio.Queue[OutputDelta | EngineFailedError] = field(default_factory=asyncio.Queue)
 
-    async def __aiter__(self) -> AsyncIterator[AnswerPiece]:
+    async def __aiter__(self) -> AsyncIterator[OutputDelta]:
         left = self.choices
         while left:
             arrival = await self.arrivals.get()
@@ -191,7 +191,7 @@ class EngineService:
         if arrivals:
             self._loop.call_soon_threadsafe(_deliver, arrivals)
 
-    def _settle(self, piece: AnswerPiece) -> Usage | None:
+    def _settle(self, piece: OutputDelta) -> Usage | None:
         """Forget a request whose last choice has finished, and return its usage."""
         stream = self._open[piece.request]
         stream.left -= piece.finish is not None
@@ -242,7 +242,7 @@ class EngineService:
             self._loop.call_soon_threadsafe(stream.arrivals.put_nowait, self._ended)
 
 
-def _deliver(arrivals: list[tuple[RequestStream, AnswerPiece, Usage | None]]) -> None:
+def _deliver(arrivals: list[tuple[RequestStream, OutputDelta, Usage | None]]) -> None:
     for stream, piece, usage in arrivals:
         stream.usage = usage or stream.usage
         stream.arrivals.put_nowait(piece)

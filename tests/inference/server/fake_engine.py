@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import (
-    AnswerPiece,
     FinishReason,
+    OutputDelta,
     SamplingParams,
     ScoredToken,
     TokenScore,
@@ -150,7 +150,7 @@ class FakeEngine:
         self.cancelled.append(request)
         self.requests[request].cancelled = True
 
-    def step(self) -> list[AnswerPiece]:
+    def step(self) -> list[OutputDelta]:
         self._own_thread()
         time.sleep(self.step_seconds)
         self.steps += 1
@@ -163,11 +163,11 @@ class FakeEngine:
             if request.open[choice]
         ]
 
-    def _piece(self, number: int, request: _Request, choice: int) -> AnswerPiece:
+    def _piece(self, number: int, request: _Request, choice: int) -> OutputDelta:
         if request.cancelled or self.decode_error:
             request.open[choice] = False
             finish: FinishReason = self.error_finish if self.decode_error else "cancelled"
-            return AnswerPiece(
+            return OutputDelta(
                 request=number, choice=choice, finish=finish, error=self.decode_error
             )
         answer = request.answer.replace(b"{choice}", str(choice).encode())
@@ -184,7 +184,7 @@ class FakeEngine:
         request.open[choice] = not is_last
         # half characters are held back
         text = answer[:said].decode(errors="ignore")[len(answer[:before].decode(errors="ignore")) :]
-        return AnswerPiece(
+        return OutputDelta(
             request=number,
             choice=choice,
             text=text,
