@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
-class RefusalError(Exception):
+class APIError(Exception):
     """Makes the server answer with a status and a reason."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
                     200,
                     {"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage},
                 )
-        except RefusalError as refusal:
+        except APIError as refusal:
             self._json(refusal.status, {"error": {"message": str(refusal)}})
         finally:
             with server.lock:

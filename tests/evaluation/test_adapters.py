@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import FakeChatServer, RefusalError, serving, texts_of
+from chat_server import APIError, FakeChatServer, serving, texts_of
 from PIL import Image
 
 from megatron_vita.evaluation.adapters.prompt_rules import Part, clean_answer, long_vita_parts
@@ -132,7 +132,7 @@ def harnesses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def server() -> Iterator[FakeChatServer]:
     def reply(request: dict[str, Any]) -> str:
         if "long" in texts_of(request)[-1]:
-            raise RefusalError(400, "too long")
+            raise APIError(400, "too long")
         return "Answer: B"
 
     with serving(reply) as running:

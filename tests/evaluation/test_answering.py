@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chat_server import FakeChatServer, RefusalError, serving, texts_of
+from chat_server import APIError, FakeChatServer, serving, texts_of
 
 from megatron_vita.errors import DataError, LogitsError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
@@ -40,7 +40,7 @@ class Echo:
 def reply(request: dict[str, Any]) -> str:
     text = texts_of(request)[-1]
     if text == "bad":
-        raise RefusalError(400, "bad is bad")
+        raise APIError(400, "bad is bad")
     return text
 
 
@@ -114,7 +114,7 @@ def test_a_server_that_cannot_be_reached_or_refuses_the_key_ends_the_work(
     gone = ChatServer("http://127.0.0.1:9/v1", model="tiny")
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9"):
         list(ServerAnswerer(gone, at_once=1).answers(questions("a"), sampling=GREEDY))
-    server.reply = lambda request: (_ for _ in ()).throw(RefusalError(401, "wrong key"))
+    server.reply = lambda request: (_ for _ in ()).throw(APIError(401, "wrong key"))
     with pytest.raises(ServerError, match="401: wrong key"):
         list(
             ServerAnswerer(ChatServer(server.url), at_once=1).answers(

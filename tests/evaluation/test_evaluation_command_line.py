@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import FakeChatServer, RefusalError, serving, texts_of
+from chat_server import APIError, FakeChatServer, serving, texts_of
 
 from megatron_vita.commands import run_command
 from megatron_vita.evaluation.__main__ import app
@@ -21,7 +21,7 @@ def evaluate(*arguments: object) -> int:
 def reply(request: dict[str, Any]) -> str:
     pages = sum(part["type"] == "image_url" for part in request["messages"][0]["content"])
     if pages > 5:
-        raise RefusalError(400, "the prompt is too long")
+        raise APIError(400, "the prompt is too long")
     return "00000"
 
 

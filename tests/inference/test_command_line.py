@@ -17,7 +17,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-from chat_server import FakeChatServer, RefusalError, serving, texts_of
+from chat_server import APIError, FakeChatServer, serving, texts_of
 from toy_run import make_toy_run
 
 from megatron_vita import platform
@@ -125,7 +125,7 @@ def test_a_process_of_its_own_ends_likewise(tmp_path: Path) -> None:
 
 def echo(request: dict[str, Any]) -> str:
     if texts_of(request)[-1].strip() == "bad":
-        raise RefusalError(400, "bad is bad")
+        raise APIError(400, "bad is bad")
     return f"you said {texts_of(request)[-1].strip()}"
 
 

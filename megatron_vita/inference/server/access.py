@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from megatron_vita.errors import ConfigError
+from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.http import refuse_while_sending
-from megatron_vita.inference.server.refusals import RefusalError
 
 VARIABLE = "VITA_API_KEY"
 _GUARDED = ("/v1/", "/metrics")
@@ -75,7 +75,7 @@ class RequireKey:
             scope["state"][_KEY] = digest
         if scope["path"].startswith(_GUARDED) and not is_known:
             headers = {"www-authenticate": "Bearer", "connection": "close"}
-            refusal = RefusalError(
+            refusal = APIError(
                 "an API key is needed: Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
@@ -102,7 +102,7 @@ class RefuseForeignPages:
         """Pass the request on, or reject it without reading the body."""
         if scope["type"] == "http" and scope["method"] == "POST" and _is_foreign(scope):
             message = "pages of other sites get no answer from a server without keys: set one, or open the server's own"
-            refusal = RefusalError(
+            refusal = APIError(
                 message, status=403, code="foreign_origin", headers={"connection": "close"}
             )
             await refuse_while_sending(refusal, Request(scope, receive), send)

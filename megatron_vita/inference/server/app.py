@@ -21,12 +21,12 @@ from starlette.routing import Route
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.access import RefuseForeignPages, RequireKey
 from megatron_vita.inference.server.access_log import AccessLog
+from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.completions import ChatEndpoint
 from megatron_vita.inference.server.http import note
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.media import MediaLoader
 from megatron_vita.inference.server.metrics import Metrics
-from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher
 from megatron_vita.inference.server.sampling import OPENAI_DEFAULTS
 from megatron_vita.inference.server.service import EngineService
@@ -162,9 +162,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Answer unknown paths and methods in OpenAI's error format."""
     assert isinstance(error, HTTPException)
     note(request.scope, refused=error.detail)
-    return RefusalError(
-        str(error.detail), status=error.status_code, headers=error.headers
-    ).response()
+    return APIError(str(error.detail), status=error.status_code, headers=error.headers).response()
 
 
 def _page_headers(page: str) -> dict[str, str]:

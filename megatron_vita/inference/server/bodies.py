@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
-from megatron_vita.inference.server.refusals import RefusalError
+from megatron_vita.inference.server.api_errors import APIError
 
 
 class BodyPlaces:
@@ -25,7 +25,7 @@ class BodyPlaces:
         """Hold a place while a body is read.
 
         Raises:
-            RefusalError: the place was taken away.
+            APIError: the place was taken away.
         """
         if len(self._clients) >= self._most:
             self._take_one_away()
@@ -47,10 +47,10 @@ class BodyPlaces:
         del self._clients[oldest]
         oldest.reschedule(0)
 
-    def _refusal(self) -> RefusalError:
+    def _refusal(self) -> APIError:
         message = (
             f"{self._most} bodies are being read, which is the limit (the server's option "
             "--open-bodies), and most of them for this client, whose oldest is given up"
         )
         headers = {"connection": "close"}
-        return RefusalError(message, status=408, code="open_bodies_exceeded", headers=headers)
+        return APIError(message, status=408, code="open_bodies_exceeded", headers=headers)

@@ -20,6 +20,15 @@ from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import OutputDelta, SamplingParams
 from megatron_vita.inference.server.access import cache_salt, key_of
 from megatron_vita.inference.server.answers import AnswerForm, usage_object
+from megatron_vita.inference.server.api_errors import (
+    NO_RETRY,
+    APIError,
+    api_error_of,
+    engine_failed,
+    stopping,
+    too_large,
+    too_many_requests,
+)
 from megatron_vita.inference.server.bodies import BodyPlaces
 from megatron_vita.inference.server.http import (
     KEEP_ALIVE_SECONDS,
@@ -35,15 +44,6 @@ from megatron_vita.inference.server.media import MediaLoader, about, check_pixel
 from megatron_vita.inference.server.metrics import Metrics
 from megatron_vita.inference.server.parsing import parse_request
 from megatron_vita.inference.server.protocol import ChatRequest
-from megatron_vita.inference.server.refusals import (
-    NO_RETRY,
-    RefusalError,
-    engine_failed,
-    refusal_of,
-    stopping,
-    too_large,
-    too_many_requests,
-)
 from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 
@@ -91,7 +91,7 @@ class ChatEndpoint:
         except ClientDisconnect:
             counted.status = CLIENT_GONE
         except Exception as error:
-            await exchange.refuse(refusal_of(error, request_seconds=self.limits.request_seconds))
+            await exchange.refuse(api_error_of(error, request_seconds=self.limits.request_seconds))
         finally:
             status = counted.status or CLIENT_GONE
             self.metrics.requests.labels(status).inc()
@@ -107,7 +107,7 @@ class ChatEndpoint:
 
         Raises:
             EngineFailedError: the engine has failed.
-            RefusalError: the server is stopping, or a limit of open requests is reached.
+            APIError: the server is stopping, or a limit of open requests is reached.
         """
         if self.service.failure is not None:
             raise EngineFailedError(self.service.failure)
@@ -131,7 +131,7 @@ class ChatEndpoint:
         """Count a request as open inside the context.
 
         Raises:
-            RefusalError: a limit of open requests is reached.
+            APIError: a limit of open requests is reached.
         """
         self._check_room(key)
         self.open_requests += 1
@@ -156,7 +156,7 @@ class ChatEndpoint:
         """Run the context until it ends or `cut_off` is called.
 
         Raises:
-            RefusalError: `cut_off` was called; it carries `headers`.
+            APIError: `cut_off` was called; it carries `headers`.
         """
         try:
             async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
@@ -169,7 +169,7 @@ class ChatEndpoint:
         finally:
             self._cuts.discard(timeout)
 
-    def _end_of_request(self, headers: Mapping[str, str] | None) -> RefusalError:
+    def _end_of_request(self, headers: Mapping[str, str] | None) -> APIError:
         """The error for a request that is cut off."""
         if self.service.failure is None:
             return stopping("the request was cut off: the server is stopping", headers)
@@ -206,7 +206,7 @@ class _Exchange:
         client = self._request.client
         return key_of(self._request.scope) or (client and client.host)
 
-    async def refuse(self, refusal: RefusalError) -> None:
+    async def refuse(self, refusal: APIError) -> None:
         """Send an error, as the response or as the last event of a stream that has begun."""
         note(self._request.scope, refused=refusal.code, param=refusal.param)
         try:
@@ -249,7 +249,7 @@ class _Exchange:
         endpoint = self._endpoint
         if request.model != endpoint.model_name:
             message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
-            raise RefusalError(message, status=404, param="model", code="model_not_found")
+            raise APIError(message, status=404, param="model", code="model_not_found")
         sampling = sampling_of(
             request,
             limits=endpoint.limits,
@@ -270,7 +270,7 @@ class _Exchange:
         """Load media and tokenize the prompt.
 
         Raises:
-            RefusalError, DataError: the prompt is invalid or exceeds a limit.
+            APIError, DataError: the prompt is invalid or exceeds a limit.
         """
         endpoint = self._endpoint
         images, videos = await endpoint.media.load(request)
@@ -289,7 +289,7 @@ class _Exchange:
         for video in prepared.videos:
             try:
                 check_pixels(video.size, endpoint.limits)
-            except RefusalError as error:
+            except APIError as error:
                 raise about(video.name, error) from error
         if prepared.tokens > endpoint.limits.prompt_tokens:
             raise too_large(
@@ -334,15 +334,15 @@ class _Exchange:
         """Yield the output deltas of a request.
 
         Raises:
-            RefusalError: a medium could not be decoded, or the model's logits are not finite.
+            APIError: a medium could not be decoded, or the model's logits are not finite.
         """
         async for piece in stream:
             if self._first is None and (piece.token_ids or piece.text):
                 self._first = time.monotonic() - self._began
             if piece.finish == "error":
-                raise RefusalError(piece.error, code="invalid_media")
+                raise APIError(piece.error, code="invalid_media")
             if piece.finish == "model_error":
-                raise RefusalError(piece.error, status=500, code="model_error", headers=NO_RETRY)
+                raise APIError(piece.error, status=500, code="model_error", headers=NO_RETRY)
             yield piece
 
     def _observe(self, stream: RequestStream) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
+from megatron_vita.inference.server.api_errors import APIError, too_large
 from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.refusals import RefusalError, too_large
 
 KEEP_ALIVE_SECONDS = 15.0
 """A silent stream gets a comment so often, so that no proxy takes it for dead."""
@@ -33,12 +33,12 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """Read the whole body.
 
     Raises:
-        RefusalError: the content type is wrong, or the body is too large or too slow.
+        APIError: the content type is wrong, or the body is too large or too slow.
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         # Browsers send other types to any site without asking it, so they must not be taken for
         # requests.
-        raise RefusalError(
+        raise APIError(
             "the content type must be application/json", status=415, code="invalid_content_type"
         )
     declared = request.headers.get("content-length", "0")
@@ -55,17 +55,17 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     )
     except TimeoutError as error:
         message = f"the body did not come within {limits.body_seconds:g} seconds"
-        raise RefusalError(message, status=408, headers={"connection": "close"}) from error
+        raise APIError(message, status=408, headers={"connection": "close"}) from error
     return bytes(body)
 
 
-def _body_too_large(what: str, limits: Limits) -> RefusalError:
+def _body_too_large(what: str, limits: Limits) -> APIError:
     refusal = too_large(what, limit="body_bytes", most=limits.body_bytes)
     refusal.headers["connection"] = "close"  # the rest of the body is not read
     return refusal
 
 
-async def refuse_while_sending(refusal: RefusalError, request: Request, send: Send) -> None:
+async def refuse_while_sending(refusal: APIError, request: Request, send: Send) -> None:
     """Send an error to a client that is still sending its body, and discard that body for a moment.
 
     A connection closed with unread bytes is reset, and the client might lose the response.

@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 from megatron_vita.errors import DataError
 from megatron_vita.inference.prompt import MediaFile
+from megatron_vita.inference.server.api_errors import APIError, too_large
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import ChatRequest, ImagePart, VideoPart
-from megatron_vita.inference.server.refusals import RefusalError, too_large
 from megatron_vita.inference.server.remote import RemoteFetcher
 from megatron_vita.media.images import FORMATS, image_size
 
@@ -46,7 +46,7 @@ class MediaLoader:
         """Load a request's images and videos, named by their fields in the body.
 
         Raises:
-            RefusalError: names the field that is wrong.
+            APIError: names the field that is wrong.
         """
         files: dict[type, list[MediaFile]] = {ImagePart: [], VideoPart: []}
         left = self._limits.media_bytes
@@ -55,7 +55,7 @@ class MediaLoader:
                 file = MediaFile(name=field, data=await self._read(_url(part), left))
                 if isinstance(part, ImagePart):
                     await self._run(self._check_pixels, file)
-            except RefusalError as error:
+            except APIError as error:
                 raise about(field, error) from error
             left -= len(file.data)
             files[type(part)].append(file)
@@ -67,7 +67,7 @@ class MediaLoader:
             return await self._run(_data_url, url, most)
         if scheme in ("http", "https"):
             if self._remote is None:
-                raise RefusalError(
+                raise APIError(
                     "remote URLs are off on this server (its option --allow-remote-media): send a data URL",
                     code="remote_media_off",
                 )
@@ -80,7 +80,7 @@ class MediaLoader:
     def _file(self, url: str, most: int) -> bytes:
         """Read a file under one of the roots. Files elsewhere and missing files get the same error,
         so that clients cannot probe the file system."""
-        refusal = RefusalError(
+        refusal = APIError(
             f"{url!r:.200} is neither a data URL nor a file under the media folders of this server",
             code="media_not_found",
         )
@@ -99,12 +99,12 @@ class MediaLoader:
         try:
             size = image_size(image.data, image.name, formats=_FORMATS)
         except DataError as error:
-            raise RefusalError(str(error), code="invalid_media") from error
+            raise APIError(str(error), code="invalid_media") from error
         check_pixels(size, self._limits)
 
 
 def check_pixels(size: tuple[int, int], limits: Limits) -> None:
-    """Raise RefusalError if an image or frame of (width, height) has too many pixels."""
+    """Raise APIError if an image or frame of (width, height) has too many pixels."""
     width, height = size
     if width * height > limits.image_pixels:
         raise too_large(
@@ -118,10 +118,10 @@ def _url(part: ImagePart | VideoPart) -> str:
     return part.video_url.url
 
 
-def about(field: str, error: RefusalError) -> RefusalError:
+def about(field: str, error: APIError) -> APIError:
     """Return the error with the name of the field that it concerns."""
     message = str(error) if str(error).startswith(field) else f"{field}: {error}"
-    return RefusalError(
+    return APIError(
         message, status=error.status, param=field, code=error.code, headers=error.headers
     )
 
@@ -129,7 +129,7 @@ def about(field: str, error: RefusalError) -> RefusalError:
 def _data_url(url: str, most: int) -> bytes:
     head = _DATA_URL.match(url)
     if head is None:
-        raise RefusalError("a data URL must begin with data:TYPE;base64,", code="invalid_media")
+        raise APIError("a data URL must begin with data:TYPE;base64,", code="invalid_media")
     payload = memoryview(url.encode("ascii", errors="replace"))[head.end() :]
     size = len(payload) * 3 // 4
     if size > most:
@@ -137,11 +137,11 @@ def _data_url(url: str, most: int) -> bytes:
     try:
         data = base64.b64decode(payload, validate=True)
     except binascii.Error as error:
-        raise RefusalError(
+        raise APIError(
             f"the base64 of this data URL is invalid: {error}", code="invalid_media"
         ) from error
     if not data:
-        raise RefusalError("this data URL is empty", code="invalid_media")
+        raise APIError("this data URL is empty", code="invalid_media")
     return data
 
 

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from megatron_vita.inference.server import foreign_fields
+from megatron_vita.inference.server.api_errors import APIError, too_large
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import MUST_BE, ChatRequest
-from megatron_vita.inference.server.refusals import RefusalError, too_large
 
 MAX_VALUES = 65_536
 """Values of a body: each takes time and memory, however short it is. 4,096 messages with an image each have fewer."""
@@ -33,17 +33,17 @@ def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
     """Parse a JSON body.
 
     Raises:
-        RefusalError: names the first field that is wrong.
+        APIError: names the first field that is wrong.
     """
     if _has_too_many_values(body):
         message = f"the body has more than {MAX_VALUES:,} values: fewer messages or parts of them are needed"
-        raise RefusalError(message, code="too_many_values")
+        raise APIError(message, code="too_many_values")
     try:
         request = ChatRequest.model_validate(from_json(body, allow_inf_nan=False))
     except ValidationError as error:
         raise _first_fault(error) from error
     except ValueError as error:
-        raise RefusalError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+        raise APIError(f"the body is not valid JSON: {error}", code="invalid_json") from error
     _check_size(request, limits)
     return request
 
@@ -81,7 +81,7 @@ def _value_starts(text: bytes) -> int:
     return sum(text.count(sign) for sign in (b",", b"[", b"{"))
 
 
-def _first_fault(error: ValidationError) -> RefusalError:
+def _first_fault(error: ValidationError) -> APIError:
     """Convert pydantic's first error to OpenAI's format. Values are not repeated: they may be long
     or secret."""
     fault = error.errors(include_url=False)[0]
@@ -104,11 +104,11 @@ def _first_fault(error: ValidationError) -> RefusalError:
     return _refusal(field, _wrong_value(fault), code="invalid_value")
 
 
-def _refusal(field: str, message: str, *, code: str) -> RefusalError:
-    return RefusalError(f"{field or 'the body'} {message}", param=field or None, code=code)
+def _refusal(field: str, message: str, *, code: str) -> APIError:
+    return APIError(f"{field or 'the body'} {message}", param=field or None, code=code)
 
 
-def _wrong_part(field: str, kind: str) -> RefusalError:
+def _wrong_part(field: str, kind: str) -> APIError:
     known = "known are text, image_url and video_url"
     message = f"is {kind!r:.{_LONGEST_NAME}}: {foreign_fields.PART_TYPES.get(kind, 'there is no such part')}; {known}"
     return _refusal(field, message, code="invalid_value")

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httpcore
 
-from megatron_vita.inference.server.refusals import RefusalError, too_large
+from megatron_vita.inference.server.api_errors import APIError, too_large
 
 MAX_REDIRECTS = 3
 MAX_URL_CHARACTERS = 8192
@@ -66,9 +66,7 @@ class _CheckedBackend(httpcore.AnyIOBackend):
         addresses = await self._resolve(host, port)
         private = [str(address) for address in addresses if not self._is_allowed(address)]
         if private or not addresses:
-            raise RefusalError(
-                f"the host {host!r:.200} has no public address", code="private_address"
-            )
+            raise APIError(f"the host {host!r:.200} has no public address", code="private_address")
         return await super().connect_tcp(
             str(addresses[0]), port, timeout, local_address, socket_options
         )
@@ -77,9 +75,7 @@ class _CheckedBackend(httpcore.AnyIOBackend):
         self, path: str, *_: Any, **__: Any
     ) -> httpcore.AsyncNetworkStream:
         """Reject Unix sockets, which lead to no remote server."""
-        raise RefusalError(
-            f"the socket {path!r:.200} has no public address", code="private_address"
-        )
+        raise APIError(f"the socket {path!r:.200} has no public address", code="private_address")
 
 
 class RemoteFetcher:
@@ -99,7 +95,7 @@ class RemoteFetcher:
         """Download the body of an http(s) URL.
 
         Raises:
-            RefusalError: it cannot be downloaded, or has more than `most` bytes.
+            APIError: it cannot be downloaded, or has more than `most` bytes.
         """
         try:
             async with (
@@ -108,9 +104,7 @@ class RemoteFetcher:
             ):
                 return await self._follow(pool, url, most)
         except TimeoutError as error:
-            raise RefusalError(
-                f"{url!r:.200} did not come within {self._seconds:g} seconds"
-            ) from error
+            raise APIError(f"{url!r:.200} did not come within {self._seconds:g} seconds") from error
         except (
             OSError,
             ValueError,
@@ -118,7 +112,7 @@ class RemoteFetcher:
             httpcore.ProtocolError,
             httpcore.TimeoutException,
         ) as error:
-            raise RefusalError(f"{url!r:.200} cannot be fetched: {type(error).__name__}") from error
+            raise APIError(f"{url!r:.200} cannot be fetched: {type(error).__name__}") from error
 
     async def _follow(self, pool: httpcore.AsyncConnectionPool, url: str, most: int) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
@@ -126,7 +120,7 @@ class RemoteFetcher:
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
-        raise RefusalError(
+        raise APIError(
             f"{url!r:.200} comes after {MAX_REDIRECTS} redirects: that is where this server gives up"
         )
 
@@ -134,14 +128,14 @@ class RemoteFetcher:
         """Request a URL once; returns the body, or the location that it redirects to."""
         if len(url) > MAX_URL_CHARACTERS:
             message = f"{url!r:.200} has {len(url):,} characters: at most {MAX_URL_CHARACTERS:,} are taken"
-            raise RefusalError(message, code="invalid_url")
+            raise APIError(message, code="invalid_url")
         parts = urlsplit(url)
         if (
             parts.scheme not in ("http", "https")
             or not parts.hostname
             or parts.username is not None
         ):
-            raise RefusalError(
+            raise APIError(
                 f"{url!r:.200}: a http or https URL with a host and without a user name is needed"
             )
         headers = [(b"host", parts.netloc.encode("idna")), (b"accept-encoding", b"identity")]
@@ -150,7 +144,7 @@ class RemoteFetcher:
             if response.status in (301, 302, 303, 307, 308) and b"location" in fields:
                 return fields[b"location"].decode("ascii")
             if response.status != 200:
-                raise RefusalError(f"{url!r:.200} has status {response.status}")
+                raise APIError(f"{url!r:.200} has status {response.status}")
             return await _read(response, url, most)
 
 

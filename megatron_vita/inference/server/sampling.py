@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 from megatron_vita.config import GenerationConfig
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.requests import SamplingParams
+from megatron_vita.inference.server.api_errors import APIError, too_large
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import ChatRequest
-from megatron_vita.inference.server.refusals import RefusalError, too_large
 
 OPENAI_DEFAULTS = SamplingParams(temperature=1.0)
 _SEED_BITS = 63
@@ -39,7 +39,7 @@ def sampling_of(
         defaults: values of all other fields that the request leaves out.
 
     Raises:
-        RefusalError: a value is out of range, or two fields contradict each other.
+        APIError: a value is out of range, or two fields contradict each other.
     """
     _check_companions(request)
     _check_limits(request, limits)
@@ -73,7 +73,7 @@ def max_frames_of(request: ChatRequest, *, limits: Limits) -> int | None:
     """Limit of frames per video in a request; None stands for the recipe's.
 
     Raises:
-        RefusalError: a number is out of range, or two fields differ.
+        APIError: a number is out of range, or two fields differ.
     """
     given = dict(request.frame_limits())
     for field, frames in given.items():
@@ -164,7 +164,7 @@ def _check_limits(request: ChatRequest, limits: Limits) -> None:
 
 
 def _refuse(field: str, message: str) -> NoReturn:
-    raise RefusalError(f"{field} {message}", param=field, code="invalid_value")
+    raise APIError(f"{field} {message}", param=field, code="invalid_value")
 
 
 def _refuse_above(field: str, value: int, *, limit: str, most: int) -> NoReturn:
@@ -179,10 +179,10 @@ def _shown(value: float) -> str:
     return f"{value!s:.20}..."
 
 
-def _in_the_requests_words(message: str, request: ChatRequest) -> RefusalError:
+def _in_the_requests_words(message: str, request: ChatRequest) -> APIError:
     """Convert an error of SamplingParams, whose message begins with its field, to one that names
     the request's field."""
     name, _, rest = message.partition(" ")
     width = next((f for f in ("num_beams", "best_of") if getattr(request, f) is not None), "n")
     field = {"logprobs": "top_logprobs", "num_beams": width}.get(name, name)
-    return RefusalError(f"{field} {rest}", param=field, code="invalid_value")
+    return APIError(f"{field} {rest}", param=field, code="invalid_value")

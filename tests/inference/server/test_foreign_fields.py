@@ -11,9 +11,9 @@ from vllm_fields import ASKS_FOR_MORE, SGLANG, VLLM
 
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server import foreign_fields, protocol
+from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.parsing import parse_request
-from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
 
 LIMITS = Limits()
@@ -34,8 +34,8 @@ def parse(**fields: Any) -> protocol.ChatRequest:
     return parse_request(json.dumps(body).encode(), limits=LIMITS)
 
 
-def refused(**fields: Any) -> RefusalError:
-    with pytest.raises(RefusalError) as caught:
+def refused(**fields: Any) -> APIError:
+    with pytest.raises(APIError) as caught:
         sampling(**fields)
     assert caught.value.status == 400
     return caught.value

@@ -18,8 +18,8 @@ from fake_engine import FakeEngine
 from media_makers import bomb, data_url, image, png, video
 from running_server import RunningServer, running
 
+from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.refusals import RefusalError
 from megatron_vita.inference.server.remote import RemoteFetcher, is_public
 from megatron_vita.media.frame_archive import pack_frames
 from tests.media.video_files import clip
@@ -257,7 +257,7 @@ def test_public_addresses_are_public(address: str) -> None:
     ],
 )
 def test_private_hosts_are_refused_however_they_are_written(host: str) -> None:
-    with pytest.raises(RefusalError) as caught:
+    with pytest.raises(APIError) as caught:
         fetch(RemoteFetcher(seconds=5), f"http://{host}:80/latest")
     assert caught.value.code == "private_address" or "cannot be fetched" in str(caught.value)
 
@@ -342,12 +342,12 @@ def test_remote_media_are_fetched_where_they_are_allowed(site: str) -> None:
     ],
 )
 def test_redirects_are_checked_like_the_first_url(site: str, path: str, said: str) -> None:
-    with pytest.raises(RefusalError, match=said):
+    with pytest.raises(APIError, match=said):
         fetch(Names(["127.0.0.1"]).fetcher(), site + path)
 
 
 def test_a_name_with_one_private_address_is_refused(site: str) -> None:
-    with pytest.raises(RefusalError, match="no public address"):
+    with pytest.raises(APIError, match="no public address"):
         fetch(Names(["127.0.0.1", "10.0.0.1"]).fetcher(), f"{site}/image")
 
 
@@ -356,18 +356,18 @@ def test_a_name_is_resolved_once_and_its_checked_address_connected_to(site: str)
     assert fetch(names.fetcher(), f"{site}/image") == png()
     assert names.answers == [["10.0.0.1"]]
     Site.asked.clear()
-    with pytest.raises(RefusalError, match="no public address"):
+    with pytest.raises(APIError, match="no public address"):
         fetch(names.fetcher(), f"{site}/image")
     assert Site.asked == []
 
 
 def test_an_endless_remote_body_is_cut_off(site: str) -> None:
-    with pytest.raises(RefusalError, match="more than 1,000 bytes"):
+    with pytest.raises(APIError, match="more than 1,000 bytes"):
         fetch(Names(["127.0.0.1"]).fetcher(), f"{site}/endless")
 
 
 def test_a_slow_remote_server_is_given_up(site: str) -> None:
-    with pytest.raises(RefusalError, match=r"within 0\.5 s"):
+    with pytest.raises(APIError, match=r"within 0\.5 s"):
         fetch(Names(["127.0.0.1"]).fetcher(0.5), f"{site}/slow")
 
 
@@ -375,5 +375,5 @@ def test_a_slow_remote_server_is_given_up(site: str) -> None:
     "url", ["http://", "http://user:pw@site.example/", "http://[", "http://x:99999/", "http://ä\0/"]
 )
 def test_urls_that_are_none_are_refused(url: str) -> None:
-    with pytest.raises(RefusalError):
+    with pytest.raises(APIError):
         fetch(Names(["127.0.0.1"]).fetcher(), url)

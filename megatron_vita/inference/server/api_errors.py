@@ -18,7 +18,7 @@ NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
 """Told to clients that repeat failed requests of themselves, as OpenAI's do."""
 
 
-class RefusalError(VitaError):
+class APIError(VitaError):
     """A request that is rejected or fails: HTTP status, and the fields of OpenAI's error object."""
 
     def __init__(
@@ -51,27 +51,27 @@ class RefusalError(VitaError):
 
 def too_large(
     what: str, *, limit: str, most: int, param: str | None = None, status: int = 413
-) -> RefusalError:
+) -> APIError:
     """Error for `what`, which exceeds the limit `most` set by the server's option --`limit`."""
     option = f"--{limit.replace('_', '-')}"
     message = f"{what}: the limit is {most:,} (the server's option {option})"
-    return RefusalError(message, status=status, param=param, code=f"{limit}_exceeded")
+    return APIError(message, status=status, param=param, code=f"{limit}_exceeded")
 
 
-def stopping(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+def stopping(message: str, headers: Mapping[str, str] | None = None) -> APIError:
     """Error 503 of a server that is shutting down."""
-    return RefusalError(message, status=503, code="stopping", headers=headers)
+    return APIError(message, status=503, code="stopping", headers=headers)
 
 
-def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> RefusalError:
+def engine_failed(message: str, headers: Mapping[str, str] | None = None) -> APIError:
     """Error 503 of a server whose engine has failed."""
-    return RefusalError(message, status=503, code="engine_failed", headers=headers)
+    return APIError(message, status=503, code="engine_failed", headers=headers)
 
 
-def too_many_requests(whose: str, *, limit: str, most: int) -> RefusalError:
+def too_many_requests(whose: str, *, limit: str, most: int) -> APIError:
     """Error 429: `most` requests of `whose` kind are open, as the option --`limit` allows."""
     option = f"--{limit.replace('_', '-')}"
-    return RefusalError(
+    return APIError(
         f"{most} {whose} are open, which is the limit (the server's option {option}): "
         f"try again in {RETRY_SECONDS} seconds",
         status=429,
@@ -80,21 +80,21 @@ def too_many_requests(whose: str, *, limit: str, most: int) -> RefusalError:
     )
 
 
-def refusal_of(error: Exception, *, request_seconds: float) -> RefusalError:
+def api_error_of(error: Exception, *, request_seconds: float) -> APIError:
     """Convert any exception to an error for the client."""
-    if isinstance(error, RefusalError):
+    if isinstance(error, APIError):
         return error
     if isinstance(error, DataError | ConfigError):  # the prompt is wrong, or does not fit
         part = re.match(r"messages\[\d+\]\.content\[\d+\]", str(error))  # the name of a medium
-        return RefusalError(
+        return APIError(
             str(error), param=part.group() if part else "messages", code="invalid_prompt"
         )
     if isinstance(error, EngineFailedError):
         return engine_failed(str(error))
     if isinstance(error, TimeoutError):
         message = f"no full answer within {request_seconds:g} seconds (the server's option --request-seconds)"
-        return RefusalError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
+        return APIError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
     logger.error("a request failed", exc_info=error)
-    return RefusalError(
+    return APIError(
         "the server failed at this request", status=500, code="internal_error", headers=NO_RETRY
     )
