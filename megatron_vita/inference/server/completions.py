@@ -19,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import OutputDelta, SamplingParams
 from megatron_vita.inference.server.access import cache_salt, key_of
-from megatron_vita.inference.server.answers import AnswerForm, usage_object
 from megatron_vita.inference.server.api_errors import (
     NO_RETRY,
     APIError,
@@ -44,6 +43,7 @@ from megatron_vita.inference.server.media import MediaLoader, about, check_pixel
 from megatron_vita.inference.server.metrics import Metrics
 from megatron_vita.inference.server.parsing import parse_request
 from megatron_vita.inference.server.protocol import ChatRequest
+from megatron_vita.inference.server.responses import ResponseBuilder, usage_object
 from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 
@@ -228,19 +228,19 @@ class _Exchange:
             endpoint.pool, partial(parse_request, body, limits=endpoint.limits)
         )
         del body
-        form, stream = await self._begin(request)
+        builder, stream = await self._begin(request)
         # with media in base64, while answers may take minutes
         request = request.model_copy(update={"messages": []})
         try:
             if request.stream:
-                await self._stream(form, stream, includes_usage=request.includes_usage)
+                await self._stream(builder, stream, includes_usage=request.includes_usage)
             else:
-                await self._complete(form, stream)
+                await self._complete(builder, stream)
         finally:
             endpoint.service.cancel(stream)
         self._observe(stream)
 
-    async def _begin(self, request: ChatRequest) -> tuple[AnswerForm, RequestStream]:
+    async def _begin(self, request: ChatRequest) -> tuple[ResponseBuilder, RequestStream]:
         """Submit a request to the engine.
 
         Returns:
@@ -258,13 +258,13 @@ class _Exchange:
         )
         max_frames = max_frames_of(request, limits=endpoint.limits)
         prepared = await self._prepare(request, max_frames)
-        form = AnswerForm(
+        builder = ResponseBuilder(
             model=endpoint.model_name,
             prepared=prepared,
             token_bytes=endpoint.service.engine.tokenizer.token_bytes,
             with_logprobs=bool(request.logprobs),
         )
-        return form, await endpoint.service.submit(prepared, sampling)
+        return builder, await endpoint.service.submit(prepared, sampling)
 
     async def _prepare(self, request: ChatRequest, max_frames: int | None) -> Any:
         """Load media and tokenize the prompt.
@@ -301,27 +301,27 @@ class _Exchange:
             )
         return prepared
 
-    async def _complete(self, form: AnswerForm, stream: RequestStream) -> None:
+    async def _complete(self, builder: ResponseBuilder, stream: RequestStream) -> None:
         pieces = [piece async for piece in self._pieces(stream)]
         assert stream.usage is not None, "the last piece brings the usage"
-        answer = form.completion(pieces, n=stream.choices, usage=stream.usage)
+        answer = builder.completion(pieces, n=stream.choices, usage=stream.usage)
         await JSONResponse(answer)(self._request.scope, self._request.receive, self._send)
 
     async def _stream(
-        self, form: AnswerForm, stream: RequestStream, *, includes_usage: bool
+        self, builder: ResponseBuilder, stream: RequestStream, *, includes_usage: bool
     ) -> None:
         extra = {"usage": None} if includes_usage else {}
-        await self._events.send(form.opening(stream.choices) | extra)
+        await self._events.send(builder.opening(stream.choices) | extra)
         pulse = asyncio.create_task(self._keep_alive())
         try:
             async for piece in self._pieces(stream):
-                chunk = form.continuation(piece)
+                chunk = builder.continuation(piece)
                 if chunk is not None:
                     await self._events.send(chunk | extra)
         finally:
             pulse.cancel()
         if includes_usage and stream.usage is not None:
-            await self._events.send(form.chunk([], usage=usage_object(stream.usage)))
+            await self._events.send(builder.chunk([], usage=usage_object(stream.usage)))
         await self._events.send("[DONE]")
         await self._events.close()
 

@@ -14,7 +14,7 @@ TokenBytes = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerForm:
+class ResponseBuilder:
     """Builder of the response objects of one request."""
 
     model: str
