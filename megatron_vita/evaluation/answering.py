@@ -63,7 +63,7 @@ class EngineAnswerer:
             return Reply(error=str(error))
 
 
-def _reply(answer: Answer) -> Reply:
+def _reply(answer: CompletionOutput) -> Reply:
     """What an engine cannot finish (media that turn out to be damaged) is refused like what it does
     not begin."""
     if answer.finish == "model_error":

@@ -10,7 +10,7 @@ from megatron_vita.errors import DataError, LogitsError, ServerError
 from megatron_vita.evaluation.answering import EngineAnswerer, ServerAnswerer
 from megatron_vita.inference.client.client import ChatServer, openai_messages, openai_options
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Answer, SamplingParams
+from megatron_vita.inference.requests import CompletionOutput, SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=5)
 
@@ -21,13 +21,13 @@ class Echo:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[Answer]:
+    def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[CompletionOutput]:
         self.batches.append(len(prompts))
         texts = [prompt.messages[0]["content"][-1]["text"] for prompt in prompts]
         if "bad" in texts:
             raise DataError("bad is bad")
         return [
-            Answer(
+            CompletionOutput(
                 text=text,
                 token_ids=[],
                 finish="error" if text == "ugly" else "stop",
@@ -68,8 +68,12 @@ def test_an_engine_gets_several_prompts_at_a_time_and_a_refused_one_harms_no_oth
 
 def test_a_model_whose_logits_are_no_numbers_ends_an_evaluation() -> None:
     class Broken:
-        def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[Answer]:
-            return [Answer(text="", token_ids=[], finish="model_error", error="the logits are NaN")]
+        def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[CompletionOutput]:
+            return [
+                CompletionOutput(
+                    text="", token_ids=[], finish="model_error", error="the logits are NaN"
+                )
+            ]
 
     with pytest.raises(LogitsError, match="the logits are NaN"):
         list(EngineAnswerer(Broken(), at_once=1).answers(questions("a"), sampling=GREEDY))
