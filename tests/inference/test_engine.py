@@ -14,7 +14,7 @@ from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import Answer, OutputDelta, SamplingParams
+from megatron_vita.inference.requests import CompletionOutput, OutputDelta, SamplingParams
 from megatron_vita.inference.scheduler_output import SchedulerOutput
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe, video, whole_logprobs
 
@@ -32,7 +32,7 @@ def engine(folder: Path) -> Engine:
     return tiny_engine(folder)
 
 
-def assert_is_whole_forward(engine: Engine, prompt: Prompt, answer: Answer) -> None:
+def assert_is_whole_forward(engine: Engine, prompt: Prompt, answer: CompletionOutput) -> None:
     """Each token is the likeliest, and log-probabilities are those of one forward pass over
     everything."""
     rows = whole_logprobs(engine, engine.prepare(prompt), answer.token_ids)
@@ -103,7 +103,7 @@ def test_a_beginning_that_is_known_is_not_computed_again_and_changes_nothing(fol
     while engine.has_work:
         pieces += engine.step()
     assert engine.usage(number).cached_tokens >= prepared.tokens * 0.6
-    answer = Answer(
+    answer = CompletionOutput(
         text="",
         token_ids=[token for piece in pieces for token in piece.token_ids],
         finish="length",
