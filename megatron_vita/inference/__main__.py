@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_vita import platform
-from megatron_vita.commands import run_command
+from megatron_vita.commands import run_command, takes_options
 from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
 from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
 from megatron_vita.inference.client.conversation import Conversation
@@ -18,86 +18,39 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
 
-Without a QUESTION, a conversation: questions are read from the terminal, one a line, and earlier turns are kept.
-/image FILE and /video FILE show a file with the next question, /reset forgets all turns, /exit ends. Ctrl-C stops an
-answer. With --server there is no CHECKPOINT, and the server's key is the environment's {" or ".join(KEY_VARIABLES)}.
+Without a QUESTION this is a conversation: questions are read from the terminal, one per line, and earlier turns are
+kept. /image FILE and /video FILE add a file to the next question, /reset clears the conversation, /exit ends it. Ctrl-C
+stops an answer. With --server give no CHECKPOINT; the API key is read from the environment variable
+{" or ".join(KEY_VARIABLES)}.
 """
 
 Stream = Callable[[Prompt], Iterator[TextPiece]]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-DEFAULTS = SamplingParams()
 
 
 @app.command(help=HELP)
+@takes_options(SamplingParams, into="sampling")
 def ask(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
+        typer.Argument(help="A checkpoint, or a folder of checkpoints (the newest is used)."),
     ] = None,
-    question: Annotated[str | None, typer.Argument(help="What to ask.")] = None,
-    image: Annotated[list[str] | None, typer.Option(help="An image (may be repeated).")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="A video (may be repeated).")] = None,
+    question: Annotated[str | None, typer.Argument(help="The question.")] = None,
+    image: Annotated[list[str] | None, typer.Option(help="An image file (repeatable).")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="A video file (repeatable).")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="The tokenizer, if not where the checkpoint says.")
+        str | None, typer.Option(help="Tokenizer to use in place of the checkpoint's.")
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="Base URL of a server, as http://localhost:8000/v1.")
+        str | None, typer.Option(help="Base URL of a server, such as http://localhost:8000/v1.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Which of the server's models; its first.")
+        str | None, typer.Option(help="Model of the server (default: the first that it lists).")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Most tokens of an answer.")
-    ] = DEFAULTS.max_new_tokens,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token.")
-    ] = DEFAULTS.temperature,
-    top_k: Annotated[
-        int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")
-    ] = DEFAULTS.top_k,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from likeliest tokens of this probability.")
-    ] = DEFAULTS.top_p,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: against what was said or asked.")
-    ] = 1.0,
-    presence_penalty: Annotated[
-        float, typer.Option(help="Against tokens that the answer has.")
-    ] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, times how often.")] = 0.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text (may be repeated).")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = DEFAULTS.seed,
-    n: Annotated[int, typer.Option("--n", help="Answers to give.")] = DEFAULTS.n,
-    logprobs: Annotated[
-        int | None, typer.Option(help="List tokens with this many likeliest ones.")
-    ] = None,
-    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = DEFAULTS.num_beams,
-    length_penalty: Annotated[
-        float, typer.Option(help="Of beam search: length to this power divides scores.")
-    ] = 1.0,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on to --max-new-tokens.")
-    ] = False,
+    *,
+    sampling: SamplingParams,
 ) -> int:
-    """One question, or a conversation; gives the exit code."""
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        n=n,
-        logprobs=logprobs,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        ignore_eos=ignore_eos,
-    )
+    """Ask one question, or hold a conversation."""
     conversation = Conversation(next_images=_read(image), next_videos=_read(video))
     if server is None:
         stream = _local_stream(checkpoint, tokenizer=tokenizer, sampling=sampling)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_vita.config.fields import described
 from megatron_vita.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "model_error"]
@@ -12,25 +13,40 @@ was asked cannot be answered, such as a damaged image; `model_error`: the model'
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of a request. Temperature 0 is greedy decoding."""
+    """Sampling parameters of a request.
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    # of tokens in prompt or answer (CTRL, arXiv 1909.05858, section 4.1)
-    repetition_penalty: float = 1.0
-    # taken from the logit of each token that the answer has (OpenAI's definition)
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0  # the same, times how often
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these
-    seed: int = 0
-    n: int = 1  # answers to draw
-    # with each token its log-probability and those of this many likeliest ones
-    logprobs: int | None = None
-    num_beams: int = 1  # above 1: beam search, whose `n` best answers are given
-    length_penalty: float = 1.0  # of beam search: scores are divided by length to this power
-    ignore_eos: bool = False  # goes on to max_new_tokens whatever the model says
+    A documented field is also an option of the command-line client and a field of the server's
+    requests, under the same name; `stop`, `max_new_tokens` and `logprobs` differ as in OpenAI's API.
+    """
+
+    max_new_tokens: int = described(256, "Maximum number of tokens per output.")
+    temperature: float = described(0.0, "Sampling temperature; 0 is greedy decoding.")
+    top_k: int = described(0, "Sample from the k most likely tokens; 0 means all.")
+    top_p: float = described(
+        1.0, "Sample from the smallest set of likeliest tokens with this total probability."
+    )
+    # CTRL's definition (arXiv 1909.05858, section 4.1)
+    repetition_penalty: float = described(
+        1.0, "Above 1: makes tokens of the prompt and the output less likely."
+    )
+    # OpenAI's definitions of both
+    presence_penalty: float = described(
+        0.0, "Subtracted from the logit of each token that the output has."
+    )
+    frequency_penalty: float = described(
+        0.0, "Subtracted from a token's logit for each time that the output has it."
+    )
+    stop: tuple[str, ...] = described((), "End the output before this text (repeatable).")
+    seed: int = described(0, "Seed of the sampling.")
+    n: int = described(1, "Number of outputs.")
+    logprobs: int | None = described(
+        None, "Return log-probabilities of tokens and of this many likeliest alternatives."
+    )
+    num_beams: int = described(1, "Above 1: beam search, which returns its `n` best outputs.")
+    length_penalty: float = described(
+        1.0, "Beam search: scores are divided by the length to this power."
+    )
+    ignore_eos: bool = described(False, "Continue to max_new_tokens after an end token.")
 
     def __post_init__(self) -> None:
         checks = {

@@ -1,5 +1,6 @@
 """Client of the OpenAI chat completions protocol, for our server or any other."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 3600
 _OF_THE_PROMPT = (400, 413, 422)
 _STANDARD = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop", "seed", "n")
-_BEYOND = ("top_k", "repetition_penalty", "num_beams", "length_penalty", "ignore_eos")
+_RENAMED = ("max_new_tokens", "logprobs")  # OpenAI's fields have other names or types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +173,16 @@ def openai_options(sampling: SamplingParams) -> dict[str, Any]:
     if sampling.logprobs is not None:
         options |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     defaults = SamplingParams()
-    beyond = {
-        name: getattr(sampling, name)
-        for name in _BEYOND
-        if getattr(sampling, name) != getattr(defaults, name)
+    # Other servers may not know the rest, so that it is sent only where it is asked for.
+    extra = {
+        field.name: getattr(sampling, field.name)
+        for field in dataclasses.fields(sampling)
+        if field.name not in (*_STANDARD, *_RENAMED)
+        and getattr(sampling, field.name) != getattr(defaults, field.name)
     }
-    return options | ({"extra_body": beyond} if beyond else {})
+    if extra:
+        options["extra_body"] = extra
+    return options
 
 
 def _token_text(token: Any) -> TokenText:

@@ -4,24 +4,32 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vita.config.fields import described
 from megatron_vita.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Sizes and limits of an engine."""
+    """Sizes and limits of an engine. Documented fields are options of the server's command line."""
 
-    chunk_tokens: int = 32768  # prompt tokens in one forward pass
-    busy_chunk_tokens: int = 4096  # the same while answers wait for their next tokens
-    # capacity of the cache; None: what memory leaves on CUDA, 65,536 elsewhere
-    cache_tokens: int | None = None
-    cache_dtype: Literal["model", "fp8"] = "model"
+    chunk_tokens: int = described(
+        32768, "Prompt tokens per forward pass; more is faster for very long prompts."
+    )
+    # smaller while outputs wait for their next token, so that they do not pause for long
+    busy_chunk_tokens: int = 4096
+    cache_tokens: int | None = described(
+        None,
+        "Capacity of the key-value cache in tokens (default: what GPU memory leaves; 65,536 on CPU).",
+    )
+    cache_dtype: Literal["model", "fp8"] = described("model", "Data type of the key-value cache.")
     page_tokens: int = 128
-    max_running: int = 64  # answers decoded at a time
-    # tokens of prompt and answer; None: the recipe's data.seq_length
-    max_context: int | None = None
-    # limit for probing a video, and for decoding an image or up to 64 frames
-    media_seconds: float = 60.0
+    max_running: int = described(64, "Outputs decoded at a time.")
+    max_context: int | None = described(
+        None, "Maximum tokens of a prompt and its output (default: as in training)."
+    )
+    media_seconds: float = described(
+        60.0, "Time limit for probing a video, decoding an image, or decoding 64 frames."
+    )
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:

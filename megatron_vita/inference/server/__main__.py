@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_vita.commands import describe_missing
+from megatron_vita.commands import add_options, describe_missing, from_arguments
 from megatron_vita.errors import PlatformError, VitaError
+from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def parse_arguments(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "checkpoint", help="a checkpoint, or a folder of checkpoints, whose newest is taken"
+        "checkpoint", help="a checkpoint, or a folder of checkpoints (the newest is used)"
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
@@ -46,13 +47,11 @@ def parse_arguments(
         "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
     )
     parser.add_argument(
-        "--model-name", help="what clients call the model (default: the checkpoint's name)"
+        "--model-name", help="name of the model for clients (default: the checkpoint's name)"
     )
+    parser.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
     parser.add_argument(
-        "--tokenizer", help="where the tokenizer is, if not where the checkpoint says"
-    )
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="file of API keys, one a line"
+        "--api-key-file", type=Path, metavar="FILE", help="file of API keys, one per line"
     )
     parser.add_argument(
         "--media-root",
@@ -60,86 +59,43 @@ def parse_arguments(
         action="append",
         default=[],
         metavar="DIR",
-        help="folder that requests may name",
+        help="folder from which requests may name files (repeatable)",
     )
     parser.add_argument(
         "--allow-remote-media",
         action="store_true",
-        help="fetch media from public http(s) addresses",
+        help="download media that requests name by public http(s) URLs",
     )
-    _add_engine_arguments(parser.add_argument_group("engine"))
-    limits = parser.add_argument_group("limits")
-    for field in dataclasses.fields(Limits):
-        name = f"--{field.name.replace('_', '-')}"
-        kind = type(field.default)
-        doc = field.metadata["doc"]
-        limits.add_argument(
-            name, type=kind, default=field.default, help=f"{doc} (default: %(default)s)"
-        )
-    return parser.parse_args(arguments)
-
-
-def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
-    """Those of EngineOptions, whose defaults hold for what is not given; to import it takes
-    seconds."""
-    group.add_argument(
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
         "--tensor-model-parallel-size",
         type=int,
         default=1,
-        help="ranks that share each weight matrix",
+        help="ranks that share each weight matrix (default: %(default)s)",
     )
-    group.add_argument(
-        "--context-parallel-size", type=int, help="ranks that share a prompt (default: all others)"
-    )
-    group.add_argument(
-        "--chunk-tokens",
+    engine.add_argument(
+        "--context-parallel-size",
         type=int,
-        help="tokens of prompts in one forward pass (default: 32768; more is faster for very long ones)",
+        help="ranks that share the tokens of a sequence (default: all remaining ranks)",
     )
-    group.add_argument(
-        "--cache-tokens", type=int, help="room of the key-value cache (default: what memory leaves)"
-    )
-    group.add_argument(
-        "--cache-dtype",
-        choices=("model", "fp8"),
-        help="type of the key-value cache (default: model)",
-    )
-    group.add_argument(
-        "--max-running", type=int, help="answers that are decoded at a time (default: 64)"
-    )
-    group.add_argument(
-        "--media-seconds", type=float, help="seconds to decode an image or 64 frames (default: 60)"
-    )
-    group.add_argument(
-        "--max-context",
-        type=int,
-        help="tokens of a prompt and its answer (default: as in training)",
-    )
-
-
-def limits_of(arguments: argparse.Namespace) -> Limits:
-    """The limits on the command line."""
-    return Limits(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Limits)}
-    )
+    add_options(engine, EngineOptions)
+    add_options(parser.add_argument_group("limits"), Limits)
+    return parser.parse_args(arguments)
 
 
 def load_engine(arguments: argparse.Namespace) -> "Engine":
     """Load the engine of a checkpoint on all processes that torchrun has started."""
     from megatron_vita.config import ParallelConfig
     from megatron_vita.inference.engine.engine import Engine
-    from megatron_vita.inference.engine.options import EngineOptions
 
     tp = arguments.tensor_model_parallel_size
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cp = arguments.context_parallel_size or max(1, world // tp)
-    names = [field.name for field in dataclasses.fields(EngineOptions)]
-    given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return Engine.from_checkpoint(
         arguments.checkpoint,
         tokenizer=arguments.tokenizer,
         parallel=ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp),
-        options=EngineOptions(**given),
+        options=from_arguments(EngineOptions, arguments),
     )
 
 
@@ -155,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     rank = int(os.environ.get("RANK", "0"))
     platform.set_up_logging(rank)
-    limits = limits_of(arguments)
+    limits = from_arguments(Limits, arguments)
     keys = read_keys(arguments.api_key_file)
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("no API key is set: whoever reaches %s can use this server", arguments.host)

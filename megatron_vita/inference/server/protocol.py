@@ -1,11 +1,21 @@
 """Request schema of OpenAI's chat completions. Unknown and unsupported fields are rejected by name."""
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server import foreign_fields
 from megatron_vita.inference.server.foreign_fields import ForeignFields, without_foreign
 
@@ -125,11 +135,28 @@ def _listed(stop: Any) -> Any:
     return stop
 
 
-class ChatRequest(_Object):
+# OpenAI's fields for these have other names or types, and are defined in ChatRequest.
+_SPECIAL = ("max_new_tokens", "stop", "logprobs")
+SAMPLING_FIELDS = tuple(
+    field.name for field in dataclasses.fields(SamplingParams) if field.name not in _SPECIAL
+)
+"""Sampling parameters that are request fields of the same name and type."""
+
+
+def _sampling_model() -> Any:
+    types = get_type_hints(SamplingParams)
+    fields: dict[str, Any] = {name: (types[name] | None, None) for name in SAMPLING_FIELDS}
+    return create_model("SamplingFields", __base__=_Object, **fields)
+
+
+_SamplingFields: Any = _sampling_model()
+
+
+class ChatRequest(_SamplingFields):
     """The body of POST /v1/chat/completions. Null stands for a field's default, as at OpenAI.
 
-    The fields from `top_k` on are vLLM's, but for `num_beams` and `max_frames`, which are
-    extensions (`extra_body` of OpenAI's client).
+    `use_beam_search`, `best_of`, `cache_salt` and the `kwargs` are vLLM's; `max_frames` is an
+    extension (`extra_body` of OpenAI's client). The fields of SAMPLING_FIELDS are inherited.
     """
 
     foreign = foreign_fields.REQUEST_FIELDS
@@ -137,27 +164,16 @@ class ChatRequest(_Object):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int | None = None
     stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
-    seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
     use_beam_search: bool | None = None
     best_of: int | None = None
-    length_penalty: float | None = None
-    ignore_eos: bool | None = None
     cache_salt: str | None = Field(None, min_length=1)
     media_io_kwargs: MediaIo | None = None
     mm_processor_kwargs: ProcessorOptions | None = None
-    num_beams: int | None = None
     max_frames: int | None = None
 
     @property

@@ -9,7 +9,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.api_errors import APIError, too_large
 from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.protocol import ChatRequest
+from megatron_vita.inference.server.protocol import SAMPLING_FIELDS, ChatRequest
 
 OPENAI_DEFAULTS = SamplingParams(temperature=1.0)
 _SEED_BITS = 63
@@ -44,22 +44,20 @@ def sampling_of(
     _check_companions(request)
     _check_limits(request, limits)
     beams = _num_beams(request)
-    given: dict[str, Any] = {
-        "max_new_tokens": _max_new_tokens(request, limits),
-        "temperature": request.temperature,
-        "top_k": 0 if request.top_k == -1 else request.top_k,
-        "top_p": request.top_p,
-        "repetition_penalty": request.repetition_penalty,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "stop": None if request.stop is None else tuple(request.stop),
-        "seed": default_seed if request.seed is None else request.seed % (1 << _SEED_BITS),
-        "n": request.n,
-        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
-        "num_beams": beams,
-        "length_penalty": request.length_penalty,
-        "ignore_eos": request.ignore_eos,
-    }
+    given: dict[str, Any] = {name: getattr(request, name) for name in SAMPLING_FIELDS}
+    given["max_new_tokens"] = _max_new_tokens(request, limits)
+    given["num_beams"] = beams
+    if request.top_k == -1:  # vLLM's way to say all tokens
+        given["top_k"] = 0
+    if request.stop is not None:
+        given["stop"] = tuple(request.stop)
+    if request.logprobs:
+        given["logprobs"] = request.top_logprobs or 0
+    if request.seed is None:
+        given["seed"] = default_seed
+    else:
+        # OpenAI takes any integer, negative ones included
+        given["seed"] = request.seed % (1 << _SEED_BITS)
     if beams is not None:
         given |= _beam_options(request)
     try:

@@ -18,9 +18,10 @@ from media_makers import data_url, video
 from running_server import RunningServer, body, refusal, running, wait_until
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from megatron_vita.commands import from_arguments
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.prompt import MediaFile
-from megatron_vita.inference.server.__main__ import limits_of, parse_arguments
+from megatron_vita.inference.server.__main__ import parse_arguments
 from megatron_vita.inference.server.access import read_keys
 from megatron_vita.inference.server.limits import Limits
 from tests.media.video_files import clip
@@ -242,9 +243,9 @@ def test_keys_come_from_a_file_or_the_environment(
 
 def test_every_limit_can_be_set_on_the_command_line() -> None:
     options = [f"--{field.name.replace('_', '-')}=7" for field in dataclasses.fields(Limits)]
-    limits = limits_of(parse_arguments(["checkpoint", *options]))
+    limits = from_arguments(Limits, parse_arguments(["checkpoint", *options]))
     assert set(dataclasses.asdict(limits).values()) == {7}
-    assert limits_of(parse_arguments(["checkpoint"])) == Limits()
+    assert from_arguments(Limits, parse_arguments(["checkpoint"])) == Limits()
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
