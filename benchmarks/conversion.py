@@ -30,7 +30,7 @@ from megatron_vita.convert.transfers import Transfer
 
 
 def shape(layers: int) -> LanguageConfig:
-    """Qwen2.5-7B with so many layers."""
+    """Shape of Qwen2.5-7B with so many layers."""
     return LanguageConfig(
         num_layers=layers,
         hidden_size=3584,
@@ -41,7 +41,7 @@ def shape(layers: int) -> LanguageConfig:
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """Writes the synthetic model, and returns its bytes."""
+    """Write the synthetic model; returns its size in bytes."""
     folder.mkdir(parents=True)
     language = shape(layers)
     shapes = stored_shapes(
@@ -64,7 +64,7 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
+    """Drop the files of a folder from the page cache."""
     os.sync()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -74,7 +74,7 @@ def forget(folder: Path) -> None:
 
 
 def copy(source: Path, destination: Path) -> float:
-    """Seconds of copying a folder's files, each made sure of."""
+    """Measure the seconds of copying a folder's files, each synced to disk."""
     forget(source)
     started = time.perf_counter()
     destination.mkdir()
@@ -87,7 +87,7 @@ def copy(source: Path, destination: Path) -> float:
 
 
 def convert(command: str, source: Path, destination: Path) -> tuple[float, float]:
-    """Seconds and peak GiB of a conversion, its start included."""
+    """Measure seconds and peak GiB of a conversion, including the start of its process."""
     forget(source)
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -101,7 +101,7 @@ def convert(command: str, source: Path, destination: Path) -> tuple[float, float
 
 
 def main() -> None:
-    """Prints a table of medians."""
+    """Print a table of medians."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -62,7 +62,7 @@ def photograph(seed: int) -> bytes:
 
 
 def write_pack(folder: Path, name: str, *, films: int, photographs: int) -> Recipe:
-    """One sample with these media, which is one pack."""
+    """Write one sample with these media, which fills one pack."""
     raw = folder / f"{name}-raw"
     raw.mkdir()
     (raw / "film.mp4").write_bytes((folder / "film.mp4").read_bytes())
@@ -93,7 +93,7 @@ def write_pack(folder: Path, name: str, *, films: int, photographs: int) -> Reci
 
 
 def measure(recipe: Recipe, ranks: int) -> tuple[list[int], list[float]]:
-    """Tiles and CPU seconds of each rank."""
+    """Measure tiles and CPU seconds of each rank."""
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     tiles = []
     seconds = []
@@ -106,7 +106,7 @@ def measure(recipe: Recipe, ranks: int) -> tuple[list[int], list[float]]:
 
 
 def main() -> None:
-    """Measures all packs."""
+    """Measure all packs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -52,7 +52,7 @@ def photograph(size: tuple[int, int], **options: object) -> bytes:
 
 
 def ours(data: bytes) -> np.ndarray:
-    """What training and serving do."""
+    """Decode and tile as training and serving do."""
     pixels = read_pixels(data, "photograph.jpg")
     grid = choose_grid(pixels.size, TILING)
     out = np.empty((num_tiles(grid), 3, SIDE, SIDE), dtype=np.uint8)
@@ -119,7 +119,7 @@ def hugging_face(kind: type) -> Way:
 
 
 def measure(ways: dict[str, Way], data: bytes, rounds: int) -> list[str]:
-    """A row for each way."""
+    """Measure one row for each way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -140,7 +140,7 @@ def measure(ways: dict[str, Way], data: bytes, rounds: int) -> list[str]:
 
 
 def main() -> None:
-    """Measures all ways on three files."""
+    """Measure all ways on three files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

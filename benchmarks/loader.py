@@ -129,7 +129,7 @@ def samples_of(kind: str) -> Iterator[tuple[dict[str, Any], Media]]:
 
 
 def make_shards(kind: str, folder: Path) -> Recipe:
-    """Shards, indexes and a plan that goes through them thrice."""
+    """Make shards, indexes and a plan of three epochs."""
     folder.mkdir()
     samples = samples_of(kind)
     for start in range(0, COUNTS[kind], SHARD if kind == "text" else 10):
@@ -161,7 +161,7 @@ def make_shards(kind: str, folder: Path) -> Recipe:
 
 
 def read_ours(folder: Path, *, warm_up: int, batches: int) -> dict[str, Any]:
-    """What `loader_peers` tells of a peer."""
+    """Read with our loader; returns the same record as `loader_peers` does for a peer."""
     recipe = load_recipe(folder / "recipe.yaml")
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     stream = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=(0, 1))
@@ -170,7 +170,7 @@ def read_ours(folder: Path, *, warm_up: int, batches: int) -> dict[str, Any]:
 
 
 def told(pack: ReadPack) -> dict[str, Any]:
-    """A pack as `measure` wants it."""
+    """Convert a pack to the form that `measure` takes."""
     batch = pack.batch
     count = len(pack.batch.sample_keys)
     ends = torch.searchsorted(batch.placements, batch.document_starts[1 : count + 1].long())
@@ -187,7 +187,8 @@ def told(pack: ReadPack) -> dict[str, Any]:
 
 
 def run(command: list[str]) -> dict[str, Any] | None:
-    """What a reader in a process of its own tells; None where it fails, which it has said."""
+    """Run a reader in a process of its own; returns its record, or None if it fails (its error is
+    printed)."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == 0 and done.stdout:
         return json.loads(done.stdout.splitlines()[-1])
@@ -195,7 +196,7 @@ def run(command: list[str]) -> dict[str, Any] | None:
 
 
 def find_peers(python: str) -> list[str]:
-    """The peers that a Python has; says how to get those that it has not."""
+    """Find the peers that a Python has; print how to install the missing ones."""
     modules = {"webdataset": "webdataset, torchdata", "energon": "megatron.energon"}
     found = []
     for peer in PEERS:
@@ -210,7 +211,7 @@ def find_peers(python: str) -> list[str]:
 
 
 def compare(kind: str, folder: Path, *, python: str, peers: list[str], rounds: int) -> list[str]:
-    """The rows of a table."""
+    """Measure the rows of a table."""
     recipe = make_shards(kind, folder)
     if "energon" in peers:
         options = [
@@ -239,7 +240,7 @@ def compare(kind: str, folder: Path, *, python: str, peers: list[str], rounds: i
 
 
 def check_same(found: dict[str, list[dict[str, Any]]]) -> None:
-    """SystemExit unless all readers made the same of the samples that two have told of."""
+    """Exit unless all readers produced the same values for the samples that two of them report."""
     ours = found["ours"][0]["facts"]
     for reader in PEERS:
         theirs = found[reader][0]["facts"] if found.get(reader) else {}

@@ -61,7 +61,7 @@ class Watch:
         self._thread = threading.Thread(target=self._look)
 
     def start(self) -> None:
-        """Takes the baseline, once the process has settled, and watches from then on."""
+        """Take the baseline once the process has settled, and watch from then on."""
         (self._process,) = multiprocessing.active_children()
         before = -1
         while before != (now := pss(self._process.pid)) or now < 10**7:
@@ -76,7 +76,7 @@ class Watch:
                 self.peak = max(self.peak, pss(self._process.pid))
 
     def stop(self) -> None:
-        """Watches no more."""
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
 
@@ -98,7 +98,7 @@ def write_sample(
 
 
 def make_recipe(folder: Path, **data: Any) -> Recipe:
-    """Of all shards of a folder."""
+    """Recipe over all shards of a folder."""
     train_sentencepiece(
         ["What is it? A picture. user assistant"] * 9, folder / "words.model", vocab_size=320
     )
@@ -115,7 +115,7 @@ def make_recipe(folder: Path, **data: Any) -> Recipe:
 
 
 def memory(folder: Path, all_ranks: list[int]) -> Iterator[str]:
-    """The rows of a table."""
+    """Measure the rows of a table."""
     data = repeated(film(GOP), MINUTES + EXTRA_MINUTES)
     media = {"video": [MediaFile(".mp4", data)]}
     write_sample(folder / "a.tar", samples=1, question="<video>\nWhat is it?", media=media)
@@ -146,7 +146,7 @@ def memory(folder: Path, all_ranks: list[int]) -> Iterator[str]:
 
 
 def watched(watch: Watch) -> Iterator[PackTask]:
-    """The first pack; memory is watched from before it is read."""
+    """Read the first pack while watching memory."""
     watch.start()
     yield PackTask(0)
 
@@ -187,7 +187,7 @@ def columns_of(shard: Path, recipe: Recipe) -> dict[str, int]:
 
 
 def first_batch(file: Path) -> dict[str, float]:
-    """Seconds of a resume in this process, once it has imported all."""
+    """Measure the seconds of a resume in this process, after all imports."""
     recipe = load_recipe(file)
     tokenizer = load_tokenizer(recipe.text.tokenizer)
     start = time.perf_counter()
@@ -204,7 +204,7 @@ def first_batch(file: Path) -> dict[str, float]:
 
 
 def forget(recipe: Recipe) -> None:
-    """Takes a recipe's files out of the page cache."""
+    """Drop a recipe's files from the page cache."""
     shards = [shard for dataset in recipe.data.train for shard in find_shards(dataset)]
     for path in (plan_path(recipe, "train"), *map(index_path, shards), shards[0]):
         with open(path, "rb") as file:
@@ -213,7 +213,7 @@ def forget(recipe: Recipe) -> None:
 
 
 def resume(folder: Path, shards: int, rounds: int) -> str:
-    """A row of a table."""
+    """Measure one row of a table."""
     folder.mkdir()
     recipe = make_long_run(folder, shards)
     file = folder / "recipe.yaml"
@@ -233,7 +233,7 @@ def resume(folder: Path, shards: int, rounds: int) -> str:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

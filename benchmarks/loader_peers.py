@@ -171,8 +171,8 @@ def collate(samples: list[Sample], length: int) -> Sample:
 
 
 def summaries(pack: Sample) -> Sample:
-    """What readers must agree on, by key: sums of ids and labels, number of tiles, mean of the
-    middles of two."""
+    """Values that readers must agree on, by key: sums of ids and labels, number of tiles, and the
+    mean of two tiles' middles."""
     facts: Sample = {}
     start = 0
     first = 0
@@ -234,15 +234,15 @@ def energon_loader(folder: Path, batch: int, length: int) -> Iterator[Sample]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and all under it."""
+    """CPU seconds of this process and all its descendants."""
     me = psutil.Process()
     times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
     return sum(each.user + each.system for each in times)
 
 
 def measure(packs: Iterator[Sample], *, warm_up: int, batches: int) -> Sample:
-    """CPU and wall seconds of `batches` packs after `warm_up` ones, with the same number read ahead
-    before and after.
+    """Measure CPU and wall seconds of `batches` packs after `warm_up` ones, with the same number
+    read ahead before and after.
 
     A pack has "ids", "labels" and "tiles", and of each of its samples in turn "keys", "lengths" and
     "counts" (tiles).
@@ -266,7 +266,7 @@ def measure(packs: Iterator[Sample], *, warm_up: int, batches: int) -> Sample:
 
 
 def main() -> None:
-    """Reads, and tells."""
+    """Read, and print the record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -49,7 +49,7 @@ class Table:
     rows: list[list[str]] = field(default_factory=list)
 
     def add(self, *cells: object) -> None:
-        """Appends a row and shows it at once."""
+        """Append a row and print it at once."""
         self.rows.append(
             [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
         )
@@ -67,7 +67,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; the small ones are for a look at the script."""
+    """Sizes to measure; the small ones are for trying the script."""
 
     hidden: int
     vocab: int
@@ -127,7 +127,7 @@ def make_layer(sizes: Sizes, **options: Any) -> OutputLayer:
 
 
 def free() -> None:
-    """Gives unused memory back."""
+    """Release unused GPU memory."""
     gc.collect()
     if platform.on_cuda():
         torch.cuda.synchronize()
@@ -135,7 +135,7 @@ def free() -> None:
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """One call's time on the device."""
+    """Measure one call's time on the device."""
     if not platform.on_cuda():
         start = time.perf_counter()
         call()
@@ -153,8 +153,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def measure(
     call: Callable[[], Any], *, reset: Callable[[], None], seconds: float
 ) -> tuple[float, float] | None:
-    """Median seconds of 3 calls or more, and GiB at the peak over what was there before; None: out
-    of memory."""
+    """Median seconds of at least 3 calls, and peak GiB above the start; None if memory runs out."""
     free()
     try:
         reset()
@@ -182,7 +181,7 @@ def measure(
 
 
 def ours(layer: OutputLayer, problem: Problem) -> Callable[[], None]:
-    """Forward and backward of the output layer."""
+    """Run the output layer forward and backward."""
     hidden = problem.hidden.unsqueeze(1)
     return lambda: (
         layer(hidden, rows=problem.rows, labels=problem.labels).sum().backward(retain_graph=False)
@@ -248,14 +247,14 @@ def reset_of(layer: OutputLayer, problem: Problem) -> Callable[[], None]:
 
 
 def row_of(result: tuple[float, float] | None) -> list[object]:
-    """Milliseconds and GiB, or that memory was out."""
+    """Format milliseconds and GiB, or that memory ran out."""
     if result is None:
         return [OUT_OF_MEMORY, ""]
     return [result[0] * 1000, result[1]]
 
 
 def time_losses(sizes: Sizes) -> Iterator[Table]:
-    """Every peer on 5 % of 131,072 rows and on all of 32,768."""
+    """Measure every peer on 5 % of 131,072 rows and on all of 32,768."""
     groups.initialize_groups(Recipe().parallel)
     layer = make_layer(sizes)
     for positions, rows in ((131_072, 6_554), (32_768, 32_768)):
@@ -285,7 +284,7 @@ def time_losses(sizes: Sizes) -> Iterator[Table]:
 
 
 def memory_by_length(sizes: Sizes) -> Iterator[Table]:
-    """What is taken beside inputs, gradients and one copy of the scored rows."""
+    """Measure memory beyond inputs, gradients and one copy of the scored rows."""
     groups.initialize_groups(Recipe().parallel)
     layer = make_layer(sizes)
     head = [
@@ -314,7 +313,7 @@ def memory_by_length(sizes: Sizes) -> Iterator[Table]:
 
 
 def chunk_sizes(sizes: Sizes) -> Iterator[Table]:
-    """What a larger or smaller buffer of logits would do."""
+    """Measure larger and smaller buffers of logits."""
     groups.initialize_groups(Recipe().parallel)
     layer = make_layer(sizes)
     table = Table(
@@ -338,7 +337,8 @@ def chunk_sizes(sizes: Sizes) -> Iterator[Table]:
 
 
 def softmax_step(sizes: Sizes) -> Iterator[Table]:
-    """The step between the matrix products: losses of a chunk, and its gradient over its logits."""
+    """Measure the step between the matrix products: losses of a chunk, and its gradient over its
+    logits."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     groups.initialize_groups(Recipe().parallel)
@@ -370,7 +370,7 @@ def softmax_step(sizes: Sizes) -> Iterator[Table]:
 
 
 def two_ranks(sizes: Sizes) -> Iterator[Table]:
-    """One GPU against tensor parallelism over two, on 5 % of 131,072 rows."""
+    """Compare one GPU with tensor parallelism over two, on 5 % of 131,072 rows."""
     positions = sizes.positions(131_072)
     rows = sizes.positions(6_554)
     table = Table(
@@ -520,7 +520,7 @@ class Prefill:
 
 
 def prefill(sizes: Sizes) -> Iterator[Table]:
-    """Full logits against the rows that are wanted: longest context, and time by length."""
+    """Compare full logits with wanted rows only: longest context, and time by length."""
     model = Prefill(sizes)
     unit = sizes.positions(8192)
     yield (longest := Table("Prefill of Qwen2.5-14B's shape, TP2: longest context before memory is out", [
@@ -579,7 +579,7 @@ def describe_device() -> str:
 
 
 def main() -> None:
-    """Measures the parts that are named and writes their tables."""
+    """Measure the named parts and write their tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -52,7 +52,7 @@ def make_pack(recipe: Recipe, *, documents: int, seed: int) -> Batch:
 
 
 def dealt_to_this_rank(pack: Batch) -> Batch:
-    """The pack with the tiles that this rank would have read."""
+    """The pack with the tiles assigned to this rank."""
     layout = groups.rank_layout()
     assigned = assign_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
     if not groups.is_first_stage():

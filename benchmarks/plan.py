@@ -132,7 +132,7 @@ def recipe_of(folder: Path, length: int, **data: object) -> Recipe:
 
 
 def run_plan(recipe: Recipe, folder: Path) -> tuple[float, float]:
-    """Plans in a process of its own, as a user would: seconds and GiB at its peak."""
+    """Plan in a process of its own, as a user would; returns seconds and peak GiB."""
     file = folder / "recipe.json"  # JSON is YAML
     file.write_text(json.dumps(dataclasses.asdict(recipe)))
     start = time.perf_counter()
@@ -160,7 +160,7 @@ def imbalance(recipe: Recipe, *, packs_per_replica: int) -> list[float]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -42,7 +42,7 @@ LANGUAGE = LanguageConfig(
 
 
 def resident() -> int:
-    """Bytes of this process and of those that it started, which share the rest with it."""
+    """Resident bytes of this process and its children, each shared page counted once."""
     process = psutil.Process()
     total = process.memory_info().rss
     for child in process.children(recursive=True):
@@ -55,7 +55,7 @@ def resident() -> int:
 
 @contextmanager
 def watched(peak: list[int]) -> Iterator[None]:
-    """Adds to `peak` by how much host and device memory grew at the most, in bytes."""
+    """Add the largest growth of host and device memory to `peak`, in bytes."""
     gc.collect()
     before = resident()
     most = [0]
@@ -78,7 +78,7 @@ def watched(peak: list[int]) -> Iterator[None]:
 
 
 def open_run(folder: str, *, distributed: bool) -> Run:
-    """A run with first weights and an optimizer that has its state."""
+    """Open a run with initial weights and an optimizer that has its state."""
     recipe = Recipe(
         model=ModelConfig(text_only=True, language=LANGUAGE),
         training=TrainingConfig(bf16=True, global_batch_size=dist.get_world_size()),
@@ -96,7 +96,7 @@ def open_run(folder: str, *, distributed: bool) -> Run:
 
 
 def measure(run: Run) -> str:
-    """Saves the run; the row of the table."""
+    """Save the run; returns the row of the table."""
     peak: list[int] = []
     start = time.perf_counter()
     with watched(peak):

@@ -116,7 +116,7 @@ def image(tiles: int, *, seed: int) -> PreparedPrompt:
 
 
 def run(engine: Engine, prompt: PreparedPrompt, *, tokens: int) -> tuple[float, list[float]]:
-    """Seconds to the first token, and of each later one."""
+    """Measure the seconds to the first token, and of each later one."""
     platform.on_cuda() and torch.cuda.synchronize()
     start = time.perf_counter()
     number = engine.add(prompt, SamplingParams(max_new_tokens=tokens, ignore_eos=True))
@@ -128,7 +128,7 @@ def run(engine: Engine, prompt: PreparedPrompt, *, tokens: int) -> tuple[float, 
 
 
 def long_prompts(engine: Engine, options: argparse.Namespace) -> list[str]:
-    """A row for each length."""
+    """Measure one row for each length."""
     rows = []
     for seed, length in enumerate(options.lengths, start=2):
         first, later = run(engine, film(length, seed=seed), tokens=options.tokens)
@@ -144,7 +144,7 @@ def long_prompts(engine: Engine, options: argparse.Namespace) -> list[str]:
 
 
 def first_tokens(engine: Engine, options: argparse.Namespace) -> list[str]:
-    """A row for each number of tiles: medians of 9 images."""
+    """Measure one row for each number of tiles: medians of 9 images."""
     rows = []
     for tiles in (1, 13):
         times = [run(engine, image(tiles, seed=10 * tiles + i), tokens=2)[0] for i in range(12)]
@@ -156,7 +156,7 @@ def first_tokens(engine: Engine, options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    """Rank 0 measures."""
+    """Run all ranks; rank 0 measures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

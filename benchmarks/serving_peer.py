@@ -51,7 +51,7 @@ def prompt(length: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def first_token(model: InternVLForConditionalGeneration, length: int, frames: int) -> float:
-    """Seconds from ids and pixels on the host to the first token there."""
+    """Measure the seconds from ids and pixels on the host to the first token there."""
     ids, pixels = prompt(length, frames)
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def first_token(model: InternVLForConditionalGeneration, length: int, frames: in
 
 
 def main() -> None:
-    """Rows as those of `serving.py`."""
+    """Print rows like those of `serving.py`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one measurement is of."""
+    """One measurement: model, pack, layout and levers."""
 
     case: str = ""  # name; empty: made from the rest
     model: str = "7b"
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def gpus(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.tp * self.cp * self.pp * self.dp
 
     @property

@@ -22,11 +22,10 @@ GRACE = 60
 def run_cases(
     cases: list[Case], out: Path, *, timeout: float, apart: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Measures cases one after another, and yields their results, which are also in the folder
-    `out`.
+    """Measure cases one after another and yield their results, which are also in the folder `out`.
 
-    Neighbours of one layout share processes, which saves their start; the case that ends badly
-    takes its processes with it, and the next one has fresh ones. `apart`: no processes are shared.
+    Neighbours of one layout share processes, which saves their start; a case that ends badly takes
+    its processes with it, and the next one has fresh ones. `apart`: no processes are shared.
     `timeout` is of a case, in seconds.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +45,7 @@ def run_cases(
 
 
 def _fits(case: Case, first: Case) -> bool:
-    """Whether two cases can follow one another in the same processes."""
+    """True if two cases can run one after another in the same processes."""
     return (case.layout, case.peer) == (first.layout, first.peer)
 
 
@@ -105,7 +104,7 @@ def _run(command: list[str], *, timeout: float, finished: Callable[[], int]) -> 
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Has torchrun end its processes and then itself, if it is still there."""
+    """Let torchrun end its processes and itself; kill it if it does not."""
     process.terminate()
     try:
         process.wait(GRACE)
@@ -115,7 +114,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _note_end(case: Case, out: Path, code: int | None) -> dict[str, Any]:
-    """Writes what became of a case that was not completed beside what it has measured."""
+    """Record why a case was not completed, beside what it has measured."""
     path = _result_of(case, out)
     result = read_result(path) or {"case": case.name, "options": asdict(case), **stamp()}
     result |= _outcome(code, path.with_suffix(".oom"))
@@ -124,7 +123,7 @@ def _note_end(case: Case, out: Path, code: int | None) -> dict[str, Any]:
 
 
 def _outcome(code: int | None, note: Path) -> dict[str, str]:
-    """The status that an exit code, or the note of a process without memory, means."""
+    """Status for an exit code, or for the note of a process without memory."""
     if note.exists():
         message = note.read_text()
         note.unlink()

@@ -1,4 +1,4 @@
-"""Timed steps of a training benchmark's case, whoever computes them, and what they come to."""
+"""Timed steps of a training benchmark's case, for any implementation, and their summary."""
 
 import gc
 import json
@@ -28,14 +28,14 @@ LEFT_OVER = GIB // 2
 
 
 class StepResult(NamedTuple):
-    """What a step reports."""
+    """Report of one step."""
 
     loss: float
     grad_norm: float
 
 
 class PackContent(NamedTuple):
-    """What the packs of a case hold, all alike."""
+    """Content of a case's packs, which are all alike."""
 
     lengths: list[int]  # of documents
     tiles: int
@@ -53,22 +53,22 @@ class Measurement:
         self.write()
 
     def write(self, **found: Any) -> None:
-        """Writes the result so far, with what was found, on one rank."""
+        """Write the result so far, with new fields, on one rank."""
         self.result |= found
         if dist.get_rank() == 0:
             write_result(self.out, self.result)
 
     def note_static_memory(self) -> None:
-        """Takes in what stands before the first step."""
+        """Record the memory allocated before the first step."""
         self.write(static_gib=round(most(_allocated()) / GIB, 2))
 
     def run(self, step: Callable[[], StepResult]) -> None:
-        """All steps of the case."""
+        """Run all steps of the case."""
         for _ in range(self.case.warm_up + self.case.steps):
             self._time(step)
 
     def _time(self, step: Callable[[], StepResult]) -> None:
-        """One step, timed while all ranks are in step."""
+        """Run one step, timed from and to a barrier of all ranks."""
         torch.cuda.synchronize()
         dist.barrier()
         start = time.perf_counter()
@@ -84,7 +84,7 @@ class Measurement:
             )
 
     def _totals(self) -> dict[str, Any]:
-        """Rates from the median after warm-up, or of what there is; memory of the fullest rank."""
+        """Rates from the median after warm-up, or of all steps; memory of the fullest rank."""
         step = statistics.median(self.seconds[self.case.warm_up :] or self.seconds)
         tokens = self.case.tokens * self.case.packs * self.case.dp
         peak, reserved = _peaks()
@@ -101,7 +101,7 @@ class Measurement:
 
 
 def describe(case: Case, content: PackContent) -> dict[str, Any]:
-    """What is known of a case before it runs."""
+    """Description of a case before it runs."""
     packs = case.packs * case.dp
     flops = pack_flops(case.recipe(), content.lengths, tiles=content.tiles, rows=content.rows)
     return {
@@ -137,7 +137,7 @@ def _peaks() -> tuple[int, int]:
 
 
 def _host_bytes() -> int:
-    """Memory of the host that this process has now, with what it has pinned."""
+    """Current host memory of this process, including pinned buffers."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -158,15 +158,15 @@ def _over_ranks(value: float, op: Any) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a library had no memory on the device, in whatever words it says so."""
+    """True if a library's error says, in whatever words, that the device is out of memory."""
     words = str(error).lower()
     known = ("out of memory", "alloc_failed", "cuda_error_out_of_memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in words for word in known)
 
 
 def _leave_out_of_memory(out: Path, error: BaseException) -> None:
-    """Notes the error beside the result and ends this process; torchrun then ends the others, which
-    wait for it."""
+    """Record the error beside the result and end this process; torchrun then ends the waiting
+    others."""
     rank = dist.get_rank()
     peak = _peaks()[0] / GIB
     message = f"rank {rank}, peak {peak:.1f} GiB: {str(error).splitlines()[0]}"
@@ -175,8 +175,8 @@ def _leave_out_of_memory(out: Path, error: BaseException) -> None:
 
 
 def _clear() -> None:
-    """Gives back what the last case has left; ends the process, for fresh ones to be started, if
-    that is not enough. Collective."""
+    """Free what the last case has left; end the process, so that fresh ones are started, if that is
+    not enough. Collective."""
     gc.collect()
     if not platform.on_cuda():
         return
@@ -187,7 +187,7 @@ def _clear() -> None:
 
 
 def work_through(measure: Callable[[Case, Path], Any]) -> None:
-    """Measures the cases that the command line names: a JSON file of cases, and the folder for their
+    """Measure the cases named on the command line: a JSON file of cases, and the folder for their
     results. Started by torchrun."""
     cases = [Case(**values) for values in json.loads(Path(sys.argv[1]).read_text())]
     platform.initialize_process()

@@ -28,7 +28,8 @@ SCORED_SHARE = 0.1
 
 
 def has_liger() -> bool:
-    """Takes Liger's kernels into transformers' InternVL, if they are installed."""
+    """Patch Liger's kernels into transformers' InternVL if they are installed; tells whether they
+    are."""
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers import apply_liger_kernel_to_internvl
 
@@ -107,7 +108,7 @@ def make_inputs(recipe: Recipe) -> dict[str, Tensor]:
 
 
 def measure(case: Case, out: Path) -> dict[str, Any]:
-    """Runs a case in the process group that exists, and returns its result. Collective."""
+    """Run a case in the existing process group and return its result. Collective."""
     recipe = case.recipe()
     liger = has_liger()
     inputs = make_inputs(recipe)

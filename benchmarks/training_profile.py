@@ -32,8 +32,8 @@ def kind_of(kernel: str) -> str:
 
 
 def profile_step(step: Callable[[], Any]) -> dict[str, Any]:
-    """Runs `step` once under torch's profiler: milliseconds by kind, of the largest kernels, and
-    counts of launches and waits, all of this rank."""
+    """Run `step` once under torch's profiler; returns this rank's milliseconds by kind and of the
+    largest kernels, and counts of launches and waits."""
     activities = [ProfilerActivity.CPU]
     if platform.on_cuda():
         activities.append(ProfilerActivity.CUDA)

@@ -12,7 +12,7 @@ Status = Literal["running", "complete", "out of memory", "failed", "timed out"]
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result so that a reader finds the old one or the new one, whole."""
+    """Write a result atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     draft.write_text(json.dumps(result, indent=1) + "\n")
@@ -20,7 +20,7 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result; empty if there is none."""
+    """Read a result; empty if there is none."""
     if path.exists():
         return json.loads(path.read_text())
     return {}
@@ -51,8 +51,8 @@ def _commit() -> str:
 
 
 def regressions(result: dict[str, Any], baseline: dict[str, Any], *, threshold: float) -> list[str]:
-    """What is worse than in the baseline by more than the share `threshold`: tokens/s, peak memory,
-    or no result where the baseline has one. Results of another device are not compared."""
+    """Regressions by more than the fraction `threshold`: tokens/s, peak memory, or a missing
+    result. Results of another device are not compared."""
     name = result["case"]
     if baseline["status"] != "complete":
         return []
@@ -83,7 +83,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown; what a result lacks is left empty."""
+    """Markdown table; missing values are left empty."""
     lines = ["| case | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for result in results:
         cells = [_cell(show, result) for show in COLUMNS.values()]

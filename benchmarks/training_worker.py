@@ -28,7 +28,7 @@ def estimated_gib(case: Case, content: PackContent) -> float:
 
 
 def measure(case: Case, out: Path) -> dict[str, Any]:
-    """Runs a case in the process group that exists, and returns its result. Collective."""
+    """Run a case in the existing process group and return its result. Collective."""
     recipe = case.recipe()
     groups.initialize_groups(recipe.parallel)
     pack = make_pack(recipe, documents=case.documents, seed=1)

@@ -79,13 +79,12 @@ def repeated(data: bytes, times: int) -> bytes:
 
 
 def ours(data: bytes, times: list[float]) -> np.ndarray:
-    """What training and serving do."""
+    """Read frames as training and serving do."""
     return decode_frames(data, "film", times=times, tile_size=SIDE)
 
 
 def plain(data: bytes, times: list[float]) -> np.ndarray:
-    """All frames decoded in one thread; the wanted ones padded to a square and resized by
-    Pillow."""
+    """Decode all frames in one thread, pad the wanted ones to a square, and resize them by Pillow."""
     tiles = []
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].codec_context.thread_count = 1
@@ -102,14 +101,14 @@ def plain(data: bytes, times: list[float]) -> np.ndarray:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """CPU seconds of a call."""
+    """Measure a call's CPU seconds."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def compare(data: bytes, name: str, rounds: int) -> str:
-    """A row of a table."""
+    """Measure one row of a table."""
     times = frame_times(probe_video(data, name), max_fps=1, max_frames=10**6)
     pairs = [
         (seconds_of(lambda: ours(data, times)), seconds_of(lambda: plain(data, times)))
@@ -127,7 +126,7 @@ def compare(data: bytes, name: str, rounds: int) -> str:
 
 
 def split(data: bytes, name: str, readers: int) -> str:
-    """A row of a table."""
+    """Measure one row of a table."""
     probe = seconds_of(lambda: probe_video(data, name))
     times = frame_times(probe_video(data, name), max_fps=1, max_frames=10**6)
     share = -(-len(times) // readers)
@@ -141,7 +140,7 @@ def split(data: bytes, name: str, readers: int) -> str:
 
 
 def main() -> None:
-    """Measures both films and both hours."""
+    """Measure both films and both hours."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

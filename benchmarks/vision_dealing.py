@@ -96,16 +96,16 @@ class Clock:
         self.open: dict[str, Any] = {}
 
     def start(self, name: str) -> None:
-        """Begins a stretch."""
+        """Begin an interval."""
         self.open[name] = _event()
 
     def stop(self, name: str) -> None:
-        """Ends it."""
+        """End it."""
         if name in self.open:
             self.marks.append((name, self.open.pop(name), _event()))
 
     def read(self) -> dict[str, float]:
-        """Seconds by name, and forgets them."""
+        """Return the seconds by name, and reset them."""
         sums: dict[str, float] = {}
         for name, first, last in self.marks:
             seconds = first.elapsed_time(last) / 1000 if platform.on_cuda() else last - first
@@ -123,7 +123,7 @@ def _event() -> Any:
 
 
 def watch_vision(model: VitaModel, clock: Clock) -> None:
-    """Marks vision's forward, and its backward from the projector's output to the tower's
+    """Mark vision's forward pass, and its backward pass from the projector's output to the tower's
     embeddings."""
     encode = model.encode
 
@@ -142,7 +142,7 @@ def watch_vision(model: VitaModel, clock: Clock) -> None:
 
 @contextmanager
 def watched_exchange(clock: Clock, sent: list[int]) -> Iterator[None]:
-    """Marks each exchange of feature rows, and counts the bytes that leave this rank."""
+    """Mark each exchange of feature rows, and count the bytes that leave this rank."""
     exchange = collectives._all_to_all
 
     def timed(rows: torch.Tensor, send: list[int], receive: list[int], group: Any) -> torch.Tensor:
@@ -161,8 +161,7 @@ def watched_exchange(clock: Clock, sent: list[int]) -> Iterator[None]:
 
 
 def duplicate_vision(model: VitaModel, pack: Batch) -> None:
-    """Every rank encodes all tiles, and keeps what it would have been assigned: the work that dealing
-    spares."""
+    """Let every rank encode all tiles and keep only its assigned ones: the work that dealing saves."""
     layout = groups.rank_layout()
     assigned = assign_tiles(pack.frames, layout.tile_ranks)[layout.tile_rank]
     encode = model.encode
@@ -170,7 +169,7 @@ def duplicate_vision(model: VitaModel, pack: Batch) -> None:
 
 
 def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]:
-    """Medians over steps on this rank, of the slowest rank."""
+    """Medians over steps, each of the slowest rank."""
     recipe = make_recipe(parallel, tiny=tiny)
     groups.initialize_groups(recipe.parallel)
     if platform.on_cuda():
@@ -239,7 +238,7 @@ COLUMNS: dict[str, Callable[[dict[str, float]], str]] = {
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown, with the ratio of vision times that dealing is judged by."""
+    """Markdown table, with the ratio of vision times."""
     lines = ["| layout | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [
         f"| {name} | " + " | ".join(show(r) for show in COLUMNS.values()) + " |"
@@ -254,7 +253,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Measures every layout assigned, and the first two also duplicated."""
+    """Measure every layout with assigned tiles, and the first two also duplicated."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Who may import whom: lower rooms never import higher ones."""
+"""Import rules: lower rooms never import higher ones."""
 
 import ast
 from pathlib import Path

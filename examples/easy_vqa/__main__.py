@@ -1,4 +1,4 @@
-"""python -m examples.easy_vqa: the whole demo. Started again after an interruption, it goes on
+"""The whole demo: `python -m examples.easy_vqa`. Restarted after an interruption, it continues
 where it stopped."""
 
 import os
@@ -21,14 +21,14 @@ STEP = re.compile(r"step (\d+)/(\d+) \| loss ([\d.]+)")
 
 
 def run(*command: str) -> None:
-    """Runs a command of this environment's Python, and stops the demo if it fails."""
+    """Run a command with this environment's Python; a failure ends the demo."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if subprocess.run([sys.executable, *command], env=environment).returncode:
         sys.exit(f"the demo stops: `{' '.join(command)}` failed; its message stands above")
 
 
 def prepare_data() -> None:
-    """JSONL, tokenizer, shards, indexes and plans; each tool leaves alone what is there already."""
+    """Make JSONL, tokenizer, shards, indexes and plans; each tool skips what exists."""
     run("-m", "examples.easy_vqa.prepare", str(RUN / "jsonl"))
     if not (RUN / "tokenizer.model").exists():
         texts = [
@@ -53,7 +53,7 @@ def prepare_data() -> None:
 
 
 def shard_command(source: Path, out: Path) -> tuple[str, ...]:
-    """Writes shards of prepared samples, of which all must be right."""
+    """Write shards of prepared samples, all of which must be valid."""
     return (
         "-m",
         "data_tools",
@@ -68,8 +68,7 @@ def shard_command(source: Path, out: Path) -> tuple[str, ...]:
 
 
 def train_stage(stage: int) -> None:
-    """Trains a stage with torchrun on two processes; the log goes to a file, its progress to a
-    bar."""
+    """Train a stage with torchrun on two processes; the log goes to a file, progress to a bar."""
     log = RUN / "logs" / f"stage{stage}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
@@ -96,7 +95,7 @@ def train_stage(stage: int) -> None:
 
 
 def grade_and_report() -> Path:
-    """Answers the test split and writes the report."""
+    """Answer the test split and write the report."""
     from examples.easy_vqa.grade import accuracy, grade
     from examples.easy_vqa.report import write_report
     from megatron_vita.checkpoint.store import find_checkpoint
@@ -113,7 +112,7 @@ def grade_and_report() -> Path:
 
 
 def main() -> None:
-    """All steps in order."""
+    """Run all steps in order."""
     started = time.perf_counter()
     prepare_data()
     for stage in (1, 2):

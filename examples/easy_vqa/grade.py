@@ -1,5 +1,4 @@
-"""Answers the published test questions, and what they would score without a model or with the wrong
-images."""
+"""Grades of the published test questions, with baselines: no model, and wrong images."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -19,7 +18,7 @@ LONGEST_ANSWER = 8  # tokens
 
 @dataclass(frozen=True)
 class Graded:
-    """One test question with what was answered."""
+    """A test question with the model's answer."""
 
     text: str
     image: int
@@ -29,8 +28,7 @@ class Graded:
 
 
 def swap_images(questions: list[Question]) -> dict[int, int]:
-    """A derangement of the test images: each image number to another one, half the list further
-    on."""
+    """Derangement of the test images: each maps to the one half the list further on."""
     images = sorted({question.image for question in questions})
     half = len(images) // 2
     return dict(zip(images, images[half:] + images[:half], strict=True))
@@ -44,8 +42,8 @@ def answer_all(
     shown: Callable[[int], int],
     title: str,
 ) -> list[Graded]:
-    """Answers every question on the image `shown` for its own, keeping finished ones in `path` for
-    a restart."""
+    """Answer every question about the image `shown` for its own; finished answers are kept in
+    `path` for a restart."""
 
     def task(index: int, question: Question) -> Task:
         return Task(
@@ -78,7 +76,7 @@ def answer_all(
 def answer_blindly(
     test: list[Question], train: list[Question]
 ) -> tuple[list[Graded], list[Graded]]:
-    """What needs no image: always the majority answer, and each question text's most frequent
+    """Baselines without images: the majority answer, and each question text's most frequent
     training answer."""
     majority = Counter(q.answer for q in train).most_common(1)[0][0]
     by_text: dict[str, Counter] = defaultdict(Counter)
@@ -93,7 +91,7 @@ def answer_blindly(
 
 
 def accuracy(graded: list[Graded]) -> dict[str, float]:
-    """Share of right answers: over all questions and for each kind."""
+    """Fraction of right answers, over all questions and for each kind."""
     groups: dict[str, list[bool]] = defaultdict(list)
     for row in graded:
         for name in ("all", row.kind):
@@ -102,7 +100,7 @@ def accuracy(graded: list[Graded]) -> dict[str, float]:
 
 
 def grade(checkpoint: Path, folder: Path) -> tuple[dict[str, list[Graded]], int]:
-    """All four columns of the report: model, model with images swapped, image-blind lookup,
+    """All four columns of the report: model, model with swapped images, lookup by question,
     majority answer.
 
     Also the number of the model's parameters. Answers are kept in a folder of the checkpoint's

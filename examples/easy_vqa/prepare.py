@@ -1,5 +1,5 @@
-"""Writes easy-VQA (PyPI package `easy-vqa`, MIT licence) as chat JSONL: captions for stage 1,
-questions for stage 2.
+"""Conversion of easy-VQA (PyPI package `easy-vqa`, MIT licence) to chat JSONL: captions for stage
+1, questions for stage 2.
 
     python -m examples.easy_vqa.prepare FOLDER
 
@@ -31,7 +31,7 @@ class Question:
 
     @property
     def kind(self) -> str:
-        """What is asked: yes/no, color or shape."""
+        """Kind of question: yes/no, color or shape."""
         if self.answer in ("yes", "no"):
             return "yes/no"
         if self.answer in COLORS:
@@ -45,13 +45,13 @@ def read_questions(split: str) -> list[Question]:
 
 
 def image_path(split: str, image: int) -> Path:
-    """The picture of a question."""
+    """Path of a question's picture."""
     return PACKAGE / split / "images" / f"{image}.png"
 
 
 def caption(questions: Iterable[Question]) -> str | None:
-    """What an image's questions and answers say of it, such as "a red triangle"; None if they do
-    not tell both."""
+    """Caption of an image from its questions and answers, such as "a red triangle"; None if colour
+    or shape is missing."""
     true_words = set()
     for question in questions:
         if question.kind != "yes/no":
@@ -72,13 +72,13 @@ def question_sample(question: Question, split: str) -> dict:
 
 
 def write_jsonl(samples: Iterable[dict], path: Path) -> None:
-    """One sample a line."""
+    """Write one sample per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def prepare(folder: Path) -> None:
-    """Writes {captions,questions}-{train,validation}.jsonl."""
+    """Write {captions,questions}-{train,validation}.jsonl."""
     by_image: dict[int, list[Question]] = {}
     for question in read_questions("train"):
         by_image.setdefault(question.image, []).append(question)

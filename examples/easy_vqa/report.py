@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with everything in it."""
+"""Report of the demo: a single self-contained HTML file."""
 
 import base64
 import io
@@ -28,8 +28,12 @@ CARDS_EACH = 18  # of right and wrong answers drawn together, by kind
 def write_report(
     path: Path, *, graded: dict[str, list[Graded]], logs: Sequence[Path], parameters: int
 ) -> None:
-    """Writes the report. `graded` holds the columns of `COLUMNS`, `logs` the TensorBoard folder of
-    each stage."""
+    """Write the report.
+
+    Args:
+        graded: the columns of `COLUMNS`.
+        logs: the TensorBoard folder of each stage.
+    """
     scores = {name: accuracy(rows) for name, rows in graded.items()}
     counts = {kind: sum(kind in ("all", row.kind) for row in graded["model"]) for kind in KINDS}
     counts["all"] = len(graded["model"])
@@ -94,7 +98,7 @@ def _loss_figure(logs: Sequence[Path]) -> Figure:
 
 
 def _scalars(folder: Path, tag: str) -> tuple[list[int], list[float]]:
-    """A curve, with steps that were done again after an interruption taken once."""
+    """Points of a curve; steps repeated after an interruption are taken once."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     values = {event.step: event.value for event in events.Scalars(tag)}
@@ -110,8 +114,8 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _cards(rows: list[Graded]) -> list[dict]:
-    """A page of test questions: a seeded draw of each kind, wrong answers drawn no more often than
-    they occur."""
+    """Page of test questions: a seeded sample of each kind, with wrong answers as frequent as they
+    are."""
     draw = random.Random(0)
     chosen = [
         row

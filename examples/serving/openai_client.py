@@ -1,4 +1,4 @@
-"""Asks a running server with OpenAI's client: openai_client.py FILE... QUESTION
+"""Ask a running server with OpenAI's client: openai_client.py FILE... QUESTION
 
 The files are images and videos. The server is at VITA_SERVER (http://127.0.0.1:8000), its key in
 VITA_API_KEY.
@@ -23,7 +23,7 @@ def media_part(path: str) -> dict[str, Any]:
 
 
 def main(*files: str, question: str) -> None:
-    """Shows the answer as it comes, and which moments of videos it is about."""
+    """Print the answer as it is generated, and the timestamps sampled from videos."""
     client = openai.OpenAI(
         base_url=os.environ.get("VITA_SERVER", "http://127.0.0.1:8000") + "/v1",
         api_key=os.environ.get("VITA_API_KEY") or "none",

@@ -1,1 +1,1 @@
-"""Child processes and memory shared with them."""
+"""Supervision of child processes, and memory shared with them."""

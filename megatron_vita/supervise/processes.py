@@ -1,4 +1,4 @@
-"""Processes that read for another one."""
+"""Termination of child processes together with their parent."""
 
 import fcntl
 import multiprocessing
@@ -6,18 +6,18 @@ import os
 
 
 def end_with_parent() -> None:
-    """Has the kernel end this process of `multiprocessing` when the one that started it is gone."""
+    """Let the kernel kill this `multiprocessing` child when its parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     end_with(parent.sentinel)
 
 
 def end_with(pipe: int) -> None:
-    """Has the kernel end this process, also in the midst of a decoder, when the other end of a pipe
-    is closed.
+    """Let the kernel kill this process, even inside a decoder, when the other end of a pipe is
+    closed.
 
-    It sends SIGIO, which ends a process without a handler for it, at whatever happens to the pipe:
-    nothing else may.
+    The kernel sends SIGIO, which ends a process without a handler, on any event of the pipe:
+    nothing else may happen on it.
     """
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)

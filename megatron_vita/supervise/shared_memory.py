@@ -1,5 +1,5 @@
-"""Memory that processes share by file descriptor: it has no name, so nothing is left behind,
-whoever dies when."""
+"""Anonymous memory shared by file descriptor: it has no name, so that nothing is left behind
+whichever process dies."""
 
 import mmap
 import os
@@ -11,14 +11,13 @@ import numpy as np
 
 
 class SharedArray:
-    """A uint8 array that is filled by one process and sent to another without a copy. It must be
-    closed."""
+    """A uint8 array filled by one process and sent to another without a copy. It must be closed."""
 
     def __init__(self) -> None:
         self._descriptor = -1
 
     def allocate(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The array. Once only."""
+        """Allocate the array; may be called once."""
         assert self._descriptor < 0, "allocated before"
         size = int(np.prod(shape))
         self._descriptor = os.memfd_create("tiles", os.MFD_CLOEXEC)
@@ -27,17 +26,17 @@ class SharedArray:
         return np.frombuffer(shared, dtype=np.uint8, count=size).reshape(shape)
 
     def send(self, pipe: Connection) -> None:
-        """Hands the memory to the process at the other end of a pipe."""
+        """Send the memory to the process at the other end of a pipe."""
         send_handle(pipe, self._descriptor, 0)  # the process is named on Windows alone
 
     def close(self) -> None:
-        """Gives this process's hold of the memory up, arrays in it apart."""
+        """Release this process's hold of the memory, apart from arrays in it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
 
 def receive_array(pipe: Connection, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that the other end sends, in memory that goes when the array does."""
+    """Receive an array from the other end; its memory is freed with the array."""
     descriptor = recv_handle(pipe)
     try:
         shared = mmap.mmap(descriptor, 0)
@@ -47,7 +46,7 @@ def receive_array(pipe: Connection, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class SharedFile:
-    """Bytes that other processes read as a file. The memory goes with the object and its last
+    """Bytes that other processes read as a file. The memory is freed with the object and its last
     reader."""
 
     def __init__(self, data: bytes) -> None:
@@ -56,12 +55,12 @@ class SharedFile:
         self._file.flush()
 
     def send(self, pipe: Connection) -> None:
-        """Hands the file to the process at the other end of a pipe."""
+        """Send the file to the process at the other end of a pipe."""
         send_handle(pipe, self._file.fileno(), 0)
 
 
 def receive_file(pipe: Connection) -> IO[bytes]:
-    """The file that the other end sends, to be read and closed."""
+    """Receive a file from the other end; the caller reads and closes it."""
     descriptor = recv_handle(pipe)
     try:
         # a place of its own in the file, which processes would share

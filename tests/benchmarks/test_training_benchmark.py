@@ -116,7 +116,7 @@ for number, case in enumerate(cases):
 def ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str, **options: Any
 ) -> dict[str, str]:
-    """Statuses of cases of one layout in a worker that does what their names say, by name."""
+    """Statuses by name of cases with one layout, run in a worker that does what their names say."""
     (tmp_path / "training_worker.py").write_text(WORKER)
     monkeypatch.setattr(training_launch, "HERE", tmp_path)
     monkeypatch.setattr(training_launch, "launcher", lambda _: [sys.executable])

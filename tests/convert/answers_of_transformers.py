@@ -16,8 +16,8 @@ def assert_same_answer(
     max_new_tokens: int,
     ignore_eos: bool = False,
 ) -> str:
-    """The engine's greedy answer, whose tokens and log-probabilities must be those of `model`
-    within 1e-5. `ignore_eos` is for random models, which may end at once."""
+    """Assert that tokens and log-probabilities of the engine's greedy answer are those of `model`
+    within 1e-5, and return it. `ignore_eos` is for random models, which may end at once."""
     prompt = Prompt.ask(question)
     (answer,) = engine.generate(
         [prompt],
@@ -42,6 +42,5 @@ def assert_same_answer(
 
 @torch.no_grad()
 def _next_token(model: nn.Module, ids: list[int], *, tokens: int) -> Tensor:
-    """Log-probabilities [tokens] after `ids`, from a whole forward pass; rows beyond the tokens are
-    padding."""
+    """Log-probabilities [tokens] after `ids`, from a whole forward pass; padding rows are cut off."""
     return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].log_softmax(-1)

@@ -26,7 +26,7 @@ Outputs = list[Tensor]
 
 
 def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
-    """A run at a layout with the weights of a converted checkpoint."""
+    """Open a run at a layout, with the weights of a converted checkpoint."""
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     recipe.parallel = ParallelConfig(**fields)
     recipe.data = DataConfig(seq_length=length)
@@ -38,13 +38,13 @@ def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
 
 
 def weigh(logits: Tensor, *, target: Tensor, seen: Outputs) -> tuple[Tensor, Tensor, dict]:
-    """The weighted sum of logits [T, V], whose gradient is asked for."""
+    """Weighted sum of logits [T, V], whose gradient is compared."""
     seen.append(logits.detach())
     return (logits * target).sum(), torch.tensor(1, dtype=torch.int), {}
 
 
 def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tuple[Tensor, partial]:
-    """One document through this stage."""
+    """Run one document through this stage."""
     ids = inputs["ids"]
     frames = torch.zeros(len(inputs["placements"]), dtype=torch.bool)
     layout = groups.rank_layout()
@@ -64,7 +64,7 @@ def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tupl
 
 
 def run_case(folder: Path, name: str, fields: dict) -> None:
-    """Writes gradients as a checkpoint and the logits beside it."""
+    """Write gradients as a checkpoint, and the logits beside it."""
     inputs = torch.load(folder / "inputs.pt")
     run = open_converted(folder / "ours", fields, length=len(inputs["ids"]))
     for chunk in run.chunks:

@@ -255,8 +255,8 @@ TILE = 56
 
 
 def tiny(name: str, **top: Any) -> Fields:
-    """A published config with small sizes and tiles of 56 pixels; heads and patches stay in number
-    and kind. `top` replaces fields of the whole, whatever they were."""
+    """Shrink a published config to small sizes and tiles of 56 pixels; the number and kind of heads
+    and patches stay. `top` replaces top-level fields."""
     return _shrunk(copy.deepcopy(CONFIGS[name])) | top
 
 
@@ -287,7 +287,7 @@ def tiny_preprocessor(name: str) -> Fields:
 
 
 def change(folder: Path, file: str = "config.json", **fields: Any) -> None:
-    """Replaces fields of a JSON file, or makes one."""
+    """Replace fields of a JSON file, or create it."""
     path = folder / file
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(before | fields))

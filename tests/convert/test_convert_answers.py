@@ -1,4 +1,4 @@
-"""What comes in answers as transformers does, through our inference, wherever the checkpoint
+"""Converted models answer through our engine as they do in transformers, wherever the checkpoint
 lies."""
 
 import sys

@@ -1,4 +1,4 @@
-"""What is wrong with an input is said by tensor and file, and nothing is written."""
+"""Faulty inputs are refused by tensor and file, and nothing is written."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def split_with_index(folder: Path) -> None:
 
 
 def refused(folder: Path, *said: str) -> None:
-    """All of `said` is in the error, and there is nothing beside the source afterwards."""
+    """Assert that the error contains all of `said`, and that nothing was written beside the source."""
     before = sorted(folder.parent.iterdir())
     with pytest.raises(VitaError) as error:
         import_weights([folder], folder.parent / "ours", projector="internvl")
@@ -157,7 +157,7 @@ def test_an_index_that_leads_out_of_its_folder(folder: Path) -> None:
 
 
 class Code:
-    """A pickle that would make a file when loaded."""
+    """A pickle that would create a file when loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

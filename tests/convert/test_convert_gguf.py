@@ -24,7 +24,7 @@ from megatron_vita.inference.engine.engine import Engine
 def write_gguf(
     path: Path, *, family: str = "llama-tied", architecture: str = "llama", quantise: str = ""
 ) -> dict[str, torch.Tensor]:
-    """A tiny model as llama.cpp's converter writes it; returns the tensors it was made from."""
+    """Write a tiny model as llama.cpp's converter does; return the tensors it was made from."""
     model = model_of(family)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, architecture)
@@ -74,7 +74,7 @@ def write_gguf(
 
 
 def rotary_order(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of queries and keys as llama.cpp has them: those that turn together are neighbours."""
+    """Reorder rows of queries and keys as llama.cpp does: rows that rotate together are neighbours."""
     if "q_proj" in name:
         heads = 4
     else:
@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def smollm2_folder() -> Path:
-    """Where the model is kept from run to run."""
+    """Folder in which the model is kept between runs."""
     folder = Path("runs/smollm2")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -48,7 +48,7 @@ WIDTH = 32
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model whose rows of the vocabulary, 97, two ranks do not divide."""
+    """A whole model with a vocabulary of 97 rows, which two ranks do not divide."""
     folder = tmp_path_factory.mktemp("ours")
     llm = save(model_of("qwen2"), folder / "llm")
     vit = save_vision(folder / "vit")
@@ -61,7 +61,7 @@ def shapes_of(checkpoint: Path) -> ModelConfig:
 
 
 def our_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Under names with layers."""
+    """Tensors of our checkpoint under the names of single layers."""
     source = DistSource(checkpoint)
     found = {}
     for key, info in source.infos.items():
@@ -75,7 +75,7 @@ def our_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def megatron_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """The same under Long-VITA's Megatron names, whole."""
+    """The same tensors under Long-VITA's Megatron names, unsharded."""
     renamed = {
         "embeddings.class_token": "vision_model.class_token",
         "embeddings.position_embedding": "vision_model.position_embeddings.weight",
@@ -112,7 +112,7 @@ def megatron_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def share(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """A tensor-parallel rank's part."""
+    """Shard of a tensor-parallel rank."""
     if name.endswith(("word_embeddings.weight", "output_layer.weight")):
         rows = -(-len(tensor) // ranks)
         padded = F.pad(tensor, (0, 0, 0, rows * ranks - len(tensor)))
@@ -129,8 +129,8 @@ def share(name: str, tensor: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 def write_ranks(tensors: dict[str, Tensor], folder: Path, *, tp: int, pp: int = 1) -> Path:
-    """As Megatron writes them: layers of a stage counted from 0, the embedding first, the output
-    last."""
+    """Write one file per rank as Megatron does: a stage's layers are counted from 0, the embedding
+    is on the first stage and the output layer on the last."""
     iteration = folder / "iter_0000012"
     per_stage = LAYERS // pp
     for stage in range(pp):
@@ -237,7 +237,7 @@ def edit(iteration: Path, change) -> None:
 
 
 def gpt_model() -> GPTModel:
-    """megatron-core's own model of toy_folders' qwen2, by its public parts alone."""
+    """megatron-core's own GPTModel with the shapes of toy_folders' qwen2, by its public API alone."""
     platform.initialize_process()
     groups.initialize_groups(ParallelConfig())
     model_parallel_cuda_manual_seed(1)

@@ -77,7 +77,7 @@ def make_inputs(family: str, *, tile: int = TILE) -> dict[str, Tensor]:
 
 
 def expect(model: nn.Module, inputs: dict[str, Tensor], folder: Path, family: str) -> None:
-    """Their logits, and their gradients written as weights are."""
+    """Save transformers' logits, and its gradients written as weights are."""
     tiles = {"pixel_values": inputs["tiles"]} if len(inputs["tiles"]) else {}
     logits = model(input_ids=inputs["ids"][None], **tiles).logits[0]
     (logits * inputs["target"]).sum().backward()
@@ -92,7 +92,7 @@ def expect(model: nn.Module, inputs: dict[str, Tensor], folder: Path, family: st
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each family's checkpoint and what is expected of it, then what each layout gives."""
+    """Each family's checkpoint, its expected values, and the results of each layout."""
     folder = tmp_path_factory.mktemp("parity")
     platform.initialize_process()
     for family in [*FAMILIES, *SCALED]:
@@ -114,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mix(name: str, case: Path, *, language: Path) -> None:
-    """A tower, a fresh projector and a language model, and what one process gives."""
+    """A tower, an initialized projector and a language model, with the results of one process."""
     tower_of(name).save_pretrained(case / "tower")
     import_weights([language, case / "tower"], case / "ours", projector="internvl")
     torch.save(make_inputs(name, tile=50 if "ragged" in name else TILE), case / "inputs.pt")

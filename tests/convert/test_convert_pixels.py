@@ -1,5 +1,5 @@
-"""What a folder says about pixels becomes fields of the recipe, with which pixels are its
-processor's, or is refused by name."""
+"""A folder's preprocessing becomes recipe fields that give its processor's pixels, or is refused by
+name."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ ODD = [[0.5, 0.25, 0.125], [0.25, 0.5, 1.0]]
 
 
 def media_of(name: str, folder: Path, *, config: dict | None = None, **files: dict) -> MediaConfig:
-    """The media of a published folder, some fields of whose processor files are replaced."""
+    """Media settings of a published folder with some fields of its processor files replaced."""
     described = Config(CONFIGS[name] | (config or {}), "config.json")
     folder_format = format_of(described)
     heads = {"lm_head.weight", "language_model.lm_head.weight"}
@@ -164,7 +164,7 @@ def test_pixels_of_a_converted_tower_are_its_processors(
 def test_a_recipe_to_build_on_says_of_pixels_what_the_folder_says_and_no_more(
     tmp_path: Path,
 ) -> None:
-    """A stage's own limits of frames stay, whatever the order of its bases."""
+    """A stage's own frame limits stay, whatever the order of its bases."""
     save_chat(model_of("internvl-hf"), tmp_path / "chat")
     change(tmp_path / "chat", dynamic_image_size=True, use_thumbnail=True, max_dynamic_patch=4)
     change(tmp_path / "chat", "preprocessor_config.json", image_mean=[0.5] * 3, image_std=[0.5] * 3)

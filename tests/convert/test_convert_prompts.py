@@ -1,5 +1,5 @@
-"""What a folder says of prompts becomes fields of the recipe, rows are there for every token, and
-what was added leaves with an export."""
+"""A folder's prompt format becomes recipe fields, every token has a row, and added tokens are
+exported."""
 
 import sys
 from pathlib import Path

@@ -31,7 +31,7 @@ HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 
 
 def read(fields: dict, *, where: str = "config.json") -> ModelConfig:
-    """The model of a config; CheckpointError also for a field that is not known."""
+    """Read the model of a config; unknown fields are errors here."""
     config = Config(fields, where)
     model = format_of(config).read(config, HEADS)
     # what the pixel reader takes of OpenGVLab's layout, and the pixel and text readers test
@@ -160,7 +160,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768
 def test_rotary_positions_that_contradict_each_other_are_refused(
     scaling: dict, parameters: dict | None
 ) -> None:
-    """transformers takes rope_scaling and forgets the base of rope_parameters."""
+    """transformers takes rope_scaling and drops the base in rope_parameters."""
     with pytest.raises(CheckpointError, match=r"rope_scaling|type is 'linear'"):
         read_text(rope_scaling=scaling, rope_parameters=parameters)
 

@@ -1,4 +1,4 @@
-"""In and out again: the same tensors bit by bit, the same names, the same config, loadable by
+"""Import and export give the same tensors bit by bit, the same names and config, loadable by
 transformers."""
 
 import json

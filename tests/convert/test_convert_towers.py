@@ -1,5 +1,5 @@
-"""Vision towers come in beside a language model: features, gradients and round trips are those of
-their owners."""
+"""Vision towers imported with a language model give the features, gradients and round trips of
+their original libraries."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bring_in(tower: Path, language: Path, to: Path) -> tuple[VisionTower, Recipe]:
-    """The tower with the weights of the checkpoint that is written."""
+    """Import a tower with a language model, and build it with the written weights."""
     import_weights([language, tower], to, projector="long_vita")
     platform.initialize_process()
     recipe = recipe_from_dict(store.read_manifest(to)["recipe"])
@@ -56,7 +56,7 @@ def bring_in(tower: Path, language: Path, to: Path) -> tuple[VisionTower, Recipe
 
 
 def joined(hidden: Tensor, *, class_token: bool) -> Tensor:
-    """Last hidden states [n, s, C] -> features, patches joined two by two, cell by cell."""
+    """Merge patches of last hidden states [n, s, C] two by two into features, cell by cell."""
     patches = hidden[:, 1:] if class_token else hidden
     side = math.isqrt(patches.shape[1])
     grid = patches.unflatten(1, (side, side))
@@ -76,7 +76,8 @@ def joined(hidden: Tensor, *, class_token: bool) -> Tensor:
 
 
 def assert_same_features_and_gradients(tower: VisionTower, expected: Tensor, tiles: Tensor) -> None:
-    """Features, and gradients over the tiles, whose path goes through all of the tower."""
+    """Compare features, and gradients with respect to the tiles, which pass through the whole
+    tower."""
     mine = tiles.detach().clone().requires_grad_()
     actual = tower(mine)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -160,7 +161,7 @@ def test_a_prefixed_siglip_tower_keeps_its_prefix(language: Path, tmp_path: Path
 
 
 class Eva(nn.Module):
-    """EVA2-CLIP in plain PyTorch: a norm at the end of each branch; query, key and value in one
+    """EVA2-CLIP in plain PyTorch: a norm at the end of each branch, and a fused query-key-value
     matrix."""
 
     def __init__(self) -> None:

@@ -1,5 +1,4 @@
-"""Of several weight files in a folder, those are read that transformers reads; the others are
-named."""
+"""Choice among the weight files of a folder: that of transformers, with a warning that names the rest."""
 
 import json
 import shutil
@@ -35,7 +34,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 
 def add_shards(folder: Path, *, scale: float, total_size: int | None = None) -> None:
-    """An index of two shards that hold the folder's tensors times `scale`."""
+    """Add an index of two shards that hold the folder's tensors times `scale`."""
     tensors = {name: tensor * scale for name, tensor in tensors_of(folder).items()}
     names = list(tensors)
     parts = dict(zip(SHARDS, (names[:10], names[10:]), strict=True))
@@ -48,7 +47,7 @@ def add_shards(folder: Path, *, scale: float, total_size: int | None = None) -> 
 
 
 def theirs(folder: Path) -> torch.Tensor:
-    """The embedding that transformers reads."""
+    """Embedding that transformers loads."""
     return AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.detach()
 
 

@@ -119,7 +119,7 @@ def model_of(name: str) -> nn.Module:
 
 
 def save(model: nn.Module, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """As `save_pretrained` writes it, with a tokenizer and a generation config."""
+    """Write a folder as `save_pretrained` does, with a tokenizer and a generation config."""
     model.to(dtype).save_pretrained(folder)
     add_companions(folder, media=hasattr(model.config, "vision_config"))
     return folder
@@ -175,7 +175,7 @@ def save_vision(folder: Path, *, large: bool = False) -> Path:
 
 
 def save_whole_clip(folder: Path) -> CLIPModel:
-    """CLIP with its text tower, as most published folders hold it."""
+    """Write CLIP with its text tower, as most published folders hold it."""
     text = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -195,7 +195,7 @@ def save_whole_clip(folder: Path) -> CLIPModel:
 def save_chat(
     model: InternVLForConditionalGeneration, folder: Path, *, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """The same weights in OpenGVLab's layout, with its names and config fields."""
+    """Write the same weights in OpenGVLab's format, with its tensor names and config fields."""
     folder.mkdir(parents=True)
     save_file(
         {name: t.to(dtype).contiguous() for name, t in chat_tensors(model).items()},
@@ -257,7 +257,7 @@ def chat_tensors(model: InternVLForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, by the library that owns the format."""
+    """All tensors of a folder, read by the safetensors library."""
     from safetensors import safe_open
 
     found = {}

@@ -29,7 +29,7 @@ from tests.costs.measured import CP2, Measured
 
 
 def recipe_of(length: int, **parallel: Any) -> Recipe:
-    """7B on two devices, one pack of so many thousand tokens."""
+    """Recipe of a 7B model on two devices, with one pack of so many thousand tokens."""
     measured = Measured(name="", peak=0, seconds=0, length=length * 1024, documents=1)
     recipe = change(measured.recipe(), NO_LEVERS | {"training.recompute_vision": False})
     return change(recipe, {f"parallel.{name}": value for name, value in parallel.items()})
@@ -82,8 +82,8 @@ def test_more_room_is_never_slower() -> None:
 
 
 def test_attention_is_kept_for_as_many_layers_as_there_is_room_for() -> None:
-    """At a million tokens a host that holds all inputs and some outputs of attention: one more
-    layer that keeps attention would not fit."""
+    """At a million tokens the host holds all inputs and some outputs of attention; one more layer
+    that keeps attention would not fit."""
     recipe = recipe_of(1024)
     room = room_of(139.8)
     fitted = fit(recipe, room)
@@ -152,7 +152,7 @@ def test_levers_beside_fit_memory_are_refused_by_field(fields: dict[str, Any]) -
 
 
 def test_what_does_not_fit_is_told_what_would_fastest_first() -> None:
-    """128K with nothing recomputed on 139.8 GiB: levers alone would do."""
+    """128K tokens with nothing recomputed on 139.8 GiB: levers alone make it fit."""
     recipe = recipe_of(128)
     room = room_of(139.8)
     found = find_remedies(recipe, room, world_size=2, device=H200)
@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_told_what_would_fastest_first() -> None:
 
 
 def test_where_levers_do_not_do_a_leaner_optimizer_or_another_layout_is_named() -> None:
-    """7B of 18 bytes a parameter on two cards of 79 GiB: 12 bytes fit."""
+    """7B with 18 bytes per parameter on two cards of 79 GiB: 12 bytes fit."""
     recipe = recipe_of(32)
     room = room_of(79.2)
     (alone, *_) = find_remedies(recipe, room, world_size=2, device=H100)
@@ -185,7 +185,7 @@ def test_where_levers_do_not_do_a_leaner_optimizer_or_another_layout_is_named() 
 
 
 def test_a_leaner_optimizer_is_suggested_only_where_nothing_else_fits() -> None:
-    """Of the layouts of two cards, and of those of eight."""
+    """Checked for the layouts of two cards, and for those of eight."""
     two = suggest(recipe_of(32), room_of(79.2), world_size=2, device=H100, ranks_per_node=8)
     assert all("optimizer.exp_avg_dtype" in suggestion.changes for suggestion in two.best)
     batch = change(recipe_of(32), {"training.global_batch_size": 8})

@@ -27,8 +27,9 @@ def test_steps_are_within_10_percent_of_those_measured(step: Measured) -> None:
 
 
 def test_kinds_of_work_are_near_the_kernels_that_were_summed() -> None:
-    """Of the 32K step at 040bccf, which repeated whole layers, as `uniform` still does: matrix
-    products 1,339 ms with the tower's, attention 334 with the tower's, NCCL 253, vision 278 in all."""
+    """Sums from the 32K step at 040bccf, which recomputed whole layers as `uniform` still does:
+    matrix products 1,339 ms with the tower's, attention 334 with the tower's, NCCL 253, vision 278
+    in all."""
     found = predict(changed(WHOLE, training={"recompute_method": "uniform"}))
     assert found.linear + found.output == pytest.approx(1.339 - 0.132, rel=0.02)
     assert found.attention == pytest.approx(0.334 - 0.059, rel=0.05)
@@ -50,7 +51,8 @@ def test_what_is_kept_is_not_computed_again() -> None:
 
 
 def test_copies_to_the_host_are_waited_for_only_where_they_outlast_the_work_beside_them() -> None:
-    """Measured at 32K with 8 layers: 0.840 s with, 0.826 without, by a prototype that repeated more."""
+    """Measured at 32K with 8 layers: 0.840 s with copies, 0.826 s without, by a prototype that
+    recomputed more."""
     kept = changed(STEPS[-1].recipe(), training={"recompute_keep_attention_layers": -1})
     away = changed(kept, training={"activation_offload_fraction": 1.0})
     assert predict(away).total / predict(kept).total == pytest.approx(0.840 / 0.826, rel=0.02)

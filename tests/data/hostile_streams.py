@@ -1,4 +1,5 @@
-"""Streams that do what decoders do on bad days, in the reader's process."""
+"""Streams that misbehave in the reader's process as decoders may: they hang, crash or run out of
+memory."""
 
 import os
 import signal

@@ -20,7 +20,7 @@ EVERY = 3
 
 
 def digest(batch: Batch) -> str:
-    """Of all tensors of a batch."""
+    """Digest of all tensors of a batch."""
     found = hashlib.sha256()
     for tensor in (
         batch.input_ids,
@@ -35,7 +35,7 @@ def digest(batch: Batch) -> str:
 
 
 def main() -> None:
-    """Reads the plan's packs over and over, up to number `LAST`, from where the position stands."""
+    """Read the plan's packs over and over, up to number `LAST`, from the saved position on."""
     world = pickle.loads(Path(sys.argv[1]).read_bytes())
     folder = Path(sys.argv[2])
     last = int(sys.argv[3])

@@ -1,4 +1,4 @@
-"""What is left of documents that are longer than a pack."""
+"""Truncation of documents that are longer than a pack."""
 
 import pytest
 

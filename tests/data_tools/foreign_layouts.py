@@ -33,8 +33,8 @@ FILES = {**PICTURES, **FILMS}
 
 @dataclass
 class Truth:
-    """What a record says: rounds of (question, answer, whether the answer is trained), the media of
-    each question, and whether its text has their places."""
+    """Content of a record: rounds of (question, answer, answer is trained), the media of each
+    question, and a flag for media tags in the text."""
 
     rounds: list[tuple[str, str, bool]]
     images: list[list[str]]

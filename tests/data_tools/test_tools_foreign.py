@@ -30,7 +30,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def import_all(cases: list[Case], root: Path, media: Path) -> list[Result]:
-    """What `import` makes of records of one layout."""
+    """Result of `import` for records of one layout."""
     root.mkdir()
     form = cases[0].layout.form
     if form == "hf":

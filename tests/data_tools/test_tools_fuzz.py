@@ -205,7 +205,7 @@ def test_the_same_seed_gives_the_same_inputs() -> None:
 
 
 def test_the_odd_media_are_used_or_not_as_they_should_be(tmp_path: Path) -> None:
-    """Of the media that a decoder must take or refuse, those of a clear case."""
+    """Covers media for which the expected result is clear: a decoder must use or refuse them."""
     refused = {
         "image": {
             "30,000 square, not there",

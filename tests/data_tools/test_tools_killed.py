@@ -50,7 +50,7 @@ def command(name: str, root: Path) -> list[str]:
 
 
 def prepare(name: str, root: Path) -> None:
-    """What the command begins with: samples of which some are bad, in shards where it needs
+    """Prepare the command's input: samples, some of them bad, in shards where the command reads
     shards."""
     path = write_world(root, count=SAMPLES)
     lines = path.read_text().splitlines()
@@ -94,8 +94,7 @@ def prepare(name: str, root: Path) -> None:
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """What was made, apart from progress files, whose lines are in the order in which the work
-    ended."""
+    """All output files but progress files, whose lines are in the order in which work finished."""
     found = (
         path
         for path in sorted((root / "made").rglob("*"))
@@ -105,8 +104,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def kill(name: str, root: Path, *, at: int, pause: float) -> None:
-    """Runs the command as its own process, and kills that `pause` seconds after `at` parts are
-    finished."""
+    """Run the command in a process, and kill it `pause` seconds after `at` parts are finished."""
     arguments = [sys.executable, "-m", "data_tools", *command(name, root)]
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and len(finished(name, root)) < at:
@@ -121,7 +119,7 @@ def moments(path: Path) -> int:
 
 
 def finished(name: str, root: Path) -> list[str]:
-    """The files that are finished, and recorded to be, where the command keeps a record."""
+    """Files that are finished, and recorded so where the command keeps a record."""
     made = root / "made"
     progress = made / {"import": "out.progress.jsonl", "shard": "toy/progress.jsonl"}.get(
         name, "none"

@@ -69,8 +69,8 @@ def write(path: Path, media: dict[str, dict[str, list[MediaFile]]]) -> None:
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """Of five samples, one has an image that is cut short, one a video of which nothing can be
-    decoded."""
+    """Shard of five samples, one with a truncated image, one with a video that cannot be decoded at
+    all."""
     path = write_world(tmp_path)
     assert (
         main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class APIError(Exception):
-    """Makes the server answer with a status and a reason."""
+    """Raised by a reply to make the server answer with a status and a reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -54,7 +54,7 @@ def serving(reply: Callable[[dict[str, Any]], str], **options: Any) -> Iterator[
 
 
 def texts_of(request: dict[str, Any]) -> list[str]:
-    """What is said in a request, message by message."""
+    """Texts of a request, message by message."""
     contents = [message["content"] for message in request["messages"]]
     return [c if isinstance(c, str) else "".join(p.get("text", "") for p in c) for c in contents]
 

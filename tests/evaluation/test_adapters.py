@@ -1,5 +1,5 @@
-"""Harnesses ask a server as Long-VITA was asked. Their base classes are stood in for by the parts
-that are used."""
+"""Harnesses prompt a server as Long-VITA was prompted. Stand-ins replace their base classes, with
+the parts in use."""
 
 import importlib
 import io
@@ -94,8 +94,8 @@ def module(name: str, **content: Any) -> types.ModuleType:
 
 @pytest.fixture
 def harnesses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the adapters use of lmms-eval 0.7.3 and VLMEvalKit (ms-vlmeval 0.0.20), in their
-    simplest form."""
+    """Stand-ins for the parts of lmms-eval 0.7.3 and VLMEvalKit (ms-vlmeval 0.0.20) that the
+    adapters use."""
     manifests: dict[str, Any] = {}
 
     class Lmms:

@@ -16,7 +16,7 @@ GREEDY = SamplingParams(max_new_tokens=5)
 
 
 class Echo:
-    """An engine that says what was asked, and refuses what is bad."""
+    """An engine that repeats questions and refuses bad ones."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -1,4 +1,4 @@
-"""What counts as right."""
+"""Grading of answers as right or wrong."""
 
 import pytest
 

@@ -36,8 +36,8 @@ BOOK = Book(
 
 
 class Reader:
-    """Finds the sentence asked for, since it knows the haystack; is wrong where `misses` says
-    so."""
+    """Finds the requested sentence, since it knows the haystack; answers wrongly where `misses`
+    says so."""
 
     def __init__(
         self, haystack: Haystack, cells: Iterable[Cell], misses: set[str] | None = None
@@ -190,7 +190,7 @@ def trials(pages: int) -> list[Cell]:
 
 
 def prompt_tokens(prompt: Prompt, form: DocumentFormat) -> int:
-    """Tokens of the document that training would make of it, and of the opening of the answer."""
+    """Number of tokens of the training document of a prompt, including the opening of the answer."""
     media = {
         "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
         "video": [form.video(v.name, probe_video(v.data, v.name)) for v in prompt.videos],

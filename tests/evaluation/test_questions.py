@@ -14,7 +14,7 @@ from megatron_vita.inference.requests import SamplingParams
 
 
 class Says:
-    """Answers in this order; None is a refusal, and what is beyond the end a kill."""
+    """Gives answers in this order; None is a refusal, and the end of the list stands for a kill."""
 
     def __init__(self, *texts: str | None) -> None:
         self.texts = list(texts)

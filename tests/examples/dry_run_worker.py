@@ -1,8 +1,8 @@
 """Dry runs of all recipes of examples/long_vita at their real sizes, on a few samples of real
 lengths.
 
-Argument: a folder. Writes found.json: for each recipe and world size what the run would be, and the
-seconds it took.
+Argument: a folder. Writes found.json: the dry run's result and its seconds for each recipe and
+world size.
 """
 
 import io

@@ -1,8 +1,7 @@
-"""What must hold of documents at every layout: who sees whom, where positions start, and the exact
-rows trained.
+"""Checks of documents at every layout: isolation, positions, and the exact rows that are trained.
 
-Run in pytest for one process, and under torchrun for more: arguments are a file for what was found
-and JSON of {name: fields of the recipe}.
+Run in pytest for one process, and under torchrun for more. Arguments: a file for the results, and
+JSON of {name: fields of the recipe}.
 """
 
 import json
@@ -34,20 +33,20 @@ LENGTHS = {
 
 @dataclass
 class Outcome:
-    """Of one forward and backward of a pack, on every rank: rows of the whole pack."""
+    """Losses and input gradients of one pack on every rank, with the rows of the whole pack."""
 
     losses: torch.Tensor  # [T], 0 where nothing is scored
     input_gradients: torch.Tensor  # [T, H] of the first layer's input
 
     def change(self, other: "Outcome", rows: slice) -> dict[str, float]:
-        """Largest differences in `rows`."""
+        """Largest difference in `rows`."""
         pairs = ((self.losses, other.losses), (self.input_gradients, other.input_gradients))
         loss, gradient = ((a[rows] - b[rows]).abs().max().item() for a, b in pairs)
         return {"loss": loss, "gradient": gradient}
 
 
 def run_pack(model: VitaModel, batch: Batch) -> Outcome:
-    """Losses and input gradients of a pack whose losses are summed."""
+    """Run a pack forward and backward, with the sum of its losses."""
     layout = groups.rank_layout()
     pack = slice_pack(
         batch.input_ids, labels=batch.labels, cu_seqlens=batch.cu_seqlens, placements=batch.placements,
@@ -73,7 +72,7 @@ def run_pack(model: VitaModel, batch: Batch) -> Outcome:
 
 
 def _input_gradients(hidden: torch.Tensor, pack: PackSlice, model: VitaModel) -> torch.Tensor:
-    """Gradients [T, H] from the rows that this rank holds of the pack, or of its sequence share."""
+    """Gradients [T, H] from this rank's rows of the pack, or of its sequence shard."""
     layout = groups.rank_layout()
     shared = model.config.sequence_parallel
     rows = pack.positions.chunk(layout.tp_size)[layout.tp_rank] if shared else pack.positions
@@ -84,13 +83,13 @@ def _input_gradients(hidden: torch.Tensor, pack: PackSlice, model: VitaModel) ->
 
 
 def _whole(rows: torch.Tensor, *, over: dist.ProcessGroup) -> torch.Tensor:
-    """Rows of all ranks, each of which holds zeros for those of the others: the sum is exact."""
+    """Sum rows over ranks; each holds zeros for the rows of the others, so that the sum is exact."""
     dist.all_reduce(rows, group=over)
     return rows.cpu()
 
 
 def with_noise(batch: Batch, document: int, *, seed: int) -> Batch:
-    """The batch with every token and pixel of one document replaced by noise."""
+    """Replace every token and pixel of one document by noise."""
     generator = torch.Generator().manual_seed(seed)
     start, stop = batch.document_starts[document : document + 2].tolist()
     ids = batch.input_ids.clone()
@@ -102,8 +101,8 @@ def with_noise(batch: Batch, document: int, *, seed: int) -> Batch:
 
 
 def poison(model: VitaModel, batch: Batch) -> dict[str, dict[str, float]]:
-    """Noise in one document after the other: largest changes of the documents before it, after it
-    and of itself."""
+    """Replace one document after the other by noise; return the largest changes of the documents
+    before it, after it, and of itself."""
     clean = run_pack(model, batch)
     bounds = batch.document_starts.tolist()
     worst = {place: {"loss": 0.0, "gradient": 0.0} for place in ("before", "after", "itself")}
@@ -120,8 +119,7 @@ def poison(model: VitaModel, batch: Batch) -> dict[str, dict[str, float]]:
 
 
 def position_of_documents(model: VitaModel, *, length: int, joined: bool) -> float:
-    """Difference of a document's losses when it comes second in its pack and when it comes
-    first."""
+    """Difference between a document's losses as the second and as the first of its pack."""
     documents = [[(45, 4), (31, 0)], [(31, 0), (45, 4)]]
     outcomes = []
     for lengths in documents:
@@ -135,8 +133,8 @@ def position_of_documents(model: VitaModel, *, length: int, joined: bool) -> flo
 
 
 def several_turns(*, joined: bool) -> tuple[Batch, list[list[int]], list[list[int]]]:
-    """A pack of two conversations of one-token answers; also each document's ids and its scored
-    token indices."""
+    """A pack of two conversations with one-token answers, each document's ids, and its scored token
+    indices."""
     generator = torch.Generator().manual_seed(9)
     documents = []
     scored = []
@@ -165,8 +163,8 @@ def several_turns(*, joined: bool) -> tuple[Batch, list[list[int]], list[list[in
 
 
 def plain_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
-    """Qwen2 in plain PyTorch on one document, every position's logits: an independent computation
-    [len(ids), V]."""
+    """Logits [len(ids), V] of one document by Qwen2 in plain PyTorch, as an independent
+    computation."""
     shape = tiny_recipe().model.language
     heads = shape.num_attention_heads
     kv_heads = shape.num_query_groups
@@ -213,7 +211,7 @@ def plain_logits(weights: dict[str, torch.Tensor], ids: list[int]) -> torch.Tens
 
 
 def exact_rows(model: VitaModel, *, joined: bool) -> dict[str, float]:
-    """Our mean loss on several turns with one-token answers, and that of plain PyTorch on full
+    """Mean loss of several turns with one-token answers: ours, and that of plain PyTorch on full
     logits."""
     batch, documents, scored = several_turns(joined=joined)
     total = run_pack(model, batch).losses.sum().item()
@@ -237,7 +235,7 @@ def exact_rows(model: VitaModel, *, joined: bool) -> dict[str, float]:
 
 
 def run_checks(recipe: Recipe) -> dict[str, Any]:
-    """All checks at a layout that fills the world."""
+    """Run all checks at a layout that fills the world."""
     platform.initialize_process()
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)

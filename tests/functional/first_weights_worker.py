@@ -22,7 +22,7 @@ BLOCK = 300
 
 
 def build(fields: dict) -> list[VitaModel]:
-    """This rank's chunks of the tiny model at a layout."""
+    """Build this rank's chunks of the tiny model at a layout."""
     first_weights.BLOCK = BLOCK
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)

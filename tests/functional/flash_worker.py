@@ -25,15 +25,15 @@ from megatron_vita.parallel import groups
 
 
 def losses_and_gradients(model: VitaModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """Of the whole pack, and of this rank's parameters before any reduction."""
+    """Losses of the whole pack, and gradients of this rank's parameters before any reduction."""
     outcome = run_pack(model, batch)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"losses": outcome.losses, "inputs": outcome.input_gradients, **gradients}
 
 
 def largest_differences(recipe: Recipe, batch: Batch) -> dict[str, float]:
-    """Between the backends on any rank, for losses, gradients of inputs, and those of parameters, as a
-    part of each tensor's largest value."""
+    """Largest differences between the backends on any rank, for losses, input gradients and
+    parameter gradients, relative to each tensor's largest value."""
     backends: list[AttentionBackend] = [TorchBackend(), StandIn()]
     plain, flash = (
         losses_and_gradients(build_model(recipe, backend=backend), batch) for backend in backends
@@ -69,7 +69,7 @@ def kept_by_autograd(batch: Batch) -> list[int]:
 
 
 def check(fields: dict) -> dict[str, Any]:
-    """Everything that is compared at a layout."""
+    """Compare everything at one layout."""
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     length = recipe.data.seq_length

@@ -1,5 +1,5 @@
-"""Starts a script of this folder on several ranks: forked from a process that has imported
-megatron-core already, or by torchrun where there are GPUs."""
+"""Launcher of a script on several ranks: forked from a process that has already imported
+megatron-core, or by torchrun where there are GPUs."""
 
 import atexit
 import json

@@ -40,8 +40,8 @@ def my_batches(run: Run, step: int) -> list:
 
 
 def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
-    """Reduced gradients of this rank's parameters, zeros for frozen ones; shards of the optimizer
-    are gathered."""
+    """Reduced gradients of this rank's parameters, zeros for frozen ones; optimizer shards are
+    gathered."""
     group = groups.data_parallel_group(with_context_parallel=True)
     if run.recipe.parallel.use_distributed_optimizer and group.size() > 1:
         for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
@@ -55,7 +55,7 @@ def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
 
 
 def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters of all chunks, under names that say which chunk's they are."""
+    """Parameters of all model chunks, with the chunk in their names."""
     return [
         (f"{i}.{name}", p)
         for i, core in enumerate(run.cores)
@@ -64,7 +64,7 @@ def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes the model's weights, or `tensors` in their place."""
+    """Write the model's weights, or `tensors` in their place."""
     settle_weights(run)
     with torch.no_grad():
         weights = {name: p.clone() for name, p in named_parameters(run)}
@@ -90,7 +90,7 @@ def open_layout(fields: dict, start: Path | None) -> Run:
 
 
 def check_buckets(run: Run) -> None:
-    """On every stage, whether gradients are reduced early or not."""
+    """Check on every stage that gradients are reduced early, or not."""
     for buffer in (buffer for chunk in run.chunks for buffer in chunk.buffers):
         for bucket in buffer.buckets:
             assert len(bucket.params) == 1 or bucket.numel_unpadded < BUCKET + max(
@@ -99,7 +99,7 @@ def check_buckets(run: Run) -> None:
 
 
 def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> list[StepMetrics]:
-    """Optimizer steps of a layout; gradients of the first and weights after the last are written.
+    """Run optimizer steps at a layout; write gradients of the first and weights after the last.
 
     `fields` are added to the layout's.
     """
@@ -112,7 +112,7 @@ def run_steps(layout: Layout, folder: Path, *, fields: dict | None = None) -> li
 
 
 def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
-    """What is compared of each step."""
+    """Write the values of each step that are compared."""
     rows = [
         {
             "loss": m.loss,
@@ -127,7 +127,7 @@ def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
 
 
 def check_agreement(metrics: list[StepMetrics]) -> None:
-    """Every rank of every stage reports the same numbers, times and memory included."""
+    """Check that every rank of every stage reports the same numbers, including times and memory."""
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, [m.scalars() for m in metrics])
     assert all(scalars == gathered[0] for scalars in gathered), gathered

@@ -91,13 +91,13 @@ SEMANTIC = ("model", "frozen", "documents")  # what a single process computes de
 
 @dataclass(frozen=True)
 class Layout:
-    """A value of each feature."""
+    """One value for each feature."""
 
     values: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Its values that are not the plain ones."""
+        """The values that differ from the defaults."""
         plain = [next(iter(values)) for values in FEATURES.values()]
         return (
             "-".join(
@@ -112,7 +112,7 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Processes."""
+        """Number of processes."""
         split = (
             self.value("tensor") != "tp1",
             self.value("pipeline") != "pp1",
@@ -130,8 +130,8 @@ class Layout:
 
     @property
     def start(self) -> str:
-        """The kind of model whose first weights it takes: those of a whole one are also for text
-        alone."""
+        """Kind of model whose initial weights it loads; those of a whole model also serve text-only
+        ones."""
         kind = self.value("model")
         if kind == "text_only":
             return "untied"
@@ -139,7 +139,7 @@ class Layout:
 
     @property
     def reference(self) -> "Layout":
-        """The single process that must compute the same."""
+        """Layout of the single process that must compute the same."""
         plain = (next(iter(values)) for values in FEATURES.values())
         kept = zip(FEATURES, self.values, plain, strict=True)
         return Layout(
@@ -148,7 +148,7 @@ class Layout:
 
     @property
     def is_possible(self) -> bool:
-        """Whether it makes sense: 2 or 4 processes, and no feature without its object."""
+        """True for 2 or 4 processes and no feature without its object."""
         together = self.value("tower") == "together"
         if together and (self.value("tensor") == "tp1" or self.value("model") == "text_only"):
             return False
@@ -158,7 +158,7 @@ class Layout:
 
 
 def layout_of(*values: str) -> Layout:
-    """The layout with these values and the plain ones of the other features."""
+    """Layout with the given values, and default values of all other features."""
     chosen = []
     for known in FEATURES.values():
         named = [value for value in values if value in known]
@@ -169,8 +169,7 @@ def layout_of(*values: str) -> Layout:
 def covering_layouts(
     worlds: tuple[int, ...] = (2, 4), *, seed: int = 0, tries: int = 400
 ) -> list[Layout]:
-    """Few layouts in which each pair of values that can meet does. Greedy, the same for the same
-    seed."""
+    """A small set of layouts in which each possible pair of values occurs. Greedy and seeded."""
     names = [list(values) for values in FEATURES.values()]
     every = [layout for layout in map(Layout, itertools.product(*names)) if layout.is_possible]
     every = [layout for layout in every if layout.world in worlds]

@@ -56,7 +56,7 @@ def open_case(case: dict, start: Path | None) -> Run:
 
 
 def step_of_case(case: dict, folder: Path, *, start: Path) -> float:
-    """One step; its reduced gradients are written to `folder`. Returns the loss."""
+    """Run one step and write its reduced gradients to `folder`; returns the loss."""
     run = open_case(case, start)
     head = getattr(run.core.language_model, "output_layer", None)
     if head is not None:

@@ -9,7 +9,7 @@ from launch import torchrun
 def run(
     recipe: Path, folder: Path, *overrides: str, death: str = "never", processes: int = 2
 ) -> dict[int, dict]:
-    """Trains until done or dead; returns what each step recorded, over all ranks."""
+    """Train until done or dead; return what each step recorded on all ranks."""
     folder.mkdir(exist_ok=True)
     for old in folder.glob("records.*"):
         old.unlink()

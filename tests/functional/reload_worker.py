@@ -20,7 +20,7 @@ from megatron_vita.training.step import train_step
 
 
 def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
-    """A run at a layout that takes up what `folder` holds, or else starts from the weights at
+    """Open a run at a layout that resumes from `folder`, or else starts from the weights at
     `start`."""
     recipe = tiny_recipe(**fields)
     recipe.checkpoint.save = str(folder)
@@ -35,15 +35,14 @@ def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
 
 
 def first_step(fields: dict, folder: Path, *, start: Path) -> None:
-    """A step from the start, saved with the optimizer's state."""
+    """Run a step from the start, and save it with the optimizer's state."""
     run = open_run_at(fields, folder, start=start)
     train_step(run, iter(my_batches(run, 0)))
     save_run(run)
 
 
 def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, float]:
-    """Loss and gradient norm of the step that follows the one in `folder`; writes the weights after
-    it."""
+    """Run the step after the one in `folder`; return loss and gradient norm, and write the weights."""
     run = open_run_at(fields, folder, start=folder)
     assert run.step == 1
     metrics = train_step(run, iter(my_batches(run, 1)))
@@ -52,7 +51,7 @@ def second_step(fields: dict, folder: Path, *, weights: Path) -> tuple[float, fl
 
 
 def main() -> None:
-    """Saves at each layout, then takes up each pair."""
+    """Save at each layout, then resume each pair."""
     folder = Path(sys.argv[1])
     layouts = json.loads(sys.argv[2])
     pairs = json.loads(sys.argv[3])

@@ -1,7 +1,7 @@
-"""Run by torchrun: trains a recipe, writes what each step read and lost, and dies or is told to
-stop where it is said.
+"""Run by torchrun: trains a recipe, records what each step read and its loss, and dies or is
+stopped at a given point.
 
-Arguments: recipe, file for the records, place of its end, overrides. Its end is SIGKILL after a
+Arguments: recipe, file for the records, point of its end, overrides. The end is SIGKILL after a
 step ("step:7") or in the middle of saving ("saving:8"), SIGTERM to torchrun ("term:7"), SIGUSR1 to
 the last rank ("usr1:7"), or "never".
 """
@@ -29,7 +29,7 @@ optimizer.BUCKET_SIZE_PER_RANK = 0
 
 
 def die() -> None:
-    """Kills torchrun and all of its processes, this one last."""
+    """Kill torchrun and all of its processes, this one last."""
     me = psutil.Process()
     launcher = me.parent()
     for process in [launcher, *launcher.children(recursive=True)]:
@@ -39,7 +39,7 @@ def die() -> None:
 
 
 def be_told_to_stop(run: Run, how: str) -> None:
-    """Returns when the signal has come to whom it comes."""
+    """Send the stop signal, and return once it has arrived."""
     if how == "term" and dist.get_rank() == 0:
         psutil.Process().parent().terminate()
     if how == "usr1" and dist.get_rank() == dist.get_world_size() - 1:
@@ -49,7 +49,7 @@ def be_told_to_stop(run: Run, how: str) -> None:
 
 
 def main() -> None:
-    """Wraps a step, to record it, and the writing of a checkpoint, to die in the middle of it."""
+    """Wrap a step to record it, and the writing of a checkpoint to die in the middle of it."""
     recipe, records, death, *overrides = sys.argv[1:]
     where, _, at = death.partition(":")
     train_step = loop.train_step

@@ -34,7 +34,7 @@ DAMAGED = MediaFile(name="cut.png", data=picture(1).data[:1200])
 
 
 def answers(engine: Engine) -> list[dict]:
-    """Greedy, drawn and searched answers, the drawn ones with a known beginning; and one that
+    """Greedy, sampled and beam search answers, the sampled ones with a cached prefix, and one that
     fails."""
     found = engine.generate(prompts(), sampling=GREEDY)
     found += engine.generate(prompts(), sampling=DRAWN)
@@ -47,7 +47,7 @@ def answers(engine: Engine) -> list[dict]:
 
 
 def main() -> None:
-    """Each layout in turn."""
+    """Serve at each layout in turn."""
     checkpoint = sys.argv[1]
     layouts = json.loads(sys.argv[2])
     platform.initialize_process()

@@ -28,14 +28,14 @@ VOCABULARIES = (50, 51, 1)  # 51 leaves a row of padding, 1 leaves the second ra
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Distance relative to the norm of `expected`; that of `actual` where `expected` is zero."""
+    """Distance relative to the norm of `expected`, or to that of `actual` where `expected` is zero."""
     return ((actual - expected).norm() / (expected.norm() if expected.any() else 1.0)).item()
 
 
 def layer_over_shards(
     recipe: Recipe, vocab_size: int, whole: Tensor, *, frozen: bool, main_grad: bool
 ) -> OutputLayer:
-    """An output layer with this rank's rows of the weight `whole` [V, H]."""
+    """Output layer with this rank's rows of the whole weight [V, H]."""
     config = transformer_config(recipe, fused=False)
     config.hidden_size = HIDDEN
     config.init_method = torch.nn.init.zeros_
@@ -52,7 +52,7 @@ def layer_over_shards(
 
 
 def whole_gradient(layer: OutputLayer, vocab_size: int) -> Tensor:
-    """Weight gradient of all ranks; gradients of padding must be zero."""
+    """Weight gradient of all ranks; checks that gradients of padding are zero."""
     mine = layer.weight.main_grad if hasattr(layer.weight, "main_grad") else layer.weight.grad
     assert not mine[layer.shard.columns :].any()
     parts = [torch.empty_like(mine) for _ in range(2)]
@@ -93,7 +93,7 @@ def shard_case(
 
 
 def vocabulary_shards() -> dict[str, float]:
-    """Every kind of output layer on TP2, with and without sequence parallelism."""
+    """Check every kind of output layer on TP2, with and without sequence parallelism."""
     found = {}
     for sequence_parallel in (False, True):
         recipe = Recipe()

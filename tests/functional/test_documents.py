@@ -24,7 +24,7 @@ JOINED = {"isolate_documents": False}
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What each layout shows, with documents isolated and joined."""
+    """Results of the checks at each layout, with documents isolated and joined."""
     results = {}
     folder = tmp_path_factory.mktemp("documents")
     cases = {

@@ -25,7 +25,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What four processes find at each layout."""
+    """Results of four processes at each layout."""
     path = tmp_path_factory.mktemp("flash") / "found.json"
     torchrun("flash_worker.py", str(path), json.dumps(LAYOUTS), processes=4)
     return json.loads(Path(path).read_text())

@@ -47,7 +47,7 @@ LAYOUTS = [layout for layout in LAYOUTS if layout.world <= MOST_PROCESSES]
 
 
 def run_references(folder: Path, layouts: list[Layout]) -> None:
-    """The single process that each layout is compared with; all start from the same weights."""
+    """Run the single process that each layout is compared with; all start from the same weights."""
     platform.initialize_process()
     for kind in dict.fromkeys(layout.start for layout in layouts):
         save_tensors(open_layout(layout_of(kind).fields, None), folder / f"start_{kind}")

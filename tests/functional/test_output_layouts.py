@@ -43,7 +43,7 @@ CASES["full_tp2_sp"] = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the worker found, beside a single process with full logits."""
+    """Results of the worker, and those of a single process with full logits."""
     folder = tmp_path_factory.mktemp("output")
     platform.initialize_process()
     losses = {}

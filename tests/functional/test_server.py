@@ -52,7 +52,7 @@ class Service:
         return self.client.post("/v1/chat/completions", json=asked)
 
     def logs_of(self, rank: int) -> str:
-        """What a rank that ends wrote."""
+        """Log of a rank, up to its end."""
         return self.ranks[rank].communicate(timeout=60)[1]
 
 
@@ -64,7 +64,7 @@ def free_port() -> int:
 
 @contextmanager
 def service(checkpoints: Path, *, ranks: int, arguments: tuple[str, ...] = ()) -> Iterator[Service]:
-    """The command on so many processes, started one by one: no launcher looks after them."""
+    """Start the server command on so many processes one by one: no launcher looks after them."""
     port = free_port()
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [
@@ -118,7 +118,8 @@ def test_one_process_answers_with_its_limits_and_ends_with_0_at_sigterm(checkpoi
 
 
 def assert_ends_at_once_with_its_children(server: subprocess.Popen[str]) -> None:
-    """After its last line a process is gone within 3 seconds, and leaves no other."""
+    """Assert that a process is gone within 3 seconds after its last log line, with all its
+    children."""
     children = psutil.Process(server.pid).children(recursive=True)
     assert children
     server.send_signal(signal.SIGTERM)

@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a single key head, which the ranks of TP share."""
+    """The tiny model with a single key head, which TP ranks share."""
     platform.initialize_process()
     folder = tmp_path_factory.mktemp("one_group")
     recipe = tiny_recipe(folder)
@@ -110,7 +110,7 @@ def test_a_cache_of_eight_bits_is_split_over_context_ranks_too(
 
 
 def likeliest_first_tokens(answers: list[dict]) -> list[float]:
-    """Their log-probabilities, which do not depend on what is drawn."""
+    """Log-probabilities of the first tokens, which do not depend on what is sampled."""
     firsts = [answer["scores"][0] for answer in answers if answer["scores"]]
     return [first["likeliest"][0]["logprob"] for first in firsts if first["likeliest"]]
 

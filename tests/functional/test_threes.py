@@ -21,7 +21,8 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model whose layers, heads and widths are multiples of three, with six packs a step."""
+    """Recipe of a model whose layers, heads and widths are multiples of three, with six packs per
+    step."""
     path = make_toy_run(tmp_path_factory.mktemp("toy"))
     recipe = yaml.safe_load(path.read_text())
     recipe["model"]["language"] |= {

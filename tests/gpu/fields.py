@@ -1,4 +1,4 @@
-"""What the GPU tests add to a tiny recipe: bf16, and sizes that fused kernels take."""
+"""Fields that GPU tests add to a tiny recipe: bf16, and sizes that fused kernels support."""
 
 import torch
 

@@ -51,7 +51,7 @@ ULP = 2.0**-7  # largest distance of two neighbours of bf16, relative to them
 
 @dataclass
 class Outcome:
-    """Of three steps: metrics of each, gradients of the first, weights after the last."""
+    """Results of three steps: metrics of each, gradients of the first, weights after the last."""
 
     steps: list[dict]
     gradients: dict[str, Tensor]
@@ -60,7 +60,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every layout gave."""
+    """Results of every layout."""
     folder = tmp_path_factory.mktemp("layouts")
     platform.initialize_process()
     for kind in ("untied", "tied"):
@@ -85,7 +85,7 @@ def _scheme(layout: Layout) -> str:
 
 @pytest.fixture(scope="module")
 def references(folder: Path) -> dict[Layout, list[Outcome]]:
-    """Of each reference: an fp32 run, then eight in bf16, from the same weights."""
+    """For each reference an fp32 run, then eight in bf16, from the same weights."""
     found = {}
     draw = random.Random(3)
     for reference in dict.fromkeys(layout.reference for layout in LAYOUTS):
@@ -101,7 +101,7 @@ def references(folder: Path) -> dict[Layout, list[Outcome]]:
 
 
 def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) -> Outcome:
-    """On one GPU, the packs of each step in `order`."""
+    """Run on one GPU, with the packs of each step in `order`."""
     kind = "tied" if layout.value("model") == "tied" else "untied"
     run = open_layout(layout.fields | fields, folder / f"start_{kind}")
     steps = []
@@ -120,7 +120,7 @@ def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) 
 
 
 def _plain(name: str) -> str:
-    """Without the number of the only chunk."""
+    """Name without the number of the only chunk."""
     return canonical(name.removeprefix("0."))
 
 

@@ -46,7 +46,7 @@ LEVERS = {
 
 
 def packs(number: int) -> list[Batch]:
-    """Of step `number`: documents of half and of a quarter of a pack, the rest is the tail."""
+    """Packs of step `number`: documents of half and of a quarter of a pack; the rest is the tail."""
     lengths = [(LENGTH // 2, 100), (LENGTH // 4, 0)]
     return [make_pack(lengths, seed=2 * number + i, length=LENGTH) for i in (2, 3)]
 
@@ -59,7 +59,7 @@ def open_run(**fields: Any) -> Run:
 
 
 def gradients(run: Run) -> Tensor:
-    """Of all parameters, after a step, flat."""
+    """Gradients of all parameters after a step, flat."""
     return torch.cat([p.main_grad.flatten() for p in run.core.parameters()])
 
 
@@ -99,7 +99,7 @@ def test_waiting_on_the_host_changes_no_bit(fields: dict) -> None:
 
 
 def peak(**fields: Any) -> float:
-    """Hidden states that a step takes beside what stands, at its highest."""
+    """Peak memory of a step above what is allocated before it, in hidden states."""
     run = open_run(global_batch_size=1, **fields)
     train_step(run, iter(packs(0)[:1]))
     stands = torch.cuda.memory_allocated()
@@ -139,7 +139,7 @@ def test_host_buffers_are_pinned_and_nothing_grows() -> None:
 
 
 def waits_of(run: Run, number: int) -> list[str]:
-    """Places at which forward and backward passes wait for the device."""
+    """Places at which forward and backward passes synchronize with the device."""
     places: list[str] = []
     schedule = step._run_schedule
 

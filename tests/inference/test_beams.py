@@ -30,7 +30,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 def search(
     model: LlamaForCausalLM, sampling: SamplingParams, *, end_ids: frozenset[int]
 ) -> BeamSearch:
-    """Runs the search as an engine does, without a cache."""
+    """Run the search as an engine does, without a cache."""
     beams = BeamSearch(sampling, end_ids=end_ids)
     rows = [PROMPT]
     while not beams.done:
@@ -79,7 +79,7 @@ def test_answers_and_scores_are_those_of_transformers(
 
 
 def test_the_answers_of_these_models_end_both_ways_and_at_several_lengths() -> None:
-    """Or else the comparison would say little."""
+    """Otherwise the comparison would prove little."""
     sampling = SamplingParams(num_beams=4, n=4, max_new_tokens=10)
     found = [
         a

@@ -1,5 +1,4 @@
-"""python -m megatron_vita.inference: answers about images and videos on the terminal, errors in one
-line."""
+"""The command-line client: answers about images and videos, user errors as one line."""
 
 import io
 import os
@@ -48,7 +47,7 @@ Client = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Client:
-    """Arguments and input -> exit code, output and errors."""
+    """Run the client with arguments and input; return exit code, output and errors."""
 
     def ask(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -137,7 +136,7 @@ def server() -> Iterator[FakeChatServer]:
 
 @pytest.fixture
 def client(ask: Client, server: FakeChatServer) -> Client:
-    """The same with the server."""
+    """The same client, connected to the server."""
     return partial(ask, "--server", server.url)
 
 

@@ -43,7 +43,7 @@ def readers() -> DecodePool:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """An engine whose readers obey the names of files, and have 3 seconds."""
+    """An engine whose decoders do what the names of files say, within 3 seconds."""
     platform.initialize_process()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode_pool, "PROGRAM", "tests.inference.hostile_reader")

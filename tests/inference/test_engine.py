@@ -33,7 +33,7 @@ def engine(folder: Path) -> Engine:
 
 
 def assert_is_whole_forward(engine: Engine, prompt: Prompt, answer: CompletionOutput) -> None:
-    """Each token is the likeliest, and log-probabilities are those of one forward pass over
+    """Assert that each token is the likeliest, with log-probabilities of one forward pass over
     everything."""
     rows = whole_logprobs(engine, engine.prepare(prompt), answer.token_ids)
     for row, token, score in zip(rows, answer.token_ids, answer.scores, strict=False):

@@ -1,4 +1,4 @@
-"""What is asked is what was trained: prompts by a folder's own template and InternVL's media."""
+"""Prompts have the format of training: the folder's own template, and InternVL's media."""
 
 from pathlib import Path
 from typing import Any

@@ -35,8 +35,8 @@ class FakeGroup:
 
 @pytest.fixture
 def lost(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
-    """The ranks that are mourned, and then the exit code of each process that ends so; this one
-    goes on."""
+    """Lost ranks as they are reported, and the exit code of each process that would end; this one
+    continues."""
     lost: queue.Queue[int] = queue.Queue()
 
     def broadcast(said: list[Place], *, group: FakeGroup, group_src: int) -> None:
@@ -57,7 +57,8 @@ def watches(
     *,
     on_loss: Callable[[int], None] = lambda _: None,
 ) -> tuple[RankMonitor, RankMonitor]:
-    """Those of rank 0 and rank 1, which comes after `first_guest` has been at rank 0's address."""
+    """Monitors of rank 0 and of rank 1, which connects after `first_guest` has been at rank 0's
+    address."""
     place: Future[Place] = Future()
     with ThreadPoolExecutor() as pool:
         zero = pool.submit(RankMonitor, FakeGroup(0, place), on_loss=on_loss)  # type: ignore[arg-type]
@@ -67,7 +68,7 @@ def watches(
 
 
 def silent(_: socket.socket) -> None:
-    """Keeps its connection, and says nothing."""
+    """Keep the connection and send nothing."""
 
 
 def slow(stranger: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""What requests hold and are promised, and what is left of them when they have ended."""
+"""Blocks that requests hold and reserve, and what is left of requests after their end."""
 
 from pathlib import Path
 

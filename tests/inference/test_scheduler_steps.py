@@ -1,5 +1,5 @@
-"""Random prompts, tiles, readiness and cancels: what holds of the steps whatever comes. No model is
-there."""
+"""Invariants of the scheduler's steps under random prompts, tiles, readiness and cancels, without a
+model."""
 
 import random
 from types import SimpleNamespace

@@ -37,7 +37,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """Of Gemma's kind: spaces are a letter, and what the vocabulary lacks is bytes that decode all
+    """A tokenizer of Gemma's kind: spaces are a letter, and byte-fallback tokens decode all
     together."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)] + list("▁thequickbrownfox日") + ["▁t", "he"]
     vocabulary = {piece: place for place, piece in enumerate(dict.fromkeys(pieces))}
@@ -51,7 +51,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def stripping() -> Tokenizer:
-    """Its decoder takes a space from the beginning of what it decodes."""
+    """A tokenizer whose decoder strips a leading space."""
     vocabulary = {piece: place for place, piece in enumerate(["▁", "a", "b", "▁a", "▁b"])}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")]))
     backend.decoder = decoders.Metaspace()
@@ -150,7 +150,7 @@ def test_words_are_given_as_their_tokens_come(tokenizer: Tokenizer) -> None:
 
 
 def test_an_endless_tail_is_given_in_parts(tokenizer: Tokenizer) -> None:
-    """Of bytes that are no text; each token's work stays the same."""
+    """Its bytes are no text; the work per token stays constant."""
     lone = next((i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd"), None)
     if lone is None:
         return

@@ -37,7 +37,7 @@ def film(frames: int) -> Medium:
 
 
 def decoder(readers: DecodePool, *media: tuple[str, Medium]) -> TileDecoder:
-    """With sequence 5, whose media they are."""
+    """A tile decoder with sequence 5, which owns the media."""
     decoder = TileDecoder(readers)
     empty = np.zeros(0, dtype=np.int64)
     files = [MediaFile(name=name, data=b"") for name, _ in media]

@@ -82,7 +82,7 @@ def video(seconds: int = 5) -> MediaFile:
 
 
 def prompts() -> list[Prompt]:
-    """With an image of several tiles, text alone, two images, and a video."""
+    """Prompts with an image of several tiles, with text alone, with two images, and with a video."""
     return [
         Prompt.ask("what color is the shape", images=[picture(1)]),
         Prompt.ask("is there a red circle"),

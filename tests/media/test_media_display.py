@@ -1,4 +1,4 @@
-"""How a video wants to be shown: its display matrix, and the stream that is the video."""
+"""Display of videos: the display matrix, and the choice of the video stream."""
 
 import io
 import itertools

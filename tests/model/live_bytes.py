@@ -82,13 +82,13 @@ class LiveBytes(TorchDispatchMode):
         return results
 
     def count(self) -> int:
-        """Of all storages that something still refers to."""
+        """Bytes of all storages that are still referenced."""
         alive = (ref for ref in self._made.values() if not ref.expired())
         return sum(torch.UntypedStorage._new_with_weak_ptr(ref.cdata).nbytes() for ref in alive)
 
 
 def kept_bytes(**fields: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
-    """Bytes between forward and backward; losses; gradients."""
+    """Bytes kept between forward and backward, losses, and gradients."""
     platform.initialize_process()
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
@@ -111,6 +111,6 @@ def kept_bytes(**fields: Any) -> tuple[int, Tensor, dict[str, Tensor]]:
 
 
 def per_layer(**fields: Any) -> float:
-    """What one layer more keeps, in hidden states."""
+    """Memory that one more layer keeps, in hidden states."""
     more, fewer = (kept_bytes(num_layers=layers, **fields)[0] for layers in (5, 3))
     return (more - fewer) / 2 / ROW

@@ -1,4 +1,4 @@
-"""What attention backends are told of a pack's documents."""
+"""Metadata of a pack's documents for the attention backends."""
 
 import itertools
 
@@ -66,8 +66,8 @@ def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, **found: object) -> None:
-    """Has this machine taken for one with CUDA, Transformer Engine and FlashAttention-4 on Hopper, but
-    for what is given."""
+    """Pretend a machine with CUDA, Transformer Engine and FlashAttention-4 on Hopper, except as
+    given."""
     defaults = {"transformer_engine": True, "flash_attention_4": True, "capability": (9, 0)}
     found = defaults | found
     monkeypatch.setattr(platform, "on_cuda", lambda: True)

@@ -1,5 +1,4 @@
-"""What stays in memory between the forward and backward passes is what the recipe says, byte by
-byte."""
+"""Memory kept between the forward and backward passes is what the recipe says, byte by byte."""
 
 import sys
 from pathlib import Path

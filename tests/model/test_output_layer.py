@@ -90,7 +90,7 @@ def make_problem(
 
 
 def zeros_for(layer: OutputLayer) -> Tensor:
-    """fp32, of the weight's shape."""
+    """Zeros in fp32, with the weight's shape."""
     return torch.zeros_like(layer.weight, dtype=torch.float32)
 
 

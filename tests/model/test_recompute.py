@@ -1,5 +1,4 @@
-"""What is recomputed in the backward pass is what the recipe says, and tiles go through the tower
-in turns."""
+"""Recomputation in the backward pass follows the recipe, and tiles pass the tower in turns."""
 
 import sys
 from collections import Counter
@@ -28,8 +27,8 @@ FROM_PIXELS = {"recompute_vision": True, "recompute_vision_method": "tiles"}
 
 
 def count_calls(**fields: object) -> dict[str, list[int]]:
-    """How often each layer, its attention and MLP, and each layer of the tower ran in a forward and
-    backward pass."""
+    """Count the calls of each layer, its attention and MLP, and each layer of the tower in a
+    forward and backward pass."""
     platform.initialize_process()
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)

@@ -1,4 +1,4 @@
-"""What megatron-core refuses is told by the names that the recipe has."""
+"""Errors of megatron-core name the fields as the recipe does."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""How much memory of the host is free, and buffers that are got from it."""
+"""Free memory of the host, and buffers allocated from it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What published models say of their prompts: special tokens, names, default system turn, template.
+"""Prompt formats of published models: special tokens, names, default system turn, template.
 
 Values are facts of the published folders; the templates are written anew and render the same
 strings. The vocabulary is a small byte-level BPE, so that texts meet merges as they do in the real

@@ -73,7 +73,7 @@ class Ranks:
         gathered[:] = self.exchange(dict(value))
 
     def run(self, *work: Callable[[], Any]) -> list[Any]:
-        """What each rank's work returns."""
+        """Results of the work on each rank."""
         results: list[Any] = [None, None]
 
         def call(rank: int) -> None:

@@ -1,4 +1,4 @@
-"""A run taken up again obeys the recipe of now, and consumes each pack of its plan once."""
+"""A resumed run follows the current recipe, and consumes each pack of its plan once."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ def halfway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """What a program of its own prints last."""
+    """Last line that a program prints in a process of its own."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
         command, env=environment_with(), capture_output=True, text=True, check=True

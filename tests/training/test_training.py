@@ -1,4 +1,4 @@
-"""What a run trains, reports and refuses."""
+"""Results, reports and errors of a training run."""
 
 import dataclasses
 import logging

@@ -136,7 +136,7 @@ class RequestFuzzer:
         return [*messages, {"role": "user", "content": self._content()}]
 
     def _content(self) -> Json:
-        """What is asked at last: not all turns may be empty."""
+        """Content of the last message: not all turns may be empty."""
         text = self._text().strip() or "what is it?"
         parts: list[Json] = [{"type": "text", "text": text}]
         kind = self._random.random()

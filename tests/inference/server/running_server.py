@@ -52,7 +52,7 @@ def refusal(response: httpx.Response, status: int) -> dict[str, Any]:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Returns when the condition holds; fails if it does not come to hold."""
+    """Wait until the condition holds; fail if it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come to hold"

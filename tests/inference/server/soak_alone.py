@@ -1,8 +1,8 @@
-"""What many requests leave in the memory of a server: soak_alone.py {fake,tiny} REQUESTS writes it
-as JSON.
+"""Memory that a server keeps after many requests: soak_alone.py {fake,tiny} REQUESTS writes it as
+JSON.
 
-In a process of its own, since the allocator's arenas of a process that did something else before
-fill in steps of many megabytes, at any time.
+It runs in a process of its own, since the allocator's arenas of a process that did something else
+before grow in steps of many megabytes, at any time.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _M_MMAP_THRESHOLD = -3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remains:
-    """What so many requests leave behind."""
+    """Memory and objects left after so many requests."""
 
     kilobytes: float
     """Of Python's memory."""

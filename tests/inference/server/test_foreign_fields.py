@@ -1,4 +1,4 @@
-"""What other clients send: neutral values change nothing, and what is refused is named."""
+"""Fields that other clients send: neutral values have no effect, and refused ones are named."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""What is too large, too slow or without a key is refused with a reason, and others are served
-meanwhile."""
+"""Requests that are too large, too slow or without a key are refused with a reason, while others
+are served."""
 
 import dataclasses
 import json

@@ -267,7 +267,7 @@ def fetch(fetcher: RemoteFetcher, url: str, most: int = 1000) -> bytes:
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """What a remote server may do to us."""
+    """A remote server with every kind of hostile behaviour."""
 
     asked: list[str] = []  # noqa: RUF012
 

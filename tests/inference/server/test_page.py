@@ -101,7 +101,7 @@ def test_the_end_stays_in_sight_while_media_grow_unless_the_reader_scrolls_away(
 
 
 def is_in_sight(page: Any, element: Any) -> bool:
-    """Whether an element's upper edge is between the head of the page and the question."""
+    """True if an element's upper edge is between the head of the page and the question."""
     box = element.bounding_box()
     return 50 < box["y"] < page.locator("#composer").bounding_box()["y"]
 

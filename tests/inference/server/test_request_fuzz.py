@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 def send(client: httpx.Client, case: Case) -> str:
-    """What is wrong with the answer; empty where nothing is."""
+    """Describe what is wrong with the response; empty if nothing is."""
     data = json.dumps(case.body).encode()
     headers = {"content-type": "application/json"}
     response = client.post("/v1/chat/completions", content=data, headers=headers)
@@ -70,7 +70,7 @@ def _is_whole(asked: dict[str, Any], response: httpx.Response) -> bool:
 
 
 def _fault_of_refusal(asked: Any, error: dict[str, Any]) -> str:
-    """A reason is documented, and names a field that the request has or lacks."""
+    """Check that the reason is documented, and names a field that the request has or lacks."""
     if f"`{error['code']}`" not in DOCS.read_text(encoding="utf-8"):
         return "undocumented code"
     if error["code"] in BODY_FAULTS or not isinstance(asked, dict):
