@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import NoneType
+from types import GenericAlias, NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -113,7 +113,7 @@ def _parameter(option: FieldOption) -> inspect.Parameter:
     kind = option.type
     default = option.default
     if option.is_repeated:
-        kind = list[kind]
+        kind = GenericAlias(list, (kind,))
         default = None
     if default is None:
         kind = kind | None
