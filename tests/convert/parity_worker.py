@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layout_worker import save_tensors, whole_gradients
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
+from tests.functional.layout_worker import save_tensors, whole_gradients
 
 Outputs = list[Tensor]
 

@@ -1,17 +1,14 @@
 """Converted models answer through our engine as they do in transformers, wherever the checkpoint
 lies."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from answers_of_transformers import assert_same_answer
-from toy_folders import model_of, save
-
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.inference.engine.engine import Engine
+from tests.convert.answers_of_transformers import assert_same_answer
+from tests.convert.toy_folders import model_of, save
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-yarn", "llama-llama3"])

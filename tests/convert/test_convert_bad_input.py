@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import model_of, save, save_vision, tensors_of
-
 from megatron_vita.convert.__main__ import run as main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError, VitaError
+from tests.convert.toy_folders import model_of, save, save_vision, tensors_of
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

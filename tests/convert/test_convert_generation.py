@@ -1,15 +1,10 @@
 """A folder's generation_config.json becomes a server's defaults, or is refused by field."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
-from published import GENERATION, change
-from toy_folders import model_of, save
 
 from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import GenerationConfig, load_recipe, recipe_from_dict
@@ -19,6 +14,8 @@ from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import ChatRequest
 from megatron_vita.inference.server.sampling import defaults_of, sampling_of
+from tests.convert.published import GENERATION, change
+from tests.convert.toy_folders import model_of, save
 
 FILE = "generation_config.json"
 EXPECTED = {

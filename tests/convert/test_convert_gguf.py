@@ -1,7 +1,6 @@
 """GGUF files come in as the Hugging Face model that they were made from."""
 
 import os
-import sys
 from pathlib import Path
 
 import gguf
@@ -10,15 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-from answers_of_transformers import assert_same_answer
-from toy_folders import SHAPE, VOCAB, model_of, tensors_of
-
 from examples.convert.smollm2 import FILE, QUESTION, convert_and_ask
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError
 from megatron_vita.inference.engine.engine import Engine
+from tests.convert.answers_of_transformers import assert_same_answer
+from tests.convert.toy_folders import SHAPE, VOCAB, model_of, tensors_of
 
 
 def write_gguf(

@@ -4,7 +4,7 @@ megatron-core's own."""
 import argparse
 import dataclasses
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import VOCAB, model_of, save, save_vision, tensors_of
-
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import ModelConfig, ParallelConfig, load_recipe, recipe_from_dict
@@ -39,6 +36,7 @@ from megatron_vita.convert.megatron import import_megatron
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.norm import RMSNorm
 from megatron_vita.parallel import groups
+from tests.convert.toy_folders import VOCAB, model_of, save, save_vision, tensors_of
 
 HEADS = 4
 GROUPS = 2
@@ -218,7 +216,9 @@ class Code:
         ),
     ],
 )
-def test_damaged_ranks_are_refused_by_file(ours: Path, tmp_path: Path, damage, said: str) -> None:
+def test_damaged_ranks_are_refused_by_file(
+    ours: Path, tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
     ranks = write_ranks(megatron_tensors(ours), tmp_path / "ranks", tp=2)
     damage(ranks / "iter_0000012")
     recipe = load_recipe(recipe_file(ours, tmp_path))
@@ -229,7 +229,7 @@ def test_damaged_ranks_are_refused_by_file(ours: Path, tmp_path: Path, damage, s
     assert not Path("ran").exists()
 
 
-def edit(iteration: Path, change) -> None:
+def edit(iteration: Path, change: Callable[[dict], object]) -> None:
     file = iteration / "mp_rank_01" / "model_optim_rng.pt"
     loaded = torch.load(file, weights_only=False)
     change(loaded["model"])

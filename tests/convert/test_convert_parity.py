@@ -3,18 +3,20 @@ with SP, and PP2."""
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from launch import torchrun
-from parity_worker import run_case
-from toy_folders import (
+from megatron_vita import platform
+from megatron_vita.checkpoint.store import find_checkpoint
+from megatron_vita.convert.exporting import plan_export, read_ours
+from megatron_vita.convert.families.mapping import TensorLocation
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
+from megatron_vita.convert.importing import import_weights
+from tests.convert.parity_worker import run_case
+from tests.convert.toy_folders import (
     IMAGE_TOKEN,
     LANGUAGE,
     ROWS,
@@ -28,13 +30,7 @@ from toy_folders import (
     tensors_of,
     tower_of,
 )
-
-from megatron_vita import platform
-from megatron_vita.checkpoint.store import find_checkpoint
-from megatron_vita.convert.exporting import plan_export, read_ours
-from megatron_vita.convert.families.mapping import TensorLocation
-from megatron_vita.convert.formats.torch_dist_reader import DistSource
-from megatron_vita.convert.importing import import_weights
+from tests.functional.launch import torchrun
 
 HERE = Path(__file__).parent
 LENGTH = 32

@@ -2,7 +2,6 @@
 name."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,6 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-sys.path.insert(0, str(Path(__file__).parent))
-from published import CONFIGS, PREPROCESSORS, change
-from toy_folders import model_of, save, save_chat, save_vision, tower_of
-
 from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import MediaConfig, load_recipe, recipe_from_dict
 from megatron_vita.convert.config_file import Config
@@ -25,6 +20,8 @@ from megatron_vita.convert.families.pixels import Processors, read_media
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.media.normalize import normalize
+from tests.convert.published import CONFIGS, PREPROCESSORS, change
+from tests.convert.toy_folders import model_of, save, save_chat, save_vision, tower_of
 
 ODD = [[0.5, 0.25, 0.125], [0.25, 0.5, 1.0]]
 

@@ -1,17 +1,17 @@
 """A folder's prompt format becomes recipe fields, every token has a row, and added tokens are
 exported."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from published import change
-from toy_folders import ROWS, SHAPE, model_of, save, save_chat, save_vision, theta
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from megatron_vita.checkpoint.store import read_manifest
 from megatron_vita.config import Recipe, recipe_from_dict
@@ -20,6 +20,8 @@ from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError
 from megatron_vita.text.origin import INTERNVL_SYSTEMS
 from megatron_vita.text.vocabulary import open_tokenizer
+from tests.convert.published import change
+from tests.convert.toy_folders import ROWS, SHAPE, model_of, save, save_chat, save_vision, theta
 
 MEDIA = ("<img>", "</img>", "<IMG_CONTEXT>")
 

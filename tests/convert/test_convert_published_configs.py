@@ -5,7 +5,6 @@ import copy
 import dataclasses
 
 import pytest
-from published import CONFIGS, INTERNVL3_1B_CHAT, INTERNVL3_1B_HF, LLAMA3_1_8B, QWEN2_7B, QWEN3_06B
 from transformers import (
     CLIPConfig,
     CLIPVisionConfig,
@@ -26,6 +25,14 @@ from megatron_vita.convert.families.folder_formats import format_of
 from megatron_vita.convert.families.language_config import read_language, write_language
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.rotary import inverse_frequencies
+from tests.convert.published import (
+    CONFIGS,
+    INTERNVL3_1B_CHAT,
+    INTERNVL3_1B_HF,
+    LLAMA3_1_8B,
+    QWEN2_7B,
+    QWEN3_06B,
+)
 
 HEADS = {"lm_head.weight", "language_model.lm_head.weight"}
 

@@ -2,24 +2,11 @@
 transformers."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import (
-    LANGUAGE,
-    SCALED,
-    UNCHANGED,
-    model_of,
-    save,
-    save_chat,
-    save_vision,
-    tensors_of,
-)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -33,6 +20,16 @@ from megatron_vita.convert import exporting
 from megatron_vita.convert.__main__ import run as main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
+from tests.convert.toy_folders import (
+    LANGUAGE,
+    SCALED,
+    UNCHANGED,
+    model_of,
+    save,
+    save_chat,
+    save_vision,
+    tensors_of,
+)
 
 FAMILIES = [*LANGUAGE, *SCALED, *UNCHANGED, "internvl-chat", "internvl-chat-large"]
 COMPANIONS = (

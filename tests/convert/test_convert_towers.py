@@ -3,7 +3,6 @@ their original libraries."""
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import (
-    TILE,
-    TOWERS,
-    model_of,
-    randomize,
-    save,
-    save_whole_clip,
-    tensors_of,
-    tower_of,
-)
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from megatron_vita import platform
@@ -34,6 +21,16 @@ from megatron_vita.costs.parameters import model_parameters
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vision import VisionTower, pixel_shuffle
 from megatron_vita.parallel import groups
+from tests.convert.toy_folders import (
+    TILE,
+    TOWERS,
+    model_of,
+    randomize,
+    save,
+    save_whole_clip,
+    tensors_of,
+    tower_of,
+)
 
 
 @pytest.fixture(scope="module")

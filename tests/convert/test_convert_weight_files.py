@@ -2,15 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy_folders import model_of, save, tensors_of
 from transformers import AutoModelForCausalLM
 
 from megatron_vita.convert.exporting import export_checkpoint
@@ -18,6 +14,7 @@ from megatron_vita.convert.formats.weight_files import open_weights
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.convert.sources import open_source
 from megatron_vita.errors import CheckpointError
+from tests.convert.toy_folders import model_of, save, tensors_of
 
 EMBEDDING = "model.embed_tokens.weight"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

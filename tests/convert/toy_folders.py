@@ -2,7 +2,6 @@
 write them."""
 
 import json
-import sys
 from pathlib import Path
 
 import tokenizers
@@ -31,8 +30,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from hf_weights import randomize
+from tests.model.hf_weights import randomize
 
 VOCAB = 97
 IMAGE_TOKEN = 90

@@ -1,13 +1,12 @@
 """The toy world as fixtures."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from toy_data import make_world, toy_sample
 
-from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
+from tests.data.toy_data import World, make_world, toy_sample
 
 
 @pytest.fixture(scope="session")
@@ -19,20 +18,18 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_path: Path):
+def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> SimpleNamespace:
+def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> World:
     """A world that tests must not change: `root`, `recipe`, `tokenizer`."""
     root = tmp_path_factory.mktemp("world")
-    return SimpleNamespace(root=root, recipe=make_world(root, tokenizer), tokenizer=tokenizer)
+    return World(root=root, recipe=make_world(root, tokenizer), tokenizer=tokenizer)
 
 
 @pytest.fixture
-def own_world(tmp_path: Path, tokenizer) -> SimpleNamespace:
+def own_world(tmp_path: Path, tokenizer: Tokenizer) -> World:
     """A world of the test's own, to be damaged."""
-    return SimpleNamespace(
-        root=tmp_path, recipe=make_world(tmp_path, tokenizer), tokenizer=tokenizer
-    )
+    return World(root=tmp_path, recipe=make_world(tmp_path, tokenizer), tokenizer=tokenizer)

@@ -11,10 +11,9 @@ import pickle
 import sys
 from pathlib import Path
 
-from toy_data import train_stream
-
 from megatron_vita.data import Batch, read_packs
 from megatron_vita.data.loading.worker import PackTask
+from tests.data.toy_data import train_stream
 
 EVERY = 3
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_data import assert_same, changed, make_world, train_stream, write_shard
 
 from megatron_vita.config import Recipe
 from megatron_vita.data import open_split
@@ -15,6 +14,7 @@ from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
+from tests.data.toy_data import World, assert_same, changed, make_world, train_stream, write_shard
 
 
 def datasets(recipe: Recipe, **replaced: float) -> dict:
@@ -34,7 +34,7 @@ def named(plan: PackPlan, packs: slice) -> list[tuple]:
 
 
 @pytest.fixture
-def planned(tmp_path, world):
+def planned(tmp_path: Path, world: World) -> tuple[Recipe, PackPlan]:
     """A world of its own, whose plan has three epochs."""
     recipe = changed(make_world(tmp_path, world.tokenizer), data={"epochs": 3})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
@@ -42,7 +42,9 @@ def planned(tmp_path, world):
     return recipe, read_plan(plan_path(recipe, "train"))
 
 
-def test_packs_before_the_break_stay_and_the_new_mix_follows(planned, world) -> None:
+def test_packs_before_the_break_stay_and_the_new_mix_follows(
+    planned: tuple[Recipe, PackPlan], world: World
+) -> None:
     recipe, old = planned
     mixed = changed(recipe, data=datasets(recipe, more=2.0, shapes=0.5) | {"epochs": 1})
     new, _ = make_plan(mixed, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
@@ -52,7 +54,9 @@ def test_packs_before_the_break_stay_and_the_new_mix_follows(planned, world) -> 
     assert new.history == [{"packs": 4, "stamp": old.stamp}]
 
 
-def test_a_continued_plan_is_read_and_continued_again(planned, world) -> None:
+def test_a_continued_plan_is_read_and_continued_again(
+    planned: tuple[Recipe, PackPlan], world: World
+) -> None:
     recipe, old = planned
     before = [train_stream_of(recipe, world)[pack] for pack in range(4)]
     mixed = changed(recipe, data=datasets(recipe, more=1.0, shapes=1.0))
@@ -71,11 +75,13 @@ def test_a_continued_plan_is_read_and_continued_again(planned, world) -> None:
     assert [entry["packs"] for entry in second.history] == [4, 7]
 
 
-def train_stream_of(recipe: Recipe, world):
+def train_stream_of(recipe: Recipe, world: World):
     return open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=(0, 1))
 
 
-def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(planned, world) -> None:
+def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(
+    planned: tuple[Recipe, PackPlan], world: World
+) -> None:
     recipe, old = planned
     mixed = changed(recipe, data=datasets(recipe, more=1.0))
     new, _ = make_plan(mixed, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
@@ -92,7 +98,9 @@ def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(planned, wo
 
 
 @pytest.mark.parametrize("pack", [-1, 999])
-def test_a_break_outside_the_plan_is_refused(planned, world, pack: int) -> None:
+def test_a_break_outside_the_plan_is_refused(
+    planned: tuple[Recipe, PackPlan], world: World, pack: int
+) -> None:
     recipe, old = planned
     with pytest.raises(
         ConfigError, match=f"--continue-from is {pack}: the plan has packs 0 to {old.num_packs - 1}"
@@ -100,7 +108,7 @@ def test_a_break_outside_the_plan_is_refused(planned, world, pack: int) -> None:
         make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))
 
 
-def test_another_break_shuffles_anew(planned, world) -> None:
+def test_another_break_shuffles_anew(planned: tuple[Recipe, PackPlan], world: World) -> None:
     recipe, old = planned
     plans = [
         make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))[0]
@@ -110,7 +118,9 @@ def test_another_break_shuffles_anew(planned, world) -> None:
     assert train_stream(world).plan.history == []
 
 
-def test_a_shard_whose_samples_changed_is_not_read_by_its_old_rows(planned, world) -> None:
+def test_a_shard_whose_samples_changed_is_not_read_by_its_old_rows(
+    planned: tuple[Recipe, PackPlan], world: World
+) -> None:
     recipe, old = planned
     shard = write_shard(Path(recipe.data.plan).parent / "more-000000.tar", range(31, 41))
     write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
@@ -122,7 +132,9 @@ def test_a_shard_whose_samples_changed_is_not_read_by_its_old_rows(planned, worl
     assert (kept["shard"][~mine] == old.before(4)["shard"][~mine]).all()
 
 
-def test_a_shard_that_is_gone_stays_gone_when_the_plan_is_continued_again(planned, world) -> None:
+def test_a_shard_that_is_gone_stays_gone_when_the_plan_is_continued_again(
+    planned: tuple[Recipe, PackPlan], world: World
+) -> None:
     recipe, old = planned
     gone = Path(recipe.data.plan).parent / "shapes-000000.tar"
     gone.rename(gone.with_suffix(".away"))

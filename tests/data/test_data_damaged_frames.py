@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from toy_data import clip, train_stream
 
 from megatron_vita.config import DataConfig
 from megatron_vita.data.loading.ledger import Damage, Ledger, read_ledgers
@@ -13,6 +12,7 @@ from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.errors import VitaError
 from megatron_vita.training.batches import Agreement
 from megatron_vita.training.callbacks.damage import DamageCallback
+from tests.data.toy_data import World, clip, train_stream
 from tests.media.video_files import damage
 
 LOST = range(3, 13)
@@ -20,7 +20,7 @@ LOST = range(3, 13)
 
 
 @pytest.fixture
-def streams(own_world: SimpleNamespace) -> list[PackStream]:
+def streams(own_world: World) -> list[PackStream]:
     """The packs of a world with one damaged clip, as one reader and as each of two read them."""
     shard = own_world.root / "more-000000.tar"
     whole = clip()

@@ -2,10 +2,10 @@
 belong."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_data import SIZES, write_shard
 
 from megatron_vita.config import MediaConfig, TextConfig
 from megatron_vita.config.text import TEMPLATES
@@ -20,6 +20,7 @@ from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
+from tests.data.toy_data import SIZES, World, write_shard
 from tests.text.published import INTERNVL_TEMPLATE, byte_level_bpe
 
 
@@ -28,7 +29,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory):
     return write_shard(tmp_path_factory.mktemp("documents") / "a.tar", range(24))
 
 
-def documents_of(shard, form: DocumentFormat):
+def documents_of(shard: Path, form: DocumentFormat):
     index = build_index(shard, form.chat)
     reader = ShardReader()
     for i in range(len(index)):
@@ -40,7 +41,7 @@ def documents_of(shard, form: DocumentFormat):
 
 
 @pytest.fixture
-def form(world) -> DocumentFormat:
+def form(world: World) -> DocumentFormat:
     recipe = world.recipe
     return DocumentFormat(
         chat=ChatFormat(world.tokenizer), media=recipe.media, vision=recipe.model.vision
@@ -51,7 +52,12 @@ def form(world) -> DocumentFormat:
 @pytest.mark.parametrize("max_tiles", [1, 6, 12])
 @pytest.mark.parametrize(("max_fps", "max_frames"), [(0.1, 9), (4.0, 3), (8.0, 100)])
 def test_lengths_from_metadata_are_those_of_the_documents(
-    shard, form, template: str, max_tiles: int, max_fps: float, max_frames: int
+    shard: Path,
+    form: DocumentFormat,
+    template: str,
+    max_tiles: int,
+    max_fps: float,
+    max_frames: int,
 ) -> None:
     media = MediaConfig(max_tiles=max_tiles, max_fps=max_fps, max_frames=max_frames)
     chat = ChatFormat(form.tokenizer, TextConfig(template=template))
@@ -64,7 +70,7 @@ def test_lengths_from_metadata_are_those_of_the_documents(
 @pytest.mark.parametrize("media_format", MEDIA_FORMATS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_lengths_are_known_for_every_template_and_media_format(
-    shard, form, template: str, media_format: str, overlong: str
+    shard: Path, form: DocumentFormat, template: str, media_format: str, overlong: str
 ) -> None:
     special = (*MEDIA_FORMATS[media_format].special_tokens, "<|im_start|>", "<|im_end|>", "</s>")
     tokenizer = HuggingFaceTokenizer(
@@ -96,7 +102,7 @@ def assert_counted(lengths: Lengths, documents: list[Document]) -> None:
 @pytest.mark.parametrize("policy", ["reject", "cut", "drop_media"])
 @pytest.mark.parametrize("limit", [40, 60, 80, 110])
 def test_what_is_left_of_long_documents_is_counted_from_metadata(
-    shard, form, policy: str, limit: int
+    shard: Path, form: DocumentFormat, policy: str, limit: int
 ) -> None:
     form = replace(form, limit=limit, overlong=policy)
     lengths = document_lengths(build_index(shard, form.chat), form=form)
@@ -111,7 +117,9 @@ def test_what_is_left_of_long_documents_is_counted_from_metadata(
     assert policy != "drop_media" or limit < 110 or max(left) <= limit
 
 
-def test_dropping_media_keeps_all_text_and_as_many_frames_as_fit(shard, form) -> None:
+def test_dropping_media_keeps_all_text_and_as_many_frames_as_fit(
+    shard: Path, form: DocumentFormat
+) -> None:
     whole = list(documents_of(shard, form))[1]
     frame = form.video_tokens(1)
     left = list(
@@ -138,7 +146,7 @@ def test_dropping_media_keeps_all_text_and_as_many_frames_as_fit(shard, form) ->
     assert (fewer.labels != IGNORED_LABEL).sum() == (whole.labels != IGNORED_LABEL).sum()
 
 
-def test_a_label_is_the_next_token_of_an_answer(shard, form) -> None:
+def test_a_label_is_the_next_token_of_an_answer(shard: Path, form: DocumentFormat) -> None:
     tokenizer = form.tokenizer
     for number, document in enumerate(documents_of(shard, form)):
         scored = np.flatnonzero(document.labels != IGNORED_LABEL)
@@ -150,14 +158,16 @@ def test_a_label_is_the_next_token_of_an_answer(shard, form) -> None:
             assert answers == "A clip.<|im_end|>\nYes, <image> is a tag.<|im_end|>\n"
 
 
-def test_the_first_token_of_an_answer_is_predicted_from_the_prompt(shard, form) -> None:
+def test_the_first_token_of_an_answer_is_predicted_from_the_prompt(
+    shard: Path, form: DocumentFormat
+) -> None:
     for document in documents_of(shard, form):
         first = np.flatnonzero(document.labels != IGNORED_LABEL)[0]
         before = form.tokenizer.decode(document.input_ids[: first + 1].tolist(), skip_special=False)
         assert before.endswith("<|im_start|>assistant\n")
 
 
-def test_placements_point_at_each_tile_s_placeholders(shard, form) -> None:
+def test_placements_point_at_each_tile_s_placeholders(shard: Path, form: DocumentFormat) -> None:
     contexts = {form.tokenizer.special_id(f"<{kind}_CONTEXT>") for kind in ("IMG", "VID", "PATCH")}
     length = form.vision.image_token_length
     for document in documents_of(shard, form):
@@ -166,7 +176,7 @@ def test_placements_point_at_each_tile_s_placeholders(shard, form) -> None:
         assert np.flatnonzero(holds).tolist() == expected
 
 
-def test_media_come_in_the_order_of_the_conversation(shard, form) -> None:
+def test_media_come_in_the_order_of_the_conversation(shard: Path, form: DocumentFormat) -> None:
     document = list(documents_of(shard, form))[1]
     members = [medium.member for medium in document.media]
     assert members == ["s0001.image0.png", "s0001.video0.mp4", "s0001.image1.jpg"]
@@ -174,7 +184,9 @@ def test_media_come_in_the_order_of_the_conversation(shard, form) -> None:
     assert SIZES[1] == (200, 100)
 
 
-def test_a_document_that_is_not_as_planned_is_named_with_both_numbers(shard, form) -> None:
+def test_a_document_that_is_not_as_planned_is_named_with_both_numbers(
+    shard: Path, form: DocumentFormat
+) -> None:
     document = next(documents_of(shard, form))
     tokens = len(document)
     with pytest.raises(

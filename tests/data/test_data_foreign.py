@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_data import picture, talk, toy_recipe, write_shard
 
 from megatron_vita.data.datasets import open_split, plan_path
 from megatron_vita.data.planning.plan import write_plan
@@ -31,6 +30,8 @@ from megatron_vita.data.shards.quarantine import (
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.tokenizer import Tokenizer
+from tests.data.toy_data import picture, talk, toy_recipe, write_shard
 
 CAPTIONED = {"0.jpg": picture((40, 40), "red", format="JPEG"), "0.txt": b"A red square."}
 
@@ -162,7 +163,9 @@ def test_media_of_which_nothing_says_what_they_are_for_are_named(
         record(files | {"0.txt": b"A cat."}, **rule)
 
 
-def test_a_record_of_ours_names_all_media_that_come_with_it(tmp_path: Path, tokenizer) -> None:
+def test_a_record_of_ours_names_all_media_that_come_with_it(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     shard = write_tar(
         tmp_path / "a.tar",
         {
@@ -208,7 +211,9 @@ def test_a_rule_file_with_unknown_fields_is_refused(tmp_path: Path) -> None:
             read_rule(tmp_path)
 
 
-def test_a_run_reads_shards_of_others(tmp_path: Path, tokenizer, tokenizer_path: Path) -> None:
+def test_a_run_reads_shards_of_others(
+    tmp_path: Path, tokenizer: Tokenizer, tokenizer_path: Path
+) -> None:
     recipe = toy_recipe(tmp_path)
     shard = write_tar(tmp_path / "shapes-0.tar", CAPTIONED | {"1.txt": b"Just words, many words."})
     other = write_shard(tmp_path / "more-0.tar", range(2))
@@ -249,7 +254,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_members_that_must_not_be_used_are_listed_and_the_others_are_indexed(
-    tmp_path: Path, tokenizer, fault: str
+    tmp_path: Path, tokenizer: Tokenizer, fault: str
 ) -> None:
     fields, name, reason = FAULTS[fault]
     shard = write_tar(tmp_path / "a.tar", CAPTIONED)
@@ -265,7 +270,7 @@ def test_members_that_must_not_be_used_are_listed_and_the_others_are_indexed(
         build_index(shard, ChatFormat(tokenizer))
 
 
-def test_a_member_that_comes_twice_spoils_its_sample(tmp_path: Path, tokenizer) -> None:
+def test_a_member_that_comes_twice_spoils_its_sample(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shard = write_tar(
         write_tar(tmp_path / "a.tar", CAPTIONED), {"0.txt": b"Again.", "1.txt": b"Next."}
     )
@@ -274,7 +279,9 @@ def test_a_member_that_comes_twice_spoils_its_sample(tmp_path: Path, tokenizer) 
     assert "two members are called '0.txt'" in quarantine.entries[0].reason
 
 
-def test_of_a_damaged_tar_the_whole_samples_before_are_used(tmp_path: Path, tokenizer) -> None:
+def test_of_a_damaged_tar_the_whole_samples_before_are_used(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     whole = write_shard(tmp_path / "a.tar", range(8)).read_bytes()
     headers = [
         min(m.offset for m in sample.members.values()) - 512
@@ -306,7 +313,7 @@ def test_a_header_with_a_negative_size_ends_the_scan(tmp_path: Path) -> None:
 
 
 def test_what_validate_listed_is_left_out_and_other_shards_lists_are_not_obeyed(
-    tmp_path: Path, tokenizer
+    tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     shard = write_shard(tmp_path / "a.tar", range(4))
     listed = Quarantine(shard_size=shard.stat().st_size).replaced(
@@ -333,7 +340,9 @@ def test_a_list_is_written_only_where_it_changes(tmp_path: Path) -> None:
         read_quarantine(shard)
 
 
-def test_own_samples_that_name_what_is_not_theirs_are_bad(tmp_path: Path, tokenizer) -> None:
+def test_own_samples_that_name_what_is_not_theirs_are_bad(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     with SampleWriter(tmp_path / "a.tar") as writer:
         writer.write(
             "k",

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toy_data import clip, picture, talk, write_shard
 
 from megatron_vita.config import TextConfig
 from megatron_vita.data.samples.records import Kind
@@ -22,15 +22,17 @@ from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
+from megatron_vita.text.tokenizer import Tokenizer
+from tests.data.toy_data import clip, picture, talk, write_shard
 from tests.text.published import INTERNVL_TEMPLATE, QWEN, byte_level_bpe
 
 
-def indexed(shard: Path, tokenizer) -> Path:
+def indexed(shard: Path, tokenizer: Tokenizer) -> Path:
     write_index(build_index(shard, ChatFormat(tokenizer)), index_path(shard))
     return index_path(shard)
 
 
-def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
+def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shard = write_shard(tmp_path / "a.tar", range(10))
     path = indexed(shard, tokenizer)
     size = shard.stat().st_size
@@ -51,7 +53,7 @@ def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer) -> None:
     assert all(tokens > 0 for kind, tokens in row.pieces if kind < Kind.IMAGE)
 
 
-def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer) -> None:
+def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer: Tokenizer) -> None:
     exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
     with SampleWriter(tmp_path / "a.tar") as writer:
         image = MediaFile(".jpg", picture((120, 40), "red", format="JPEG", exif=exif))
@@ -60,7 +62,7 @@ def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer) ->
 
 
 def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
-    tmp_path: Path, tokenizer
+    tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     with pytest.raises(
@@ -70,13 +72,15 @@ def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
         read_index(path, {"tokenizer": "123"})
 
 
-def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer) -> None:
+def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     with pytest.raises(DataError, match="made with template"):
         read_header(path, text_stamp(ChatFormat(tokenizer, TextConfig(template="plain"))))
 
 
-def test_an_index_of_another_media_format_is_refused_by_its_name(tmp_path: Path, tokenizer) -> None:
+def test_an_index_of_another_media_format_is_refused_by_its_name(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     internvl = ChatFormat(tokenizer, TextConfig(media_format="internvl"))
     with pytest.raises(
@@ -118,7 +122,7 @@ def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
         read_index(path)
 
 
-def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer) -> None:
+def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     table = pq.read_table(path)
     header = json.loads(table.schema.metadata[b"index"])
@@ -132,12 +136,12 @@ def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer)
     )
 
 
-def test_a_shard_without_samples_has_an_index(tmp_path: Path, tokenizer) -> None:
+def test_a_shard_without_samples_has_an_index(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = indexed(write_shard(tmp_path / "a.tar", range(0)), tokenizer)
     assert len(read_index(path)) == 0
 
 
-def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer) -> None:
+def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
     contents = set()
     for image in (picture((40, 40), "red"), picture((40, 44), "red")):
         with SampleWriter(tmp_path / "a.tar") as writer:
@@ -157,7 +161,7 @@ def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer) -> None:
     ],
 )
 def test_a_bad_sample_is_named_by_shard_and_key(
-    tmp_path: Path, tokenizer, record, media, names: str
+    tmp_path: Path, tokenizer: Tokenizer, record: dict[str, Any], media: dict[str, Any], names: str
 ) -> None:
     with SampleWriter(tmp_path / "a.tar") as writer:
         writer.write("k", record=record, media=media)

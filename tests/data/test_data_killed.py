@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import psutil
-from reading_job import digest
-from toy_data import train_stream
 
+from tests.data.reading_job import digest
+from tests.data.toy_data import World, train_stream
 from tests.environment import environment_with
 from tests.scale import scaled
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def start(world_file: Path, folder: Path, last: int) -> subprocess.Popen:
-    environment = environment_with(HERE)
+    environment = environment_with()
     command = [
         sys.executable,
         str(HERE / "reading_job.py"),
@@ -39,7 +39,9 @@ def wait_for_progress(job: subprocess.Popen, folder: Path, before: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_job_killed_at_random_points_loses_and_repeats_nothing(world, tmp_path: Path) -> None:
+def test_a_job_killed_at_random_points_loses_and_repeats_nothing(
+    world: World, tmp_path: Path
+) -> None:
     draw = random.Random(11)
     packs_a_run = 100
     last = packs_a_run * (KILLS + 1)
@@ -75,8 +77,8 @@ def test_a_job_killed_at_random_points_loses_and_repeats_nothing(world, tmp_path
 HANGING_JOB = """
 import pickle, sys
 from pathlib import Path
-from hostile_streams import hostile
-from toy_data import train_stream
+from tests.data.hostile_streams import hostile
+from tests.data.toy_data import train_stream
 from megatron_vita.data import read_packs
 from megatron_vita.data.loading.worker import PackTask
 
@@ -87,10 +89,10 @@ if __name__ == "__main__":
 """
 
 
-def test_a_reader_in_a_decoder_does_not_outlive_the_job(world, tmp_path: Path) -> None:
+def test_a_reader_in_a_decoder_does_not_outlive_the_job(world: World, tmp_path: Path) -> None:
     (tmp_path / "world.pickle").write_bytes(pickle.dumps(world))
     (tmp_path / "job.py").write_text(HANGING_JOB)
-    environment = environment_with(HERE)
+    environment = environment_with()
     command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "world.pickle")]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as job:
         assert job.stdout is not None

@@ -11,11 +11,10 @@ from contextlib import suppress
 from itertools import repeat
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 import torch
-from hostile_streams import hostile
-from toy_data import assert_same, changed, damage, train_stream, write_shard
 
 from megatron_vita.data import read_packs
 from megatron_vita.data.batch import Batch, mask_documents
@@ -29,6 +28,8 @@ from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.chat_format import ChatFormat
+from tests.data.hostile_streams import hostile
+from tests.data.toy_data import World, assert_same, changed, damage, train_stream, write_shard
 
 
 def tasks(stream: PackStream) -> list[PackTask]:
@@ -59,7 +60,7 @@ def assert_workers_end() -> None:
 
 @pytest.mark.parametrize(("num_workers", "prefetch"), [(0, 1), (1, 1), (1, 4), (3, 2), (3, 7)])
 def test_order_and_content_do_not_depend_on_workers_or_prefetch(
-    world, num_workers: int, prefetch: int
+    world: World, num_workers: int, prefetch: int
 ) -> None:
     stream = train_stream(world, (1, 2))
     ids = [3, 0, 2, 1, 3]
@@ -71,7 +72,7 @@ def test_order_and_content_do_not_depend_on_workers_or_prefetch(
     assert_workers_end()
 
 
-def test_the_loader_takes_endless_tasks_and_ends_with_its_iterator(world) -> None:
+def test_the_loader_takes_endless_tasks_and_ends_with_its_iterator(world: World) -> None:
     packs = read_packs(train_stream(world), repeat(PackTask(1)), num_workers=2)
     assert [next(packs).batch.pack_id for _ in range(3)] == [1, 1, 1]
     assert len(readers()) == 2
@@ -79,7 +80,7 @@ def test_the_loader_takes_endless_tasks_and_ends_with_its_iterator(world) -> Non
     assert_workers_end()
 
 
-def test_tiles_outlive_the_process_that_decoded_them(world) -> None:
+def test_tiles_outlive_the_process_that_decoded_them(world: World) -> None:
     stream = train_stream(world)
     packs = [pack.batch for pack in read_packs(stream, tasks(stream), num_workers=1)]
     assert_workers_end()
@@ -87,7 +88,7 @@ def test_tiles_outlive_the_process_that_decoded_them(world) -> None:
         assert torch.equal(batch.tiles, stream[batch.pack_id].tiles)
 
 
-def test_processes_killed_at_random_points_lose_and_repeat_nothing(world) -> None:
+def test_processes_killed_at_random_points_lose_and_repeat_nothing(world: World) -> None:
     stream = train_stream(world)
     draw = random.Random(5)
     ids = [draw.randrange(len(stream)) for _ in range(60)]
@@ -115,7 +116,7 @@ def test_processes_killed_at_random_points_lose_and_repeat_nothing(world) -> Non
     ],
 )
 def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(
-    world, deed: str, reason: str
+    world: World, deed: str, reason: str
 ) -> None:
     whole = train_stream(world)
     stream = hostile(train_stream(world), deed, pack=2, document=1)
@@ -136,20 +137,22 @@ def test_a_sample_that_hangs_or_kills_its_reader_costs_itself_alone(
         assert_same(masked(whole, pack.batch, [1]), masked(whole, wanted, [1]))
 
 
-def test_a_sample_whose_readers_die_in_different_ways_costs_itself_alone(world, tmp_path) -> None:
+def test_a_sample_whose_readers_die_in_different_ways_costs_itself_alone(
+    world: World, tmp_path: Path
+) -> None:
     stream = hostile(train_stream(world), "die_in_turns", pack=0, memory=str(tmp_path / "deaths"))
     (pack,) = read_packs(stream, tasks(stream)[:1], num_workers=1)
     assert "3 processes ended" in pack.damages[0].reason
 
 
-def test_a_pack_that_takes_long_is_not_taken_for_a_hang_of_a_sample(world) -> None:
+def test_a_pack_that_takes_long_is_not_taken_for_a_hang_of_a_sample(world: World) -> None:
     stream = hostile(train_stream(world), "dawdle", pack=0)
     pack = next(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))
     assert len(pack.batch.sample_keys) >= 4  # so it takes longer than a sample may
     assert not pack.damages
 
 
-def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> None:
+def test_a_reader_killed_once_from_outside_costs_no_sample(world: World, tmp_path: Path) -> None:
     stream = hostile(
         train_stream(world), "die_once", pack=1, document=0, memory=str(tmp_path / "done")
     )
@@ -159,7 +162,7 @@ def test_a_reader_killed_once_from_outside_costs_no_sample(world, tmp_path) -> N
     assert_same(packs[1].batch, train_stream(world)[1])
 
 
-def test_readers_that_die_before_they_read_anything_stop_the_run(world) -> None:
+def test_readers_that_die_before_they_read_anything_stop_the_run(world: World) -> None:
     stream = hostile(train_stream(world), "start_dying", pack=0)
     with pytest.raises(
         VitaError, match=r"3 loader processes ended \(exit code -11\) before they read anything"
@@ -168,7 +171,7 @@ def test_readers_that_die_before_they_read_anything_stop_the_run(world) -> None:
     assert_workers_end()
 
 
-def test_readers_that_hang_before_they_read_anything_stop_the_run(world) -> None:
+def test_readers_that_hang_before_they_read_anything_stop_the_run(world: World) -> None:
     stream = hostile(train_stream(world), "start_hanging", pack=0)
     with pytest.raises(
         VitaError, match=r"3 loader processes were silent for 1 seconds before they read anything"
@@ -177,13 +180,13 @@ def test_readers_that_hang_before_they_read_anything_stop_the_run(world) -> None
     assert_workers_end()
 
 
-def test_a_slow_start_is_not_taken_for_a_hang(world) -> None:
+def test_a_slow_start_is_not_taken_for_a_hang(world: World) -> None:
     stream = hostile(train_stream(world), "start_slowly", pack=0)
     (pack,) = read_packs(stream, tasks(stream)[:1], num_workers=1, sample_seconds=4)
     assert not pack.damages
 
 
-def test_a_mistake_of_ours_is_shown_with_its_traceback(world) -> None:
+def test_a_mistake_of_ours_is_shown_with_its_traceback(world: World) -> None:
     stream = hostile(train_stream(world), "break", pack=0)
     with pytest.raises(
         RuntimeError, match=r"pack 0 failed:\n(?s:.*)in read(?s:.*)a mistake of ours"
@@ -193,7 +196,9 @@ def test_a_mistake_of_ours_is_shown_with_its_traceback(world) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("suffix", [".png", ".json", ".mp4"])
-def test_a_damaged_sample_is_blank_and_reported(own_world, num_workers: int, suffix: str) -> None:
+def test_a_damaged_sample_is_blank_and_reported(
+    own_world: World, num_workers: int, suffix: str
+) -> None:
     whole = train_stream(own_world)
     before = [whole[pack] for pack in range(len(whole))]
     name = damage(own_world, suffix)
@@ -211,7 +216,7 @@ def test_a_damaged_sample_is_blank_and_reported(own_world, num_workers: int, suf
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_documents_to_skip_are_not_read(own_world, num_workers: int) -> None:
+def test_documents_to_skip_are_not_read(own_world: World, num_workers: int) -> None:
     key = damage(own_world).split(".")[0]
     stream = train_stream(own_world)
     (pack, document), *_ = [
@@ -225,7 +230,7 @@ def test_documents_to_skip_are_not_read(own_world, num_workers: int) -> None:
 
 @pytest.mark.parametrize("share", [(0, 1), (1, 3)])
 def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(
-    world, share: tuple[int, int]
+    world: World, share: tuple[int, int]
 ) -> None:
     stream = train_stream(world, share)
     for pack in range(len(stream)):
@@ -250,7 +255,7 @@ def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(
             batch = again
 
 
-def test_a_vanished_shard_stops_the_run(own_world) -> None:
+def test_a_vanished_shard_stops_the_run(own_world: World) -> None:
     stream = train_stream(own_world)
     (own_world.root / "more-000000.tar").unlink()
     with pytest.raises(DataError, match=r"more-000000\.tar: cannot open the shard"):
@@ -265,13 +270,13 @@ def iterate_slowly(packs: Iterator[ReadPack], seconds: float) -> int:
     return count
 
 
-def test_a_pause_of_the_trainer_is_not_taken_for_a_hang(world) -> None:
+def test_a_pause_of_the_trainer_is_not_taken_for_a_hang(world: World) -> None:
     stream = train_stream(world)
     packs = read_packs(stream, tasks(stream)[:3], num_workers=1, sample_seconds=3)
     assert iterate_slowly((pack for pack in packs if not pack.damages), 5.0) == 3
 
 
-def test_a_plan_replaced_while_a_run_has_it_open_ends_the_run(own_world) -> None:
+def test_a_plan_replaced_while_a_run_has_it_open_ends_the_run(own_world: World) -> None:
     stream = train_stream(own_world)
     plan, _ = make_plan(
         changed(own_world.recipe, data={"seed": 7}), "train", tokenizer=own_world.tokenizer
@@ -290,7 +295,7 @@ def test_a_plan_replaced_while_a_run_has_it_open_ends_the_run(own_world) -> None
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_index_made_anew_while_a_run_has_the_plan_open_ends_the_run(
-    own_world, num_workers: int
+    own_world: World, num_workers: int
 ) -> None:
     stream = train_stream(own_world)
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))

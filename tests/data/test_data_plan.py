@@ -3,35 +3,36 @@ lost silently."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from toy_data import changed, make_world, talk, toy_recipe, write_shard
 
 from megatron_vita.costs.flops import variable_cost
 from megatron_vita.data.datasets import open_split, plan_path
-from megatron_vita.data.planning.plan import read_plan, write_plan
+from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
+from tests.data.toy_data import World, changed, make_world, talk, toy_recipe, write_shard
 
 
-def samples_of(plan):
+def samples_of(plan: PackPlan):
     return list(
         zip(*(plan.columns[name].tolist() for name in ("dataset", "shard", "row")), strict=True)
     )
 
 
-def test_same_inputs_give_same_bytes_wherever_they_lie(world, tmp_path: Path) -> None:
+def test_same_inputs_give_same_bytes_wherever_they_lie(world: World, tmp_path: Path) -> None:
     recipe = make_world(tmp_path / "elsewhere", world.tokenizer)
     for split in ("train", "validation"):
         assert plan_path(world.recipe, split).read_bytes() == plan_path(recipe, split).read_bytes()
 
 
-def test_layout_and_workers_do_not_change_the_plan(world, tmp_path: Path) -> None:
+def test_layout_and_workers_do_not_change_the_plan(world: World, tmp_path: Path) -> None:
     parallel = {
         "context_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
@@ -46,7 +47,7 @@ def test_layout_and_workers_do_not_change_the_plan(world, tmp_path: Path) -> Non
 
 
 def test_grouped_plans_know_no_stages_and_no_frozen_parts_and_group_whole_steps(
-    world, tmp_path: Path
+    world: World, tmp_path: Path
 ) -> None:
     recipe = changed(
         world.recipe, data={"group_by_cost": True, "epochs": 5}, training={"global_batch_size": 2}
@@ -69,7 +70,7 @@ def test_grouped_plans_know_no_stages_and_no_frozen_parts_and_group_whole_steps(
     assert np.mean(pairs.max(1) / pairs.mean(1)) < np.mean(shifted.max(1) / shifted.mean(1)) - 0.05
 
 
-def test_each_epoch_has_every_sample_once_in_its_own_order(world) -> None:
+def test_each_epoch_has_every_sample_once_in_its_own_order(world: World) -> None:
     recipe = changed(world.recipe, data={"epochs": 3})
     plan, rejected = make_plan(recipe, "train", tokenizer=world.tokenizer)
     samples = samples_of(plan)
@@ -85,7 +86,9 @@ def test_each_epoch_has_every_sample_once_in_its_own_order(world) -> None:
     assert packs[79] < packs[80]
 
 
-def test_another_seed_gives_another_training_plan_and_the_same_validation_plan(world) -> None:
+def test_another_seed_gives_another_training_plan_and_the_same_validation_plan(
+    world: World,
+) -> None:
     recipe = changed(world.recipe, data={"seed": 5, "epochs": 2})
     train, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     assert samples_of(train)[:40] != samples_of(read_plan(plan_path(world.recipe, "train")))
@@ -95,7 +98,7 @@ def test_another_seed_gives_another_training_plan_and_the_same_validation_plan(w
     assert samples_of(validation) == samples_of(planned)
 
 
-def test_packs_hold_what_fits(world) -> None:
+def test_packs_hold_what_fits(world: World) -> None:
     plan = read_plan(plan_path(world.recipe, "train"))
     for pack in range(plan.num_packs):
         entries = plan.pack(pack)
@@ -106,7 +109,7 @@ def test_packs_hold_what_fits(world) -> None:
         plan.pack(999)
 
 
-def test_joined_documents_are_packed_without_padding(world) -> None:
+def test_joined_documents_are_packed_without_padding(world: World) -> None:
     recipe = changed(world.recipe, data={"isolate_documents": False})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     odd = 0
@@ -138,7 +141,7 @@ def test_joined_documents_are_packed_without_padding(world) -> None:
     ],
 )
 def test_a_plan_of_another_recipe_is_refused_by_field_and_values(
-    world, groups, message: str
+    world: World, groups: dict[str, Any], message: str
 ) -> None:
     recipe = changed(world.recipe, **groups)
     with pytest.raises(DataError, match=message.replace(".", r"\.")) as error:
@@ -146,7 +149,7 @@ def test_a_plan_of_another_recipe_is_refused_by_field_and_values(
     assert "python -m data_tools plan RECIPE" in str(error.value)
 
 
-def test_a_plan_of_other_samples_is_refused(own_world) -> None:
+def test_a_plan_of_other_samples_is_refused(own_world: World) -> None:
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
     write_index(build_index(shard, ChatFormat(own_world.tokenizer)), index_path(shard))
     with pytest.raises(
@@ -156,7 +159,7 @@ def test_a_plan_of_other_samples_is_refused(own_world) -> None:
         open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
 
 
-def test_a_plan_of_fewer_shards_is_refused(own_world) -> None:
+def test_a_plan_of_fewer_shards_is_refused(own_world: World) -> None:
     shutil.copy(own_world.root / "more-000000.tar", own_world.root / "more-000001.tar")
     shutil.copy(
         own_world.root / "more-000000.index.parquet", own_world.root / "more-000001.index.parquet"
@@ -168,7 +171,7 @@ def test_a_plan_of_fewer_shards_is_refused(own_world) -> None:
         open_split(own_world.recipe, split="train", tokenizer=own_world.tokenizer, tile_share=None)
 
 
-def test_a_missing_plan_says_what_to_run(world) -> None:
+def test_a_missing_plan_says_what_to_run(world: World) -> None:
     recipe = changed(world.recipe, data={"plan": "/nowhere"})
     with pytest.raises(
         DataError, match=r"/nowhere/train\.arrow: there is no plan; .*data_tools plan RECIPE"
@@ -193,7 +196,9 @@ def test_a_missing_plan_says_what_to_run(world) -> None:
         ),
     ],
 )
-def test_a_recipe_without_data_is_refused(world, fields, split, message: str) -> None:
+def test_a_recipe_without_data_is_refused(
+    world: World, fields: dict[str, Any], split: str, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         open_split(
             changed(world.recipe, data=fields),
@@ -203,7 +208,7 @@ def test_a_recipe_without_data_is_refused(world, fields, split, message: str) ->
         )
 
 
-def test_two_shards_of_one_name_are_refused(own_world) -> None:
+def test_two_shards_of_one_name_are_refused(own_world: World) -> None:
     write_shard(own_world.root / "copy" / "more-000000.tar", range(2))
     data = {"train": [{"name": "x", "shards": f"{own_world.root}/**/more-*.tar"}]}
     recipe = changed(own_world.recipe, data=data)
@@ -217,7 +222,7 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
         read_plan(tmp_path / "train.arrow")
 
 
-def test_samples_longer_than_a_pack_are_left_out_and_listed(world) -> None:
+def test_samples_longer_than_a_pack_are_left_out_and_listed(world: World) -> None:
     recipe = toy_recipe(world.root, seq_length=128)
     plan, rejected = make_plan(recipe, "train", tokenizer=world.tokenizer)
     whole = read_plan(plan_path(world.recipe, "train"))
@@ -233,7 +238,7 @@ def test_samples_longer_than_a_pack_are_left_out_and_listed(world) -> None:
     assert (rejected[0].split, rejected[0].dataset) == ("train", "shapes")
 
 
-def test_a_strict_plan_stops_at_a_sample_longer_than_a_pack(world) -> None:
+def test_a_strict_plan_stops_at_a_sample_longer_than_a_pack(world: World) -> None:
     with pytest.raises(
         DataError,
         match=r"shapes-000000\.tar sample s\d+: \d+ tokens do not fit data.seq_length 128",
@@ -243,7 +248,7 @@ def test_a_strict_plan_stops_at_a_sample_longer_than_a_pack(world) -> None:
         )
 
 
-def test_a_plan_without_any_sample_is_refused(world) -> None:
+def test_a_plan_without_any_sample_is_refused(world: World) -> None:
     with pytest.raises(
         DataError,
         match=r"none of its 40 samples can be used\. .* 48 tokens do not fit data\.seq_length 16",
@@ -251,13 +256,15 @@ def test_a_plan_without_any_sample_is_refused(world) -> None:
         make_plan(toy_recipe(world.root, seq_length=16), "train", tokenizer=world.tokenizer)
 
 
-def test_counts_of_a_plan_are_those_of_its_columns(world) -> None:
+def test_counts_of_a_plan_are_those_of_its_columns(world: World) -> None:
     plan = read_plan(plan_path(world.recipe, "validation"))
     assert plan.num_tokens == np.sum(plan.columns["tokens"])
     assert plan.columns["tokens"].dtype == np.int32
 
 
-def test_an_epoch_without_packs_does_not_start_the_numbering_anew(tmp_path: Path, world) -> None:
+def test_an_epoch_without_packs_does_not_start_the_numbering_anew(
+    tmp_path: Path, world: World
+) -> None:
     """Each epoch takes half of two samples, of which one is longer than a pack."""
     shard = tmp_path / "talk-000000.tar"
     with SampleWriter(shard) as writer:
@@ -276,7 +283,7 @@ def test_an_epoch_without_packs_does_not_start_the_numbering_anew(tmp_path: Path
         [make_plan(once, "train", tokenizer=world.tokenizer) for once in single]
 
 
-def test_a_ratio_too_small_for_one_sample_is_refused(world) -> None:
+def test_a_ratio_too_small_for_one_sample_is_refused(world: World) -> None:
     entries = [vars(entry) for entry in world.recipe.data.train]
     recipe = changed(world.recipe, data={"train": [entries[0], entries[1] | {"ratio": 0.05}]})
     message = r"dataset more: ratio 0\.05 of its 10 samples is less than one: .* a ratio of 0\.1 takes one"

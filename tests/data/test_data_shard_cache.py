@@ -185,7 +185,9 @@ def slow_first(
     may_end.set()
 
 
-def test_a_copy_waits_while_those_being_written_leave_no_room(tmp_path: Path, slow_first) -> None:
+def test_a_copy_waits_while_those_being_written_leave_no_room(
+    tmp_path: Path, slow_first: tuple[threading.Event, threading.Event]
+) -> None:
     begun, may_end = slow_first
     limit = SIZE * 3 // 2
     with ThreadPoolExecutor(2) as threads:
@@ -200,7 +202,9 @@ def test_a_copy_waits_while_those_being_written_leave_no_room(tmp_path: Path, sl
     assert sizes(tmp_path, ".tar") == [SIZE]
 
 
-def test_a_copy_being_written_counts_in_full_and_is_not_evicted(tmp_path: Path, slow_first) -> None:
+def test_a_copy_being_written_counts_in_full_and_is_not_evicted(
+    tmp_path: Path, slow_first: tuple[threading.Event, threading.Event]
+) -> None:
     begun, may_end = slow_first
     limit = SIZE * 5 // 2
     third = UPath("memory://cached/third.tar")

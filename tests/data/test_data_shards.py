@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from toy_data import toy_sample, write_shard
 
 from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.tar import Member, SampleWriter, scan_shard
 from megatron_vita.errors import DataError
+from tests.data.toy_data import toy_sample, write_shard
 
 
 def test_same_samples_give_same_bytes(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from s3_server import FaultyStore
-from toy_data import assert_same, changed, train_stream
 from upath import UPath
 
+from megatron_vita.config import Recipe
 from megatron_vita.data import datasets, open_split, read_packs
 from megatron_vita.data.datasets import find_sources, plan_path
 from megatron_vita.data.loading.stream import PackStream
@@ -24,6 +23,8 @@ from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.index import IndexHeader
 from megatron_vita.data.shards.storage import find_files, read_range
 from megatron_vita.errors import ConfigError, DataError, ShardError
+from tests.data.s3_server import FaultyStore
+from tests.data.toy_data import World, assert_same, changed, train_stream
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def store(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def remote(store: FaultyStore, world, tmp_path: Path):
+def remote(store: FaultyStore, world: World, tmp_path: Path):
     """The toy world's shards and indexes in a bucket of their own; gives its recipe and the
     bucket's name."""
     store.faults = 0
@@ -68,13 +69,15 @@ def remote(store: FaultyStore, world, tmp_path: Path):
     return recipe, bucket
 
 
-def stream_of(recipe, world, **data) -> PackStream:
+def stream_of(recipe: Recipe, world: World, **data) -> PackStream:
     return open_split(
         changed(recipe, data=data), split="train", tokenizer=world.tokenizer, tile_share=(0, 1)
     )
 
 
-def test_a_plan_of_remote_shards_is_that_of_local_ones(remote, world) -> None:
+def test_a_plan_of_remote_shards_is_that_of_local_ones(
+    remote: tuple[Recipe, str], world: World
+) -> None:
     recipe, _ = remote
     assert plan_path(recipe, "train").read_bytes() == plan_path(world.recipe, "train").read_bytes()
 
@@ -83,7 +86,13 @@ def test_a_plan_of_remote_shards_is_that_of_local_ones(remote, world) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("faults", [0.0, 0.2])
 def test_batches_are_those_of_a_disk_whatever_fails(
-    store: FaultyStore, remote, world, tmp_path: Path, cached: bool, num_workers: int, faults: float
+    store: FaultyStore,
+    remote: tuple[Recipe, str],
+    world: World,
+    tmp_path: Path,
+    cached: bool,
+    num_workers: int,
+    faults: float,
 ) -> None:
     recipe, _ = remote
     stream = stream_of(recipe, world, cache=str(tmp_path / "cache") if cached else "")
@@ -101,7 +110,7 @@ def test_batches_are_those_of_a_disk_whatever_fails(
 
 @pytest.mark.parametrize("first_asked", [1 << 16, 100])
 def test_opening_reads_the_ends_of_remote_indexes_alone_and_many_at_a_time(
-    remote, world, monkeypatch: pytest.MonkeyPatch, first_asked: int
+    remote: tuple[Recipe, str], world: World, monkeypatch: pytest.MonkeyPatch, first_asked: int
 ) -> None:
     recipe, _ = remote
     local = find_sources(world.recipe, "train", tokenizer=world.tokenizer)
@@ -119,7 +128,9 @@ def test_opening_reads_the_ends_of_remote_indexes_alone_and_many_at_a_time(
     assert [source.headers for source in found] == [source.headers for source in local]
 
 
-def test_a_cached_shard_is_read_once(store: FaultyStore, remote, world, tmp_path: Path) -> None:
+def test_a_cached_shard_is_read_once(
+    store: FaultyStore, remote: tuple[Recipe, str], world: World, tmp_path: Path
+) -> None:
     recipe, _ = remote
     stream = stream_of(recipe, world, cache=str(tmp_path / "cache"))
     for pack in range(len(stream)):
@@ -132,7 +143,7 @@ def test_a_cached_shard_is_read_once(store: FaultyStore, remote, world, tmp_path
 
 
 def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(
-    remote, world, tmp_path: Path
+    remote: tuple[Recipe, str], world: World, tmp_path: Path
 ) -> None:
     _, bucket = remote
     shards = sorted(find_files(f"s3://{bucket}/deep/*.tar"), key=lambda shard: shard.name)
@@ -166,7 +177,7 @@ def open_all(cache: ShardCache, shards: list, sizes: list[int]) -> None:
 
 
 def test_processes_share_a_cache_and_copy_each_shard_once(
-    store: FaultyStore, remote, tmp_path: Path
+    store: FaultyStore, remote: tuple[Recipe, str], tmp_path: Path
 ) -> None:
     _, bucket = remote
     shards = find_files(f"s3://{bucket}/deep/*.tar")
@@ -186,7 +197,7 @@ def test_processes_share_a_cache_and_copy_each_shard_once(
 
 
 def test_a_store_that_fails_for_good_costs_the_sample_and_says_why(
-    store: FaultyStore, remote, world, monkeypatch: pytest.MonkeyPatch
+    store: FaultyStore, remote: tuple[Recipe, str], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
     recipe, bucket = remote
@@ -200,7 +211,7 @@ def test_a_store_that_fails_for_good_costs_the_sample_and_says_why(
 
 
 def test_a_shard_that_cannot_be_copied_stops_the_run_and_damages_no_sample(
-    remote, world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remote: tuple[Recipe, str], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, bucket = remote
     with pytest.raises(
@@ -218,7 +229,9 @@ def test_a_shard_that_cannot_be_copied_stops_the_run_and_damages_no_sample(
         stream_of(recipe, world, cache=str(tmp_path / "cache")).read(0)
 
 
-def test_missing_and_changed_remote_shards_stop_the_run(remote, world) -> None:
+def test_missing_and_changed_remote_shards_stop_the_run(
+    remote: tuple[Recipe, str], world: World
+) -> None:
     recipe, bucket = remote
     stream = stream_of(recipe, world)
     files = fsspec.filesystem("s3")

@@ -2,20 +2,22 @@
 workers."""
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from toy_data import COLORS, assert_same, changed, damage, train_stream
 
 from megatron_vita.data.loading import stream as stream_module
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.errors import DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
+from tests.data.toy_data import COLORS, World, assert_same, changed, damage, train_stream
 
 
-def test_a_pack_is_always_full_length_and_its_documents_tile_it(world) -> None:
+def test_a_pack_is_always_full_length_and_its_documents_tile_it(world: World) -> None:
     stream = train_stream(world)
     keys = []
     for pack in range(len(stream)):
@@ -37,7 +39,9 @@ def test_a_pack_is_always_full_length_and_its_documents_tile_it(world) -> None:
     assert sorted(keys) == [f"s{i:04d}" for i in range(40)]
 
 
-def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(world) -> None:
+def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
+    world: World,
+) -> None:
     recipe = changed(world.recipe, data={"isolate_documents": False})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)
     apart = train_stream(world)
@@ -59,7 +63,7 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
             assert batch.labels[start - 1] == IGNORED_LABEL
 
 
-def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) -> None:
+def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world: World) -> None:
     stream = train_stream(world)
     tails = 0
     for pack in range(len(stream)):
@@ -79,7 +83,7 @@ def test_padding_and_tail_carry_no_loss_and_no_label_crosses_documents(world) ->
     assert tails
 
 
-def test_placements_count_from_the_start_of_the_pack(world) -> None:
+def test_placements_count_from_the_start_of_the_pack(world: World) -> None:
     stream = train_stream(world)
     special = world.tokenizer.special_id
     for pack in range(len(stream)):
@@ -92,7 +96,7 @@ def test_placements_count_from_the_start_of_the_pack(world) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 5])
-def test_the_ranks_tiles_joined_are_all_tiles(world, ranks: int) -> None:
+def test_the_ranks_tiles_joined_are_all_tiles(world: World, ranks: int) -> None:
     whole = train_stream(world)
     shares = [train_stream(world, (rank, ranks)) for rank in range(ranks)]
     for pack in range(len(whole)):
@@ -106,7 +110,7 @@ def test_the_ranks_tiles_joined_are_all_tiles(world, ranks: int) -> None:
             assert torch.equal(batch.input_ids, whole[pack].input_ids)
 
 
-def test_tiles_are_those_of_their_placeholders(world) -> None:
+def test_tiles_are_those_of_their_placeholders(world: World) -> None:
     stream = train_stream(world)
     colors = dict(
         zip(
@@ -130,7 +134,7 @@ def test_tiles_are_those_of_their_placeholders(world) -> None:
 
 
 def test_a_rank_without_a_vision_tower_decodes_nothing(
-    world, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "decode_tiles", None)
     stream = train_stream(world, None)
@@ -139,11 +143,11 @@ def test_a_rank_without_a_vision_tower_decodes_nothing(
     assert sum(len(batch.placements) for batch in batches) == stream.plan.columns["tiles"].sum()
 
 
-def test_few_media_are_opened_by_two_ranks(world, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_media_are_opened_by_two_ranks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     decode = stream_module.decode_tiles
 
-    def counting(medium, data, *, name, tiles, **options):
+    def counting(medium: Medium, data: bytes, *, name: str, tiles: slice, **options: Any) -> Any:
         opened.append(name)
         assert tiles
         return decode(medium, data, name=name, tiles=tiles, **options)
@@ -159,14 +163,14 @@ def test_few_media_are_opened_by_two_ranks(world, monkeypatch: pytest.MonkeyPatc
             assert len(of_kind) - len(set(of_kind)) <= 2
 
 
-def test_a_damaged_sample_is_named_by_shard_and_key(own_world) -> None:
+def test_a_damaged_sample_is_named_by_shard_and_key(own_world: World) -> None:
     name = damage(own_world)
     stream = train_stream(own_world)
     with pytest.raises(DataError, match=rf"more-000000\.tar.*{name.split('.')[0]}"):
         [stream[pack] for pack in range(len(stream))]
 
 
-def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world) -> None:
+def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world: World) -> None:
     stream = train_stream(world)
     tokens = stream.plan.pack(0)[0].tokens
     stream.plan.columns["tokens"] = stream.plan.columns["tokens"] + 3
@@ -176,7 +180,7 @@ def test_an_index_that_disagrees_with_the_plan_is_named_with_both_numbers(world)
         stream[0]
 
 
-def test_a_stream_can_be_sent_to_another_process(world) -> None:
+def test_a_stream_can_be_sent_to_another_process(world: World) -> None:
     stream = train_stream(world, (0, 2))
     stream[0]
     assert_same(pickle.loads(pickle.dumps(stream))[1], stream[1])

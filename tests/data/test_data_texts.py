@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_data import toy_recipe
 
 from megatron_vita.data import open_split
 from megatron_vita.data.datasets import plan_path
@@ -16,12 +15,13 @@ from megatron_vita.data.shards.index import index_path, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.text.chat_format import ChatFormat
+from tests.data.toy_data import World, toy_recipe
 
 LENGTH = 256
 
 
 @pytest.fixture
-def texts(world) -> dict[str, tuple[str, list[int]]]:
+def texts(world: World) -> dict[str, tuple[str, list[int]]]:
     """Texts and their token ids by key; of one token, just a pack, one token more, and several
     packs."""
     ids = {}
@@ -50,7 +50,7 @@ def texts(world) -> dict[str, tuple[str, list[int]]]:
 
 
 @pytest.fixture
-def packs(world, texts, tmp_path: Path) -> PackStream:
+def packs(world: World, texts: dict[str, tuple[str, list[int]]], tmp_path: Path) -> PackStream:
     shard = tmp_path / "shapes-000000.tar"
     with SampleWriter(shard) as writer:
         for key, (text, _) in texts.items():
@@ -81,7 +81,10 @@ def parts_of(packs: PackStream) -> dict[str, list[tuple[int, np.ndarray, np.ndar
 
 @pytest.mark.parametrize("kept_bytes", [1 << 20, 6 * LENGTH * 16, 0])
 def test_every_token_of_a_text_is_in_one_pack_and_predicts_the_next(
-    packs: PackStream, texts, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+    packs: PackStream,
+    texts: dict[str, tuple[str, list[int]]],
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream, "LONG_TEXT_BYTES", kept_bytes)
     packs._open_caches()
@@ -96,7 +99,10 @@ def test_every_token_of_a_text_is_in_one_pack_and_predicts_the_next(
 
 
 def test_a_long_text_is_tokenized_once_for_all_its_packs(
-    packs: PackStream, texts, world, monkeypatch
+    packs: PackStream,
+    texts: dict[str, tuple[str, list[int]]],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoded: list[str] = []
     tokenizer = type(packs.forms[0].tokenizer)

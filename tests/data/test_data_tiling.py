@@ -3,11 +3,11 @@ given arrays."""
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from toy_data import clip, picture, talk
 
 from megatron_vita.config import MediaConfig
 from megatron_vita.data.datasets import plan_stamp
@@ -20,10 +20,11 @@ from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
 from megatron_vita.text.chat_format import ChatFormat
+from tests.data.toy_data import World, clip, picture, talk
 
 
 @pytest.fixture
-def form(world) -> DocumentFormat:
+def form(world: World) -> DocumentFormat:
     recipe = world.recipe
     return DocumentFormat(
         chat=ChatFormat(world.tokenizer), media=recipe.media, vision=recipe.model.vision
@@ -34,7 +35,7 @@ def with_media(form: DocumentFormat, **fields) -> DocumentFormat:
     return replace(form, media=MediaConfig(**fields))
 
 
-def test_the_recipe_says_how_images_are_cut(form) -> None:
+def test_the_recipe_says_how_images_are_cut(form: DocumentFormat) -> None:
     size = (180, 100)
     dynamic, anyres = (
         with_media(form, max_tiles=4, tiling=tiling) for tiling in ("dynamic", "anyres")
@@ -42,7 +43,7 @@ def test_the_recipe_says_how_images_are_cut(form) -> None:
     assert (dynamic.image("a", size).grid, anyres.image("a", size).grid) == ((2, 1), (2, 2))
 
 
-def test_only_listed_grids_are_chosen(form) -> None:
+def test_only_listed_grids_are_chosen(form: DocumentFormat) -> None:
     for tiling in ("dynamic", "anyres"):
         listed = with_media(form, tiling=tiling, grids=["2x1", "1x2", "2x2", "1x3", "3x1"])
         grids = {
@@ -54,7 +55,7 @@ def test_only_listed_grids_are_chosen(form) -> None:
 
 
 @pytest.mark.parametrize("tiling", ["dynamic", "anyres"])
-def test_tiles_of_an_image_are_those_that_its_size_told(form, tiling: str) -> None:
+def test_tiles_of_an_image_are_those_that_its_size_told(form: DocumentFormat, tiling: str) -> None:
     form = with_media(form, max_tiles=6, tiling=tiling)
     for size in ((200, 100), (30, 90), (28, 28), (500, 20)):
         data = picture(size, "red", format="JPEG")
@@ -68,7 +69,7 @@ def test_tiles_of_an_image_are_those_that_its_size_told(form, tiling: str) -> No
         assert black == (tiling == "anyres" and size in [(200, 100), (500, 20)])
 
 
-def test_tiles_of_any_medium_are_written_into_a_given_array(form) -> None:
+def test_tiles_of_any_medium_are_written_into_a_given_array(form: DocumentFormat) -> None:
     data = {"a.jpg": picture((200, 100), "blue", format="JPEG"), "b.mp4": clip()}
     media = [
         form.image("a.jpg", (200, 100)),
@@ -89,7 +90,7 @@ def test_tiles_of_any_medium_are_written_into_a_given_array(form) -> None:
         assert (room[[0, *range(3, len(room))]] == 9).all()
 
 
-def test_an_archive_of_frames_is_a_video_of_a_shard(form, tmp_path) -> None:
+def test_an_archive_of_frames_is_a_video_of_a_shard(form: DocumentFormat, tmp_path: Path) -> None:
     frames = []
     for number in range(12):
         file = io.BytesIO()
@@ -109,7 +110,7 @@ def test_an_archive_of_frames_is_a_video_of_a_shard(form, tmp_path) -> None:
     assert tiles[:, 0, 14, 14].tolist() == [20 * number for number in (5, 7, 9)]
 
 
-def test_a_plan_is_bound_to_the_tiling(world) -> None:
+def test_a_plan_is_bound_to_the_tiling(world: World) -> None:
     stamps = []
     for fields in ({}, {"tiling": "anyres"}, {"grids": ["1x1", "2x2"]}):
         recipe = replace(world.recipe, media=MediaConfig(**fields))

@@ -3,6 +3,7 @@ of them."""
 
 import dataclasses
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 COLORS = ("red", "green", "blue", "orange", "purple")
 SIZES = ((40, 40), (200, 100), (90, 180), (300, 200))
+
+
+@dataclass
+class World:
+    """Shards, indexes and plans in a folder, with their recipe and tokenizer."""
+
+    root: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
 
 
 def picture(size: tuple[int, int], color: str, *, format: str = "PNG", **save: Any) -> bytes:
@@ -133,7 +143,7 @@ def make_world(root: Path, tokenizer: Tokenizer) -> Recipe:
     return recipe
 
 
-def train_stream(world, tile_share=(0, 1)) -> PackStream:
+def train_stream(world: World, tile_share: tuple[int, int] | None = (0, 1)) -> PackStream:
     """The training packs of a world."""
     return open_split(world.recipe, split="train", tokenizer=world.tokenizer, tile_share=tile_share)
 
@@ -147,7 +157,7 @@ def assert_same(first: Batch, second: Batch) -> None:
         )
 
 
-def damage(world, suffix: str = ".png") -> str:
+def damage(world: World, suffix: str = ".png") -> str:
     """Overwrites a member of `more` inside its shard; gives the member's name."""
     shard = world.root / "more-000000.tar"
     index = read_index(index_path(shard))

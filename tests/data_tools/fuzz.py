@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fuzz_media import File, damaged, images, videos
+from tests.data_tools.fuzz_media import File, damaged, images, videos
 
 NAMES = (
     "../out.jpg",

@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_layouts import FILES, LAYOUTS, Case, Truth, make_cases
 
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
 from data_tools.pool import Crew
 from megatron_vita.media.data_urls import inline_content, is_inline
 from megatron_vita.text.conversation import MediaPart, TextPart, check_messages
+from tests.data_tools.foreign_layouts import FILES, LAYOUTS, Case, Truth, make_cases
 
 CASES = 300
 Result = dict[str, Any] | str  # a sample, or why there is none

@@ -11,9 +11,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzz import odd_texts, tars, write_lines, write_tars
-from fuzz_media import damaged, images, videos
-from toy_jsonl import write_world
 
 from data_tools.cli import main
 from data_tools.lines import read_lines
@@ -26,6 +23,9 @@ from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.tar import scan_shard
 from megatron_vita.errors import DataError
 from megatron_vita.text.vocabulary import open_tokenizer
+from tests.data_tools.fuzz import odd_texts, tars, write_lines, write_tars
+from tests.data_tools.fuzz_media import damaged, images, videos
+from tests.data_tools.toy_jsonl import write_world
 from tests.scale import scaled
 
 WHOLE = scaled(False, full=True)
@@ -57,7 +57,9 @@ def read_all(recipe_path: Path) -> int:
     return sum(len(stream[pack].sample_keys) for pack in range(len(stream)))
 
 
-def test_each_line_ends_in_a_shard_or_in_the_list(root: Path, capsys) -> None:
+def test_each_line_ends_in_a_shard_or_in_the_list(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = write_lines(root / "lines.jsonl", root / "odd", count=LINES, seed=SEED, huge=WHOLE)
     begun = time.monotonic()
     arguments = [
@@ -90,7 +92,9 @@ def test_each_line_ends_in_a_shard_or_in_the_list(root: Path, capsys) -> None:
     print(f"{lines} lines: {len(used)} used, {len(listed)} listed, {seconds:.0f} s")  # noqa: T201
 
 
-def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(root: Path, capsys) -> None:
+def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = write_tars(root / "toy", count=TARS, seed=SEED)
     begun = time.monotonic()
     recipe = str(root / "recipe.yaml")

@@ -153,7 +153,9 @@ def test_a_broken_array_gives_what_stands_before_the_break(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
-def test_arrays_are_split_where_their_items_end(tmp_path: Path, monkeypatch, chunk: int) -> None:
+def test_arrays_are_split_where_their_items_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
     monkeypatch.setattr(objects, "CHUNK", chunk)
     items = [{"a": ']}\\"'}, {"b": [{"c": ","}, []]}, {"d": "\\\\"}, {"é": "😀"}, {}]
     for indent, ascii_only in ((None, True), (2, False)):
@@ -570,7 +572,11 @@ def test_media_outside_the_media_folder_are_refused_by_name(tmp_path: Path, medi
     ],
 )
 def test_what_cannot_be_imported_is_refused(
-    tmp_path: Path, capsys, monkeypatch, arguments, message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.json").write_text("[]")
@@ -579,7 +585,9 @@ def test_what_cannot_be_imported_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_finished_sources_are_not_read_again_and_others_are_refused(tmp_path: Path, capsys) -> None:
+def test_finished_sources_are_not_read_again_and_others_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("One?")}))
     convert("llava", tmp_path / "set.jsonl")
     before = os.stat(tmp_path / "out.jsonl").st_mtime_ns
@@ -593,7 +601,9 @@ def test_finished_sources_are_not_read_again_and_others_are_refused(tmp_path: Pa
     assert "another sources" in capsys.readouterr().err
 
 
-def test_a_result_of_which_nothing_tells_is_refused_before_the_work(tmp_path: Path, capsys) -> None:
+def test_a_result_of_which_nothing_tells_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("One?")}))
     convert("llava", tmp_path / "set.jsonl")
     (tmp_path / "set.jsonl").write_text(json.dumps({"conversations": human("Two?")}))
@@ -613,7 +623,7 @@ def test_a_result_of_which_nothing_tells_is_refused_before_the_work(tmp_path: Pa
 
 @pytest.mark.parametrize("change", ["another", "mended", "gone"])
 def test_a_folder_whose_files_changed_is_another_source(
-    tmp_path: Path, capsys, change: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / f"set/{name}").mkdir(parents=True)

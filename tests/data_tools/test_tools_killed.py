@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_jsonl import sample, write_world
 
 from data_tools.cli import main
+from tests.data_tools.toy_jsonl import sample, write_world
 from tests.scale import scaled
 
 ROUNDS = scaled(1, full=12)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from toy_jsonl import sample, write_world
 
 from data_tools import contact_sheet
 from data_tools.cli import main
 from megatron_vita.data.planning.plan import read_plan
+from tests.data_tools.toy_jsonl import sample, write_world
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def world(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_indexes_are_made_again_only_where_the_shard_is_newer(world: Path, capsys) -> None:
+def test_indexes_are_made_again_only_where_the_shard_is_newer(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(world / "recipe.yaml")
     capsys.readouterr()
     main(["index", recipe])
@@ -41,7 +43,9 @@ def test_indexes_are_made_again_only_where_the_shard_is_newer(world: Path, capsy
     assert capsys.readouterr().out == "1 indexes written, 0 were current\n"
 
 
-def test_a_plan_names_samples_longer_than_a_pack(world: Path, capsys) -> None:
+def test_a_plan_names_samples_longer_than_a_pack(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(world / "recipe.yaml")
     assert main(["plan", recipe, "data.seq_length=80"]) == 0
     assert "6 samples that cannot be used" in capsys.readouterr().out
@@ -56,7 +60,9 @@ def test_a_plan_names_samples_longer_than_a_pack(world: Path, capsys) -> None:
     assert (world / "plan/rejected.jsonl").read_text() == ""
 
 
-def test_a_plan_that_cannot_be_made_leaves_the_one_that_is_there(world: Path, capsys) -> None:
+def test_a_plan_that_cannot_be_made_leaves_the_one_that_is_there(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(world / "recipe.yaml")
     plan = world / "plan/train.arrow"
     assert main(["plan", recipe]) == 0
@@ -69,7 +75,9 @@ def test_a_plan_that_cannot_be_made_leaves_the_one_that_is_there(world: Path, ca
     assert plan.read_bytes() == before
 
 
-def test_inspect_shows_text_loss_and_tiles_of_a_pack(world: Path, capsys) -> None:
+def test_inspect_shows_text_loss_and_tiles_of_a_pack(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(world / "recipe.yaml")]) == 0
     png = world / "sheets/pack.png"
     assert main(["inspect", str(world / "recipe.yaml"), "--pack", "0", "--png", str(png)]) == 0
@@ -82,7 +90,9 @@ def test_inspect_shows_text_loss_and_tiles_of_a_pack(world: Path, capsys) -> Non
     assert Image.open(png).width == contact_sheet.WIDTH
 
 
-def test_a_sheet_shows_tiles_in_order_beside_the_text(world: Path, capsys) -> None:
+def test_a_sheet_shows_tiles_in_order_beside_the_text(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sample = f"{world}/toy/toy-000000.tar:toy-00000002"
     png = world / "sample.png"
     assert main(["inspect", str(world / "recipe.yaml"), "--sample", sample, "--png", str(png)]) == 0
@@ -94,7 +104,9 @@ def test_a_sheet_shows_tiles_in_order_beside_the_text(world: Path, capsys) -> No
     assert sum(row) == 3 * contact_sheet.THUMBNAIL
 
 
-def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(world: Path, capsys) -> None:
+def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(world / "recipe.yaml")
     internvl = "text.media_format=internvl"
     arguments = [
@@ -122,20 +134,22 @@ def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(world: Pa
     ],
 )
 def test_inspect_refuses_what_is_not_there(
-    world: Path, capsys, arguments: list[str], message: str
+    world: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     arguments = [argument.replace("{world}", str(world)) for argument in arguments]
     assert main(["inspect", str(world / "recipe.yaml"), *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_a_pack_past_the_last_is_refused(world: Path, capsys) -> None:
+def test_a_pack_past_the_last_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(world / "recipe.yaml")]) == 0
     assert main(["inspect", str(world / "recipe.yaml"), "--pack", "99"]) == 1
     assert "--pack is 99; the train plan has packs 0 to" in capsys.readouterr().err
 
 
-def test_a_tokenizer_too_large_for_its_text_is_refused(tmp_path: Path, capsys) -> None:
+def test_a_tokenizer_too_large_for_its_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path)
     assert (
         main(["tokenizer", str(path), "--out", str(tmp_path / "x.model"), "--vocab-size", "9000"])
@@ -146,13 +160,17 @@ def test_a_tokenizer_too_large_for_its_text_is_refused(tmp_path: Path, capsys) -
     assert "must end in .model" in capsys.readouterr().err
 
 
-def test_a_bad_line_is_named_when_a_tokenizer_is_trained(tmp_path: Path, capsys) -> None:
+def test_a_bad_line_is_named_when_a_tokenizer_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.jsonl").write_text('\n{"messages": []}\n')
     assert main(["tokenizer", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "x.model")]) == 1
     assert f"error: {tmp_path}/bad.jsonl:2: messages is an empty list" in capsys.readouterr().err
 
 
-def test_bad_lines_cost_a_tokenizer_themselves_alone(tmp_path: Path, capsys) -> None:
+def test_bad_lines_cost_a_tokenizer_themselves_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path, count=60)
     good = path.read_text()
     command = ["tokenizer", str(path), "--out", str(tmp_path / "x.model"), "--vocab-size", "320"]
@@ -171,7 +189,9 @@ def test_bad_lines_cost_a_tokenizer_themselves_alone(tmp_path: Path, capsys) -> 
     ]
 
 
-def test_a_plan_is_continued_with_another_mix(world: Path, capsys) -> None:
+def test_a_plan_is_continued_with_another_mix(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(world / "recipe.yaml")
     assert main(["plan", recipe, "data.epochs=2"]) == 0
     before = read_plan(world / "plan" / "train.arrow")
@@ -183,7 +203,9 @@ def test_a_plan_is_continued_with_another_mix(world: Path, capsys) -> None:
     assert "--continue-from is 99: the plan has packs 0 to" in capsys.readouterr().err
 
 
-def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(tmp_path: Path, capsys) -> None:
+def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path, count=2)
     (tmp_path / "media/film").mkdir()
     for i in range(8):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pool_work import act, fall
 
 from data_tools.pool import Crew, run_tasks
 from megatron_vita.errors import ConfigError, DataError, PlatformError
+from tests.data_tools.pool_work import act, fall
+from tests.environment import environment_with
 
 QUICK = Crew(workers=1, time_limit=1.0)
 
@@ -79,13 +80,11 @@ def test_errors_outside_steps_end_the_work() -> None:
 
 def test_workers_end_with_a_killed_watcher(tmp_path: Path) -> None:
     script = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pool_work import act
+        from tests.data_tools.pool_work import act
         from data_tools.pool import Crew, run_tasks
         list(run_tasks(act, [({str(tmp_path / "log")!r}, ["hang"])] * 2, crew=Crew(workers=2, time_limit=600)))
     """
-    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment_with())
     deadline = time.monotonic() + 60
     while not ((tmp_path / "log").exists() and (tmp_path / "log").read_text().count("hang") == 2):
         assert time.monotonic() < deadline

@@ -8,7 +8,6 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from toy_jsonl import write_world
 
 from data_tools.cli import main
 from data_tools.reencode import Reencode
@@ -17,6 +16,7 @@ from megatron_vita.data.shards.tar import MediaFile, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.video import decode_frames, frame_starts, frame_times, probe_video
+from tests.data_tools.toy_jsonl import write_world
 from tests.media.video_files import clip, damage
 
 
@@ -117,7 +117,9 @@ def test_images_become_jpeg_and_other_media_stay(tmp_path: Path) -> None:
     assert Reencode(video_fps=1.0)("image", MediaFile(".png", b"x")) == MediaFile(".png", b"x")
 
 
-def test_another_quality_is_another_work(tmp_path: Path, capsys) -> None:
+def test_another_quality_is_another_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path, count=4)
     arguments = [
         "shard",

@@ -11,14 +11,16 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
-from toy_jsonl import sample, write_world
 
 from data_tools import sharding
 from data_tools.cli import main
+from data_tools.lines import Line
 from megatron_vita.errors import DataError
+from tests.data_tools.toy_jsonl import sample, write_world
 
 
 def png() -> bytes:
@@ -129,7 +131,9 @@ def test_media_under_other_names_are_stored_with_a_place(tmp_path: Path, fields:
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_sample_is_listed_and_the_others_go_on(tmp_path: Path, capsys, bad: str) -> None:
+def test_a_bad_sample_is_listed_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
     path = write_world(tmp_path)
     text, reason = BAD[bad]
     insert_bad(path, text)
@@ -141,7 +145,9 @@ def test_a_bad_sample_is_listed_and_the_others_go_on(tmp_path: Path, capsys, bad
     assert len(tars(tmp_path)) == 3
 
 
-def test_nothing_but_bad_samples_is_a_failure(tmp_path: Path, capsys) -> None:
+def test_nothing_but_bad_samples_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path)
     path.write_text("{\n[]\n")
     assert shard(path) == 1
@@ -152,7 +158,9 @@ def test_nothing_but_bad_samples_is_a_failure(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_strict_stops_at_a_bad_sample_by_file_and_line(tmp_path: Path, capsys, bad: str) -> None:
+def test_strict_stops_at_a_bad_sample_by_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
     path = write_world(tmp_path)
     text, reason = BAD[bad]
     insert_bad(path, text)
@@ -163,7 +171,9 @@ def test_strict_stops_at_a_bad_sample_by_file_and_line(tmp_path: Path, capsys, b
     assert list(tars(tmp_path)) == ["toy-000000.tar"]
 
 
-def test_strict_also_stops_at_a_sample_that_an_earlier_run_left_out(tmp_path: Path, capsys) -> None:
+def test_strict_also_stops_at_a_sample_that_an_earlier_run_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path)
     insert_bad(path, "{")
     assert shard(path) == 0
@@ -172,7 +182,7 @@ def test_strict_also_stops_at_a_sample_that_an_earlier_run_left_out(tmp_path: Pa
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write_world(tmp_path / "a")
     path = write_world(tmp_path / "b")
@@ -182,7 +192,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     check = sharding.check_line
     seen = []
 
-    def failing(line, **how):
+    def failing(line: Line, **how: Any) -> Any:
         seen.append(line.number)
         if len(seen) == 8:
             raise KeyboardInterrupt
@@ -227,7 +237,9 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert not list((tmp_path / "toy").glob("*.partial"))
 
 
-def test_a_folder_of_other_inputs_is_refused(tmp_path: Path, capsys) -> None:
+def test_a_folder_of_other_inputs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path)
     assert shard(path, "--samples-per-shard", "5") == 0
     assert shard(path, "--samples-per-shard", "6") == 1
@@ -260,7 +272,7 @@ def test_tars_of_a_part_that_fails_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_killed_leaves_no_tar_and_the_next_run_nothing_else(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_world(tmp_path)
     monkeypatch.setattr(sharding._Tars, "__exit__", lambda *_: None)
@@ -296,7 +308,9 @@ def test_tars_that_earlier_work_left_are_removed_with_what_lies_beside_them(tmp_
     assert not (tmp_path / "toy/toy-000002.quarantine.json").exists()
 
 
-def test_datasets_of_one_folder_must_have_the_same_lines(tmp_path: Path, capsys) -> None:
+def test_datasets_of_one_folder_must_have_the_same_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_world(tmp_path)
     (tmp_path / "other.jsonl").write_text(json.dumps({"messages": sample(0)["messages"]}) + "\n")
 
@@ -318,7 +332,7 @@ def test_datasets_of_one_folder_must_have_the_same_lines(tmp_path: Path, capsys)
     assert capsys.readouterr().out == f"{tmp_path}/toy: 12 samples\n"
 
 
-def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
+def test_files_of_one_name_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_world(tmp_path / "a")
     second = write_world(tmp_path / "b")
     assert main(["shard", str(first), str(second), "--out", str(tmp_path / "toy")]) == 1
@@ -342,7 +356,11 @@ def test_files_of_one_name_are_refused(tmp_path: Path, capsys) -> None:
     ],
 )
 def test_user_errors_are_one_line_and_code_1(
-    tmp_path: Path, capsys, monkeypatch, arguments, message: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1

@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from toy_jsonl import write_world
 
 from data_tools.charts import histogram, stacked_bar
 from data_tools.cli import main
 from data_tools.statistics import collect_statistics
 from megatron_vita.config import load_recipe
 from megatron_vita.text.vocabulary import open_tokenizer
+from tests.data_tools.toy_jsonl import write_world
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def test_packs_of_datasets_that_are_gone_are_no_dataset_s_share(recipe: Path) ->
     assert main(["stats", str(recipe), again, "--out", str(recipe.parent / "stats.html")]) == 0
 
 
-def test_the_page_needs_nothing_else_and_shows_samples(recipe: Path, capsys) -> None:
+def test_the_page_needs_nothing_else_and_shows_samples(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", str(recipe)]) == 0
     out = recipe.parent / "pages/stats.html"
     assert main(["stats", str(recipe), "--out", str(out), "--samples", "2"]) == 0
@@ -119,7 +121,9 @@ def test_what_samples_say_is_not_taken_for_html(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_without_an_index_stats_says_what_to_run(tmp_path: Path, capsys) -> None:
+def test_without_an_index_stats_says_what_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path)
     assert (
         main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])

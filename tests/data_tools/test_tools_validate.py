@@ -12,7 +12,6 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from toy_jsonl import write_world
 
 from data_tools import validation
 from data_tools.cli import main
@@ -27,6 +26,7 @@ from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
+from tests.data_tools.toy_jsonl import write_world
 from tests.media.video_files import damage
 
 
@@ -96,7 +96,9 @@ def shard(tmp_path: Path) -> Path:
     return tmp_path / "toy/toy-000000.tar"
 
 
-def test_what_cannot_be_decoded_is_listed_and_left_out(shard: Path, capsys) -> None:
+def test_what_cannot_be_decoded_is_listed_and_left_out(
+    shard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = str(shard.parents[1] / "recipe.yaml")
     before = shard.read_bytes()
     assert main(["index", recipe]) == 0
@@ -117,7 +119,7 @@ def test_what_cannot_be_decoded_is_listed_and_left_out(shard: Path, capsys) -> N
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_video_with_damaged_frames_is_named_and_used(
-    tmp_path: Path, capsys, workers: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     path = tmp_path / "toy-000000.tar"
     write(path, {"a": {"video": [MediaFile(".mp4", damage(film(), range(5, 16)))]}, "b": {}})
@@ -130,7 +132,7 @@ def test_a_video_with_damaged_frames_is_named_and_used(
 
 
 def test_shards_are_decoded_once_unless_they_or_the_sampling_change(
-    shard: Path, capsys, monkeypatch
+    shard: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[str] = []
     monkeypatch.setattr(
@@ -158,7 +160,7 @@ def test_shards_are_decoded_once_unless_they_or_the_sampling_change(
     }
 
 
-def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch) -> None:
+def test_each_dataset_is_sampled_as_itself(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[float, int]] = []
     monkeypatch.setattr(
         validation,
@@ -215,7 +217,7 @@ def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(
 
 
 def test_an_index_is_made_again_where_the_list_or_the_rule_it_was_made_with_is_gone(
-    shard: Path, capsys
+    shard: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(shard.parents[1] / "recipe.yaml")
     main(["validate", recipe, "--workers", "0"])
@@ -250,7 +252,7 @@ def test_an_index_takes_from_the_list_what_it_can_read_again(shard: Path) -> Non
 
 
 def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(
-    shard: Path, capsys
+    shard: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ahead = time.time() + 3600
     os.utime(shard, (ahead, ahead))
@@ -260,7 +262,7 @@ def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(
 
 
 def test_a_shard_that_changes_while_it_is_decoded_is_named(
-    shard: Path, capsys, monkeypatch
+    shard: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changing(*_: object) -> None:
         time.sleep(0.05)  # clocks of files tick slowly
@@ -276,7 +278,9 @@ def test_a_shard_that_changes_while_it_is_decoded_is_named(
     )
 
 
-def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) -> None:
+def test_what_another_recipe_s_sampling_found_is_kept(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = str(shard.parents[1] / "recipe.yaml")
 
     def failing(data: bytes, name: str, *, times: Sequence[float], **_: object) -> None:
@@ -299,7 +303,7 @@ def test_what_another_recipe_s_sampling_found_is_kept(shard: Path, monkeypatch) 
     assert quarantine_path(shard).stat().st_mtime_ns == moment
 
 
-def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
+def test_good_shards_give_code_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_world(tmp_path)
     assert (
         main(
@@ -311,14 +315,18 @@ def test_good_shards_give_code_0(tmp_path: Path, capsys) -> None:
     assert "12 samples in 1 shards; 0 bad" in capsys.readouterr().out
 
 
-def test_a_damaged_tar_is_bad_from_the_damage_on(shard: Path, capsys) -> None:
+def test_a_damaged_tar_is_bad_from_the_damage_on(
+    shard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     os.truncate(shard, shard.stat().st_size // 2)
     assert main(["validate", str(shard), "--workers", "1"]) == 1
     assert f"{shard}: not a readable .tar shard" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", ["toy.jsonl", "none.tar", "toy"])
-def test_other_targets_are_refused(tmp_path: Path, capsys, target: str) -> None:
+def test_other_targets_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
     write_world(tmp_path)
     (tmp_path / "toy").mkdir()
     assert main(["validate", str(tmp_path / target)]) == 1

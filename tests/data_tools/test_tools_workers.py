@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import webdataset
 from PIL import Image
-from toy_jsonl import sample, write_world
 
 from data_tools.cli import main
 from megatron_vita.media.video import VideoInfo, decode_frames, probe_video
+from tests.data_tools.toy_jsonl import sample, write_world
 
 SLOW_SIDE = 13000
 SLOW_IMAGES = 50
@@ -172,7 +172,9 @@ def test_ray_writes_the_same_bytes(tmp_path: Path) -> None:
         ray.shutdown()
 
 
-def test_without_ray_the_executor_says_what_to_install(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_without_ray_the_executor_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     path = write_world(tmp_path, count=2)
     assert (
@@ -259,7 +261,9 @@ def test_a_frame_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert ["the frame f9.png is a link" in found for found in rejected(tmp_path, "a")] == [True]
 
 
-def test_a_recipe_names_its_datasets_files_and_folders(tmp_path: Path, capsys) -> None:
+def test_a_recipe_names_its_datasets_files_and_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_world(tmp_path, count=4)
     recipe = (tmp_path / "recipe.yaml").read_text()
     named = recipe.replace("/toy/*.tar'", f"/toy/*.tar', jsonl: {path}, media: {tmp_path}/media")

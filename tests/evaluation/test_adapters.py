@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import APIError, FakeChatServer, serving, texts_of
 from PIL import Image
 
 from megatron_vita.evaluation.adapters.prompt_rules import Part, clean_answer, long_vita_parts
 from megatron_vita.media.video import probe_video
+from tests.evaluation.chat_server import APIError, FakeChatServer, serving, texts_of
 
 ROOT = Path(__file__).parents[2]
 SELECT = "Please select the correct answer from the options above."

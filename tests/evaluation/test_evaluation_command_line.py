@@ -2,16 +2,15 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import APIError, FakeChatServer, serving, texts_of
 
 from megatron_vita.commands import run_command
 from megatron_vita.evaluation.__main__ import app
+from tests.evaluation.chat_server import APIError, FakeChatServer, serving, texts_of
 
 
 def evaluate(*arguments: object) -> int:
@@ -100,16 +99,12 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert not server.requests
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from toy_run import make_toy_run
-
     from megatron_vita import platform
     from megatron_vita.config import load_recipe
     from megatron_vita.training.loop import train
+    from tests.functional.toy_run import make_toy_run
 
     folder = tmp_path_factory.mktemp("toy")
     path = make_toy_run(folder, samples=40)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from synthetic import IGNORED, VOCAB, make_pack, share_of, tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
@@ -23,6 +22,7 @@ from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from tests.functional.synthetic import IGNORED, VOCAB, make_pack, share_of, tiny_recipe
 
 # Tokens and tiles of documents, by pack length: odd, prime, a single token; and a tail.
 LENGTHS = {

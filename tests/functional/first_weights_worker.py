@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from synthetic import tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
@@ -16,6 +15,7 @@ from megatron_vita.model import first_weights
 from megatron_vita.model.build import build_chunks
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from tests.functional.synthetic import tiny_recipe
 
 BLOCK = 300
 """Numbers drawn together: matrices of the tiny model are of several blocks, whose bounds are not those of shards."""

@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from document_checks import LENGTHS, exact_rows, poison, run_pack
-from stand_in import StandIn
-from synthetic import make_pack, tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
@@ -22,6 +19,9 @@ from megatron_vita.model.backends import AttentionBackend, TorchBackend
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from tests.functional.document_checks import LENGTHS, exact_rows, poison, run_pack
+from tests.functional.stand_in import StandIn
+from tests.functional.synthetic import make_pack, tiny_recipe
 
 
 def losses_and_gradients(model: VitaModel, batch: Batch) -> dict[str, torch.Tensor]:

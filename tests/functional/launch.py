@@ -124,4 +124,4 @@ def _environment() -> dict[str, str]:
     # pyarrow's own allocator and OpenBLAS keep threads, which a fork would lose
     single = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
     single |= {name: os.environ[name] for name in single if name in os.environ}
-    return environment_with(HERE, PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1", **single)
+    return environment_with(PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1", **single)

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from layouts import Layout
-from synthetic import make_step, share_of, tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
@@ -22,6 +20,8 @@ from megatron_vita.training import optimizer
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, assemble_run, settle_weights
 from megatron_vita.training.step import train_step
+from tests.functional.layouts import Layout
+from tests.functional.synthetic import make_step, share_of, tiny_recipe
 
 STEPS = 3
 BUCKET = 5000

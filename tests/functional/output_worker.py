@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from layout_worker import my_batches, save_tensors, whole_gradients
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from shard_checks import vocabulary_shards
-from synthetic import tiny_recipe
 from torch import Tensor
 
 from megatron_vita import platform
@@ -26,6 +23,9 @@ from megatron_vita.parallel import groups
 from megatron_vita.training.optimizer import build_optimizer
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step
+from tests.functional.layout_worker import my_batches, save_tensors, whole_gradients
+from tests.functional.shard_checks import vocabulary_shards
+from tests.functional.synthetic import tiny_recipe
 
 TIED = {"language": {"untie_embeddings_and_output_weights": False}}
 

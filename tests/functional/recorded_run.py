@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launch import torchrun
+from tests.functional.launch import torchrun
 
 
 def run(

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from layout_worker import my_batches, save_tensors
-from synthetic import tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run, save_run, take_up
 from megatron_vita.training.step import train_step
+from tests.functional.layout_worker import my_batches, save_tensors
+from tests.functional.synthetic import tiny_recipe
 
 
 def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:

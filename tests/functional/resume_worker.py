@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import load_recipe
+from megatron_vita.data.batch import Batch
 from megatron_vita.training import loop, optimizer
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
@@ -55,10 +58,10 @@ def main() -> None:
     train_step = loop.train_step
     save = store.dist_checkpointing.save
 
-    def recorded_step(run: Run, batches) -> StepMetrics:
+    def recorded_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
         seen = []
 
-        def watched():
+        def watched() -> Iterator[Batch]:
             for batch in batches:
                 seen.append(batch.pack_id)
                 yield batch
@@ -79,7 +82,7 @@ def main() -> None:
             be_told_to_stop(run, where)
         return metrics
 
-    def dying_save(state, path, **options) -> None:
+    def dying_save(state: dict, path: str, **options: Any) -> None:
         save(state, path, **options)
         if where == "saving" and f"step_{int(at):08d}" in str(path) and dist.get_rank() == 0:
             die()

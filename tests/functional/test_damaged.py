@@ -3,17 +3,14 @@ many stop the run."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launch import torchrun
-from recorded_run import run
-from toy_run import make_toy_run
-
 from megatron_vita.data.shards.index import index_path, read_index
+from tests.functional.launch import torchrun
+from tests.functional.recorded_run import run
+from tests.functional.toy_run import make_toy_run
 from tests.scale import scaled
 
 ANY = "data.max_damaged=1"

@@ -2,16 +2,12 @@
 trained."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from document_checks import run_checks
-from launch import MOST_PROCESSES, torchrun
-from synthetic import tiny_recipe
-
+from tests.functional.document_checks import run_checks
+from tests.functional.launch import MOST_PROCESSES, torchrun
+from tests.functional.synthetic import tiny_recipe
 from tests.scale import scaled
 
 TP = {"tensor_model_parallel_size": 2}

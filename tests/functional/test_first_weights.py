@@ -2,20 +2,17 @@
 the vocabulary."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from first_weights_worker import build
-from launch import MOST_PROCESSES, torchrun
-
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 from megatron_vita.model import first_weights
+from tests.functional.first_weights_worker import build
+from tests.functional.launch import MOST_PROCESSES, torchrun
 
 ODD = {"vocab_size": 97}  # which two ranks pad
 TP = {"tensor_model_parallel_size": 2}

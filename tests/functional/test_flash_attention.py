@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import torchrun
+
+from tests.functional.launch import torchrun
 
 TP = {"tensor_model_parallel_size": 2}
 CP = {"context_parallel_size": 2}

@@ -6,21 +6,18 @@ meets.
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launch import MOST_PROCESSES, torchrun
-from layout_worker import open_layout, run_steps, save_tensors, write_metrics
-from layouts import FEATURES, Layout, covering_layouts, layout_of
-
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.training.run import Run
+from tests.functional.launch import MOST_PROCESSES, torchrun
+from tests.functional.layout_worker import open_layout, run_steps, save_tensors, write_metrics
+from tests.functional.layouts import FEATURES, Layout, covering_layouts, layout_of
 from tests.scale import scaled
 
 PLAIN = [

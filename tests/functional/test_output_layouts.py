@@ -2,20 +2,17 @@
 single process."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launch import torchrun
-from layout_worker import save_tensors
-from output_worker import TIED, open_case, step_of_case
-
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
+from tests.functional.launch import torchrun
+from tests.functional.layout_worker import save_tensors
+from tests.functional.output_worker import TIED, open_case, step_of_case
 
 SMOOTH = {"output": {"label_smoothing": 0.1, "z_loss": 0.01}}
 FULL = {"full_logits": True}

@@ -6,19 +6,16 @@ both are padded.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from launch import torchrun
-from layout_worker import open_layout, save_tensors
-from reload_worker import first_step, second_step
-
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
+from tests.functional.launch import torchrun
+from tests.functional.layout_worker import open_layout, save_tensors
+from tests.functional.reload_worker import first_step, second_step
 from tests.scale import scaled
 
 ODD = {

@@ -5,15 +5,12 @@ Layers are recomputed but for attention, MLPs in pieces, the tower from pixels; 
 activations wait on the host, which changes no digit.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded_run import run
-from toy_run import make_toy_run
-
+from tests.functional.recorded_run import run
+from tests.functional.toy_run import make_toy_run
 from tests.scale import scaled
 
 STEPS = 12

@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from toy_run import make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.config import load_recipe
 from megatron_vita.training.loop import train
 from tests.environment import environment_with
+from tests.functional.toy_run import make_toy_run
 from tests.inference.server.running_server import refusal, wait_until
 
 ROOT = Path(__file__).parents[2]

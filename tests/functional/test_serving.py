@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import HERE, torchrun
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from tests.environment import environment_with
+from tests.functional.launch import HERE, torchrun
 from tests.inference.tiny import tiny_engine, tiny_recipe
 from tests.scale import scaled
 

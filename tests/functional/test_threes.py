@@ -1,15 +1,13 @@
 """Three replicas, shares of a document, stages or slices of a layer, none a power of two, give one
 process's digits."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded_run import run
-from toy_run import data_tools, make_toy_run
+from tests.functional.recorded_run import run
+from tests.functional.toy_run import data_tools, make_toy_run
 
 LAYOUTS = {
     "dp3": ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"],

@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from document_checks import LENGTHS, Outcome, run_pack
-from fields import canonical
-from synthetic import make_pack, tiny_recipe
-
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.model.build import build_model
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from tests.functional.document_checks import LENGTHS, Outcome, run_pack
+from tests.functional.synthetic import make_pack, tiny_recipe
+from tests.gpu.fields import canonical
 
 
 def run_backend(fields: dict, *, weights: Path | None) -> tuple[VitaModel, Outcome, torch.Tensor]:

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fields import GPUS, TE, TORCH, fa4_layouts, te_layouts, world_of
-from launch import torchrun
+
+from tests.functional.launch import torchrun
+from tests.gpu.fields import GPUS, TE, TORCH, fa4_layouts, te_layouts, world_of
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 PACK = {"seq_length": 2048}

@@ -4,10 +4,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from fields import fa4_layouts
 
 from megatron_vita.errors import PlatformError
 from megatron_vita.layout.zigzag import positions_of_rank, rank_chunks
+from tests.gpu.fields import fa4_layouts
 
 pytestmark = pytest.mark.skipif(
     not fa4_layouts(), reason="needs FlashAttention-4 and a Hopper GPU or a later one"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fields import GPUS
 
 from megatron_vita import platform
 from megatron_vita.errors import PlatformError
+from tests.gpu.fields import GPUS
 
 pytestmark = pytest.mark.skipif(
     GPUS == 0 or not platform.has_transformer_engine(), reason="needs Transformer Engine"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fields import GPUS
 
 from megatron_vita.inference.runner.cuda_graphs import GraphPool
+from tests.gpu.fields import GPUS
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 

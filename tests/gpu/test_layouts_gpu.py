@@ -16,10 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fields import GPUS, SIZES, TE, TORCH, canonical
-from launch import torchrun
-from layout_worker import STEPS, my_batches, open_layout, save_tensors, whole_gradients
-from layouts import Layout, covering_layouts, layout_of
 from torch import Tensor
 
 from megatron_vita import platform
@@ -27,6 +23,16 @@ from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step
+from tests.functional.launch import torchrun
+from tests.functional.layout_worker import (
+    STEPS,
+    my_batches,
+    open_layout,
+    save_tensors,
+    whole_gradients,
+)
+from tests.functional.layouts import Layout, covering_layouts, layout_of
+from tests.gpu.fields import GPUS, SIZES, TE, TORCH, canonical
 from tests.scale import scaled
 
 pytestmark = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fields import GPUS, TE
-from layout_worker import open_layout
-from synthetic import make_pack
 from torch import Tensor
 
 from megatron_vita import platform
@@ -17,6 +14,9 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.training import step
 from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step
+from tests.functional.layout_worker import open_layout
+from tests.functional.synthetic import make_pack
+from tests.gpu.fields import GPUS, TE
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 LENGTH = 16384

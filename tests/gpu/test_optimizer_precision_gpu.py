@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from fields import GPUS, TORCH
-from launch import torchrun
-from layout_worker import open_layout, save_tensors
 
 from megatron_vita import platform
+from tests.functional.launch import torchrun
+from tests.functional.layout_worker import open_layout, save_tensors
+from tests.gpu.fields import GPUS, TORCH
 
 pytestmark = pytest.mark.skipif(
     GPUS == 0 or not platform.has_transformer_engine(), reason="needs Transformer Engine"

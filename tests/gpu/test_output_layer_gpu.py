@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
+
+from tests.functional.launch import torchrun
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fields import GPUS
 
 from megatron_vita.inference.generation.beams import BeamSearch
 from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, sample_tokens
 from megatron_vita.inference.requests import SamplingParams
+from tests.gpu.fields import GPUS
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 

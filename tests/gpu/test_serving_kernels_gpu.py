@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from fields import GPUS
 from torch import Tensor
 
 from megatron_vita.inference.runner.kv_cache import CacheShape, KeyValueCache
 from megatron_vita.inference.runner.partial_attention import attend, merge_attention_states
 from megatron_vita.inference.runner.rotary import Rotation
 from megatron_vita.layout.blocks import BlockLayout
+from tests.gpu.fields import GPUS
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 

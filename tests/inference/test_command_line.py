@@ -14,16 +14,13 @@ import av
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-from chat_server import APIError, FakeChatServer, serving, texts_of
-from toy_run import make_toy_run
-
 from megatron_vita import platform
 from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
 from megatron_vita.inference.__main__ import app
 from megatron_vita.training.loop import train
+from tests.evaluation.chat_server import APIError, FakeChatServer, serving, texts_of
+from tests.functional.toy_run import make_toy_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from video_files import clip
 
 from megatron_vita.media.clock import steady
 from megatron_vita.media.video import decode_frames, frame_starts, frame_times, probe_video
+from tests.media.video_files import clip
 
 KINDS = [("mpegts", "libx264"), ("mpegts", "mpeg2video"), ("mpeg", "mpeg2video")]
 WRAP = 2**33 // 3600

@@ -8,11 +8,11 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from picture_files import file_of, png_of, tiff_of
 from PIL import Image
 
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
+from tests.media.picture_files import file_of, png_of, tiff_of
 
 
 def greys(data: bytes) -> list[int]:

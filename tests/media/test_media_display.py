@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
-from video_files import clip
 
 from megatron_vita.errors import DataError
 from megatron_vita.media.video import decode_frames, probe_video
+from tests.media.video_files import clip
 
 SIDE = 64
 Matrix = tuple[int, int, int, int]

@@ -6,13 +6,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from picture_files import exif_of, file_of
 from PIL import Image
 
 from megatron_vita.errors import DataError
 from megatron_vita.media import frame_archive
 from megatron_vita.media.frame_archive import is_archive, pack_frames
 from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, probe_video
+from tests.media.picture_files import exif_of, file_of
 
 SIZE = 16
 

@@ -5,12 +5,12 @@ import io
 import numpy as np
 import pytest
 import simplejpeg
-from picture_files import exif_of, file_of, photograph
 from PIL import Image
 
 from megatron_vita.errors import DataError
 from megatron_vita.media import images
 from megatron_vita.media.images import image_size, open_image, read_pixels
+from tests.media.picture_files import exif_of, file_of, photograph
 
 CORNERS = {"red": (0, 0), "lime": (1, 0), "blue": (0, 1), "white": (1, 1)}
 """Colours of a test picture's quarters, by column and row."""

@@ -4,10 +4,10 @@ import struct
 import zlib
 
 import pytest
-from picture_files import exif_of, file_of, png_chunk
 from PIL import Image
 
 from megatron_vita.media.images import image_size, open_image
+from tests.media.picture_files import exif_of, file_of, png_chunk
 
 WIDE = Image.new("RGB", (48, 32), "red")
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'

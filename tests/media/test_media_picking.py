@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from video_files import clip
 
 from megatron_vita.media import video as video_module
 from megatron_vita.media.clip import Clip, Coded
@@ -16,6 +15,7 @@ from megatron_vita.media.normalization import mean_color
 from megatron_vita.media.picking import Picker
 from megatron_vita.media.resize import letterboxed
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
+from tests.media.video_files import clip
 
 SIZE = 28
 FAST = {"deadline": "realtime", "cpu-used": "8"}

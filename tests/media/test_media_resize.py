@@ -4,16 +4,15 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import exif_of, file_of, photograph
 from PIL import Image
 
 from megatron_vita.media.images import Pixels, open_image, read_pixels
 from megatron_vita.media.resize import fitting_size, letterboxed, squashed
 from tests.environment import environment_with
+from tests.media.picture_files import exif_of, file_of, photograph
 
 BICUBIC = Image.Resampling.BICUBIC
 SIZES = [
@@ -88,12 +87,12 @@ def test_processors_without_vector_instructions_give_the_same_pixels() -> None:
     image = photograph((777, 555))
     pixels = squashed(Pixels(np.array(image), 1), (448, 336))
     code = (
-        "import hashlib, sys, numpy as np; from picture_files import photograph;"
+        "import hashlib, sys, numpy as np; from tests.media.picture_files import photograph;"
         "from megatron_vita.media.images import Pixels; from megatron_vita.media.resize import squashed;"
         "pixels = squashed(Pixels(np.array(photograph((777, 555))), 1), (448, 336));"
         "print(hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest())"
     )
-    env = environment_with(Path(__file__).parent, ATEN_CPU_CAPABILITY="default")
+    env = environment_with(ATEN_CPU_CAPABILITY="default")
     result = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )

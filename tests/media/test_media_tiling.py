@@ -4,7 +4,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from picture_files import photograph
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
@@ -18,6 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import Pixels
 from megatron_vita.media.tiling import Grid, Tiling, choose_grid, cut_tiles, grids_of, num_tiles
+from tests.media.picture_files import photograph
 
 LLAVA_NEXT = (Grid(2, 1), Grid(1, 2), Grid(2, 2), Grid(1, 3), Grid(3, 1))
 

@@ -7,12 +7,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from video_files import clip, damage
 
 from megatron_vita.errors import DataError
 from megatron_vita.media import clip as clip_module
 from megatron_vita.media.normalization import mean_color
 from megatron_vita.media.video import VideoInfo, decode_frames, frame_times, num_frames, probe_video
+from tests.media.video_files import clip, damage
 
 SIZE = 16
 FORMATS = [

@@ -4,9 +4,7 @@ Attention is replaced by one that keeps queries, keys, values, its output and no
 attention does but for log-sum-exps; the `torch` backend's keeps copies in another order.
 """
 
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +13,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from synthetic import LENGTH, make_pack, share_of, tiny_recipe
-
 from megatron_vita import platform
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from megatron_vita.training.host_buffers import open_activation_store
+from tests.functional.synthetic import LENGTH, make_pack, share_of, tiny_recipe
 
 ROW = LENGTH * 32 * 4  # bytes of a hidden state of the tiny model
 

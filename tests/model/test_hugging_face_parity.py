@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hf_weights import copy_into, our_tensors, randomize
 from torch import Tensor
 from transformers import (
     InternVLConfig,
@@ -28,6 +27,7 @@ from megatron_vita.model.projector import Projector
 from megatron_vita.model.vision import pixel_shuffle
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from tests.model.hf_weights import copy_into, our_tensors, randomize
 
 VOCAB = 96
 IMAGE_TOKEN = 90

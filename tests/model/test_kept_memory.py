@@ -1,13 +1,9 @@
 """Memory kept between the forward and backward passes is what the recipe says, byte by byte."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from live_bytes import ROW, kept_bytes, per_layer
+from tests.model.live_bytes import ROW, kept_bytes, per_layer
 
 FULL = {"recompute_granularity": "full"}
 KEPT = FULL | {"recompute_keep_attention_layers": -1}

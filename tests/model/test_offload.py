@@ -1,15 +1,10 @@
 """Activations that wait on the host come back as they were, to whichever pass they belong."""
 
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from synthetic import make_pack, share_of, tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.layout.slicing import slice_pack
@@ -20,6 +15,7 @@ from megatron_vita.model.offload import ActivationStore, LayerActivations
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.training.host_buffers import open_activation_store
+from tests.functional.synthetic import make_pack, share_of, tiny_recipe
 
 KEPT = {"recompute_granularity": "full", "recompute_keep_attention_layers": 2}
 NUMBER = 1  # of a layer

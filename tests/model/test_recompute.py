@@ -1,19 +1,15 @@
 """Recomputation in the backward pass follows the recipe, and tiles pass the tower in turns."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from synthetic import make_pack, share_of, tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.media.normalize import normalize
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
+from tests.functional.synthetic import make_pack, share_of, tiny_recipe
 
 ONCE = [1, 1, 1, 1]
 TWICE = [2, 2, 2, 2]

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,10 +10,6 @@ from typing import Any, cast
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from launch import torchrun
-from toy_run import make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.config import load_recipe, recipe_from_dict
@@ -24,6 +19,8 @@ from megatron_vita.training.callbacks.importing import import_callbacks
 from megatron_vita.training.loop import train
 from megatron_vita.training.meter import Meter
 from megatron_vita.training.run import Run
+from tests.functional.launch import torchrun
+from tests.functional.toy_run import make_toy_run
 
 FAST = [
     "data.num_workers=0",

@@ -1,13 +1,9 @@
 """`training.fit_memory` chooses on the machine of the run, again after each start, and says what."""
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from toy_run import make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe, TrainingConfig, load_recipe
@@ -15,6 +11,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.training import fitting, loop
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import Run
+from tests.functional.toy_run import make_toy_run
 
 GIB = 1 << 30
 

@@ -1,12 +1,6 @@
 """Host memory for activations is checked before the first step, and refused by the field's name."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from synthetic import tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
@@ -15,6 +9,7 @@ from megatron_vita.model import offload
 from megatron_vita.parallel import groups
 from megatron_vita.training import host_buffers
 from megatron_vita.training.run import assemble_run
+from tests.functional.synthetic import tiny_recipe
 
 NEEDED = 4 * 2 * 128 * 32 * 4  # input and attention output of four layers
 

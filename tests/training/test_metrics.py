@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from synthetic import make_pack, tiny_recipe
-from toy_run import make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.config import TrainingConfig, load_recipe
@@ -29,6 +24,8 @@ from megatron_vita.training.meter import Meter
 from megatron_vita.training.metrics import count_batch, measure_memory
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.wording import count
+from tests.functional.synthetic import make_pack, tiny_recipe
+from tests.functional.toy_run import make_toy_run
 
 FAST = [
     "data.num_workers=0",

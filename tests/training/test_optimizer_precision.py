@@ -1,17 +1,11 @@
 """Types of the optimizer's state: a run goes on under any of them, and what none can do is refused."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from fused_adam import installed, numpy_join, numpy_split
-from layout_worker import my_batches
-from synthetic import tiny_recipe
 
 from megatron_vita import platform
 from megatron_vita.errors import CheckpointError, PlatformError
@@ -21,6 +15,9 @@ from megatron_vita.training import optimizer_state, run
 from megatron_vita.training.optimizer import check_optimizer
 from megatron_vita.training.run import assemble_run, save_run, take_up
 from megatron_vita.training.step import train_step
+from tests.functional.layout_worker import my_batches
+from tests.functional.synthetic import tiny_recipe
+from tests.training.fused_adam import installed, numpy_join, numpy_split
 
 AWARE = {"use_precision_aware_optimizer": True}
 SETTINGS: dict[str, dict] = {

@@ -15,9 +15,6 @@ import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from toy_run import data_tools, make_toy_run
-
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import load_recipe
@@ -31,6 +28,7 @@ from megatron_vita.training.position import check_parts, find_position
 from megatron_vita.training.run import Run, open_run, save_run
 from megatron_vita.training.streams import open_streams
 from tests.environment import environment_with
+from tests.functional.toy_run import data_tools, make_toy_run
 
 STEP = 8
 PACKS = 32

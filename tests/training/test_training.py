@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import cast
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "functional"))
-from toy_run import data_tools, make_toy_run
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import shared_folder, space, store
@@ -31,6 +27,7 @@ from megatron_vita.training.loop import train
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import train_step
+from tests.functional.toy_run import data_tools, make_toy_run
 
 PARTS = ("vision_model", "projector", "language_model")
 NO_RUN = cast(Run, None)

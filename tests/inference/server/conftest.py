@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import FakeEngine
-from running_server import RunningServer, running
+
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import RunningServer, running
 
 
 @pytest.fixture(scope="module")

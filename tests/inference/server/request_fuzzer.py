@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from media_makers import data_url, png
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from pydantic import TypeAdapter
-from running_server import MODEL
-from vllm_fields import ASKS_FOR_MORE, SGLANG, VLLM
-from webm import webm
+
+from tests.inference.server.media_makers import data_url, png
+from tests.inference.server.running_server import MODEL
+from tests.inference.server.vllm_fields import ASKS_FOR_MORE, SGLANG, VLLM
+from tests.inference.server.webm import webm
 
 Json = Any
 

@@ -4,11 +4,10 @@
 import argparse
 import os
 
-from fake_engine import FakeEngine
-
 from megatron_vita import platform
 from megatron_vita.inference.server.app import ServerOptions
 from megatron_vita.inference.server.server import serve
+from tests.inference.server.fake_engine import FakeEngine
 
 parser = argparse.ArgumentParser()
 parser.add_argument("port", type=int)

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-from media_makers import bomb, data_url, image, png, video
-from running_server import RunningServer, body
-from webm import webm
+
+from tests.inference.server.media_makers import bomb, data_url, image, png, video
+from tests.inference.server.running_server import RunningServer, body
+from tests.inference.server.webm import webm
 
 JSON = {"content-type": "application/json"}
 FILM = data_url(webm(seconds=1), "video/webm")

@@ -16,12 +16,12 @@ import tracemalloc
 from pathlib import Path
 
 import psutil
-from fake_engine import FakeEngine
-from running_server import RunningServer, running, wait_until
-from soak import KINDS, soak
 
 from megatron_vita import platform
 from megatron_vita.inference.server.interface import ServedEngine
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import RunningServer, running, wait_until
+from tests.inference.server.soak import KINDS, soak
 from tests.inference.tiny import tiny_engine
 
 _C = ctypes.CDLL(None)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from running_server import RunningServer, body, running, wait_until
+
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import RunningServer, body, running, wait_until
 
 KEY = "secret"
 PREFIX = hashlib.sha256(KEY.encode()).hexdigest()[:8]

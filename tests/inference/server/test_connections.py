@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import pytest
-from fake_engine import FakeEngine
-from running_server import RunningServer, body, refusal, running, wait_until
 
 from megatron_vita.inference.server import connections
 from megatron_vita.inference.server.access_log import LineBudget
 from megatron_vita.inference.server.limits import Limits
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
 
 BODY = json.dumps(body(max_tokens=1)).encode()
 FEW = Limits(open_requests=2, open_bodies=4, header_seconds=0.4)

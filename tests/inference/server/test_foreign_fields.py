@@ -7,7 +7,6 @@ from typing import Any, get_type_hints
 import openai.types.chat as openai_types
 import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
-from vllm_fields import ASKS_FOR_MORE, SGLANG, VLLM
 
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server import foreign_fields, protocol
@@ -15,6 +14,7 @@ from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.parsing import parse_request
 from megatron_vita.inference.server.sampling import max_frames_of, sampling_of
+from tests.inference.server.vllm_fields import ASKS_FOR_MORE, SGLANG, VLLM
 
 LIMITS = Limits()
 DOCS = Path(__file__).parents[3] / "docs" / "serving.md"

@@ -6,10 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from running_server import RunningServer, body, refusal, running, wait_until
 
 from megatron_vita.inference.server.limits import Limits
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
 
 FEW = Limits(open_requests=5, open_requests_per_key=2)
 

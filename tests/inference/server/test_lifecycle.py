@@ -15,8 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, FakePrepared
-from running_server import RunningServer, body, refusal, running, wait_until
 
 from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.prompt import Prompt
@@ -24,6 +22,8 @@ from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
 from tests.environment import environment_with
+from tests.inference.server.fake_engine import FakeEngine, FakePrepared
+from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
 
 LONG = "x" * 4000
 FOLDER = Path(__file__).parent
@@ -441,9 +441,7 @@ def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, str(FOLDER / "serve_fake.py"), str(port), *arguments]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment_with(FOLDER)
-    )
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment_with())
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
 
     def listens() -> bool:

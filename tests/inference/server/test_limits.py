@@ -13,9 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine, FakeVideo
-from media_makers import data_url, video
-from running_server import RunningServer, body, refusal, running, wait_until
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from megatron_vita.commands import from_arguments
@@ -24,6 +21,9 @@ from megatron_vita.inference.prompt import MediaFile
 from megatron_vita.inference.server.__main__ import parse_arguments
 from megatron_vita.inference.server.access import read_keys
 from megatron_vita.inference.server.limits import Limits
+from tests.inference.server.fake_engine import FakeEngine, FakeVideo
+from tests.inference.server.media_makers import data_url, video
+from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
 from tests.media.video_files import clip
 
 SMALL = Limits(

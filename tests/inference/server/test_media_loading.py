@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from media_makers import bomb, data_url, image, png, video
-from running_server import RunningServer, running
 
 from megatron_vita.inference.server.api_errors import APIError
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.remote import RemoteFetcher, is_public
 from megatron_vita.media.frame_archive import pack_frames
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.media_makers import bomb, data_url, image, png, video
+from tests.inference.server.running_server import RunningServer, running
 from tests.media.video_files import clip
 
 LIMITS = Limits(media_bytes=400_000, image_pixels=1_000_000, video_frames=5)

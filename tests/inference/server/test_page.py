@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from PIL import Image, ImageDraw
-from running_server import RunningServer, running, wait_until
-from webm import webm
 
 from megatron_vita.inference.server.limits import Limits
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import RunningServer, running, wait_until
+from tests.inference.server.webm import webm
 
 CHROMIUM = shutil.which("chromium")
 SCREENSHOTS = os.environ.get("VITA_SCREENSHOTS")

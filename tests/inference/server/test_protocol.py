@@ -6,10 +6,10 @@ from typing import Any
 
 import openai
 import pytest
-from fake_engine import FakeEngine
-from running_server import MODEL, RunningServer, body, refusal, running
 
 from megatron_vita.inference.requests import SamplingParams
+from tests.inference.server.fake_engine import FakeEngine
+from tests.inference.server.running_server import MODEL, RunningServer, body, refusal, running
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-from request_fuzzer import Case, RequestFuzzer
-from running_server import RunningServer, body, running, wait_until
 
 from megatron_vita import platform
 from megatron_vita.inference.server.limits import Limits
+from tests.inference.server.request_fuzzer import Case, RequestFuzzer
+from tests.inference.server.running_server import RunningServer, body, running, wait_until
 from tests.inference.tiny import tiny_engine
 from tests.scale import scaled
 

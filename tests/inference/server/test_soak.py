@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from soak import KINDS
 
 from tests.environment import environment_with
+from tests.inference.server.soak import KINDS
 from tests.scale import scaled
 
 SCRIPT = Path(__file__).with_name("soak_alone.py")
