@@ -25,6 +25,8 @@ class Config:
     def __init__(self, values: dict[str, Any], where: str) -> None:
         self.values = values
         self.where = where
+        # Kept with their Config: reading a field of a nested object twice must count on the same
+        # object.
         self._read: set[str] = set()
         self._parts: dict[str, Config] = {}
 
@@ -73,17 +75,23 @@ class Config:
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """Return an integer field of at least `least`; a field without a default is required."""
-        value = self.need(name) if default is None else self.get(name, default)
+        value = self._required_or(name, default)
+        # bool is a subclass of int in Python, and `true` is no number here.
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(name, f"a whole number of at least {least} is needed")
         return value
 
     def number(self, name: str, default: float | None = None, *, least: float = 0.0) -> float:
         """Return a numeric field of at least `least`; a field without a default is required."""
-        value = self.need(name) if default is None else self.get(name, default)
+        value = self._required_or(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
             raise self.wrong(name, f"a number of at least {least:g} is needed")
         return float(value)
+
+    def _required_or(self, name: str, default: Any) -> Any:
+        if default is None:
+            return self.need(name)
+        return self.get(name, default)
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a boolean field."""
@@ -96,6 +104,7 @@ class Config:
         """Return a view of this config with another `model_type`; fields read through it count as
         read here."""
         view = Config(self.values | {"model_type": model_type}, self.where)
+        # Shared on purpose: the caller refuses the unread fields of the original object.
         view._read = self._read
         view._parts = self._parts
         return view
@@ -128,6 +137,8 @@ class Config:
         """Return the side of a square in pixels, given as a number, [height, width] or an object of
         sides."""
         value = self.get(name, default)
+        # Processors write sizes as {"height", "width"} or {"shortest_edge"}, configs as numbers or
+        # pairs.
         if isinstance(value, dict) and value.keys() <= {"height", "width", "shortest_edge"}:
             value = list(value.values())
         sides = set(value) if isinstance(value, list) else {value}
@@ -147,6 +158,7 @@ class Config:
         """Prefix errors of recipe groups built inside with the name of this file."""
         try:
             yield
+        # Recipe groups check themselves and know only their own field names; users know the file.
         except ConfigError as error:
             raise CheckpointError(f"{self.where}: {error}") from error
 
@@ -161,6 +173,8 @@ class Config:
         program that wrote the file keeps notes in them.
         """
         for name, value in self.values.items():
+            # A nested object that was opened as a part is checked field by field, otherwise as a
+            # whole.
             if name in self._parts:
                 yield from self._parts[name].unread()
             elif name not in self._read and value not in (None, {}, []) and name[0] != "_":
@@ -179,6 +193,7 @@ class Config:
 def updated(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """Return `base` updated with `fields`; a field given as [side, side] in `base` stays a list."""
     return base | {
+        # transformers writes InternViT's image and patch sizes as pairs
         n: [v, v] if isinstance(base.get(n), list) and isinstance(v, int) else v
         for n, v in fields.items()
     }

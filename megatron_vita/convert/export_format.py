@@ -27,6 +27,8 @@ def kept_folders(checkpoint: Path, *, tokenizer: str) -> list[Path]:
     those of the converted checkpoint that holds the tokenizer of the run."""
     own = sorted(folder for folder in (checkpoint / FOLDER).glob("*") if folder.is_dir())
     origin = Path(tokenizer).parent
+    # A training run copies no sidecar files into its checkpoints, but its tokenizer's path leads to
+    # those of the checkpoint that it started from.
     if own or origin.name != FOLDER:
         return own
     return sorted(folder for folder in origin.glob("*") if folder.is_dir())
@@ -46,6 +48,7 @@ def choose_format(
     if like is not None:
         found = format_of(Config.read(like))
         chosen = format_named(folder_format) if folder_format else found
+        # A config does not show whether tensor names have the prefix, so `like` fits both variants.
         if chosen.name.removesuffix(PREFIXED) != found.name:
             raise CheckpointError(f"{like}: is of format {found.name}, not {folder_format}")
     elif folder_format:
@@ -53,11 +56,20 @@ def choose_format(
     elif len(kept) == 1 and _fits(format_named(kept[0].name), model):
         chosen = format_named(kept[0].name)
     else:
-        whole = LONG_VITA if model.projector.kind == LONG_VITA.projector else INTERNVL_HF
-        chosen = CAUSAL if model.text_only else whole
+        chosen = _default_format(model)
     _check_parts(chosen, model)
+    # A folder without config.json has a tokenizer only (`import_megatron`): there is nothing to
+    # reuse.
     origins = (f for f in kept if f.name == chosen.name and (f / CONFIG).exists())
     return chosen, like or next(origins, None)
+
+
+def _default_format(model: ModelConfig) -> FolderFormat:
+    if model.text_only:
+        return CAUSAL
+    if model.projector.kind == LONG_VITA.projector:
+        return LONG_VITA
+    return INTERNVL_HF
 
 
 def _fits(folder_format: FolderFormat, model: ModelConfig) -> bool:
@@ -89,11 +101,14 @@ def config_fields(
     Raises:
         CheckpointError: the format cannot express the model; the message names the field.
     """
+    # The reader asks which tensors exist, for instance to tell whether the embeddings are tied.
     names = {name for transfer in transfers for name in transfer.rule.theirs}
 
     def differing(fields: dict[str, Any]) -> str | None:
         return _difference(folder_format, folder_format.read(Config(fields, CONFIG), names), model)
 
+    # A tower exported alone gets its own config, although that of the whole model describes it too.
+    # GLM-4V's is the only config that EVA has.
     part_of_more = (
         "vision_config" in base
         and folder_format.parts == ("vision_model",)
@@ -106,6 +121,7 @@ def config_fields(
         raise CheckpointError(
             f"format {folder_format.name} is of other models: it cannot say {field}; use another format"
         )
+    # transformers 4 wrote torch_dtype; left in place, the two fields could contradict each other.
     fields["dtype"] = str(transfers[0].dtype).removeprefix("torch.")
     fields.pop("torch_dtype", None)
     return fields
@@ -117,6 +133,7 @@ def _difference(folder_format: FolderFormat, one: ModelConfig, other: ModelConfi
     for part in (part.removesuffix("_model") for part in folder_format.parts):
         mine = asdict(getattr(other, part))
         for name, value in asdict(getattr(one, part)).items():
+            # A published config says nothing of our initialization.
             if value != mine[name] and not name.endswith(("init", "init_method_std")):
                 return f"model.{part}.{name} {mine[name]}"
     return None

@@ -58,6 +58,7 @@ def complete_folder(
                 recipe.text.tokenizer,
             )
         return fields
+    # Read from the copied folder, which is what transformers will read.
     needed = tokens_needed(recipe.text, text_only=recipe.model.text_only)
     tokenizer = load_tokenizer(folder, added=needed)
     _complete_tokenizer(folder, tokenizer, folder_format=folder_format, recipe=recipe)
@@ -78,6 +79,7 @@ def _media_fields(
     said = chat_tiling(Config(config, ""))
     if (
         said == {"min_tiles": media.min_tiles, "max_tiles": media.max_tiles}
+        # An unchanged config.json stays identical to the origin's, byte for byte.
         and "template" in config
     ):
         return {}
@@ -95,12 +97,14 @@ def _complete_tokenizer(
     folder: Path, tokenizer: Tokenizer, *, folder_format: FolderFormat, recipe: Recipe
 ) -> None:
     """Write special tokens, the token names that a processor looks up, and the chat template."""
+    # InternVL's processor looks tokens up by these names; without them it cannot be loaded.
     named = folder_format is INTERNVL_HF and not NAMES.keys() <= tokenizer.named_tokens.keys()
     if tokenizer.appended or named:
         append_tokens(folder, tokenizer, names=NAMES if named else {})
     template = tokenizer.chat_template
     if recipe.text.template == "chatml":
         template = _chatml(recipe)
+    # A language model's own template knows no lists of parts, which the processor passes to it.
     if folder_format is INTERNVL_HF and template and CONTEXT not in template:
         template = _FLATTENED + template
     if template != tokenizer.chat_template:
@@ -118,6 +122,7 @@ def _chatml(recipe: Recipe) -> str:
 
 def _write_template(folder: Path, template: str) -> None:
     """Write the chat template and remove every other one of the folder."""
+    # transformers looks in three places; a template left in another one could be found first.
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(template)
     path = folder / "tokenizer_config.json"
@@ -131,6 +136,7 @@ def _complete_generation(folder: Path, tokenizer: Tokenizer, recipe: Recipe) -> 
     """Write end tokens and sampling defaults, unless generation_config.json has the same already."""
     path = folder / GENERATION
     before = json.loads(path.read_text()) if path.exists() else {}
+    # The origin's file may hold more than we know, so it stays as it is where both agree.
     if before and read_generation(folder) == recipe.generation:
         return
     ends = sorted(ChatFormat(tokenizer, recipe.text).stop_ids)
@@ -145,6 +151,7 @@ def _drawing(generation: GenerationConfig) -> dict[str, Any]:
         if getattr(generation, name) is not None
     }
     fields: dict[str, Any] = {"do_sample": True} | drawn if drawn else {}
+    # transformers refuses temperature 0 and has a flag for greedy decoding instead
     if generation.temperature == 0:
         fields = {"do_sample": False}
     if generation.repetition_penalty is not None:

@@ -57,6 +57,7 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
     transfers = export_transfers(
         chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
     )
+    # A mapping that omits a tensor would silently export an incomplete model.
     if lost := shapes.keys() - {transfer.location.key for transfer in transfers}:
         raise CheckpointError(
             f"format {chosen.name} is of other models: it has no place for tensor {min(lost)}"
@@ -102,6 +103,7 @@ def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
         return
     parts = {kept: set(format_named(kept.name).parts) for kept in plan.kept}
     known = [kept for kept in parts if parts[kept] & set(plan.folder_format.parts)]
+    # Files of the same name overwrite each other in this order.
     known.sort(key=lambda kept: "language_model" in parts[kept])
     tokenizer = plan.source.folder / plan.recipe.text.tokenizer
     if (
@@ -113,15 +115,18 @@ def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
         known = [tokenizer]
     for kept in known:
         sidecar_files.copy_sidecar_files(kept, folder)
+    # It belongs to a part or to another model; the right one is written by `export_checkpoint`.
     (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
 
 
 def _passthrough(plan: ExportPlan) -> SafetensorsSource | None:
     """Tensors of the original folder that the model does not use."""
-    folder = plan.like / sidecar_files.PASSTHROUGH if plan.like is not None else None
-    if folder is not None and folder.exists():
-        return SafetensorsSource(folder)
-    return None
+    if plan.like is None:
+        return None
+    folder = plan.like / sidecar_files.PASSTHROUGH
+    if not folder.exists():
+        return None
+    return SafetensorsSource(folder)
 
 
 def _write_tensors(plan: ExportPlan, folder: Path) -> None:
@@ -137,11 +142,12 @@ def _write_tensors(plan: ExportPlan, folder: Path) -> None:
     ) as progress:
         for transfer in plan.transfers:
             for names, rows in transfer.portions():
+                # Checked on the way out too: training may have produced NaN.
                 ours = read_ours(plan.source, transfer, rows)
                 check_finite(ours, name=transfer.location.key, file=plan.source.folder)
-                for name, tensor in (
-                    transfer.split(ours) if rows is None else {names[0]: ours}
-                ).items():
+                # rows of a concatenated tensor are one of theirs already
+                theirs = transfer.split(ours) if rows is None else {names[0]: ours}
+                for name, tensor in theirs.items():
                     writer.write(name, tensor)
                     progress.advance(tensor.nbytes)
             plan.source.release(transfer.location)
@@ -156,6 +162,7 @@ def read_ours(source: DistSource, transfer: Transfer, rows: Rows = None) -> Tens
     if rows is not None:
         return source.read(transfer.location, rows)
     tensor = source.read(transfer.location)
+    # Only a vocabulary can be larger: it is padded to a multiple that TP ranks can share.
     if tensor.shape == torch.Size(transfer.shape):
         return tensor
     return tensor[: transfer.shape[0]]

@@ -28,6 +28,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise CheckpointError(f"{destination}: cannot be made: {error.strerror}") from error
     try:
         yield temporary
+        # Contents must be on disk before the rename is, or a crash could leave a complete-looking
+        # folder of empty files.
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         temporary.replace(destination)
@@ -35,6 +37,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
+    # Ctrl-C too must leave no half folder.
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -54,6 +54,7 @@ def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
     model, fresh = _combine(sources, projector)
     language = _source_of("language_model", sources)
     prompts = _prompts_of(language, model)
+    # Prompts come first: their special tokens decide the size of the vocabulary.
     model = _with_rows(model, prompts, language)
     parts = {part for source in sources for part in source.folder_format.parts} | (
         {"projector"} if fresh else set()
@@ -65,6 +66,7 @@ def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
         planned = import_transfers(rules, infos=source.wanted(), shapes=shapes, source=source.path)
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
+        # The projector takes the type of the other weights.
         made = InitializedProjector(model, dtype=transfers[-1][0].dtype)
         planned = import_transfers(
             made.rules, infos=made.infos, shapes=shapes, source=Path("fresh projector")
@@ -143,6 +145,7 @@ def _grow(rule: Rule, source: OpenedSource, model: ModelConfig) -> Rule:
         or source.model.language.vocab_size == rows
     ):
         return rule
+    # Only these two have a row per token.
     if not rule.ours.endswith(("word_embeddings.weight", "output_layer.weight")):
         return rule
     return dataclasses.replace(
@@ -155,6 +158,7 @@ def _recipe_of(model: ModelConfig, sources: list[OpenedSource], prompts: Prompts
     limited to it where nothing else sets a limit."""
     language = _source_of("language_model", sources)
     data = DataConfig()
+    # A sequence length must be a multiple of the alignment, and the context must not be exceeded.
     longest = language.longest // data.document_alignment * data.document_alignment
     return Recipe(
         model=model,
@@ -173,6 +177,7 @@ def _media_of(sources: list[OpenedSource]) -> MediaConfig:
     if tower is None:
         return MediaConfig()
     whole = tower.folder_format.parts == ALL_PARTS
+    # Tiling and frames belong to the projector and the prompts that it was trained with.
     if whole:
         return tower.media
     return MediaConfig(normalization=tower.media.normalization)

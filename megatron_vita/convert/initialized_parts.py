@@ -48,6 +48,8 @@ class ResizeVocab(Reshape):
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Append rows: [given, H] to [rows, H]."""
+        # A mean row gives a new token average logits; zeros would make it the likeliest where all
+        # other logits are negative.
         mean = parts[0].float().mean(0, keepdim=True).to(parts[0].dtype)
         return torch.cat([parts[0], mean.expand(self.rows - self.given, -1)])
 

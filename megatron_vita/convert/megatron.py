@@ -42,8 +42,12 @@ def import_megatron(
     if not source.is_dir():
         raise CheckpointError(f"{source}: is no folder")
     model = recipe.model
-    parts = ("language_model",) if model.text_only else ALL_PARTS
-    rules = gpt_table(model) if model.text_only else long_vita_table(model)
+    if model.text_only:
+        parts: tuple[str, ...] = CAUSAL.parts
+        rules = gpt_table(model)
+    else:
+        parts = ALL_PARTS
+        rules = long_vita_table(model)
     vocab_size = model.language.vocab_size
     if (source / ".metadata").exists():
         names = [name for rule in rules for name in rule.theirs]
@@ -57,6 +61,7 @@ def import_megatron(
     sidecar_files = (
         {} if tokenizer is None else {CAUSAL.name: partial(copy_sidecar_files, tokenizer)}
     )
+    # The rest of the recipe, such as its data, says nothing about the weights.
     known = Recipe(model=model, text=recipe.text, media=recipe.media)
     write_checkpoint(
         destination, transfers, recipe=known, sidecar_files=sidecar_files, tokenizer=CAUSAL.name
@@ -80,6 +85,8 @@ def export_megatron(checkpoint: Path, destination: Path) -> None:
 
 def _chunk(transfer: Transfer, source: DistSource, progress: Progress) -> TensorChunk:
     def make() -> Tensor:
+        # Trimming the vocabulary or taking a layer leaves a view, and torch would save all of its
+        # storage.
         return read_ours(source, transfer).contiguous()
 
     def done() -> None:

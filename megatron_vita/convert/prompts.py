@@ -67,6 +67,7 @@ def read_prompts(
     Raises:
         CheckpointError: the prompt format is unknown; the message names the field.
     """
+    # A copy, because a GGUF file has no tokenizer files until they are written.
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_sidecar_files(folder)
@@ -79,6 +80,7 @@ def read_prompts(
             needed = tokens_needed(text, text_only=not with_media and len(folder_format.parts) == 1)
             return Prompts(text=text, tokenizer=load_tokenizer(folder, added=needed))
         except ConfigError as error:
+            # The temporary folder's name would tell the user nothing.
             raise CheckpointError(str(error).replace(temporary, config.where)) from error
 
 
@@ -116,6 +118,7 @@ def append_tokens(folder: Path, tokenizer: Tokenizer, *, names: dict[str, str]) 
     from transformers import AddedToken, AutoTokenizer
 
     known = {kind: name for kind, name in names.items() if name in tokenizer.special_names}
+    # Changed and saved by transformers itself, whose files differ between its versions.
     theirs = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, **({"extra_special_tokens": known} if known else {})
     )

@@ -13,6 +13,7 @@ from megatron_vita.parallel.sharded_state import sharded_tensors
 def stored_shapes(model: ModelConfig, *, parts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes by key in a distributed checkpoint, with the decoder's layers stacked, of the given
     parts of a model."""
+    # megatron-core's layers ask for process groups even on the meta device.
     platform.initialize_process()
     recipe = Recipe(model=model)
     groups.initialize_groups(recipe.parallel)

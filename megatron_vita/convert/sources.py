@@ -105,6 +105,7 @@ def open_source(path: Path, *, ignored: Collection[str] = ()) -> OpenedSource:
             generation=read_generation(path, ignored=ignored),
             longest=language.integer("max_position_embeddings", 0, least=0),
         )
+    # Last, when every reader has had its turn.
     opened.config.refuse_unread(ignored)
     return opened
 
@@ -146,6 +147,8 @@ def _opened(path: Path, config: Config, tensors: TensorSource) -> OpenedSource:
     folder_format = format_of(config, tensors.infos)
     model = folder_format.read(config, tensors.infos)
     for head, embedding in _HEADS.items():
+        # Some folders store the output layer although the config ties it. If both are equal the
+        # model stays tied, and the copy travels along for a faithful export.
         if head in tensors.infos and embedding in tensors.infos:
             tied = folder_format.read(config, tensors.infos.keys() - {head})
             is_tied = not tied.language.untie_embeddings_and_output_weights

@@ -45,6 +45,7 @@ class Transfer:
         Concatenated tensors are moved one by one, which saves a copy of the whole.
         """
         names = self.rule.theirs
+        # Other reshapes interleave rows, so that all tensors are needed at once.
         if not isinstance(self.rule.reshape, Concat):
             yield names, None
             return
@@ -61,6 +62,7 @@ class Transfer:
 
     def their_infos(self, file: Path) -> dict[str, TensorInfo]:
         """Type and shape of their tensors by name, as they will be in `file`."""
+        # The reshape itself, run on the meta device, tells the shapes.
         parts = self.split(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return {
             name: TensorInfo(file=file, dtype=self.dtype, shape=tuple(t.shape))
@@ -123,6 +125,7 @@ def _check_layers(transfers: list[Transfer], infos: Mapping[str, TensorInfo]) ->
     """Check that all layers stacked under one key have one type."""
     first: dict[str, Transfer] = {}
     for transfer in transfers:
+        # They are stored as one tensor.
         other = first.setdefault(transfer.location.key, transfer)
         if other.dtype != transfer.dtype:
             name = transfer.rule.theirs[0]
@@ -163,6 +166,7 @@ def _is_padded(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> b
     return (
         key.endswith(("word_embeddings.weight", "output_layer.weight"))
         and found[1:] == expected[1:]
+        # Tuples compare by the first axis here, since the others are equal.
         and found > expected
     )
 

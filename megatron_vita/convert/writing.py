@@ -102,6 +102,7 @@ def _as_yaml(recipe: Recipe, destination: Path) -> str:
     """Recipe groups that a training stage starting from these weights can use as its base."""
     groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
     if recipe.text.tokenizer:
+        # Relative paths in a recipe are taken from the working folder, not from the recipe's.
         groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
     for name in ("media", "generation"):
         if stated := _stated(getattr(recipe, name)):

@@ -52,11 +52,16 @@ def _tied(config: Config, tensors: Collection[str], head: str, *, default: bool 
     A head among the tensors is used whatever the config says, as in transformers. `default` holds
     where neither the config nor a nested config says anything.
     """
+    # Versions of transformers write the flag at the top, in the nested config, or in both.
     parts = [config.get(name) or {} for name in ("text_config", "llm_config")]
     flags = [fields.get("tie_word_embeddings") for fields in (config.values, *parts)]
     config.flag("tie_word_embeddings", default)
     said = [flag for flag in flags if flag is not None]
-    return f"{head}weight" not in tensors and (any(said) if said else default)
+    if f"{head}weight" in tensors:
+        return False
+    if said:
+        return any(said)
+    return default
 
 
 def _read_causal(config: Config, tensors: Collection[str]) -> ModelConfig:
@@ -66,7 +71,9 @@ def _read_causal(config: Config, tensors: Collection[str]) -> ModelConfig:
 
 def _read_chat(config: Config, tensors: Collection[str]) -> ModelConfig:
     config.must_be("downsample_ratio", (0.5,), 0.5)
+    # Version 1 of the pixel shuffle leaves the rows and columns of a tile transposed.
     config.must_be("ps_version", ("v2",), "v1")
+    # Features of an inner layer would leave the last layers without use.
     config.must_be("select_layer", (-1,), -1)
     for name in ("use_llm_lora", "use_backbone_lora"):
         if config.integer(name, 0, least=0):
@@ -83,6 +90,7 @@ def _read_hf(config: Config, tensors: Collection[str]) -> ModelConfig:
     config.must_be("projector_hidden_act", ("gelu",), "gelu")
     config.must_be("vision_feature_layer", (-1,), -1)
     config.must_be("vision_feature_select_strategy", ("default",), "default")
+    # transformers' InternVLConfig ties the embeddings unless told otherwise.
     tied = _tied(config, tensors, "language_model.lm_head.", default=True)
     model = _whole(config, "text_config", tied=tied)
     rows = model.vision.image_token_length
@@ -140,6 +148,7 @@ def _whole_table(
 
 def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
     """Read Long-VITA's config: that of Qwen2 with a field `visual` for the vision tower."""
+    # The model type is Long-VITA's own, but all language fields are Qwen2's.
     language = config.named("qwen2")
     return ModelConfig(
         vision=read_internvit(config.part("visual")),
@@ -149,6 +158,7 @@ def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
 
 
 def _write_long_vita(model: ModelConfig, base: Fields) -> Fields:
+    # The base's own model type is restored below; `write_language` knows Qwen2's alone.
     fields = write_language(model.language, base | {"model_type": "qwen2"})
     return fields | {
         "architectures": base.get("architectures", ["LongVITAForCausalLM"]),
@@ -233,6 +243,8 @@ def _clip_formats(kind: str) -> Iterator[FolderFormat]:
             write=lambda model, base: write_clip(model.vision, base, siglip=siglip),
             table=_clip_table(prefix),
             model_types=() if prefix else (kind, f"{kind}_vision_model"),
+            # SigLIP's pooling head and CLIP's last norm come after the features that projectors
+            # use.
             passthrough=(f"{prefix}head.",) if siglip else (f"{prefix}post_layernorm.",),
             ignored=(
                 "text_model.",
@@ -251,6 +263,8 @@ EVA = FolderFormat(
     write=lambda model, base: write_eva(model.vision, base),
     table=lambda model: names.vision_table(names.EVA, model.vision, theirs="transformer.vision."),
     model_types=("chatglm",),
+    # GLM-4V's language model is not supported. The tower's tensors share this prefix, but are in the
+    # mapping and therefore used.
     ignored=("transformer.",),
 )
 _TOWERS = (*_clip_formats("clip"), *_clip_formats("siglip"), EVA)
@@ -276,6 +290,7 @@ def format_of(config: Config, tensors: Collection[str] = ()) -> FolderFormat:
     known = _by_model_type()
     folder_format = known[config.must_be("model_type", tuple(known), None)]
     prefixed = FOLDER_FORMATS.get(folder_format.name + PREFIXED, folder_format)
+    # Only tensor names tell the variants apart. Formats without a variant stay as they are.
     if any(name.startswith("vision_model.") for name in tensors):
         return prefixed
     return folder_format

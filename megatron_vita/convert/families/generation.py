@@ -10,6 +10,8 @@ from megatron_vita.convert.config_file import Config
 GENERATION = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _NOTES = ("transformers_version", "max_length", "max_new_tokens", "chat_format")
+# Options of transformers' implementation: caches, extra outputs, speculative decoding. None of them
+# changes the tokens.
 _KERNELS = (
     *("use_cache", "cache_implementation", "cache_config", "return_dict_in_generate"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
@@ -18,6 +20,7 @@ _KERNELS = (
     *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
     *("prefill_chunk_size", "max_cache_len", "remove_invalid_values"),
 )
+# Values with which an option is off. Other values change outputs, and the engine lacks the option.
 _NEUTRAL = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -53,15 +56,18 @@ def read_generation(folder: Path, *, ignored: Collection[str] = ()) -> Generatio
         if name not in ignored:
             config.must_be(name, (value,), value)
     drawn = ("temperature", "top_k", "top_p")
+    # GenerationConfig itself checks that top_k is an integer; number() would turn it into a float.
     fields: dict[str, Any] = {
-        name: config.get(name)
-        if name == "top_k" or config.get(name) is None
-        else config.number(name)
-        for name in (*drawn, "repetition_penalty")
+        name: config.number(name) if config.get(name) is not None else None
+        for name in ("temperature", "top_p", "repetition_penalty")
     }
+    fields["top_k"] = config.get("top_k")
+    # Without do_sample the file has no opinion on sampling; do_sample false requests greedy
+    # decoding.
     if config.get("do_sample") is None or not config.flag("do_sample", False):
         fields |= dict.fromkeys(drawn)
-        fields["temperature"] = None if config.get("do_sample") is None else 0.0
+        if config.get("do_sample") is not None:
+            fields["temperature"] = 0.0
     config.refuse_unread(ignored)
     with config.naming():
         return GenerationConfig(**fields)

@@ -69,6 +69,7 @@ def _check_options(config: Config, family: Family) -> None:
     config.refuse(QUANTIZED, UNQUANTIZED)
     config.must_be("hidden_act", ("silu",), "silu")
     config.must_be("mlp_bias", (False,), False)
+    # Qwen2's attention always has biases, and its implementation ignores this field.
     config.must_be("attention_bias", (False, True) if family.add_qkv_bias else (False,), False)
     config.must_be("partial_rotary_factor", (1.0,), 1.0)
     config.must_be("rope_interleaved", (False,), False)

@@ -17,6 +17,7 @@ def language_table(
             FusedQKV(shape.num_query_groups, shape.num_attention_heads // shape.num_query_groups)
         )
     ]
+    # The table lists all tensors of the families; those that the shape lacks are dropped.
     if not shape.add_qkv_bias:
         layers = [rule for rule in layers if not rule.ours.endswith("linear_qkv.bias")]
     if not shape.qk_layernorm:
@@ -45,6 +46,8 @@ def _layer(qkv: Reshape) -> tuple[Rule, ...]:
     attention = "decoder.layers.{i}.self_attention."
     mlp = "decoder.layers.{i}.mlp."
     return (
+        # Transformer Engine fuses a norm with the linear layer that follows, hence our names of
+        # norms.
         row("layers.{i}.input_layernorm.weight", f"{attention}linear_qkv.layer_norm_weight"),
         row(parts("weight"), f"{attention}linear_qkv.weight", qkv),
         row(parts("bias"), f"{attention}linear_qkv.bias", qkv),

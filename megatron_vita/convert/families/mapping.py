@@ -33,6 +33,8 @@ class FusedQKV(Reshape):
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Fuse [heads * d, ...] and twice [groups * d, ...] to [(heads + 2 * groups) * d, ...]."""
+        # Concatenating inside each group keeps a group's rows together, so that TP ranks can split
+        # them.
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(
             0, 1
         )
@@ -147,6 +149,7 @@ class TensorLocation:
     layer: int | None = None
 
 
+# Only the language model's decoder is stacked; vision layers have keys of their own.
 _DECODER_LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)\.(.*)")
 
 

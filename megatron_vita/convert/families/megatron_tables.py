@@ -35,6 +35,7 @@ class PerHeadQKV(Reshape):
 def gpt_table(model: ModelConfig) -> list[Rule]:
     """Mapping of a GPTModel, whose names are ours."""
     ours = [rule.ours for rule in language_table(model.language)]
+    # Tensors are fused alike on both sides, so that nothing is reshaped.
     return [Rule((name.removeprefix("language_model."),), name, UNCHANGED) for name in ours]
 
 
@@ -51,6 +52,7 @@ def long_vita_table(model: ModelConfig) -> list[Rule]:
 _PROJECTOR = (
     row("pre_proj_layernorm.weight", "projector.norm.weight"),
     row("pre_proj_layernorm.bias", "projector.norm.bias"),
+    # Long-VITA's projector has no biases.
     row("linear_fc1.weight", "projector.fc1.weight"),
     row("linear_fc2.weight", "projector.fc2.weight"),
 )

@@ -15,7 +15,9 @@ IMAGE_PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 Fields = dict[str, Any]
 BICUBIC = 3  # Pillow's number
+# With a fixed number of frames the rate must not limit them further.
 ANY_RATE = 1000.0  # frames a second, more than videos have
+# Defaults of transformers' processors, for folders that do not give the numbers.
 _OF_TOWERS = {"clip": "clip", "eva": "clip", "siglip": "siglip"}
 _OF_PROCESSORS = {"Clip": "clip", "CLIP": "clip", "GotOcr2": "clip", "Siglip": "siglip"}
 _IDLE = {
@@ -90,6 +92,7 @@ def read_media(
     processors.whole.disregard(_IDLE)
     kind = folder_format.removesuffix("-prefixed")
     fields: dict[str, Any] = {"normalization": _normalization(images, _default(images, kind))}
+    # InternVL's processor resizes frames to the tile without keeping their aspect ratio.
     if kind.startswith("internvl-"):
         fields["video_fit"] = "squash"
     if kind == "internvl-chat":
@@ -125,6 +128,7 @@ def _normalization(images: Config, default: str) -> str | list[list[float]]:
         raise images.wrong("rescale_factor", "only 1 / 255 is supported")
     if not images.flag("do_normalize", True):
         images.disregard(("image_mean", "image_std"))
+        # Without normalization the values in [0, 1] go into the tower as they are.
         return [[0.0] * 3, [1.0] * 3]
     usual = NORMALIZATION[default]
     mean = _color(images, "image_mean", list(usual[0]))
@@ -150,6 +154,7 @@ def chat_tiling(config: Config) -> dict[str, Any]:
         config.disregard(("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail"))
         return {"min_tiles": 1, "max_tiles": 1}
     most = config.integer("max_dynamic_patch", 6)
+    # With a single tile there is no thumbnail, whatever the flag says.
     if most > 1:
         config.must_be("use_thumbnail", (True,), False)
     config.disregard(("use_thumbnail",))
@@ -184,6 +189,7 @@ def _check_resampling(images: Config, *, is_tower: bool) -> None:
 
 def _check_videos(videos: Config, normalization: str | list[list[float]], image_size: int) -> None:
     """Check that frames are normalized and resized as images are."""
+    # One tower sees both, and the recipe has one normalization.
     if _normalization(videos, "clip") != normalization:
         raise videos.wrong("image_mean", "frames must be normalized as images are")
     if videos.side("size", image_size) != image_size:
@@ -244,6 +250,7 @@ def _says(folder: Path, media: MediaConfig, vision: VisionConfig) -> bool:
     if not processors.images.values:
         return False
     said = read_media("internvl-hf", Config({}, ""), processors=processors, vision=vision)
+    # Frame limits are not compared: transformers' processor has no fields for all of ours.
     decisive = ("normalization", "min_tiles", "max_tiles")
     return all(getattr(said, name) == getattr(media, name) for name in decisive)
 

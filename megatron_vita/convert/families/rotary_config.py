@@ -171,5 +171,6 @@ def _write_scaling(scaling: RopeScalingConfig) -> Fields | None:
             "beta_slow": scaling.beta_slow,
             "truncate": scaling.truncate,
         }
-        fields |= {"attention_factor": scaling.attention_scale} if scaling.attention_scale else {}
+        if scaling.attention_scale:
+            fields["attention_factor"] = scaling.attention_scale
     return fields

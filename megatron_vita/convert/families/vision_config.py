@@ -20,15 +20,20 @@ def read_internvit(config: Config) -> VisionConfig:
         config.must_be("use_absolute_position_embeddings", (True,), False)
         config.must_be("use_mask_token", (False,), False)
         config.must_be("use_mean_pooling", (True,), True)
-    norm = config.must_be("norm_type", tuple(_NORMS), "layer_norm" if hf else "rms_norm")
+        norm = config.must_be("norm_type", tuple(_NORMS), "layer_norm")
+        qk_norm = config.flag("use_qk_norm", False)
+        bias = config.flag("attention_bias", False)
+    else:
+        # OpenGVLab's defaults are those of its 6B model
+        norm = config.must_be("norm_type", tuple(_NORMS), "rms_norm")
+        qk_norm = config.flag("qk_normalization", True)
+        bias = config.flag("qkv_bias", False)
     with config.naming():
         return VisionConfig(
             **_common(config),
             normalization=_NORMS[norm],
-            qk_layernorm=config.flag("use_qk_norm", False)
-            if hf
-            else config.flag("qk_normalization", True),
-            add_qkv_bias=config.flag("attention_bias" if hf else "qkv_bias", False),
+            qk_layernorm=qk_norm,
+            add_qkv_bias=bias,
         )
 
 
@@ -139,10 +144,13 @@ def write_internvit(shape: VisionConfig, base: dict[str, Any], *, hf: bool) -> d
 def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> dict[str, Any]:
     """Return `base`, or its vision part, updated with the fields of `shape`."""
     base = base.get("vision_config", base)
-    kind, architecture = ("siglip", "SiglipVisionModel") if siglip else ("clip", "CLIPVisionModel")
-    activation = "gelu_pytorch_tanh" if shape.activation == "gelu_tanh" else shape.activation
+    model_type = "siglip_vision_model" if siglip else "clip_vision_model"
+    architecture = "SiglipVisionModel" if siglip else "CLIPVisionModel"
+    activation = shape.activation
+    if activation == "gelu_tanh":
+        activation = "gelu_pytorch_tanh"
     fields = {
-        "model_type": f"{kind}_vision_model",
+        "model_type": model_type,
         "architectures": base.get("architectures") or [architecture],
         "hidden_act": activation,
     }

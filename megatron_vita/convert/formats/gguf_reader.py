@@ -63,8 +63,10 @@ class GgufSource:
     def read(self, name: str) -> Tensor:
         """Dequantize a tensor to fp32, in Hugging Face's order of rows."""
         stored = self._stored[name]
+        # Copied, since an fp32 tensor is a read-only view of the memory map.
         values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).float()
         whole = values.view(self._infos[name].shape)
+        # Rows of queries and keys are permuted by llama.cpp's converter, for Llama only.
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(
             name.split(".")[-2]
         )
@@ -108,11 +110,13 @@ class GgufSource:
             "vocab_size": len(self._field("tokenizer.ggml.tokens", [])),
             "max_position_embeddings": self._field(f"{family}.context_length"),
             # was fp32
+            # Stored in fp32, 1e-6 reads as 9.99999997e-07.
             "rms_norm_eps": round(self._field(f"{family}.attention.layer_norm_rms_epsilon"), 12),
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": self._field(f"{family}.rope.freq_base", 1e4),
             },
+            # The file has no such flag: a tied model stores no output layer.
             "tie_word_embeddings": all(
                 tensor.name != "output.weight" for tensor in self._reader.tensors
             ),

@@ -23,6 +23,7 @@ _VISION_ENDS = re.compile(
     r"\.(decoder\.layers\..*|class_token|position_embeddings\.weight|conv1\.\w+|pre_proj_layernorm\.\w+"
     r"|linear_fc[12]\.\w+)$"
 )
+# Transformer Engine's state, and buffers that are computed anew.
 _NO_WEIGHTS = ("._extra_state", ".unused", "rotary_pos_emb.inv_freq")
 _OTHER_NAMES = {  # of layers without Transformer Engine
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -30,6 +31,7 @@ _OTHER_NAMES = {  # of layers without Transformer Engine
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
     "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
 }
+# How Megatron-LM shards its layers; tensors that are not listed are equal on all TP ranks.
 _SPLIT = {  # ends of names of tensors that are split over TP, and along which axis
     "word_embeddings.weight": 0,
     "output_layer.weight": 0,
@@ -60,6 +62,7 @@ class RanksSource:
         self._vocab_size = vocab_size
         first = 0
         for stage, files in zip(stages, _rank_files(self.folder), strict=True):
+            # A rank counts its layers from 0; the checkpoint needs the position in the whole model.
             first += self._add(stage, files[0], first_layer=first)
         self._infos = {name: self._info(name, parts) for name, parts in self._parts.items()}
 
@@ -74,6 +77,7 @@ class RanksSource:
         axis = _axis(name)
         if axis is None or len(parts) == 1:
             return self._trim(name, parts[0])
+        # A gated MLP keeps gate and up in one matrix, so each rank has a half of both.
         if name.endswith("linear_fc1.weight") and not name.startswith(VISION):
             halves = [part.chunk(2) for part in parts]  # of each rank: gate, up
             return torch.cat([half[i] for i in (0, 1) for half in halves])
@@ -93,6 +97,7 @@ class RanksSource:
             if (found := _LAYER.fullmatch(name)) is not None:
                 layers.add(int(found[2]))
                 name = f"{found[1]}{int(found[2]) + first_layer}{found[3]}"
+            # Files of different runs may lie in one folder.
             lacking = next((i for i, tensors in enumerate(stage) if given not in tensors), None)
             if lacking is not None:
                 raise CheckpointError(
@@ -163,10 +168,10 @@ def _iteration(folder: Path) -> Path:
     if not tracker.exists():
         raise CheckpointError(f"{folder}: has neither folders mp_rank_* nor {TRACKER}")
     said = tracker.read_text().strip()
-    if said == "release":
-        name = "release"
-    else:
-        name = f"iter_{int(said):07d}" if said.isdigit() else said
+    # Megatron's converters write the word `release` in place of an iteration.
+    name = said
+    if said.isdigit():
+        name = f"iter_{int(said):07d}"
     if not (folder / name).is_dir():
         raise CheckpointError(f"{tracker}: names iteration {said}, but there is no folder {name}")
     return folder / name
@@ -194,6 +199,7 @@ def _rank_files(folder: Path) -> list[list[Path]]:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
+    # Megatron pickles its command line arguments beside the tensors.
     with torch.serialization.safe_globals([argparse.Namespace]):
         loaded = load_pickle(file)
     model = loaded.get("model") if isinstance(loaded, dict) else None
@@ -230,8 +236,11 @@ class CoreSource:
         self._source.release(location_of(name))
 
     def _info(self, name: str) -> TensorInfo:
-        place = location_of(name)
-        info = self._source.infos[place.key]
-        shape = info.shape if place.layer is None else info.shape[1:]
-        rows = min(shape[0], self._vocab_size) if _is_vocabulary(name) else shape[0]
-        return TensorInfo(file=info.file, dtype=info.dtype, shape=(rows, *shape[1:]))
+        location = location_of(name)
+        info = self._source.infos[location.key]
+        shape = list(info.shape)
+        if location.layer is not None:
+            shape = shape[1:]
+        if _is_vocabulary(name):
+            shape[0] = min(shape[0], self._vocab_size)
+        return TensorInfo(file=info.file, dtype=info.dtype, shape=tuple(shape))

@@ -26,6 +26,7 @@ def load_pickle(file: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: there is no such file") from error
     except pickle.UnpicklingError as error:
+        # torch's message is a page of advice; one line of it names the class.
         reason = next(
             (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
             str(error),
@@ -82,6 +83,7 @@ def _files(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: is no index of tensors: {error!r}") from error
     for name in sorted(names):
+        # A path in the index could lead out of the folder.
         if Path(name).name != name or not (folder / name).exists():
             raise CheckpointError(f"{index}: names {name}, but there is no such file in its folder")
     return [folder / name for name in sorted(names)]

@@ -92,6 +92,7 @@ class SafetensorsSource:
 
     def _advise(self, name: str, advice: int) -> None:
         info = self._tensors[name]
+        # madvise takes whole pages.
         first = info.start // mmap.PAGESIZE * mmap.PAGESIZE
         if info.nbytes:
             self._map(info.file).madvise(advice, first, info.start + info.nbytes - first)
@@ -114,6 +115,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as opened:
         start = opened.read(8)
         length = int.from_bytes(start, "little")
+        # Checked before reading: a damaged length would allocate any amount of memory.
         if len(start) < 8 or length > min(size - 8, _MOST_HEADER):
             raise CheckpointError(
                 f"{file}: has {size} bytes, too few for the header it announces: it is truncated or not safetensors"
@@ -125,6 +127,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 name: _entry(file, name, fields, 8 + length) for name, fields in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # CheckpointError is a ValueError, and has its message already.
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
@@ -137,6 +140,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _check_offsets(file: Path, entries: dict[str, StoredTensor], *, start: int, size: int) -> None:
     """Check that tensors fill the file from byte `start` to its end without gaps."""
     end = start
+    # Empty tensors share their offset with the next one and must come first.
     for name, info in sorted(entries.items(), key=lambda entry: (entry[1].start, entry[1].nbytes)):
         if info.start != end:
             raise CheckpointError(
@@ -207,6 +211,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
     """Check that the index lists exactly what the files hold."""
+    # An index beside a single file is not read, as in transformers.
     if not (path / INDEX).exists() or (path / SINGLE).exists():
         return
     for name, file in _weight_map(path).items():
@@ -224,6 +229,7 @@ def _check_index(path: Path, infos: dict[str, StoredTensor]) -> None:
         )
     said = _read_index(path)["metadata"].get("total_size")
     found = sum(info.nbytes for info in infos.values())
+    # Some published indexes have a wrong total, so this is only a warning.
     if said is not None and said != found:
         logger.warning(
             "%s: total_size is %s, but its tensors have %d bytes together",

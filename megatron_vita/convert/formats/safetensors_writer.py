@@ -27,6 +27,7 @@ class SafetensorsWriter:
         self._left: list[str] = []
         self._file: SyncedFile | None = None
         if len(shards) > 1:
+            # The index is known from shapes alone, before any tensor is written.
             _write_index(folder, dict(zip(self._names, shards, strict=True)))
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -86,6 +87,7 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
         }
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Padding aligns the tensors, as the format asks for.
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     return len(text).to_bytes(8, "little") + text
 

@@ -23,9 +23,11 @@ class SyncedFile(io.FileIO):
         """Write all of `data`."""
         view = memoryview(data).cast("B")
         left = view
+        # One large write takes the system several times as long as pieces of 1 MiB.
         while len(left):
             left = left[super().write(left[:_PIECE]) :]
         self._since += len(view)
+        # Flushing in a thread keeps the disk busy while the next tensors are computed.
         if self._since >= _STEP and (self._request is None or self._request.done()):
             self._since = 0
             self._request = self._worker.submit(os.fdatasync, self.fileno())

@@ -45,6 +45,7 @@ def check_finite(tensor: Tensor, *, name: str, file: Path) -> None:
     """Raise CheckpointError if a tensor has a NaN or infinite value."""
     if tensor.numel() == 0:
         return
+    # A NaN or infinity shows in the extremes, which takes one pass without a mask in memory.
     least, most = torch.aminmax(tensor)
     if not bool(torch.isfinite(least) & torch.isfinite(most)):
         bad = int((~torch.isfinite(tensor)).sum())
@@ -57,5 +58,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Compare two tensors bit by bit: -0 differs from 0, and a NaN equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    # Compared as integers: as floats, NaN differs from itself and -0 equals 0.
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
     return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))

@@ -67,16 +67,19 @@ class DistSource:
         if location.layer is not None:
             box[0] = (location.layer, location.layer + 1)
         if rows is not None:
+            # The axis of layers comes first where there is one.
             box[0 if location.layer is None else 1] = rows
         parts = [
             (chunk, cut)
             for chunk in self._chunks[location.key]
             if (cut := _overlap(_box_of(chunk), box))
         ]
+        # Chunks do not overlap, so that equal sizes mean that the box is covered.
         if sum(_count(cut) for _, cut in parts) != _count(box):
             raise CheckpointError(
                 f"{self.folder}: the parts of tensor {location.key} do not make up all of it"
             )
+        # A single chunk is returned as a view of the file, without a copy.
         if len(parts) == 1:
             whole = self._load(location.key, *parts[0])
         else:
@@ -97,6 +100,7 @@ class DistSource:
                 or chunk.offsets[0] <= location.layer < chunk.offsets[0] + chunk.sizes[0]
             ):
                 stored = self._places[(location.key, chunk.offsets)]
+                # The first page may also hold the end of the preceding tensor, and stays.
                 first = round_up(stored.offset, mmap.PAGESIZE)
                 if (length := stored.offset + stored.length - first) > 0:
                     self._map(self.folder / stored.relative_path).madvise(
@@ -121,6 +125,7 @@ class DistSource:
 
     def _view(self, file: Path, stored: _StorageInfo) -> Tensor:
         """Open a tensor written by `torch.save`: unpickle its description only, and map its values."""
+        # With skip_data only shapes, strides and offsets are read, not the values.
         with file.open("rb") as opened, torch.serialization.skip_data():
             part = self._reader._slice_file(opened, stored)
             described = torch.load(part, map_location="cpu", weights_only=True)
@@ -179,10 +184,12 @@ class _SafeUnpickler(pickle.Unpickler):
         """Resolve a class named in a pickle; UnpicklingError unless checkpoint metadata needs it."""
         if (module, name) in _SAFE_NAMES:
             return super().find_class(module, name)
+        # A dotted name could reach a function that the module has imported.
         if module in _SAFE_MODULES and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:
                 return found
+        # Paths of the writer's file system are not used here.
         if module.split(".")[0] == "pathlib":
             return lambda *_: None  # where it was written, which is not used
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

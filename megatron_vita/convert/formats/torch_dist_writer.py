@@ -53,18 +53,27 @@ class TensorChunk:
     @property
     def offsets(self) -> Size:
         """Offset of the chunk in the whole tensor, axis by axis."""
-        zeros = [0] * len(self.whole)
-        first = [] if self.location.layer is None else [self.location.layer]
-        own = [] if self.rows is None else [self.rows[0]]
-        return Size([*first, *own, *zeros][: len(zeros)])
+        offsets = [0] * len(self.whole)
+        if self.location.layer is not None:
+            offsets[0] = self.location.layer
+        if self.rows is not None:
+            offsets[self._row_axis] = self.rows[0]
+        return Size(offsets)
 
     @property
     def sizes(self) -> Size:
         """Shape of the chunk, with all axes of the whole tensor."""
-        own = list(self.whole if self.location.layer is None else self.whole[1:])
+        sizes = list(self.whole)
+        if self.location.layer is not None:
+            sizes[0] = 1
         if self.rows is not None:
-            own[0] = self.rows[1] - self.rows[0]
-        return Size(own if self.location.layer is None else [1, *own])
+            sizes[self._row_axis] = self.rows[1] - self.rows[0]
+        return Size(sizes)
+
+    @property
+    def _row_axis(self) -> int:
+        # layers are stacked along the first axis
+        return 0 if self.location.layer is None else 1
 
 
 def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
@@ -74,6 +83,7 @@ def write_distributed(folder: Path, chunks: list[TensorChunk]) -> None:
     try:
         save({}, storage_writer=writer, planner=_Planner(chunks), no_dist=True)
     except CheckpointException as error:  # torch wraps whatever was raised
+        # torch wraps every error of a writer; users should see the one with file and tensor.
         cause, _ = next(iter(error.failures.values()))
         raise cause from None
     save_config(CheckpointingConfig(sharded_backend="torch_dist"), str(folder))
@@ -156,6 +166,7 @@ class _OneByOne(FileSystemWriter):
                     stream.write(data.getbuffer())
                 else:
                     torch.save(data, cast(IO[bytes], stream))
+                # Freed before the next chunk is created: peak memory is that of the largest one.
                 del data
                 length = stream.tell() - start
                 planner.written(item)

@@ -32,6 +32,7 @@ def open_weights(folder: Path) -> TensorSource:
     else:
         raise CheckpointError(f"{folder}: has none of {', '.join((*_SAFE, *_PICKLED))}")
     read = {info.file.name for info in source.infos.values()}
+    # Files of other kinds (ONNX, TensorFlow) are no alternative weights that users would miss.
     aside = sorted(
         name for name in names - read if name.endswith(_KINDS) and name not in _NO_WEIGHTS
     )
