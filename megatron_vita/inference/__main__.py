@@ -109,6 +109,7 @@ def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
     except KeyboardInterrupt:
         finished = False
     _write("\n")
+    # Only the first choice is streamed: the others would be mixed into its text.
     for choice in range(1, 1 + max((piece.choice for piece in pieces), default=0)):
         _write(f"[{choice + 1}] {_text_of(pieces, choice)}\n")
     for token in (token for piece in pieces if piece.choice == 0 for token in piece.tokens):
@@ -124,6 +125,7 @@ def _local_stream(
     """Load a checkpoint into this process and stream answers from it."""
     if checkpoint is None:
         raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")
+    # Imported late: it loads megatron-core, which asking a server does not need.
     from megatron_vita.inference.engine.engine import Engine
 
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)

@@ -105,9 +105,11 @@ class PreparedPrompt:
         for start in range(0, len(ids) - block_tokens + 1, block_tokens):
             stop = start + block_tokens
             state = hashlib.sha256(key + ids[start:stop].tobytes())
+            # A tile that began in an earlier block may reach into this one.
             first = np.searchsorted(placements, start - rows_per_tile, side="right")
             for tile in range(int(first), int(np.searchsorted(placements, stop))):
                 state.update(self.tile_digests[tile])
+            # Each key contains the previous one, and thereby everything before the block.
             keys.append(key := state.digest())
         return keys
 
@@ -146,6 +148,7 @@ def prepare_prompt(
     document = assemble_document(turns, key="prompt", media=media, form=form)
     images = iter(prompt.images)
     videos = iter(prompt.videos)
+    # Media of the document are in the order of the conversation, images and videos mixed.
     files = [next(videos if medium.grid is None else images) for medium in document.media]
     return PreparedPrompt(
         document=document,
@@ -168,5 +171,6 @@ def prepare_prompt(
 
 def _digests(medium: Medium, file: MediaFile) -> list[bytes]:
     content = hashlib.sha256(file.data)
+    # The same file may be tiled or sampled differently.
     content.update(repr((medium.grid, medium.times)).encode())
     return [content.digest() + tile.to_bytes(4, "little") for tile in range(medium.num_tiles)]

@@ -68,6 +68,7 @@ class SamplingParams:
             if not right:  # a comparison with NaN is false, so NaN is refused too
                 # a number may have thousands of digits
                 raise ConfigError(f"{name} is {getattr(self, name)!r:.40}: it must be {wanted}")
+        # Beams are ranked by the model's own probabilities, which these would change.
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         if self.num_beams > 1 and (
             self.temperature > 0 or self.n > self.num_beams or penalties != (1, 0, 0)

@@ -12,7 +12,7 @@ import httpx2
 import openai
 
 from megatron_vita.errors import RefusedError, ServerError
-from megatron_vita.inference.prompt import Prompt
+from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.media.data_urls import data_url
 from megatron_vita.text.conversation import TextPart, check_messages
@@ -66,6 +66,7 @@ class ChatServer:
         self._model = model
         self._client = openai.OpenAI(
             base_url=base_url,
+            # Servers without keys ignore it, but OpenAI's client wants one.
             api_key=next(filter(None, map(os.environ.get, KEY_VARIABLES)), "none"),
             timeout=openai.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
         )
@@ -124,8 +125,10 @@ class ChatServer:
         try:
             yield
         except openai.APIStatusError as error:
-            kind = RefusedError if error.status_code in _OF_THE_PROMPT else ServerError
-            raise kind(f"{self.base_url} answers {error.status_code}: {_reason(error)}") from error
+            message = f"{self.base_url} answers {error.status_code}: {_reason(error)}"
+            if error.status_code in _OF_THE_PROMPT:
+                raise RefusedError(message) from error
+            raise ServerError(message) from error
         except (openai.OpenAIError, httpx2.HTTPError) as error:
             raise ServerError(f"{self.base_url}: {error.__cause__ or error}") from error
 
@@ -147,22 +150,27 @@ def openai_messages(prompt: Prompt) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = []
         for part in turn.parts:
             if isinstance(part, TextPart):
-                # servers put a line break between a medium and a text of their own
-                text = part.text.removeprefix("\n") if _ends_in_medium(parts) else part.text
+                text = part.text
+                if parts and parts[-1]["type"] != "text":
+                    # servers put a line break between a medium and a text by themselves
+                    text = text.removeprefix("\n")
                 parts.append({"type": "text", "text": text})
             else:
-                kind: Literal["image", "video"] = "video" if part.kind == "video" else "image"
-                url = data_url(next(files[kind]).data, kind)
-                parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": url}})
-        texts = [part["text"] for part in parts if part["type"] == "text"]
-        # plain text: some servers want no list
-        content = "".join(texts) if len(texts) == len(parts) else parts
-        messages.append({"role": turn.role, "content": content})
+                parts.append(_media_part(part.kind, next(files[part.kind])))
+        messages.append({"role": turn.role, "content": _content(parts)})
     return messages
 
 
-def _ends_in_medium(parts: list[dict[str, Any]]) -> bool:
-    return bool(parts) and parts[-1]["type"] != "text"
+def _media_part(kind: str, file: MediaFile) -> dict[str, Any]:
+    medium: Literal["image", "video"] = "video" if kind == "video" else "image"
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": data_url(file.data, medium)}}
+
+
+def _content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    # text alone is sent as a string: some servers take no lists
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
 
 
 def openai_options(sampling: SamplingParams) -> dict[str, Any]:

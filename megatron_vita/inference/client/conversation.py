@@ -29,6 +29,7 @@ class Conversation:
     def keep(self, prompt: Prompt, answer: str) -> None:
         """Append a prompt of `ask` and its answer to the turns. A question without an answer is
         dropped."""
+        # A turn of the user without one of the assistant would be followed by another user turn.
         if answer:
             self.messages = [*prompt.messages, {"role": "assistant", "content": answer}]
             self.images = list(prompt.images)

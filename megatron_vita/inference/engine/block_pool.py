@@ -62,6 +62,7 @@ class BlockPool:
 
     def cache_block(self, block: int, key: bytes) -> None:
         """Let a full block be found by its key, unless another block already is."""
+        # Two equal prompts that were computed at the same time have equal blocks under one key.
         if key not in self._block_of and block not in self._key_of:
             self._key_of[block] = key
             self._block_of[key] = block
@@ -79,6 +80,7 @@ class BlockPool:
         """Cached blocks of the longest cached prefix of `keys`."""
         found = []
         for key in keys:
+            # A key covers everything before its block, so the first miss ends the prefix.
             if key not in self._block_of:
                 break
             found.append(self._block_of[key])
@@ -86,6 +88,7 @@ class BlockPool:
 
     def available_beside(self, blocks: Sequence[int]) -> int:
         """Number of blocks that can be allocated once `blocks` are shared."""
+        # Sharing an evictable block takes it out of what can be allocated.
         return self.available - sum(block in self._evictable for block in blocks)
 
     def _evict(self) -> int:

@@ -25,6 +25,8 @@ class StepChannel:
         """Send a step; called by the first rank."""
         data = pickle.dumps(step, protocol=pickle.HIGHEST_PROTOCOL)
         self._small[:_HEADER] = _bytes(len(data).to_bytes(_HEADER, "little"))
+        # A broadcast of unknown size would need two messages; decode steps fit into one of a fixed
+        # size.
         fits = len(data) <= _SMALL - _HEADER
         if fits:
             self._small[_HEADER : _HEADER + len(data)] = _bytes(data)
@@ -40,6 +42,7 @@ class StepChannel:
         if length > _SMALL - _HEADER:
             rest = torch.empty(length, dtype=torch.uint8)
             dist.broadcast(rest, group=self.group, group_src=0)
+        # Only ranks of the same job are in the group.
         return pickle.loads(rest.numpy().tobytes())
 
 

@@ -1,7 +1,6 @@
 """The engine: takes requests, runs one forward pass of all ranks per step, and returns output
 deltas."""
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -15,7 +14,7 @@ from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
 from megatron_vita.data.datasets import document_format
-from megatron_vita.errors import ConfigError, DataError, EngineError, VitaError
+from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.engine.channel import StepChannel
 from megatron_vita.inference.engine.options import (
@@ -25,7 +24,7 @@ from megatron_vita.inference.engine.options import (
     Usage,
 )
 from megatron_vita.inference.engine.output_processor import OutputProcessor, join_deltas
-from megatron_vita.inference.engine.rank_monitor import RankMonitor
+from megatron_vita.inference.engine.rank_monitor import RankMonitor, lost_rank_as_engine_error
 from megatron_vita.inference.engine.request import Request
 from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
@@ -78,6 +77,7 @@ class Engine:
         self.max_context = self.options.max_context or recipe.data.seq_length
         group = groups.host_group("main")
         self._channel = None if group is None else StepChannel(group)
+        # The monitor's thread may report a loss before `on_lost_rank` sets a callback.
         self._lost: list[EngineError] = []
         self._report_loss: Callable[[EngineError], None] = self._lost.append
         self._monitor = None
@@ -105,6 +105,7 @@ class Engine:
 
     def _start(self) -> None:
         options = self.options
+        # The cache takes the memory that the weights leave, so it comes after them.
         cache, blocks = build_cache(
             self.recipe,
             page_tokens=options.page_tokens,
@@ -112,6 +113,7 @@ class Engine:
             chunk_tokens=options.chunk_tokens,
             fp8=options.cache_dtype == "fp8",
         )
+        # The widest block table of a sequence: it ends with the context or with the cache.
         longest = (
             cache.layout.blocks_for(min(self.max_context, blocks * cache.layout.block_tokens)) + 1
         )
@@ -154,6 +156,7 @@ class Engine:
     @property
     def cache_tokens(self) -> int:
         """Capacity of the cache in tokens, over all ranks."""
+        # The scratch block holds no tokens.
         return (self._pool.count - 1) * self.layout.block_tokens
 
     @property
@@ -188,6 +191,8 @@ class Engine:
             raise DataError(
                 f"{width} answers at a time are asked for; at most {self.options.max_running} are possible"
             )
+        # The length limit is lowered here once, so that the scheduler can reserve blocks for the
+        # longest possible outputs and never has to preempt a request.
         room = min(
             self.max_context - prepared.tokens,
             self._scheduler.longest_answer(prepared.tokens, sampling),
@@ -211,6 +216,7 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End a request's answers; their last pieces come with the next step."""
+        # The request may have ended and been forgotten.
         if number in self._requests:
             self._ended_early += self._outputs.cancel(self._requests[number])
 
@@ -271,6 +277,7 @@ class Engine:
             while self.has_work:
                 pieces += self.step()
         finally:
+            # Also after an error: blocks of requests that nobody reads would stay reserved.
             for number in numbers:
                 self.cancel(number)
                 self.forget(number)
@@ -312,7 +319,7 @@ class Engine:
             EngineError: rank 0 is gone.
         """
         while not (step := self.receive_step()).close:
-            with _lost_rank_as_engine_error():
+            with lost_rank_as_engine_error():
                 self.worker.execute(step)
         self._leave()
 
@@ -337,6 +344,7 @@ class Engine:
         return self.form.chat.stop_ids
 
     def _execute(self, step: SchedulerOutput) -> StepResult:
+        # Bookkeeping rides along with the step: one message per step keeps all ranks in lockstep.
         changes = self._scheduler.take_changes()
         step = dataclasses.replace(
             step,
@@ -346,7 +354,7 @@ class Engine:
             copy_blocks=changes.copy_blocks,
             prefetch=changes.prefetch,
         )
-        with _lost_rank_as_engine_error():
+        with lost_rank_as_engine_error():
             if self._channel is not None:
                 self._channel.send(step)
             return self.worker.execute(step)
@@ -358,7 +366,7 @@ class Engine:
             EngineError: rank 0 is gone.
         """
         assert self._channel is not None, "an engine of one rank has no workers"
-        with _lost_rank_as_engine_error():
+        with lost_rank_as_engine_error():
             return self._channel.receive()
 
     def _process(self, step: SchedulerOutput, result: StepResult) -> list[OutputDelta]:
@@ -382,17 +390,3 @@ def _check_layout(parallel: ParallelConfig) -> None:
             f"there are {world} processes, and tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
             f"context_parallel_size {parallel.context_parallel_size} is {parallel.replica_size}: they must be equal"
         )
-
-
-@contextlib.contextmanager
-def _lost_rank_as_engine_error() -> Iterator[None]:
-    """Turn the errors that a lost rank causes into one EngineError."""
-    try:
-        yield
-    except VitaError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise EngineError(
-            f"the engine cannot go on: a rank is gone or failed: {reason[0]}"
-        ) from error

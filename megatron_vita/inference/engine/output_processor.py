@@ -71,16 +71,20 @@ class OutputProcessor:
         Returns:
             The output deltas of this step.
         """
+        # Requests that fail are taken out of the owners, and their rows are skipped.
         owners = {s.number: r for r in self._scheduler.admitted for s in r.sequences}
         pieces: list[OutputDelta] = []
         for sequence, reason in failed.items():
             pieces += self.fail(owners.pop(sequence), reason)
+        # Cached chunk by chunk: other requests can reuse the beginning of a long prompt before its
+        # end is computed.
         for chunk in step.prefill:
             if chunk.sequence in owners:
                 request = owners[chunk.sequence]
                 self._scheduler.cache_blocks(request.sequences[0], request.keys)
         ended = [chunk.sequence for chunk in step.prefill if chunk.ends_prompt]
         rows = ended or [sequence for sequence, _, _ in step.decode]
+        # Rows that pad the vocabulary are no tokens.
         tokens_only = logits[:, : self._tokenizer.vocab_size]  # no rows that pad the vocabulary
         return pieces + self._sample(tokens_only, [owners.get(sequence) for sequence in rows])
 
@@ -94,6 +98,7 @@ class OutputProcessor:
         self, request: Request, error: str, *, finish: FinishReason = "error"
     ) -> list[OutputDelta]:
         """End the answers of a request with an error for whoever asked."""
+        # NaN in the cache would spread to every request that shares its blocks.
         if finish == "model_error":
             self._scheduler.invalidate(request)
         return self._end_all(
@@ -146,6 +151,8 @@ class OutputProcessor:
         try:
             scored = sample_tokens(logits[[row.row for row in rows]], [row.how for row in rows])
         except LogitsError as error:
+            # A request with non-finite logits fails alone; the rest is sampled again without its
+            # rows.
             wrong = list(dict.fromkeys(rows[row].request for row in error.rows))
             failed: list[OutputDelta] = []
             for request in wrong:
@@ -164,6 +171,7 @@ class OutputProcessor:
             self._scheduler.start_decoding(request, len(request.choices))
             request.sequence_of_choice = dict(enumerate(request.sequences))
         pieces = []
+        # A list, since finished choices are removed inside the loop.
         for choice, token in zip(list(request.sequence_of_choice), tokens, strict=True):
             piece = request.choices[choice].append(token, end_ids=self._end_ids)
             if piece.finish is None:
@@ -219,6 +227,7 @@ class OutputProcessor:
         for parent in parents:
             sequence = old[parent]
             new.append(self._scheduler.fork(request, sequence) if sequence in new else sequence)
+        # After all forks, which share the blocks of beams that end here.
         for sequence in old:
             if sequence not in new:
                 self._scheduler.finish_sequence(request, sequence)

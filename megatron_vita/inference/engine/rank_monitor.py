@@ -1,6 +1,7 @@
 """Detects that another rank is gone, even while this one waits for it inside a kernel that would
 never end."""
 
+import contextlib
 import hmac
 import logging
 import os
@@ -9,12 +10,12 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_vita.errors import EngineError
+from megatron_vita.errors import EngineError, VitaError
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 10
@@ -50,6 +51,7 @@ class RankMonitor:
             os.environ.get("MASTER_ADDR", "127.0.0.1"),
             listener.getsockname()[1] if listener else 0,
         )
+        # The secret travels through the process group, which only ranks belong to.
         place = [(address, secrets.token_bytes(_SECRET_BYTES))]
         dist.broadcast_object_list(place, group=group, group_src=0)
         address, secret = place[0]
@@ -61,6 +63,7 @@ class RankMonitor:
             with listener:
                 self._accept_ranks(listener, ranks - 1, secret)
         for peer in self._peers:
+            # Timeouts were for the handshake only.
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEP_ALIVE.items():
@@ -91,6 +94,7 @@ class RankMonitor:
 
     def close(self) -> None:
         """Say goodbye to the other ranks; losses from now on are not reported."""
+        # Connections of ranks that leave in order close too, which is no loss any more.
         self._on_loss = lambda _: None
         for peer in self._peers:
             try:
@@ -112,10 +116,26 @@ class RankMonitor:
     def _abort(self, rank: int) -> None:
         logger.error("rank %d is gone: the service ends", rank)
         try:
+            # The callback may answer open requests with an error before the process ends.
             self._on_loss(rank)
             time.sleep(GRACE_SECONDS)
         finally:
             os._exit(1)  # threads that wait inside a kernel cannot be ended in any other way
+
+
+@contextlib.contextmanager
+def lost_rank_as_engine_error() -> Iterator[None]:
+    """Turn the errors that a lost rank causes into one EngineError."""
+    try:
+        yield
+    # Errors of ours say what is wrong; only those of collectives are translated.
+    except VitaError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise EngineError(
+            f"the engine cannot go on: a rank is gone or failed: {reason[0]}"
+        ) from error
 
 
 def _receive_byte(peer: socket.socket) -> bytes:

@@ -105,14 +105,18 @@ class Scheduler:
         self._admit()
         self._prefetch_tiles()
         step = None
+        # Prefill and decode alternate, so that neither a stream of prompts nor running outputs
+        # starve the other.
         if self._decoded_last or not self._running:
             step = self._prefill()
+        # Ranks agree on finished tiles in a collective; asking only for these keeps it short.
         awaiting = [
             request.sequences[0].number
             for request in self._prefilling
             if request.ready < request.prefetched
         ]
         step = step or self._decode()
+        # Nothing can be computed until tiles arrive: ranks wait a moment instead of spinning.
         if step is None and awaiting:
             step = SchedulerOutput(tile_wait_seconds=TILE_WAIT_SECONDS)
         if step is None:
@@ -125,6 +129,7 @@ class Scheduler:
         for request in self._prefilling:
             if request.sequences[0].number in sequences:
                 request.ready = request.prefetched
+            # No computable token is left: see TILE_WAIT_STEPS.
             if request.ready == request.sequences[0].length:
                 request.tile_wait_steps += 1
             else:
@@ -147,6 +152,7 @@ class Scheduler:
     def finish_sequence(self, request: Request, sequence: Sequence) -> None:
         """Free the blocks of one answer."""
         request.sequences.remove(sequence)
+        # Blocks that another sequence of the request still holds remain counted.
         request.held_blocks -= len(sequence.blocks) - _shared_blocks(sequence, request.sequences)
         self.pool.free(sequence.blocks)
         self._changes.finished.append(sequence.number)
@@ -170,6 +176,8 @@ class Scheduler:
 
     def fork(self, request: Request, parent: Sequence) -> Sequence:
         """A sequence with the same tokens: full blocks are shared, a last partial one is copied."""
+        # Both sequences will write to the last partial block, so each needs its own; full blocks
+        # are never written again and can be shared.
         full, rest = divmod(parent.length, self.layout.block_tokens)
         child = Sequence(
             number=next(self._numbers), blocks=parent.blocks[:full], length=parent.length
@@ -207,6 +215,7 @@ class Scheduler:
             cached = self.pool.match_prefix(keys)
             if self._is_being_computed(keys, len(cached)):
                 continue
+            # Later requests do not overtake: a large one would otherwise wait forever for room.
             if not self._has_room(request, cached):
                 return
             self._waiting.remove(request)
@@ -235,6 +244,7 @@ class Scheduler:
         self.pool.share(cached)
         request.cached_tokens = len(cached) * self.layout.block_tokens
         request.held_blocks = len(cached)
+        # Blocks of the whole prompt are taken at once; those of the output one by one.
         missing = self.layout.blocks_for(request.prepared.tokens) - len(cached)
         sequence = Sequence(
             number=next(self._numbers),
@@ -263,6 +273,7 @@ class Scheduler:
     @property
     def _chunk_tokens(self) -> int:
         """Prompt tokens in a step."""
+        # Running outputs pause during a prefill step, so it is kept short while there are any.
         if self._running:
             return self.config.busy_chunk_tokens
         return self.config.chunk_tokens
@@ -271,6 +282,7 @@ class Scheduler:
         """Prompts under way, shortest remaining first, so that a short one never waits long; every
         `FIFO_EVERY` steps oldest first, so that a long one progresses however many short ones come.
         """
+        # _prefilling is in order of admission.
         if self._prefill_steps % FIFO_EVERY == FIFO_EVERY - 1:
             return list(self._prefilling)
         return sorted(
@@ -291,6 +303,7 @@ class Scheduler:
             stop = min(start + self._chunk_tokens, request.prepared.tokens)
             waits_for_tiles = request.ready < start
             far_ahead = start - sequence.length > self._chunk_tokens
+            # A second chunk is prefetched only when the first one's tiles are decoded.
             if waits_for_tiles or far_ahead or start == stop:
                 continue
             if request.has_tiles(start, stop):  # text takes no room, and so is never held back
@@ -312,6 +325,8 @@ class Scheduler:
                 continue
             budget -= count
             sequence.length = start + count
+            # The scheduler may compute beyond the prefetched tokens where no tiles come
+            # (TILE_WAIT_STEPS).
             request.ready = max(request.ready, sequence.length)
             request.prefetched = max(request.prefetched, sequence.length)
             chunks.append(
@@ -340,6 +355,7 @@ class Scheduler:
         new_blocks = {}
         for request in self._running:
             for sequence in request.sequences:
+                # The new token begins a block. There is room: it was reserved at admission.
                 if sequence.length == len(sequence.blocks) * self.layout.block_tokens:
                     new_blocks[sequence.number] = self._allocate(request, 1)
                     sequence.blocks += new_blocks[sequence.number]

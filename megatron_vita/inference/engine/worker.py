@@ -91,6 +91,7 @@ class Worker:
         Collective."""
         if self.prefill_graphs is not None:
             for length in LENGTHS:
+                # Zigzag over CP needs two equal pieces per rank.
                 if length % (2 * groups.context_group().size()) == 0:
                     self.prefill_graphs.record(length)
             self.decoder.record(1)
@@ -123,6 +124,7 @@ class Worker:
             [sequence in here for sequence in step.awaiting_tiles], dtype=torch.uint8
         )
         if (group := groups.host_group("main")) is not None:
+            # A rank decodes only its own tiles; a sequence is ready when every rank's are.
             dist.all_reduce(flags, op=dist.ReduceOp.MIN, group=group)
         return [
             sequence
@@ -146,6 +148,7 @@ class Worker:
             self._tables[sequence] = torch.cat(
                 [self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)]
             )
+        # Before this step's forward pass, which may write to source and copy.
         self.cache.copy_blocks(step.copy_blocks)
         for tokens in step.prefetch:
             self.features.prefetch(*tokens)
@@ -173,6 +176,7 @@ class Worker:
             short = padded_length(first.stop)
         else:
             short = None
+        # A single short prompt runs as a recorded graph of a fixed length.
         if short is not None and short % (2 * ranks) == 0:
             lengths = [short]
         bounds = cumulative_lengths(lengths)
@@ -213,6 +217,7 @@ class Worker:
         if group is None:
             return features.failed
         reports: list[dict[int, str]] = [{} for _ in range(group.size())]
+        # Rank 0 must report failures of tiles that other ranks decoded.
         dist.all_gather_object(reports, features.failed, group=group)
         return {sequence: reason for report in reports for sequence, reason in report.items()}
 
@@ -268,6 +273,7 @@ class Worker:
             if piece.ends_prompt
         ]
         rows = pack.local_rows(torch.tensor(places, dtype=torch.int64))
+        # Each last row is on one CP rank; the sum with the others' zeros gives it to all.
         last = hidden.new_zeros(len(places), hidden.shape[1])
         here = (rows >= 0).nonzero().squeeze(1)
         last[here.to(hidden.device)] = hidden[rows[here].to(hidden.device)]

@@ -100,6 +100,7 @@ class BeamSearch:
         logprobs = logits.float().log_softmax(dim=-1)
         totals = [beam.total if beam else 0.0 for beam in self._live]
         sums = (logprobs + upload(totals, like=logprobs).unsqueeze(1)).flatten()
+        # Even if every beam ends with every end token, as many candidates remain that do not end.
         count = min(self._sampling.num_beams * (1 + max(1, len(self._end_ids))), len(sums))
         values, places = likeliest_tokens(sums.unsqueeze(0), count)
         width = min(self._sampling.logprobs or 0, vocab_size)
@@ -123,6 +124,8 @@ class BeamSearch:
             parent, token_id = divmod(int(place), vocab_size)
             token = ScoredToken(chosen=TokenScore(token_id, logprob), likeliest=likeliest[parent])
             candidates.append((parent, _Beam(token=token, before=self._live[parent], total=total)))
+        # A continuation of probability 0 is none; a small vocabulary may leave fewer than the
+        # beams.
         return [(parent, beam) for parent, beam in candidates if beam.total > -torch.inf]
 
     def _likeliest(self, numbers: list[float], width: int) -> list[tuple[TokenScore, ...]]:
@@ -135,14 +138,14 @@ class BeamSearch:
         return [tuple(scores[row * width : (row + 1) * width]) for row in range(rows)]
 
     def _finish(self, beam: _Beam, reason: FinishReason) -> None:
+        # The end token counts for the length, as in transformers.
         score = beam.total / self._length**self._sampling.length_penalty
         tokens = tuple(beam.chain())[::-1]
-        answer = BeamHypothesis(
-            tokens=tokens[:-1] if reason == "stop" else tokens, score=score, finish=reason
-        )
-        self._finished = sorted([*self._finished, answer], key=lambda one: -one.score)[
-            : self._sampling.num_beams
-        ]
+        if reason == "stop":
+            tokens = tokens[:-1]  # the end token
+        found = BeamHypothesis(tokens=tokens, score=score, finish=reason)
+        ranked = sorted([*self._finished, found], key=lambda one: -one.score)
+        self._finished = ranked[: self._sampling.num_beams]
 
     def _can_improve(self, best: _Beam) -> bool:
         """True if the best live beam, at its present length, beats the worst result of a full list."""

@@ -68,6 +68,7 @@ class ChoiceState:
             text += self._stream.push(self.ids[-1])
             if self._stream.stopped:
                 break
+        # A stop string may end the text before the hypothesis does.
         return self._end(answer.finish, text=text, tokens=answer.tokens[: len(self.ids)])
 
     def stop_at_length(self) -> OutputDelta:

@@ -34,6 +34,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Text that this token certainly adds."""
+        # Special tokens have no text of their own.
         if self.stopped or (token_id in self._tokenizer.special_ids and not self._keeps_apart()):
             return ""
         self._window.append(token_id)
@@ -60,6 +61,7 @@ class TextStream:
 
     def _decode_window(self) -> str:
         text = self._tokenizer.decode(self._window)
+        # The next token may complete the character, or change how a run of bytes decodes.
         if text.endswith(_UNDECODABLE) or self._window[-1] in self._tokenizer.byte_ids:
             if len(self._window) - self._known >= _LONGEST_TAIL:
                 return self._shorten_window(text)
@@ -108,6 +110,7 @@ class TextStream:
         if not self._stop or not new:
             return new
         text = self._held + new
+        # The stop string that is complete first counts, as if text came character by character.
         places = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if places:
             self.stopped = True

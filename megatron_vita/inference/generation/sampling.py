@@ -66,6 +66,7 @@ def sample_tokens(logits: Tensor, params: Sequence[SamplingRow]) -> list[ScoredT
     assert len(logits) == len(params)
     if not params:
         return []
+    # Greedy tokens of all rows at once; those that are sampled are replaced below.
     peaks, tokens = logits.max(dim=-1)  # of equal ones the first; NaN where a row has any
     if shaped := [
         i
@@ -74,6 +75,7 @@ def sample_tokens(logits: Tensor, params: Sequence[SamplingRow]) -> list[ScoredT
     ]:
         rows = upload(shaped, like=tokens)
         tokens[rows] = _shaped_tokens(logits[rows].float(), [params[i] for i in shaped])
+    # Everything goes to the host in one transfer; fp64 holds token ids exactly.
     parts = [peaks.double(), tokens.double()]
     scored = [i for i, row_params in enumerate(params) if row_params.sampling.logprobs is not None]
     width = min(
@@ -128,6 +130,8 @@ def refuse_unless_finite(peaks: Sequence[float]) -> None:
 def uniform_number(seed: int, *, choice: int, step: int) -> float:
     """A number in [0, 1), a multiple of 2**-52, from a counter-based generator (Philox, Salmon et
     al. 2011)."""
+    # The counter makes each number a function of (seed, choice, step): batches may change in
+    # between.
     generator = np.random.Philox(
         key=np.array([seed, choice], np.uint64), counter=np.array([step, 0, 0, 0], np.uint64)
     )
@@ -219,12 +223,18 @@ def _apply_top_k_top_p(logits: Tensor, options: Sequence[SamplingParams]) -> Ten
     ordered = ordered.masked_fill(torch.arange(width, device=rows.device) >= limits, -math.inf)
     probabilities = ordered.double().softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    # Rounded sums can reach 1 early, so that for top-p 1 the border is beyond all sums.
-    border = _column([options[i].top_p if options[i].top_p < 1 else 2 for i in cut], before)
+    border = _column([_top_p_border(options[i]) for i in cut], before)
     # NaN is below nothing
     counts = (before < border).sum(dim=-1, keepdim=True).clamp(min=1).minimum(limits)
     kept = _highest(whole, ordered.gather(1, counts - 1), counts)
     return logits.index_copy(0, rows, whole.masked_fill(~kept, -math.inf))
+
+
+def _top_p_border(option: SamplingParams) -> float:
+    if option.top_p < 1:
+        return option.top_p
+    # rounded sums can reach 1 early, so that for top-p 1 the border is beyond all sums
+    return 2.0
 
 
 def _highest(rows: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class PrefillAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
         query = self.rotation.rotate(query)
+        # Every rank needs the whole chunk's keys: those it stores, and those its rows attend to.
         keys = self._whole(self.rotation.rotate(key))
         values = self._whole(value)
         self.cache.write(layer, keys[self.stored_rows], values[self.stored_rows], slots=self.slots)
@@ -100,11 +101,13 @@ class PrefillAttention:
                 middle = piece.start + run.offset
                 own = slice(middle, middle + run.length)
                 part = attend(rows, keys[:, own], values[:, own], causal=True)
+                # Earlier rows of the chunk are all visible, without a mask.
                 if run.offset:
                     part = merge_attention_states(
                         part, attend(rows, keys[:, begin:middle], values[:, begin:middle])
                     )
                 parts.append(part)
+        # Without CP and with one chunk there is nothing to copy.
         if len(parts) == 1:
             return parts[0]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
@@ -113,6 +116,8 @@ class PrefillAttention:
         """Attend from this rank's rows [t] to the cache before their chunks, on whatever rank it
         lies."""
         ranks = self.cp_group.size()
+        # Queries travel rather than keys: a chunk is short, what is cached before it may be a
+        # million tokens.
         outs, lses = self._attend_held(layer, self._whole(query))
         if ranks == 1:
             return outs, lses
@@ -128,11 +133,13 @@ class PrefillAttention:
     def _attend_held(self, layer: int, queries: Tensor) -> Partial:
         """Attend from all rows of the pack [T, heads, d] to this rank's share of the cache before
         their chunks."""
+        # The usual case, without the copy into a common buffer.
         if len(self.pieces) == 1:
             part = self._attend_piece(layer, queries, self.pieces[0])
             if part is not None:
                 return part
         outs = torch.zeros_like(queries)
+        # A log-sum-exp of -inf marks rows without keys here, which merging ignores.
         lses = torch.full(queries.shape[:2], -torch.inf, device=queries.device)
         for piece in self.pieces:
             part = self._attend_piece(layer, queries, piece)
@@ -169,6 +176,7 @@ class DecodeAttention:
         out, lse = self.cache.attend_decode(layer, query, tables=self.tables, lengths=self.lengths)
         if self.cp_group.size() > 1:
             ranks = self.cp_group.size()
+            # One collective for both: at one token per sequence, latency is all that counts.
             packed = gather_context(torch.cat([out, lse[..., None]], -1), self.cp_group).unflatten(
                 0, (ranks, -1)
             )

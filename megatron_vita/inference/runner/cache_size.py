@@ -36,6 +36,7 @@ def build_cache(
     )
     if tokens is None and platform.on_cuda():
         per_block = kept.bytes_per_token * page_tokens
+        # All ranks must allocate the same blocks, since rank 0 decides for all of them.
         count = _agreed((_free_bytes() - _needed_bytes(recipe, chunk_tokens)) // per_block)
     else:
         count = blocks.blocks_for(tokens or _TOKENS_ON_CPU) + 1  # and the scratch block
@@ -48,6 +49,7 @@ def build_cache(
 
 
 def _free_bytes() -> int:
+    # Memory that torch holds in its cache counts as used for the driver.
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 

@@ -15,12 +15,14 @@ class Graph:
     def __init__(self, function: Callable[[], Tensor], *, pool: Any) -> None:
         """Run the function once, so that kernels are compiled and buffers exist, then record it."""
         stream = torch.cuda.Stream()
+        # Recording fails if a kernel compiles or a library allocates its workspace meanwhile.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()
         torch.cuda.current_stream().wait_stream(stream)
         self._function = function  # keeps alive what it reads
         self._graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a collective's watchdog, may call CUDA during the recording.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = function()
 

@@ -32,6 +32,7 @@ class DecodeBuffers:
     def set_table(self, row: int, sequence: int, blocks: Tensor) -> None:
         """Update the block table of a row."""
         shown, count = self.shown[row]
+        # Only new blocks are copied: a table of a long sequence has thousands.
         first = count if shown == sequence else 0
         if first < len(blocks):
             self.tables[row, first : len(blocks)] = blocks[first:].int().to(self.tables.device)
@@ -72,6 +73,7 @@ class DecodeRunner:
                 inputs[row][2] if slot is None else slot,
                 layout.local_tokens(position + 1),
             ]
+        # One pinned copy for all inputs of a step.
         batch.host.copy_(torch.tensor(inputs).T)
         batch.device.copy_(batch.host, non_blocking=True)
         if self.graphs is None:
@@ -91,6 +93,7 @@ class DecodeRunner:
             batch.shown = [(-1, 0) if shown[0] == sequence else shown for shown in batch.shown]
 
     def _batch_for(self, rows: int) -> DecodeBuffers:
+        # Few sizes mean few graphs, at the price of at most half a batch of padding.
         size = 1 << (rows - 1).bit_length()
         if size not in self._batches:
             self._batches[size] = DecodeBuffers(size, blocks=self.max_blocks)

@@ -35,6 +35,7 @@ def _join(  # type: ignore[no-untyped-def]
     head = tl.program_id(1)
     first = tl.load(lse_a + row * la_row + head * la_head)
     second = tl.load(lse_b + row * lb_row + head * lb_head)
+    # A finite lower bound: with -inf on both sides the differences below would be NaN.
     peak = tl.maximum(tl.maximum(first, second), -1e30)
     weight_a = tl.exp(first - peak)
     weight_b = tl.exp(second - peak)
@@ -163,9 +164,11 @@ def attend_pages(
     batch, heads, width = query.shape
     groups = len(keys)
     members = heads // groups
+    # Few sequences alone would not fill the GPU, so their pages are split over programs.
     splits = max(1, min(128, _PROGRAMS // (batch * groups)))
     parts = torch.empty(splits, batch, heads, width, dtype=torch.float32, device=query.device)
     sums = torch.empty(splits, batch, heads, dtype=torch.float32, device=query.device)
+    # Any tensor will do as an argument that is not read.
     key_scales, value_scales = scales or (query, query)
     _attend_pages[(splits, groups, batch)](
         query, keys, values, key_scales, value_scales, tables, lengths, parts, sums,
@@ -210,6 +213,7 @@ def _attend_pages(  # type: ignore[no-untyped-def]
     )
     keys += group.to(tl.int64) * group_stride
     values += group.to(tl.int64) * group_stride
+    # Online softmax: the running maximum, sum and weighted values of the pages so far.
     peak = tl.full([MEMBER_BLOCK], -1e30, tl.float32)
     total = tl.zeros([MEMBER_BLOCK], tl.float32)
     gathered = tl.zeros([MEMBER_BLOCK, WIDTH_BLOCK], tl.float32)
@@ -221,18 +225,16 @@ def _attend_pages(  # type: ignore[no-untyped-def]
         k = tl.load(keys + place, mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SCALED:
-            scores *= tl.load(key_scales + group * scale_stride + slot, mask=seen, other=0.0)[
-                None, :
-            ]
+            factor = tl.load(key_scales + group * scale_stride + slot, mask=seen, other=0.0)
+            scores *= factor[None, :]
         scores = tl.where(seen[None, :], scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         shrink = tl.exp(peak - higher)
         total = total * shrink + tl.sum(weights, 1)
         if SCALED:
-            weights *= tl.load(value_scales + group * scale_stride + slot, mask=seen, other=0.0)[
-                None, :
-            ]
+            factor = tl.load(value_scales + group * scale_stride + slot, mask=seen, other=0.0)
+            weights *= factor[None, :]
         v = tl.load(values + place, mask=mask, other=0.0).to(q.dtype)
         gathered = gathered * shrink[:, None] + tl.dot(
             weights.to(q.dtype), v, input_precision="ieee"

@@ -62,6 +62,8 @@ class KeyValueCache:
             store = (self._keys, self._values)[which][layer - 1]
             rows = rows.transpose(0, 1)  # [groups, n, d]
             if self._scales is not None:
+                # A scale for each row keeps outliers of one token from costing the others
+                # precision.
                 scale = (rows.abs().amax(-1).float() / _FP8_MAX).clamp(min=1e-12)
                 self._scales[layer - 1][which, :, slots] = scale
                 rows = (rows.float() / scale[..., None]).to(_FP8).view(torch.uint8)
@@ -80,6 +82,7 @@ class KeyValueCache:
     ) -> Tensor:
         """Rotate query [n, heads, d], which is returned, and key [n, groups, d]; store key and
         value."""
+        # The fused kernel stores rows as they are.
         if not query.is_cuda or self._scales is not None:
             self.write(layer, rotation.rotate(key), value, slots=slots)
             return rotation.rotate(query)
@@ -108,6 +111,7 @@ class KeyValueCache:
         blocks = blocks[: ceil_div(length, page)]
         if not length:
             return
+        # A sequence that was admitted into an empty cache is read in place.
         if self._scales is None and consecutive(blocks):
             start = int(blocks[0]) * page
             here = slice(start, start + length)
@@ -125,6 +129,7 @@ class KeyValueCache:
         blocks = blocks.to(store.device)
         if self._scales is None:
             return store.unflatten(1, (-1, page)).index_select(1, blocks).flatten(1, 2)
+        # indexing is not implemented for 8-bit floats
         rows = (
             store.view(torch.uint8)
             .unflatten(1, (-1, page))

@@ -30,6 +30,7 @@ def attend(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     elif query.dtype == torch.float32:
         heads = q.shape[1] // k.shape[1]
+        # This kernel knows no grouped query attention.
         k = k.repeat_interleave(heads, 1)
         v = v.repeat_interleave(heads, 1)
         out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -61,6 +62,7 @@ def merge_attention_states(
 
         return merge_states_on_cuda(a, lse_a, b, lse_b)
     lse = torch.logaddexp(lse_a, lse_b)
+    # -inf minus -inf is NaN: neither part has keys, and both weights are 0.
     weight_a, weight_b = ((part - lse).exp().nan_to_num()[..., None] for part in (lse_a, lse_b))
     return (a * weight_a + b * weight_b).to(a.dtype), lse
 

@@ -41,6 +41,7 @@ class PrefillGraphs:
             self.record(length)
         embeddings, all_slots, graph = self._graphs[length]
         embeddings.copy_(hidden)
+        # The graph stores every row; padding and other ranks' rows go to the scratch block.
         everywhere = torch.full((length,), SCRATCH_BLOCK * self.cache.layout.page_tokens)
         everywhere[places] = slots
         all_slots.copy_(everywhere)

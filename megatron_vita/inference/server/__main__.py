@@ -105,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
+    # Imported late: --help and a wrong argument need not wait for torch.
     from megatron_vita import platform
     from megatron_vita.inference.server.access import read_keys
     from megatron_vita.inference.vision import decode_pool
@@ -153,6 +154,7 @@ def work(engine: "Engine") -> int:
     Signals are ignored: a worker that stopped at once would break the answers that rank 0 finishes.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
+        # Launchers signal all ranks at once, and rank 0 still has outputs to finish.
         signal.signal(number, signal.SIG_IGN)
     engine.serve_as_worker()
     return 0

@@ -69,6 +69,7 @@ class RequireKey:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # Digests have one length, so that comparing them leaks nothing about the keys.
         digest = _digest(_bearer_key(Headers(scope=scope)))
         is_known = self._is_known(digest)
         if is_known:
@@ -88,6 +89,7 @@ class RequireKey:
     def _is_known(self, digest: bytes) -> bool:
         """Compare with all keys in constant time."""
         # all are compared
+        # All keys are compared, so that the time does not depend on which one matches.
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
@@ -114,11 +116,13 @@ def _is_foreign(scope: Scope) -> bool:
     """True for a request of another site's page, or of one whose domain name resolves to this
     machine."""
     headers = Headers(scope=scope)
+    # Browsers always send an Origin header with POST.
     if (origin := headers.get("origin")) is None:
         return False
     host = headers.get("host", "").lower()
     if not host or origin.lower().partition("://")[2] != host:
         return True
+    # DNS rebinding: a foreign name that resolves to this machine makes its page same-origin.
     return _is_address(scope["server"][0], of_this_machine=True) and not _is_own_name(host)
 
 

@@ -27,6 +27,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # The middleware is the outermost one, and inner code notes its facts here.
         scope.setdefault("state", {})
         watched = StatusSend(send)
         began = time.monotonic()

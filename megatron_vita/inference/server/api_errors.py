@@ -94,6 +94,7 @@ def api_error_of(error: Exception, *, request_seconds: float) -> APIError:
     if isinstance(error, TimeoutError):
         message = f"no full answer within {request_seconds:g} seconds (the server's option --request-seconds)"
         return APIError(message, status=504, code="request_seconds_exceeded", headers=NO_RETRY)
+    # The client gets no details: they may tell about the server's files or other requests.
     logger.error("a request failed", exc_info=error)
     return APIError(
         "the server failed at this request", status=500, code="internal_error", headers=NO_RETRY

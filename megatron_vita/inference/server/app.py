@@ -91,6 +91,7 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         app.add_middleware(RequireKey, keys=options.keys)
     else:
         app.add_middleware(RefuseForeignPages)
+    # Added last, and thereby outermost: it also logs what other middleware rejects.
     app.add_middleware(AccessLog)
     return app
 

@@ -35,6 +35,7 @@ class BodyPlaces:
                 self._clients[timeout] = client
                 yield
         except TimeoutError as error:
+            # Some other timeout, such as the one of the whole request.
             if not timeout.expired():
                 raise
             raise self._refusal() from error
@@ -45,6 +46,7 @@ class BodyPlaces:
         [(busiest, _)] = Counter(self._clients.values()).most_common(1)
         oldest = next(timeout for timeout, client in self._clients.items() if client == busiest)
         del self._clients[oldest]
+        # The timeout raises inside the task that reads the body.
         oldest.reschedule(0)
 
     def _refusal(self) -> APIError:

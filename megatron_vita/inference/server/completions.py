@@ -85,6 +85,7 @@ class ChatEndpoint:
         counted = StatusSend(send)
         exchange = _Exchange(self, Request(scope, receive, counted), counted)
         try:
+            # Before the body is read: a full server should not receive megabytes first.
             self.check_open(key_of(scope))
             async with asyncio.timeout(self.limits.request_seconds):
                 await exchange.run()
@@ -149,6 +150,7 @@ class ChatEndpoint:
         self._is_cut_off = True
         for timeout in self._cuts:
             if not timeout.expired():
+                # Timeouts are the one way to interrupt a task that waits for anything at all.
                 timeout.reschedule(0)
 
     @asynccontextmanager
@@ -159,6 +161,7 @@ class ChatEndpoint:
             APIError: `cut_off` was called; it carries `headers`.
         """
         try:
+            # Requests that arrive after `cut_off` end at their first wait.
             async with asyncio.timeout(0 if self._is_cut_off else None) as timeout:
                 self._cuts.add(timeout)
                 yield
@@ -230,6 +233,7 @@ class _Exchange:
         del body
         builder, stream = await self._begin(request)
         # with media in base64, while answers may take minutes
+        # The messages hold media in base64, while an answer may take minutes.
         request = request.model_copy(update={"messages": []})
         try:
             if request.stream:
@@ -237,6 +241,7 @@ class _Exchange:
             else:
                 await self._complete(builder, stream)
         finally:
+            # Whatever happened: nobody reads the stream any longer.
             endpoint.service.cancel(stream)
         self._observe(stream)
 
@@ -281,9 +286,11 @@ class _Exchange:
             cache_salt=cache_salt(key_of(self._request.scope), request.cache_salt),
         )
         prepare = partial(endpoint.service.engine.prepare, prompt)
+        # Waiting for decoder processes must not use up the threads that all other requests need.
         pool = endpoint.probing if videos else endpoint.pool
         prepared = await _in_threads(pool, partial(prepare, max_frames=max_frames))
         most = endpoint.limits.video_frames
+        # The recipe may sample more frames than this server allows; the limit wins.
         if any(len(video.times) > most for video in prepared.videos):
             prepared = await _in_threads(pool, partial(prepare, max_frames=most))
         for video in prepared.videos:
@@ -347,6 +354,7 @@ class _Exchange:
 
     def _observe(self, stream: RequestStream) -> None:
         total = time.monotonic() - self._began
+        # An empty output has no first token.
         first = total if self._first is None else self._first
         self._endpoint.metrics.first_token.observe(first)
         self._endpoint.metrics.total.observe(total)

@@ -53,6 +53,7 @@ class BoundedConnection(H11Protocol):
 
     def _watch_headers(self) -> None:
         """Run the header timer while a request is awaited; received bytes do not reset it."""
+        # A request is being answered; other limits apply to it.
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget_timer()
         elif self._headers_due is None:
@@ -64,6 +65,7 @@ class BoundedConnection(H11Protocol):
             self._headers_due = None
 
     def _close(self) -> None:
+        # The request may have arrived in the same moment.
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 

@@ -44,6 +44,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limits.body_bytes:
         raise _body_too_large(f"the body has {int(declared):,} bytes", limits)
+    # Content-Length may be missing or wrong, so that the size is also counted.
     body = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):

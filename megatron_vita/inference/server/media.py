@@ -57,6 +57,7 @@ class MediaLoader:
                     await self._run(self._check_pixels, file)
             except APIError as error:
                 raise about(field, error) from error
+            # The limit holds for all media of a request together.
             left -= len(file.data)
             files[type(part)].append(file)
         return files[ImagePart], files[VideoPart]
@@ -87,6 +88,7 @@ class MediaLoader:
         try:
             path = Path(_file_path(url))
             for root in self._roots:
+                # Symbolic links are followed first, so that none leads out of the root.
                 resolved = (root / path).resolve(strict=True) if (root / path).exists() else None
                 if resolved is not None and resolved.is_relative_to(root):
                     return _read_file(resolved, most)
@@ -130,7 +132,9 @@ def _data_url(url: str, most: int) -> bytes:
     head = _DATA_URL.match(url)
     if head is None:
         raise APIError("a data URL must begin with data:TYPE;base64,", code="invalid_media")
+    # Slicing a view avoids a copy of a large payload.
     payload = memoryview(url.encode("ascii", errors="replace"))[head.end() :]
+    # Checked before decoding, which would take the memory.
     size = len(payload) * 3 // 4
     if size > most:
         raise too_large(f"{size:,} bytes of media", limit="media_bytes", most=most)
@@ -163,6 +167,7 @@ def _read_file(path: Path, most: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("not a regular file")
+        # One byte more than allowed tells that the file is too large.
         data = file.read(most + 1)
     if len(data) > most:
         raise too_large(f"more than {most:,} bytes of media", limit="media_bytes", most=most)

@@ -32,6 +32,7 @@ class _Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_foreign(cls, data: Any) -> Any:
+        # Other types are left to pydantic, which has an error for them.
         if isinstance(data, dict):
             return without_foreign(data, cls.foreign)
         return data
@@ -192,6 +193,7 @@ class ChatRequest(_SamplingFields):
             "mm_processor_kwargs.max_frames": processor.max_frames if processor else None,
         }
         for field, frames in given.items():
+            # vLLM's clients send -1 for all frames.
             if frames is not None and not (frames == -1 and field.endswith("num_frames")):
                 yield field, frames
 
@@ -208,6 +210,7 @@ class ChatRequest(_SamplingFields):
         """Messages for `Prompt`. Texts are parts, so that `<image>` typed by a user stays text."""
         return [
             {
+                # OpenAI renamed the role; templates know the old name.
                 "role": "system" if message.role == "developer" else message.role,
                 "content": [_prompt_part(part) for part in message.content],
             }

@@ -30,6 +30,7 @@ _AZURE = ipaddress.IPv4Address("168.63.129.16")
 def is_public(address: Address) -> bool:
     """True if an address, or the IPv4 address embedded in it, belongs to the public internet."""
     if isinstance(address, ipaddress.IPv6Address):
+        # IPv6 forms of private IPv4 addresses would pass the checks below.
         inner = address.ipv4_mapped or address.sixtofour
         if address in _NAT64:
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
@@ -119,6 +120,7 @@ class RemoteFetcher:
             found = await self._get(pool, url, most)
             if isinstance(found, bytes):
                 return found
+            # Each redirect passes `_get` and the address check again.
             url = urljoin(url, found)
         raise APIError(
             f"{url!r:.200} comes after {MAX_REDIRECTS} redirects: that is where this server gives up"
@@ -133,11 +135,13 @@ class RemoteFetcher:
         if (
             parts.scheme not in ("http", "https")
             or not parts.hostname
+            # `http://trusted@evil/` names another host than it seems to.
             or parts.username is not None
         ):
             raise APIError(
                 f"{url!r:.200}: a http or https URL with a host and without a user name is needed"
             )
+        # No compression: a small response could expand to any size.
         headers = [(b"host", parts.netloc.encode("idna")), (b"accept-encoding", b"identity")]
         async with pool.stream("GET", _encoded(parts), headers=headers) as response:
             fields = {name.lower(): value for name, value in response.headers}
@@ -161,6 +165,7 @@ async def _read(response: httpcore.Response, url: str, most: int) -> bytes:
     body = bytearray()
     async for chunk in response.aiter_stream():
         body += chunk
+        # Content-Length is not trusted.
         if len(body) > most:
             raise too_large(
                 f"{url!r:.200} has more than {most:,} bytes", limit="media_bytes", most=most

@@ -38,6 +38,7 @@ class ResponseBuilder:
 
     def continuation(self, piece: OutputDelta) -> dict[str, Any] | None:
         """Build the chunk of an output delta; None if the delta holds nothing to show."""
+        # Held-back text gives empty deltas.
         if not (piece.text or piece.finish or piece.scores):
             return None
         choice = {

@@ -79,6 +79,7 @@ def max_frames_of(request: ChatRequest, *, limits: Limits) -> int | None:
             _refuse(field, f"is {_shown(frames)}: it must be at least 1")
         if frames > limits.video_frames:
             _refuse_above(field, frames, limit="video_frames", most=limits.video_frames)
+    # Equal numbers in several fields are harmless: clients send vLLM's names beside ours.
     if len(set(given.values())) > 1:
         first, second = list(given)[:2]
         _refuse(second, f"is {given[second]} and {first} is {given[first]}: one of them is enough")

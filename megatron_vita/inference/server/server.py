@@ -64,6 +64,7 @@ class VitaServer(uvicorn.Server):
             )
         loop = asyncio.get_running_loop()
         self._hurry = lambda: loop.call_soon_threadsafe(self._chat.cut_off)
+        # Requests that are still open after draining are cut off.
         loop.call_later(0 if self.force_exit else self._drain_seconds, self._chat.cut_off)
         await self._drain()
         await super().shutdown(sockets)
@@ -86,6 +87,7 @@ class VitaServer(uvicorn.Server):
     def _on_failure(self) -> None:
         logger.critical("the server ends because %s", self.service.failure)
         self._chat.cut_off()
+        # uvicorn looks at this flag in its main loop.
         self.should_exit = True
 
 

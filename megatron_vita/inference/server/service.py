@@ -95,6 +95,7 @@ class EngineService:
         try:
             await asyncio.wrap_future(added)
         except asyncio.CancelledError:
+            # The command may have been queued already, and the client is gone.
             self.cancel(stream)
             raise
         return stream
@@ -110,6 +111,7 @@ class EngineService:
         """Close the engine after its current step; wait for that at most `seconds`, or until it
         fails."""
         self._stopping = True
+        # Wakes the thread if it waits for a command.
         self._commands.put(lambda: None)
         ends = time.monotonic() + seconds
         while self.is_running and self.failure is None and time.monotonic() < ends:
@@ -157,6 +159,7 @@ class EngineService:
         engine's thread, or by the one that detects a lost rank."""
         reason = f"the engine failed: {type(error).__name__}: {error}"
         with self._lock:
+            # Two threads may fail at the same time, and only one callback must run.
             is_first = self.failure is None
             self.failure = self.failure or reason
         try:
@@ -174,6 +177,7 @@ class EngineService:
         except queue.Empty:
             return
         command()
+        # A flood of commands must not keep the engine from its next step.
         ends = time.monotonic() + TURN_SECONDS
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < ends:
@@ -187,8 +191,10 @@ class EngineService:
         arrivals = [
             (self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open
         ]
+        # A snapshot: other threads read it at any time.
         self.statistics = self.engine.statistics()
         if arrivals:
+            # One call for all outputs of a step; asyncio queues may be used on their loop only.
             self._loop.call_soon_threadsafe(_deliver, arrivals)
 
     def _settle(self, piece: OutputDelta) -> Usage | None:

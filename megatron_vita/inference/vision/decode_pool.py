@@ -66,6 +66,8 @@ class DecodePool:
         self._busy: dict[_Reader, SharedFile] = {}  # and what they read
         self._stopped: WeakSet[SharedFile] = WeakSet()
         self._lock = threading.Lock()  # of both
+        # Last in, first out: few requests keep few processes alive. None stands for one not
+        # started.
         self._free: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
@@ -92,6 +94,7 @@ class DecodePool:
         """Cancel all reads of `file`: pending callers get DataError, and the processes that decode
         it are shut down."""
         with self._lock:
+            # Also for requests that are about to start: `_begin` looks it up under the same lock.
             self._stopped.add(file)
             self._hang_up([reader for reader, read in self._busy.items() if read is file])
 
@@ -113,6 +116,8 @@ class DecodePool:
         request."""
         for reader in readers:
             del self._busy[reader]
+            # Shutting down a duplicate ends the connection without closing a descriptor that
+            # another thread is reading.
             with socket.socket(fileno=os.dup(reader.pipe.fileno())) as pipe:
                 pipe.shutdown(socket.SHUT_RDWR)
 
@@ -129,6 +134,7 @@ class DecodePool:
             reader.pipe.send((self._seconds, question))
             file.send(reader.pipe)
             yield reader.pipe
+            # Only a process that answered can be given the next request.
             good = reader
         except DataError:
             good = reader
@@ -139,6 +145,7 @@ class DecodePool:
             raise DataError(f"{question.name}: {self._why_ended(reader, began)}") from error
         finally:
             with self._lock:
+                # A process hung up in the meantime must not be reused, although it answered.
                 if reader is None or self._busy.pop(reader, None) is None:
                     good = None  # also where it answered, and was hung up then
             self._free.put(good)
@@ -158,6 +165,7 @@ class DecodePool:
         with self._lock:
             if reader not in self._busy:
                 return _STOPPED
+        # A dead fork server ends all its processes, whatever their files.
         check(reader.program)
         if time.monotonic() - began >= self._seconds:
             return f"reading it takes more than {self._seconds:g} seconds"
@@ -193,6 +201,7 @@ def start() -> _Program:
         if PROGRAM not in _programs:
             _raise_descriptor_limit()
             orders, theirs = socket.socketpair()
+            # The program must import this package as this process does, installed or not.
             paths = os.pathsep.join([str(Path(__file__).parents[3]), *sys.path])
             with theirs:
                 process = subprocess.Popen(
@@ -210,6 +219,7 @@ def stop(*, seconds: float = 1.0) -> None:
         program = _programs.pop(PROGRAM, None)
     if program is None:
         return
+    # The server ends when its end of the socket reads end-of-file.
     program.orders.close()
     try:
         program.process.wait(seconds)
@@ -246,6 +256,7 @@ def connect() -> _Reader:
 def check(program: _Program) -> None:
     """Raise PlatformError if the fork server has ended; the next `start` makes another."""
     with suppress(subprocess.TimeoutExpired):
+        # A moment, since the pipe breaks before the exit code is known.
         code = program.process.wait(timeout=0.2)
         with _lock:
             if _programs.get(PROGRAM) is program:

@@ -44,6 +44,7 @@ def main() -> None:
             with suppress(OSError):  # where there can be no further process, its question ends
                 if os.fork() == 0:
                     _live(orders, Connection(descriptors[0]))
+            # The child has its own copy.
             os.close(descriptors[0])
     with suppress(ChildProcessError):  # raised when the last reader has ended
         os.wait()
@@ -61,6 +62,7 @@ def _live(orders: socket.socket, pipe: Connection) -> NoReturn:
 
 def serve(pipe: Connection) -> None:
     """Answer requests, each with its time limit, until the other end closes."""
+    # Parallelism comes from the number of processes.
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -68,6 +70,7 @@ def serve(pipe: Connection) -> None:
             file = receive_file(pipe)
             # whose signal ends the process: Python does not handle it
             signal.setitimer(signal.ITIMER_REAL, seconds)
+            # Pixels go back as shared memory: they are too large for a pipe.
             tiles = SharedArray()
             with _ends_with(pipe):
                 answer = _answer(question, file, tiles)

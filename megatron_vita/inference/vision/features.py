@@ -82,6 +82,7 @@ class FeatureSource:
         )
         if not tiles or not self.model.encodes:
             return None
+        # A tile whose placeholders span two chunks is encoded once, with the first.
         new = [tile for tile in tiles if tile not in self._left]
         features, failed = self._encode(new)
         known = self._left | dict(zip(new, features, strict=True))
@@ -95,6 +96,7 @@ class FeatureSource:
                 rows.append(known[key][first - begin : last - begin])
                 targets.append(torch.arange(first, last) - piece.start + place)
                 if begin + self.rows_per_tile > piece.stop:
+                    # A copy, since a slice would keep the features of the whole chunk alive.
                     self._left[key] = known[key].clone()
                 else:
                     self._left.pop(key, None)
@@ -110,6 +112,7 @@ class FeatureSource:
         owner = self._owner[sequence]
         layout = groups.rank_layout()
         tiles = [tile for _, tile in self._tiles_of(sequence, start, stop) if tile not in owner]
+        # Frames and image tiles are assigned separately: decoding a frame costs more.
         frames = torch.tensor([self._is_frame(sequence, tile) for tile in tiles], dtype=torch.bool)
         for rank, assigned in enumerate(assign_tiles(frames, layout.tile_ranks), start=sequence):
             owner.update({tiles[i]: rank % layout.tile_ranks for i in assigned})
@@ -138,8 +141,10 @@ class FeatureSource:
         tiles = normalize(pixels.to(platform.device()), self.normalization, dtype=dtype)
         if self.graphs is None or not 0 < len(tiles) <= _FEW_TILES:
             return self.model.encode(tiles)
+        # Powers of two keep the number of graphs small.
         buffer, graph = self._graph_for(1 << (len(tiles) - 1).bit_length())
         buffer[: len(tiles)] = tiles
+        # The next launch overwrites the output.
         return graph.launch()[: len(tiles)].clone()
 
     def warm_up(self) -> None:
@@ -173,5 +178,6 @@ class FeatureSource:
         everything = concatenate_rows(
             own, counts=[len(assigned) for assigned in assignments], group=groups.tile_group()
         )
+        # Rows come rank by rank; callers expect the order of tiles.
         order = torch.argsort(torch.cat(assignments)).to(everything.device)
         return everything[order], failed

@@ -84,6 +84,7 @@ class TileDecoder:
             with self._lock:
                 queue.waiting.clear()
         for coming in self._coming.pop(sequence, {}).values():
+            # Jobs that have started cannot be cancelled; their processes are shut down below.
             coming.run.cancel()
         for file in self._sequences.pop(sequence, []):
             self.readers.stop(file.shared)
@@ -115,6 +116,7 @@ class TileDecoder:
             left = deadline - time.monotonic()
             if found or left <= 0:
                 return found
+            # Any finished job may complete a sequence.
             wait(set().union(*open_runs.values()), timeout=left, return_when=FIRST_COMPLETED)
 
     def take(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
@@ -141,12 +143,14 @@ class TileDecoder:
     def _runs(self, sequence: int, tiles: Sequence[int]) -> list[tuple[int, int]]:
         """Split tiles into jobs (first tile, count) of consecutive tiles of one medium; an image is
         one job."""
+        # A video is split so that all decoders share it, in jobs long enough to be worth a seek.
         frames = min(max(ceil_div(len(tiles), DECODERS), _FEWEST), _MOST)
         runs: list[tuple[int, int]] = []
         for tile in tiles:
             first, count = runs[-1] if runs else (-1, 0)
             file = self._file(sequence, tile)
             has_room = count < frames or file.medium.grid is not None
+            # Tiles of one image are always decoded together: the image must be opened anyway.
             if count and first + count == tile and file is self._file(sequence, first) and has_room:
                 runs[-1] = (first, count + 1)
             else:
