@@ -215,7 +215,7 @@ class Engine:
         return request.number
 
     def cancel(self, number: int) -> None:
-        """End a request's answers; their last pieces come with the next step."""
+        """End a request's answers; their last deltas come with the next step."""
         # The request may have ended and been forgotten.
         if number in self._requests:
             self._ended_early += self._outputs.cancel(self._requests[number])
@@ -231,12 +231,12 @@ class Engine:
         Raises:
             EngineError: the engine cannot go on.
         """
-        pieces = self._ended_early
+        deltas = self._ended_early
         self._ended_early = []
         step = self._scheduler.next_step()
         if step is None:
-            return pieces
-        return pieces + self._process(step, self._execute(step))
+            return deltas
+        return deltas + self._process(step, self._execute(step))
 
     def usage(self, number: int) -> Usage:
         """Tokens of a request, also after its end until `forget`."""
@@ -273,9 +273,9 @@ class Engine:
         try:
             for prompt in prepared:
                 numbers.append(self.add(prompt, sampling))
-            pieces: list[OutputDelta] = []
+            deltas: list[OutputDelta] = []
             while self.has_work:
-                pieces += self.step()
+                deltas += self.step()
         finally:
             # Also after an error: blocks of requests that nobody reads would stay reserved.
             for number in numbers:
@@ -283,7 +283,7 @@ class Engine:
                 self.forget(number)
             self._ended_early = []
         return [
-            join_deltas(pieces, request=number, choice=choice)
+            join_deltas(deltas, request=number, choice=choice)
             for number in numbers
             for choice in range(sampling.n)
         ]

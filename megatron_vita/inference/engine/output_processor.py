@@ -73,9 +73,9 @@ class OutputProcessor:
         """
         # Requests that fail are taken out of the owners, and their rows are skipped.
         owners = {s.number: r for r in self._scheduler.admitted for s in r.sequences}
-        pieces: list[OutputDelta] = []
+        deltas: list[OutputDelta] = []
         for sequence, reason in failed.items():
-            pieces += self.fail(owners.pop(sequence), reason)
+            deltas += self.fail(owners.pop(sequence), reason)
         # Cached chunk by chunk: other requests can reuse the beginning of a long prompt before its
         # end is computed.
         for chunk in step.prefill:
@@ -86,7 +86,7 @@ class OutputProcessor:
         rows = ended or [sequence for sequence, _, _ in step.decode]
         # Rows that pad the vocabulary are no tokens.
         tokens_only = logits[:, : self._tokenizer.vocab_size]  # no rows that pad the vocabulary
-        return pieces + self._sample(tokens_only, [owners.get(sequence) for sequence in rows])
+        return deltas + self._sample(tokens_only, [owners.get(sequence) for sequence in rows])
 
     def cancel(self, request: Request) -> list[OutputDelta]:
         """End the answers of a request that nobody waits for."""
@@ -113,7 +113,7 @@ class OutputProcessor:
     def _sample(self, logits: Tensor, owners: list[Request | None]) -> list[OutputDelta]:
         """Advance the owners of the rows of logits [rows, V]; rows of a request are adjacent. None
         owns rows of requests that have just failed."""
-        pieces: list[OutputDelta] = []
+        deltas: list[OutputDelta] = []
         to_sample: list[_RowToSample] = []
         for request, group in itertools.groupby(range(len(owners)), key=lambda row: owners[row]):
             rows = list(group)
@@ -124,10 +124,10 @@ class OutputProcessor:
                 to_sample += self._rows_to_sample(request, own, first_row=rows[0])
                 continue
             try:
-                pieces += self._advance_beams(request, request.beams, own)
+                deltas += self._advance_beams(request, request.beams, own)
             except LogitsError as error:
-                pieces += self.fail(request, str(error), finish="model_error")
-        return pieces + self._sample_rows(logits, to_sample)
+                deltas += self.fail(request, str(error), finish="model_error")
+        return deltas + self._sample_rows(logits, to_sample)
 
     def _rows_to_sample(
         self, request: Request, logits: Tensor, *, first_row: int
@@ -159,27 +159,27 @@ class OutputProcessor:
                 failed += self.fail(request, str(error), finish="model_error")
             rest = [row for row in rows if row.request not in wrong]
             return failed + self._sample_rows(logits, rest)
-        pieces: list[OutputDelta] = []
+        deltas: list[OutputDelta] = []
         pairs = zip(rows, scored, strict=True)
         for request, group in itertools.groupby(pairs, key=lambda pair: pair[0].request):
-            pieces += self._append_tokens(request, [token for _, token in group])
-        return pieces
+            deltas += self._append_tokens(request, [token for _, token in group])
+        return deltas
 
     def _append_tokens(self, request: Request, tokens: list[ScoredToken]) -> list[OutputDelta]:
         """Add one token to each unfinished choice, in their order."""
         if not request.running:
             self._scheduler.start_decoding(request, len(request.choices))
             request.sequence_of_choice = dict(enumerate(request.sequences))
-        pieces = []
+        deltas = []
         # A list, since finished choices are removed inside the loop.
         for choice, token in zip(list(request.sequence_of_choice), tokens, strict=True):
-            piece = request.choices[choice].append(token, end_ids=self._end_ids)
-            if piece.finish is None:
+            delta = request.choices[choice].append(token, end_ids=self._end_ids)
+            if delta.finish is None:
                 request.sequence_of_choice[choice].next_token = token.chosen.token_id
             else:
                 self._finish_choice(request, choice)
-            pieces.append(piece)
-        return pieces
+            deltas.append(delta)
+        return deltas
 
     def _finish_choice(self, request: Request, choice: int) -> None:
         """Cache the blocks of a finished answer, which a next turn may begin with, and free them."""
@@ -192,10 +192,10 @@ class OutputProcessor:
         self._scheduler.cache_blocks(sequence, keys)
         self._scheduler.finish_sequence(request, sequence)
 
-    def _end_all(self, request: Request, pieces: list[OutputDelta]) -> list[OutputDelta]:
+    def _end_all(self, request: Request, deltas: list[OutputDelta]) -> list[OutputDelta]:
         request.sequence_of_choice.clear()
         self._scheduler.finish(request)
-        return pieces
+        return deltas
 
     def _advance_beams(
         self, request: Request, beams: BeamSearch, logits: Tensor
@@ -212,12 +212,12 @@ class OutputProcessor:
             self._reorder_beams(request, beams.parents, beams.tokens)
             return []
         found = beams.results(len(request.choices))
-        pieces = [
+        deltas = [
             choice.append_beam(answer)
             for choice, answer in zip(request.choices, found, strict=False)
         ]
-        pieces += [choice.stop_at_length() for choice in request.choices[len(found) :]]
-        return self._end_all(request, pieces)
+        deltas += [choice.stop_at_length() for choice in request.choices[len(found) :]]
+        return self._end_all(request, deltas)
 
     def _reorder_beams(self, request: Request, parents: list[int], tokens: list[int]) -> None:
         """Give each new beam a sequence: the first child of a beam takes over its parent's, further
@@ -236,15 +236,15 @@ class OutputProcessor:
         request.sequences = new
 
 
-def join_deltas(pieces: Rows[OutputDelta], *, request: int, choice: int) -> CompletionOutput:
-    """The whole answer of one choice of a request, among the pieces of many."""
-    own = [piece for piece in pieces if (piece.request, piece.choice) == (request, choice)]
+def join_deltas(deltas: Rows[OutputDelta], *, request: int, choice: int) -> CompletionOutput:
+    """The whole answer of one choice of a request, among the deltas of many."""
+    own = [delta for delta in deltas if (delta.request, delta.choice) == (request, choice)]
     finish = own[-1].finish
     assert finish is not None
     return CompletionOutput(
-        text="".join(piece.text for piece in own),
-        token_ids=[token for piece in own for token in piece.token_ids],
+        text="".join(delta.text for delta in own),
+        token_ids=[token for delta in own for token in delta.token_ids],
         finish=finish,
-        scores=[score for piece in own for score in piece.scores],
+        scores=[score for delta in own for score in delta.scores],
         error=own[-1].error,
     )

@@ -57,7 +57,7 @@ class ChoiceState:
             return self._end("stop", text=text, tokens=(scored,))
         if len(self.ids) >= self.sampling.max_new_tokens:
             return self._end("length", text=text, tokens=(scored,))
-        return self._piece(text, tokens=(scored,))
+        return self._delta(text, tokens=(scored,))
 
     def append_beam(self, answer: BeamHypothesis) -> OutputDelta:
         """Add the whole answer of a beam search, up to a stop string."""
@@ -95,9 +95,9 @@ class ChoiceState:
         text += self._stream.finish()
         stopped = reason == "length" and self._stream.stopped  # by characters that were held back
         self.finish = "stop" if stopped else reason
-        return self._piece(text, tokens=tokens, error=error)
+        return self._delta(text, tokens=tokens, error=error)
 
-    def _piece(self, text: str, *, tokens: tuple[ScoredToken, ...], error: str = "") -> OutputDelta:
+    def _delta(self, text: str, *, tokens: tuple[ScoredToken, ...], error: str = "") -> OutputDelta:
         return OutputDelta(
             request=self.request,
             choice=self.choice,

@@ -309,9 +309,9 @@ class _Exchange:
         return prepared
 
     async def _complete(self, builder: ResponseBuilder, stream: RequestStream) -> None:
-        pieces = [piece async for piece in self._pieces(stream)]
-        assert stream.usage is not None, "the last piece brings the usage"
-        answer = builder.completion(pieces, n=stream.choices, usage=stream.usage)
+        deltas = [delta async for delta in self._deltas(stream)]
+        assert stream.usage is not None, "the last delta brings the usage"
+        answer = builder.completion(deltas, n=stream.choices, usage=stream.usage)
         await JSONResponse(answer)(self._request.scope, self._request.receive, self._send)
 
     async def _stream(
@@ -321,8 +321,8 @@ class _Exchange:
         await self._events.send(builder.opening(stream.choices) | extra)
         pulse = asyncio.create_task(self._keep_alive())
         try:
-            async for piece in self._pieces(stream):
-                chunk = builder.continuation(piece)
+            async for delta in self._deltas(stream):
+                chunk = builder.continuation(delta)
                 if chunk is not None:
                     await self._events.send(chunk | extra)
         finally:
@@ -337,20 +337,20 @@ class _Exchange:
             await asyncio.sleep(KEEP_ALIVE_SECONDS)
             await self._events.comment()
 
-    async def _pieces(self, stream: RequestStream) -> AsyncIterator[OutputDelta]:
+    async def _deltas(self, stream: RequestStream) -> AsyncIterator[OutputDelta]:
         """Yield the output deltas of a request.
 
         Raises:
             APIError: a medium could not be decoded, or the model's logits are not finite.
         """
-        async for piece in stream:
-            if self._first is None and (piece.token_ids or piece.text):
+        async for delta in stream:
+            if self._first is None and (delta.token_ids or delta.text):
                 self._first = time.monotonic() - self._began
-            if piece.finish == "error":
-                raise APIError(piece.error, code="invalid_media")
-            if piece.finish == "model_error":
-                raise APIError(piece.error, status=500, code="model_error", headers=NO_RETRY)
-            yield piece
+            if delta.finish == "error":
+                raise APIError(delta.error, code="invalid_media")
+            if delta.finish == "model_error":
+                raise APIError(delta.error, status=500, code="model_error", headers=NO_RETRY)
+            yield delta
 
     def _observe(self, stream: RequestStream) -> None:
         total = time.monotonic() - self._began

@@ -36,24 +36,24 @@ class ResponseBuilder:
         ]
         return self.chunk(choices, **self._videos())
 
-    def continuation(self, piece: OutputDelta) -> dict[str, Any] | None:
+    def continuation(self, delta: OutputDelta) -> dict[str, Any] | None:
         """Build the chunk of an output delta; None if the delta holds nothing to show."""
         # Held-back text gives empty deltas.
-        if not (piece.text or piece.finish or piece.scores):
+        if not (delta.text or delta.finish or delta.scores):
             return None
         choice = {
-            "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text or piece.scores else {},
-            "logprobs": self._logprobs(piece.scores) if piece.scores else None,
-            "finish_reason": piece.finish,
+            "index": delta.choice,
+            "delta": {"content": delta.text} if delta.text or delta.scores else {},
+            "logprobs": self._logprobs(delta.scores) if delta.scores else None,
+            "finish_reason": delta.finish,
         }
         return self.chunk([choice])
 
-    def completion(self, pieces: Iterable[OutputDelta], *, n: int, usage: Usage) -> dict[str, Any]:
+    def completion(self, deltas: Iterable[OutputDelta], *, n: int, usage: Usage) -> dict[str, Any]:
         """Build the `chat.completion` of all output deltas."""
         choices = [_Choice() for _ in range(n)]
-        for piece in pieces:
-            choices[piece.choice].add(piece)
+        for delta in deltas:
+            choices[delta.choice].add(delta)
         listed = [
             {
                 "index": i,
@@ -113,10 +113,10 @@ class _Choice:
     scores: list[ScoredToken] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, piece: OutputDelta) -> None:
-        self.texts.append(piece.text)
-        self.scores += piece.scores
-        self.finish = piece.finish or self.finish
+    def add(self, delta: OutputDelta) -> None:
+        self.texts.append(delta.text)
+        self.scores += delta.scores
+        self.finish = delta.finish or self.finish
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class RequestStream:
             arrival = await self.arrivals.get()
             if isinstance(arrival, EngineFailedError):
                 raise arrival
-            left -= arrival.finish is not None
+            if arrival.finish is not None:
+                left -= 1
             yield arrival
 
 
@@ -185,11 +186,11 @@ class EngineService:
 
     def _step(self) -> None:
         self._step_began = time.monotonic()
-        pieces = self.engine.step()
+        deltas = self.engine.step()
         self._step_began = None
         self._used = time.monotonic()
         arrivals = [
-            (self._open[p.request], p, self._settle(p)) for p in pieces if p.request in self._open
+            (self._open[p.request], p, self._settle(p)) for p in deltas if p.request in self._open
         ]
         # A snapshot: other threads read it at any time.
         self.statistics = self.engine.statistics()
@@ -197,15 +198,16 @@ class EngineService:
             # One call for all outputs of a step; asyncio queues may be used on their loop only.
             self._loop.call_soon_threadsafe(_deliver, arrivals)
 
-    def _settle(self, piece: OutputDelta) -> Usage | None:
+    def _settle(self, delta: OutputDelta) -> Usage | None:
         """Forget a request whose last choice has finished, and return its usage."""
-        stream = self._open[piece.request]
-        stream.left -= piece.finish is not None
+        stream = self._open[delta.request]
+        if delta.finish is not None:
+            stream.left -= 1
         if stream.left:
             return None
-        del self._open[piece.request]
-        usage = self.engine.usage(piece.request)
-        self.engine.forget(piece.request)
+        del self._open[delta.request]
+        usage = self.engine.usage(delta.request)
+        self.engine.forget(delta.request)
         return usage
 
     def _add(
@@ -249,6 +251,6 @@ class EngineService:
 
 
 def _deliver(arrivals: list[tuple[RequestStream, OutputDelta, Usage | None]]) -> None:
-    for stream, piece, usage in arrivals:
+    for stream, delta, usage in arrivals:
         stream.usage = usage or stream.usage
-        stream.arrivals.put_nowait(piece)
+        stream.arrivals.put_nowait(delta)

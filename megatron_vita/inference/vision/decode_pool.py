@@ -51,8 +51,8 @@ class Decode(NamedTuple):
     form: TileFormat
 
 
-Question = Probe | Decode
-Answer = VideoInfo | tuple[int, ...] | DataError
+DecodeRequest = Probe | Decode
+DecodeReply = VideoInfo | tuple[int, ...] | DataError
 
 
 class DecodePool:
@@ -122,7 +122,7 @@ class DecodePool:
                 pipe.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def _asked(self, question: Question, file: SharedFile) -> Iterator[Connection]:
+    def _asked(self, request: DecodeRequest, file: SharedFile) -> Iterator[Connection]:
         """Send a request to a process and yield its pipe. A process that ends without a reply is
         blamed on the file: DataError."""
         reader = self._free.get()
@@ -130,8 +130,8 @@ class DecodePool:
         began = time.monotonic()
         try:
             reader = reader or connect()
-            self._begin(reader, question, file)
-            reader.pipe.send((self._seconds, question))
+            self._begin(reader, request, file)
+            reader.pipe.send((self._seconds, request))
             file.send(reader.pipe)
             yield reader.pipe
             # Only a process that answered can be given the next request.
@@ -141,8 +141,8 @@ class DecodePool:
             raise
         except (EOFError, OSError) as error:
             if reader is None:
-                raise DataError(f"{question.name}: no reader can be had for it: {error}") from error
-            raise DataError(f"{question.name}: {self._why_ended(reader, began)}") from error
+                raise DataError(f"{request.name}: no reader can be had for it: {error}") from error
+            raise DataError(f"{request.name}: {self._why_ended(reader, began)}") from error
         finally:
             with self._lock:
                 # A process hung up in the meantime must not be reused, although it answered.
@@ -150,11 +150,11 @@ class DecodePool:
                     good = None  # also where it answered, and was hung up then
             self._free.put(good)
 
-    def _begin(self, reader: "_Reader", question: Question, file: SharedFile) -> None:
+    def _begin(self, reader: "_Reader", request: DecodeRequest, file: SharedFile) -> None:
         with self._lock:
             self._busy[reader] = file
             if file in self._stopped:
-                raise DataError(f"{question.name}: {_STOPPED}")
+                raise DataError(f"{request.name}: {_STOPPED}")
 
     def _why_ended(self, reader: "_Reader", began: float) -> str:
         """Reason why a process that was asked at `began` gave no reply.

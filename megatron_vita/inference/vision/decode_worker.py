@@ -21,7 +21,7 @@ import torch
 
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import DataError
-from megatron_vita.inference.vision.decode_pool import Answer, Probe, Question
+from megatron_vita.inference.vision.decode_pool import DecodeReply, DecodeRequest, Probe
 from megatron_vita.media.video import probe_video
 from megatron_vita.supervise.processes import end_with
 from megatron_vita.supervise.shared_memory import SharedArray, receive_file
@@ -41,7 +41,7 @@ def main() -> None:
             _, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
             if not descriptors:
                 break
-            with suppress(OSError):  # where there can be no further process, its question ends
+            with suppress(OSError):  # where there can be no further process, its request ends
                 if os.fork() == 0:
                     _live(orders, Connection(descriptors[0]))
             # The child has its own copy.
@@ -66,14 +66,14 @@ def serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            seconds, question = pipe.recv()
+            seconds, request = pipe.recv()
             file = receive_file(pipe)
             # whose signal ends the process: Python does not handle it
             signal.setitimer(signal.ITIMER_REAL, seconds)
             # Pixels go back as shared memory: they are too large for a pipe.
             tiles = SharedArray()
             with _ends_with(pipe):
-                answer = _answer(question, file, tiles)
+                answer = _answer(request, file, tiles)
             signal.setitimer(signal.ITIMER_REAL, 0)
             pipe.send(answer)
             if isinstance(answer, tuple):
@@ -93,31 +93,31 @@ def _ends_with(pipe: Connection) -> Iterator[None]:
     fcntl.fcntl(pipe.fileno(), fcntl.F_SETFL, flags)
 
 
-def _answer(question: Question, file: IO[bytes], tiles: SharedArray) -> Answer:
+def _answer(request: DecodeRequest, file: IO[bytes], tiles: SharedArray) -> DecodeReply:
     """Answer a request; decoded tiles are left in `tiles`.
 
     Raises:
         DataError: the file cannot be decoded.
     """
     try:
-        if isinstance(question, Probe):
-            return probe_video(file, question.name)
-        side = question.form.size
-        out = tiles.allocate((len(question.tiles), 3, side, side))
+        if isinstance(request, Probe):
+            return probe_video(file, request.name)
+        side = request.form.size
+        out = tiles.allocate((len(request.tiles), 3, side, side))
         decode_tiles(
-            question.medium,
+            request.medium,
             file,
-            name=question.name,
-            tiles=question.tiles,
-            form=question.form,
+            name=request.name,
+            tiles=request.tiles,
+            form=request.form,
             out=out,
         )
         return out.shape
     except DataError as error:
         return error.with_traceback(None)
     except Exception as error:
-        logger.exception("%s", question.name)
-        return DataError(f"{question.name}: cannot be read: {type(error).__name__}: {error}")
+        logger.exception("%s", request.name)
+        return DataError(f"{request.name}: cannot be read: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
