@@ -90,6 +90,7 @@ def load_engine(arguments: argparse.Namespace) -> "Engine":
 
     tp = arguments.tensor_model_parallel_size
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    # Ranks that tensor parallelism leaves over share the sequences.
     cp = arguments.context_parallel_size or max(1, world // tp)
     return Engine.from_checkpoint(
         arguments.checkpoint,

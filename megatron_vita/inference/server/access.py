@@ -74,6 +74,7 @@ class RequireKey:
         is_known = self._is_known(digest)
         if is_known:
             scope["state"][_KEY] = digest
+        # Other paths stay open: load balancers ask /health without a key.
         if scope["path"].startswith(_GUARDED) and not is_known:
             headers = {"www-authenticate": "Bearer", "connection": "close"}
             refusal = APIError(

@@ -38,6 +38,7 @@ class APIError(VitaError):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
+        # The names that OpenAI's API has for these statuses.
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
         return {

@@ -69,6 +69,7 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         probing=probing,
         model_name=options.model_name,
         defaults=options.defaults,
+        # With a single key the limit per key would only lower the common one.
         has_several_keys=len(set(options.keys)) > 1,
     )
 
@@ -78,6 +79,7 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         yield
         await service.stop()
         for threads in (pool, probing):
+            # A thread may still wait for a decoder process.
             threads.shutdown(wait=False, cancel_futures=True)
 
     # The pages that document an API load scripts from elsewhere, so there are none.
@@ -106,8 +108,10 @@ def _add_small_paths(
         "object": "model",
         "created": int(time.time()),
         "owned_by": "megatron_vita",
+        # vLLM's name for the context length, which some clients read.
         "max_model_len": chat.limits.prompt_tokens,
     }
+    # Load balancers probe with HEAD.
     shown = partial(app.api_route, methods=["GET", "HEAD"])
 
     @shown("/")

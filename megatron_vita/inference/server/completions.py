@@ -195,6 +195,8 @@ class _Exchange:
         endpoint = self._endpoint
         request = self._request
         async with (
+            # If it is cut off here, the rest of the body is unread and would be taken for the next
+            # request, so the connection closes.
             endpoint.until_cut_off({"connection": "close"}),
             endpoint.bodies.place(self._client),
         ):
@@ -258,6 +260,7 @@ class _Exchange:
         sampling = sampling_of(
             request,
             limits=endpoint.limits,
+            # Equal requests without a seed get different outputs, as at OpenAI.
             default_seed=secrets.randbits(63),
             defaults=endpoint.defaults,
         )
@@ -319,6 +322,7 @@ class _Exchange:
     ) -> None:
         extra = {"usage": None} if includes_usage else {}
         await self._events.send(builder.opening(stream.choices) | extra)
+        # Prefill of a long prompt may take minutes, in which proxies would give the connection up.
         pulse = asyncio.create_task(self._keep_alive())
         try:
             async for delta in self._deltas(stream):

@@ -26,6 +26,7 @@ class ForeignField:
 
     def accepts(self, value: Any) -> bool:
         """Tell whether a value has no effect."""
+        # These request nothing, whatever the field.
         return self.ignored or value in (None, [], {}) or _is_one_of(value, self.neutral)
 
     @property
@@ -53,6 +54,7 @@ def without_foreign(data: dict[str, Any], table: ForeignFields) -> dict[str, Any
 
 def _is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
     """Compare values as JSON does, where true is not 1."""
+    # In Python True equals 1.
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)
 
 

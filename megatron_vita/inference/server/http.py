@@ -41,6 +41,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise APIError(
             "the content type must be application/json", status=415, code="invalid_content_type"
         )
+    # Known too large before a byte is read.
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limits.body_bytes:
         raise _body_too_large(f"the body has {int(declared):,} bytes", limits)
@@ -94,6 +95,7 @@ async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> 
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        # Both may be done: an answer that is complete is not thrown away.
         if not task.done():
             raise ClientDisconnect
         return task.result()

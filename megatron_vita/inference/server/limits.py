@@ -54,6 +54,7 @@ class Limits:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(
+                # Also refuses NaN, which any comparison would let pass.
                 math.isfinite(value) and value > 0,
                 f"the limit {field.name} is {value}: it must be positive",
             )

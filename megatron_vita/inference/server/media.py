@@ -39,6 +39,7 @@ class MediaLoader:
     ) -> None:
         self._limits = limits
         self._pool = pool
+        # Resolved once: files are compared with the real folders behind links.
         self._roots = [root.resolve(strict=True) for root in roots]
         self._remote = remote
 

@@ -15,6 +15,7 @@ class Metrics:
     """Counters and histograms of one server, in a registry of their own."""
 
     def __init__(self, service: EngineService) -> None:
+        # In the global registry several servers of one process would clash.
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(service))
         self.requests = Counter(

@@ -39,6 +39,7 @@ def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:
         message = f"the body has more than {MAX_VALUES:,} values: fewer messages or parts of them are needed"
         raise APIError(message, code="too_many_values")
     try:
+        # JSON has no NaN and infinity, though many parsers take them.
         request = ChatRequest.model_validate(from_json(body, allow_inf_nan=False))
     except ValidationError as error:
         raise _first_fault(error) from error
@@ -120,6 +121,7 @@ def _wrong_value(fault: ErrorDetails) -> str:
     kind = fault["type"]
     context = fault.get("ctx", {})
     value = fault["input"]
+    # An integer of thousands of digits does not fit a float.
     if kind == "float_type" and isinstance(value, int) and not isinstance(value, bool):
         return "is too large a number"
     if kind == MUST_BE or kind in _TYPES:

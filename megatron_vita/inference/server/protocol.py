@@ -26,6 +26,7 @@ MUST_BE = "must_be"
 class _Object(BaseModel):
     """A JSON object, strictly typed; unsupported fields are accepted with neutral values only."""
 
+    # Strict: a number sent as a string is a mistake of the client, and would be silently accepted.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     foreign: ClassVar[ForeignFields] = {}
 
@@ -172,6 +173,7 @@ class ChatRequest(_SamplingFields):
     top_logprobs: int | None = None
     use_beam_search: bool | None = None
     best_of: int | None = None
+    # An empty salt would look private and be shared with everybody.
     cache_salt: str | None = Field(None, min_length=1)
     media_io_kwargs: MediaIo | None = None
     mm_processor_kwargs: ProcessorOptions | None = None

@@ -44,6 +44,7 @@ def is_public(address: Address) -> bool:
 async def resolve(host: str, port: int) -> list[Address]:
     """Resolve a host name to all its addresses; OSError if there is none."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # Link-local addresses end in a zone, such as %eth0.
     return [ipaddress.ip_address(str(entry[4][0]).split("%")[0]) for entry in found]
 
 
@@ -66,6 +67,7 @@ class _CheckedBackend(httpcore.AnyIOBackend):
         """Connect to a host; a single private address among its addresses rejects it."""
         addresses = await self._resolve(host, port)
         private = [str(address) for address in addresses if not self._is_allowed(address)]
+        # The error names no addresses: they would tell about the server's network.
         if private or not addresses:
             raise APIError(f"the host {host!r:.200} has no public address", code="private_address")
         return await super().connect_tcp(

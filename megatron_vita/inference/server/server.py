@@ -47,10 +47,12 @@ class VitaServer(uvicorn.Server):
                 http=functools.partial(  # type: ignore[arg-type]
                     BoundedConnection, header_seconds=options.limits.header_seconds
                 ),
+                # Logging is set up before, and AccessLog writes the lines of requests.
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 ws="none",
+                # By then all answers are finished or cut off: only their last bytes are left.
                 timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
@@ -63,6 +65,7 @@ class VitaServer(uvicorn.Server):
                 "stopping: %d open requests get %g s", self._chat.open_requests, self._drain_seconds
             )
         loop = asyncio.get_running_loop()
+        # A signal handler runs between two bytecodes of whatever the loop is doing.
         self._hurry = lambda: loop.call_soon_threadsafe(self._chat.cut_off)
         # Requests that are still open after draining are cut off.
         loop.call_later(0 if self.force_exit else self._drain_seconds, self._chat.cut_off)
@@ -106,6 +109,7 @@ def serve(engine: ServedEngine, options: ServerOptions, *, host: str, port: int)
     server.run()
     if server.service.failure is not None:
         return 1
+    # The engine may hang in a step; the process must end all the same.
     if server.service.is_running:
         logger.critical(
             "the server ends before its engine, whose step has taken %.0f s",

@@ -75,12 +75,14 @@ class EngineService:
         self._ended: EngineFailedError | None = None
         self._stopping = False
         self._open: dict[int, RequestStream] = {}  # of the engine's thread
+        # A daemon: a step that hangs in a kernel must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread; outputs are delivered to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        # Called by the monitor's thread, since the engine's own may be waiting for the lost rank.
         self.engine.on_lost_rank(self._fail)
 
     async def submit(self, prepared: Any, sampling: SamplingParams) -> RequestStream:
