@@ -333,16 +333,23 @@ def test_a_killed_reader_is_replaced(readers: DecodePool, before: set[int]) -> N
     assert readers.probe(file, "clip").frames > 0
 
 
+def kill(process: psutil.Process) -> None:
+    """Kill a process and wait until it has ended, which takes a while on a busy machine."""
+    with suppress(psutil.NoSuchProcess):  # it ends by itself when its reader has
+        process.kill()
+        while process.status() != psutil.STATUS_ZOMBIE:  # its parent still has to reap it
+            time.sleep(0.01)
+
+
 def test_a_program_that_has_ended_is_no_fault_of_the_file(readers: DecodePool) -> None:
     file = SharedFile(video().data)
     readers.probe(file, "clip")
     for process in (*program().children(), program()):
-        with suppress(psutil.NoSuchProcess):  # it ends by itself when its reader has
-            process.kill()
+        kill(process)
     with pytest.raises(PlatformError, match="the program that reads media has ended with code -9"):
         readers.probe(file, "clip")
     assert readers.probe(file, "clip").frames > 0
-    program().kill()
+    kill(program())
     with pytest.raises(PlatformError, match="the program that reads media has ended with code -9"):
         DecodePool(FORM, count=1, seconds=30).probe(file, "clip")
 
