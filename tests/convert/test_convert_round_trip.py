@@ -23,7 +23,7 @@ from megatron_vita.convert.importing import import_weights
 from tests.convert.toy_folders import (
     LANGUAGE,
     SCALED,
-    UNCHANGED,
+    WHOLE,
     model_of,
     save,
     save_chat,
@@ -31,7 +31,7 @@ from tests.convert.toy_folders import (
     tensors_of,
 )
 
-FAMILIES = [*LANGUAGE, *SCALED, *UNCHANGED, "internvl-chat", "internvl-chat-large"]
+FAMILIES = [*LANGUAGE, *SCALED, *WHOLE, "internvl-chat", "internvl-chat-large"]
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -77,7 +77,7 @@ def test_a_round_trip_keeps_tensors_names_config_and_companions(
     assert GenerationConfig.from_pretrained(tmp_path / "again").temperature == 0.25
 
 
-@pytest.mark.parametrize("family", [*LANGUAGE, *SCALED, *UNCHANGED])
+@pytest.mark.parametrize("family", [*LANGUAGE, *SCALED, *WHOLE])
 def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(
     family: str, tmp_path: Path
 ) -> None:
@@ -86,7 +86,7 @@ def test_what_is_written_loads_in_transformers_without_a_config_to_start_from(
     for file in (ours / "hugging_face").rglob("config.json"):
         file.unlink()
     export_checkpoint(ours, tmp_path / "again")
-    loader = AutoModelForImageTextToText if family in UNCHANGED else AutoModelForCausalLM
+    loader = AutoModelForImageTextToText if family in WHOLE else AutoModelForCausalLM
     loaded, report = loader.from_pretrained(
         tmp_path / "again", output_loading_info=True, dtype="auto"
     )

@@ -103,7 +103,7 @@ SCALED = {
         )
     ),
 }  # fmt: skip
-UNCHANGED = {
+WHOLE = {
     "internvl-hf": lambda: internvl(VISION),
     "internvl-hf-tied": lambda: internvl(VISION, tied=True),
     "internvl-hf-large": lambda: internvl(LARGE_VISION),
@@ -111,7 +111,7 @@ UNCHANGED = {
 
 
 def model_of(name: str) -> nn.Module:
-    model = (LANGUAGE | SCALED | UNCHANGED)[name]()
+    model = (LANGUAGE | SCALED | WHOLE)[name]()
     randomize(model)
     return model
 

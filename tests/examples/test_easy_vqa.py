@@ -10,7 +10,7 @@ import pytest
 from examples.easy_vqa.__main__ import shard_command
 from examples.easy_vqa.grade import Graded, accuracy, answer_all, answer_blindly, swap_images
 from examples.easy_vqa.prepare import Question, caption, prepare, read_questions
-from megatron_vita.inference.requests import Answer
+from megatron_vita.inference.requests import CompletionOutput
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_answering_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     asked = []
 
     class Parrot:
-        def generate(self, prompts: list, *, sampling: object) -> list[Answer]:
+        def generate(self, prompts: list, *, sampling: object) -> list[CompletionOutput]:
             asked.extend(prompts)
-            return [Answer(text="yes", token_ids=[], finish="stop") for _ in prompts]
+            return [CompletionOutput(text="yes", token_ids=[], finish="stop") for _ in prompts]
 
     path = tmp_path / "answers.jsonl"
     options = {"path": path, "shown": int, "title": ""}
