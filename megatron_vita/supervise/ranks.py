@@ -38,8 +38,10 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending
     if not _is_first():
+        # Tells the first rank that this one has ended by itself.
         _leave_mark(f"{MARK}.{os.getpid()}")
         _end_silently()
+    # A traceback helps only where the error is ours; a lost peer is a consequence of another error.
     if not isinstance(error, VitaError | KeyboardInterrupt) and not _has_lost_peer(error):
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
     line = describe_failure(error, checkpoints=checkpoints)
@@ -54,7 +56,8 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
 
 
 def describe_failure(error: BaseException, *, checkpoints: str | None = None) -> str:
-    """Why a rank ends, in one line; for all but a user's error also where the run goes on."""
+    """Describe why a rank ends, in one line. Unless it is a user's error, the line also says where
+    the same command resumes."""
     if isinstance(error, VitaError):
         return _one_line(error)
     if isinstance(error, KeyboardInterrupt):
@@ -89,8 +92,8 @@ def note_checkpoints(folder: str) -> None:
 
 
 def noted_checkpoints(logs: Path) -> str:
-    """The folder that a run saves to which the ranks noted in a launcher's folder; empty if they
-    did not come so far."""
+    """Folder of checkpoints that ranks noted in a launcher's folder; empty if they did not get that
+    far."""
     notes = sorted(logs.rglob(NOTE), key=lambda note: note.stat().st_mtime_ns)
     if notes:
         return notes[-1].read_text()
@@ -106,7 +109,7 @@ def _has_lost_peer(error: BaseException) -> bool:
 
 
 def _is_first() -> bool:
-    """Whether no rank of this machine has failed before; true without torchrun."""
+    """True if no rank of this machine has failed before, and always without torchrun."""
     return _leave_mark(MARK)
 
 
@@ -117,6 +120,7 @@ def _leave_mark(name: str) -> bool:
         return True
     try:
         (Path(file).parent.parent / name).touch(exist_ok=False)
+    # The file system decides the race: only one rank can create the file.
     except FileExistsError:
         return False
     except OSError:

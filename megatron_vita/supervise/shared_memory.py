@@ -21,6 +21,7 @@ class SharedArray:
         assert self._descriptor < 0, "allocated before"
         size = int(np.prod(shape))
         self._descriptor = os.memfd_create("tiles", os.MFD_CLOEXEC)
+        # An empty file cannot be mapped.
         os.ftruncate(self._descriptor, max(size, 1))
         shared = mmap.mmap(self._descriptor, 0)
         return np.frombuffer(shared, dtype=np.uint8, count=size).reshape(shape)
@@ -39,6 +40,7 @@ def receive_array(pipe: Connection, shape: tuple[int, ...]) -> np.ndarray:
     """Receive an array from the other end; its memory is freed with the array."""
     descriptor = recv_handle(pipe)
     try:
+        # The map keeps the memory alive after the descriptor is closed.
         shared = mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)

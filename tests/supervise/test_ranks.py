@@ -68,7 +68,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def arguments(folder: Path, body: str) -> list[str]:
-    """What starts two ranks with a body, in a run that stands at step 20."""
+    """Launcher arguments for two ranks that run `body`, in a run that stands at step 20."""
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "latest").write_text("step_00000020")
     script = folder / "worker.py"
@@ -78,7 +78,7 @@ def arguments(folder: Path, body: str) -> list[str]:
 
 @contextmanager
 def launchers_log() -> Iterator[list[str]]:
-    """What the launcher itself logs, which pytest takes from stderr."""
+    """Lines that the launcher itself logs, which pytest takes from stderr."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
