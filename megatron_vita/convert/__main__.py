@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Verify = Annotated[
     bool,
-    typer.Option("--verify", help="Compare every tensor both ways, and logits where they fit."),
+    typer.Option(
+        "--verify", help="Verify every tensor in both directions, and logits if memory allows."
+    ),
 ]
 
 
@@ -33,13 +35,14 @@ def from_hf(
     ],
     destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
     projector: Annotated[
-        str, typer.Option(help="Kind of a projector that no source has: long_vita or internvl.")
+        str,
+        typer.Option(
+            help="Kind of the projector to initialize if no source has one: long_vita or internvl."
+        ),
     ] = "long_vita",
     ignore_field: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A config field that is not known here and changes nothing (may repeat)."
-        ),
+        typer.Option(help="Unknown config field that has no effect on the model (repeatable)."),
     ] = None,
     verify: Verify = False,
 ) -> None:
@@ -63,18 +66,18 @@ def from_hf(
 def to_hf(
     source: Annotated[
         Path,
-        typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
+        typer.Argument(help="A checkpoint, or a folder of checkpoints (the newest is used)."),
     ],
     destination: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
     folder_format: Annotated[
         str,
         typer.Option(
             "--format",
-            help="Format to write, perhaps of one part alone; default: that of the origin.",
+            help="Folder format to write, possibly of one part (default: that of the origin).",
         ),
     ] = "",
     like: Annotated[
-        Path | None, typer.Option(help="Folder whose config and tokenizer are taken over.")
+        Path | None, typer.Option(help="Hugging Face folder to take the config and tokenizer from.")
     ] = None,
     verify: Verify = False,
 ) -> None:
@@ -104,7 +107,7 @@ def from_megatron(
     destination: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
     recipe: Annotated[Path, typer.Option(help="Recipe (YAML) with the model's shapes.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Hugging Face tokenizer folder that travels along.")
+        Path | None, typer.Option(help="Hugging Face tokenizer folder to copy into the checkpoint.")
     ] = None,
 ) -> None:
     """Convert a Megatron checkpoint, of Long-VITA or of a GPTModel, to a distributed checkpoint."""
@@ -119,7 +122,7 @@ def from_megatron(
 def to_megatron(
     source: Annotated[
         Path,
-        typer.Argument(help="A checkpoint, or a folder of checkpoints, whose newest is taken."),
+        typer.Argument(help="A checkpoint, or a folder of checkpoints (the newest is used)."),
     ],
     destination: Annotated[
         Path, typer.Argument(help="megatron-core checkpoint (torch_dist) of a GPTModel to write.")

@@ -53,7 +53,7 @@ def complete_folder(
     if not has_tokenizer(folder):
         if recipe.text.tokenizer:
             logger.warning(
-                "%s: text.tokenizer %s is no Hugging Face folder, and is not exported",
+                "%s: text.tokenizer %s is not a Hugging Face folder and is not exported",
                 folder,
                 recipe.text.tokenizer,
             )

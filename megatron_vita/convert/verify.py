@@ -130,7 +130,7 @@ def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
         model = loader.from_pretrained(folder, dtype=torch.float32, **place).eval()
     except (ValueError, KeyError, OSError) as error:
         logger.warning(
-            "%s: transformers does not load it, so that logits are not compared: %s", folder, error
+            "%s: transformers cannot load it, so logits are not compared: %s", folder, error
         )
         return None
     return model(input_ids=ids[None]).logits[0].float()

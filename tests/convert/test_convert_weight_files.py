@@ -74,7 +74,7 @@ def test_safetensors_come_before_pickles_in_transformers_order(
         (folder / "model.safetensors.index.json").unlink()
     found = open_weights(folder).read(EMBEDDING)
     assert torch.equal(found, theirs(folder))
-    assert "left aside: " in caplog.text
+    assert "not read: " in caplog.text
     assert "pytorch_model.bin" in caplog.text
 
 
@@ -96,7 +96,7 @@ def test_shards_that_no_index_names_are_named(
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     torch.save({}, folder / "training_args.bin")
     open_weights(folder)
-    assert "left aside: consolidated.safetensors" in caplog.text
+    assert "not read: consolidated.safetensors" in caplog.text
     assert "training_args" not in caplog.text
 
 

@@ -95,8 +95,8 @@ def warn_of_dynamic(config: Config) -> None:
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if scaling.get("rope_type", scaling.get("type")) == "dynamic":
         logger.warning(
-            "%s: dynamic rotary positions are plain up to max_position_embeddings %d; beyond it "
-            "transformers changes their base, and this system does not",
+            "%s: dynamic rotary scaling is none up to max_position_embeddings %d; beyond it "
+            "transformers changes the base, and megatron_vita does not",
             config.where,
             config.integer("max_position_embeddings"),
         )

@@ -38,7 +38,7 @@ def open_weights(folder: Path) -> TensorSource:
     )
     if aside:
         logger.warning(
-            "%s: %s is read, as transformers does; left aside: %s",
+            "%s: %s is read, as transformers does; not read: %s",
             folder,
             ", ".join(sorted(read)),
             ", ".join(aside),

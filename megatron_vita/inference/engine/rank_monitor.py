@@ -89,7 +89,7 @@ class RankMonitor:
         if hmac.compare_digest(received[:-_RANK_BYTES], secret):
             self._peers[peer] = int.from_bytes(received[-_RANK_BYTES:], "little")
             return
-        logger.warning("closed a connection from %s, which is not a rank's", address[0])
+        logger.warning("closed a connection from %s, which is not a rank", address[0])
         peer.close()
 
     def close(self) -> None:

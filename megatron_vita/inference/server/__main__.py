@@ -116,7 +116,9 @@ def run(arguments: argparse.Namespace) -> int:
     limits = from_arguments(Limits, arguments)
     keys = read_keys(arguments.api_key_file)
     if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
-        logger.warning("no API key is set: whoever reaches %s can use this server", arguments.host)
+        logger.warning(
+            "no API key is set: anybody who can reach %s can use this server", arguments.host
+        )
     engine = load_engine(arguments)
     try:
         code = work(engine) if rank != 0 else _serve(engine, arguments, limits=limits, keys=keys)

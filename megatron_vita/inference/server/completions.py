@@ -225,7 +225,7 @@ class _Exchange:
                 else:
                     await refusal.response()(self._request.scope, self._request.receive, self._send)
         except TimeoutError:
-            logger.warning("a client does not read its answer: it is given up")
+            logger.warning("a client does not read its error response; the connection is dropped")
 
     async def _answer(self, body: bytes) -> None:
         endpoint = self._endpoint
