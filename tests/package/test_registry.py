@@ -14,7 +14,7 @@ from megatron_vita.convert.config_file import Config
 from megatron_vita.convert.families.folder_formats import FOLDER_FORMATS, format_of
 from megatron_vita.errors import ConfigError
 from megatron_vita.registry import Registry, register
-from tests.environment import environment_with
+from tests.environment import ROOT, environment_with
 
 
 @pytest.fixture
@@ -76,9 +76,8 @@ def run_with_plugin(folder: Path, text: str) -> subprocess.CompletedProcess:
     (info / "entry_points.txt").write_text("[megatron_vita.plugins]\nmine = my_plugin\n")
     code = "from megatron_vita.evaluation.grading import METRICS; print(*METRICS)"
     command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env=environment_with(folder), capture_output=True, text=True, cwd=os.sep
-    )
+    environment = environment_with(PYTHONPATH=os.pathsep.join([str(ROOT), str(folder)]))
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=os.sep)
 
 
 def test_an_installed_package_adds_by_its_entry_point(tmp_path: Path) -> None:
