@@ -15,6 +15,7 @@ from megatron_vita.convert.families.folder_formats import (
 )
 from megatron_vita.convert.sidecar_files import has_tokenizer
 from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.text.hugging_face import transformers_tokenizer
 from megatron_vita.text.origin import INTERNVL_SYSTEMS, text_of_folder
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.vocabulary import tokens_needed
@@ -115,13 +116,11 @@ def append_tokens(folder: Path, tokenizer: Tokenizer, *, names: dict[str, str]) 
     Raises:
         CheckpointError: transformers would give the tokens other ids.
     """
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
     known = {kind: name for kind, name in names.items() if name in tokenizer.special_names}
     # Changed and saved by transformers itself, whose files differ between its versions.
-    theirs = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, **({"extra_special_tokens": known} if known else {})
-    )
+    theirs = transformers_tokenizer(folder, **({"extra_special_tokens": known} if known else {}))
     theirs.add_tokens(
         [AddedToken(name, normalized=False, special=True) for name in tokenizer.appended],
         special_tokens=True,

@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import SPECIAL_TOKENS, Tokenizer, piece_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Texts are encoded one by one, which threads of `tokenizers` do not speed up. Without threads,
 # processes that use it can be forked, too.
@@ -160,11 +163,8 @@ def read_folder(path: Path, *, added: Sequence[str]) -> HuggingFaceTokenizer:
     Raises:
         ConfigError: naming the folder: transformers cannot read it, or it has no fast tokenizer.
     """
-    # Imported here: it takes seconds, and SentencePiece models do without.
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = transformers_tokenizer(path)
     # The loaders of transformers raise exceptions of any type.
     except Exception as error:
         raise ConfigError(
@@ -179,6 +179,18 @@ def read_folder(path: Path, *, added: Sequence[str]) -> HuggingFaceTokenizer:
         added=added,
         chat_template=_chat_template(path, tokenizer.chat_template),
         named_tokens=tokenizer.special_tokens_map,
+    )
+
+
+def transformers_tokenizer(folder: Path, **options: Any) -> "PreTrainedTokenizerBase":
+    """Load a folder's tokenizer with transformers. Nothing is downloaded, and code of the folder,
+    which transformers would otherwise offer on the terminal to run, is never run.
+    """
+    # Imported here: it takes seconds, and SentencePiece models do without.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, **options
     )
 
 

@@ -44,3 +44,25 @@ def assert_same_answer(
 def _next_token(model: nn.Module, ids: list[int], *, tokens: int) -> Tensor:
     """Log-probabilities [tokens] after `ids`, from a whole forward pass; padding rows are cut off."""
     return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].log_softmax(-1)
+
+
+def generated(
+    model: nn.Module, ids: list[int], *, max_new_tokens: int, tokens: int, **inputs: Tensor
+) -> tuple[list[int], list[float]]:
+    """What `generate` says greedily after `ids`, its end left out, and the log-probabilities of it
+    among the first `tokens` of the vocabulary, before penalties."""
+    given = torch.tensor([ids])
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens,
+            do_sample=False, return_dict_in_generate=True, output_logits=True, **inputs,
+        )  # fmt: skip
+    said = found.sequences[0, len(ids) :].tolist()
+    logprobs = [
+        float(logits[0, :tokens].log_softmax(-1)[token])
+        for logits, token in zip(found.logits, said, strict=True)
+    ]
+    ends = model.generation_config.eos_token_id
+    if said[-1] in (ends if isinstance(ends, list) else [ends]):
+        return said[:-1], logprobs[:-1]
+    return said, logprobs

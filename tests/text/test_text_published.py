@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tokenizers import processors
-from transformers import GotOcr2ImageProcessorPil, InternVLProcessor, PreTrainedTokenizerFast
+from transformers import InternVLProcessor, PreTrainedTokenizerFast
 
 from megatron_vita.config import MediaConfig, TextConfig, VisionConfig
 from megatron_vita.data.samples.documents import Document, assemble_document
@@ -23,6 +22,7 @@ from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.origin import INTERNVL_SYSTEMS, text_of_folder
 from megatron_vita.text.pieces import MediaPiece, TextPiece
 from megatron_vita.text.tokenizer import load_tokenizer
+from tests.text.internvl_processor import internvl_processor
 from tests.text.published import FAMILIES, INTERNVL_SYSTEM, byte_level_bpe, save_family
 
 DATE = "2026-01-31"
@@ -283,27 +283,9 @@ def test_training_needs_the_date_that_a_template_writes(
 # Images and videos
 
 
-class Processor(InternVLProcessor):
-    """InternVL's processor without torchvision, which its processor of videos needs."""
-
-    def check_argument_for_proper_class(self, *_: Any) -> None:
-        """Take any."""
-
-    def _process_videos(self, videos: Any, **_: Any) -> tuple[dict[str, Any], list[str]]:
-        frames = torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3).float()
-        inputs = {"pixel_values_videos": frames}
-        return inputs, [self.replace_video_token(inputs, place) for place in range(len(videos))]
-
-
 @pytest.fixture(scope="module")
-def processor(published: Callable[[str], Published]) -> Processor:
-    images = GotOcr2ImageProcessorPil(
-        size={"height": TILE, "width": TILE}, crop_to_patches=True, min_patches=1, max_patches=12
-    )
-    theirs = published("internvl-hf").theirs
-    return Processor(
-        images, theirs, object(), image_seq_length=ROWS, chat_template=theirs.chat_template
-    )
+def processor(published: Callable[[str], Published]) -> InternVLProcessor:
+    return internvl_processor(published("internvl-hf").theirs, tile=TILE, rows=ROWS)
 
 
 def as_form(chat: ChatFormat) -> DocumentFormat:
@@ -379,7 +361,7 @@ def as_messages(contents: list[Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", ASKED)
 def test_media_have_the_ids_of_internvls_processor(
     published: Callable[[str], Published],
-    processor: Processor,
+    processor: InternVLProcessor,
     case: str,
     system: list[dict[str, str]],
 ) -> None:

@@ -14,6 +14,7 @@ from megatron_vita.convert.config_file import Config
 from megatron_vita.convert.families.language_config import FAMILIES
 from megatron_vita.convert.formats.tensors import TensorInfo
 from megatron_vita.errors import CheckpointError
+from megatron_vita.text.hugging_face import transformers_tokenizer
 
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -140,13 +141,9 @@ def _their_name(name: str, file: Path) -> str:
 
 def write_gguf_sidecar_files(file: Path, folder: Path) -> None:
     """Write the tokenizer and the chat template that a GGUF file holds."""
-    from transformers import AutoTokenizer
-
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
-        )
+        tokenizer = transformers_tokenizer(file.parent, gguf_file=file.name)
     except Exception as error:  # whatever its many loaders raise
         raise CheckpointError(
             f"{file}: its tokenizer cannot be read: {type(error).__name__}: {error}"
