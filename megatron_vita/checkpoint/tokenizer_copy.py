@@ -38,11 +38,16 @@ def copy_tokenizer(source: str | Path, checkpoint: Path) -> None:
             shutil.copyfile(source, checkpoint / FILE)
         elif source.is_dir():
             (checkpoint / FOLDER).mkdir()
-            for file in sorted({file for name in _NAMES for file in source.glob(name)}):
-                if file.is_file():
-                    shutil.copyfile(file, checkpoint / FOLDER / file.name)
+            for file in tokenizer_files(source):
+                shutil.copyfile(file, checkpoint / FOLDER / file.name)
     except OSError as error:
         logger.warning("%s: the tokenizer cannot be copied into %s: %s", source, checkpoint, error)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make a Hugging Face tokenizer."""
+    found = {file for name in _NAMES for file in folder.glob(name) if file.is_file()}
+    return sorted(found)
 
 
 def find_tokenizer(checkpoint: Path, recorded: str) -> str:

@@ -14,6 +14,7 @@ from megatron_vita.convert.families.pixels import chat_tiling, processor_files
 from megatron_vita.convert.prompts import CONTEXT, NAMES, append_tokens
 from megatron_vita.convert.sidecar_files import has_tokenizer
 from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.origin import INTERNVL_SYSTEMS
 from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vita.text.vocabulary import tokens_needed
 
@@ -30,6 +31,7 @@ _FLATTENED = (  # contents that are lists become texts, as InternVL's processor 
     "{% set flat.messages = flat.messages + [dict(m, content=said.text)] %}{% endfor %}"
     "{% set messages = flat.messages %}"
 )
+_TEMPLATE = "internvl2_5"  # the name of OpenGVLab's prompt form
 logger = logging.getLogger(__name__)
 
 
@@ -77,20 +79,35 @@ def _media_fields(
         return {}
     media = recipe.media
     said = chat_tiling(Config(config, ""))
+    system = _system_field(recipe.text.system, config)
     if (
         said == {"min_tiles": media.min_tiles, "max_tiles": media.max_tiles}
         # An unchanged config.json stays identical to the origin's, byte for byte.
         and "template" in config
     ):
-        return {}
-    return {
+        return system
+    return system | {
         "dynamic_image_size": media.max_tiles > 1,
         "min_dynamic_patch": media.min_tiles,
         "max_dynamic_patch": media.max_tiles,
         "use_thumbnail": True,
         "force_image_size": recipe.model.vision.image_size,
-        "template": "internvl2_5",
+        "template": _TEMPLATE,
     }
+
+
+def _system_field(system: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The default system turn, where it is not the one that OpenGVLab's format says already."""
+    usual = INTERNVL_SYSTEMS[_TEMPLATE]
+    if not system:
+        logger.warning(
+            "text.system is empty, but the code of format %s puts a system turn of its own before "
+            "conversations that begin with none",
+            INTERNVL_CHAT.name,
+        )
+    elif system != (config.get("system_message") or usual):
+        return {"system_message": system}
+    return {}
 
 
 def _complete_tokenizer(
@@ -103,7 +120,9 @@ def _complete_tokenizer(
         append_tokens(folder, tokenizer, names=NAMES if named else {})
     template = tokenizer.chat_template
     if recipe.text.template == "chatml":
-        template = _chatml(recipe)
+        template = _CHATML
+    if recipe.text.system and template and folder_format is not INTERNVL_CHAT:
+        template = _with_system(recipe.text.system, template)
     # A language model's own template knows no lists of parts, which the processor passes to it.
     if folder_format is INTERNVL_HF and template and CONTEXT not in template:
         template = _FLATTENED + template
@@ -111,13 +130,11 @@ def _complete_tokenizer(
         _write_template(folder, template)
 
 
-def _chatml(recipe: Recipe) -> str:
-    """ChatML template in Jinja, with the default system turn of the recipe."""
-    if not recipe.text.system:
-        return _CHATML
-    system = json.dumps(recipe.text.system, ensure_ascii=False)
-    first = f"<|im_start|>system\n{{{{ {system} }}}}<|im_end|>\n"
-    return f"{{% if messages[0].role != 'system' %}}{first}{{% endif %}}{_CHATML}"
+def _with_system(system: str, template: str) -> str:
+    """A template that puts a default system turn before conversations that begin with none."""
+    turn = f"{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}"
+    begun = "messages and messages[0].role == 'system'"
+    return f"{{% set messages = messages if {begun} else [{turn}] + messages %}}{template}"
 
 
 def _write_template(folder: Path, template: str) -> None:

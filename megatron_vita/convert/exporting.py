@@ -1,6 +1,7 @@
 """Export of a distributed checkpoint to a Hugging Face folder."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint import store, tokenizer_copy
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
@@ -36,6 +37,7 @@ class ExportPlan:
     recipe: Recipe
     folder_format: FolderFormat
     like: Path | None  # a folder whose config and sidecar files are taken over
+    tokenizer: Path | None  # folder of the tokenizer that the checkpoint was trained with
     kept: list[Path]  # folders of sidecar files of its parts
     config: dict[str, Any]
     source: DistSource
@@ -51,6 +53,8 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
     checkpoint = store.find_checkpoint(checkpoint)
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     kept = kept_folders(checkpoint, tokenizer=recipe.text.tokenizer)
+    copied = checkpoint / tokenizer_copy.FOLDER
+    trained_with = copied if like is None and copied.is_dir() else None
     chosen, like = choose_format(kept, recipe.model, folder_format=folder_format, like=like)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=chosen.parts)
@@ -68,6 +72,7 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
         recipe=recipe,
         folder_format=chosen,
         like=like,
+        tokenizer=trained_with,
         kept=kept,
         config=config,
         source=source,
@@ -86,6 +91,7 @@ def export_checkpoint(
     plan = plan_export(checkpoint, folder_format=folder_format, like=like)
     with new_folder(destination) as folder:
         _write_sidecar_files(plan, folder)
+        _replace_tokenizer(plan, folder)
         config = plan.config | complete_folder(
             folder, folder_format=plan.folder_format, recipe=plan.recipe, config=plan.config
         )
@@ -117,6 +123,19 @@ def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:
         sidecar_files.copy_sidecar_files(kept, folder)
     # It belongs to a part or to another model; the right one is written by `export_checkpoint`.
     (folder / CONFIG).unlink(missing_ok=True)  # of a part, or of another model
+
+
+def _replace_tokenizer(plan: ExportPlan, folder: Path) -> None:
+    """Put the tokenizer that the checkpoint was trained with in place of its origin's, which may
+    have changed since, or be gone."""
+    if plan.tokenizer is None or "language_model" not in plan.folder_format.parts:
+        return
+    for file in tokenizer_copy.tokenizer_files(folder):
+        if file.name != CONFIG:
+            file.unlink()
+    for file in tokenizer_copy.tokenizer_files(plan.tokenizer):
+        if file.name != CONFIG:
+            shutil.copyfile(file, folder / file.name)
 
 
 def _passthrough(plan: ExportPlan) -> SafetensorsSource | None:

@@ -100,11 +100,13 @@ def _manifest(recipe: Recipe) -> dict[str, Any]:
 
 def _as_yaml(recipe: Recipe, destination: Path) -> str:
     """Recipe groups that a training stage starting from these weights can use as its base."""
-    groups = {"model": dataclasses.asdict(recipe.model), "text": dataclasses.asdict(recipe.text)}
     if recipe.text.tokenizer:
         # Relative paths in a recipe are taken from the working folder, not from the recipe's.
-        groups["text"]["tokenizer"] = str(destination.absolute() / recipe.text.tokenizer)
-    for name in ("media", "generation"):
+        place = str(destination.absolute() / recipe.text.tokenizer)
+        text = dataclasses.replace(recipe.text, tokenizer=place)
+        recipe = dataclasses.replace(recipe, text=text)
+    groups = {"model": dataclasses.asdict(recipe.model)}
+    for name in ("text", "media", "generation"):
         if stated := _stated(getattr(recipe, name)):
             groups[name] = stated
     return (

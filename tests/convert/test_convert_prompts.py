@@ -1,6 +1,8 @@
 """A folder's prompt format becomes recipe fields, every token has a row, and added tokens are
 exported."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from megatron_vita.checkpoint.store import read_manifest
+from megatron_vita.checkpoint.store import MANIFEST, read_manifest
+from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
@@ -77,3 +80,80 @@ def test_what_parts_were_given_leaves_with_the_export_and_is_known_to_transforme
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "back")
     logits = model(input_ids=torch.tensor([row]), pixel_values=torch.zeros(1, 3, 56, 56)).logits
     assert logits.shape == (1, len(row), rows)
+
+
+@pytest.mark.parametrize("parts", ["alone", "with a tower"])
+def test_code_of_a_folder_is_neither_run_nor_offered_to_run(
+    parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """transformers asks on the terminal, and runs the code on a yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    llm = save(model_of("qwen2"), tmp_path / "llm")
+    change(llm, auto_map={"AutoConfig": "configuration_own.OwnConfig"}, model_type="qwen2")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnConfig: pass\n"
+    (llm / "configuration_own.py").write_text(code)
+    tower = [] if parts == "alone" else [save_vision(tmp_path / "vit")]
+    import_weights([llm, *tower], tmp_path / "ours", projector="internvl")
+    assert not (tmp_path / "ran").exists()
+    assert "custom code" not in capsys.readouterr().out
+
+
+def with_text(checkpoint: Path, **fields: object) -> None:
+    """Replace fields of the recipe's `text` in a checkpoint."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["recipe"]["text"] |= fields
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("template", ["jinja", "chatml"])
+def test_a_default_system_turn_leaves_with_the_template(template: str, tmp_path: Path) -> None:
+    brought_in(save(model_of("qwen2"), tmp_path / "llm"), to=tmp_path / "ours")
+    with_text(tmp_path / "ours", system='"a"\nb', template=template)
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "back")
+    asked = [{"role": "user", "content": "a"}]
+    begun = theirs.apply_chat_template(asked, tokenize=False)
+    assert begun.startswith('<|im_start|>system\n"a"\nb<|im_end|>\n<|im_start|>user\na')
+    own = [{"role": "system", "content": "b"}, *asked]
+    begun = theirs.apply_chat_template(own, tokenize=False)
+    assert begun.startswith("<|im_start|>system\nb<|im_end|>\n<|im_start|>user\na")
+
+
+def test_a_default_system_turn_leaves_with_either_layout_of_internvl(tmp_path: Path) -> None:
+    chat = save_chat(model_of("internvl-hf"), tmp_path / "chat")
+    brought_in(chat, to=tmp_path / "ours")
+    asked = [{"role": "user", "content": "a"}]
+    for system in (INTERNVL_SYSTEMS["internvl2_5"], "ab"):
+        with_text(tmp_path / "ours", system=system)
+        hf = tmp_path / f"hf-{len(system)}"
+        export_checkpoint(tmp_path / "ours", hf, folder_format="internvl-hf")
+        theirs = AutoTokenizer.from_pretrained(hf)
+        begun = theirs.apply_chat_template(asked, tokenize=False)
+        assert begun.startswith(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\na")
+        back = tmp_path / f"chat-{len(system)}"
+        export_checkpoint(tmp_path / "ours", back, folder_format="internvl-chat")
+        assert brought_in(back, to=tmp_path / f"again-{len(system)}").text.system == system
+
+
+@pytest.mark.parametrize("since", ["changed", "gone"])
+def test_an_export_has_the_tokenizer_that_the_checkpoint_was_trained_with(
+    since: str, tmp_path: Path
+) -> None:
+    ours = tmp_path / "ours"
+    brought_in(save(model_of("qwen2"), tmp_path / "llm"), to=ours)
+    origin = ours / "hugging_face" / "causal"
+    trained = tmp_path / "run"
+    shutil.copytree(ours, trained, ignore=shutil.ignore_patterns("hugging_face"))
+    with_text(trained, tokenizer=str(origin))
+    copy_tokenizer(origin, trained)
+    before = AutoTokenizer.from_pretrained(origin)
+    if since == "gone":
+        shutil.rmtree(ours)
+    else:
+        (origin / "chat_template.jinja").write_text("{{ 'changed' }}")
+        (origin / "vocab.json").write_text("{}")
+    export_checkpoint(trained, tmp_path / "back")
+    after = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert after.get_vocab() == before.get_vocab()
+    assert after.chat_template == before.chat_template
+    assert not (tmp_path / "back" / "vocab.json").exists()
