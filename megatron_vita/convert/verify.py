@@ -1,6 +1,7 @@
-"""Verification of a conversion: every tensor in both directions, bit by bit, and the logits of a
-forward pass if memory allows."""
+"""Whether a conversion is right: every tensor both ways, bit by bit, and forward passes where they
+fit."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,24 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
-from megatron_vita.config import DataConfig, ParallelConfig, recipe_from_dict
+from megatron_vita.config import DataConfig, ParallelConfig, Recipe, recipe_from_dict
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
+from megatron_vita.convert.probes import QUESTION, Probe, form_of, make_probes, question_ids
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.sources import GGUF
 from megatron_vita.convert.transfers import Transfer
 from megatron_vita.costs.parameters import model_parameters
+from megatron_vita.data.samples.encoding import DocumentFormat
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack
 from megatron_vita.model.build import build_model
+from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.text.hugging_face import transformers_tokenizer
 
-PROBE = 32  # tokens
+ROWS = 32  # whose logits are compared, at most, of each prompt
 CLOSE = 1e-3  # of the largest logit: fp32 on both sides, whatever the order of sums
 logger = logging.getLogger(__name__)
 
@@ -53,14 +58,11 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
 
 
 def compare_logits(checkpoint: Path, folder: Path | None) -> str:
-    """Run a forward pass of the checkpoint's language model, and of transformers if it can load
-    `folder`.
+    """Run forward passes of the checkpoint over texts, an image and a video, and, where it can load
+    `folder`, of transformers.
 
-    Returns:
-        A sentence that tells the result.
-
-    Raises:
-        CheckpointError: logits are not finite, or differ from those of transformers.
+    Says in sentences what was compared and what was not. CheckpointError if logits are no numbers,
+    or not those of transformers, or if a question has other token ids by the folder's template.
     """
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     needed = model_parameters(recipe.model) * 4 * (1 if folder is None else 2)
@@ -69,68 +71,143 @@ def compare_logits(checkpoint: Path, folder: Path | None) -> str:
         return (
             f"no forward pass: it needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free"
         )
-    ids = torch.arange(PROBE) % recipe.model.language.vocab_size
-    ours = _our_logits(checkpoint, ids)
-    if not bool(torch.isfinite(ours).all()):
-        raise CheckpointError(f"{checkpoint}: a forward pass gives logits that are NaN or infinite")
-    theirs = _their_logits(folder, ids) if folder is not None else None
-    if theirs is None:
-        return "one forward pass gave finite logits"
-    theirs = theirs[:, : ours.shape[1]]
-    apart = float((ours[:, : theirs.shape[1]] - theirs).abs().max() / theirs.abs().max())
-    if not apart <= CLOSE:
-        raise CheckpointError(
-            f"{checkpoint}: logits are {apart:.1e} (of the largest) away from those of transformers for {folder}; "
-            f"{CLOSE:.0e} is allowed"
+    probes = make_probes(recipe, checkpoint)
+    ours = _our_logits(checkpoint, recipe, probes)
+    for probe, logits in zip(probes, ours, strict=True):
+        if not bool(torch.isfinite(logits).all()):
+            raise CheckpointError(
+                f"{checkpoint}: logits of {probe.name} are NaN or infinite in a forward pass"
+            )
+    theirs = Reference.open(folder)
+    said = [_compare(checkpoint, theirs, probes, ours)]
+    if theirs.model is not None and (form := form_of(recipe, checkpoint)) is not None:
+        said.append(theirs.compare_prompt(form))
+    return "; ".join(filter(None, said))
+
+
+def _compare(checkpoint: Path, theirs: "Reference", probes: list[Probe], ours: list[Tensor]) -> str:
+    """Logits of both, probe by probe."""
+    compared: list[str] = []
+    alone: list[str] = []
+    farthest = 0.0
+    for probe, logits in zip(probes, ours, strict=True):
+        if not theirs.takes(probe):
+            alone.append(probe.name)
+            continue
+        expected = theirs.logits(probe)[:, : logits.shape[1]]
+        apart = float((logits[:, : expected.shape[1]] - expected).abs().max())
+        apart /= float(expected.abs().max())
+        if not apart <= CLOSE:
+            raise CheckpointError(
+                f"{checkpoint}: logits of {probe.name} are {apart:.1e} (of the largest) away from those of "
+                f"transformers for {theirs.folder}; {CLOSE:.0e} is allowed"
+            )
+        compared.append(probe.name)
+        farthest = max(farthest, apart)
+    said = []
+    if compared:
+        said.append(
+            f"forward passes gave transformers' logits, at most {farthest:.1e} of the largest apart, "
+            f"for {', '.join(compared)}"
         )
-    return f"one forward pass gave transformers' logits, at most {apart:.1e} of the largest apart"
+    if alone:
+        said.append(f"not compared, for {theirs.lacks}, but finite: {', '.join(alone)}")
+    return "; ".join(said)
 
 
 @torch.no_grad()
-def _our_logits(checkpoint: Path, ids: Tensor) -> Tensor:
-    """Logits [t, V] of a text in fp32."""
+def _our_logits(checkpoint: Path, recipe: Recipe, probes: list[Probe]) -> list[Tensor]:
+    """fp32 logits [at most ROWS, V] after the last tokens of each probe."""
     platform.initialize_process()
-    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    recipe.parallel = ParallelConfig()
-    recipe.data = DataConfig(seq_length=PROBE)
-    recipe.training.bf16 = False
+    recipe = dataclasses.replace(
+        recipe,
+        parallel=ParallelConfig(),
+        data=DataConfig(),
+        training=dataclasses.replace(recipe.training, bf16=False),
+    )
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe).eval()
     store.load_weights([model], checkpoint)
+    return [_forward(model, probe, recipe) for probe in probes]
+
+
+def _forward(model: VitaModel, probe: Probe, recipe: Recipe) -> Tensor:
+    length = len(probe.ids)
     pack = slice_pack(
-        ids,
-        labels=torch.full_like(ids, IGNORED_LABEL),
-        cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
-        placements=torch.zeros(0, dtype=torch.int64),
-        frames=torch.zeros(0, dtype=torch.bool),
+        probe.ids,
+        labels=torch.full_like(probe.ids, IGNORED_LABEL),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        placements=probe.placements,
+        frames=torch.zeros(len(probe.placements), dtype=torch.bool),
         rows_per_tile=recipe.model.vision.image_token_length,
         layout=groups.rank_layout(),
     )
-    size = recipe.model.vision.image_size
-    return model(
-        torch.zeros(0, 3, size, size),
-        pack.to(platform.device()),
-        wanted_rows=torch.arange(len(ids)),
-    ).cpu()
+    rows = torch.arange(max(length - ROWS, 0), length)
+    pixels = probe.pixels.to(platform.device())
+    return model(pixels, pack.to(platform.device()), wanted_rows=rows).cpu()
 
 
-@torch.no_grad()
-def _their_logits(folder: Path, ids: Tensor) -> Tensor | None:
-    """Logits [t, V] of transformers; None for a model that it cannot load without running the
-    folder's code."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """transformers' model of a folder; none, and what `lacks`, of what it cannot load without
+    running code of the folder."""
 
-    place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if folder.suffix == GGUF:
-        folder, place = folder.parent, place | {"gguf_file": folder.name}
-    try:
-        config = AutoConfig.from_pretrained(folder, **place)
-        whole = hasattr(config, "vision_config")
-        loader = AutoModelForImageTextToText if whole else AutoModelForCausalLM
-        model = loader.from_pretrained(folder, dtype=torch.float32, **place).eval()
-    except (ValueError, KeyError, OSError) as error:
-        logger.warning(
-            "%s: transformers cannot load it, so logits are not compared: %s", folder, error
-        )
-        return None
-    return model(input_ids=ids[None]).logits[0].float()
+    folder: Path | None
+    model: Any = None
+    lacks: str = ""
+
+    @classmethod
+    def open(cls, folder: Path | None) -> "Reference":
+        """Load a folder or a GGUF file in fp32."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+        if folder is None:
+            return cls(folder=None, lacks="the format holds no language model")
+        place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        path = folder
+        if folder.suffix == GGUF:
+            path = folder.parent
+            place["gguf_file"] = folder.name
+        try:
+            config = AutoConfig.from_pretrained(path, **place)
+            whole = hasattr(config, "vision_config")
+            loader = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+            model = loader.from_pretrained(path, dtype=torch.float32, **place).eval()
+        except (ValueError, KeyError, OSError) as error:
+            logger.warning(
+                "%s: transformers cannot load it, so logits are not compared: %s",
+                folder,
+                error,
+            )
+            return cls(folder=folder, lacks=f"transformers has no class for {folder.name}")
+        lacks = "" if whole else f"transformers' {type(model).__name__} takes no images and videos"
+        return cls(folder=folder, model=model, lacks=lacks)
+
+    def takes(self, probe: Probe) -> bool:
+        """Whether the model can be given a probe."""
+        return self.model is not None and (not len(probe.pixels) or not self.lacks)
+
+    @torch.no_grad()
+    def logits(self, probe: Probe) -> Tensor:
+        """Those of `_our_logits`."""
+        media = {"pixel_values": probe.pixels} if len(probe.pixels) else {}
+        found = self.model(input_ids=probe.ids[None], logits_to_keep=ROWS, **media)
+        return found.logits[0].float()
+
+    def compare_prompt(self, form: DocumentFormat) -> str:
+        """Compare the ids of a question with those of the folder's chat template, where it has
+        one."""
+        if self.folder is None or not self.folder.is_dir():
+            return ""
+        tokenizer = transformers_tokenizer(self.folder)
+        if not tokenizer.chat_template:
+            return "the folder has no chat template to compare prompts with"
+        messages = [{"role": "user", "content": QUESTION}]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        ours = question_ids(form).tolist()
+        if ours != list(expected):
+            raise CheckpointError(
+                f"{self.folder}: a question becomes {tokenizer.decode(expected)!r} by the chat template, "
+                f"but {tokenizer.decode(ours)!r} by the recipe"
+            )
+        return "a question has the token ids of the chat template"

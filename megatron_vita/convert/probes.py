@@ -1,0 +1,123 @@
+"""Prompts on which a checkpoint is compared with transformers: token ids in turn, a question, an
+image of several tiles, a video."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
+from megatron_vita.config import Recipe
+from megatron_vita.data.datasets import document_format
+from megatron_vita.data.samples.documents import assemble_document
+from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.tiles import decode_tiles
+from megatron_vita.errors import CheckpointError
+from megatron_vita.media.frame_archive import pack_frames
+from megatron_vita.media.normalize import normalize
+from megatron_vita.media.video import probe_video
+from megatron_vita.text.conversation import check_messages
+from megatron_vita.text.vocabulary import open_tokenizer
+
+QUESTION = "What is to be seen here?"
+TOKENS = 32
+_FRAMES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A prompt: token ids int64 [t], the place of each tile's first placeholder int64 [N], and the
+    tiles, normalized [N, 3, S, S]."""
+
+    name: str
+    ids: Tensor
+    placements: Tensor
+    pixels: Tensor
+
+
+def make_probes(recipe: Recipe, checkpoint: Path) -> list[Probe]:
+    """Token ids in turn; with a tokenizer a question, too; with a tower one about an image and one
+    about a video."""
+    empty = np.zeros(0, dtype=np.int64)
+    in_turn = np.arange(TOKENS) % recipe.model.language.vocab_size
+    side = recipe.model.vision.image_size
+    no_tiles = np.zeros((0, 3, side, side), dtype=np.uint8)
+    form = form_of(recipe, checkpoint)
+    prompts = [(f"{TOKENS} tokens", in_turn, empty, no_tiles)]
+    if form is not None:
+        prompts.append(("a question", question_ids(form), empty, no_tiles))
+        prompts += [] if form.text_only else [_about_image(form), _about_video(form)]
+    return [
+        Probe(
+            name=name,
+            ids=torch.from_numpy(ids[: len(ids) // 2 * 2]),  # two chunks of equal length
+            placements=torch.from_numpy(placements),
+            pixels=normalize(torch.from_numpy(tiles), recipe.media.normalization),
+        )
+        for name, ids, placements, tiles in prompts
+    ]
+
+
+def form_of(recipe: Recipe, checkpoint: Path) -> DocumentFormat | None:
+    """How the prompts of a checkpoint are laid out; None where it has no tokenizer."""
+    if not recipe.text.tokenizer:
+        return None
+    try:
+        folder = Path(find_tokenizer(checkpoint, recipe.text.tokenizer))
+    except CheckpointError:
+        return None
+    return document_format(recipe, open_tokenizer(recipe, folder=folder))
+
+
+def question_ids(form: DocumentFormat) -> np.ndarray:
+    """The prompt of `QUESTION`, int64 [t]."""
+    turns = form.chat.prompt(
+        check_messages({"messages": [{"role": "user", "content": QUESTION}]}, needs_answer=False)
+    )
+    return assemble_document(turns, key="", media={}, form=form).input_ids
+
+
+def _about_image(form: DocumentFormat) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """An image twice as wide as high, which is cut into two tiles where the recipe allows it."""
+    side = form.vision.image_size
+    data = _picture(2 * side, side, brightness=0)
+    return _asked(form, form.image("image", (2 * side, side)), data)
+
+
+def _about_video(form: DocumentFormat) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    side = form.vision.image_size
+    frames = [(f"{i}.png", _picture(side, side, brightness=90 * i)) for i in range(_FRAMES)]
+    data = pack_frames(frames, fps=min(1.0, form.media.max_fps))
+    return _asked(form, form.video("video", probe_video(data, "video")), data)
+
+
+def _asked(
+    form: DocumentFormat, medium: Medium | None, data: bytes
+) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """A question after a medium: its name, token ids, placements and tiles."""
+    assert medium is not None, "nothing is left out"
+    kind = medium.member
+    content = [{"type": kind}, {"type": "text", "text": QUESTION}]
+    sample = {"messages": [{"role": "user", "content": content}], f"{kind}s": [kind]}
+    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
+    document = assemble_document(turns, key="", media={kind: [medium]}, form=form)
+    tiles = decode_tiles(
+        medium, data, name=kind, tiles=range(medium.num_tiles), form=form.tile_format
+    )
+    named = {"image": "an image of {} tiles", "video": "a video of {} frames"}[kind]
+    return named.format(medium.num_tiles), document.input_ids, document.placements, tiles
+
+
+def _picture(width: int, height: int, *, brightness: int) -> bytes:
+    """A PNG whose colours differ everywhere."""
+    across = np.linspace(0, 255, width)[None, :]
+    down = np.linspace(0, 255, height)[:, None]
+    both = np.broadcast_arrays(across, down, (across + down) / 2)
+    colors = (np.stack(both, axis=-1) + brightness) % 256
+    file = io.BytesIO()
+    Image.fromarray(colors.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
