@@ -1,7 +1,8 @@
 """Command-line client: ask a checkpoint or a server about images and videos."""
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Annotated
 
@@ -9,18 +10,20 @@ import typer
 
 from megatron_vita import platform
 from megatron_vita.commands import run_command, takes_options
+from megatron_vita.config import GenerationConfig
 from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
 from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
 from megatron_vita.inference.client.conversation import Conversation
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams, ScoredToken
+from megatron_vita.inference.requests import SamplingParams, ScoredToken, advised
 from megatron_vita.text.tokenizer import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
 
 Without a QUESTION this is a conversation: questions are read from the terminal, one per line, and earlier turns are
 kept. /image FILE and /video FILE add a file to the next question, /reset clears the conversation, /exit ends it. Ctrl-C
-stops an answer. With --server give no CHECKPOINT; the API key is read from the environment variable
+stops an answer. Temperature, top-k, top-p and repetition penalty that are not given are the checkpoint's recipe's
+(`generation`), or the server's. With --server give no CHECKPOINT; the API key is read from the environment variable
 {" or ".join(KEY_VARIABLES)}.
 """
 
@@ -31,6 +34,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command(help=HELP)
 @takes_options(SamplingParams, into="sampling")
 def ask(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None,
         typer.Argument(help="A checkpoint, or a folder of checkpoints (the newest is used)."),
@@ -51,16 +55,17 @@ def ask(
     sampling: SamplingParams,
 ) -> int:
     """Ask one question, or hold a conversation."""
+    unset = _unset_options(context, sampling)
     conversation = Conversation(next_images=_read(image), next_videos=_read(video))
     if server is None:
-        stream = _local_stream(checkpoint, tokenizer=tokenizer, sampling=sampling)
+        stream = _local_stream(checkpoint, tokenizer=tokenizer, sampling=sampling, unset=unset)
     elif question is not None or tokenizer is not None:
         raise ConfigError(
             f"--server {server}: it has its checkpoint and its tokenizer, so give the question alone"
         )
     else:
         question = checkpoint
-        stream = partial(ChatServer(server, model=model).stream, sampling=sampling)
+        stream = partial(ChatServer(server, model=model).stream, sampling=sampling, unset=unset)
     if question is None:
         converse(stream, conversation, _lines())
         return 0
@@ -68,6 +73,16 @@ def ask(
     if answer(stream, conversation, question):
         return 0
     return 130
+
+
+def _unset_options(context: typer.Context, sampling: SamplingParams) -> list[str]:
+    """Names of the options not given for which a recipe or a server may have defaults. A beam search
+    has none: it ranks by the model's own probabilities."""
+    if sampling.num_beams > 1:
+        return []
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source and source.name == "DEFAULT"]
 
 
 def converse(stream: Stream, conversation: Conversation, lines: Iterable[str]) -> None:
@@ -120,15 +135,22 @@ def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
 
 
 def _local_stream(
-    checkpoint: str | None, *, tokenizer: str | None, sampling: SamplingParams
+    checkpoint: str | None,
+    *,
+    tokenizer: str | None,
+    sampling: SamplingParams,
+    unset: Collection[str],
 ) -> Stream:
-    """Load a checkpoint into this process and stream answers from it."""
+    """Load a checkpoint into this process and stream answers from it; its recipe's defaults replace
+    `unset` options."""
     if checkpoint is None:
         raise ConfigError("neither a checkpoint nor a --server is given: one of them must answer")
     # Imported late: it loads megatron-core, which asking a server does not need.
     from megatron_vita.inference.engine.engine import Engine
 
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
+    advice = advised(sampling, engine.recipe.generation)
+    sampling = dataclasses.replace(sampling, **{name: getattr(advice, name) for name in unset})
 
     def stream(prompt: Prompt) -> Iterator[TextPiece]:
         for piece in engine.stream(prompt, sampling=sampling):

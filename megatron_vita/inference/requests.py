@@ -1,8 +1,10 @@
 """Types of requests and outputs of the engine: sampling parameters, scored tokens, output deltas."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_vita.config import GenerationConfig
 from megatron_vita.config.fields import described
 from megatron_vita.errors import ConfigError
 
@@ -76,6 +78,16 @@ class SamplingParams:
             raise ConfigError(
                 f"num_beams is {self.num_beams}: beam search needs temperature 0, no penalties, and n of at most as many"
             )
+
+
+def advised(base: SamplingParams, generation: GenerationConfig) -> SamplingParams:
+    """Replace values of `base` by the defaults that a recipe has.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    values = {n: v for n, v in dataclasses.asdict(generation).items() if v is not None}
+    return dataclasses.replace(base, **values)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The command-line client: answers about images and videos, user errors as one line."""
 
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from megatron_vita import platform
+from megatron_vita.checkpoint import store
 from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
 from megatron_vita.inference.__main__ import app
@@ -91,6 +94,23 @@ def test_without_a_question_it_converses_and_sampling_is_seeded(ask: Client, toy
     assert draw(3) == draw(3) != draw(4)
 
 
+def test_what_is_not_said_is_as_the_recipe_advises(ask: Client, toy: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "advised"
+    shutil.copytree(store.find_checkpoint(toy / "checkpoints"), checkpoint)
+    manifest = json.loads((checkpoint / store.MANIFEST).read_text())
+    manifest["recipe"]["generation"]["temperature"] = 50.0
+    (checkpoint / store.MANIFEST).write_text(json.dumps(manifest))
+
+    def answers(*options: object) -> set[str]:
+        asked = [ask(checkpoint, "say red", "--seed", seed, *options, *SHORT) for seed in (3, 4)]
+        assert [code for code, _, _ in asked] == [0, 0]
+        return {out for _, out, _ in asked}
+
+    assert len(answers()) == 2
+    assert len(answers("--temperature", 0)) == 1
+    assert len(answers("--num-beams", 2)) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -145,6 +165,15 @@ def test_a_server_answers_in_place_of_a_checkpoint(
     assert request["model"] == "tiny"
     assert request["stream"] is True
     assert [part["type"] for part in request["messages"][0]["content"]] == ["image_url", "text"]
+
+
+def test_a_server_decides_what_is_not_said(server: FakeChatServer, client: Client) -> None:
+    assert client("hello")[0] == 0
+    drawn = {"temperature", "top_p", "top_k", "repetition_penalty"}
+    assert not drawn & server.requests[-1].keys()
+    assert client("hello", "--temperature", 0)[0] == 0
+    assert server.requests[-1]["temperature"] == 0
+    assert "top_p" not in server.requests[-1]
 
 
 def test_every_sampling_option_reaches_the_server(server: FakeChatServer, client: Client) -> None:

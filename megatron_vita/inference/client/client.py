@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,9 +100,16 @@ class ChatServer:
             prompt_tokens=usage.prompt_tokens if usage is not None else None,
         )
 
-    def stream(self, prompt: Prompt, *, sampling: SamplingParams) -> Iterator[TextPiece]:
-        """Stream answers. Closing the iterator cancels the request, and the server's work on it."""
+    def stream(
+        self, prompt: Prompt, *, sampling: SamplingParams, unset: Collection[str] = ()
+    ) -> Iterator[TextPiece]:
+        """Stream answers. Closing the iterator cancels the request, and the server's work on it.
+
+        unset: fields of `sampling` that are not sent, so that the server's defaults hold.
+        """
         request = self._request(prompt, sampling)
+        for name in unset:
+            request.pop(name, None)
         with self._errors(), self._client.chat.completions.create(**request, stream=True) as chunks:
             for chunk in chunks:
                 for choice in chunk.choices:
