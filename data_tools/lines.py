@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from data_tools.compressed import refuse_compressed
 from megatron_vita.errors import DataError
 
 
@@ -62,6 +63,7 @@ def read_stretches(stretches: list[Stretch]) -> Iterator[Line]:
 
 
 def _lines_from(path: Path, *, offset: int, number: int) -> Iterator[tuple[int, Line]]:
+    refuse_compressed(path, (".jsonl", ".json"))
     try:
         with open(path, "rb", buffering=io.DEFAULT_BUFFER_SIZE * 16) as file:
             file.seek(offset)

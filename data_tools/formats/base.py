@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_tools.compressed import refuse_compressed
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, sample_of
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.files import is_hidden
@@ -73,13 +74,17 @@ def refuse(reason: str) -> Callable[[], dict[str, Any]]:
 
 def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
     """Files as they are named, and those with one of the suffixes in folders, sorted. ConfigError
-    if there are none."""
+    if there are none, or if one is compressed."""
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
+            refuse_compressed(path, suffixes)
             found.append(path)
             continue
-        inside = [file for file in walk(path) if file.name.lower().endswith(suffixes)]
+        everything = list(walk(path))
+        for file in everything:
+            refuse_compressed(file, suffixes)
+        inside = [file for file in everything if file.name.lower().endswith(suffixes)]
         if not inside:
             raise ConfigError(f"{path}: no file with {' or '.join(suffixes)} in this folder")
         found += inside

@@ -130,7 +130,9 @@ def questions(
         max_new_tokens=max_new_tokens,
         settings=settings,
     )
-    typer.echo(f"{report['all']['right']} of {report['all']['asked']} right; {out / 'report.md'}")
+    left_out = f", {len(held_out.rejected)} samples rejected" if held_out.rejected else ""
+    score = report["all"]
+    typer.echo(f"{score['right']} of {score['asked']} right{left_out}; {out / 'report.md'}")
 
 
 def _answerer(

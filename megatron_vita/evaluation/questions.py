@@ -1,11 +1,12 @@
 """Held-out questions: chat JSONL whose last assistant turn is the right answer."""
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_vita.data.samples.foreign import sample_of
 from megatron_vita.data.samples.json_text import parse_json
@@ -16,6 +17,8 @@ from megatron_vita.evaluation.results import ResultLog, Row, Task, run_tasks
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.text.conversation import TextPart, check_messages
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,47 +41,61 @@ class HeldOut:
         )
 
 
-def read_questions(path: Path, *, media: Path, group: str | None) -> list[HeldOut]:
-    """All questions of a chat JSONL, media relative to `media`, groups in field `group`.
+class HeldOutSet(NamedTuple):
+    """The questions of a file, and a line on each sample of it that is none, with file and line."""
 
-    DataError, with file and line, for a sample that is wrong or has no answer.
+    questions: list[HeldOut]
+    rejected: list[str]
+
+
+def read_questions(path: Path, *, media: Path, group: str | None) -> HeldOutSet:
+    """All questions of a chat JSONL, media relative to `media`, groups in field `group`. Samples
+    that are wrong or have no answer are left out and told of.
+
+    DataError for a file that cannot be read or has no question.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    named = (
-        (f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()
-    )
-    questions = [_question(line, name, media=media, group=group) for name, line in named]
-    if not questions:
-        raise DataError(f"{path} has no questions")
-    return questions
+    found = HeldOutSet([], [])
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.questions.append(_question(line, media=media, group=group))
+        except DataError as error:
+            found.rejected.append(f"{path}:{number}: {error}")
+            logger.warning("%s", found.rejected[-1])
+    if not found.questions:
+        raise DataError(f"{path} has no questions{_first_of(found.rejected)}")
+    return found
 
 
-def _question(line: bytes, name: str, *, media: Path, group: str | None) -> HeldOut:
-    try:
-        record = parse_json(line)
-        if not isinstance(record, dict):
-            raise DataError(f"a {type(record).__name__}: a sample is a JSON object with messages")
-        sample = sample_of(record, prompt=None)
-        turns = check_messages(sample)
-        if group is not None and group not in record:
-            raise DataError(
-                f"no field {group}, by which answers are grouped, among {sorted(record)}"
-            )
-        last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
-        if last != len(turns) - 1 or last == 0:
-            raise DataError(
-                f"the roles are {[turn.role for turn in turns]}: a question and last its answer are needed"
-            )
-        reference = "".join(
-            part.text for part in turns[last].parts if isinstance(part, TextPart)
-        ).strip()
-        if not reference:
-            raise DataError("the last assistant turn is empty: it must hold the right answer")
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
+def _first_of(rejected: Sequence[str]) -> str:
+    if not rejected:
+        return ""
+    return f"; {len(rejected)} samples are rejected, the first: {rejected[0]}"
+
+
+def _question(line: bytes, *, media: Path, group: str | None) -> HeldOut:
+    record = parse_json(line)
+    if not isinstance(record, dict):
+        raise DataError(f"a {type(record).__name__}: a sample is a JSON object with messages")
+    sample = sample_of(record, prompt=None)
+    turns = check_messages(sample)
+    if group is not None and group not in record:
+        raise DataError(f"no field {group}, by which answers are grouped, among {sorted(record)}")
+    last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
+    if last != len(turns) - 1 or last == 0:
+        raise DataError(
+            f"the roles are {[turn.role for turn in turns]}: a question and last its answer are needed"
+        )
+    reference = "".join(
+        part.text for part in turns[last].parts if isinstance(part, TextPart)
+    ).strip()
+    if not reference:
+        raise DataError("the last assistant turn is empty: it must hold the right answer")
     return HeldOut(
         messages=sample["messages"][:last],
         images=[media / file for file in sample.get("images", [])],
@@ -90,7 +107,7 @@ def _question(line: bytes, name: str, *, media: Path, group: str | None) -> Held
 
 def run_questions(
     answerer: Answerer,
-    questions: Sequence[HeldOut],
+    held_out: HeldOutSet,
     *,
     metric: str,
     folder: Path,
@@ -117,20 +134,22 @@ def run_questions(
         return Task(key=str(index), prompt=question.prompt, row=row)
 
     rows = run_tasks(
-        [task(index, question) for index, question in enumerate(questions)],
+        [task(index, question) for index, question in enumerate(held_out.questions)],
         answerer=answerer,
         log=log,
         sampling=SamplingParams(max_new_tokens=max_new_tokens),
         title="questions",
         unit="question",
     )
-    return write_report(rows, metric=metric, folder=folder, settings=settings)
+    return write_report(
+        rows, rejected=held_out.rejected, metric=metric, folder=folder, settings=settings
+    )
 
 
 def write_report(
-    rows: Sequence[Row], *, metric: str, folder: Path, settings: Row
+    rows: Sequence[Row], *, rejected: Sequence[str], metric: str, folder: Path, settings: Row
 ) -> dict[str, Any]:
-    """Writes report.json and report.md: right answers by group, and over all."""
+    """Write report.json and report.md: right answers by group, and over all; samples rejected."""
     rights = [METRICS[metric](row["answer"], row["reference"]) for row in rows]
     groups: dict[str, list[bool]] = defaultdict(list)
     for row, right in zip(rows, rights, strict=True):
@@ -139,6 +158,7 @@ def write_report(
     report = {
         "metric": metric,
         "refused": sum("error" in row for row in rows),
+        "rejected": list(rejected),
         "all": _score(rights),
         "groups": {name: _score(of_group) for name, of_group in groups.items()},
         "settings": settings,
@@ -166,4 +186,11 @@ def _markdown(report: dict[str, Any]) -> str:
             f"| {name} | {score['right']} | {score['asked']} | {100 * score['share']:.1f} % |"
         )
     lines += ["", f"{report['refused']} prompts were refused; they count as wrong."]
+    if report["rejected"]:
+        lines += [
+            "",
+            f"{len(report['rejected'])} samples are no questions, and were not asked:",
+            "",
+        ]
+        lines += [f"* {reason}" for reason in report["rejected"]]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """Held-out questions: samples, metrics, groups, restarts."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -134,13 +135,22 @@ def test_a_wrong_sample_is_named_by_file_and_line(
     tmp_path: Path, line: object, message: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", sample("a?", "b", kind="k"), line)
-    with pytest.raises(DataError, match=message) as caught:
-        read_questions(
-            path,
-            media=tmp_path,
-            group="kind" if isinstance(line, dict) and "color" in line else None,
-        )
-    assert "a.jsonl:2" in str(caught.value)
+    group = "kind" if isinstance(line, dict) and "color" in line else None
+    held_out = read_questions(path, media=tmp_path, group=group)
+    assert [question.reference for question in held_out.questions] == ["b"]
+    (rejected,) = held_out.rejected
+    assert re.search(message, rejected)
+    assert f"{path}:2: " in rejected
+    report = run(tmp_path / "out", path, Says("b"), group=group)
+    assert report["rejected"] == [rejected]
+    assert report["all"]["asked"] == 1
+    assert rejected in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_file_without_questions_is_refused_with_the_first_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "text", sample("<image>a?", "b"))
+    with pytest.raises(DataError, match=r"no questions; 2 samples are rejected, the first: .*:1: "):
+        read_questions(path, media=tmp_path, group=None)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
