@@ -11,6 +11,7 @@ class DocumentAttention(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any) -> None:
         super().__init__()
+        # Serving's metadata finds the layer's part of the key-value cache by it.
         self.layer_number = layer_number
 
     def forward(

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 class AttentionBackend(Protocol):
     """Interface of a backend to the language model."""
 
-    name: str  # as recipes call it
-    # kernels of Transformer Engine are taken for rotary positions and activations too
+    name: str  # in recipes
+    # Transformer Engine's kernels are used for rotary positions and activations too.
     fused: bool
 
     def block_spec(
@@ -112,6 +112,7 @@ class TransformerEngineBackend:
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
         """Return megatron-core's Transformer Engine layer, with attention that refuses to run
         unfused."""
+        # Imported here, as Transformer Engine is an optional package.
         from megatron_vita.model.fused_attention import FusedAttention
 
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
@@ -136,7 +137,8 @@ def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
         **dict.fromkeys(names, to_device(cu_seqlens, device)),
         "max_seqlen_q": longest,
         "max_seqlen_kv": longest,
-        # else Transformer Engine compares the two tensors on the device, every layer
+        # Otherwise Transformer Engine compares the two tensors on the device in every layer, and
+        # the host waits for the answer.
         "pad_between_seqs": False,
     }
 
@@ -197,6 +199,7 @@ def choose_backend(recipe: Recipe) -> AttentionBackend:
     if name == "fa4":
         from megatron_vita.model.fa4 import check_fa4
 
+        # Some combinations of GPU, package and head width compute wrong numbers without an error.
         check_fa4(**_attention_shape(recipe))
         return FlashBackend()
     if name == "te":

@@ -38,6 +38,7 @@ def transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
 
 def _in_our_words(error: Exception) -> str:
     """Translate megatron-core's field names in an error to the recipe's."""
+    # Both have fields of megatron-core's names, so that a name found in the text is the recipe's.
     message = " ".join(str(error).split()) or type(error).__name__
     for group, config in (("model.language", LanguageConfig), ("parallel", ParallelConfig)):
         for field in dataclasses.fields(config):
@@ -70,7 +71,7 @@ def _transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_size,
-        # With two stages, batched messages between chunks are silently mixed up.
+        # Interleaved: with two stages, batched messages between chunks are silently mixed up.
         overlap_p2p_comm=parallel.virtual_size is not None,
         batch_p2p_comm=parallel.virtual_size is None,
         context_parallel_size=parallel.context_parallel_size,
@@ -83,11 +84,13 @@ def _transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage or None,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
         **_recomputation(recipe),
+        # Gradients are sums over loss tokens, divided once by their number in the global batch: a
+        # mean per pack would weigh tokens of packs with few of them more.
         calculate_per_token_loss=True,
-        # keeps Transformer Engine from falling back to unfused attention
+        # Keeps Transformer Engine from falling back to unfused attention.
         attention_backend=AttnBackend.fused,
         use_cpu_initialization=not platform.on_cuda(),
-        # Transformer Engine's fused kernel takes no factor
+        # Transformer Engine's fused kernel supports no YaRN factor.
         apply_rope_fusion=fused and attention_factor == 1.0,
         bias_activation_fusion=fused,
         bias_dropout_fusion=False,
@@ -107,8 +110,10 @@ def _recomputation(recipe: Recipe) -> dict[str, Any]:
     """
     training = recipe.training
     if training.recompute_granularity == "selective":
-        ours = {"mlp"} if training.mlp_chunk_tokens else set()
-        modules = [name for name in training.recompute_modules if name not in ours]
+        modules = list(training.recompute_modules)
+        # An MLP in pieces is recomputed by our layer: megatron-core would do it once more.
+        if training.mlp_chunk_tokens and "mlp" in modules:
+            modules.remove("mlp")
         return {"recompute_granularity": "selective", "recompute_modules": modules}
     if training.recompute_granularity == "none" or training.recompute_method == "block":
         return {}
@@ -129,7 +134,8 @@ def build_on_meta(recipe: Recipe) -> list[VitaModel]:
     """Build this rank's chunks without memory for weights. Groups must be initialized."""
     backend = TorchBackend()
     config = transformer_config(recipe, fused=False)
-    config.use_cpu_initialization = True  # its other way names a CUDA device
+    # megatron-core's other way of initialization names a CUDA device, which would override `meta`.
+    config.use_cpu_initialization = True
     with torch.device("meta"):
         return [
             _assemble_chunk(recipe, config=config, backend=backend, chunk=chunk)
@@ -148,7 +154,8 @@ def build_chunks(recipe: Recipe, *, backend: AttentionBackend | None = None) -> 
     """
     backend = backend or choose_backend(recipe)
     config = transformer_config(recipe, fused=backend.fused)
-    config.perform_initialization = False  # initialize_language does, the same at every layout
+    # megatron-core's initial weights depend on the layout; `initialize_language` sets ours.
+    config.perform_initialization = False
     # No weights come from these, but megatron-core's recomputation restores their states.
     torch.manual_seed(recipe.training.seed)
     model_parallel_cuda_manual_seed(recipe.training.seed, force_reset_rng=True)
@@ -206,6 +213,7 @@ def freeze_parts(model: VitaModel, recipe: Recipe) -> None:
         "projector": recipe.training.freeze_projector,
         "language_model": recipe.training.freeze_language_model,
     }
+    # Later pipeline stages and text-only models lack some parts.
     for name, freeze in frozen.items():
         if freeze and hasattr(model, name):
             getattr(model, name).requires_grad_(False)

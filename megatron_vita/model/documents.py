@@ -22,13 +22,21 @@ class DocumentGroup:
 
     count: int
     length: int
-    # [q rows of one document, length], None where plain causal attention is meant
+    # [q rows of one document, length]; None for plain causal attention, without CP
     mask: Tensor | None
 
     @property
     def query_rows(self) -> int:
         """Number of this rank's rows in the group."""
-        return self.count * (self.length if self.mask is None else len(self.mask))
+        if self.mask is None:
+            return self.count * self.length
+        return self.count * len(self.mask)
+
+    def to(self, device: torch.device) -> "DocumentGroup":
+        """Return a copy with its mask on `device`."""
+        if self.mask is None:
+            return self
+        return replace(self, mask=to_device(self.mask, device))
 
     def attend(self, query: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
         """Attend in all documents of the group at once; rows of a document are consecutive."""
@@ -54,15 +62,11 @@ class PackedDocuments:
 
     def to(self, device: torch.device) -> "PackedDocuments":
         """Return a copy with its tensors on `device`."""
-        groups = [
-            replace(g, mask=None if g.mask is None else to_device(g.mask, device))
-            for g in self.groups
-        ]
         return replace(
             self,
             query_order=to_device(self.query_order, device),
             key_order=to_device(self.key_order, device),
-            groups=groups,
+            groups=[group.to(device) for group in self.groups],
         )
 
     def attend(self, _layer_number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -70,6 +74,8 @@ class PackedDocuments:
 
         query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d].
         """
+        # This rank's queries may see keys of any rank, since every rank holds a chunk of the
+        # beginning and one of the end of each document.
         if self.cp_group is not None:
             key, value = (gather_context(x, self.cp_group) for x in (key, value))
         repeats = query.shape[1] // key.shape[1]
@@ -106,7 +112,9 @@ def pack_documents(
     lengths = cu_seqlens.diff().to(torch.int64)
     held = positions_of_rank(cu_seqlens, cp_size=cp_size, cp_rank=cp_rank)
     gathered_row = gathered_rows(cu_seqlens, cp_size=cp_size)
-    local_row = torch.full_like(gathered_row, -1)  # pack position -> row held here
+    local_row = torch.full_like(
+        gathered_row, -1
+    )  # pack position -> row of this rank; -1: another's
     local_row[held] = torch.arange(len(held))
     groups = []
     query_order = []
@@ -117,13 +125,12 @@ def pack_documents(
         starts = cu_seqlens[:-1][lengths == length].to(torch.int64)
         positions = (starts[:, None] + torch.arange(length)).flatten()
         rows = local_row[positions]
-        groups.append(
-            DocumentGroup(
-                count=len(starts),
-                length=length,
-                mask=_mask(rows[:length] >= 0) if cp_size > 1 else None,
-            )
-        )
+        # Documents of one length are cut alike, so that the first one's mask serves for all.
+        # Without CP torch's own causal attention needs no mask, and has faster kernels.
+        mask = None
+        if cp_size > 1:
+            mask = _mask(rows[:length] >= 0)
+        groups.append(DocumentGroup(count=len(starts), length=length, mask=mask))
         query_order.append(rows[rows >= 0])
         key_order.append(gathered_row[positions])
     documents = PackedDocuments(

@@ -56,10 +56,13 @@ def _fill_matrix(tensor: ShardedTensor, *, draw: Draw, rows: int | None, seed: i
     drawn."""
     layers = tensor.prepend_axis_num
     shard = tensor.data
-    rows_drawn = tensor.global_shape[layers] if rows is None else rows
+    # The number of padding rows depends on the layout, so they must not be drawn: they stay zero.
+    rows_drawn = rows or tensor.global_shape[layers]
     columns = tensor.global_shape[layers + 1]
     first_row, first_column = tensor.global_offset[layers:]
     name = f"{seed}/{tensor.key}/{tensor.global_offset[:layers]}"
+    # Blocks begin at fixed rows of the whole matrix and are drawn whole, whatever part of them this
+    # rank holds: so the numbers do not depend on the layout.
     height = max(1, BLOCK // columns)
     shard.zero_()
     last_row = min(first_row + len(shard), rows_drawn)
@@ -74,5 +77,6 @@ def _fill_matrix(tensor: ShardedTensor, *, draw: Draw, rows: int | None, seed: i
 
 
 def _generator(name: str, device: torch.device) -> torch.Generator:
+    # Not `hash`, which differs from process to process. 63 bits: seeds are signed.
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
     return torch.Generator(device).manual_seed(number)

@@ -65,6 +65,7 @@ class GatheredKeys:
     def gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Gather keys and values: this rank's [t, groups, d] -> [k, groups, d], prefix after
         prefix."""
+        # Both gathers are under way before the first is waited for.
         tensors = []
         works = []
         for own in (key, value):
@@ -84,6 +85,8 @@ class GatheredKeys:
         """
         ranks = self.group.size()
         total = self._gathered_length(ranks)
+        # Rows of early chunks occur in several prefixes: their gradients are added up, in fp32
+        # since each sum in bf16 would round.
         summed = grad.new_zeros(total, *grad.shape[1:], dtype=torch.float32)
         summed.index_add_(0, self.rows, grad.float())
         mine = summed.new_empty(total // ranks, *grad.shape[1:])
@@ -106,7 +109,7 @@ class PackedSequences(PackedSeqParams):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend: query [t, heads, d]; key, value [t, groups, d] -> [t, heads, d]."""
-        # A slice of the joint projection would keep all of that in memory.
+        # A slice of the joint projection, saved for backward, would keep all of it in memory.
         out: Tensor = _Attend.apply(query, key.contiguous(), value.contiguous(), self)
         return out
 
@@ -132,6 +135,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         pack: PackedSequences = ctx.pack
+        # Gathered again: kept from forward, every layer would hold keys of the whole context.
         keys, values = pack.keys_of_chunks(key, value)
         d_query, d_key, d_value = pack.kernel.backward(
             grads[0], query=query, key=keys, value=values, out=out, lse=lse, bounds=pack.bounds
@@ -174,6 +178,7 @@ def sequences_of_rank(
         device: device of the results.
     """
     if group is None or group.size() == 1:
+        # Kernels need not support sequences without rows.
         lengths = cu_seqlens.diff()
         lengths = lengths[lengths > 0]
         return _bounds(lengths, lengths, device), None

@@ -36,7 +36,9 @@ def check_fused_attention(*, heads: int, query_groups: int, width: int, dtype: t
     Raises:
         PlatformError: no fused kernel supports it.
     """
-    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # as megatron-core sets it later for the layers
+    # megatron-core sets it for the layers, but later: the check must see the same choice of
+    # kernels.
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
     shape = (32, heads, width)
     query = torch.randn(shape, device=platform.device(), dtype=dtype, requires_grad=True)
     key, value = torch.randn(2, 32, query_groups, width, device=platform.device(), dtype=dtype)

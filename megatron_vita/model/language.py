@@ -46,13 +46,14 @@ class LanguageModel(LanguageModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = not shape.untie_embeddings_and_output_weights
-        # no buffer: it must stay fp32
+        # Not a buffer, which `model.bfloat16()` would round: angles grow with the position, and at
+        # 100K tokens would be wrong by whole turns.
         self.inverse_frequencies = inverse_frequencies(shape).to(platform.device())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config,
                 vocab_size=padded_vocabulary(shape.vocab_size, config.tensor_model_parallel_size),
-                max_sequence_length=0,
+                max_sequence_length=0,  # of learned positions, which there are none of
                 position_embedding_type="rope",
             )
         self.decoder = TransformerBlock(
@@ -78,13 +79,17 @@ class LanguageModel(LanguageModule):
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Set the previous stage's output, as megatron-core's schedules pass it."""
-        tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
-        self.decoder.set_input_tensor(tensors[0])
+        # Some schedules pass a list, of one tensor for a decoder.
+        if isinstance(input_tensor, list):
+            input_tensor = input_tensor[0]
+        self.decoder.set_input_tensor(input_tensor)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed the tokens of this rank's part of the sequence: ids [t] -> [t / TP, H], also
         without SP."""
         x = self.embedding(input_ids[None], None)
+        # Split over TP without SP as well: each feature row is then written by exactly one rank,
+        # and its gradient is counted once.
         if not self.config.sequence_parallel:
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x.squeeze(1)
@@ -102,6 +107,8 @@ class LanguageModel(LanguageModule):
         if share is not None:
             share = share.unsqueeze(1)
             if not self.config.sequence_parallel:
+                # Without SP all TP ranks run the same rows and receive the same gradient, of which
+                # each takes its part: a sum over TP would multiply it by the number of ranks.
                 share = gather_from_sequence_parallel_region(
                     share, tensor_parallel_output_grad=False, group=self.tp_group
                 )

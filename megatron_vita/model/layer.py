@@ -55,17 +55,21 @@ class StepwiseAttention(SelfAttention):
             query = query.squeeze(1)
             key = key.squeeze(1)
             value = value.squeeze(1)
-        query = self._rotate(query, around)  # one by one: what was not rotated goes at once
+        # One after the other, so that each unrotated tensor is freed before the next is made.
+        query = self._rotate(query, around)
         key = self._rotate(key, around)
+        # Values are a view of the joint projection, whose storage cannot be emptied for them alone.
         return query, key, value.clone(memory_format=torch.contiguous_format)
 
     def _rotate(self, part: Tensor, around: Surroundings) -> Tensor:
-        in_thd = around.documents.qkv_format == "thd"
+        bounds = None
+        if around.documents.qkv_format == "thd":
+            bounds = around.documents.cu_seqlens_q_padded
         rotated: Tensor = apply_rotary_pos_emb(
             part,
             around.angles,
             config=self.config,
-            cu_seqlens=around.documents.cu_seqlens_q_padded if in_thd else None,
+            cu_seqlens=bounds,
             mscale=self._yarn_concentration_factor,
             cp_group=self.pg_collection.cp,
         )
@@ -92,6 +96,7 @@ class RecomputingLayer(TransformerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # `add_mlp` and `project` compute these shapes only, and run twice without restoring a seed.
         config = self.config
         assert config.hidden_dropout == config.attention_dropout == 0.0, "nothing restores a seed"
         assert not config.add_bias_linear, "outputs of projections have no bias to be added"
@@ -136,6 +141,7 @@ class RecomputingLayer(TransformerLayer):
     def _trains(self) -> bool:
         if not (self.training and torch.is_grad_enabled()):
             return False
+        # 8-bit formats update their scales in each forward, also in one that is run again.
         assert not self.config.fp8, "a layer that is recomputed does not restore 8-bit scales"
         return True
 
@@ -157,13 +163,15 @@ class RecomputingLayer(TransformerLayer):
         Overwrites `grad` with the result where it is contiguous: nothing but this layer reads it.
         """
         gradients = PieceGradients([*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()])
-        result = grad.contiguous()  # an expanded one has no place
-        for part, place in zip(self._pieces(hidden), self._pieces(result), strict=True):
+        # An expanded gradient (of a sum) has no memory of its own to write to.
+        result = grad.contiguous()
+        for part, grad_part in zip(self._pieces(hidden), self._pieces(result), strict=True):
             rows = part.detach().requires_grad_()
             with torch.enable_grad():
                 branch = self._mlp_branch_without_output(rows)
-            (grad_rows,) = gradients.backward(branch, place, rows)
-            place.add_(grad_rows)
+            (grad_rows,) = gradients.backward(branch, grad_part, rows)
+            # What arrives goes around the MLP (the residual stream) and through it.
+            grad_part.add_(grad_rows)
         gradients.deliver()
         return result
 
@@ -181,7 +189,10 @@ class RecomputingLayer(TransformerLayer):
         else:
             gate, up = joined.chunk(2, dim=-1)
             activated = config.activation_func(gate) * up
-        group = mlp.tp_group if config.sequence_parallel else None
+        # Under SP the skipped output would have been scattered along the rows.
+        group = None
+        if config.sequence_parallel:
+            group = mlp.tp_group
         return without_output(activated, mlp.linear_fc2, group=group)
 
     def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -195,6 +206,7 @@ class _RecomputedLayer(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, around: Surroundings) -> Tensor:
         ctx.layer = layer
         ctx.around = around
+        # The copy to the host starts here, so that it runs beside the whole forward pass.
         ctx.activations = activations = layer.open_activations()
         activations.keep(hidden)
         parts = layer.project(hidden, around)
@@ -205,7 +217,7 @@ class _RecomputedLayer(torch.autograd.Function):
         else:
             ctx.attention = None
             attended = layer.self_attention.attend(parts, around)
-        del parts
+        del parts  # free before the MLP, where memory is highest
         ctx.hidden = hidden.detach()
         result = layer.add_mlp(hidden + layer.self_attention.linear_proj(attended)[0])
         activations.leave()
@@ -219,6 +231,8 @@ class _RecomputedLayer(torch.autograd.Function):
         attention = ctx.attention
         activations = ctx.activations
         hidden = ctx.hidden.requires_grad_()
+        # `ctx` outlives this call: without these references, tensors are freed after their last
+        # use.
         ctx.hidden = ctx.attention = ctx.activations = None
         activations.arrive()
         with torch.enable_grad():
@@ -229,13 +243,18 @@ class _RecomputedLayer(torch.autograd.Function):
             projected = layer.self_attention.linear_proj(attended)[0]
         del attended
         grad = layer.backpropagate_mlp(hidden.detach() + projected.detach(), grads[0])
+        # The next layer's tensors come back beside attention's backward, not the MLP's: that takes
+        # more memory, to which they would be added.
         activations.fetch_before()
         torch.autograd.backward(projected, grad)
         del projected
+        # Kept attention: its backward needs no second forward, only queries, keys and values,
+        # through whose projections its gradients go on to the layer's input.
         if attention is not None:
             with torch.enable_grad():
                 parts = layer.project(hidden, around)
             torch.autograd.backward(parts, attention.backpropagate(parts))
+        # Of the residual stream, and of the input through attention.
         return grad.add_(hidden.grad), None, None
 
 
@@ -280,7 +299,8 @@ class _KeptAttention:
             source = part.untyped_storage()
             emptied.untyped_storage().resize_(source.nbytes())
             emptied.untyped_storage().copy_(source)
-            source.resize_(0)  # autograd goes through `parts`, but reads none of them
+            # Autograd goes back through the operations that made `parts`, which do not read them.
+            source.resize_(0)
         return torch.autograd.grad(self._edge, self._parts, self.output.grad)
 
 
@@ -288,7 +308,9 @@ def use_recomputing_layers(
     spec: ModuleSpec | TransformerBlockSubmodules,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Replace the layers of any backend's specification by `RecomputingLayer`, in place."""
-    layers = spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]
+    layers = [spec]
+    if isinstance(spec, TransformerBlockSubmodules):
+        layers = spec.layer_specs
     for layer in layers:
         layer.module = RecomputingLayer
         layer.submodules.self_attention.module = StepwiseAttention

@@ -64,6 +64,8 @@ class ActivationStore:
     def open(self, layer_number: int, *, offload: bool) -> "LayerActivations":
         """Begin the record of one forward pass of a layer; layers of a pass have consecutive
         numbers."""
+        # Another micro-batch or model chunk begins with a layer that does not follow the latest
+        # one: a chain of its own.
         before = self._latest if self._latest.layer_number == layer_number - 1 else None
         self._latest = LayerActivations(
             layer_number, before=before, store=self if offload else None
@@ -91,6 +93,7 @@ class LayerActivations:
         """Start copying a tensor that backward will read; forward may read it until `leave`."""
         if self._store is None:
             return
+        # Emptying the storage of a view would empty the tensors that share it.
         if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
             self._sent.append(_SentTensor(tensor, self._store))
         else:
@@ -132,12 +135,14 @@ class _SentTensor:
         self._buffer = store.buffers.take(tensor.nbytes)
         self._host = self._buffer.view(tensor.dtype).view(tensor.shape)
         self._fetched: torch.cuda.Event | None = None
-        store.outward.wait_stream(torch.cuda.current_stream())  # the tensor, the buffer's last use
+        # For the tensor to be computed, and the buffer's last content to be read.
+        store.outward.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(store.outward):
             self._host.copy_(self._tensor, non_blocking=True)
         self._sent = _record(store.outward)
 
     def leave(self) -> None:
+        # The allocator may give the memory to later work of this stream, which has to wait.
         torch.cuda.current_stream().wait_event(self._sent)
         self._tensor.untyped_storage().resize_(0)
 
@@ -145,10 +150,10 @@ class _SentTensor:
         if self._fetched is not None:
             return
         self._tensor.untyped_storage().resize_(self._tensor.nbytes)
-        # the copy, and the last use of the memory that the allocator gave
+        # For the copy to the host, and the last use of the memory that the allocator gave.
         self._store.inward.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._store.inward):
-            # `data`: to autograd, the tensor is the one that was saved
+            # `data` leaves the version counter as it is: to autograd, the tensor is unchanged.
             self._tensor.data.copy_(self._host, non_blocking=True)
         self._fetched = _record(self._store.inward)
 

@@ -88,7 +88,8 @@ class OutputLayer(ColumnParallelLinear):
         Raises:
             VitaError: a label is no token of the vocabulary.
         """
-        weight = self.weight if weight is None else weight
+        if weight is None:
+            weight = self.weight
         hidden = hidden.squeeze(1)
         selected = locate_rows(
             rows,
@@ -114,6 +115,7 @@ class OutputLayer(ColumnParallelLinear):
         return score_rows(hidden, weight, scoring)
 
     def _check_labels(self, labels: Tensor) -> None:
+        # A label of padding or of no column at all would silently give a loss without a target.
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.form.vocab_size):
             raise VitaError(
                 f"labels go from {labels.min()} to {labels.max()}, but tokens from 0 to {self.form.vocab_size - 1}"
@@ -124,7 +126,9 @@ class OutputLayer(ColumnParallelLinear):
 
         `weight` as in `forward`.
         """
-        logits = self._project(rows, self.weight if weight is None else weight)
+        if weight is None:
+            weight = self.weight
+        logits = self._project(rows, weight)
         return gather_from_tensor_model_parallel_region(logits, group=self.tp_group)[
             :, : self.form.vocab_size
         ]
@@ -147,11 +151,10 @@ class OutputLayer(ColumnParallelLinear):
     def _row_logits(
         self, hidden: Tensor, *, rows: Tensor, selected: SelectedRows, weight: Tensor
     ) -> Tensor:
-        taken = self._all_rows(hidden) if self.full_logits else select_rows(hidden, rows=selected)
-        logits = self.project(taken, weight=weight)
-        if self.full_logits:
-            return logits[rows.to(logits.device)]
-        return logits
+        if not self.full_logits:
+            return self.project(select_rows(hidden, rows=selected), weight=weight)
+        logits = self.project(self._all_rows(hidden), weight=weight)
+        return logits[rows.to(logits.device)]
 
     def _losses_of_full_logits(
         self, hidden: Tensor, *, rows: Tensor, labels: Tensor, weight: Tensor
@@ -161,6 +164,7 @@ class OutputLayer(ColumnParallelLinear):
         columns = self.shard.columns
         group = self.tp_group
         logits = self._project(self._all_rows(hidden), weight).float()  # [t, v]
+        # Token 0 stands for the rows without a label, whose losses are dropped at the end.
         targets = (
             torch.zeros(len(logits), dtype=labels.dtype)
             .index_copy(0, rows, labels)
@@ -172,7 +176,8 @@ class OutputLayer(ColumnParallelLinear):
         target = reduce_from_tensor_model_parallel_region(target, group=group)
         total = reduce_from_tensor_model_parallel_region(logits[:, :columns].sum(1), group=group)
         padding = torch.arange(logits.shape[1], device=logits.device) >= columns
-        # a copy, which cross entropy may overwrite
+        # Padding must not enter the softmax. The result is a copy, which cross entropy may
+        # overwrite.
         logits = logits.masked_fill(padding, -torch.inf)
         entropy = vocab_parallel_cross_entropy(
             logits[:, None], targets[:, None], tp_group=group

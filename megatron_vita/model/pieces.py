@@ -37,6 +37,8 @@ class PieceGradients:
 
     def backward(self, result: Tensor, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Backpropagate `grad` through one piece's `result`; return the gradients of its inputs."""
+        # `grad` instead of `backward`: the latter would report every piece's gradient of a weight
+        # to megatron-core's hooks.
         found = torch.autograd.grad(result, [*inputs, *self.weights], grad)
         parts = list(found[len(inputs) :])
         if self._sums:
@@ -48,6 +50,7 @@ class PieceGradients:
     def _add(weight: nn.Parameter, total: Tensor, part: Tensor) -> Tensor:
         if getattr(weight, "grad_added_to_main_grad", False):
             return total
+        # In fp32 from the second piece on: a single piece needs no copy.
         return total.float() + part
 
     def take(self) -> list[Tensor]:
@@ -63,6 +66,9 @@ class PieceGradients:
 
 
 class _CheckpointedPieces(torch.autograd.Function):
+    # `weights` are inputs so that autograd takes their gradients from here; `function` uses them
+    # without being given them.
+
     @staticmethod
     def forward(
         ctx: Any, function: PieceFunction, rows: Tensor, at_most: int, *weights: nn.Parameter

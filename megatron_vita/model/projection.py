@@ -22,8 +22,11 @@ class _Backward(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.linear = linear
         ctx.group = group
-        share = len(rows) // (1 if group is None else group.size())
-        return rows.new_empty(()).expand(share, *rows.shape[1:-1], len(weight))
+        count = len(rows)
+        if group is not None:
+            count //= group.size()
+        # One element, expanded: autograd needs an output's shape, not its memory.
+        return rows.new_empty(()).expand(count, *rows.shape[1:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

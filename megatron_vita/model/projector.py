@@ -20,7 +20,9 @@ class Projector(nn.Module):
         self.config = config.projector
         joined = 4 * config.vision.hidden_size
         biased = config.projector.kind == "internvl"
-        hidden = config.language.hidden_size if biased else config.vision.hidden_size
+        hidden = config.vision.hidden_size
+        if biased:
+            hidden = config.language.hidden_size
         self.norm = nn.LayerNorm(joined, eps=1e-5)
         self.fc1 = nn.Linear(joined, hidden, bias=biased)
         self.fc2 = nn.Linear(hidden, config.language.hidden_size, bias=biased)

@@ -12,17 +12,22 @@ from megatron_vita.config import LanguageConfig, RopeScalingConfig
 def inverse_frequencies(shape: LanguageConfig) -> Tensor:
     """Compute radians per token for each pair of dimensions [kv_channels / 2], fp32, on the
     host."""
-    exponents = (
-        torch.arange(0, shape.kv_channels, 2, dtype=torch.float32, device="cpu") / shape.kv_channels
-    )
+    # On the host by name: models are also built under `torch.device("meta")`.
+    even = torch.arange(0, shape.kv_channels, 2, dtype=torch.float32, device="cpu")
+    exponents = even / shape.kv_channels
     plain = 1.0 / shape.rotary_base**exponents
     scaling = shape.rope_scaling
     if scaling.kind == "none":
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
-    stays = _llama3_share(plain, scaling) if scaling.kind == "llama3" else _yarn_share(shape)
-    return plain * stays + plain / scaling.factor * (1 - stays)
+    # Fast dimensions turn many times within the trained length and stay as they are; slow ones,
+    # which never complete a turn there, are interpolated.
+    if scaling.kind == "llama3":
+        unscaled = _llama3_share(plain, scaling)
+    else:
+        unscaled = _yarn_share(shape)
+    return plain * unscaled + plain / scaling.factor * (1 - unscaled)
 
 
 def _llama3_share(plain: Tensor, scaling: RopeScalingConfig) -> Tensor:
@@ -54,9 +59,9 @@ def _yarn_share(shape: LanguageConfig) -> Tensor:
         high = math.ceil(high)
     low = max(low, 0)
     high = min(high, width - 1)
-    ramp = (torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / max(
-        high - low, 1e-3
-    )
+    pairs = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+    # As transformers: bounds that coincide give a step instead of a division by zero.
+    ramp = (pairs - low) / max(high - low, 1e-3)
     return 1 - ramp.clamp(0, 1)
 
 

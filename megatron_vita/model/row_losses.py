@@ -17,7 +17,8 @@ from megatron_vita.model.softmax import LossForm, Shard, summarize, write_gradie
 from megatron_vita.model.weight_gradient import GradientLedger, WeightGradient
 from megatron_vita.rounding import ceil_div, round_up
 
-_ROW_MULTIPLE = 64  # of chunks, for the matrix units
+# Rows of a chunk are a multiple of this: matrix units compute in tiles and waste part of the last.
+_ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +49,13 @@ class _RowLosses(torch.autograd.Function):
         ctx.scoring = scoring
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         rows = scoring.rows.gather(hidden)
-        # A copy of the selected rows is ours: their gradients take its place.
-        if not wants_hidden:
-            ctx.row_gradients = None
-        else:
+        ctx.row_gradients = None
+        if wants_hidden:
+            # A copy of the selected rows is ours: their gradients overwrite it, chunk after chunk.
             ctx.row_gradients = rows if rows is not hidden else torch.empty_like(rows)
+        ctx.weight_gradient = None
         if wants_weight:
             ctx.weight_gradient = scoring.ledger.open(weight, training=scoring.training)
-        else:
-            ctx.weight_gradient = None
         chunks = _Chunks(rows, weight, scoring)
         return chunks.run(weight_gradient=ctx.weight_gradient, row_gradients=ctx.row_gradients)
 
@@ -65,6 +64,7 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scoring = ctx.scoring
         _check_arriving(grads[0], scoring.scale)
+        # `ctx` outlives this call: without these references, both are freed after their last use.
         rows = ctx.row_gradients
         ctx.row_gradients = None
         gradient = ctx.weight_gradient
@@ -73,7 +73,10 @@ class _RowLosses(torch.autograd.Function):
         if gradient is not None:
             grad_weight = gradient.settle()
             scoring.ledger.close(gradient)
-        return None if rows is None else scoring.rows.spread(rows), grad_weight, None
+        grad_hidden = None
+        if rows is not None:
+            grad_hidden = scoring.rows.spread(rows)
+        return grad_hidden, grad_weight, None
 
 
 def _check_arriving(grad: Tensor, scale: Tensor) -> None:
@@ -83,9 +86,13 @@ def _check_arriving(grad: Tensor, scale: Tensor) -> None:
         VitaError: it is not; on CUDA an assertion on the device fails instead.
     """
     right = torch.isclose(grad, scale, rtol=1e-5, atol=0.0).all()
-    message = "a gradient other than row_scale arrived at the output layer, which made its gradients for row_scale"
+    message = (
+        "a gradient other than row_scale arrived at the output layer, which made its gradients for "
+        "row_scale"
+    )
     if grad.is_cuda:
-        torch._assert_async(right, message)  # no wait for the device
+        # Reading the result would make the host wait for the device in every step.
+        torch._assert_async(right, message)
     elif not right:
         raise VitaError(f"{message}: {grad.tolist()[:4]} ... for {scale.tolist()[:4]} ...")
 
@@ -128,7 +135,7 @@ class _Chunks:
             if weight_gradient is not None:
                 weight_gradient.add(logits, part)
             if row_gradients is not None:
-                # last: it may overwrite `part`
+                # Last: `row_gradients` may be `rows` itself, so that this overwrites `part`.
                 torch.mm(logits, self.weight, out=row_gradients[chunk])
                 reductions.append(self._reduce(row_gradients[chunk]))
         for reduction in reductions:
@@ -140,10 +147,12 @@ class _Chunks:
         """Yield each chunk with its logits [r, v], which the next chunk overwrites."""
         total = len(self.rows)
         width = len(self.weight)
+        # All ranks of the shards have the same rows, so that none waits in a collective for a chunk
+        # that another does not have.
         if total == 0:
             return
         most = max(1, self.scoring.chunk_bytes // (width * self.rows.element_size()))
-        # As few chunks as the limit allows, of nearly equal size.
+        # The fewest chunks that fit, of nearly equal size: a small last one would use a GPU badly.
         size = ceil_div(total, ceil_div(total, most))
         size = min(most, round_up(size, _ROW_MULTIPLE), total)
         buffer = self.rows.new_empty(size, width)

@@ -20,7 +20,7 @@ class SelectedRows:
 
     mine: Tensor  # [counts[rank]] rows of this rank's hidden state, ascending, on its device
     length: int  # rows of this rank's hidden state
-    # rows on each TP rank under sequence parallelism; None where each rank has them all
+    # Rows on each TP rank under sequence parallelism; None where each rank has them all.
     counts: list[int] | None
     group: ProcessGroup
 
@@ -46,6 +46,7 @@ class SelectedRows:
         `hidden`."""
         if self.is_whole:
             return rows
+        # The gradient is summed over TP already: each rank takes the rows that lie on it.
         if self.counts is not None:
             rows = rows.split(self.counts)[self.group.rank()]
         return rows.new_zeros(self.length, *rows.shape[1:]).index_copy_(0, self.mine, rows)

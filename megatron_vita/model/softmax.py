@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# the largest logit of a shard without columns; finite, so that differences are no NaN
+# Stands for the largest logit of a shard without columns. Finite, since the difference of two
+# infinities would be NaN.
 LOWEST = -1e30
 
 
@@ -65,6 +66,7 @@ def summarize(logits: Tensor, *, targets: Tensor, shard: Shard) -> Summary:
         dist.all_gather_into_tensor(gathered, parts, group=shard.group)
         parts = gathered
     largest, exponentials, target, total = parts.unbind(1)  # [TP, r] each
+    # Each shard summed exponentials relative to its own largest logit: bring them to a common one.
     peak = largest.amax(0)
     log_sum = peak + (exponentials * (largest - peak).exp()).sum(0).log()
     return Summary(log_sum, target.sum(0), total.sum(0))
@@ -78,7 +80,11 @@ def _summarize_shard(logits: Tensor, *, targets: Tensor, columns: int) -> Tensor
 
         return summarize_on_cuda(logits, targets=targets, columns=columns)
     x = logits[:, :columns].float()
-    largest = x.amax(1) if columns else x.new_full((len(x),), LOWEST)
+    if columns:
+        largest = x.amax(1)
+    else:
+        largest = x.new_full((len(x),), LOWEST)  # padding alone
+    # Other shards' targets are negative or beyond the columns.
     here = (targets >= 0) & (targets < columns)
     target = torch.zeros_like(largest)
     target[here] = x[here, targets[here]]
@@ -95,6 +101,7 @@ def write_gradient(
     form: LossForm,
 ) -> None:
     """Overwrite logits [r, v] by the gradient of the sum of `scale` [r] times the losses."""
+    # The loss's derivative by a logit is slope * softmax - floor, and less by aim for the target.
     slope = scale * (1 + 2 * form.z_loss * summary.log_sum)
     aim = scale * (1 - form.label_smoothing)
     floor = scale * (form.label_smoothing / form.vocab_size)
@@ -109,4 +116,5 @@ def write_gradient(
     here = (targets >= 0) & (targets < shard.columns)
     gradient[here, targets[here]] -= aim[here]
     logits[:, : shard.columns] = gradient
+    # The products that follow read all columns: padding must add nothing to them.
     logits[:, shard.columns :] = 0

@@ -44,7 +44,8 @@ def write_gradient_on_cuda(
 def _summarize(logits, targets, parts, rows, columns, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    # Each lane keeps a running maximum and sum of its own columns; lanes meet once, at the end.
+    # Each lane keeps a running maximum and sum of its own columns, so that lanes need not exchange
+    # values in the loop: they are reduced once, at the end.
     largest = tl.full([BLOCK], -1e30, tl.float32)
     exponentials = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)

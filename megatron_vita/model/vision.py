@@ -96,6 +96,7 @@ class VisionTower(nn.Module):
         )
         self.post_norm = build_norm(config) if config.post_norm else None
         self.recompute = False  # keep only the inputs of layers for the backward pass
+        # megatron-core's gradient norm counts parameters without this mark on one TP rank only.
         for name, parameter in self.named_parameters():
             parameter.tensor_model_parallel = self.split.axis_of(name) is not None  # type: ignore[attr-defined]
 
@@ -116,6 +117,8 @@ class VisionTower(nn.Module):
                     std = fan_in**-0.5
                 else:
                     std = self.config.init_method_std
+                # Every rank draws the whole matrix and takes its part, so that numbers do not
+                # depend on how the tower is split.
                 whole = torch.empty(self._whole_shape(name, parameter))
                 nn.init.normal_(whole, std=std, generator=generator)
                 with torch.no_grad():
@@ -136,14 +139,17 @@ class VisionTower(nn.Module):
         token."""
         x = self.embeddings(tiles)
         for layer in self.layers:
-            # Not re-entrant: megatron-core counts how often each parameter's gradient arrives.
+            # Not re-entrant: megatron-core counts how often each parameter's gradient arrives, and
+            # a re-entrant checkpoint delivers them in a backward pass of its own.
             if self.recompute and self.training:
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
         if self.post_norm is not None:
             x = self.post_norm(x)
-        return pixel_shuffle(x[:, 1:] if self.config.class_token else x)
+        if self.config.class_token:
+            x = x[:, 1:]
+        return pixel_shuffle(x)
 
     def sharded_state_dict(
         self,
@@ -163,7 +169,8 @@ class VisionTower(nn.Module):
         sharded = make_sharded_tensors_for_checkpoint(state, prefix, axes, **groups_of_state)
         for name in self.split.padded:
             for key in (key for key in sharded if key.endswith(name)):
-                sharded[key].allow_shape_mismatch = True  # heads of padding differ between layouts
+                # The number of padding heads depends on the layout.
+                sharded[key].allow_shape_mismatch = True
         return sharded
 
 
@@ -193,9 +200,10 @@ def pixel_shuffle(patches: Tensor) -> Tensor:
     side = math.isqrt(count)
     odd = side % 2
     cells = ceil_div(side, 2)
-    grid = F.pad(patches.view(n, side, side, channels), (0, 0, 0, odd, 0, odd)) if odd else patches
+    if odd:
+        patches = F.pad(patches.view(n, side, side, channels), (0, 0, 0, odd, 0, odd))
     return (
-        grid.reshape(n, cells, 2, cells, 2, channels)
+        patches.reshape(n, cells, 2, cells, 2, channels)
         .transpose(2, 3)
         .reshape(n, cells**2, 4 * channels)
     )

@@ -50,7 +50,11 @@ class Split:
 
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
-        self.ranks, self.rank = (1, 0) if group is None else (group.size(), group.rank())
+        self.ranks = 1
+        self.rank = 0
+        if group is not None:
+            self.ranks = group.size()
+            self.rank = group.rank()
 
     def axis_of(self, name: str) -> int | None:
         """Return the axis along which parameter `name` is split; None if each rank holds all of
@@ -107,8 +111,8 @@ class HeadsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize: [..., width] -> [..., width]."""
         squares = x.float().square().sum(-1, keepdim=True)
-        # Each rank's part of the gradient of the sum comes from its own heads: summed on the way
-        # back, too.
+        # Each rank's heads contribute to the gradient of the mean, so that it is summed over ranks
+        # on the way back as well.
         mean = self.split.share(self.split.sum(squares)) / self.total
         return (x.float() * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight
 
@@ -123,9 +127,10 @@ class QueryKeyValue(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project [n, s, H] -> [n, s, 3 * width]."""
-        return F.linear(
-            x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten()
-        )
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.flatten()
+        return F.linear(x, self.weight.flatten(0, 1), bias)
 
 
 class VisionAttention(nn.Module):
@@ -150,8 +155,12 @@ class VisionAttention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         q, k, v = (y.view(n, s, self.heads, self.head_width).transpose(1, 2) for y in (q, k, v))
-        # On CUDA it gives None for no tiles; the sum keeps every parameter in the graph.
-        attended = F.scaled_dot_product_attention(q, k, v) if n else q + k + v
+        if n:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # On CUDA torch returns None for no tiles. The sum keeps every parameter in the graph,
+            # so that each gets its gradient, of zeros, which megatron-core waits for.
+            attended = q + k + v
         return self.projection(attended.transpose(1, 2).flatten(2))
 
 
@@ -184,4 +193,5 @@ class RowLinear(nn.Module):
         """Project [n, s, width] -> [n, s, H]."""
         if self.split.group is None:
             return F.linear(x, self.weight, self.bias)
+        # The bias after the sum, which would otherwise add it once for each rank.
         return self.split.sum(F.linear(x, self.weight)) + self.bias

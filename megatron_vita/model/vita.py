@@ -27,7 +27,7 @@ from megatron_vita.platform.pinned import to_device
 class VisionWork:
     """Options of encoding tiles: parallelism, tiles at a time, recomputation."""
 
-    # the tower is split over TP; else each TP rank encodes tiles of its own
+    # The tower is split over TP; otherwise each TP rank encodes tiles of its own.
     tensor_parallel: bool = False
     tiles_at_once: int = 64
     recompute: bool = False
@@ -49,7 +49,7 @@ class VitaModel(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        # which pipeline schedule megatron-core takes
+        # megatron-core's pipeline schedules ask every model for it.
         self.model_type = ModelType.encoder_or_decoder
         self.shapes = shapes
         self.vp_stage = vp_stage
@@ -106,12 +106,15 @@ class VitaModel(MegatronModule):
         at_most = self.vision_work.tiles_at_once
         weights = [p for part in (self.vision_model, self.projector) for p in part.parameters()]
         trained = [p for p in weights if p.requires_grad]
+        # A frozen tower keeps nothing for backward anyway.
         if self._keeps_pixels and trained:
             features = checkpoint_pieces(self._encode_turn, tiles, at_most=at_most, weights=trained)
         else:
             turns = split_evenly(tiles, at_most=at_most)
             features = torch.cat([self._encode_turn(turn) for turn in turns])
-        if self.vision_work.tensor_parallel:  # each TP rank takes other rows of them
+        # Each TP rank has all features and writes only the rows of its own part of the sequence:
+        # the gradients of all of them are summed on the way back.
+        if self.vision_work.tensor_parallel:
             features = copy_to_tensor_model_parallel_region(features, group=groups.tensor_group())
         return features
 
@@ -148,7 +151,9 @@ class VitaModel(MegatronModule):
             The hidden state [t / TP or t, 1, H] before the last stage; on it the losses [L] of
                 `pack.loss_rows`, or the logits [rows, V] of `wanted_rows` where those are given.
         """
-        share = self._embed(tiles, pack, features) if self.pre_process else None
+        share = None
+        if self.pre_process:
+            share = self._embed(tiles, pack, features)
         hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
         if not self.post_process:
             return hidden
@@ -164,9 +169,11 @@ class VitaModel(MegatronModule):
         share = self.language_model.embed(pack.input_ids)
         if not self.encodes:
             return share
-        return self._write_features(
-            share, self.encode(tiles) if features is None else features, pack
-        )
+        # Also for a pack without tiles: the exchange is collective, and every parameter of the
+        # tower must get a gradient.
+        if features is None:
+            features = self.encode(tiles)
+        return self._write_features(share, features, pack)
 
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
         """Send features to the ranks that hold their placeholders, and overwrite those rows."""
@@ -209,6 +216,9 @@ class VitaModel(MegatronModule):
 
     def initialize_vision(self, seed: int) -> None:
         """Initialize tower and projector, the same on every rank."""
+        if not self.encodes:
+            return
+        # One generator for both, on the host: the same numbers on every kind of device.
         generator = torch.Generator().manual_seed(seed)
-        for part in (self.vision_model, self.projector) if self.encodes else ():
+        for part in (self.vision_model, self.projector):
             part.initialize(generator)

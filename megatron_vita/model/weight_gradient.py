@@ -73,14 +73,20 @@ class GradientLedger:
             VitaError: the last pass's backward never ran, so that its gradient is left in
                 `main_grad`.
         """
+        # In evaluation, and while an earlier pass awaits its backward, it is not known whether this
+        # pass will have one: then its gradient must not be in `main_grad` yet.
         direct = (
             training and hasattr(weight, "main_grad") and not self._is_awaiting_backward(weight)
         )
         gradient = WeightGradient(weight, direct=direct)
         if direct:
+            # Weak: a forward pass that is dropped takes its gradient with it, which tells that no
+            # backward will come.
             self._last = weakref.ref(gradient)
             if hasattr(weight, "grad_added_to_main_grad"):
-                weight.grad_added_to_main_grad = True  # zero_grad_buffer resets it
+                # megatron-core's zero_grad_buffer resets it: `_is_awaiting_backward` reads from it
+                # whether gradients were zeroed since.
+                weight.grad_added_to_main_grad = True
         return gradient
 
     def close(self, gradient: WeightGradient) -> None:
@@ -99,7 +105,8 @@ class GradientLedger:
                 "gradient is in main_grad already; evaluate under torch.no_grad() or in eval mode, and zero the "
                 "gradients before going on"
             )
-        self._last = None  # gradients were zeroed since
+        # Gradients were zeroed since: what the dropped pass added is gone.
+        self._last = None
         return False
 
 
@@ -108,8 +115,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
+        # cuBLAS multiplies bf16 and adds to fp32 in one call.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
+        # On CPU both must be fp32: convert a block of rows at a time.
         right = right.to(total.dtype)
         for part, block in zip(total.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS), strict=True):
             part.addmm_(block.to(total.dtype), right)
