@@ -1,2 +1,1 @@
-"""Costs that follow from a recipe alone: parameters, floating-point operations, memory, load of
-pipeline stages."""
+"""Costs computed from a recipe alone: parameters, FLOPs, memory, step time, balance of stages."""

@@ -1,4 +1,4 @@
-"""Recipes with other values in some fields."""
+"""Copies of recipes with changed fields."""
 
 import dataclasses
 from typing import Any
@@ -10,10 +10,10 @@ Changes = dict[str, Any]
 
 
 def change(recipe: Recipe, changes: Changes) -> Recipe:
-    """A copy of the recipe with other values in some fields, checked as a recipe is.
+    """Return a copy of the recipe with changed fields, validated like any recipe.
 
     Raises:
-        ConfigError: the values do not go together.
+        ConfigError: the values are invalid together.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
@@ -27,7 +27,7 @@ def change(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def differences(before: Recipe, after: Recipe, names: tuple[str, ...]) -> dict[str, Any]:
-    """Values of those fields that differ, as in `after`."""
+    """Return those of the named fields that differ, with their values in `after`."""
     found = {}
     for name in names:
         group, _, field = name.partition(".")
@@ -38,7 +38,7 @@ def differences(before: Recipe, after: Recipe, names: tuple[str, ...]) -> dict[s
 
 
 def as_overrides(changes: Changes) -> str:
-    """The changes as a command line takes them."""
+    """Format changes as command line overrides."""
     return " ".join(f"{name}={_plain(value)}" for name, value in changes.items())
 
 

@@ -1,14 +1,19 @@
-"""Rates of devices, as they are reached in training steps; the one table of them.
+"""Rates of devices as reached in training steps; the only table of them.
 
-H200: from steps of a 7B model on 2 x H200 (torch 2.11.0+cu130, Transformer Engine 2.20.2, megatron-core
-0.19.2, 2026-11-28). At TP2 (commit 040bccf) kernels were summed by kind: 1,339 ms of matrix products
-(711 TFLOP/s of the 790 of a product of 8192 x 8192 x 8192), 334 ms of attention, 253 ms of NCCL, 285
-ms of elementwise kernels and copies of 2,208. Without the pauses of tensor parallelism, matrix
-products are slower: 655 TFLOP/s fit the steps at CP2 (commits 040bccf and 0889605).
-H100: the same chip (778 to 798 TFLOP/s for that product) with 3.0 in place of 4.3 TB/s of copy bandwidth;
-no steps were measured yet. Attention in documents, forward and backward, in executed TFLOP/s (5
-products backward): cuDNN in THD layout, FlashAttention-4's kernels in one call for a pack
+H200: from steps of a 7B model on 2 x H200 (torch 2.11.0+cu130, Transformer Engine 2.20.2,
+megatron-core 0.19.2, 2026-11-28). At TP2 (commit 040bccf) kernels were summed by kind: 1,339 ms of
+matrix products (711 TFLOP/s of the 790 of a product of 8192 x 8192 x 8192), 334 ms of attention,
+253 ms of NCCL, 285 ms of elementwise kernels and copies of 2,208. Without the pauses of tensor
+parallelism, matrix products are slower: 655 TFLOP/s fit the steps at CP2 (commits 040bccf and
+0889605).
+
+H100: the same chip (778 to 798 TFLOP/s for that product) with 3.0 in place of 4.3 TB/s of copy
+bandwidth; no steps were measured yet.
+
+Attention in documents, forward and backward, in executed TFLOP/s (5 products backward): cuDNN in
+THD layout, FlashAttention-4's kernels in one call for a pack
 (benchmarks/results/2026-11-28-training.md), whose split between both passes is that on an H100.
+
 Rates between nodes are nominal: no run over several nodes was measured.
 """
 
@@ -22,7 +27,7 @@ Point = tuple[int, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A GPU. Rates are FLOP/s and bytes/s."""
+    """A GPU and its rates in FLOP/s and bytes/s."""
 
     name: str
     memory_gib: float
@@ -36,8 +41,10 @@ class Device:
     attention: dict[str, Sequence[Point]]  # by backend
 
     def attention_rates(self, backend: str, length: int) -> tuple[float, float]:
-        """FLOP/s forward and backward in documents of `length` tokens, interpolated over the
-        logarithm of the length."""
+        """Return FLOP/s of attention, forward and backward, in documents of `length` tokens.
+
+        Interpolated over the logarithm of the length; constant beyond the measured lengths.
+        """
         points = self.attention.get(backend) or self.attention["te"]
         shorter = [point for point in points if point[0] <= length]
         longer = [point for point in points if point[0] > length]
@@ -94,8 +101,7 @@ DEVICES = (H100, H200)
 
 
 def find_device(name: str) -> Device | None:
-    """The device whose name is part of `name`, such as NVIDIA H200; None if its rates are not
-    known."""
+    """Return the device whose name is part of `name`, such as NVIDIA H200; None if unknown."""
     matching = [device for device in DEVICES if device.name.lower() in name.lower()]
     if matching:
         return matching[0]

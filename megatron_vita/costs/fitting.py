@@ -1,6 +1,6 @@
-"""Memory levers for the memory there is: as much as fits is kept, and the fastest choice is taken.
+"""Search for the memory levers that fit the available memory and make steps fastest.
 
-A pure function of recipe, room and layout, so that every rank chooses alike.
+A pure function of recipe, available memory and layout, so that all ranks choose alike.
 """
 
 import bisect
@@ -63,7 +63,7 @@ MARGIN = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Memory that a rank may take, in bytes."""
+    """Memory available to a rank, in bytes."""
 
     device: int
     host: int
@@ -72,28 +72,28 @@ class Room:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Memory that a rank takes at the most, in bytes."""
+    """Peak memory of a rank, in bytes."""
 
     device: int
     host: int
     pinned: int = 0
 
     def fits(self, room: Room) -> bool:
-        """Whether all are enough."""
+        """Tell whether device, host and pinned memory suffice."""
         pinned = room.pinned or room.host
         return self.fits_device(room) and self.host <= room.host and self.pinned <= pinned
 
     def fits_device(self, room: Room) -> bool:
-        """Whether the device is enough, with a margin."""
+        """Tell whether the device's memory suffices, with a margin."""
         return self.device <= room.device * (1 - MARGIN)
 
     def describe(self) -> str:
-        """Both in GiB."""
+        """Format device and host memory in GiB."""
         return f"{self.device / GIB:.1f} GiB of its device and {self.host / GIB:.1f} of its host"
 
 
 def memory_need(recipe: Recipe, *, data_parallel: int) -> Need:
-    """Of the fullest rank, for packs full of tiles."""
+    """Estimate the peak memory of the fullest rank, for packs full of tiles."""
     load = full_pack(recipe)
     stages = _telling_stages(recipe)
     devices = [rank_memory(recipe, s, data_parallel=data_parallel, load=load) for s in stages]
@@ -108,9 +108,13 @@ def memory_need(recipe: Recipe, *, data_parallel: int) -> Need:
 def fit_memory(
     recipe: Recipe, room: Room, *, data_parallel: int, device: Device | None = None
 ) -> Recipe | None:
-    """The recipe with the levers that fit the room and make steps fastest; None if none fit.
+    """Return the recipe with the fastest levers that fit; None if none fit.
 
-    device: whose rates say what is fastest; an H100 if not known.
+    Args:
+        recipe: the recipe, whose own levers are replaced.
+        room: memory available to a rank.
+        data_parallel: number of replicas.
+        device: its rates decide which levers are fastest; an H100 if None.
     """
     search = _Search(recipe, room, data_parallel=data_parallel)
     load = full_pack(recipe)
@@ -127,15 +131,18 @@ def fit_memory(
 
 
 def smallest(recipe: Recipe) -> Recipe:
-    """The recipe with the levers that take least of the device, whatever the host has."""
+    """Return the recipe with the levers that need least device memory, whatever the host's."""
     return change(
         recipe, _vision_choices(recipe)[-1] | _layers(recipe, kept=0, sent=_count(recipe))
     )
 
 
 def leaner_optimizers(recipe: Recipe) -> list[Recipe]:
-    """The recipe with less of the optimizer's state on the device, least last. None of them is
-    chosen without being asked for: they round otherwise."""
+    """Return the recipe with less optimizer state on the device, smallest last.
+
+    Empty if the optimizer cannot be changed so. They round differently, so a run never chooses one
+    unasked.
+    """
     sharded = recipe.parallel.use_distributed_optimizer
     optimizer = recipe.optimizer
     if not (recipe.training.bf16 and sharded) or optimizer.use_precision_aware_optimizer:
@@ -144,7 +151,7 @@ def leaner_optimizers(recipe: Recipe) -> list[Recipe]:
 
 
 class _Search:
-    """Candidates that fit, the best of each kind."""
+    """Search for the best fitting candidate of each kind."""
 
     def __init__(self, recipe: Recipe, room: Room, *, data_parallel: int) -> None:
         self.recipe = recipe
@@ -155,7 +162,8 @@ class _Search:
         return memory_need(candidate, data_parallel=self.data_parallel)
 
     def candidates(self) -> Iterator[Recipe]:
-        """For each way of recomputing the tower, the best of each way of recomputing layers."""
+        """Yield, for each way of recomputing the tower, the best of each way of recomputing
+        layers."""
         if not self._fits({}, at_least=True):
             return
         for vision in _vision_choices(self.recipe):
@@ -180,8 +188,11 @@ class _Search:
             yield change(self.recipe, found)
 
     def _least_recomputed(self, vision: Changes, *, offload: bool) -> int | None:
-        """Fewest layers recomputed but for attention with which the device is large enough; None if
-        the host is too small for them."""
+        """Return the fewest layers to recompute, attention kept, so that the device's memory
+        suffices.
+
+        None if no number does, or if the host's memory is too small for it.
+        """
 
         def fits(number: int) -> bool:
             return self._fits(self._some(number, offload) | vision, device_alone=True)
@@ -192,13 +203,17 @@ class _Search:
         return number
 
     def _some(self, number: int, offload: bool) -> Changes:
-        """The first layers recomputed but for attention, the others not."""
+        """Return changes that recompute the first `number` layers except attention, and no
+        others."""
         sent = number if offload else 0
         return _layers(self.recipe, number=number, kept=number, sent=sent)
 
     def _least_sent(self, vision: Changes, *, kept: int) -> Changes | None:
-        """Fewest layers sent to the host with which the device is large enough; None if the host is
-        too small for them."""
+        """Return changes that offload the fewest layers so that the device's memory suffices.
+
+        All layers are recomputed, and the last `kept` keep attention. None if no number suffices,
+        or if the host's memory is too small for it.
+        """
         count = _count(self.recipe)
 
         def choice(sent: int) -> Changes:
@@ -221,7 +236,7 @@ class _Search:
 
 
 def _mlp(recipe: Recipe) -> Changes:
-    """Layers that keep everything but what their MLPs make inside."""
+    """Return changes after which layers keep everything but the interior of their MLPs."""
     return NO_LEVERS | {
         "training.recompute_granularity": "selective",
         "training.recompute_modules": ["mlp"],
@@ -230,8 +245,10 @@ def _mlp(recipe: Recipe) -> Changes:
 
 
 def _layers(recipe: Recipe, *, kept: int, sent: int, number: int = 0) -> Changes:
-    """The first `number` layers of a stage recomputed (0: all), of which the last `kept` keep
-    attention's output and the first `sent` wait on the host."""
+    """Return changes that recompute the first `number` layers of a stage (0: all).
+
+    The last `kept` of those keep attention's output, the first `sent` are offloaded to the host.
+    """
     recomputed = number or _count(recipe)
     plan = LayerPlan(kept="input_and_attention" if kept else "input")
     # `layer_memory` rounds up: half a layer less gives the same number for any rounding.
@@ -246,8 +263,10 @@ def _layers(recipe: Recipe, *, kept: int, sent: int, number: int = 0) -> Changes
 
 
 def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
-    """Tokens of an MLP's piece: as many as take no more memory than attention does, which no lever
-    cuts; 0 where the whole MLP takes no more."""
+    """Return the tokens of an MLP's piece; 0 for the whole sequence at once.
+
+    As many as need no more memory than attention does, which no lever reduces.
+    """
     tensors = layer_tensors(recipe)
     most = tensors.attention_working(plan.kept)
     tokens = recipe.data.seq_length // recipe.parallel.context_parallel_size
@@ -265,7 +284,7 @@ def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
 
 
 def _vision_choices(recipe: Recipe) -> list[Changes]:
-    """Ways of recomputing the tower, from the one that keeps most."""
+    """Return the ways of recomputing the tower, the one that keeps most first."""
     training = recipe.training
     off = {"training.recompute_vision": False, "training.recompute_vision_method": "layers"}
     if recipe.model.text_only or training.freeze_vision_model:
@@ -280,20 +299,22 @@ def _vision_choices(recipe: Recipe) -> list[Changes]:
 
 
 def _count(recipe: Recipe) -> int:
-    """Layers that a rank runs one after another, at the most."""
+    """Return the largest number of layers that a rank runs one after another."""
     stages = recipe.parallel.layers_of_stages(recipe.model.language.num_layers)
     return max(stages) // recipe.parallel.virtual_pipeline_model_parallel_size
 
 
 def _telling_stages(recipe: Recipe) -> list[int]:
-    """Stages of which one is the fullest: the first two and the last."""
+    """Return the stages of which one needs most memory: the first two and the last."""
     last = recipe.parallel.pipeline_model_parallel_size - 1
     return sorted({0, min(1, last), last})
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int | None:
-    """The least number of the range for which a condition holds that holds for all larger ones;
-    None if it holds for none."""
+    """Return the least number of a range for which a condition holds; None if it holds for none.
+
+    The condition must hold for all larger numbers too.
+    """
     numbers = range(low, high + 1)
     index = bisect.bisect_left(numbers, True, key=holds)
     if index < len(numbers):

@@ -1,7 +1,7 @@
-"""Floating-point operations of matrix products, forward, for work that is split over nothing.
+"""Forward FLOPs of matrix products, before any split over ranks.
 
 Attention is causal and inside documents, as Megatron-LM counts it; a training step without
-recomputation is three times the forward.
+recomputation takes three times the forward.
 """
 
 from collections.abc import Sequence
@@ -15,28 +15,29 @@ from megatron_vita.rounding import round_up
 
 
 def linear_flops(language: LanguageConfig, tokens: int) -> int:
-    """Of all layers' linear maps."""
+    """Count the FLOPs of all layers' linear maps."""
     return 2 * tokens * language.num_layers * language_layer(language).split
 
 
 def attention_flops(language: LanguageConfig, lengths: Sequence[int] | np.ndarray) -> int:
-    """Of all layers' attention in documents of `lengths` tokens: half the square of each."""
+    """Count the FLOPs of all layers' attention in documents of `lengths` tokens (half the square
+    each)."""
     squares = int(np.square(np.asarray(lengths, dtype=np.int64)).sum())
     return 2 * squares * language.num_layers * language.num_attention_heads * language.kv_channels
 
 
 def output_flops(language: LanguageConfig, rows: int) -> int:
-    """Of the output layer for `rows` scored rows."""
+    """Count the FLOPs of the output layer for `rows` loss tokens."""
     return 2 * rows * word_embedding(language)
 
 
 def tile_flops(model: ModelConfig) -> int:
-    """Of tower and projector for one tile."""
+    """Count the FLOPs of tower and projector for one tile."""
     return tower_flops(model.vision) + projector_flops(model)
 
 
 def projector_flops(model: ModelConfig) -> int:
-    """Of the projector for one tile."""
+    """Count the FLOPs of the projector for one tile."""
     vision = model.vision
     language = model.language
     hidden = language.hidden_size if model.projector.kind == "internvl" else vision.hidden_size
@@ -44,7 +45,7 @@ def projector_flops(model: ModelConfig) -> int:
 
 
 def tower_flops(vision: VisionConfig) -> int:
-    """Of the vision tower for one tile."""
+    """Count the FLOPs of the vision tower for one tile."""
     width = vision.hidden_size
     tokens = vision.tokens
     linear = 2 * tokens * (4 * width * width + 2 * width * vision.ffn_hidden_size)
@@ -53,13 +54,14 @@ def tower_flops(vision: VisionConfig) -> int:
 
 
 def tower_attention_flops(vision: VisionConfig) -> int:
-    """Of a layer's attention for one tile: every patch sees all."""
+    """Count the FLOPs of one tower layer's attention for one tile; every patch attends to all."""
     return 4 * vision.tokens**2 * vision.hidden_size
 
 
 def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles: int) -> int:
-    """What a pack costs beyond what every pack costs: FLOPs of attention inside its documents, of
-    `lengths` tokens, and of its tiles, on the first pipeline stage, forward and backward.
+    """Count the FLOPs of a pack that depend on its content, on the first pipeline stage.
+
+    Attention inside its documents of `lengths` tokens, and its tiles; forward and backward.
     """
     alignment = recipe.data.document_alignment
     padded = round_up(np.asarray(lengths, dtype=np.int64), alignment)
@@ -68,22 +70,22 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
 
 
 def cost_weights(recipe: Recipe) -> tuple[int, int]:
-    """Terms of `variable_cost`: FLOPs for the square of a document's padded length, and for a
-    tile."""
+    """Return the coefficients of `variable_cost`: FLOPs by squared padded length, and by tile."""
     attention, vision = forward_weights(recipe)
     passes = 1 if recipe.training.freeze_vision_model else 3  # a frozen tower has no backward
     return 3 * attention // recipe.parallel.pipeline_model_parallel_size, passes * vision
 
 
 def forward_weights(recipe: Recipe) -> tuple[int, int]:
-    """The same of the forward pass, on whatever stages: of the model alone."""
+    """Return the coefficients of the forward pass over all stages, which depend on the model
+    alone."""
     # Joined documents are one segment of the same length in all packs.
     attention = attention_flops(recipe.model.language, [1]) if recipe.data.isolate_documents else 0
     return attention, 0 if recipe.model.text_only else tile_flops(recipe.model)
 
 
 def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int) -> int:
-    """Model FLOPs of a pack, forward, padding of documents and of the pack not counted."""
+    """Count a pack's model FLOPs, forward, without padding of documents or pack."""
     language = recipe.model.language
     segments = lengths if recipe.data.isolate_documents else [sum(lengths)]
     vision = 0 if recipe.model.text_only else tiles * tile_flops(recipe.model)
@@ -97,7 +99,7 @@ def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlops:
-    """FLOPs of a pack's forward and backward, over all ranks; recomputation is not counted."""
+    """Model FLOPs of training on a pack, by part."""
 
     linear: int  # of the language model's layers
     attention: int
@@ -106,16 +108,17 @@ class TrainingFlops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return self.linear + self.attention + self.output + self.vision
 
 
 def training_flops(
     recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int
 ) -> TrainingFlops:
-    """Model FLOPs of a pack: three times the forward where weights are trained.
+    """Count the model FLOPs of training on a pack: three times the forward for trained weights.
 
-    Frozen weights need no gradients of their own (twice), and a frozen tower has no backward.
+    Frozen weights need no gradients of their own (twice the forward), and a frozen tower has no
+    backward.
     """
     language = recipe.model.language
     training = recipe.training

@@ -1,4 +1,4 @@
-"""Memory of its host in bytes that one rank takes, from a recipe."""
+"""Host memory of one rank, in bytes, from a recipe."""
 
 from dataclasses import dataclass, fields
 
@@ -23,7 +23,7 @@ PACKS_FINISHED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes by part."""
+    """Host memory in bytes, by part."""
 
     process: int
     loader: int  # loader processes, and packs read ahead
@@ -33,17 +33,17 @@ class HostMemory:
 
     @property
     def training(self) -> int:
-        """Bytes while no checkpoint is written."""
+        """Bytes while no checkpoint is being written."""
         return self.process + self.loader + self.activations + self.optimizer
 
     @property
     def total(self) -> int:
-        """Bytes at the most."""
+        """Peak in bytes."""
         return sum(getattr(self, part.name) for part in fields(self))
 
 
 def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> HostMemory:
-    """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
+    """Estimate host memory for a rank of pipeline stage `stage`, for packs like `load`."""
     saves = bool(recipe.checkpoint.save)
     trained = stage_parameters(recipe, stage).trainable(recipe)
     buffers = offload_buffers(recipe, stage, data_parallel=data_parallel)
@@ -58,11 +58,11 @@ def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
 
 
 def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
-    """Bytes that a rank of pipeline stage `stage` takes while a checkpoint is written.
+    """Estimate the bytes that a rank of pipeline stage `stage` needs to write a checkpoint.
 
-    Each rank gathers all of a distributed optimizer's state, weights in fp32 and two moments,
-    there; then it writes a copy of its share of that and of the weights. Blocks that torch pins and
-    rounds up on GPUs are not counted.
+    Each rank gathers all of a distributed optimizer's state, fp32 weights and two moments; then it
+    writes a copy of its part of that and of the weights. Blocks that torch pins and rounds up on
+    GPUs are not counted.
     """
     parallel = recipe.parallel
     parameters = stage_parameters(recipe, stage)
@@ -75,8 +75,10 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
 
 
 def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
-    """Loader processes, and uint8 tiles of the packs ahead, which the first stage's ranks decode:
-    (prefetch + 2) x tiles of the rank x 3 S^2."""
+    """Estimate loader processes and the uint8 tiles that they read ahead.
+
+    The first stage's ranks decode tiles: (prefetch + 2) x tiles of the rank x 3 S^2.
+    """
     data = recipe.data
     vision = recipe.model.vision
     processes = data.num_workers * LOADER_PROCESS

@@ -1,6 +1,6 @@
-"""Bytes that one layer of the language model keeps for its backward, and takes while it runs.
+"""Device memory that a layer of the language model keeps for its backward, and needs while it runs.
 
-Counted for fused attention, with a fused norm and SwiGLU, as Transformer Engine's layers have them.
+Counted for fused attention, with fused norms and SwiGLU, as Transformer Engine's layers have them.
 Everything is per rank and pack. Letters: t tokens of the slice, H hidden size, F MLP width, d width
 of a head, b bytes of a value; sizes `hidden`, `gathered`, `query`, `keys` and `mlp` are those of
 `LayerTensors`.
@@ -17,7 +17,7 @@ Kept = Literal["everything", "all_but_mlp", "input_and_attention", "input"]
 
 
 def value_bytes(recipe: Recipe) -> int:
-    """Bytes of a weight or an activation."""
+    """Return the bytes of a weight or an activation."""
     if recipe.training.bf16:
         return 2
     return 4
@@ -25,7 +25,7 @@ def value_bytes(recipe: Recipe) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """How one layer is kept and recomputed."""
+    """Recomputation and offloading of one layer."""
 
     kept: Kept
     pieces: int = 1  # of the sequence, which the MLP takes one after another where it is recomputed
@@ -57,21 +57,27 @@ class LayerTensors:
 
     @property
     def attention_kept(self) -> int:
-        """Input of the norm, norm's output, rotated queries and keys, values, attention's output,
-        input of the MLP: 3 hidden + 2 query + keys."""
+        """Bytes kept by attention without recomputation: 3 hidden + 2 query + keys.
+
+        Input of the norm, norm's output, rotated queries and keys, values, attention's output,
+        input of the MLP.
+        """
         norms = 2 if self.frozen else 3
         return norms * self.hidden + 2 * self.query + self.keys + self.log_sums
 
     @property
     def mlp_kept(self) -> int:
-        """Norm's output, gate and up, their product: hidden + 3 mlp. The MLP's input is counted
-        with attention, since the residual stream is the same tensor."""
+        """Bytes kept by the MLP without recomputation: hidden + 3 mlp.
+
+        Norm's output, gate and up, their product. The MLP's input is counted with attention, since
+        the residual stream is the same tensor.
+        """
         if self.frozen:
             return 2 * self.mlp
         return self.hidden + 3 * self.mlp
 
     def kept(self, what: Kept) -> int:
-        """Bytes that stay until the layer's backward."""
+        """Return the bytes that stay until the layer's backward."""
         return {
             "everything": self.attention_kept + self.mlp_kept,
             "all_but_mlp": self.attention_kept,
@@ -80,7 +86,7 @@ class LayerTensors:
         }[what]
 
     def sent(self, plan: LayerPlan) -> int:
-        """Bytes of them that wait on the host: all but attention's log-sum-exps."""
+        """Return the bytes offloaded to the host: all that is kept but attention's log-sum-exps."""
         if not plan.offload:
             return 0
         kept = self.kept(plan.kept)
@@ -89,9 +95,9 @@ class LayerTensors:
         return kept
 
     def working(self, plan: LayerPlan, *, before: LayerPlan | None = None) -> int:
-        """Most bytes beside what is kept, while the layer is recomputed and goes backward.
+        """Return the peak bytes of a layer's backward, beside what it keeps.
 
-        What waited on the host is back then, and that of the layer `before` comes back beside the
+        Its offloaded tensors are back by then, and those of the layer `before` arrive beside the
         backward of attention.
         """
         coming = 0 if before is None else self.sent(before)
@@ -100,7 +106,8 @@ class LayerTensors:
         )
 
     def mlp_working(self, plan: LayerPlan) -> int:
-        """Gradients of the MLP, or of a piece of it, beside all its recomputed tensors."""
+        """Return the peak of the MLP's backward: gradients of it, or of a piece, and recomputed
+        tensors."""
         # Attention's half, recomputed beforehand; the output projection's result and the sum that
         # the MLP begins with stand beside it.
         before = {
@@ -123,7 +130,8 @@ class LayerTensors:
         return before + inside // plan.pieces + self.hidden + gradients + sums
 
     def attention_working(self, what: Kept) -> int:
-        """Gradients of attention, beside its recomputed tensors; the MLP's are gone."""
+        """Return the peak of attention's backward: gradients and recomputed tensors, the MLP's
+        freed."""
         recomputed = {
             "everything": 0,
             "all_but_mlp": 0,
@@ -142,7 +150,7 @@ class LayerTensors:
 
 
 def layer_tensors(recipe: Recipe) -> LayerTensors:
-    """Sizes for a layer of this recipe on one rank."""
+    """Compute tensor sizes of a layer on one rank."""
     language = recipe.model.language
     parallel = recipe.parallel
     size = value_bytes(recipe)
@@ -171,8 +179,10 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
 
 
 def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
-    """The layers that a rank runs one after another, as the recipe recomputes them; `uniform`
-    groups are not of this kind."""
+    """Return the plans of the layers that a rank runs one after another.
+
+    The recipe's recomputation must not be `uniform`, whose groups no plan describes.
+    """
     training = recipe.training
     parallel = recipe.parallel
     selective = training.recompute_granularity == "selective"
@@ -192,9 +202,9 @@ def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
 
 
 def _context_buffers(recipe: Recipe, *, keys_of_slice: int) -> int:
-    """Keys and values of other context-parallel ranks, and their gradients.
+    """Return the bytes of other CP ranks' keys and values, and of their gradients.
 
-    A ring holds those that are used and those that arrive; the other schemes hold all.
+    A ring holds those in use and those arriving; the other schemes hold all.
     """
     cp = recipe.parallel.context_parallel_size
     if cp == 1:

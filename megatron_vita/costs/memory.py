@@ -1,8 +1,8 @@
-"""Memory of one rank's device in bytes, from a recipe.
+"""Device memory of one rank, in bytes, from a recipe.
 
 `RankMemory.peak` predicts torch's `max_memory_allocated` from the second step on (the first
-allocates Adam's moments at its end). What torch reserves beyond that, and what lies outside of it,
-is `RankMemory.device`. Measured peaks that it is held to: `tests/costs/test_memory.py`.
+allocates Adam's moments at its end). `RankMemory.device` adds what torch reserves beyond that, and
+what libraries allocate outside of it. Measured peaks to compare with: `tests/costs/test_memory.py`.
 """
 
 import functools
@@ -33,7 +33,7 @@ benchmarks/results/2026-11-28-training.md."""
 
 @dataclass(frozen=True, kw_only=True)
 class PackLoad:
-    """Content of a pack."""
+    """Content of a pack, as far as costs depend on it."""
 
     tiles: int
     rows: int  # that are scored
@@ -42,8 +42,11 @@ class PackLoad:
 
 
 def full_pack(recipe: Recipe) -> PackLoad:
-    """A pack of one document as large as a recipe allows: full of tiles, with every eighth token
-    scored; of text alone, with all tokens scored."""
+    """Return the most expensive pack of a recipe: one document, full of tiles, an eighth loss
+    tokens.
+
+    Of text alone: all tokens are loss tokens.
+    """
     length = recipe.data.seq_length
     if recipe.model.text_only:
         return PackLoad(tiles=0, rows=length, lengths=(length,))
@@ -53,8 +56,7 @@ def full_pack(recipe: Recipe) -> PackLoad:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A point of a step at which memory may be highest; bytes beside weights, gradients and
-    optimizer."""
+    """A point of a step at which memory may peak; bytes beside weights, gradients and optimizer."""
 
     name: str
     activations: int  # kept by layers of the language model, of all packs in flight
@@ -63,13 +65,13 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return self.activations + self.vision + self.temporary
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes by part, at the moment of a step that needs most."""
+    """Device memory in bytes by part, at the moment of a step that needs most."""
 
     weights: int
     gradients: int
@@ -78,16 +80,16 @@ class RankMemory:
 
     @property
     def peak(self) -> int:
-        """Bytes that torch has allocated at the highest."""
+        """Bytes allocated by torch at the peak."""
         return self.weights + self.gradients + self.optimizer + self.highest.total
 
     @property
     def device(self) -> int:
-        """Bytes of the device that are in use then, as nvidia-smi counts them."""
+        """Bytes of the device in use at the peak, as nvidia-smi counts them."""
         return int(self.peak * (1 + FRAGMENTATION)) + LIBRARIES
 
     def parts(self) -> dict[str, int]:
-        """Bytes of `peak` by name."""
+        """Return the parts of `peak` by name, in bytes."""
         return {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -99,7 +101,7 @@ class RankMemory:
 
 
 def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> RankMemory:
-    """Estimate for a rank of pipeline stage `stage` and packs such as `load`."""
+    """Estimate device memory for a rank of pipeline stage `stage`, for packs like `load`."""
     parameters = stage_parameters(recipe, stage)
     kinds = optimizer_bytes(recipe)
     trained = parameters.trainable(recipe)
@@ -122,7 +124,7 @@ def rank_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
 
 
 def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> Iterator[Moment]:
-    """Points of a step at which memory may be highest."""
+    """Yield the points of a step at which memory may peak."""
     parallel = recipe.parallel
     tensors = layer_tensors(recipe)
     parameters = stage_parameters(recipe, stage)
@@ -158,7 +160,8 @@ def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) 
 
 
 def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple[int, int]:
-    """Bytes that a pack keeps in a chunk of layers, and most that its backward takes beside."""
+    """Return the bytes that a pack keeps in a chunk of layers, and the peak of its backward
+    beside."""
     training = recipe.training
     parallel = recipe.parallel
     layers = parallel.layers_of_stages(recipe.model.language.num_layers)[stage]
@@ -185,8 +188,11 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
 def _output_working(
     recipe: Recipe, rows: int, tensors: LayerTensors, parameters: StageParameters
 ) -> int:
-    """Final norm's output and the gradient of the hidden state, the selected rows (their gradients
-    take their place), and one chunk of logits with its softmax in place."""
+    """Return the peak bytes of the output layer.
+
+    Final norm's output and the gradient of the hidden state, the selected rows (overwritten by
+    their gradients), and one chunk of logits, whose softmax is in place.
+    """
     language = recipe.model.language
     size = value_bytes(recipe)
     tp = recipe.parallel.tensor_model_parallel_size

@@ -1,4 +1,4 @@
-"""Buffers of host memory for activations that wait there, from a recipe."""
+"""Host buffers for offloaded activations, from a recipe."""
 
 from collections import Counter
 
@@ -8,8 +8,10 @@ from megatron_vita.costs.schedule import most_kept
 
 
 def offload_buffers(recipe: Recipe, stage: int, *, data_parallel: int) -> Counter[int]:
-    """Most buffers that a rank of pipeline stage `stage` fills at once, by size in bytes: layers'
-    inputs, and the outputs of attention of those that keep it."""
+    """Count the host buffers that a rank of pipeline stage `stage` needs at once, by size in bytes.
+
+    They hold layers' inputs, and attention's outputs of the layers that keep it.
+    """
     parallel = recipe.parallel
     language = recipe.model.language
     rows = recipe.data.seq_length // parallel.context_parallel_size

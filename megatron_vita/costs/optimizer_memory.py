@@ -1,5 +1,4 @@
-"""Memory that gradients and the optimizer's state take for a parameter, by the recipe's types and
-places.
+"""Memory of gradients and optimizer state per parameter, by the recipe's types and devices.
 
 | `optimizer` (with `training.bf16`) | gradient | device | host |
 |---|---|---|---|
@@ -22,7 +21,7 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerBytes:
-    """Bytes of a trained parameter."""
+    """Bytes per trained parameter."""
 
     gradient: int
     state: float  # on the device
@@ -31,7 +30,7 @@ class OptimizerBytes:
 
 
 def optimizer_bytes(recipe: Recipe) -> OptimizerBytes:
-    """Bytes of a trained parameter under a recipe's optimizer, undivided."""
+    """Return the bytes per trained parameter, before a distributed optimizer divides them."""
     optimizer = recipe.optimizer
     bf16 = recipe.training.bf16
     gradient = _BYTES[optimizer.main_grads_dtype]
@@ -57,8 +56,12 @@ def optimizer_bytes(recipe: Recipe) -> OptimizerBytes:
 
 
 def _offloaded(optimizer: OptimizerConfig, gradient: int) -> OptimizerBytes:
-    """fp32 weights, gradients and two moments wherever a parameter is updated, on the host with the
-    pinned bf16 copy that its weights came from; fp32 gradients on the device are the model's own."""
+    """Return the bytes per trained parameter with optimizer_cpu_offload.
+
+    fp32 weights, gradients and two moments lie wherever a parameter is updated; on the host also
+    the pinned bf16 copy that its weights came from. fp32 gradients on the device are the model's
+    own.
+    """
     share = optimizer.optimizer_offload_fraction
     on_device = 12 if gradient == 4 else 16
     return OptimizerBytes(
@@ -67,7 +70,7 @@ def _offloaded(optimizer: OptimizerConfig, gradient: int) -> OptimizerBytes:
 
 
 def optimizer_shards(recipe: Recipe, data_parallel: int) -> int:
-    """Ranks over which a distributed optimizer divides its state."""
+    """Return the number of ranks over which a distributed optimizer divides its state."""
     parallel = recipe.parallel
     ranks = data_parallel * parallel.context_parallel_size
     if parallel.use_distributed_optimizer:

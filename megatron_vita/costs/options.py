@@ -1,4 +1,4 @@
-"""Options of the dry run's command line: how many devices of which kind a run would have."""
+"""Command line options of the dry run: number and kind of devices."""
 
 import argparse
 
@@ -12,7 +12,7 @@ HOST_GIB_A_RANK = 125
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add a group of options to a command."""
+    """Add the dry run's group of options to a command."""
     dry = parser.add_argument_group("dry run")
     dry.add_argument(
         "--dry-run",
@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_device(options: argparse.Namespace, *, here: str = "") -> Device | None:
-    """The device that the options name, or `here`; None if its rates are not known.
+    """Return the device that the options name, or `here`; None if its rates are unknown.
 
     Raises:
         ConfigError: an unknown --device.
@@ -72,13 +72,14 @@ def chosen_device(options: argparse.Namespace, *, here: str = "") -> Device | No
 
 
 def likely_device(options: argparse.Namespace, *, here: str = "") -> Device:
-    """The device that the options name, or the one whose memory they name."""
+    """Return the device that the options name, or else the one whose memory they give."""
     large = options.device_memory_gib > H100.memory_gib + 10
     return chosen_device(options, here=here) or (H200 if large else H100)
 
 
 def chosen_room(options: argparse.Namespace, device: Device | None, *, here: int = 0) -> Room:
-    """Memory of a rank by the options, else of the device, else `here` in bytes; 0 if unknown."""
+    """Return a rank's memory by the options, else the device's, else `here` in bytes; 0 if
+    unknown."""
     of_device = options.device_memory_gib or (device.memory_gib if device else 0)
     node = options.host_memory_gib or HOST_GIB_A_RANK * options.ranks_per_node
     return Room(device=int(of_device * GIB) or here, host=int(node * GIB / options.ranks_per_node))

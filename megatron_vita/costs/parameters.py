@@ -1,4 +1,4 @@
-"""Numbers of parameters, part by part."""
+"""Parameter counts by part of the model."""
 
 from dataclasses import dataclass
 
@@ -8,16 +8,17 @@ from megatron_vita.rounding import ceil_div
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """A language model layer on one TP rank: parameters that are split over TP, and those that each
-    rank has."""
+    """Parameter counts of a layer: those split over TP, and those replicated on each rank."""
 
     split: int
     whole: int
 
 
 def language_layer(language: LanguageConfig) -> LayerShape:
-    """Of the whole layer; divide `split` by TP. Biases of query, key and value and the norms
-    included."""
+    """Count a whole layer's parameters; divide `split` by TP for a rank.
+
+    Biases of query, key and value and the norms are included.
+    """
     width = language.hidden_size
     heads = language.num_attention_heads * language.kv_channels
     inner = heads + 2 * language.num_query_groups * language.kv_channels
@@ -27,8 +28,10 @@ def language_layer(language: LanguageConfig) -> LayerShape:
 
 
 def vision_tower(vision: VisionConfig) -> LayerShape:
-    """Of the whole tower; `split` is what a TP group divides where the tower is split over it,
-    heads not padded."""
+    """Count the whole tower's parameters, without padding heads.
+
+    A TP group divides `split` where the tower is split over it.
+    """
     width = vision.hidden_size
     ffn = vision.ffn_hidden_size
     norm = width * (2 if vision.normalization == "LayerNorm" else 1)
@@ -46,7 +49,7 @@ def vision_tower(vision: VisionConfig) -> LayerShape:
 
 
 def projector(model: ModelConfig) -> int:
-    """All of it is on every rank of the first stage."""
+    """Count the projector's parameters, all on every rank of the first stage."""
     joined = 4 * model.vision.hidden_size
     wide = model.language.hidden_size
     biased = model.projector.kind == "internvl"
@@ -55,14 +58,16 @@ def projector(model: ModelConfig) -> int:
 
 
 def word_embedding(language: LanguageConfig) -> int:
-    """Also those of an output layer with weights of its own. Rows that pad the vocabulary for TP
-    are not counted."""
+    """Count the parameters of the word embedding, or of an untied output layer.
+
+    Rows that pad the vocabulary for TP are not counted.
+    """
     return language.vocab_size * language.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageParameters:
-    """Parameters on one rank of a pipeline stage, by part."""
+    """Parameter counts on one rank of a pipeline stage, by part."""
 
     vision: int = 0
     projector: int = 0
@@ -72,16 +77,16 @@ class StageParameters:
 
     @property
     def language(self) -> int:
-        """Of the language model."""
+        """Parameters of the language model."""
         return self.embedding + self.layers + self.output
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """Parameters of all parts."""
         return self.vision + self.projector + self.language
 
     def trainable(self, recipe: Recipe) -> int:
-        """Those that the recipe does not freeze."""
+        """Count the parameters that the recipe does not freeze."""
         training = recipe.training
         vision = 0 if training.freeze_vision_model else self.vision
         joint = 0 if training.freeze_projector else self.projector
@@ -89,7 +94,7 @@ class StageParameters:
 
 
 def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
-    """Parameters on one rank of pipeline stage `stage`, as the recipe lays the model out."""
+    """Count the parameters on one rank of pipeline stage `stage`."""
     model = recipe.model
     parallel = recipe.parallel
     tp = parallel.tensor_model_parallel_size
@@ -112,7 +117,7 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
 
 
 def _vision(recipe: Recipe) -> int:
-    """On one rank. Where the tower is split, heads that do not divide are padded."""
+    """Count the tower's parameters on one rank; a split tower has padding heads."""
     vision = recipe.model.vision
     tp = recipe.parallel.tensor_model_parallel_size
     tower = vision_tower(vision)
@@ -131,17 +136,17 @@ def _vision(recipe: Recipe) -> int:
 
 
 def model_parameters(model: ModelConfig) -> int:
-    """Of the whole model, each counted once."""
+    """Count the whole model's parameters, each once."""
     return _whole_parts(model).total
 
 
 def trained_parameters(recipe: Recipe) -> int:
-    """Of the whole model, those that the recipe trains."""
+    """Count the whole model's trained parameters, each once."""
     return _whole_parts(recipe.model).trainable(recipe)
 
 
 def _whole_parts(model: ModelConfig) -> StageParameters:
-    """The whole model as one rank of one stage would hold it."""
+    """Count the parts of the whole model, as on one rank of one stage."""
     layer = language_layer(model.language)
     tower = vision_tower(model.vision)
     vocabulary = word_embedding(model.language)

@@ -1,4 +1,4 @@
-"""What a run of a recipe is predicted to take: memory of device and host, seconds of a step."""
+"""Predicted costs of a run: device and host memory, step time."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from megatron_vita.costs.step_time import RANKS_PER_NODE, StepTime, step_time
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Of the fullest rank and the slowest stage, for packs that are all alike."""
+    """Costs of the fullest rank and the slowest stage, for packs that are all alike."""
 
     peak_gib: float  # torch's `max_memory_allocated` from the second step on
     device_gib: float  # with what its allocator and libraries hold beside
@@ -24,21 +24,21 @@ class Prediction:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step."""
+        """Step time in seconds; None if unknown."""
         if self.time is None:
             return None
         return self.time.total
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
-        """0 where the time is not known."""
+        """Throughput; 0 where the time is unknown."""
         if self.seconds:
             return self.tokens / self.seconds / self.ranks
         return 0.0
 
     @property
     def tflops_per_gpu(self) -> float:
-        """Model TFLOP/s; 0 where the time is not known."""
+        """Model TFLOP/s; 0 where the time is unknown."""
         if self.seconds:
             return self.flops / self.seconds / self.ranks / 1e12
         return 0.0
@@ -52,10 +52,10 @@ def predict(
     device: str,
     ranks_per_node: int = RANKS_PER_NODE,
 ) -> Prediction:
-    """Prediction for `world_size` ranks on devices of this name, as CUDA gives it.
+    """Predict the costs for `world_size` ranks on a device, named as by CUDA.
 
     Raises:
-        ConfigError: the ranks or the global batch do not divide.
+        ConfigError: the world size or the global batch does not divide.
     """
     data_parallel = recipe.data_parallel_size(world_size)
     stages = range(recipe.parallel.pipeline_model_parallel_size)

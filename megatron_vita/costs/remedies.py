@@ -1,4 +1,4 @@
-"""Changes of a recipe with which it fits its devices, fastest first."""
+"""Changes with which a recipe fits its devices, fastest first."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """Fields to change, and the seconds of a step then."""
+    """Fields to change, and the predicted step time in seconds."""
 
     changes: Changes
     seconds: float
@@ -33,9 +33,13 @@ class Remedy:
 def find_remedies(
     recipe: Recipe, room: Room, *, world_size: int, device: Device | None
 ) -> list[Remedy]:
-    """What makes a run of `world_size` ranks fit, fastest first.
+    """Find changes with which a run on `world_size` ranks fits its devices, fastest first.
 
-    device: whose rates say what is fastest; an H100 if not known.
+    Args:
+        recipe: the recipe that does not fit.
+        room: memory available to a rank.
+        world_size: ranks of the run.
+        device: its rates decide which change is fastest; an H100 if None.
     """
     found = []
     for changes in _changes(recipe):
@@ -57,7 +61,7 @@ def find_remedies(
 
 
 def name_remedies(remedies: list[Remedy], *, timed: bool) -> str:
-    """The first ones in words, with the seconds of a step where rates are known."""
+    """Describe the first remedies, with step times where rates are known."""
     if not remedies:
         return "more devices for each replica, or a smaller data.seq_length"
     parts = []
@@ -68,7 +72,7 @@ def name_remedies(remedies: list[Remedy], *, timed: bool) -> str:
 
 
 def _changes(recipe: Recipe) -> Iterator[Changes]:
-    """Nothing but levers, then a distributed optimizer, then each kind of parallelism doubled."""
+    """Yield no change but levers, then a distributed optimizer, then each parallelism doubled."""
     yield {}
     sharded: Changes = {"parallel.use_distributed_optimizer": True}
     if not recipe.parallel.use_distributed_optimizer:

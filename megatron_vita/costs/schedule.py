@@ -1,4 +1,4 @@
-"""Packs whose forward has run and whose backward has not, in megatron-core's pipeline schedules."""
+"""Packs in flight between forward and backward in megatron-core's pipeline schedules."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,16 @@ from megatron_vita.config import Recipe
 
 
 def most_kept(recipe: Recipe, stage: int, *, data_parallel: int, chunks: Sequence[int]) -> int:
-    """Most bytes that a stage keeps at once, when a pack keeps `chunks` bytes in each of its chunks
-    of layers.
+    """Return the most bytes that a stage keeps at once.
 
     Follows 1F1B and its interleaved form (`get_pp_rank_microbatches` and `get_schedule_table` of
     megatron-core): a warm-up of forwards, then one forward and one backward in turns.
+
+    Args:
+        recipe: a checked recipe.
+        stage: pipeline stage.
+        data_parallel: number of replicas.
+        chunks: bytes that a pack keeps in each of the stage's chunks of layers.
     """
     parallel = recipe.parallel
     stages = parallel.pipeline_model_parallel_size
@@ -31,8 +36,7 @@ def most_kept(recipe: Recipe, stage: int, *, data_parallel: int, chunks: Sequenc
 
 
 def _order(packs: int, *, chunks: int, group: int) -> list[int]:
-    """Chunks in the order of their forwards: groups of packs pass through one chunk after the
-    other."""
+    """Return the chunks in the order of their forwards: groups of packs pass chunk after chunk."""
     order = []
     for first in range(0, packs, group):
         of_group = min(group, packs - first)

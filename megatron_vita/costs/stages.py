@@ -1,5 +1,4 @@
-"""How evenly pipeline stages are loaded, and how many layers the ends should hold, which also do
-other work."""
+"""Balance of pipeline stages, whose ends also run the vision tower and the output layer."""
 
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import attention_flops, linear_flops, output_flops, tile_flops
@@ -7,9 +6,9 @@ from megatron_vita.costs.memory import PackLoad
 
 
 def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[int]:
-    """FLOPs of each pipeline stage for a pack such as `load` with documents of `lengths` tokens.
+    """Count each pipeline stage's FLOPs for a pack like `load` with documents of `lengths` tokens.
 
-    Counted forward and backward; a frozen tower has no backward.
+    Forward and backward; a frozen tower has no backward.
     """
     counts = recipe.parallel.layers_of_stages(recipe.model.language.num_layers)
     return _loads(recipe, load, lengths=lengths, counts=counts)
@@ -33,8 +32,9 @@ def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[i
 
 
 def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[int, int]:
-    """Layers of the first and of the last pipeline stage that make the slowest stage fastest; those
-    of now if none is better. At least 2 stages.
+    """Return the layers of first and last stage that make the slowest stage fastest.
+
+    The current numbers if none are better. There must be at least 2 stages.
     """
     total = recipe.model.language.num_layers
     stages = recipe.parallel.pipeline_model_parallel_size

@@ -1,7 +1,7 @@
-"""Seconds of a training step, from what each kind of work amounts to and a device's rate for it.
+"""Time of a training step, from amounts of work by kind and a device's rates.
 
-Kinds follow one another: what a rank waits for is their sum, and with a pipeline that of the slowest
-stage, with the bubble. Measured steps that this is held to: `tests/costs/test_step_time.py`.
+Kinds follow one another: a rank's time is their sum; with a pipeline that of the slowest stage,
+with the bubble. Measured steps to compare with: `tests/costs/test_step_time.py`.
 """
 
 import functools
@@ -49,7 +49,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         return sum(getattr(self, part.name) for part in fields(self))
 
 
@@ -61,7 +61,7 @@ def step_time(
     load: PackLoad,
     ranks_per_node: int = RANKS_PER_NODE,
 ) -> StepTime:
-    """Estimate for packs such as `load`."""
+    """Estimate the step time for packs like `load`."""
     alone = recipe.parallel.tensor_model_parallel_size == 1
     matmul = device.matmul_alone if alone else device.matmul
     machine = _Machine(device=device, ranks_per_node=ranks_per_node, matmul=matmul)
@@ -88,8 +88,10 @@ class _Machine:
     matmul: float
 
     def collective(self, received: float, *, spanned: int) -> float:
-        """Seconds of a collective in which a rank receives so many bytes; `spanned` consecutive
-        ranks hold the group."""
+        """Return the seconds of a collective in which a rank receives `received` bytes.
+
+        `spanned` consecutive ranks contain the group.
+        """
         inside = spanned <= self.ranks_per_node
         return received / (self.device.link if inside else self.device.network)
 
@@ -113,7 +115,7 @@ class _Stage:
         self.trained = not recipe.training.freeze_language_model
 
     def time(self) -> dict[str, float]:
-        """Seconds by kind."""
+        """Return seconds by kind."""
         return {
             "linear": sum(map(self._linear, self.plans)),
             "attention": sum(map(self._attention, self.plans)),
@@ -125,8 +127,10 @@ class _Stage:
         }
 
     def _repeats(self, plan: LayerPlan) -> tuple[float, float, float]:
-        """Forward passes beyond the first, of attention's projections, attention and the MLP, whose
-        last product our own layers leave out."""
+        """Return the extra forward passes of attention's projections, of attention, and of the MLP.
+
+        Our own layers skip the last product of a recomputed MLP.
+        """
         training = self.recipe.training
         if training.recompute_granularity == "full" and training.recompute_method == "uniform":
             return 1, 1, 1
@@ -141,8 +145,10 @@ class _Stage:
         return 0, int(core), WITHOUT_OUTPUT if plan.pieces > 1 else 1
 
     def _linear(self, plan: LayerPlan) -> float:
-        """2 FLOPs for each token and weight; forward, again where recomputed, and backward once for
-        inputs and once for weights."""
+        """Return the seconds of linear maps: 2 FLOPs for each token and weight.
+
+        Forward, again where recomputed, and backward once for inputs and once for weights.
+        """
         language = self.recipe.model.language
         tokens = self.recipe.data.seq_length // self.cp
         mlp = 3 * language.ffn_hidden_size * language.hidden_size
@@ -153,7 +159,7 @@ class _Stage:
         return 2 * tokens * passes / self.tp / self.machine.matmul
 
     def _attention(self, plan: LayerPlan) -> float:
-        """Forward, again where it is recomputed, and backward."""
+        """Return the seconds of attention: forward, again where recomputed, and backward."""
         _, again, _ = self._repeats(plan)
         forward, backward = self._attention_passes
         return (1 + again) * forward + backward
@@ -185,8 +191,11 @@ class _Stage:
         return once, back
 
     def _host_copies(self, plan: LayerPlan) -> float:
-        """What is kept on the host goes out beside the layer's forward pass, and comes back beside
-        the backward of attention of the layer above; the rest is waited for."""
+        """Return the seconds that a step waits for copies between device and host.
+
+        They run beside the layer's forward pass, and beside the backward of attention of the layer
+        above; only the rest is waited for.
+        """
         seconds = self.tensors.sent(plan) / self.machine.device.host_copy
         if not seconds:
             return 0.0
@@ -197,11 +206,11 @@ class _Stage:
         return max(0.0, seconds - forward - linear) + max(0.0, seconds - backward)
 
     def _elementwise(self, plan: LayerPlan) -> float:
-        """Bytes that norms, rotations, residuals, SwiGLU and copies read and write.
+        """Return the seconds of norms, rotations, residuals, SwiGLU and copies, by bytes moved.
 
         Forward: 10 hidden (two norms, two residuals), 4 query + 3 keys (rotation, copies), 3 mlp
         (SwiGLU). Backward: 12 hidden, 12 query + 3 keys (with fp32 sums of the queries' gradients),
-        5 mlp. Weights' gradients are added to their sums in the matrix products.
+        5 mlp. Weight gradients are added to their sums in the matrix products.
         """
         t = self.tensors
         around, _, inside = self._repeats(plan)
@@ -212,11 +221,11 @@ class _Stage:
         return (forward + backward) / self.machine.device.bandwidth
 
     def _communication(self, plan: LayerPlan) -> float:
-        """Hidden states that TP gathers and scatters: 4 times forward, as often again as is
-        recomputed (an MLP without its last product only gathers), 6 times backward; under CP keys
-        and values, and their gradients.
+        """Return the seconds of collectives over TP and CP that are waited for.
 
-        A ring sends keys beside attention.
+        TP gathers and scatters hidden states 4 times forward, as often again as is recomputed (an
+        MLP without its last product only gathers), and 6 times backward; CP gathers keys and
+        values, and reduces their gradients. A ring sends keys beside attention.
         """
         t = self.tensors
         machine = self.machine
@@ -235,7 +244,8 @@ class _Stage:
         return seconds + (2 + attention + 2) * machine.collective(keys, spanned=self.tp * self.cp)
 
     def _between_stages(self) -> float:
-        """A hidden state received from the stage before, and its gradient from the stage after."""
+        """Return the seconds to receive a hidden state, and its gradient, from the adjacent
+        stages."""
         stages = self.recipe.parallel.pipeline_model_parallel_size
         if stages == 1:
             return 0.0
@@ -243,9 +253,11 @@ class _Stage:
         return 2 * self.machine.collective(self.tensors.hidden, spanned=spanned)
 
     def _vision(self) -> float:
-        """Tower and projector on the rank with the most tiles: matrix products, attention, and 36
-        passes over a layer's residual stream (66 ms forward and 211 ms backward were measured for 38
-        tiles)."""
+        """Return the seconds of tower and projector on the rank with the most tiles.
+
+        Matrix products, attention, and 36 passes over a layer's residual stream (66 ms forward and
+        211 ms backward were measured for 38 tiles).
+        """
         recipe = self.recipe
         device = self.machine.device
         if self.stage > 0 or recipe.model.text_only:
@@ -265,8 +277,10 @@ class _Stage:
         return tiles * seconds
 
     def _output(self) -> float:
-        """Three products of the scored rows with the vocabulary shard, at 0.8 of the rate of
-        layers."""
+        """Return the seconds of the output layer, at 0.8 of the rate of layers.
+
+        Three products of the loss tokens' rows with the vocabulary shard.
+        """
         recipe = self.recipe
         if self.stage < recipe.parallel.pipeline_model_parallel_size - 1:
             return 0.0
@@ -277,11 +291,12 @@ class _Stage:
 
 
 def _optimizer(recipe: Recipe, stage: int, machine: _Machine, *, data_parallel: int) -> float:
-    """Adam reads its state and the gradient and writes its state and the weight, of the rank's
-    share; all gradients are zeroed, measured and scaled (4 passes); they are reduced and weights
-    gathered over DP x CP.
+    """Return the seconds of the optimizer, gradient reduction and weight gathering.
 
-    What is updated on the host is copied there and back, and read and written at the host's rate.
+    Adam reads its state and the gradient and writes its state and the weight, for the rank's shard;
+    all gradients are zeroed, measured and scaled (4 passes); they are reduced and weights gathered
+    over DP x CP. What is updated on the host is copied there and back, and read and written at the
+    host's rate.
     """
     parallel = recipe.parallel
     kinds = optimizer_bytes(recipe)

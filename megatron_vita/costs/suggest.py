@@ -1,4 +1,4 @@
-"""The fastest layouts of a recipe for a number of devices, each with the levers that fit it."""
+"""Search for the fastest layouts of a recipe on a number of devices, each with fitting levers."""
 
 import itertools
 import re
@@ -42,7 +42,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """A layout with its levers."""
+    """A layout with its levers and predicted costs."""
 
     recipe: Recipe
     changes: Changes  # from the recipe that was given
@@ -52,7 +52,7 @@ class Suggestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestions:
-    """The best layouts, fastest first, and why others are not among them."""
+    """The best layouts, fastest first, and the reasons against the others."""
 
     best: list[Suggestion]
     refused: dict[str, list[str]]  # objections of the recipe to layouts, by their form
@@ -62,7 +62,7 @@ class Suggestions:
 def suggest(
     recipe: Recipe, room: Room, *, world_size: int, device: Device, ranks_per_node: int
 ) -> Suggestions:
-    """The best layouts for `world_size` devices with that much room for each rank."""
+    """Find the fastest layouts for `world_size` devices with `room` for each rank."""
     valid, refused = _valid_layouts(recipe, world_size, ranks_per_node)
     bounds: list[tuple[float, Recipe]] = []
     for layout in valid:
@@ -109,7 +109,7 @@ def _suggestion(
 
 
 def _least_lean(layout: Recipe, room: Room, replicas: int) -> Recipe | None:
-    """The layout, with less of the optimizer's state on the device if it does not fit otherwise."""
+    """Return the layout with the least lean optimizer that fits the device; None if none does."""
     for candidate in (layout, *leaner_optimizers(layout)):
         if memory_need(smallest(candidate), data_parallel=replicas).fits_device(room):
             return candidate
@@ -117,7 +117,7 @@ def _least_lean(layout: Recipe, room: Room, replicas: int) -> Recipe | None:
 
 
 def _least_seconds(recipe: Recipe, device: Device, replicas: int, ranks_per_node: int) -> float:
-    """Of a step that recomputes nothing."""
+    """Return the time of a step without recomputation: a lower bound for all levers."""
     plain = change(recipe, NO_LEVERS | {"training.recompute_vision": False})
     load = full_pack(recipe)
     return step_time(
@@ -128,8 +128,10 @@ def _least_seconds(recipe: Recipe, device: Device, replicas: int, ranks_per_node
 def _valid_layouts(
     recipe: Recipe, world_size: int, ranks_per_node: int
 ) -> tuple[list[Recipe], dict[str, list[str]]]:
-    """Layouts that the recipe's own checks allow, and the objections to others by their form, which
-    is the same for all sizes."""
+    """Return the layouts that pass the recipe's checks, and the errors of the others.
+
+    Errors are grouped by their text without numbers, the same for all sizes.
+    """
     valid: list[Recipe] = []
     refused: dict[str, list[str]] = {}
     for changes in _layouts(recipe, world_size, ranks_per_node):
@@ -144,7 +146,7 @@ def _valid_layouts(
 
 
 def _layouts(recipe: Recipe, world_size: int, ranks_per_node: int) -> Iterator[Changes]:
-    """TP inside a node, CP and PP, all powers of two."""
+    """Yield TP (inside a node), CP and PP in powers of two."""
     parallel = recipe.parallel
     layers = recipe.model.language.num_layers
     sizes = [1 << i for i in range(world_size.bit_length())]

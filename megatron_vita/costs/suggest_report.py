@@ -1,4 +1,4 @@
-"""The text of suggestions."""
+"""Text report of suggested layouts."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,8 @@ from megatron_vita.costs.tables import align
 def describe_suggestions(
     found: Suggestions, *, world_size: int, device: Device, room: Room
 ) -> Iterator[str]:
-    """A table, the best one as overrides, and how many layouts are not in it."""
+    """Yield the lines of a table, the best layout as overrides, and the numbers of rejected
+    layouts."""
     yield (
         f"{world_size} x {device.name} with {room.device / GIB:.1f} GiB, {room.host / GIB:.0f} GiB of the "
         "host for each; packs full of tiles, of one document; fastest first:"

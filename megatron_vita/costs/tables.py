@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 
 def align(rows: Sequence[Sequence[str]], *, words_last: bool = False) -> Iterator[str]:
-    """Lines of a table whose columns are aligned on the right; with `words_last` the last one on
-    the left."""
+    """Yield the lines of a table with right-aligned columns; with `words_last` the last one
+    left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if words_last:
         widths[-1] = 0

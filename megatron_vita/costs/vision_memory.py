@@ -1,4 +1,4 @@
-"""Bytes that vision tower and projector keep and take on the rank with the most tiles."""
+"""Device memory of vision tower and projector, on the rank with the most tiles."""
 
 from megatron_vita.config import Recipe, VisionConfig
 from megatron_vita.costs.layer_memory import value_bytes
@@ -7,13 +7,15 @@ from megatron_vita.rounding import ceil_div
 
 
 def tiles_of_rank(recipe: Recipe, tiles: int) -> int:
-    """Most tiles of a pack that one rank encodes."""
+    """Return the most tiles of a pack that one rank encodes."""
     return ceil_div(tiles, recipe.parallel.tile_ranks)
 
 
 def vision_kept(recipe: Recipe, tiles: int) -> int:
-    """Bytes that stay from a pack's encoding to the end of its backward; nothing where all is
-    frozen."""
+    """Return the bytes kept from a pack's encoding to the end of its backward.
+
+    Nothing where all is frozen.
+    """
     training = recipe.training
     if training.freeze_vision_model and training.freeze_projector:
         return 0
@@ -26,8 +28,10 @@ def vision_kept(recipe: Recipe, tiles: int) -> int:
 
 
 def vision_working(recipe: Recipe, tiles: int) -> int:
-    """Most bytes beside those, in the backward of a layer; in its forward where the tower is
-    frozen. `vision_tiles_at_once` bounds the tiles that are in a layer together."""
+    """Return the peak bytes of a layer's backward, beside what is kept; of its forward if frozen.
+
+    `vision_tiles_at_once` bounds the tiles that are in a layer together.
+    """
     at_once = min(tiles_of_rank(recipe, tiles), recipe.training.vision_tiles_at_once)
     vision = recipe.model.vision
     # gradients of the stream, of the scaled branch and of both sides of the MLP; in a forward
@@ -46,13 +50,14 @@ def vision_working(recipe: Recipe, tiles: int) -> int:
 
 
 def _from_pixels(recipe: Recipe) -> bool:
-    """Whether turns of tiles go through tower and projector again, of which nothing is kept."""
+    """Tell whether tiles are encoded again in backward from their pixels, nothing else being
+    kept."""
     training = recipe.training
     return training.recompute_vision and training.recompute_vision_method == "tiles"
 
 
 def _trained(recipe: Recipe) -> int:
-    """Parameters of tower and projector that are trained, on one rank."""
+    """Count the trained parameters of tower and projector on one rank."""
     parameters = stage_parameters(recipe, 0)
     training = recipe.training
     tower = 0 if training.freeze_vision_model else parameters.vision
@@ -60,11 +65,11 @@ def _trained(recipe: Recipe) -> int:
 
 
 def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
-    """Values of a tile that stay, where each layer keeps `layer` values of a patch.
+    """Count the values of a tile that are kept, where each layer keeps `layer` values of a patch.
 
-    Normalised pixels (3 S^2), the layers' tensors, and the projector's input, normed input and
-    hidden values (4 H + 4 H + 2 widths of each feature row). A frozen tower keeps none of the
-    first two.
+    Normalized pixels (3 S^2), the layers' tensors, and the projector's input, normed input and
+    hidden values (4 H + 4 H + 2 widths of each feature row). A frozen tower keeps none of the first
+    two.
     """
     model = recipe.model
     wide = model.language.hidden_size
@@ -77,12 +82,12 @@ def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
 
 
 def _layer_kept(recipe: Recipe) -> int:
-    """Values that a layer without recomputation keeps for each patch.
+    """Count the values that a layer without recomputation keeps for each patch.
 
     Inputs and outputs of two norms and inputs of two LayerScales: 6 H; queries, keys, values and
     attention's output: 4 H; both sides of the MLP's activation: 2 F. RMSNorm of queries and keys
-    keeps them in fp32 and once more: 6 H. 18 H at InternViT-300M's F = 4 H: with the projector
-    0.86 GiB a tile were measured.
+    keeps them in fp32 and once more: 6 H. 18 H at InternViT-300M's F = 4 H: with the projector 0.86
+    GiB a tile were measured.
     """
     vision: VisionConfig = recipe.model.vision
     inner = 4 * vision.hidden_size + 2 * vision.ffn_hidden_size
@@ -91,7 +96,7 @@ def _layer_kept(recipe: Recipe) -> int:
 
 
 def _split(recipe: Recipe) -> int:
-    """Ranks that share the inner width of the tower's layers."""
+    """Return the number of ranks that share the inner width of the tower's layers."""
     parallel = recipe.parallel
     if parallel.vision_tensor_parallel:
         return parallel.tensor_model_parallel_size
