@@ -1,6 +1,6 @@
-"""A rank's batches, final: all ranks of a replica have agreed on which samples are damaged.
+"""Final batches of a rank: all ranks of a replica have agreed on the damaged samples.
 
-A sample that cannot be read is met by the one rank that decodes it, but changes labels on all. So
+Only the rank that decodes a sample notices that it cannot be read, but the labels change on all. So
 each pack passes through an agreement of its replica's ranks, in a thread of its own, since the
 stages of a pipeline ask for their packs at different times.
 """
@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_batches(run: Run) -> "FinalBatches":
-    """This rank's packs of all remaining steps, in order; each step's packs are dealt to the
-    replicas by cost."""
+    """Return this rank's packs of all remaining steps, in order.
+
+    Each step's packs are divided among the replicas by cost.
+    """
     assert run.train_stream is not None
     size = run.recipe.training.global_batch_size
     start = run.consumed_packs
@@ -54,8 +56,10 @@ def train_batches(run: Run) -> "FinalBatches":
 
 
 def validation_batches(run: Run) -> tuple["FinalBatches", int]:
-    """This rank's packs of one validation, and how many: the first of the held-out plan, the same
-    each time."""
+    """Return this rank's packs of one validation, and their number.
+
+    They are the first of the held-out plan, the same each time.
+    """
     assert run.validation_stream is not None
     group = groups.data_parallel_group()
     count = packs_of_validation(run.recipe, len(run.validation_stream), replicas=group.size())
@@ -89,8 +93,10 @@ def _final_batches(
 
 
 def _pin_tiles(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tiles where the device copies them from without a wait; for another thread
-    than the one that has chosen the device."""
+    """Return the batch with pinned tiles, which are copied to the device without waiting.
+
+    Safe in another thread than the one that has selected the device.
+    """
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):
@@ -98,8 +104,10 @@ def _pin_tiles(batch: Batch, device: torch.device) -> Batch:
 
 
 class Agreement:
-    """Makes packs final: what one rank of the group could not read is masked by all, and noted in
-    the ledger."""
+    """Agreement of a group on its packs: samples that one rank cannot read are masked by all.
+
+    They are recorded in the ledger.
+    """
 
     def __init__(self, stream: PackStream, ledger: Ledger, *, group: ProcessGroup | None) -> None:
         self._stream = stream
@@ -107,7 +115,7 @@ class Agreement:
         self._group = group
 
     def finish(self, pack: ReadPack) -> Batch:
-        """The batch of a pack, the same on all ranks but for their tiles. Collective."""
+        """Return the batch of a pack, the same on all ranks except for their tiles. Collective."""
         batch = pack.batch
         new = self._ledger.add(add_up_damage(self._gather(pack)))
         if self._group is None or self._group.rank() == 0:
@@ -146,7 +154,7 @@ def _warn_of(damage: Damage) -> None:
 
 
 class FinalBatches(Iterator[Batch]):
-    """Iterates over packs that a thread has read and made final, one ahead of the one in use."""
+    """Iterator over packs that a thread reads and finishes, one ahead of the one in use."""
 
     def __init__(
         self, packs: Generator[ReadPack] | Iterator[ReadPack], finish: Callable[[ReadPack], Batch]
@@ -166,8 +174,10 @@ class FinalBatches(Iterator[Batch]):
         raise item
 
     def close(self) -> None:
-        """Ends the thread and the loader processes; a thread that waits for a lost rank ends with
-        this process."""
+        """End the thread and the loader processes.
+
+        A thread that waits for a lost rank ends with this process.
+        """
         self._closed.set()
         deadline = time.monotonic() + CLOSING_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:

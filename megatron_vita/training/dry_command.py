@@ -1,4 +1,4 @@
-"""What `pretrain_vita.py --dry-run` and `--suggest` print."""
+"""Output of `pretrain_vita.py --dry-run` and `--suggest`."""
 
 import argparse
 import sys
@@ -18,10 +18,10 @@ from megatron_vita.training.wording import describe_levers
 
 
 def run_dry(recipe: Recipe, options: argparse.Namespace, *, world_size: int) -> None:
-    """Print the run, or layouts for it.
+    """Print the dry run, or suggested layouts.
 
     Raises:
-        ConfigError: the run would not fit, or nothing does.
+        ConfigError: the run would not fit, or no layout does.
     """
     here = platform.device_name() if platform.on_cuda() else ""
     if options.suggest:
@@ -60,7 +60,7 @@ def _print_suggestions(
 
 
 def _fitted(recipe: Recipe, room: Room, device: Device | None, *, world_size: int) -> Recipe:
-    """The recipe with the levers that a run on such devices would choose."""
+    """Return the recipe with the levers that a run on such devices would choose."""
     if not room.device:
         raise ConfigError(
             "training.fit_memory: name the run's GPU with --device or its memory with --device-memory-gib"

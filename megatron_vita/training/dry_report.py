@@ -1,4 +1,4 @@
-"""The text of a dry run."""
+"""Text report of a dry run."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,7 +24,7 @@ Row = Sequence[str]
 
 
 def describe(recipe: Recipe, report: DryRun, *, ranks_per_node: int) -> str:
-    """All sections, one after another."""
+    """Format all sections, one after another."""
     sections = (
         _layout(recipe, report, ranks_per_node),
         _stages(recipe, report),
@@ -119,7 +119,7 @@ def _disk(recipe: Recipe) -> str:
 
 
 def _time(prediction: Prediction) -> Iterator[str]:
-    """Kinds of work of a step, and rates; FLOPs alone where a device's rates are not known."""
+    """Yield step time by kind of work, and rates; FLOPs alone for an unknown device."""
     flops = f"{prediction.flops:.3g} model FLOPs"
     if prediction.time is None or not prediction.seconds:
         names = ", ".join(device.name for device in DEVICES)
@@ -186,10 +186,10 @@ def _balance(recipe: Recipe, report: DryRun) -> Iterator[str]:
 def check_memory(
     recipe: Recipe, report: DryRun, room: Room, *, device: Device | None = None
 ) -> None:
-    """Refuse a run that is estimated to need more than a device has.
+    """Check that a run fits its devices by the estimate.
 
     Raises:
-        ConfigError: naming what takes the most and what would fit.
+        ConfigError: it does not; names the largest part and changes that would fit.
     """
     stages = [stage.memory for stage in report.stages]
     memory = max(stages, key=lambda memory: memory.device)

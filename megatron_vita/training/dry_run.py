@@ -1,5 +1,5 @@
-"""What a run would be, without its cluster: stages on the meta device in a fake world, memory,
-first packs."""
+"""Dry run: builds stages on the meta device in a fake world, estimates memory, reads first
+packs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ PACKS_SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PackReport:
-    """A pack of the plan, over the ranks that share it."""
+    """A pack of the plan, by the ranks that share it."""
 
     pack_id: int
     lengths: list[int]  # tokens of its documents
@@ -42,13 +42,13 @@ class PackReport:
 
     @property
     def load(self) -> PackLoad:
-        """Its tiles and loss rows."""
+        """Tiles and loss tokens of the pack."""
         return PackLoad(tiles=int(self.tiles.sum()), rows=int(self.rows.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """A pipeline stage, seen from one of its ranks."""
+    """A pipeline stage, as seen by one of its ranks."""
 
     ranks: range  # of the first replica
     layers: int
@@ -61,7 +61,7 @@ class StageReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """All that a dry run finds."""
+    """All results of a dry run."""
 
     world_size: int
     data_parallel: int
@@ -83,11 +83,15 @@ def dry_run(
 ) -> DryRun:
     """Build every pipeline stage and read the next packs.
 
-    device: name of the GPU for which the time of a step is predicted.
-    Without data, packs are taken to be full of tiles, with every eighth token scored.
+    Args:
+        recipe: the recipe of the run.
+        world_size: ranks of the run.
+        with_data: read the plan; else packs are assumed full of tiles, an eighth loss tokens.
+        device: name of the GPU for which the step time is predicted; empty for none.
+        ranks_per_node: ranks of a node.
 
     Raises:
-        VitaError: what would stop the run at its start.
+        VitaError: an error that would stop the run at its start.
     """
     data_parallel = recipe.data_parallel_size(world_size)
     stream = open_streams(recipe, tile_share=None, replicas=data_parallel)[0] if with_data else None
@@ -140,7 +144,7 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
 
 
 def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[int]]:
-    """The most tiles and loss rows of the packs read, and the documents of the first."""
+    """Return the most tiles and loss tokens of the packs read, and the first one's documents."""
     if not packs:
         return full_pack(recipe), [recipe.data.seq_length]
     loads = [pack.load for pack in packs]
@@ -178,7 +182,7 @@ def _report_stage(
 
 @contextlib.contextmanager
 def _fake_world(recipe: Recipe, *, rank: int, world_size: int) -> Iterator[None]:
-    """This process as one rank of a world in which nothing is sent."""
+    """Make this process one rank of a world without communication."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         groups.initialize_groups(recipe.parallel, with_gloo=False)

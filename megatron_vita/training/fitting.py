@@ -1,4 +1,4 @@
-"""`training.fit_memory`: levers for the memory that the devices and hosts of this run have."""
+"""`training.fit_memory`: choice of levers for the memory of this run's devices and hosts."""
 
 import logging
 import os
@@ -26,11 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def choose_levers(recipe: Recipe) -> Recipe:
-    """The recipe as it is, or with levers chosen where `training.fit_memory` asks for it: the same
-    on every rank, for the rank that has least memory. Collective.
+    """Return the recipe with levers that fit, if `training.fit_memory` asks for it. Collective.
+
+    The choice is the same on every rank, for the rank that has least memory.
 
     Raises:
-        ConfigError: nothing fits; with what would.
+        ConfigError: no levers fit; names changes that would.
     """
     if not recipe.training.fit_memory:
         return recipe
@@ -58,7 +59,7 @@ def choose_levers(recipe: Recipe) -> Recipe:
 
 
 def _common_device() -> Device | None:
-    """The device of all ranks; None if they differ or its rates are not known. Collective."""
+    """Return the device of all ranks; None if they differ or its rates are unknown. Collective."""
     device = find_device(platform.device_name())
     index = DEVICES.index(device) if device is not None else -1
     both = torch.tensor([index, -index], device=platform.device())
@@ -69,7 +70,10 @@ def _common_device() -> Device | None:
 
 
 def _least_room(recipe: Recipe) -> Room:
-    """Memory of the rank that has least, the host's shared evenly by its ranks. Collective."""
+    """Return the memory of the rank that has least. Collective.
+
+    The ranks of a host share its memory evenly.
+    """
     ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = platform.available_host_memory() // ranks_of_host
     sizes = torch.tensor([platform.device_memory() or host, host], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The lines that a run begins with: versions, devices, layout, parameters, memory, levers."""
+"""First log lines of a run: versions, devices, layout, parameters, memory, levers."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from megatron_vita.training.wording import count, describe_layout, describe_leve
 
 
 def describe_run(run: Run) -> Iterator[str]:
-    """The lines, the same on every rank."""
+    """Yield the lines, the same on every rank."""
     recipe = run.recipe
     world_size = dist.get_world_size()
     yield _versions()
@@ -61,7 +61,7 @@ def _parameters(recipe: Recipe) -> str:
 
 
 def _memory(recipe: Recipe, *, world_size: int) -> str:
-    """Estimates for packs full of tiles."""
+    """Format estimates for packs full of tiles."""
     data_parallel = world_size // recipe.parallel.replica_size
     load = full_pack(recipe)
     stages = range(recipe.parallel.pipeline_model_parallel_size)

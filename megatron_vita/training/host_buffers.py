@@ -1,4 +1,4 @@
-"""Host memory for activations that wait there: checked and got before the first step."""
+"""Host memory for offloaded activations: checked and allocated before the first step."""
 
 import logging
 import socket
@@ -18,8 +18,10 @@ GIB = 1 << 30
 
 
 def open_activation_store(models: list[VitaModel], recipe: Recipe) -> ActivationStore | None:
-    """Gives the layers of this rank a store on the host, with all buffers that a step fills; None
-    where nothing waits there. Collective.
+    """Give this rank's layers a store on the host, with all buffers of a step. Collective.
+
+    Returns:
+        The store; None if nothing is offloaded.
 
     Raises:
         ConfigError: the recipe's limit, or the host's memory, is too small.
@@ -40,7 +42,8 @@ def open_activation_store(models: list[VitaModel], recipe: Recipe) -> Activation
 
 
 def _check_room(needed: int, recipe: Recipe) -> None:
-    """Asks all ranks of this host before any of them takes memory."""
+    """Check the memory needed by all ranks of this host before any of them allocates.
+    Collective."""
     host = socket.gethostname()
     free = available_host_memory()
     ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()

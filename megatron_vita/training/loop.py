@@ -20,13 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
-    """Run a recipe to its last step, from where its checkpoints stand. Called by every rank.
+    """Run a recipe to its last step, resuming from its latest checkpoint. Called by every rank.
 
-    callbacks: side features of the loop, the same on every rank; `training.callbacks` of the recipe
-        adds to them.
+    Args:
+        recipe: a checked recipe.
+        callbacks: hooks of the loop, the same on every rank; the recipe's `training.callbacks` are
+            added to them.
 
     Raises:
-        StoppedError: told to stop (SIGTERM or SIGUSR1 to any rank), once it has saved.
+        StoppedError: a rank received SIGTERM or SIGUSR1; the run has saved.
         CallbackError: a callback failed on some rank.
     """
     platform.initialize_process()

@@ -1,6 +1,6 @@
-"""Named values that ranks add, reduced over all ranks at once.
+"""Named metrics that ranks add to, reduced over all ranks at once.
 
-Names need not be known beforehand: when a rank brings a new one, all ranks exchange their names once.
+Names need not be registered: when a rank uses a new one, all ranks exchange their names once.
 """
 
 import math
@@ -38,9 +38,11 @@ class Meter:
     ) -> None:
         """Add to the value of `name`.
 
-        value: a number, or a tensor of one, which is not waited for.
-        reduce: over the calls since the last reduction, on all ranks.
-        weight: of this call in a `mean`.
+        Args:
+            name: name of the metric, with slashes for groups.
+            value: a number, or a tensor of one, which is not waited for.
+            reduce: reduction over the calls since the last one, on all ranks.
+            weight: weight of this call in a `mean`.
         """
         known = self._reduces.setdefault(name, reduce)
         assert known == reduce, f"metric {name} is reduced by {known} elsewhere, by {reduce} here"
@@ -53,7 +55,7 @@ class Meter:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Add the seconds that a block takes on the host; of the ranks' sums the largest counts."""
+        """Add the seconds that a block takes on the host; reduced to the largest sum of a rank."""
         start = time.perf_counter()
         try:
             yield
@@ -64,8 +66,10 @@ class Meter:
             self._reduces[name] = "max"
 
     def reduce(self) -> dict[str, float]:
-        """Values over all ranks of all names that some rank has added since the last call.
-        Collective; empties the meter.
+        """Reduce over all ranks the names that any rank has added to since the last call.
+        Collective.
+
+        Empties the meter.
 
         Raises:
             ConfigError: on all ranks, if they reduce one name in different ways.
@@ -85,8 +89,11 @@ class Meter:
         return result
 
     def _exchange(self) -> tuple[bool, dict[str, float], dict[str, tuple[float, float]]]:
-        """Whether a rank has a new name; extremes by name; sums and weights of calls by name. One
-        transfer from the device."""
+        """Return whether a rank has a new name, extremes by name, and (sum, weight of calls) by
+        name.
+
+        One transfer from the device.
+        """
         signs = {name: _SIGNS[reduce] for name, reduce in self._agreed.items() if reduce in _SIGNS}
         has_new = float(self._reduces.keys() > self._agreed.keys())
         highest = _vector(
@@ -134,7 +141,7 @@ def _combine(before: Any, value: Any, reduce: Reduce) -> Any:
 
 
 def _vector(*entries: float | Tensor) -> Tensor:
-    """The entries in fp64 on this rank's device."""
+    """Build a vector of the entries in fp64 on this rank's device."""
     numbers = [0.0 if isinstance(entry, Tensor) else entry for entry in entries]
     vector = torch.tensor(numbers, dtype=torch.float64).to(platform.device(), non_blocking=True)
     for i, entry in enumerate(entries):

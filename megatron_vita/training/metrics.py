@@ -1,4 +1,4 @@
-"""Measurements of a step, over all ranks."""
+"""Metrics of a step, over all ranks."""
 
 import re
 import time
@@ -39,7 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.: -]+(/[A-Za-z0-9_.: -]+)*")
 
 @dataclass(kw_only=True)
 class StepMetrics:
-    """Sums of one step over all replicas, and what follows from them; the same on every rank."""
+    """Sums of one step over all replicas and derived values; the same on every rank."""
 
     step: int
     loss: float  # per loss row
@@ -69,7 +69,7 @@ class StepMetrics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens of the global batch per second."""
+        """Tokens of the global batch per second, without padding."""
         return self.tokens / self.seconds
 
     @property
@@ -79,11 +79,12 @@ class StepMetrics:
 
     @property
     def tflops_per_gpu(self) -> float:
-        """Causal model TFLOP/s of a rank; recomputation and padding of packs are not counted."""
+        """Causal model TFLOP/s of a rank, without recomputation and padding of packs."""
         return self.flops / self.seconds / self.ranks / 1e12
 
     def scalars(self) -> dict[str, float]:
-        """All of it by name, as TensorBoard shows it; of a validation the losses alone."""
+        """Return all metrics by name, as TensorBoard shows them; for a validation the losses
+        alone."""
         part = "validation" if self.held_out else "train"
         losses = {f"{part}/loss": self.loss}
         losses |= {f"{part}/loss/{source}": loss for source, loss in self.source_losses.items()}
@@ -150,7 +151,7 @@ def check_record(meter: Meter, name: str, value: Any, *, reduce: Reduce) -> None
 
 
 class LossSums:
-    """Losses and loss rows of each source in one step, of this rank's slices."""
+    """Sums of losses and loss tokens by source in one step, of this rank's slices."""
 
     def __init__(self, sources: list[str]) -> None:
         self.sources = sources
@@ -158,8 +159,10 @@ class LossSums:
         self._rows = torch.zeros(len(sources), dtype=torch.int64)
 
     def add(self, losses: Tensor, *, batch: Batch, pack: PackSlice) -> None:
-        """Add the losses [L] of a slice; each context-parallel rank adds its own. Does not wait for
-        the device."""
+        """Add the losses [L] of a slice, without waiting for the device.
+
+        Each context-parallel rank adds its own.
+        """
         if groups.tensor_group().rank() != 0:
             return
         positions = pack.positions[pack.loss_rows]
@@ -177,8 +180,7 @@ class LossSums:
 
 
 def count_batch(meter: Meter, batch: Batch, recipe: Recipe) -> None:
-    """Count a pack once for its whole replica; called where its losses are computed. Reads the host
-    alone."""
+    """Count a pack once for its whole replica, on the rank that reports, from host data alone."""
     if not groups.is_reporting_rank():
         return
     for name, count in (
@@ -198,7 +200,7 @@ def count_batch(meter: Meter, batch: Batch, recipe: Recipe) -> None:
 
 
 def measure_memory(meter: Meter) -> None:
-    """Add what this rank's device and host have in use."""
+    """Add this rank's memory use on device and host."""
     use = platform.memory_use()
     sizes = {"memory/host_gib": use.host}
     if platform.on_cuda():
@@ -214,9 +216,13 @@ def measure_memory(meter: Meter) -> None:
 def collect(
     meter: Meter, losses: LossSums, *, step: int, started: float, held_out: bool = False
 ) -> StepMetrics:
-    """Metrics of a step, or of a validation, over the world. Collective.
+    """Reduce the metrics of a step, or of a validation, over all ranks. Collective.
 
-    started: its beginning by `time.perf_counter`.
+    Args:
+        meter: values of the step.
+        losses: losses of the step.
+        step: number of the step.
+        started: its start, by `time.perf_counter`.
     """
     losses.put(meter)
     platform.synchronize()  # or the seconds would leave out what the device still has to do

@@ -1,4 +1,4 @@
-"""Optimizer and schedule, both megatron-core's, from a recipe; gradients of the replicated vision
+"""megatron-core's optimizer and schedule from a recipe; gradients of the replicated vision
 parts."""
 
 from typing import Any
@@ -39,7 +39,11 @@ _TYPES = {
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """PlatformError where the optimizer's settings need what this machine lacks."""
+    """Check that this machine supports the optimizer's settings.
+
+    Raises:
+        PlatformError: a package or CUDA is missing.
+    """
     if not recipe.optimizer.use_precision_aware_optimizer:
         return
     if platform.on_cuda() and platform.has_transformer_engine():
@@ -52,11 +56,11 @@ def check_optimizer(recipe: Recipe) -> None:
 
 
 def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataParallel:
-    """The model with gradient buffers that are reduced over data- and context-parallel ranks.
+    """Wrap the model with gradient buffers that are reduced over DP and CP ranks.
 
     A distributed optimizer gathers its state for a checkpoint by the buckets of these buffers, on
-    the device. Left to itself, megatron-core makes one bucket of all gradients unless they are
-    reduced early and on the first stage.
+    the device. By default, megatron-core makes one bucket of all gradients, except on the first
+    stage with early reduction.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=recipe.optimizer.main_grads_dtype == "fp32",
@@ -80,8 +84,10 @@ def wrap_for_data_parallel(model: VitaModel, recipe: Recipe) -> DistributedDataP
 
 
 def _add_products_to_main_gradients(model: VitaModel) -> None:
-    """Has Transformer Engine's layers add weight gradients to the fp32 `main_grad` in the matrix
-    product itself, which saves a pass over each weight for every product."""
+    """Let Transformer Engine's layers add weight gradients to `main_grad` in the matrix product.
+
+    It saves a pass over each weight for every product.
+    """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
@@ -90,7 +96,7 @@ def _add_products_to_main_gradients(model: VitaModel) -> None:
 def build_optimizer(
     chunks: list[DistributedDataParallel], recipe: Recipe
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over what is trainable, and its learning rate schedule in steps."""
+    """Build AdamW over the trained parameters, and its learning rate schedule in steps."""
     optimizer = recipe.optimizer
     training = recipe.training
     config = CoreOptimizerConfig(
@@ -135,7 +141,7 @@ def build_optimizer(
 
 
 def _precision(optimizer: OptimizerConfig) -> dict[str, Any]:
-    """megatron-core's fields for types and places of the optimizer's state."""
+    """Return megatron-core's fields for types and devices of the optimizer's state."""
     if not optimizer.use_precision_aware_optimizer:
         return {}
     types = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -151,7 +157,7 @@ def _precision(optimizer: OptimizerConfig) -> dict[str, Any]:
 
 
 def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
-    """Learning rates of the vision tower's layers, where they differ from the rest.
+    """Return the learning rates of the vision tower's layers, where they differ from the rest.
 
     Depth counts from 0 (patches, positions and class token) over 1 (first layer) to the number of
     layers; the factor is vision_lr_mult * vision_lr_decay ** (layers + 1 - depth), as in
@@ -175,8 +181,8 @@ def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
 def finalize_gradients(
     model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any
 ) -> None:
-    """megatron-core's reduction and scaling, then the sum over TP ranks of what each has from its
-    own tiles.
+    """Reduce and scale gradients as megatron-core does, then sum over TP those of each rank's
+    tiles.
 
     megatron-core sums replicated gradients over TP only under sequence parallelism, and not for
     plain modules. All of it is linear, so the order does not matter.

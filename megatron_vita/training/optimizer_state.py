@@ -1,4 +1,4 @@
-"""The state of megatron-core's optimizers in a checkpoint that any layout can read."""
+"""State of megatron-core's optimizers in checkpoints that any layout can read."""
 
 import contextlib
 import dataclasses
@@ -30,8 +30,13 @@ _END = 64
 
 
 def check_state_can_be_saved(recipe: Recipe) -> None:
-    """ConfigError where megatron-core could not save the optimizer's state: with torch's Adam it
-    takes the number of steps from a rank's state, of which stages that train nothing have none.
+    """Check that megatron-core can save the optimizer's state.
+
+    With torch's Adam it takes the number of steps from a rank's state, and stages that train
+    nothing have none.
+
+    Raises:
+        ConfigError: it cannot.
     """
     stages = recipe.parallel.pipeline_model_parallel_size
     sharded = recipe.parallel.use_distributed_optimizer and not HAVE_APEX_OR_TE
@@ -50,10 +55,11 @@ def sharded_state(
     *,
     loading: bool,
 ) -> Any:
-    """The sharded state of an optimizer beside that of the `model`, to be written or to be filled.
+    """Return an optimizer's sharded state beside the `model`'s, to be saved or to be filled.
     Collective.
 
-    CheckpointError, on all ranks, if what is to be written is not what the ranks have.
+    Raises:
+        CheckpointError: on all ranks, if the state to be saved differs from the ranks' weights.
     """
     if loading:
         _allocate_adam_state(optimizer)
@@ -76,10 +82,10 @@ def sharded_state(
 
 @contextlib.contextmanager
 def _places_without_padding(buffer: Buffer) -> Iterator[None]:
-    """Has each parameter's place in `buffer` counted without what pads the buckets before its own.
+    """Temporarily use parameter offsets that exclude the padding of preceding buckets.
 
     megatron-core gathers the buckets of a distributed optimizer one after the other without their
-    padding, and looks for parameters there at their places in the padded buffer (0.19.2; mended
+    padding, and looks for parameters there at their offsets in the padded buffer (0.19.2; fixed
     upstream by pull request 5077): all after the first padding would be written with their
     neighbours' values.
     """
@@ -100,8 +106,7 @@ def _places_without_padding(buffer: Buffer) -> Iterator[None]:
 
 
 def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Gives torch's Adam its state tensors before the first step, so that a checkpoint can be
-    loaded into them.
+    """Allocate the state of torch's Adam before the first step, so that a checkpoint can fill it.
 
     Fused Adam allocates its own.
     """
@@ -123,13 +128,14 @@ def load(
     saved: Recipe,
     recipe: Recipe,
 ) -> None:
-    """Loads the state of a run of recipe `saved` beside the weights of `chunks`, which must be
-    loaded. Collective.
+    """Load the state saved by a run of recipe `saved`. Collective.
 
-    Types of the state may differ: it is written in fp32 whatever they are.
+    The weights of `chunks` must be loaded before. Types of the state may differ: it is saved in
+    fp32 whatever they are.
 
-    CheckpointError, on all ranks, unless the weights that a distributed optimizer keeps round to
-    those of the model.
+    Raises:
+        CheckpointError: on all ranks, if a distributed optimizer's weights do not round to the
+            model's.
     """
     shares = list(_shares(optimizer, chunks))
     kept = [share.model.clone() if share.is_written_to else share.model for share in shares]
@@ -154,7 +160,7 @@ def load(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Share:
-    """What one rank keeps of a parameter for a distributed optimizer."""
+    """One rank's shard of a parameter in a distributed optimizer."""
 
     name: str
     index: int  # of the parameter in the optimizer's state
@@ -165,26 +171,26 @@ class _Share:
 
     @property
     def main(self) -> torch.Tensor:
-        """Weights in fp32, which are made now where the optimizer keeps them otherwise."""
+        """fp32 weights, computed on access where the optimizer stores them otherwise."""
         states = self.optimizer._get_main_param_and_optimizer_states(self.parameter)
         return states["param"].detach()
 
     @property
     def is_written_to(self) -> bool:
-        """Whether loading the optimizer's weights writes the model's."""
+        """True if loading the optimizer's weights overwrites the model's."""
         return self.model.dtype == torch.float32 or keeps_remainders(self.optimizer)
 
     def is_in(self, state: dict[str, Any]) -> bool:
-        """Whether a gathered `state` has the share's weights, by those at its ends."""
+        """Tell whether a gathered `state` has the shard's weights, comparing both ends."""
         gathered = state["param_state"][self.index]["param"].data.flatten()[self.place]
         return torch.equal(_ends(gathered), _ends(self.main).to(gathered.device))
 
 
 def _agree(main: torch.Tensor, weights: torch.Tensor, *, rough: bool) -> bool:
-    """Whether `weights` are `main` in their type; `rough`: main weights have been in fp16, and may
-    now round to a neighbour.
+    """Tell whether `weights` are `main` rounded to their type.
 
-    torch rounds halves to even, Transformer Engine's remainders away from zero.
+    torch rounds halves to even, Transformer Engine's remainders away from zero. `rough`: main
+    weights have been in fp16, and may now round to a neighbour.
     """
     nearest = main.to(weights.dtype)
     if torch.equal(nearest, weights):
@@ -205,8 +211,10 @@ def _ends(values: torch.Tensor) -> torch.Tensor:
 def _shares(
     optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]
 ) -> Iterator[_Share]:
-    """This rank's shares; none of a replicated optimizer, and none on a stage that trains
-    nothing."""
+    """Yield this rank's shards.
+
+    A replicated optimizer has none, nor has a stage that trains nothing.
+    """
     names = {p: name for chunk in chunks for name, p in chunk.module.named_parameters()}
     parts = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
     assert len(parts) <= 1, "one optimizer has all parameters"
@@ -230,7 +238,7 @@ def _shares(
 
 
 def _refuse(names: list[str], reason: str) -> None:
-    """CheckpointError on all ranks if any has names. Collective."""
+    """Raise CheckpointError on all ranks if any has names. Collective."""
     of_ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(of_ranks, names)
     if found := sorted({name for names in of_ranks for name in names}):
@@ -240,12 +248,11 @@ def _refuse(names: list[str], reason: str) -> None:
 def _load(
     optimizer: MegatronOptimizer, state: dict[str, Any], *, saved: Recipe, recipe: Recipe
 ) -> None:
-    """Loads an optimizer's state of a run of recipe `saved`; rates and Adam's constants are those
-    of `recipe`.
+    """Load an optimizer's state, with the learning rates and Adam's constants of `recipe`.
 
-    megatron-core knows groups of parameters by their rates, so those in the state become those of
-    now before. It gives one `step` tensor to all parameters of torch's Adam, which would then count
-    once for each.
+    megatron-core identifies parameter groups by their rates, so those in the state are replaced
+    first. It gives one `step` tensor to all parameters of torch's Adam, which would then count once
+    for each.
     """
     rates = dict(zip(_rates(saved), _rates(recipe), strict=True))
     for group in _saved_groups(state):
@@ -261,14 +268,14 @@ def _load(
 
 
 def _rates(recipe: Recipe) -> list[tuple[float, float]]:
-    """Highest and lowest rate of all kinds of groups, in an order that does not depend on their
+    """Return highest and lowest rate of each kind of group, in an order independent of their
     values."""
     others = [(rate["max_lr"], rate["min_lr"]) for rate in vision_rates(recipe).values()]
     return [(recipe.optimizer.lr, recipe.optimizer.min_lr), *others]
 
 
 def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
-    """The groups of parameters in an optimizer's state, which may hold those of several."""
+    """Yield the parameter groups in the state of one or several optimizers."""
     if isinstance(state, dict):
         yield from state.get("param_groups", [])
         for value in state.values():
@@ -280,19 +287,18 @@ def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
 
 
 def _of_kind(optimizer: MegatronOptimizer, kind: Any) -> list[Any]:
-    """The optimizers of a kind that megatron-core has wrapped."""
+    """Return the optimizers of a kind that megatron-core has wrapped."""
     inner = [part.optimizer for part in _parts(optimizer)]
     return [part for part in inner if isinstance(part, kind)]
 
 
 def _own_fields(hybrid: HybridDeviceOptimizer) -> set[str]:
-    """Fields of its groups that say where and by whom they are updated; other optimizers have none
-    of them."""
+    """Return the group fields that only a hybrid optimizer has: device and inner optimizer."""
     return hybrid.defaults.keys() - {"lr", "weight_decay", "betas", "eps", "bias_correction"}
 
 
 def _leave_out(names: set[str], state: Any) -> None:
-    """Removes fields from all groups of parameters in an optimizer's state."""
+    """Remove fields from all parameter groups in an optimizer's state."""
     for group in _saved_groups(state):
         for name in names & group.keys():
             del group[name]

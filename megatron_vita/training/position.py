@@ -1,5 +1,4 @@
-"""Where a run stands, as its newest checkpoint says, held against the recipe and the plan of
-now."""
+"""Position of a run by its newest checkpoint, checked against the current recipe and plan."""
 
 from collections.abc import Iterator
 from operator import attrgetter
@@ -24,7 +23,7 @@ FIXED = (
 
 
 class Position(NamedTuple):
-    """Steps done and packs consumed; `digest` is of those packs, empty where none is known."""
+    """Steps done and packs consumed; `digest` identifies those packs, empty if unknown."""
 
     step: int = 0
     consumed_packs: int = 0
@@ -33,7 +32,8 @@ class Position(NamedTuple):
 
 
 def find_position(recipe: Recipe) -> Position:
-    """Where the newest checkpoint of `checkpoint.save` stands; the start if there is none."""
+    """Return the position of the newest checkpoint in `checkpoint.save`; the start if there is
+    none."""
     newest = store.latest_checkpoint(recipe.checkpoint.save) if recipe.checkpoint.save else None
     if newest is None:
         return Position()
@@ -44,8 +44,11 @@ def find_position(recipe: Recipe) -> Position:
 
 
 def check_plan(plan: PackPlan, recipe: Recipe, position: Position) -> None:
-    """ConfigError if a plan is too short for the steps that are left; CheckpointError if its packs
-    up to the position are not those that the run has consumed.
+    """Check that a plan fits a run's position.
+
+    Raises:
+        ConfigError: the plan is too short for the remaining steps.
+        CheckpointError: its packs up to the position are not those that the run has consumed.
     """
     training = recipe.training
     consumed = position.consumed_packs
@@ -67,9 +70,10 @@ def check_plan(plan: PackPlan, recipe: Recipe, position: Position) -> None:
 
 
 def check_parts(saved: Recipe, now: Recipe) -> None:
-    """CheckpointError if other parts are trained than in the run to be resumed, or the vision
-    tower's rates relate otherwise to the rest, or the optimizer's state is kept otherwise: its
-    groups of parameters would be others.
+    """Check the fields that determine the optimizer's parameter groups and state layout (FIXED).
+
+    Raises:
+        CheckpointError: one differs from the saved run.
     """
     for field in FIXED:
         then, value = (attrgetter(field)(recipe) for recipe in (saved, now))
@@ -81,8 +85,7 @@ def check_parts(saved: Recipe, now: Recipe) -> None:
 
 
 def changed_fields(then: Any, now: Any, field: str = "") -> Iterator[str]:
-    """A phrase for each field of a recipe that differs between `then` and `now`, both as plain
-    values."""
+    """Yield a phrase for each field that differs between two recipes, both as plain values."""
     if isinstance(then, dict) and isinstance(now, dict):
         for name in now:
             yield from changed_fields(

@@ -1,4 +1,4 @@
-"""A run's parts and its position, from a recipe; saving and resuming them."""
+"""State of a training run, built from a recipe; saving and resuming it."""
 
 import dataclasses
 import logging
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """Everything that a training run holds on this rank, and where it stands."""
+    """All objects of a training run on this rank, and its position."""
 
     recipe: Recipe
     chunks: list[DistributedDataParallel]  # this rank's, one but for interleaved pipelines
@@ -89,12 +89,12 @@ class Run:
 
     @property
     def cores(self) -> list[VitaModel]:
-        """The chunks without their data-parallel wrapping."""
+        """The model chunks without their data-parallel wrappers."""
         return [chunk.module for chunk in self.chunks]
 
     @property
     def core(self) -> VitaModel:
-        """The one chunk of a rank without interleaving."""
+        """The only chunk of a rank without interleaving."""
         (core,) = self.cores
         return core
 
@@ -105,14 +105,16 @@ class Run:
 
     @property
     def ledger_folder(self) -> Path | None:
-        """Where damaged samples are noted: beside the checkpoints."""
+        """Folder of the ledgers of damaged samples, beside the checkpoints; None without any."""
         if self.recipe.checkpoint.save:
             return Path(self.recipe.checkpoint.save) / "damaged"
         return None
 
     def read_damage(self) -> list[Damage]:
-        """The plan's damaged samples that are noted there, in the checkpoint taken up, or by this
-        rank; each once."""
+        """Return the plan's damaged samples from all ledgers, each once.
+
+        Ledgers are those on disk, of the resumed checkpoint, and of this rank.
+        """
         noted = read_ledgers(self.ledger_folder) if self.ledger_folder else []
         events = dict.fromkeys([*self.ledger.events(), *noted])
         return merge_damage(
@@ -131,8 +133,7 @@ class Run:
 
 
 def open_run(recipe: Recipe) -> Run:
-    """Builds all parts and takes up the latest checkpoint, or the weights that the recipe starts
-    from. Collective."""
+    """Build a run and load the latest checkpoint or the initial weights. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
     matmul_rate = _slowest_matmul()  # while the device is empty
     optimizer_state.check_state_can_be_saved(recipe)
@@ -163,14 +164,15 @@ def _checkpoints(recipe: Recipe) -> int:
 
 
 def _slowest_matmul() -> float:
-    """FLOP/s of large matrix products on the slowest device. Collective."""
+    """Measure FLOP/s of large matrix products on the slowest device. Collective."""
     rate = torch.tensor(platform.measure_matmul(), dtype=torch.float64, device=platform.device())
     dist.all_reduce(rate, op=dist.ReduceOp.MIN)
     return rate.item()
 
 
 def assemble_run(recipe: Recipe) -> Run:
-    """The parts of a run that need no data, with first weights. Groups must be initialized."""
+    """Build the parts of a run that need no data, with initial weights. Groups must be
+    initialized."""
     recipe = choose_levers(recipe)
     check_optimizer(recipe)
     models = build_chunks(recipe)
@@ -189,7 +191,7 @@ def assemble_run(recipe: Recipe) -> Run:
 
 
 def save_run(run: Run) -> Path:
-    """Writes the run's state to `checkpoint.save`. Collective."""
+    """Save the run's state to `checkpoint.save`, and return the checkpoint. Collective."""
     settle_weights(run)
     return store.save_checkpoint(
         run.recipe.checkpoint.save,
@@ -214,7 +216,7 @@ def _manifest(run: Run) -> dict[str, Any]:
 
 
 def settle_weights(run: Run) -> None:
-    """Waits for updated weights that are still being gathered beside the next forward pass.
+    """Wait for updated weights that are still being gathered for the next forward pass.
     Collective."""
     if run.recipe.parallel.overlap_param_gather:
         for chunk in run.chunks:
@@ -229,8 +231,8 @@ def _state(run: Run, *, loading: bool) -> dict[str, Any]:
 
 
 def take_up(run: Run) -> None:
-    """Resumes from the latest checkpoint of this run, or takes the weights that the recipe starts
-    from. Collective."""
+    """Resume from the latest checkpoint, or load the weights that the recipe starts from.
+    Collective."""
     settings = run.recipe.checkpoint
     newest = store.latest_checkpoint(settings.save) if settings.save else None
     if newest is not None:

@@ -32,7 +32,11 @@ from megatron_vita.training.run import Run
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
-    """Takes this rank's packs of one global batch, updates the weights, and reports. Collective."""
+    """Run one step: forward and backward of a global batch, update, metrics. Collective.
+
+    Raises:
+        VitaError: loss or gradient norm is not finite.
+    """
     started = time.perf_counter()
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
@@ -62,8 +66,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
 
 @torch.no_grad()
 def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> StepMetrics:
-    """Loss of this rank's `num_microbatches` held-out packs and those of all other replicas.
-    Collective."""
+    """Compute the loss of `num_microbatches` held-out packs of every replica. Collective."""
     started = time.perf_counter()
     losses = LossSums(run.validation_sources)
     work = Work(run=run, meter=Meter(), losses=losses)
@@ -77,7 +80,7 @@ def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> St
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A run, and where the packs of one step or validation are measured."""
+    """A run, and the sums that measure the packs of one step or validation."""
 
     run: Run
     meter: Meter
@@ -85,7 +88,7 @@ class Work:
     hooks: Hooks | None = None  # called with the losses of each pack
 
     def next_of(self, batches: Iterator[Batch]) -> Batch:
-        """The next pack; the time waited for it is measured."""
+        """Return the next pack, and measure the time waited for it."""
         with self.meter.timing(DATA_SECONDS):
             return next(batches)
 
@@ -110,7 +113,7 @@ def _run_schedule(
 
 
 def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[Tensor, Any]:
-    """One pack through this stage; returns its output and the function that sums the losses."""
+    """Run one pack through this stage; return its output and the function that sums the losses."""
     batch = work.next_of(batches)
     if model.module.post_process:
         count_batch(work.meter, batch, work.run.recipe)
@@ -133,7 +136,7 @@ def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[T
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
-    """Tiles [n, 3, S, S] uint8, normalised in the model's precision on its device."""
+    """Normalize tiles [n, 3, S, S] uint8, in the model's precision on its device."""
     dtype = torch.bfloat16 if run.recipe.training.bf16 else torch.float32
     pixels = to_device(tiles, platform.device())
     return normalize(pixels, run.recipe.media.normalization, dtype=dtype)
@@ -142,8 +145,9 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
 def sum_losses(
     losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, work: Work
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Sum of the losses [L], each times its weight, and their number, by which megatron-core
-    divides that of the whole global batch.
+    """Return the weighted sum of the losses [L], and their number.
+
+    megatron-core divides the sum over the global batch by the number over it.
     """
     losses = losses * (to_device(scale, losses.device) if isinstance(scale, Tensor) else scale)
     work.losses.add(losses, batch=batch, pack=pack)

@@ -1,4 +1,4 @@
-"""A run that is told to stop before its end: it finishes the step, saves, and says so."""
+"""Stop signals: a run that receives one finishes its step, saves, and ends."""
 
 import os
 import signal
@@ -14,8 +14,10 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 
 class StopRequest:
-    """Hears SIGTERM, which launchers and schedulers send, SIGUSR1, and SIGINT (Ctrl-C), while it is
-    entered. Another one later kills; a second Ctrl-C does so at once."""
+    """Handler of SIGTERM, which launchers and schedulers send, SIGUSR1 and SIGINT (Ctrl-C).
+
+    Active while entered. A later second signal kills; a second Ctrl-C does so at once.
+    """
 
     def __init__(self) -> None:
         self.heard = ""  # the first signal's name

@@ -1,4 +1,4 @@
-"""A recipe's training and held-out packs, and which replica takes which of a step's."""
+"""Training and held-out packs of a recipe, and their division among replicas."""
 
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import variable_cost
@@ -14,12 +14,17 @@ from megatron_vita.training.position import check_plan, find_position
 def open_streams(
     recipe: Recipe, *, tile_share: tuple[int, int] | None, replicas: int
 ) -> tuple[PackStream, PackStream | None]:
-    """Training packs, and held-out ones where the recipe validates; `tile_share` as `PackStream`
-    takes it.
+    """Open the training packs, and the held-out ones if the recipe validates.
 
-    ConfigError if the tokenizer does not fit the model or a plan is too short; CheckpointError if
-    the run to be resumed has consumed other packs than the plan has; DataError as `open_split`
-    raises it.
+    Args:
+        recipe: a checked recipe.
+        tile_share: tile rank and number of tile ranks, for `PackStream`.
+        replicas: data-parallel replicas.
+
+    Raises:
+        ConfigError: the tokenizer does not fit the model, or a plan is too short.
+        CheckpointError: the run to be resumed has consumed other packs than the plan's.
+        DataError: as `open_split`.
     """
     tokenizer = open_tokenizer(recipe)
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=tile_share)
@@ -38,7 +43,7 @@ def open_streams(
 
 
 def packs_of_validation(recipe: Recipe, held_out: int, *, replicas: int) -> int:
-    """How many of the held-out packs each replica takes in a validation."""
+    """Return the number of held-out packs that each replica takes in a validation."""
     wanted = recipe.training.eval_iters * recipe.training.global_batch_size
     count = min(wanted, held_out) // replicas
     if recipe.parallel.virtual_size is not None:
@@ -47,8 +52,7 @@ def packs_of_validation(recipe: Recipe, held_out: int, *, replicas: int) -> int:
 
 
 def pack_costs(recipe: Recipe, plan: PackPlan, *, first: int) -> list[int]:
-    """What each pack of a step costs beyond what all cost, by `variable_cost`; `first` is the
-    step's first pack."""
+    """Return the `variable_cost` of each pack of the step whose first pack is `first`."""
     packs = range(first, first + recipe.training.global_batch_size)
     return [
         variable_cost(recipe, plan.lengths_of(pack), tiles=plan.tiles_of(pack)) for pack in packs
@@ -58,7 +62,6 @@ def pack_costs(recipe: Recipe, plan: PackPlan, *, first: int) -> list[int]:
 def packs_of_replicas(
     recipe: Recipe, plan: PackPlan, *, first: int, replicas: int
 ) -> list[list[int]]:
-    """The packs of a step that each replica takes, of nearly equal cost; `first` is the step's
-    first pack."""
-    assignments = assign_packs(pack_costs(recipe, plan, first=first), replicas)
-    return [[first + pack for pack in assigned] for assigned in assignments]
+    """Divide a step's packs among the replicas, at nearly equal cost; `first` is its first pack."""
+    hands = deal_packs(pack_costs(recipe, plan, first=first), replicas)
+    return [[first + pack for pack in hand] for hand in hands]

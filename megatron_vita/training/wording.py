@@ -1,4 +1,4 @@
-"""Recipes in words, for logs and dry runs."""
+"""Text descriptions of recipes, for logs and dry runs."""
 
 from dataclasses import fields
 
@@ -19,7 +19,7 @@ NOT_LEVERS = {
 
 
 def describe_layout(recipe: Recipe, *, world_size: int) -> str:
-    """Sizes and kinds of parallelism in one line."""
+    """Format sizes and kinds of parallelism in one line."""
     parallel = recipe.parallel
     data_parallel = world_size // parallel.replica_size
     parts = [
@@ -38,7 +38,7 @@ def describe_layout(recipe: Recipe, *, world_size: int) -> str:
 
 
 def describe_levers(recipe: Recipe) -> str:
-    """The fields that trade time or precision for memory where they differ from their defaults."""
+    """Format the fields that trade time or precision for memory and differ from their defaults."""
     default = Recipe()
     changed = []
     for group, others in NOT_LEVERS.items():
@@ -54,7 +54,7 @@ def describe_levers(recipe: Recipe) -> str:
 
 
 def count(number: int) -> str:
-    """A number of parameters for reading: 1.54 B, 304.01 M."""
+    """Format a number of parameters: 1.54 B, 304.01 M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"

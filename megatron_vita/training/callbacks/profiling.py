@@ -1,4 +1,4 @@
-"""A trace of some steps by torch's profiler, and on CUDA a snapshot of the allocator's memory.
+"""Trace of some steps by torch's profiler, and on CUDA a snapshot of the allocator's memory.
 
 Open the trace in Perfetto or chrome://tracing, the snapshot at https://pytorch.org/memory_viz.
 """
@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class ProfileCallback(Callback):
-    """Records the steps `profile_step_start` to `profile_step_end` on the ranks `profile_ranks`.
+    """Profiling of the steps `profile_step_start` to `profile_step_end` on the ranks
+    `profile_ranks`.
 
-    A run that fails in between still writes what there is.
+    A run that fails in between still writes what was recorded.
     """
 
     def __init__(self, training: TrainingConfig) -> None:
@@ -34,7 +35,7 @@ class ProfileCallback(Callback):
         self._profiler: profile | None = None
 
     def before_step(self, run: Run) -> None:
-        """Begin with the first step of the range, or the first that a resumed run has of it."""
+        """Start with the first step of the range, or the first that a resumed run has of it."""
         wanted = self.first <= run.step + 1 <= self.last
         if not (self.records and wanted) or self._profiler is not None:
             return
@@ -46,7 +47,7 @@ class ProfileCallback(Callback):
         self._profiler.start()
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """End with the last."""
+        """Stop after the last step of the range."""
         if run.step >= self.last:
             self._write()
 
