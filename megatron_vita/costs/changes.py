@@ -43,6 +43,7 @@ def as_overrides(changes: Changes) -> str:
 
 
 def _plain(value: Any) -> str:
+    # As YAML, which overrides are read as, spells booleans and lists.
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):

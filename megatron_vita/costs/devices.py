@@ -48,9 +48,10 @@ class Device:
         points = self.attention.get(backend) or self.attention["te"]
         shorter = [point for point in points if point[0] <= length]
         longer = [point for point in points if point[0] > length]
-        if not shorter or not longer:
-            _, forward, backward = longer[0] if longer else shorter[-1]
-            return forward, backward
+        if not shorter:
+            return longer[0][1:]
+        if not longer:
+            return shorter[-1][1:]
         low = shorter[-1]
         high = longer[0]
         share = math.log(length / low[0]) / math.log(high[0] / low[0])

@@ -28,7 +28,7 @@ LEVERS = (
     "training.recompute_vision_method",
     "training.vision_tiles_at_once",
 )
-"""Fields that are chosen. `activation_offload_gib` is obeyed."""
+"""Fields that are chosen. `activation_offload_gib` is a limit, and stays as given."""
 NO_LEVERS: Changes = {
     "training.fit_memory": False,
     "training.recompute_granularity": "none",
@@ -40,25 +40,25 @@ NO_LEVERS: Changes = {
     "training.activation_offload_fraction": 0.0,
     "training.activation_offload_gib": 0.0,
 }
-"""Layers of the language model that keep everything."""
+"""Settings with which layers of the language model keep everything."""
 LEAN: Changes = {
     "optimizer.use_precision_aware_optimizer": True,
     "optimizer.exp_avg_dtype": "bf16",
     "optimizer.exp_avg_sq_dtype": "bf16",
     "optimizer.store_param_remainders": True,
 }
-"""12 bytes a parameter in place of 18."""
+"""Settings with which a parameter takes 12 bytes instead of 18."""
 LEANEST: Changes = LEAN | {
     "optimizer.main_grads_dtype": "bf16",
     "optimizer.reduce_scatter_with_fp32_accumulation": True,
 }
-"""10 bytes a parameter."""
+"""Settings with which a parameter takes 10 bytes."""
 CHUNKS = (131072, 65536, 32768, 16384, 8192)
-"""Tokens of an MLP's piece; fewer leave matrix units idle."""
+"""Sizes of an MLP's piece in tokens, largest first; smaller ones would leave matrix units idle."""
 TILES_AT_ONCE = 8
-"""Tiles of a turn where a tower goes through again from pixels, at the most."""
+"""Most tiles encoded at a time where a tower is recomputed from pixels."""
 MARGIN = 0.03
-"""Share of the device that is left free: estimates are within 5 %, most within 2."""
+"""Fraction of the device that is left free: estimates are within 5 %, most within 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Room:
 
     device: int
     host: int
-    pinned: int = 0  # of the host, for activations; 0: all of it
+    pinned: int = 0  # part of `host` that activations may take; 0: all of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +125,7 @@ def fit_memory(
 
     def cost(candidate: Recipe) -> tuple[float, int]:
         time = step_time(candidate, rates, data_parallel=data_parallel, load=load)
+        # Differences below 0.1 ms are noise: of equally fast candidates, the one that pins less.
         return round(time.total, 4), search.need(candidate).host
 
     return min(fitting, key=cost)
@@ -164,15 +165,17 @@ class _Search:
     def candidates(self) -> Iterator[Recipe]:
         """Yield, for each way of recomputing the tower, the best of each way of recomputing
         layers."""
-        if not self._fits({}, at_least=True):
+        # Most layouts that are too large are so with any levers: they cost one estimate.
+        if not self.need(smallest(self.recipe)).fits_device(self.room):
             return
         for vision in _vision_choices(self.recipe):
             yield from self._of_layers(vision)
 
     def _of_layers(self, vision: Changes) -> Iterator[Recipe]:
+        # Everything kept: whatever recomputes more is slower.
         if self._fits(NO_LEVERS | vision):
             yield change(self.recipe, NO_LEVERS | vision)
-            return  # whatever recomputes more is slower
+            return
         if self._fits(_mlp(self.recipe) | vision):
             yield change(self.recipe, _mlp(self.recipe) | vision)
         count = _count(self.recipe)
@@ -180,7 +183,9 @@ class _Search:
             number = self._least_recomputed(vision, offload=offload)
             if number is not None:
                 yield change(self.recipe, self._some(number, offload) | vision)
-        # All layers recomputed: as many as fit keep attention, sending as few as must be.
+        # All layers recomputed: as many as fit keep attention, and as few as possible are
+        # offloaded. Memory grows with each layer that keeps attention, so bisection finds the
+        # number.
         without = _first(0, count, lambda n: self._least_sent(vision, kept=count - n) is not None)
         if without is not None:
             found = self._least_sent(vision, kept=count - without)
@@ -197,6 +202,8 @@ class _Search:
         def fits(number: int) -> bool:
             return self._fits(self._some(number, offload) | vision, device_alone=True)
 
+        # More layers recomputed take less of the device, but more of the host where offloaded: the
+        # device alone decides the number, the host whether it will do.
         number = _first(1, _count(self.recipe), fits)
         if number is None or not self._fits(self._some(number, offload) | vision):
             return None
@@ -205,7 +212,9 @@ class _Search:
     def _some(self, number: int, offload: bool) -> Changes:
         """Return changes that recompute the first `number` layers except attention, and no
         others."""
-        sent = number if offload else 0
+        sent = 0
+        if offload:
+            sent = number
         return _layers(self.recipe, number=number, kept=number, sent=sent)
 
     def _least_sent(self, vision: Changes, *, kept: int) -> Changes | None:
@@ -224,13 +233,9 @@ class _Search:
             return None
         return choice(sent)
 
-    def _fits(
-        self, changes: Changes, *, device_alone: bool = False, at_least: bool = False
-    ) -> bool:
-        candidate = smallest(self.recipe) if at_least else change(self.recipe, changes)
-        need = self.need(candidate)
-        alone = device_alone or at_least
-        if alone:
+    def _fits(self, changes: Changes, *, device_alone: bool = False) -> bool:
+        need = self.need(change(self.recipe, changes))
+        if device_alone:
             return need.fits_device(self.room)
         return need.fits(self.room)
 
@@ -250,15 +255,24 @@ def _layers(recipe: Recipe, *, kept: int, sent: int, number: int = 0) -> Changes
     The last `kept` of those keep attention's output, the first `sent` are offloaded to the host.
     """
     recomputed = number or _count(recipe)
-    plan = LayerPlan(kept="input_and_attention" if kept else "input")
-    # `layer_memory` rounds up: half a layer less gives the same number for any rounding.
-    share = round(max(sent - 0.5, 0) / recomputed, 4) if sent < recomputed else 1.0
+    plan = LayerPlan(kept="input")
+    if kept:
+        plan = LayerPlan(kept="input_and_attention")
+    fraction = 1.0
+    if sent < recomputed:
+        # `layer_memory` rounds up: half a layer less gives the same number for any rounding.
+        fraction = round(max(sent - 0.5, 0) / recomputed, 4)
+    # "All layers" has a value of its own, which stays right for stages with fewer layers.
+    if kept == recomputed:
+        kept = -1
+    if recomputed == _count(recipe):
+        recomputed = 0
     return NO_LEVERS | {
         "training.recompute_granularity": "full",
-        "training.recompute_num_layers": 0 if recomputed == _count(recipe) else recomputed,
-        "training.recompute_keep_attention_layers": -1 if kept == recomputed else kept,
+        "training.recompute_num_layers": recomputed,
+        "training.recompute_keep_attention_layers": kept,
         "training.mlp_chunk_tokens": _chunk(recipe, plan),
-        "training.activation_offload_fraction": share,
+        "training.activation_offload_fraction": fraction,
     }
 
 
@@ -272,12 +286,13 @@ def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
     tokens = recipe.data.seq_length // recipe.parallel.context_parallel_size
     if tensors.mlp_working(plan) <= most:
         return 0
+    # The largest piece that needs no more than attention does; the smallest if none does.
     for chunk in CHUNKS:
+        if chunk >= tokens:
+            continue  # one piece, which was tried above
         pieces = ceil_div(tokens, chunk)
         if tensors.mlp_working(LayerPlan(kept=plan.kept, pieces=pieces)) <= most:
-            if pieces > 1:
-                return chunk
-            return 0
+            return chunk
     if tokens > CHUNKS[-1]:
         return CHUNKS[-1]
     return 0
@@ -306,6 +321,8 @@ def _count(recipe: Recipe) -> int:
 
 def _telling_stages(recipe: Recipe) -> list[int]:
     """Return the stages of which one needs most memory: the first two and the last."""
+    # The first encodes tiles, the last scores rows; of those between, the earliest holds the
+    # activations of most packs in flight.
     last = recipe.parallel.pipeline_model_parallel_size - 1
     return sorted({0, min(1, last), last})
 

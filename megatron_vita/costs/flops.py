@@ -40,7 +40,9 @@ def projector_flops(model: ModelConfig) -> int:
     """Count the FLOPs of the projector for one tile."""
     vision = model.vision
     language = model.language
-    hidden = language.hidden_size if model.projector.kind == "internvl" else vision.hidden_size
+    hidden = vision.hidden_size
+    if model.projector.kind == "internvl":
+        hidden = language.hidden_size
     return 2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
 
 
@@ -63,6 +65,7 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
 
     Attention inside its documents of `lengths` tokens, and its tiles; forward and backward.
     """
+    # Padding inside a document is attended to as well, and so counts here.
     alignment = recipe.data.document_alignment
     padded = round_up(np.asarray(lengths, dtype=np.int64), alignment)
     of_square, of_tile = cost_weights(recipe)
@@ -72,29 +75,46 @@ def variable_cost(recipe: Recipe, lengths: Sequence[int] | np.ndarray, *, tiles:
 def cost_weights(recipe: Recipe) -> tuple[int, int]:
     """Return the coefficients of `variable_cost`: FLOPs by squared padded length, and by tile."""
     attention, vision = forward_weights(recipe)
-    passes = 1 if recipe.training.freeze_vision_model else 3  # a frozen tower has no backward
-    return 3 * attention // recipe.parallel.pipeline_model_parallel_size, passes * vision
+    # All tiles are encoded on the first stage, which runs a part of the layers.
+    of_tile = _passes(frozen=recipe.training.freeze_vision_model) * vision
+    return 3 * attention // recipe.parallel.pipeline_model_parallel_size, of_tile
+
+
+def _passes(*, frozen: bool) -> int:
+    """Return a part's FLOPs over those of its forward, where nothing before it is trained."""
+    if frozen:
+        return 1
+    return 3
 
 
 def forward_weights(recipe: Recipe) -> tuple[int, int]:
     """Return the coefficients of the forward pass over all stages, which depend on the model
     alone."""
-    # Joined documents are one segment of the same length in all packs.
-    attention = attention_flops(recipe.model.language, [1]) if recipe.data.isolate_documents else 0
-    return attention, 0 if recipe.model.text_only else tile_flops(recipe.model)
+    attention = 0
+    vision = 0
+    # Joined documents are one segment of the same length in all packs: a constant cost.
+    if recipe.data.isolate_documents:
+        attention = attention_flops(recipe.model.language, [1])
+    if not recipe.model.text_only:
+        vision = tile_flops(recipe.model)
+    return attention, vision
 
 
 def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int) -> int:
     """Count a pack's model FLOPs, forward, without padding of documents or pack."""
     language = recipe.model.language
-    segments = lengths if recipe.data.isolate_documents else [sum(lengths)]
-    vision = 0 if recipe.model.text_only else tiles * tile_flops(recipe.model)
-    return (
-        linear_flops(language, sum(lengths))
-        + attention_flops(language, segments)
-        + output_flops(language, rows)
-        + vision
-    )
+    flops = linear_flops(language, sum(lengths)) + output_flops(language, rows)
+    flops += attention_flops(language, _segments(recipe, lengths))
+    if not recipe.model.text_only:
+        flops += tiles * tile_flops(recipe.model)
+    return flops
+
+
+def _segments(recipe: Recipe, lengths: Sequence[int]) -> Sequence[int]:
+    """Return the lengths inside which a recipe's attention stays."""
+    if recipe.data.isolate_documents:
+        return lengths
+    return [sum(lengths)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +142,20 @@ def training_flops(
     """
     language = recipe.model.language
     training = recipe.training
-    segments = lengths if recipe.data.isolate_documents else [sum(lengths)]
-    passes = 2 if training.freeze_language_model else 3
+    # Gradients go through a frozen language model to what is before it.
+    passes = 3
+    if training.freeze_language_model:
+        passes = 2
     vision = 0
     if not recipe.model.text_only:
-        tower = 1 if training.freeze_vision_model else 3
-        frozen_projector = 1 if training.freeze_vision_model else 2
-        joint = frozen_projector if training.freeze_projector else 3
+        tower = _passes(frozen=training.freeze_vision_model)
+        joint = 3
+        if training.freeze_projector:
+            joint = 1 if training.freeze_vision_model else 2
         vision = tower * tower_flops(recipe.model.vision) + joint * projector_flops(recipe.model)
     return TrainingFlops(
         linear=passes * linear_flops(language, sum(lengths)),
-        attention=3 * attention_flops(language, segments),
+        attention=3 * attention_flops(language, _segments(recipe, lengths)),
         output=passes * output_flops(language, rows),
         vision=tiles * vision,
     )

@@ -15,10 +15,10 @@ TRAINER = int(3.5 * GIB)
 """Python, torch, and what CUDA and NCCL hold on the host: 2.8 to 3.9 GiB a rank in the steps of
 benchmarks/results/2026-11-28-training.md."""
 LOADER_PROCESS = 300 << 20
-"""163 MB before it reads, and 94 to 112 beside the tiles of a pack: the table of a million tokens in
-benchmarks/results/2026-11-25-loader.md."""
+"""163 MB before it reads, and 94 to 112 beside the tiles of a pack: the table of a million tokens
+in benchmarks/results/2026-11-25-loader.md."""
 PACKS_FINISHED = 2
-"""The pack that is in use, and the one that `FinalBatches` holds ready."""
+"""The pack in use, and the one that `FinalBatches` holds ready."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,9 @@ class HostMemory:
 
 def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) -> HostMemory:
     """Estimate host memory for a rank of pipeline stage `stage`, for packs like `load`."""
-    saves = bool(recipe.checkpoint.save)
+    saving = 0
+    if recipe.checkpoint.save:
+        saving = saving_memory(recipe, stage, data_parallel=data_parallel)
     trained = stage_parameters(recipe, stage).trainable(recipe)
     buffers = offload_buffers(recipe, stage, data_parallel=data_parallel)
     shards = optimizer_shards(recipe, data_parallel)
@@ -53,7 +55,7 @@ def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
         loader=_loader(recipe, stage, load.tiles),
         activations=sum(size * count for size, count in buffers.items()),
         optimizer=int(trained * optimizer_bytes(recipe).host) // shards,
-        saving=saving_memory(recipe, stage, data_parallel=data_parallel) if saves else 0,
+        saving=saving,
     )
 
 
@@ -68,10 +70,11 @@ def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     parameters = stage_parameters(recipe, stage)
     sharded = parallel.use_distributed_optimizer
     state = parameters.trainable(recipe) * written_state_bytes(recipe)
-    share = (state + parameters.total * value_bytes(recipe)) // (
-        data_parallel * parallel.context_parallel_size
-    )
-    return (state if sharded else 0) + share
+    ranks = data_parallel * parallel.context_parallel_size
+    written = (state + parameters.total * value_bytes(recipe)) // ranks
+    if sharded:
+        return state + written
+    return written
 
 
 def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
@@ -84,5 +87,7 @@ def _loader(recipe: Recipe, stage: int, tiles: int) -> int:
     processes = data.num_workers * LOADER_PROCESS
     if stage > 0 or recipe.model.text_only:
         return processes
-    packs = PACKS_FINISHED + (data.prefetch if data.num_workers else 0)
+    packs = PACKS_FINISHED
+    if data.num_workers:
+        packs += data.prefetch
     return processes + packs * tiles_of_rank(recipe, tiles) * 3 * vision.image_size**2

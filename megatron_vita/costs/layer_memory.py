@@ -100,7 +100,9 @@ class LayerTensors:
         Its offloaded tensors are back by then, and those of the layer `before` arrive beside the
         backward of attention.
         """
-        coming = 0 if before is None else self.sent(before)
+        coming = 0
+        if before is not None:
+            coming = self.sent(before)
         return self.sent(plan) + max(
             self.mlp_working(plan), self.attention_working(plan.kept) + coming
         )
@@ -116,7 +118,9 @@ class LayerTensors:
             "input_and_attention": 2 * self.hidden,
             "input": self.attention_kept - self.hidden + self.hidden,
         }[plan.kept]
-        inside = self.mlp_kept + self.hidden if plan.kept != "everything" else 0
+        inside = 0
+        if plan.kept != "everything":
+            inside = self.mlp_kept + self.hidden
         # In fc2 the gradient of its result gathered, the product's gradient and the weights'; in
         # SwiGLU (the product is gone) the gradients of gate and up; in fc1 (gate and up are gone
         # too) its input and its input's gradient, both gathered, and the weights'.
@@ -126,7 +130,9 @@ class LayerTensors:
             (2 * self.gathered - self.mlp) // plan.pieces + 3 * self.weight,
         )
         # Gradients of three matrices are summed over pieces in fp32.
-        sums = 2 * 3 * self.weight if plan.pieces > 1 else 0
+        sums = 0
+        if plan.pieces > 1:
+            sums = 2 * 3 * self.weight
         return before + inside // plan.pieces + self.hidden + gradients + sums
 
     def attention_working(self, what: Kept) -> int:
@@ -160,19 +166,33 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
     heads = language.num_attention_heads // tp
     query = heads * language.kv_channels
     keys = 2 * language.query_groups_of_rank(tp) * language.kv_channels
-    if language.num_query_groups < tp:  # values are a view of all ranks' queries, keys and values
+    # With fewer key heads than ranks, megatron-core gathers the joint projection over TP: values
+    # are a view of all ranks' queries, keys and values, which they keep alive.
+    if language.num_query_groups < tp:
         keys = (language.num_attention_heads + 2 * language.num_query_groups) * language.kv_channels
     mlp = language.ffn_hidden_size // tp
-    normed = query + keys // 2 if language.qk_layernorm else 0  # inputs of the heads' norms
+    # Norms of heads keep their inputs, beside the rotated results that attention keeps.
+    normed = 0
+    if language.qk_layernorm:
+        normed = query + keys // 2
     frozen = recipe.training.freeze_language_model
+    hidden = whole
+    gathered = 0
+    if parallel.sequence_parallel:
+        hidden = whole // tp
+        gathered = whole
+    # Gradients of frozen weights are not made.
+    weight = 0
+    if not frozen:
+        weight = mlp * language.hidden_size * size
     return LayerTensors(
-        hidden=whole // tp if parallel.sequence_parallel else whole,
-        gathered=whole if parallel.sequence_parallel else 0,
+        hidden=hidden,
+        gathered=gathered,
         query=tokens * query * size,
         keys=tokens * (keys + normed) * size,
         log_sums=tokens * heads * 4,
         mlp=tokens * mlp * size,
-        weight=0 if frozen else mlp * language.hidden_size * size,
+        weight=weight,
         context=_context_buffers(recipe, keys_of_slice=tokens * keys * size),
         frozen=frozen,
     )
@@ -186,17 +206,23 @@ def plan_layers(recipe: Recipe, count: int) -> list[LayerPlan]:
     training = recipe.training
     parallel = recipe.parallel
     selective = training.recompute_granularity == "selective"
+    # `core_attn` among the modules saves nothing: fused attention keeps no scores.
     otherwise: Kept = "everything"
     if selective and "mlp" in training.recompute_modules:
-        otherwise = "all_but_mlp"  # fused attention has nothing that core_attn could drop
-    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    rows = recipe.data.seq_length // parallel.context_parallel_size // ranks
+        otherwise = "all_but_mlp"
+    rows = recipe.data.seq_length // parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        rows //= parallel.tensor_model_parallel_size
     plans = []
     for memory in layer_memory(recipe, count):
         kept: Kept = otherwise
-        if memory.recompute:
-            kept = "input_and_attention" if memory.keep_attention else "input"
-        pieces = ceil_div(rows, memory.mlp_rows) if memory.mlp_rows and kept != "everything" else 1
+        if memory.keep_attention:
+            kept = "input_and_attention"
+        elif memory.recompute:
+            kept = "input"
+        pieces = 1
+        if memory.mlp_rows and kept != "everything":
+            pieces = ceil_div(rows, memory.mlp_rows)
         plans.append(LayerPlan(kept=kept, pieces=pieces, offload=memory.offload))
     return plans
 
@@ -209,5 +235,8 @@ def _context_buffers(recipe: Recipe, *, keys_of_slice: int) -> int:
     cp = recipe.parallel.context_parallel_size
     if cp == 1:
         return 0
+    # fa4 gathers keys and values whatever the type of communication.
     ring = recipe.parallel.cp_comm_type == "p2p" and recipe.parallel.attention_backend != "fa4"
-    return keys_of_slice * (4 if ring else 2 * cp)
+    if ring:
+        return keys_of_slice * 4
+    return keys_of_slice * 2 * cp

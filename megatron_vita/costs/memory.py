@@ -25,10 +25,10 @@ from megatron_vita.rounding import ceil_div
 
 GIB = 1 << 30
 LIBRARIES = 3 * GIB
-"""CUDA's context and kernels, NCCL's buffers, libraries' workspaces: 2 to 4 GiB were seen."""
+"""CUDA's context and kernels, NCCL's buffers, libraries' workspaces: 2 to 4 GiB were measured."""
 FRAGMENTATION = 0.035
-"""Share of the peak that torch's allocator reserves and cannot use: 0.8 to 3.8 % in the steps of
-benchmarks/results/2026-11-28-training.md."""
+"""Fraction of the peak that torch's allocator reserves and cannot use: 0.8 to 3.8 % in the steps
+of benchmarks/results/2026-11-28-training.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class PackLoad:
     """Content of a pack, as far as costs depend on it."""
 
     tiles: int
-    rows: int  # that are scored
-    # tokens of its documents; empty: one document as long as the pack
+    rows: int  # loss tokens
+    # Tokens of its documents; empty: one document as long as the pack.
     lengths: tuple[int, ...] = field(default=())
 
 
@@ -130,11 +130,13 @@ def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) 
     parameters = stage_parameters(recipe, stage)
     chunk, working = _chunk_of_layers(recipe, stage, tensors)
     encodes = stage == 0 and not recipe.model.text_only
-    tower = vision_kept(recipe, load.tiles) if encodes else 0
+    tower = 0
+    if encodes:
+        tower = vision_kept(recipe, load.tiles)
 
     def held(first_chunk_extra: int) -> int:
         count = parallel.virtual_pipeline_model_parallel_size
-        # each stage also keeps its output until backward, unless the output layer takes it at once
+        # A stage also keeps its output until backward, unless the output layer consumes it at once.
         chunks = [chunk + tensors.hidden] * count
         chunks[0] += first_chunk_extra
         return most_kept(recipe, stage, data_parallel=data_parallel, chunks=chunks)
@@ -147,14 +149,16 @@ def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) 
     if stage == parallel.pipeline_model_parallel_size - 1:
         temporary = _output_working(recipe, load.rows, tensors, parameters)
         yield Moment(name="output", activations=activations, vision=vision, temporary=temporary)
-    # The layers of the pack that is encoded, or goes backward through the tower, are empty.
+    # While a pack is encoded, or goes backward through the tower, its layers keep nothing.
     others = max(activations - (chunk + tensors.hidden), 0)
     if encodes:
         temporary = vision_working(recipe, load.tiles) + 2 * tensors.hidden
         yield Moment(name="vision", activations=others, vision=vision, temporary=temporary)
     if stage == 0:
         # The word embedding's gradient in the weights' precision, before it is added to fp32 sums.
-        embedding = 0 if recipe.training.freeze_language_model else parameters.embedding
+        embedding = 0
+        if not recipe.training.freeze_language_model:
+            embedding = parameters.embedding
         temporary = embedding * value_bytes(recipe) + tensors.hidden + tensors.gathered
         yield Moment(name="embedding", activations=others, vision=vision, temporary=temporary)
 
@@ -168,18 +172,20 @@ def _chunk_of_layers(recipe: Recipe, stage: int, tensors: LayerTensors) -> tuple
     count = layers // parallel.virtual_pipeline_model_parallel_size
     if training.recompute_granularity == "full" and training.recompute_method == "uniform":
         group = training.recompute_num_layers or 1
-        # The whole group is brought back before its last layer goes backward.
+        # The whole group is recomputed before its last layer goes backward.
         others = (group - 1) * tensors.kept("everything")
         return ceil_div(count, group) * tensors.hidden, others + tensors.working(
             LayerPlan(kept="input")
         )
-    # From the last layer to the first: what later layers kept is gone.
+    # In the order of the backward pass: what later layers kept is freed before earlier ones run.
     working = 0
     kept = 0
     plans = plan_layers(recipe, count)
     of_layer = functools.cache(tensors.working)  # most layers are alike
     for i, plan in reversed(list(enumerate(plans))):
-        before = plans[i - 1] if i > 0 else None
+        before = None
+        if i > 0:
+            before = plans[i - 1]
         working = max(working, of_layer(plan, before=before) - kept)
         kept += tensors.kept(plan.kept) - tensors.sent(plan)
     return kept, working
@@ -200,7 +206,7 @@ def _output_working(
     columns = ceil_div(language.vocab_size, tp)
     if recipe.model.output.full_logits:
         tokens = recipe.data.seq_length // cp
-        # logits, then in fp32: themselves, a masked copy, and the softmax that backward needs
+        # Logits, and in fp32 the same, a masked copy, and the softmax that backward needs.
         return 2 * tensors.hidden + tensors.gathered + tokens * columns * (size + 3 * 4)
     mine = ceil_div(rows, cp)
     logits = min(recipe.model.output.chunk_mib << 20, mine * columns * size)

@@ -17,7 +17,9 @@ def offload_buffers(recipe: Recipe, stage: int, *, data_parallel: int) -> Counte
     rows = recipe.data.seq_length // parallel.context_parallel_size
     tp = parallel.tensor_model_parallel_size
     size = value_bytes(recipe)
-    share = rows // tp if parallel.sequence_parallel else rows
+    rows_of_rank = rows
+    if parallel.sequence_parallel:
+        rows_of_rank = rows // tp
     chunks = parallel.virtual_pipeline_model_parallel_size
     layers = parallel.layers_of_stages(language.num_layers)[stage] // chunks
     offloaded = [memory for memory in layer_memory(recipe, layers) if memory.offload]
@@ -25,7 +27,8 @@ def offload_buffers(recipe: Recipe, stage: int, *, data_parallel: int) -> Counte
     def count(kept: list[LayerMemory]) -> int:
         return most_kept(recipe, stage, data_parallel=data_parallel, chunks=[len(kept)] * chunks)
 
-    buffers = Counter({share * language.hidden_size * size: count(offloaded)})
+    buffers = Counter({rows_of_rank * language.hidden_size * size: count(offloaded)})
     heads = language.num_attention_heads // tp * language.kv_channels
+    # Added: both may have the same size, and then share buffers.
     buffers[rows * heads * size] += count([m for m in offloaded if m.keep_attention])
     return +buffers

@@ -35,16 +35,21 @@ def optimizer_bytes(recipe: Recipe) -> OptimizerBytes:
     bf16 = recipe.training.bf16
     gradient = _BYTES[optimizer.main_grads_dtype]
     if not optimizer.use_precision_aware_optimizer:
-        # two moments in fp32, and fp32 weights beside bf16 ones
-        return OptimizerBytes(gradient=gradient, state=12 if bf16 else 8, temporary=0, host=0)
+        state = 8  # two moments in fp32
+        if bf16:
+            state += 4  # fp32 weights beside the model's
+        return OptimizerBytes(gradient=gradient, state=state, temporary=0, host=0)
     if optimizer.optimizer_cpu_offload:
         return _offloaded(optimizer, gradient)
     types = [optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype]
-    remainders = optimizer.store_param_remainders
-    weights = 2 if remainders else _BYTES[optimizer.main_params_dtype]
+    weights = _BYTES[optimizer.main_params_dtype]
+    if optimizer.store_param_remainders:
+        weights = 2  # the lower half of each; the upper half is the model's own
     # Transformer Engine's kernel takes moments that are both in fp32 or both in bf16, and weights
     # in fp32; all others are copied to fp32 at once.
-    copied = [] if types == ["bf16", "bf16"] else [kind for kind in types if kind != "fp32"]
+    copied = []
+    if types != ["bf16", "bf16"]:
+        copied = [kind for kind in types if kind != "fp32"]
     if optimizer.main_params_dtype != "fp32":
         copied.append(optimizer.main_params_dtype)
     return OptimizerBytes(
@@ -62,10 +67,12 @@ def _offloaded(optimizer: OptimizerConfig, gradient: int) -> OptimizerBytes:
     the pinned bf16 copy that its weights came from. fp32 gradients on the device are the model's
     own.
     """
-    share = optimizer.optimizer_offload_fraction
-    on_device = 12 if gradient == 4 else 16
+    offloaded = optimizer.optimizer_offload_fraction
+    on_device = 12
+    if gradient != 4:
+        on_device += 4  # an fp32 copy of the gradient, which the model does not have
     return OptimizerBytes(
-        gradient=gradient, state=(1 - share) * on_device, temporary=0, host=share * 18
+        gradient=gradient, state=(1 - offloaded) * on_device, temporary=0, host=offloaded * 18
     )
 
 

@@ -8,7 +8,7 @@ from megatron_vita.costs.memory import GIB
 from megatron_vita.errors import ConfigError
 
 HOST_GIB_A_RANK = 125
-"""Host memory of a rank where none is named."""
+"""Default host memory per rank."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,36 +22,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     dry.add_argument(
         "--suggest",
         action="store_true",
-        help="list the fastest layouts of the recipe for the devices named, with the levers that fit them",
+        help="list the recipe's fastest layouts for the given devices, with memory levers that fit",
     )
     dry.add_argument(
         "--world-size",
         "--gpus",
         type=int,
         default=0,
-        help="ranks of the run; one replica if not given",
+        help="ranks of the run; default: those of one replica",
     )
     known = ", ".join(device.name for device in DEVICES)
     dry.add_argument(
         "--device",
         default="",
-        help=f"GPU of the run, whose rates predict the time of a step: {known}; this machine's if it has one",
+        help=f"GPU of the run, to predict the step time: {known}; default: this machine's, if any",
     )
-    dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks of a node")
+    dry.add_argument("--ranks-per-node", type=int, default=8, help="ranks per node")
     dry.add_argument(
         "--device-memory-gib",
         type=float,
         default=0,
-        help="memory of a GPU, if not that of --device; a run estimated to need more is refused",
+        help="memory of a GPU; default: that of --device. A run estimated to need more is refused",
     )
     dry.add_argument(
         "--host-memory-gib",
         type=float,
         default=0,
-        help=f"memory of a node for a run's processes and offloaded activations; {HOST_GIB_A_RANK} a rank if not given",
+        help=(
+            "memory of a node for the run's processes and offloaded activations; default: "
+            f"{HOST_GIB_A_RANK} GiB per rank"
+        ),
     )
     dry.add_argument(
-        "--without-data", action="store_true", help="leave the plan and its packs unread"
+        "--without-data", action="store_true", help="do not read the plan or any packs"
     )
 
 
@@ -65,21 +68,27 @@ def chosen_device(options: argparse.Namespace, *, here: str = "") -> Device | No
     if options.device and device is None:
         known = ", ".join(device.name for device in DEVICES)
         raise ConfigError(
-            f"--device {options.device}: its rates are not known; known: {known}. --device-memory-gib "
-            "alone checks memory"
+            f"--device {options.device}: its rates are not known; known: {known}. "
+            "--device-memory-gib alone checks memory"
         )
     return device
 
 
 def likely_device(options: argparse.Namespace, *, here: str = "") -> Device:
     """Return the device that the options name, or else the one whose memory they give."""
-    large = options.device_memory_gib > H100.memory_gib + 10
-    return chosen_device(options, here=here) or (H200 if large else H100)
+    chosen = chosen_device(options, here=here)
+    if chosen is not None:
+        return chosen
+    if options.device_memory_gib > H100.memory_gib + 10:
+        return H200
+    return H100
 
 
 def chosen_room(options: argparse.Namespace, device: Device | None, *, here: int = 0) -> Room:
     """Return a rank's memory by the options, else the device's, else `here` in bytes; 0 if
     unknown."""
-    of_device = options.device_memory_gib or (device.memory_gib if device else 0)
+    of_device = options.device_memory_gib
+    if not of_device and device is not None:
+        of_device = device.memory_gib
     node = options.host_memory_gib or HOST_GIB_A_RANK * options.ranks_per_node
     return Room(device=int(of_device * GIB) or here, host=int(node * GIB / options.ranks_per_node))

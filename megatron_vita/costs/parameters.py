@@ -22,8 +22,12 @@ def language_layer(language: LanguageConfig) -> LayerShape:
     width = language.hidden_size
     heads = language.num_attention_heads * language.kv_channels
     inner = heads + 2 * language.num_query_groups * language.kv_channels
-    attention = inner * width + heads * width + (inner if language.add_qkv_bias else 0)
-    norms = 2 * width + (2 * language.kv_channels if language.qk_layernorm else 0)
+    attention = inner * width + heads * width
+    if language.add_qkv_bias:
+        attention += inner
+    norms = 2 * width
+    if language.qk_layernorm:
+        norms += 2 * language.kv_channels
     return LayerShape(split=attention + 3 * language.ffn_hidden_size * width, whole=norms)
 
 
@@ -34,27 +38,43 @@ def vision_tower(vision: VisionConfig) -> LayerShape:
     """
     width = vision.hidden_size
     ffn = vision.ffn_hidden_size
-    norm = width * (2 if vision.normalization == "LayerNorm" else 1)
-    scales = 2 * width if vision.layer_scale else 0
-    split = 4 * width * width + 2 * ffn * width + ffn
-    split += (3 * width if vision.add_qkv_bias else 0) + (2 * width if vision.qk_layernorm else 0)
+    norm = width
+    if vision.normalization == "LayerNorm":
+        norm *= 2  # RMSNorm has no bias
+    split = _tower_attention(vision, width) + 2 * ffn * width + ffn
+    whole = 2 * norm + 2 * width  # with the biases after the sums over TP
+    if vision.layer_scale:
+        whole += 2 * width
     embeddings = 3 * vision.patch_size**2 * width + vision.tokens * width
-    embeddings += width * (vision.patch_bias + vision.class_token) + norm * (
-        vision.pre_norm + vision.post_norm
-    )
-    return LayerShape(
-        split=vision.num_layers * split,
-        whole=vision.num_layers * (2 * norm + scales + 2 * width) + embeddings,
-    )
+    for has, count in (
+        (vision.patch_bias, width),
+        (vision.class_token, width),
+        (vision.pre_norm, norm),
+        (vision.post_norm, norm),
+    ):
+        if has:
+            embeddings += count
+    return LayerShape(split=vision.num_layers * split, whole=vision.num_layers * whole + embeddings)
+
+
+def _tower_attention(vision: VisionConfig, inner: int) -> int:
+    """Count a tower layer's attention parameters, for heads of `inner` channels in all."""
+    count = 4 * vision.hidden_size * inner
+    if vision.add_qkv_bias:
+        count += 3 * inner
+    if vision.qk_layernorm:
+        count += 2 * inner
+    return count
 
 
 def projector(model: ModelConfig) -> int:
     """Count the projector's parameters, all on every rank of the first stage."""
     joined = 4 * model.vision.hidden_size
     wide = model.language.hidden_size
-    biased = model.projector.kind == "internvl"
-    hidden = wide if biased else model.vision.hidden_size
-    return 2 * joined + joined * hidden + hidden * wide + (hidden + wide if biased else 0)
+    if model.projector.kind == "internvl":
+        return 2 * joined + (joined + 1) * wide + (wide + 1) * wide
+    hidden = model.vision.hidden_size
+    return 2 * joined + joined * hidden + hidden * wide
 
 
 def word_embedding(language: LanguageConfig) -> int:
@@ -88,9 +108,14 @@ class StageParameters:
     def trainable(self, recipe: Recipe) -> int:
         """Count the parameters that the recipe does not freeze."""
         training = recipe.training
-        vision = 0 if training.freeze_vision_model else self.vision
-        joint = 0 if training.freeze_projector else self.projector
-        return vision + joint + (0 if training.freeze_language_model else self.language)
+        count = 0
+        if not training.freeze_vision_model:
+            count += self.vision
+        if not training.freeze_projector:
+            count += self.projector
+        if not training.freeze_language_model:
+            count += self.language
+        return count
 
 
 def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
@@ -103,17 +128,20 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
     layers = parallel.layers_of_stages(model.language.num_layers)[stage]
     first = stage == 0
     last = stage == stages - 1
-    encodes = first and not model.text_only
     vocabulary = ceil_div(model.language.vocab_size, tp) * model.language.hidden_size
     tied = not model.language.untie_embeddings_and_output_weights
-    return StageParameters(
-        vision=_vision(recipe) if encodes else 0,
-        projector=projector(model) if encodes else 0,
-        embedding=vocabulary if first else 0,
-        layers=layers * (layer.split // tp + layer.whole)
-        + (model.language.hidden_size if last else 0),
-        output=vocabulary if last and not (first and tied) else 0,
-    )
+    parts = {"layers": layers * (layer.split // tp + layer.whole)}
+    if first and not model.text_only:
+        parts["vision"] = _vision(recipe)
+        parts["projector"] = projector(model)
+    if first:
+        parts["embedding"] = vocabulary
+    if last:
+        parts["layers"] += model.language.hidden_size  # the final norm
+        # Tied weights are one tensor on a single stage, and two copies on different ones.
+        if not (first and tied):
+            parts["output"] = vocabulary
+    return StageParameters(**parts)
 
 
 def _vision(recipe: Recipe) -> int:
@@ -125,12 +153,7 @@ def _vision(recipe: Recipe) -> int:
         return tower.split + tower.whole
     width = vision.hidden_size
     heads = vision.num_attention_heads
-    mine = ceil_div(heads, tp) * (width // heads)
-    attention = (
-        4 * width * mine
-        + (3 * mine if vision.add_qkv_bias else 0)
-        + (2 * mine if vision.qk_layernorm else 0)
-    )
+    attention = _tower_attention(vision, ceil_div(heads, tp) * (width // heads))
     mlp = (2 * width + 1) * vision.ffn_hidden_size // tp
     return vision.num_layers * (attention + mlp) + tower.whole
 
@@ -151,10 +174,10 @@ def _whole_parts(model: ModelConfig) -> StageParameters:
     tower = vision_tower(model.vision)
     vocabulary = word_embedding(model.language)
     layers = model.language.num_layers * (layer.split + layer.whole) + model.language.hidden_size
-    return StageParameters(
-        vision=0 if model.text_only else tower.split + tower.whole,
-        projector=0 if model.text_only else projector(model),
-        embedding=vocabulary,
-        layers=layers,
-        output=vocabulary if model.language.untie_embeddings_and_output_weights else 0,
-    )
+    parts = {"embedding": vocabulary, "layers": layers}
+    if not model.text_only:
+        parts["vision"] = tower.split + tower.whole
+        parts["projector"] = projector(model)
+    if model.language.untie_embeddings_and_output_weights:
+        parts["output"] = vocabulary
+    return StageParameters(**parts)

@@ -15,8 +15,8 @@ class Prediction:
     """Costs of the fullest rank and the slowest stage, for packs that are all alike."""
 
     peak_gib: float  # torch's `max_memory_allocated` from the second step on
-    device_gib: float  # with what its allocator and libraries hold beside
-    host_gib: float  # of one rank, with a checkpoint being written where the recipe saves any
+    device_gib: float  # including allocator overhead and libraries
+    host_gib: float  # of one rank, while it writes a checkpoint if the recipe saves any
     flops: float  # model FLOPs of a step, over all ranks
     tokens: int  # positions of a step, over all ranks
     ranks: int

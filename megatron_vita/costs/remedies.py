@@ -43,11 +43,13 @@ def find_remedies(
     """
     found = []
     for changes in _changes(recipe):
+        # A size that divides neither heads nor ranks is no remedy.
         try:
             changed = change(recipe, changes | NO_LEVERS)
             replicas = changed.data_parallel_size(world_size)
         except ConfigError:
             continue
+        # The least change of the optimizer that fits is enough.
         for candidate in (changed, *leaner_optimizers(changed)):
             fitted = fit_memory(candidate, room, data_parallel=replicas, device=device)
             if fitted is not None:
@@ -66,8 +68,10 @@ def name_remedies(remedies: list[Remedy], *, timed: bool) -> str:
         return "more devices for each replica, or a smaller data.seq_length"
     parts = []
     for remedy in remedies[:NAMED]:
-        seconds = f" ({remedy.seconds:.3g} s a step)" if timed else ""
-        parts.append(as_overrides(remedy.changes) + seconds)
+        text = as_overrides(remedy.changes)
+        if timed:
+            text += f" ({remedy.seconds:.3g} s a step)"
+        parts.append(text)
     return ", or ".join(parts)
 
 
@@ -81,6 +85,8 @@ def _changes(recipe: Recipe) -> Iterator[Changes]:
         name = f"{kind}_parallel_size"
         size = 2 * getattr(recipe.parallel, name)
         wider = sharded | {f"parallel.{name}": size}
+        # Tensor parallelism saves activations only with sequence parallelism; a pipeline needs the
+        # packs of a step to divide by its stages.
         if kind == "tensor_model":
             wider |= {"parallel.sequence_parallel": True}
         if kind == "pipeline_model":

@@ -22,6 +22,7 @@ def most_kept(recipe: Recipe, stage: int, *, data_parallel: int, chunks: Sequenc
     packs = recipe.training.global_batch_size // data_parallel
     forwards = _order(packs, chunks=len(chunks), group=stages)
     backwards = [len(chunks) - 1 - chunk for chunk in forwards]
+    # Forwards before the first backward: the later the stage, the sooner its backward comes.
     warm_up = stages - stage - 1
     if len(chunks) > 1:
         warm_up = 2 * warm_up + (len(chunks) - 1) * stages

@@ -1,5 +1,7 @@
 """Balance of pipeline stages, whose ends also run the vision tower and the output layer."""
 
+from collections.abc import Iterator
+
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import attention_flops, linear_flops, output_flops, tile_flops
 from megatron_vita.costs.memory import PackLoad
@@ -16,17 +18,17 @@ def stage_flops(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> list[i
 
 def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[int]) -> list[int]:
     language = recipe.model.language
-    segments = lengths if recipe.data.isolate_documents else [recipe.data.seq_length]
-    all_layers = linear_flops(language, recipe.data.seq_length) + attention_flops(
-        language, segments
-    )
+    segments = [recipe.data.seq_length]
+    if recipe.data.isolate_documents:
+        segments = lengths
+    all_layers = linear_flops(language, recipe.data.seq_length)
+    all_layers += attention_flops(language, segments)
     loads = [3 * all_layers * count // language.num_layers for count in counts]
     if not recipe.model.text_only:
-        loads[0] += (
-            load.tiles
-            * tile_flops(recipe.model)
-            * (1 if recipe.training.freeze_vision_model else 3)
-        )
+        passes = 3
+        if recipe.training.freeze_vision_model:
+            passes = 1
+        loads[0] += passes * load.tiles * tile_flops(recipe.model)
     loads[-1] += 3 * output_flops(language, load.rows)
     return loads
 
@@ -41,20 +43,24 @@ def even_ends(recipe: Recipe, load: PackLoad, *, lengths: list[int]) -> tuple[in
     now = recipe.parallel.layers_of_stages(total)
     best = max(_loads(recipe, load, lengths=lengths, counts=now))
     ends = (now[0], now[-1])
+    for counts in _uneven_counts(total, stages):
+        slowest = max(_loads(recipe, load, lengths=lengths, counts=counts))
+        if slowest < best:
+            best = slowest
+            ends = (counts[0], counts[-1])
+    return ends
+
+
+def _uneven_counts(total: int, stages: int) -> Iterator[list[int]]:
+    """Yield layers of each stage, with any numbers at the ends and equal ones between.
+
+    megatron-core has fields for the first and the last stage, and divides the rest evenly.
+    """
+    inner = stages - 2
     for first in range(1, total):
         for last in range(1, total - first + 1):
             between = total - first - last
-            if (between % (stages - 2) if stages > 2 else between) or (
-                stages > 2 and between < stages - 2
-            ):
-                continue
-            counts = [
-                first,
-                *([between // (stages - 2)] * (stages - 2) if stages > 2 else []),
-                last,
-            ]
-            slowest = max(_loads(recipe, load, lengths=lengths, counts=counts))
-            if slowest < best:
-                best = slowest
-                ends = (first, last)
-    return ends
+            if inner == 0 and between == 0:
+                yield [first, last]
+            elif inner > 0 and between >= inner and between % inner == 0:
+                yield [first, *[between // inner] * inner, last]

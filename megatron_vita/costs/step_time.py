@@ -28,9 +28,9 @@ RANKS_PER_NODE = 8
 BACKWARD_ATTENTION = 2.5
 """Products of attention's backward over those of its forward: 5 over 2."""
 WITHOUT_OUTPUT = 2 / 3
-"""Of an MLP's forward pass, without its last product: two of three matrices."""
+"""Fraction of an MLP's forward pass that is left without its last product: 2 of 3 matrices."""
 HOST_RATE = 50e9
-"""Bytes/s that a rank's share of the host's cores reads and writes in Adam; not measured."""
+"""Bytes/s that a rank's part of the host's cores reads and writes in Adam; not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,17 @@ def step_time(
     ranks_per_node: int = RANKS_PER_NODE,
 ) -> StepTime:
     """Estimate the step time for packs like `load`."""
-    alone = recipe.parallel.tensor_model_parallel_size == 1
-    matmul = device.matmul_alone if alone else device.matmul
+    # Measured: without the pauses of TP's collectives, matrix products are slower (see `devices`).
+    matmul = device.matmul
+    if recipe.parallel.tensor_model_parallel_size == 1:
+        matmul = device.matmul_alone
     machine = _Machine(device=device, ranks_per_node=ranks_per_node, matmul=matmul)
     stages = recipe.parallel.pipeline_model_parallel_size
     times = [_Stage(recipe, stage, load, machine).time() for stage in range(stages)]
     slowest = max(times, key=lambda parts: sum(parts.values()))
     packs = recipe.training.global_batch_size // data_parallel
+    # Each stage waits for the others once at the beginning and once at the end; interleaved chunks
+    # shorten both.
     waiting = (stages - 1) / recipe.parallel.virtual_pipeline_model_parallel_size
     steps = {name: packs * seconds for name, seconds in slowest.items()}
     return StepTime(
@@ -92,8 +96,9 @@ class _Machine:
 
         `spanned` consecutive ranks contain the group.
         """
-        inside = spanned <= self.ranks_per_node
-        return received / (self.device.link if inside else self.device.network)
+        if spanned <= self.ranks_per_node:
+            return received / self.device.link
+        return received / self.device.network
 
 
 class _Stage:
@@ -139,10 +144,15 @@ class _Stage:
         if plan.kept == "input_and_attention":
             return 1, 0, WITHOUT_OUTPUT
         selective = training.recompute_granularity == "selective"
-        core = selective and "core_attn" in training.recompute_modules
+        attention = 0
+        if selective and "core_attn" in training.recompute_modules:
+            attention = 1
         if plan.kept == "everything":
-            return 0, int(core), 0
-        return 0, int(core), WITHOUT_OUTPUT if plan.pieces > 1 else 1
+            return 0, attention, 0
+        # In pieces, the MLP is recomputed by our layer; whole, by megatron-core.
+        if plan.pieces > 1:
+            return 0, attention, WITHOUT_OUTPUT
+        return 0, attention, 1
 
     def _linear(self, plan: LayerPlan) -> float:
         """Return the seconds of linear maps: 2 FLOPs for each token and weight.
@@ -154,7 +164,9 @@ class _Stage:
         mlp = 3 * language.ffn_hidden_size * language.hidden_size
         projections = self.layer.split - mlp
         around, _, inside = self._repeats(plan)
-        backward = 2 if self.trained else 1
+        backward = 1
+        if self.trained:
+            backward = 2
         passes = projections * (1 + around + backward) + mlp * (1 + inside + backward)
         return 2 * tokens * passes / self.tp / self.machine.matmul
 
@@ -173,17 +185,21 @@ class _Stage:
         """
         language = self.recipe.model.language
         parallel = self.recipe.parallel
-        backend = "fa4" if parallel.attention_backend == "fa4" else "te"
-        ring = parallel.cp_comm_type == "p2p" and backend == "te"
+        # `auto` is not decided here, and `torch` has no rates: cuDNN's are the cautious guess.
+        backend = "te"
+        if parallel.attention_backend == "fa4":
+            backend = "fa4"
+        # A ring attends to one rank's keys at a time, in kernels as small as its slices.
+        pieces = 1
+        if parallel.cp_comm_type == "p2p" and backend == "te":
+            pieces = self.cp
         lengths = list(self.load.lengths) or [self.recipe.data.seq_length]
         if not self.recipe.data.isolate_documents:
             lengths = [sum(lengths)]
         once = 0.0
         back = 0.0
         for length, number in zip(*np.unique(lengths, return_counts=True), strict=True):
-            forward, backward = self.machine.device.attention_rates(
-                backend, int(length) // (self.cp if ring else 1)
-            )
+            forward, backward = self.machine.device.attention_rates(backend, int(length) // pieces)
             work = 2.0 * int(length) ** 2 * language.num_attention_heads * language.kv_channels
             work *= int(number) / self.tp / self.cp
             once += work / forward
@@ -232,7 +248,9 @@ class _Stage:
         around, attention, inside = self._repeats(plan)
         whole = t.gathered or t.hidden
         received = whole * (self.tp - 1) / self.tp
-        again = 1 if inside == WITHOUT_OUTPUT else 2 * inside
+        again = 2 * inside
+        if inside == WITHOUT_OUTPUT:
+            again = 1
         times = 4 + 2 * around + again + 6
         seconds = times * machine.collective(received, spanned=self.tp)
         parallel = self.recipe.parallel
@@ -249,6 +267,7 @@ class _Stage:
         stages = self.recipe.parallel.pipeline_model_parallel_size
         if stages == 1:
             return 0.0
+        # Stages are the outermost dimension of ranks: their messages are taken to cross nodes.
         spanned = self.machine.ranks_per_node + 1
         return 2 * self.machine.collective(self.tensors.hidden, spanned=spanned)
 
@@ -265,15 +284,23 @@ class _Stage:
         vision = recipe.model.vision
         training = recipe.training
         tiles = tiles_of_rank(recipe, self.load.tiles)
-        split = self.tp if recipe.parallel.vision_tensor_parallel else 1
+        split = 1
+        if recipe.parallel.vision_tensor_parallel:
+            split = self.tp
         attention = vision.num_layers * tower_attention_flops(vision) / split
         products = (tower_flops(vision) / split - attention) + projector_flops(recipe.model)
         stream = vision.num_layers * vision.tokens * vision.hidden_size * value_bytes(recipe)
-        again = int(training.recompute_vision)
-        backward = 0 if training.freeze_vision_model else 1
-        seconds = products * (1 + backward * (again + 2)) / self.machine.matmul
-        seconds += attention * (1 + backward * (again + BACKWARD_ATTENTION)) / device.tile_attention
-        seconds += 36 * stream * (1 + backward * (again + 2)) / device.bandwidth
+        # A frozen tower runs forward once; a trained one also backward, and forward again where it
+        # is recomputed.
+        passes = 1.0
+        attention_passes = 1.0
+        if not training.freeze_vision_model:
+            again = int(training.recompute_vision)
+            passes += again + 2
+            attention_passes += again + BACKWARD_ATTENTION
+        seconds = products * passes / self.machine.matmul
+        seconds += attention * attention_passes / device.tile_attention
+        seconds += 36 * stream * passes / device.bandwidth
         return tiles * seconds
 
     def _output(self) -> float:
@@ -307,15 +334,21 @@ def _optimizer(recipe: Recipe, stage: int, machine: _Machine, *, data_parallel: 
     adam = 2 * kinds.state + kinds.gradient + weight
     seconds = trained * (adam / shards + 4 * kinds.gradient) / device.bandwidth
     if kinds.host:
-        share = trained * recipe.optimizer.optimizer_offload_fraction / shards
-        seconds += share * (2 * kinds.host / HOST_RATE + (4 + weight) / device.host_copy)
+        offloaded = trained * recipe.optimizer.optimizer_offload_fraction / shards
+        seconds += offloaded * (2 * kinds.host / HOST_RATE + (4 + weight) / device.host_copy)
     ranks = data_parallel * parallel.context_parallel_size
     if ranks == 1:
         return seconds
     spanned = ranks * parallel.tensor_model_parallel_size
     moved = (ranks - 1) / ranks * trained
-    reduced = 0 if parallel.overlap_grad_reduce else kinds.gradient * moved
-    gathered = 0 if parallel.overlap_param_gather else weight * moved
+    # Overlapped communication runs beside backward and forward passes, and is not waited for.
+    reduced = 0.0
+    gathered = 0.0
+    if not parallel.overlap_grad_reduce:
+        reduced = kinds.gradient * moved
+    if not parallel.overlap_param_gather:
+        gathered = weight * moved
     if not parallel.use_distributed_optimizer:
-        gathered = reduced  # an all-reduce
+        # An all-reduce: gradients are gathered as they are scattered.
+        gathered = reduced
     return seconds + machine.collective(reduced + gathered, spanned=spanned)

@@ -73,8 +73,9 @@ def suggest(
     too_large = len(valid) - len(bounds)
     best: list[Suggestion] = []
     for seconds, layout in sorted(bounds, key=lambda bound: bound[0]):
+        # Sorted by a lower bound: none of the rest can be faster, whatever its levers.
         if len(best) >= SHOWN and seconds > _seconds(best[SHOWN - 1]):
-            break  # none of the rest can be faster, whatever its levers
+            break
         replicas = layout.data_parallel_size(world_size)
         fitted = fit_memory(layout, room, data_parallel=replicas, device=device)
         if fitted is None:
@@ -153,13 +154,16 @@ def _layouts(recipe: Recipe, world_size: int, ranks_per_node: int) -> Iterator[C
     for tp, cp, pp in itertools.product(sizes, sizes, sizes):
         if world_size % (tp * cp * pp) or tp > ranks_per_node or pp > layers:
             continue
-        exchanges = parallel.cp_comm_type == "a2a+p2p"
+        # The hierarchical scheme needs sizes of its own for every CP: a ring instead.
+        comm_type = parallel.cp_comm_type
+        if comm_type == "a2a+p2p":
+            comm_type = "p2p"
         yield {
             "parallel.tensor_model_parallel_size": tp,
             "parallel.context_parallel_size": cp,
             "parallel.pipeline_model_parallel_size": pp,
             "parallel.sequence_parallel": tp > 1,
-            "parallel.cp_comm_type": "p2p" if exchanges else parallel.cp_comm_type,
+            "parallel.cp_comm_type": comm_type,
             "parallel.hierarchical_context_parallel_sizes": [],
             "parallel.vision_tensor_parallel": parallel.vision_tensor_parallel and tp > 1,
             "parallel.virtual_pipeline_model_parallel_size": 1,

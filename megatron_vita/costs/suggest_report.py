@@ -17,8 +17,8 @@ def describe_suggestions(
     """Yield the lines of a table, the best layout as overrides, and the numbers of rejected
     layouts."""
     yield (
-        f"{world_size} x {device.name} with {room.device / GIB:.1f} GiB, {room.host / GIB:.0f} GiB of the "
-        "host for each; packs full of tiles, of one document; fastest first:"
+        f"{world_size} x {device.name} with {room.device / GIB:.1f} GiB, {room.host / GIB:.0f} GiB "
+        "of the host for each; packs full of tiles, of one document; fastest first:"
     )
     header = ("TP", "CP", "PP", "DP", "s a step", "tokens/s/GPU", "TFLOP/s/GPU")
     rows: list[tuple[str, ...]] = [(*header, "device GiB", "host GiB", "levers")]

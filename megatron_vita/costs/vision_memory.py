@@ -34,15 +34,16 @@ def vision_working(recipe: Recipe, tiles: int) -> int:
     """
     at_once = min(tiles_of_rank(recipe, tiles), recipe.training.vision_tiles_at_once)
     vision = recipe.model.vision
-    # gradients of the stream, of the scaled branch and of both sides of the MLP; in a forward
-    # without backward: the stream, the norm's output and both sides of the MLP
+    # Gradients of the stream, of the scaled branch and of both sides of the MLP; in a forward
+    # without backward: the stream, the norm's output and both sides of the MLP.
     values = 2 * vision.hidden_size + 2 * vision.ffn_hidden_size // _split(recipe)
     recomputed = 0
     sums = 0
     if _from_pixels(recipe):
+        # Weight gradients of one batch of tiles, and their fp32 sums over several.
         recomputed = _kept_of_tile(recipe, layer=_layer_kept(recipe))
         if at_once < tiles_of_rank(recipe, tiles):
-            sums = _trained(recipe) * 4  # gradients of weights over the turns, in fp32
+            sums = _trained(recipe) * 4
         sums += _trained(recipe) * value_bytes(recipe)
     elif recipe.training.recompute_vision and not recipe.training.freeze_vision_model:
         recomputed = vision.tokens * _layer_kept(recipe)
@@ -59,9 +60,12 @@ def _from_pixels(recipe: Recipe) -> bool:
 def _trained(recipe: Recipe) -> int:
     """Count the trained parameters of tower and projector on one rank."""
     parameters = stage_parameters(recipe, 0)
-    training = recipe.training
-    tower = 0 if training.freeze_vision_model else parameters.vision
-    return tower + (0 if training.freeze_projector else parameters.projector)
+    trained = 0
+    if not recipe.training.freeze_vision_model:
+        trained += parameters.vision
+    if not recipe.training.freeze_projector:
+        trained += parameters.projector
+    return trained
 
 
 def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
@@ -72,9 +76,10 @@ def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
     two.
     """
     model = recipe.model
-    wide = model.language.hidden_size
-    hidden = wide if model.projector.kind == "internvl" else model.vision.hidden_size
     vision = model.vision
+    hidden = vision.hidden_size
+    if model.projector.kind == "internvl":
+        hidden = model.language.hidden_size
     values = vision.image_token_length * (8 * vision.hidden_size + 2 * hidden)
     if recipe.training.freeze_vision_model:
         return values
@@ -91,7 +96,8 @@ def _layer_kept(recipe: Recipe) -> int:
     """
     vision: VisionConfig = recipe.model.vision
     inner = 4 * vision.hidden_size + 2 * vision.ffn_hidden_size
-    inner += 6 * vision.hidden_size if vision.qk_layernorm else 0
+    if vision.qk_layernorm:
+        inner += 6 * vision.hidden_size
     return 6 * vision.hidden_size + inner // _split(recipe)
 
 
