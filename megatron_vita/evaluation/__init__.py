@@ -1,2 +1,1 @@
-"""What a model can do: needles in haystacks of pages, held-out questions, adapters to public
-harnesses."""
+"""Evaluation of models: needle in a haystack, held-out questions, adapters to public harnesses."""

@@ -1,10 +1,11 @@
-"""python -m megatron_vita.evaluation: needles in haystacks of pages, and held-out questions."""
+"""Command line: python -m megatron_vita.evaluation, with needles in haystacks and held-out
+questions."""
 
 import hashlib
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,20 +15,27 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.answering import Answerer, EngineAnswerer, ServerAnswerer
 from megatron_vita.inference.client.client import ChatServer
 
+if TYPE_CHECKING:
+    from megatron_vita.evaluation.needle_run import Grid
+    from megatron_vita.evaluation.needles import Haystack
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Measure what a checkpoint, or a model behind --server URL, can do. A run that was cut short goes on.",
+    help=(
+        "Evaluate a checkpoint, or a model behind --server URL. An interrupted run continues with the "
+        "same command."
+    ),
 )
 
 Checkpoint = Annotated[
-    Path | None, typer.Argument(help="A checkpoint, or a folder of checkpoints: its newest.")
+    Path | None, typer.Argument(help="A checkpoint, or a folder of checkpoints (the newest).")
 ]
 Server = Annotated[str | None, typer.Option(help="Base URL of a server, instead of a checkpoint.")]
-Model = Annotated[str | None, typer.Option(help="Which of the server's models; its first.")]
+Model = Annotated[str | None, typer.Option(help="Model of the server; default: its first.")]
 Out = Annotated[
-    Path, typer.Option(help="Folder of results, and of those of an earlier run that is taken up.")
+    Path, typer.Option(help="Folder of results; those of an earlier run there are kept.")
 ]
 
 
@@ -45,7 +53,7 @@ def needle(
         int, typer.Option(min=1, help="Depths, evenly from the first page to the last.")
     ] = 11,
     needles: Annotated[int, typer.Option(min=1, help="Questions of each length and depth.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of codes, names, and places.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of codes, names and positions.")] = 0,
     text: Annotated[
         list[Path] | None, typer.Option(help="Text of the haystack (may be repeated).")
     ] = None,
@@ -56,69 +64,103 @@ def needle(
     font: Annotated[
         str, typer.Option(help="Font of even width: a family, or a file.")
     ] = "DejaVu Sans Mono",
-    font_size: Annotated[int, typer.Option(min=4, help="Pixels.")] = 16,
+    font_size: Annotated[int, typer.Option(min=4, help="Font size in pixels.")] = 16,
     shared: Annotated[
         bool, typer.Option("--shared", help="Needles of all depths in one haystack.")
     ] = False,
-    at_once: Annotated[int, typer.Option(min=1, help="Prompts under way at a time.")] = 1,
+    at_once: Annotated[int, typer.Option(min=1, help="Prompts in flight.")] = 1,
 ) -> None:
-    """Hide codes on pages of text, ask for them, and draw a heat map of what was found."""
-    from megatron_vita.evaluation.needle_run import Grid, run_needles
-    from megatron_vita.evaluation.needles import Haystack, count_tokens, pages_within
+    """Hide codes on pages of text, ask for them, and draw a heat map of the codes found."""
+    # Imported here: they load matplotlib, which --help and the other command do not need.
+    from megatron_vita.evaluation.needle_run import run_needles
+    from megatron_vita.evaluation.needles import Haystack
     from megatron_vita.evaluation.pages import Book, PageStyle, read_text
 
     style = PageStyle(size=page_size, font=font, font_size=font_size)
-    haystack = Haystack(
-        book=Book(read_text(text or ()), style=style), seed=seed, media=media, shared=shared
+    book = Book(read_text(text or ()), style=style)
+    haystack = Haystack(book=book, seed=seed, media=media, shared=shared)
+    counts, tokens = _haystack_lengths(pages, lengths, server=server)
+    answerer, name = _answerer(checkpoint, server=server, model=model, at_once=at_once)
+    grid = _grid(
+        answerer, haystack=haystack, counts=counts, tokens=tokens, depths=depths, needles=needles
     )
+    report = run_needles(answerer, haystack=haystack, grid=grid, folder=out, model=name)
+    typer.echo(
+        f"{report['right']} of {report['asked']} codes found; {out / 'report.md'}, "
+        f"{out / 'heat_map.png'}"
+    )
+
+
+def _haystack_lengths(
+    pages: str, lengths: str, *, server: str | None
+) -> tuple[list[int], list[int]]:
+    """Parse --pages and --lengths, of which exactly one must be given."""
     counts = [_number(word, "pages") for word in pages.split(",") if word]
     tokens = [_number(word, "lengths") for word in lengths.split(",") if word]
     if bool(counts) == bool(tokens):
-        raise ConfigError("either --pages or --lengths must say how long the haystacks are")
+        raise ConfigError("either --pages or --lengths must give the lengths of the haystacks")
     if tokens and server is not None:
         raise ConfigError(
-            "--lengths needs a checkpoint, whose recipe tells the tokens of a page: give --pages"
+            "--lengths needs a checkpoint, whose recipe gives the tokens of a page: use --pages"
         )
-    answerer, name = _answerer(checkpoint, server=server, model=model, at_once=at_once)
+    return counts, tokens
+
+
+def _grid(
+    answerer: Answerer,
+    *,
+    haystack: "Haystack",
+    counts: list[int],
+    tokens: list[int],
+    depths: int,
+    needles: int,
+) -> "Grid":
+    """Build the grid of questions, for haystacks of `counts` pages or of at most `tokens`."""
+    from megatron_vita.evaluation.needle_run import Grid
+    from megatron_vita.evaluation.needles import count_tokens, pages_within
+
     known: dict[int, int] = {}
+    # A server does not say how it encodes pages, so their tokens are known for an engine alone.
     if isinstance(answerer, EngineAnswerer):
         form = answerer.engine.form  # type: ignore[attr-defined]
-        counts += [pages_within(length, form=form, style=style, media=media) for length in tokens]
-        known = {
-            count: count_tokens(count, form=form, style=style, media=media) for count in counts
-        }
-    places = [index / (depths - 1) for index in range(depths)] if depths > 1 else [0.5]
-    grid = Grid(pages=sorted(set(counts)), depths=places, needles=needles, tokens=known)
-    report = run_needles(answerer, haystack=haystack, grid=grid, folder=out, model=name)
-    typer.echo(
-        f"{report['right']} of {report['asked']} codes found; {out / 'report.md'}, {out / 'heat_map.png'}"
-    )
+        style = haystack.book.style
+        media = haystack.media
+        for length in tokens:
+            counts.append(pages_within(length, form=form, style=style, media=media))
+        for count in counts:
+            known[count] = count_tokens(count, form=form, style=style, media=media)
+    places = [0.5]
+    if depths > 1:
+        places = [index / (depths - 1) for index in range(depths)]
+    return Grid(pages=sorted(set(counts)), depths=places, needles=needles, tokens=known)
 
 
 @app.command()
 def questions(
     samples: Annotated[
-        Path, typer.Argument(help="Chat JSONL; last assistant turns are the right answers.")
+        Path, typer.Argument(help="Chat JSONL; the last assistant turns are the references.")
     ],
     out: Out,
     checkpoint: Checkpoint = None,
     server: Server = None,
     model: Model = None,
     metric: Annotated[
-        str, typer.Option(help="exact, contains (both normalised) or letter (of an option).")
+        str, typer.Option(help="exact, contains (both normalized) or letter (of an option).")
     ] = "exact",
     group: Annotated[
-        str | None, typer.Option(help="Field of the samples by which answers are counted apart.")
+        str | None, typer.Option(help="Field of the samples to group scores by.")
     ] = None,
     media: Annotated[
-        Path | None, typer.Option(help="Where relative media paths begin; at the JSONL's folder.")
+        Path | None,
+        typer.Option(help="Folder of relative media paths; default: the JSONL's folder."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
-    at_once: Annotated[int, typer.Option(min=1, help="Prompts under way at a time.")] = 16,
+    at_once: Annotated[int, typer.Option(min=1, help="Prompts in flight.")] = 16,
 ) -> None:
     """Answer held-out questions and grade the answers."""
     from megatron_vita.evaluation.questions import read_questions, run_questions
 
+    # Questions first: a wrong sample must not cost the loading of a model.
     held_out = read_questions(samples, media=media or samples.parent, group=group)
     answerer, name = _answerer(checkpoint, server=server, model=model, at_once=at_once)
     settings = {"model": name, "samples": hashlib.sha256(samples.read_bytes()).hexdigest()[:16]}
@@ -138,7 +180,7 @@ def questions(
 def _answerer(
     checkpoint: Path | None, *, server: str | None, model: str | None, at_once: int
 ) -> tuple[Answerer, str]:
-    """Who answers, and its name in results."""
+    """Return the engine or server that answers, and its name in results."""
     if (checkpoint is None) == (server is None):
         raise ConfigError("either a checkpoint or a --server must answer")
     if server is not None:
@@ -153,7 +195,7 @@ def _answerer(
 
 
 def _number(word: str, option: str) -> int:
-    """A whole number, in which k stands for 1024 and m for 1024 x 1024."""
+    """Parse a whole number; k means 1024 and m 1024 x 1024."""
     found = re.fullmatch(r"([1-9]\d*)([km]?)", word.strip().lower())
     if found is None:
         raise ConfigError(
@@ -164,7 +206,8 @@ def _number(word: str, option: str) -> int:
 
 def main(arguments: list[str], *, name: str = "python -m megatron_vita.evaluation") -> int:
     """Run the command and return its exit code; a user's error is one line and 1."""
-    platform.set_up_logging(rank=1)  # warnings only: the bar has the terminal
+    # Warnings only, as of other ranks: the progress bar has the terminal.
+    platform.set_up_logging(rank=1)
     code = run_command(app, arguments, name=name)
     platform.leave_process()
     return code

@@ -1,4 +1,4 @@
-"""Who answers: an engine in this process, or a server by the chat completions protocol."""
+"""Answering of prompts by an engine in this process, or by a chat completions server."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,45 +15,51 @@ from megatron_vita.inference.requests import CompletionOutput, SamplingParams
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """An answer; or, where the prompt was refused, `error` says why and the text is empty."""
+    """An answer; for a refused prompt `error` holds the reason and the text is empty."""
 
     text: str = ""
-    prompt_tokens: int | None = None  # where whoever answers tells
+    prompt_tokens: int | None = None  # None where the answerer does not report them
     error: str = ""
 
 
 class Answerer(Protocol):
-    """Anything that answers prompts."""
+    """Interface of an engine or server that answers prompts."""
 
     def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
-        """A reply for each prompt, in order. Prompts are taken no earlier than they are needed."""
+        """Yield a reply for each prompt, in order. Prompts are not consumed before they are
+        needed."""
 
 
 class Generates(Protocol):
-    """What is asked of an engine."""
+    """The part of an engine's interface that is used here."""
 
     def generate(
         self, prompts: Sequence[Prompt], *, sampling: SamplingParams
     ) -> Sequence[CompletionOutput]:
-        """An answer for each prompt. DataError for a prompt that is wrong."""
+        """Return an answer for each prompt.
+
+        Raises:
+            DataError: a prompt is invalid.
+        """
 
 
 class EngineAnswerer:
-    """An engine that is given `at_once` prompts at a time."""
+    """An engine, given `at_once` prompts at a time."""
 
     def __init__(self, engine: Generates, *, at_once: int) -> None:
         self.engine = engine
         self.at_once = at_once
 
     def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
-        """See `Answerer`."""
+        """Implement `Answerer.answers`."""
         for batch in batched(prompts, self.at_once):
             try:
                 yield from [
                     _reply(answer) for answer in self.engine.generate(batch, sampling=sampling)
                 ]
             except DataError:
-                for prompt in batch:  # one of them is refused: which?
+                # The engine refuses a batch for one of its prompts: ask one by one to find it.
+                for prompt in batch:
                     yield self._answer(prompt, sampling)
 
     def _answer(self, prompt: Prompt, sampling: SamplingParams) -> Reply:
@@ -64,8 +70,12 @@ class EngineAnswerer:
 
 
 def _reply(answer: CompletionOutput) -> Reply:
-    """What an engine cannot finish (media that turn out to be damaged) is refused like what it does
-    not begin."""
+    """Convert an engine's answer.
+
+    A prompt that the engine cannot finish (media turn out to be damaged) counts as refused, like
+    one that it does not start.
+    """
+    # Logits that are not finite say that the model is broken: all further answers would be wrong.
     if answer.finish == "model_error":
         raise LogitsError(answer.error)
     if answer.finish == "error":
@@ -74,24 +84,31 @@ def _reply(answer: CompletionOutput) -> Reply:
 
 
 class ServerAnswerer:
-    """A server that is sent at most `at_once` requests at a time."""
+    """A server, sent at most `at_once` requests at a time."""
 
     def __init__(self, server: ChatServer, *, at_once: int) -> None:
         self.server = server
         self.at_once = at_once
 
     def answers(self, prompts: Iterable[Prompt], *, sampling: SamplingParams) -> Iterator[Reply]:
-        """See `Answerer`. ServerError where the server cannot be reached or refuses the key."""
+        """Implement `Answerer.answers`.
+
+        Raises:
+            ServerError: the server cannot be reached or refuses the key.
+        """
         with ThreadPoolExecutor(self.at_once) as pool:
-            under_way: deque[Future[Reply]] = deque()
+            in_flight: deque[Future[Reply]] = deque()
             try:
+                # Prompts are made as they are sent: thousands of images would not fit in memory.
+                # Replies come in order, so that a slow one may leave the pool idle for a while.
                 for prompt in prompts:
-                    under_way.append(pool.submit(self._answer, prompt, sampling))
-                    if len(under_way) == self.at_once:
-                        yield under_way.popleft().result()
-                while under_way:
-                    yield under_way.popleft().result()
+                    in_flight.append(pool.submit(self._answer, prompt, sampling))
+                    if len(in_flight) == self.at_once:
+                        yield in_flight.popleft().result()
+                while in_flight:
+                    yield in_flight.popleft().result()
             finally:
+                # On an error, requests that have not begun are not sent.
                 pool.shutdown(cancel_futures=True)
 
     def _answer(self, prompt: Prompt, sampling: SamplingParams) -> Reply:

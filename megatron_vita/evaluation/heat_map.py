@@ -1,11 +1,12 @@
-"""A heat map: share of right answers by length and depth."""
+"""Heat map of the fraction of correct answers by length and depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-LIGHT = (0.2, 0.8)  # shares whose cells are so dark outside of these that their numbers are white
+# Fractions with light cells: outside of them, numbers are white to be legible.
+LIGHT = (0.2, 0.8)
 
 
 def draw_heat_map(
@@ -16,14 +17,16 @@ def draw_heat_map(
     depths: Sequence[float],
     title: str,
 ) -> None:
-    """Writes a PNG; `shares` are by depth, then by length."""
+    """Write a heat map as PNG; `shares` are fractions by depth, then by length."""
     size = (max(5.0, 2.4 + 0.85 * len(lengths)), max(3.0, 1.9 + 0.42 * len(depths)))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for row, by_length in enumerate(shares):
         for column, share in enumerate(by_length):
-            color = "black" if LIGHT[0] <= share <= LIGHT[1] else "white"
+            color = "white"
+            if LIGHT[0] <= share <= LIGHT[1]:
+                color = "black"
             axes.text(
                 column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=9
             )

@@ -1,4 +1,4 @@
-"""Runs a grid of needles, lengths x depths, and writes what came of it."""
+"""Run of a grid of needles, lengths x depths, and its report."""
 
 import hashlib
 import json
@@ -20,8 +20,10 @@ WRONG_SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Lengths in pages, depths from 0 to 1, and needles of a cell; `tokens` of so many pages, where
-    they are known."""
+    """Lengths in pages, depths from 0 to 1, and number of needles per cell.
+
+    `tokens`: tokens of a prompt by number of pages, where known.
+    """
 
     pages: Sequence[int]
     depths: Sequence[float]
@@ -29,7 +31,9 @@ class Grid:
     tokens: Mapping[int, int] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        """All questions, short haystacks first, and those of one haystack together."""
+        """Return all questions, short haystacks first, questions of one haystack together."""
+        # Short ones first show early whether anything works. Questions of one haystack together let
+        # an engine reuse what it computed for their common prefix.
         return [
             Cell(pages=pages, depth=depth, trial=trial)
             for pages in self.pages
@@ -41,8 +45,8 @@ class Grid:
 def run_needles(
     answerer: Answerer, *, haystack: Haystack, grid: Grid, folder: Path, model: str
 ) -> dict[str, Any]:
-    """Answers what `folder` does not have yet, writes its report and heat map, and gives the
-    report."""
+    """Answer the questions missing in `folder`, and write and return its report with a heat map."""
+    # Results made with other settings must not be mixed into one report: the log refuses them.
     settings = _settings(haystack, grid, model)
     log = ResultLog(folder / "needles.jsonl", settings=settings)
 
@@ -78,7 +82,7 @@ def run_needles(
 
 
 def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path) -> dict[str, Any]:
-    """Writes report.json, report.md and heat_map.png of all rows of a grid, and gives the first."""
+    """Write report.json, report.md and heat_map.png from all rows of a grid; return the report."""
     lengths = [_length(pages, rows, grid) for pages in grid.pages]
     report = {
         "right": sum(row["right"] for row in rows),
@@ -107,7 +111,8 @@ def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path
 
 
 def _settings(haystack: Haystack, grid: Grid, model: str) -> Row:
-    """All that results depend on but lengths and tries, to which a later run may add."""
+    """Return everything that results depend on, except lengths and trials, which may be added
+    later."""
     text = hashlib.sha256("\n".join(haystack.book.lines).encode()).hexdigest()[:16]
     return {
         "model": model,
@@ -121,17 +126,20 @@ def _settings(haystack: Haystack, grid: Grid, model: str) -> Row:
 
 
 def _length(pages: int, rows: Sequence[Row], grid: Grid) -> Row:
-    """A column: its pages, and its prompts' tokens: the median of what was told, or else what the
-    grid knows."""
-    tokens = [
+    """Return a column: its pages, and the tokens of its prompts.
+
+    Tokens are the median of those reported by the answerer, else the grid's.
+    """
+    reported = [
         row["prompt_tokens"]
         for row in rows
         if row["pages"] == pages and row["prompt_tokens"] is not None
     ]
-    return {
-        "pages": pages,
-        "tokens": int(statistics.median(tokens)) if tokens else grid.tokens.get(pages),
-    }
+    tokens = grid.tokens.get(pages)
+    # Prompts of one column differ by the tokens of a name.
+    if reported:
+        tokens = int(statistics.median(reported))
+    return {"pages": pages, "tokens": tokens}
 
 
 def _share(rows: Sequence[Row], pages: int, depth: float) -> float:
@@ -140,11 +148,14 @@ def _share(rows: Sequence[Row], pages: int, depth: float) -> float:
 
 
 def _label(length: Row) -> str:
-    """A length in words: 512, 32K, 1M tokens (of 1024), and the pages."""
+    """Format a length: 512, 32K, 1M tokens (of 1024), and the pages."""
     tokens = length["tokens"]
-    pages = f"{length['pages']:,} pages" if length["pages"] > 1 else "1 page"
+    pages = "1 page"
+    if length["pages"] > 1:
+        pages = f"{length['pages']:,} pages"
     if tokens is None:
         return pages
+    # Haystacks are filled with whole pages, and so end a little short of a round number.
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
         if tokens >= 0.99 * size:
             return f"{tokens / size:.3g}{unit}\n{pages}"
@@ -178,7 +189,8 @@ def _markdown(report: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
     for row in report["wrong"]:
-        said = row.get("error") or row["answer"]
-        cell = " ".join(said.replace("|", "\\|").split())[:80]
+        # Bars and line breaks would end the cell of the table.
+        shown = row.get("error") or row["answer"]
+        cell = " ".join(shown.replace("|", "\\|").split())[:80]
         lines.append(f"| {row['pages']} | {row['depth']:.0%} | {row['code']} | {cell} |")
     return "\n".join(lines) + "\n"

@@ -1,5 +1,5 @@
-"""Needles: sentences with a code, hidden on the pages of a haystack at chosen depths, and the
-questions for them."""
+"""Needles: sentences with a code, hidden at chosen depths of a haystack of pages, with
+questions."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -29,6 +29,7 @@ COLORS = (
     "golden",
 )
 THINGS = ("door", "gate", "safe", "locker", "cabinet", "drawer", "chest", "garage")
+# Needles of one haystack need distinct names: their number bounds the depths of a grid.
 NAMES = tuple(f"{color} {thing}" for color in COLORS for thing in THINGS)
 LONGEST_ANSWER = 32  # tokens
 MEDIA = ("images", "video")
@@ -36,26 +37,26 @@ MEDIA = ("images", "video")
 
 @dataclass(frozen=True, kw_only=True)
 class Needle:
-    """A code of five digits, and what it opens."""
+    """A code of five digits, and the name of the lock it opens."""
 
     name: str
     code: str
 
     @property
     def sentence(self) -> str:
-        """What stands on the page."""
+        """Sentence on the page."""
         return f"The access code of the {self.name} is {self.code}."
 
     @property
     def question(self) -> str:
-        """What is asked at the end."""
+        """Question at the end of the prompt."""
         return f"What is the access code of the {self.name}? Answer with its five digits alone."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One question: pages of the haystack, depth of the needle in it (0 first page, 1 last), and
-    which try."""
+    """One question: pages of the haystack, depth of the needle (0 first page, 1 last), and
+    trial."""
 
     pages: int
     depth: float
@@ -63,21 +64,21 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its name in results."""
+        """Name of the question in results."""
         return f"{self.pages} pages, depth {self.depth:g}, trial {self.trial}"
 
     @property
     def page(self) -> int:
-        """The page with the needle."""
+        """Index of the page with the needle."""
         return round(self.depth * (self.pages - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Haystack:
-    """What cells have in common. The same seed gives the same prompts.
+    """Settings shared by all cells. The same seed gives the same prompts.
 
-    `shared`: needles of all depths lie in one haystack. Whoever reuses a common beginning of
-    prompts then reads each haystack once; needles not asked for are distractors.
+    `shared`: needles of all depths lie in one haystack, so that an engine that caches prefixes
+    computes each haystack once; needles not asked for are distractors.
     """
 
     book: Book
@@ -90,14 +91,18 @@ class Haystack:
             raise ConfigError(f"media is {self.media!r}; known: {', '.join(MEDIA)}")
 
     def needle(self, cell: Cell, *, depths: Sequence[float]) -> Needle:
-        """The needle that a cell asks for."""
+        """Return the needle that a cell asks for."""
         return self._needles(cell, depths=depths)[cell.depth]
 
     def prompt(self, cell: Cell, *, depths: Sequence[float]) -> Prompt:
-        """All pages, then the question. `depths` are those of the whole grid."""
+        """Build a cell's prompt: all pages, then the question. `depths` are those of the whole
+        grid."""
         needles = self._needles(cell, depths=depths)
-        hidden = needles if self.shared else {cell.depth: needles[cell.depth]}
+        hidden = needles
+        if not self.shared:
+            hidden = {cell.depth: needles[cell.depth]}
         replaced = self._places(cell, hidden)
+        # Trials begin at different places of the text, so that they do not repeat one haystack.
         first = self._random(cell, "start").randrange(len(self.book.lines))
         pages = [self.book.page(first + page, replaced.get(page, {})) for page in range(cell.pages)]
         return as_prompt(pages, needles[cell.depth].question, media=self.media)
@@ -107,13 +112,15 @@ class Haystack:
             raise ConfigError(
                 f"{len(depths)} depths are asked for: at most {len(NAMES)} are possible"
             )
+        # Codes and names are drawn for all depths, hidden or not: a question is then the same with
+        # and without `shared`.
         draw = self._random(cell, "needles")
         codes = [str(code) for code in draw.sample(range(10_000, 100_000), len(depths))]
         chosen = draw.sample(NAMES, len(depths))
         return {d: Needle(name=n, code=c) for d, n, c in zip(depths, chosen, codes, strict=True)}
 
     def _places(self, cell: Cell, hidden: dict[float, Needle]) -> dict[int, dict[int, str]]:
-        """Page -> line -> text: each needle in a part of its page that it has for itself."""
+        """Return page -> line -> text, with separate lines for each needle on a page."""
         on_page: dict[int, list[Needle]] = {}
         for depth, needle in hidden.items():
             on_page.setdefault(
@@ -130,19 +137,21 @@ class Haystack:
             wrapped = style.wrap(needle.sentence)[:-1]
             if len(wrapped) > room:
                 raise ConfigError(
-                    f"{len(needles)} needles of {len(wrapped)} lines fall on a page of {style.lines} lines: "
-                    "choose fewer depths, longer haystacks or larger pages"
+                    f"{len(needles)} needles of {len(wrapped)} lines fall on a page of "
+                    f"{style.lines} lines: choose fewer depths, longer haystacks or larger pages"
                 )
             start = index * room + draw.randrange(room - len(wrapped) + 1)
             lines |= {start + offset: text for offset, text in enumerate(wrapped)}
         return lines
 
     def _random(self, cell: Cell, purpose: str) -> random.Random:
+        # By pages and trial, not by depth: cells that share a haystack must build the same one.
         return random.Random(f"{self.seed} {cell.pages} {cell.trial} {purpose}")
 
 
 def as_prompt(pages: Iterable[bytes], question: str, *, media: str) -> Prompt:
-    """A question after its pages: an image each, or frames of one video, a second each."""
+    """Build a prompt of pages, as an image each or as a video with a second each, and a
+    question."""
     files = [MediaFile(name=f"page-{number}.png", data=page) for number, page in enumerate(pages)]
     if media == "images":
         return Prompt.ask(question, images=files)
@@ -151,16 +160,20 @@ def as_prompt(pages: Iterable[bytes], question: str, *, media: str) -> Prompt:
 
 
 def count_tokens(pages: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
-    """Most tokens of a prompt of so many pages. ConfigError if frames of a video would be left
-    out."""
+    """Count the most tokens of a prompt with `pages` pages.
+
+    Raises:
+        ConfigError: the model would not see all frames of the video.
+    """
+    # Of the longest name: no question may exceed the context.
     text = max(_text_tokens(name, pages, form=form, media=media) for name in NAMES)
     if media == "images":
         return text + pages * form.measure_image((style.size, style.size))[0]
     tokens, frames = form.measure_video(VideoInfo(duration=float(pages), fps=1.0, frames=pages))
     if frames < pages:
         raise ConfigError(
-            f"of a video of {pages} pages the model sees {frames}: media.max_frames is {form.media.max_frames} "
-            f"and media.max_fps {form.media.max_fps}"
+            f"of a video of {pages} pages the model sees {frames}: media.max_frames is "
+            f"{form.media.max_frames} and media.max_fps {form.media.max_fps}"
         )
     return text + tokens
 
@@ -183,12 +196,17 @@ def _text_tokens(name: str, pages: int, *, form: DocumentFormat, media: str) -> 
 
 
 def pages_within(tokens: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
-    """Most pages whose prompt has at most so many tokens. ConfigError if not even one fits."""
+    """Return the most pages of a prompt with at most `tokens` tokens.
+
+    Raises:
+        ConfigError: not even one page fits.
+    """
+    # Tokens grow by the same number with each page, but for labels (see below).
     one, two = (count_tokens(pages, form=form, style=style, media=media) for pages in (1, 2))
     pages = 1 + (tokens - one) // (two - one)
     if pages < 1:
         raise ConfigError(f"a length of {tokens} tokens is asked for: a single page takes {one}")
-    # frames may have labels whose length grows with their number
+    # Labels of frames may take more tokens as their numbers get more digits.
     while count_tokens(pages, form=form, style=style, media=media) > tokens:
         pages -= 1
     return pages

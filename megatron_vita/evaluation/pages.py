@@ -1,4 +1,4 @@
-"""Pages: text set in a font, each page a square picture."""
+"""Pages of text, drawn in a font as square pictures."""
 
 import functools
 import io
@@ -13,13 +13,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megatron_vita.errors import ConfigError, DataError
 
-LEADING = 1.25  # distance of lines in font sizes
+LEADING = 1.25  # distance between lines, in font sizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageStyle:
-    """How a page looks; lengths in pixels. `font` is a family that is installed, of even width, or
-    a font file."""
+    """Appearance of a page; lengths in pixels.
+
+    `font` is an installed family of fixed width, or a font file.
+    """
 
     size: int = 448
     font: str = "DejaVu Sans Mono"
@@ -27,11 +29,16 @@ class PageStyle:
 
     @cached_property
     def face(self) -> ImageFont.FreeTypeFont:
-        """The font. ConfigError if it cannot be found or read."""
+        """The loaded font.
+
+        Raises:
+            ConfigError: it cannot be found or read.
+        """
         try:
-            return ImageFont.truetype(
-                self.font if Path(self.font).is_file() else _font_file(self.font), self.font_size
-            )
+            file = self.font
+            if not Path(file).is_file():
+                file = _font_file(file)
+            return ImageFont.truetype(file, self.font_size)
         except (OSError, ValueError) as error:
             raise ConfigError(f"font {self.font!r}, size {self.font_size}: {error}") from error
 
@@ -42,28 +49,33 @@ class PageStyle:
 
     @property
     def columns(self) -> int:
-        """Characters of a line. ConfigError if the page is too small for words."""
+        """Characters per line.
+
+        Raises:
+            ConfigError: the page is too small for words.
+        """
+        # Of one letter, since all have the same width: lines are wrapped by counting characters.
         columns = int((self.size - 2 * self.margin) / self.face.getlength("m"))
         if columns < 20 or self.lines < 4:
             raise ConfigError(
-                f"a page of {self.size} pixels with letters of {self.font_size} holds {self.lines} lines of {columns} "
-                "characters: at least 4 of 20 are needed"
+                f"a page of {self.size} pixels with letters of {self.font_size} holds "
+                f"{self.lines} lines of {columns} characters: at least 4 of 20 are needed"
             )
         return columns
 
     @property
     def lines(self) -> int:
-        """Lines of a page."""
+        """Lines per page."""
         return int((self.size - 2 * self.margin) / (LEADING * self.font_size))
 
     def wrap(self, text: str) -> list[str]:
-        """A text in lines of a page's width; paragraphs stay apart."""
+        """Wrap a text to a page's width; paragraphs stay separate."""
         paragraphs = (paragraph.split() for paragraph in text.split("\n\n"))
         wrapped = (textwrap.wrap(" ".join(words), self.columns) for words in paragraphs if words)
         return [line for lines in wrapped for line in (*lines, "")]
 
     def draw(self, lines: Sequence[str]) -> bytes:
-        """A page as PNG, dark grey on white. Lines beyond its foot are an error of ours."""
+        """Draw a page as PNG, dark grey on white. There must be no more lines than fit."""
         assert len(lines) <= self.lines, "a page holds its lines"
         page = Image.new("L", (self.size, self.size), 255)
         pen = ImageDraw.Draw(page)
@@ -80,17 +92,19 @@ class PageStyle:
 
 
 class Book:
-    """A text in pages without end: after its last line the first follows."""
+    """A text as an endless sequence of pages, starting over after its last line."""
 
     def __init__(self, text: str, *, style: PageStyle) -> None:
         self.style = style
         self.lines = style.wrap(text)
         if not any(self.lines):
             raise DataError("the haystack's text has no words")
+        # Haystacks share all pages but those with needles. Drawing one takes milliseconds, and a
+        # grid has many thousands.
         self._plain = functools.lru_cache(maxsize=8192)(self._draw)
 
     def page(self, number: int, replaced: Mapping[int, str]) -> bytes:
-        """Page `number` as PNG, with some lines replaced: line of the page -> text."""
+        """Return page `number` as PNG, with some lines replaced: line of the page -> text."""
         if replaced:
             return self._draw(number, replaced)
         return self._plain(number)
@@ -106,8 +120,11 @@ class Book:
 
 
 def read_text(paths: Iterable[str | Path]) -> str:
-    """The haystack's text: these files, or where there are none, the reference of the Python
-    language (0.5 MB)."""
+    """Read the haystack's text: these files, or without any the Python language reference (0.5 MB).
+
+    Raises:
+        DataError: a file cannot be read as UTF-8.
+    """
     texts = []
     for path in paths:
         try:
@@ -118,8 +135,11 @@ def read_text(paths: Iterable[str | Path]) -> str:
 
 
 def _font_file(family: str) -> str:
-    """Where an installed font is; matplotlib brings DejaVu. ValueError if there is none of this
-    family."""
+    """Return the file of an installed font; matplotlib brings DejaVu.
+
+    Raises:
+        ValueError: there is no font of this family.
+    """
     from matplotlib import font_manager
 
     return font_manager.findfont(family, fallback_to_default=False)

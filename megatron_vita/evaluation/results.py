@@ -1,5 +1,4 @@
-"""Results on disk, a line each as soon as it is there, and the work that they spare after a
-restart."""
+"""Results on disk, written line by line, so that a restarted run answers only what is missing."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,32 +17,43 @@ Row = dict[str, Any]
 
 
 class ResultLog:
-    """A JSONL file of rows, each with a key. Of rows with the same key the last counts."""
+    """A JSONL file of rows with keys; of rows with the same key the last counts."""
 
     def __init__(self, path: Path, *, settings: Mapping[str, Any] | None = None) -> None:
-        """Takes up what is there. `settings` are kept beside it; ConfigError where they are others
-        than before."""
+        """Open the log and read the rows of earlier runs.
+
+        Args:
+            path: the JSONL, created if missing.
+            settings: saved beside it, to be compared by later runs.
+
+        Raises:
+            ConfigError: the settings differ from those of an earlier run.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         if settings is not None:
+            # Through JSON, as they are read back: tuples become lists.
             _check_settings(path.with_suffix(".settings.json"), json.loads(json.dumps(settings)))
         self.rows = _read_rows(path)
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, key: str, row: Row) -> None:
-        """Keeps a row."""
+        """Append a row and flush it to the file."""
+        # Flushed at once: a killed run loses no answer, which may have taken minutes.
         self._file.write(json.dumps({"key": key, **row}, ensure_ascii=False) + "\n")
         self._file.flush()
         self.rows[key] = row
 
     def is_done(self, key: str) -> bool:
-        """Whether this was answered; what was refused is to be asked again."""
+        """Tell whether a key has an answer; refused prompts are asked again."""
         return key in self.rows and "error" not in self.rows[key]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A prompt, made when its turn comes, and the row that a reply to it becomes. `work` is what
-    progress counts."""
+    """A prompt, built when its turn comes, and the conversion of its reply to a row.
+
+    `work`: units of progress.
+    """
 
     key: str
     prompt: Callable[[], Prompt]
@@ -60,10 +70,13 @@ def run_tasks(
     title: str,
     unit: str,
 ) -> list[Row]:
-    """Answers what the log does not have yet; gives the rows of all tasks. A refused prompt's row
-    has an `error`."""
+    """Answer the tasks missing in the log, and return the rows of all tasks.
+
+    A refused prompt's row has an `error`.
+    """
     missing = [task for task in tasks if not log.is_done(task.key)]
     work = sum(task.work for task in tasks)
+    # Prompts are made one by one as the answerer takes them: all at once would not fit in memory.
     with tqdm(
         total=work,
         initial=work - sum(t.work for t in missing),
@@ -73,24 +86,29 @@ def run_tasks(
     ) as bar:
         replies = answerer.answers((task.prompt() for task in missing), sampling=sampling)
         for task, reply in zip(missing, replies, strict=True):
-            log.add(task.key, task.row(reply) | ({"error": reply.error} if reply.error else {}))
+            row = task.row(reply)
+            if reply.error:
+                row = row | {"error": reply.error}
+            log.add(task.key, row)
             bar.update(task.work)
     return [log.rows[task.key] for task in tasks]
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    before = settings
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted(before.keys() | settings.keys()):
         if before.get(name) != settings.get(name):
             raise ConfigError(
-                f"{path}: the results there were made with {name} {before.get(name)!r}, and now it is "
-                f"{settings.get(name)!r}: choose another folder"
+                f"{path}: the results there were made with {name} {before.get(name)!r}, but now it "
+                f"is {settings.get(name)!r}: choose another folder"
             )
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def _read_rows(path: Path) -> dict[str, Row]:
-    """Rows by key. A last line that a kill cut short is taken off the file."""
+    """Read rows by key. An incomplete last line, left by a kill, is removed from the file."""
     if not path.exists():
         return {}
     content = path.read_bytes()

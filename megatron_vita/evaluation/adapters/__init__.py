@@ -1,6 +1,5 @@
-"""Models of public harnesses that ask a server. They import neither torch nor the rest of this
-package.
+"""Adapters with which public harnesses query a server.
 
-So a harness keeps the environment that it wants: this repository on PYTHONPATH and the `openai`
-package are enough.
+They import neither torch nor the rest of this package, so a harness keeps its own environment: this
+repository on PYTHONPATH and the `openai` package are enough.
 """

@@ -1,7 +1,7 @@
-"""lmms-eval's side: `python -m megatron_vita.evaluation.adapters.lmms_eval_model` is its command
-with the model vita.
+"""lmms-eval's command with the model `vita`.
 
-    ... --model vita --model_args base_url=http://localhost:8000/v1 --tasks mvbench
+    python -m megatron_vita.evaluation.adapters.lmms_eval_model --model vita --tasks mvbench \\
+        --model_args base_url=http://localhost:8000/v1
 
 Made for lmms-eval 0.7: a chat model, whose requests carry `doc_to_messages`.
 """
@@ -41,12 +41,14 @@ BENCHMARKS = {
     "mlvu": ("MLVU_MCQ", "Video-MCQ"),
     "tempcompass": ("TempCompass", "Video-MCQ"),
 }
-"""VLMEvalKit's names and kinds of benchmarks, by how names of lmms-eval's tasks begin (letters and digits alone)."""
+"""VLMEvalKit's names and kinds of benchmarks, by the first letters and digits of lmms-eval's tasks."""
 
 
 def benchmark_of(task: str) -> tuple[str, str] | None:
-    """VLMEvalKit's name and kind of a task; None where Long-VITA has no rule. The longest beginning
-    wins."""
+    """Return VLMEvalKit's name and kind of a task; None where Long-VITA has no rule.
+
+    The longest matching prefix wins.
+    """
     plain = re.sub(r"[^a-z0-9]", "", task.lower())
     fitting = [name for name in BENCHMARKS if plain.startswith(name)]
     if fitting:
@@ -55,8 +57,8 @@ def benchmark_of(task: str) -> tuple[str, str] | None:
 
 
 class VitaChat(lmms):
-    """A chat model behind a server. Tasks without a rule of Long-VITA are asked in their own
-    words."""
+    """A chat model behind a server. Tasks without a Long-VITA rule are asked as the harness
+    words them."""
 
     is_simple = False
 
@@ -69,7 +71,7 @@ class VitaChat(lmms):
         max_frames: int | None = None,
         **of_the_harness: Any,
     ) -> None:
-        """What the harness tells every model (batch_size, device) is of no use here."""
+        """Connect to a server. Other options of the harness (batch_size, device) are ignored."""
         super().__init__()
         self.client = HarnessClient(
             base_url, model=model, max_new_tokens=max_new_tokens, max_frames=max_frames
@@ -77,18 +79,18 @@ class VitaChat(lmms):
         self.at_once = at_once
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answers, in order."""
+        """Return the answers, in order."""
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(tqdm(pool.map(self._answer, requests), total=len(requests), desc="vita"))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not possible: the protocol scores answers alone."""
+        """Refuse: the protocol gives no likelihoods of given answers."""
         raise NotImplementedError(
             "tasks that compare likelihoods cannot be asked through a chat server"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not implemented."""
+        """Refuse: not implemented."""
         raise NotImplementedError("tasks of several rounds are not supported")
 
     def _answer(self, request: Any) -> str:
@@ -101,14 +103,17 @@ def _parts(message: Any, task: str) -> list[Part]:
     content = message["content"]
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    parts = [
-        Part(part["type"], part["text"] if part["type"] == "text" else part["url"])
-        for part in content
-    ]
-    found = benchmark_of(task) if message["role"] == "user" else None
-    if found:
-        return long_vita_parts(parts, benchmark=found[0], kind=found[1])
-    return parts
+    parts = []
+    for part in content:
+        field = "text" if part["type"] == "text" else "url"
+        parts.append(Part(part["type"], part[field]))
+    # Rules are for questions: system messages and examples of answers stay as they are.
+    if message["role"] != "user":
+        return parts
+    found = benchmark_of(task)
+    if found is None:
+        return parts
+    return long_vita_parts(parts, benchmark=found[0], kind=found[1])
 
 
 MODEL_REGISTRY_V2.register_manifest(

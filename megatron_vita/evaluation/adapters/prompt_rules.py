@@ -1,7 +1,6 @@
-"""How Long-VITA's published scores were asked for: its VLMEvalKit model's order of messages and
-words by benchmark.
+"""Prompts of Long-VITA's published scores: order of messages and wording by benchmark.
 
-Source: `vlmeval/vlm/long_vita.py` of VLMEvalKit. Scores are comparable only with the same words,
+Source: `vlmeval/vlm/long_vita.py` of VLMEvalKit. Scores are comparable only with the same wording,
 spaces included.
 """
 
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 MAX_NEW_TOKENS = 1024
 FRAMES_ARE_VIDEOS = "Video-MME"
-"""The benchmark whose frames come as images, each of which is shown as a video of one frame."""
+"""Benchmark whose frames arrive as images; Long-VITA got each of them as a video of one frame."""
 
 _SELECT = "Please select the correct answer from the options above."
 _PHRASE = "Answer the question using a single word or phrase."
@@ -20,7 +19,7 @@ _PHRASE = "Answer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class Part:
-    """A text, or an image or video in whatever form the harness has it."""
+    """A text, or an image or video in the harness's own form."""
 
     kind: Literal["text", "image", "video"]
     value: Any
@@ -28,8 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rule:
-    """Words of the harness to remove, whether space around the whole is then removed, and words to
-    add at the end."""
+    """Words of the harness to remove, whether to strip the prompt, and words to append."""
 
     removed: str = ""
     strips: bool = False
@@ -58,23 +56,27 @@ _OTHERS = Rule(_PHRASE, True, f"\n{_PHRASE}")
 
 
 def rule_of(benchmark: str | None, kind: str | None) -> Rule:
-    """The rule of a benchmark by VLMEvalKit's name, or else of its kind (Y/N, MCQ, VQA, Video-MCQ,
-    others)."""
+    """Return the rule of a benchmark by VLMEvalKit's name, or of its kind (Y/N, MCQ, VQA,
+    Video-MCQ).
+
+    Any other kind has a rule of its own.
+    """
     return _BY_BENCHMARK.get(benchmark or "") or _BY_KIND.get(kind or "") or _OTHERS
 
 
 def long_vita_parts(
     parts: Iterable[Part], *, benchmark: str | None, kind: str | None
 ) -> list[Part]:
-    """A prompt in Long-VITA's form: a newline after each image, and the words of the benchmark's
-    rule.
+    """Return a prompt in Long-VITA's form: a newline after each image, and the rule's wording.
 
-    Neighbouring texts are joined, none is empty.
+    Adjacent texts are joined, none is empty.
     """
     rule = rule_of(benchmark, kind)
-    told = [part for original in parts for part in _shown(original, benchmark)]
+    shown = [part for original in parts for part in _shown(original, benchmark)]
+    # With empty texts at both ends, stripping and appending need no cases for prompts that begin or
+    # end with media.
     cleaned = [
-        _replaced(part, rule) for part in _joined([Part("text", ""), *told, Part("text", "")])
+        _replaced(part, rule) for part in _joined([Part("text", ""), *shown, Part("text", "")])
     ]
     if rule.strips:
         cleaned[0] = Part("text", cleaned[0].value.lstrip())
@@ -84,7 +86,7 @@ def long_vita_parts(
 
 
 def clean_answer(text: str) -> str:
-    """An answer without the words "Answer:" before it."""
+    """Strip a leading "Answer:" from an answer."""
     return re.sub(r"^\s*Answer:", "", text).strip()
 
 
@@ -110,4 +112,6 @@ def _replaced(part: Part, rule: Rule) -> Part:
     if part.kind != "text":
         return part
     text = part.value.replace("\nAnswer: ", "\n")
-    return Part("text", text.replace(rule.removed, "") if rule.removed else text)
+    if rule.removed:
+        text = text.replace(rule.removed, "")
+    return Part("text", text)

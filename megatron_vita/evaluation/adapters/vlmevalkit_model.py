@@ -1,9 +1,9 @@
-"""VLMEvalKit's side: `python -m megatron_vita.evaluation.adapters.vlmevalkit_model` is its run.py
-with the model vita.
+"""VLMEvalKit's run.py with the model `vita`.
 
-    VITA_BASE_URL=http://localhost:8000/v1 ... --model vita --data MVBench_MP4
+    VITA_BASE_URL=http://localhost:8000/v1 \\
+        python -m megatron_vita.evaluation.adapters.vlmevalkit_model --model vita --data MVBench_MP4
 
-VITA_MODEL names the server's model, VITA_MAX_FRAMES bounds frames of a video. Made for VLMEvalKit's
+VITA_MODEL names the server's model, VITA_MAX_FRAMES limits frames of a video. Made for VLMEvalKit's
 API models of 2026.
 """
 
@@ -17,7 +17,7 @@ from megatron_vita.evaluation.adapters.prompt_rules import MAX_NEW_TOKENS, Part,
 
 
 class VitaAPI(BaseAPI):
-    """An API model behind a server, asked as Long-VITA was."""
+    """An API model behind a server, prompted as Long-VITA was."""
 
     is_api = True
     INTERLEAVE = True
@@ -31,7 +31,7 @@ class VitaAPI(BaseAPI):
         max_frames: int | None = None,
         **of_the_harness: Any,
     ) -> None:
-        """`of_the_harness`: retry, wait, verbose and the like."""
+        """Connect to a server; `of_the_harness` are options such as retry, wait and verbose."""
         super().__init__(**of_the_harness)
         self.client = HarnessClient(
             base_url, model=model, max_new_tokens=max_new_tokens, max_frames=max_frames
@@ -40,9 +40,11 @@ class VitaAPI(BaseAPI):
     def generate_inner(
         self, inputs: list[dict[str, Any]], dataset: str | None = None, **_: Any
     ) -> tuple[int, str, str]:
-        """Status (0: well), answer, and what to log."""
+        """Return a status (0: success), the answer, and a message to log."""
         parts = [Part(part["type"], part["value"]) for part in inputs]
-        kind = kind_of(dataset) if dataset else None
+        kind = None
+        if dataset:
+            kind = kind_of(dataset)
         asked = [("user", long_vita_parts(parts, benchmark=dataset, kind=kind))]
         if self.system_prompt:
             asked.insert(0, ("system", [Part("text", self.system_prompt)]))
@@ -50,18 +52,18 @@ class VitaAPI(BaseAPI):
 
 
 def kind_of(dataset: str) -> str:
-    """What kind of questions a dataset asks, as the harness has it."""
+    """Return the kind of a dataset's questions by the harness."""
     from vlmeval.dataset import DATASET_TYPE
 
     return DATASET_TYPE(dataset)
 
 
 def _from_environment() -> VitaAPI:
-    frames = os.environ.get("VITA_MAX_FRAMES")
+    max_frames = None
+    if frames := os.environ.get("VITA_MAX_FRAMES"):
+        max_frames = int(frames)
     return VitaAPI(
-        os.environ["VITA_BASE_URL"],
-        model=os.environ.get("VITA_MODEL"),
-        max_frames=int(frames) if frames else None,
+        os.environ["VITA_BASE_URL"], model=os.environ.get("VITA_MODEL"), max_frames=max_frames
     )
 
 
