@@ -63,5 +63,5 @@ def packs_of_replicas(
     recipe: Recipe, plan: PackPlan, *, first: int, replicas: int
 ) -> list[list[int]]:
     """Divide a step's packs among the replicas, at nearly equal cost; `first` is its first pack."""
-    hands = deal_packs(pack_costs(recipe, plan, first=first), replicas)
-    return [[first + pack for pack in hand] for hand in hands]
+    assignments = assign_packs(pack_costs(recipe, plan, first=first), replicas)
+    return [[first + pack for pack in assigned] for assigned in assignments]
