@@ -434,9 +434,13 @@ class PrefillBackend(TorchBackend):
 
     cache: PrefillAttention
 
-    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
+    def attention_metadata(
+        self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor
+    ) -> tuple[Any, Tensor]:
         """The cache, and the rotary angles of the whole document."""
-        return self.cache, super().describe(cu_seqlens, inverse_frequencies=inverse_frequencies)[1]
+        return self.cache, super().attention_metadata(
+            cu_seqlens, inverse_frequencies=inverse_frequencies
+        )[1]
 
 
 class Prefill:

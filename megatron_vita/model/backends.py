@@ -54,7 +54,9 @@ class AttentionBackend(Protocol):
             qk_layernorm: with an RMSNorm of each query and key head.
         """
 
-    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
+    def attention_metadata(
+        self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor
+    ) -> tuple[Any, Tensor]:
         """Return a pack's attention metadata and rotary angles.
 
         Args:
@@ -88,7 +90,9 @@ class TorchBackend:
         layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
-    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
+    def attention_metadata(
+        self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor
+    ) -> tuple[Any, Tensor]:
         """Return rows grouped by document, and the angles of this rank's rows."""
         layout = groups.rank_layout()
         documents, positions = pack_documents(
@@ -119,7 +123,9 @@ class TransformerEngineBackend:
         layer.submodules.self_attention.submodules.core_attention = FusedAttention
         return layer
 
-    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
+    def attention_metadata(
+        self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor
+    ) -> tuple[Any, Tensor]:
         """Return THD parameters, and the angles of the longest document, restarted in each
         document."""
         longest = int(cu_seqlens.diff().max())
@@ -164,7 +170,9 @@ class FlashBackend:
         layer.submodules.self_attention.submodules.core_attention = FlashAttention
         return layer
 
-    def describe(self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor) -> tuple[Any, Tensor]:
+    def attention_metadata(
+        self, cu_seqlens: Tensor, *, inverse_frequencies: Tensor
+    ) -> tuple[Any, Tensor]:
         """Return documents for rotary positions with this rank's sequences for the kernel, and
         the angles of the longest document."""
         longest = int(cu_seqlens.diff().max())

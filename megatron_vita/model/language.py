@@ -112,7 +112,7 @@ class LanguageModel(LanguageModule):
                 share = gather_from_sequence_parallel_region(
                     share, tensor_parallel_output_grad=False, group=self.tp_group
                 )
-        documents, angles = self.backend.describe(
+        documents, angles = self.backend.attention_metadata(
             cu_seqlens, inverse_frequencies=self.inverse_frequencies
         )
         return self.run_layers(share, attention=documents, angles=angles)

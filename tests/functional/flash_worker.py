@@ -52,7 +52,7 @@ def largest_differences(recipe: Recipe, batch: Batch) -> dict[str, float]:
 def kept_by_autograd(batch: Batch) -> list[int]:
     """Elements of the tensors that one attention keeps for backward: ours with this rank's rows, 4 query
     heads and 2 of key and value, slices of a joint projection."""
-    sequences, _ = StandIn().describe(batch.cu_seqlens, inverse_frequencies=torch.ones(4))
+    sequences, _ = StandIn().attention_metadata(batch.cu_seqlens, inverse_frequencies=torch.ones(4))
     rows = len(batch.input_ids) // groups.rank_layout().cp_size
     joint = torch.randn(rows, 8, 8, requires_grad=True)
     query, key, value = joint.split([4, 2, 2], dim=1)

@@ -26,7 +26,9 @@ def test_transformer_engine_is_given_one_tensor_of_bounds_that_ends_with_the_pac
     groups.initialize_groups(ParallelConfig())
     lengths = 16 * torch.randint(1, 40, (12,), generator=torch.Generator().manual_seed(seed))
     bounds = torch.tensor([0, *itertools.accumulate(lengths.tolist())], dtype=torch.int32)
-    packed, angles = TransformerEngineBackend().describe(bounds, inverse_frequencies=torch.ones(4))
+    packed, angles = TransformerEngineBackend().attention_metadata(
+        bounds, inverse_frequencies=torch.ones(4)
+    )
     assert packed.cu_seqlens_q is packed.cu_seqlens_q_padded
     assert packed.cu_seqlens_kv is packed.cu_seqlens_kv_padded
     assert torch.equal(packed.cu_seqlens_q, bounds)
