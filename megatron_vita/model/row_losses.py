@@ -71,7 +71,7 @@ class _RowLosses(torch.autograd.Function):
         ctx.weight_gradient = None
         grad_weight = None
         if gradient is not None:
-            grad_weight = gradient.settle()
+            grad_weight = gradient.finalize()
             scoring.ledger.close(gradient)
         grad_hidden = None
         if rows is not None:

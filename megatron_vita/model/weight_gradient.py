@@ -18,7 +18,7 @@ _BLOCK_ROWS = 4096
 
 
 class WeightGradient:
-    """Weight gradient of one forward pass; its backward must call `settle`."""
+    """Weight gradient of one forward pass; its backward must call `finalize`."""
 
     def __init__(self, weight: Tensor, *, direct: bool) -> None:
         self.weight = weight
@@ -32,7 +32,7 @@ class WeightGradient:
         else:
             add_product(self._total, grad_logits.t(), rows)
 
-    def settle(self) -> Tensor | None:
+    def finalize(self) -> Tensor | None:
         """Return the weight's gradient for autograd; None where it is in `main_grad`."""
         total = self._total
         self._total = None
