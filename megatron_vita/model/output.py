@@ -17,7 +17,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.model.row_losses import Scoring, score_rows
 from megatron_vita.model.row_selection import SelectedRows, locate_rows, select_rows
 from megatron_vita.model.softmax import LossForm, Shard
-from megatron_vita.model.weight_gradient import GradientLedger
+from megatron_vita.model.weight_gradient import GradientTracker
 from megatron_vita.platform.pinned import to_device
 from megatron_vita.rounding import round_up
 
@@ -63,7 +63,7 @@ class OutputLayer(ColumnParallelLinear):
         start = self.tp_group.rank() * width
         columns = min(max(vocab_size - start, 0), width)
         self.shard = Shard(start=start, columns=columns, group=self.tp_group)
-        self.ledger = GradientLedger()
+        self.tracker = GradientTracker()
 
     def forward(
         self,
@@ -109,7 +109,7 @@ class OutputLayer(ColumnParallelLinear):
             form=self.form,
             shard=self.shard,
             chunk_bytes=self.chunk_bytes,
-            ledger=self.ledger,
+            tracker=self.tracker,
             training=self.training,
         )
         return score_rows(hidden, weight, scoring)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vita.errors import VitaError
 from megatron_vita.model.row_selection import SelectedRows
 from megatron_vita.model.softmax import LossForm, Shard, summarize, write_gradient
-from megatron_vita.model.weight_gradient import GradientLedger, WeightGradient
+from megatron_vita.model.weight_gradient import GradientTracker, WeightGradient
 from megatron_vita.rounding import ceil_div, round_up
 
 # Rows of a chunk are a multiple of this: matrix units compute in tiles and waste part of the last.
@@ -31,7 +31,7 @@ class Scoring:
     form: LossForm
     shard: Shard
     chunk_bytes: int
-    ledger: GradientLedger
+    tracker: GradientTracker
     training: bool
 
 
@@ -55,7 +55,7 @@ class _RowLosses(torch.autograd.Function):
             ctx.row_gradients = rows if rows is not hidden else torch.empty_like(rows)
         ctx.weight_gradient = None
         if wants_weight:
-            ctx.weight_gradient = scoring.ledger.open(weight, training=scoring.training)
+            ctx.weight_gradient = scoring.tracker.open(weight, training=scoring.training)
         chunks = _Chunks(rows, weight, scoring)
         return chunks.run(weight_gradient=ctx.weight_gradient, row_gradients=ctx.row_gradients)
 
@@ -72,7 +72,7 @@ class _RowLosses(torch.autograd.Function):
         grad_weight = None
         if gradient is not None:
             grad_weight = gradient.finalize()
-            scoring.ledger.close(gradient)
+            scoring.tracker.close(gradient)
         grad_hidden = None
         if rows is not None:
             grad_hidden = scoring.rows.spread(rows)

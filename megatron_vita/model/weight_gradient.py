@@ -60,7 +60,7 @@ def _mark_as_added(weight: Tensor) -> None:
         weight.grad = weight.new_zeros(()).expand_as(weight)
 
 
-class GradientLedger:
+class GradientTracker:
     """Record of the last forward pass that added to `main_grad` directly."""
 
     def __init__(self) -> None:
