@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vita.config import OutputConfig
 from megatron_vita.errors import VitaError
-from megatron_vita.model.row_losses import Scoring, score_rows
+from megatron_vita.model.row_losses import LossInputs, compute_losses
 from megatron_vita.model.row_selection import SelectedRows, locate_rows, select_rows
 from megatron_vita.model.softmax import LossForm, Shard
 from megatron_vita.model.weight_gradient import GradientTracker
@@ -102,7 +102,7 @@ class OutputLayer(ColumnParallelLinear):
         self._check_labels(labels)
         if self.full_logits:
             return self._losses_of_full_logits(hidden, rows=rows, labels=labels, weight=weight)
-        scoring = Scoring(
+        inputs = LossInputs(
             rows=selected,
             targets=to_device(labels - self.shard.start, hidden.device),
             scale=_scale_of_rows(row_scale, hidden.device),
@@ -112,7 +112,7 @@ class OutputLayer(ColumnParallelLinear):
             tracker=self.tracker,
             training=self.training,
         )
-        return score_rows(hidden, weight, scoring)
+        return compute_losses(hidden, weight, inputs)
 
     def _check_labels(self, labels: Tensor) -> None:
         # A label of padding or of no column at all would silently give a loss without a target.

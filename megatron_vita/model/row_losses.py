@@ -22,7 +22,7 @@ _ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class LossInputs:
     """Inputs of one forward pass that autograd does not track."""
 
     rows: SelectedRows
@@ -35,35 +35,35 @@ class Scoring:
     training: bool
 
 
-def score_rows(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
+def compute_losses(hidden: Tensor, weight: Tensor, inputs: LossInputs) -> Tensor:
     """Compute losses [L] in fp32: hidden [length, H], weight [v, H]. Collective over the shards."""
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _RowLosses.apply(hidden, weight, scoring)
-    chunks = _Chunks(scoring.rows.gather(hidden), weight, scoring)
+        return _RowLosses.apply(hidden, weight, inputs)
+    chunks = _Chunks(inputs.rows.gather(hidden), weight, inputs)
     return chunks.run(weight_gradient=None, row_gradients=None)
 
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
-        ctx.scoring = scoring
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, inputs: LossInputs) -> Tensor:
+        ctx.inputs = inputs
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
-        rows = scoring.rows.gather(hidden)
+        rows = inputs.rows.gather(hidden)
         ctx.row_gradients = None
         if wants_hidden:
             # A copy of the selected rows is ours: their gradients overwrite it, chunk after chunk.
             ctx.row_gradients = rows if rows is not hidden else torch.empty_like(rows)
         ctx.weight_gradient = None
         if wants_weight:
-            ctx.weight_gradient = scoring.tracker.open(weight, training=scoring.training)
-        chunks = _Chunks(rows, weight, scoring)
+            ctx.weight_gradient = inputs.tracker.open(weight, training=inputs.training)
+        chunks = _Chunks(rows, weight, inputs)
         return chunks.run(weight_gradient=ctx.weight_gradient, row_gradients=ctx.row_gradients)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scoring = ctx.scoring
-        _check_arriving(grads[0], scoring.scale)
+        inputs = ctx.inputs
+        _check_arriving(grads[0], inputs.scale)
         # `ctx` outlives this call: without these references, both are freed after their last use.
         rows = ctx.row_gradients
         ctx.row_gradients = None
@@ -72,10 +72,10 @@ class _RowLosses(torch.autograd.Function):
         grad_weight = None
         if gradient is not None:
             grad_weight = gradient.finalize()
-            scoring.tracker.close(gradient)
+            inputs.tracker.close(gradient)
         grad_hidden = None
         if rows is not None:
-            grad_hidden = scoring.rows.spread(rows)
+            grad_hidden = inputs.rows.spread(rows)
         return grad_hidden, grad_weight, None
 
 
@@ -100,11 +100,11 @@ def _check_arriving(grad: Tensor, scale: Tensor) -> None:
 class _Chunks:
     """The rows [L, H] of one forward pass, processed in chunks through one buffer of logits."""
 
-    def __init__(self, rows: Tensor, weight: Tensor, scoring: Scoring) -> None:
+    def __init__(self, rows: Tensor, weight: Tensor, inputs: LossInputs) -> None:
         self.rows = rows
         self.weight = weight
-        self.scoring = scoring
-        self.scale = scoring.scale.expand(len(rows))
+        self.inputs = inputs
+        self.scale = inputs.scale.expand(len(rows))
 
     def run(
         self, *, weight_gradient: WeightGradient | None, row_gradients: Tensor | None
@@ -119,18 +119,18 @@ class _Chunks:
         reductions = []
         for chunk, logits in self._logits():
             part = self.rows[chunk]
-            targets = self.scoring.targets[chunk]
-            summary = summarize(logits, targets=targets, shard=self.scoring.shard)
-            losses[chunk] = self.scoring.form.losses(summary)
+            targets = self.inputs.targets[chunk]
+            summary = summarize(logits, targets=targets, shard=self.inputs.shard)
+            losses[chunk] = self.inputs.form.losses(summary)
             if weight_gradient is None and row_gradients is None:
                 continue
             write_gradient(
                 logits,
                 targets=targets,
-                shard=self.scoring.shard,
+                shard=self.inputs.shard,
                 summary=summary,
                 scale=self.scale[chunk],
-                form=self.scoring.form,
+                form=self.inputs.form,
             )
             if weight_gradient is not None:
                 weight_gradient.add(logits, part)
@@ -151,7 +151,7 @@ class _Chunks:
         # that another does not have.
         if total == 0:
             return
-        most = max(1, self.scoring.chunk_bytes // (width * self.rows.element_size()))
+        most = max(1, self.inputs.chunk_bytes // (width * self.rows.element_size()))
         # The fewest chunks that fit, of nearly equal size: a small last one would use a GPU badly.
         size = ceil_div(total, ceil_div(total, most))
         size = min(most, round_up(size, _ROW_MULTIPLE), total)
@@ -165,7 +165,7 @@ class _Chunks:
     def _reduce(self, gradients: Tensor) -> dist.Work | None:
         """Start summing a chunk's row gradients over the vocabulary shards, beside the next
         chunk."""
-        group = self.scoring.shard.group
+        group = self.inputs.shard.group
         if group.size() > 1:
             return dist.all_reduce(gradients, group=group, async_op=True)
         return None

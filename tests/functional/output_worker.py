@@ -18,7 +18,7 @@ from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.config import Recipe
 from megatron_vita.model import output
 from megatron_vita.model.build import build_model
-from megatron_vita.model.row_losses import Scoring, score_rows
+from megatron_vita.model.row_losses import LossInputs, compute_losses
 from megatron_vita.parallel import groups
 from megatron_vita.training.optimizer import build_optimizer
 from megatron_vita.training.run import Run, assemble_run
@@ -92,19 +92,19 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
     plain = open_case(case, start)
     overlapped = overlapped_run(tiny_recipe_of(case), start)
 
-    def watched(hidden: Tensor, weight: Tensor, scoring: Scoring) -> Tensor:
+    def watched(hidden: Tensor, weight: Tensor, inputs: LossInputs) -> Tensor:
         group = overlapped.chunks[0].param_to_bucket_group.get(weight)
         if group is not None and (
             group.param_gather_handle is not None or not group.param_gather_dispatched
         ):
             found["weights that were used while on their way"] += 1
-        return score_rows(hidden, weight, scoring)
+        return compute_losses(hidden, weight, inputs)
 
-    output.score_rows = watched
+    output.compute_losses = watched
     for step in range(3):
         losses = [train_step(run, iter(my_batches(run, step))).loss for run in (plain, overlapped)]
         found[f"loss of step {step}"] = abs(losses[1] - losses[0]) / losses[0]
-    output.score_rows = score_rows
+    output.compute_losses = compute_losses
     overlapped.chunks[0].start_param_sync(force_sync=True)
     for (name, expected), actual in zip(
         plain.core.named_parameters(), overlapped.core.parameters(), strict=True
