@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_vita.config import VisionConfig
 from megatron_vita.errors import ConfigError
-from megatron_vita.model.vision_parts import Split, VisionAttention, VisionMLP, build_norm
+from megatron_vita.model.vision_parts import TowerSplit, VisionAttention, VisionMLP, build_norm
 from megatron_vita.parallel import groups
 from megatron_vita.registry import Registry
 from megatron_vita.rounding import ceil_div
@@ -55,7 +55,7 @@ class VisionLayer(nn.Module):
     LayerScale multiplies the whole branch, its bias included.
     """
 
-    def __init__(self, config: VisionConfig, split: Split) -> None:
+    def __init__(self, config: VisionConfig, split: TowerSplit) -> None:
         super().__init__()
         self.norm_after = config.norm_after
         self.norm1 = build_norm(config)
@@ -89,7 +89,7 @@ class VisionTower(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.split = Split(tp_group)
+        self.split = TowerSplit(tp_group)
         self.embeddings = VisionEmbeddings(config)
         self.layers = nn.ModuleList(
             VisionLayer(config, self.split) for _ in range(config.num_layers)
@@ -122,7 +122,7 @@ class VisionTower(nn.Module):
                 whole = torch.empty(self._whole_shape(name, parameter))
                 nn.init.normal_(whole, std=std, generator=generator)
                 with torch.no_grad():
-                    parameter.copy_(self.split.part_of(whole, name=name, size=parameter.shape))
+                    parameter.copy_(self.split.shard_of(whole, name=name, size=parameter.shape))
 
     def _whole_shape(self, name: str, parameter: Tensor) -> list[int]:
         shape = list(parameter.shape)

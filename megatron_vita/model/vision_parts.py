@@ -43,7 +43,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Split:
+class TowerSplit:
     """Tensor parallelism of the tower over a group; None: not split."""
 
     padded = tuple(name for name in _AXES if name.startswith("attention."))
@@ -63,7 +63,7 @@ class Split:
             return None
         return next((axis for ending, axis in _AXES.items() if name.endswith(ending)), None)
 
-    def part_of(self, whole: Tensor, *, name: str, size: torch.Size) -> Tensor:
+    def shard_of(self, whole: Tensor, *, name: str, size: torch.Size) -> Tensor:
         """Return this rank's shard of a parameter, with zeros where it extends beyond the whole
         one."""
         axis = self.axis_of(name)
@@ -77,14 +77,14 @@ class Split:
             part.narrow(axis, 0, stop - start).copy_(whole.narrow(axis, start, stop - start))
         return part
 
-    def share(self, x: Tensor) -> Tensor:
+    def copy_to_ranks(self, x: Tensor) -> Tensor:
         """Mark `x`, the same on all ranks, as input of split work: its gradients are summed over
         ranks."""
         if self.group is None:
             return x
         return copy_to_tensor_model_parallel_region(x, group=self.group)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks, on each of them; all receive the same gradient."""
         if self.group is None:
             return x
@@ -101,7 +101,7 @@ class HeadsNorm(nn.Module):
     """RMSNorm over all heads together, split over ranks (InternViT-6B's norm of queries and
     keys)."""
 
-    def __init__(self, config: VisionConfig, split: Split, width: int) -> None:
+    def __init__(self, config: VisionConfig, split: TowerSplit, width: int) -> None:
         super().__init__()
         self.total = config.hidden_size
         self.eps = config.layernorm_epsilon
@@ -113,7 +113,7 @@ class HeadsNorm(nn.Module):
         squares = x.float().square().sum(-1, keepdim=True)
         # Each rank's heads contribute to the gradient of the mean, so that it is summed over ranks
         # on the way back as well.
-        mean = self.split.share(self.split.sum(squares)) / self.total
+        mean = self.split.copy_to_ranks(self.split.reduce(squares)) / self.total
         return (x.float() * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.weight
 
 
@@ -136,7 +136,7 @@ class QueryKeyValue(nn.Module):
 class VisionAttention(nn.Module):
     """Bidirectional attention over the patches of one tile."""
 
-    def __init__(self, config: VisionConfig, split: Split) -> None:
+    def __init__(self, config: VisionConfig, split: TowerSplit) -> None:
         super().__init__()
         self.split = split
         self.heads = ceil_div(config.num_attention_heads, split.ranks)
@@ -150,7 +150,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend: [n, s, H] -> [n, s, H]."""
         n, s, _ = x.shape
-        q, k, v = self.qkv(self.split.share(x)).chunk(3, dim=-1)
+        q, k, v = self.qkv(self.split.copy_to_ranks(x)).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -167,7 +167,7 @@ class VisionAttention(nn.Module):
 class VisionMLP(nn.Module):
     """MLP with one hidden layer, split by width."""
 
-    def __init__(self, config: VisionConfig, split: Split) -> None:
+    def __init__(self, config: VisionConfig, split: TowerSplit) -> None:
         super().__init__()
         self.split = split
         width = config.ffn_hidden_size // split.ranks
@@ -177,13 +177,13 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP: [n, s, H] -> [n, s, H]."""
-        return self.fc2(self.activation(self.fc1(self.split.share(x))))
+        return self.fc2(self.activation(self.fc1(self.split.copy_to_ranks(x))))
 
 
 class RowLinear(nn.Module):
     """Row-parallel linear layer, whose input is split over the ranks; its bias is added once."""
 
-    def __init__(self, width: int, hidden_size: int, split: Split) -> None:
+    def __init__(self, width: int, hidden_size: int, split: TowerSplit) -> None:
         super().__init__()
         self.split = split
         self.weight = nn.Parameter(torch.empty(hidden_size, width))
@@ -194,4 +194,4 @@ class RowLinear(nn.Module):
         if self.split.group is None:
             return F.linear(x, self.weight, self.bias)
         # The bias after the sum, which would otherwise add it once for each rank.
-        return self.split.sum(F.linear(x, self.weight)) + self.bias
+        return self.split.reduce(F.linear(x, self.weight)) + self.bias
