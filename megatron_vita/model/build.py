@@ -15,7 +15,7 @@ from megatron_vita.config import LanguageConfig, ParallelConfig, Recipe, layer_m
 from megatron_vita.errors import ConfigError
 from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
 from megatron_vita.model.rotary import scale_rotary_positions
-from megatron_vita.model.vita import VisionWork, VitaModel
+from megatron_vita.model.vita import VisionOptions, VitaModel
 from megatron_vita.parallel import groups
 
 
@@ -189,7 +189,7 @@ def _assemble_chunk(
         config,
         shapes=recipe.model,
         backend=backend,
-        vision_work=VisionWork(
+        vision_options=VisionOptions(
             tensor_parallel=recipe.parallel.vision_tensor_parallel,
             tiles_at_once=recipe.training.vision_tiles_at_once,
             recompute=recipe.training.recompute_vision,

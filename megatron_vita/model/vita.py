@@ -24,7 +24,7 @@ from megatron_vita.platform.pinned import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionWork:
+class VisionOptions:
     """Options of encoding tiles: parallelism, tiles at a time, recomputation."""
 
     # The tower is split over TP; otherwise each TP rank encodes tiles of its own.
@@ -43,7 +43,7 @@ class VitaModel(MegatronModule):
         *,
         shapes: ModelConfig,
         backend: AttentionBackend,
-        vision_work: VisionWork,
+        vision_options: VisionOptions,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -55,15 +55,15 @@ class VitaModel(MegatronModule):
         self.vp_stage = vp_stage
         self.pre_process = pre_process
         self.post_process = post_process
-        self.vision_work = vision_work
+        self.vision_options = vision_options
         self.encodes = pre_process and not shapes.text_only
         if self.encodes:
             self.vision_model = build_tower(
                 shapes.vision,
-                tp_group=groups.tensor_group() if vision_work.tensor_parallel else None,
+                tp_group=groups.tensor_group() if vision_options.tensor_parallel else None,
             )
             self.vision_model.recompute = (
-                vision_work.recompute and vision_work.recompute_method == "layers"
+                vision_options.recompute and vision_options.recompute_method == "layers"
             )
             self.projector = Projector(shapes)
         self.language_model = LanguageModel(
@@ -93,7 +93,7 @@ class VitaModel(MegatronModule):
 
         Each TP rank has those of its own tiles only, unless the tower is split over TP.
         """
-        dealt = self.encodes and not self.vision_work.tensor_parallel
+        dealt = self.encodes and not self.vision_options.tensor_parallel
         if dealt:
             return [self.vision_model, self.projector]
         return []
@@ -103,28 +103,30 @@ class VitaModel(MegatronModule):
 
         At most `tiles_at_once` tiles are encoded together.
         """
-        at_most = self.vision_work.tiles_at_once
+        at_most = self.vision_options.tiles_at_once
         weights = [p for part in (self.vision_model, self.projector) for p in part.parameters()]
         trained = [p for p in weights if p.requires_grad]
         # A frozen tower keeps nothing for backward anyway.
         if self._keeps_pixels and trained:
-            features = checkpoint_pieces(self._encode_turn, tiles, at_most=at_most, weights=trained)
+            features = checkpoint_pieces(
+                self._encode_batch, tiles, at_most=at_most, weights=trained
+            )
         else:
-            turns = split_evenly(tiles, at_most=at_most)
-            features = torch.cat([self._encode_turn(turn) for turn in turns])
+            batches = split_evenly(tiles, at_most=at_most)
+            features = torch.cat([self._encode_batch(batch) for batch in batches])
         # Each TP rank has all features and writes only the rows of its own part of the sequence:
         # the gradients of all of them are summed on the way back.
-        if self.vision_work.tensor_parallel:
+        if self.vision_options.tensor_parallel:
             features = copy_to_tensor_model_parallel_region(features, group=groups.tensor_group())
         return features
 
     @property
     def _keeps_pixels(self) -> bool:
-        work = self.vision_work
+        work = self.vision_options
         by_tiles = work.recompute and work.recompute_method == "tiles"
         return by_tiles and self.training and torch.is_grad_enabled()
 
-    def _encode_turn(self, tiles: Tensor) -> Tensor:
+    def _encode_batch(self, tiles: Tensor) -> Tensor:
         return self.projector(self.vision_model(tiles))
 
     def forward(
