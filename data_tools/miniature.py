@@ -47,7 +47,7 @@ def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
     if tiny.checkpoint.load and not Path(tiny.checkpoint.load).exists():
         if alone or dist.get_rank() == 0:
             logger.warning(
-                "%s is not there: the miniature starts from first weights", tiny.checkpoint.load
+                "%s is not there: the miniature starts from initial weights", tiny.checkpoint.load
             )
         tiny.checkpoint.load = ""
     return tiny

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_vita.config import ModelConfig
 from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.model.backends import AttentionBackend
-from megatron_vita.model.first_weights import set_first_weights
+from megatron_vita.model.initial_weights import set_initial_weights
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.model.pieces import checkpoint_pieces, split_evenly
 from megatron_vita.model.projector import Projector
@@ -212,7 +212,7 @@ class VitaModel(MegatronModule):
         state = self.language_model.sharded_state_dict(
             prefix="language_model.", metadata={"dp_cp_group": replicas}
         )
-        set_first_weights(
+        set_initial_weights(
             state, config=self.config, vocab_size=self.shapes.language.vocab_size, seed=seed
         )
 

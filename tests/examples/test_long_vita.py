@@ -136,7 +136,7 @@ def test_miniatures_run_on_two_processes_stage_after_stage(tmp_path: Path, size:
         )
         assert done.returncode == 0, done.stderr[-3000:]
         logs.append(done.stderr)
-    assert "starts from first weights" in logs[0]
+    assert "starts from initial weights" in logs[0]
     for stage, log in enumerate(logs, start=1):
         assert "step 4/4 | loss" in log
         assert (

@@ -77,7 +77,7 @@ def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None
 
 
 def open_layout(fields: dict, start: Path | None) -> Run:
-    """A run at a layout, with the weights at `start` or with first weights."""
+    """A run at a layout, with the weights at `start` or with initial weights."""
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)

@@ -45,7 +45,7 @@ def tiny_recipe_of(case: dict) -> Recipe:
 
 
 def open_case(case: dict, start: Path | None) -> Run:
-    """A run with the weights at `start`, or with first weights."""
+    """A run with the weights at `start`, or with initial weights."""
     recipe = tiny_recipe_of(case)
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)

@@ -22,7 +22,7 @@ from tests.gpu.fields import canonical
 
 
 def run_backend(fields: dict, *, weights: Path | None) -> tuple[VitaModel, Outcome, torch.Tensor]:
-    """A model with first weights or those at `weights`: losses, and all gradients of a pack,
+    """A model with initial weights or those at `weights`: losses, and all gradients of a pack,
     flat."""
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)

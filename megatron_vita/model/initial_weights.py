@@ -25,7 +25,7 @@ Draw = Callable[..., Any]
 
 
 @torch.no_grad()
-def set_first_weights(
+def set_initial_weights(
     state: dict[str, Any], *, config: TransformerConfig, vocab_size: int, seed: int
 ) -> None:
     """Initialize the parameters of a rank's sharded `state` of a language model.

@@ -10,8 +10,8 @@ import torch
 
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
-from megatron_vita.model import first_weights
-from tests.functional.first_weights_worker import build
+from megatron_vita.model import initial_weights
+from tests.functional.initial_weights_worker import build
 from tests.functional.launch import MOST_PROCESSES, torchrun
 
 ODD = {"vocab_size": 97}  # which two ranks pad
@@ -38,20 +38,20 @@ NOT_PARALLEL = ("untie_embeddings_and_output_weights", "qk_layernorm", "add_qkv_
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of first weights for each layout."""
+    """A checkpoint of initial weights for each layout."""
     folder = tmp_path_factory.mktemp("first")
     for world in sorted({world for world, _ in LAYOUTS.values()}):
         fields = {name: f | ODD for name, (ranks, f) in LAYOUTS.items() if ranks == world}
-        torchrun("first_weights_worker.py", str(folder), json.dumps(fields), processes=world)
+        torchrun("initial_weights_worker.py", str(folder), json.dumps(fields), processes=world)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def usual_blocks() -> Iterator[None]:
     """Undoes what the worker's `build` sets."""
-    before = first_weights.BLOCK
+    before = initial_weights.BLOCK
     yield
-    first_weights.BLOCK = before
+    initial_weights.BLOCK = before
 
 
 def single(**fields: object) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def single(**fields: object) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_first_weights_are_the_same_at_every_layout(written: Path, layout: str) -> None:
+def test_initial_weights_are_the_same_at_every_layout(written: Path, layout: str) -> None:
     kept = {name: v for name, v in LAYOUTS[layout][1].items() if name in NOT_PARALLEL}
     expected = single(**kept)
     (reader,) = build(ODD | kept | {"seed": 99})

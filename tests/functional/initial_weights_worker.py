@@ -1,4 +1,4 @@
-"""Run on several ranks: writes the first weights of each layout as a checkpoint.
+"""Run on several ranks: writes the initial weights of each layout as a checkpoint.
 
 Arguments: folder, JSON of {name: fields of the recipe}.
 """
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
-from megatron_vita.model import first_weights
+from megatron_vita.model import initial_weights
 from megatron_vita.model.build import build_chunks
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
@@ -23,7 +23,7 @@ BLOCK = 300
 
 def build(fields: dict) -> list[VitaModel]:
     """Build this rank's chunks of the tiny model at a layout."""
-    first_weights.BLOCK = BLOCK
+    initial_weights.BLOCK = BLOCK
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     return build_chunks(recipe)
