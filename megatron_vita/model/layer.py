@@ -34,7 +34,7 @@ QueryKeyValue = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class LayerContext:
     """Inputs of a layer beside the hidden state: rotary angles and attention metadata."""
 
     angles: Tensor
@@ -44,30 +44,30 @@ class Surroundings:
 class StepwiseAttention(SelfAttention):
     """megatron-core's self-attention with its steps as separate methods."""
 
-    def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
+    def project(self, hidden: Tensor, context: LayerContext) -> QueryKeyValue:
         """Compute rotated queries and keys, and values, of normalized rows [s, 1, H].
 
         Each has a storage of its own. Shapes are [t, heads, d] in THD layout, else [t, 1, heads,
         d].
         """
         query, key, value = self.get_query_key_value_tensors(hidden, None)
-        if around.documents.qkv_format == "thd":
+        if context.documents.qkv_format == "thd":
             query = query.squeeze(1)
             key = key.squeeze(1)
             value = value.squeeze(1)
         # One after the other, so that each unrotated tensor is freed before the next is made.
-        query = self._rotate(query, around)
-        key = self._rotate(key, around)
+        query = self._rotate(query, context)
+        key = self._rotate(key, context)
         # Values are a view of the joint projection, whose storage cannot be emptied for them alone.
         return query, key, value.clone(memory_format=torch.contiguous_format)
 
-    def _rotate(self, part: Tensor, around: Surroundings) -> Tensor:
+    def _rotate(self, part: Tensor, context: LayerContext) -> Tensor:
         bounds = None
-        if around.documents.qkv_format == "thd":
-            bounds = around.documents.cu_seqlens_q_padded
+        if context.documents.qkv_format == "thd":
+            bounds = context.documents.cu_seqlens_q_padded
         rotated: Tensor = apply_rotary_pos_emb(
             part,
-            around.angles,
+            context.angles,
             config=self.config,
             cu_seqlens=bounds,
             mscale=self._yarn_concentration_factor,
@@ -75,14 +75,14 @@ class StepwiseAttention(SelfAttention):
         )
         return rotated.contiguous()
 
-    def attend(self, parts: QueryKeyValue, around: Surroundings) -> Tensor:
+    def attend(self, parts: QueryKeyValue, context: LayerContext) -> Tensor:
         """Return attention's output before its projection: [t, 1, heads * d]."""
         attended = self.core_attention(
             *parts,
             None,
             attn_mask_type=self.attn_mask_type,
             attention_bias=None,
-            packed_seq_params=around.documents,
+            packed_seq_params=context.documents,
         )
         return attended.reshape(len(attended), 1, -1)
 
@@ -121,8 +121,8 @@ class RecomputingLayer(TransformerLayer):
                 **kwargs,
             )
         assert rotary_pos_emb is not None, "in training, positions are the layer's business"
-        around = Surroundings(angles=rotary_pos_emb, documents=packed_seq_params)
-        return _RecomputedLayer.apply(hidden_states, self, around), None
+        context = LayerContext(angles=rotary_pos_emb, documents=packed_seq_params)
+        return _RecomputedLayer.apply(hidden_states, self, context), None
 
     def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the MLP of a layer that is not recomputed as a whole, recomputing the MLP alone if
@@ -145,9 +145,9 @@ class RecomputingLayer(TransformerLayer):
         assert not self.config.fp8, "a layer that is recomputed does not restore 8-bit scales"
         return True
 
-    def project(self, hidden: Tensor, around: Surroundings) -> QueryKeyValue:
+    def project(self, hidden: Tensor, context: LayerContext) -> QueryKeyValue:
         """Compute queries, keys and values of the layer's input."""
-        return self.self_attention.project(self.input_layernorm(hidden), around)
+        return self.self_attention.project(self.input_layernorm(hidden), context)
 
     def add_mlp(self, hidden: Tensor) -> Tensor:
         """Add the MLP's output to rows, a piece at a time, without recording for autograd."""
@@ -170,7 +170,7 @@ class RecomputingLayer(TransformerLayer):
             with torch.enable_grad():
                 branch = self._mlp_branch_without_output(rows)
             (grad_rows,) = gradients.backward(branch, grad_part, rows)
-            # What arrives goes around the MLP (the residual stream) and through it.
+            # The gradient goes around the MLP (the residual stream) and through it.
             grad_part.add_(grad_rows)
         gradients.deliver()
         return result
@@ -203,20 +203,20 @@ class _RecomputedLayer(torch.autograd.Function):
     """Recomputation of a whole layer; see the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, around: Surroundings) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, context: LayerContext) -> Tensor:
         ctx.layer = layer
-        ctx.around = around
+        ctx.context = context
         # The copy to the host starts here, so that it runs beside the whole forward pass.
         ctx.activations = activations = layer.open_activations()
         activations.keep(hidden)
-        parts = layer.project(hidden, around)
+        parts = layer.project(hidden, context)
         if layer.memory.keep_attention:
-            ctx.attention = _KeptAttention(layer.self_attention, parts, around)
+            ctx.attention = _KeptAttention(layer.self_attention, parts, context)
             attended = ctx.attention.output
             activations.keep(attended)
         else:
             ctx.attention = None
-            attended = layer.self_attention.attend(parts, around)
+            attended = layer.self_attention.attend(parts, context)
         del parts  # free before the MLP, where memory is highest
         ctx.hidden = hidden.detach()
         result = layer.add_mlp(hidden + layer.self_attention.linear_proj(attended)[0])
@@ -227,7 +227,7 @@ class _RecomputedLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
-        around = ctx.around
+        context = ctx.context
         attention = ctx.attention
         activations = ctx.activations
         hidden = ctx.hidden.requires_grad_()
@@ -237,7 +237,7 @@ class _RecomputedLayer(torch.autograd.Function):
         activations.arrive()
         with torch.enable_grad():
             if attention is None:
-                attended = layer.self_attention.attend(layer.project(hidden, around), around)
+                attended = layer.self_attention.attend(layer.project(hidden, context), context)
             else:
                 attended = attention.output.requires_grad_()
             projected = layer.self_attention.linear_proj(attended)[0]
@@ -252,7 +252,7 @@ class _RecomputedLayer(torch.autograd.Function):
         # through whose projections its gradients go on to the layer's input.
         if attention is not None:
             with torch.enable_grad():
-                parts = layer.project(hidden, around)
+                parts = layer.project(hidden, context)
             torch.autograd.backward(parts, attention.backpropagate(parts))
         # Of the residual stream, and of the input through attention.
         return grad.add_(hidden.grad), None, None
@@ -282,11 +282,11 @@ class _KeptAttention:
     """
 
     def __init__(
-        self, attention: StepwiseAttention, parts: QueryKeyValue, around: Surroundings
+        self, attention: StepwiseAttention, parts: QueryKeyValue, context: LayerContext
     ) -> None:
         self._parts = tuple(part.detach().requires_grad_() for part in parts)
         with torch.enable_grad():
-            attended = attention.attend(self._parts, around)
+            attended = attention.attend(self._parts, context)
         self._edge = torch.autograd.graph.get_gradient_edge(attended)
         self.output = attended.detach()
         for part in self._parts:
