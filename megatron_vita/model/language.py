@@ -94,28 +94,28 @@ class LanguageModel(LanguageModule):
             x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return x.squeeze(1)
 
-    def decode(self, share: Tensor | None, *, cu_seqlens: Tensor) -> Tensor:
+    def decode(self, embeddings: Tensor | None, *, cu_seqlens: Tensor) -> Tensor:
         """Run this stage's layers.
 
         Args:
-            share: embeddings [t / TP, H] on the first stage, None after it.
+            embeddings: rows [t / TP, H] on the first stage, None after it.
             cu_seqlens: bounds of the documents [D+1], on the host.
 
         Returns:
             Hidden state [t / TP, 1, H] with SP, [t, 1, H] without.
         """
-        if share is not None:
-            share = share.unsqueeze(1)
+        if embeddings is not None:
+            embeddings = embeddings.unsqueeze(1)
             if not self.config.sequence_parallel:
                 # Without SP all TP ranks run the same rows and receive the same gradient, of which
                 # each takes its part: a sum over TP would multiply it by the number of ranks.
-                share = gather_from_sequence_parallel_region(
-                    share, tensor_parallel_output_grad=False, group=self.tp_group
+                embeddings = gather_from_sequence_parallel_region(
+                    embeddings, tensor_parallel_output_grad=False, group=self.tp_group
                 )
         documents, angles = self.backend.attention_metadata(
             cu_seqlens, inverse_frequencies=self.inverse_frequencies
         )
-        return self.run_layers(share, attention=documents, angles=angles)
+        return self.run_layers(embeddings, attention=documents, angles=angles)
 
     def run_layers(
         self, hidden: Tensor | None, *, attention: Any, angles: Tensor | None = None

@@ -122,8 +122,8 @@ class VitaModel(MegatronModule):
 
     @property
     def _keeps_pixels(self) -> bool:
-        work = self.vision_options
-        by_tiles = work.recompute and work.recompute_method == "tiles"
+        options = self.vision_options
+        by_tiles = options.recompute and options.recompute_method == "tiles"
         return by_tiles and self.training and torch.is_grad_enabled()
 
     def _encode_batch(self, tiles: Tensor) -> Tensor:
@@ -153,10 +153,10 @@ class VitaModel(MegatronModule):
             The hidden state [t / TP or t, 1, H] before the last stage; on it the losses [L] of
                 `pack.loss_rows`, or the logits [rows, V] of `wanted_rows` where those are given.
         """
-        share = None
+        embeddings = None
         if self.pre_process:
-            share = self._embed(tiles, pack, features)
-        hidden = self.language_model.decode(share, cu_seqlens=pack.cu_seqlens)
+            embeddings = self._embed(tiles, pack, features)
+        hidden = self.language_model.decode(embeddings, cu_seqlens=pack.cu_seqlens)
         if not self.post_process:
             return hidden
         if wanted_rows is not None:
@@ -168,14 +168,14 @@ class VitaModel(MegatronModule):
 
     def _embed(self, tiles: Tensor, pack: PackSlice, features: Tensor | None) -> Tensor:
         """Return this rank's part of the sequence [t / TP, H]: word embeddings and feature rows."""
-        share = self.language_model.embed(pack.input_ids)
+        embeddings = self.language_model.embed(pack.input_ids)
         if not self.encodes:
-            return share
+            return embeddings
         # Also for a pack without tiles: the exchange is collective, and every parameter of the
         # tower must get a gradient.
         if features is None:
             features = self.encode(tiles)
-        return self._write_features(share, features, pack)
+        return self._write_features(embeddings, features, pack)
 
     def _write_features(self, embeddings: Tensor, features: Tensor, pack: PackSlice) -> Tensor:
         """Send features to the ranks that hold their placeholders, and overwrite those rows."""
