@@ -130,7 +130,7 @@ def main() -> None:
             "| optimizer | replicas | buckets | host | estimated | device | seconds |\n|---|---|---|---|---|---|---|\n"
         )
         sys.stdout.write(f"{row}\n")
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

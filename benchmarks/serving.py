@@ -196,7 +196,7 @@ def main() -> None:
         if options.out:
             with options.out.open("a") as file:
                 file.write("\n".join(rows) + "\n")
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

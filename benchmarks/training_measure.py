@@ -201,4 +201,4 @@ def work_through(measure: Callable[[Case, Path], Any]) -> None:
             if not is_out_of_memory(error):
                 raise
             _leave_out_of_memory(out, error)
-    platform.leave_process()
+    platform.destroy_process_group()

@@ -273,7 +273,7 @@ def main() -> None:
                 arguments.out.write_text(json.dumps(results, indent=1))
     if dist.get_rank() == 0:
         print(table(results), flush=True)  # noqa: T201
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

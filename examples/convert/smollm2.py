@@ -110,7 +110,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     answer, ours, theirs = convert_and_ask(folder)
     sys.stdout.write(f"{QUESTION}\n{answer}\nperplexity {ours:.4f}, by transformers {theirs:.4f}\n")
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

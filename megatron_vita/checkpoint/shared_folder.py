@@ -18,7 +18,7 @@ VISIBLE_SECONDS = 90.0
 """Time for a new file to appear on other hosts: attribute caches of NFS last a minute."""
 
 
-def check(folder: Path, *, size: int = 0, count: int = 1) -> None:
+def check_shared(folder: Path, *, size: int = 0, count: int = 1) -> None:
     """Create `folder` if needed and check that every rank shares it. Collective.
 
     Warns if `count` checkpoints of `size` bytes, the most that the run will have, do not fit.

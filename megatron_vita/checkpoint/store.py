@@ -30,9 +30,9 @@ from megatron_vita.config import recipe_from_dict
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
-from megatron_vita.platform.saving import take_write_failure, write_without_a_manager
+from megatron_vita.platform.saving import take_write_failure, use_local_results_queue
 
-write_without_a_manager()
+use_local_results_queue()
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 FULL = 1 << 16

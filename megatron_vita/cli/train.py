@@ -73,4 +73,4 @@ def _train(recipe: Recipe) -> None:
     from megatron_vita.training.loop import train
 
     train(recipe)
-    platform.leave_process()
+    platform.destroy_process_group()

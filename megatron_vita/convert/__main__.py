@@ -146,7 +146,7 @@ def main(arguments: list[str], *, name: str = MODULE) -> int:
 
     logging.getLogger("megatron_vita").setLevel(logging.WARNING)
     code = run(arguments, name=name)
-    platform.leave_process()
+    platform.destroy_process_group()
     return code
 
 

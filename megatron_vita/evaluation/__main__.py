@@ -209,7 +209,7 @@ def main(arguments: list[str], *, name: str = "python -m megatron_vita.evaluatio
     # Warnings only, as of other ranks: the progress bar has the terminal.
     platform.set_up_logging(rank=1)
     code = run_command(app, arguments, name=name)
-    platform.leave_process()
+    platform.destroy_process_group()
     return code
 
 

@@ -209,7 +209,7 @@ def main(arguments: list[str], *, name: str = "python -m megatron_vita.inference
     """
     platform.set_up_logging(rank=1)  # warnings only: the answer alone belongs on the terminal
     code = run_command(app, arguments, name=name)
-    platform.leave_process()
+    platform.destroy_process_group()
     return code
 
 

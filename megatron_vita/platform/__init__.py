@@ -37,18 +37,18 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 if not torch.cuda.is_available():
     from megatron_vita.platform.cpu import adapt_to_cpu
 
-    undo_adaptation = adapt_to_cpu()
+    adapt_to_cpu()
 
 __all__ = [
     "MemoryUse",
     "available_host_memory",
+    "destroy_process_group",
     "device",
     "device_memory",
     "device_name",
     "has_flash_attention_4",
     "has_transformer_engine",
     "initialize_process",
-    "leave_process",
     "measure_matmul",
     "memory_use",
     "on_cuda",
@@ -111,7 +111,7 @@ def _refuse_unlaunched_ranks() -> None:
             )
 
 
-def leave_process() -> None:
+def destroy_process_group() -> None:
     """Destroy the process group if there is one; to be called before the process exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

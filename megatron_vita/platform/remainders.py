@@ -30,7 +30,7 @@ def split_weights(weights: Tensor) -> tuple[Tensor, Tensor]:
     return upper.to(torch.int16).view(torch.bfloat16), lower
 
 
-def write_whole_weights() -> None:
+def save_remainders_as_fp32() -> None:
     """Patch the distributed optimizer to save and load fp32 weights where it stores remainders."""
     get_states = DistributedOptimizer._get_main_param_and_optimizer_states
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
@@ -42,7 +42,7 @@ def write_whole_weights() -> None:
         return tensors
 
     def set_whole(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        if not keeps_remainders(self):
+        if not has_param_remainders(self):
             set_states(self, model_param, tensors)
             return
         # Both halves of the same weight: the model's own may have been rounded otherwise by the run
@@ -56,7 +56,7 @@ def write_whole_weights() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_whole
 
 
-def keeps_remainders(optimizer: DistributedOptimizer) -> bool:
+def has_param_remainders(optimizer: DistributedOptimizer) -> bool:
     """Tell whether the optimizer stores only the remainders of its fp32 weights."""
     return bool(getattr(optimizer.optimizer, "store_param_remainders", False))
 

@@ -6,7 +6,7 @@ import queue
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
-def write_without_a_manager() -> None:
+def use_local_results_queue() -> None:
     """Report what a rank wrote through a queue inside this process.
 
     megatron-core starts a manager process for it, so that other processes can report too; here none

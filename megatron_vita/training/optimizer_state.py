@@ -18,13 +18,13 @@ from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.platform.remainders import (
-    keeps_remainders,
+    has_param_remainders,
+    save_remainders_as_fp32,
     split_weights,
-    write_whole_weights,
 )
 from megatron_vita.training.optimizer import vision_rates
 
-write_whole_weights()
+save_remainders_as_fp32()
 _END = 64
 """Weights at either end of a share that are looked at when it is written: what is misplaced is so as a whole."""
 
@@ -178,7 +178,7 @@ class _Share:
     @property
     def is_written_to(self) -> bool:
         """True if loading the optimizer's weights overwrites the model's."""
-        return self.model.dtype == torch.float32 or keeps_remainders(self.optimizer)
+        return self.model.dtype == torch.float32 or has_param_remainders(self.optimizer)
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Tell whether a gathered `state` has the shard's weights, comparing both ends."""

@@ -138,7 +138,7 @@ def open_run(recipe: Recipe) -> Run:
     matmul_rate = _slowest_matmul()  # while the device is empty
     optimizer_state.check_state_can_be_saved(recipe)
     if recipe.checkpoint.save:
-        shared_folder.check(
+        shared_folder.check_shared(
             Path(recipe.checkpoint.save),
             size=checkpoint_bytes(recipe),
             count=min(recipe.checkpoint.keep + 1, _checkpoints(recipe)),

@@ -95,7 +95,7 @@ def main() -> None:
     for name, fields in layouts.items():
         for case in cases:
             run_case(folder / case, name, fields)
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> None:
             say("trained on")
         except VitaError as error:
             say(f"{type(error).__name__}: {re.sub(r':[0-9]+[)]', ')', str(error))}")
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main() -> None:
     found = {name: check(fields) for name, fields in json.loads(sys.argv[2]).items()}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

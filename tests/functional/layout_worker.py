@@ -149,7 +149,7 @@ def main() -> None:
             raise RuntimeError(f"layout {layout.name}") from error
         if dist.get_rank() == 0:
             write_metrics(metrics, folder / f"{layout.name}.json")
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def main() -> None:
     found["overlap, tied"] = overlap(folder / "tied" / "start", TIED)
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

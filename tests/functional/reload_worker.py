@@ -67,7 +67,7 @@ def main() -> None:
         )
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

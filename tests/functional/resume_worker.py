@@ -90,7 +90,7 @@ def main() -> None:
     loop.train_step = recorded_step
     store.dist_checkpointing.save = dying_save
     loop.train(load_recipe(recipe, overrides))
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main() -> None:
             engine.close()
         else:
             engine.serve_as_worker()
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -119,4 +119,4 @@ if __name__ == "__main__":
     errors = vocabulary_shards()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(errors))
-    platform.leave_process()
+    platform.destroy_process_group()

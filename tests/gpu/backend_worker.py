@@ -66,7 +66,7 @@ def main() -> None:
     found = {name: compare(name, fields, folder) for name, fields in cases.items()}
     if dist.get_rank() == 0:
         (folder / f"found-{dist.get_world_size()}.json").write_text(json.dumps(found))
-    platform.leave_process()
+    platform.destroy_process_group()
 
 
 if __name__ == "__main__":

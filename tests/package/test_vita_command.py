@@ -19,7 +19,7 @@ HEAVY = ("torch", "megatron", "numpy", "transformers", "typer")
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep commands from what only a process of their own may do."""
-    monkeypatch.setattr(platform, "leave_process", lambda: None)
+    monkeypatch.setattr(platform, "destroy_process_group", lambda: None)
     monkeypatch.setattr(platform, "set_up_logging", lambda rank: None)
 
 

@@ -208,9 +208,9 @@ def test_room_for_fewer_checkpoints_than_are_kept_is_warned_of(
 ) -> None:
     monkeypatch.setattr(space, "free_bytes", lambda _: 2500)
     (tmp_path / "step_00000004").mkdir()
-    shared_folder.check(tmp_path, size=1000, count=3)
+    shared_folder.check_shared(tmp_path, size=1000, count=3)
     assert not caplog.text
-    shared_folder.check(tmp_path, size=1000, count=4)
+    shared_folder.check_shared(tmp_path, size=1000, count=4)
     assert "will be full: 4 checkpoints" in caplog.text
     assert "need 3.0 kB more, and 2.5 kB are free" in caplog.text
 
@@ -266,12 +266,12 @@ def test_a_latest_checkpoint_that_cannot_be_read_is_no_matter_of_writing_and_lea
 ) -> None:
     (tmp_path / "latest").mkdir()
     with pytest.raises(CheckpointError, match=rf"checkpoint.save {tmp_path}: .*latest"):
-        shared_folder.check(tmp_path)
+        shared_folder.check_shared(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
 
 
 def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:
-    shared_folder.check(tmp_path / "new" / "checkpoints")
+    shared_folder.check_shared(tmp_path / "new" / "checkpoints")
     assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
 
 

@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         decode_pool.stop()
     if code == 0:
-        platform.leave_process()
+        platform.destroy_process_group()
     return code
 
 
