@@ -101,7 +101,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     for name in sorted(before.keys() | settings.keys()):
         if before.get(name) != settings.get(name):
             raise ConfigError(
-                f"{path}: the results there were made with {name} {before.get(name)!r}, but now it "
+                f"{path}: the results there were made with {name} {before.get(name)!r}, and now it "
                 f"is {settings.get(name)!r}: choose another folder"
             )
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
