@@ -103,7 +103,9 @@ class Measurement:
 def describe(case: Case, content: PackContent) -> dict[str, Any]:
     """Description of a case before it runs."""
     packs = case.packs * case.dp
-    flops = pack_flops(case.recipe(), content.lengths, tiles=content.tiles, rows=content.rows)
+    flops = pack_flops(
+        case.recipe(), content.lengths, tiles=content.tiles, loss_tokens=content.rows
+    )
     return {
         "case": case.name,
         "device": torch.cuda.get_device_name() if platform.on_cuda() else "CPU",

@@ -18,7 +18,7 @@ from megatron_vita.training.step import train_step
 
 def estimated_gib(case: Case, content: PackContent) -> float:
     """Peak of the fullest stage, as a dry run predicts it."""
-    load = PackLoad(tiles=content.tiles, rows=content.rows, lengths=tuple(content.lengths))
+    load = PackLoad(tiles=content.tiles, loss_tokens=content.rows, lengths=tuple(content.lengths))
     recipe = case.recipe()
     peaks = [
         rank_memory(recipe, stage, data_parallel=case.dp, load=load).peak

@@ -196,10 +196,10 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     result["tiles"] = float(len(batch.tiles))
     result["peak"] = float(torch.cuda.max_memory_allocated()) if platform.on_cuda() else 0.0
     result = _slowest(result)
-    load = PackLoad(tiles=len(pack.tiles), rows=int((pack.labels != IGNORED_LABEL).sum()))
+    load = PackLoad(tiles=len(pack.tiles), loss_tokens=int((pack.labels != IGNORED_LABEL).sum()))
     result["estimated"] = float(rank_memory(recipe, 0, data_parallel=1, load=load).peak)
     flops = 3 * pack_flops(
-        recipe, pack.cu_seqlens.diff().tolist(), tiles=load.tiles, rows=load.rows
+        recipe, pack.cu_seqlens.diff().tolist(), tiles=load.tiles, loss_tokens=load.loss_tokens
     )
     result["TFLOP/s"] = flops / result["step"] / dist.get_world_size() / 1e12
     result["tokens/s"] = recipe.data.seq_length / result["step"] / dist.get_world_size()

@@ -26,9 +26,9 @@ def attention_flops(language: LanguageConfig, lengths: Sequence[int] | np.ndarra
     return 2 * squares * language.num_layers * language.num_attention_heads * language.kv_channels
 
 
-def output_flops(language: LanguageConfig, rows: int) -> int:
-    """Count the FLOPs of the output layer for `rows` loss tokens."""
-    return 2 * rows * word_embedding(language)
+def output_flops(language: LanguageConfig, loss_tokens: int) -> int:
+    """Count the FLOPs of the output layer for `loss_tokens` loss tokens."""
+    return 2 * loss_tokens * word_embedding(language)
 
 
 def tile_flops(model: ModelConfig) -> int:
@@ -100,10 +100,10 @@ def forward_weights(recipe: Recipe) -> tuple[int, int]:
     return attention, vision
 
 
-def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int) -> int:
+def pack_flops(recipe: Recipe, lengths: Sequence[int], *, tiles: int, loss_tokens: int) -> int:
     """Count a pack's model FLOPs, forward, without padding of documents or pack."""
     language = recipe.model.language
-    flops = linear_flops(language, sum(lengths)) + output_flops(language, rows)
+    flops = linear_flops(language, sum(lengths)) + output_flops(language, loss_tokens)
     flops += attention_flops(language, _segments(recipe, lengths))
     if not recipe.model.text_only:
         flops += tiles * tile_flops(recipe.model)
@@ -133,7 +133,7 @@ class TrainingFlops:
 
 
 def training_flops(
-    recipe: Recipe, lengths: Sequence[int], *, tiles: int, rows: int
+    recipe: Recipe, lengths: Sequence[int], *, tiles: int, loss_tokens: int
 ) -> TrainingFlops:
     """Count the model FLOPs of training on a pack: three times the forward for trained weights.
 
@@ -156,6 +156,6 @@ def training_flops(
     return TrainingFlops(
         linear=passes * linear_flops(language, sum(lengths)),
         attention=3 * attention_flops(language, _segments(recipe, lengths)),
-        output=passes * output_flops(language, rows),
+        output=passes * output_flops(language, loss_tokens),
         vision=tiles * vision,
     )

@@ -36,7 +36,7 @@ class PackLoad:
     """Content of a pack, as far as costs depend on it."""
 
     tiles: int
-    rows: int  # loss tokens
+    loss_tokens: int
     # Tokens of its documents; empty: one document as long as the pack.
     lengths: tuple[int, ...] = field(default=())
 
@@ -49,9 +49,9 @@ def full_pack(recipe: Recipe) -> PackLoad:
     """
     length = recipe.data.seq_length
     if recipe.model.text_only:
-        return PackLoad(tiles=0, rows=length, lengths=(length,))
+        return PackLoad(tiles=0, loss_tokens=length, lengths=(length,))
     tiles = length // (recipe.model.vision.image_token_length + 2)
-    return PackLoad(tiles=tiles, rows=length // 8, lengths=(length,))
+    return PackLoad(tiles=tiles, loss_tokens=length // 8, lengths=(length,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def _moments(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoad) 
         name="layer", activations=activations - tensors.hidden, vision=vision, temporary=working
     )
     if stage == parallel.pipeline_model_parallel_size - 1:
-        temporary = _output_working(recipe, load.rows, tensors, parameters)
+        temporary = _output_working(recipe, load.loss_tokens, tensors, parameters)
         yield Moment(name="output", activations=activations, vision=vision, temporary=temporary)
     # While a pack is encoded, or goes backward through the tower, its layers keep nothing.
     others = max(activations - (chunk + tensors.hidden), 0)

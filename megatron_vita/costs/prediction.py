@@ -69,7 +69,7 @@ def predict(
             recipe, known, data_parallel=data_parallel, load=load, ranks_per_node=ranks_per_node
         )
     lengths = load.lengths or (recipe.data.seq_length,)
-    flops = training_flops(recipe, lengths, tiles=load.tiles, rows=load.rows)
+    flops = training_flops(recipe, lengths, tiles=load.tiles, loss_tokens=load.loss_tokens)
     return Prediction(
         peak_gib=max(memory.peak for memory in devices) / GIB,
         device_gib=max(memory.device for memory in devices) / GIB,

@@ -29,7 +29,7 @@ def _loads(recipe: Recipe, load: PackLoad, *, lengths: list[int], counts: list[i
         if recipe.training.freeze_vision_model:
             passes = 1
         loads[0] += passes * load.tiles * tile_flops(recipe.model)
-    loads[-1] += 3 * output_flops(language, load.rows)
+    loads[-1] += 3 * output_flops(language, load.loss_tokens)
     return loads
 
 

@@ -312,7 +312,7 @@ class _Stage:
         if self.stage < recipe.parallel.pipeline_model_parallel_size - 1:
             return 0.0
         language = recipe.model.language
-        rows = ceil_div(self.load.rows, self.cp)
+        rows = ceil_div(self.load.loss_tokens, self.cp)
         flops = 6 * rows * language.vocab_size // self.tp * language.hidden_size
         return flops / (0.8 * self.machine.matmul)
 

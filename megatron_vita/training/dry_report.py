@@ -140,7 +140,7 @@ def _gib(size: int) -> str:
 
 def _packs(report: DryRun) -> Iterator[str]:
     if not report.packs:
-        yield "packs: not read; taken to be full of tiles, with every eighth token scored"
+        yield "packs: not read; taken to be full of tiles, with every eighth token a loss token"
         return
     yield "next packs, least to most over the ranks that share them:"
     rows: list[Row] = [
@@ -151,7 +151,7 @@ def _packs(report: DryRun) -> Iterator[str]:
             "a CP rank",
             "tiles",
             "a rank",
-            "loss rows",
+            "loss tokens",
             "a TP x CP rank",
         )
     ]
@@ -161,7 +161,7 @@ def _packs(report: DryRun) -> Iterator[str]:
 
 def _pack(pack: PackReport) -> Row:
     values = [str(pack.pack_id + 1), str(len(pack.lengths))]
-    for counts in (pack.tokens, pack.tiles, pack.rows):
+    for counts in (pack.tokens, pack.tiles, pack.loss_tokens):
         values += [f"{counts.sum():,}", f"{counts.min():,} to {counts.max():,}"]
     return values
 

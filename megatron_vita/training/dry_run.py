@@ -38,12 +38,12 @@ class PackReport:
     lengths: list[int]  # tokens of its documents
     tokens: np.ndarray  # [CP] padding not counted
     tiles: np.ndarray  # [tile ranks]
-    rows: np.ndarray  # [CP, TP] loss rows in each sequence share
+    loss_tokens: np.ndarray  # [CP, TP] in the part of the sequence of each rank
 
     @property
     def load(self) -> PackLoad:
         """Tiles and loss tokens of the pack."""
-        return PackLoad(tiles=int(self.tiles.sum()), rows=int(self.rows.sum()))
+        return PackLoad(tiles=int(self.tiles.sum()), loss_tokens=int(self.loss_tokens.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
         tiles=np.array(
             [len(assigned) for assigned in assign_tiles(batch.frames, parallel.tile_ranks)]
         ),
-        rows=count_by_rank(
+        loss_tokens=count_by_rank(
             batch.labels != IGNORED_LABEL, batch.cu_seqlens, tp_size=tp, cp_size=cp
         ).numpy(),
     )
@@ -149,7 +149,7 @@ def _heaviest(recipe: Recipe, packs: list[PackReport]) -> tuple[PackLoad, list[i
         return full_pack(recipe), [recipe.data.seq_length]
     loads = [pack.load for pack in packs]
     heaviest = PackLoad(
-        tiles=max(load.tiles for load in loads), rows=max(load.rows for load in loads)
+        tiles=max(load.tiles for load in loads), loss_tokens=max(load.loss_tokens for load in loads)
     )
     return heaviest, packs[0].lengths
 

@@ -42,9 +42,9 @@ class StepMetrics:
     """Sums of one step over all replicas and derived values; the same on every rank."""
 
     step: int
-    loss: float  # per loss row
-    loss_rows: int
-    # per dataset, per loss row; datasets without a row are left out
+    loss: float  # per loss token
+    loss_tokens: int
+    # per dataset, per loss token; datasets without any are left out
     source_losses: dict[str, float]
     tokens: int  # without padding
     tiles: int
@@ -99,7 +99,7 @@ class StepMetrics:
             "speed/tiles_per_second": self.tiles_per_second,
             "speed/tflops_per_gpu": self.tflops_per_gpu,
             "speed/vision_share": self.vision_flops / max(self.flops, 1),
-            "data/loss_rows": self.loss_rows,
+            "data/loss_tokens": self.loss_tokens,
             "data/fill": self.fill,
             "data/damaged": self.damaged,
             "data/repeated_frames": self.stand_ins,
@@ -194,7 +194,7 @@ def count_batch(meter: Meter, batch: Batch, recipe: Recipe) -> None:
         meter.add(name, count)
     lengths = batch.document_starts.diff()[batch.document_sources != TAIL_SOURCE].tolist()
     rows = int((batch.labels != IGNORED_LABEL).sum())
-    flops = training_flops(recipe, lengths, tiles=len(batch.placements), rows=rows)
+    flops = training_flops(recipe, lengths, tiles=len(batch.placements), loss_tokens=rows)
     meter.add("flops", flops.total)
     meter.add("vision_flops", flops.vision)
 
@@ -238,7 +238,7 @@ def collect(
     return StepMetrics(
         step=step,
         loss=total / max(rows, 1),
-        loss_rows=int(rows),
+        loss_tokens=int(rows),
         source_losses={
             source: loss / count for source, (loss, count) in of_sources.items() if count
         },

@@ -60,7 +60,7 @@ class Measured:
         each = self.length // self.documents
         tiles = self.documents * int(each * 0.6 / 256)
         rows = (self.length - 258 * tiles) // 10
-        return PackLoad(tiles=tiles, rows=rows, lengths=(each,) * self.documents)
+        return PackLoad(tiles=tiles, loss_tokens=rows, lengths=(each,) * self.documents)
 
 
 LONG = {"length": 128 * 1024, "documents": 1}

@@ -35,7 +35,7 @@ def complete_cases() -> list[dict[str, Any]]:
 def prediction_of(result: dict[str, Any]) -> Prediction:
     case = case_from_dict(result["options"])
     lengths = (case.tokens // case.documents,) * case.documents
-    load = PackLoad(tiles=result["tiles"], rows=result["scored_rows"], lengths=lengths)
+    load = PackLoad(tiles=result["tiles"], loss_tokens=result["scored_rows"], lengths=lengths)
     return predict(case.recipe(), load, world_size=case.gpus, device=result["device"])
 
 

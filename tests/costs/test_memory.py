@@ -16,7 +16,7 @@ from tests.costs.measured import STEPS, TOO_LARGE, Measured
 
 
 def estimate(recipe: Recipe, *, stage: int = 0, tiles: int = 0, rows: int = 0) -> RankMemory:
-    load = PackLoad(tiles=tiles, rows=rows)
+    load = PackLoad(tiles=tiles, loss_tokens=rows)
     return rank_memory(recipe, stage, data_parallel=1, load=load)
 
 
@@ -49,7 +49,7 @@ def test_parameters_take_18_bytes_of_which_a_distributed_optimizer_shares_12() -
     assert static / GIB == pytest.approx(69, rel=0.01)
     assert (static - memory.optimizer * 8 / 12) / GIB == pytest.approx(38, rel=0.02)
     shared = rank_memory(
-        STEPS[0].recipe(), 0, data_parallel=4, load=PackLoad(tiles=0, rows=0)
+        STEPS[0].recipe(), 0, data_parallel=4, load=PackLoad(tiles=0, loss_tokens=0)
     ).optimizer
     assert shared * 4 == memory.optimizer
 
@@ -94,7 +94,7 @@ def test_the_least_optimizer_leaves_10_bytes_a_parameter_where_the_plain_one_tak
     assert (memory.weights + memory.gradients + memory.optimizer) / GIB == pytest.approx(
         38, rel=0.02
     )
-    two = rank_memory(recipe, 0, data_parallel=2, load=PackLoad(tiles=0, rows=0))
+    two = rank_memory(recipe, 0, data_parallel=2, load=PackLoad(tiles=0, loss_tokens=0))
     assert two.optimizer * 2 == memory.optimizer
     assert two.gradients == memory.gradients
 
@@ -104,7 +104,7 @@ def test_the_host_holds_an_optimizer_that_is_kept_there() -> None:
     away = changed(
         plain, optimizer={"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
     )
-    load = PackLoad(tiles=0, rows=0)
+    load = PackLoad(tiles=0, loss_tokens=0)
     on_host = host_memory(away, 0, data_parallel=1, load=load)
     assert on_host.optimizer * 12 == pytest.approx(estimate(plain).optimizer * 18, rel=1e-6)
     assert on_host.training - host_memory(plain, 0, data_parallel=1, load=load).training == (
@@ -216,7 +216,7 @@ def test_activations_on_the_host_leave_the_device_but_for_two_layers() -> None:
     assert there.activations == 28 * tensors.log_sums
     # a layer's own tensors, and those of the layer whose backward comes next
     assert there.temporary - here.temporary == 2 * (tensors.hidden + tensors.query)
-    load = PackLoad(tiles=0, rows=0)
+    load = PackLoad(tiles=0, loss_tokens=0)
     host = host_memory(away, 0, data_parallel=1, load=load)
     assert host.activations / GIB == pytest.approx(74.4 * 2 / 3, rel=0.02)
     assert host_memory(recipe, 0, data_parallel=1, load=load).activations == 0
@@ -301,7 +301,7 @@ def test_short_packs_are_highest_where_the_vocabulary_is() -> None:
 
 def test_the_host_holds_processes_and_the_tiles_of_packs_ahead() -> None:
     """3.5 GiB, one loader process, and 2 + 2 packs of 38 of 76 tiles of 448 x 448."""
-    load = PackLoad(tiles=76, rows=0)
+    load = PackLoad(tiles=76, loss_tokens=0)
     host = host_memory(STEPS[0].recipe(), 0, data_parallel=1, load=load)
     assert host.process == 3.5 * GIB
     assert host.loader == (300 << 20) + 4 * 38 * 3 * 448**2

@@ -25,7 +25,7 @@ def test_a_run_is_predicted_in_one_call(recipe: Recipe) -> None:
     assert found.seconds == pytest.approx(2.208, rel=0.1)
     assert found.tokens_per_second_per_gpu == pytest.approx(7421, rel=0.1)
     assert found.tflops_per_gpu == pytest.approx(366, rel=0.1)
-    counted = pack_flops(recipe, load.lengths, tiles=load.tiles, rows=load.rows)
+    counted = pack_flops(recipe, load.lengths, tiles=load.tiles, loss_tokens=load.loss_tokens)
     assert found.flops == 3 * counted
 
 

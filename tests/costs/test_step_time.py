@@ -132,5 +132,5 @@ def test_devices_are_known_by_their_names(name: str, device: object) -> None:
 
 def test_text_alone_takes_no_time_for_vision() -> None:
     text = changed(WHOLE, model={"text_only": True})
-    load = PackLoad(tiles=0, rows=1000)
+    load = PackLoad(tiles=0, loss_tokens=1000)
     assert step_time(text, H200, data_parallel=1, load=load).vision == 0

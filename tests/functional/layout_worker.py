@@ -117,7 +117,7 @@ def write_metrics(metrics: list[StepMetrics], path: Path) -> None:
         {
             "loss": m.loss,
             "grad_norm": m.grad_norm,
-            "rows": m.loss_rows,
+            "rows": m.loss_tokens,
             "tiles": m.tiles,
             "flops": m.flops,
         }

@@ -116,7 +116,7 @@ def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) 
         packs = my_batches(run, step)
         metrics = train_step(run, iter([packs[i] for i in order]))
         steps.append(
-            {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "rows": metrics.loss_rows}
+            {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "rows": metrics.loss_tokens}
         )
         gradients = gradients or {
             _plain(name): grad.float() for name, grad in whole_gradients(run).items()

@@ -103,7 +103,7 @@ def test_losses_of_packs_add_up_to_the_loss_of_the_step(recipe_path: Path) -> No
         def on_log(self, run: Run, metrics: Any) -> None:
             values = metrics.scalars()
             found.append((metrics.loss, values["mine/loss"]))
-            assert values["mine/rows"] == metrics.loss_rows
+            assert values["mine/rows"] == metrics.loss_tokens
 
     found: list[tuple[float, float]] = []
     train(load_recipe(recipe_path, FAST), callbacks=[Sum()])

@@ -187,7 +187,7 @@ def test_a_batch_counts_documents_with_their_padding_and_no_tail() -> None:
     count_batch(meter, batch, recipe)
     found = meter.reduce()
     rows = int((batch.labels != -100).sum())
-    flops = training_flops(recipe, [32, 48], tiles=7, rows=rows)
+    flops = training_flops(recipe, [32, 48], tiles=7, loss_tokens=rows)
     assert (found["flops"], found["vision_flops"]) == (flops.total, flops.vision)
     assert (found["tokens"], found["positions"]) == (76, 128)
 

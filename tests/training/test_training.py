@@ -293,7 +293,7 @@ def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_ther
 
 
 def metrics_of(step: int) -> StepMetrics:
-    counts = {"loss_rows": 1, "tokens": 1, "tiles": 0, "documents": 1, "damaged": 0}
+    counts = {"loss_tokens": 1, "tokens": 1, "tiles": 0, "documents": 1, "damaged": 0}
     return StepMetrics(
         step=step, loss=1.0, source_losses={}, fill=1.0, seconds=1.0, held_out=True, **counts
     )
@@ -385,7 +385,7 @@ def test_tensorboard_holds_losses_of_sources_and_of_held_out_packs(trained: Reci
         "train/grad_norm",
         "train/lr",
         "data/fill",
-        "data/loss_rows",
+        "data/loss_tokens",
     ):
         assert [event.step for event in events.Scalars(tag)] == list(range(1, 13)), tag
     for tag in ("validation/loss", "validation/loss/held"):
@@ -420,7 +420,7 @@ def test_a_log_line_shows_all_that_is_promised(
     (line,) = [
         record.getMessage() for record in caplog.records if "step 2/2" in record.getMessage()
     ]
-    for part in ("loss", "grad norm", "lr", "tokens/s", "tiles/s", "loss rows", "fill", "left"):
+    for part in ("loss", "grad norm", "lr", "tokens/s", "tiles/s", "loss tokens", "fill", "left"):
         assert part in line
 
 
@@ -554,10 +554,10 @@ def test_a_samples_weight_multiplies_its_losses_and_their_gradients(recipe_path:
 
     found, grads = gradients(weighted)
     wanted, wanted_grads = gradients(without_first)
-    assert found.loss_rows > wanted.loss_rows
-    assert found.loss * found.loss_rows == pytest.approx(
-        3 * wanted.loss * wanted.loss_rows, rel=1e-5
+    assert found.loss_tokens > wanted.loss_tokens
+    assert found.loss * found.loss_tokens == pytest.approx(
+        3 * wanted.loss * wanted.loss_tokens, rel=1e-5
     )
     for name, grad in grads.items():
-        expected = 3 * wanted_grads[name] * (wanted.loss_rows / found.loss_rows)
+        expected = 3 * wanted_grads[name] * (wanted.loss_tokens / found.loss_tokens)
         assert torch.allclose(grad, expected, rtol=1e-3, atol=1e-6), name

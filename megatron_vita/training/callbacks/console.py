@@ -38,7 +38,7 @@ def _describe_step(run: Run, metrics: StepMetrics) -> str:
         f"{metrics.tokens_per_second / metrics.ranks:.0f} tokens/s/GPU",
         f"{metrics.tiles_per_second / metrics.ranks:.1f} tiles/s/GPU",
         _arithmetic(metrics),
-        f"{metrics.loss_rows} loss rows",
+        f"{metrics.loss_tokens} loss tokens",
         f"fill {100 * metrics.fill:.1f} %",
         *_memory(metrics),
         f"data {metrics.values[DATA_SECONDS]:.2f} s",
