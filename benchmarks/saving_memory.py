@@ -89,7 +89,7 @@ def open_run(folder: str, *, distributed: bool) -> Run:
     run = assemble_run(recipe)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
-    for parameter in run.core.parameters():
+    for parameter in run.unwrapped_model.parameters():
         parameter.main_grad.fill_(1e-3)
     run.optimizer.step()
     return run
@@ -105,7 +105,7 @@ def measure(run: Run) -> str:
     ranks = dist.get_world_size()
     peaks: list[list[int]] = [[]] * ranks
     dist.all_gather_object(peaks, peak)
-    count = sum(p.numel() for p in run.core.parameters())
+    count = sum(p.numel() for p in run.unwrapped_model.parameters())
     host, device = (max(each) / count for each in zip(*peaks, strict=True))
     estimate = saving_memory(run.recipe, 0, data_parallel=ranks) / count
     kind = "distributed" if run.recipe.parallel.use_distributed_optimizer else "replicated"

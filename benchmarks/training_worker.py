@@ -36,7 +36,7 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
     content = PackContent(pack.document_starts.diff().tolist(), len(pack.tiles), rows)
     measurement = Measurement(case, out, content, estimated_gib=estimated_gib(case, content))
     run = assemble_run(recipe)
-    measurement.write(backend=run.cores[0].language_model.backend.name)
+    measurement.write(backend=run.unwrapped_models[0].language_model.backend.name)
     measurement.note_static_memory()
     batch = dealt_to_this_rank(pack)
 

@@ -178,9 +178,9 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     pack = make_pack(recipe, documents=DOCUMENTS, seed=1)
     clock = Clock()
     sent = []
-    watch_vision(run.core, clock)
+    watch_vision(run.unwrapped_model, clock)
     if duplicated:
-        duplicate_vision(run.core, pack)
+        duplicate_vision(run.unwrapped_model, pack)
     batch = pack if duplicated else dealt_to_this_rank(pack)
     steps = []
     with watched_exchange(clock, sent):

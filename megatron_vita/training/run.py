@@ -88,15 +88,15 @@ class Run:
         self.recorded.add(name, value, reduce=reduce, weight=weight)
 
     @property
-    def cores(self) -> list[VitaModel]:
+    def unwrapped_models(self) -> list[VitaModel]:
         """The model chunks without their data-parallel wrappers."""
         return [chunk.module for chunk in self.chunks]
 
     @property
-    def core(self) -> VitaModel:
+    def unwrapped_model(self) -> VitaModel:
         """The only chunk of a rank without interleaving."""
-        (core,) = self.cores
-        return core
+        (model,) = self.unwrapped_models
+        return model
 
     @property
     def rows_per_tile(self) -> int:
@@ -225,7 +225,7 @@ def settle_weights(run: Run) -> None:
 
 
 def _state(run: Run, *, loading: bool) -> dict[str, Any]:
-    model = store.model_state(run.cores)
+    model = store.model_state(run.unwrapped_models)
     optimizer = optimizer_state.sharded_state(run.optimizer, run.chunks, model, loading=loading)
     return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
@@ -247,7 +247,7 @@ def _resume(run: Run, checkpoint: Path) -> None:
     saved = recipe_from_dict(manifest["recipe"])
     check_parts(saved, run.recipe)
     state = store.load_state(checkpoint, _state(run, loading=True))
-    store.set_model_state(run.cores, state["model"])
+    store.set_model_state(run.unwrapped_models, state["model"])
     try:
         optimizer_state.load(
             run.optimizer, run.chunks, state["optimizer"], saved=saved, recipe=run.recipe
@@ -265,6 +265,6 @@ def _resume(run: Run, checkpoint: Path) -> None:
 
 def _start_from(run: Run, checkpoint: Path) -> None:
     store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
-    store.load_weights(run.cores, checkpoint)
+    store.load_weights(run.unwrapped_models, checkpoint)
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)

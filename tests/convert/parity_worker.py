@@ -33,7 +33,7 @@ def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
     recipe.training.bf16 = False
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
-    store.load_weights(run.cores, checkpoint)
+    store.load_weights(run.unwrapped_models, checkpoint)
     return run
 
 

@@ -58,7 +58,7 @@ def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters of all model chunks, with the chunk in their names."""
     return [
         (f"{i}.{name}", p)
-        for i, core in enumerate(run.cores)
+        for i, core in enumerate(run.unwrapped_models)
         for name, p in core.named_parameters()
     ]
 
@@ -70,7 +70,7 @@ def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None
         weights = {name: p.clone() for name, p in named_parameters(run)}
         for name, p in named_parameters(run):
             p.copy_((tensors or weights)[name])
-        state = {"model": store.model_state(run.cores)}
+        state = {"model": store.model_state(run.unwrapped_models)}
         store.save_checkpoint(folder, step=0, state=state, manifest={}, keep=1)
         for name, p in named_parameters(run):
             p.copy_(weights[name])
@@ -84,7 +84,7 @@ def open_layout(fields: dict, start: Path | None) -> Run:
     if recipe.parallel.use_distributed_optimizer:
         check_buckets(run)
     if start is not None:
-        load_weights(run.cores, store.find_checkpoint(start))
+        load_weights(run.unwrapped_models, store.find_checkpoint(start))
         run.optimizer.reload_model_params()
     return run
 

@@ -50,7 +50,7 @@ def open_case(case: dict, start: Path | None) -> Run:
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     if start is not None:
-        load_weights(run.cores, store.find_checkpoint(start))
+        load_weights(run.unwrapped_models, store.find_checkpoint(start))
         run.optimizer.reload_model_params()
     return run
 
@@ -58,7 +58,7 @@ def open_case(case: dict, start: Path | None) -> Run:
 def step_of_case(case: dict, folder: Path, *, start: Path) -> float:
     """Run one step and write its reduced gradients to `folder`; returns the loss."""
     run = open_case(case, start)
-    head = getattr(run.core.language_model, "output_layer", None)
+    head = getattr(run.unwrapped_model.language_model, "output_layer", None)
     if head is not None:
         head.chunk_bytes = 5 * 4 * head.output_size_per_partition
     metrics = train_step(run, iter(my_batches(run, 0)))
@@ -107,7 +107,9 @@ def overlap(start: Path, case: dict) -> dict[str, float]:
     output.compute_losses = compute_losses
     overlapped.chunks[0].start_param_sync(force_sync=True)
     for (name, expected), actual in zip(
-        plain.core.named_parameters(), overlapped.core.parameters(), strict=True
+        plain.unwrapped_model.named_parameters(),
+        overlapped.unwrapped_model.parameters(),
+        strict=True,
     ):
         found[name] = (actual - expected).abs().max().item()
     return found

@@ -29,7 +29,7 @@ def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
     if folder.exists():
         take_up(run)
     else:
-        load_weights(run.cores, find_checkpoint(start))
+        load_weights(run.unwrapped_models, find_checkpoint(start))
         run.optimizer.reload_model_params()
     return run
 

@@ -71,8 +71,8 @@ def readers(results: Path) -> dict[str, Run]:
 
 
 def tensors(reader: Run, folder: Path) -> dict[str, torch.Tensor]:
-    load_weights(reader.cores, store.find_checkpoint(folder))
-    return {name: p.detach().clone() for name, p in reader.core.named_parameters()}
+    load_weights(reader.unwrapped_models, store.find_checkpoint(folder))
+    return {name: p.detach().clone() for name, p in reader.unwrapped_model.named_parameters()}
 
 
 def assert_equal_metrics(results: Path, layout: Layout) -> None:

@@ -77,8 +77,10 @@ def test_layout_equals_full_logits_of_a_single_process(
     run = open_case(SHAPES[shape], None)
     gradients = []
     for place in (folder / shape / "gradients", folder / name):
-        load_weights(run.cores, store.find_checkpoint(place))
-        gradients.append({name: p.detach().clone() for name, p in run.core.named_parameters()})
+        load_weights(run.unwrapped_models, store.find_checkpoint(place))
+        gradients.append(
+            {name: p.detach().clone() for name, p in run.unwrapped_model.named_parameters()}
+        )
     expected, actual = gradients
     total = torch.stack([g.norm() for g in expected.values()]).norm()
     assert total > 0

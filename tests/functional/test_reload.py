@@ -70,9 +70,9 @@ def test_the_next_step_is_the_same_at_any_layout(folder: Path, pair: tuple[str, 
     assert loss == pytest.approx(found["single"][0], rel=1e-6)
     assert grad_norm == pytest.approx(found["single"][1], rel=1e-5)
     run = open_layout(dict(ODD), folder / "weights" / "single")
-    expected = {name: p.detach().clone() for name, p in run.core.named_parameters()}
-    load_weights(run.cores, find_checkpoint(folder / "weights" / " to ".join(pair)))
-    for name, parameter in run.core.named_parameters():
+    expected = {name: p.detach().clone() for name, p in run.unwrapped_model.named_parameters()}
+    load_weights(run.unwrapped_models, find_checkpoint(folder / "weights" / " to ".join(pair)))
+    for name, parameter in run.unwrapped_model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-5, rtol=0, msg=name)
 
 

@@ -121,7 +121,9 @@ def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) 
         gradients = gradients or {
             _plain(name): grad.float() for name, grad in whole_gradients(run).items()
         }
-    weights = {canonical(name): p.detach().float() for name, p in run.core.named_parameters()}
+    weights = {
+        canonical(name): p.detach().float() for name, p in run.unwrapped_model.named_parameters()
+    }
     return Outcome(steps, gradients, weights)
 
 
@@ -140,8 +142,8 @@ def readers(folder: Path) -> dict[str, Run]:
 
 
 def _read(reader: Run, folder: Path) -> dict[str, Tensor]:
-    load_weights(reader.cores, store.find_checkpoint(folder))
-    return {name: p.detach().clone() for name, p in reader.core.named_parameters()}
+    load_weights(reader.unwrapped_models, store.find_checkpoint(folder))
+    return {name: p.detach().clone() for name, p in reader.unwrapped_model.named_parameters()}
 
 
 def _distances(truth: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:

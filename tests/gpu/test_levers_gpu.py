@@ -60,7 +60,7 @@ def open_run(**fields: Any) -> Run:
 
 def gradients(run: Run) -> Tensor:
     """Gradients of all parameters after a step, flat."""
-    return torch.cat([p.main_grad.flatten() for p in run.core.parameters()])
+    return torch.cat([p.main_grad.flatten() for p in run.unwrapped_model.parameters()])
 
 
 def three_steps(**fields: Any) -> tuple[list[float], Tensor, Tensor]:
@@ -71,7 +71,11 @@ def three_steps(**fields: Any) -> tuple[list[float], Tensor, Tensor]:
     for number in range(3):
         losses.append(train_step(run, iter(packs(number))).loss)
         first = first if number else gradients(run)
-    return losses, first, torch.cat([p.detach().flatten() for p in run.core.parameters()])
+    return (
+        losses,
+        first,
+        torch.cat([p.detach().flatten() for p in run.unwrapped_model.parameters()]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,7 @@ def test_a_tower_that_goes_through_again_from_pixels_keeps_none_of_its_layers() 
 
 def test_host_buffers_are_pinned_and_nothing_grows() -> None:
     run = open_run(**KEPT, **PIECES, **OFFLOADED)
-    buffers = run.core.language_model.decoder.layers[0].store.buffers
+    buffers = run.unwrapped_model.language_model.decoder.layers[0].store.buffers
     assert all(buffer.is_pinned() for free in buffers._free.values() for buffer in free)
     found = []
     for number in range(20):
@@ -175,12 +179,14 @@ def test_products_added_to_main_gradients_are_the_gradients() -> None:
     """Transformer Engine adds weight gradients in the product; without that, they are rounded to
     bf16 and added by megatron-core."""
     run = open_run(**KEPT, **PIECES)
-    fused = [m for m in run.core.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
+    fused = [
+        m for m in run.unwrapped_model.modules() if getattr(m, "fuse_wgrad_accumulation", False)
+    ]
     assert len(fused) == 4 * LAYERS
     train_step(run, iter(packs(0)))
     found = gradients(run)
     other = open_run(**KEPT, **PIECES)
-    for module in other.core.modules():
+    for module in other.unwrapped_model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = False
     train_step(other, iter(packs(0)))

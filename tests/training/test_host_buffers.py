@@ -57,5 +57,5 @@ def test_all_buffers_are_there_before_the_first_step(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(offload, "host_buffers", lambda sizes: asked.extend(sizes) or get(sizes))
     run = assemble_run(recipe_of())
     assert sum(asked) == NEEDED
-    store = run.core.language_model.decoder.layers[0].store
+    store = run.unwrapped_model.language_model.decoder.layers[0].store
     assert store.buffers.count == len(asked) == 8

@@ -245,7 +245,9 @@ def test_a_run_begins_with_what_it_runs_on_and_how(
     lines = lines[: next(i for i, line in enumerate(lines) if line.startswith("step 1"))]
     run = assemble_run(load_recipe(recipe_path, FAST))
     numbers = {
-        part: sum(p.numel() for n, p in run.core.named_parameters() if n.startswith(part))
+        part: sum(
+            p.numel() for n, p in run.unwrapped_model.named_parameters() if n.startswith(part)
+        )
         for part in ("", "vision_model")
     }
     expected = (

@@ -68,7 +68,7 @@ def second_step(setting: str, folder: Path) -> tuple[float, torch.Tensor]:
     resumed = open_under(setting, folder)
     assert resumed.step == 1
     loss = train_step(resumed, iter(my_batches(resumed, 1))).loss
-    return loss, torch.cat([p.detach().flatten() for p in resumed.core.parameters()])
+    return loss, torch.cat([p.detach().flatten() for p in resumed.unwrapped_model.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_remainders_go_on_as_if_never_interrupted(folder: Path) -> None:
         loss = train_step(whole, iter(my_batches(whole, step))).loss
     resumed_loss, weights = second_step("remainders", folder / "remainders")
     assert resumed_loss == loss
-    expected = torch.cat([p.detach().flatten() for p in whole.core.parameters()])
+    expected = torch.cat([p.detach().flatten() for p in whole.unwrapped_model.parameters()])
     assert torch.equal(weights, expected)
 
 

@@ -249,7 +249,7 @@ def test_a_save_on_a_full_disk_says_so_and_leaves_no_half(
 
 
 def _state(run: Run) -> dict:
-    return {"model": store.model_state(run.cores)}
+    return {"model": store.model_state(run.unwrapped_models)}
 
 
 def test_the_bytes_of_a_checkpoint_are_those_of_its_tensors(halfway: Path) -> None:

@@ -72,9 +72,11 @@ def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Pat
         recipe = load_recipe(recipe_path, [*FAST, f"training.freeze_{frozen}=true"])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "open_run", keep)
-            before = {name: p.clone() for name, p in open_run(recipe).core.named_parameters()}
+            before = {
+                name: p.clone() for name, p in open_run(recipe).unwrapped_model.named_parameters()
+            }
             train(recipe)
-        for name, parameter in run.core.named_parameters():  # type: ignore[attr-defined]
+        for name, parameter in run.unwrapped_model.named_parameters():  # type: ignore[attr-defined]
             assert torch.equal(before[name], parameter) == name.startswith(frozen), name
 
 
@@ -312,9 +314,13 @@ def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_
         recipe_path, [*FAST, *text_only, f"checkpoint.load={trained.checkpoint.save}"]
     )
     run = open_run(recipe)
-    assert {name.split(".")[0] for name, _ in run.core.named_parameters()} == {"language_model"}
-    whole = open_run(load_recipe(recipe_path, [f"checkpoint.save={trained.checkpoint.save}"])).core
-    for name, parameter in run.core.named_parameters():
+    assert {name.split(".")[0] for name, _ in run.unwrapped_model.named_parameters()} == {
+        "language_model"
+    }
+    whole = open_run(
+        load_recipe(recipe_path, [f"checkpoint.save={trained.checkpoint.save}"])
+    ).unwrapped_model
+    for name, parameter in run.unwrapped_model.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
     train(recipe)
 
@@ -357,7 +363,9 @@ def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_pa
             rates[round(group["lr"] / run.recipe.optimizer.lr, 6)] += parameter.numel()
 
     def size(part: str) -> int:
-        return sum(p.numel() for name, p in run.core.named_parameters() if name.startswith(part))
+        return sum(
+            p.numel() for name, p in run.unwrapped_model.named_parameters() if name.startswith(part)
+        )
 
     depths = ["embeddings.", "layers.0.", "layers.1.", "layers.2."]
     expected = {
@@ -372,7 +380,7 @@ def test_vectors_and_biases_are_spared_weight_decay(recipe_path: Path) -> None:
     spared = sum(
         p.numel() for g in run.optimizer.param_groups if g["wd_mult"] == 0 for p in g["params"]
     )
-    named = run.core.named_parameters()
+    named = run.unwrapped_model.named_parameters()
     assert spared == sum(p.numel() for name, p in named if p.dim() == 1 or name.endswith("bias"))
 
 
@@ -432,7 +440,9 @@ def test_a_stage_starts_from_the_weights_of_another_run_at_step_0(
     fresh = open_run(load_recipe(recipe_path, FAST))
     differ = [
         not torch.equal(p, q)
-        for p, q in zip(run.core.parameters(), fresh.core.parameters(), strict=True)
+        for p, q in zip(
+            run.unwrapped_model.parameters(), fresh.unwrapped_model.parameters(), strict=True
+        )
     ]
     assert all(differ)
 
@@ -540,7 +550,9 @@ def test_a_samples_weight_multiplies_its_losses_and_their_gradients(recipe_path:
         batch = run.train_stream[0]
         assert (batch.document_sources >= 0).sum() > 1
         metrics = train_step(run, iter([change(batch)]))
-        return metrics, {name: p.main_grad.clone() for name, p in run.core.named_parameters()}
+        return metrics, {
+            name: p.main_grad.clone() for name, p in run.unwrapped_model.named_parameters()
+        }
 
     def weighted(batch: Batch) -> Batch:
         weights = torch.full(batch.labels.shape, 3.0)
