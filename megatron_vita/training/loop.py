@@ -50,10 +50,10 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
             metrics = train_step(run, batches)
             hooks.after_step(metrics)
             if metrics.stops and run.step < recipe.training.train_iters:
-                raise StoppedError(_farewell(run))
+                raise StoppedError(_stop_message(run))
 
 
-def _farewell(run: Run) -> str:
+def _stop_message(run: Run) -> str:
     return (
         f"told to stop ({run.stop.heard or 'another rank was'}) after step {run.step} of "
         f"{run.recipe.training.train_iters}: "

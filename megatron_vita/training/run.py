@@ -154,7 +154,7 @@ def open_run(recipe: Recipe) -> Run:
     run.train_stream = train_stream
     run.validation_stream = validation_stream
     run.matmul_rate = matmul_rate
-    take_up(run)
+    restore(run)
     return run
 
 
@@ -192,7 +192,7 @@ def assemble_run(recipe: Recipe) -> Run:
 
 def save_run(run: Run) -> Path:
     """Save the run's state to `checkpoint.save`, and return the checkpoint. Collective."""
-    settle_weights(run)
+    finish_param_gather(run)
     return store.save_checkpoint(
         run.recipe.checkpoint.save,
         step=run.step,
@@ -215,7 +215,7 @@ def _manifest(run: Run) -> dict[str, Any]:
     }
 
 
-def settle_weights(run: Run) -> None:
+def finish_param_gather(run: Run) -> None:
     """Wait for updated weights that are still being gathered for the next forward pass.
     Collective."""
     if run.recipe.parallel.overlap_param_gather:
@@ -230,7 +230,7 @@ def _state(run: Run, *, loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
 
-def take_up(run: Run) -> None:
+def restore(run: Run) -> None:
     """Resume from the latest checkpoint, or load the weights that the recipe starts from.
     Collective."""
     settings = run.recipe.checkpoint

@@ -18,7 +18,7 @@ from megatron_vita.checkpoint.store import load_weights
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer
 from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, assemble_run, settle_weights
+from megatron_vita.training.run import Run, assemble_run, finish_param_gather
 from megatron_vita.training.step import train_step
 from tests.functional.layouts import Layout
 from tests.functional.synthetic import make_step, share_of, tiny_recipe
@@ -65,7 +65,7 @@ def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
 
 def save_tensors(run: Run, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write the model's weights, or `tensors` in their place."""
-    settle_weights(run)
+    finish_param_gather(run)
     with torch.no_grad():
         weights = {name: p.clone() for name, p in named_parameters(run)}
         for name, p in named_parameters(run):

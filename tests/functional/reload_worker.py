@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 from megatron_vita.parallel import groups
-from megatron_vita.training.run import Run, assemble_run, save_run, take_up
+from megatron_vita.training.run import Run, assemble_run, restore, save_run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import my_batches, save_tensors
 from tests.functional.synthetic import tiny_recipe
@@ -27,7 +27,7 @@ def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     if folder.exists():
-        take_up(run)
+        restore(run)
     else:
         load_weights(run.unwrapped_models, find_checkpoint(start))
         run.optimizer.reload_model_params()
