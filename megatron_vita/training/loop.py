@@ -55,7 +55,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
 
 def _stop_message(run: Run) -> str:
     return (
-        f"told to stop ({run.stop.heard or 'another rank was'}) after step {run.step} of "
+        f"told to stop ({run.stop.received or 'another rank was'}) after step {run.step} of "
         f"{run.recipe.training.train_iters}: "
         + (
             "saved; the same command goes on"

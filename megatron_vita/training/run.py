@@ -33,7 +33,7 @@ from megatron_vita.training.optimizer import (
     wrap_for_data_parallel,
 )
 from megatron_vita.training.position import changed_fields, check_parts
-from megatron_vita.training.stopping import StopRequest
+from megatron_vita.training.stop_signal import StopRequest
 from megatron_vita.training.streams import open_streams
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     work = Work(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
     _run_schedule(work, batches, num_microbatches=run.microbatches, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
-    run.meter.add("stops", int(bool(run.stop.heard)))
+    run.meter.add("stops", int(bool(run.stop.received)))
     run.meter.add("failed", int(run.hooks is not None and run.hooks.has_failed))
     measure_memory(run.meter)
     metrics = collect(run.meter, losses, step=run.step + 1, started=started)

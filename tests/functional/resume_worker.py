@@ -47,7 +47,7 @@ def be_told_to_stop(run: Run, how: str) -> None:
         psutil.Process().parent().terminate()
     if how == "usr1" and dist.get_rank() == dist.get_world_size() - 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    while not run.stop.heard and (how == "term" or dist.get_rank() == dist.get_world_size() - 1):
+    while not run.stop.received and (how == "term" or dist.get_rank() == dist.get_world_size() - 1):
         time.sleep(0.01)
 
 

@@ -243,7 +243,7 @@ def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.Monkey
     with stopping.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert (stop.heard, raised) == ("SIGUSR1", [])
+        assert (stop.received, raised) == ("SIGUSR1", [])
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert raised == [signal.SIGTERM]

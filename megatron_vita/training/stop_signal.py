@@ -20,15 +20,15 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.heard = ""  # the first signal's name
-        self._heard_at = 0.0
+        self.received = ""  # the first signal's name
+        self._received_at = 0.0
         self._repeated_interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             self._before = {
-                number: signal.signal(number, self._hear) or signal.SIG_DFL for number in SIGNALS
+                number: signal.signal(number, self._receive) or signal.SIG_DFL for number in SIGNALS
             }
         return self
 
@@ -41,13 +41,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.heard:
-            self.heard = signal.Signals(number).name
-            self._heard_at = now
+        if not self.received:
+            self.received = signal.Signals(number).name
+            self._received_at = now
             return
-        is_soon = now - self._heard_at <= REPEAT_SECONDS
+        is_soon = now - self._received_at <= REPEAT_SECONDS
         if not (self._may_be_the_same(number) and is_soon):
             is_interrupt = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
