@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vita.checkpoint.space import HALVES, bytes_in, check_space, describe_lack, free_bytes
 from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
-from megatron_vita.config import recipe_from_dict
+from megatron_vita.config import ModelConfig
 from megatron_vita.errors import CheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
@@ -226,19 +226,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_model(checkpoint: Path, *, model: dict[str, Any]) -> None:
-    """Check that a checkpoint holds a model of the same shapes.
+def check_model(checkpoint: Path, *, saved: ModelConfig, model: ModelConfig) -> None:
+    """Check that a checkpoint's model, `saved`, has the shapes of `model`.
 
     A text-only model may load the language model of a whole one.
 
     Raises:
         CheckpointError: names the first field that differs.
     """
-    found = _flatten(
-        dataclasses.asdict(recipe_from_dict(read_manifest(checkpoint)["recipe"]).model)
-    )
-    free = ("text_only", "vision.", "projector.") if model["text_only"] else ()
-    for name, value in _flatten(model).items():
+    found = _flatten(dataclasses.asdict(saved))
+    free: tuple[str, ...] = ()
+    if model.text_only:
+        free = ("text_only", "vision.", "projector.")
+    for name, value in _flatten(dataclasses.asdict(model)).items():
         # How weights were initialized does not change their shapes.
         if name.startswith(free) or name.endswith(("init", "init_method_std")):
             continue

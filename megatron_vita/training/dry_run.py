@@ -24,7 +24,7 @@ from megatron_vita.layout.counts import count_by_rank
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.model.build import build_on_meta
 from megatron_vita.parallel import groups
-from megatron_vita.training.position import find_position
+from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.streams import open_streams, pack_costs
 
 PACKS_SHOWN = 4
@@ -94,10 +94,15 @@ def dry_run(
         VitaError: an error that would stop the run at its start.
     """
     data_parallel = recipe.data_parallel_size(world_size)
-    stream = open_streams(recipe, tile_share=None, replicas=data_parallel)[0] if with_data else None
-    first = find_position(recipe).consumed_packs
-    shown = range(first, min(first + PACKS_SHOWN, len(stream))) if stream else []
-    packs = [_report_pack(recipe, stream, pack) for pack in shown] if stream else []
+    resume = ResumePoint.find(recipe)
+    first = resume.consumed_packs
+    packs: list[PackReport] = []
+    step_costs: list[int] = []
+    if with_data:
+        stream, _ = open_streams(recipe, resume=resume, tile_share=None, replicas=data_parallel)
+        shown = range(first, min(first + PACKS_SHOWN, len(stream)))
+        packs = [_report_pack(recipe, stream, pack) for pack in shown]
+        step_costs = _step_costs(recipe, stream, data_parallel, first=first)
     load, lengths = _heaviest(recipe, packs)
     flops = stage_flops(recipe, load, lengths=lengths)
     stages = [
@@ -109,7 +114,7 @@ def dry_run(
         data_parallel=data_parallel,
         stages=stages,
         packs=packs,
-        step_costs=_step_costs(recipe, stream, data_parallel, first=first) if stream else [],
+        step_costs=step_costs,
         prediction=predict(
             recipe,
             replace(load, lengths=tuple(lengths)),

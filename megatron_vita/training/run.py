@@ -32,7 +32,7 @@ from megatron_vita.training.optimizer import (
     check_optimizer,
     wrap_for_data_parallel,
 )
-from megatron_vita.training.position import changed_fields, check_parts
+from megatron_vita.training.resume import ResumePoint, changed_fields, check_parts
 from megatron_vita.training.stop_signal import StopRequest
 from megatron_vita.training.streams import open_streams
 
@@ -143,18 +143,22 @@ def open_run(recipe: Recipe) -> Run:
             size=checkpoint_bytes(recipe),
             count=min(recipe.checkpoint.keep + 1, _checkpoints(recipe)),
         )
+    # Read once, after all ranks agreed on the newest checkpoint, and passed on.
+    resume = ResumePoint.find(recipe)
     if recipe.data.num_workers:
         start_fork_server()
     groups.initialize_groups(recipe.parallel)
     layout = groups.rank_layout()
     encodes = groups.is_first_stage() and not recipe.model.text_only
     share = (layout.tile_rank, layout.tile_ranks) if encodes else None
-    train_stream, validation_stream = open_streams(recipe, tile_share=share, replicas=replicas)
+    train_stream, validation_stream = open_streams(
+        recipe, resume=resume, tile_share=share, replicas=replicas
+    )
     run = assemble_run(recipe)
     run.train_stream = train_stream
     run.validation_stream = validation_stream
     run.matmul_rate = matmul_rate
-    restore(run)
+    restore(run, resume)
     return run
 
 
@@ -230,21 +234,17 @@ def _state(run: Run, *, loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
 
-def restore(run: Run) -> None:
-    """Resume from the latest checkpoint, or load the weights that the recipe starts from.
-    Collective."""
-    settings = run.recipe.checkpoint
-    newest = store.latest_checkpoint(settings.save) if settings.save else None
-    if newest is not None:
-        _resume(run, newest)
-    elif settings.load:
-        _start_from(run, store.find_checkpoint(settings.load))
+def restore(run: Run, resume: ResumePoint) -> None:
+    """Resume from a checkpoint, or load the weights that the recipe starts from. Collective."""
+    if resume.checkpoint is not None:
+        _resume(run, resume, resume.checkpoint)
+    elif run.recipe.checkpoint.load:
+        _start_from(run, store.find_checkpoint(run.recipe.checkpoint.load))
 
 
-def _resume(run: Run, checkpoint: Path) -> None:
-    store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
-    manifest = store.read_manifest(checkpoint)
-    saved = recipe_from_dict(manifest["recipe"])
+def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
+    saved = recipe_from_dict(resume.recipe)
+    store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     check_parts(saved, run.recipe)
     state = store.load_state(checkpoint, _state(run, loading=True))
     store.set_model_state(run.unwrapped_models, state["model"])
@@ -255,16 +255,17 @@ def _resume(run: Run, checkpoint: Path) -> None:
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     run.schedule.load_state_dict(state["schedule"])
-    run.step = manifest["step"]
-    run.consumed_packs = manifest["consumed_packs"]
-    run.ledger = Ledger(Damage(**damage) for damage in manifest["damaged"])
+    run.step = resume.step
+    run.consumed_packs = resume.consumed_packs
+    run.ledger = Ledger(Damage(**damage) for damage in resume.damaged)
     logger.info("resumed from %s after step %d, pack %d", checkpoint, run.step, run.consumed_packs)
-    if changes := list(changed_fields(manifest["recipe"], dataclasses.asdict(run.recipe))):
+    if changes := list(changed_fields(resume.recipe, dataclasses.asdict(run.recipe))):
         logger.info("resumed with changes: %s", "; ".join(changes))
 
 
 def _start_from(run: Run, checkpoint: Path) -> None:
-    store.check_model(checkpoint, model=dataclasses.asdict(run.recipe.model))
+    saved = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     store.load_weights(run.unwrapped_models, checkpoint)
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)

@@ -8,16 +8,17 @@ from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import ConfigError
 from megatron_vita.layout.assignment import assign_packs
 from megatron_vita.text.vocabulary import open_tokenizer
-from megatron_vita.training.position import check_plan, find_position
+from megatron_vita.training.resume import ResumePoint, check_plan
 
 
 def open_streams(
-    recipe: Recipe, *, tile_share: tuple[int, int] | None, replicas: int
+    recipe: Recipe, *, resume: ResumePoint, tile_share: tuple[int, int] | None, replicas: int
 ) -> tuple[PackStream, PackStream | None]:
     """Open the training packs, and the held-out ones if the recipe validates.
 
     Args:
         recipe: a checked recipe.
+        resume: position of the run, which the plan must continue.
         tile_share: tile rank and number of tile ranks, for `PackStream`.
         replicas: data-parallel replicas.
 
@@ -28,7 +29,7 @@ def open_streams(
     """
     tokenizer = open_tokenizer(recipe)
     train = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=tile_share)
-    check_plan(train.plan, recipe, find_position(recipe))
+    check_plan(train.plan, recipe, resume)
     if not recipe.training.eval_interval:
         return train, None
     held_out = open_split(recipe, split="validation", tokenizer=tokenizer, tile_share=tile_share)

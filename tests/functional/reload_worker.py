@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 from megatron_vita.parallel import groups
+from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, assemble_run, restore, save_run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import my_batches, save_tensors
@@ -27,7 +28,7 @@ def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     if folder.exists():
-        restore(run)
+        restore(run, ResumePoint.find(run.recipe))
     else:
         load_weights(run.unwrapped_models, find_checkpoint(start))
         run.optimizer.reload_model_params()

@@ -13,6 +13,7 @@ from megatron_vita.parallel import groups
 from megatron_vita.platform.remainders import join_weights, split_weights
 from megatron_vita.training import optimizer_state, run
 from megatron_vita.training.optimizer import check_optimizer
+from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import assemble_run, restore, save_run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import my_batches
@@ -59,7 +60,7 @@ def open_under(setting: str, folder: Path) -> run.Run:
     groups.initialize_groups(recipe.parallel)
     opened = assemble_run(recipe)
     if folder.exists():
-        restore(opened)
+        restore(opened, ResumePoint.find(opened.recipe))
     return opened
 
 

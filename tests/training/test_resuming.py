@@ -24,7 +24,7 @@ from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training import optimizer, optimizer_state
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.loop import train
-from megatron_vita.training.position import check_parts, find_position
+from megatron_vita.training.resume import ResumePoint, check_parts
 from megatron_vita.training.run import Run, open_run, save_run
 from megatron_vita.training.streams import open_streams
 from tests.environment import environment_with
@@ -195,12 +195,13 @@ def test_state_that_could_not_be_saved_is_refused_at_the_start(
 
 def test_too_few_held_out_packs_for_the_replicas_are_refused_at_the_start(halfway: Path) -> None:
     recipe = load_recipe(halfway, ["data.num_workers=0"])
-    _, held_out = open_streams(recipe, tile_share=None, replicas=2)
+    resume = ResumePoint.find(recipe)
+    _, held_out = open_streams(recipe, resume=resume, tile_share=None, replicas=2)
     assert held_out is not None
     with pytest.raises(
         ConfigError, match=rf"data.validation holds {len(held_out)} packs.* each of 64 replicas"
     ):
-        open_streams(recipe, tile_share=None, replicas=64)
+        open_streams(recipe, resume=resume, tile_share=None, replicas=64)
 
 
 def test_a_dry_run_shows_the_packs_that_are_next(halfway: Path) -> None:
@@ -219,7 +220,7 @@ def test_what_a_killed_save_left_is_removed_by_the_next(halfway: Path) -> None:
     left_behind.mkdir()
     save_run(run)
     assert not left_behind.exists()
-    assert find_position(run.recipe).step == STEP
+    assert ResumePoint.find(run.recipe).step == STEP
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+"""Position of a run by its newest checkpoint, checked against the current recipe and plan."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.checkpoint import store
+from megatron_vita.config import Recipe
+from megatron_vita.data.planning.plan import PackPlan
+from megatron_vita.errors import CheckpointError, ConfigError
+
+FIXED = (
+    "model.text_only",
+    "training.bf16",
+    "parallel.use_distributed_optimizer",
+    "optimizer.vision_lr_mult",
+    "optimizer.vision_lr_decay",
+    "training.freeze_vision_model",
+    "training.freeze_projector",
+    "training.freeze_language_model",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """Newest checkpoint of a run and the contents of its manifest; the start if there is none."""
+
+    checkpoint: Path | None = None
+    step: int = 0
+    consumed_packs: int = 0
+    plan_digest: str = ""  # of the consumed packs; empty if unknown
+    recipe: dict[str, Any] = field(default_factory=dict)  # of the saved run, as plain values
+    damaged: list[dict[str, Any]] = field(default_factory=list)  # fields of `Damage`
+
+    @classmethod
+    def find(cls, recipe: Recipe) -> "ResumePoint":
+        """Read the manifest of the newest checkpoint in `checkpoint.save`.
+
+        Raises:
+            CheckpointError: it cannot be read or has another format version.
+        """
+        checkpoint = None
+        if recipe.checkpoint.save:
+            checkpoint = store.latest_checkpoint(recipe.checkpoint.save)
+        if checkpoint is None:
+            return cls()
+        manifest = store.read_manifest(checkpoint)
+        return cls(
+            checkpoint=checkpoint,
+            step=manifest["step"],
+            consumed_packs=manifest["consumed_packs"],
+            plan_digest=manifest.get("plan_digest", ""),
+            recipe=manifest["recipe"],
+            damaged=manifest.get("damaged", []),
+        )
+
+
+def check_plan(plan: PackPlan, recipe: Recipe, resume: ResumePoint) -> None:
+    """Check that a plan continues the run at `resume`.
+
+    Raises:
+        ConfigError: the plan is too short for the remaining steps.
+        CheckpointError: its first packs are not those that the run has consumed.
+    """
+    training = recipe.training
+    consumed = resume.consumed_packs
+    # By packs, not by steps: the batch size may have changed since.
+    needed = consumed + max(0, training.train_iters - resume.step) * training.global_batch_size
+    if needed > plan.num_packs:
+        enough = resume.step + (plan.num_packs - consumed) // training.global_batch_size
+        raise ConfigError(
+            f"training.train_iters {training.train_iters} x global_batch_size {training.global_batch_size} needs "
+            f"{needed} packs, but the plan {recipe.data.plan} holds {plan.num_packs}: raise data.epochs and plan "
+            f"again, or lower train_iters to {max(0, enough)}"
+        )
+    if resume.plan_digest and plan.digest_before(consumed) != resume.plan_digest:
+        raise CheckpointError(
+            f"{resume.checkpoint}: the {consumed} packs that this run has consumed are not the first {consumed} of "
+            f"the plan {recipe.data.plan}: going on would leave out samples or repeat them. Plan as before, or change "
+            f"the mix from there on: data_tools plan --continue-from {consumed}; for another run, name another "
+            "checkpoint.save"
+        )
+
+
+def check_parts(saved: Recipe, now: Recipe) -> None:
+    """Check the fields that determine the optimizer's parameter groups and state layout (FIXED).
+
+    Raises:
+        CheckpointError: one differs from the saved run.
+    """
+    for name in FIXED:
+        then = attrgetter(name)(saved)
+        value = attrgetter(name)(now)
+        if then != value:
+            raise CheckpointError(
+                f"{name} is {value}, but {then} in the run to be resumed, which it cannot change in; start another "
+                "run from its weights: checkpoint.load"
+            )
+
+
+def changed_fields(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a phrase for each field that differs between two recipes, both as plain values."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in now:
+            path = name
+            if prefix:
+                path = f"{prefix}.{name}"
+            yield from changed_fields(then.get(name), now[name], path)
+    elif then != now:
+        yield f"{prefix} {now!r} (was {then!r})"
