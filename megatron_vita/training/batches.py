@@ -48,10 +48,11 @@ def train_batches(run: Run) -> "FinalBatches":
         packs_of_replicas(run.recipe, plan, first=first, replicas=group.size())[group.rank()]
         for first in firsts
     )
-    noting = run.ledger_folder if groups.is_first_of_replica() else None
-    run.ledger = Ledger(
-        run.read_damage(), path=noting and noting / f"replica_{group.rank():05d}.jsonl"
-    )
+    # All ranks of a replica hold the same events; one of them writes.
+    path = None
+    if run.ledger_folder is not None and groups.is_first_of_replica():
+        path = run.ledger_folder / f"replica_{group.rank():05d}.jsonl"
+    run.ledger = Ledger(run.read_damage(), path=path)
     return _final_batches(run, run.train_stream, ids, purpose="main", ledger=run.ledger)
 
 
@@ -65,15 +66,17 @@ def validation_batches(run: Run) -> tuple["FinalBatches", int]:
     count = packs_of_validation(run.recipe, len(run.validation_stream), replicas=group.size())
     first = group.rank() * count
     ids = range(first, first + count)
-    return _final_batches(
-        run, run.validation_stream, ids, purpose="validation", ledger=Ledger()
-    ), count
+    # A ledger of its own: damage of held-out packs is not the run's, and not saved.
+    batches = _final_batches(run, run.validation_stream, ids, purpose="validation", ledger=Ledger())
+    return batches, count
 
 
 def _final_batches(
     run: Run, stream: PackStream, ids: Iterable[int], *, purpose: groups.HostPurpose, ledger: Ledger
 ) -> "FinalBatches":
     data = run.recipe.data
+    # Documents known to be damaged are not read again: one may have killed its reader. Made lazily,
+    # since the ledger grows while the run goes on.
     tasks = (
         PackTask(
             pack, frozenset(damage.document for damage in ledger.of_pack(pack) if damage.is_masked)
@@ -88,6 +91,7 @@ def _final_batches(
         sample_seconds=data.sample_seconds,
     )
     agreement = Agreement(stream, ledger, group=groups.host_group(purpose))
+    # Asked here: the current device is a setting of each thread.
     device = platform.device()
     return FinalBatches(packs, lambda pack: _pin_tiles(agreement.finish(pack), device))
 
@@ -117,6 +121,8 @@ class Agreement:
     def finish(self, pack: ReadPack) -> Batch:
         """Return the batch of a pack, the same on all ranks except for their tiles. Collective."""
         batch = pack.batch
+        # Events come from all ranks in one order, so that every ledger, and so every batch, becomes
+        # the same.
         new = self._ledger.add(add_up_damage(self._gather(pack)))
         if self._group is None or self._group.rank() == 0:
             for damage in new:
@@ -137,6 +143,7 @@ class Agreement:
     def _gather(self, pack: ReadPack) -> list[Damage]:
         if self._group is None:
             return pack.damages
+        # Nearly all packs are intact: one small all-reduce instead of pickled lists.
         any_damaged = torch.tensor([len(pack.damages)])
         dist.all_reduce(any_damaged, group=self._group)
         if not any_damaged:
@@ -147,7 +154,9 @@ class Agreement:
 
 
 def _warn_of(damage: Damage) -> None:
-    fate = "sample masked" if damage.is_masked else f"{damage.frames} frames repeat others"
+    fate = f"{damage.frames} frames repeat others"
+    if damage.is_masked:
+        fate = "sample masked"
     logger.warning(
         "pack %d: %s: %s: %s: %s", damage.pack, fate, damage.shard, damage.key, damage.reason
     )
@@ -159,6 +168,7 @@ class FinalBatches(Iterator[Batch]):
     def __init__(
         self, packs: Generator[ReadPack] | Iterator[ReadPack], finish: Callable[[ReadPack], Batch]
     ) -> None:
+        # One finished pack waits: each holds its tiles in pinned memory.
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=1)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -170,7 +180,7 @@ class FinalBatches(Iterator[Batch]):
         item = self._queue.get()
         if isinstance(item, Batch):
             return item
-        self._queue.put(item)  # for whoever asks again
+        self._queue.put(item)  # a further call raises it again, instead of waiting for ever
         raise item
 
     def close(self) -> None:
@@ -179,6 +189,7 @@ class FinalBatches(Iterator[Batch]):
         A thread that waits for a lost rank ends with this process.
         """
         self._closed.set()
+        # Take what the thread is about to put: a full queue would keep it from seeing the flag.
         deadline = time.monotonic() + CLOSING_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:
             with suppress(queue.Empty):
@@ -191,7 +202,8 @@ class FinalBatches(Iterator[Batch]):
                     break
                 self._queue.put(finish(pack))
             self._queue.put(StopIteration())
-        except BaseException as error:  # raised where the batch is asked for
+        except BaseException as error:
+            # Raised by `__next__`, in the thread that can end the run.
             self._queue.put(error)
         finally:
             if close := getattr(packs, "close", None):

@@ -23,7 +23,9 @@ def run_dry(recipe: Recipe, options: argparse.Namespace, *, world_size: int) -> 
     Raises:
         ConfigError: the run would not fit, or no layout does.
     """
-    here = platform.device_name() if platform.on_cuda() else ""
+    here = ""
+    if platform.on_cuda():
+        here = platform.device_name()
     if options.suggest:
         _print_suggestions(recipe, options, world_size=world_size, here=here)
         return
@@ -55,7 +57,8 @@ def _print_suggestions(
     sys.stdout.write("\n".join(lines) + "\n")
     if not found.best:
         raise ConfigError(
-            f"no layout of {world_size} devices fits: more of them (--world-size), or a smaller data.seq_length"
+            f"no layout of {world_size} devices fits: take more of them (--world-size), or a smaller "
+            "data.seq_length"
         )
 
 
@@ -63,12 +66,14 @@ def _fitted(recipe: Recipe, room: Room, device: Device | None, *, world_size: in
     """Return the recipe with the levers that a run on such devices would choose."""
     if not room.device:
         raise ConfigError(
-            "training.fit_memory: name the run's GPU with --device or its memory with --device-memory-gib"
+            "training.fit_memory: name the run's GPU with --device or its memory with "
+            "--device-memory-gib"
         )
     plain = change(recipe, NO_LEVERS)
     replicas = recipe.data_parallel_size(world_size)
     fitted = fit_memory(plain, room, data_parallel=replicas, device=device)
     if fitted is None:
-        return plain  # refused by what it needs at the least, further on
+        # `check_memory` refuses it, with changes that would fit.
+        return plain
     sys.stdout.write(f"training.fit_memory would choose: {describe_levers(fitted)}\n\n")
     return fitted

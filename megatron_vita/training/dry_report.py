@@ -48,7 +48,9 @@ def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
         yield f"  replica r of a stage: r x {tp * cp} further on"
     for name, ranks in (("TP", tp), ("TP x CP", tp * cp)):
         nodes = ceil_div(ranks, ranks_per_node)
-        where = "inside a node" if nodes == 1 else f"over {nodes} nodes"
+        where = f"over {nodes} nodes"
+        if nodes == 1:
+            where = "inside a node"
         yield f"  {name} groups lie {where}, with {ranks_per_node} ranks a node"
 
 
@@ -80,8 +82,8 @@ def _stages(recipe: Recipe, report: DryRun) -> Iterator[str]:
 
 def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str]:
     yield (
-        "memory of a rank's device in GiB, estimated; peak: what torch allocates at the highest, from "
-        "the second step on; device: with what its allocator and libraries hold beside:"
+        "estimated device memory of a rank in GiB; peak: allocated by torch from the second step on; "
+        "device: including allocator overhead and libraries:"
     )
     rows: list[Row] = []
     for i, stage in enumerate(report.stages):
@@ -91,7 +93,7 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
             rows.append(("stage", *parts, "highest in"))
         rows.append((str(i), *map(_gib, parts.values()), memory.highest.name))
     yield from align(rows)
-    yield "memory of a rank's host in GiB, estimated:"
+    yield "estimated host memory of a rank in GiB:"
     rows = []
     for i, stage in enumerate(report.stages):
         sizes = asdict(stage.host) | {"total": stage.host.total}
@@ -99,12 +101,16 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
             rows.append(("stage", *sizes))
         rows.append((str(i), *map(_gib, sizes.values())))
     yield from align(rows)
+    # The fullest stage for every rank of a node: nodes may hold ranks of one stage only.
     ranks = min(ranks_per_node, report.world_size)
     training = max(stage.host.training for stage in report.stages) * ranks / GIB
     yield f"training takes about {training:.1f} GiB of a node's own memory, with {ranks} ranks a node"
     if recipe.checkpoint.save:
         saving = max(stage.host.saving for stage in report.stages) * ranks / GIB
-        yield f"writing a checkpoint takes about {saving:.1f} GiB of a node's own memory, with {ranks} ranks a node"
+        yield (
+            f"writing a checkpoint takes about {saving:.1f} GiB of a node's own memory, with {ranks} "
+            "ranks a node"
+        )
         yield _disk(recipe)
 
 
@@ -177,9 +183,9 @@ def _balance(recipe: Recipe, report: DryRun) -> Iterator[str]:
             "stages would be loaded more evenly with parallel.num_layers_in_first_pipeline_stage="
             f"{first} parallel.num_layers_in_last_pipeline_stage={last}"
         )
-    if len(report.stages) > 1 and recipe.training.global_batch_size // report.data_parallel < len(
-        report.stages
-    ):
+    stages = len(report.stages)
+    packs_of_replica = recipe.training.global_batch_size // report.data_parallel
+    if stages > 1 and packs_of_replica < stages:
         yield "fewer packs to a replica than pipeline stages: some stages always wait"
 
 

@@ -132,6 +132,7 @@ def _report_pack(recipe: Recipe, stream: PackStream, pack_id: int) -> PackReport
     tp = parallel.tensor_model_parallel_size
     cp = parallel.context_parallel_size
     lengths = stream.plan.lengths_of(pack_id).tolist()
+    # Documents are padded at their ends: their lengths in the plan are without the padding.
     is_token = torch.zeros(len(batch.input_ids), dtype=torch.bool)
     for start, length in zip(batch.document_starts.tolist(), lengths, strict=False):
         is_token[start : start + length] = True
@@ -165,9 +166,11 @@ def _report_stage(
     parallel = recipe.parallel
     ranks = world_size // parallel.pipeline_model_parallel_size
     parameters = stage_parameters(recipe, stage)
+    # Pipeline stages are the outermost dimension of ranks.
     first = stage * ranks
     with _fake_world(recipe, rank=first, world_size=world_size):
         built = sum(p.numel() for chunk in build_on_meta(recipe) for p in chunk.parameters())
+    # The costs are derived from a recipe alone; here they are held to the model itself.
     assert built == parameters.total, (
         f"stage {stage}: {built} parameters were built, {parameters.total} planned"
     )
@@ -198,7 +201,8 @@ def _fake_world(recipe: Recipe, *, rank: int, world_size: int) -> Iterator[None]
 
 
 def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int, *, first: int) -> list[int]:
-    if first + recipe.training.global_batch_size > len(stream):  # the run is complete
+    # A complete run may have no step left in its plan.
+    if first + recipe.training.global_batch_size > len(stream):
         return []
     costs = pack_costs(recipe, stream.plan, first=first)
     return [
@@ -208,6 +212,7 @@ def _step_costs(recipe: Recipe, stream: PackStream, data_parallel: int, *, first
 
 def _better_ends(recipe: Recipe, load: PackLoad, lengths: list[int]) -> tuple[int, int] | None:
     parallel = recipe.parallel
+    # megatron-core allows uneven ends only without interleaving.
     if parallel.pipeline_model_parallel_size == 1 or parallel.virtual_size is not None:
         return None
     now = parallel.layers_of_stages(recipe.model.language.num_layers)

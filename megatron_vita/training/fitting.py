@@ -39,6 +39,7 @@ def choose_levers(recipe: Recipe) -> Recipe:
     device = _common_device()
     plain = change(recipe, NO_LEVERS)
     replicas = recipe.data_parallel_size(dist.get_world_size())
+    # A pure function of values that all ranks share: each computes the same choice for itself.
     fitted = fit_memory(plain, room, data_parallel=replicas, device=device)
     has = f"{room.device / GIB:.1f} GiB of its device and {room.host / GIB:.1f} of its host"
     if fitted is None:
@@ -61,7 +62,10 @@ def choose_levers(recipe: Recipe) -> Recipe:
 def _common_device() -> Device | None:
     """Return the device of all ranks; None if they differ or its rates are unknown. Collective."""
     device = find_device(platform.device_name())
-    index = DEVICES.index(device) if device is not None else -1
+    index = -1
+    if device is not None:
+        index = DEVICES.index(device)
+    # Least and, by the negated index, largest in one collective: equal if all ranks have the same.
     both = torch.tensor([index, -index], device=platform.device())
     dist.all_reduce(both, op=dist.ReduceOp.MIN)
     if both[0] == -both[1]:
@@ -76,6 +80,7 @@ def _least_room(recipe: Recipe) -> Room:
     """
     ranks_of_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = platform.available_host_memory() // ranks_of_host
+    # On a CPU, device and host memory are the same.
     sizes = torch.tensor([platform.device_memory() or host, host], dtype=torch.int64)
     sizes = sizes.to(platform.device())
     dist.all_reduce(sizes, op=dist.ReduceOp.MIN)

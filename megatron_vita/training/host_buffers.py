@@ -44,8 +44,10 @@ def open_activation_store(models: list[VitaModel], recipe: Recipe) -> Activation
 def _check_room(needed: int, recipe: Recipe) -> None:
     """Check the memory needed by all ranks of this host before any of them allocates.
     Collective."""
+    # By host name and not by LOCAL_WORLD_SIZE: launchers other than torchrun do not set it.
     host = socket.gethostname()
     free = available_host_memory()
+    # The gather is also a barrier: no rank has allocated yet when any measures what is free.
     ranks: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
     dist.all_gather_object(ranks, (host, needed))
     most = int(recipe.training.activation_offload_gib * GIB)

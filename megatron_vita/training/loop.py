@@ -40,6 +40,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
     run.hooks = build_hooks(run, callbacks)
     for line in describe_run(run):
         logger.info("%s", line)
+    # Entered in this order, left in the reverse: hooks end first, while batches still exist.
     with ExitStack() as stack:
         batches = train_batches(run)
         stack.callback(batches.close)
@@ -54,12 +55,10 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
 
 
 def _stop_message(run: Run) -> str:
+    outcome = "nothing is saved: set checkpoint.save"
+    if run.recipe.checkpoint.save:
+        outcome = "saved; run the same command to resume"
     return (
         f"told to stop ({run.stop.received or 'another rank was'}) after step {run.step} of "
-        f"{run.recipe.training.train_iters}: "
-        + (
-            "saved; the same command goes on"
-            if run.recipe.checkpoint.save
-            else "nothing is saved: set checkpoint.save"
-        )
+        f"{run.recipe.training.train_iters}: {outcome}"
     )

@@ -46,12 +46,17 @@ class Meter:
         """
         known = self._reduces.setdefault(name, reduce)
         assert known == reduce, f"metric {name} is reduced by {known} elsewhere, by {reduce} here"
-        value = value.detach() if isinstance(value, Tensor) else float(value)
+        if isinstance(value, Tensor):
+            value = value.detach()
+        else:
+            value = float(value)
         if reduce == "mean":
             value = value * weight
         before = self._values.get(name)
+        if before is not None:
+            value = _combine(before, value, reduce)
         self._counts[name] = self._counts.get(name, 0.0) + weight
-        self._values[name] = value if before is None else _combine(before, value, reduce)
+        self._values[name] = value
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -74,6 +79,8 @@ class Meter:
         Raises:
             ConfigError: on all ranks, if they reduce one name in different ways.
         """
+        # Names rarely change: their exchange, slow since they are pickled, is skipped until some
+        # rank's flag, in the same collective as the values, asks for it.
         has_new, extremes, totals = self._exchange()
         if has_new:
             self._agree()
@@ -82,10 +89,12 @@ class Meter:
         self._counts.clear()
         result = {}
         for name, reduce in self._agreed.items():
-            total, calls = totals[name]
-            if calls:
-                mean = total / calls if reduce == "mean" else total
-                result[name] = extremes.get(name, mean)
+            value, calls = totals[name]
+            if not calls:
+                continue  # known from an earlier step, not added to in this one
+            if reduce == "mean":
+                value /= calls
+            result[name] = extremes.get(name, value)
         return result
 
     def _exchange(self) -> tuple[bool, dict[str, float], dict[str, tuple[float, float]]]:
@@ -94,6 +103,8 @@ class Meter:
 
         One transfer from the device.
         """
+        # Two vectors: extremes with the flag, reduced by MAX, and the rest, by SUM. Ranks without a
+        # value add what changes nothing: -inf, or 0.
         signs = {name: _SIGNS[reduce] for name, reduce in self._agreed.items() if reduce in _SIGNS}
         has_new = float(self._reduces.keys() > self._agreed.keys())
         highest = _vector(
@@ -105,6 +116,7 @@ class Meter:
         totals = _vector(*added, *calls)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         dist.all_reduce(totals)
+        # Both in one copy: each copy from the device waits for it.
         values = torch.cat([highest, totals]).tolist()
         extremes = {
             name: s * value for (name, s), value in zip(signs.items(), values[1:], strict=False)
@@ -142,6 +154,7 @@ def _combine(before: Any, value: Any, reduce: Reduce) -> Any:
 
 def _vector(*entries: float | Tensor) -> Tensor:
     """Build a vector of the entries in fp64 on this rank's device."""
+    # Numbers in one copy to the device; tensors are there, and must not be read on the host.
     numbers = [0.0 if isinstance(entry, Tensor) else entry for entry in entries]
     vector = torch.tensor(numbers, dtype=torch.float64).to(platform.device(), non_blocking=True)
     for i, entry in enumerate(entries):

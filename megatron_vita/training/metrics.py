@@ -163,11 +163,13 @@ class LossSums:
 
         Each context-parallel rank adds its own.
         """
+        # TP ranks have the same losses.
         if groups.tensor_group().rank() != 0:
             return
         positions = pack.positions[pack.loss_rows]
         document = torch.searchsorted(batch.document_starts, positions, right=True) - 1
-        source = batch.document_sources[document]  # never the tail, which has no loss row
+        # Never the tail's, which has no loss tokens.
+        source = batch.document_sources[document]
         self._rows += torch.bincount(source, minlength=len(self._rows))
         there = to_device(source, losses.device)
         self._losses.index_add_(0, there, losses.detach().double())
@@ -225,7 +227,8 @@ def collect(
         started: its start, by `time.perf_counter`.
     """
     losses.put(meter)
-    platform.synchronize()  # or the seconds would leave out what the device still has to do
+    # Without it, the seconds would leave out the work that the device still has to do.
+    platform.synchronize()
     meter.add("seconds", time.perf_counter() - started, reduce="max")
     values = meter.reduce()
     sums = {name: values.pop(name, 0.0) for name in SUMS}

@@ -26,7 +26,7 @@ from megatron_vita.training.optimizer import vision_rates
 
 save_remainders_as_fp32()
 _END = 64
-"""Weights at either end of a share that are looked at when it is written: what is misplaced is so as a whole."""
+"""Weights compared at both ends of a shard before it is saved: a misplacement shifts all of it."""
 
 
 def check_state_can_be_saved(recipe: Recipe) -> None:
@@ -69,8 +69,10 @@ def sharded_state(
         state = optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=store.sharding_metadata()
         )
+    # Fields of the offloading optimizer would keep others from loading the state.
     for hybrid in _of_kind(optimizer, HybridDeviceOptimizer):
         _leave_out(_own_fields(hybrid), state)
+    # Checked while it can still be refused: a checkpoint with wrong state is found much later.
     if not loading:
         wrong = [share.name for share in _shares(optimizer, chunks) if not share.is_in(state)]
         _refuse(
@@ -89,6 +91,7 @@ def _places_without_padding(buffer: Buffer) -> Iterator[None]:
     upstream by pull request 5077): all after the first padding would be written with their
     neighbours' values.
     """
+    # `param_index_map`: parameter -> (first, last, bucket), offsets in the padded buffer.
     padded = buffer.param_index_map
     starts = []
     start = 0
@@ -137,8 +140,15 @@ def load(
         CheckpointError: on all ranks, if a distributed optimizer's weights do not round to the
             model's.
     """
+    # The model's weights were loaded from their own part of the checkpoint: two sources that must
+    # agree. A copy where loading the optimizer overwrites them.
     shares = list(_shares(optimizer, chunks))
-    kept = [share.model.clone() if share.is_written_to else share.model for share in shares]
+    kept = []
+    for share in shares:
+        if share.is_written_to:
+            kept.append(share.model.clone())
+        else:
+            kept.append(share.model)
     _load(optimizer, state, saved=saved, recipe=recipe)
     rough = "fp16" in (saved.optimizer.main_params_dtype, recipe.optimizer.main_params_dtype)
     wrong = [
@@ -148,13 +158,12 @@ def load(
     ]
     _refuse(
         wrong,
-        "the optimizer's weights are not those of the model: its state was written wrongly; checkpoint.load starts a "
-        "run from the model's weights alone",
+        "the optimizer's weights are not those of the model: its state was written wrongly; "
+        "checkpoint.load starts a run from the model's weights alone",
     )
+    # Upper halves may have been rounded the other way, on the ranks that own them alone.
     if recipe.optimizer.store_param_remainders:
-        for (
-            chunk
-        ) in chunks:  # halves may have been rounded the other way, on the ranks that own them
+        for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
 
 
@@ -197,7 +206,8 @@ def _agree(main: torch.Tensor, weights: torch.Tensor, *, rough: bool) -> bool:
         return True
     if weights.dtype != torch.bfloat16:
         return False
-    if rough:  # half a step of bf16 and one of fp16, or of fp16's smallest numbers
+    if rough:
+        # Half a step of bf16 and one of fp16, or of fp16's smallest numbers.
         allowed = weights.float().abs() * (2**-8 + 2**-11) + main.abs().max() * 2**-38
         return bool(((main - weights.float()).abs() <= allowed).all())
     away, _ = split_weights(main)
@@ -239,6 +249,7 @@ def _shares(
 
 def _refuse(names: list[str], reason: str) -> None:
     """Raise CheckpointError on all ranks if any has names. Collective."""
+    # On all ranks: others would wait for one that raised alone.
     of_ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(of_ranks, names)
     if found := sorted({name for names in of_ranks for name in names}):

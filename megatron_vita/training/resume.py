@@ -75,6 +75,7 @@ def check_plan(plan: PackPlan, recipe: Recipe, resume: ResumePoint) -> None:
             f"{needed} packs, but the plan {recipe.data.plan} holds {plan.num_packs}: raise data.epochs and plan "
             f"again, or lower train_iters to {max(0, enough)}"
         )
+    # A plan made again with other data begins with other packs; one that was continued does not.
     if resume.plan_digest and plan.digest_before(consumed) != resume.plan_digest:
         raise CheckpointError(
             f"{resume.checkpoint}: the {consumed} packs that this run has consumed are not the first {consumed} of "

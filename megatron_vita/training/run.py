@@ -53,7 +53,7 @@ class Run:
     microbatches: int
     train_stream: PackStream | None = None
     validation_stream: PackStream | None = None
-    # of samples that this rank's replica could not read
+    # Samples that this rank's replica could not read.
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     meter: Meter = dataclasses.field(default_factory=Meter)  # the loop's own, of one step
@@ -115,7 +115,11 @@ class Run:
 
         Ledgers are those on disk, of the resumed checkpoint, and of this rank.
         """
-        noted = read_ledgers(self.ledger_folder) if self.ledger_folder else []
+        noted: list[Damage] = []
+        if self.ledger_folder:
+            noted = read_ledgers(self.ledger_folder)
+        # The same event may be in several; a plan continued with other data has other samples in
+        # the places of some.
         events = dict.fromkeys([*self.ledger.events(), *noted])
         return merge_damage(
             event for event in events if self.train_stream is None or self.train_stream.fits(event)
@@ -135,7 +139,8 @@ class Run:
 def open_run(recipe: Recipe) -> Run:
     """Build a run and load the latest checkpoint or the initial weights. Collective."""
     replicas = recipe.data_parallel_size(dist.get_world_size())
-    matmul_rate = _slowest_matmul()  # while the device is empty
+    # Measured first, while the device is idle and its memory free.
+    matmul_rate = _slowest_matmul()
     optimizer_state.check_state_can_be_saved(recipe)
     if recipe.checkpoint.save:
         shared_folder.check_shared(
@@ -145,12 +150,16 @@ def open_run(recipe: Recipe) -> Run:
         )
     # Read once, after all ranks agreed on the newest checkpoint, and passed on.
     resume = ResumePoint.find(recipe)
+    # Early: its start takes seconds, in which the model is built.
     if recipe.data.num_workers:
         start_fork_server()
     groups.initialize_groups(recipe.parallel)
     layout = groups.rank_layout()
     encodes = groups.is_first_stage() and not recipe.model.text_only
-    share = (layout.tile_rank, layout.tile_ranks) if encodes else None
+    # Later stages read packs for their labels alone, and decode no tiles.
+    share = None
+    if encodes:
+        share = (layout.tile_rank, layout.tile_ranks)
     train_stream, validation_stream = open_streams(
         recipe, resume=resume, tile_share=share, replicas=replicas
     )
@@ -180,6 +189,7 @@ def assemble_run(recipe: Recipe) -> Run:
     recipe = choose_levers(recipe)
     check_optimizer(recipe)
     models = build_chunks(recipe)
+    # Before the wrappers, which make gradient buffers for what is trained.
     for model in models:
         freeze_parts(model, recipe)
     open_activation_store(models, recipe)
@@ -201,7 +211,7 @@ def save_run(run: Run) -> Path:
         run.recipe.checkpoint.save,
         step=run.step,
         state=_state(run, loading=False),
-        manifest=_manifest(run) if dist.get_rank() == 0 else {},
+        manifest=_manifest(run),
         keep=run.recipe.checkpoint.keep,
         tokenizer=run.recipe.text.tokenizer,
         size=checkpoint_bytes(run.recipe),
@@ -209,11 +219,15 @@ def save_run(run: Run) -> Path:
 
 
 def _manifest(run: Run) -> dict[str, Any]:
+    # The first rank alone writes it, and reading all ledgers takes time.
+    if dist.get_rank() != 0:
+        return {}
+    digest = ""
+    if run.train_stream:
+        digest = run.train_stream.plan.digest_before(run.consumed_packs)
     return {
         "consumed_packs": run.consumed_packs,
-        "plan_digest": run.train_stream.plan.digest_before(run.consumed_packs)
-        if run.train_stream
-        else "",
+        "plan_digest": digest,
         "recipe": dataclasses.asdict(run.recipe),
         "damaged": [damage._asdict() for damage in run.read_damage()],
     }
@@ -222,6 +236,7 @@ def _manifest(run: Run) -> dict[str, Any]:
 def finish_param_gather(run: Run) -> None:
     """Wait for updated weights that are still being gathered for the next forward pass.
     Collective."""
+    # Disabling the hooks waits for the gathers under way; enabling them arms the next pass again.
     if run.recipe.parallel.overlap_param_gather:
         for chunk in run.chunks:
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -267,5 +282,6 @@ def _start_from(run: Run, checkpoint: Path) -> None:
     saved = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     store.load_weights(run.unwrapped_models, checkpoint)
+    # Its fp32 copies were made of the initial weights.
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)

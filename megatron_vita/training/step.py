@@ -52,11 +52,13 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     metrics.grad_norm = float(grad_norm)
     metrics.lr = get_canonical_lr_for_logging(run.optimizer.param_groups) or 0.0
     metrics.matmul_rate = run.matmul_rate
+    # The same numbers on all ranks, so that all of them raise.
     if not (torch.isfinite(torch.tensor([metrics.loss, metrics.grad_norm])).all()):
+        last = run.consumed_packs + run.recipe.training.global_batch_size
         raise VitaError(
-            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run diverged in packs "
-            f"{run.consumed_packs + 1} to {run.consumed_packs + run.recipe.training.global_batch_size}; "
-            "resume from the last checkpoint with a smaller optimizer.lr"
+            f"step {metrics.step}: loss {metrics.loss}, gradient norm {metrics.grad_norm}: the run "
+            f"diverged in packs {run.consumed_packs + 1} to {last}; resume from the last checkpoint with a "
+            "smaller optimizer.lr"
         )
     run.schedule.step(1)
     run.step += 1
@@ -69,6 +71,7 @@ def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> St
     """Compute the loss of `num_microbatches` held-out packs of every replica. Collective."""
     started = time.perf_counter()
     losses = LossSums(run.validation_sources)
+    # A meter of its own: the loop's has names that validation never adds to.
     work = Work(run=run, meter=Meter(), losses=losses)
     for chunk in run.chunks:
         chunk.eval()
@@ -98,7 +101,8 @@ def _run_schedule(
 ) -> None:
     run = work.run
     packs = cast(Any, batches)
-    if len(run.chunks) > 1:  # each chunk asks for the same packs
+    # Interleaved chunks ask for the same packs, each at its own time, through an iterator each.
+    if len(run.chunks) > 1:
         taken = [work.next_of(batches) for _ in range(num_microbatches)]
         packs = [iter(taken) for _ in run.chunks]
     get_forward_backward_func()(
@@ -126,10 +130,13 @@ def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[T
         rows_per_tile=work.run.rows_per_tile,
         layout=groups.rank_layout(),
     )
-    weights = batch.loss_weights
-    scale = 1.0 if weights is None else weights[pack.positions[pack.loss_rows]]
-    # of interleaved chunks the first alone encodes
-    tiles = batch.tiles if model.module.encodes else batch.tiles[:0]
+    scale: float | Tensor = 1.0
+    if batch.loss_weights is not None:
+        scale = batch.loss_weights[pack.positions[pack.loss_rows]]
+    # Of interleaved chunks only the first encodes: the others need no copy of the tiles.
+    tiles = batch.tiles
+    if not model.module.encodes:
+        tiles = tiles[:0]
     on_device = replace(pack, input_ids=to_device(pack.input_ids, platform.device()))
     output = model(prepare_tiles(tiles, work.run), on_device, row_scale=scale)
     return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, work=work)
@@ -149,7 +156,9 @@ def sum_losses(
 
     megatron-core divides the sum over the global batch by the number over it.
     """
-    losses = losses * (to_device(scale, losses.device) if isinstance(scale, Tensor) else scale)
+    if isinstance(scale, Tensor):
+        scale = to_device(scale, losses.device)
+    losses = losses * scale
     work.losses.add(losses, batch=batch, pack=pack)
     if work.hooks is not None and groups.tensor_group().rank() == 0:
         work.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)

@@ -9,7 +9,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 5.0
-"""Signals within it are one: a supervisor and a launcher may both pass on what one of them got."""
+"""Signals within this time count as one: a supervisor and a launcher may both pass on the same."""
 LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 
@@ -26,10 +26,11 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        # Python sets handlers from the main thread only.
         if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._receive) or signal.SIG_DFL for number in SIGNALS
-            }
+            for number in SIGNALS:
+                # None: a handler that was not set by Python, which cannot be restored.
+                self._before[number] = signal.signal(number, self._receive) or signal.SIG_DFL
         return self
 
     def __exit__(
@@ -50,6 +51,7 @@ class StopRequest:
         is_soon = now - self._received_at <= REPEAT_SECONDS
         if not (self._may_be_the_same(number) and is_soon):
             is_interrupt = number == signal.SIGINT
+            # The sender insists: do what the signal does without a handler of ours.
             signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -47,6 +47,7 @@ def packs_of_validation(recipe: Recipe, held_out: int, *, replicas: int) -> int:
     """Return the number of held-out packs that each replica takes in a validation."""
     wanted = recipe.training.eval_iters * recipe.training.global_batch_size
     count = min(wanted, held_out) // replicas
+    # The interleaved schedule of megatron-core needs a multiple of the stages.
     if recipe.parallel.virtual_size is not None:
         count -= count % recipe.parallel.pipeline_model_parallel_size
     return count
