@@ -30,7 +30,7 @@ class Meter:
         self._counts: dict[str, float] = {}  # calls, or their weights
 
     def reduce_of(self, name: str) -> Reduce | None:
-        """The reduction that `name` is known by here."""
+        """Return the reduction of `name` on this rank; None if it is unknown."""
         return self._reduces.get(name)
 
     def add(

@@ -1,4 +1,4 @@
-"""Side features of the loop: logging, validation, saving, and those that users bring."""
+"""Callbacks of the loop: logging, validation, saving, and those of users."""
 
 from megatron_vita.training.callbacks.callback import Callback
 

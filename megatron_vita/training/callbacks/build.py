@@ -1,4 +1,4 @@
-"""The callbacks of a run, from its recipe and from who starts it."""
+"""Callbacks of a run, from its recipe and from the caller."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,10 +16,11 @@ from megatron_vita.training.run import Run
 
 
 def build_hooks(run: Run, callbacks: Sequence[Callback] = ()) -> Hooks:
-    """The given callbacks, those that the recipe names, and those that its settings ask for.
+    """Collect the given callbacks, those named by the recipe, and those for its settings, in this
+    order.
 
-    In this order, so that metrics that others record after a step are in its log, which precedes
-    saving; what can fail comes after saving.
+    So metrics that others record after a step are in its log, which precedes saving; what can fail
+    comes after saving.
     """
     hooks = Hooks(run, callbacks)
     hooks.callbacks += import_callbacks(run.recipe.training.callbacks)

@@ -1,4 +1,4 @@
-"""The interface of the loop's side features."""
+"""Interface of the loop's callbacks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The log of a run: one line for each logged step and each validation."""
+"""Log of a run: one line for each logged step and each validation."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class LogCallback(Callback):
-    """One line every `log_interval` steps, with the time that is left, and one a validation."""
+    """Log of one line every `log_interval` steps, with the time left, and one per validation."""
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Log the step or the validation."""
@@ -58,24 +58,26 @@ def _damage(metrics: StepMetrics) -> Iterator[str]:
 
 
 def _arithmetic(metrics: StepMetrics) -> str:
-    """Speed of the model's arithmetic, its share of the device's, and vision's share of it."""
-    share = metrics.scalars().get("speed/matmul_share")
-    of_device = f" ({share:.0%})" if share else ""
+    """Format model TFLOP/s, their fraction of the device's rate, and vision's fraction of them."""
+    of_device = ""
+    if share := metrics.scalars().get("speed/matmul_share"):
+        of_device = f" ({share:.0%})"
     vision = metrics.vision_flops / max(metrics.flops, 1)
     return f"{metrics.tflops_per_gpu:.1f} TFLOP/s/GPU{of_device}, vision {vision:.0%}"
 
 
 def _memory(metrics: StepMetrics) -> Iterator[str]:
-    """Most memory of a rank: of its device where it has one, of its host."""
+    """Yield the most memory of a rank: of its device where it has one, and of its host."""
     values = metrics.values
     if "memory/peak_gib" in values:
         yield (
             f"memory {values['memory/peak_gib']:.1f} GiB, "
             f"{values['memory/reserved_gib']:.1f} reserved"
         )
-    pinned = values.get("memory/pinned_gib", 0.0)
-    of_it = f", {pinned:.1f} pinned" if pinned else ""
-    yield f"host {values['memory/host_gib']:.1f} GiB{of_it}"
+    host = f"host {values['memory/host_gib']:.1f} GiB"
+    if pinned := values.get("memory/pinned_gib", 0.0):
+        host += f", {pinned:.1f} pinned"
+    yield host
 
 
 def _clock(seconds: float) -> str:

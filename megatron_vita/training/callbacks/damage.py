@@ -1,16 +1,17 @@
-"""A bound on damaged samples."""
+"""Limit of damaged samples."""
 
 from megatron_vita.errors import VitaError
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 
-FEW_DOCUMENTS = 1000  # a share of fewer says little
+# Below this number a fraction says little: one bad sample among the first ten must not stop a run.
+FEW_DOCUMENTS = 1000
 LISTED = 20
 
 
 class DamageCallback(Callback):
-    """Stops a run that meets more damaged samples than `data.max_damaged` allows."""
+    """Stop of a run that meets more damaged samples than `data.max_damaged` allows."""
 
     collective = True  # raises on all ranks at once
 
@@ -31,8 +32,11 @@ class DamageCallback(Callback):
         if not metrics.damaged or self.damaged <= allowed:
             return
         listed = [f"{damage.shard} {damage.key} ({damage.reason})" for damage in run.read_damage()]
-        raise VitaError(
-            f"step {run.step}: {self.damaged} of {self.documents} samples are damaged, more than data.max_damaged "
-            f"{run.recipe.data.max_damaged:g} allows: mend or remove them, or raise it. {'; '.join(listed[:LISTED])}"
-            + (f"; all {len(listed)} are in {run.ledger_folder}" if run.ledger_folder else "")
+        message = (
+            f"step {run.step}: {self.damaged} of {self.documents} samples are damaged, more than "
+            f"data.max_damaged {run.recipe.data.max_damaged:g} allows: repair or remove them, or raise "
+            f"it. {'; '.join(listed[:LISTED])}"
         )
+        if run.ledger_folder:
+            message += f"; all {len(listed)} are in {run.ledger_folder}"
+        raise VitaError(message)

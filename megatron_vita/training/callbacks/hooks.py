@@ -1,4 +1,4 @@
-"""Calls hooks of callbacks, and lets all ranks end where a hook fails on one."""
+"""Calls of callbacks' hooks, with errors of one rank raised on all ranks."""
 
 import logging
 import traceback
@@ -38,11 +38,11 @@ class Hooks:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a hook has failed on this rank."""
+        """True if a hook has failed on this rank."""
         return self._error is not None
 
     def overriding(self, hook: str) -> list[Callback]:
-        """The callbacks that have an own `hook`."""
+        """Return the callbacks that override `hook`."""
         base = getattr(Callback, hook)
         return [
             callback
@@ -63,7 +63,8 @@ class Hooks:
                 self._keep(error, callback, hook)
 
     def announce_failure(self) -> None:
-        """Hear of a rank's error, to be raised at the end of the step. The same on all ranks."""
+        """Record that some rank failed, to be raised at the end of the step. The same on all
+        ranks."""
         self._known = True
 
     def after_step(self, metrics: StepMetrics) -> None:
@@ -124,7 +125,11 @@ class Hooks:
         return f"callback {where}: {type(error).__name__}: {text} ({place})"
 
     def _check_same(self) -> None:
-        """ConfigError unless all ranks have the same callbacks. Collective."""
+        """Check that all ranks have the same callbacks. Collective.
+
+        Raises:
+            ConfigError: they differ.
+        """
         names = [name_of(callback) for callback in self.callbacks]
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, names)
@@ -136,7 +141,7 @@ class Hooks:
                 )
 
     def _agree(self) -> None:
-        """Raise on all ranks what has failed on one. Collective."""
+        """Raise on all ranks an error of any. Collective."""
         failed = torch.tensor(float(self.has_failed), device=platform.device())
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if failed.item():
@@ -149,6 +154,6 @@ class Hooks:
 
 
 def name_of(callback: Callback) -> str:
-    """Module and class."""
+    """Return the module and class of a callback."""
     kind = type(callback)
     return f"{kind.__module__}.{kind.__qualname__}"

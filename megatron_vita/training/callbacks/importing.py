@@ -1,4 +1,4 @@
-"""Callbacks that a recipe names by import path."""
+"""Import of callbacks named by a recipe."""
 
 import difflib
 import importlib
@@ -14,10 +14,10 @@ from megatron_vita.training.callbacks.callback import Callback
 
 
 def import_callbacks(configs: Sequence[CallbackConfig]) -> list[Callback]:
-    """An instance of each callback of `training.callbacks`.
+    """Create an instance of each callback of `training.callbacks`.
 
     Raises:
-        ConfigError: naming the entry, if a module, class or argument is not there.
+        ConfigError: a module, class or argument does not exist; names the entry.
     """
     return [_import_callback(config) for config in configs]
 
@@ -46,7 +46,8 @@ def _import_callback(config: CallbackConfig) -> Callback:
 
 
 def _import_module(name: str, place: str) -> ModuleType:
-    """A module that is installed, or lies in the working folder."""
+    """Import a module that is installed, or lies in the working folder."""
+    # An installed command does not have the working folder on its path, as `python -m` has.
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)

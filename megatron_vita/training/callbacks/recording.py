@@ -1,4 +1,4 @@
-"""Reduces what callbacks record, and hands the metrics of a step to whatever writes them."""
+"""Reduction of recorded metrics, and their delivery to the callbacks that write them."""
 
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.hooks import Hooks
@@ -9,14 +9,14 @@ FAILED = "callbacks/failed"
 
 
 def is_logged(run: Run, metrics: StepMetrics) -> bool:
-    """Whether a step is one of those that are logged: every `log_interval` and the last."""
+    """Tell whether a step is logged: every `log_interval` and the last."""
     training = run.recipe.training
     last = metrics.stops or run.step == training.train_iters
     return last or run.step % training.log_interval == 0
 
 
 class RecordCallback(Callback):
-    """Reduces recorded metrics over all ranks at steps that are logged, and calls `on_log`."""
+    """Reduction of recorded metrics over all ranks at logged steps, and call of `on_log`."""
 
     collective = True
 
@@ -26,6 +26,8 @@ class RecordCallback(Callback):
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Complete the step's metrics. Collective at steps that are logged."""
         if is_logged(run, metrics):
+            # A hook may have failed since the step's metrics were reduced: tell all ranks here, in
+            # a collective that they take part in anyway.
             run.recorded.add(FAILED, float(self._hooks.has_failed), reduce="max")
             metrics.recorded = run.recorded.reduce()
             if metrics.recorded.pop(FAILED):

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class SaveCallback(Callback):
-    """Saves every `save_interval` steps, after the last, and where the run is to stop."""
+    """Saving every `save_interval` steps, after the last, and when the run stops."""
 
     collective = True
 
@@ -20,7 +20,7 @@ class SaveCallback(Callback):
         self._hooks = hooks
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Save where it is due, and tell all callbacks."""
+        """Save if it is due, and call `on_save`."""
         last = metrics.stops or run.step == run.recipe.training.train_iters
         if run.step % run.recipe.checkpoint.save_interval and not last:
             return

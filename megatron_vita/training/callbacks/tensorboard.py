@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard."""
+"""TensorBoard files."""
 
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
@@ -9,14 +9,16 @@ from megatron_vita.training.run import Run
 
 
 class TensorBoardCallback(Callback):
-    """Writes all scalars of steps and validations on rank 0.
+    """Writer of all scalars of steps and validations, on rank 0.
 
-    Those that a killed run wrote after its checkpoint are purged.
+    Scalars that a killed run wrote after its checkpoint are purged.
     """
 
     def __init__(self, folder: str, *, step: int) -> None:
         """`step`: position of the run."""
-        self.writer = SummaryWriter(folder, purge_step=step + 1) if dist.get_rank() == 0 else None
+        self.writer: SummaryWriter | None = None
+        if dist.get_rank() == 0:
+            self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Write the scalars; they are in the file when this returns."""

@@ -1,4 +1,4 @@
-"""Loss on held-out packs."""
+"""Validation on held-out packs."""
 
 from megatron_vita.training.batches import validation_batches
 from megatron_vita.training.callbacks.callback import Callback
@@ -9,7 +9,7 @@ from megatron_vita.training.step import validate
 
 
 class ValidationCallback(Callback):
-    """Validates every `eval_interval` steps and after the last, unless the run is to stop."""
+    """Validation every `eval_interval` steps and after the last, unless the run stops."""
 
     collective = True
 
@@ -17,11 +17,12 @@ class ValidationCallback(Callback):
         self._hooks = hooks
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Validate where it is due, and give the result to all callbacks."""
+        """Validate if it is due, and call `on_validation` and `on_log`."""
         training = run.recipe.training
         is_last = run.step == training.train_iters
         if not is_last and (metrics.stops or run.step % training.eval_interval):
             return
+        # Opened for each validation: its packs are the same ones again from the first.
         batches, count = validation_batches(run)
         try:
             result = validate(run, batches, num_microbatches=count)
