@@ -65,7 +65,7 @@ def sharded_state(
         _allocate_adam_state(optimizer)
     with contextlib.ExitStack() as stack:
         for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
-            stack.enter_context(_places_without_padding(buffer))
+            stack.enter_context(_unpadded_offsets(buffer))
         state = optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=store.sharding_metadata()
         )
@@ -74,7 +74,7 @@ def sharded_state(
         _leave_out(_own_fields(hybrid), state)
     # Checked while it can still be refused: a checkpoint with wrong state is found much later.
     if not loading:
-        wrong = [share.name for share in _shares(optimizer, chunks) if not share.is_in(state)]
+        wrong = [shard.name for shard in _shards(optimizer, chunks) if not shard.is_in(state)]
         _refuse(
             wrong,
             "megatron-core gathered other weights than the ranks have, and nothing was written",
@@ -83,7 +83,7 @@ def sharded_state(
 
 
 @contextlib.contextmanager
-def _places_without_padding(buffer: Buffer) -> Iterator[None]:
+def _unpadded_offsets(buffer: Buffer) -> Iterator[None]:
     """Temporarily use parameter offsets that exclude the padding of preceding buckets.
 
     megatron-core gathers the buckets of a distributed optimizer one after the other without their
@@ -142,19 +142,19 @@ def load(
     """
     # The model's weights were loaded from their own part of the checkpoint: two sources that must
     # agree. A copy where loading the optimizer overwrites them.
-    shares = list(_shares(optimizer, chunks))
+    shards = list(_shards(optimizer, chunks))
     kept = []
-    for share in shares:
-        if share.is_written_to:
-            kept.append(share.model.clone())
+    for shard in shards:
+        if shard.is_written_to:
+            kept.append(shard.model.clone())
         else:
-            kept.append(share.model)
+            kept.append(shard.model)
     _load(optimizer, state, saved=saved, recipe=recipe)
     rough = "fp16" in (saved.optimizer.main_params_dtype, recipe.optimizer.main_params_dtype)
     wrong = [
-        share.name
-        for share, weights in zip(shares, kept, strict=True)
-        if not _agree(share.main.to(weights.device), weights, rough=rough)
+        shard.name
+        for shard, weights in zip(shards, kept, strict=True)
+        if not _agree(shard.main.to(weights.device), weights, rough=rough)
     ]
     _refuse(
         wrong,
@@ -168,12 +168,12 @@ def load(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Share:
+class _Shard:
     """One rank's shard of a parameter in a distributed optimizer."""
 
     name: str
     index: int  # of the parameter in the optimizer's state
-    place: slice  # in the flattened parameter
+    span: slice  # in the flattened parameter
     model: torch.Tensor  # the model's, in its type
     parameter: torch.nn.Parameter
     optimizer: DistributedOptimizer
@@ -191,7 +191,7 @@ class _Share:
 
     def is_in(self, state: dict[str, Any]) -> bool:
         """Tell whether a gathered `state` has the shard's weights, comparing both ends."""
-        gathered = state["param_state"][self.index]["param"].data.flatten()[self.place]
+        gathered = state["param_state"][self.index]["param"].data.flatten()[self.span]
         return torch.equal(_ends(gathered), _ends(self.main).to(gathered.device))
 
 
@@ -218,9 +218,9 @@ def _ends(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values[:_END], values[-_END:]])
 
 
-def _shares(
+def _shards(
     optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]
-) -> Iterator[_Share]:
+) -> Iterator[_Shard]:
     """Yield this rank's shards.
 
     A replicated optimizer has none, nor has a stage that trains nothing.
@@ -235,12 +235,12 @@ def _shares(
         whole = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
         for p in whole:
             found = part._get_model_param_range_map(p)["param"]
-            place = slice(found.start, found.end)
-            model = p.detach().view(-1)[place]
-            yield _Share(
+            span = slice(found.start, found.end)
+            model = p.detach().view(-1)[span]
+            yield _Shard(
                 name=names[p],
                 index=order[p],
-                place=place,
+                span=span,
                 model=model,
                 parameter=p,
                 optimizer=part,

@@ -79,8 +79,8 @@ def uninterrupted(folder: Path) -> tuple[float, torch.Tensor]:
 
 
 def main_weights(opened: run.Run) -> torch.Tensor:
-    shares = optimizer_state._shares(opened.optimizer, opened.chunks)
-    return torch.cat([share.main for share in shares])
+    shards = optimizer_state._shards(opened.optimizer, opened.chunks)
+    return torch.cat([shard.main for shard in shards])
 
 
 @pytest.mark.parametrize("now", EXACT)

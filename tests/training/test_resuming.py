@@ -147,14 +147,14 @@ def test_an_optimizers_state_that_was_written_for_other_weights_is_refused(
     assert len(padded) > 1
     checkpoint = Path(recipe.checkpoint.save) / "step_00000001"
     before = checkpoint.stat().st_mtime_ns
-    monkeypatch.setattr(optimizer_state, "_places_without_padding", contextlib.nullcontext)
+    monkeypatch.setattr(optimizer_state, "_unpadded_offsets", contextlib.nullcontext)
     with pytest.raises(
         CheckpointError, match=r"megatron-core gathered other weights than the ranks have"
     ):
         save_run(run)
     assert checkpoint.stat().st_mtime_ns == before
     # as a version that does not look
-    monkeypatch.setattr(optimizer_state._Share, "is_in", lambda *_: True)
+    monkeypatch.setattr(optimizer_state._Shard, "is_in", lambda *_: True)
     save_run(run)
     with pytest.raises(
         CheckpointError, match=r"step_00000001: the optimizer's weights are not those of the model"
