@@ -42,8 +42,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     losses = LossSums(run.train_sources)
-    work = Work(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
-    _run_schedule(work, batches, num_microbatches=run.microbatches, forward_only=False)
+    context = StepContext(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
+    _run_schedule(context, batches, num_microbatches=run.microbatches, forward_only=False)
     _, grad_norm, _ = run.optimizer.step()
     run.meter.add("stops", int(bool(run.stop.received)))
     run.meter.add("failed", int(run.hooks is not None and run.hooks.has_failed))
@@ -72,17 +72,17 @@ def validate(run: Run, batches: Iterator[Batch], *, num_microbatches: int) -> St
     started = time.perf_counter()
     losses = LossSums(run.validation_sources)
     # A meter of its own: the loop's has names that validation never adds to.
-    work = Work(run=run, meter=Meter(), losses=losses)
+    context = StepContext(run=run, meter=Meter(), losses=losses)
     for chunk in run.chunks:
         chunk.eval()
-    _run_schedule(work, batches, num_microbatches=num_microbatches, forward_only=True)
+    _run_schedule(context, batches, num_microbatches=num_microbatches, forward_only=True)
     for chunk in run.chunks:
         chunk.train()
-    return collect(work.meter, losses, step=run.step, started=started, held_out=True)
+    return collect(context.meter, losses, step=run.step, started=started, held_out=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class StepContext:
     """A run, and the sums that measure the packs of one step or validation."""
 
     run: Run
@@ -90,23 +90,23 @@ class Work:
     losses: LossSums
     hooks: Hooks | None = None  # called with the losses of each pack
 
-    def next_of(self, batches: Iterator[Batch]) -> Batch:
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next pack, and measure the time waited for it."""
         with self.meter.timing(DATA_SECONDS):
             return next(batches)
 
 
 def _run_schedule(
-    work: Work, batches: Iterator[Batch], *, num_microbatches: int, forward_only: bool
+    context: StepContext, batches: Iterator[Batch], *, num_microbatches: int, forward_only: bool
 ) -> None:
-    run = work.run
+    run = context.run
     packs = cast(Any, batches)
     # Interleaved chunks ask for the same packs, each at its own time, through an iterator each.
     if len(run.chunks) > 1:
-        taken = [work.next_of(batches) for _ in range(num_microbatches)]
+        taken = [context.next_batch(batches) for _ in range(num_microbatches)]
         packs = [iter(taken) for _ in run.chunks]
     get_forward_backward_func()(
-        forward_step_func=partial(forward_step, work=work),
+        forward_step_func=partial(forward_step, context=context),
         data_iterator=packs,
         model=run.chunks,
         num_microbatches=num_microbatches,
@@ -116,18 +116,20 @@ def _run_schedule(
     )
 
 
-def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[Tensor, Any]:
+def forward_step(
+    batches: Iterator[Batch], model: Any, *, context: StepContext
+) -> tuple[Tensor, Any]:
     """Run one pack through this stage; return its output and the function that sums the losses."""
-    batch = work.next_of(batches)
+    batch = context.next_batch(batches)
     if model.module.post_process:
-        count_batch(work.meter, batch, work.run.recipe)
+        count_batch(context.meter, batch, context.run.recipe)
     pack = slice_pack(
         batch.input_ids,
         labels=batch.labels,
         cu_seqlens=batch.cu_seqlens,
         placements=batch.placements,
         frames=batch.frames,
-        rows_per_tile=work.run.rows_per_tile,
+        rows_per_tile=context.run.rows_per_tile,
         layout=groups.rank_layout(),
     )
     scale: float | Tensor = 1.0
@@ -138,8 +140,8 @@ def forward_step(batches: Iterator[Batch], model: Any, *, work: Work) -> tuple[T
     if not model.module.encodes:
         tiles = tiles[:0]
     on_device = replace(pack, input_ids=to_device(pack.input_ids, platform.device()))
-    output = model(prepare_tiles(tiles, work.run), on_device, row_scale=scale)
-    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, work=work)
+    output = model(prepare_tiles(tiles, context.run), on_device, row_scale=scale)
+    return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, context=context)
 
 
 def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
@@ -150,7 +152,7 @@ def prepare_tiles(tiles: Tensor, run: Run) -> Tensor:
 
 
 def sum_losses(
-    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, work: Work
+    losses: Tensor, *, scale: float | Tensor, batch: Batch, pack: PackSlice, context: StepContext
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return the weighted sum of the losses [L], and their number.
 
@@ -159,8 +161,8 @@ def sum_losses(
     if isinstance(scale, Tensor):
         scale = to_device(scale, losses.device)
     losses = losses * scale
-    work.losses.add(losses, batch=batch, pack=pack)
-    if work.hooks is not None and groups.tensor_group().rank() == 0:
-        work.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)
+    context.losses.add(losses, batch=batch, pack=pack)
+    if context.hooks is not None and groups.tensor_group().rank() == 0:
+        context.hooks.call("on_losses", losses.detach(), batch=batch, pack=pack)
     rows = torch.full((), len(losses), dtype=torch.int, device=losses.device)
     return losses.sum(), rows, {}
