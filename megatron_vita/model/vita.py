@@ -188,8 +188,8 @@ class VitaModel(MegatronModule):
             receive_counts=route.receive_counts,
             group=groups.tile_group(),
         )
-        places = to_device(route.target_rows, device)
-        return embeddings.index_copy(0, places, rows.to(embeddings.dtype))
+        target_rows = to_device(route.target_rows, device)
+        return embeddings.index_copy(0, target_rows, rows.to(embeddings.dtype))
 
     def sharded_state_dict(
         self,
