@@ -22,6 +22,7 @@ def linear_flops(language: LanguageConfig, tokens: int) -> int:
 def attention_flops(language: LanguageConfig, lengths: Sequence[int] | np.ndarray) -> int:
     """Count the FLOPs of all layers' attention in documents of `lengths` tokens (half the square
     each)."""
+    # Causal: half of the two products of n x n scores with d channels, 2 FLOPs each.
     squares = int(np.square(np.asarray(lengths, dtype=np.int64)).sum())
     return 2 * squares * language.num_layers * language.num_attention_heads * language.kv_channels
 

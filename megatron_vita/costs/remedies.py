@@ -77,6 +77,7 @@ def name_remedies(remedies: list[Remedy], *, timed: bool) -> str:
 
 def _changes(recipe: Recipe) -> Iterator[Changes]:
     """Yield no change but levers, then a distributed optimizer, then each parallelism doubled."""
+    # From the change that costs least to those that need other settings of data or cluster.
     yield {}
     sharded: Changes = {"parallel.use_distributed_optimizer": True}
     if not recipe.parallel.use_distributed_optimizer:

@@ -38,6 +38,7 @@ def most_kept(recipe: Recipe, stage: int, *, data_parallel: int, chunks: Sequenc
 
 def _order(packs: int, *, chunks: int, group: int) -> list[int]:
     """Return the chunks in the order of their forwards: groups of packs pass chunk after chunk."""
+    # megatron-core sends as many packs as stages through a chunk before it turns to the next one.
     order = []
     for first in range(0, packs, group):
         of_group = min(group, packs - first)

@@ -68,6 +68,7 @@ def step_time(
         matmul = device.matmul_alone
     machine = _Machine(device=device, ranks_per_node=ranks_per_node, matmul=matmul)
     stages = recipe.parallel.pipeline_model_parallel_size
+    # One stage is the slowest; the others wait for it, pack after pack.
     times = [_Stage(recipe, stage, load, machine).time() for stage in range(stages)]
     slowest = max(times, key=lambda parts: sum(parts.values()))
     packs = recipe.training.global_batch_size // data_parallel

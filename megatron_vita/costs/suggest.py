@@ -111,6 +111,8 @@ def _suggestion(
 
 def _least_lean(layout: Recipe, room: Room, replicas: int) -> Recipe | None:
     """Return the layout with the least lean optimizer that fits the device; None if none does."""
+    # Checked with the levers that need least memory: only layouts that no lever helps get a leaner
+    # optimizer, which rounds differently.
     for candidate in (layout, *leaner_optimizers(layout)):
         if memory_need(smallest(candidate), data_parallel=replicas).fits_device(room):
             return candidate
@@ -135,6 +137,7 @@ def _valid_layouts(
     """
     valid: list[Recipe] = []
     refused: dict[str, list[str]] = {}
+    # The recipe's own checks decide, so that none of their rules is written twice.
     for changes in _layouts(recipe, world_size, ranks_per_node):
         try:
             layout = change(recipe, changes | NO_LEVERS)
@@ -152,6 +155,7 @@ def _layouts(recipe: Recipe, world_size: int, ranks_per_node: int) -> Iterator[C
     layers = recipe.model.language.num_layers
     sizes = [1 << i for i in range(world_size.bit_length())]
     for tp, cp, pp in itertools.product(sizes, sizes, sizes):
+        # TP communicates in every layer, too often for links between nodes.
         if world_size % (tp * cp * pp) or tp > ranks_per_node or pp > layers:
             continue
         # The hierarchical scheme needs sizes of its own for every CP: a ring instead.

@@ -142,6 +142,7 @@ def _length(pages: int, rows: Sequence[Row], grid: Grid) -> Row:
     return {"pages": pages, "tokens": tokens}
 
 
+# Every cell has rows: `run_tasks` returns one for each of its questions.
 def _share(rows: Sequence[Row], pages: int, depth: float) -> float:
     rights = [row["right"] for row in rows if row["pages"] == pages and row["depth"] == depth]
     return sum(rights) / len(rights)

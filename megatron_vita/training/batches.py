@@ -101,6 +101,7 @@ def _pin_tiles(batch: Batch, device: torch.device) -> Batch:
 
     Safe in another thread than the one that has selected the device.
     """
+    # In this thread, since pinning takes time: the step only starts the copy.
     if device.type != "cuda":
         return batch
     with torch.cuda.device(device):

@@ -31,6 +31,7 @@ def describe_run(run: Run) -> Iterator[str]:
 def _versions() -> str:
     found = [f"megatron_vita {megatron_vita.__version__}", f"torch {torch.__version__}"]
     for package in ("megatron-core", "transformer-engine", "flash-attn-4"):
+        # Optional packages are left out where they are not installed.
         try:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

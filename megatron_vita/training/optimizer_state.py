@@ -265,6 +265,8 @@ def _load(
     first. It gives one `step` tensor to all parameters of torch's Adam, which would then count once
     for each.
     """
+    # By pairs of rates, in the same order for both recipes: `check_parts` made sure that the kinds
+    # of groups are the same.
     rates = dict(zip(_rates(saved), _rates(recipe), strict=True))
     for group in _saved_groups(state):
         group["max_lr"], group["min_lr"] = rates[group["max_lr"], group["min_lr"]]

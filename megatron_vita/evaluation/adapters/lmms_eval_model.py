@@ -80,6 +80,7 @@ class VitaChat(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the answers, in order."""
+        # Threads wait for the server, which batches what arrives together.
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(tqdm(pool.map(self._answer, requests), total=len(requests), desc="vita"))
 

@@ -21,6 +21,7 @@ class SaveCallback(Callback):
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
         """Save if it is due, and call `on_save`."""
+        # The last step too, whatever the interval: its weights are the result of the run.
         last = metrics.stops or run.step == run.recipe.training.train_iters
         if run.step % run.recipe.checkpoint.save_interval and not last:
             return
