@@ -56,7 +56,7 @@ class StopRequest:
             signal.raise_signal(number)
 
     def _may_be_the_same(self, number: int) -> bool:
-        """Whether a signal may be the first one, passed on. A terminal sends Ctrl-C to every
+        """Tell whether a signal may be the first one, passed on. A terminal sends Ctrl-C to every
         process; torchrun alone sends it to its ranks once more."""
         if number != signal.SIGINT:
             return True

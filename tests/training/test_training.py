@@ -20,7 +20,7 @@ from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data import Batch
 from megatron_vita.errors import CheckpointError, ConfigError, DataError, StoppedError, VitaError
-from megatron_vita.training import loop, stopping
+from megatron_vita.training import loop, stop_signal
 from megatron_vita.training.callbacks import validation
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
@@ -140,7 +140,7 @@ def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
                 os.kill(os.getpid(), number)
         return train_step(run, batches)
 
-    monkeypatch.setenv(stopping.LAUNCHED, "torchrun")
+    monkeypatch.setenv(stop_signal.LAUNCHED, "torchrun")
     monkeypatch.setattr(loop, "train_step", told)
     monkeypatch.setattr(
         validation, "validation_batches", lambda _: pytest.fail("there is no time for it")
@@ -239,8 +239,8 @@ def test_a_rank_that_cannot_write_there_is_heard_of(
 def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", raised.append)
-    monkeypatch.setattr(stopping, "REPEAT_SECONDS", 0.05)
-    with stopping.StopRequest() as stop:
+    monkeypatch.setattr(stop_signal, "REPEAT_SECONDS", 0.05)
+    with stop_signal.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (stop.received, raised) == ("SIGUSR1", [])
@@ -251,12 +251,12 @@ def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("launched", [False, True])
 def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch, launched: bool) -> None:
-    monkeypatch.delenv(stopping.LAUNCHED, raising=False)
+    monkeypatch.delenv(stop_signal.LAUNCHED, raising=False)
     if launched:
-        monkeypatch.setenv(stopping.LAUNCHED, "torchrun")
-    with stopping.StopRequest() as stop:
+        monkeypatch.setenv(stop_signal.LAUNCHED, "torchrun")
+    with stop_signal.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.heard == "SIGINT"
+        assert stop.received == "SIGINT"
         if launched:  # torchrun passes on what the terminal sent to all
             os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
