@@ -1,4 +1,4 @@
-"""Room on the disk of a folder of checkpoints."""
+"""Free disk space for checkpoints."""
 
 import os
 import shutil
@@ -12,25 +12,29 @@ HALVES = ".step_*.incomplete"
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may be written to the file system of `folder`, which need not be there yet."""
+    """Return the bytes free on the file system of `folder`, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def room_in(folder: Path) -> int:
-    """Bytes for a checkpoint in `folder`: those that are free, and those of halves that killed jobs
-    left, which the next one to be written replaces."""
+    """Return the bytes available for a checkpoint in `folder`.
+
+    Includes partial checkpoints left by killed jobs, which the next save removes first.
+    """
     return free_bytes(folder) + sum(bytes_in(path) for path in folder.glob(HALVES))
 
 
 def check_space(folder: Path, *, size: int) -> None:
-    """Refuse a checkpoint that does not fit.
+    """Check that a checkpoint fits.
 
-    size: bytes of its tensors; 0 where that is not known.
+    Args:
+        folder: folder of the checkpoints.
+        size: bytes of its tensors; 0 if unknown.
 
     Raises:
-        CheckpointError: with the bytes needed and free.
+        CheckpointError: it does not; names the bytes needed and free.
     """
     free = room_in(folder)
     if free < size:
@@ -38,7 +42,7 @@ def check_space(folder: Path, *, size: int) -> None:
 
 
 def describe_lack(size: int, *, free: int) -> str:
-    """Why a checkpoint of `size` bytes cannot be written, and what to do."""
+    """Format the reason that a checkpoint of `size` bytes cannot be written, and the remedy."""
     return (
         f"no space for a checkpoint: it takes about {readable_bytes(size)} ({size} bytes), and "
         f"{readable_bytes(free)} ({free} bytes) are free; make room there or choose another folder"
@@ -46,6 +50,6 @@ def describe_lack(size: int, *, free: int) -> str:
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of the files in a folder and below."""
+    """Return the bytes of the files in a folder and below."""
     files = [Path(root, name) for root, _, names in os.walk(folder) for name in names]
     return sum(file.stat().st_size for file in files)

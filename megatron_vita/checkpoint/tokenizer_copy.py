@@ -45,7 +45,7 @@ def copy_tokenizer(source: str | Path, checkpoint: Path) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make a Hugging Face tokenizer."""
+    """Return the files of a folder that belong to a Hugging Face tokenizer."""
     found = {file for name in _NAMES for file in folder.glob(name) if file.is_file()}
     return sorted(found)
 

@@ -1,4 +1,4 @@
-"""Held-out questions: chat JSONL whose last assistant turn is the right answer."""
+"""Held-out questions: chat JSONL whose last assistant turn is the reference answer."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """A question: the turns before the answer, files of their media, the right answer, and its
-    group ("" for none)."""
+    """A question: turns before the answer, media files, reference answer, and group ("" for
+    none)."""
 
     messages: list[dict[str, Any]]
     images: list[Path]
@@ -33,7 +33,11 @@ class HeldOut:
     group: str
 
     def prompt(self) -> Prompt:
-        """With the media's content. DataError for a file that cannot be read."""
+        """Build the prompt, with the content of its media.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
         return Prompt(
             messages=self.messages,
             images=[MediaFile.read(path) for path in self.images],
@@ -42,22 +46,28 @@ class HeldOut:
 
 
 class HeldOutSet(NamedTuple):
-    """The questions of a file, and a line on each sample of it that is none, with file and line."""
+    """The questions of a file, and a line with file and line number for each rejected sample."""
 
     questions: list[HeldOut]
     rejected: list[str]
 
 
 def read_questions(path: Path, *, media: Path, group: str | None) -> HeldOutSet:
-    """All questions of a chat JSONL, media relative to `media`, groups in field `group`. Samples
-    that are wrong or have no answer are left out and told of.
+    """Read all questions of a chat JSONL; samples that are invalid or have no answer are rejected.
 
-    DataError for a file that cannot be read or has no question.
+    Args:
+        path: the JSONL.
+        media: folder that relative media paths start from.
+        group: field of the samples to group scores by; None for no groups.
+
+    Raises:
+        DataError: the file cannot be read or has no question.
     """
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    # Lines are counted with the empty ones, as editors do.
     found = HeldOutSet([], [])
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -86,6 +96,7 @@ def _question(line: bytes, *, media: Path, group: str | None) -> HeldOut:
     turns = check_messages(sample)
     if group is not None and group not in record:
         raise DataError(f"no field {group}, by which answers are grouped, among {sorted(record)}")
+    # Earlier assistant turns belong to the question.
     last = max(index for index, turn in enumerate(turns) if turn.role == "assistant")
     if last != len(turns) - 1 or last == 0:
         raise DataError(
@@ -96,12 +107,15 @@ def _question(line: bytes, *, media: Path, group: str | None) -> HeldOut:
     ).strip()
     if not reference:
         raise DataError("the last assistant turn is empty: it must hold the right answer")
+    name_of_group = ""
+    if group is not None:
+        name_of_group = str(record[group])
     return HeldOut(
         messages=sample["messages"][:last],
         images=[media / file for file in sample.get("images", [])],
         videos=[media / file for file in sample.get("videos", [])],
         reference=reference,
-        group=str(record[group]) if group is not None else "",
+        group=name_of_group,
     )
 
 
@@ -114,8 +128,8 @@ def run_questions(
     max_new_tokens: int,
     settings: Row,
 ) -> dict[str, Any]:
-    """Answers what `folder` does not have yet, writes answers.jsonl and its report, and gives the
-    report."""
+    """Answer the questions missing in `folder`, write answers.jsonl and the report, and return
+    it."""
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}; known: {', '.join(METRICS)}")
     log = ResultLog(
@@ -149,7 +163,7 @@ def run_questions(
 def write_report(
     rows: Sequence[Row], *, rejected: Sequence[str], metric: str, folder: Path, settings: Row
 ) -> dict[str, Any]:
-    """Write report.json and report.md: right answers by group, and over all; samples rejected."""
+    """Write and return report.json and report.md: scores by group and over all; rejected samples."""
     rights = [METRICS[metric](row["answer"], row["reference"]) for row in rows]
     groups: dict[str, list[bool]] = defaultdict(list)
     for row, right in zip(rows, rights, strict=True):

@@ -115,7 +115,7 @@ def _memory(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
 
 
 def _disk(recipe: Recipe) -> str:
-    """Room for the checkpoints that are kept, and the one that is written beside them."""
+    """Format the disk space for the retained checkpoints and the one being written beside them."""
     size = checkpoint_bytes(recipe)
     count = recipe.checkpoint.keep + 1
     return (

@@ -11,7 +11,7 @@ LISTED = 20
 
 
 class DamageCallback(Callback):
-    """Stop of a run that meets more damaged samples than `data.max_damaged` allows."""
+    """Limit that ends a run with more damaged samples than `data.max_damaged` allows."""
 
     collective = True  # raises on all ranks at once
 
