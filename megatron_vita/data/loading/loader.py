@@ -26,21 +26,21 @@ from megatron_vita.data.loading.worker import (
     Progress,
     Ready,
     SentPack,
-    hear,
-    work,
+    receive_message,
+    run_worker,
 )
 from megatron_vita.errors import VitaError
 from megatron_vita.supervise.shared_memory import receive_array
 
 # exit codes of processes that others end, rarely for what they read
-KILLS = (-signal.SIGKILL, -signal.SIGTERM)
+EXTERNAL_KILLS = (-signal.SIGKILL, -signal.SIGTERM)
 # deaths on one document that are put down to it
-STRIKES = 2
-STRIKES_OF_KILLS = 5
-STARTING_SECONDS = 120
+MAX_CRASHES_PER_SAMPLE = 2
+MAX_KILLS_PER_SAMPLE = 5
+STARTUP_SECONDS = 120
 # of processes that have read nothing yet: the machine cannot run them
-BARREN_DEATHS = 3
-BARREN_KILLS = 20
+MAX_STARTUP_FAILURES = 3
+MAX_STARTUP_KILLS = 20
 
 
 def start_fork_server() -> None:
@@ -99,7 +99,7 @@ class _Job:
 
     def __init__(self, task: PackTask) -> None:
         self.task = task
-        self.strikes: Counter[int] = Counter()  # by document
+        self.crashes: Counter[int] = Counter()  # by document
         self.damages: list[Damage] = []
         self.result: ReadPack | Failure | None = None
 
@@ -119,7 +119,9 @@ class _Reader:
         self.pipe, theirs = context.Pipe()
         self.progress = Progress(context)
         arguments = (theirs, pickled, self.progress)
-        self.process: ForkServerProcess = context.Process(target=work, args=arguments, daemon=True)
+        self.process: ForkServerProcess = context.Process(
+            target=run_worker, args=arguments, daemon=True
+        )
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
@@ -147,7 +149,7 @@ class _Pool:
         self._limit = sample_seconds
         self._pickled = pickle.dumps(stream, protocol=5)
         self._context = _context()
-        self._barren = 0
+        self._startup_failures = 0
         self._readers = [self._new_reader() for _ in range(num_workers)]
 
     def _new_reader(self) -> _Reader:
@@ -163,26 +165,26 @@ class _Pool:
         """Waits until a reader says something or has been silent for too long, and sees to it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
-        ready = wait(list(busy), timeout=max(min(map(self._patience, busy.values())), 0))
+        ready = wait(list(busy), timeout=max(min(map(self._seconds_left, busy.values())), 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
-            self._listen(busy[pipe])
+            self._on_message(busy[pipe])
         if not ready:
             for reader in busy.values():
-                if self._patience(reader) < 0:
-                    self._give_up(reader)
+                if self._seconds_left(reader) < 0:
+                    self._on_timeout(reader)
 
-    def _patience(self, reader: _Reader) -> float:
+    def _seconds_left(self, reader: _Reader) -> float:
         """Seconds in which a reader must get on."""
         return (
-            self._limit if reader.ready else max(self._limit, STARTING_SECONDS)
-        ) - reader.progress.silence
+            self._limit if reader.ready else max(self._limit, STARTUP_SECONDS)
+        ) - reader.progress.idle_seconds
 
-    def _listen(self, reader: _Reader) -> None:
+    def _on_message(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
         try:
-            message = hear(reader.pipe)
+            message = receive_message(reader.pipe)
             if isinstance(message, Ready):
                 reader.ready = True
                 return
@@ -192,42 +194,49 @@ class _Pool:
             else:
                 job.result = message
             reader.job = None
-            self._barren = 0
+            self._startup_failures = 0
         except (EOFError, OSError, RuntimeError):
-            self._bury(reader)
+            self._on_exit(reader)
 
-    def _give_up(self, reader: _Reader) -> None:
+    def _on_timeout(self, reader: _Reader) -> None:
         if (document := reader.progress.document) is None:
-            self._note_barren(f"were silent for {self._limit:g} seconds", most=BARREN_DEATHS)
+            self._note_startup_failure(
+                f"were silent for {self._limit:g} seconds", most=MAX_STARTUP_FAILURES
+            )
         else:
-            self._skip(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
+            self._mask(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
 
-    def _bury(self, reader: _Reader) -> None:
+    def _on_exit(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
         reader.process.join(timeout=10)
         code = reader.process.exitcode
         if (document := reader.progress.document) is None:
-            self._note_barren(
-                f"ended (exit code {code})", most=BARREN_KILLS if code in KILLS else BARREN_DEATHS
+            self._note_startup_failure(
+                f"ended (exit code {code})",
+                most=MAX_STARTUP_KILLS if code in EXTERNAL_KILLS else MAX_STARTUP_FAILURES,
             )
         else:
-            job.strikes[document] += 1
-            if job.strikes[document] >= (STRIKES_OF_KILLS if code in KILLS else STRIKES):
+            job.crashes[document] += 1
+            if job.crashes[document] >= (
+                MAX_KILLS_PER_SAMPLE if code in EXTERNAL_KILLS else MAX_CRASHES_PER_SAMPLE
+            ):
                 deaths = (
-                    f"{job.strikes[document]} processes ended while they read it (exit code {code})"
+                    f"{job.crashes[document]} processes ended while they read it (exit code {code})"
                 )
-                self._skip(reader, document, deaths)
+                self._mask(reader, document, deaths)
         self._replace(reader)
 
-    def _note_barren(self, what: str, *, most: int) -> None:
+    def _note_startup_failure(self, what: str, *, most: int) -> None:
         some_read = any(reader.progress.document is not None for reader in self._readers)
-        self._barren = 0 if some_read else self._barren + 1
-        if self._barren >= most:
-            raise VitaError(f"{self._barren} loader processes {what} before they read anything")
+        self._startup_failures = 0 if some_read else self._startup_failures + 1
+        if self._startup_failures >= most:
+            raise VitaError(
+                f"{self._startup_failures} loader processes {what} before they read anything"
+            )
 
-    def _skip(self, reader: _Reader, document: int, reason: str) -> None:
+    def _mask(self, reader: _Reader, document: int, reason: str) -> None:
         job = reader.job
         assert job is not None
         job.damages.append(self._stream.damage(job.task.pack_id, document, reason))

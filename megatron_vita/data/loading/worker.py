@@ -46,9 +46,9 @@ class Progress:
 
     def reset(self) -> None:
         """A task begins, and no document yet."""
-        self.tell(-1)
+        self.report(-1)
 
-    def tell(self, document: int) -> None:
+    def report(self, document: int) -> None:
         """`document` is being read from now on."""
         self._cells[1] = time.monotonic_ns()  # the clock of all processes
         self._cells[0] = document
@@ -61,7 +61,7 @@ class Progress:
         return self._cells[0]
 
     @property
-    def silence(self) -> float:
+    def idle_seconds(self) -> float:
         """Seconds since it was last told."""
         return time.monotonic() - self._cells[1] / 1e9
 
@@ -84,18 +84,18 @@ class SentPack(NamedTuple):
 Message = Ready | Failure | SentPack
 
 
-def tell(pipe: Connection, message: Message) -> None:
+def send_message(pipe: Connection, message: Message) -> None:
     """Sends a message by value: torch's own way through a pipe needs room in /dev/shm and a living
     sender."""
     pipe.send_bytes(pickle.dumps(message, protocol=5))
 
 
-def hear(pipe: Connection) -> Message:
+def receive_message(pipe: Connection) -> Message:
     """Receives a message."""
     return pickle.loads(pipe.recv_bytes())
 
 
-def work(pipe: Connection, pickled: bytes, progress: Progress) -> None:
+def run_worker(pipe: Connection, pickled: bytes, progress: Progress) -> None:
     """Reads packs of a pickled PackStream until the other end of the pipe is closed."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -103,7 +103,7 @@ def work(pipe: Connection, pickled: bytes, progress: Progress) -> None:
     try:
         stream = _unpickled(pickled)
         progress.reset()
-        tell(pipe, Ready())
+        send_message(pipe, Ready())
         while True:
             _answer(pipe, stream, pipe.recv(), progress)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -126,14 +126,14 @@ def _answer(
         if isinstance(stream, VitaError):
             raise stream
         batch, damages = stream.read(
-            task.pack_id, skip=task.skip, progress=progress.tell, allocate=memory.allocate
+            task.pack_id, skip=task.skip, progress=progress.report, allocate=memory.allocate
         )
     except VitaError as error:
-        tell(pipe, Failure(error.with_traceback(None), ""))
+        send_message(pipe, Failure(error.with_traceback(None), ""))
     except Exception:  # a mistake of ours, shown by the parent
-        tell(pipe, Failure(None, traceback.format_exc()))
+        send_message(pipe, Failure(None, traceback.format_exc()))
     else:
-        tell(
+        send_message(
             pipe, SentPack(replace(batch, tiles=torch.empty(0)), damages, tuple(batch.tiles.shape))
         )
         memory.send(pipe)
