@@ -53,7 +53,7 @@ class RandomPixels(TileDecoder):
 
     def __init__(self, readers: DecodePool) -> None:
         super().__init__(readers)
-        size = readers.form.size
+        size = readers.tile_format.size
         self._pixels = np.random.default_rng(0).integers(
             0, 256, (512, 3, size, size), dtype=np.uint8
         )

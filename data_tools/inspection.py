@@ -9,7 +9,7 @@ import numpy as np
 from data_tools.contact_sheet import draw_sheet
 from data_tools.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
-from megatron_vita.data.datasets import Split, document_format, open_split
+from megatron_vita.data.datasets import Split, open_split, sample_encoder
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths
@@ -49,16 +49,16 @@ def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
 
 
 def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Tokenizer) -> PackStream:
-    form = document_format(recipe, tokenizer)
-    index = read_index(index_path(shard), text_stamp(form.chat))
+    encoder = sample_encoder(recipe, tokenizer)
+    index = read_index(index_path(shard), text_stamp(encoder.chat))
     keys = index.keys()
     if key not in keys:
         raise DataError(
             f"{shard}: no sample {key!r} among {len(keys)}, the first of which is {keys[:1]}"
         )
     row = keys.index(key)
-    lengths = document_lengths(index, form=form)
-    counts = (lengths.tokens[row], lengths.tiles[row], lengths.rows[row])
+    lengths = document_lengths(index, encoder=encoder)
+    counts = (lengths.tokens[row], lengths.tiles[row], lengths.loss_tokens[row])
     entry = (0, 0, 0, row, 0, *counts)
     plan = PackPlan(
         {name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={}
@@ -69,7 +69,7 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
         shards=[[shard]],
         contents=[[index.header.fingerprint]],
         data=dataclasses.replace(recipe.data, seq_length=length),
-        forms=[form],
+        encoders=[encoder],
         tile_share=(0, 1),
     )
 

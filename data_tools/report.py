@@ -65,7 +65,7 @@ def _cards(train: list[DatasetStatistics], plans: list[PlanStatistics]) -> str:
         "samples in an epoch": f"{sum(found.taken for found in train):,}",
         "tokens": _large(tokens),
         "tiles": _large(sum(float(found.tiles.sum()) for found in train)),
-        "tokens with loss": f"{sum(float(found.rows.sum()) for found in train) / max(tokens, 1):.1%}",
+        "tokens with loss": f"{sum(float(found.loss_tokens.sum()) for found in train) / max(tokens, 1):.1%}",
     }
     for plan in plans:
         if plan.split == "train":
@@ -102,7 +102,7 @@ def _row(found: DatasetStatistics) -> list[str]:
         f"{found.videos.sum():,}",
         f"{found.seconds.sum() / 3600:,.2f}",
         _large(float(found.tiles.sum())),
-        f"{found.rows.sum() / max(int(tokens.sum()), 1):.1%}",
+        f"{found.loss_tokens.sum() / max(int(tokens.sum()), 1):.1%}",
         f"{found.left_out:,}" if found.left_out else "",
     ]
 
@@ -115,7 +115,10 @@ def _plan(plan: PlanStatistics, seq_length: int) -> str:
         "Documents in a pack": histogram(plan.documents, unit="documents"),
         "Tiles in a pack": histogram(plan.tiles, unit="tiles"),
     }
-    lead = f"{plan.tokens:,} tokens in packs of {seq_length:,}; {plan.rows / max(plan.tokens, 1):.1%} of them carry loss."
+    lead = (
+        f"{plan.tokens:,} tokens in packs of {seq_length:,}; "
+        f"{plan.loss_tokens / max(plan.tokens, 1):.1%} of them carry loss."
+    )
     shares = stacked_bar({name: float(count) for name, count in plan.shares.items()}, COLORS)
     return f"<section><h2>Plan: {plan.split}</h2><p>{lead}</p>{shares}{_charts(charts)}</section>"
 
@@ -128,7 +131,7 @@ def _dataset(found: DatasetStatistics, samples: int) -> str:
         )
     if len(found.seconds):
         charts["Seconds of a video"] = histogram(found.seconds, unit="seconds", log=True)
-    charts["Tokens with loss in a sample"] = histogram(found.rows, unit="tokens", log=True)
+    charts["Tokens with loss in a sample"] = histogram(found.loss_tokens, unit="tokens", log=True)
     cards = f'<div class="samples">{"".join(previews(found, samples))}</div>' if samples else ""
     shards = f"{found.samples:,} samples in {len(found.source.shards):,} .tar, ratio {found.source.ratio:g}"
     heading = f"<h2>{escape(found.name)} <small>{found.split}; {shards}</small></h2>"

@@ -8,11 +8,11 @@ from typing import get_args
 import numpy as np
 
 from megatron_vita.config import Recipe
-from megatron_vita.data.datasets import Source, Split, document_format, find_sources, plan_path
+from megatron_vita.data.datasets import Source, Split, find_sources, plan_path, sample_encoder
 from megatron_vita.data.planning.packing import taken_of
 from megatron_vita.data.planning.plan import PackPlan, read_plan
 from megatron_vita.data.planning.token_counts import document_lengths
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.shards.index import SampleIndex, index_path, read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.storage import Location
@@ -27,10 +27,10 @@ class DatasetStatistics:
     name: str
     split: str
     source: Source
-    form: DocumentFormat
+    encoder: SampleEncoder
     tokens: np.ndarray
     tiles: np.ndarray
-    rows: np.ndarray
+    loss_tokens: np.ndarray
     images: np.ndarray
     videos: np.ndarray
     seconds: np.ndarray
@@ -61,7 +61,7 @@ class PlanStatistics:
     fill: np.ndarray
     documents: np.ndarray
     tiles: np.ndarray
-    rows: int
+    loss_tokens: int
     tokens: int
     shares: dict[str, int]
 
@@ -83,8 +83,8 @@ def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
         if split == "validation" and not recipe.data.validation:
             continue
         for source in find_sources(recipe, split, tokenizer=tokenizer):
-            form = document_format(recipe, tokenizer, dataset=source.config)
-            datasets.append(_of_dataset(source, split, form))
+            encoder = sample_encoder(recipe, tokenizer, dataset=source.config)
+            datasets.append(_of_dataset(source, split, encoder))
         if recipe.data.plan and plan_path(recipe, split).exists():
             plans.append(
                 _of_plan(read_plan(plan_path(recipe, split)), split, recipe.data.seq_length)
@@ -92,17 +92,17 @@ def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
     return Statistics(datasets=datasets, plans=plans)
 
 
-def _of_dataset(source: Source, split: str, form: DocumentFormat) -> DatasetStatistics:
+def _of_dataset(source: Source, split: str, encoder: SampleEncoder) -> DatasetStatistics:
     indexes = [read_index(index_path(shard)) for shard in source.shards]
-    lengths = [document_lengths(index, form=form) for index in indexes]
+    lengths = [document_lengths(index, encoder=encoder) for index in indexes]
     return DatasetStatistics(
         name=source.name,
         split=split,
         source=source,
-        form=form,
+        encoder=encoder,
         tokens=_joined([found.tokens for found in lengths]),
         tiles=_joined([found.tiles for found in lengths]),
-        rows=_joined([found.rows for found in lengths]),
+        loss_tokens=_joined([found.loss_tokens for found in lengths]),
         images=_joined([_counts(index, "image_widths") for index in indexes]),
         videos=_joined([_counts(index, "video_frames") for index in indexes]),
         seconds=_joined([index.ragged("video_durations")[0] for index in indexes]),
@@ -136,7 +136,7 @@ def _of_plan(plan: PackPlan, split: str, seq_length: int) -> PlanStatistics:
         fill=np.bincount(pack, weights=tokens, minlength=plan.num_packs) / seq_length,
         documents=np.bincount(pack, minlength=plan.num_packs),
         tiles=np.bincount(pack, weights=plan.columns["tiles"], minlength=plan.num_packs),
-        rows=int(plan.columns["rows"].sum(dtype=np.int64)),
+        loss_tokens=int(plan.columns["rows"].sum(dtype=np.int64)),
         tokens=plan.num_tokens,
         shares={name: int(count) for name, count in zip(plan.datasets, by_dataset, strict=True)},
     )

@@ -68,7 +68,7 @@ def our_perplexity(engine: Engine, ids: torch.Tensor) -> float:
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
         placements=torch.zeros(0, dtype=torch.int64),
         frames=torch.zeros(0, dtype=torch.bool),
-        rows_per_tile=engine.form.vision.image_token_length,
+        rows_per_tile=engine.encoder.vision.image_token_length,
         layout=groups.rank_layout(),
     )
     logits = engine.model(torch.empty(0), pack, wanted_rows=torch.arange(len(ids)))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import Recipe
-from megatron_vita.data.datasets import document_format
+from megatron_vita.data.datasets import sample_encoder
 from megatron_vita.data.samples.documents import assemble_document
-from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.encoding import Medium, SampleEncoder
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import CheckpointError
 from megatron_vita.media.frame_archive import pack_frames
@@ -46,11 +46,11 @@ def make_probes(recipe: Recipe, checkpoint: Path) -> list[Probe]:
     in_turn = np.arange(TOKENS) % recipe.model.language.vocab_size
     side = recipe.model.vision.image_size
     no_tiles = np.zeros((0, 3, side, side), dtype=np.uint8)
-    form = form_of(recipe, checkpoint)
+    encoder = encoder_of(recipe, checkpoint)
     prompts = [(f"{TOKENS} tokens", in_turn, empty, no_tiles)]
-    if form is not None:
-        prompts.append(("a question", question_ids(form), empty, no_tiles))
-        prompts += [] if form.text_only else [_about_image(form), _about_video(form)]
+    if encoder is not None:
+        prompts.append(("a question", question_ids(encoder), empty, no_tiles))
+        prompts += [] if encoder.text_only else [_about_image(encoder), _about_video(encoder)]
     return [
         Probe(
             name=name,
@@ -62,7 +62,7 @@ def make_probes(recipe: Recipe, checkpoint: Path) -> list[Probe]:
     ]
 
 
-def form_of(recipe: Recipe, checkpoint: Path) -> DocumentFormat | None:
+def encoder_of(recipe: Recipe, checkpoint: Path) -> SampleEncoder | None:
     """How the prompts of a checkpoint are laid out; None where it has no tokenizer."""
     if not recipe.text.tokenizer:
         return None
@@ -70,43 +70,43 @@ def form_of(recipe: Recipe, checkpoint: Path) -> DocumentFormat | None:
         folder = Path(find_tokenizer(checkpoint, recipe.text.tokenizer))
     except CheckpointError:
         return None
-    return document_format(recipe, open_tokenizer(recipe, folder=folder))
+    return sample_encoder(recipe, open_tokenizer(recipe, folder=folder))
 
 
-def question_ids(form: DocumentFormat) -> np.ndarray:
+def question_ids(encoder: SampleEncoder) -> np.ndarray:
     """The prompt of `QUESTION`, int64 [t]."""
-    turns = form.chat.prompt(
+    turns = encoder.chat.prompt(
         check_messages({"messages": [{"role": "user", "content": QUESTION}]}, needs_answer=False)
     )
-    return assemble_document(turns, key="", media={}, form=form).input_ids
+    return assemble_document(turns, key="", media={}, encoder=encoder).input_ids
 
 
-def _about_image(form: DocumentFormat) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+def _about_image(encoder: SampleEncoder) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """An image twice as wide as high, which is cut into two tiles where the recipe allows it."""
-    side = form.vision.image_size
+    side = encoder.vision.image_size
     data = _picture(2 * side, side, brightness=0)
-    return _asked(form, form.image("image", (2 * side, side)), data)
+    return _asked(encoder, encoder.image("image", (2 * side, side)), data)
 
 
-def _about_video(form: DocumentFormat) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-    side = form.vision.image_size
+def _about_video(encoder: SampleEncoder) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    side = encoder.vision.image_size
     frames = [(f"{i}.png", _picture(side, side, brightness=90 * i)) for i in range(_FRAMES)]
-    data = pack_frames(frames, fps=min(1.0, form.media.max_fps))
-    return _asked(form, form.video("video", probe_video(data, "video")), data)
+    data = pack_frames(frames, fps=min(1.0, encoder.media.max_fps))
+    return _asked(encoder, encoder.video("video", probe_video(data, "video")), data)
 
 
 def _asked(
-    form: DocumentFormat, medium: Medium | None, data: bytes
+    encoder: SampleEncoder, medium: Medium | None, data: bytes
 ) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """A question after a medium: its name, token ids, placements and tiles."""
     assert medium is not None, "nothing is left out"
     kind = medium.member
     content = [{"type": kind}, {"type": "text", "text": QUESTION}]
     sample = {"messages": [{"role": "user", "content": content}], f"{kind}s": [kind]}
-    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
-    document = assemble_document(turns, key="", media={kind: [medium]}, form=form)
+    turns = encoder.chat.prompt(check_messages(sample, needs_answer=False))
+    document = assemble_document(turns, key="", media={kind: [medium]}, encoder=encoder)
     tiles = decode_tiles(
-        medium, data, name=kind, tiles=range(medium.num_tiles), form=form.tile_format
+        medium, data, name=kind, tiles=range(medium.num_tiles), tile_format=encoder.tile_format
     )
     named = {"image": "an image of {} tiles", "video": "a video of {} frames"}[kind]
     return named.format(medium.num_tiles), document.input_ids, document.placements, tiles

@@ -16,12 +16,12 @@ from megatron_vita.config import DataConfig, ParallelConfig, Recipe, recipe_from
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
-from megatron_vita.convert.probes import QUESTION, Probe, form_of, make_probes, question_ids
+from megatron_vita.convert.probes import QUESTION, Probe, encoder_of, make_probes, question_ids
 from megatron_vita.convert.progress import Progress
 from megatron_vita.convert.sources import GGUF
 from megatron_vita.convert.transfers import Transfer
 from megatron_vita.costs.parameters import model_parameters
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.errors import CheckpointError
 from megatron_vita.layout.slicing import IGNORED_LABEL, slice_pack
 from megatron_vita.model.build import build_model
@@ -80,8 +80,8 @@ def compare_logits(checkpoint: Path, folder: Path | None) -> str:
             )
     theirs = Reference.open(folder)
     said = [_compare(checkpoint, theirs, probes, ours)]
-    if theirs.model is not None and (form := form_of(recipe, checkpoint)) is not None:
-        said.append(theirs.compare_prompt(form))
+    if theirs.model is not None and (encoder := encoder_of(recipe, checkpoint)) is not None:
+        said.append(theirs.compare_prompt(encoder))
     return "; ".join(filter(None, said))
 
 
@@ -194,7 +194,7 @@ class Reference:
         found = self.model(input_ids=probe.ids[None], logits_to_keep=ROWS, **media)
         return found.logits[0].float()
 
-    def compare_prompt(self, form: DocumentFormat) -> str:
+    def compare_prompt(self, encoder: SampleEncoder) -> str:
         """Compare the ids of a question with those of the folder's chat template, where it has
         one."""
         if self.folder is None or not self.folder.is_dir():
@@ -204,7 +204,7 @@ class Reference:
             return "the folder has no chat template to compare prompts with"
         messages = [{"role": "user", "content": QUESTION}]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        ours = question_ids(form).tolist()
+        ours = question_ids(encoder).tolist()
         if ours != list(expected):
             raise CheckpointError(
                 f"{self.folder}: a question becomes {tokenizer.decode(expected)!r} by the chat template, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_vita.config import DatasetConfig, Recipe
 from megatron_vita.costs.flops import forward_weights
 from megatron_vita.data.planning.plan import FORMAT_VERSION, read_plan
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.shards.index import IndexHeader, index_path, read_header, text_stamp
 from megatron_vita.data.shards.storage import Location, find_files, is_remote
 from megatron_vita.errors import ConfigError
@@ -78,7 +78,7 @@ def open_split(
         shards=[source.shards for source in sources],
         contents=[list(source.contents.values()) for source in sources],
         data=recipe.data,
-        forms=[document_format(recipe, tokenizer, dataset=source.config) for source in sources],
+        encoders=[sample_encoder(recipe, tokenizer, dataset=source.config) for source in sources],
         tile_share=tile_share,
     )
 
@@ -92,16 +92,16 @@ def plan_path(recipe: Recipe, split: Split) -> Path:
     return Path(recipe.data.plan) / f"{split}.arrow"
 
 
-def document_format(
+def sample_encoder(
     recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetConfig | None = None
-) -> DocumentFormat:
+) -> SampleEncoder:
     """What a recipe says about turning samples into documents; those of `dataset`, which may have
     limits of its own."""
     if dataset is None:
         own = {}
     else:
         own = {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
-    return DocumentFormat(
+    return SampleEncoder(
         chat=ChatFormat(tokenizer, recipe.text),
         media=dataclasses.replace(recipe.media, **own),
         vision=recipe.model.vision,

@@ -122,13 +122,13 @@ def _grid(
     known: dict[int, int] = {}
     # A server does not say how it encodes pages, so their tokens are known for an engine alone.
     if isinstance(answerer, EngineAnswerer):
-        form = answerer.engine.form  # type: ignore[attr-defined]
+        encoder = answerer.engine.encoder  # type: ignore[attr-defined]
         style = haystack.book.style
         media = haystack.media
         for length in tokens:
-            counts.append(pages_within(length, form=form, style=style, media=media))
+            counts.append(pages_within(length, encoder=encoder, style=style, media=media))
         for count in counts:
-            known[count] = count_tokens(count, form=form, style=style, media=media)
+            known[count] = count_tokens(count, encoder=encoder, style=style, media=media)
     places = [0.5]
     if depths > 1:
         places = [index / (depths - 1) for index in range(depths)]

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.samples.records import pieces_of
 from megatron_vita.errors import ConfigError
 from megatron_vita.evaluation.pages import Book, PageStyle
@@ -159,26 +159,26 @@ def as_prompt(pages: Iterable[bytes], question: str, *, media: str) -> Prompt:
     return Prompt.ask(question, videos=[MediaFile(name="pages.frames.zip", data=video)])
 
 
-def count_tokens(pages: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
+def count_tokens(pages: int, *, encoder: SampleEncoder, style: PageStyle, media: str) -> int:
     """Count the most tokens of a prompt with `pages` pages.
 
     Raises:
         ConfigError: the model would not see all frames of the video.
     """
     # Of the longest name: no question may exceed the context.
-    text = max(_text_tokens(name, pages, form=form, media=media) for name in NAMES)
+    text = max(_text_tokens(name, pages, encoder=encoder, media=media) for name in NAMES)
     if media == "images":
-        return text + pages * form.measure_image((style.size, style.size))[0]
-    tokens, frames = form.measure_video(VideoInfo(duration=float(pages), fps=1.0, frames=pages))
+        return text + pages * encoder.measure_image((style.size, style.size))[0]
+    tokens, frames = encoder.measure_video(VideoInfo(duration=float(pages), fps=1.0, frames=pages))
     if frames < pages:
         raise ConfigError(
             f"of a video of {pages} pages the model sees {frames}: media.max_frames is "
-            f"{form.media.max_frames} and media.max_fps {form.media.max_fps}"
+            f"{encoder.media.max_frames} and media.max_fps {encoder.media.max_fps}"
         )
     return text + tokens
 
 
-def _text_tokens(name: str, pages: int, *, form: DocumentFormat, media: str) -> int:
+def _text_tokens(name: str, pages: int, *, encoder: SampleEncoder, media: str) -> int:
     """Tokens of a prompt without those of its media."""
     question = Needle(name=name, code="").question
     page = MediaFile(name="", data=b"")
@@ -191,22 +191,22 @@ def _text_tokens(name: str, pages: int, *, form: DocumentFormat, media: str) -> 
         "images": list(prompt.images),
         "videos": list(prompt.videos),
     }
-    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
+    turns = encoder.chat.prompt(check_messages(sample, needs_answer=False))
     return sum(pieces_of(turns)[1])
 
 
-def pages_within(tokens: int, *, form: DocumentFormat, style: PageStyle, media: str) -> int:
+def pages_within(tokens: int, *, encoder: SampleEncoder, style: PageStyle, media: str) -> int:
     """Return the most pages of a prompt with at most `tokens` tokens.
 
     Raises:
         ConfigError: not even one page fits.
     """
     # Tokens grow by the same number with each page, but for labels (see below).
-    one, two = (count_tokens(pages, form=form, style=style, media=media) for pages in (1, 2))
+    one, two = (count_tokens(pages, encoder=encoder, style=style, media=media) for pages in (1, 2))
     pages = 1 + (tokens - one) // (two - one)
     if pages < 1:
         raise ConfigError(f"a length of {tokens} tokens is asked for: a single page takes {one}")
     # Labels of frames may take more tokens as their numbers get more digits.
-    while count_tokens(pages, form=form, style=style, media=media) > tokens:
+    while count_tokens(pages, encoder=encoder, style=style, media=media) > tokens:
         pages -= 1
     return pages

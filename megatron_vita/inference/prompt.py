@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vita.data.samples.documents import Document, assemble_document
-from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.encoding import Medium, SampleEncoder
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import VideoInfo
@@ -117,7 +117,7 @@ class PreparedPrompt:
 def prepare_prompt(
     prompt: Prompt,
     *,
-    form: DocumentFormat,
+    encoder: SampleEncoder,
     probe: Callable[[MediaFile], VideoInfo],
     max_frames: int | None = None,
 ) -> PreparedPrompt:
@@ -135,17 +135,20 @@ def prepare_prompt(
         "images": [image.name for image in prompt.images],
         "videos": [video.name for video in prompt.videos],
     }
-    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
+    turns = encoder.chat.prompt(check_messages(sample, needs_answer=False))
     infos = [probe(video) for video in prompt.videos]
-    most = min(form.media.max_frames, form.media.max_frames if max_frames is None else max_frames)
+    most = min(
+        encoder.media.max_frames, encoder.media.max_frames if max_frames is None else max_frames
+    )
     shown = [
-        form.video(v.name, info, frames=most) for v, info in zip(prompt.videos, infos, strict=True)
+        encoder.video(v.name, info, frames=most)
+        for v, info in zip(prompt.videos, infos, strict=True)
     ]
     media = {
-        "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
+        "image": [encoder.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
         "video": shown,
     }
-    document = assemble_document(turns, key="prompt", media=media, form=form)
+    document = assemble_document(turns, key="prompt", media=media, encoder=encoder)
     images = iter(prompt.images)
     videos = iter(prompt.videos)
     # Media of the document are in the order of the conversation, images and videos mixed.

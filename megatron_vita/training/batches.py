@@ -133,12 +133,12 @@ class Agreement:
         masked = [event.document for event in events if event.is_masked]
         if not masked:
             return batch
-        form = self._stream.forms[0]
+        encoder = self._stream.encoders[0]
         return mask_documents(
             batch,
             masked,
-            pad_id=form.tokenizer.pad_id,
-            rows_per_tile=form.vision.image_token_length,
+            pad_id=encoder.tokenizer.pad_id,
+            rows_per_tile=encoder.vision.image_token_length,
         )
 
     def _gather(self, pack: ReadPack) -> list[Damage]:

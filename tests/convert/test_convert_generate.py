@@ -83,7 +83,7 @@ def pixels_of(engine: Engine, prepared: PreparedPrompt) -> Tensor:
             file.data,
             name=file.name,
             tiles=range(medium.num_tiles),
-            form=engine.form.tile_format,
+            tile_format=engine.encoder.tile_format,
         )
         for medium, file in zip(prepared.document.media, prepared.files, strict=True)
     ]

@@ -37,9 +37,9 @@ def tasks(stream: PackStream) -> list[PackTask]:
 
 
 def masked(stream: PackStream, batch: Batch, documents: list[int]) -> Batch:
-    form = stream.forms[0]
-    rows = form.vision.image_token_length
-    return mask_documents(batch, documents, pad_id=form.tokenizer.pad_id, rows_per_tile=rows)
+    encoder = stream.encoders[0]
+    rows = encoder.vision.image_token_length
+    return mask_documents(batch, documents, pad_id=encoder.tokenizer.pad_id, rows_per_tile=rows)
 
 
 def readers() -> list[BaseProcess]:
@@ -241,7 +241,7 @@ def test_a_masked_document_is_pad_tokens_without_loss_and_black_tiles(
             assert (blank.input_ids[start:stop] == world.tokenizer.pad_id).all()
             assert (blank.labels[start:stop] == IGNORED_LABEL).all()
             inside = (batch.placements >= start) & (batch.placements < stop)
-            rows = torch.arange(stream.forms[0].vision.image_token_length)
+            rows = torch.arange(stream.encoders[0].vision.image_token_length)
             places = (blank.placements[inside][:, None] + rows).flatten()
             assert torch.equal(places, start + torch.arange(len(places)))
             assert len(places) <= stop - start

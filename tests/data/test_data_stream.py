@@ -50,7 +50,7 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
         shards=apart._shards,
         contents=apart._contents,
         data=recipe.data,
-        forms=apart.forms,
+        encoders=apart.encoders,
         tile_share=(0, 1),
     )
     for pack in range(len(stream)):

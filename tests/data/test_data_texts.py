@@ -105,7 +105,7 @@ def test_a_long_text_is_tokenized_once_for_all_its_packs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoded: list[str] = []
-    tokenizer = type(packs.forms[0].tokenizer)
+    tokenizer = type(packs.encoders[0].tokenizer)
     encode = tokenizer.encode
     monkeypatch.setattr(
         tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text)

@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
     assert first.tiles.tolist() == [4 + 1, 2 + 1] * 6
     tokenizer = open_tokenizer(loaded)
     answers = [f"It is number {i}, no doubt about it.<|im_end|>\n" for i in range(12)]
-    assert first.rows.tolist() == [
+    assert first.loss_tokens.tolist() == [
         len(tokenizer.encode(answer.replace("<|im_end|>", ""))) + 1 for answer in answers
     ]
     assert again.epoch_tokens == pytest.approx(first.tokens.mean() * 4)

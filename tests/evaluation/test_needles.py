@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_vita.config import MediaConfig, TextConfig, VisionConfig
 from megatron_vita.data.samples.documents import assemble_document
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.needle_run import Grid, run_needles
@@ -157,14 +157,14 @@ def test_pages_as_a_video_are_its_frames_in_order() -> None:
 
 
 @pytest.fixture(scope="module", params=["long_vita", "internvl"])
-def form(
+def encoder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> DocumentFormat:
+) -> SampleEncoder:
     model = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
     train_sentencepiece(
         ["the access code of the red door is five digits"] * 50, model, vocab_size=300
     )
-    return DocumentFormat(
+    return SampleEncoder(
         chat=ChatFormat(load_tokenizer(str(model)), TextConfig(media_format=request.param)),
         media=MediaConfig(max_tiles=4, max_frames=100),
         vision=VisionConfig(image_size=112, patch_size=14),
@@ -173,42 +173,42 @@ def form(
 
 @pytest.mark.parametrize("media", ["images", "video"])
 def test_a_length_in_tokens_is_the_longest_haystack_within_it(
-    form: DocumentFormat, media: str
+    encoder: SampleEncoder, media: str
 ) -> None:
-    pages = pages_within(1500, form=form, style=STYLE, media=media)
+    pages = pages_within(1500, encoder=encoder, style=STYLE, media=media)
     haystack = Haystack(book=BOOK, media=media)
     longest = max(
-        prompt_tokens(haystack.prompt(cell, depths=DEPTHS), form) for cell in trials(pages)
+        prompt_tokens(haystack.prompt(cell, depths=DEPTHS), encoder) for cell in trials(pages)
     )
-    assert longest <= count_tokens(pages, form=form, style=STYLE, media=media) <= 1500
-    assert count_tokens(pages + 1, form=form, style=STYLE, media=media) > 1500
-    assert count_tokens(pages, form=form, style=STYLE, media=media) - longest < 20
+    assert longest <= count_tokens(pages, encoder=encoder, style=STYLE, media=media) <= 1500
+    assert count_tokens(pages + 1, encoder=encoder, style=STYLE, media=media) > 1500
+    assert count_tokens(pages, encoder=encoder, style=STYLE, media=media) - longest < 20
 
 
 def trials(pages: int) -> list[Cell]:
     return [Cell(pages=pages, depth=0.5, trial=trial) for trial in range(12)]
 
 
-def prompt_tokens(prompt: Prompt, form: DocumentFormat) -> int:
+def prompt_tokens(prompt: Prompt, encoder: SampleEncoder) -> int:
     """Number of tokens of the training document of a prompt, including the opening of the answer."""
     media = {
-        "image": [form.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
-        "video": [form.video(v.name, probe_video(v.data, v.name)) for v in prompt.videos],
+        "image": [encoder.image(i.name, image_size(i.data, i.name)) for i in prompt.images],
+        "video": [encoder.video(v.name, probe_video(v.data, v.name)) for v in prompt.videos],
     }
     sample = {
         "messages": prompt.messages,
         "images": list(prompt.images),
         "videos": list(prompt.videos),
     }
-    turns = form.chat.prompt(check_messages(sample, needs_answer=False))
-    return len(assemble_document(turns, key="prompt", media=media, form=form))
+    turns = encoder.chat.prompt(check_messages(sample, needs_answer=False))
+    return len(assemble_document(turns, key="prompt", media=media, encoder=encoder))
 
 
-def test_lengths_that_cannot_be_are_refused(form: DocumentFormat) -> None:
+def test_lengths_that_cannot_be_are_refused(encoder: SampleEncoder) -> None:
     with pytest.raises(ConfigError, match="a single page takes"):
-        pages_within(10, form=form, style=STYLE, media="images")
+        pages_within(10, encoder=encoder, style=STYLE, media="images")
     with pytest.raises(ConfigError, match=r"media\.max_frames is 100"):
-        pages_within(100_000, form=form, style=STYLE, media="video")
+        pages_within(100_000, encoder=encoder, style=STYLE, media="video")
 
 
 def test_wrong_pages_are_refused_by_name(tmp_path: Path) -> None:

@@ -87,12 +87,14 @@ def test_answers_are_those_of_this_process(readers: DecodePool) -> None:
     assert readers.probe(file, "clip").size[0] > 0
     part = readers.decode(file, FRAMES, name="clip", tiles=range(1, 4))
     assert np.array_equal(
-        part, decode_tiles(FRAMES, video().data, name="clip", tiles=range(1, 4), form=FORM)
+        part, decode_tiles(FRAMES, video().data, name="clip", tiles=range(1, 4), tile_format=FORM)
     )
     image = picture(1).data
     grid = Medium("a", 3, Grid(2, 1), [])
     found = readers.decode(SharedFile(image), grid, name="a", tiles=range(3))
-    assert np.array_equal(found, decode_tiles(grid, image, name="a", tiles=range(3), form=FORM))
+    assert np.array_equal(
+        found, decode_tiles(grid, image, name="a", tiles=range(3), tile_format=FORM)
+    )
 
 
 def test_what_forks_has_one_thread(readers: DecodePool) -> None:
@@ -113,7 +115,7 @@ def test_many_threads_share_the_readers_of_one_file(readers: DecodePool, before:
         thread.start()
     for thread in threads:
         thread.join()
-    whole = decode_tiles(FRAMES, video().data, name="clip", tiles=range(5), form=FORM)
+    whole = decode_tiles(FRAMES, video().data, name="clip", tiles=range(5), tile_format=FORM)
     assert len(found) == 20
     assert all(np.array_equal(part, whole[number % 5 :]) for number, part in found.items())
     assert count_of_new(before) <= 2

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe, TextConfig
-from megatron_vita.data.datasets import document_format
+from megatron_vita.data.datasets import sample_encoder
 from megatron_vita.data.samples.documents import build_document
 from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.shards.index_build import build_index
@@ -45,7 +45,7 @@ def published_recipe(folder: Path, family: str) -> Recipe:
 @pytest.mark.parametrize("family", ["qwen2.5", "llama3.2", "internvl-hf"])
 def test_a_prompt_is_the_beginning_of_the_trained_document(tmp_path: Path, family: str) -> None:
     recipe = published_recipe(tmp_path, family)
-    form = document_format(recipe, open_tokenizer(recipe))
+    encoder = sample_encoder(recipe, open_tokenizer(recipe))
     images = [picture(1, (40, 20)), picture(2, (16, 16))]
     film = video(2)
     shard = tmp_path / "a.tar"
@@ -55,22 +55,22 @@ def test_a_prompt_is_the_beginning_of_the_trained_document(tmp_path: Path, famil
             "video": [ShardMedia(".mp4", film.data)],
         }
         writer.write("s", record={"messages": TALK}, media=media)
-    index = build_index(shard, form.chat)
+    index = build_index(shard, encoder.chat)
     row = index.row(0)
     record = ShardReader().read(
         shard, member=row.members["s.json"], shard_size=index.header.shard_size
     )
-    trained = build_document(parse_record(record, "s"), row, form=form)
+    trained = build_document(parse_record(record, "s"), row, encoder=encoder)
     asked = prepare_prompt(
         Prompt(messages=TALK[:3], images=images, videos=[film]),
-        form=form,
+        encoder=encoder,
         probe=lambda file: probe_video(file.data, file.name),
     ).document
     assert trained.input_ids[: len(asked)].tolist() == asked.input_ids.tolist()
     assert trained.placements.tolist() == asked.placements.tolist()
     assert [medium.grid for medium in trained.media] == [medium.grid for medium in asked.media]
     last = trained.labels[len(asked) - 1 :]
-    answer = form.tokenizer.decode(last[last != IGNORED_LABEL].tolist(), skip_special=False)
+    answer = encoder.tokenizer.decode(last[last != IGNORED_LABEL].tolist(), skip_special=False)
     assert answer == "It sat" + FAMILIES[family].end_of_turn
 
 

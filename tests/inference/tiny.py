@@ -105,7 +105,7 @@ def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) ->
         cu_seqlens=torch.tensor([0, len(padded)], dtype=torch.int32),
         placements=placements,
         frames=frames,
-        rows_per_tile=engine.form.vision.image_token_length,
+        rows_per_tile=engine.encoder.vision.image_token_length,
         layout=layout,
     )
     tiles = [np.zeros((0, 3, 16, 16), dtype=np.uint8)]
@@ -116,7 +116,7 @@ def whole_logprobs(engine: Engine, prepared: PreparedPrompt, said: list[int]) ->
                 file.data,
                 name=file.name,
                 tiles=range(medium.num_tiles),
-                form=engine.form.tile_format,
+                tile_format=engine.encoder.tile_format,
             )
         )
     mine = torch.from_numpy(np.concatenate(tiles))[

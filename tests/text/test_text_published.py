@@ -13,7 +13,7 @@ from transformers import InternVLProcessor, PreTrainedTokenizerFast
 
 from megatron_vita.config import MediaConfig, TextConfig, VisionConfig
 from megatron_vita.data.samples.documents import Document, assemble_document
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.media.video import VideoInfo
@@ -288,12 +288,12 @@ def processor(published: Callable[[str], Published]) -> InternVLProcessor:
     return internvl_processor(published("internvl-hf").theirs, tile=TILE, rows=ROWS)
 
 
-def as_form(chat: ChatFormat) -> DocumentFormat:
+def as_encoder(chat: ChatFormat) -> SampleEncoder:
     vision = VisionConfig(image_size=TILE, patch_size=14)
     media = MediaConfig(max_frames=100, max_fps=1.0)
-    form = DocumentFormat(chat=chat, media=media, vision=vision)
-    assert form.vision.image_token_length == ROWS
-    return form
+    encoder = SampleEncoder(chat=chat, media=media, vision=vision)
+    assert encoder.vision.image_token_length == ROWS
+    return encoder
 
 
 def document_of(
@@ -305,7 +305,7 @@ def document_of(
     prompt: bool = True,
 ) -> Document:
     """The document of a conversation with images of some sizes and videos of some frames."""
-    form = as_form(chat)
+    encoder = as_encoder(chat)
     sample = {
         "messages": messages,
         "images": ["image"] * len(sizes),
@@ -317,10 +317,10 @@ def document_of(
         chat.prompt(turns) if prompt else chat.encode(turns),
         key="",
         media={
-            "image": [form.image("image", size) for size in sizes],
-            "video": [form.video("video", info) for info in infos],
+            "image": [encoder.image("image", size) for size in sizes],
+            "video": [encoder.video("video", info) for info in infos],
         },
-        form=form,
+        encoder=encoder,
     )
 
 
@@ -412,7 +412,7 @@ def test_media_are_trained_around_and_counted_from_metadata(
     published: Callable[[str], Published],
 ) -> None:
     chat = published("internvl-hf").chat
-    form = as_form(chat)
+    encoder = as_encoder(chat)
     contents, sizes, frames = ASKED["all, over turns"]
     messages = as_messages(contents[:4])
     document = document_of(chat, messages, sizes=sizes, frames=frames, prompt=False)
@@ -421,10 +421,10 @@ def test_media_are_trained_around_and_counted_from_metadata(
     end = chat.tokenizer.special_id("<|im_end|>")
     assert scored == [*wanted[0], end, *wanted[1], end]
     for count in (1, 2, 9, 10, 11, 100):
-        assert form.video_tokens(count) == len(form.placeholders.video(count).ids)
+        assert encoder.video_tokens(count) == len(encoder.placeholders.video(count).ids)
     for size in sizes:
-        grid = form.image("", size).grid
-        assert form.measure_image(size)[0] == len(form.placeholders.image(grid).ids)
+        grid = encoder.image("", size).grid
+        assert encoder.measure_image(size)[0] == len(encoder.placeholders.image(grid).ids)
 
 
 def test_a_template_without_images_in_lists_takes_those_in_lists_as_tags(

@@ -22,7 +22,7 @@ from megatron_vita.data.samples.documents import (
     build_document,
     check_length,
 )
-from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.encoding import Medium, SampleEncoder
 from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.data.shards.cache import ShardCache
@@ -67,7 +67,7 @@ class PackStream(Dataset[Batch]):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
     `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the
-    fingerprints that their indexes had when it was opened, `forms[dataset]` what their samples
+    fingerprints that their indexes had when it was opened, `encoders[dataset]` what their samples
     become. `tile_share` is (rank, ranks) of the ranks that share a pack's tiles; None decodes no
     tile, for ranks that hold no vision tower.
     """
@@ -79,16 +79,16 @@ class PackStream(Dataset[Batch]):
         shards: Sequence[Sequence[Location]],
         contents: Sequence[Sequence[str]],
         data: DataConfig,
-        forms: Sequence[DocumentFormat],
+        encoders: Sequence[SampleEncoder],
         tile_share: tuple[int, int] | None,
     ) -> None:
         self.plan = plan
-        self.forms = list(forms)
+        self.encoders = list(encoders)
         self._shards = shards
         self._contents = contents
         self._data = data
         self._tile_share = tile_share
-        self._text = text_stamp(forms[0].chat)
+        self._text = text_stamp(encoders[0].chat)
         self._open_caches()
 
     def __len__(self) -> int:
@@ -128,7 +128,7 @@ class PackStream(Dataset[Batch]):
         pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
         documents = [self._document(pack, i) for i in range(len(entries))]
         tile_ids = self._assigned_tiles(mark_frames(documents))
-        side = self.forms[0].vision.image_size
+        side = self.encoders[0].vision.image_size
         tiles = allocate((len(tile_ids), 3, side, side))
         self._decode(pack, documents, tile_ids.numpy(), tiles)
         batch = collate(
@@ -136,7 +136,7 @@ class PackStream(Dataset[Batch]):
             pack_id=pack_id,
             sources=[entry.dataset for entry in entries],
             data=self._data,
-            pad_id=self.forms[0].tokenizer.pad_id,
+            pad_id=self.encoders[0].tokenizer.pad_id,
             tiles=torch.from_numpy(tiles),
             tile_ids=tile_ids,
         )
@@ -173,13 +173,13 @@ class PackStream(Dataset[Batch]):
     def _document(self, pack: "_Pack", i: int) -> Document:
         entry = pack.entries[i]
         row = pack.rows[i]
-        form = self.forms[entry.dataset]
+        encoder = self.encoders[entry.dataset]
         if i in pack.skip:
             document = None
         else:
             document = self._attempt(pack, i, lambda: self._build(entry, row))
         if document is None:
-            return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, form=form)
+            return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, encoder=encoder)
         if row.is_text and (entry.start or entry.tokens < len(document)):
             document = document.part(entry.start, entry.start + entry.tokens)
         name = f"{self._shard(entry)} sample {row.key}"
@@ -204,7 +204,7 @@ class PackStream(Dataset[Batch]):
         record = parse_record(
             row.record.encode() or self._read(entry, row, f"{row.key}.json"), name
         )
-        return build_document(record, row, form=self.forms[entry.dataset])
+        return build_document(record, row, encoder=self.encoders[entry.dataset])
 
     def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:
         """What `read` gives of document `i`; where the data cannot be read, notes the damage and
@@ -254,7 +254,7 @@ class PackStream(Dataset[Batch]):
                 file,
                 name=name,
                 tiles=part,
-                form=self.forms[entry.dataset].tile_format,
+                tile_format=self.encoders[entry.dataset].tile_format,
                 out=out,
                 report=partial(self._note_stand_ins, pack, i),
             )

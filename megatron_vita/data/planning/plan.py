@@ -39,7 +39,7 @@ class DocumentEntry(NamedTuple):
     start: int
     tokens: int
     tiles: int
-    rows: int
+    loss_tokens: int
 
 
 class PackPlan:

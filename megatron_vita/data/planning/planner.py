@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_vita.config import DataConfig, Recipe
 from megatron_vita.costs.flops import forward_weights
-from megatron_vita.data.datasets import Source, Split, document_format, find_sources, plan_stamp
+from megatron_vita.data.datasets import Source, Split, find_sources, plan_stamp, sample_encoder
 from megatron_vita.data.planning.packing import (
     Shuffler,
     group_by_cost,
@@ -245,13 +245,13 @@ def _sample_table(
     names = ("dataset", "shard", "row", "tokens", "tiles", "rows", "is_text")
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     for dataset, source in enumerate(sources):
-        form = document_format(recipe, tokenizer, dataset=source.config)
+        encoder = sample_encoder(recipe, tokenizer, dataset=source.config)
         for shard, path in enumerate(source.shards):
             index = read_index(index_path(path))
-            lengths = document_lengths(index, form=form)
+            lengths = document_lengths(index, encoder=encoder)
             rows = np.arange(len(index))
             numbers = (np.full_like(rows, dataset), np.full_like(rows, shard), rows)
-            values = (*numbers, lengths.tokens, lengths.tiles, lengths.rows, lengths.is_text)
+            values = (*numbers, lengths.tokens, lengths.tiles, lengths.loss_tokens, lengths.is_text)
             for name, value in zip(names, values, strict=True):
                 columns[name].append(value)
     return {name: np.concatenate(values) for name, values in columns.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.samples.truncation import Piece
 from megatron_vita.data.shards.index import SampleIndex
@@ -20,11 +20,11 @@ class Lengths:
 
     tokens: np.ndarray
     tiles: np.ndarray
-    rows: np.ndarray
+    loss_tokens: np.ndarray
     is_text: np.ndarray
 
 
-def document_lengths(index: SampleIndex, *, form: DocumentFormat) -> Lengths:
+def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
     """Tokens, tiles and scored tokens of each sample of an index, from metadata alone.
 
     Of a sample longer than a pack, what the policy leaves is counted, or all of it where nothing
@@ -35,8 +35,8 @@ def document_lengths(index: SampleIndex, *, form: DocumentFormat) -> Lengths:
     tokens = index.ragged("piece_tokens")[0].astype(np.int64)
     tiles = np.zeros_like(tokens)
     for kind, measured in (
-        (Kind.IMAGE, _measure_images(index, form)),
-        (Kind.VIDEO, _measure_videos(index, form)),
+        (Kind.IMAGE, _measure_images(index, encoder)),
+        (Kind.VIDEO, _measure_videos(index, encoder)),
     ):
         tokens[kinds == kind] = measured[:, 0]
         tiles[kinds == kind] = measured[:, 1]
@@ -48,31 +48,31 @@ def document_lengths(index: SampleIndex, *, form: DocumentFormat) -> Lengths:
     sums = [_sum_by_sample(values, counts) for values in (tokens, tiles, scored)]
     found = Lengths(sums[0], sums[1], sums[2] - opens_scored, index.column("is_text"))
     for sample in (
-        np.flatnonzero((found.tokens > form.limit) & ~found.is_text) if form.limit else ()
+        np.flatnonzero((found.tokens > encoder.limit) & ~found.is_text) if encoder.limit else ()
     ):
         pieces = slice(first[sample], first[sample] + counts[sample])
         values = zip(
             kinds[pieces].tolist(), tokens[pieces].tolist(), tiles[pieces].tolist(), strict=True
         )
-        if (left := form.fit([Piece(Kind(k), n, t) for k, n, t in values])) is not None:
+        if (left := encoder.truncate([Piece(Kind(k), n, t) for k, n, t in values])) is not None:
             found.tokens[sample] = left.tokens
             found.tiles[sample] = left.tiles
-            found.rows[sample] = left.rows
+            found.loss_tokens[sample] = left.loss_tokens
     return found
 
 
-def _measure_images(index: SampleIndex, form: DocumentFormat) -> np.ndarray:
+def _measure_images(index: SampleIndex, encoder: SampleEncoder) -> np.ndarray:
     """Tokens and tiles of all images of an index: [images, 2]."""
     sizes = np.stack([index.ragged(name)[0] for name in ("image_widths", "image_heights")], axis=1)
-    return _by_distinct(sizes, lambda size: form.measure_image((int(size[0]), int(size[1]))))
+    return _by_distinct(sizes, lambda size: encoder.measure_image((int(size[0]), int(size[1]))))
 
 
-def _measure_videos(index: SampleIndex, form: DocumentFormat) -> np.ndarray:
+def _measure_videos(index: SampleIndex, encoder: SampleEncoder) -> np.ndarray:
     """Tokens and tiles of all videos of an index: [videos, 2]."""
     columns = [index.ragged(name)[0] for name in ("video_durations", "video_fps", "video_frames")]
     infos = np.stack([column.astype(np.float64) for column in columns], axis=1)
     return _by_distinct(
-        infos, lambda v: form.measure_video(VideoInfo(duration=v[0], fps=v[1], frames=int(v[2])))
+        infos, lambda v: encoder.measure_video(VideoInfo(duration=v[0], fps=v[1], frames=int(v[2])))
     )
 
 

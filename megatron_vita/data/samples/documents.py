@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vita.data.samples.encoding import DocumentFormat, Medium
+from megatron_vita.data.samples.encoding import Medium, SampleEncoder
 from megatron_vita.data.samples.records import Kind, encode_record, weight_of
-from megatron_vita.data.samples.truncation import Fit, Piece, whole
+from megatron_vita.data.samples.truncation import Piece, Truncated, untruncated
 from megatron_vita.data.shards.index import SampleRow
 from megatron_vita.errors import DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
@@ -61,39 +61,41 @@ class Document:
         return replace(self, input_ids=self.input_ids[start:stop], labels=self.labels[start:stop])
 
 
-def build_document(record: dict[str, Any], row: SampleRow, *, form: DocumentFormat) -> Document:
+def build_document(record: dict[str, Any], row: SampleRow, *, encoder: SampleEncoder) -> Document:
     """The document of a sample: its JSON `record` and its `row` of the index; what is left of it if
     it is too long.
 
     DataError if the tags do not fit the media.
     """
-    left = _fit_row(row, form)
+    left = _truncate_row(row, encoder)
     names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
     media: dict[str, list[Medium | None]] = {"image": [], "video": []}
-    for kind, medium in _media_left(row, left, form):
+    for kind, medium in _media_left(row, left, encoder):
         name = next(names[kind])
         media[kind.name.lower()].append(medium and medium._replace(member=name))
-    turns = encode_record(record, form.chat)
+    turns = encode_record(record, encoder.chat)
     document = assemble_document(
-        turns, key=row.key, media=media, form=form, weight=weight_of(record)
+        turns, key=row.key, media=media, encoder=encoder, weight=weight_of(record)
     )
     if row.is_text:
         return document
     return document.cut(left.tokens)
 
 
-def blank_document(row: SampleRow, *, tokens: int, tiles: int, form: DocumentFormat) -> Document:
+def blank_document(row: SampleRow, *, tokens: int, tiles: int, encoder: SampleEncoder) -> Document:
     """What stands for a sample that cannot be read: as many tokens and tiles as the plan counted,
     without loss."""
     media = [
-        medium for _, medium in _media_left(row, _fit_row(row, form), form) if medium is not None
+        medium
+        for _, medium in _media_left(row, _truncate_row(row, encoder), encoder)
+        if medium is not None
     ]
     ends = np.cumsum([medium.num_tiles for medium in media])
     return Document(
         key=row.key,
-        input_ids=np.full(tokens, form.tokenizer.pad_id, dtype=np.int64),
+        input_ids=np.full(tokens, encoder.tokenizer.pad_id, dtype=np.int64),
         labels=np.full(tokens, IGNORED_LABEL, dtype=np.int64),
-        placements=blank_placements(tiles, form.vision.image_token_length),
+        placements=blank_placements(tiles, encoder.vision.image_token_length),
         media=media[: int(np.searchsorted(ends, tiles, side="right"))],
     )
 
@@ -105,7 +107,7 @@ def blank_placements(tiles: int, rows_per_tile: int) -> np.ndarray:
 
 
 def _media_left(
-    row: SampleRow, left: Fit, form: DocumentFormat
+    row: SampleRow, left: Truncated, encoder: SampleEncoder
 ) -> Iterator[tuple[Kind, Medium | None]]:
     """The media of a sample in order, yet without names; None for those left out."""
     kept = iter(left.kept)
@@ -113,12 +115,12 @@ def _media_left(
     videos = iter(row.videos)
     for kind, _ in row.pieces:
         if kind == Kind.IMAGE:
-            yield kind, form.image("", next(images), tiles=next(kept))
+            yield kind, encoder.image("", next(images), tiles=next(kept))
         elif kind == Kind.VIDEO:
-            yield kind, form.video("", next(videos), frames=next(kept))
+            yield kind, encoder.video("", next(videos), frames=next(kept))
 
 
-def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:
+def _truncate_row(row: SampleRow, encoder: SampleEncoder) -> Truncated:
     """What is left of a sample; all of it where it is not too long, or where nothing would be
     left."""
     images = iter(row.image_sizes)
@@ -126,15 +128,15 @@ def _fit_row(row: SampleRow, form: DocumentFormat) -> Fit:
     pieces = []
     for kind, tokens in row.pieces:
         if kind == Kind.IMAGE:
-            pieces.append(Piece(kind, *form.measure_image(next(images))))
+            pieces.append(Piece(kind, *encoder.measure_image(next(images))))
         elif kind == Kind.VIDEO:
-            pieces.append(Piece(kind, *form.measure_video(next(videos))))
+            pieces.append(Piece(kind, *encoder.measure_video(next(videos))))
         else:
             pieces.append(Piece(kind, tokens))
-    everything = whole(pieces)
-    if row.is_text or not form.limit or everything.tokens <= form.limit:
+    everything = untruncated(pieces)
+    if row.is_text or not encoder.limit or everything.tokens <= encoder.limit:
         return everything
-    return form.fit(pieces) or everything
+    return encoder.truncate(pieces) or everything
 
 
 def assemble_document(
@@ -142,7 +144,7 @@ def assemble_document(
     *,
     key: str,
     media: dict[str, list[Medium | None]],
-    form: DocumentFormat,
+    encoder: SampleEncoder,
     weight: float = 1.0,
 ) -> Document:
     """The turns' tokens in order, each place of a medium filled by its placeholder sequence, or by
@@ -163,12 +165,12 @@ def assemble_document(
         medium = next(coming[piece.kind])
         if medium is None:
             continue
-        if form.text_only:
+        if encoder.text_only:
             raise DataError(
                 f"{medium.member}: the model takes no {piece.kind}s, since model.text_only is true"
             )
         used.append(medium)
-        sequence = _placeholders(medium, form)
+        sequence = _placeholders(medium, encoder)
         placements += [len(ids) + offset for offset in sequence.offsets]
         ids += sequence.ids
         loss += [False] * len(sequence.ids)
@@ -183,10 +185,10 @@ def assemble_document(
     )
 
 
-def _placeholders(medium: Medium, form: DocumentFormat) -> MediaTokens:
+def _placeholders(medium: Medium, encoder: SampleEncoder) -> MediaTokens:
     if medium.grid is not None:
-        return form.placeholders.image(medium.grid)
-    return form.placeholders.video(medium.num_tiles)
+        return encoder.placeholders.image(medium.grid)
+    return encoder.placeholders.video(medium.num_tiles)
 
 
 def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:

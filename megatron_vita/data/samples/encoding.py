@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_vita.config import MediaConfig, VisionConfig
-from megatron_vita.data.samples.truncation import Fit, Piece, fit
+from megatron_vita.data.samples.truncation import Piece, Truncated, truncate
 from megatron_vita.media.normalization import Normalization
 from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_tiles
 from megatron_vita.media.video import VideoInfo, frame_times, num_frames
@@ -40,7 +40,7 @@ class TileFormat(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentFormat:
+class SampleEncoder:
     """All that turns a sample into a document."""
 
     chat: ChatFormat
@@ -93,10 +93,12 @@ class DocumentFormat:
         times = frame_times(info, max_fps=self.media.max_fps, max_frames=most)
         return Medium(member, len(times), None, list(times))
 
-    def fit(self, pieces: Sequence[Piece]) -> Fit | None:
+    def truncate(self, pieces: Sequence[Piece]) -> Truncated | None:
         """What the policy leaves of a document that is longer than a pack; None where it leaves
         nothing."""
-        return fit(pieces, limit=self.limit, policy=self.overlong, video_tokens=self.video_tokens)
+        return truncate(
+            pieces, limit=self.limit, policy=self.overlong, video_tokens=self.video_tokens
+        )
 
     def _grid(self, size: tuple[int, int]) -> Grid:
         return choose_grid(size, self.tiling)

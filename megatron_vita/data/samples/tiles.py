@@ -15,7 +15,7 @@ def decode_tiles(
     *,
     name: str,
     tiles: range,
-    form: TileFormat,
+    tile_format: TileFormat,
     out: np.ndarray | None = None,
     report: Report | None = None,
 ) -> np.ndarray:
@@ -25,23 +25,23 @@ def decode_tiles(
     Raises DataError, which names the medium by `name`, if it cannot be decoded.
     """
     if out is None:
-        out = np.empty((len(tiles), 3, form.size, form.size), dtype=np.uint8)
+        out = np.empty((len(tiles), 3, tile_format.size, tile_format.size), dtype=np.uint8)
     if medium.grid is None:
         times = medium.times[tiles.start : tiles.stop]
         return decode_frames(
             data,
             name,
             times=times,
-            tile_size=form.size,
-            normalization=form.normalization,
-            fit=form.video_fit,
+            tile_size=tile_format.size,
+            normalization=tile_format.normalization,
+            fit=tile_format.video_fit,
             out=out,
             report=report,
         )
     cut_tiles(
         read_pixels(opened(data).read(), name),
         medium.grid,
-        tiling=form.tiling,
+        tiling=tile_format.tiling,
         tiles=tiles,
         out=out,
     )

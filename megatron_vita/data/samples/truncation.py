@@ -18,23 +18,23 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fit:
+class Truncated:
     """What is left of a document."""
 
     tokens: int
     tiles: int
-    rows: int  # tokens whose prediction is scored
+    loss_tokens: int  # tokens whose prediction is scored
     kept: tuple[int, ...]  # tiles of each of its media, in order; 0 for one that is left out
 
 
-def whole(pieces: Sequence[Piece]) -> Fit:
+def untruncated(pieces: Sequence[Piece]) -> Truncated:
     """All of it."""
-    return _fit(pieces, [piece.tiles for piece in pieces if piece.kind >= Kind.IMAGE])
+    return _summarize(pieces, [piece.tiles for piece in pieces if piece.kind >= Kind.IMAGE])
 
 
-def fit(
+def truncate(
     pieces: Sequence[Piece], *, limit: int, policy: str, video_tokens: Callable[[int], int]
-) -> Fit | None:
+) -> Truncated | None:
     """What `policy` leaves of a document of more than `limit` tokens; None where that is nothing to
     learn from.
 
@@ -46,12 +46,12 @@ def fit(
     if policy == "reject":
         return None
     found = _cut(pieces, limit) if policy == "cut" else _drop_media(pieces, limit, video_tokens)
-    if found is not None and found.rows > 0:
+    if found is not None and found.loss_tokens > 0:
         return found
     return None
 
 
-def _cut(pieces: Sequence[Piece], limit: int) -> Fit:
+def _cut(pieces: Sequence[Piece], limit: int) -> Truncated:
     kept: list[Piece] = []
     left = limit
     for piece in pieces:
@@ -64,12 +64,12 @@ def _cut(pieces: Sequence[Piece], limit: int) -> Fit:
         break
     media = sum(piece.kind >= Kind.IMAGE for piece in pieces)
     tiles = [piece.tiles for piece in kept if piece.kind >= Kind.IMAGE]
-    return _fit(kept, tiles + [0] * (media - len(tiles)))
+    return _summarize(kept, tiles + [0] * (media - len(tiles)))
 
 
 def _drop_media(
     pieces: Sequence[Piece], limit: int, video_tokens: Callable[[int], int]
-) -> Fit | None:
+) -> Truncated | None:
     left = limit - sum(piece.tokens for piece in pieces if piece.kind < Kind.IMAGE)
     if left < 0:
         return None
@@ -82,7 +82,7 @@ def _drop_media(
                 full = True
             left -= piece.tokens
         changed.append(piece)
-    return _fit(changed, [piece.tiles for piece in changed if piece.kind >= Kind.IMAGE])
+    return _summarize(changed, [piece.tiles for piece in changed if piece.kind >= Kind.IMAGE])
 
 
 def _fewer_frames(piece: Piece, room: int, video_tokens: Callable[[int], int]) -> Piece:
@@ -94,13 +94,13 @@ def _fewer_frames(piece: Piece, room: int, video_tokens: Callable[[int], int]) -
     return Piece(piece.kind, video_tokens(frames) if frames else 0, frames)
 
 
-def _fit(pieces: Sequence[Piece], kept: list[int]) -> Fit:
-    rows = sum(piece.tokens for piece in pieces if piece.kind == Kind.LOSS)
+def _summarize(pieces: Sequence[Piece], kept: list[int]) -> Truncated:
+    loss_tokens = sum(piece.tokens for piece in pieces if piece.kind == Kind.LOSS)
     opens = next((piece for piece in pieces if piece.tokens), None)
-    return Fit(
+    return Truncated(
         tokens=sum(piece.tokens for piece in pieces),
         tiles=sum(kept),
         # nothing comes before a first token to predict it
-        rows=rows - (opens is not None and opens.kind == Kind.LOSS),
+        loss_tokens=loss_tokens - (opens is not None and opens.kind == Kind.LOSS),
         kept=tuple(kept),
     )

@@ -13,7 +13,7 @@ from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
-from megatron_vita.data.datasets import document_format
+from megatron_vita.data.datasets import sample_encoder
 from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.block_pool import BlockPool
 from megatron_vita.inference.engine.channel import StepChannel
@@ -63,12 +63,12 @@ class Engine:
         self.recipe = recipe
         self.options = options or EngineOptions()
         self.tokenizer = open_tokenizer(recipe)
-        self.form = document_format(recipe, self.tokenizer)
+        self.encoder = sample_encoder(recipe, self.tokenizer)
         # two more than tiles are decoded by: new videos are probed meanwhile
         self._readers = DecodePool(
-            self.form.tile_format, count=DECODERS + 2, seconds=self.options.media_seconds
+            self.encoder.tile_format, count=DECODERS + 2, seconds=self.options.media_seconds
         )
-        if not self.form.text_only:
+        if not self.encoder.text_only:
             decode_pool.start()
         self.model = build_model(recipe, backend=TorchBackend()).eval()
         if checkpoint is not None:
@@ -121,7 +121,7 @@ class Engine:
             self.model,
             cache,
             recipe=self.recipe,
-            form=self.form,
+            encoder=self.encoder,
             readers=self._readers,
             max_blocks=longest,
             graphs=options.cuda_graphs,
@@ -140,7 +140,7 @@ class Engine:
             self._scheduler,
             tokenizer=self.tokenizer,
             end_ids=self.end_ids,
-            rows_per_tile=self.form.vision.image_token_length,
+            rows_per_tile=self.encoder.vision.image_token_length,
         )
         self._requests: dict[int, Request] = {}
         self._ended_early: list[OutputDelta] = []
@@ -170,7 +170,9 @@ class Engine:
         Raises:
             DataError: the prompt cannot be used, for the reason that it names.
         """
-        return prepare_prompt(prompt, form=self.form, probe=self._probe, max_frames=max_frames)
+        return prepare_prompt(
+            prompt, encoder=self.encoder, probe=self._probe, max_frames=max_frames
+        )
 
     def _probe(self, video: MediaFile) -> VideoInfo:
         return self._readers.probe(SharedFile(video.data), video.name)
@@ -204,7 +206,7 @@ class Engine:
             )
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         keys = prepared.block_keys(
-            self.layout.block_tokens, rows_per_tile=self.form.vision.image_token_length
+            self.layout.block_tokens, rows_per_tile=self.encoder.vision.image_token_length
         )
         request = Request(
             number=next(self._numbers), prepared=prepared, sampling=sampling, keys=keys
@@ -341,7 +343,7 @@ class Engine:
     @property
     def end_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
-        return self.form.chat.stop_ids
+        return self.encoder.chat.stop_ids
 
     def _execute(self, step: SchedulerOutput) -> StepResult:
         # Bookkeeping rides along with the step: one message per step keeps all ranks in lockstep.

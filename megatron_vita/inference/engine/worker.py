@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
 from megatron_vita.inference.runner.cuda_graphs import GraphPool
 from megatron_vita.inference.runner.decode_runner import DecodeRunner
@@ -65,7 +65,7 @@ class Worker:
         cache: KeyValueCache,
         *,
         recipe: Recipe,
-        form: DocumentFormat,
+        encoder: SampleEncoder,
         readers: DecodePool,
         max_blocks: int,
         graphs: bool = True,
@@ -74,7 +74,7 @@ class Worker:
         self.cache = cache
         self.graphs = GraphPool() if graphs and platform.on_cuda() else None
         self.features = FeatureSource(
-            model, recipe=recipe, form=form, readers=readers, graphs=self.graphs
+            model, recipe=recipe, encoder=encoder, readers=readers, graphs=self.graphs
         )
         self.decoder = DecodeRunner(
             model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs

@@ -48,7 +48,7 @@ class Decode(NamedTuple):
     name: str
     medium: Medium
     tiles: range
-    form: TileFormat
+    tile_format: TileFormat
 
 
 DecodeRequest = Probe | Decode
@@ -59,9 +59,9 @@ class DecodePool:
     """At most `count` decoding processes. Any thread may use it; callers beyond `count` wait their
     turn."""
 
-    def __init__(self, form: TileFormat, *, count: int, seconds: float) -> None:
+    def __init__(self, tile_format: TileFormat, *, count: int, seconds: float) -> None:
         """`seconds`: time limit of one request. Processes are started on demand."""
-        self.form = form
+        self.tile_format = tile_format
         self._seconds = seconds
         self._busy: dict[_Reader, SharedFile] = {}  # and what they read
         self._stopped: WeakSet[SharedFile] = WeakSet()
@@ -87,7 +87,7 @@ class DecodePool:
         Raises:
             DataError: it is damaged; the message begins with `name`.
         """
-        with self._asked(Decode(name, medium, tiles, self.form), file) as pipe:
+        with self._asked(Decode(name, medium, tiles, self.tile_format), file) as pipe:
             return receive_array(pipe, _checked(pipe.recv()))
 
     def stop(self, file: SharedFile) -> None:

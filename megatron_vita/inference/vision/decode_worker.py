@@ -102,14 +102,14 @@ def _answer(request: DecodeRequest, file: IO[bytes], tiles: SharedArray) -> Deco
     try:
         if isinstance(request, Probe):
             return probe_video(file, request.name)
-        side = request.form.size
+        side = request.tile_format.size
         out = tiles.allocate((len(request.tiles), 3, side, side))
         decode_tiles(
             request.medium,
             file,
             name=request.name,
             tiles=request.tiles,
-            form=request.form,
+            tile_format=request.tile_format,
             out=out,
         )
         return out.shape

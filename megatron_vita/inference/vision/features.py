@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.data.samples.encoding import DocumentFormat
+from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
 from megatron_vita.inference.scheduler_output import NewSequence, PrefillChunk
 from megatron_vita.inference.vision.decode_pool import DecodePool
@@ -43,17 +43,17 @@ class FeatureSource:
         model: VitaModel,
         *,
         recipe: Recipe,
-        form: DocumentFormat,
+        encoder: SampleEncoder,
         readers: DecodePool,
         graphs: GraphPool | None,
     ) -> None:
         self.model = model
-        self.form = form
+        self.encoder = encoder
         self.graphs = graphs
         # by number of tiles: their pixels, and what encodes them
         self._graphs: dict[int, tuple[Tensor, Graph]] = {}
         self.normalization = recipe.media.normalization
-        self.rows_per_tile = form.vision.image_token_length
+        self.rows_per_tile = encoder.vision.image_token_length
         self.decoder = TileDecoder(readers)
         self._sequences: dict[int, NewSequence] = {}
         # of sequences' tiles that are dealt, the tile rank
@@ -155,7 +155,7 @@ class FeatureSource:
     def _graph_for(self, size: int) -> tuple[Tensor, Graph]:
         assert self.graphs is not None, "tiles are encoded without graphs here"
         if size not in self._graphs:
-            side = self.form.vision.image_size
+            side = self.encoder.vision.image_size
             dtype = self.model.config.params_dtype
             buffer = torch.zeros(size, 3, side, side, dtype=dtype, device=platform.device())
             self._graphs[size] = (buffer, self.graphs.record(lambda: self.model.encode(buffer)))

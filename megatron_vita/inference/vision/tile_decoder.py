@@ -122,7 +122,7 @@ class TileDecoder:
     def take(self, tiles: Sequence[TileKey]) -> tuple[np.ndarray, dict[int, str]]:
         """Pixels uint8 [n, 3, S, S] of submitted tiles, black where decoding failed, and reasons of
         failure by sequence."""
-        size = self.readers.form.size
+        size = self.readers.tile_format.size
         pixels = np.zeros((len(tiles), 3, size, size), dtype=np.uint8)
         failed = {}
         for place, (sequence, tile) in enumerate(tiles):
