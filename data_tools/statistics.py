@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_vita.config import Recipe
 from megatron_vita.data.datasets import Source, Split, find_sources, plan_path, sample_encoder
-from megatron_vita.data.planning.packing import taken_of
+from megatron_vita.data.planning.packing import epoch_samples
 from megatron_vita.data.planning.plan import PackPlan, read_plan
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.encoding import SampleEncoder
@@ -44,7 +44,7 @@ class DatasetStatistics:
     @property
     def taken(self) -> int:
         """Samples that an epoch takes."""
-        return taken_of(self.samples, ratio=self.source.ratio, cap=self.source.cap)
+        return epoch_samples(self.samples, ratio=self.source.ratio, cap=self.source.cap)
 
     @property
     def epoch_tokens(self) -> float:

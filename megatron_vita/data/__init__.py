@@ -1,5 +1,7 @@
-"""From shards to a `Batch`: shard files, their index, the pack plan, documents, the stream. Knows
-nothing of models."""
+"""Data pipeline from shards to a `Batch`: shard files, index, pack plan, documents, stream.
+
+It does not depend on models.
+"""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""`Batch`: one pack as tensors, what `data` hands to `training`."""
+"""`Batch`: one pack as tensors, the interface between `data` and `training`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,10 +18,9 @@ TAIL_SOURCE = -1
 class Batch:
     """One pack of T tokens, D documents and N tiles, of which this rank holds n.
 
-    A document is padded at its end with ordinary pad tokens without loss. Room left at the end of
-    the pack is one last document of pad tokens, so that `cu_seqlens[-1]` is T always. Where
-    documents see earlier ones, nothing but the end of the pack is padded, and `cu_seqlens` is one
-    segment.
+    A document is padded at its end with pad tokens without loss. The rest of the pack is one more
+    document of pad tokens, so that `cu_seqlens[-1]` is always T. If documents attend to earlier
+    ones, only the end of the pack is padded, and `cu_seqlens` has one segment.
     """
 
     pack_id: int
@@ -32,19 +31,19 @@ class Batch:
     cu_seqlens: torch.Tensor  # [D+1] or [2] int32: bounds for attention and rotary positions
     document_sources: torch.Tensor  # [D] int64: dataset in the recipe's list; -1 for the tail
     tiles: torch.Tensor  # [n,3,S,S] uint8: this rank's
-    tile_ids: torch.Tensor  # [n] int64: which of the pack's they are, ascending
+    tile_ids: torch.Tensor  # [n] int64: their indices in the pack, ascending
     # [N] int64: position of the first placeholder of each tile of the pack
     placements: torch.Tensor
-    frames: torch.Tensor  # [N] bool: whether it is of a video
-    num_tokens: int  # padding not counted
+    frames: torch.Tensor  # [N] bool: true for frames of videos
+    num_tokens: int  # without padding
     sample_keys: list[str]
     masked: list[int] = field(default_factory=list)  # documents that could not be read
-    # frames that stand for damaged ones, by document
+    # number of frames that replace damaged ones, by document
     stand_ins: dict[int, int] = field(default_factory=dict)
 
 
 def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
-    """Whether each tile of a pack is of a video: [N] bool."""
+    """Mark the tiles of a pack that are frames of videos: bool [N]."""
     media = [medium for document in documents for medium in document.media]
     counts = torch.tensor([medium.num_tiles for medium in media], dtype=torch.int64)
     return torch.tensor(
@@ -55,8 +54,15 @@ def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
 def mask_documents(
     batch: Batch, documents: Sequence[int], *, pad_id: int, rows_per_tile: int
 ) -> Batch:
-    """The batch with some documents blank: pad tokens without loss, black tiles. The same on all
-    ranks of a replica, whatever each has read of them.
+    """Blank some documents: pad tokens without loss, black tiles.
+
+    The result is the same on all ranks of a replica, whatever each has read of these documents.
+
+    Args:
+        batch: the pack; its tiles are changed in place.
+        documents: indices of the documents to blank.
+        pad_id: id of the pad token.
+        rows_per_tile: placeholder tokens of a tile.
     """
     input_ids = batch.input_ids.clone()
     labels = batch.labels.clone()
@@ -66,6 +72,7 @@ def mask_documents(
         start, stop = batch.document_starts[document : document + 2].tolist()
         input_ids[start:stop] = pad_id
         labels[start:stop] = IGNORED_LABEL
+        # The placements of a document's tiles lie within its bounds, and ascend over the pack.
         first, last = torch.searchsorted(batch.placements, torch.tensor([start, stop])).tolist()
         placements[first:last] = start + torch.from_numpy(
             blank_placements(last - first, rows_per_tile)
@@ -74,6 +81,18 @@ def mask_documents(
     return replace(
         batch, input_ids=input_ids, labels=labels, placements=placements, masked=sorted(documents)
     )
+
+
+def _loss_weights(
+    documents: Sequence[Document], *, starts: np.ndarray, seq_length: int
+) -> torch.Tensor | None:
+    """Factor on the loss of each position [T]; None if all are 1."""
+    if all(document.weight == 1 for document in documents):
+        return None
+    weights = np.ones(seq_length, dtype=np.float32)
+    for start, document in zip(starts, documents, strict=False):
+        weights[start : start + len(document)] = document.weight
+    return torch.from_numpy(weights)
 
 
 def collate(
@@ -86,42 +105,47 @@ def collate(
     tiles: torch.Tensor,
     tile_ids: torch.Tensor,
 ) -> Batch:
-    """Lays documents one after another in a pack of `data.seq_length` tokens. They must fit: the
-    plan saw to it."""
+    """Lay out documents one after another in a pack of `data.seq_length` tokens.
+
+    Args:
+        documents: documents of the pack, which fit by the plan.
+        pack_id: number of the pack in the plan.
+        sources: dataset of each document.
+        data: the recipe's `data`.
+        pad_id: id of the pad token.
+        tiles: tiles of this rank, uint8 [n, 3, S, S].
+        tile_ids: indices of these among the tiles of the pack [n], ascending.
+    """
     seq_length = data.seq_length
+    lengths = [round_up(len(document), data.padding_multiple) for document in documents]
+    starts = np.cumsum([0, *lengths])
+    assert starts[-1] <= seq_length, f"pack {pack_id}: {starts[-1]} of {seq_length} tokens"
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, IGNORED_LABEL, dtype=np.int64)
-    starts = np.cumsum(
-        [0, *(round_up(len(document), data.padding_multiple) for document in documents)]
-    )
-    assert starts[-1] <= seq_length, (
-        f"pack {pack_id}: {starts[-1]} tokens in a pack of {seq_length}"
-    )
-    weights = np.ones(seq_length, dtype=np.float32)
     for start, document in zip(starts, documents, strict=False):
         here = slice(start, start + len(document))
         input_ids[here] = document.input_ids
         labels[here] = document.labels
-        weights[here] = document.weight
+    loss_weights = _loss_weights(documents, starts=starts, seq_length=seq_length)
     placements = [
         start + document.placements for start, document in zip(starts, documents, strict=False)
     ]
     all_sources = list(sources)
     if starts[-1] < seq_length:
+        # The tail is a document of its own, so that attention kernels get bounds up to T.
         starts = np.append(starts, seq_length)
         all_sources.append(TAIL_SOURCE)
     bounds = torch.tensor(starts, dtype=torch.int32)
+    cu_seqlens = bounds
+    if not data.isolate_documents:
+        cu_seqlens = torch.tensor([0, seq_length], dtype=torch.int32)
     return Batch(
         pack_id=pack_id,
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        loss_weights=torch.from_numpy(weights)
-        if any(document.weight != 1 for document in documents)
-        else None,
+        loss_weights=loss_weights,
         document_starts=bounds,
-        cu_seqlens=bounds
-        if data.isolate_documents
-        else torch.tensor([0, seq_length], dtype=torch.int32),
+        cu_seqlens=cu_seqlens,
         document_sources=torch.tensor(all_sources, dtype=torch.int64),
         tiles=tiles,
         tile_ids=tile_ids,

@@ -1,4 +1,4 @@
-"""A recipe's training or validation data: its shards and indexes, its plan, its stream."""
+"""Training or validation data of a recipe: its shards and indexes, plan and stream."""
 
 import dataclasses
 import itertools
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from megatron_vita.data.loading.stream import PackStream
 
 Split = Literal["train", "validation"]
-REQUESTS = 16  # to an object store at a time
+REQUESTS = 16  # concurrent requests to an object store
 LIMITS = ("max_tiles", "max_frames", "max_fps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A dataset's shards, in the order of their names, with the headers of their indexes."""
+    """Shards of a dataset, sorted by name, with the headers of their indexes."""
 
     config: DatasetConfig
     shards: list[Location]
@@ -36,12 +36,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The dataset's name."""
+        """Name of the dataset."""
         return self.config.name
 
     @property
     def contents(self) -> dict[str, str]:
-        """The shards' names, with the fingerprints of their indexes."""
+        """Index fingerprints by name of the shard."""
         return {
             shard.name: header.fingerprint
             for shard, header in zip(self.shards, self.headers, strict=True)
@@ -49,25 +49,31 @@ class Source:
 
     @property
     def ratio(self) -> float:
-        """Share of its samples that an epoch takes."""
+        """Fraction of the samples in an epoch; above 1, samples are repeated."""
         return self.config.ratio
 
     @property
     def cap(self) -> int:
-        """Most samples that an epoch takes; 0: no limit."""
+        """Maximum number of samples in an epoch; 0: no limit."""
         return self.config.cap
 
 
 def open_split(
     recipe: Recipe, *, split: Split, tokenizer: Tokenizer, tile_share: tuple[int, int] | None
 ) -> "PackStream":
-    """The packs of a recipe's training or validation data, as its plan has them.
+    """Open the planned packs of a recipe's training or validation data.
 
-    `tile_share` is (rank, ranks) of the ranks that share a pack's tiles, None for ranks that need
-    none. Raises ConfigError if the recipe names no data or plan, DataError if shards, indexes or
-    plan are missing or do not fit the recipe; both say what to run.
+    Args:
+        recipe: the recipe.
+        split: "train" or "validation".
+        tokenizer: the recipe's tokenizer.
+        tile_share: (rank, ranks) among the ranks that share a pack's tiles; None: decode none.
+
+    Raises:
+        ConfigError: the recipe names no data or no plan.
+        DataError: shards, indexes or the plan are missing or do not match the recipe.
     """
-    # here, since commands that find shards and plans alone need not wait for torch
+    # Imported here: commands that only find shards and plans need not wait for torch.
     from megatron_vita.data.loading.stream import PackStream
 
     path = plan_path(recipe, split)
@@ -84,7 +90,7 @@ def open_split(
 
 
 def plan_path(recipe: Recipe, split: Split) -> Path:
-    """The plan file of a split. ConfigError if the recipe names no plan folder."""
+    """Path of a split's plan file; raises ConfigError if the recipe names no plan folder."""
     if not recipe.data.plan:
         raise ConfigError(
             "data.plan is empty: name the folder that `python -m data_tools plan RECIPE` writes"
@@ -95,28 +101,29 @@ def plan_path(recipe: Recipe, split: Split) -> Path:
 def sample_encoder(
     recipe: Recipe, tokenizer: Tokenizer, *, dataset: DatasetConfig | None = None
 ) -> SampleEncoder:
-    """What a recipe says about turning samples into documents; those of `dataset`, which may have
-    limits of its own."""
-    if dataset is None:
-        own = {}
-    else:
+    """Build the encoder of a recipe's samples, with the limits of `dataset` if it has its own."""
+    own = {}
+    # Without a dataset nothing is truncated: prompts in serving have their own limit.
+    limit = 0
+    if dataset is not None:
         own = {name: getattr(dataset, name) for name in LIMITS if getattr(dataset, name)}
+        limit = recipe.data.seq_length
     return SampleEncoder(
         chat=ChatFormat(tokenizer, recipe.text),
         media=dataclasses.replace(recipe.media, **own),
         vision=recipe.model.vision,
         text_only=recipe.model.text_only,
-        limit=recipe.data.seq_length if dataset is not None else 0,
+        limit=limit,
         overlong=recipe.data.overlong,
     )
 
 
 def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[Source]:
-    """The datasets of a split with their shards. Reads footers of indexes only, of remote ones many
-    at a time.
+    """Find the datasets of a split with their shards, reading only the footers of indexes.
 
-    ConfigError if there is no dataset or a glob finds no shard; DataError if an index is missing or
-    of another tokenizer or template.
+    Raises:
+        ConfigError: there is no dataset, or a glob matches no shard.
+        DataError: an index is missing, or of another tokenizer or template.
     """
     datasets: list[DatasetConfig] = getattr(recipe.data, split)
     if not datasets:
@@ -125,19 +132,26 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
     sources = []
     for dataset in datasets:
         shards = find_shards(dataset)
-        with ThreadPoolExecutor(REQUESTS if is_remote(shards[0]) else 1) as pool:
+        threads = 1
+        if is_remote(shards[0]):
+            threads = REQUESTS
+        with ThreadPoolExecutor(threads) as pool:
             headers = list(pool.map(lambda shard: read_header(index_path(shard), text), shards))
         sources.append(Source(config=dataset, shards=shards, headers=headers))
     return sources
 
 
 def find_shards(dataset: DatasetConfig) -> list[Location]:
-    """A dataset's shards, sorted by name. ConfigError if its glob finds none or finds two of one
-    name."""
+    """Find a dataset's shards, sorted by name.
+
+    Raises:
+        ConfigError: the glob matches no shard, two shards of one name, or another file.
+    """
     paths = sorted(find_files(dataset.shards), key=lambda path: path.name)
     if not paths:
         raise ConfigError(
-            f"dataset {dataset.name}: {dataset.shards} finds no shards; make them: python -m data_tools shard"
+            f"dataset {dataset.name}: {dataset.shards} finds no shards; make them: python -m "
+            "data_tools shard"
         )
     names = [path.name for path in paths]
     for path, following in itertools.pairwise(paths):
@@ -155,11 +169,18 @@ def find_shards(dataset: DatasetConfig) -> list[Location]:
 def plan_stamp(
     recipe: Recipe, split: Split, *, tokenizer: Tokenizer, sources: Sequence[Source]
 ) -> dict[str, Any]:
-    """Every input that a split's plan is a function of, by the recipe's own field names."""
+    """Collect every input of a split's plan, by the recipe's field names."""
     data = recipe.data
     media = recipe.media
     vision = recipe.model.vision
     text = text_stamp(ChatFormat(tokenizer, recipe.text))
+    # Costs of packs depend on the batch and the model only where packs are grouped by them: other
+    # plans stay valid if these change.
+    batch: int | str = "any"
+    costs: list[float] | str = "none"
+    if data.group_by_cost:
+        batch = recipe.training.global_batch_size
+        costs = list(forward_weights(recipe))
     stamp = {
         "format_version": FORMAT_VERSION,
         "split": split,
@@ -169,12 +190,8 @@ def plan_stamp(
         "data.shuffle_window": data.shuffle_window,
         "data.overlong": data.overlong,
         "data.packing_scope": data.packing_scope,
-        "training.global_batch_size": recipe.training.global_batch_size
-        if data.group_by_cost
-        else "any",
-        "data.group_by_cost (FLOPs)": list(forward_weights(recipe))
-        if data.group_by_cost
-        else "none",
+        "training.global_batch_size": batch,
+        "data.group_by_cost (FLOPs)": costs,
         "model.text_only": recipe.model.text_only,
         "media.tiling": media.tiling,
         "media.grids": media.grids,

@@ -7,11 +7,11 @@ import pytest
 from megatron_vita.data.planning.packing import (
     Shuffler,
     best_fit_decreasing,
+    epoch_samples,
     group_by_cost,
     interleave,
     pack_windows,
     sample_order,
-    taken_of,
 )
 
 
@@ -169,4 +169,4 @@ def test_packs_of_a_window_are_not_sorted_by_size() -> None:
 def test_shares_are_exact_and_rounded_down(
     samples: int, ratio: float, cap: int, taken: int
 ) -> None:
-    assert taken_of(samples, ratio=ratio, cap=cap) == taken
+    assert epoch_samples(samples, ratio=ratio, cap=cap) == taken

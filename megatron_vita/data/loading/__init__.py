@@ -1,1 +1,1 @@
-"""Reading planned packs in worker processes, and the ledger of damaged samples."""
+"""Reading of planned packs in worker processes, and the ledger of damaged samples."""

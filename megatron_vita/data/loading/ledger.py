@@ -1,11 +1,9 @@
-"""The ledger: which samples could not be read as they are, so that a resumed run masks in a pack
-what was masked in it before.
+"""Ledger of damaged samples, so that a resumed run masks the same samples in a pack again.
 
 A folder holds a JSONL file for each replica, with a line for each event, on disk before the pack is
-used. Checkpoints
-carry a copy. A replay obeys events of the same pack only: whatever struck a sample once (a time
-limit, a storage fault) strikes again there, and another pack of another epoch tries the sample
-anew.
+used. Checkpoints carry a copy. An event applies only to its own pack: the same pack is reproduced
+even if the cause (a timeout, a storage fault) has passed, and another pack of a later epoch tries
+the sample again.
 """
 
 import json
@@ -19,11 +17,13 @@ from megatron_vita.errors import DataError
 
 
 class Damage(NamedTuple):
-    """A document of a pack that cannot be read as it is, and why: it is masked, or used though
-    `frames` of its videos' frames stand for damaged ones."""
+    """Event of a damaged document in a pack.
+
+    The document is masked, or used with `frames` of its video frames replaced by others.
+    """
 
     pack: int
-    document: int  # place in the pack
+    document: int  # index in the pack
     shard: str  # file name
     key: str
     reason: str
@@ -31,12 +31,12 @@ class Damage(NamedTuple):
 
     @property
     def is_masked(self) -> bool:
-        """Whether nothing of the document is used."""
+        """Return true if the document is masked, not used with replaced frames."""
         return not self.frames
 
 
 class Ledger:
-    """Known events, and where new ones are written; nowhere without a `path`."""
+    """Known events, with new ones appended to the file `path` if there is one."""
 
     def __init__(self, known: Iterable[Damage] = (), *, path: Path | None = None) -> None:
         self._path = path
@@ -45,25 +45,26 @@ class Ledger:
             self._by_pack.setdefault(damage.pack, {})[damage.document] = damage
 
     def of_pack(self, pack: int) -> list[Damage]:
-        """The events of a pack."""
+        """List the events of a pack."""
         return list(self._by_pack.get(pack, {}).values())
 
     def events(self) -> list[Damage]:
-        """All events."""
+        """List all events."""
         return [
             damage for events in list(self._by_pack.values()) for damage in list(events.values())
         ]
 
     def add(self, damages: Iterable[Damage]) -> list[Damage]:
-        """Notes events that are new, writes them to the disk, a line each, and gives them.
+        """Record new events, durably if there is a file, and return those that are new.
 
-        A document that was used with damaged frames and is masked now is a new event.
+        Masking a document that was used with replaced frames before is a new event.
         """
         new = [damage for damage in merge_damage(damages) if self._is_new(damage)]
         for damage in new:
             self._by_pack.setdefault(damage.pack, {})[damage.document] = damage
         if new and self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # A kill may have left half a line, which a new one must not continue.
             _cut_torn_line(self._path)
             with open(self._path, "a") as file:
                 file.writelines(
@@ -79,7 +80,7 @@ class Ledger:
 
 
 def read_ledgers(folder: Path) -> list[Damage]:
-    """The events of all files of a folder. A last line that was torn by a kill is passed over."""
+    """Read the events of all files of a folder; a torn last line is skipped."""
     return [
         _parse(line, path)
         for path in sorted(folder.glob("*.jsonl"))
@@ -89,27 +90,28 @@ def read_ledgers(folder: Path) -> list[Damage]:
 
 
 def merge_damage(damages: Iterable[Damage]) -> list[Damage]:
-    """Events without repetitions, by pack: the first of each document, unless a later one masks
-    it."""
+    """Deduplicate events, sorted by pack: the first of a document, unless a later one masks it."""
     events: dict[tuple[int, int], Damage] = {}
     for damage in damages:
         known = events.setdefault((damage.pack, damage.document), damage)
         if damage.is_masked and not known.is_masked:
             events[damage.pack, damage.document] = damage
-    return [events[place] for place in sorted(events)]
+    return [events[position] for position in sorted(events)]
 
 
 def add_up_damage(damages: Iterable[Damage]) -> list[Damage]:
-    """What the readers of the parts of a pack have met, as one event for each document: frames of
-    its parts are added up."""
+    """Merge the events of a replica's ranks for a pack, adding up the replaced frames of a
+    document."""
     met = list(damages)
     frames = Counter[tuple[int, int]]()
     for damage in met:
         frames[damage.pack, damage.document] += damage.frames
-    return [
-        event if event.is_masked else event._replace(frames=frames[event.pack, event.document])
-        for event in merge_damage(met)
-    ]
+    merged = []
+    for event in merge_damage(met):
+        if not event.is_masked:
+            event = event._replace(frames=frames[event.pack, event.document])
+        merged.append(event)
+    return merged
 
 
 def _cut_torn_line(path: Path) -> None:

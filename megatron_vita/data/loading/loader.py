@@ -1,8 +1,8 @@
-"""Reads packs ahead in supervised processes, in the order asked for.
+"""Prefetching of packs in supervised processes, in the requested order.
 
-A process that makes no progress for too long is killed, and one that dies is replaced. The pack is
-read again: without the sample that hung, or that processes died on again and again. A process
-killed from outside costs time alone.
+A process without progress is killed after a timeout, and one that dies is replaced. Its pack is
+read again, without the sample that hung or that processes repeatedly crashed on. A process killed
+from outside only costs time.
 """
 
 import itertools
@@ -32,20 +32,22 @@ from megatron_vita.data.loading.worker import (
 from megatron_vita.errors import VitaError
 from megatron_vita.supervise.shared_memory import receive_array
 
-# exit codes of processes that others end, rarely for what they read
+# Exit codes of processes killed from outside, such as by the kernel for want of memory: mostly not
+# the fault of the sample, so that more of them are tolerated than of crashes.
 EXTERNAL_KILLS = (-signal.SIGKILL, -signal.SIGTERM)
-# deaths on one document that are put down to it
+# Crashes or kills while reading one sample, after which it is masked.
 MAX_CRASHES_PER_SAMPLE = 2
 MAX_KILLS_PER_SAMPLE = 5
-STARTUP_SECONDS = 120
-# of processes that have read nothing yet: the machine cannot run them
+STARTUP_SECONDS = 120  # timeout for the imports of a new process
+# Failures in a row of processes that have read nothing: the host cannot run them.
 MAX_STARTUP_FAILURES = 3
 MAX_STARTUP_KILLS = 20
 
 
 def start_fork_server() -> None:
-    """Starts the process that loader processes are forked from. It imports what they need, which
-    takes a second or two, beside whatever is done here meanwhile.
+    """Start the server process from which loader processes are forked.
+
+    It imports their modules, which takes a second or two, in parallel to the caller's work.
     """
     _context()
     forkserver.ensure_running()
@@ -66,11 +68,19 @@ def read_packs(
     prefetch: int = 2,
     sample_seconds: float = 300.0,
 ) -> Iterator[ReadPack]:
-    """The packs of `tasks` in that order, read by `num_workers` processes (0: by this one, without
-    time limit).
+    """Yield the packs of `tasks` in order, at most `prefetch` of them in progress or ready.
 
-    At most `prefetch` packs are being read or wait to be taken. An error of a process is raised
-    here as it was there. Closing or dropping the iterator ends the processes.
+    Closing or dropping the iterator ends the processes.
+
+    Args:
+        stream: the stream to read from.
+        tasks: packs to read.
+        num_workers: loader processes; 0 reads in this process, without timeout.
+        prefetch: packs to read ahead.
+        sample_seconds: timeout for progress within a sample.
+
+    Raises:
+        VitaError: an error of a loader process, as raised there.
     """
     if not num_workers:
         for task in tasks:
@@ -88,6 +98,7 @@ def read_packs(
                 return
             while ahead[0].result is None:
                 pool.serve()
+            # Readers get new work before the caller computes on this pack.
             pool.assign()
             yield ahead.popleft().take()
     finally:
@@ -95,7 +106,7 @@ def read_packs(
 
 
 class _Job:
-    """A pack on its way."""
+    """A pack in progress."""
 
     def __init__(self, task: PackTask) -> None:
         self.task = task
@@ -113,7 +124,7 @@ class _Job:
 
 
 class _Reader:
-    """A process, the pipe to it, and the job it has."""
+    """A loader process with its pipe and its current job."""
 
     def __init__(self, context: ForkServerContext, pickled: bytes) -> None:
         self.pipe, theirs = context.Pipe()
@@ -130,7 +141,7 @@ class _Reader:
     def give(self, job: _Job) -> None:
         self.job = job
         self.progress.reset()
-        # its death shows when it is next listened to
+        # The exit of a dead process is handled where its pipe is next read.
         with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(job.task)
 
@@ -141,7 +152,7 @@ class _Reader:
 
 
 class _Pool:
-    """Keeps readers at work and alive."""
+    """Assigns jobs to loader processes and replaces those that hang or die."""
 
     def __init__(self, stream: PackStream, *, num_workers: int, sample_seconds: float) -> None:
         self.pending: deque[_Job] = deque()
@@ -156,15 +167,16 @@ class _Pool:
         return _Reader(self._context, self._pickled)
 
     def assign(self) -> None:
-        """Gives waiting jobs to idle readers."""
+        """Assign waiting jobs to idle readers."""
         for reader in self._readers:
             if reader.job is None and self.pending:
                 reader.give(self.pending.popleft())
 
     def serve(self) -> None:
-        """Waits until a reader says something or has been silent for too long, and sees to it."""
+        """Wait for a message, an exit or a timeout of a reader, and handle it."""
         self.assign()
         busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
+        # An exit closes the pipe, so that waiting for messages covers it.
         ready = wait(list(busy), timeout=max(min(map(self._seconds_left, busy.values())), 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
@@ -175,10 +187,11 @@ class _Pool:
                     self._on_timeout(reader)
 
     def _seconds_left(self, reader: _Reader) -> float:
-        """Seconds in which a reader must get on."""
-        return (
-            self._limit if reader.ready else max(self._limit, STARTUP_SECONDS)
-        ) - reader.progress.idle_seconds
+        """Seconds until a reader's timeout."""
+        limit = self._limit
+        if not reader.ready:
+            limit = max(limit, STARTUP_SECONDS)
+        return limit - reader.progress.idle_seconds
 
     def _on_message(self, reader: _Reader) -> None:
         job = reader.job
@@ -212,16 +225,16 @@ class _Pool:
         assert job is not None
         reader.process.join(timeout=10)
         code = reader.process.exitcode
+        at_startup = MAX_STARTUP_FAILURES
+        on_sample = MAX_CRASHES_PER_SAMPLE
+        if code in EXTERNAL_KILLS:
+            at_startup = MAX_STARTUP_KILLS
+            on_sample = MAX_KILLS_PER_SAMPLE
         if (document := reader.progress.document) is None:
-            self._note_startup_failure(
-                f"ended (exit code {code})",
-                most=MAX_STARTUP_KILLS if code in EXTERNAL_KILLS else MAX_STARTUP_FAILURES,
-            )
+            self._note_startup_failure(f"ended (exit code {code})", most=at_startup)
         else:
             job.crashes[document] += 1
-            if job.crashes[document] >= (
-                MAX_KILLS_PER_SAMPLE if code in EXTERNAL_KILLS else MAX_CRASHES_PER_SAMPLE
-            ):
+            if job.crashes[document] >= on_sample:
                 deaths = (
                     f"{job.crashes[document]} processes ended while they read it (exit code {code})"
                 )
@@ -229,8 +242,12 @@ class _Pool:
         self._replace(reader)
 
     def _note_startup_failure(self, what: str, *, most: int) -> None:
+        # Another reader that works shows that processes can run here.
         some_read = any(reader.progress.document is not None for reader in self._readers)
-        self._startup_failures = 0 if some_read else self._startup_failures + 1
+        if some_read:
+            self._startup_failures = 0
+        else:
+            self._startup_failures += 1
         if self._startup_failures >= most:
             raise VitaError(
                 f"{self._startup_failures} loader processes {what} before they read anything"
@@ -247,6 +264,7 @@ class _Pool:
         assert job is not None
         reader.end()
         self._readers[self._readers.index(reader)] = self._new_reader()
+        # In front: packs are delivered in order, so that later ones wait for this one.
         self.pending.appendleft(job)
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
-"""`PackStream`: from a pack's number to its Batch, reading only that pack and decoding only this
-rank's tiles."""
+"""`PackStream`: reads packs by number, decoding only this rank's tiles."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -40,12 +39,12 @@ from megatron_vita.errors import DataError, ShardError
 from megatron_vita.layout.assignment import assign_tiles
 
 OPEN_INDEXES = 64
-LONG_TEXT_BYTES = 64 << 20  # of texts longer than a pack are kept, four million tokens
+LONG_TEXT_BYTES = 64 << 20  # cache of texts longer than a pack: four million tokens
 CACHES = ("_reader", "_index", "_long_texts")
 
 
 class ReadPack(NamedTuple):
-    """A pack as one rank has read it, and what it could not read of it."""
+    """A pack as one rank has read it, and the damage that it met."""
 
     batch: Batch
     damages: list[Damage]
@@ -53,7 +52,7 @@ class ReadPack(NamedTuple):
 
 @dataclass(kw_only=True)
 class _Pack:
-    """A pack that is being read."""
+    """State of a pack while it is read."""
 
     id: int
     entries: list[DocumentEntry]
@@ -66,10 +65,14 @@ class _Pack:
 class PackStream(Dataset[Batch]):
     """Packs of a plan as a map-style dataset: `stream[pack_id]` is a Batch.
 
-    `shards[dataset][shard]` are the files that the plan's entries count in, `contents` the
-    fingerprints that their indexes had when it was opened, `encoders[dataset]` what their samples
-    become. `tile_share` is (rank, ranks) of the ranks that share a pack's tiles; None decodes no
-    tile, for ranks that hold no vision tower.
+    Args:
+        plan: the pack plan.
+        shards: shards of each dataset, which the plan's entries index: `shards[dataset][shard]`.
+        contents: fingerprints of their indexes when the plan was opened, in the same order.
+        data: the recipe's `data`.
+        encoders: encoder of the samples of each dataset.
+        tile_share: (rank, ranks) among the ranks that share a pack's tiles; None decodes no tile,
+            for ranks without a vision tower.
     """
 
     def __init__(
@@ -95,7 +98,11 @@ class PackStream(Dataset[Batch]):
         return self.plan.num_packs
 
     def __getitem__(self, pack_id: int) -> Batch:
-        """Reads one pack. DataError naming shard and key of a sample that cannot be read."""
+        """Read one pack.
+
+        Raises:
+            DataError: naming shard and key of a sample that cannot be read.
+        """
         batch, damages = self.read(pack_id)
         if masked := [damage for damage in damages if damage.is_masked]:
             raise DataError(masked[0].reason)
@@ -111,13 +118,19 @@ class PackStream(Dataset[Batch]):
             shape, dtype=np.uint8
         ),
     ) -> ReadPack:
-        """Reads one pack. What is there of documents that cannot be read, or are to be skipped, is
-        not the same on all
-        ranks yet: `mask_documents` makes it so.
+        """Read one pack, masking samples that cannot be read.
 
-        `progress` is told the document about to be read, before each of its files; `allocate` gives
-        the array for the tiles. DataError if a shard or an index is missing or does not fit the
-        plan.
+        Documents that are unreadable or skipped may differ between ranks until `mask_documents`
+        blanks them everywhere.
+
+        Args:
+            pack_id: number of the pack.
+            skip: indices of documents not to read.
+            progress: called with the index of a document before each of its files is read.
+            allocate: allocates the array of tiles by its shape.
+
+        Raises:
+            DataError: a shard or an index is missing or does not match the plan.
         """
         entries = self.plan.pack(pack_id)
         if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
@@ -143,28 +156,36 @@ class PackStream(Dataset[Batch]):
         return ReadPack(batch, pack.damages)
 
     def documents(self, pack_id: int) -> list[Document]:
-        """The documents of a pack, without their tiles. DataError naming shard and key of one that
-        cannot be read."""
+        """Read the documents of a pack without their tiles.
+
+        Raises:
+            DataError: naming shard and key of a sample that cannot be read.
+        """
         entries = self.plan.pack(pack_id)
         return [self._build(entry, self._row(entry)) for entry in entries]
 
     def damage(self, pack_id: int, document: int, reason: str) -> Damage:
-        """The event that a document of a pack cannot be read."""
+        """Build the event that masks a document of a pack."""
         entry = self.plan.pack(pack_id)[document]
         shard = self._shard(entry)
         return Damage(pack_id, document, shard.name, self._row(entry).key, reason)
 
     def fits(self, damage: Damage) -> bool:
-        """Whether an event is of the sample that the plan has in its place: it may be of the plan
-        before."""
-        entries = self.plan.pack(damage.pack) if 0 <= damage.pack < len(self) else []
+        """Return true if an event is of the sample that the plan has at its position.
+
+        It may be of an earlier plan.
+        """
+        if not 0 <= damage.pack < len(self):
+            return False
+        entries = self.plan.pack(damage.pack)
+        # Negative datasets and shards are those that a continued plan no longer has.
         if not 0 <= damage.document < len(entries) or min(entries[damage.document][:2]) < 0:
             return False
         known = self.damage(damage.pack, damage.document, damage.reason)
         return known._replace(frames=damage.frames) == damage
 
     def _assigned_tiles(self, frames: torch.Tensor) -> torch.Tensor:
-        """The tiles of a pack that this rank decodes."""
+        """Indices of the tiles of a pack that this rank decodes."""
         if self._tile_share is None:
             return torch.zeros(0, dtype=torch.int64)
         rank, ranks = self._tile_share
@@ -187,17 +208,18 @@ class PackStream(Dataset[Batch]):
         return document
 
     def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
-        """The whole document of a sample. A long text is kept, since a pack of its other parts may
-        come soon."""
+        """Build the whole document of a sample; long texts are cached for packs with their other
+        parts."""
         if not row.is_text or entry.tokens >= sum(tokens for _, tokens in row.pieces):
             return self._build_anew(entry, row)
-        place = (entry.dataset, entry.shard, entry.row)
-        if place not in self._long_texts:
+        sample = (entry.dataset, entry.shard, entry.row)
+        if sample not in self._long_texts:
             document = self._build_anew(entry, row)
+            # The cache refuses items larger than itself.
             if _bytes_of(document) > self._long_texts.maxsize:
                 return document
-            self._long_texts[place] = document
-        return self._long_texts[place]
+            self._long_texts[sample] = document
+        return self._long_texts[sample]
 
     def _build_anew(self, entry: DocumentEntry, row: SampleRow) -> Document:
         name = f"{self._shard(entry)} sample {row.key}"
@@ -207,17 +229,19 @@ class PackStream(Dataset[Batch]):
         return build_document(record, row, encoder=self.encoders[entry.dataset])
 
     def _attempt[T](self, pack: "_Pack", i: int, read: Callable[[], T]) -> T | None:
-        """What `read` gives of document `i`; where the data cannot be read, notes the damage and
-        gives None."""
+        """Return `read()`; on DataError, record the damage of document `i` and return None."""
         pack.progress(i)
         try:
             return read()
         except ShardError:
+            # All samples of the shard are affected: masking them one by one would hide that.
             raise
         except DataError as error:
             shard = self._shard(pack.entries[i])
             key = pack.rows[i].key
-            reason = str(error) if str(shard) in str(error) else f"{shard} sample {key}: {error}"
+            reason = str(error)
+            if str(shard) not in reason:
+                reason = f"{shard} sample {key}: {reason}"
             pack.skip.add(i)
             pack.damages.append(Damage(pack.id, i, shard.name, key, reason))
             return None
@@ -225,13 +249,13 @@ class PackStream(Dataset[Batch]):
     def _decode(
         self, pack: "_Pack", documents: list[Document], wanted: np.ndarray, tiles: np.ndarray
     ) -> None:
-        """Fills `tiles` with those `wanted` of the pack, but for those of documents that cannot be
-        read."""
+        """Decode the tiles `wanted` of the pack into `tiles`, except of unreadable documents."""
         first = 0
         for i, document in enumerate(documents):
             for medium in document.media:
                 start, stop = np.searchsorted(wanted, (first, first + medium.num_tiles))
-                mine = wanted[start:stop] - first  # contiguous: a rank's tiles of one kind are
+                # A rank's tiles of one kind are contiguous, so that those of a medium are a range.
+                mine = wanted[start:stop] - first
                 first += medium.num_tiles
                 if len(mine) and i not in pack.skip:
                     part = range(mine[0], mine[-1] + 1)
@@ -300,12 +324,14 @@ class PackStream(Dataset[Batch]):
         index = read_index(path, self._text)
         if index.header.fingerprint != self._contents[dataset][shard]:
             raise ShardError(
-                f"{path}: the index was made anew after the plan was opened, and its samples are others: make the plan "
-                "again and resume, or put back the shard and its index as they were"
+                f"{path}: the index was made anew after the plan was opened, and its samples are "
+                "others: make the plan again and resume, or put back the shard and its index as "
+                "they were"
             )
         return index
 
     def __getstate__(self) -> dict[str, Any]:
+        # Open files and caches stay with their process; each loader process opens its own.
         return {name: value for name, value in vars(self).items() if name not in CACHES}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

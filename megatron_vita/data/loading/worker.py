@@ -1,7 +1,7 @@
-"""What a reader process does: takes tasks from a pipe, shows what it works on, sends packs back.
+"""Loader process: receives tasks through a pipe, reports progress, sends packs back.
 
-Tiles are decoded into shared memory that has no name, so that nothing is copied and nothing is left
-behind, whoever dies when.
+Tiles are decoded into shared memory without a name: nothing is copied, and nothing remains when a
+process dies at any time.
 """
 
 import pickle
@@ -24,20 +24,20 @@ from megatron_vita.supervise.shared_memory import SharedArray
 
 
 class PackTask(NamedTuple):
-    """A pack to read, without the documents to `skip`."""
+    """A pack to read, without the documents of `skip`."""
 
     pack_id: int
     skip: frozenset[int] = frozenset()
 
 
 class Ready(NamedTuple):
-    """The process has started."""
+    """Message of a process that has started."""
 
 
 class Progress:
-    """Which document a reader is at, and since when, in memory that both processes see.
+    """Index of the document that a reader works on, and since when, in shared memory.
 
-    A message instead would cost two processes as much time as a short text takes to be read.
+    A message instead would take both processes as long as reading a short text.
     """
 
     def __init__(self, context: BaseContext) -> None:
@@ -45,36 +45,38 @@ class Progress:
         self.reset()
 
     def reset(self) -> None:
-        """A task begins, and no document yet."""
+        """Record the start of a task, before its first document."""
         self.report(-1)
 
     def report(self, document: int) -> None:
-        """`document` is being read from now on."""
-        self._cells[1] = time.monotonic_ns()  # the clock of all processes
+        """Record that `document` is read from now on."""
+        # The time first: a new document must never be seen with an old time. The monotonic clock is
+        # the same in all processes of a host.
+        self._cells[1] = time.monotonic_ns()
         self._cells[0] = document
 
     @property
     def document(self) -> int | None:
-        """The document that is being read; None before the first."""
+        """Index of the document that is being read; None before the first."""
         if self._cells[0] < 0:
             return None
         return self._cells[0]
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since it was last told."""
+        """Seconds since the last report."""
         return time.monotonic() - self._cells[1] / 1e9
 
 
 class Failure(NamedTuple):
-    """Why a pack cannot be read: an error for the user, or the traceback of a mistake of ours."""
+    """Failure to read a pack: an error for the user, or the traceback of a bug of ours."""
 
     error: VitaError | None
     trace: str
 
 
 class SentPack(NamedTuple):
-    """A pack whose tiles, of this shape, follow as a file descriptor."""
+    """A pack whose tiles, of `shape`, follow as a file descriptor."""
 
     batch: Batch
     damages: list[Damage]
@@ -85,20 +87,23 @@ Message = Ready | Failure | SentPack
 
 
 def send_message(pipe: Connection, message: Message) -> None:
-    """Sends a message by value: torch's own way through a pipe needs room in /dev/shm and a living
-    sender."""
+    """Send a message by value.
+
+    torch's own pickling of tensors for pipes needs room in /dev/shm and a sender that is alive.
+    """
     pipe.send_bytes(pickle.dumps(message, protocol=5))
 
 
 def receive_message(pipe: Connection) -> Message:
-    """Receives a message."""
+    """Receive a message."""
     return pickle.loads(pipe.recv_bytes())
 
 
 def run_worker(pipe: Connection, pickled: bytes, progress: Progress) -> None:
-    """Reads packs of a pickled PackStream until the other end of the pipe is closed."""
+    """Read packs of a pickled PackStream until the other end of the pipe is closed."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    # Ctrl-C goes to the whole process group; the parent ends its readers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         stream = _unpickled(pickled)
@@ -111,7 +116,7 @@ def run_worker(pipe: Connection, pickled: bytes, progress: Progress) -> None:
 
 
 def _unpickled(pickled: bytes) -> PackStream | VitaError:
-    """The stream, or why it cannot be had here."""
+    """Unpickle the stream; returns the VitaError if that fails."""
     try:
         return pickle.loads(pickled)
     except VitaError as error:
@@ -130,7 +135,8 @@ def _answer(
         )
     except VitaError as error:
         send_message(pipe, Failure(error.with_traceback(None), ""))
-    except Exception:  # a mistake of ours, shown by the parent
+    except Exception:
+        # A bug of ours: the parent raises it with this traceback.
         send_message(pipe, Failure(None, traceback.format_exc()))
     else:
         send_message(

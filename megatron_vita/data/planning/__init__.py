@@ -1,1 +1,1 @@
-"""The pack plan: which samples share a pack, in which order."""
+"""Pack plan: assignment of samples to packs, and their order."""

@@ -1,9 +1,8 @@
-"""The pack plan: which documents share a pack, in which global order. Made before training, read by
-every rank.
+"""Pack plan: the documents of each pack, in global order; made before training, read by every rank.
 
-A plan is one Arrow file with a row for each document, sorted by pack, and a stamp: every input that
-it is a function of. The parallel layout, the number of workers and the place of the files are not
-among them. The file is mapped into memory, so that all processes of a machine share one copy.
+A plan is one Arrow file with a row for each document, sorted by pack, and a stamp: every input of
+the plan. Parallel layout, number of workers and location of the files are not among them. The file
+is memory-mapped, so that all processes of a host share one copy.
 """
 
 import hashlib
@@ -20,17 +19,17 @@ from megatron_vita.errors import DataError, ShardError
 
 FORMAT_VERSION = 3
 COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows")
-# what a plan that continues another keeps of it
+# Columns that a continued plan keeps unchanged; numbers of datasets and shards may change.
 LASTING = ("pack", "row", "start", "tokens", "tiles", "rows")
 HASHED_AT_ONCE = 1 << 20  # documents
 REMEDY = "make the plan again: python -m data_tools plan RECIPE"
 
 
 class DocumentEntry(NamedTuple):
-    """A document of a pack: `dataset` of the plan's, `shard` of the dataset's sorted shards, `row`
-    of its index.
+    """A document of a pack: `dataset` of the plan, `shard` of the sorted dataset, `row` of its
+    index.
 
-    Its `tokens` begin at token `start` of the sample; `rows` of them are scored.
+    Its `tokens` begin at token `start` of the sample; `loss_tokens` of them carry loss.
     """
 
     dataset: int
@@ -43,11 +42,10 @@ class DocumentEntry(NamedTuple):
 
 
 class PackPlan:
-    """Packs as columns: `columns[name]` has an int32 for each document, sorted by pack; `datasets`
-    are names.
+    """Packs as columns of int32 with a value for each document, sorted by pack.
 
-    `history` says of each earlier plan that this one continues, which packs come from it: {"packs":
-    int, "stamp": ...}.
+    `datasets` are names. `history` describes each earlier plan that this one continues: {"packs":
+    number of packs from it, "stamp": its stamp}.
     """
 
     def __init__(
@@ -67,8 +65,9 @@ class PackPlan:
         self._hashed = 0
         self._hash = hashlib.blake2b(digest_size=16)
         pack = self.columns["pack"]
-        self.num_packs = int(pack[-1]) + 1 if len(pack) else 0
+        self.num_packs = 0
         if len(pack):
+            self.num_packs = int(pack[-1]) + 1
             self._starts = np.concatenate([[0], np.flatnonzero(np.diff(pack)) + 1, [len(pack)]])
         else:
             self._starts = np.zeros(1, np.int64)
@@ -76,38 +75,38 @@ class PackPlan:
 
     @property
     def num_documents(self) -> int:
-        """Documents of all packs."""
+        """Number of documents in all packs."""
         return len(self.columns["pack"])
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, padding not counted."""
+        """Number of tokens of all documents, without padding."""
         return int(self.columns["tokens"].sum(dtype=np.int64))
 
     def pack(self, pack_id: int) -> list[DocumentEntry]:
-        """The documents of a pack, in order. IndexError past the last pack."""
+        """List the documents of a pack, in order; raises IndexError past the last pack."""
         rows = self._rows(pack_id)
         values = (self.columns[name][rows].tolist() for name in COLUMNS[1:])
         return [DocumentEntry(*entry) for entry in zip(*values, strict=True)]
 
     def lengths_of(self, pack_id: int) -> np.ndarray:
-        """Tokens of a pack's documents: [D] int32."""
+        """Lengths of a pack's documents in tokens: int32 [D]."""
         return self.columns["tokens"][self._rows(pack_id)]
 
     def tiles_of(self, pack_id: int) -> int:
-        """Tiles and frames of a pack."""
+        """Number of tiles and frames of a pack."""
         return int(self.columns["tiles"][self._rows(pack_id)].sum(dtype=np.int64))
 
     def documents_before(self, pack_id: int) -> int:
-        """Documents of the packs before `pack_id`."""
+        """Number of documents in the packs before `pack_id`."""
         return int(self._starts[pack_id])
 
     def digest_before(self, pack_id: int) -> str:
-        """Tells the packs before `pack_id` from others, whatever became of the plan after them.
+        """Digest of the packs before `pack_id`, to recognize them in another plan.
 
-        How datasets and shards are numbered does not matter: a plan that continues another may
-        number them anew.
+        It does not depend on the numbers of datasets and shards, which a continued plan may change.
         """
+        # Saving asks with ascending packs: the hash goes on from the last one.
         rows = self.documents_before(pack_id)
         if rows < self._hashed:
             self._hashed = 0
@@ -121,7 +120,7 @@ class PackPlan:
         return self._hash.hexdigest()
 
     def before(self, pack_id: int) -> dict[str, np.ndarray]:
-        """The columns of the packs before `pack_id`."""
+        """Columns of the packs before `pack_id`."""
         return {name: column[: int(self._starts[pack_id])] for name, column in self.columns.items()}
 
     def _rows(self, pack_id: int) -> slice:
@@ -130,29 +129,29 @@ class PackPlan:
         return slice(int(self._starts[pack_id]), int(self._starts[pack_id + 1]))
 
     def _fingerprint(self) -> str:
-        """Tells the plan from those of other inputs."""
+        """Digest of the plan's inputs."""
         about = json.dumps(
             [self.datasets, self.stamp, self.history, self.num_documents], sort_keys=True
         )
         return hashlib.sha256(about.encode()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the same file."""
+        """Pickle a plan from a file as its path, so that other processes map the same file."""
         if self._path is not None:
             return _reopen, (self._path, self._fingerprint())
         return _rebuild, (self.columns, self.datasets, self.stamp, self.history)
 
 
 def _reopen(path: Path, fingerprint: str) -> PackPlan:
-    """The plan that a run has open, for its other processes."""
+    """Open the plan of a run in another of its processes."""
     try:
         plan = read_plan(path)
     except DataError as error:
         raise ShardError(f"{error} (the plan was replaced while a run has it open)") from error
     if plan._fingerprint() != fingerprint:
         raise ShardError(
-            f"{path}: the plan was replaced by another while a run has it open: end the run and resume it, which "
-            "checks the plan against what was consumed"
+            f"{path}: the plan was replaced by another while a run has it open: end the run and "
+            "resume it, which checks the plan against what was consumed"
         )
     return plan
 
@@ -167,8 +166,7 @@ def _rebuild(
 
 
 def write_plan(plan: PackPlan, path: Path) -> None:
-    """Writes a plan under a temporary name, then renames it. Same plan, same bytes (of one pyarrow
-    version)."""
+    """Write a plan atomically. Equal plans give equal bytes (with one version of pyarrow)."""
     about = {
         "format_version": FORMAT_VERSION,
         "datasets": plan.datasets,
@@ -181,13 +179,21 @@ def write_plan(plan: PackPlan, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        # One chunk a column, so that a reader maps each as one array.
         writer.write_table(table, max_chunksize=max(len(table), 1))
     os.replace(partial, path)
 
 
 def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackPlan:
-    """Maps a plan. DataError if it is missing, or of other inputs than `expected_stamp`, naming
-    field and values."""
+    """Memory-map a plan.
+
+    Args:
+        path: the plan file.
+        expected_stamp: inputs that the plan must have been made of; None: any.
+
+    Raises:
+        DataError: the plan is missing, damaged, or made of other inputs; names field and values.
+    """
     if not path.exists():
         raise DataError(f"{path}: there is no plan; {REMEDY}")
     try:
@@ -221,11 +227,12 @@ def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackP
 
 
 def compare_stamps(planned: Any, wanted: Any, field: str = "") -> Iterator[str]:
-    """A phrase for each field that differs between a plan's stamp and the one that the recipe gives
-    now."""
+    """Yield a phrase for each field that differs between a plan's stamp and the recipe's."""
     if isinstance(planned, dict) and isinstance(wanted, dict):
         for name in sorted(planned.keys() | wanted.keys()):
-            inner = f"{field}.{name}" if field else name
+            inner = name
+            if field:
+                inner = f"{field}.{name}"
             yield from compare_stamps(
                 planned.get(name, "absent"), wanted.get(name, "absent"), inner
             )

@@ -1,4 +1,4 @@
-"""Makes pack plans: a pure function of indexes and recipe."""
+"""Construction of pack plans, as a pure function of indexes and recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from megatron_vita.costs.flops import forward_weights
 from megatron_vita.data.datasets import Source, Split, find_sources, plan_stamp, sample_encoder
 from megatron_vita.data.planning.packing import (
     Shuffler,
+    epoch_samples,
     group_by_cost,
     interleave,
     pack_windows,
     sample_order,
-    taken_of,
 )
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths
@@ -27,7 +27,7 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Rejected(NamedTuple):
-    """A sample that a plan leaves out, and why."""
+    """A sample that a plan leaves out, and the reason."""
 
     split: str
     dataset: str
@@ -38,7 +38,7 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Continuation:
-    """A plan under way, whose packs before `pack` a new one keeps."""
+    """A plan whose packs before `pack` a new plan keeps."""
 
     plan: PackPlan
     pack: int
@@ -52,43 +52,50 @@ def make_plan(
     strict: bool = False,
     continued: Continuation | None = None,
 ) -> tuple[PackPlan, list[Rejected]]:
-    """Plans a split: `data.epochs` shuffled epochs of the training data, one of the validation data
-    as it lies.
+    """Plan a split: `data.epochs` shuffled epochs for training, one in file order for validation.
 
-    Gives also the samples left out because they are longer than a pack, or have media that a
-    text-only model cannot take; with `strict` the first of them is a DataError. DataError if none
-    is left.
+    Args:
+        recipe: the recipe.
+        split: "train" or "validation".
+        tokenizer: the recipe's tokenizer.
+        strict: raise for a sample that cannot be used, instead of leaving it out.
+        continued: plan whose first packs are kept.
+
+    Returns:
+        The plan, and the samples left out: longer than a pack, or with media for a text-only model.
+
+    Raises:
+        DataError: no sample can be used, or with `strict` one cannot.
     """
     sources = find_sources(recipe, split, tokenizer=tokenizer)
-    _check_shares(sources)
+    _check_ratios(sources)
     samples = _sample_table(recipe, sources, tokenizer)
     usable = _usable(recipe, samples)
     rejected = _rejected(split, sources, samples, usable=usable, recipe=recipe)
+    first = ""
     if rejected:
         first = f"{rejected[0].shard} sample {rejected[0].key}: {rejected[0].reason}"
-    else:
-        first = ""
     if strict and rejected:
         raise DataError(first)
     if not usable.any():
         raise DataError(f"data.{split}: none of its {len(usable)} samples can be used. {first}")
     kept, history = _kept_packs(continued, sources)
-    parts = [kept] if kept else []
+    parts = []
+    if kept:
+        parts.append(kept)
     num_packs = _packs_in(kept)
-    for epoch in range(recipe.data.epochs if split == "train" else 1):
-        seed: tuple[int, ...] = (recipe.data.seed, epoch)
-        if continued is not None:
-            seed = (*seed, continued.pack)
-        shuffler = Shuffler(seed if split == "train" else None)
+    for seed in _epoch_seeds(recipe, split, continued):
+        shuffler = Shuffler(seed)
         columns = _plan_epoch(
             recipe, sources, samples, usable=usable, shuffler=shuffler, first=num_packs
         )
         columns["pack"] += num_packs
+        # The maximum, since an epoch may add no pack.
         num_packs = max(num_packs, _packs_in(columns))
         parts.append(columns)
     if not num_packs:
         raise DataError(
-            f"data.{split}: the samples that its epochs take are all longer than a pack: raise the ratios"
+            f"data.{split}: the samples of its epochs are all longer than a pack: raise the ratios"
         )
     columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
     stamp = plan_stamp(recipe, split, tokenizer=tokenizer, sources=sources)
@@ -96,32 +103,49 @@ def make_plan(
     return PackPlan(columns, datasets=names, stamp=stamp, history=history), rejected
 
 
+def _epoch_seeds(
+    recipe: Recipe, split: Split, continued: Continuation | None
+) -> list[tuple[int, ...] | None]:
+    """Seed of the shuffler of each epoch; None for validation, which is not shuffled."""
+    if split != "train":
+        return [None]
+    seeds: list[tuple[int, ...] | None] = []
+    for epoch in range(recipe.data.epochs):
+        seed: tuple[int, ...] = (recipe.data.seed, epoch)
+        if continued is not None:
+            # Another seed than in the continued plan, whose packs would else come again.
+            seed = (*seed, continued.pack)
+        seeds.append(seed)
+    return seeds
+
+
 def _packs_in(columns: dict[str, np.ndarray]) -> int:
-    """Packs up to the last one of some columns, which may have none."""
+    """Number of packs up to the last one of some columns, which may be empty."""
     if columns and len(columns["pack"]):
         return int(columns["pack"][-1]) + 1
     return 0
 
 
-def _check_shares(sources: Sequence[Source]) -> None:
-    """ConfigError for a dataset of which no epoch takes a sample."""
+def _check_ratios(sources: Sequence[Source]) -> None:
+    """Raise ConfigError for a dataset of which an epoch has no sample."""
     for source in sources:
         samples = sum(header.samples for header in source.headers)
-        if samples and not taken_of(samples, ratio=source.ratio, cap=source.cap):
+        if samples and not epoch_samples(samples, ratio=source.ratio, cap=source.cap):
             raise ConfigError(
-                f"dataset {source.name}: ratio {source.ratio:g} of its {samples} samples is less than one: an epoch "
-                f"would take none; a ratio of {1 / samples:.2g} takes one, or leave the dataset out"
+                f"dataset {source.name}: ratio {source.ratio:g} of its {samples} samples is less "
+                f"than one: an epoch would take none; a ratio of {1 / samples:.2g} takes one, or "
+                "leave the dataset out"
             )
 
 
 def _kept_packs(
     continued: Continuation | None, sources: Sequence[Source]
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """The columns that a plan keeps of the one it continues, told in datasets and shards of now,
-    and their history.
+    """Columns kept from a continued plan, in the current numbers of datasets and shards; and
+    history.
 
-    A dataset or shard that the recipe no longer has, or whose samples are others, is -1: such packs
-    are done with, and cannot be read again.
+    A dataset or shard that the recipe no longer has, or whose content changed, becomes -1: such
+    packs are already consumed, and cannot be read again.
     """
     if continued is None:
         return {}, []
@@ -134,22 +158,25 @@ def _kept_packs(
     columns = {name: column.copy() for name, column in plan.before(pack).items()}
     datasets = columns["dataset"].copy()
     shards = columns["shard"].copy()
-    now = {source.name: (place, source.contents) for place, source in enumerate(sources)}
+    now = {source.name: (number, source.contents) for number, source in enumerate(sources)}
     then = {entry["name"]: entry["shards"] for entry in plan.stamp["data.train"]}
-    for place, name in enumerate(plan.datasets):
-        mine = datasets == place
-        new_place, new_shards = now.get(name, (-1, {}))
-        columns["dataset"][mine] = new_place
-        columns["shard"][mine] = _moved(shards[mine], then=then[name], now=new_shards)
+    for number, name in enumerate(plan.datasets):
+        mine = datasets == number
+        new_number, new_shards = now.get(name, (-1, {}))
+        columns["dataset"][mine] = new_number
+        columns["shard"][mine] = _renumbered(shards[mine], then=then[name], now=new_shards)
     return columns, [*plan.history, {"packs": pack, "stamp": plan.stamp}]
 
 
-def _moved(shards: np.ndarray, *, then: dict[str, str], now: dict[str, str]) -> np.ndarray:
-    """Numbers of shards among those of now; -1 for what is gone, of other content, or was -1
-    before."""
-    places = {name: place for place, name in enumerate(now)}
-    moved = [places[name] if now.get(name) == content else -1 for name, content in then.items()]
-    return np.array([*moved, -1], dtype=np.int32)[shards]
+def _renumbered(shards: np.ndarray, *, then: dict[str, str], now: dict[str, str]) -> np.ndarray:
+    """Translate shard numbers to current ones; -1 for shards that are gone, changed or were -1."""
+    numbers = {name: number for number, name in enumerate(now)}
+    renumbered = [-1] * len(then)
+    for old, (name, content) in enumerate(then.items()):
+        if now.get(name) == content:
+            renumbered[old] = numbers[name]
+    # The extra entry is what -1, as an index of the last one, is translated to.
+    return np.array([*renumbered, -1], dtype=np.int32)[shards]
 
 
 def _plan_epoch(
@@ -161,8 +188,7 @@ def _plan_epoch(
     shuffler: Shuffler,
     first: int,
 ) -> dict[str, np.ndarray]:
-    """The plan's columns of one epoch, packs counted from 0, which will be pack `first` of the
-    plan."""
+    """Columns of one epoch, with packs counted from 0; the epoch will begin at pack `first`."""
     data = recipe.data
     order = sample_order(
         [[header.samples for header in source.headers] for source in sources],
@@ -188,7 +214,7 @@ def _plan_epoch(
 def _split_texts(
     samples: dict[str, np.ndarray], order: np.ndarray, *, limit: int
 ) -> dict[str, np.ndarray]:
-    """The documents of samples taken in `order`: raw texts longer than a pack become several."""
+    """Documents of samples taken in `order`: raw texts longer than a pack become several."""
     tokens = samples["tokens"][order]
     parts = np.where(samples["is_text"][order], ceil_div(tokens, limit), 1)
     documents = {
@@ -202,15 +228,17 @@ def _split_texts(
     split = np.repeat(parts, parts) > 1
     documents["start"] = start
     documents["tokens"] = np.where(split, length, whole)
-    # The last token of a part is followed by one of the next part; that of the text by nothing.
-    documents["rows"] = np.where(split, length - (start + length == whole), documents["rows"])
+    # All tokens of a part carry loss, the last one too, since the next part follows; only the last
+    # token of the text predicts nothing.
+    ends_text = (start + length == whole).astype(length.dtype)
+    documents["rows"] = np.where(split, length - ends_text, documents["rows"])
     return documents
 
 
 def _pack(
     datasets: np.ndarray, lengths: np.ndarray, *, data: DataConfig, shuffler: Shuffler
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Documents sorted by pack, and the pack of each."""
+    """Pack documents, globally or by dataset; returns documents sorted by pack, and their packs."""
     scopes = [np.arange(len(lengths))]
     if data.packing_scope == "dataset":
         scopes = [np.flatnonzero(datasets == dataset) for dataset in np.unique(datasets)]
@@ -240,8 +268,7 @@ def _pack_costs(
 def _sample_table(
     recipe: Recipe, sources: list[Source], tokenizer: Tokenizer
 ) -> dict[str, np.ndarray]:
-    """A column for each of the plan's, with a value for each sample of the datasets' shards laid
-    end to end."""
+    """Columns of the plan with a value for each sample of the datasets' shards laid end to end."""
     names = ("dataset", "shard", "row", "tokens", "tiles", "rows", "is_text")
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     for dataset, source in enumerate(sources):
@@ -273,7 +300,7 @@ def _rejected(
     recipe: Recipe,
 ) -> list[Rejected]:
     rejected = []
-    # samples come shard by shard
+    # Samples come shard by shard, so that one list of keys is enough.
     keys = lru_cache(maxsize=1)(lambda shard: read_index(index_path(shard)).keys())
     for sample in np.flatnonzero(~usable):
         source = sources[samples["dataset"][sample]]

@@ -1,4 +1,4 @@
-"""How long the documents of an index are, from metadata alone."""
+"""Lengths of the documents of an index, from metadata alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from megatron_vita.media.video import VideoInfo
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of each sample of an index, int64: tokens, tiles and scored tokens (`rows`); and whether it
-    is raw text."""
+    """Counts for each sample of an index, int64: tokens, tiles, tokens with loss; raw texts are
+    marked."""
 
     tokens: np.ndarray
     tiles: np.ndarray
@@ -25,11 +25,10 @@ class Lengths:
 
 
 def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
-    """Tokens, tiles and scored tokens of each sample of an index, from metadata alone.
+    """Count tokens, tiles and tokens with loss of each sample of an index.
 
-    Of a sample longer than a pack, what the policy leaves is counted, or all of it where nothing
-    would be left.
-    Raw text is counted whole: it is split over packs.
+    A sample longer than a pack is counted as truncated, or whole if nothing would remain. Raw text
+    is counted whole, since it is split over packs.
     """
     kinds, counts = index.ragged("piece_kinds")
     tokens = index.ragged("piece_tokens")[0].astype(np.int64)
@@ -42,14 +41,15 @@ def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
         tiles[kinds == kind] = measured[:, 1]
     scored = np.where(kinds == Kind.LOSS, tokens, 0)
     first = np.cumsum(counts) - counts
+    # The first token of a document has none before it that could predict it.
     opens_scored = np.zeros(len(index), dtype=np.int64)
     filled = counts > 0
     opens_scored[filled] = kinds[first[filled]] == Kind.LOSS
     sums = [_sum_by_sample(values, counts) for values in (tokens, tiles, scored)]
     found = Lengths(sums[0], sums[1], sums[2] - opens_scored, index.column("is_text"))
-    for sample in (
-        np.flatnonzero((found.tokens > encoder.limit) & ~found.is_text) if encoder.limit else ()
-    ):
+    if not encoder.limit:
+        return found
+    for sample in np.flatnonzero((found.tokens > encoder.limit) & ~found.is_text):
         pieces = slice(first[sample], first[sample] + counts[sample])
         values = zip(
             kinds[pieces].tolist(), tokens[pieces].tolist(), tiles[pieces].tolist(), strict=True
@@ -68,7 +68,7 @@ def _measure_images(index: SampleIndex, encoder: SampleEncoder) -> np.ndarray:
 
 
 def _measure_videos(index: SampleIndex, encoder: SampleEncoder) -> np.ndarray:
-    """Tokens and tiles of all videos of an index: [videos, 2]."""
+    """Tokens and frames of all videos of an index: [videos, 2]."""
     columns = [index.ragged(name)[0] for name in ("video_durations", "video_fps", "video_frames")]
     infos = np.stack([column.astype(np.float64) for column in columns], axis=1)
     return _by_distinct(
@@ -77,13 +77,13 @@ def _measure_videos(index: SampleIndex, encoder: SampleEncoder) -> np.ndarray:
 
 
 def _by_distinct(values: np.ndarray, measure: Callable[[Any], tuple[int, int]]) -> np.ndarray:
-    """`measure` of each row, called once for each distinct one."""
+    """Apply `measure` to each row, once for each distinct row."""
     if not len(values):
         return np.zeros((0, 2), dtype=np.int64)
-    distinct, place = np.unique(values, axis=0, return_inverse=True)
-    return np.array([measure(value) for value in distinct.tolist()], dtype=np.int64)[
-        place.reshape(-1)
-    ]
+    # Media of a dataset mostly have a few sizes: measuring each row would take most of the time.
+    distinct, inverse = np.unique(values, axis=0, return_inverse=True)
+    measured = np.array([measure(value) for value in distinct.tolist()], dtype=np.int64)
+    return measured[inverse.reshape(-1)]
 
 
 def _sum_by_sample(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From a sample to a document: token ids, labels, and which tiles go where."""
+"""Encoding of samples to documents: token ids, labels, and positions of tiles."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,11 +19,11 @@ from megatron_vita.text.pieces import EncodedTurn, MediaPiece
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A sample ready to be packed.
+    """An encoded sample, ready to be packed.
 
-    `input_ids` and `labels` are int64 [L]; a label is the next token where that one carries loss,
-    else -100. `placements` int64 [N] holds the position of each tile's first placeholder; `media`
-    has N tiles in the same order.
+    `input_ids` and `labels` are int64 [L]; a label is the next token if that one carries loss, else
+    IGNORED_LABEL. `placements` int64 [N] holds the position of each tile's first placeholder;
+    `media` has N tiles in the same order.
     """
 
     key: str
@@ -37,9 +37,10 @@ class Document:
         return len(self.input_ids)
 
     def cut(self, tokens: int) -> "Document":
-        """Its first `tokens` tokens, with the media that are whole in them."""
+        """Cut to the first `tokens` tokens, with the media that are complete in them."""
         if tokens >= len(self):
             return self
+        # The last token would predict one that is cut off.
         labels = self.labels[:tokens].copy()
         labels[-1] = IGNORED_LABEL
         tiles = np.cumsum([0, *(medium.num_tiles for medium in self.media)])
@@ -55,39 +56,43 @@ class Document:
         )
 
     def part(self, start: int, stop: int) -> "Document":
-        """Tokens `start` to `stop` of raw text; the last of them is still trained to predict the
-        one that follows."""
+        """Slice raw text from token `start` to `stop`; its last token predicts the one after."""
         assert not self.media, "raw text has no media"
         return replace(self, input_ids=self.input_ids[start:stop], labels=self.labels[start:stop])
 
 
 def build_document(record: dict[str, Any], row: SampleRow, *, encoder: SampleEncoder) -> Document:
-    """The document of a sample: its JSON `record` and its `row` of the index; what is left of it if
-    it is too long.
+    """Encode a sample, truncated if it is longer than a pack.
 
-    DataError if the tags do not fit the media.
+    Args:
+        record: JSON of the sample.
+        row: its row of the index.
+        encoder: encoder of its dataset.
+
+    Raises:
+        DataError: the tags do not match the media.
     """
     left = _truncate_row(row, encoder)
     names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
     media: dict[str, list[Medium | None]] = {"image": [], "video": []}
-    for kind, medium in _media_left(row, left, encoder):
+    for kind, medium in _kept_media(row, left, encoder):
         name = next(names[kind])
         media[kind.name.lower()].append(medium and medium._replace(member=name))
     turns = encode_record(record, encoder.chat)
     document = assemble_document(
         turns, key=row.key, media=media, encoder=encoder, weight=weight_of(record)
     )
+    # Raw text is split over packs instead.
     if row.is_text:
         return document
     return document.cut(left.tokens)
 
 
 def blank_document(row: SampleRow, *, tokens: int, tiles: int, encoder: SampleEncoder) -> Document:
-    """What stands for a sample that cannot be read: as many tokens and tiles as the plan counted,
-    without loss."""
+    """Substitute for a sample that cannot be read: its planned tokens and tiles, without loss."""
     media = [
         medium
-        for _, medium in _media_left(row, _truncate_row(row, encoder), encoder)
+        for _, medium in _kept_media(row, _truncate_row(row, encoder), encoder)
         if medium is not None
     ]
     ends = np.cumsum([medium.num_tiles for medium in media])
@@ -101,15 +106,14 @@ def blank_document(row: SampleRow, *, tokens: int, tiles: int, encoder: SampleEn
 
 
 def blank_placements(tiles: int, rows_per_tile: int) -> np.ndarray:
-    """Where the feature rows of a sample's tiles go that cannot be read: side by side from its
-    first token, [N]."""
+    """Positions of the tiles of a blank document: adjacent, from its first token, [N]."""
     return np.arange(tiles, dtype=np.int64) * rows_per_tile
 
 
-def _media_left(
+def _kept_media(
     row: SampleRow, left: Truncated, encoder: SampleEncoder
 ) -> Iterator[tuple[Kind, Medium | None]]:
-    """The media of a sample in order, yet without names; None for those left out."""
+    """Yield the media of a sample in order, without names; None for those left out."""
     kept = iter(left.kept)
     images = iter(row.image_sizes)
     videos = iter(row.videos)
@@ -121,8 +125,7 @@ def _media_left(
 
 
 def _truncate_row(row: SampleRow, encoder: SampleEncoder) -> Truncated:
-    """What is left of a sample; all of it where it is not too long, or where nothing would be
-    left."""
+    """Truncation of a sample by its metadata; none if it fits, or if nothing would remain."""
     images = iter(row.image_sizes)
     videos = iter(row.videos)
     pieces = []
@@ -147,10 +150,19 @@ def assemble_document(
     encoder: SampleEncoder,
     weight: float = 1.0,
 ) -> Document:
-    """The turns' tokens in order, each place of a medium filled by its placeholder sequence, or by
-    nothing where the medium is left out (None).
+    """Concatenate the tokens of turns, with placeholder tokens in the positions of media.
 
-    DataError for media where the model is text-only.
+    Media of None are left out.
+
+    Args:
+        turns: encoded turns.
+        key: key of the sample.
+        media: media by kind ("image", "video"), in order.
+        encoder: encoder of the dataset.
+        weight: factor on the losses of the sample.
+
+    Raises:
+        DataError: there are media, but the model is text-only.
     """
     coming = {kind: iter(files) for kind, files in media.items()}
     ids: list[int] = []
@@ -192,16 +204,18 @@ def _placeholders(medium: Medium, encoder: SampleEncoder) -> MediaTokens:
 
 
 def _shifted_labels(input_ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    # Shifted here, inside the document: no label reaches over its end, however it is packed.
     labels = np.full_like(input_ids, IGNORED_LABEL)
     labels[:-1] = np.where(loss[1:], input_ids[1:], IGNORED_LABEL)
     return labels
 
 
 def check_length(document: Document, *, name: str, tokens: int, tiles: int) -> None:
-    """DataError if a document is not what the plan counted."""
+    """Raise DataError if a document does not have the planned numbers of tokens and tiles."""
     found = (len(document), len(document.placements))
     if found != (tokens, tiles):
         raise DataError(
-            f"{name}: the sample has {found[0]} tokens and {found[1]} tiles, the plan counted {tokens} and {tiles}: "
-            "the index does not describe this shard; make index and plan again"
+            f"{name}: the sample has {found[0]} tokens and {found[1]} tiles, the plan counted "
+            f"{tokens} and {tiles}: the index does not describe this shard; make index and plan "
+            "again"
         )

@@ -1,5 +1,4 @@
-"""What a recipe says about turning samples into documents, and how long and how many tiles media
-then are."""
+"""Encoding of samples by a recipe: tokens, grids of images and frame times of videos."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Medium(NamedTuple):
-    """An image or video of a document, in file `member`. A video has no grid, an image no frame
-    times (seconds)."""
+    """An image or video of a document, in file `member`.
+
+    `grid` is None for a video; `times` (seconds) is empty for an image.
+    """
 
     member: str
     num_tiles: int
@@ -27,7 +28,7 @@ class Medium(NamedTuple):
 
 
 class TileFormat(NamedTuple):
-    """What decoding must know of a recipe."""
+    """Settings for decoding media to tiles."""
 
     tiling: Tiling
     normalization: Normalization
@@ -35,13 +36,13 @@ class TileFormat(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Pixels of a tile's side."""
+        """Side of a tile in pixels."""
         return self.tiling.tile_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleEncoder:
-    """All that turns a sample into a document."""
+    """Settings for encoding samples of a dataset to documents."""
 
     chat: ChatFormat
     media: MediaConfig
@@ -52,50 +53,49 @@ class SampleEncoder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """That of prompts."""
+        """Tokenizer of the prompt format."""
         return self.chat.tokenizer
 
     @cached_property
     def placeholders(self) -> MediaFormat:
-        """The token sequences of media."""
+        """Placeholder format of media."""
         return self.chat.media(image_token_length=self.vision.image_token_length)
 
     def measure_image(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tokens and tiles of an image of (width, height)."""
+        """Number of tokens and tiles of an image of (width, height)."""
         grid = self._grid(size)
         return self.placeholders.image_length(grid), num_tiles(grid)
 
     def measure_video(self, info: VideoInfo) -> tuple[int, int]:
-        """Tokens and frames of a video."""
+        """Number of tokens and frames of a video."""
         frames = num_frames(info, max_fps=self.media.max_fps, max_frames=self.media.max_frames)
         return self.video_tokens(frames), frames
 
     def video_tokens(self, frames: int) -> int:
-        """Tokens of a video of so many frames."""
+        """Number of tokens of a video of `frames` frames."""
         return self.placeholders.video_length(frames)
 
     def image(
         self, member: str, size: tuple[int, int], *, tiles: int | None = None
     ) -> Medium | None:
-        """An image of (width, height) with the grid it is cut into; None if `tiles` is 0: it is
-        left out."""
+        """Choose the grid of an image of (width, height); None if `tiles` is 0: it is left out."""
         grid = self._grid(size)
         if tiles == 0:
             return None
         return Medium(member, num_tiles(grid), grid, [])
 
     def video(self, member: str, info: VideoInfo, *, frames: int | None = None) -> Medium | None:
-        """A video with the times of its frames, fewer than usual where `frames` says so; None if
-        that is 0."""
-        most = self.media.max_frames if frames is None else frames
+        """Choose the frame times of a video, at most `frames`; None if that is 0: left out."""
+        most = frames
+        if most is None:
+            most = self.media.max_frames
         if most == 0:
             return None
         times = frame_times(info, max_fps=self.media.max_fps, max_frames=most)
         return Medium(member, len(times), None, list(times))
 
     def truncate(self, pieces: Sequence[Piece]) -> Truncated | None:
-        """What the policy leaves of a document that is longer than a pack; None where it leaves
-        nothing."""
+        """Truncate a document longer than a pack by the recipe's policy; None if none remains."""
         return truncate(
             pieces, limit=self.limit, policy=self.overlong, video_tokens=self.video_tokens
         )
@@ -105,7 +105,7 @@ class SampleEncoder:
 
     @cached_property
     def tiling(self) -> Tiling:
-        """How images are cut."""
+        """Tiling of images."""
         media = self.media
         listed = tuple(Grid(*map(int, grid.split("x"))) for grid in media.grids)
         grids = listed or grids_of(media.min_tiles, media.max_tiles)
@@ -118,5 +118,5 @@ class SampleEncoder:
 
     @property
     def tile_format(self) -> TileFormat:
-        """What decoding needs."""
+        """Settings for decoding media to tiles."""
         return TileFormat(self.tiling, self.media.normalization, self.media.video_fit)

@@ -1,9 +1,8 @@
-"""Records of other makers as samples of ours.
+"""Conversion of third-party records to our samples.
 
-A record is a conversation (`messages`, `conversations`, ...), a question and an answer in fields of
-their own, a caption of media, or raw text; with media, a system's turn, and marks of what is
-trained. Nothing that it says is passed over: it is used, or the record is refused by the name of the
-field.
+A record is a conversation (`messages`, `conversations`, ...), a question and an answer in separate
+fields, a caption of media, or raw text; with media, a system prompt, and marks of trained turns.
+Nothing in it is ignored: a field is used, or the record is refused by the field's name.
 """
 
 from collections.abc import Collection, Mapping
@@ -37,30 +36,30 @@ SYSTEMS = ("system", "system_prompt")
 _REFUSED = {
     **dict.fromkeys(
         ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "candidates"),
-        "of several answers, or their grades, nothing is learnt here",
+        "preferences between answers are not trained here",
     ),
     **dict.fromkeys(("tools", "functions"), "tools are not read"),
     "train_detail": "parts of a turn cannot be masked",
 }
 _CONTEXT = ("input", "history", "choices", "options", "context", "passage", "hint")
-"""Fields without which a question in a field of its own is another one."""
+"""Fields that belong to a question: without them it would be another one."""
 _TURN_KEYS = ({"role", "content"}, {"from", "value"}, {"user", "assistant"})
 _WHICH = (
-    "several media, {}, and no place for each in its text: say which are meant by images, videos or "
-    "ignore in members.yaml"
+    "several media, {}, and no place for each in its text: name those that are meant by images, "
+    "videos or ignore in members.yaml"
 )
-_GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift's places of `objects`
+_GROUNDING = ("<bbox>", "<ref-object>")  # ms-swift's tags for `objects`
 
 
 class Beside(NamedTuple):
-    """Media that a record comes with; `is_listed`: someone said that they are all meant."""
+    """Media that accompany a record in files; `is_listed`: a rule states that all are used."""
 
     media: Media
     is_listed: bool = False
 
 
 class _Turns(NamedTuple):
-    """Turns as a record has them, and the fields that they stood in."""
+    """Turns of a record as they are, and the fields that held them."""
 
     turns: Any
     names: set[str]
@@ -74,15 +73,16 @@ def sample_of(
     literal_tags: bool = False,
     beside: Beside | None = None,
 ) -> dict[str, Any]:
-    """The sample of a record: messages or a text, with images and videos as the record has them.
+    """Convert a record to a sample: messages or a text, with images and videos as the record has
+    them.
 
     Args:
-        record: an object of JSON, or a row of a table.
-        prompt: what the user asks where there is only a caption; None: a `text` is raw text, and
-            there are no captions.
-        ignore: fields that are passed over.
-        literal_tags: `<image>` is a text like others where there are no media.
-        beside: media that the record comes with, in files of their own.
+        record: a JSON object, or a row of a table.
+        prompt: user's question for records with only a caption; None: `text` is raw text, and there
+            are no captions.
+        ignore: fields to ignore.
+        literal_tags: `<image>` is ordinary text if there are no media.
+        beside: media that accompany the record in files of their own.
 
     Raises:
         DataError: naming the field that is not understood.
@@ -93,7 +93,9 @@ def sample_of(
     _refuse_what_is_not_learnt(fields)
     media = take_media(fields)
     found = _find_turns(fields)
-    chat = read_chat(found.turns) if found else Chat([], {})
+    chat = Chat([], {})
+    if found is not None:
+        chat = read_chat(found.turns)
     media = agreed_media(media, chat.media, names=("the sample", "its turns"))
     is_clear = True
     if beside is not None:
@@ -104,19 +106,29 @@ def sample_of(
         sample = _placed(messages, media, literal_tags=literal_tags, add=is_clear)
     else:
         sample = _captioned(fields, media, prompt=prompt, columns=columns, add=is_clear)
-    used = {*(found.names if found else ()), *CAPTIONS, *SYSTEMS}
+    used = {*CAPTIONS, *SYSTEMS}
+    if found is not None:
+        used |= found.names
+    # What is not used must hold neither media nor turns, which would be lost.
     rest = {name: value for name, value in fields.items() if name not in used}
     refuse_unread(rest, media)
     _refuse_turns(rest)
-    kept = {"id": fields["id"]} if isinstance(fields.get("id"), str | int | float) else {}
-    return kept | ({"weight": fields["weight"]} if "weight" in fields else {}) | sample
+    kept = {}
+    if isinstance(fields.get("id"), str | int | float):
+        kept["id"] = fields["id"]
+    if "weight" in fields:
+        kept["weight"] = fields["weight"]
+    return kept | sample
 
 
 def caption_record(
     caption: Any, media: Mapping[str, list[Any]], *, prompt: str, name: str
 ) -> dict[str, Any]:
-    """A question about media and a caption that answers it; raw text if there are no media.
-    DataError by `name`."""
+    """Build a sample of media and a caption that answers a question; raw text without media.
+
+    Raises:
+        DataError: naming the caption by `name`: it is empty or not text.
+    """
     if not isinstance(caption, str) or not caption.strip():
         raise DataError(f"{name}: the caption is {caption!r:.80}: text is needed")
     filled: Media = {field: media[field] for field in FIELDS if media.get(field)}
@@ -130,7 +142,7 @@ def caption_record(
 
 
 def _media_beside(media: Media, *, named: Media) -> Media:
-    """Media in files of their own, in the order in which the record names them, if it does."""
+    """Order media in files as the record names them, if it does."""
     ordered: Media = {}
     for field in FIELDS:
         names = named[field]
@@ -140,12 +152,15 @@ def _media_beside(media: Media, *, named: Media) -> Media:
         by_name = {str(file).rpartition("/")[2]: file for file in files}
         found = [by_name.get(str(name).rpartition("/")[2]) for name in names]
         whole = [file for file in found if file is not None]
-        ordered[field] = whole if len(set(whole)) == len(files) else list(files)
+        # Names that do not match the files, as after a renaming, tell no order: keep the files'.
+        ordered[field] = list(files)
+        if len(set(whole)) == len(files):
+            ordered[field] = whole
     return ordered
 
 
 def _opened(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields with those of a `json` column, as tables made of webdatasets have it, among them."""
+    """Merge the fields of a `json` column, as in tables made of webdatasets, into the record."""
     inner = fields.get("json")
     if isinstance(inner, str | bytes):
         try:
@@ -169,14 +184,14 @@ def _refuse_what_is_not_learnt(fields: Mapping[str, Any]) -> None:
         if is_filled(fields.get(name)) and fields[name] != "[]":
             raise DataError(f"{name} is {fields[name]!r:.80}: {reason}")
     if isinstance(fields.get("label"), bool) and _find_turns(fields) is not None:
-        raise DataError(f"label is {fields['label']}: of an answer's grade nothing is learnt here")
+        raise DataError(f"label is {fields['label']}: grades of answers are not trained here")
     for name in ("loss", "train"):
         if fields.get(name) is False:
             raise DataError(f"{name} is False: the sample is not trained")
 
 
 def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
-    """The turns of a record: a list of its own, or made of fields; None where it has none."""
+    """Turns of a record: a list, or built from a question and an answer; None if it has none."""
     chats = [name for name in CHAT_FIELDS if is_filled(fields.get(name))]
     if any(fields[name] != fields[chats[0]] for name in chats):
         raise DataError(f"{' and '.join(chats)} are both there, and differ: one is needed")
@@ -219,7 +234,7 @@ def _turns_of_fields(fields: Mapping[str, Any], asker: str, answerer: str) -> _T
 
 
 def _history(history: Any) -> list[Any]:
-    """Earlier turns, as pairs of a question and an answer, or as turns."""
+    """Convert earlier turns, given as pairs of question and answer or as turns."""
     if not isinstance(history, list):
         raise DataError(f"history is {history!r:.80}: a list of turns is needed")
     turns = []
@@ -234,7 +249,7 @@ def _history(history: Any) -> list[Any]:
 
 
 def _with_system(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of a record, its system's turn among them."""
+    """Prepend the system prompt of a record to its messages."""
     text = " ".join(str(message["content"]) for message in messages)
     if is_filled(fields.get("objects")) and any(tag in text for tag in _GROUNDING):
         raise DataError(f"objects is {fields['objects']!r:.80}: boxes are not written into texts")
@@ -244,7 +259,7 @@ def _with_system(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> l
 def _placed(
     messages: list[dict[str, Any]], media: Media, *, literal_tags: bool, add: bool
 ) -> dict[str, Any]:
-    """Messages and media, with a place for each. DataError if `add` is false and places lack."""
+    """Combine messages and media; raises DataError if `add` is false and tags are missing."""
     filled: Media = {field: values for field, values in media.items() if values}
     if literal_tags and not filled:
         return {"messages": [_literal(message) for message in messages]}
@@ -255,7 +270,7 @@ def _placed(
 
 
 def _system_turn(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a field of its own says to the model before the turns, unless they begin with it."""
+    """System turn from a field of the record; empty if there is none or the messages have it."""
     name = next((name for name in SYSTEMS if is_filled(fields.get(name))), None)
     if name is None:
         return []
@@ -273,8 +288,10 @@ def _system_turn(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> l
 def _captioned(
     fields: Mapping[str, Any], media: Media, *, prompt: str | None, columns: list[str], add: bool
 ) -> dict[str, Any]:
-    """A caption with its media, or raw text."""
-    known = CAPTIONS if prompt is not None else ("text",)
+    """Build a sample of a caption with its media, or of raw text."""
+    known: tuple[str, ...] = ("text",)
+    if prompt is not None:
+        known = CAPTIONS
     names = [name for name in known if name in fields]
     if not names:
         pairs = ", ".join(f"{asker} and {answerer}" for asker, answerer in PAIRS)
@@ -294,17 +311,21 @@ def _captioned(
         sample = caption_record(caption, filled, prompt=prompt, name=names[0])
     if system and "messages" not in sample:
         raise DataError(f"a system's turn, {system[0]['content']!r:.80}, stands beside raw text")
-    return sample | ({"messages": system + sample["messages"]} if system else {})
+    if system:
+        sample["messages"] = system + sample["messages"]
+    return sample
 
 
 def _refuse_turns(fields: Mapping[str, Any]) -> None:
-    """DataError if a field that is not read holds turns."""
+    """Raise DataError if a field that is not read holds turns."""
     for name, value in fields.items():
-        first = value[0] if isinstance(value, list) and value else None
+        first = None
+        if isinstance(value, list) and value:
+            first = value[0]
         if isinstance(first, Mapping) and any(keys <= first.keys() for keys in _TURN_KEYS):
             raise DataError(
-                f"{name} holds turns, {value!r:.80}, in a field that is not read: name it messages, "
-                "or leave it out (import has --ignore)"
+                f"{name} holds turns, {value!r:.80}, in a field that is not read: name it "
+                "messages, or leave it out (import has --ignore)"
             )
 
 

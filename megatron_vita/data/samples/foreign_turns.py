@@ -1,4 +1,4 @@
-"""Turns of other makers as turns of ours, with the media that they carry."""
+"""Conversion of third-party turns to our messages, with the media that they carry."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ PAIRS = (("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("ques
 ROLE_FIELDS = ("role", "from")
 CONTENT_FIELDS = ("content", "value")
 
-_INLINE = re.compile(r"<(img|video)>\s*([^<>\n]+?)\s*</\1>")  # as Qwen-VL's data has them
+_INLINE = re.compile(r"<(img|video)>\s*([^<>\n]+?)\s*</\1>")  # as in Qwen-VL's data
 _INLINE_FIELDS: dict[str, Field] = {"img": "images", "video": "videos"}
 _OTHER_TAGS = re.compile(
     r"<(image|video)[ _-]?\d+>|<\|(image|video)(_\d+|_pad)?\|>|<(image|video)here>"
-    r"|\[(image|img|video)\]|<(img|image|video)>",  # the last in other letters than ours
+    r"|\[(image|img|video)\]|<(img|image|video)>",  # the last matches other cases than ours
     re.IGNORECASE,
 )
 _DATA_URL = re.compile(r"data:(image|video|audio)/[\w.+-]+;base64,")
@@ -50,19 +50,20 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class Chat(NamedTuple):
-    """A conversation as messages of {role, content}, with the media that stood in its turns."""
+    """A conversation as messages of {role, content}, with the media of its turns."""
 
     messages: list[dict[str, Any]]
     media: Media
 
 
 def read_chat(turns: Any) -> Chat:
-    """Turns as messages: of {from, value}, of {role, content}, or of pairs such as {user,
-    assistant}; a text that holds a JSON list of them is read too.
+    """Convert turns to messages.
+
+    Turns are {from, value}, {role, content}, or pairs such as {user, assistant}; text that holds a
+    JSON list of these is parsed.
 
     Raises:
-        DataError: naming the turn, for anything else. Roles that nobody knows are left to
-            `check_messages`.
+        DataError: naming the turn, for anything else. Unknown roles are left to `check_messages`.
     """
     turns = _decoded(turns)
     if not isinstance(turns, list):
@@ -81,12 +82,12 @@ def read_chat(turns: Any) -> Chat:
 def place_media(
     messages: list[dict[str, Any]], media: Mapping[str, Sequence[Value]]
 ) -> list[dict[str, Any]]:
-    """The messages with a place for each medium: where no user's or system's turn has one of a
-    kind, before the first user's text.
+    """Add tags for media of a kind without any tag, before the text of the first user's turn.
 
     Raises:
-        DataError: where an answer, or a tag of another maker, may be a medium's place.
+        DataError: an answer, or a tag of another format, may be the position of a medium.
     """
+    # Media are input: only turns of users and of the system can hold them.
     readers = [i for i, message in enumerate(messages) if message["role"] != "assistant"]
     if not readers:
         return messages
@@ -104,21 +105,18 @@ def place_media(
     content = messages[first]["content"]
     for field in reversed(lacking):
         content = _with_places(content, field, len(media[field]))
-    return [
-        message | {"content": content} if i == first else message
-        for i, message in enumerate(messages)
-    ]
+    return [*messages[:first], messages[first] | {"content": content}, *messages[first + 1 :]]
 
 
 def literal(text: str) -> str:
-    """Text in which tags are not places of media."""
+    """Escape the media tags in a text."""
     for tag in TAGS.values():
         text = text.replace(tag, f"\\{tag}")
     return text
 
 
 def _decoded(turns: Any) -> Any:
-    """What a text says that is a list in JSON, as tables without lists hold conversations."""
+    """Parse a conversation that a table without lists holds as JSON text."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
             return parse_json(turns)
@@ -128,7 +126,7 @@ def _decoded(turns: Any) -> Any:
 
 
 def _read_turn(turn: Any, name: str) -> list[tuple[dict[str, Any], Media]]:
-    """The message of a turn, or the two of a pair, each with its media."""
+    """Convert a turn to a message, or a pair to two, each with its media."""
     if not isinstance(turn, Mapping):
         raise DataError(f"{name} is {turn!r:.80}: an object is needed")
     fields = {field: value for field, value in turn.items() if value is not None}
@@ -152,7 +150,7 @@ def _read_turn(turn: Any, name: str) -> list[tuple[dict[str, Any], Media]]:
 def _message(
     role: Any, content: Any, fields: dict[str, Any], name: str
 ) -> tuple[dict[str, Any], Media]:
-    """A message with its media, of which `fields` are the rest of the turn."""
+    """Build a message with its media; `fields` are the other fields of the turn."""
     marks = _marks(fields)
     media = take_media(fields)
     refuse_unread(fields, media)
@@ -178,17 +176,21 @@ def _only(first: Media, second: Media, name: str) -> Media:
 
 
 def _marks(fields: dict[str, Any]) -> dict[str, Any]:
-    """Take out what says whether a turn is trained, as our messages say it."""
+    """Remove the loss marks from a turn's fields and return them."""
     return {mark: fields.pop(mark) for mark in LOSS_MARKS if mark in fields}
 
 
 def _read_parts(parts: list[Any], name: str) -> tuple[list[Any], Media]:
-    """Parts of a content in our form, and the media that stood in them."""
+    """Convert the parts of a content, and collect the media in them."""
     media: Media = {field: [] for field in FIELDS}
     read: list[Any] = []
     for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        field = _PART_KINDS.get(kind) if isinstance(kind, str) else None
+        kind = None
+        if isinstance(part, Mapping):
+            kind = part.get("type")
+        field = None
+        if isinstance(kind, str):
+            field = _PART_KINDS.get(kind)
         if field is not None:
             media[field] += _values_of_part(part, field, f"{name}.content[{i}]")
             read.append({"type": KINDS[field], "index": part.get("index")})
@@ -200,7 +202,7 @@ def _read_parts(parts: list[Any], name: str) -> tuple[list[Any], Media]:
 
 
 def _values_of_part(part: Mapping[str, Any], field: Field, name: str) -> list[Value]:
-    """The medium that a part holds; none where it is a place for one of the sample's."""
+    """Medium that a part holds; none if it only marks the position of one of the sample's."""
     rest = {key: value for key, value in part.items() if key not in ("type", "text", "index")}
     named = (KINDS[field], f"{KINDS[field]}_url", "url", "path", "bytes", "base64", "data")
     filled = [key for key in named if is_filled(rest.get(key))]
@@ -212,8 +214,7 @@ def _values_of_part(part: Mapping[str, Any], field: Field, name: str) -> list[Va
 
 
 def _check_indexes(messages: Sequence[Mapping[str, Any]]) -> None:
-    """DataError if parts that say which of the sample's images they are do not take them in order,
-    as the parts of ours do."""
+    """Raise DataError if parts with image indices do not use the images in order."""
     contents = [message["content"] for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     images = [part for part in parts if isinstance(part, dict) and part.get("type") == "image"]
@@ -223,7 +224,7 @@ def _check_indexes(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _read_inline(text: str, name: str) -> tuple[str, Media]:
-    """A user's text with places for the media that it names by `<img>path</img>`; and the media."""
+    """Replace `<img>path</img>` in a user's text by tags; returns the text and the media."""
     media: Media = {field: [] for field in FIELDS}
 
     def place(match: re.Match[str]) -> str:
@@ -241,14 +242,17 @@ def _read_inline(text: str, name: str) -> tuple[str, Media]:
 
 
 def _refuse_other_places(messages: Sequence[Mapping[str, Any]], field: Field) -> None:
-    """DataError if a conversation without places for media seems to have them after all."""
+    """Raise DataError if a conversation without our tags seems to mark positions of media."""
     for i, message in enumerate(messages):
         content = message["content"]
-        text = content if isinstance(content, str) else ""
+        text = ""
+        if isinstance(content, str):
+            text = content
         if message["role"] == "assistant":
-            places = text.count(TAGS[field]) or (
-                count_places(content, KINDS[field]) if isinstance(content, list) else 0
-            )
+            # A tag in an answer's text is literal, and may yet be meant as the position.
+            places = text.count(TAGS[field])
+            if isinstance(content, list):
+                places = count_places(content, KINDS[field])
             if places:
                 raise DataError(
                     f"turn {i}, an answer, has {TAGS[field]}, no question has: media are read, "
@@ -269,7 +273,7 @@ def _with_places(content: Any, field: Field, number: int) -> Any:
 
 
 def _with_video_tags(message: dict[str, Any]) -> dict[str, Any]:
-    """LLaVA's video sets say <image> where the video stands."""
+    """Replace <image> by <video>, as LLaVA's video sets write it."""
     content = message["content"]
     if message["role"] == "assistant" or not isinstance(content, str) or "<video>" in content:
         return message

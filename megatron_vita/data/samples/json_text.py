@@ -1,4 +1,4 @@
-"""JSON as users write it: what is none, and keys that stand twice, are errors."""
+"""Strict JSON parsing: invalid text and duplicate keys are errors."""
 
 import json
 from typing import Any
@@ -7,15 +7,15 @@ from megatron_vita.errors import DataError
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value that a JSON text says.
+    """Parse a JSON text.
 
     Raises:
-        DataError: it is not JSON, or a key stands twice in an object, of which the first value
-            would be lost.
+        DataError: it is not JSON, or repeats a key in an object, whose first value would be lost.
     """
     try:
         return json.loads(data, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
+        # Raised by `_object`; DataError is a ValueError, too.
         if isinstance(error, DataError):
             raise
         raise DataError(f"not JSON: {error}") from error

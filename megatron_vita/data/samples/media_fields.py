@@ -1,8 +1,8 @@
-"""Media in the fields of other makers' records.
+"""Media in the fields of third-party records.
 
 A field is read as media if its name says so (`image`, `videos`, `img_path`, `image_1`, `jpg`, ...).
-Any other field that holds what looks like a medium is refused by name, so that no sample is trained
-without a medium that came with it.
+Any other field whose value looks like a medium is refused by name, so that no sample is trained
+without its media.
 """
 
 import re
@@ -16,7 +16,7 @@ from megatron_vita.media.kinds import HEAD, IMAGE_SUFFIXES, kind_of_content, kin
 
 Field = Literal["images", "videos"]
 Value = str | bytes
-"""A medium as a record has it: a path, a data URL, or a file's content."""
+"""A medium in a record: a path, a data URL, or the content of a file."""
 Media = dict[str, list[Value]]
 """Media by field: `images` and `videos`."""
 
@@ -37,19 +37,20 @@ _SUFFIX_NAMES: dict[Field, frozenset[str]] = {
     "videos": frozenset({"mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg"}),
 }
 _FILE_NAMES = ("file_name", "filename", "filepath", "file_path", "file", "path")
-"""Fields that hold a medium's path where no other does, as in the metadata of image folders."""
+"""Fields that hold a medium's path if no other does, as in the metadata of image folders."""
 _ORIGINS = re.compile(
-    r"_*(orig(inal)?_.*|source_.*|.*url|.*uri|.*link|.*source|src|(.*_)?id|key|name|title|alt|text|txt|caption|prompt)_*"
+    r"_*(orig(inal)?_.*|source_.*|.*url|.*uri|.*link|.*source|src|(.*_)?id"
+    r"|key|name|title|alt|text|txt|caption|prompt)_*"
     rf"|{'|'.join(_FILE_NAMES)}"
 )
-"""Fields that may name the medium, which the record has, once more, or where it is from."""
+"""Fields that may repeat the name of a medium that the record has, or state its origin."""
 _CODE = (".ts",)  # suffixes of TypeScript as well as of videos
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_PATH = 1024
 
 
 def is_filled(value: Any) -> bool:
-    """Whether a value says anything: null, what is empty, and lists and objects of nulls do not."""
+    """Return false for null, empty values, and lists and objects of nulls."""
     if isinstance(value, Mapping):
         return any(map(is_filled, value.values()))
     if isinstance(value, list | tuple):
@@ -58,10 +59,10 @@ def is_filled(value: Any) -> bool:
 
 
 def take_media(fields: dict[str, Any]) -> Media:
-    """Remove the media from a record's fields, and give them.
+    """Remove the media from a record's fields and return them.
 
     Raises:
-        DataError: naming the field, where it holds no media, or several fields hold different ones.
+        DataError: naming the field that holds no media, or fields that hold different ones.
     """
     if name := next((name for name in ("audio", "audios") if is_filled(fields.get(name))), None):
         raise DataError(f"{name} is {_short(fields[name])}: sound is not read")
@@ -81,8 +82,7 @@ def take_media(fields: dict[str, Any]) -> Media:
 
 
 def refuse_unread(fields: Mapping[str, Any], media: Media) -> None:
-    """Raise a DataError, which names the field, if fields that are not read hold media other than
-    `media`."""
+    """Raise DataError, naming the field, if unread fields hold media other than `media`."""
     stems = {_stem(value) for values in media.values() for value in values if _is_path(value)}
     for path, value in _media_in(fields, ""):
         field = re.sub(r"\[\d+\]", "", path).rpartition(".")[2].lower()
@@ -95,7 +95,7 @@ def refuse_unread(fields: Mapping[str, Any], media: Media) -> None:
 
 
 def agreed_media(first: Media, second: Media, *, names: tuple[str, str]) -> Media:
-    """The media of two places of a record, of which one has none or both have the same."""
+    """Merge the media of two places of a record: one has none, or both have the same."""
     return {
         field: _agreed(
             {
@@ -110,7 +110,7 @@ def agreed_media(first: Media, second: Media, *, names: tuple[str, str]) -> Medi
 
 
 def values_of(value: Any, name: str) -> list[Value]:
-    """The media of a field: a path, bytes, {bytes, path}, or a list of them. DataError by `name`."""
+    """Media of a field: a path, bytes, {bytes, path}, or a list; raises DataError naming `name`."""
     if not is_filled(value):
         return []
     if isinstance(value, list | tuple):
@@ -129,7 +129,7 @@ def _value_of(value: Any, name: str) -> Value:
 
 
 def _groups(fields: Mapping[str, Any], field: Field) -> dict[str, list[str]]:
-    """The fields that hold media by their names; those that are numbered belong together."""
+    """Media fields by name, with numbered fields grouped together."""
     numbered: dict[int, str] = {}
     groups = {}
     for name in fields:
@@ -146,7 +146,10 @@ def _groups(fields: Mapping[str, Any], field: Field) -> dict[str, list[str]]:
 def _values_of_group(group: Sequence[str], fields: Mapping[str, Any], field: Field) -> list[Value]:
     values = [value for name in group for value in values_of(fields[name], name)]
     for value in values:
-        kind = kind_of_name(str(value)) if _is_path(value) else None
+        kind = None
+        if _is_path(value):
+            kind = kind_of_name(str(value))
+        # A GIF may be given as an image or as a video.
         if kind not in (None, KINDS[field]) and not str(value).lower().endswith(".gif"):
             raise DataError(
                 f"{', '.join(group)} is {_short(value)}, by its suffix {kind}: "
@@ -156,10 +159,11 @@ def _values_of_group(group: Sequence[str], fields: Mapping[str, Any], field: Fie
 
 
 def _agreed(found: dict[str, list[Value]], field: Field) -> list[Value]:
-    """The media that several fields name: all the same, or files' contents with their paths."""
+    """Media that several fields name: all equal, or paths beside the contents of the files."""
     lists = list(found.values())
     if not lists:
         return []
+    # Datasets with embedded images often keep their paths in another field: contents win then.
     contents = [values for values in lists if any(isinstance(value, bytes) for value in values)]
     same = all(values == lists[0] for values in lists)
     if not same and (len(contents) != 1 or {len(values) for values in lists} != {len(contents[0])}):
@@ -174,7 +178,9 @@ def _take_file_name(fields: dict[str, Any], media: Media) -> None:
     for name in _FILE_NAMES:
         value = fields.get(name)
         if isinstance(value, str) and is_medium(value) and not _URL.match(value):
-            field: Field = "videos" if kind_of_name(value) == "video" else "images"
+            field: Field = "images"
+            if kind_of_name(value) == "video":
+                field = "videos"
             if kind_of_name(value) != "audio":
                 media[field] = [value]
                 del fields[name]
@@ -182,8 +188,7 @@ def _take_file_name(fields: dict[str, Any], media: Media) -> None:
 
 
 def is_medium(value: Any) -> bool:
-    """Whether a value looks like a medium: content or a data URL of one, or a path with its
-    suffix."""
+    """Return true for a value that looks like a medium: content, data URL, or path by suffix."""
     if isinstance(value, bytes):
         return kind_of_content(value[:HEAD]) is not None
     if not isinstance(value, str):
@@ -197,12 +202,15 @@ def is_medium(value: Any) -> bool:
 
 
 def _media_in(value: Any, path: str) -> Iterator[tuple[str, Value]]:
-    """What looks like a medium in a value, each with its dotted path."""
+    """Yield values inside a value that look like media, each with its dotted path."""
     if isinstance(value, Mapping) and {"bytes", "path"} <= value.keys():
         value = value["bytes"] or value["path"]  # as `datasets` keeps an image
     if isinstance(value, Mapping):
         for name, item in value.items():
-            yield from _media_in(item, f"{path}.{name}" if path else str(name))
+            inner = str(name)
+            if path:
+                inner = f"{path}.{name}"
+            yield from _media_in(item, inner)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             yield from _media_in(item, f"{path}[{i}]")

@@ -1,4 +1,4 @@
-"""A sample's JSON: a conversation with media, or raw text; and the pieces that it becomes."""
+"""JSON record of a sample: a conversation with media, or raw text; and its encoded pieces."""
 
 import json
 import math
@@ -13,17 +13,20 @@ from megatron_vita.text.pieces import EncodedTurn, MediaPiece
 
 
 class Kind(IntEnum):
-    """What a piece of a document is."""
+    """Kind of a piece of a document."""
 
     TEXT = 0
-    LOSS = 1  # text whose prediction is scored
+    LOSS = 1  # text with loss
     IMAGE = 2
     VIDEO = 3
 
 
 def parse_record(data: bytes, name: str) -> dict[str, Any]:
-    """The JSON of a sample, which has `messages` or `text`. DataError naming `name` if it is
-    anything else."""
+    """Parse the JSON of a sample with `messages` or `text`.
+
+    Raises:
+        DataError: naming the sample by `name`: it is anything else.
+    """
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -40,15 +43,20 @@ def parse_record(data: bytes, name: str) -> dict[str, Any]:
 
 
 def is_raw_text(record: Mapping[str, Any]) -> bool:
-    """Whether a sample is `{"text": ...}`: a document with loss on every token, split over packs
-    where it is longer. Null is as good as absent."""
+    """Return true for `{"text": ...}`: a document with loss on every token, split over packs.
+
+    Null fields count as absent.
+    """
     filled = {name for name in record if record[name] is not None}
     return "text" in filled and not filled & set(CHAT_FIELDS)
 
 
 def check_record(record: Mapping[str, Any]) -> None:
-    """DataError, naming field and value, unless the sample is a conversation or raw text with a
-    sensible weight."""
+    """Check that a sample is a conversation or raw text with a valid weight.
+
+    Raises:
+        DataError: naming field and value.
+    """
     weight_of(record)
     if not is_raw_text(record):
         check_messages(record)
@@ -69,11 +77,11 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 
 def weight_of(record: Mapping[str, Any]) -> float:
-    """The factor on the losses of a sample, 1 where it names none. DataError unless it is a number
-    of at least 0."""
+    """Factor on the losses of a sample, 1 by default; raises DataError unless a number >= 0."""
     weight = record.get("weight")
     if weight is None:
         return 1.0
+    # bool is a subclass of int, and the comparison also refuses NaN.
     if (
         isinstance(weight, bool)
         or not isinstance(weight, int | float)
@@ -84,8 +92,7 @@ def weight_of(record: Mapping[str, Any]) -> float:
 
 
 def encode_record(record: Mapping[str, Any], chat: ChatFormat) -> list[EncodedTurn]:
-    """A sample's turns in token ids, with the places of its media; raw text is one turn that ends
-    the text."""
+    """Encode a sample's turns, with positions of media; raw text is one turn."""
     if is_raw_text(record):
         check_record(record)
         return chat.raw_text(record["text"])
@@ -93,14 +100,18 @@ def encode_record(record: Mapping[str, Any], chat: ChatFormat) -> list[EncodedTu
 
 
 def pieces_of(turns: list[EncodedTurn]) -> tuple[list[Kind], list[int]]:
-    """Kinds of a document's pieces in order, and tokens of those that are text; 0 for media."""
+    """Kinds of a document's pieces in order, and numbers of tokens of texts; 0 for media."""
     kinds = []
     tokens = []
     for piece in (piece for turn in turns for piece in turn):
         if isinstance(piece, MediaPiece):
-            kinds.append(Kind.IMAGE if piece.kind == "image" else Kind.VIDEO)
+            # Tokens of media depend on tiling and frame sampling, which an index does not know.
+            kinds.append(Kind[piece.kind.upper()])
             tokens.append(0)
+            continue
+        if piece.loss:
+            kinds.append(Kind.LOSS)
         else:
-            kinds.append(Kind.LOSS if piece.loss else Kind.TEXT)
-            tokens.append(len(piece.ids))
+            kinds.append(Kind.TEXT)
+        tokens.append(len(piece.ids))
     return kinds, tokens

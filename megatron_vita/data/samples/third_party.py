@@ -1,9 +1,9 @@
-"""Tar members without a record of ours as samples.
+"""Conversion of tar members without a record of ours to samples.
 
 In a plain webdataset tar, the files of a sample share a key: `KEY.jpg` with `KEY.txt`, a caption,
 or with `KEY.json`, which holds a conversation (a list of turns, alone or as messages, conversations
 or conversation; Megatron-Energon's chat samples are such) or an object with a caption. A file
-`members.yaml` beside the shards may say otherwise.
+`members.yaml` beside the shards may override this.
 """
 
 import json
@@ -27,13 +27,16 @@ ReadMember = Callable[[str], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class MemberRule:
-    """How the members of a tar become a conversation: the fields of `members.yaml`.
+    """Mapping of tar members to a conversation: the fields of `members.yaml`.
 
-    `text` is the suffix of the member with the text (empty: `json`, else `txt`), `caption` the
-    field of a JSON object that holds a caption, `prompt` what the user asks where there is only a
-    caption. `images` and `videos` are the suffixes of the members that are meant, in order, with
-    alternatives as `jpg;png`; other media are then left out. `ignore` are patterns of suffixes of
-    members, and of fields of JSON, that are left out.
+    Attributes:
+        text: suffix of the member with the text; empty: `json`, else `txt`.
+        caption: field of a JSON object that holds a caption.
+        prompt: user's question for samples with only a caption.
+        images: suffixes of image members, in order, with alternatives as `jpg;png`; other media are
+            then left out.
+        videos: suffixes of video members, likewise.
+        ignore: patterns of member suffixes and JSON fields to ignore.
     """
 
     text: str = ""
@@ -44,15 +47,15 @@ class MemberRule:
     ignore: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:
-        """Whether a suffix or a field is left out."""
+        """Return true if a suffix or a field is ignored."""
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
 
 def read_rule(folder: Path) -> MemberRule:
-    """Read the rule for the shards of a folder; the default where it has no `members.yaml`.
+    """Read the rule for the shards of a folder; the default if it has no `members.yaml`.
 
     Raises:
-        ConfigError: naming the file and the field or key that is wrong.
+        ConfigError: naming the file and the wrong field or key.
     """
     path = folder / RULE_FILE
     if not path.exists():
@@ -62,19 +65,24 @@ def read_rule(folder: Path) -> MemberRule:
     if not isinstance(values, dict) or not set(values) <= set(known):
         raise ConfigError(f"{path}: it has {values!r:.200}; known fields: {', '.join(known)}")
     for name, value in values.items():
-        is_list = isinstance(getattr(MemberRule, name), tuple)
-        if is_list:
-            value = [value] if isinstance(value, str) else value
-            values[name] = tuple(value) if isinstance(value, list) else value
-        needed = "a list of suffixes" if is_list else "text"
-        items = values[name] if isinstance(values[name], tuple) else (values[name],)
-        if is_list != isinstance(values[name], tuple) or not all(isinstance(i, str) for i in items):
-            raise ConfigError(f"{path}: {name} is {value!r:.80}: {needed} is needed")
+        if isinstance(getattr(MemberRule, name), tuple):
+            values[name] = _suffixes(value, f"{path}: {name}")
+        elif not isinstance(value, str):
+            raise ConfigError(f"{path}: {name} is {value!r:.80}: text is needed")
     return MemberRule(**values)
 
 
+def _suffixes(value: Any, name: str) -> tuple[str, ...]:
+    """Parse a list of suffixes, or one suffix; raises ConfigError by `name`."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{name} is {value!r:.80}: a list of suffixes is needed")
+    return tuple(value)
+
+
 def rule_stamp(rule: MemberRule) -> str:
-    """What tells one rule from another."""
+    """Serialize a rule, to compare it with the rule of an index."""
     return json.dumps(asdict(rule), sort_keys=True)
 
 
@@ -85,12 +93,17 @@ def record_of_members(
     rule: MemberRule,
     read_head: ReadMember | None = None,
 ) -> dict[str, Any]:
-    """The record of a sample whose members are `names` (`KEY.suffix`), of which `read` gives the
-    bytes, and `read_head` the first `HEAD` ones.
+    """Build the record of a sample from its tar members.
+
+    Args:
+        names: names of the members (`KEY.suffix`).
+        read: returns the bytes of a member.
+        rule: the mapping of members.
+        read_head: returns the first `HEAD` bytes of a member; None: use `read`.
 
     Raises:
-        DataError: naming the member, if there is no text or it is neither a conversation nor a
-            caption, or a medium of which nothing says what is to become of it.
+        DataError: naming the member: there is no text, it is neither a conversation nor a caption,
+            or it is a medium of unclear use.
     """
     by_suffix = _by_suffix(names)
     texts = _text_members(by_suffix, rule)
@@ -104,15 +117,15 @@ def record_of_members(
         sample = sample_of(record, prompt=rule.prompt, beside=Beside(media, is_listed))
     except DataError as error:
         raise DataError(f"{' and '.join(texts)}: {error}") from error
-    sample.pop("id", None)  # the sample's key is its name
+    # The sample is named by its key in the shard.
+    sample.pop("id", None)
     if "text" in sample:
         return sample
     return {field: [] for field in FIELDS} | sample
 
 
 def suffix_of(name: str) -> str:
-    """What follows the first dot of a member's file name, in lower case: webdataset's rule for what
-    it holds."""
+    """Suffix of a member by webdataset's rule: after the first dot of its name, in lower case."""
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
@@ -125,7 +138,9 @@ def _by_suffix(names: Sequence[str]) -> dict[str, str]:
 
 
 def _text_members(by_suffix: Mapping[str, str], rule: MemberRule) -> list[str]:
-    suffixes = [rule.text.lower()] if rule.text else TEXT_SUFFIXES
+    suffixes: Sequence[str] = TEXT_SUFFIXES
+    if rule.text:
+        suffixes = [rule.text.lower()]
     texts = [by_suffix[suffix] for suffix in suffixes if suffix in by_suffix]
     if not texts:
         raise DataError(
@@ -136,7 +151,7 @@ def _text_members(by_suffix: Mapping[str, str], rule: MemberRule) -> list[str]:
 
 
 def _media_members(by_suffix: Mapping[str, str], rule: MemberRule, read_head: ReadMember) -> Media:
-    """The members that are media of the sample. DataError by name for one that may or may not be."""
+    """Members that are media of the sample; raises DataError naming one of unclear use."""
     if rule.images or rule.videos:
         listed = {"images": rule.images, "videos": rule.videos}
         return {
@@ -158,7 +173,7 @@ def _media_members(by_suffix: Mapping[str, str], rule: MemberRule, read_head: Re
 
 
 def _listed(by_suffix: Mapping[str, str], item: str, field: str) -> str:
-    """The member that an entry of the rule names."""
+    """Member that an entry of the rule names."""
     suffixes = [suffix.strip().lower() for suffix in item.split(";")]
     found = [by_suffix[suffix] for suffix in suffixes if suffix in by_suffix]
     if len(found) != 1:
@@ -176,7 +191,7 @@ def _told(kind: str | None, head: bytes) -> str:
 
 
 def _read_text(name: str, data: bytes, rule: MemberRule) -> dict[str, Any]:
-    """The fields of a record that a member with a text gives."""
+    """Fields of a record in a text member."""
     if not name.lower().endswith(".json"):
         return {"txt": _decoded(data, name)}
     content = _parsed(data, name)

@@ -1,4 +1,4 @@
-"""The pixels of a document's media: the tiles of an image, the frames of a video."""
+"""Decoding of a document's media: tiles of images, frames of videos."""
 
 import numpy as np
 
@@ -19,10 +19,19 @@ def decode_tiles(
     out: np.ndarray | None = None,
     report: Report | None = None,
 ) -> np.ndarray:
-    """Tiles `tiles` of a medium, uint8 [n,3,S,S], in `out` if given; of a video only these frames
-    are decoded, and `report` is told of those that stand for damaged ones.
+    """Decode tiles `tiles` of a medium to uint8 [n, 3, S, S]; of a video, only these frames.
 
-    Raises DataError, which names the medium by `name`, if it cannot be decoded.
+    Args:
+        medium: the image or video.
+        data: its file.
+        name: name of the medium in errors and reports.
+        tiles: range of tiles.
+        tile_format: settings of the recipe.
+        out: array to write into; None allocates one.
+        report: called for frames that replace damaged ones.
+
+    Raises:
+        DataError: naming the medium by `name`: it cannot be decoded.
     """
     if out is None:
         out = np.empty((len(tiles), 3, tile_format.size, tile_format.size), dtype=np.uint8)

@@ -1,5 +1,4 @@
-"""Documents that are longer than a pack: what is left of them, by the recipe's policy, known from
-the index alone."""
+"""Truncation of documents longer than a pack by the recipe's policy, from the index alone."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from megatron_vita.data.samples.records import Kind
 
 
 class Piece(NamedTuple):
-    """A piece of a document in the sequence: text, or a medium with its wrapping tokens."""
+    """A piece of a document: text, or a medium with its wrapping tokens."""
 
     kind: Kind
     tokens: int
@@ -19,33 +18,40 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Truncated:
-    """What is left of a document."""
+    """Sizes of a document after truncation."""
 
     tokens: int
     tiles: int
-    loss_tokens: int  # tokens whose prediction is scored
+    loss_tokens: int  # tokens that carry loss
     kept: tuple[int, ...]  # tiles of each of its media, in order; 0 for one that is left out
 
 
 def untruncated(pieces: Sequence[Piece]) -> Truncated:
-    """All of it."""
+    """Sizes of a whole document."""
     return _summarize(pieces, [piece.tiles for piece in pieces if piece.kind >= Kind.IMAGE])
 
 
 def truncate(
     pieces: Sequence[Piece], *, limit: int, policy: str, video_tokens: Callable[[int], int]
 ) -> Truncated | None:
-    """What `policy` leaves of a document of more than `limit` tokens; None where that is nothing to
-    learn from.
+    """Truncate a document of more than `limit` tokens; None if no token with loss remains.
 
-    `reject`: nothing. `cut`: its beginning; a medium is not cut but left out with all that follows.
-    `drop_media`: all text, and media from the first on as far as they fit; of the last video as
-    many frames as fit, taken evenly from the whole of it. `video_tokens` gives the tokens of a
-    video of so many frames.
+    Policies: `reject` keeps nothing. `cut` keeps the beginning; a medium is not cut but dropped
+    with all that follows. `drop_media` keeps all text and the first media that fit; the last video
+    that does not fit keeps as many frames as do, sampled evenly.
+
+    Args:
+        pieces: pieces of the document.
+        limit: tokens of a pack.
+        policy: `data.overlong` of the recipe.
+        video_tokens: number of tokens of a video by its number of frames.
     """
     if policy == "reject":
         return None
-    found = _cut(pieces, limit) if policy == "cut" else _drop_media(pieces, limit, video_tokens)
+    if policy == "cut":
+        found: Truncated | None = _cut(pieces, limit)
+    else:
+        found = _drop_media(pieces, limit, video_tokens)
     if found is not None and found.loss_tokens > 0:
         return found
     return None
@@ -77,8 +83,11 @@ def _drop_media(
     full = False
     for piece in pieces:
         if piece.kind >= Kind.IMAGE:
-            if full or piece.tokens > left:
-                piece = _fewer_frames(piece, 0 if full else left, video_tokens)
+            # After the first medium that does not fit, later ones go even if they would.
+            if full:
+                piece = _fewer_frames(piece, 0, video_tokens)
+            elif piece.tokens > left:
+                piece = _fewer_frames(piece, left, video_tokens)
                 full = True
             left -= piece.tokens
         changed.append(piece)
@@ -88,19 +97,23 @@ def _drop_media(
 def _fewer_frames(piece: Piece, room: int, video_tokens: Callable[[int], int]) -> Piece:
     frames = 0
     if piece.kind == Kind.VIDEO:
-        # of frames that need more tokens than there is room for, the fewest but one
+        # Bisection, since the tokens of frame labels differ: there is no formula to invert.
         counts = range(1, piece.tiles + 1)
         frames = bisect.bisect_right(counts, room, key=video_tokens)
-    return Piece(piece.kind, video_tokens(frames) if frames else 0, frames)
+    if not frames:
+        return Piece(piece.kind, 0, 0)
+    return Piece(piece.kind, video_tokens(frames), frames)
 
 
 def _summarize(pieces: Sequence[Piece], kept: list[int]) -> Truncated:
     loss_tokens = sum(piece.tokens for piece in pieces if piece.kind == Kind.LOSS)
     opens = next((piece for piece in pieces if piece.tokens), None)
+    if opens is not None and opens.kind == Kind.LOSS:
+        # Nothing comes before a first token to predict it.
+        loss_tokens -= 1
     return Truncated(
         tokens=sum(piece.tokens for piece in pieces),
         tiles=sum(kept),
-        # nothing comes before a first token to predict it
-        loss_tokens=loss_tokens - (opens is not None and opens.kind == Kind.LOSS),
+        loss_tokens=loss_tokens,
         kept=tuple(kept),
     )

@@ -1,5 +1,4 @@
-"""Copies of remote shards in a local folder of bounded size, shared by all processes of a
-machine."""
+"""Local cache of remote shards, of bounded size, shared by all processes of a host."""
 
 import errno
 import fcntl
@@ -17,22 +16,22 @@ from upath import UPath
 from megatron_vita.data.shards.storage import check_size, file_size, read_range
 from megatron_vita.errors import ConfigError, ShardError
 
-CHUNK = 16 << 20  # bytes of a shard copied at once
-PAUSE = 0.1  # seconds until a process looks again for room that others write to
+CHUNK = 16 << 20  # bytes of a shard that are copied at a time
+PAUSE = 0.1  # seconds between attempts to reserve space that other writers occupy
 
 
 class _File(NamedTuple):
     path: Path
-    used: int  # when, in ns
+    used: int  # time of last use in ns
     size: int
 
 
 class ShardCache:
-    """Whole copies of shards; those used least recently go first.
+    """Whole copies of shards with least-recently-used eviction.
 
-    A copy being written is a `.partial` of the final size, which so is reserved. Its writer holds
-    the lock of its name, which the kernel frees when the process dies. Files are reserved, finished
-    and evicted under the lock `room` alone.
+    A copy being written is a `.partial` file of the final size, which reserves its space. Its
+    writer holds the lock of its name, which the kernel releases if the process dies. Files are
+    reserved, completed and evicted only under the lock `room`.
     """
 
     def __init__(self, folder: Path, *, limit: int) -> None:
@@ -40,11 +39,11 @@ class ShardCache:
         self._limit = limit
 
     def open(self, shard: UPath, *, size: int) -> int:
-        """A descriptor of the copy of a shard, which is made now if need be; it can be read though
-        others evict it.
+        """Open the copy of a shard, made now if needed; it stays readable if it is evicted.
 
-        ShardError if the store does not give the shard, or one of other than `size` bytes;
-        ConfigError if the folder cannot hold it.
+        Raises:
+            ShardError: the store does not have the shard, or it is not of `size` bytes.
+            ConfigError: the folder cannot hold it.
         """
         copy = (
             self._folder
@@ -55,7 +54,8 @@ class ShardCache:
             descriptor = _open_copy(copy)
             if descriptor is None:
                 with self._locked(copy.name):
-                    descriptor = _open_copy(copy)  # another process was faster
+                    # Another process may have made it while this one waited for the lock.
+                    descriptor = _open_copy(copy)
                     if descriptor is None:
                         descriptor = self._make(copy, shard, size)
             return descriptor
@@ -66,19 +66,21 @@ class ShardCache:
         with _failures_of(shard):
             check_size(shard, file_size(shard), size)
         partial = copy.with_name(f"{copy.name}.partial")
-        partial.unlink(missing_ok=True)  # its writer died, since its lock is held here
+        # A file left by a writer that died: this process holds its lock.
+        partial.unlink(missing_ok=True)
         try:
             while not self._reserve(partial, size):
                 time.sleep(PAUSE)
             _fill(partial, shard, size)
-            with self._locked("room"):  # no eviction until it is open
+            # Under the lock of evictions, so that the copy cannot be evicted before it is open.
+            with self._locked("room"):
                 partial.rename(copy)
                 return os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
         finally:
             partial.unlink(missing_ok=True)
 
     def _reserve(self, partial: Path, size: int) -> bool:
-        """Evicts what must go and makes the file; False while what others write leaves no room."""
+        """Evict old copies and create the file; false if other writers occupy the space."""
         if size > self._limit:
             raise ConfigError(
                 f"data.cache_gib is {self._limit / 2**30:g}: a shard of {size} bytes does not fit"
@@ -93,7 +95,8 @@ class ShardCache:
             for file in copies:
                 if excess <= 0:
                     break
-                file.path.unlink(missing_ok=True)  # who reads it keeps it open
+                # Processes that read the copy have it open, and lose nothing.
+                file.path.unlink(missing_ok=True)
                 excess -= file.size
             with open(partial, "wb") as made:
                 made.truncate(size)
@@ -109,16 +112,19 @@ class ShardCache:
         for path in self._folder.glob(f"*{suffix}"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # a writer failed
+            except FileNotFoundError:  # removed meanwhile by a writer that failed
                 continue
             yield _File(path, status.st_mtime_ns, status.st_size)
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Holds a lock of the folder; False, without it, if another holds it and `wait` is off."""
+        """Hold a lock of the folder; yields false if another has it and `wait` is false."""
         with open(self._folder / f".{name}.lock", "w") as file:
+            operation = fcntl.LOCK_EX
+            if not wait:
+                operation |= fcntl.LOCK_NB
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, operation)
             except BlockingIOError:
                 yield False
             else:
@@ -137,7 +143,7 @@ class ShardCache:
 
 
 def _open_copy(copy: Path) -> int | None:
-    """A descriptor of a copy, used now; None if it is not there."""
+    """Open a copy and mark it as used now; None if it does not exist."""
     try:
         descriptor = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -153,14 +159,13 @@ def _fill(partial: Path, shard: UPath, size: int) -> None:
                 data = read_range(shard, start, min(start + CHUNK, size))
             file.write(data)
         file.flush()
-        # since its size is right from the start: a machine that stops must leave no holes
+        # The file has its final size from the start: after a power failure it could have holes.
         os.fsync(file.fileno())
 
 
 @contextmanager
 def _failures_of(shard: UPath) -> Iterator[None]:
-    """Failures of the store as ShardError: all samples of a shard that cannot be copied are lost,
-    none is damaged."""
+    """Convert failures of the store to ShardError: they concern the shard, not a single sample."""
     try:
         yield
     except FileNotFoundError as error:

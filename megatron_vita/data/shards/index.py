@@ -1,9 +1,8 @@
-"""The index beside each shard: all that plans and readers need, so that no tar is ever scanned in
-training.
+"""Index beside each shard: metadata of its samples, so that no tar is scanned in training.
 
 `train-000000.tar` has `train-000000.index.parquet`, a row for each sample in shard order. It does
-not depend on how images are tiled or frames sampled, only on the tokenizer, the template and the
-media format, whose stamp it carries.
+not depend on tiling or frame sampling, only on tokenizer, template and media format, whose stamp it
+carries.
 """
 
 import io
@@ -28,7 +27,7 @@ from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.chat_format import ChatFormat
 
 FORMAT_VERSION = 5
-FOOTER_BYTES = 1 << 16  # of a remote index are asked for at once; most footers are shorter
+FOOTER_BYTES = 1 << 16  # first request for a remote index; most footers are shorter
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -50,10 +49,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class IndexHeader:
-    """What an index says of itself, read from its footer alone.
+    """Metadata of an index, read from its footer alone.
 
-    `rule` and `left_out` tell the members' rule and the quarantine it was made with; empty: it does
-    not say.
+    `rule` and `left_out` are stamps of the members' rule and the quarantine that it was made with;
+    empty: unknown.
     """
 
     shard_size: int
@@ -68,15 +67,21 @@ class IndexHeader:
 
     @property
     def fingerprint(self) -> str:
-        """Tells what the index says of its samples from what others say; short, since plans keep
-        that of each shard."""
+        """Digest of the samples' metadata; short, since plans store that of each shard."""
         return self.content[:16]
 
 
 class SampleRow(NamedTuple):
-    """A sample's metadata: whether it is raw text, kinds of its pieces in order and tokens of those
-    that are text, (width, height) of its images after EXIF rotation, its videos, its files.
-    `record` is its JSON where the shard, made by others, holds none.
+    """Metadata of a sample.
+
+    Attributes:
+        key: key in the shard.
+        is_text: the sample is raw text.
+        pieces: kinds of its pieces in order, with the tokens of those that are text.
+        image_sizes: (width, height) of its images after EXIF rotation.
+        videos: metadata of its videos.
+        members: its files by name.
+        record: its JSON, if the shard, made by others, does not hold it.
     """
 
     key: str
@@ -89,11 +94,11 @@ class SampleRow(NamedTuple):
 
 
 class SampleIndex:
-    """The index of one shard."""
+    """Index of one shard."""
 
     def __init__(self, table: pa.Table, *, header: IndexHeader) -> None:
         self._table = table
-        # A column of one chunk gives a value in a quarter of the time that slicing the table takes.
+        # Reading a value of a column of one chunk takes a quarter of the time of slicing the table.
         self._columns = dict(zip(table.column_names, table.combine_chunks().columns, strict=True))
         self.header = header
 
@@ -101,7 +106,7 @@ class SampleIndex:
         return self._table.num_rows
 
     def row(self, row: int) -> SampleRow:
-        """The metadata of one sample."""
+        """Metadata of one sample."""
         values = {name: column[row].as_py() for name, column in self._columns.items()}
         members = zip(
             values["member_names"], values["member_offsets"], values["member_sizes"], strict=True
@@ -120,26 +125,26 @@ class SampleIndex:
         )
 
     def ragged(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A list column as (values of all samples, number of values of each sample)."""
+        """List column as (values of all samples, number of values of each sample)."""
         column = self._table[name].combine_chunks()
         return column.flatten().to_numpy(zero_copy_only=False), np.diff(column.offsets.to_numpy())
 
     def column(self, name: str) -> np.ndarray:
-        """A plain column."""
+        """Scalar column."""
         return self._table[name].to_numpy()
 
     def keys(self) -> list[str]:
-        """The key of each sample."""
+        """Keys of the samples."""
         return self._table["key"].to_pylist()
 
 
 def index_path[Place: (Path, UPath, Path | UPath)](shard: Place) -> Place:
-    """Where the index of a shard lies."""
+    """Path of a shard's index."""
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.parquet")
 
 
 def text_stamp(chat: ChatFormat) -> dict[str, str]:
-    """What token counts of texts depend on."""
+    """Fingerprints that token counts of texts depend on."""
     return {
         "tokenizer": chat.tokenizer.fingerprint,
         "template": chat.fingerprint,
@@ -148,7 +153,7 @@ def text_stamp(chat: ChatFormat) -> dict[str, str]:
 
 
 def write_index(index: SampleIndex, path: Path) -> None:
-    """Writes an index under a temporary name, then renames it."""
+    """Write an index atomically."""
     metadata = {"index": json.dumps(vars(index.header), sort_keys=True)}
     partial = path.with_name(path.name + ".partial")
     pq.write_table(index._table.replace_schema_metadata(metadata), partial)
@@ -156,17 +161,21 @@ def write_index(index: SampleIndex, path: Path) -> None:
 
 
 def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHeader:
-    """Reads an index's footer. DataError if there is none, or it was made with another tokenizer or
-    template.
+    """Read the footer of an index.
 
-    `text` is what `text_stamp` gives for the tokenizer and template in use; None checks neither.
+    Args:
+        path: the index.
+        text: `text_stamp` of the tokenizer and template in use; None checks neither.
+
+    Raises:
+        DataError: the index is missing, damaged, or made with another tokenizer or template.
     """
     with _opened(path, footer_only=True) as file:
         return _header(file.schema_arrow, path, text)
 
 
 def read_index(path: Location, text: dict[str, str] | None = None) -> SampleIndex:
-    """Reads an index, never the shard. Raises as `read_header` does."""
+    """Read an index, never the shard; raises as `read_header`."""
     with _opened(path, footer_only=False) as file:
         header = _header(file.schema_arrow, path, text)
         return SampleIndex(file.read(use_threads=False), header=header)
@@ -174,13 +183,15 @@ def read_index(path: Location, text: dict[str, str] | None = None) -> SampleInde
 
 @contextmanager
 def _opened(path: Location, *, footer_only: bool) -> Iterator[pq.ParquetFile]:
-    """An index's file; what goes wrong inside the block is a DataError that names it."""
+    """Open the Parquet file of an index; errors inside the block become DataErrors naming it."""
     try:
         source: Path | io.BytesIO
         if isinstance(path, Path):
             source = path
+        elif footer_only:
+            source = io.BytesIO(_read_footer(path))
         else:
-            source = io.BytesIO(_read_footer(path) if footer_only else read_file(path))
+            source = io.BytesIO(read_file(path))
         with pq.ParquetFile(source, memory_map=False) as file:
             yield file
     except FileNotFoundError:
@@ -198,8 +209,8 @@ def _opened(path: Location, *, footer_only: bool) -> Iterator[pq.ParquetFile]:
 
 
 def _read_footer(path: UPath) -> bytes:
-    """The end of a remote Parquet file, with its whole footer, whose length stands before the last
-    four bytes."""
+    """Read the end of a remote Parquet file, with its whole footer."""
+    # The length of the footer stands before the last four bytes, which are a signature.
     tail = read_tail(path, FOOTER_BYTES)
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed <= len(tail):
@@ -222,8 +233,8 @@ def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> I
     for field, now in (text or {}).items():
         if (then := getattr(header, field)) != now:
             raise DataError(
-                f"{path}: token counts were made with {field} {then}, the recipe's {field} is {now}; "
-                "make the index again with data_tools index"
+                f"{path}: token counts were made with {field} {then}, the recipe's {field} is "
+                f"{now}; make the index again with data_tools index"
             )
     return header
 

@@ -1,4 +1,4 @@
-"""Makes a shard's index: the one place that reads whole shards."""
+"""Construction of a shard's index, the only place that reads whole shards."""
 
 import hashlib
 import json
@@ -29,13 +29,14 @@ from megatron_vita.media.video import probe_video
 from megatron_vita.text.chat_format import ChatFormat
 
 Attempt = Callable[[Callable[[bool], Any]], Any]
-"""Carries out an action that reads what may be damaged; the action is told whether it is known to be good."""
+"""Runs an action that reads perhaps damaged data; its argument: the data is known to be good."""
 
 
 def build_index(shard: Path, chat: ChatFormat) -> SampleIndex:
-    """Scans a shard once and gives its index, without what the quarantine beside the shard lists.
+    """Scan a shard and build its index, without the samples in its quarantine.
 
-    DataError naming shard and key for a sample that cannot be read.
+    Raises:
+        DataError: naming shard and key of a sample that cannot be read.
     """
     index, quarantine = build_sound_index(shard, chat)
     for entry in quarantine.entries:
@@ -50,8 +51,11 @@ def build_sound_index(
     *,
     attempt: Attempt = lambda action: action(False),
 ) -> tuple[SampleIndex, Quarantine]:
-    """As `build_index`, but leaves out samples that cannot be read; gives the shard's quarantine
-    with these in it."""
+    """Build an index as `build_index`, leaving out samples that cannot be read.
+
+    Returns:
+        The index, and the shard's quarantine with the samples left out.
+    """
     quarantine = read_quarantine(shard)
     scanned = list(scan_whole(shard, attempt))
     known = _Known(quarantine, scanned)
@@ -68,6 +72,7 @@ def build_sound_index(
         except DataError as reason:
             bad.append(Entry("index", printable(sample.key), str(reason)))
     reader.close()
+    # Entries of `validate` stay; those of an earlier index are found again if they still hold.
     quarantine = quarantine.replaced("index", bad)
     made_with = {
         "rule": rule_stamp(reader.rule),
@@ -78,8 +83,8 @@ def build_sound_index(
 
 
 def scan_whole(shard: Path, attempt: Attempt) -> Iterator[tuple[ScannedSample, str]]:
-    """The samples of a shard, each with why it cannot be used or ""; last, with an empty key, what
-    ended the scan."""
+    """Yield the samples of a shard with a fault or ""; last, with an empty key, a failure of the
+    scan."""
     samples, end = attempt(partial(_scan, shard))
     yield from samples
     if end:
@@ -87,15 +92,18 @@ def scan_whole(shard: Path, attempt: Attempt) -> Iterator[tuple[ScannedSample, s
 
 
 def printable(key: str) -> str:
-    """A key with what is not UTF-8 escaped."""
+    """Escape the parts of a key that are not UTF-8."""
     return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def parse_sample(
     sample: ScannedSample, read: Callable[[Member], bytes], rule: MemberRule
 ) -> tuple[dict[str, Any], bool]:
-    """A sample's record, and whether it is of another maker: made of its members, not stored as
-    `{key}.json`."""
+    """Parse a sample's record.
+
+    Returns:
+        The record, and whether it is foreign: built of its members, not stored as `{key}.json`.
+    """
     name = f"{sample.key}.json"
 
     def read_member(name: str) -> bytes:
@@ -115,32 +123,31 @@ def _scan(shard: Path, _: bool) -> tuple[list[tuple[ScannedSample, str]], str]:
     found: list[tuple[ScannedSample, str]] = []
     try:
         for sample in scan_shard(shard):
-            found.append(
-                (
-                    sample,
-                    f"{shard} sample {printable(sample.key)}: {sample.fault}"
-                    if sample.fault
-                    else "",
-                )
-            )
+            fault = ""
+            if sample.fault:
+                fault = f"{shard} sample {printable(sample.key)}: {sample.fault}"
+            found.append((sample, fault))
     except DataError as error:
         return found, str(error)
     return found, ""
 
 
 def _is_own(data: bytes) -> bool:
-    """Whether a JSON member is a record as `SampleWriter` writes it: it names its own media."""
+    """Return true for a JSON record as `SampleWriter` writes it, which names its own media."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
         return False
-    media = [record.get(field) for field in FIELDS] if isinstance(record, dict) else [None]
-    return all(isinstance(names, list) for names in media)
+    if not isinstance(record, dict):
+        return False
+    return all(isinstance(record.get(field), list) for field in FIELDS)
 
 
 class _Known:
-    """The samples that `validate` listed. Of those that share a key, an entry is of the one whose
-    fault it tells; one that tells no fault of the scan is of the one without.
+    """Samples quarantined by `validate`.
+
+    If samples share a key, an entry belongs to the one whose scan fault ends its reason, else to
+    the one without a fault.
     """
 
     def __init__(
@@ -160,7 +167,7 @@ class _Known:
 
 
 class _Reader:
-    """Reads the samples of one shard."""
+    """Reader of the samples of one shard."""
 
     def __init__(self, shard: Path, chat: ChatFormat) -> None:
         self._shard = shard
@@ -171,7 +178,7 @@ class _Reader:
         self.close = self._reader.close
 
     def columns(self, sample: ScannedSample, _: bool) -> dict[str, Any]:
-        """A sample's row of the index. DataError naming shard and key."""
+        """Row of the index for a sample; raises DataError naming shard and key."""
         name = f"{self._shard} sample {sample.key}"
 
         def read_member(member: Member) -> bytes:
@@ -186,6 +193,10 @@ class _Reader:
             check_members(record, sample, is_foreign=is_foreign)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
+        # The shard holds no record of ours then: readers take it from the index.
+        stored = ""
+        if is_foreign:
+            stored = json.dumps(record, sort_keys=True)
         sizes = [image_size(read(member), f"{self._shard} {member}") for member in record["images"]]
         videos = [
             probe_video(read(member), f"{self._shard} {member}") for member in record["videos"]
@@ -193,7 +204,7 @@ class _Reader:
         return {
             "key": sample.key,
             "is_text": is_raw_text(record),
-            "record": json.dumps(record, sort_keys=True) if is_foreign else "",
+            "record": stored,
             "piece_kinds": [int(kind) for kind in kinds],
             "piece_tokens": tokens,
             "image_widths": [width for width, _ in sizes],
@@ -208,8 +219,11 @@ class _Reader:
 
 
 def check_members(record: dict[str, Any], sample: ScannedSample, *, is_foreign: bool) -> None:
-    """DataError if a record, which must be checked, names a medium that is not a member of its
-    sample, or is ours and does not name one that is."""
+    """Check the media names of a valid record against the members of its sample.
+
+    Raises:
+        DataError: it names a medium that is not a member, or is ours and omits one that is.
+    """
     for field in ("images", "videos"):
         record[field] = record.get(field) or []
         for name in record[field]:

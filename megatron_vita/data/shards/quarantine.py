@@ -1,8 +1,7 @@
-"""The list of a shard's samples that must not be used, beside it: `train-000000.quarantine.json`.
-Nothing is deleted.
+"""Quarantine: list of a shard's samples that must not be used, `train-000000.quarantine.json`.
 
-`index` lists what it cannot read, `validate` what cannot be decoded; an index leaves out what the
-list names, so no plan and no run meets it.
+Nothing is deleted. `index` lists samples that it cannot read, `validate` those that cannot be
+decoded; an index leaves out the listed samples, so that no plan and no run uses them.
 """
 
 import hashlib
@@ -20,8 +19,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """A sample left out, by whom (`index` or `validate`) and why; no key stands for the rest of the
-    tar."""
+    """A quarantined sample, the tool (`index` or `validate`) and the reason.
+
+    An empty key is the rest of the tar.
+    """
 
     by: str
     key: str
@@ -30,22 +31,21 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Quarantine:
-    """The list for a shard of `shard_size` bytes; `validated` says how all of it was decoded, if it
-    was."""
+    """Quarantine of a shard of `shard_size` bytes; `validated` describes a complete validation."""
 
     shard_size: int
     entries: list[Entry] = field(default_factory=list)
     validated: dict[str, Any] | None = None
 
     def stamp(self) -> str:
-        """What tells lists of other samples apart."""
+        """Digest of the quarantined keys."""
         keys = json.dumps(sorted(entry.key for entry in self.entries))
         return hashlib.sha256(keys.encode()).hexdigest()
 
     def replaced(
         self, by: str, entries: Iterable[Entry], *, validated: dict[str, Any] | None = None
     ) -> "Quarantine":
-        """The list with other entries of one of the tools."""
+        """Replace the entries of one of the tools."""
         kept = [entry for entry in self.entries if entry.by != by]
         return Quarantine(
             shard_size=self.shard_size,
@@ -55,13 +55,18 @@ class Quarantine:
 
 
 def quarantine_path(shard: Path) -> Path:
-    """Where the list of a shard lies."""
+    """Path of a shard's quarantine."""
     return shard.with_name(shard.name.removesuffix(".tar") + ".quarantine.json")
 
 
 def read_quarantine(shard: Path) -> Quarantine:
-    """The list of a shard; an empty one where there is none, or one of an earlier shard of this
-    name: of another size, or older than the shard. DataError if it is damaged.
+    """Read the quarantine of a shard.
+
+    It is empty if there is no file, or if the file belongs to an earlier shard of this name: of
+    another size, or older than the shard.
+
+    Raises:
+        DataError: the file is damaged.
     """
     path = quarantine_path(shard)
     empty = Quarantine(shard_size=shard.stat().st_size)
@@ -78,17 +83,14 @@ def read_quarantine(shard: Path) -> Quarantine:
 
 
 def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
-    """Writes the list under a temporary name, then renames it; leaves alone a file that says the
-    same.
-
-    It is never older than the shard, whose time may lie ahead.
-    """
+    """Write a quarantine atomically, unless the file already says the same."""
     path = quarantine_path(shard)
     if path.exists() and read_quarantine(shard) == quarantine:
         return
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text)
+    # Never older than the shard, whose time may be in the future: it would count as stale.
     newest = max(partial.stat().st_mtime_ns, shard.stat().st_mtime_ns)
     os.utime(partial, ns=(newest, newest))
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Reads members of shards by offset: local ones, remote ones, and local copies of remote ones."""
+"""Reading of shard members by offset: of local shards, remote ones, and their local copies."""
 
 import io
 import os
@@ -20,14 +20,14 @@ from megatron_vita.data.shards.storage import (
 from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError, ShardError, VitaError
 
-# bytes read at once of a file that is read part by part
+# Buffer of members read in parts: larger for remote ones, since each read is a request.
 NEAR_BUFFER = 1 << 17
 FAR_BUFFER = 1 << 22
 
 
 class ShardReader:
-    """Keeps the local shards, or copies, of the latest reads open. With a `cache`, copies of remote
-    ones are read."""
+    """Reader that keeps recently used shards open; with a `cache`, remote shards are read from
+    copies."""
 
     def __init__(self, *, cache: ShardCache | None = None, max_open: int = 64) -> None:
         self._cache = cache
@@ -36,8 +36,11 @@ class ShardReader:
         self._check_remote = lru_cache(maxsize=4096)(_check_remote)
 
     def read(self, shard: Location, *, member: Member, shard_size: int) -> bytes:
-        """The bytes of `member`. ShardError if the shard is gone or has not the `shard_size` bytes
-        of its index; DataError if they cannot be read.
+        """Read the bytes of a member.
+
+        Raises:
+            ShardError: the shard is gone or does not have the `shard_size` bytes of its index.
+            DataError: the bytes cannot be read.
         """
         if not isinstance(shard, Path) and self._cache is None:
             return self._read_remote(shard, member, shard_size)
@@ -45,17 +48,24 @@ class ShardReader:
 
     @contextmanager
     def open(self, shard: Location, *, member: Member, shard_size: int) -> Iterator[IO[bytes]]:
-        """`member` as a file, of which only what is asked for is read and held. Raises as `read`
-        does, in the end also
-        what went wrong in between: decoders take it for damage to the file, and show frames in
-        place of others.
+        """Open a member as a file that reads only requested parts.
+
+        Read errors inside the block are raised again at its end: a decoder would take them for
+        damage of the file and replace frames.
+
+        Raises:
+            ShardError, DataError: as `read`.
         """
+        # Reading no bytes opens and checks the shard: a missing one is reported before decoding.
         self.read(shard, member=Member(member.name, member.offset, 0), shard_size=shard_size)
-        is_far = not isinstance(shard, Path) and self._cache is None
+        buffer = NEAR_BUFFER
+        if not isinstance(shard, Path) and self._cache is None:
+            buffer = FAR_BUFFER
         file = _MemberFile(self, shard, member, shard_size)
         try:
-            yield io.BufferedReader(file, FAR_BUFFER if is_far else NEAR_BUFFER)
+            yield io.BufferedReader(file, buffer)
         except Exception:
+            # An error of the decoder that follows a failed read is only its consequence.
             if file.failure is None:
                 raise
         if file.failure is not None:
@@ -81,7 +91,8 @@ class ShardReader:
             raise DataError(f"{shard}: cannot read {member.name}: {error.strerror}") from error
         if len(data) != member.size:
             raise DataError(
-                f"{shard}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut short"
+                f"{shard}: {member.name} has {len(data)} of {member.size} bytes: the shard is cut "
+                "short"
             )
         return data
 
@@ -89,7 +100,7 @@ class ShardReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             if is_remote(shard):
-                # for the cache, which drops what was used least recently
+                # The cache evicts by time of use, which is kept in the file's times.
                 os.utime(self._files[shard])
             return self._files[shard]
         descriptor = self._open_anew(shard, shard_size)
@@ -114,14 +125,13 @@ class ShardReader:
             raise ShardError(f"{shard}: cannot open the shard: {error.strerror}") from error
 
     def _close_evicted(self) -> None:
-        """Closes copies that the cache has dropped: while they are open, they take disk that it
-        counts as free."""
+        """Close copies that the cache has evicted: open files occupy disk that counts as free."""
         for shard, descriptor in list(self._files.items()):
             if is_remote(shard) and not os.fstat(descriptor).st_nlink:
                 os.close(self._files.pop(shard))
 
     def close(self) -> None:
-        """Closes every open shard."""
+        """Close every open shard."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -133,7 +143,7 @@ class ShardReader:
 
 
 class _MemberFile(io.RawIOBase):
-    """A member of a shard, read part by part."""
+    """Raw file object of a shard's member."""
 
     def __init__(
         self, reader: ShardReader, shard: Location, member: Member, shard_size: int

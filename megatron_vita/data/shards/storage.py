@@ -1,6 +1,6 @@
-"""Where shards lie: on local disks or, through fsspec, in object stores; parts of files.
+"""Storage of shards: local disks or, through fsspec, object stores.
 
-A name with a scheme (`s3://bucket/mix/*.tar`) is remote. Credentials and endpoints are those of the
+A name with a scheme (`s3://bucket/mix/*.tar`) is remote. Credentials and endpoints come from the
 environment, as fsspec and the store's own library read them.
 """
 
@@ -23,20 +23,23 @@ logger = logging.getLogger(__name__)
 
 
 def is_remote(location: Location) -> bool:
-    """Whether a file lies in an object store."""
+    """Return true if a file is in an object store."""
     return not isinstance(location, Path)
 
 
 def find_files(pattern: str) -> list[Location]:
-    """The files that a glob finds, hidden ones only by name. ConfigError if its scheme is unknown
-    or its store cannot be listed."""
+    """Find the files that match a glob; hidden files match only by their full name.
+
+    Raises:
+        ConfigError: the scheme is unknown, or the store cannot be listed.
+    """
     if "://" not in pattern:
         return [Path(path) for path in glob.glob(pattern, recursive=True)]
     try:
         store, inner = fsspec.core.url_to_fs(pattern)
         return [
             UPath(store.unstrip_protocol(path))
-            for path in _patiently(lambda: store.glob(inner), pattern)
+            for path in _with_retries(lambda: store.glob(inner), pattern)
             if path == inner or not is_hidden(path.rpartition("/")[2])
         ]
     except (ImportError, ValueError, OSError) as error:
@@ -44,8 +47,7 @@ def find_files(pattern: str) -> list[Location]:
 
 
 def read_range(location: UPath, start: int, stop: int) -> bytes:
-    """Bytes `start` to `stop` of a remote file, tried again where the store fails. OSError if it
-    goes on failing."""
+    """Read bytes `start` to `stop` of a remote file, with retries; raises OSError in the end."""
 
     def read() -> bytes:
         data = location.fs.cat_file(location.path, start=start, end=stop)
@@ -53,36 +55,37 @@ def read_range(location: UPath, start: int, stop: int) -> bytes:
             raise OSError(f"{len(data)} of {stop - start} bytes came")
         return data
 
-    return _patiently(read, str(location))
+    return _with_retries(read, str(location))
 
 
 def read_file(location: UPath) -> bytes:
-    """All of a remote file, as `read_range`."""
-    return _patiently(lambda: location.fs.cat_file(location.path), str(location))
+    """Read all of a remote file, as `read_range`."""
+    return _with_retries(lambda: location.fs.cat_file(location.path), str(location))
 
 
 def read_tail(location: UPath, size: int) -> bytes:
-    """The last `size` bytes of a remote file, or all of a shorter one, as `read_range`."""
+    """Read the last `size` bytes of a remote file, or all of a shorter one, as `read_range`."""
     whole = file_size(location)
     return read_range(location, max(0, whole - size), whole)
 
 
 def file_size(location: Location) -> int:
-    """Bytes of a file. OSError if it is not there."""
+    """Size of a file in bytes; raises OSError if it does not exist."""
     if isinstance(location, Path):
         return location.stat().st_size
-    return _patiently(lambda: int(location.fs.info(location.path)["size"]), str(location))
+    return _with_retries(lambda: int(location.fs.info(location.path)["size"]), str(location))
 
 
-def _patiently[T](action: Callable[[], T], name: str) -> T:
-    """Tries again after failures that may pass, of which stores have many kinds. OSError in the
-    end."""
+def _with_retries[T](action: Callable[[], T], name: str) -> T:
+    """Retry an action after transient failures of a store; raises OSError in the end."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
         except (FileNotFoundError, PermissionError, ImportError, ValueError):
+            # These do not pass: a wrong name, missing rights, a missing or misused library.
             raise
         except Exception as error:
+            # Libraries of stores raise transient failures as exceptions of many types.
             if attempt == ATTEMPTS - 1:
                 raise OSError(
                     0, f"{type(error).__name__}: {error} ({ATTEMPTS} attempts)"
@@ -93,7 +96,7 @@ def _patiently[T](action: Callable[[], T], name: str) -> T:
 
 
 def check_size(shard: Location, found: int, planned: int) -> None:
-    """ShardError unless a shard has the size that its index was made of."""
+    """Raise ShardError unless a shard has the size that its index states."""
     if found != planned:
         raise ShardError(
             f"{shard}: the shard has {found} bytes, its index was made of one with {planned}: "
@@ -102,7 +105,8 @@ def check_size(shard: Location, found: int, planned: int) -> None:
 
 
 def refuse_remote(location: Location, what: str) -> Path:
-    """The path of a local file. DataError, saying `what` cannot be done, for a remote one."""
+    """Return the path of a local file; raises DataError, naming the operation `what`, for a remote
+    one."""
     if not isinstance(location, Path):
         raise DataError(
             f"{location}: {what} needs shards on a local disk; do it before they are uploaded"

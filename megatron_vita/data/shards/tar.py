@@ -1,8 +1,7 @@
-"""Shards: plain webdataset `.tar` files, written with the same bytes for the same samples, read by
-byte offset.
+"""Shards: plain webdataset `.tar` files, written reproducibly, read by byte offset.
 
 A sample is `{key}.json` (messages, names of its media members, perhaps an id) with
-`{key}.image0.png`, ..., `{key}.video0.mp4`, ... beside it, the media bytes as they were found.
+`{key}.image0.png`, ..., `{key}.video0.mp4`, ... beside it, the media files unchanged.
 """
 
 import json
@@ -21,7 +20,7 @@ MEDIA_KINDS = ("image", "video")
 
 
 class Member(NamedTuple):
-    """Where a file's bytes lie in a shard."""
+    """Position of a file's bytes in a shard."""
 
     name: str
     offset: int
@@ -36,8 +35,7 @@ class MediaFile(NamedTuple):
 
 
 class SampleWriter:
-    """Writes one shard under a temporary name; leaving the `with` block without an error gives it
-    its own."""
+    """Writer of one shard, which gets its name when the `with` block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,12 +45,18 @@ class SampleWriter:
         from webdataset import TarWriter  # imports torch, which takes longer than most commands
 
         self._file = open(self._partial, "wb")
+        # No owner and no time, so that the same samples give the same bytes.
         self._tar = TarWriter(self._file, encoder=False, user="", group="", mtime=0)
         return self
 
     def write(self, key: str, *, record: dict[str, Any], media: dict[str, list[MediaFile]]) -> None:
-        """Adds a sample. `record` is its JSON without media names; `media` holds the files by kind,
-        in order."""
+        """Add a sample.
+
+        Args:
+            key: key of the sample.
+            record: its JSON without media names.
+            media: its files by kind, in order.
+        """
         files: dict[str, bytes] = {}
         names: dict[str, list[str]] = {}
         for kind in MEDIA_KINDS:
@@ -72,8 +76,8 @@ class SampleWriter:
 
 
 class ScannedSample(NamedTuple):
-    """A sample as the headers of a shard tell of it: its members by name; `fault` says why it
-    cannot be used."""
+    """A sample by the headers of a shard: its members by name; `fault`: why it cannot be used, or
+    ""."""
 
     key: str
     members: dict[str, Member]
@@ -81,11 +85,13 @@ class ScannedSample(NamedTuple):
 
 
 def scan_shard(path: Path) -> Iterator[ScannedSample]:
-    """The samples of a shard in file order, from the tar headers alone; members with one key in a
-    row are a sample.
+    """Yield the samples of a shard in file order, from the tar headers alone.
 
-    Keys are what stands before the first dot of a file's name, folders included, as in webdataset.
-    Raises DataError where the tar is damaged or cut short, after the samples that are whole.
+    Consecutive members with one key are a sample. As in webdataset, the key is the path up to the
+    first dot of the file's name.
+
+    Raises:
+        DataError: the tar is damaged or cut short; raised after the samples that are complete.
     """
     keys: set[str] = set()
     pending: ScannedSample | None = None
@@ -114,7 +120,9 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
         RecursionError,
         EOFError,
     ) as error:
-        behind = f" at sample {pending.key!r:.200}" if pending else ""
+        behind = ""
+        if pending:
+            behind = f" at sample {pending.key!r:.200}"
         raise DataError(
             f"{path}: not a readable .tar shard: {error}{behind}; what follows is lost"
         ) from error
@@ -123,24 +131,27 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
 
 
 def _headers(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar of `size` bytes, none of which is kept. tarfile.ReadError unless they
-    end with zeros."""
+    """Yield the headers of a tar of `size` bytes; raises ReadError unless it ends with zeros."""
     before = -1
     while (info := tar.next()) is not None:
+        # A damaged size may lead back, or beyond the end of the file.
         if not before < tar.offset <= size or info.size < 0:
             raise tarfile.ReadError(
                 f"the header at byte {info.offset} says that the member has {info.size} bytes"
             )
         before = tar.offset
-        tar.members = []  # type: ignore[attr-defined]  # they would add up to the whole list
+        # tarfile keeps every header, which would add up over a large shard.
+        tar.members = []  # type: ignore[attr-defined]
         yield info
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
+    # tarfile takes a damaged header or the end of a file for the end of the archive, which is two
+    # blocks of zeros.
+    if not end:
+        raise tarfile.ReadError("it is cut short")
     if end != bytes(2 * tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(
-            f"the header at byte {tar.offset} is damaged" if end else "it is cut short"
-        )
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
 def _fault_of_key(key: str, earlier: set[str]) -> str:
