@@ -1,2 +1,1 @@
-"""The preprocessing command line, `python -m data_tools COMMAND`: from JSONL files to a pack plan,
-and a look at it."""
+"""Preprocessing command line, `python -m data_tools COMMAND`: from JSONL files to a pack plan."""

@@ -1,4 +1,4 @@
-"""Runs the command line; see `python -m data_tools --help`."""
+"""Entry point of the command line; see `python -m data_tools --help`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Histograms and bars as SVG, to stand inside an HTML page."""
+"""Histograms and bars as SVG for an HTML page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -15,24 +15,35 @@ MOST_BINS = 24
 
 
 def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | None = None) -> str:
-    """A histogram of values of at least 0; `log` makes each bin wider by one factor, `top` is where
-    the axis ends."""
+    """Draw a histogram of values of at least 0.
+
+    Args:
+        values: one for each item.
+        unit: unit of the values, for the titles of bars.
+        log: widen each bin by a constant factor.
+        top: end of the axis; None: the largest value.
+    """
     if not len(values):
         return '<p class="none">none</p>'
-    edges = _doubling_edges(values) if log else _even_edges(values, top)
+    if log:
+        edges = _doubling_edges(values)
+    else:
+        edges = _even_edges(values, top)
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)
     step = WIDTH / len(counts)
     most = max(int(counts.max()), 1)
+    # A bar of a few items among many would be invisible: it gets a minimum height.
+    heights = np.where(counts, np.maximum(HEIGHT * counts / most, 1.5), 0).tolist()
     bars = "".join(
         f'<rect class="bar" x="{i * step + 0.5:.1f}" width="{max(step - 1, 1):.1f}" '
-        f'y="{HEAD + (HEIGHT - bar):.1f}" height="{bar:.1f}"><title>{_number(edges[i])} to {_number(edges[i + 1])} '
-        f"{unit}: {count:,}</title></rect>"
-        for i, count in enumerate(counts.tolist())
-        if (bar := max(HEIGHT * count / most, 1.5 if count else 0))
+        f'y="{HEAD + (HEIGHT - bar):.1f}" height="{bar:.1f}">'
+        f"<title>{_number(edges[i])} to {_number(edges[i + 1])} {unit}: {count:,}</title></rect>"
+        for i, (count, bar) in enumerate(zip(counts.tolist(), heights, strict=True))
+        if count
     )
     marks = "".join(
-        f'<text x="{i * step:.1f}" y="{HEAD + HEIGHT + 14}" text-anchor="{_anchor(i, len(counts))}">'
-        f"{_number(edge)}</text>"
+        f'<text x="{i * step:.1f}" y="{HEAD + HEIGHT + 14}" '
+        f'text-anchor="{_anchor(i, len(counts))}">{_number(edge)}</text>'
         for i, edge in enumerate(edges)
         if i % _marked(len(counts)) == 0
     )
@@ -44,14 +55,15 @@ def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | 
 
 
 def stacked_bar(shares: dict[str, float], colors: Sequence[str]) -> str:
-    """One bar that is divided as the shares are, with a legend below."""
+    """Draw one bar divided by shares, with a legend."""
     whole = sum(shares.values()) or 1
     parts = [
         (name, value / whole, colors[i % len(colors)])
         for i, (name, value) in enumerate(shares.items())
     ]
     pieces = "".join(
-        f'<span style="width:{100 * share:.3f}%;background:{color}" title="{escape(name)}: {share:.1%}"></span>'
+        f'<span style="width:{100 * share:.3f}%;background:{color}" '
+        f'title="{escape(name)}: {share:.1%}"></span>'
         for name, share, color in parts
     )
     legend = "".join(
@@ -62,7 +74,7 @@ def stacked_bar(shares: dict[str, float], colors: Sequence[str]) -> str:
 
 
 def _doubling_edges(values: np.ndarray) -> np.ndarray:
-    """From a power of two to another; between them as many bins as make about a dozen in all."""
+    """Edges from one power of two to another, subdivided into about a dozen bins."""
     low = np.floor(np.log2(max(float(values.min()), 1)))
     high = np.floor(np.log2(max(float(values.max()), 1))) + 1
     finer = next(n for n in (8, 4, 2, 1) if n * (high - low) <= MOST_BINS or n == 1)
@@ -74,18 +86,23 @@ def _even_edges(values: np.ndarray, top: float | None) -> np.ndarray:
         return np.linspace(0, top, MOST_BINS + 1 - 4)
     width = max(1, int(np.ceil((values.max() + 1) / MOST_BINS)))
     bins = int(values.max()) // width + 1
-    return np.arange((bins if bins <= 8 else round_up(bins, 6)) + 1) * width
+    # Above 8 bins not every edge is labelled: a multiple of 6 divides into labelled intervals.
+    if bins > 8:
+        bins = round_up(bins, 6)
+    return np.arange(bins + 1) * width
 
 
 def _marked(bins: int) -> int:
-    """Every how many edges one is named: those that divide the axis in at most eight."""
+    """Interval of labelled edges: one that divides the axis into at most eight parts."""
     return next(n for n in (1, 2, 3, 4, 5, 6, 7, 8, bins) if bins % n == 0 and bins // n <= 8)
 
 
 def _anchor(place: int, bins: int) -> str:
     if place == 0:
         return "start"
-    return "end" if place == bins else "middle"
+    if place == bins:
+        return "end"
+    return "middle"
 
 
 def _number(value: float) -> str:

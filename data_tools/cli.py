@@ -1,4 +1,4 @@
-"""The commands. What a user can cause is one line on stderr, `error: ...`, and exit code 1."""
+"""Commands. An error that a user can cause is one line on stderr, `error: ...`, and exit code 1."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from data_tools.formats import FORMATS
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples, rejected_path
 from data_tools.planning import index_shards, write_plans
-from data_tools.pool import CORES, Crew
+from data_tools.pool import CORES, WorkerOptions
 from data_tools.reencode import Reencode
 from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
@@ -24,21 +24,19 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="From JSONL files of conversations to shards, their indexes and a pack plan.",
+    help="Preprocess JSONL files of conversations to shards, their indexes and a pack plan.",
 )
 
-MOST_SHOWN = 50
+MOST_SHOWN = 50  # damaged samples printed by `validate`; all are in the quarantine files
 Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
 Workers = Annotated[
-    int, typer.Option(help="Worker processes; 0 works in this one, without a time limit.")
+    int, typer.Option(help="Worker processes; 0: work in this process, without a time limit.")
 ]
 TimeLimit = Annotated[
-    float, typer.Option(help="Seconds that one sample may take; one that takes longer is bad.")
+    float, typer.Option(help="Time limit of a sample in seconds; one that takes longer is bad.")
 ]
-Executor = Annotated[
-    str, typer.Option(help="local, or ray: the Ray cluster that this machine belongs to.")
-]
+Executor = Annotated[str, typer.Option(help="local, or ray: the Ray cluster of this host.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")
 ]
@@ -53,22 +51,26 @@ def main(arguments: list[str], *, name: str = "python -m data_tools") -> int:
 def tokenizer(
     files: Jsonl,
     out: Annotated[Path, typer.Option(help="Model to write, NAME.model.")],
-    vocab_size: Annotated[int, typer.Option(help="Pieces, special tokens included.")] = 8192,
+    vocab_size: Annotated[
+        int, typer.Option(help="Size of the vocabulary with special tokens.")
+    ] = 8192,
 ) -> None:
-    """Train a SentencePiece tokenizer on the text of samples; bad lines are left out and listed."""
+    """Train a SentencePiece tokenizer on the text of samples; invalid lines are listed."""
     count = train_tokenizer(files, out=out, vocab_size=vocab_size)
     listed = rejected_lines_path(out)
-    left_out = f"; {count.rejected} lines rejected, listed in {listed}" if count.rejected else ""
+    left_out = ""
+    if count.rejected:
+        left_out = f"; {count.rejected} lines rejected, listed in {listed}"
     typer.echo(f"{out}: {vocab_size} pieces from {count.texts} texts{left_out}")
 
 
 @app.command("import")
 def import_(
-    format: Annotated[str, typer.Argument(help=f"What the sources are: {', '.join(FORMATS)}.")],
+    format: Annotated[str, typer.Argument(help=f"Format of the sources: {', '.join(FORMATS)}.")],
     sources: Annotated[list[Path], typer.Argument(help="Files or folders.")],
     out: Annotated[Path, typer.Option(help="File to write, NAME.jsonl.")],
     media: Annotated[
-        Path, typer.Option(help="Folder that the samples' image and video paths start from.")
+        Path, typer.Option(help="Folder to which image and video paths are relative.")
     ] = Path(),
     media_out: Annotated[
         Path | None, typer.Option(help="Folder for media found inside the sources.")
@@ -76,25 +78,24 @@ def import_(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="What the user asks where there is only a caption; else members.yaml's, or "
-            f"{DEFAULT_PROMPT!r}"
+            help="User's question for samples with only a caption; default: that of members.yaml, "
+            f"or {DEFAULT_PROMPT!r}"
         ),
     ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
-            help="A field or column, or the suffix of a tar's members, to be passed over; may be "
-            "given several times."
+            help="Field, column, or suffix of tar members to ignore; may be given several times."
         ),
     ] = None,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
 ) -> int:
-    """Turn samples of other formats into chat JSONL; run again to finish an interrupted run.
+    """Convert samples of other formats to chat JSONL; run again to finish an interrupted run.
 
-    A record that holds media, turns or marks in fields that are not known is rejected by their
-    names; see docs/data-tools.md.
+    A record with media, turns or marks in unknown fields is rejected by their names; see
+    docs/data-tools.md.
     """
     job = ImportJob(
         format=format,
@@ -105,7 +106,7 @@ def import_(
         ),
     )
     count = import_samples(
-        job, crew=Crew(workers=workers, time_limit=time_limit, executor=executor)
+        job, options=WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
     )
     return _report(out, count["samples"], count["rejected"], rejected_path(out))
 
@@ -113,49 +114,49 @@ def import_(
 @app.command()
 def shard(
     files: Annotated[
-        list[Path], typer.Argument(help="JSONL files; or one recipe, whose datasets name theirs.")
+        list[Path], typer.Argument(help="JSONL files, or one recipe whose datasets name theirs.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the dataset: its shards, progress, rejections.")
+        Path | None, typer.Option(help="Folder of the dataset: shards, progress, rejections.")
     ] = None,
     media: Annotated[
-        Path | None, typer.Option(help="Folder that the samples' image and video paths start from.")
+        Path | None, typer.Option(help="Folder to which image and video paths are relative.")
     ] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Lines that become one shard.")] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(help="Lines of a shard.")] = 1000,
     max_shard_mb: Annotated[
-        int, typer.Option(help="Megabytes from which a shard goes on in another tar.")
+        int, typer.Option(help="Size in MB above which a shard continues in another tar; 0: none.")
     ] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
     jpeg_quality: Annotated[
-        int, typer.Option(help="Store images as JPEG of this quality; 0 keeps them.")
+        int, typer.Option(help="Re-encode images as JPEG of this quality; 0: keep them.")
     ] = 0,
     video_gop: Annotated[
-        float, typer.Option(help="Re-cut videos: seconds from key frame to key frame.")
+        float, typer.Option(help="Re-encode videos with a key frame every so many seconds; 0: no.")
     ] = 0.0,
     video_fps: Annotated[
-        float, typer.Option(help="Re-cut videos: frames a second, those that sampling takes.")
+        float, typer.Option(help="Re-encode videos at this frame rate, as sampled; 0: no.")
     ] = 0.0,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
 ) -> int:
-    """Check samples and write them into shards; run again to finish an interrupted run."""
+    """Check samples and write them to shards; run again to finish an interrupted run."""
     reencode = Reencode(jpeg_quality=jpeg_quality, video_gop=video_gop, video_fps=video_fps)
-    options = {"samples_per_shard": samples_per_shard, "strict": strict, "reencode": reencode}
-    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
+    fields = {"samples_per_shard": samples_per_shard, "strict": strict, "reencode": reencode}
+    options = WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
     code = 0
-    for job in find_jobs(files, out=out, media=media, max_bytes=max_shard_mb * MEGABYTE, **options):
-        count = make_shards(job, crew=crew)
+    for job in find_jobs(files, out=out, media=media, max_bytes=max_shard_mb * MEGABYTE, **fields):
+        count = make_shards(job, options=options)
         code = _report(job.out, count.samples, len(count.rejected), job.out / REJECTED) or code
     return code
 
 
 def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
-    """Says what came out; the exit code, which is 1 where all was rejected."""
-    typer.echo(
-        f"{out}: {samples} samples"
-        + (f"; {rejected} rejected, listed in {listed}" if rejected else "")
-    )
+    """Print the counts of a result; returns the exit code, 1 if all was rejected."""
+    line = f"{out}: {samples} samples"
+    if rejected:
+        line += f"; {rejected} rejected, listed in {listed}"
+    typer.echo(line)
     if rejected and not samples:
         return 1
     return 0
@@ -173,12 +174,11 @@ def index(
     executor: Executor = "local",
 ) -> None:
     """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
-    crew = Crew(workers=workers, time_limit=time_limit, executor=executor)
-    count = index_shards(load_recipe(recipe, overrides or []), crew=crew, strict=strict)
+    options = WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
+    count = index_shards(load_recipe(recipe, overrides or []), options=options, strict=strict)
+    left_out = ""
     if count.left_out:
         left_out = f"; {count.left_out} samples left out, listed beside the shards"
-    else:
-        left_out = ""
     typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
 
 
@@ -191,17 +191,19 @@ def validate(
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
 ) -> int:
-    """Decode all that shards hold; what is damaged is listed beside them, and the exit code is then
-    1."""
+    """Decode all media of shards; damage is listed beside them, and the exit code is then 1."""
     tasks = find_targets(targets)
     found = validate_shards(
-        tasks, crew=Crew(workers=workers, time_limit=time_limit, executor=executor)
+        tasks, options=WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
     )
     _list_entries(found.usable)
     _list_entries(found.bad)
-    usable = f"{len(found.usable)} with frames in place of damaged ones, " if found.usable else ""
+    usable = ""
+    if found.usable:
+        usable = f"{len(found.usable)} with frames in place of damaged ones, "
     typer.echo(
-        f"{found.samples} samples in {len(tasks)} shards; {usable}{len(found.bad)} bad, listed beside the shards"
+        f"{found.samples} samples in {len(tasks)} shards; "
+        f"{usable}{len(found.bad)} bad, listed beside the shards"
     )
     if found.bad:
         return 1
@@ -210,8 +212,10 @@ def validate(
 
 def _list_entries(entries: list[tuple[Path, Entry]]) -> None:
     for shard, entry in entries[:MOST_SHOWN]:
-        named = entry.reason.startswith(str(shard))
-        typer.echo(entry.reason if named else f"{shard} {entry.key or 'the rest'}: {entry.reason}")
+        line = entry.reason
+        if not line.startswith(str(shard)):
+            line = f"{shard} {entry.key or 'the rest'}: {line}"
+        typer.echo(line)
     if len(entries) > MOST_SHOWN:
         typer.echo(f"... and {len(entries) - MOST_SHOWN} more")
 
@@ -226,7 +230,7 @@ def plan(
     continue_from: Annotated[
         int,
         typer.Option(
-            help="Keep the packs before this one of the training plan that is there: the mix changes."
+            help="Keep the packs before this one of the existing training plan, to change the mix."
         ),
     ] = 0,
 ) -> None:
@@ -242,9 +246,9 @@ def stats(
     recipe: RecipePath,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("stats.html"),
-    samples: Annotated[int, typer.Option(help="Samples of each dataset to show.")] = 6,
+    samples: Annotated[int, typer.Option(help="Samples to show of each dataset.")] = 6,
 ) -> None:
-    """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of the plan,
+    """Report on a recipe's data as an HTML page: counts, lengths, tiles, loss, fill of packs,
     samples."""
     from data_tools.report import write_report  # imports torch, as the tiles that it shows need
 
@@ -258,9 +262,9 @@ def inspect(
     recipe: RecipePath,
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
-    pack: Annotated[int, typer.Option(help="Number of a pack of the plan.")] = 0,
+    pack: Annotated[int, typer.Option(help="Number of the pack in the plan.")] = 0,
     sample: Annotated[
-        str, typer.Option(help="Show this sample alone, SHARD.tar:KEY; needs no plan.")
+        str, typer.Option(help="Show this sample, SHARD.tar:KEY, without a plan.")
     ] = "",
     png: Annotated[Path | None, typer.Option(help="Write a contact sheet to this file.")] = None,
 ) -> None:

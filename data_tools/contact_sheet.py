@@ -1,5 +1,4 @@
-"""A pack as a picture: a strip of the whole pack, then each document's text, loss marked, beside
-its tiles in order."""
+"""Contact sheet of a pack: a strip of the whole pack, then the text and tiles of each document."""
 
 import re
 from collections.abc import Iterator
@@ -35,8 +34,7 @@ LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "frame": "frame", "
 
 
 def draw_sheet(view: PackView) -> Image.Image:
-    """The contact sheet. Long texts are cut in the middle, and of many tiles of a document the
-    first are shown."""
+    """Draw the contact sheet; long texts are cut in the middle, long lists of tiles at the end."""
     sheet = _Sheet()
     sheet.line(view.title, INK)
     sheet.legend()
@@ -49,7 +47,7 @@ def draw_sheet(view: PackView) -> Image.Image:
 
 
 class _Sheet:
-    """A canvas that is filled from top to bottom and grows as needed."""
+    """Canvas that is filled from top to bottom and grows as needed."""
 
     def __init__(self) -> None:
         self._font = _font(TEXT_SIZE)
@@ -59,7 +57,7 @@ class _Sheet:
         self._draw = ImageDraw.Draw(self._canvas)
 
     def skip(self, pixels: int) -> None:
-        """Moves down; room for a row of tiles is always left below."""
+        """Move down, keeping room for a row of tiles below."""
         self._y += pixels
         if self._y + 2 * THUMBNAIL > self._canvas.height:
             taller = Image.new("RGB", (WIDTH, 2 * self._canvas.height), PAPER)
@@ -87,7 +85,8 @@ class _Sheet:
         self.skip(LINE + 4)
 
     def strip(self, view: PackView) -> None:
-        """The pack from its first token to its last, with a mark where a document begins."""
+        """Draw the pack from its first token to its last, with a mark at the beginning of each
+        document."""
         scale = (WIDTH - 2 * MARGIN) / view.seq_length
         for document in view.documents:
             position = document.start
@@ -104,28 +103,24 @@ class _Sheet:
         self.skip(STRIP + GAP)
 
     def document(self, view: PackView, document: DocumentView) -> None:
-        """Text on the left, tiles on the right; text alone takes the whole width."""
+        """Draw text on the left and tiles on the right; text alone takes the whole width."""
         top = self._y
-        self._runs(
-            [_shortened(run) for run in document.runs],
-            TEXT_EDGE if document.tiles else WIDTH - MARGIN,
-        )
+        edge = WIDTH - MARGIN
+        if document.tiles:
+            edge = TEXT_EDGE
+        self._runs([_shortened(run) for run in document.runs], edge)
         bottom = self._y
         self._y = top
         self._tiles(view, document)
         self._y = max(self._y, bottom)
 
     def _runs(self, runs: list[Run], edge: int) -> None:
-        """Flows the runs' words over lines, each on its kind's colour; a line break of the text
-        breaks the line."""
+        """Flow the words of runs over lines, each on the colour of its kind."""
         x = MARGIN
         for run in runs:
-            is_words = run.kind in ("text", "loss")
-            for word in (
-                re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text) if is_words else [run.text]
-            ):
-                shown = "\u21b5" if word == "\n" else word
-                for part in self._fitting(shown, edge - MARGIN):
+            for word in _words(run):
+                # A line break is shown as an arrow, and breaks the line as well.
+                for part in self._fitting(word.replace("\n", "\u21b5"), edge - MARGIN):
                     width = int(self._font.getlength(part)) + 1
                     if x + width > edge:
                         self.skip(LINE)
@@ -138,11 +133,13 @@ class _Sheet:
                 if word == "\n":
                     self.skip(LINE)
                     x = MARGIN
-        self.skip(LINE + GAP if x > MARGIN else GAP)
+        if x > MARGIN:
+            self.skip(LINE)
+        self.skip(GAP)
 
     def _tiles(self, view: PackView, document: DocumentView) -> None:
-        """The document's tiles from left to right, each with its number in the pack and its place
-        or time."""
+        """Draw a document's tiles from left to right, each with its index in the pack and its
+        label."""
         step = THUMBNAIL + GAP
         shown = document.tiles[:MAX_TILES]
         for place, tile in enumerate(shown):
@@ -175,12 +172,14 @@ class _Sheet:
             if line and self._font.getlength(f"{line} {word}") > WIDTH - 2 * MARGIN:
                 yield line
                 line = word
+            elif line:
+                line = f"{line} {word}"
             else:
-                line = f"{line} {word}" if line else word
+                line = word
         yield line
 
     def _fitting(self, word: str, width: int) -> Iterator[str]:
-        """A word in parts of at most `width` pixels; texts without spaces would leave the sheet."""
+        """Split a word into parts of at most `width` pixels, for texts without spaces."""
         while self._font.getlength(word) > width:
             cut = next(
                 i
@@ -192,6 +191,13 @@ class _Sheet:
         yield word
 
 
+def _words(run: Run) -> list[str]:
+    """Words of a text with the spaces before them, and its line breaks; labels stay whole."""
+    if run.kind in ("text", "loss"):
+        return re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text)
+    return [run.text]
+
+
 def _shortened(run: Run) -> Run:
     excess = len(run.text) - MAX_CHARACTERS
     if excess <= 0:
@@ -201,8 +207,7 @@ def _shortened(run: Run) -> Run:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The first of FONTS that the system has; else the one inside Pillow, which knows Latin letters
-    only."""
+    """Load the first of FONTS that is installed, else Pillow's own with only Latin letters."""
     for name in FONTS:
         try:
             return ImageFont.truetype(name, size)

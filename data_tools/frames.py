@@ -1,4 +1,4 @@
-"""Folders of frame images as one file: an uncompressed zip, `NAME.frames.zip`."""
+"""Packing of frame folders into one file, an uncompressed zip `NAME.frames.zip`."""
 
 import re
 from pathlib import Path
@@ -18,22 +18,21 @@ RATE_FILE = "fps.txt"
 
 
 def list_frames(folder: Path) -> list[Path]:
-    """The frame images of a folder that are not hidden, in the order of their names: numbers by
-    value, so that 10 follows 9."""
+    """List the visible frame images of a folder in natural order: numbers by value, 10 after 9."""
     return sorted((path for path in folder.iterdir() if is_image(path.name)), key=_natural)
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image, by its name."""
+    """Return true if a file is an image by its name."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
 def read_frames(folder: Path) -> bytes:
-    """The frames of a folder packed into one file. Their rate is in its `fps.txt`, one a second
-    where that is missing.
+    """Pack the frames of a folder into one file, at the rate of its `fps.txt` or 1 per second.
 
-    DataError if there are none, a frame is a link, another file may be one too, or `fps.txt` holds
-    no positive number.
+    Raises:
+        DataError: there is no frame, a frame is a link, another file looks like a medium, or
+            `fps.txt` holds no positive number.
     """
     paths = list_frames(folder)
     if not paths:
@@ -44,21 +43,21 @@ def read_frames(folder: Path) -> bytes:
         )
     if other := next((path for path in folder.iterdir() if _is_unread(path)), None):
         raise DataError(
-            f"{folder}: {other.name} looks like a medium, and is none of the frames, whose suffixes "
-            f"are {', '.join(IMAGE_SUFFIXES)}"
+            f"{folder}: {other.name} looks like a medium, but is not a frame, whose suffixes are "
+            f"{', '.join(IMAGE_SUFFIXES)}"
         )
     return pack_frames([(path.name, path.read_bytes()) for path in paths], _rate(folder))
 
 
 def _is_unread(path: Path) -> bool:
-    """Whether a file among frames looks like a medium, but not like a frame."""
+    """Return true if a file among frames looks like a medium, but not like a frame."""
     if is_hidden(path.name) or path.suffix.lower() in IMAGE_SUFFIXES or not path.is_file():
         return False
     return kind_of_name(path.name) is not None or kind_of_head(path) is not None
 
 
 def kind_of_head(path: Path) -> MediaKind | None:
-    """What a file holds by its first bytes. DataError if it cannot be read."""
+    """Kind of a file by its first bytes; raises DataError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return kind_of_content(file.read(HEAD))
@@ -83,7 +82,7 @@ def _rate(folder: Path) -> float:
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
-    """Sorts by the texts and numbers of a name, in turns."""
+    """Sort key that compares the texts and numbers of a name alternately."""
     parts = re.split(r"([0-9]+)", path.name)
     return [
         (text, int(number or 0))

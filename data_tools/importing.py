@@ -1,8 +1,7 @@
-"""From other formats to our chat JSONL, source by source, in worker processes; an interrupted run
-goes on.
+"""Import of other formats to chat JSONL, source by source, in worker processes; resumable.
 
-Beside `NAME.jsonl` lie `NAME.rejected.jsonl`, a line for each sample left out,
-`NAME.progress.jsonl`, and while the work lasts the folder `NAME.parts` with a part for each source.
+Beside `NAME.jsonl` are `NAME.rejected.jsonl`, a line for each rejected sample,
+`NAME.progress.jsonl`, and during the work the folder `NAME.parts` with a part for each source.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from data_tools.formats import FORMATS
 from data_tools.formats.base import Candidate, Setting, walk
-from data_tools.pool import Crew, Steps, judged
+from data_tools.pool import SampleGuard, WorkerOptions, as_data_error
 from data_tools.progress import Progress
 from data_tools.samples import check_medium
 from megatron_vita.data.samples.media_fields import FIELDS
@@ -33,7 +32,7 @@ KINDS = ("samples", "rejected")
 
 @dataclass(frozen=True, kw_only=True)
 class ImportJob:
-    """What is to become chat JSONL."""
+    """An import of sources to one JSONL file."""
 
     format: str
     paths: list[Path]
@@ -41,23 +40,24 @@ class ImportJob:
     setting: Setting
 
     def part(self, number: int, kind: str) -> Path:
-        """Where the samples, or what is rejected, of a source are kept until all are done."""
+        """Path of the samples, or of the rejections, of a source until all sources are done."""
         return self.out.with_suffix(".parts") / f"{number:06d}.{kind}.jsonl"
 
 
 class ImportTask(NamedTuple):
-    """One source to be read."""
+    """One source to read."""
 
     job: ImportJob
     number: int
     source: Path
 
 
-def import_samples(job: ImportJob, *, crew: Crew) -> dict[str, int]:
-    """Writes the JSONL file; gives how many samples there are and how many were rejected.
+def import_samples(job: ImportJob, *, options: WorkerOptions) -> dict[str, int]:
+    """Write the JSONL file; returns the numbers of samples and of rejected ones.
 
-    ConfigError if sources or folders are missing, or the output is of other sources or nothing
-    tells of which.
+    Raises:
+        ConfigError: sources or folders are missing, or the output exists and is of other or unknown
+            sources.
     """
     _check_job(job)
     sources = FORMATS[job.format].list_sources(job.paths)
@@ -66,25 +66,30 @@ def import_samples(job: ImportJob, *, crew: Crew) -> dict[str, int]:
     progress = Progress(path, stamp=_stamp(job, sources))
     if job.out.exists() and len(progress.finished) < len(sources):
         raise ConfigError(
-            f"{job.out}: it is there, but {path} does not tell of it; delete it or choose another --out"
+            f"{job.out}: it exists, but {path} does not describe it; delete it or choose another "
+            "--out"
         )
     job.part(0, "samples").parent.mkdir(exist_ok=True)
     if not job.out.exists():
-        for number in [
-            n for n in progress.finished if not all(job.part(n, kind).exists() for kind in KINDS)
-        ]:
-            del progress.finished[number]
+        # Parts may have been deleted since: their sources are read again.
+        for number in list(progress.finished):
+            if not all(job.part(number, kind).exists() for kind in KINDS):
+                del progress.finished[number]
     tasks = {number: ImportTask(job, number, source) for number, source in enumerate(sources)}
     left = sum(
         _size(task.source) for number, task in tasks.items() if number not in progress.finished
     )
-    progress.run(_import_source, tasks, crew=crew, total=left, unit="B" if left else "samples")
+    # Folders have no size that tells how much of them is read: their samples are counted.
+    unit = "samples"
+    if left:
+        unit = "B"
+    progress.run(_import_source, tasks, options=options, total=left, unit=unit)
     _join_parts(job, len(sources))
     return {kind: sum(progress.finished[number][kind] for number in tasks) for kind in KINDS}
 
 
 def rejected_path(out: Path) -> Path:
-    """Where the list of rejected samples lies."""
+    """Path of the list of rejected samples."""
     return out.with_suffix(".rejected.jsonl")
 
 
@@ -113,13 +118,15 @@ def _stamp(job: ImportJob, sources: list[Path]) -> dict[str, Any]:
 
 
 def _version(source: Path) -> tuple[int, int | str]:
-    """A file's size and time of change; a folder's are those of all media and texts in it."""
+    """Size and modification time of a file; for a folder those of all media and texts in it."""
     if source.is_file():
         return source.stat().st_size, source.stat().st_mtime_ns
     digest = hashlib.sha256()
     for path in walk(source):
         if kind_of_name(path.name) or path.name.lower().endswith(".txt"):
-            known = path.stat() if path.exists() else path.lstat()
+            known = path.lstat()
+            if path.exists():
+                known = path.stat()
             digest.update(
                 f"{path.relative_to(source)!r} {known.st_size} {known.st_mtime_ns}\n".encode()
             )
@@ -132,9 +139,11 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _import_source(task: ImportTask, steps: Steps) -> dict[str, int]:
-    """Writes the two parts of a source; gives their lengths. What ends its reading is the last
-    rejection."""
+def _import_source(task: ImportTask, guard: SampleGuard) -> dict[str, int]:
+    """Write the two parts of a source; returns their lengths.
+
+    A failure that ends the reading is the last rejection.
+    """
     counts = dict.fromkeys(KINDS, 0)
     paths = {kind: task.job.part(task.number, kind) for kind in KINDS}
     partials = {kind: path.with_name(path.name + ".partial") for kind, path in paths.items()}
@@ -143,7 +152,7 @@ def _import_source(task: ImportTask, steps: Steps) -> dict[str, int]:
             kind: stack.enter_context(open(path, "w", encoding="utf-8"))
             for kind, path in partials.items()
         }
-        for kind, entry in _sorted_samples(task, steps):
+        for kind, entry in _sorted_samples(task, guard):
             files[kind].write(json.dumps(entry, ensure_ascii=kind == "rejected") + "\n")
             counts[kind] += 1
     for kind in KINDS:
@@ -151,29 +160,31 @@ def _import_source(task: ImportTask, steps: Steps) -> dict[str, int]:
     return counts
 
 
-def _sorted_samples(task: ImportTask, steps: Steps) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("samples", sample) or ("rejected", where and why) of each candidate of a source; a step
-    reads some of them."""
+def _sorted_samples(task: ImportTask, guard: SampleGuard) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("samples", sample) or ("rejected", place and reason) for each candidate."""
     candidates = FORMATS[task.job.format].read(task.source, task.job.setting)
     position = 0
     in_bytes = _size(task.source) > 0
     while True:
         try:
-            batch, end = steps.run(lambda known: _read_batch(candidates))
+            batch, end = guard.run(lambda known: _read_batch(candidates))
         except DataError as error:
             batch = []
             end = str(error)
-        yield from map(partial(_judged, task), batch)
+        yield from map(partial(_checked_candidate, task), batch)
         if end:
             yield "rejected", {"source": str(task.source), "place": "the rest", "reason": end}
         if end or not batch:
             return
-        steps.advance(batch[-1].position - position if in_bytes else len(batch))
+        if in_bytes:
+            guard.advance(batch[-1].position - position)
+        else:
+            guard.advance(len(batch))
         position = batch[-1].position
 
 
 def _read_batch(candidates: Iterator[Candidate]) -> tuple[list[Candidate], str]:
-    """The next candidates, and why there are no more where reading failed."""
+    """Read the next candidates; returns them with the reason if reading failed, else ""."""
     batch: list[Candidate] = []
     try:
         for candidate in itertools.islice(candidates, BATCH):
@@ -183,14 +194,14 @@ def _read_batch(candidates: Iterator[Candidate]) -> tuple[list[Candidate], str]:
     return batch, ""
 
 
-def _judged(task: ImportTask, candidate: Candidate) -> tuple[str, dict[str, Any]]:
+def _checked_candidate(task: ImportTask, candidate: Candidate) -> tuple[str, dict[str, Any]]:
     setting = task.job.setting
     if FORMATS[task.job.format].writes_media and setting.media_out:
         root = setting.media_out
     else:
         root = setting.media
     try:
-        return "samples", judged(partial(_checked, candidate, root))
+        return "samples", as_data_error(partial(_checked, candidate, root))
     except DataError as error:
         return "rejected", {
             "source": str(task.source),
@@ -205,6 +216,7 @@ def _checked(candidate: Candidate, root: Path) -> dict[str, Any]:
     for field in FIELDS:
         for i, name in enumerate(sample.get(field, [])):
             check_medium(name, f"{field}[{i}]", root=root)
+    # Lone surrogates pass through json, and would end the writing of the file.
     try:
         json.dumps(sample, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -213,8 +225,9 @@ def _checked(candidate: Candidate, root: Path) -> dict[str, Any]:
 
 
 def _join_parts(job: ImportJob, sources: int) -> None:
-    """The parts of all sources, one behind the other, as the two files that are the result."""
+    """Concatenate the parts of all sources to the two resulting files."""
     if not job.out.exists():
+        # The samples last: their file shows that the import is complete.
         for kind, target in (("rejected", rejected_path(job.out)), ("samples", job.out)):
             partial_path = target.with_name(target.name + ".partial")
             with open(partial_path, "wb") as whole:

@@ -1,4 +1,4 @@
-"""Packs and samples shown as the model sees them, in words and as a picture."""
+"""Packs and samples as the model sees them, as text and as a picture."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_vita.text.vocabulary import open_tokenizer
 
 
 def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> str:
-    """Describes pack number `pack` of a split's plan, and draws it if `png` names a file."""
+    """Describe pack number `pack` of a split's plan, and draw it if `png` names a file."""
     if split not in get_args(Split):
         raise ConfigError(f"--split is {split!r}; known: {', '.join(get_args(Split))}")
     tokenizer = open_tokenizer(recipe)
@@ -36,7 +36,7 @@ def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> 
 
 
 def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
-    """Describes one sample, named SHARD.tar:KEY, as a pack of its own."""
+    """Describe one sample, named SHARD.tar:KEY, as a pack of its own."""
     shard, separator, key = sample.rpartition(":")
     if not separator:
         raise ConfigError(f"--sample is {sample!r}: SHARD.tar:KEY is needed")

@@ -1,4 +1,4 @@
-"""Lines of JSONL files, one sample each, dealt in runs of equal number."""
+"""Lines of JSONL files, one sample each, divided into ranges of equal size."""
 
 import io
 from collections.abc import Iterator
@@ -10,16 +10,15 @@ from megatron_vita.errors import DataError
 
 
 class Line(NamedTuple):
-    """A line of a JSONL file; `number` counts from 1. Empty lines count, but are no samples."""
+    """A non-empty line of a JSONL file; `number` counts all lines from 1."""
 
     file: Path
     number: int
     text: bytes
 
 
-class Stretch(NamedTuple):
-    """`lines` lines of a file that are not empty: from byte `offset` on, where line number `number`
-    begins."""
+class LineRange(NamedTuple):
+    """A range of `lines` non-empty lines from byte `offset`, the beginning of line `number`."""
 
     file: Path
     offset: int
@@ -28,34 +27,34 @@ class Stretch(NamedTuple):
 
 
 def read_lines(files: list[Path]) -> Iterator[Line]:
-    """The lines of JSONL files that are not empty. DataError if a file cannot be read."""
+    """Yield the non-empty lines of JSONL files; raises DataError if a file cannot be read."""
     for path in files:
         for _, line in _lines_from(path, offset=0, number=1):
             yield line
 
 
-def divide_lines(files: list[Path], *, size: int) -> Iterator[list[Stretch]]:
-    """The lines that are not empty in runs of `size`, which may begin in one file and end in
-    another.
+def divide_lines(files: list[Path], *, size: int) -> Iterator[list[LineRange]]:
+    """Divide the non-empty lines of files into runs of `size`, which may span several files.
 
-    DataError if a file cannot be read.
+    Raises:
+        DataError: a file cannot be read.
     """
-    run: list[Stretch] = []
+    run: list[LineRange] = []
     for path in files:
         for offset, line in _lines_from(path, offset=0, number=1):
             if not run or run[-1].file != path:
-                run.append(Stretch(path, offset, line.number, 0))
+                run.append(LineRange(path, offset, line.number, 0))
             run[-1] = run[-1]._replace(lines=run[-1].lines + 1)
-            if sum(stretch.lines for stretch in run) == size:
+            if sum(line_range.lines for line_range in run) == size:
                 yield run
                 run = []
     if run:
         yield run
 
 
-def read_stretches(stretches: list[Stretch]) -> Iterator[Line]:
-    """The lines of a run."""
-    for file, offset, number, lines in stretches:
+def read_ranges(ranges: list[LineRange]) -> Iterator[Line]:
+    """Yield the lines of a run."""
+    for file, offset, number, lines in ranges:
         for place, (_, line) in enumerate(_lines_from(file, offset=offset, number=number), start=1):
             yield line
             if place == lines:

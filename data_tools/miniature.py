@@ -1,5 +1,4 @@
-"""Made-up data for the miniature of a recipe: samples for each of its datasets, a tokenizer,
-indexes, plans."""
+"""Synthetic data for the miniature of a recipe: samples, tokenizer, indexes, plans."""
 
 import io
 import json
@@ -35,8 +34,10 @@ SECONDS = 20
 
 
 def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
-    """The recipe's miniature for `world_size` ranks, its data made by the first of them; `alone`:
-    by this process."""
+    """Build the miniature of a recipe for `world_size` ranks, with its data.
+
+    The data is made by rank 0, or by this process if `alone`.
+    """
     tiny = shrink(recipe, world_size=world_size, bf16=platform.on_cuda(), data=FOLDER)
     if not alone:
         platform.initialize_process()
@@ -47,14 +48,14 @@ def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
     if tiny.checkpoint.load and not Path(tiny.checkpoint.load).exists():
         if alone or dist.get_rank() == 0:
             logger.warning(
-                "%s is not there: the miniature starts from initial weights", tiny.checkpoint.load
+                "%s does not exist: the miniature starts from initial weights", tiny.checkpoint.load
             )
         tiny.checkpoint.load = ""
     return tiny
 
 
 def make_miniature_data(recipe: Recipe) -> None:
-    """Makes all that the miniature `recipe` names and that is not there yet."""
+    """Make the files that the miniature `recipe` names and that do not exist."""
     tokenizer = Path(recipe.text.tokenizer)
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     if not tokenizer.exists():
@@ -73,11 +74,12 @@ def make_miniature_data(recipe: Recipe) -> None:
 
 
 def _make_dataset(folder: Path) -> None:
-    """Shards of the dataset that the folder is named for, different for each name."""
+    """Write the shards of a dataset, with samples that depend on the folder's name."""
     if any(folder.glob("*.tar")):
         return
     raw = folder / "raw"
     raw.mkdir(parents=True, exist_ok=True)
+    # A stable hash, since Python's own differs between processes.
     first = zlib.crc32(folder.name.encode()) % 1000
     samples = [_conversation(first + i) for i in range(SAMPLES)]
     for i, sample in enumerate(samples):
@@ -91,7 +93,7 @@ def _make_dataset(folder: Path) -> None:
 
 
 def _conversation(number: int) -> dict[str, Any]:
-    """About an image, two images, a video, or nothing but words."""
+    """Build a conversation about an image, two images, a video, or text alone."""
     kind = ("image", "text", "two images", "image", "video", "text")[number % 6]
     color = list(COLORS)[number % len(COLORS)]
     question, answer = {
@@ -110,14 +112,15 @@ def _conversation(number: int) -> dict[str, Any]:
         ]
     }
     if "image" in kind:
-        sample["images"] = [f"{number}-{i}.png" for i in range(2 if kind == "two images" else 1)]
+        count = question.count("<image>")
+        sample["images"] = [f"{number}-{i}.png" for i in range(count)]
     if kind == "video":
         sample["videos"] = [f"{number}.mp4"]
     return sample
 
 
 def _media(sample: dict[str, Any], number: int) -> Iterator[tuple[str, bytes]]:
-    """The files that a sample names: (name, content)."""
+    """Yield the media files that a sample names: (name, content)."""
     color = np.array(list(COLORS.values())[number % len(COLORS)])
     noise = np.random.default_rng(number)
     for i, name in enumerate(sample.get("images", [])):

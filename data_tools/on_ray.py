@@ -1,7 +1,7 @@
-"""The same work on a Ray cluster. Ray is no requirement: it is imported when a command is given
-`--executor ray`.
+"""Execution of tasks on a Ray cluster.
 
-Source and output folders must be seen by all machines under the same paths.
+Ray is optional: it is imported for `--executor ray`. All hosts must see source and output folders
+under the same paths.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,18 +9,21 @@ from typing import Any
 
 from megatron_vita.errors import PlatformError, VitaError
 
-TASKS_PER_CORE = 2
+TASKS_PER_CORE = 2  # submitted at a time, so that a core never waits for the next task
 
 
 def run_on_ray(run_one: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """(number, result) of each task, as they end, from the cluster that RAY_ADDRESS or `ray start`
-    names.
+    """Yield (number, result) of each task, in order of completion, from a Ray cluster.
 
-    PlatformError if Ray is missing or no cluster runs; the first VitaError of a task is raised
-    here.
+    The cluster is that of RAY_ADDRESS or `ray start`.
+
+    Raises:
+        PlatformError: Ray is not installed, or no cluster runs.
+        VitaError: the first error of a task.
     """
     ray = _connected()
 
+    # A plain function, since Ray takes no partial.
     def run_there(task: Any) -> Any:
         return run_one(task)
 

@@ -7,9 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from data_tools.pool import Crew, Steps, run_tasks
+from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions, run_tasks
 from data_tools.progress import progress_bar
-from data_tools.sharding import HERE
 from megatron_vita.config import Recipe, TextConfig
 from megatron_vita.data.datasets import Split, find_shards, plan_path
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
@@ -32,7 +31,7 @@ REJECTED = "rejected.jsonl"
 
 
 class IndexTask(NamedTuple):
-    """One shard to be indexed."""
+    """One shard to index."""
 
     shard: Path
     text: TextConfig
@@ -42,19 +41,22 @@ class IndexTask(NamedTuple):
 
 @dataclass
 class IndexCount:
-    """What became of the shards of a recipe: indexes written, indexes that were current, samples
-    left out of these."""
+    """Counts of a recipe's shards: indexes written, indexes still current, and samples left out."""
 
     written: int
     current: int
     left_out: int
 
 
-def index_shards(recipe: Recipe, *, crew: Crew = HERE, strict: bool = True) -> IndexCount:
-    """Indexes the shards of all datasets.
+def index_shards(
+    recipe: Recipe, *, options: WorkerOptions = IN_PROCESS, strict: bool = True
+) -> IndexCount:
+    """Index the shards of all datasets.
 
-    Samples that cannot be read are left out and listed in the quarantine beside the shard; with
-    `strict` the first one is a DataError naming shard and key.
+    Samples that cannot be read are left out and listed in the quarantine beside the shard.
+
+    Raises:
+        DataError: with `strict`: naming shard and key of the first sample that cannot be read.
     """
     tokenizer = open_tokenizer(recipe)
     shards = find_all_shards(recipe)
@@ -62,14 +64,14 @@ def index_shards(recipe: Recipe, *, crew: Crew = HERE, strict: bool = True) -> I
     stale = [shard for shard in shards if not _is_current(shard, text)]
     tasks = [IndexTask(shard, recipe.text, recipe.model.text_only, strict) for shard in stale]
     with progress_bar("index", total=len(stale), unit="shards") as bar:
-        for _ in run_tasks(_index_shard, tasks, crew=crew):
+        for _ in run_tasks(_index_shard, tasks, options=options):
             bar.update()
     left_out = sum(len(read_quarantine(shard).entries) for shard in shards)
     return IndexCount(len(stale), len(shards) - len(stale), left_out)
 
 
 def find_all_shards(recipe: Recipe) -> list[Path]:
-    """The shards of all datasets of a recipe, each once."""
+    """List the shards of all datasets of a recipe, each once."""
     datasets = [*recipe.data.train, *recipe.data.validation]
     if not datasets:
         raise ConfigError("data.train is empty: name at least one dataset")
@@ -77,38 +79,39 @@ def find_all_shards(recipe: Recipe) -> list[Path]:
     return [refuse_remote(shard, "indexing and checking") for shard in shards]
 
 
-def _index_shard(task: IndexTask, steps: Steps) -> None:
+def _index_shard(task: IndexTask, guard: SampleGuard) -> None:
     tokenizer = _tokenizer(
         task.text.tokenizer, added=tokens_needed(task.text, text_only=task.text_only)
     )
     chat = ChatFormat(tokenizer, task.text)
-    index, quarantine = build_sound_index(task.shard, chat, attempt=steps.run)
+    index, quarantine = build_sound_index(task.shard, chat, attempt=guard.run)
     bad = [entry for entry in quarantine.entries if entry.by == "index"]
     if bad and task.strict:
         raise DataError(bad[0].reason)
+    # The quarantine first: after a kill in between, the index is still the old one, and stale.
     if quarantine.entries or quarantine_path(task.shard).exists():
         write_quarantine(quarantine, task.shard)
     write_index(index, index_path(task.shard))
 
 
+# A worker indexes many shards, and loading a tokenizer takes seconds.
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 
 
 def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iterator[str]:
-    """Writes the plan of each split that has datasets, and `rejected.jsonl` beside them. Yields a
-    line about each.
+    """Write the plan of each split that has datasets, and `rejected.jsonl`; yields a line about
+    each.
 
-    `continue_from` keeps the packs before it of the training plan that is there.
+    `continue_from` keeps that many packs of the existing training plan.
     """
     tokenizer = open_tokenizer(recipe)
     rejected: list[Rejected] = []
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):
             path = plan_path(recipe, split)
+            continued = None
             if continue_from and split == "train":
                 continued = Continuation(read_plan(path), continue_from)
-            else:
-                continued = None
             plan, left_out = make_plan(
                 recipe, split, tokenizer=tokenizer, strict=strict, continued=continued
             )
@@ -126,14 +129,14 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
 def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:
     filled = plan.num_tokens / (plan.num_packs * recipe.data.seq_length)
     return (
-        f"{path}: {plan.num_packs} packs of {recipe.data.seq_length} tokens, {plan.num_documents} documents, "
-        f"{filled:.1%} filled, {rejected} samples rejected"
+        f"{path}: {plan.num_packs} packs of {recipe.data.seq_length} tokens, {plan.num_documents} "
+        f"documents, {filled:.1%} filled, {rejected} samples rejected"
     )
 
 
 def _is_current(shard: Path, text: dict[str, str]) -> bool:
-    """Whether a shard's index is newer than the shard, and made with the rule and the quarantine of
-    now."""
+    """Return true if a shard's index is newer than the shard, and of the current rule and
+    quarantine."""
     path = index_path(shard)
     rule = read_rule(shard.parent)
     try:

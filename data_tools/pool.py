@@ -1,10 +1,9 @@
-"""Work in processes that may be killed: a decoder that hangs or crashes costs one sample, never the
-job.
+"""Worker processes that may be killed: a decoder that hangs or crashes costs one sample.
 
-A task is made of steps, usually one for each sample. A worker tells its watcher when it begins and
-ends a step; where a step outlives the time limit or takes its process along, the process is
-replaced, the task starts again with what is known of its steps, and the step that did it is bad,
-for that reason.
+A task consists of steps, usually one for each sample. A worker reports the beginning and the end of
+each step to its supervisor. If a step exceeds the time limit or ends its process, the process is
+replaced and the task starts again with the known outcomes of its steps; the step that failed is
+then a bad sample.
 """
 
 import logging
@@ -28,7 +27,7 @@ from megatron_vita.supervise.processes import end_with_parent
 logger = logging.getLogger(__name__)
 CORES = len(os.sched_getaffinity(0))
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""Where a file lay in memory, which some decoders tell: reasons are the same in every run."""
+"""Memory address in the messages of some decoders, removed so that reasons are reproducible."""
 FAULT = "this sample meets a fault of the program"
 EXECUTORS = ("local", "ray")
 PRELOADED = [
@@ -37,15 +36,14 @@ PRELOADED = [
     "data_tools.validation",
     "data_tools.planning",
 ]
-Work = Callable[[Any, "Steps"], Any]
+Work = Callable[[Any, "SampleGuard"], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
-    """Who does the work: `workers` processes of this machine (0: this process, without a time
-    limit), or a cluster.
+class WorkerOptions:
+    """Execution of tasks: `workers` local processes (0: this process, without time limit), or Ray.
 
-    `time_limit` is what a step may take, in seconds.
+    `time_limit` is the limit of a step in seconds.
     """
 
     workers: int = CORES
@@ -61,37 +59,44 @@ class Crew:
             raise ConfigError(f"--executor is {self.executor!r}; known: {', '.join(EXECUTORS)}")
 
 
-class Steps:
-    """The steps of a task, counted as they come: the same ones in the same order whenever the task
-    is done again."""
+IN_PROCESS = WorkerOptions(workers=0)
 
-    def __init__(self, verdicts: dict[int, str], tell: Callable[..., object]) -> None:
-        self._verdicts = verdicts
+
+class SampleGuard:
+    """Guard of a task's steps, which are numbered in order, equally each time the task is run.
+
+    Args:
+        outcomes: outcome of steps in an earlier attempt: a reason, or "" if the step was good.
+        tell: sends a message to the supervisor.
+    """
+
+    def __init__(self, outcomes: dict[int, str], tell: Callable[..., object]) -> None:
+        self._outcomes = outcomes
         self._tell = tell
         self._count = 0
         self.amount = 0
 
     def advance(self, amount: int = 1) -> None:
-        """Reports that so much more of the task is behind it."""
+        """Report progress of the task by `amount`."""
         self.amount += amount
         self._tell("at", self.amount)
 
     def run(self, action: Callable[[bool], Any]) -> Any:
-        """What `action(known)` gives; `known`: an earlier attempt found this step good, so nothing
-        need be checked.
+        """Run a step, `action(known)`; `known`: it was good in an earlier attempt and needs no
+        checks.
 
-        DataError with the reason if the step is bad: by itself, by its time, by the death of its
-        process.
+        Raises:
+            DataError: the step is bad: by its own error, its time, or the death of its process.
         """
         number = self._count
-        self._count = self._count + 1
-        verdict = self._verdicts.get(number)
-        if verdict:
-            raise DataError(verdict)
+        self._count += 1
+        outcome = self._outcomes.get(number)
+        if outcome:
+            raise DataError(outcome)
         self._tell("begin", number)
         reason = ""
         try:
-            return judged(partial(action, verdict == ""))
+            return as_data_error(partial(action, outcome == ""))
         except DataError as error:
             reason = str(error)
             raise
@@ -99,11 +104,11 @@ class Steps:
             self._tell("end", number, reason)
 
 
-def judged(action: Callable[[], Any]) -> Any:
-    """What `action`, which reads a sample, gives. Whatever is wrong with the sample is a DataError.
+def as_data_error(action: Callable[[], Any]) -> Any:
+    """Run an action that reads a sample; all that is wrong with the sample becomes DataError.
 
-    What nobody foresaw is, too, with FAULT in front, and logged: one sample in a million must not
-    end the work.
+    Unexpected exceptions do, too, with FAULT in front, and are logged: one sample in a million must
+    not end the work.
     """
     try:
         return action()
@@ -122,36 +127,42 @@ def run_tasks(
     work: Work,
     tasks: Sequence[Any],
     *,
-    crew: Crew,
+    options: WorkerOptions,
     on_advance: Callable[[int], object] = lambda amount: None,
 ) -> Iterator[tuple[int, Any]]:
-    """(number of the task, `work(task, steps)`) of each task, in the order in which they end.
+    """Yield (number, `work(task, guard)`) of each task, in order of completion.
 
-    `work` is a function of a module; `on_advance` is given what it reports. The first VitaError
-    that `work` raises is raised here and ends all.
+    Args:
+        work: a function at the top level of a module.
+        tasks: arguments of `work`, which can be pickled.
+        options: processes and time limit.
+        on_advance: called with the progress that `work` reports.
+
+    Raises:
+        VitaError: the first error of `work`, which ends all.
     """
     if not tasks:
         return iter(())
-    if crew.executor == "ray":
-        return _run_there(work, tasks, crew, on_advance)
-    if crew.workers == 0:
+    if options.executor == "ray":
+        return _run_there(work, tasks, options, on_advance)
+    if options.workers == 0:
         return _run_here(work, tasks, on_advance)
-    return _Watch(work, tasks, crew, on_advance).results()
+    return _Supervisor(work, tasks, options, on_advance).results()
 
 
 def _run_there(
-    work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]
+    work: Work, tasks: Sequence[Any], options: WorkerOptions, on_advance: Callable[[int], object]
 ) -> Iterator[tuple[int, Any]]:
-    for number, (result, amount) in run_on_ray(partial(_run_one, work, crew), tasks):
+    for number, (result, amount) in run_on_ray(partial(_run_one, work, options), tasks):
         on_advance(amount)
         yield number, result
 
 
-def _run_one(work: Work, crew: Crew, task: Any) -> tuple[Any, int]:
-    """The result of one task, done in a process that may be killed, and what it reported."""
+def _run_one(work: Work, options: WorkerOptions, task: Any) -> tuple[Any, int]:
+    """Run one task in a process that may be killed; returns its result and its progress."""
     amounts: list[int] = []
-    alone = Crew(workers=1, time_limit=crew.time_limit)
-    ((_, result),) = run_tasks(work, [task], crew=alone, on_advance=amounts.append)
+    alone = WorkerOptions(workers=1, time_limit=options.time_limit)
+    ((_, result),) = run_tasks(work, [task], options=alone, on_advance=amounts.append)
     return result, sum(amounts)
 
 
@@ -159,20 +170,24 @@ def _run_here(
     work: Work, tasks: Sequence[Any], on_advance: Callable[[int], object]
 ) -> Iterator[tuple[int, Any]]:
     for number, task in enumerate(tasks):
-        steps = Steps({}, lambda *_: None)
-        yield number, work(task, steps)
-        on_advance(steps.amount)
+        guard = SampleGuard({}, lambda *_: None)
+        yield number, work(task, guard)
+        on_advance(guard.amount)
 
 
-class _Watch:
-    """Deals tasks to worker processes and replaces those that hang or die."""
+class _Supervisor:
+    """Assigns tasks to worker processes and replaces those that hang or die."""
 
     def __init__(
-        self, work: Work, tasks: Sequence[Any], crew: Crew, on_advance: Callable[[int], object]
+        self,
+        work: Work,
+        tasks: Sequence[Any],
+        options: WorkerOptions,
+        on_advance: Callable[[int], object],
     ) -> None:
         self._work = work
         self._tasks = tasks
-        self._crew = crew
+        self._options = options
         self._on_advance = on_advance
         self._waiting = deque(range(len(tasks)))
         self._workers: list[_Worker] = []
@@ -180,40 +195,40 @@ class _Watch:
     def results(self) -> Iterator[tuple[int, Any]]:
         try:
             self._workers = [
-                _Worker(self._work) for _ in range(min(self._crew.workers, len(self._tasks)))
+                _Worker(self._work) for _ in range(min(self._options.workers, len(self._tasks)))
             ]
             for worker in self._workers:
-                self._deal(worker)
+                self._assign(worker)
             while busy := [worker for worker in self._workers if worker.task is not None]:
-                ready = wait([worker.pipe for worker in busy], timeout=self._patience(busy))
+                ready = wait([worker.pipe for worker in busy], timeout=self._seconds_left(busy))
                 for worker in busy:
                     if worker.pipe in ready:
-                        yield from self._listen(worker)
+                        yield from self._on_message(worker)
                     elif worker.is_late():
                         self._replace(
                             worker,
-                            f"it took longer than the time limit of {self._crew.time_limit:g} s",
+                            f"it took longer than the time limit of {self._options.time_limit:g} s",
                         )
         finally:
             for worker in self._workers:
                 worker.kill()
 
-    def _patience(self, busy: list["_Worker"]) -> float | None:
-        """Seconds until the first worker is late."""
+    def _seconds_left(self, busy: list["_Worker"]) -> float | None:
+        """Seconds until the first timeout of a worker; None if no worker is in a step."""
         deadlines = [worker.deadline for worker in busy if worker.step is not None]
         if deadlines:
             return max(min(deadlines) - time.monotonic(), 0)
         return None
 
-    def _deal(self, worker: "_Worker") -> None:
+    def _assign(self, worker: "_Worker") -> None:
         worker.task = None
-        worker.verdicts = {}
+        worker.outcomes = {}
         worker.reached = 0
         if self._waiting:
             worker.task = self._waiting.popleft()
             worker.send(self._tasks[worker.task])
 
-    def _listen(self, worker: "_Worker") -> Iterator[tuple[int, Any]]:
+    def _on_message(self, worker: "_Worker") -> Iterator[tuple[int, Any]]:
         try:
             word, *values = worker.pipe.recv()
         except (EOFError, OSError):
@@ -221,48 +236,49 @@ class _Watch:
             return
         if word == "begin":
             worker.step = values[0]
-            worker.deadline = time.monotonic() + self._crew.time_limit
+            worker.deadline = time.monotonic() + self._options.time_limit
         elif word == "end":
             worker.step = None
-            worker.verdicts[values[0]] = values[1]
+            worker.outcomes[values[0]] = values[1]
         elif word == "at":
+            # A repeated task reports its earlier progress again, which must not count twice.
             self._on_advance(max(values[0] - worker.reached, 0))
             worker.reached = max(values[0], worker.reached)
         elif word == "done":
             assert worker.task is not None
             yield worker.task, values[0]
-            self._deal(worker)
+            self._assign(worker)
         else:
             raise values[0]
 
     def _replace(self, worker: "_Worker", reason: str) -> None:
-        """Kills a worker; another takes its task up again, without the step that it was at."""
+        """Kill a worker; its replacement repeats the task, without the step that failed."""
         assert worker.task is not None
+        # Between steps no sample is being read: the host itself kills processes.
         if worker.step is None:
             raise PlatformError(
                 f"a worker process ended between two samples: {reason}; is there memory enough?"
             )
-        worker.verdicts[worker.step] = reason
+        worker.outcomes[worker.step] = reason
         worker.restart()
         worker.send(self._tasks[worker.task])
 
 
 class _Worker:
-    """A worker process, its task, the step that it is at, the verdicts on earlier steps and how far
-    it was."""
+    """A worker process, its task and current step, the outcomes of its steps, and its progress."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self.task: int | None = None
         self.step: int | None = None
-        self.verdicts: dict[int, str] = {}
+        self.outcomes: dict[int, str] = {}
         self.reached = 0
         self.deadline = 0.0
         self._start()
 
     def send(self, task: Any) -> None:
-        """Hands it a task, with what is known of its steps."""
-        self.pipe.send((task, self.verdicts))
+        """Send a task, with the known outcomes of its steps."""
+        self.pipe.send((task, self.outcomes))
 
     def is_late(self) -> bool:
         return self.step is not None and time.monotonic() >= self.deadline
@@ -270,7 +286,9 @@ class _Worker:
     def cause_of_death(self) -> str:
         self._process.join()
         code = self._process.exitcode or 0
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"exit code {code}"
+        if code < 0:
+            how = f"signal {signal.Signals(-code).name}"
         return f"reading it ended the process with {how}"
 
     def restart(self) -> None:
@@ -284,25 +302,29 @@ class _Worker:
         self.pipe.close()
 
     def _start(self) -> None:
+        # A fork of this process could inherit a lock held by one of its threads, and hang; the fork
+        # server also spares each worker the imports.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         self._process.start()
+        # Only the worker's own copy is open then, so that its death closes the pipe.
         theirs.close()
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """A worker's life: one task after another, until it is killed or its watcher is gone."""
+    """Run one task after another until the worker is killed or its supervisor is gone."""
     end_with_parent()
+    # Ctrl-C goes to the whole process group; the supervisor ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
-            task, verdicts = pipe.recv()
+            task, outcomes = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(("done", work(task, Steps(verdicts, lambda *words: pipe.send(words)))))
+            pipe.send(("done", work(task, SampleGuard(outcomes, lambda *words: pipe.send(words)))))
         except VitaError as error:
             pipe.send(("error", error))
         except BrokenPipeError:

@@ -1,5 +1,4 @@
-"""A few samples of each dataset as HTML: small pictures, frames with their times, and what is said,
-loss marked."""
+"""Previews of samples as HTML: small pictures, frames with times, and the conversation."""
 
 import base64
 import io
@@ -29,7 +28,8 @@ MOST_CHARACTERS = 600
 
 
 def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
-    """`count` samples, evenly spread over a dataset's shards; what cannot be read says why."""
+    """Yield `count` samples, evenly spread over a dataset's shards; errors are shown in their
+    place."""
     starts = np.cumsum([0, *(header.samples for header in dataset.source.headers)])
     reader = ShardReader()
     count = min(count, int(starts[-1]))
@@ -42,7 +42,7 @@ def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
         try:
             yield _card(shard, row, index.header.shard_size, reader, dataset)
         except (VitaError, OSError) as error:
-            yield f'<article class="sample"><h4>{escape(row.key)}</h4><p class="bad">{escape(str(error))}</p></article>'
+            yield _article(row.key, f'<p class="bad">{escape(str(error))}</p>')
     reader.close()
 
 
@@ -57,8 +57,9 @@ def _card(
         _figure(open_image(read(name), name), f"image {i + 1}")
         for i, name in enumerate(record["images"])
     ]
-    more = len(pictures) - MOST_IMAGES
-    shown = pictures[:MOST_IMAGES] + ([f'<p class="none">and {more} more</p>'] if more > 0 else [])
+    shown = pictures[:MOST_IMAGES]
+    if len(pictures) > MOST_IMAGES:
+        shown.append(f'<p class="none">and {len(pictures) - MOST_IMAGES} more</p>')
     for name, info in zip(record["videos"], row.videos, strict=True):
         times = frame_times(info, max_fps=1e9, max_frames=FRAMES)
         tiles = decode_frames(read(name), name, times=times, tile_size=SIDE)
@@ -66,22 +67,28 @@ def _card(
             _figure(Image.fromarray(tile.transpose(1, 2, 0)), f"{time:.1f} s")
             for tile, time in zip(tiles, times, strict=True)
         ]
-    figures = f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
-    return f'<article class="sample"><h4>{escape(row.key)}</h4>{figures}{"".join(_turns(record))}</article>'
+    figures = ""
+    if shown:
+        figures = f'<div class="pictures">{"".join(shown)}</div>'
+    return _article(row.key, figures + "".join(_turns(record)))
+
+
+def _article(key: str, content: str) -> str:
+    return f'<article class="sample"><h4>{escape(key)}</h4>{content}</article>'
 
 
 def _turns(record: dict[str, Any]) -> Iterator[str]:
     if is_raw_text(record):
         yield f'<p class="assistant"><b>text</b> {_cut(record["text"])}</p>'
         return
-    places = dict.fromkeys(("image", "video"), 0)
+    numbers = dict.fromkeys(("image", "video"), 0)
     turns = check_messages(record)
     for turn in turns[:MOST_TURNS]:
         text = ""
         for part in turn.parts:
             if isinstance(part, MediaPart):
-                places[part.kind] += 1
-                text += f"[{part.kind} {places[part.kind]}]"
+                numbers[part.kind] += 1
+                text += f"[{part.kind} {numbers[part.kind]}]"
             else:
                 text += part.text
         yield f'<p class="{turn.role}"><b>{turn.role}</b> {_cut(text)}</p>'
@@ -102,4 +109,7 @@ def _figure(image: Image.Image, caption: str) -> str:
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img alt="{caption}" src="data:image/jpeg;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{caption}" src="data:image/jpeg;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )

@@ -1,5 +1,4 @@
-"""What of a piece of work is finished, on disk, so that an interrupted run goes on where it
-stopped."""
+"""Progress of work on disk, so that an interrupted run continues."""
 
 import json
 import os
@@ -9,59 +8,78 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.pool import Crew, Work, run_tasks
+from data_tools.pool import Work, WorkerOptions, run_tasks
 from megatron_vita.errors import ConfigError, DataError
 
 
 class Progress:
-    """A JSONL file: the stamp (what the work is made of), then a line for each finished part, in
-    the order they ended.
+    """Progress file: JSONL with the stamp of the work, then a line for each finished part.
 
-    ConfigError if the file tells of finished parts of other work, naming the field; DataError if it
-    is damaged. A torn last line is passed over.
+    A torn last line is skipped.
+
+    Raises:
+        ConfigError: the file has finished parts of other work; names the field that differs.
+        DataError: the file is damaged.
     """
 
     def __init__(self, path: Path, *, stamp: dict[str, Any]) -> None:
         self._path = path
-        entries = list(_whole_lines(path)) if path.exists() else []
+        entries = []
+        if path.exists():
+            entries = list(_whole_lines(path))
         if len(entries) > 1 and entries[0] != stamp:
             field = next(name for name in stamp if entries[0].get(name) != stamp[name])
             raise ConfigError(
-                f"{path}: it tells of work with another {field} ({entries[0].get(field)!s:.200}, "
+                f"{path}: it is of work with another {field} ({entries[0].get(field)!s:.200}, "
                 f"now {stamp[field]!s:.200}); choose another output or delete this one"
             )
-        entries = entries if len(entries) > 1 else [stamp]
+        # A stamp without finished parts binds nobody: other work may begin.
+        if len(entries) <= 1:
+            entries = [stamp]
+        # Written anew, so that a torn last line is gone before others follow.
         write_lines(path, entries)
         self.finished: dict[int, Any] = {entry["part"]: entry["result"] for entry in entries[1:]}
 
-    def run(self, work: Work, tasks: dict[int, Any], *, crew: Crew, total: int, unit: str) -> None:
-        """Does the tasks that are not finished, whose results JSON must hold; `total` of `unit`s
-        are ahead."""
+    def run(
+        self, work: Work, tasks: dict[int, Any], *, options: WorkerOptions, total: int, unit: str
+    ) -> None:
+        """Run the tasks that are not finished; their results must be JSON.
+
+        Args:
+            work: the function of `run_tasks`.
+            tasks: tasks by number of the part.
+            options: processes and time limit.
+            total: amount of work that remains, in `unit`s.
+            unit: unit of the progress bar.
+        """
         numbers = [number for number in tasks if number not in self.finished]
         waiting = [tasks[number] for number in numbers]
         with (
             progress_bar(self._path.parent, total=total, unit=unit) as bar,
             open(self._path, "a") as file,
         ):
-            for place, result in run_tasks(work, waiting, crew=crew, on_advance=bar.update):
-                self.finished[numbers[place]] = result
-                _append(file, [{"part": numbers[place], "result": result}])
+            for i, result in run_tasks(work, waiting, options=options, on_advance=bar.update):
+                self.finished[numbers[i]] = result
+                _append(file, [{"part": numbers[i], "result": result}])
 
 
 def progress_bar(name: object, *, total: int, unit: str) -> "tqdm[Any]":
-    """Amount done, rate and time left; bytes in their multiples."""
+    """Create a progress bar with amount, rate and remaining time; bytes with their prefixes."""
     scaled = unit == "B"
+    if not scaled:
+        # tqdm writes the unit right after the number.
+        unit = f" {unit}"
     return tqdm(
         total=total,
         desc=str(name),
-        unit=unit if scaled else f" {unit}",
+        unit=unit,
         unit_scale=scaled,
         mininterval=1,
     )
 
 
 def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSONL file under a temporary name, then renames it."""
+    """Write a JSONL file atomically."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:
         _append(file, entries)

@@ -1,5 +1,4 @@
-"""Media encoded anew on their way into a shard: images as JPEG, videos in short groups of pictures
-at a low rate."""
+"""Re-encoding of media for shards: images as JPEG, videos with short groups of pictures."""
 
 import io
 import logging
@@ -30,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 X264 = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0", "sc_threshold": "0"}
 NO_KEY_FRAMES = 1 << 20
-"""Frames after which the encoder itself begins a group of pictures: groups are begun by time."""
+"""Group size of the encoder, never reached: key frames are set by time instead."""
 UNLIMITED = 1 << 40
 CLOCK = Fraction(1, 90000)
-"""Seconds of a step of the time stamps that are written."""
+"""Time base of the written stamps in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reencode:
-    """What changes; 0 leaves as it is. `jpeg_quality` of 1 to 100; `video_gop` in seconds,
-    `video_fps` frames a second.
+    """Settings for re-encoding; 0 keeps media as they are.
 
-    Where only `video_fps` is given, a key frame begins each second. Sound is left out, orientation
-    is made real.
+    `jpeg_quality` is 1 to 100, `video_gop` in seconds, `video_fps` in frames per second. With
+    `video_fps` alone a key frame begins each second. Sound is dropped, and orientation is applied
+    to the pixels.
     """
 
     jpeg_quality: int = 0
@@ -61,14 +60,14 @@ class Reencode:
                 )
 
     def __call__(self, kind: str, file: MediaFile, *, place: str = "") -> MediaFile:
-        """The medium as it goes into the shard. DataError if it cannot be decoded.
+        """Re-encode a medium; raises DataError if it cannot be decoded.
 
-        A video of which frames cannot be decoded stays as it is, and the log says so with `place`:
-        encoded anew, the frames that stand for them would count as good.
+        A video with undecodable frames is kept as it is, with a warning that begins with `place`.
         """
         if kind == "image" and self.jpeg_quality:
             return MediaFile(".jpg", _jpeg(file.data, self.jpeg_quality))
         if kind == "video" and (self.video_gop or self.video_fps) and not is_archive(file.data):
+            # Re-encoded, the frames that replace damaged ones would count as good.
             damage: list[str] = []
             made = self._video(file.data, report=lambda _, reason: damage.append(reason))
             if not damage:
@@ -77,10 +76,10 @@ class Reencode:
         return file
 
     def _video(self, data: bytes, *, report: Report) -> bytes:
-        """The video re-cut. At a lower rate, a frame is what the source shows in the middle of the
-        frame's time; else each frame keeps its time.
+        """Re-encode a video, at `video_fps` or with the times of its own frames.
 
-        So sampling at that rate or a lower divisor of it finds the same pictures as in the source.
+        At a lower rate, a frame is what the source shows in the middle of the frame's time, so that
+        sampling at that rate or a divisor of it finds the same pictures as in the source.
         """
         info = probe_video(data, "the video")
         if info.duration <= 0:
@@ -123,9 +122,14 @@ def _encode(
     gop: float,
     report: Report,
 ) -> bytes:
-    """A video of the frames that `data` shows at `moments`, shown anew from `starts` on.
+    """Encode the frames that `data` shows at `moments`, to be shown from `starts` on.
 
-    `starts` has one more: the end. `gop`: seconds between key frames.
+    Args:
+        data: the source video.
+        moments: times in the source in seconds, ascending.
+        starts: times in the result in seconds, and one more: its end.
+        gop: seconds between key frames.
+        report: called for undecodable frames.
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
@@ -136,7 +140,7 @@ def _encode(
 
 
 class _Encoder:
-    """Encodes the frames that it is handed one after another."""
+    """Encoder of frames in order."""
 
     def __init__(
         self, container: av.container.OutputContainer, starts: Sequence[float], *, gop: float
@@ -150,7 +154,7 @@ class _Encoder:
         self._place = 0
 
     def take(self, place: int, frame: av.VideoFrame | None) -> None:
-        """Encode frame number `place`; None stands for the one before."""
+        """Encode frame number `place`; None repeats the one before."""
         if frame is not None:
             image = upright(frame_pixels(frame, "the video"))
             if self._stream is None:
@@ -162,12 +166,13 @@ class _Encoder:
         assert self._picture is not None, "the first frame is there"
         self._picture.pts = self._stamps[place]
         self._picture.time_base = CLOCK
-        is_key = not place or self._group(place) > self._group(place - 1)
-        self._picture.pict_type = PictureType.I if is_key else PictureType.NONE
+        self._picture.pict_type = PictureType.NONE
+        if not place or self._group(place) > self._group(place - 1):
+            self._picture.pict_type = PictureType.I
         self._write(self._stream.encode(self._picture))
 
     def close(self) -> None:
-        """Write what the encoder still holds."""
+        """Flush the encoder."""
         assert self._stream is not None, "there is a frame for each moment"
         self._write(self._stream.encode())
 
@@ -183,6 +188,7 @@ class _Encoder:
     def _new_stream(self, size: tuple[int, int]) -> VideoStream:
         rate = Fraction((len(self._starts) - 1) / self._starts[-1]).limit_denominator(1 << 16)
         stream = self._container.add_stream("libx264", rate=rate, options=X264)
+        # yuv420p needs even sides.
         stream.width, stream.height = (max(side // 2 * 2, 2) for side in size)
         stream.pix_fmt = "yuv420p"
         stream.gop_size = NO_KEY_FRAMES

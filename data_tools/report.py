@@ -1,5 +1,4 @@
-"""A recipe's data as one HTML file that needs nothing else: counts, histograms, the plan, samples
-to look at."""
+"""Report on a recipe's data as one self-contained HTML file."""
 
 from collections.abc import Iterator
 from html import escape
@@ -22,8 +21,11 @@ COLUMNS = [
 
 
 def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Statistics:
-    """Writes the report on a recipe's datasets, with `samples` previews of each. DataError if an
-    index is missing."""
+    """Write the report on a recipe's datasets, with `samples` previews of each.
+
+    Raises:
+        DataError: an index is missing.
+    """
     statistics = collect_statistics(recipe, open_tokenizer(recipe))
     body = "".join(_sections(recipe, statistics, title=title, samples=samples))
     page = (
@@ -53,19 +55,21 @@ def _sections(recipe: Recipe, statistics: Statistics, *, title: str, samples: in
 def _lead(recipe: Recipe, train: list[DatasetStatistics]) -> str:
     media = recipe.media
     return (
-        f"{len(train)} datasets to train on, in packs of {recipe.data.seq_length:,} tokens. Images: at most "
-        f"{media.max_tiles} tiles. Videos: at most {media.max_fps:g} frames a second, {media.max_frames} a video."
+        f"{len(train)} datasets to train on, in packs of {recipe.data.seq_length:,} tokens. "
+        f"Images: at most {media.max_tiles} tiles. "
+        f"Videos: at most {media.max_fps:g} frames per second, {media.max_frames} per video."
     )
 
 
 def _cards(train: list[DatasetStatistics], plans: list[PlanStatistics]) -> str:
     tokens = sum(float(found.tokens.sum()) for found in train)
+    with_loss = sum(float(found.loss_tokens.sum()) for found in train)
     values = {
         "samples": f"{sum(found.samples for found in train):,}",
         "samples in an epoch": f"{sum(found.taken for found in train):,}",
         "tokens": _large(tokens),
         "tiles": _large(sum(float(found.tiles.sum()) for found in train)),
-        "tokens with loss": f"{sum(float(found.loss_tokens.sum()) for found in train) / max(tokens, 1):.1%}",
+        "tokens with loss": f"{with_loss / max(tokens, 1):.1%}",
     }
     for plan in plans:
         if plan.split == "train":
@@ -84,11 +88,18 @@ def _table(datasets: list[DatasetStatistics]) -> str:
     rows = "".join(
         f"<tr>{''.join(f'<td>{cell}</td>' for cell in _row(found))}</tr>" for found in datasets
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _row(found: DatasetStatistics) -> list[str]:
-    tokens = found.tokens if found.samples else np.zeros(1, dtype=np.int64)
+    # A dataset without samples is shown with zeros, which have a mean and a maximum.
+    tokens = found.tokens
+    if not found.samples:
+        tokens = np.zeros(1, dtype=np.int64)
+    left_out = ""
+    if found.left_out:
+        left_out = f"{found.left_out:,}"
     return [
         escape(found.name),
         found.split,
@@ -103,7 +114,7 @@ def _row(found: DatasetStatistics) -> list[str]:
         f"{found.seconds.sum() / 3600:,.2f}",
         _large(float(found.tiles.sum())),
         f"{found.loss_tokens.sum() / max(int(tokens.sum()), 1):.1%}",
-        f"{found.left_out:,}" if found.left_out else "",
+        left_out,
     ]
 
 
@@ -132,8 +143,13 @@ def _dataset(found: DatasetStatistics, samples: int) -> str:
     if len(found.seconds):
         charts["Seconds of a video"] = histogram(found.seconds, unit="seconds", log=True)
     charts["Tokens with loss in a sample"] = histogram(found.loss_tokens, unit="tokens", log=True)
-    cards = f'<div class="samples">{"".join(previews(found, samples))}</div>' if samples else ""
-    shards = f"{found.samples:,} samples in {len(found.source.shards):,} .tar, ratio {found.source.ratio:g}"
+    cards = ""
+    if samples:
+        cards = f'<div class="samples">{"".join(previews(found, samples))}</div>'
+    shards = (
+        f"{found.samples:,} samples in {len(found.source.shards):,} .tar, "
+        f"ratio {found.source.ratio:g}"
+    )
     heading = f"<h2>{escape(found.name)} <small>{found.split}; {shards}</small></h2>"
     return f"<section>{heading}{_charts(charts)}{cards}</section>"
 

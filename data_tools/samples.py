@@ -1,4 +1,4 @@
-"""Lines of JSONL files as samples, each checked to the last pixel before it enters a shard."""
+"""Samples of JSONL lines, with media fully decoded before they enter a shard."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from megatron_vita.media.video import decode_frames, probe_video
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A checked sample: what `SampleWriter.write` takes."""
+    """A checked sample, as `SampleWriter.write` takes it."""
 
     key: str
     record: dict[str, Any]
@@ -32,38 +32,44 @@ class Sample:
 
 
 def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
-    """The sample of a line, its media read and decoded. DataError, to whose message the caller adds
-    file and line.
+    """Parse the sample of a line, with its media read and decoded.
 
-    `decode` false reads media only: they are known to be good.
+    `decode` false only reads media, which are known to be good.
+
+    Raises:
+        DataError: without file and line, which the caller adds.
     """
     sample = read_sample(line)
     media = {
         kind: list(_read_media(sample.get(f"{kind}s") or [], kind, media_root))
         for kind in MEDIA_KINDS
     }
-    for kind, files in media.items() if decode else ():
-        for i, file in enumerate(files):
-            _CHECKS[kind](file.data, f"{kind}s[{i}] {sample[f'{kind}s'][i]:.200}")
-    body = "text" if is_raw_text(sample) else "messages"
+    if decode:
+        for kind, files in media.items():
+            for i, file in enumerate(files):
+                _CHECKS[kind](file.data, f"{kind}s[{i}] {sample[f'{kind}s'][i]:.200}")
+    body = "messages"
+    if is_raw_text(sample):
+        body = "text"
     record = {name: sample[name] for name in (body, "id", "weight") if name in sample}
     return Sample(key=sample_key(line), record=record, media=media)
 
 
 def find_medium(name: Any, field: str, *, root: Path) -> Path:
-    """The path of a medium that a sample names, which must lie in `root`, also when links are
-    followed.
+    """Path of a medium that a sample names, inside `root` even if links are followed.
 
-    DataError, naming `field` and the path, for absolute paths, `..`, links that lead outside, and
-    what is not there.
+    Raises:
+        DataError: naming `field` and path: it is absolute, has `..`, leads outside by a link, or
+            does not exist.
     """
     if not isinstance(name, str) or not name:
         raise DataError(f"{field} is {name!r:.80}: a path under the media folder is needed")
     if "://" in name:
         raise DataError(f"{field} {name} is a URL: a file under the media folder {root} is needed")
     if name.startswith("/"):
-        inside = Path(os.path.normpath(name)).is_relative_to(root.absolute())
-        where = "" if inside else f" and lies outside the media folder {root}"
+        where = ""
+        if not Path(os.path.normpath(name)).is_relative_to(root.absolute()):
+            where = f" and lies outside the media folder {root}"
         raise DataError(f"{field} {name} is absolute{where}: a path from {root} on is needed")
     if os.path.normpath(name).startswith(".."):
         raise DataError(
@@ -75,24 +81,34 @@ def find_medium(name: Any, field: str, *, root: Path) -> Path:
         )
     path = root / name
     try:
+        # Only a link needs to be resolved itself; for other files their folder is enough, which is
+        # cached: each look at a disk takes time.
         is_link = stat.S_ISLNK(os.lstat(path).st_mode)
-        real = path.resolve(strict=True) if is_link else _resolved(path.parent)
+        if is_link:
+            real = path.resolve(strict=True)
+        else:
+            real = _resolved(path.parent)
     except FileNotFoundError as error:
         raise DataError(f"{field} {name}: cannot read {path}: no such file") from error
-    # names too long, with zero bytes, links in circles
+    # Names that are too long or have zero bytes, and links in circles.
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{field} {name!r:.200}: not a path: {getattr(error, 'strerror', error)}"
         ) from error
     if not real.is_relative_to(_resolved(root)):
-        what = "is a link" if is_link else "lies in a folder that is a link"
+        what = "lies in a folder that is a link"
+        if is_link:
+            what = "is a link"
         raise DataError(f"{field} {name} {what} to outside the media folder {root}")
     return path
 
 
 def check_medium(name: Any, field: str, *, root: Path) -> None:
-    """Raise a DataError, which names `field`, unless a sample names a medium that is there, or holds
-    one as a data URL or in base64."""
+    """Check that a medium exists, or that its data URL or base64 can be decoded.
+
+    Raises:
+        DataError: naming `field`.
+    """
     if isinstance(name, str) and is_inline(name):
         inline_content(name)
     else:
@@ -101,14 +117,16 @@ def check_medium(name: Any, field: str, *, root: Path) -> None:
 
 @lru_cache(maxsize=1 << 14)
 def _resolved(folder: Path) -> Path:
-    """A folder with its links followed: most media share theirs, and each look at a disk takes
-    time."""
+    """Resolve the links of a folder; cached, since most media share their folders."""
     return folder.resolve()
 
 
 def read_sample(line: Line) -> dict[str, Any]:
-    """The sample of a line: checked messages or text, and the media that it names. DataError, to
-    whose message the caller adds file and line."""
+    """Parse and check the sample of a line, without reading its media.
+
+    Raises:
+        DataError: without file and line, which the caller adds.
+    """
     record = parse_json(line.text)
     if not isinstance(record, dict):
         found = type(record).__name__
@@ -121,13 +139,12 @@ def read_sample(line: Line) -> dict[str, Any]:
 
 
 def sample_key(line: Line) -> str:
-    """The name of a sample in its shard: the file's, without characters that mean something in one,
-    and the line."""
+    """Key of a sample in its shard: the sanitized name of the file, and the line number."""
     return f"{key_stem(line.file)}-{line.number:08d}"
 
 
 def key_stem(file: Path) -> str:
-    """What the keys of a file's samples begin with."""
+    """Common beginning of the keys of a file's samples."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", file.stem)
 
 
@@ -142,7 +159,8 @@ def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
         if kind == "video" and path.is_dir():
             yield MediaFile(FRAMES_SUFFIX, read_frames(path))
             continue
-        if not path.is_file():  # a pipe or a device would never end
+        # Reading a pipe or a device would never end.
+        if not path.is_file():
             raise DataError(f"{field} {name}: {path} is not a file")
         try:
             yield MediaFile(_suffix(path), path.read_bytes())
@@ -151,7 +169,7 @@ def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix of a medium, without what a name in a shard must not hold."""
+    """Suffix of a medium, without characters that are invalid in a shard."""
     if path.name.lower().endswith(FRAMES_SUFFIX):
         return FRAMES_SUFFIX
     return re.sub(r"[^a-z0-9.]", "", path.suffix.lower())

@@ -1,9 +1,9 @@
-"""From JSONL files to shards, in worker processes; an interrupted run goes on where it stopped.
+"""Sharding of JSONL files in worker processes; an interrupted run can be continued.
 
-A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (what the shards are made of,
-then a line for each finished one) and `rejected.jsonl` (a line for each sample left out). Shard i
-is made of the i-th run of `samples_per_shard` lines, whether or not they are good, so no shard
-depends on another, nor on who writes it. Where it would be longer than `max_bytes`, it goes on in
+A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (the inputs of the shards, then
+a line for each finished one) and `rejected.jsonl` (a line for each rejected sample). Shard i is
+made of the i-th run of `samples_per_shard` lines, good or bad, so that shards depend neither on
+each other nor on the process that writes them. A shard longer than `max_bytes` continues in
 `NAME-000000_1.tar`.
 """
 
@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from data_tools.lines import Line, Stretch, divide_lines, read_stretches
-from data_tools.pool import Crew, Steps
+from data_tools.lines import Line, LineRange, divide_lines, read_ranges
+from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions
 from data_tools.progress import Progress, write_lines
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
@@ -27,16 +27,15 @@ from megatron_vita.errors import ConfigError, DataError
 
 PROGRESS = "progress.jsonl"
 REJECTED = "rejected.jsonl"
-HERE = Crew(workers=0)
 MEGABYTE = 10**6
-MADE = r"-(\d{6}|[1-9]\d{6,})(_[1-9]\d*)?"  # follows a dataset's name in those of its shards
+MADE = r"-(\d{6}|[1-9]\d{6,})(_[1-9]\d*)?"  # end of a shard's name, after that of the dataset
 BESIDE = r"\.(tar(\.whole)?(\.partial)?|index\.parquet|quarantine\.json)"
 Rejection = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What is to become shards, and where."""
+    """Sharding of JSONL files to one dataset folder."""
 
     files: list[Path]
     media_root: Path
@@ -44,16 +43,19 @@ class ShardJob:
     samples_per_shard: int
     strict: bool
     reencode: Reencode = field(default=KEEP)
-    max_bytes: int = 0  # of a tar; 0: any
+    max_bytes: int = 0  # size of a tar; 0: no limit
 
     def shard_path(self, shard: int, tar: int = 0) -> Path:
-        """Where tar `tar` of shard number `shard` goes; the folder's name is the dataset's."""
-        return self.out / f"{self.out.resolve().name}-{shard:06d}{f'_{tar}' if tar else ''}.tar"
+        """Path of tar `tar` of shard number `shard`, named like the folder."""
+        name = f"{self.out.resolve().name}-{shard:06d}"
+        if tar:
+            name += f"_{tar}"
+        return self.out / f"{name}.tar"
 
 
 @dataclass
 class ShardCount:
-    """What became of the lines of one shard, or of all."""
+    """Counts of the lines of one shard, or of all: good samples, rejections, tars."""
 
     samples: int
     rejected: list[Rejection]
@@ -61,88 +63,94 @@ class ShardCount:
 
 
 class ShardTask(NamedTuple):
-    """One shard to be written."""
+    """One shard to write."""
 
     job: ShardJob
     shard: int
-    stretches: list[Stretch]
+    ranges: list[LineRange]
 
 
 def find_jobs(
-    files: list[Path], *, out: Path | None, media: Path | None, **options: Any
+    files: list[Path], *, out: Path | None, media: Path | None, **fields: Any
 ) -> list[ShardJob]:
-    """The work that a command line names: JSONL files that become shards in `out`, or a recipe
-    whose datasets have JSONL files. `options` are ShardJob's other fields. ConfigError if it names
-    neither, or both, or other files for one folder.
+    """Jobs of a command line: JSONL files to be sharded to `out`, or a recipe with JSONL datasets.
+
+    `fields` are the other fields of ShardJob.
+
+    Raises:
+        ConfigError: it names neither, or both, or different files for one folder.
     """
     if [file.suffix for file in files] not in ([".yaml"], [".yml"]):
         if out is None:
             raise ConfigError("--out is needed: the folder of the dataset")
-        return [ShardJob(files=files, media_root=media or Path(), out=out, **options)]
+        return [ShardJob(files=files, media_root=media or Path(), out=out, **fields)]
     if out is not None or media is not None:
         raise ConfigError(
             "--out and --media are for JSONL files: a recipe's datasets name their folders"
         )
-    return _recipe_jobs(files[0], options)
+    return _recipe_jobs(files[0], fields)
 
 
-def _recipe_jobs(recipe: Path, options: dict[str, Any]) -> list[ShardJob]:
+def _recipe_jobs(recipe: Path, fields: dict[str, Any]) -> list[ShardJob]:
     data = load_recipe(recipe, []).data
     jobs = dict[Path, ShardJob]()
     for dataset in (*data.train, *data.validation):
         if dataset.jsonl:
-            job = _job_of(dataset, options)
+            job = _job_of(dataset, fields)
             if (first := jobs.setdefault(job.out, job)) != job:
                 raise ConfigError(
-                    f"{recipe}: dataset {dataset.name}: its shards in {job.out} are made of {first.files[0]} with "
-                    f"media in {first.media_root} for another dataset; name another folder in its shards"
+                    f"{recipe}: dataset {dataset.name}: its shards in {job.out} are made of "
+                    f"{first.files[0]} with media in {first.media_root} for another dataset; name "
+                    "another folder in its shards"
                 )
     if not jobs:
         raise ConfigError(f"{recipe}: none of its datasets has a jsonl")
     return list(jobs.values())
 
 
-def _job_of(dataset: DatasetConfig, options: dict[str, Any]) -> ShardJob:
+def _job_of(dataset: DatasetConfig, fields: dict[str, Any]) -> ShardJob:
     return ShardJob(
         files=[Path(dataset.jsonl)],
         media_root=Path(dataset.media or Path(dataset.jsonl).parent),
         out=Path(dataset.shards).parent,
-        **options,
+        **fields,
     )
 
 
-def make_shards(job: ShardJob, *, crew: Crew = HERE) -> ShardCount:
-    """Writes the shards that are not there yet, and `rejected.jsonl`. Gives the counts of all, also
-    of earlier runs.
+def make_shards(job: ShardJob, *, options: WorkerOptions = IN_PROCESS) -> ShardCount:
+    """Write the shards that do not exist, and `rejected.jsonl`; returns the counts of all runs.
 
-    Shards of the dataset's name that earlier work left, and this work does not have, are removed
-    when it is done.
+    A bad sample is left out, and listed with its file, line and reason. Shards of an earlier job in
+    the folder are removed at the end.
 
-    A bad sample is left out, its file, line and reason listed. With `strict` the first one is a
-    DataError that names file and line, and its shard is not written. ConfigError if the folder
-    holds shards of other inputs.
+    Raises:
+        ConfigError: the folder holds shards of other inputs.
+        DataError: with `strict`: naming file and line of the first bad sample; its shard is not
+            written.
     """
     _check_job(job)
     job.out.mkdir(parents=True, exist_ok=True)
     progress = Progress(job.out / PROGRESS, stamp=_stamp(job))
-    stretches = divide_lines(job.files, size=job.samples_per_shard)
-    tasks = {shard: ShardTask(job, shard, mine) for shard, mine in enumerate(stretches)}
+    ranges = divide_lines(job.files, size=job.samples_per_shard)
+    tasks = {shard: ShardTask(job, shard, mine) for shard, mine in enumerate(ranges)}
     counts = {shard: ShardCount(**result) for shard, result in progress.finished.items()}
+    # Tars may have been deleted since: their shards are written again.
     for shard, count in list(counts.items()):
         if not all(job.shard_path(shard, tar).exists() for tar in range(count.tars)):
             del counts[shard], progress.finished[shard]
     if job.strict:
         _refuse_first([counts[shard] for shard in sorted(counts)])
     left = sum(
-        stretch.lines
+        line_range.lines
         for shard, task in tasks.items()
         if shard not in counts
-        for stretch in task.stretches
+        for line_range in task.ranges
     )
-    progress.run(_write_shard, tasks, crew=crew, total=left, unit="samples")
+    progress.run(_write_shard, tasks, options=options, total=left, unit="samples")
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_lines(job.out / REJECTED, rejected)
+    # At the end, when what replaces them is complete.
     _remove_strays(job, results)
     return ShardCount(
         sum(count.samples for count in results), rejected, tars=sum(count.tars for count in results)
@@ -174,8 +182,7 @@ def _refuse_first(counts: list[ShardCount]) -> None:
 
 
 def _remove_strays(job: ShardJob, results: list[ShardCount]) -> None:
-    """Removes tars that only this tool names so and that are not of this work, and the files beside
-    them."""
+    """Remove tars with this tool's names that do not belong to the job, and their side files."""
     mine = {
         job.shard_path(shard, tar).stem
         for shard, count in enumerate(results)
@@ -187,15 +194,15 @@ def _remove_strays(job: ShardJob, results: list[ShardCount]) -> None:
             path.unlink()
 
 
-def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
-    """Writes a shard; gives the fields of its ShardCount."""
+def _write_shard(task: ShardTask, guard: SampleGuard) -> dict[str, Any]:
+    """Write a shard; returns the fields of its ShardCount."""
     job = task.job
     count = ShardCount(0, [])
     with _Tars(job, task.shard) as tars:
-        for line in read_stretches(task.stretches):
-            steps.advance()
+        for line in read_ranges(task.ranges):
+            guard.advance()
             try:
-                sample = steps.run(partial(_make_sample, line, job))
+                sample = guard.run(partial(_make_sample, line, job))
             except DataError as error:
                 if job.strict:
                     raise DataError(f"{line.file}:{line.number}: {error}") from error
@@ -210,10 +217,8 @@ def _write_shard(task: ShardTask, steps: Steps) -> dict[str, Any]:
 
 
 class _Tars:
-    """The tars of a shard: another is begun where a sample would make one longer than it may be.
-
-    They get their names when all are whole.
-    """
+    """Writer of the tars of a shard, split at `max_bytes`; they get their names when all are
+    complete."""
 
     def __init__(self, job: ShardJob, shard: int) -> None:
         self._job = job
@@ -225,9 +230,9 @@ class _Tars:
         return self
 
     def write(self, sample: Sample) -> None:
-        size = sum(len(file.data) for files in sample.media.values() for file in files) + len(
-            str(sample.record)
-        )
+        # An estimate: headers and padding of the tar are not counted.
+        media = sum(len(file.data) for files in sample.media.values() for file in files)
+        size = media + len(str(sample.record))
         if self._job.max_bytes and self._size and self._size + size > self._job.max_bytes:
             self._writer.__exit__(None)
             self._begin()
@@ -252,13 +257,12 @@ class _Tars:
 
 
 def _whole(path: Path) -> Path:
-    """Where a tar that is whole waits for the others of its shard."""
+    """Temporary path of a complete tar until the others of its shard are complete, too."""
     return path.with_name(path.name + ".whole")
 
 
 def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
-    """The sample of a line, its media decoded unless it is known to be good, and encoded anew where
-    that is wanted."""
+    """Build the sample of a line; media are decoded unless `known` to be good, and re-encoded."""
     sample = check_line(line, media_root=job.media_root, decode=not known)
     place = f"{line.file}:{line.number}: "
     media = {

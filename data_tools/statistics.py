@@ -1,4 +1,4 @@
-"""Numbers about a recipe's data, from indexes and plans alone: no shard is opened."""
+"""Statistics of a recipe's data, from indexes and plans alone: no shard is opened."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetStatistics:
-    """One dataset of a split. Arrays have an entry for each sample (int64), `seconds` for each
-    video."""
+    """Statistics of one dataset of a split.
+
+    Arrays are int64 with a value for each sample; `seconds` has one for each video.
+    """
 
     name: str
     split: str
@@ -38,24 +40,27 @@ class DatasetStatistics:
 
     @property
     def samples(self) -> int:
-        """Samples of all shards."""
+        """Number of samples in all shards."""
         return len(self.tokens)
 
     @property
     def taken(self) -> int:
-        """Samples that an epoch takes."""
+        """Number of samples in an epoch."""
         return epoch_samples(self.samples, ratio=self.source.ratio, cap=self.source.cap)
 
     @property
     def epoch_tokens(self) -> float:
-        """Tokens that an epoch is expected to take."""
+        """Expected number of tokens in an epoch."""
         return float(self.tokens.sum()) * self.taken / max(self.samples, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanStatistics:
-    """A split's plan. Arrays have an entry for each pack; `shares` are tokens by dataset, of those
-    not gone."""
+    """Statistics of a split's plan.
+
+    Arrays have a value for each pack; `shares` are tokens by dataset, without datasets that are
+    gone.
+    """
 
     split: str
     fill: np.ndarray
@@ -68,15 +73,18 @@ class PlanStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """All datasets of a recipe, and the plans that there are."""
+    """Statistics of all datasets of a recipe, and of the plans that exist."""
 
     datasets: list[DatasetStatistics]
     plans: list[PlanStatistics]
 
 
 def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
-    """DataError if an index is missing; a plan may be, one that is there need not fit the recipe
-    any more."""
+    """Collect the statistics of a recipe's datasets and existing plans, even of outdated ones.
+
+    Raises:
+        DataError: an index is missing.
+    """
     datasets = []
     plans = []
     for split in get_args(Split):
@@ -119,7 +127,7 @@ def _counts(index: SampleIndex, name: str) -> np.ndarray:
 
 
 def _left_out(shard: Location) -> int:
-    """Samples that are in quarantine, which lies beside local shards only."""
+    """Number of quarantined samples, known for local shards only."""
     if isinstance(shard, Path) and shard.exists():
         return len(read_quarantine(shard).entries)
     return 0

@@ -1,5 +1,4 @@
-"""Decodes all that shards hold, in processes that may be killed, and lists what is damaged beside
-each shard."""
+"""Validation of shards: decodes all media in processes that may be killed, and lists damage."""
 
 import itertools
 from collections import defaultdict
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.planning import find_all_shards
-from data_tools.pool import Crew, Steps, run_tasks
+from data_tools.pool import SampleGuard, WorkerOptions, run_tasks
 from data_tools.progress import progress_bar
 from megatron_vita.config import MediaConfig, Recipe, load_recipe
 from megatron_vita.data.datasets import find_shards
@@ -36,20 +35,20 @@ from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 
 FRAMES_AT_ONCE = 64
-SIDE = 16  # frames are decoded in full and kept small
+FRAME_SIDE = 16  # frames are decoded in full, but need not be kept in full
 USABLE = "usable, with frames in place of damaged ones: "
-"""Begins the reason of a step that leaves its sample good."""
+"""Beginning of the reason of a step whose sample remains usable."""
 
 
 class Sampling(NamedTuple):
-    """How videos are sampled, as in a recipe."""
+    """Frame sampling of videos, as in a recipe."""
 
     max_fps: float
     max_frames: int
 
 
 class ValidateTask(NamedTuple):
-    """One shard to be decoded, and the ways in which its videos are sampled, ascending."""
+    """One shard to validate, and the frame samplings of its videos, ascending."""
 
     shard: Path
     samplings: list[Sampling]
@@ -57,8 +56,13 @@ class ValidateTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found: samples looked at, and an entry for each that is bad, also for those that
-    `index` listed; and for each that is good but for frames of its videos."""
+    """Result of a validation.
+
+    Attributes:
+        samples: number of samples.
+        bad: entry of each bad sample, including those that `index` listed.
+        usable: entry of each sample that is good except for frames of its videos.
+    """
 
     samples: int
     bad: list[tuple[Path, Entry]]
@@ -66,10 +70,10 @@ class Validation:
 
 
 def find_targets(targets: list[str]) -> list[ValidateTask]:
-    """The shards that are named, or those of a recipe and its overrides, sampled as each of their
-    datasets does.
+    """Named shards, or those of a recipe with overrides, with the samplings of their datasets.
 
-    ConfigError for anything else.
+    Raises:
+        ConfigError: for anything else.
     """
     if targets[0].endswith((".yaml", ".yml")):
         return _recipe_targets(load_recipe(Path(targets[0]), targets[1:]))
@@ -94,17 +98,19 @@ def _recipe_targets(recipe: Recipe) -> list[ValidateTask]:
     return [ValidateTask(shard, sorted(samplings[shard])) for shard in shards]
 
 
-def validate_shards(targets: Sequence[ValidateTask], *, crew: Crew) -> Validation:
-    """Decodes every image and every frame that may be sampled of the shards that were not decoded
-    so before.
+def validate_shards(targets: Sequence[ValidateTask], *, options: WorkerOptions) -> Validation:
+    """Decode every image and every frame that may be sampled, unless the shard was validated so
+    before.
 
-    What is damaged is listed in the shard's quarantine file; nothing is deleted. DataError if one
-    changes meanwhile.
+    Damage is listed in the shard's quarantine; nothing is deleted.
+
+    Raises:
+        DataError: a shard changed meanwhile.
     """
     tasks = [task for target in targets if (task := _with_earlier(target))]
     size = sum(task.shard.stat().st_size for task in tasks)
     with progress_bar("validate", total=size, unit="B") as bar:
-        for _ in run_tasks(_validate_shard, tasks, crew=crew, on_advance=bar.update):
+        for _ in run_tasks(_validate_shard, tasks, options=options, on_advance=bar.update):
             pass
     lists = {target.shard: read_quarantine(target.shard) for target in targets}
     samples = sum(_samples(shard, found) for shard, found in lists.items())
@@ -128,8 +134,8 @@ def _samples(shard: Path, found: Quarantine) -> int:
 
 
 def _with_earlier(target: ValidateTask) -> ValidateTask | None:
-    """The task that also samples as the shard was sampled before, so that nothing found then is
-    lost; None if done."""
+    """Add the samplings of earlier validations, whose findings would else be lost; None if all
+    done."""
     earlier = (read_quarantine(target.shard).validated or {}).get("samplings", [])
     done = {Sampling(*sampling) for sampling in earlier}
     wanted = set(target.samplings)
@@ -138,13 +144,15 @@ def _with_earlier(target: ValidateTask) -> ValidateTask | None:
     return ValidateTask(target.shard, sorted(wanted | done))
 
 
-def _validate_shard(task: ValidateTask, steps: Steps) -> None:
-    checker = _Checker(task, steps)
+def _validate_shard(task: ValidateTask, guard: SampleGuard) -> None:
+    checker = _Checker(task, guard)
     bad = list[Entry]()
     samples = 0
     position = 0
-    for sample, error in scan_whole(task.shard, steps.run):
-        samples += bool(sample.key)
+    for sample, error in scan_whole(task.shard, guard.run):
+        # An empty key is a failure of the scan, not a sample.
+        if sample.key:
+            samples += 1
         try:
             if error:
                 raise DataError(error)
@@ -154,7 +162,7 @@ def _validate_shard(task: ValidateTask, steps: Steps) -> None:
         end = max(
             (member.offset + member.size for member in sample.members.values()), default=position
         )
-        steps.advance(max(end - position, 0))
+        guard.advance(max(end - position, 0))
         position = max(end, position)
     checker.close()
     found: Quarantine = read_quarantine(task.shard)
@@ -168,12 +176,12 @@ def _validate_shard(task: ValidateTask, steps: Steps) -> None:
 
 
 class _Checker:
-    """Decodes the samples of a shard, each medium a step, and videos some frames a step."""
+    """Decodes the samples of a shard in steps: each image, and some frames of each video."""
 
-    def __init__(self, task: ValidateTask, steps: Steps) -> None:
+    def __init__(self, task: ValidateTask, guard: SampleGuard) -> None:
         self._shard = task.shard
         self._samplings = task.samplings
-        self._steps = steps
+        self._guard = guard
         self._size = task.shard.stat().st_size
         self._rule: MemberRule = read_rule(task.shard.parent)
         self._reader = ShardReader()
@@ -181,21 +189,22 @@ class _Checker:
         self.close = self._reader.close
 
     def check(self, sample: ScannedSample) -> None:
-        """DataError, naming shard and key or member, if anything of a sample cannot be decoded.
+        """Decode a sample; one with replaced frames is noted in `usable`.
 
-        A sample in which other frames are shown for some is noted in `usable`.
+        Raises:
+            DataError: naming shard and key or member that cannot be decoded.
         """
-        record = self._steps.run(partial(self._record, sample))
+        record = self._guard.run(partial(self._record, sample))
         for name in record["images"]:
-            self._steps.run(partial(self._image, sample, name))
+            self._guard.run(partial(self._image, sample, name))
         for name in record["videos"]:
-            times = self._steps.run(partial(self._times, sample, name))
+            times = self._guard.run(partial(self._times, sample, name))
             for chunk in itertools.batched(times, FRAMES_AT_ONCE):
                 self._check_frames(sample, name, chunk)
 
     def _check_frames(self, sample: ScannedSample, name: str, times: Sequence[float]) -> None:
         try:
-            self._steps.run(partial(self._frames, sample, name, times))
+            self._guard.run(partial(self._frames, sample, name, times))
         except DataError as error:
             if not str(error).startswith(USABLE):
                 raise
@@ -235,10 +244,11 @@ class _Checker:
             data,
             f"{self._shard} {name}",
             times=times,
-            tile_size=SIDE,
+            tile_size=FRAME_SIDE,
             report=lambda _, reason: reasons.append(reason),
         )
-        if reasons:  # kept as the step's verdict, should the task be done again
+        if reasons:
+            # As an error, so that it is the outcome of the step if the task is repeated.
             raise DataError(USABLE + reasons[0])
 
     def _read(self, sample: ScannedSample, name: str) -> bytes:

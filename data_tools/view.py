@@ -1,4 +1,4 @@
-"""A batch taken apart again: its documents, and their tokens in runs of one kind."""
+"""Decomposition of a batch for display: its documents, and their tokens in runs of one kind."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from megatron_vita.text.tokenizer import Tokenizer
 
 
 class Run(NamedTuple):
-    """Tokens of one kind in a row: "text", "loss", "tile" or "frame" (with the tokens around it),
+    """Consecutive tokens of one kind: "text", "loss", "tile", "frame" (with their tags) or
     "padding"."""
 
     kind: str
@@ -27,8 +27,8 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentView:
-    """A document of a batch: its bounds in the pack, padding included, and its tiles, counted in
-    the pack."""
+    """A document of a batch: its bounds in the pack with padding, and its tiles' indices in the
+    pack."""
 
     title: str
     start: int
@@ -39,13 +39,13 @@ class DocumentView:
 
 @dataclass(frozen=True, kw_only=True)
 class PackView:
-    """A batch, with all its tiles, ready to be shown."""
+    """A batch with all its tiles, for display."""
 
     title: str
     seq_length: int
     documents: list[DocumentView]
     tiles: np.ndarray  # [N,3,S,S] uint8
-    labels: list[str]  # what each tile is: "12.5 s" of a frame, "thumbnail", "column 2, row 1"
+    labels: list[str]  # of each tile: "12.5 s" of a frame, "thumbnail", "column 2, row 1"
 
 
 def view_pack(
@@ -57,7 +57,7 @@ def view_pack(
     names: list[str],
     title: str,
 ) -> PackView:
-    """Takes a pack of a stream apart again. `names` are the datasets'."""
+    """Decompose a pack of a stream; `names` are those of the datasets."""
     batch = stream[pack]
     media_format = MEDIA_FORMATS[recipe.text.media_format]
     labels = [
@@ -106,24 +106,27 @@ def view_pack(
 
 
 def describe(view: PackView) -> Iterator[str]:
-    """Lines of text: for each document its text with tiles as [tile N], frames with times, loss
-    marked `loss|`."""
+    """Yield lines of text for each document, with tiles as [tile N], and text with loss after
+    `loss|`."""
     yield view.title
     for document in view.documents:
         yield heading(document)
         for is_loss, runs in itertools.groupby(document.runs, key=lambda run: run.kind == "loss"):
-            yield ("  loss| " if is_loss else "      | ") + "".join(
-                run.text for run in runs
-            ).replace("\n", "\\n")
+            margin = "      | "
+            if is_loss:
+                margin = "  loss| "
+            yield margin + "".join(run.text for run in runs).replace("\n", "\\n")
 
 
 def heading(document: DocumentView) -> str:
-    """A document's title with its counts."""
+    """Title of a document with its counts."""
     counts = {
         kind: sum(run.tokens for run in document.runs if run.kind == kind)
         for kind in ("loss", "padding")
     }
-    tiles = f", tiles {document.tiles.start} to {document.tiles.stop - 1}" if document.tiles else ""
+    tiles = ""
+    if document.tiles:
+        tiles = f", tiles {document.tiles.start} to {document.tiles.stop - 1}"
     return (
         f"{document.title}: tokens {document.start} to {document.stop - 1}, "
         f"{counts['loss']} with loss, {counts['padding']} padding{tiles}"
@@ -131,7 +134,7 @@ def heading(document: DocumentView) -> str:
 
 
 def _labels(medium: Medium, *, thumbnail_last: bool) -> list[str]:
-    """What each tile of a medium is."""
+    """Label of each tile of a medium."""
     if medium.grid is None:
         return [f"{time:.1f} s" for time in medium.times]
     cols, rows = medium.grid
@@ -144,12 +147,13 @@ def _labels(medium: Medium, *, thumbnail_last: bool) -> list[str]:
 
 
 def _tiles_of(placements: list[int], *, tile_tokens: int, length: int) -> np.ndarray:
-    """The tile of each token, or -1; tags around tiles count to them."""
+    """Tile of each token, or -1; tags around a tile belong to it."""
     tiles = np.full(length, -1)
-    for tile, place in enumerate(placements):
-        tiles[place : place + tile_tokens] = tile
-    for tile, place in enumerate(placements):
-        for tag in (place - 1, place + tile_tokens):
+    for tile, first in enumerate(placements):
+        tiles[first : first + tile_tokens] = tile
+    # Tags second: those between adjacent tiles must not overwrite placeholders.
+    for tile, first in enumerate(placements):
+        for tag in (first - 1, first + tile_tokens):
             if 0 <= tag < length and tiles[tag] < 0:
                 tiles[tag] = tile
     return tiles
@@ -164,7 +168,7 @@ class _Runs:
         self._labels = labels
         self._frames = batch.frames.tolist()
         self._ids = batch.input_ids.numpy()
-        # is this token predicted?
+        # A label at a position is the token after it: shifted back, it marks the token itself.
         self._loss = np.concatenate([[False], batch.labels.numpy()[:-1] != IGNORED_LABEL])
         self._tokenizer = tokenizer
         self._tile = _tiles_of(
@@ -173,27 +177,25 @@ class _Runs:
 
     def between(self, start: int, stop: int) -> Iterator[Run]:
         end = self._unpadded_end(start, stop)
-        kinds = [
-            (
-                f"tile {self._tile[i]}"
-                if self._tile[i] >= 0
-                else "loss"
-                if self._loss[i]
-                else "text",
-                i,
-            )
-            for i in range(start, end)
-        ]
-        for kind, group in itertools.groupby(kinds, key=lambda item: item[0]):
-            ids = [int(self._ids[i]) for _, i in group]
+        for kind, group in itertools.groupby(range(start, end), key=self._kind):
+            ids = [int(self._ids[i]) for i in group]
             if kind.startswith("tile"):
                 tile = int(kind.removeprefix("tile "))
-                time = f", {self._labels[tile]}" if self._frames[tile] else ""
-                yield Run("frame" if time else "tile", f"[{kind}{time}]", len(ids))
+                if self._frames[tile]:
+                    yield Run("frame", f"[{kind}, {self._labels[tile]}]", len(ids))
+                else:
+                    yield Run("tile", f"[{kind}]", len(ids))
             else:
                 yield Run(kind, self._tokenizer.decode(ids, skip_special=False), len(ids))
         if stop > end:
             yield Run("padding", f"[padding {stop - end}]", stop - end)
+
+    def _kind(self, position: int) -> str:
+        if self._tile[position] >= 0:
+            return f"tile {self._tile[position]}"
+        if self._loss[position]:
+            return "loss"
+        return "text"
 
     def _unpadded_end(self, start: int, stop: int) -> int:
         while (

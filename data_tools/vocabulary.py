@@ -1,4 +1,4 @@
-"""Trains a tokenizer on the text of samples."""
+"""Training of a tokenizer on the text of samples."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from megatron_vita.text.train import train_sentencepiece
 
 
 class Training(NamedTuple):
-    """What a tokenizer was trained on: the number of texts, and of lines that were left out."""
+    """Numbers of texts that a tokenizer was trained on, and of rejected lines."""
 
     texts: int
     rejected: int
 
 
 def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> Training:
-    """Train a SentencePiece model; list lines that are no samples beside it, each with its reason.
+    """Train a SentencePiece model; rejected lines are listed beside it with their reasons.
 
     Raises:
         ConfigError: `out` has another suffix, or the size does not fit the text.
@@ -46,7 +46,7 @@ def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> Trainin
 
 
 def rejected_path(out: Path) -> Path:
-    """Where the list of lines that were left out lies."""
+    """Path of the list of rejected lines."""
     return out.with_suffix(".rejected.jsonl")
 
 

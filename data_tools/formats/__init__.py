@@ -1,5 +1,4 @@
-"""Formats that `import` reads, each in a file of its own: what its sources are, and the samples in
-one of them."""
+"""Formats that `import` reads, one module each: its sources, and the samples of a source."""
 
 from data_tools.formats import captions, frames, hf, llava, sharegpt, webdataset
 from data_tools.formats.base import Format

@@ -1,4 +1,4 @@
-"""What formats have in common."""
+"""Common parts of the import formats."""
 
 import hashlib
 import os
@@ -16,8 +16,14 @@ from megatron_vita.media.kinds import HEAD, suffix_of_content
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What an import is told: where media lie, where those found inside sources are written, the
-    captions' question (None: the usual one, or the source's own), and fields to be passed over."""
+    """Settings of an import.
+
+    Attributes:
+        media: folder to which media paths of samples are relative.
+        media_out: folder for media found inside sources.
+        prompt: user's question for captions; None: the source's own, or the default.
+        ignore: fields to ignore.
+    """
 
     media: Path
     media_out: Path | None
@@ -25,7 +31,7 @@ class Setting:
     ignore: tuple[str, ...] = ()
 
     def sample_of(self, record: Mapping[str, Any], *, literal_tags: bool = False) -> dict[str, Any]:
-        """The sample of a record. DataError naming the field that is not understood."""
+        """Convert a record to a sample; raises DataError naming a field that is not understood."""
         return sample_of(
             record,
             prompt=self.question,
@@ -35,15 +41,19 @@ class Setting:
 
     @property
     def question(self) -> str:
-        """What the user asks where there is only a caption."""
+        """User's question for samples with only a caption."""
         if self.prompt is None:
             return DEFAULT_PROMPT
         return self.prompt
 
 
 class Candidate(NamedTuple):
-    """A sample that may be good: its place in the source, how it is made (which may be a
-    DataError), and the bytes of the source up to its end, for the progress.
+    """A sample that may be good.
+
+    Attributes:
+        place: position in the source, for messages.
+        make: builds the sample, or raises DataError.
+        position: bytes of the source up to its end, for the progress bar.
     """
 
     place: str
@@ -52,10 +62,12 @@ class Candidate(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A format: the sources (files or folders) among what a user names, and the samples of a
-    source.
+    """An import format.
 
-    Reading raises DataError where the source cannot be read on.
+    Attributes:
+        list_sources: lists the sources (files or folders) among the paths that a user names.
+        read: reads the samples of a source; raises DataError where it cannot be read on.
+        writes_media: the sources hold media, which are written to files.
     """
 
     list_sources: Callable[[list[Path]], list[Path]]
@@ -64,7 +76,7 @@ class Format(NamedTuple):
 
 
 def refuse(reason: str) -> Callable[[], dict[str, Any]]:
-    """What a Candidate that is bad is made by."""
+    """Return a `Candidate.make` that raises DataError for a bad sample."""
 
     def make() -> dict[str, Any]:
         raise DataError(reason)
@@ -73,8 +85,11 @@ def refuse(reason: str) -> Callable[[], dict[str, Any]]:
 
 
 def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
-    """Files as they are named, and those with one of the suffixes in folders, sorted. ConfigError
-    if there are none, or if one is compressed."""
+    """List named files, and the files with one of the suffixes in named folders, sorted.
+
+    Raises:
+        ConfigError: a folder has no such file, or a file is compressed.
+    """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -92,15 +107,15 @@ def find_files(paths: list[Path], *suffixes: str) -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and those in it that are not hidden, in the order of their names; links
-    to folders are not followed."""
+    """Yield the visible files in a folder and its subfolders, by name; links to folders are
+    skipped."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield from (Path(root, name) for name in sorted(names) if not is_hidden(name))
 
 
 def relative_to_media(path: Path, setting: Setting) -> str:
-    """The path of a file as samples name it. DataError if it lies outside the media folder."""
+    """Path of a file relative to the media folder; raises DataError if it is outside."""
     try:
         return path.absolute().relative_to(setting.media.absolute()).as_posix()
     except ValueError:
@@ -110,9 +125,13 @@ def relative_to_media(path: Path, setting: Setting) -> str:
 
 
 def write_medium(data: bytes, *, source: Path, name: str, setting: Setting) -> str:
-    """Writes a medium found inside a source, and gives its path as samples name it: in a folder of
-    the source's own."""
+    """Write a medium found inside a source, to a folder of the source's own.
+
+    Returns:
+        Its path relative to the media folder.
+    """
     assert setting.media_out is not None
+    # Sources of different folders may have one name: the path's digest keeps their media apart.
     where = hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:16]
     path = Path(
         f"{source.name.replace('.', '_')}-{where}",

@@ -1,5 +1,7 @@
-"""Folders of images and videos, each with a caption in a text file of the same name: `a/cat.jpg` and
-`a/cat.txt`, or `a/cat.jpg.txt`."""
+"""Folders of images and videos with captions in text files: `a/cat.jpg` and `a/cat.txt`.
+
+The text may also be called `a/cat.jpg.txt`.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +22,7 @@ CAPTION = ".txt"
 
 
 def list_sources(paths: list[Path]) -> list[Path]:
-    """The folders as they are named."""
+    """Return the named folders."""
     for path in paths:
         if not path.is_dir():
             raise ConfigError(f"{path} is not a folder")
@@ -28,7 +30,7 @@ def list_sources(paths: list[Path]) -> list[Path]:
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The media of a folder and those in it."""
+    """Yield the media in a folder and its subfolders."""
     for _, group in groupby(walk(source), key=attrgetter("parent")):
         paths = list(group)
         known = {path.stem for path in paths if kind_of_name(path.name)}
@@ -45,9 +47,10 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
 
 
 def captioned(path: Path, *, field: Field, setting: Setting) -> dict[str, Any]:
-    """The sample of a medium with the caption beside it. DataError if there is none."""
+    """Build the sample of a medium with the caption beside it; raises DataError without one."""
     caption = path.with_suffix(CAPTION)
     named_whole = path.with_name(path.name + CAPTION)
+    # A dot in the name of a folder begins no suffix.
     if path.is_dir() or (named_whole.exists() and not caption.exists()):
         caption = named_whole
     try:
@@ -61,7 +64,7 @@ def captioned(path: Path, *, field: Field, setting: Setting) -> dict[str, Any]:
 
 
 def _refused(path: Path, *, lacks_medium: bool) -> Callable[[], dict[str, Any]] | None:
-    """What is said of a file that may be a medium, but not by its suffix; None if it is none."""
+    """Refuse a file that may be a medium, but not by its suffix; None if it is no medium."""
     kind = kind_of_name(path.name) or kind_of_head(path)
     if kind == "audio":
         return refuse(f"{path.name} holds sound, which is not read")

@@ -1,7 +1,6 @@
-"""Folders of frame images, each a video, with a caption beside it: `clips/a/0001.jpg`, ... and
-`clips/a.txt`; and video files with captions among them.
+"""Folders of frame images, each a video, with captions: `clips/a/0001.jpg`, ... and `clips/a.txt`.
 
-A file `fps.txt` among the frames holds their rate.
+Video files with captions may be among them. A file `fps.txt` among the frames holds their rate.
 """
 
 import os
@@ -18,7 +17,7 @@ from megatron_vita.media.kinds import kind_of_name
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The folders in a folder that hold images, and its video files; hidden ones are passed over."""
+    """Yield the subfolders with images, and the video files, of a folder; skips hidden ones."""
     for root, folders, names in os.walk(source):
         folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
         place = Path(root)
@@ -32,7 +31,7 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
 
 
 def _of_frames(folder: Path, source: Path, setting: Setting) -> Callable[[], dict[str, Any]]:
-    """How the sample of a folder of frames is made."""
+    """Return a `Candidate.make` for a folder of frames."""
     if folder == source:
         return refuse("images stand in the source itself: name the folder above it")
     return partial(captioned, folder, field="videos", setting=setting)

@@ -1,7 +1,7 @@
-"""Folders of Hugging Face `datasets`: Parquet or Arrow files with images or videos inside.
+"""Folders of Hugging Face `datasets`: Parquet or Arrow files with embedded images or videos.
 
-A row is a record as `megatron_vita/data/samples/foreign.py` reads it; its media are bytes, {bytes,
-path} or data URLs, which are written out, or paths, whose files are taken from the media folder.
+A row is a record as of `megatron_vita/data/samples/foreign.py`; its media are bytes, {bytes, path}
+or data URLs, which are written out, or paths, whose files are read from the media folder.
 """
 
 from collections.abc import Iterator
@@ -18,24 +18,30 @@ from megatron_vita.data.samples.media_fields import FIELDS, Value
 from megatron_vita.errors import DataError
 from megatron_vita.media.data_urls import inline_content, is_inline
 
-ROWS = 32  # read at a time: rows with images are large
+ROWS = 32  # rows read at a time: those with images are large
 ERRORS = (pa.ArrowException, OSError, ValueError, EOFError)
 
 
 def list_sources(paths: list[Path]) -> list[Path]:
-    """Parquet and Arrow files."""
+    """List Parquet and Arrow files."""
     return find_files(paths, ".parquet", ".arrow")
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The rows of a file."""
-    size = source.stat().st_size if source.exists() else 0
+    """Yield the rows of a file."""
+    # A missing file has no size; opening it raises the error that names it.
+    size = 0
+    if source.exists():
+        size = source.stat().st_size
+    if source.suffix.lower() == ".parquet":
+        batches = _parquet(source)
+    else:
+        batches = _arrow(source)
     row = 0
     try:
-        for batch, share in (
-            _parquet(source) if source.suffix.lower() == ".parquet" else _arrow(source)
-        ):
-            batch.validate(full=True)  # else a damaged length would be believed
+        for batch, share in batches:
+            # Without this check, damaged lengths and offsets would be believed.
+            batch.validate(full=True)
             for start in range(len(batch)):
                 make = partial(
                     _sample_of_row, batch.slice(start, 1), source=source, row=row, setting=setting
@@ -55,12 +61,16 @@ def _parquet(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:
 
 
 def _arrow(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:
-    """`datasets` writes streams; other tools files, whose first bytes tell them apart."""
+    """Read an Arrow stream, as of `datasets`, or an Arrow file, as of other tools."""
     with pa.OSFile(str(source)) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
-        reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
-        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        batches: Iterator[pa.RecordBatch]
+        if is_file:
+            reader = pa.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = iter(pa.ipc.open_stream(file))
         for batch in batches:
             for start in range(0, len(batch), ROWS):
                 yield batch.slice(start, ROWS), file.tell() / max(file.size(), 1)
@@ -75,7 +85,8 @@ def _value(scalar: pa.Scalar, name: str) -> Any:
     try:
         return scalar.as_py()
     except (*ERRORS, OverflowError) as error:
-        if pa.types.is_temporal(scalar.type):  # a time that Python cannot tell, which nobody reads
+        if pa.types.is_temporal(scalar.type):
+            # A time outside Python's range: no field of a sample is a time.
             return None
         raise DataError(f"{name} cannot be read: {error}") from error
 
@@ -86,7 +97,9 @@ def _sample(
     sample = setting.sample_of(row_values)
     for field in FIELDS:
         for i, value in enumerate(sample.get(field, [])):
-            name = f"{row:08d}-{i}" if field == "images" else f"{row:08d}-video{i}"
+            name = f"{row:08d}-{i}"
+            if field == "videos":
+                name = f"{row:08d}-video{i}"
             data = _content(value, f"{field}[{i}]", setting)
             sample[field][i] = write_medium(data, source=source, name=name, setting=setting)
     return sample

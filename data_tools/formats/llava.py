@@ -1,5 +1,7 @@
-"""LLaVA's JSON: objects with `image` or `video` (a path or several) and `conversations` of human
-and gpt; and whatever else `megatron_vita/data/samples/foreign.py` reads."""
+"""LLaVA's JSON: objects with `image` or `video` (one or several paths) and `conversations`.
+
+Other records that `megatron_vita/data/samples/foreign.py` reads are accepted, too.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +11,10 @@ from data_tools.formats.objects import read_objects
 
 
 def list_sources(paths: list[Path]) -> list[Path]:
-    """JSON files (one array) and JSONL files."""
+    """List JSON files (one array) and JSONL files."""
     return find_files(paths, ".json", ".jsonl")
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The objects of a file."""
+    """Yield the objects of a file."""
     return read_objects(source, setting.sample_of)

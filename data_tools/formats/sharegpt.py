@@ -1,4 +1,4 @@
-"""ShareGPT's JSON: as LLaVA's, but a text without media may well speak of <image>, as HTML does."""
+"""ShareGPT's JSON: as LLaVA's, but <image> in a text without media is literal, as in HTML."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,5 +9,5 @@ from data_tools.formats.objects import read_objects
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The objects of a file."""
+    """Yield the objects of a file."""
     return read_objects(source, partial(setting.sample_of, literal_tags=True))

@@ -1,7 +1,9 @@
-"""Plain webdataset tars: images or videos with a caption or a conversation; see
-`megatron_vita/data/samples/third_party.py`."""
+"""Plain webdataset tars: images or videos with a caption or a conversation.
 
-from collections.abc import Iterator
+The mapping of members is that of `megatron_vita/data/samples/third_party.py`.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,24 +18,25 @@ from megatron_vita.media.kinds import HEAD
 
 
 def list_sources(paths: list[Path]) -> list[Path]:
-    """Tars."""
+    """List tars."""
     return find_files(paths, ".tar")
 
 
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
-    """The samples of a tar."""
+    """Yield the samples of a tar."""
     rule = read_rule(source.parent)
     reader = ShardReader()
-    prompt = rule.prompt if setting.prompt is None else setting.prompt
-    rule = replace(rule, prompt=prompt, ignore=(*rule.ignore, *setting.ignore))
+    if setting.prompt is not None:
+        rule = replace(rule, prompt=setting.prompt)
+    rule = replace(rule, ignore=(*rule.ignore, *setting.ignore))
     for number, sample in enumerate(scan_shard(source)):
-        make = partial(
+        make: Callable[[], dict[str, Any]] = partial(
             _sample, sample, source=source, number=number, reader=reader, rule=rule, setting=setting
         )
+        if sample.fault:
+            make = refuse(sample.fault)
         last = max((member.offset + member.size for member in sample.members.values()), default=0)
-        yield Candidate(
-            f"sample {sample.key}", refuse(sample.fault) if sample.fault else make, last
-        )
+        yield Candidate(f"sample {sample.key}", make, last)
     reader.close()
 
 
@@ -58,15 +61,14 @@ def _sample(
     record = record_of_members(names_of, read_member, rule=rule, read_head=read_head)
     for field in FIELDS:
         names = record.pop(field, [])
-        # Named by number: a member's own name may lead anywhere.
+        # Named by number: a member's own name may lead out of the folder.
+        prefix = f"{number:08d}-"
+        if field == "videos":
+            prefix += "video"
         paths = [
-            write_medium(
-                read_member(name),
-                source=source,
-                name=f"{number:08d}-{i if field == 'images' else f'video{i}'}",
-                setting=setting,
-            )
+            write_medium(read_member(name), source=source, name=f"{prefix}{i}", setting=setting)
             for i, name in enumerate(names)
         ]
-        record |= {field: paths} if paths else {}
+        if paths:
+            record[field] = paths
     return {"id": sample.key, **record}

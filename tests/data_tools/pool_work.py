@@ -5,21 +5,21 @@ import signal
 import time
 from pathlib import Path
 
-from data_tools.pool import Steps
+from data_tools.pool import SampleGuard
 from megatron_vita.errors import DataError
 
 
-def act(task: tuple[str, list[str]], steps: Steps) -> list[str]:
+def act(task: tuple[str, list[str]], guard: SampleGuard) -> list[str]:
     """Does the steps of a task, each named by what happens in it, and notes in a file which of them
     are begun."""
     log, names = task
-    return [_outcome(name, Path(log), steps) for name in names]
+    return [_outcome(name, Path(log), guard) for name in names]
 
 
-def _outcome(name: str, log: Path, steps: Steps) -> str:
-    steps.advance()
+def _outcome(name: str, log: Path, guard: SampleGuard) -> str:
+    guard.advance()
     try:
-        return steps.run(lambda known: _do(name, log, known))
+        return guard.run(lambda known: _do(name, log, known))
     except DataError as error:
         return str(error)
 
@@ -41,9 +41,9 @@ def _do(name: str, log: Path, known: bool) -> str:
     return f"{name} done"
 
 
-def fall(task: str, steps: Steps) -> None:
+def fall(task: str, guard: SampleGuard) -> None:
     """Ends in the way that the task names, outside any step."""
-    steps.run(lambda known: None)
+    guard.run(lambda known: None)
     if task == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if task == "user error":

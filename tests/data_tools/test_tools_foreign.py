@@ -11,7 +11,7 @@ import pytest
 
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
-from data_tools.pool import Crew
+from data_tools.pool import WorkerOptions
 from megatron_vita.media.data_urls import inline_content, is_inline
 from megatron_vita.text.conversation import MediaPart, TextPart, check_messages
 from tests.data_tools.foreign_layouts import FILES, LAYOUTS, Case, Truth, make_cases
@@ -43,7 +43,7 @@ def import_all(cases: list[Case], root: Path, media: Path) -> list[Result]:
     out = root / "out.jsonl"
     setting = Setting(media=media, media_out=root / "found", prompt=None)
     job = ImportJob(format=form, paths=sources, out=out, setting=setting)
-    import_samples(job, crew=Crew(workers=0))
+    import_samples(job, options=WorkerOptions(workers=0))
     rejected = {number_of(entry): entry["reason"] for entry in read(out, ".rejected.jsonl")}
     samples = iter(read(out, ".jsonl"))
     return [rejected.get(number) or next(samples) for number in range(len(cases))]

@@ -481,7 +481,7 @@ def test_what_stands_beside_frames_is_used_or_refused_by_name(tmp_path: Path) ->
     assert [sample["videos"] for sample in samples] == [["two.mp4"], ["one"]]
     assert b"1.AVIF" in read_frames(root / "one")
     (root / "one/2.jpg_").write_bytes(picture(format="JPEG"))
-    with pytest.raises(DataError, match=r"2.jpg_ looks like a medium, and is none of the frames"):
+    with pytest.raises(DataError, match=r"2.jpg_ looks like a medium, but is not a frame"):
         read_frames(root / "one")
     (tmp_path / "out.jsonl").unlink()
     (tmp_path / "out.progress.jsonl").unlink()
@@ -613,7 +613,7 @@ def test_a_result_of_which_nothing_tells_is_refused_before_the_work(
         main(["import", "llava", str(tmp_path / "set.jsonl"), "--out", str(tmp_path / "out.jsonl")])
         == 1
     )
-    assert "out.jsonl: it is there, but" in capsys.readouterr().err
+    assert "out.jsonl: it exists, but" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert not (tmp_path / "out.parts").exists()
     (tmp_path / "out.jsonl").unlink()

@@ -12,16 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.pool import Crew, run_tasks
+from data_tools.pool import WorkerOptions, run_tasks
 from megatron_vita.errors import ConfigError, DataError, PlatformError
 from tests.data_tools.pool_work import act, fall
 from tests.environment import environment_with
 
-QUICK = Crew(workers=1, time_limit=1.0)
+QUICK = WorkerOptions(workers=1, time_limit=1.0)
 
 
-def outcomes(log: Path, *names: str, crew: Crew = QUICK) -> list[str]:
-    ((_, result),) = run_tasks(act, [(str(log), list(names))], crew=crew)
+def outcomes(log: Path, *names: str, options: WorkerOptions = QUICK) -> list[str]:
+    ((_, result),) = run_tasks(act, [(str(log), list(names))], options=options)
     return result
 
 
@@ -45,14 +45,14 @@ def test_a_step_that_takes_its_process_along_is_bad(tmp_path: Path, end: str, ho
 def test_a_task_begun_again_knows_what_was_good_and_what_was_bad(tmp_path: Path) -> None:
     reported: list[int] = []
     tasks = [(str(tmp_path / "log"), ["a", "bad", "die", "b"])]
-    ((_, result),) = run_tasks(act, tasks, crew=QUICK, on_advance=reported.append)
+    ((_, result),) = run_tasks(act, tasks, options=QUICK, on_advance=reported.append)
     assert (result[1], sum(reported)) == ("it is bad", 4)
     assert (tmp_path / "log").read_text().splitlines() == ["a", "bad", "die", "a again", "b"]
 
 
 def test_a_step_without_memory_is_bad(tmp_path: Path) -> None:
-    for crew in (QUICK, Crew(workers=0)):
-        assert outcomes(tmp_path / "log", "full", "a", crew=crew) == [
+    for options in (QUICK, WorkerOptions(workers=0)):
+        assert outcomes(tmp_path / "log", "full", "a", options=options) == [
             "it needs more memory than there is",
             "a done",
         ]
@@ -63,7 +63,9 @@ def test_each_task_is_done_once_by_any_number_of_workers(tmp_path: Path) -> None
     for workers in (0, 1, 3):
         reported: list[int] = []
         results = dict(
-            run_tasks(act, tasks, crew=Crew(workers=workers), on_advance=reported.append)
+            run_tasks(
+                act, tasks, options=WorkerOptions(workers=workers), on_advance=reported.append
+            )
         )
         assert results == {i: [f"t{i} done", "it is bad"] for i in range(12)}
         assert sum(reported) == 24
@@ -71,18 +73,18 @@ def test_each_task_is_done_once_by_any_number_of_workers(tmp_path: Path) -> None
 
 def test_errors_outside_steps_end_the_work() -> None:
     with pytest.raises(DataError, match="the user's fault"):
-        list(run_tasks(fall, ["user error"], crew=QUICK))
+        list(run_tasks(fall, ["user error"], options=QUICK))
     with pytest.raises(RuntimeError, match="ZeroDivisionError: our fault"):
-        list(run_tasks(fall, ["bug"], crew=QUICK))
+        list(run_tasks(fall, ["bug"], options=QUICK))
     with pytest.raises(PlatformError, match=r"ended between two samples.*SIGKILL"):
-        list(run_tasks(fall, ["die"], crew=QUICK))
+        list(run_tasks(fall, ["die"], options=QUICK))
 
 
 def test_workers_end_with_a_killed_watcher(tmp_path: Path) -> None:
     script = f"""
         from tests.data_tools.pool_work import act
-        from data_tools.pool import Crew, run_tasks
-        list(run_tasks(act, [({str(tmp_path / "log")!r}, ["hang"])] * 2, crew=Crew(workers=2, time_limit=600)))
+        from data_tools.pool import WorkerOptions, run_tasks
+        list(run_tasks(act, [({str(tmp_path / "log")!r}, ["hang"])] * 2, options=WorkerOptions(workers=2, time_limit=600)))
     """
     run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment_with())
     deadline = time.monotonic() + 60
@@ -109,4 +111,4 @@ def test_workers_end_with_a_killed_watcher(tmp_path: Path) -> None:
 )
 def test_crews_that_cannot_be_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Crew(**fields)
+        WorkerOptions(**fields)
