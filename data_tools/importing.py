@@ -7,7 +7,6 @@ Beside `NAME.jsonl` are `NAME.rejected.jsonl`, a line for each rejected sample,
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from data_tools.samples import check_medium
 from megatron_vita.data.samples.media_fields import FIELDS
 from megatron_vita.data.samples.records import check_record
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import atomic_write
 from megatron_vita.media.kinds import kind_of_name
 
 BATCH = 32
@@ -145,18 +145,14 @@ def _import_source(task: ImportTask, guard: SampleGuard) -> dict[str, int]:
     A failure that ends the reading is the last rejection.
     """
     counts = dict.fromkeys(KINDS, 0)
-    paths = {kind: task.job.part(task.number, kind) for kind in KINDS}
-    partials = {kind: path.with_name(path.name + ".partial") for kind, path in paths.items()}
     with ExitStack() as stack:
-        files = {
-            kind: stack.enter_context(open(path, "w", encoding="utf-8"))
-            for kind, path in partials.items()
-        }
+        files = {}
+        for kind in KINDS:
+            partial_path = stack.enter_context(atomic_write(task.job.part(task.number, kind)))
+            files[kind] = stack.enter_context(open(partial_path, "w", encoding="utf-8"))
         for kind, entry in _sorted_samples(task, guard):
             files[kind].write(json.dumps(entry, ensure_ascii=kind == "rejected") + "\n")
             counts[kind] += 1
-    for kind in KINDS:
-        os.replace(partials[kind], paths[kind])
     return counts
 
 
@@ -229,10 +225,8 @@ def _join_parts(job: ImportJob, sources: int) -> None:
     if not job.out.exists():
         # The samples last: their file shows that the import is complete.
         for kind, target in (("rejected", rejected_path(job.out)), ("samples", job.out)):
-            partial_path = target.with_name(target.name + ".partial")
-            with open(partial_path, "wb") as whole:
+            with atomic_write(target) as partial_path, open(partial_path, "wb") as whole:
                 for number in range(sources):
                     with open(job.part(number, kind), "rb") as part:
                         shutil.copyfileobj(part, whole)
-            os.replace(partial_path, target)
     shutil.rmtree(job.part(0, "samples").parent)

@@ -1,6 +1,5 @@
 """Indexes and plans of a recipe."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,7 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import write_json_lines
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer, tokens_needed
@@ -119,9 +119,7 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
             rejected += left_out
             yield _summary(path, plan, recipe, len(left_out))
     path = Path(recipe.data.plan) / REJECTED
-    path.write_text(
-        "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in rejected)
-    )
+    write_json_lines(path, [entry._asdict() for entry in rejected], ensure_ascii=False)
     if rejected:
         yield f"{len(rejected)} samples that cannot be used, listed in {path}"
 

@@ -1,8 +1,6 @@
 """Progress of work on disk, so that an interrupted run continues."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ from tqdm import tqdm
 
 from data_tools.pool import Work, WorkerOptions, run_tasks
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import append_json_lines, complete_lines, write_json_lines
 
 
 class Progress:
@@ -24,9 +23,7 @@ class Progress:
 
     def __init__(self, path: Path, *, stamp: dict[str, Any]) -> None:
         self._path = path
-        entries = []
-        if path.exists():
-            entries = list(_whole_lines(path))
+        entries = _read(path)
         if len(entries) > 1 and entries[0] != stamp:
             field = next(name for name in stamp if entries[0].get(name) != stamp[name])
             raise ConfigError(
@@ -36,8 +33,7 @@ class Progress:
         # A stamp without finished parts binds nobody: other work may begin.
         if len(entries) <= 1:
             entries = [stamp]
-        # Written anew, so that a torn last line is gone before others follow.
-        write_lines(path, entries)
+        write_json_lines(path, entries)
         self.finished: dict[int, Any] = {entry["part"]: entry["result"] for entry in entries[1:]}
 
     def run(
@@ -54,13 +50,10 @@ class Progress:
         """
         numbers = [number for number in tasks if number not in self.finished]
         waiting = [tasks[number] for number in numbers]
-        with (
-            progress_bar(self._path.parent, total=total, unit=unit) as bar,
-            open(self._path, "a") as file,
-        ):
+        with progress_bar(self._path.parent, total=total, unit=unit) as bar:
             for i, result in run_tasks(work, waiting, options=options, on_advance=bar.update):
                 self.finished[numbers[i]] = result
-                _append(file, [{"part": numbers[i], "result": result}])
+                append_json_lines(self._path, [{"part": numbers[i], "result": result}])
 
 
 def progress_bar(name: object, *, total: int, unit: str) -> "tqdm[Any]":
@@ -78,25 +71,10 @@ def progress_bar(name: object, *, total: int, unit: str) -> "tqdm[Any]":
     )
 
 
-def write_lines(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file atomically."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        _append(file, entries)
-    os.replace(partial, path)
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        for text in path.read_bytes().splitlines(keepends=True):
-            if text.endswith(b"\n"):
-                yield json.loads(text)
+        return [json.loads(line) for line in complete_lines(path)]
     except ValueError as error:
         raise DataError(
             f"{path}: damaged: {error}; delete it and what was made, and begin again"
         ) from error
-
-
-def _append(file: Any, entries: Iterable[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    file.flush()

@@ -8,22 +8,23 @@ each other nor on the process that writes them. A shard longer than `max_bytes` 
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from data_tools.lines import Line, LineRange, divide_lines, read_ranges
 from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions
-from data_tools.progress import Progress, write_lines
+from data_tools.progress import Progress
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
 from megatron_vita.config import DatasetConfig, load_recipe
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import publish, write_json_lines
 
 PROGRESS = "progress.jsonl"
 REJECTED = "rejected.jsonl"
@@ -149,7 +150,7 @@ def make_shards(job: ShardJob, *, options: WorkerOptions = IN_PROCESS) -> ShardC
     progress.run(_write_shard, tasks, options=options, total=left, unit="samples")
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
-    write_lines(job.out / REJECTED, rejected)
+    write_json_lines(job.out / REJECTED, rejected)
     # At the end, when what replaces them is complete.
     _remove_strays(job, results)
     return ShardCount(
@@ -234,16 +235,21 @@ class _Tars:
         media = sum(len(file.data) for files in sample.media.values() for file in files)
         size = media + len(str(sample.record))
         if self._job.max_bytes and self._size and self._size + size > self._job.max_bytes:
-            self._writer.__exit__(None)
+            self._writer.__exit__()
             self._begin()
         self._size += size
         self._writer.write(sample.key, record=sample.record, media=sample.media)
 
-    def __exit__(self, error_type: type | None, *rest: object) -> None:
-        self._writer.__exit__(error_type, *rest)
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.__exit__(error_type, error, trace)
         for path in map(self._path, range(self.count)):
             if error_type is None:
-                os.replace(_whole(path), path)
+                publish(_whole(path), path)
             else:
                 _whole(path).unlink(missing_ok=True)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.lines import Line, read_lines
-from data_tools.progress import write_lines
 from data_tools.samples import read_sample
 from megatron_vita.data.samples.records import is_raw_text
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import write_json_lines
 from megatron_vita.text.conversation import TextPart, check_messages
 from megatron_vita.text.train import train_sentencepiece
 
@@ -39,7 +39,7 @@ def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> Trainin
         raise DataError("{file}:{line}: {reason}; no line is good".format(**rejected[0]))
     train_sentencepiece(texts, out, vocab_size=vocab_size)
     if rejected:
-        write_lines(rejected_path(out), rejected)
+        write_json_lines(rejected_path(out), rejected)
     else:
         rejected_path(out).unlink(missing_ok=True)
     return Training(len(texts), len(rejected))

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "registry", "rounding", "sizes", "supervise", "platform", "config"}
-PURE = {"errors", "registry", "rounding", "sizes", "config", "media", "text", "layout", "costs"}
+EVERYWHERE = {"errors", "files", "registry", "rounding", "sizes", "supervise", "platform", "config"}
+PURE = EVERYWHERE - {"supervise", "platform"} | {"media", "text", "layout", "costs"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "registry": {"errors"},
     "rounding": set(),
     "sizes": set(),

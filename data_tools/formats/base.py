@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from data_tools.compressed import refuse_compressed
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT, sample_of
 from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.files import atomic_write
 from megatron_vita.media.files import is_hidden
 from megatron_vita.media.kinds import HEAD, suffix_of_content
 
@@ -139,7 +140,6 @@ def write_medium(data: bytes, *, source: Path, name: str, setting: Setting) -> s
     )
     target = setting.media_out / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, target)
+    with atomic_write(target) as partial:
+        partial.write_bytes(data)
     return path.as_posix()

@@ -7,7 +7,6 @@
 import dataclasses
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -28,6 +27,7 @@ from megatron_vita.checkpoint.space import HALVES, bytes_in, check_space, descri
 from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron_vita.config import ModelConfig
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import atomic_write
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.platform.saving import take_write_failure, use_local_results_queue
@@ -292,13 +292,8 @@ def _first() -> bool:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write to a temporary file and rename it, so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.incomplete")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_text(text)
 
 
 def _prune(folder: Path, keep: int, *, newest: Path) -> None:

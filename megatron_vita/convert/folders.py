@@ -1,12 +1,12 @@
 """Output folders that appear complete or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_vita.errors import CheckpointError
+from megatron_vita.files import publish, sync
 
 
 @contextmanager
@@ -31,9 +31,8 @@ def new_folder(destination: Path) -> Iterator[Path]:
         # Contents must be on disk before the rename is, or a crash could leave a complete-looking
         # folder of empty files.
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        temporary.replace(destination)
-        _sync(destination.parent)
+            sync(path)
+        publish(temporary, destination)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{destination}: cannot be written: {error}") from error
@@ -41,9 +40,3 @@ def new_folder(destination: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

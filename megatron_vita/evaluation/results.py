@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
+from megatron_vita.files import append_json_lines, atomic_write, complete_lines
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import SamplingParams
 
@@ -33,14 +34,13 @@ class ResultLog:
         if settings is not None:
             # Through JSON, as they are read back: tuples become lists.
             _check_settings(path.with_suffix(".settings.json"), json.loads(json.dumps(settings)))
+        self._path = path
         self.rows = _read_rows(path)
-        self._file = path.open("a", encoding="utf-8")
 
     def add(self, key: str, row: Row) -> None:
-        """Append a row and flush it to the file."""
-        # Flushed at once: a killed run loses no answer, which may have taken minutes.
-        self._file.write(json.dumps({"key": key, **row}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append a row durably."""
+        # At once: a killed run loses no answer, which may have taken minutes.
+        append_json_lines(self._path, [{"key": key, **row}], ensure_ascii=False)
         self.rows[key] = row
 
     def is_done(self, key: str) -> bool:
@@ -104,24 +104,19 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"{path}: the results there were made with {name} {before.get(name)!r}, and now it "
                 f"is {settings.get(name)!r}: choose another folder"
             )
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def _read_rows(path: Path) -> dict[str, Row]:
-    """Read rows by key. An incomplete last line, left by a kill, is removed from the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        path.write_bytes(content)
+    """Read the rows by key; a last line that a kill tore is skipped."""
     rows: dict[str, Row] = {}
-    for number, line in enumerate(content.decode().splitlines(), start=1):
+    for number, line in enumerate(complete_lines(path), start=1):
         try:
             row = json.loads(line)
             rows[row.pop("key")] = row
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(
-                f"{path}:{number}: {line!r:.80} is no row of results: {error!r}"
+                f"{path}:{number}: {line!r:.80} is not a row of results: {error!r}"
             ) from error
     return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_vita.errors import DataError
+from megatron_vita.files import atomic_write
 from megatron_vita.text.tokenizer import SPECIAL_TOKENS
 
 
@@ -53,7 +54,8 @@ def train_sentencepiece(
         raise _explained(str(error), vocab_size) from error
     model_path = Path(model_path)
     model_path.parent.mkdir(parents=True, exist_ok=True)
-    model_path.write_bytes(model.getvalue())
+    with atomic_write(model_path) as partial:
+        partial.write_bytes(model.getvalue())
 
 
 def _single_lines(lines: Iterable[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import pytest
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
 from megatron_vita.evaluation.questions import read_questions, run_questions
+from megatron_vita.evaluation.results import ResultLog
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import SamplingParams
 
@@ -103,6 +104,12 @@ def test_a_killed_run_asks_only_what_is_missing_or_was_refused(tmp_path: Path) -
     report = run(tmp_path / "out", path, answerer)
     assert [prompt.messages[0]["content"] for prompt in answerer.prompts] == ["1?", "2?", "3?"]
     assert (report["all"]["right"], report["refused"]) == (4, 0)
+
+
+def test_an_answer_with_any_line_separator_survives_a_restart(tmp_path: Path) -> None:
+    row = {"answer": "a\u2028b\u0085c\rd\ne"}
+    ResultLog(tmp_path / "answers.jsonl").add("first", row)
+    assert ResultLog(tmp_path / "answers.jsonl").rows == {"first": row}
 
 
 def test_another_metric_grades_the_same_answers_without_asking(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ the sample again.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_vita.errors import DataError
+from megatron_vita.files import append_json_lines, complete_lines
 
 
 class Damage(NamedTuple):
@@ -64,14 +64,9 @@ class Ledger:
             self._by_pack.setdefault(damage.pack, {})[damage.document] = damage
         if new and self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # A kill may have left half a line, which a new one must not continue.
-            _cut_torn_line(self._path)
-            with open(self._path, "a") as file:
-                file.writelines(
-                    json.dumps(damage._asdict(), ensure_ascii=False) + "\n" for damage in new
-                )
-                file.flush()
-                os.fsync(file.fileno())
+            # Durable before the pack is used: a resumed run must mask the same documents.
+            events = [damage._asdict() for damage in new]
+            append_json_lines(self._path, events, ensure_ascii=False)
         return new
 
     def _is_new(self, damage: Damage) -> bool:
@@ -84,8 +79,7 @@ def read_ledgers(folder: Path) -> list[Damage]:
     return [
         _parse(line, path)
         for path in sorted(folder.glob("*.jsonl"))
-        for line in path.read_bytes().splitlines(keepends=True)
-        if line.endswith(b"\n")
+        for line in complete_lines(path)
     ]
 
 
@@ -112,11 +106,6 @@ def add_up_damage(damages: Iterable[Damage]) -> list[Damage]:
             event = event._replace(frames=frames[event.pack, event.document])
         merged.append(event)
     return merged
-
-
-def _cut_torn_line(path: Path) -> None:
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _parse(line: bytes, path: Path) -> Damage:

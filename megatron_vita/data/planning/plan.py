@@ -7,7 +7,6 @@ is memory-mapped, so that all processes of a host share one copy.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_vita.errors import DataError, ShardError
+from megatron_vita.files import atomic_write
 
 FORMAT_VERSION = 3
 COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows")
@@ -177,11 +177,13 @@ def write_plan(plan: PackPlan, path: Path) -> None:
         {"plan": json.dumps(about, sort_keys=True)}
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with (
+        atomic_write(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
         # One chunk a column, so that a reader maps each as one array.
         writer.write_table(table, max_chunksize=max(len(table), 1))
-    os.replace(partial, path)
 
 
 def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackPlan:

@@ -7,7 +7,6 @@ carries.
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.shards.storage import Location, read_file, read_tail
 from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError
+from megatron_vita.files import atomic_write
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.chat_format import ChatFormat
 
@@ -155,9 +155,8 @@ def text_stamp(chat: ChatFormat) -> dict[str, str]:
 def write_index(index: SampleIndex, path: Path) -> None:
     """Write an index atomically."""
     metadata = {"index": json.dumps(vars(index.header), sort_keys=True)}
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(index._table.replace_schema_metadata(metadata), partial)
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        pq.write_table(index._table.replace_schema_metadata(metadata), partial)
 
 
 def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHeader:

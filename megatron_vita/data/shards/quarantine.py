@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.errors import DataError
+from megatron_vita.files import atomic_write
 
 FORMAT_VERSION = 1
 
@@ -88,9 +89,8 @@ def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
     if path.exists() and read_quarantine(shard) == quarantine:
         return
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text)
-    # Never older than the shard, whose time may be in the future: it would count as stale.
-    newest = max(partial.stat().st_mtime_ns, shard.stat().st_mtime_ns)
-    os.utime(partial, ns=(newest, newest))
-    os.replace(partial, path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(text)
+        # Never older than the shard, whose time may be in the future: it would count as stale.
+        newest = max(partial.stat().st_mtime_ns, shard.stat().st_mtime_ns)
+        os.utime(partial, ns=(newest, newest))

@@ -5,14 +5,16 @@ A sample is `{key}.json` (messages, names of its media members, perhaps an id) w
 """
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from megatron_vita.errors import DataError
+from megatron_vita.files import atomic_write
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 META_NAME = re.compile(r"__[^/]*__($|/)")
@@ -39,14 +41,17 @@ class SampleWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        from webdataset import TarWriter  # imports torch, which takes longer than most commands
+        # Imported here, since it imports torch, which takes longer than most commands.
+        from webdataset import TarWriter
 
-        self._file = open(self._partial, "wb")
+        partial = self._stack.enter_context(atomic_write(self._path))
+        file = self._stack.enter_context(open(partial, "wb"))
         # No owner and no time, so that the same samples give the same bytes.
-        self._tar = TarWriter(self._file, encoder=False, user="", group="", mtime=0)
+        tar = TarWriter(file, encoder=False, user="", group="", mtime=0)
+        self._tar = self._stack.enter_context(closing(tar))
         return self
 
     def write(self, key: str, *, record: dict[str, Any], media: dict[str, list[MediaFile]]) -> None:
@@ -66,13 +71,13 @@ class SampleWriter:
         text = json.dumps(record | names, ensure_ascii=False, sort_keys=True)
         self._tar.write({"__key__": key, "json": text.encode(errors="surrogatepass"), **files})
 
-    def __exit__(self, error_type: type | None, *_: object) -> None:
-        self._tar.close()
-        self._file.close()
-        if error_type is None:
-            os.replace(self._partial, self._path)
-        else:
-            self._partial.unlink()
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self._stack.__exit__(error_type, error, trace)
 
 
 class ScannedSample(NamedTuple):
