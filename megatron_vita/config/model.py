@@ -120,6 +120,11 @@ class ProjectorConfig:
             f"model.projector.kind is {self.kind!r}; known: {', '.join(PROJECTORS)}",
         )
 
+    @property
+    def has_bias(self) -> bool:
+        """True if the linear layers have biases."""
+        return self.kind == "internvl"
+
 
 @dataclass(kw_only=True)
 class LanguageConfig:
@@ -180,3 +185,10 @@ class ModelConfig:
     projector: ProjectorConfig = described(ProjectorConfig, "Projector.")
     language: LanguageConfig = described(LanguageConfig, "Language model.")
     output: OutputConfig = described(OutputConfig, "Output layer and loss.")
+
+    @property
+    def projector_hidden_size(self) -> int:
+        """Hidden size of the projector: the language model's or the vision tower's, by its kind."""
+        if self.projector.kind == "internvl":
+            return self.language.hidden_size
+        return self.vision.hidden_size

@@ -41,9 +41,7 @@ def projector_flops(model: ModelConfig) -> int:
     """Count the FLOPs of the projector for one tile."""
     vision = model.vision
     language = model.language
-    hidden = vision.hidden_size
-    if model.projector.kind == "internvl":
-        hidden = language.hidden_size
+    hidden = model.projector_hidden_size
     return 2 * vision.image_token_length * hidden * (4 * vision.hidden_size + language.hidden_size)
 
 

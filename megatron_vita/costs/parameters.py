@@ -71,10 +71,11 @@ def projector(model: ModelConfig) -> int:
     """Count the projector's parameters, all on every rank of the first stage."""
     joined = 4 * model.vision.hidden_size
     wide = model.language.hidden_size
-    if model.projector.kind == "internvl":
-        return 2 * joined + (joined + 1) * wide + (wide + 1) * wide
-    hidden = model.vision.hidden_size
-    return 2 * joined + joined * hidden + hidden * wide
+    hidden = model.projector_hidden_size
+    weights = joined * hidden + hidden * wide
+    if model.projector.has_bias:
+        weights += hidden + wide
+    return 2 * joined + weights
 
 
 def word_embedding(language: LanguageConfig) -> int:

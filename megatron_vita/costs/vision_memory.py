@@ -76,10 +76,8 @@ def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
     two.
     """
     model = recipe.model
+    hidden = model.projector_hidden_size
     vision = model.vision
-    hidden = vision.hidden_size
-    if model.projector.kind == "internvl":
-        hidden = model.language.hidden_size
     values = vision.image_token_length * (8 * vision.hidden_size + 2 * hidden)
     if recipe.training.freeze_vision_model:
         return values

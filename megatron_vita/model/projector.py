@@ -19,10 +19,8 @@ class Projector(nn.Module):
         super().__init__()
         self.config = config.projector
         joined = 4 * config.vision.hidden_size
-        biased = config.projector.kind == "internvl"
-        hidden = config.vision.hidden_size
-        if biased:
-            hidden = config.language.hidden_size
+        biased = config.projector.has_bias
+        hidden = config.projector_hidden_size
         self.norm = nn.LayerNorm(joined, eps=1e-5)
         self.fc1 = nn.Linear(joined, hidden, bias=biased)
         self.fc2 = nn.Linear(hidden, config.language.hidden_size, bias=biased)

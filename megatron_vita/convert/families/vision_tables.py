@@ -138,5 +138,5 @@ def _absent(config: VisionConfig) -> tuple[str, ...]:
 
 def projector_table(table: tuple[Rule, ...], model: ModelConfig) -> list[Rule]:
     """The rules of `table` whose tensors the projector has."""
-    biased = model.projector.kind == "internvl"
+    biased = model.projector.has_bias
     return [rule for rule in table if biased or not rule.ours.endswith(("fc1.bias", "fc2.bias"))]
