@@ -97,6 +97,7 @@ class _Sheet:
                     [left, self._y, max(left, right - 1), self._y + STRIP], fill=COLORS[run.kind]
                 )
                 position += run.tokens
+        # Marks last, on top of the runs.
         for document in view.documents:
             x = MARGIN + document.start * scale
             self._draw.line([(x, self._y - 3), (x, self._y + STRIP + 3)], fill=INK)

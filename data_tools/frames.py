@@ -37,6 +37,7 @@ def read_frames(folder: Path) -> bytes:
     paths = list_frames(folder)
     if not paths:
         raise DataError(f"{folder}: no frame images ({', '.join(IMAGE_SUFFIXES)}) in this folder")
+    # A link may lead out of the media folder.
     if links := [path.name for path in paths if path.is_symlink() or not path.is_file()]:
         raise DataError(
             f"{folder}: the frame {links[0]} is a link or no file: plain files are needed"

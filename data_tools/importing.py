@@ -109,6 +109,7 @@ def _check_job(job: ImportJob) -> None:
 
 
 def _stamp(job: ImportJob, sources: list[Path]) -> dict[str, Any]:
+    # As text, so that the stamp equals the one that was read back from JSON.
     setting = {name: str(value) for name, value in vars(job.setting).items()}
     return {
         "format": job.format,

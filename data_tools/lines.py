@@ -39,6 +39,7 @@ def divide_lines(files: list[Path], *, size: int) -> Iterator[list[LineRange]]:
     Raises:
         DataError: a file cannot be read.
     """
+    # Offsets instead of lines: a worker reads its lines itself, and the list stays small.
     run: list[LineRange] = []
     for path in files:
         for offset, line in _lines_from(path, offset=0, number=1):

@@ -43,6 +43,7 @@ def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
         platform.initialize_process()
     if alone or dist.get_rank() == 0:
         make_miniature_data(tiny)
+    # The other ranks must not look for the data before it is complete.
     if not alone:
         dist.barrier()
     if tiny.checkpoint.load and not Path(tiny.checkpoint.load).exists():

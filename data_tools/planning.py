@@ -61,6 +61,7 @@ def index_shards(
     tokenizer = open_tokenizer(recipe)
     shards = find_all_shards(recipe)
     text = text_stamp(ChatFormat(tokenizer, recipe.text))
+    # A current index is kept, so that a repeated or interrupted command does only what is left.
     stale = [shard for shard in shards if not _is_current(shard, text)]
     tasks = [IndexTask(shard, recipe.text, recipe.model.text_only, strict) for shard in stale]
     with progress_bar("index", total=len(stale), unit="shards") as bar:

@@ -30,6 +30,7 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Memory address in the messages of some decoders, removed so that reasons are reproducible."""
 FAULT = "this sample meets a fault of the program"
 EXECUTORS = ("local", "ray")
+# Modules that the fork server imports once for all workers: those of the work functions.
 PRELOADED = [
     "data_tools.sharding",
     "data_tools.importing",
@@ -90,6 +91,7 @@ class SampleGuard:
         """
         number = self._count
         self._count += 1
+        # Not run again: it would hang or kill the process as before.
         outcome = self._outcomes.get(number)
         if outcome:
             raise DataError(outcome)
@@ -116,6 +118,7 @@ def as_data_error(action: Callable[[], Any]) -> Any:
         raise DataError(ADDRESS.sub("", str(error))) from error
     except VitaError:
         raise
+    # Sizes in a damaged file may ask for any amount of memory.
     except MemoryError as error:
         raise DataError("it needs more memory than there is") from error
     except Exception as error:

@@ -27,6 +27,8 @@ from megatron_vita.media.video import (
 
 logger = logging.getLogger(__name__)
 
+# One thread for reproducible bytes; neither B-frames nor scene cuts, so that frames are stored in
+# the order shown, and key frames are only those set by time.
 X264 = {"crf": "20", "preset": "veryfast", "threads": "1", "bf": "0", "sc_threshold": "0"}
 NO_KEY_FRAMES = 1 << 20
 """Group size of the encoder, never reached: key frames are set by time instead."""
@@ -132,6 +134,7 @@ def _encode(
         report: called for undecodable frames.
     """
     buffer = io.BytesIO()
+    # Bit-exact: without versions and times in the file, equal input gives equal bytes.
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         encoder = _Encoder(container, starts, gop=gop)
         walk_frames(data, "the video", times=moments, take=encoder.take, report=report)

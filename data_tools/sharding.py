@@ -30,6 +30,7 @@ PROGRESS = "progress.jsonl"
 REJECTED = "rejected.jsonl"
 MEGABYTE = 10**6
 MADE = r"-(\d{6}|[1-9]\d{6,})(_[1-9]\d*)?"  # end of a shard's name, after that of the dataset
+# Endings of tars, of their temporary files, and of the files beside them.
 BESIDE = r"\.(tar(\.whole)?(\.partial)?|index\.parquet|quarantine\.json)"
 Rejection = dict[str, Any]
 
@@ -167,6 +168,7 @@ def _check_job(job: ShardJob) -> None:
         )
     if not job.media_root.is_dir():
         raise ConfigError(f"--media {job.media_root} is not a folder")
+    # Equal stems would give equal keys to samples of different files.
     stems = Counter(map(key_stem, job.files))
     if len(stems) < len(job.files):
         stem = stems.most_common(1)[0][0]

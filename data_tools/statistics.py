@@ -137,6 +137,7 @@ def _of_plan(plan: PackPlan, split: str, seq_length: int) -> PlanStatistics:
     pack = plan.columns["pack"]
     tokens = plan.columns["tokens"].astype(np.int64)
     dataset = plan.columns["dataset"]
+    # Datasets that the recipe no longer has are -1.
     known = dataset >= 0
     by_dataset = np.bincount(dataset[known], weights=tokens[known], minlength=len(plan.datasets))
     return PlanStatistics(

@@ -90,6 +90,7 @@ def find_targets(targets: list[str]) -> list[ValidateTask]:
 def _recipe_targets(recipe: Recipe) -> list[ValidateTask]:
     shards = find_all_shards(recipe)
     samplings = defaultdict[Location, set[Sampling]](set)
+    # Datasets may share a shard and sample its videos differently.
     for dataset in (*recipe.data.train, *recipe.data.validation):
         fps = dataset.max_fps or recipe.media.max_fps
         frames = dataset.max_frames or recipe.media.max_frames
@@ -199,6 +200,7 @@ class _Checker:
             self._guard.run(partial(self._image, sample, name))
         for name in record["videos"]:
             times = self._guard.run(partial(self._times, sample, name))
+            # In chunks, since the time limit is for a step: a long video may take longer.
             for chunk in itertools.batched(times, FRAMES_AT_ONCE):
                 self._check_frames(sample, name, chunk)
 

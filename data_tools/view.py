@@ -198,6 +198,7 @@ class _Runs:
         return "text"
 
     def _unpadded_end(self, start: int, stop: int) -> int:
+        # A text may itself end with the pad token, which then carries loss.
         while (
             stop > start
             and self._ids[stop - 1] == self._tokenizer.pad_id

@@ -121,6 +121,7 @@ class DataConfig:
             f"data.seq_length {self.seq_length} is not a multiple of data.document_alignment "
             f"{self.document_alignment}; the nearest that is: {below or self.document_alignment}",
         )
+        # Plans and metrics know a dataset by its name.
         names = [dataset.name for dataset in self.train]
         require(len(set(names)) == len(names), f"data.train names a dataset twice: {names}")
 

@@ -17,6 +17,7 @@ class GenerationConfig:
     )
 
     def __post_init__(self) -> None:
+        # The bounds are those of requests, so that a default never makes a request invalid.
         right = {
             "temperature": (0.0, 100.0),
             "top_k": (0, 1 << 31),

@@ -161,6 +161,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         (item,) = typing.get_args(hint)
         return [_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
     if origin in (typing.Union, types.UnionType):
+        # The only unions are of a type and None, or of a scalar and a list.
         if is_null(value):
             return None
         return _convert(_member_for(value, hint), value, path)

@@ -74,6 +74,7 @@ def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
     """Halve the sizes, the largest first, until a replica fits; reset options that need them."""
     tiny = copy.deepcopy(parallel)
     names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"]
+    # Halving keeps sizes powers of two if they were; the largest first keeps all kinds if it can.
     while tiny.replica_size > world_size or world_size % tiny.replica_size:
         largest = max(names, key=lambda name: getattr(tiny, name))
         setattr(tiny, largest, getattr(tiny, largest) // 2)

@@ -55,6 +55,7 @@ class VisionConfig:
     init_method_std: float = described(0.02, "Standard deviation of initial weights.")
 
     def __post_init__(self) -> None:
+        # Dropping pixels silently would be a mistake for any tower that was not trained so.
         require(
             self.image_size % (2 * self.patch_size) == 0 or self.ragged_grid,
             f"model.vision.image_size {self.image_size} is not a multiple of twice patch_size "

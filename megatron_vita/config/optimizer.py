@@ -99,6 +99,7 @@ class OptimizerConfig:
         return replace(self, **FULL_PRECISION)  # type: ignore[arg-type]
 
     def _check_types(self) -> None:
+        # Fields without effect are refused: whoever sets them expects one.
         choices = {
             "main_grads_dtype": GRADIENT_TYPES,
             "main_params_dtype": WEIGHT_TYPES,

@@ -140,6 +140,7 @@ class TrainingConfig:
             f"training.recompute_method is {self.recompute_method!r}; known: "
             f"{', '.join(RECOMPUTE_METHODS)}",
         )
+        # Fields without effect are refused: whoever sets them expects one.
         full = {
             "recompute_num_layers": 0,
             "recompute_method": "block",

@@ -46,9 +46,9 @@ def mark_frames(documents: Sequence[Document]) -> torch.Tensor:
     """Mark the tiles of a pack that are frames of videos: bool [N]."""
     media = [medium for document in documents for medium in document.media]
     counts = torch.tensor([medium.num_tiles for medium in media], dtype=torch.int64)
-    return torch.tensor(
-        [medium.grid is None for medium in media], dtype=torch.bool
-    ).repeat_interleave(counts)
+    # Only images have a grid.
+    is_video = torch.tensor([medium.grid is None for medium in media], dtype=torch.bool)
+    return is_video.repeat_interleave(counts)
 
 
 def mask_documents(
@@ -77,6 +77,7 @@ def mask_documents(
         placements[first:last] = start + torch.from_numpy(
             blank_placements(last - first, rows_per_tile)
         )
+        # In place, since the tiles of a long pack are gigabytes.
         tiles[(batch.tile_ids >= first) & (batch.tile_ids < last)] = 0
     return replace(
         batch, input_ids=input_ids, labels=labels, placements=placements, masked=sorted(documents)

@@ -147,6 +147,7 @@ def find_shards(dataset: DatasetConfig) -> list[Location]:
     Raises:
         ConfigError: the glob matches no shard, two shards of one name, or another file.
     """
+    # By name, not by path: plans number shards in this order, wherever the files lie.
     paths = sorted(find_files(dataset.shards), key=lambda path: path.name)
     if not paths:
         raise ConfigError(
@@ -154,6 +155,7 @@ def find_shards(dataset: DatasetConfig) -> list[Location]:
             "data_tools shard"
         )
     names = [path.name for path in paths]
+    # Plans and ledgers know a shard by its file name alone.
     for path, following in itertools.pairwise(paths):
         if path.name == following.name:
             raise ConfigError(

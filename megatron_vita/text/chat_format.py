@@ -110,6 +110,7 @@ class ChatFormat:
         Raises:
             ConfigError: one of `text.stop_tokens` is not in the vocabulary.
         """
+        # All that the tokenizer has: models of one family end answers with different ones.
         ends = [self.end_of_turn, *_ENDS_OF_TEXT, self.tokenizer.named_tokens.get("eos_token", "")]
         known = [name for name in ends if name in self.tokenizer.special_names]
         asked = [

@@ -139,6 +139,7 @@ def _messages(sample: Mapping[str, Any]) -> list[Any]:
             f"no field messages among {sorted(filled)}{null}: a list of {{role, content}} is needed"
         )
     messages = sample[fields[0]]
+    # Two equal fields are harmless; of different ones, one would be lost.
     if any(sample[name] != messages for name in fields):
         raise DataError("messages and conversations are both there, and differ: one is needed")
     if not isinstance(messages, list):
@@ -177,6 +178,7 @@ def _loss(message: Mapping[str, Any], field: str, *, is_answer: bool) -> bool:
             raise DataError(f"{field}.{name} is {value!r}: only assistants' turns are trained")
     if not is_answer:
         return True
+    # Several marks must agree: which of them counts is undefined.
     if len({bool(value) for value in marks.values()}) > 1:
         raise DataError(f"{field} says by {marks} both that it is trained and that it is not")
     return all(marks.values())

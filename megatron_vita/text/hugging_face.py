@@ -46,9 +46,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend.add_special_tokens(
             [tokenizers.AddedToken(name, normalized=False) for name in added]
         )
+        # Names of special tokens in a text are then encoded as ordinary characters.
         self._backend.encode_special_tokens = True
         known = self._backend.get_added_tokens_decoder()
         special = {token.content: index for index, token in sorted(known.items()) if token.special}
+        # Ids may have gaps: the size is by the highest id, not by the number of entries.
         super().__init__(
             special,
             max(self._backend.get_vocab().values()) + 1,

@@ -31,6 +31,7 @@ class Marks(NamedTuple):
         Raises:
             DataError: the texts use all private-use characters.
         """
+        # Even private-use characters may occur in a text, where they are content.
         used = {letter for text in texts for letter in _PRIVATE_LETTER.findall(text)}
         free = (chr(code) for code in _PRIVATE if chr(code) not in used)
         marks = [letter for letter, _ in zip(free, cls._fields, strict=False)]

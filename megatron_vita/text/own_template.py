@@ -115,6 +115,7 @@ class OwnTemplate:
         )
 
 
+# Cached, since each probe renders the template, and every sample asks.
 @functools.lru_cache(maxsize=16)
 def _end_of_turn(template: OwnTemplate) -> str:
     try:

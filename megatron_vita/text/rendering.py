@@ -52,6 +52,7 @@ class Rendering:
         self._date = date
         self._first = first
         texts = [part.text for turn in turns for part in turn.parts if isinstance(part, TextPart)]
+        # Absent from the template as well, whose own text becomes part of the rendering.
         self._marks = Marks.absent_from([tokenizer.chat_template, *texts])
         self._messages = [{"role": turn.role, "content": self._content(turn)} for turn in turns]
         self._trained = [
@@ -217,6 +218,7 @@ class Rendering:
             if name == self._marks.image:
                 return "image"
             return "video"
+        # A template that takes lists writes its own placeholders for media.
         if self._takes_lists:
             return PLACEHOLDERS.get(name, "")
         return ""

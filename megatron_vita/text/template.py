@@ -71,6 +71,7 @@ def frame_opening(role: str, *, tokenizer: Tokenizer, template: Template) -> lis
     ]
 
 
+# Cached, since the same few texts frame every turn.
 @functools.lru_cache(maxsize=64)
 def _framing(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Ids of the constant text of a frame."""

@@ -146,6 +146,7 @@ def load_tokenizer(path: str | Path, *, added: Sequence[str] = SPECIAL_TOKENS) -
         raise ConfigError(
             f"{path} is neither a Hugging Face tokenizer folder nor a SentencePiece .model file"
         )
+    # Converted SentencePiece tokenizers may put a space before each text that they encode.
     joined = tokenizer.decode(tokenizer.encode("a") + tokenizer.encode("b"))
     if joined == "a b":
         raise ConfigError(

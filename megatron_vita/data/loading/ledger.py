@@ -50,6 +50,7 @@ class Ledger:
 
     def events(self) -> list[Damage]:
         """List all events."""
+        # Copies, since the thread that agrees on packs may add events while a checkpoint is saved.
         return [
             damage for events in list(self._by_pack.values()) for damage in list(events.values())
         ]

@@ -134,6 +134,7 @@ class _Reader:
             target=run_worker, args=arguments, daemon=True
         )
         self.process.start()
+        # Only the reader's own copy is open then, so that its death closes the pipe.
         theirs.close()
         self.job: _Job | None = None
         self.ready = False
@@ -158,6 +159,7 @@ class _Pool:
         self.pending: deque[_Job] = deque()
         self._stream = stream
         self._limit = sample_seconds
+        # Once for all readers and their replacements: a stream holds the names of all shards.
         self._pickled = pickle.dumps(stream, protocol=5)
         self._context = _context()
         self._startup_failures = 0
@@ -223,6 +225,7 @@ class _Pool:
     def _on_exit(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
+        # The pipe may be closed shortly before the process has ended.
         reader.process.join(timeout=10)
         code = reader.process.exitcode
         at_startup = MAX_STARTUP_FAILURES

@@ -201,6 +201,7 @@ class PackStream(Dataset[Batch]):
             document = self._attempt(pack, i, lambda: self._build(entry, row))
         if document is None:
             return blank_document(row, tokens=entry.tokens, tiles=entry.tiles, encoder=encoder)
+        # A raw text longer than a pack is planned as several documents.
         if row.is_text and (entry.start or entry.tokens < len(document)):
             document = document.part(entry.start, entry.start + entry.tokens)
         name = f"{self._shard(entry)} sample {row.key}"
@@ -210,6 +211,7 @@ class PackStream(Dataset[Batch]):
     def _build(self, entry: DocumentEntry, row: SampleRow) -> Document:
         """Build the whole document of a sample; long texts are cached for packs with their other
         parts."""
+        # Other samples are used once in an epoch: caching them would help nobody.
         if not row.is_text or entry.tokens >= sum(tokens for _, tokens in row.pieces):
             return self._build_anew(entry, row)
         sample = (entry.dataset, entry.shard, entry.row)

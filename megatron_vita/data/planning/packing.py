@@ -68,7 +68,9 @@ def sample_order(
             for shard in shuffler.permutation(len(sizes))
         ]
         taken = epoch_samples(sum(sizes), ratio=ratio, cap=cap)
+        # np.resize repeats the order for ratios above 1.
         orders.append(np.resize(np.concatenate([np.zeros(0, np.int64), *order]), taken))
+        # Sorting all samples by these interleaves the datasets evenly.
         places.append((np.arange(taken) + 0.5) / max(taken, 1))
         first = int(bounds[-1])
     if not orders:
@@ -86,6 +88,7 @@ def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
     count = 0
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
+        # Rooms are sorted: the first one that is large enough is the tightest.
         fullest = bisect.bisect_left(rooms, (length, -1))
         if fullest < len(rooms):
             room, pack = rooms.pop(fullest)
@@ -94,6 +97,7 @@ def best_fit_decreasing(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
             pack = count
             count += 1
         packs[document] = pack
+        # Full packs are dropped, which keeps the list short.
         if room > length:
             bisect.insort(rooms, (room - length, pack))
     return packs
@@ -179,6 +183,7 @@ def group_by_cost(
     numbers = np.arange(len(costs))
     block = GROUP_BLOCK * size
     end = first + (len(costs) - first) // size * size
+    # Blocks bound how far a pack moves from its shuffled position.
     for start in range(first, end, block):
         stop = min(start + block, end)
         ascending = start + np.argsort(costs[start:stop], kind="stable")

@@ -111,6 +111,7 @@ class PackPlan:
         if rows < self._hashed:
             self._hashed = 0
             self._hash = hashlib.blake2b(digest_size=16)
+        # In blocks: all columns stacked at once would need the memory of the plan again.
         for start in range(self._hashed, rows, HASHED_AT_ONCE):
             block = slice(start, min(start + HASHED_AT_ONCE, rows))
             self._hash.update(
@@ -208,6 +209,7 @@ def read_plan(path: Path, expected_stamp: dict[str, Any] | None = None) -> PackP
             columns = {}
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
         raise DataError(f"{path}: not a pack plan: {error}; {REMEDY}") from error
+    # After the parsing, so that a damaged file is not reported as one of another format.
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path}: plan format {version}, this version reads {FORMAT_VERSION}; {REMEDY}"

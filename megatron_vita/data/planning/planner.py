@@ -221,6 +221,7 @@ def _split_texts(
         name: np.repeat(samples[name][order], parts)
         for name in (*COLUMNS[1:4], "tokens", "tiles", "rows")
     }
+    # Number of each document among the parts of its text, without a loop over the texts.
     part = np.arange(len(documents["tokens"])) - np.repeat(np.cumsum(parts) - parts, parts)
     whole = documents["tokens"]
     start = part * limit

@@ -37,6 +37,7 @@ def document_lengths(index: SampleIndex, *, encoder: SampleEncoder) -> Lengths:
         (Kind.IMAGE, _measure_images(index, encoder)),
         (Kind.VIDEO, _measure_videos(index, encoder)),
     ):
+        # Pieces of media are in the order of the index's images and videos.
         tokens[kinds == kind] = measured[:, 0]
         tiles[kinds == kind] = measured[:, 1]
     scored = np.where(kinds == Kind.LOSS, tokens, 0)

@@ -43,6 +43,7 @@ class Document:
         # The last token would predict one that is cut off.
         labels = self.labels[:tokens].copy()
         labels[-1] = IGNORED_LABEL
+        # A medium stays only with all of its tiles.
         tiles = np.cumsum([0, *(medium.num_tiles for medium in self.media)])
         held = int(np.searchsorted(self.placements, tokens))
         media = [medium for medium, end in zip(self.media, tiles[1:], strict=True) if end <= held]
@@ -73,6 +74,7 @@ def build_document(record: dict[str, Any], row: SampleRow, *, encoder: SampleEnc
         DataError: the tags do not match the media.
     """
     left = _truncate_row(row, encoder)
+    # The index has the sizes of media in the order of their tags; the record has their names.
     names = {Kind.IMAGE: iter(record["images"]), Kind.VIDEO: iter(record["videos"])}
     media: dict[str, list[Medium | None]] = {"image": [], "video": []}
     for kind, medium in _kept_media(row, left, encoder):

@@ -167,6 +167,7 @@ def _opened(fields: dict[str, Any]) -> dict[str, Any]:
             inner = parse_json(inner)
         except DataError as error:
             raise DataError(f"json is {inner!r:.80}: {error}") from error
+    # Some webdatasets store the turns alone.
     if isinstance(inner, list):
         inner = {"conversations": inner}
     if not isinstance(inner, Mapping):
@@ -181,6 +182,7 @@ def _opened(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_what_is_not_learnt(fields: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED.items():
+        # Tables without lists write an empty list as text.
         if is_filled(fields.get(name)) and fields[name] != "[]":
             raise DataError(f"{name} is {fields[name]!r:.80}: {reason}")
     if isinstance(fields.get("label"), bool) and _find_turns(fields) is not None:
@@ -217,6 +219,7 @@ def _turns_of_fields(fields: Mapping[str, Any], asker: str, answerer: str) -> _T
     for name in (asker, answerer):
         if not isinstance(fields[name], str):
             raise DataError(f"{name} is {fields[name]!r:.80}: text is needed, one for a question")
+    # Alpaca's `input` is the rest of the instruction.
     if asker == "instruction" and isinstance(fields.get("input"), str):
         used.add("input")
         question = "\n".join(filter(None, (question, fields["input"])))

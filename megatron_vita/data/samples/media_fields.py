@@ -86,6 +86,7 @@ def refuse_unread(fields: Mapping[str, Any], media: Media) -> None:
     stems = {_stem(value) for values in media.values() for value in values if _is_path(value)}
     for path, value in _media_in(fields, ""):
         field = re.sub(r"\[\d+\]", "", path).rpartition(".")[2].lower()
+        # A URL or a title beside a medium is its origin or name, not a second medium.
         is_origin = any(media.values()) and bool(_ORIGINS.fullmatch(field))
         if not _is_path(value) or not (is_origin or _stem(value) in stems):
             raise DataError(

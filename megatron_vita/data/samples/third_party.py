@@ -164,6 +164,7 @@ def _media_members(by_suffix: Mapping[str, str], rule: MemberRule, read_head: Re
         kind = kind_of_name(name)
         if kind in media:
             media[kind].append(name)
+        # A member without a known suffix may be a medium, which must not be lost silently.
         elif kind or kind_of_content(read_head(name)):
             raise DataError(
                 f"{name} holds {_told(kind, read_head(name))}: name it in images, videos or ignore "

@@ -45,6 +45,7 @@ class ShardCache:
             ShardError: the store does not have the shard, or it is not of `size` bytes.
             ConfigError: the folder cannot hold it.
         """
+        # The digest keeps apart shards of one name, and versions of different size.
         copy = (
             self._folder
             / f"{hashlib.sha256(f'{shard} {size}'.encode()).hexdigest()[:16]}-{shard.name}"

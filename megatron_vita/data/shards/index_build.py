@@ -113,6 +113,7 @@ def parse_sample(
         member = sample.members[name]
         return read(member._replace(size=min(member.size, HEAD)))
 
+    # A plain webdataset, too, may have a member KEY.json: only its content shows whose it is.
     if name in sample.members and _is_own(data := read_member(name)):
         return parse_record(data, name), False
     names = list(sample.members)
@@ -238,6 +239,7 @@ def check_members(record: dict[str, Any], sample: ScannedSample, *, is_foreign: 
 def _as_index(
     rows: list[dict[str, Any]], shard_size: int, made_with: dict[str, str]
 ) -> SampleIndex:
+    # Of the rows, not of the file: Parquet's bytes depend on the version of pyarrow.
     content = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     header = IndexHeader(
         shard_size=shard_size,

@@ -40,6 +40,7 @@ def find_files(pattern: str) -> list[Location]:
         return [
             UPath(store.unstrip_protocol(path))
             for path in _with_retries(lambda: store.glob(inner), pattern)
+            # Unlike Python's, the globs of fsspec match hidden files.
             if path == inner or not is_hidden(path.rpartition("/")[2])
         ]
     except (ImportError, ValueError, OSError) as error:

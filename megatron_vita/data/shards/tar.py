@@ -103,6 +103,7 @@ def scan_shard(path: Path) -> Iterator[ScannedSample]:
     try:
         with tarfile.open(path, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             for info in _headers(tar, path.stat().st_size):
+                # As webdataset does, skip names in double underscores, which are metadata.
                 if (
                     (match := MEMBER_NAME.fullmatch(info.name)) is None
                     or META_NAME.match(info.name)
