@@ -278,7 +278,7 @@ def test_an_epoch_without_packs_does_not_start_the_numbering_anew(
     assert plan.columns["pack"].tolist() == list(range(plan.num_packs))
     single = [changed(recipe, data={"epochs": 1, "seed": seed}) for seed in range(20)]
     with pytest.raises(
-        DataError, match=r"data\.train: the samples that its epochs take are all longer than a pack"
+        DataError, match=r"data\.train: the samples of its epochs are all longer than a pack"
     ):
         [make_plan(once, "train", tokenizer=world.tokenizer) for once in single]
 
