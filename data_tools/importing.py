@@ -123,6 +123,7 @@ def _version(source: Path) -> tuple[int, int | str]:
     if source.is_file():
         return source.stat().st_size, source.stat().st_mtime_ns
     digest = hashlib.sha256()
+    # Only files that can be part of a sample: others may change.
     for path in walk(source):
         if kind_of_name(path.name) or path.name.lower().endswith(".txt"):
             known = path.lstat()

@@ -59,6 +59,7 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     row = keys.index(key)
     lengths = document_lengths(index, encoder=encoder)
     counts = (lengths.tokens[row], lengths.tiles[row], lengths.loss_tokens[row])
+    # A plan of one pack, which holds this sample alone.
     entry = (0, 0, 0, row, 0, *counts)
     plan = PackPlan(
         {name: np.array([value]) for name, value in zip(COLUMNS, entry, strict=True)}, stamp={}

@@ -33,6 +33,7 @@ def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
     starts = np.cumsum([0, *(header.samples for header in dataset.source.headers)])
     reader = ShardReader()
     count = min(count, int(starts[-1]))
+    # The middles of equal parts, which are spread over all shards.
     for place in ((2 * i + 1) * int(starts[-1]) // (2 * count) for i in range(count)):
         number = int(np.searchsorted(starts, place, side="right")) - 1
         shard = dataset.source.shards[number]
@@ -61,6 +62,7 @@ def _card(
     if len(pictures) > MOST_IMAGES:
         shown.append(f'<p class="none">and {len(pictures) - MOST_IMAGES} more</p>')
     for name, info in zip(record["videos"], row.videos, strict=True):
+        # Without a limit of the rate, so that a short clip shows several frames, too.
         times = frame_times(info, max_fps=1e9, max_frames=FRAMES)
         tiles = decode_frames(read(name), name, times=times, tile_size=SIDE)
         shown += [

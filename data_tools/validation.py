@@ -115,6 +115,7 @@ def validate_shards(targets: Sequence[ValidateTask], *, options: WorkerOptions) 
             pass
     lists = {target.shard: read_quarantine(target.shard) for target in targets}
     samples = sum(_samples(shard, found) for shard, found in lists.items())
+    # By key, since `index` and `validate` may both list a sample.
     bad = {
         (shard, entry.key): (shard, entry)
         for shard, found in lists.items()

@@ -41,6 +41,7 @@ def train_tokenizer(files: list[Path], *, out: Path, vocab_size: int) -> Trainin
     if rejected:
         write_json_lines(rejected_path(out), rejected)
     else:
+        # The list of an earlier training must not remain.
         rejected_path(out).unlink(missing_ok=True)
     return Training(len(texts), len(rejected))
 

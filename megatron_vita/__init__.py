@@ -1,7 +1,7 @@
-"""megatron_vita: trains and serves vision-language models over contexts of up to a million
+"""megatron_vita: training and serving of vision-language models with contexts of up to a million
 tokens.
 
-The names below are imported once they are asked for: most need torch (docs/api.md).
+The names below are imported at their first use, since most need torch (docs/api.md).
 """
 
 import importlib

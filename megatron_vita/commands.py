@@ -167,5 +167,6 @@ def run_command(app: typer.Typer, arguments: list[str], *, name: str) -> int:
         message = describe_missing(error)
     except typer.TyperException as error:
         message = getattr(error, "format_message", error.__str__)()
+    # In one line, so that scripts can read it: messages of libraries hold line breaks.
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     return 1

@@ -1,4 +1,4 @@
-"""What a user can cause, as exceptions.
+"""Exceptions for errors that a user can cause.
 
 Every message names the file, sample or field, the value, and what would be right.
 """
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 
 
 class VitaError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class ConfigError(VitaError, ValueError):
-    """A recipe, an override or an argument is wrong."""
+    """A recipe, an override or an argument is invalid."""
 
 
 class DataError(VitaError, ValueError):
-    """A sample, a shard, an index or a plan is damaged or does not fit."""
+    """A sample, a shard, an index or a plan is damaged or does not match."""
 
 
 class ShardError(DataError):
-    """A shard or its index is missing, or is another than the one planned."""
+    """A shard or its index is missing, or is not the planned one; concerns all of its samples."""
 
 
 class LogitsError(VitaError, ValueError):
-    """A model's logits are NaN or infinite; `rows` of the batch have such ones."""
+    """Logits are NaN or infinite, in the given `rows` of the batch."""
 
     def __init__(self, message: str, *, rows: Sequence[int] = ()) -> None:
         super().__init__(message)
@@ -31,11 +31,11 @@ class LogitsError(VitaError, ValueError):
 
 
 class CheckpointError(VitaError, ValueError):
-    """A checkpoint is missing, incomplete or of another model."""
+    """A checkpoint is missing, incomplete, or of another model."""
 
 
 class StoppedError(VitaError):
-    """A run was told to stop before its last step."""
+    """A run was stopped by a signal before its last step."""
 
 
 class CallbackError(VitaError, RuntimeError):
@@ -43,11 +43,11 @@ class CallbackError(VitaError, RuntimeError):
 
 
 class PlatformError(VitaError, RuntimeError):
-    """The machine or its packages cannot run what was asked."""
+    """The host or its packages cannot run what was requested."""
 
 
 class EngineError(VitaError, RuntimeError):
-    """The inference engine cannot go on."""
+    """The inference engine cannot continue."""
 
 
 class ServerError(VitaError, RuntimeError):
@@ -55,4 +55,4 @@ class ServerError(VitaError, RuntimeError):
 
 
 class RefusedError(ServerError):
-    """A server takes no answer upon itself because of what is in the question."""
+    """The server rejected the request itself (HTTP 400, 413 or 422)."""

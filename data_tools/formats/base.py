@@ -111,6 +111,7 @@ def walk(folder: Path) -> Iterator[Path]:
     """Yield the visible files in a folder and its subfolders, by name; links to folders are
     skipped."""
     for root, folders, names in os.walk(folder):
+        # In place: os.walk descends into what remains, in this order.
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         yield from (Path(root, name) for name in sorted(names) if not is_hidden(name))
 

@@ -33,16 +33,21 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
     selective = training.recompute_granularity == "selective"
     # The first layers' activations wait longest for their backward pass: time to copy them.
     offloaded = math.ceil(training.activation_offload_fraction * recomputed)
-    rows = _mlp_rows(recipe)
-    return [
-        LayerMemory(
-            recompute=i < recomputed,
-            keep_attention=recomputed - kept <= i < recomputed,
-            offload=i < offloaded,
-            mlp_rows=rows if i < recomputed or selective else 0,
+    plan = []
+    for i in range(num_layers):
+        rows = 0
+        # Only a recomputed MLP can be split: else its activations are kept whole anyway.
+        if i < recomputed or selective:
+            rows = _mlp_rows(recipe)
+        plan.append(
+            LayerMemory(
+                recompute=i < recomputed,
+                keep_attention=recomputed - kept <= i < recomputed,
+                offload=i < offloaded,
+                mlp_rows=rows,
+            )
         )
-        for i in range(num_layers)
-    ]
+    return plan
 
 
 def _mlp_rows(recipe: Recipe) -> int:

@@ -96,8 +96,12 @@ def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
 def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     tiny = copy.deepcopy(model)
     chunks = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    # Interleaving needs a layer for each chunk, at least.
+    layers = LAYERS
+    if LAYERS % chunks:
+        layers = chunks
     tiny.language = LanguageConfig(
-        num_layers=LAYERS if LAYERS % chunks == 0 else chunks,
+        num_layers=layers,
         hidden_size=64,
         ffn_hidden_size=128,
         num_attention_heads=8,
@@ -123,12 +127,14 @@ def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
     replicas = world_size // parallel.replica_size
     training.train_iters = STEPS
     training.log_interval = 1
+    # A multiple of the stages for each replica, as interleaved schedules need it.
     training.global_batch_size = 2 * replicas * parallel.pipeline_model_parallel_size
     training.recompute_num_layers = min(training.recompute_num_layers, 1)
     training.recompute_keep_attention_layers = min(training.recompute_keep_attention_layers, 1)
     training.eval_interval = min(training.eval_interval, STEPS // 2)
     training.eval_iters = 1
     training.bf16 = training.bf16 and bf16
+    # The precision-aware optimizer needs bf16.
     if not training.bf16:
         tiny.optimizer = tiny.optimizer.in_full_precision()
     if training.tensorboard_dir:

@@ -60,4 +60,5 @@ class RopeScalingConfig:
         """Scale of rotated queries and keys (mscale of YaRN)."""
         if self.kind != "yarn":
             return 1.0
+        # The temperature that the paper of YaRN recommends for Llama models.
         return self.attention_scale or 0.1 * math.log(self.factor) + 1.0

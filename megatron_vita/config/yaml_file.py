@@ -80,8 +80,10 @@ def scalar_as(kind: type, text: PlainScalar) -> Any:
         return str(text)
     if kind is bool:
         return _BOOLS.get(text.lower())
+    # Base 0 reads the prefixes of hexadecimal and octal numbers.
     if kind is int and _INT.fullmatch(text):
         return int(text, 0)
+    # YAML writes infinity with a dot, Python without.
     if kind is float and _FLOAT.fullmatch(text):
         return float(text.lower().replace(".inf", "inf"))
     return None

@@ -105,6 +105,7 @@ class LongVitaFormat(MediaFormat):
     def image_length(self, grid: tuple[int, int]) -> int:
         """See MediaFormat."""
         cols, rows = grid
+        # Each tile has a tag before and after it; a newline may be several tokens.
         tile = self.image_token_length + 2
         if cols * rows == 1:
             return tile

@@ -26,8 +26,10 @@ def append_ids(pieces: EncodedTurn, ids: list[int], *, loss: bool) -> None:
     """Append ids, merged into the last piece if that is text with the same `loss`."""
     if not ids:
         return
-    last = pieces[-1] if pieces else None
-    if isinstance(last, TextPiece) and last.loss == loss:
-        last.ids.extend(ids)
-    else:
-        pieces.append(TextPiece(list(ids), loss))
+    # Merged, since an index stores each piece of each sample.
+    if pieces:
+        last = pieces[-1]
+        if isinstance(last, TextPiece) and last.loss == loss:
+            last.ids.extend(ids)
+            return
+    pieces.append(TextPiece(list(ids), loss))

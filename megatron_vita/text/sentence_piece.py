@@ -50,6 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """See Tokenizer."""
+        # SentencePiece does not know appended tokens, and drops control symbols.
         return "".join(self._decode_run(run, skip_special) for run in _runs(ids, self.special_ids))
 
     def _decode_run(self, ids: list[int], skip_special: bool) -> str:

@@ -40,6 +40,7 @@ class Quarantine:
 
     def stamp(self) -> str:
         """Digest of the quarantined keys."""
+        # An index depends on the samples that are left out, not on the reasons.
         keys = json.dumps(sorted(entry.key for entry in self.entries))
         return hashlib.sha256(keys.encode()).hexdigest()
 

@@ -33,6 +33,7 @@ class ShardReader:
         self._cache = cache
         self._max_open = max_open
         self._files: OrderedDict[Location, int] = OrderedDict()
+        # One request for each shard, not for each read.
         self._check_remote = lru_cache(maxsize=4096)(_check_remote)
 
     def read(self, shard: Location, *, member: Member, shard_size: int) -> bytes:
