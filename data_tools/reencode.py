@@ -61,10 +61,10 @@ class Reencode:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative"
                 )
 
-    def __call__(self, kind: str, file: MediaFile, *, place: str = "") -> MediaFile:
+    def __call__(self, kind: str, file: MediaFile, *, prefix: str = "") -> MediaFile:
         """Re-encode a medium; raises DataError if it cannot be decoded.
 
-        A video with undecodable frames is kept as it is, with a warning that begins with `place`.
+        A video with undecodable frames is kept as it is, with a warning that begins with `prefix`.
         """
         if kind == "image" and self.jpeg_quality:
             return MediaFile(".jpg", _jpeg(file.data, self.jpeg_quality))
@@ -74,7 +74,7 @@ class Reencode:
             made = self._video(file.data, report=lambda _, reason: damage.append(reason))
             if not damage:
                 return MediaFile(".mp4", made)
-            logger.warning("%s%s; it is kept as it is", place, damage[0])
+            logger.warning("%s%s; it is kept as it is", prefix, damage[0])
         return file
 
     def _video(self, data: bytes, *, report: Report) -> bytes:
@@ -156,8 +156,8 @@ class _Encoder:
         self._picture: av.VideoFrame | None = None
         self._place = 0
 
-    def take(self, place: int, frame: av.VideoFrame | None) -> None:
-        """Encode frame number `place`; None repeats the one before."""
+    def take(self, index: int, frame: av.VideoFrame | None) -> None:
+        """Encode frame number `index`; None repeats the one before."""
         if frame is not None:
             image = upright(frame_pixels(frame, "the video"))
             if self._stream is None:
@@ -167,10 +167,10 @@ class _Encoder:
             )
         assert self._stream is not None, "the first frame is there"
         assert self._picture is not None, "the first frame is there"
-        self._picture.pts = self._stamps[place]
+        self._picture.pts = self._stamps[index]
         self._picture.time_base = CLOCK
         self._picture.pict_type = PictureType.NONE
-        if not place or self._group(place) > self._group(place - 1):
+        if not index or self._group(index) > self._group(index - 1):
             self._picture.pict_type = PictureType.I
         self._write(self._stream.encode(self._picture))
 
@@ -179,8 +179,8 @@ class _Encoder:
         assert self._stream is not None, "there is a frame for each moment"
         self._write(self._stream.encode())
 
-    def _group(self, place: int) -> int:
-        return int((self._starts[place] + TOLERANCE) / self._gop)
+    def _group(self, index: int) -> int:
+        return int((self._starts[index] + TOLERANCE) / self._gop)
 
     def _write(self, packets: list[Packet]) -> None:
         for packet in packets:

@@ -272,9 +272,9 @@ def _whole(path: Path) -> Path:
 def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
     """Build the sample of a line; media are decoded unless `known` to be good, and re-encoded."""
     sample = check_line(line, media_root=job.media_root, decode=not known)
-    place = f"{line.file}:{line.number}: "
+    prefix = f"{line.file}:{line.number}: "
     media = {
-        kind: [job.reencode(kind, file, place=place) for file in files]
+        kind: [job.reencode(kind, file, prefix=prefix) for file in files]
         for kind, files in sample.media.items()
     }
     return replace(sample, media=media)

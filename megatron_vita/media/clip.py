@@ -89,7 +89,7 @@ class Clip:
         # With B-frames presentation times cannot ascend in file order: ascending stamps are those
         # of decoding.
         self.counts = self._timeless or (bool(self.codec.has_b_frames) and known == sorted(known))
-        times = [self._time(packet, place) for place, packet in enumerate(head)]
+        times = [self._time(packet, index) for index, packet in enumerate(head)]
         self.origin = min(
             (t for t, p in zip(times, head, strict=True) if not p.is_discard), default=times[0]
         )
@@ -116,8 +116,8 @@ class Clip:
             return False
         stamp = int((moment + TOLERANCE) / self._unit)
         entries = self._stream.index_entries
-        place = entries.search_timestamp(stamp, backward=True)
-        if place < 0 or entries[place].timestamp * self._unit <= beyond:
+        index = entries.search_timestamp(stamp, backward=True)
+        if index < 0 or entries[index].timestamp * self._unit <= beyond:
             return False
         with suppress(av.FFmpegError):
             self._container.seek(stamp, stream=self._stream, backward=True)
@@ -138,10 +138,10 @@ class Clip:
             return None
         return frame.pts * self._unit
 
-    def _time(self, packet: Packet, place: int) -> float:
+    def _time(self, packet: Packet, index: int) -> float:
         stamp = _stamp(packet)
         if self._timeless or stamp is None:
-            return place / (self.rate or 25)
+            return index / (self.rate or 25)
         return stamp * self._unit
 
     def _demux(self) -> Iterator[Packet]:

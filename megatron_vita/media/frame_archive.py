@@ -104,15 +104,15 @@ class FrameArchive:
         shown: int | None = None
         stand_ins = 0
         lost: set[int] = set()
-        for place, time in enumerate(times):
+        for index, time in enumerate(times):
             frame = min(max(int((time + TOLERANCE) * self.fps), 0), len(self) - 1)
             # Backwards first, as for the frames of video files.
             for nearest in itertools.chain(range(frame, -1, -1), range(frame + 1, len(self))):
                 if nearest == shown:
-                    take(place, None)
+                    take(index, None)
                     break
                 if nearest not in lost and (pixels := self._read(nearest)) is not None:
-                    take(place, pixels)
+                    take(index, pixels)
                     shown = nearest
                     break
                 lost.add(nearest)

@@ -62,7 +62,7 @@ class Picker:
         self._broken = True  # the next packet does not follow the last decoded one
         self._start = clip.origin  # time of the key frame at which decoding started
         self._first = self._shown = 0  # its index in `_times`, and frames decoded since
-        self._start_place = 0  # its index in the file, if frames are counted
+        self._start_index = 0  # its index in the file, if frames are counted
         self._ahead: list[int] = []  # indices of the frames decoded since the last key frame
         self._last: tuple[float, av.VideoFrame] | None = None
 
@@ -71,22 +71,22 @@ class Picker:
 
         Returns fewer if no frame can be decoded from the last moment's key frame on.
         """
-        for place, moment in enumerate(self._moments):
+        for index, moment in enumerate(self._moments):
             self._read_past(moment, jump=self._jump)
-            if self._last and len(self._picked) == place and self._last[0] == self._target(moment):
+            if self._last and len(self._picked) == index and self._last[0] == self._target(moment):
                 self._take(*self._last)
-            while len(self._picked) <= place and (self._coming or self._read()):
-                self._decode(self._coming.popleft(), place)
-            if len(self._picked) <= place:
-                self._drain(place)
+            while len(self._picked) <= index and (self._coming or self._read()):
+                self._decode(self._coming.popleft(), index)
+            if len(self._picked) <= index:
+                self._drain(index)
                 break
         return self._picked
 
-    def stands_in(self, place: int) -> bool:
+    def stands_in(self, index: int) -> bool:
         """Return true if the frame selected for a moment replaces one that cannot be decoded."""
-        time = self._picked[place].time
-        moment = self._moments[place] + TOLERANCE
-        if self._picked[place].is_exact:
+        time = self._picked[index].time
+        moment = self._moments[index] + TOLERANCE
+        if self._picked[index].is_exact:
             return False
         if self._clip.counts:
             # Times of packets are not those of their frames: any loss may be of this frame.
@@ -127,17 +127,17 @@ class Picker:
 
     def _forget_before(self, moment: float) -> None:
         """Drop the packets before the last key frame that is not later than `moment`."""
-        for place in range(len(self._coming) - 1, 0, -1):
+        for index in range(len(self._coming) - 1, 0, -1):
             if (
-                self._coming[place].packet.is_keyframe
-                and self._coming[place].time <= moment + TOLERANCE
+                self._coming[index].packet.is_keyframe
+                and self._coming[index].time <= moment + TOLERANCE
             ):
-                self._coming = deque(islice(self._coming, place, None))
+                self._coming = deque(islice(self._coming, index, None))
                 self._broken = True
                 return
 
-    def _decode(self, coded: Coded, place: int) -> None:
-        """Decode a packet that moment number `place` needs."""
+    def _decode(self, coded: Coded, index: int) -> None:
+        """Decode a packet that moment number `index` needs."""
         if self._broken:
             # A gap in the packets: frames that the decoder still holds belong to earlier moments.
             self._clip.codec.flush_buffers()
@@ -146,7 +146,7 @@ class Picker:
             self._first = bisect.bisect_left(self._times, coded.time)
             self._shown = 0
             if self._clip.counts:
-                self._start_place = coded.packet.pts or 0
+                self._start_index = coded.packet.pts or 0
                 self._ahead = []
         if self._skip:
             # Whether a frame is wanted depends on when the next one is shown.
@@ -159,7 +159,7 @@ class Picker:
             self.lost.add(coded.time)
             self._shown += 1
         else:
-            self._offer(frames, place)
+            self._offer(frames, index)
 
     def _decoded(self, packet: Packet | None) -> list[av.VideoFrame] | None:
         """Frames that the decoder returns for a packet; None if it cannot decode it."""
@@ -168,14 +168,14 @@ class Picker:
         except (av.FFmpegError, ValueError):  # ValueError: the decoder cannot open the stream
             return None
 
-    def _drain(self, place: int) -> None:
+    def _drain(self, index: int) -> None:
         """Flush the decoder, and use its last frame for all moments that remain."""
-        self._offer(self._decoded(None) or [], place)
+        self._offer(self._decoded(None) or [], index)
         while self._last and len(self._picked) < len(self._moments):
             self._take(*self._last)
 
-    def _offer(self, frames: list[av.VideoFrame], place: int) -> None:
-        """Select from frames in presentation order; the target of moment `place` must be known."""
+    def _offer(self, frames: list[av.VideoFrame], index: int) -> None:
+        """Select from frames in presentation order; the target of moment `index` must be known."""
         for frame in frames:
             time = self._clip.time_of(frame)
             if time is None:
@@ -189,7 +189,7 @@ class Picker:
             ):
                 self._take(*(self._last or (time, frame)))
             self._last = (time, frame)
-            if len(self._picked) == place and time == self._target(self._moments[place]):
+            if len(self._picked) == index and time == self._target(self._moments[index]):
                 self._take(time, frame)
 
     def _settle_count(self, frame: av.VideoFrame) -> None:
@@ -199,18 +199,18 @@ class Picker:
         if frame.key_frame:
             # Shown before the key frame are all frames before it in the file, and those behind it
             # that the decoder has already returned.
-            before = sum(place > frame.pts for place in self._ahead)
-            self._shown = frame.pts - self._start_place + before
+            before = sum(index > frame.pts for index in self._ahead)
+            self._shown = frame.pts - self._start_index + before
             self._ahead = []
         self._ahead.append(frame.pts)
 
     def _take(self, time: float, frame: av.VideoFrame) -> None:
-        place = len(self._picked)
-        moment = self._moments[place]
-        if place and self._picked[-1].time == time:
-            self._take_frame(place, None)
+        index = len(self._picked)
+        moment = self._moments[index]
+        if index and self._picked[-1].time == time:
+            self._take_frame(index, None)
         else:
-            self._take_frame(place, frame)
+            self._take_frame(index, frame)
         is_covered = self._start - TOLERANCE <= time <= moment + TOLERANCE
         self._picked.append(Picked(time, time == self._target(moment), is_covered))
 
@@ -226,8 +226,8 @@ class Picker:
         # The first frame is shown for all moments before it, too.
         if after <= 1:
             return True
-        place = bisect.bisect_left(self._moments, time - TOLERANCE)
+        index = bisect.bisect_left(self._moments, time - TOLERANCE)
         until = math.inf
         if after < len(self._times):
             until = self._times[after]
-        return place < len(self._moments) and self._moments[place] + TOLERANCE < until
+        return index < len(self._moments) and self._moments[index] + TOLERANCE < until

@@ -153,7 +153,7 @@ def decode_frames(
     tiles = _Tiles(times, tile_size, color, out)
     if times and is_archive(data):
         stand_ins = FrameArchive(data, name).show(
-            times, lambda place, pixels: tiles.show(place, pixels, before=place - 1)
+            times, lambda index, pixels: tiles.show(index, pixels, before=index - 1)
         )
         if stand_ins:
             reason = f"{name}: {stand_ins} of {len(times)} frames cannot be read"
@@ -201,14 +201,14 @@ class _Tiles:
         self._box = (tile_size, tile_size)
         self._color = color
 
-    def show(self, place: int, pixels: Pixels | None, *, before: int) -> None:
-        """Draw tile `place`; None as pixels copies tile `before`."""
+    def show(self, index: int, pixels: Pixels | None, *, before: int) -> None:
+        """Draw tile `index`; None as pixels copies tile `before`."""
         if pixels is None:
-            self.out[place] = self.out[before]
+            self.out[index] = self.out[before]
         elif self._color is None:
-            self.out[place] = squashed(pixels, self._box)
+            self.out[index] = squashed(pixels, self._box)
         else:
-            self.out[place] = letterboxed(pixels, self._box, self._color)
+            self.out[index] = letterboxed(pixels, self._box, self._color)
 
 
 def _show_clip(data: File, name: str, tiles: _Tiles, report: Report) -> None:
@@ -220,13 +220,13 @@ def _show_clip(data: File, name: str, tiles: _Tiles, report: Report) -> None:
     stand_ins = 0
     for jump, skip in ((True, True), (True, False), (False, False)):
         with open_clip(data, name) as clip:
-            moments = [clip.origin + tiles.times[place] for place in left]
+            moments = [clip.origin + tiles.times[index] for index in left]
             picker = Picker(clip, moments, _drawn(tiles, left, name), jump=jump, skip=skip)
             picked = picker.run()
         lost |= picker.lost
         good = [pick.is_exact or (pick.is_covered and not skip) or not jump for pick in picked]
         stand_ins += sum(picker.stands_in(i) for i, is_good in enumerate(good) if is_good)
-        left = [place for place, is_good in itertools.zip_longest(left, good) if not is_good]
+        left = [index for index, is_good in itertools.zip_longest(left, good) if not is_good]
         if not left:
             break
     if left:
@@ -251,14 +251,14 @@ def _undecodable(name: str, packets: int) -> DataError:
     return DataError(f"{name}: none of the {packets} packets of this video can be decoded")
 
 
-def _drawn(tiles: _Tiles, places: list[int], name: str) -> Take:
-    """Callback that draws the frame of moment number i as tile `places[i]`."""
+def _drawn(tiles: _Tiles, indices: list[int], name: str) -> Take:
+    """Callback that draws the frame of moment number i as tile `indices[i]`."""
 
     def take(number: int, frame: av.VideoFrame | None) -> None:
         pixels = None
         if frame is not None:
             pixels = frame_pixels(frame, name)
-        tiles.show(places[number], pixels, before=places[max(number - 1, 0)])
+        tiles.show(indices[number], pixels, before=indices[max(number - 1, 0)])
 
     return take
 

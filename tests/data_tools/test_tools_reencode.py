@@ -207,7 +207,7 @@ def test_an_archive_of_frames_is_kept_whatever_its_name() -> None:
 
 def test_a_video_with_damaged_frames_is_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
     source = MediaFile(".mkv", damage(clip("matroska", "mjpeg"), range(20, 30)))
-    assert Reencode(video_gop=1.0)("video", source, place="a.jsonl:7: ") == source
+    assert Reencode(video_gop=1.0)("video", source, prefix="a.jsonl:7: ") == source
     reason = "a.jsonl:7: the video: 10 packets cannot be decoded, 10 of 60 frames that are shown"
     assert f"{reason}; it is kept as it is" in caplog.text
     assert Reencode(video_fps=1.0)("video", source).suffix == ".mp4"  # none of its frames is lost
