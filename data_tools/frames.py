@@ -77,7 +77,7 @@ def _rate(folder: Path) -> float:
         rate = 0.0
     if not 0 < rate < 1e4:
         raise DataError(
-            f"{path}: {text!r:.80} is no frame rate: a number of frames per second is needed"
+            f"{path}: {text!r:.80} is not a frame rate: a number of frames per second is needed"
         )
     return rate
 

@@ -260,7 +260,7 @@ class _Supervisor:
         # Between steps no sample is being read: the host itself kills processes.
         if worker.step is None:
             raise PlatformError(
-                f"a worker process ended between two samples: {reason}; is there memory enough?"
+                f"a worker process ended between two samples: {reason}; is there enough memory?"
             )
         worker.outcomes[worker.step] = reason
         worker.restart()

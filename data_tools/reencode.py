@@ -101,7 +101,7 @@ class Reencode:
                 report=report,
             )
         except av.FFmpegError as error:
-            raise DataError(f"the video cannot be encoded anew: {error}") from error
+            raise DataError(f"the video cannot be re-encoded: {error}") from error
 
 
 KEEP = Reencode()

@@ -77,7 +77,7 @@ def find_medium(name: Any, field: str, *, root: Path) -> Path:
         )
     if ".." in name.split("/"):
         raise DataError(
-            f"{field} {name} has .. in it: nothing tells whether it lies outside the media folder"
+            f"{field} {name} has .. in it: it is unclear whether it lies outside the media folder"
         )
     path = root / name
     try:

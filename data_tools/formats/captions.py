@@ -72,6 +72,6 @@ def _refused(path: Path, *, lacks_medium: bool) -> Callable[[], dict[str, Any]] 
         return refuse(f"{path.name} is an {kind} by its first bytes, but not by its suffix")
     if lacks_medium:
         return refuse(
-            f"{path.name} has a caption, but is no image or video by suffix or first bytes"
+            f"{path.name} has a caption, but is not an image or a video by suffix or first bytes"
         )
     return None

@@ -33,5 +33,5 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
 def _of_frames(folder: Path, source: Path, setting: Setting) -> Callable[[], dict[str, Any]]:
     """Return a `Candidate.make` for a folder of frames."""
     if folder == source:
-        return refuse("images stand in the source itself: name the folder above it")
+        return refuse("the source itself holds images: name the folder above it")
     return partial(captioned, folder, field="videos", setting=setting)

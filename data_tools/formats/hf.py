@@ -49,7 +49,7 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
                 yield Candidate(f"row {row}", make, int(share * size))
                 row += 1
     except ERRORS as error:
-        raise DataError(f"{source}: cannot be read on behind row {row - 1}: {error}") from error
+        raise DataError(f"{source}: cannot be read after row {row - 1}: {error}") from error
 
 
 def _parquet(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:

@@ -51,7 +51,7 @@ def _array_items(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any, int]]:
             place += 1
     except DataError as error:
         raise DataError(
-            f"{path}: the JSON array is broken behind object {place - 1}: {error}"
+            f"{path}: the JSON array is malformed after object {place - 1}: {error}"
         ) from error
 
 

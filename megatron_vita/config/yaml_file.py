@@ -118,7 +118,7 @@ class _DuplicateKeyError(Exception):
     """A mapping repeats a key, in `line`."""
 
     def __init__(self, name: str, line: int, first: int) -> None:
-        super().__init__(f"the key {name} stands twice, first in line {first}")
+        super().__init__(f"the key {name} occurs twice, first in line {first}")
         self.line = line
 
 

@@ -76,7 +76,7 @@ class FrameArchive:
         for member in self._members:
             if PurePosixPath(member.filename).name == _RATE_FILE:
                 raise DataError(
-                    f"{name}: {member.filename} is no frame; the rate of an archive is its comment "
+                    f"{name}: {member.filename} is not a frame; the rate of an archive is its comment "
                     "(zip -z)"
                 )
             if member.compress_type != zipfile.ZIP_STORED:
@@ -148,4 +148,4 @@ def _rate(comment: bytes, name: str) -> float:
 
 def _require_rate(rate: float, what: str) -> None:
     if not (math.isfinite(rate) and rate > 0):
-        raise DataError(f"{what} is no rate: a positive number of frames in a second is needed")
+        raise DataError(f"{what} is not a rate: a positive number of frames in a second is needed")

@@ -141,7 +141,7 @@ def _messages(sample: Mapping[str, Any]) -> list[Any]:
     messages = sample[fields[0]]
     # Two equal fields are harmless; of different ones, one would be lost.
     if any(sample[name] != messages for name in fields):
-        raise DataError("messages and conversations are both there, and differ: one is needed")
+        raise DataError("messages and conversations are both given, and differ: one is needed")
     if not isinstance(messages, list):
         raise DataError(
             f"messages is {type(messages).__name__}: a list of {{role, content}} is needed"

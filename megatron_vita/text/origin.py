@@ -33,7 +33,7 @@ def text_of_folder(folder: Path) -> TextConfig:
     for index, name in zip(ids, names, strict=True):
         if name is None:
             raise ConfigError(
-                f"{file}: eos_token_id {index} is none of the tokenizer's {tokenizer.vocab_size} "
+                f"{file}: eos_token_id {index} is not among the tokenizer's {tokenizer.vocab_size} "
                 "entries"
             )
     template = "plain"

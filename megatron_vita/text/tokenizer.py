@@ -82,7 +82,7 @@ class Tokenizer(ABC):
             return self._special_ids[name]
         index = self._vocabulary_id(name)
         if index is None:
-            raise ConfigError(f"{field} names {name!r}, which is no token of the tokenizer")
+            raise ConfigError(f"{field} names {name!r}, which is not a token of the tokenizer")
         return index
 
     @property

@@ -39,17 +39,17 @@ def value_of(recipe: Recipe, path: str) -> Any:
 def test_a_key_that_stands_twice_is_named_with_file_and_line(
     tmp_path: Path, text: str, key: str, line: int, first: int
 ) -> None:
-    told = rf"recipe\.yaml:{line}: the key {key} stands twice, first in line {first}"
+    told = rf"recipe\.yaml:{line}: the key {key} occurs twice, first in line {first}"
     with pytest.raises(ConfigError, match=told):
         load(tmp_path, text)
 
 
 def test_keys_that_stand_twice_are_named_in_bases_rules_and_overrides(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("model: {}\nmodel: {}\n")
-    with pytest.raises(ConfigError, match=r"model\.yaml:2: the key model stands twice"):
+    with pytest.raises(ConfigError, match=r"model\.yaml:2: the key model occurs twice"):
         load(tmp_path, "base: [model.yaml]\n")
     (tmp_path / "members.yaml").write_text("prompt: a\ntext: txt\nprompt: b\n")
-    with pytest.raises(ConfigError, match=r"members\.yaml:3: the key prompt stands twice"):
+    with pytest.raises(ConfigError, match=r"members\.yaml:3: the key prompt occurs twice"):
         read_rule(tmp_path)
     with pytest.raises(
         ConfigError, match=r"override 'data={epochs: 1, epochs: 2}': the key epochs"

@@ -153,7 +153,7 @@ def test_members_are_media_by_their_last_suffix_and_the_rule(
         ({"0.json": b'{"image": "a.jpg"}'}, {}, "it names 1 images"),
         ({"0.jpg": JPG, "0.json": b'{"mask": "m.png"}'}, {}, "mask is 'm.png'"),
         ({"0.jpg": JPG, "0.json": b'{"caption": "Another."}'}, {}, "caption and txt .* differ"),
-        ({"0.jpg": JPG, "0.json": b'{"a": 1, "a": 2}'}, {}, "the key a stands twice"),
+        ({"0.jpg": JPG, "0.json": b'{"a": 1, "a": 2}'}, {}, "the key a occurs twice"),
     ],
 )
 def test_media_of_which_nothing_says_what_they_are_for_are_named(

@@ -45,7 +45,7 @@ def test_a_line_torn_by_a_kill_is_dropped_and_written_over(tmp_path: Path) -> No
 def test_a_spoilt_ledger_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "replica_00000.jsonl").write_text('{"pack": 1}\n')
     with pytest.raises(
-        DataError, match=r"replica_00000.jsonl: not a ledger .*mend this line: b'\{\"pack\": 1\}"
+        DataError, match=r"replica_00000.jsonl: not a ledger .*fix this line: b'\{\"pack\": 1\}"
     ):
         read_ledgers(tmp_path)
 

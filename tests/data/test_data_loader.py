@@ -301,6 +301,6 @@ def test_an_index_made_anew_while_a_run_has_the_plan_open_ends_the_run(
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
     write_index(build_index(shard, ChatFormat(own_world.tokenizer)), index_path(shard))
     with pytest.raises(
-        ShardError, match=r"more-000000\.index\.parquet: the index was made anew after the plan"
+        ShardError, match=r"more-000000\.index\.parquet: the index was rebuilt after the plan"
     ):
         list(read_packs(stream, tasks(stream), num_workers=num_workers))

@@ -149,7 +149,7 @@ def test_a_broken_array_gives_what_stands_before_the_break(tmp_path: Path) -> No
     samples, (entry,) = convert("llava", tmp_path / "set.json")
     assert 0 < len(samples) < 100
     assert entry["place"] == "the rest"
-    assert f"broken behind object {len(samples) - 1}: the file ends within it" in entry["reason"]
+    assert f"malformed after object {len(samples) - 1}: the file ends within it" in entry["reason"]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
@@ -487,7 +487,7 @@ def test_what_stands_beside_frames_is_used_or_refused_by_name(tmp_path: Path) ->
     (tmp_path / "out.progress.jsonl").unlink()
     (root / "0.png").write_bytes(picture())
     _, rejected = convert("frames", root, "--media", str(root))
-    assert "images stand in the source itself" in rejected[0]["reason"]
+    assert "the source itself holds images" in rejected[0]["reason"]
 
 
 def test_fields_can_be_passed_over(tmp_path: Path, media: Path) -> None:

@@ -48,7 +48,7 @@ BAD = {
     "unknown medium": (json.dumps(sample(0) | {"mask": "1.png"}), "mask is '1.png', which looks"),
     "key twice": (
         '{"images": ["0.png"], "images": [], "messages": []}',
-        "the key images stands twice",
+        "the key images occurs twice",
     ),
     "tool calls": (
         json.dumps(

@@ -228,7 +228,7 @@ def test_a_folder_of_frames_is_one_video_in_the_order_of_its_numbers(tmp_path: P
 
 @pytest.mark.parametrize(
     ("rate", "count", "reason"),
-    [("0", 2, "is no frame rate"), ("x", 2, "is no frame rate"), ("", 0, "no frame images")],
+    [("0", 2, "is not a frame rate"), ("x", 2, "is not a frame rate"), ("", 0, "no frame images")],
 )
 def test_folders_that_are_no_video_are_named(
     tmp_path: Path, rate: str, count: int, reason: str

@@ -98,7 +98,9 @@ def test_an_engine_refuses_at_the_start_what_its_tokenizer_lacks(tmp_path: Path)
     platform.initialize_process()
     recipe = published_recipe(tmp_path, "qwen2")
     recipe.text.stop_tokens = ["<|eot_id|>"]
-    with pytest.raises(ConfigError, match=r"stop_tokens names '<\|eot_id\|>', which is no token"):
+    with pytest.raises(
+        ConfigError, match=r"stop_tokens names '<\|eot_id\|>', which is not a token"
+    ):
         Engine(recipe)
 
 

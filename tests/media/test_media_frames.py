@@ -92,7 +92,7 @@ def test_hidden_files_in_an_archive_are_no_frames(hidden: str) -> None:
 
 def test_a_rate_that_a_folder_brought_into_an_archive_is_refused_by_name() -> None:
     data = pack_frames([*pictures(2), ("frames/fps.txt", b"25")], 1)
-    with pytest.raises(DataError, match=r"clip: frames/fps.txt is no frame; .* comment"):
+    with pytest.raises(DataError, match=r"clip: frames/fps.txt is not a frame; .* comment"):
         probe_video(data, "clip")
 
 
@@ -170,7 +170,7 @@ def test_archives_that_do_not_keep_the_format_are_refused_by_name() -> None:
         deflated.getvalue(): r"a\.png is compressed; frames must be stored",
         empty.getvalue(): "holds none",
         whole[:-40]: "cannot read this archive of frames",
-        no_rate: r"'0', is no rate",
+        no_rate: r"'0', is not a rate",
         pack_frames([("a", b"x"), ("b", b"y")], 1): "none of the 2 frames",
     }
     for data, message in cases.items():

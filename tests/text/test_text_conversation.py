@@ -135,7 +135,7 @@ def test_a_prompt_needs_no_answer_where_it_is_said_so() -> None:
         ),
         (
             {"messages": [{"role": "gpt", "content": "a"}], "conversations": []},
-            "messages and conversations are both there, and differ",
+            "messages and conversations are both given, and differ",
         ),
         ({"messages": "hello"}, "messages is str: a list"),
         *(

@@ -240,7 +240,7 @@ def test_tokens_that_a_recipe_names_must_be_there(definition: str) -> None:
     for field in ({"begin_token": "<s>"}, {"end_token": "<s>"}):
         with pytest.raises(ConfigError, match="'<s>' is not a special token"):
             chat_of(definition, CHATML, **field).check()
-    with pytest.raises(ConfigError, match=r"text\.stop_tokens names '<s>', which is no token"):
+    with pytest.raises(ConfigError, match=r"text\.stop_tokens names '<s>', which is not a token"):
         chat_of(definition, CHATML, stop_tokens=["<s>"]).check()
     no_end = HuggingFaceTokenizer(
         byte_level_bpe("<x>").to_str(),

@@ -114,5 +114,5 @@ def _parse(line: bytes, path: Path) -> Damage:
         return Damage(**json.loads(line))
     except (ValueError, TypeError) as error:
         raise DataError(
-            f"{path}: not a ledger of damaged samples: {error}; mend this line: {line!r}"
+            f"{path}: not a ledger of damaged samples: {error}; fix this line: {line!r}"
         ) from error

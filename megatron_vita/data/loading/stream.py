@@ -326,9 +326,9 @@ class PackStream(Dataset[Batch]):
         index = read_index(path, self._text)
         if index.header.fingerprint != self._contents[dataset][shard]:
             raise ShardError(
-                f"{path}: the index was made anew after the plan was opened, and its samples are "
-                "others: make the plan again and resume, or put back the shard and its index as "
-                "they were"
+                f"{path}: the index was rebuilt after the plan was opened, and its samples are "
+                "different ones: make the plan again and resume, or restore the shard and its index "
+                "as they were"
             )
         return index
 

@@ -176,7 +176,7 @@ def _opened(fields: dict[str, Any]) -> dict[str, Any]:
     inner = {name: value for name, value in inner.items() if value is not None}
     for name in outer.keys() & inner.keys():
         if outer[name] != inner[name]:
-            raise DataError(f"{name} and json.{name} are both there, and differ: one is needed")
+            raise DataError(f"{name} and json.{name} are both given, and differ: one is needed")
     return outer | inner
 
 
@@ -196,17 +196,17 @@ def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
     """Turns of a record: a list, or built from a question and an answer; None if it has none."""
     chats = [name for name in CHAT_FIELDS if is_filled(fields.get(name))]
     if any(fields[name] != fields[chats[0]] for name in chats):
-        raise DataError(f"{' and '.join(chats)} are both there, and differ: one is needed")
+        raise DataError(f"{' and '.join(chats)} are both given, and differ: one is needed")
     if chats:
         if is_filled(fields.get("history")):
-            raise DataError(f"history stands beside {chats[0]}: {fields['history']!r:.80}")
+            raise DataError(f"history is given beside {chats[0]}: {fields['history']!r:.80}")
         return _Turns(fields[chats[0]], set(chats))
     if name := next((name for name in CHAT_FIELDS if fields.get(name) == []), None):
         raise DataError(f"{name} is an empty list: at least one turn is needed")
     pairs = [pair for pair in PAIRS if set(pair) <= fields.keys()]
     if len(pairs) > 1:
         told = " and ".join("/".join(pair) for pair in pairs)
-        raise DataError(f"{told} are both there: one question and one answer are needed")
+        raise DataError(f"{told} are both given: one question and one answer are needed")
     if pairs:
         return _turns_of_fields(fields, *pairs[0])
     return None
@@ -282,7 +282,7 @@ def _system_turn(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> l
         raise DataError(f"{name} is {fields[name]!r:.80}: text is needed")
     systems = [message for message in messages if message["role"] == "system"]
     if systems and systems[0] != turn:
-        raise DataError(f"{name} and a system's turn are both there, and differ: one is needed")
+        raise DataError(f"{name} and a system's turn are both given, and differ: one is needed")
     if systems:
         return []
     return [turn]
@@ -303,7 +303,7 @@ def _captioned(
             f"{', '.join(CHAT_FIELDS)}; or {pairs}; or {', '.join(known)}"
         )
     if len({str(fields[name]).strip() for name in names}) > 1:
-        raise DataError(f"{' and '.join(names)} are both there, and differ: one is needed")
+        raise DataError(f"{' and '.join(names)} are both given, and differ: one is needed")
     if not add:
         raise DataError(_WHICH.format([*chain.from_iterable(media.values())]))
     filled: Media = {field: values for field, values in media.items() if values}
@@ -313,7 +313,7 @@ def _captioned(
     if prompt is not None:
         sample = caption_record(caption, filled, prompt=prompt, name=names[0])
     if system and "messages" not in sample:
-        raise DataError(f"a system's turn, {system[0]['content']!r:.80}, stands beside raw text")
+        raise DataError(f"a system's turn, {system[0]['content']!r:.80}, is given beside raw text")
     if system:
         sample["messages"] = system + sample["messages"]
     return sample

@@ -121,7 +121,7 @@ def _decoded(turns: Any) -> Any:
         try:
             return parse_json(turns)
         except DataError as error:
-            raise DataError(f"the conversation is no list, but text: {error}") from error
+            raise DataError(f"the conversation is not a list, but text: {error}") from error
     return turns
 
 
@@ -256,7 +256,7 @@ def _refuse_other_places(messages: Sequence[Mapping[str, Any]], field: Field) ->
             if places:
                 raise DataError(
                     f"turn {i}, an answer, has {TAGS[field]}, no question has: media are read, "
-                    "not made, and stand in the turns of users"
+                    "not generated, and belong in the turns of users"
                 )
         elif match := _OTHER_TAGS.search(text.replace("<image>", "").replace("<video>", "")):
             raise DataError(

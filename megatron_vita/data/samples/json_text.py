@@ -26,5 +26,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"the key {twice} stands twice in an object")
+        raise DataError(f"the key {twice} occurs twice in an object")
     return found
