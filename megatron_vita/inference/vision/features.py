@@ -56,7 +56,7 @@ class FeatureSource:
         self.rows_per_tile = encoder.vision.image_token_length
         self.decoder = TileDecoder(readers)
         self._sequences: dict[int, NewSequence] = {}
-        # of sequences' tiles that are dealt, the tile rank
+        # of sequences' tiles that are assigned, the tile rank
         self._owner: dict[int, dict[int, int]] = {}
         self._left: dict[TileKey, Tensor] = {}  # features whose placeholders a piece cut in two
 
