@@ -106,6 +106,7 @@ def _anchor(place: int, bins: int) -> str:
 
 
 def _number(value: float) -> str:
+    # Edges of logarithmic axes are powers of two, which binary prefixes name in round numbers.
     for limit, suffix in ((1 << 20, "M"), (1 << 10, "K")):
         if value >= limit and value % limit == 0:
             return f"{value / limit:g}{suffix}"

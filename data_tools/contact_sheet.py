@@ -19,6 +19,7 @@ COLUMNS = 4
 TEXT_EDGE = WIDTH - MARGIN - COLUMNS * (THUMBNAIL + GAP) - GAP
 MAX_TILES = 96
 MAX_CHARACTERS = 1500
+# The first one also has Chinese, Japanese and Korean characters, which samples often hold.
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")
 INK = "#1c1c1c"
 PAPER = "#ffffff"

@@ -26,7 +26,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import atomic_write
 from megatron_vita.media.kinds import kind_of_name
 
-BATCH = 32
+BATCH = 32  # candidates of a step: one for each would cost two messages a sample
 KINDS = ("samples", "rejected")
 
 

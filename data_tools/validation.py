@@ -228,6 +228,7 @@ class _Checker:
 
     def _times(self, sample: ScannedSample, name: str, known: bool) -> list[float]:
         info = probe_video(self._read(sample, name), f"{self._shard} {name}")
+        # A set, since samplings of several datasets share times.
         return sorted(
             {
                 time

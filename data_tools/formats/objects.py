@@ -13,6 +13,7 @@ from megatron_vita.errors import DataError
 HEAD = 4096
 BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 18
+# A missing quote or bracket would collect the rest of the file in memory.
 MAX_ITEM = 1 << 30
 OUTSIDE = re.compile(rb'["\[\]{},]')
 IN_STRING = re.compile(rb'["\\]')

@@ -30,6 +30,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         require(self.ratio > 0, f"dataset {self.name}: ratio is {self.ratio}: it must be positive")
+        # 0 means the recipe's own value, which a default cannot refer to.
         for field in ("cap", "max_tiles", "max_frames", "max_fps"):
             value = getattr(self, field)
             require(value >= 0, f"dataset {self.name}: {field} is {value}: it must not be negative")

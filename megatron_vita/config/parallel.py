@@ -105,6 +105,8 @@ class ParallelConfig:
                 f"cp_comm_type a2a+p2p; it is {self.cp_comm_type}",
             )
             return
+        # Two levels: an all-to-all inside a group, and a ring of groups. A level of one rank would
+        # be one of the plain schemes.
         require(
             len(sizes) == 2 and min(sizes) >= 2 and sizes[0] * sizes[1] == cp,
             "parallel.cp_comm_type a2a+p2p needs hierarchical_context_parallel_sizes [heads, "

@@ -139,6 +139,7 @@ class Recipe:
 
     def _check_layers(self) -> None:
         """Check the layers of pipeline stages, and the numbers of recomputed layers."""
+        # Recomputed layers are counted in each interleaved chunk, on the fullest stage.
         chunks = self.parallel.virtual_pipeline_model_parallel_size
         layers = max(self.parallel.layers_of_stages(self.model.language.num_layers)) // chunks
         number = self.training.recompute_num_layers

@@ -124,6 +124,7 @@ def _end_of_turn(template: OwnTemplate) -> str:
         raise ConfigError(
             f"the tokenizer's chat template does not render a question and its answer: {error}"
         ) from error
+    # The first special token after the answer ends the turn, whatever follows it.
     after = rendered[rendered.rfind(_ANSWER) + 1 :]
     end = names_pattern(template.tokenizer.special_names).search(after)
     if end:

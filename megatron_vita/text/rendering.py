@@ -137,6 +137,7 @@ class Rendering:
             if stop >= 0:
                 return stop + len(end_of_turn)
         else:
+            # Without an end-of-turn token, the rendering up to this turn shows the end.
             upto = self.render(turn + 1, add_generation_prompt=False)
             if text.startswith(upto):
                 return len(upto)

@@ -286,6 +286,7 @@ def _sample_table(
 
 
 def _usable(recipe: Recipe, samples: dict[str, np.ndarray]) -> np.ndarray:
+    # Raw text of any length is usable, since it is split over packs.
     usable = (samples["tokens"] <= recipe.data.seq_length) | samples["is_text"].astype(bool)
     if recipe.model.text_only:
         return usable & (samples["tiles"] == 0)

@@ -91,6 +91,7 @@ def sample_of(
     fields = _opened({name: value for name, value in fields.items() if value is not None})
     columns = sorted(map(str, fields))
     _refuse_what_is_not_learnt(fields)
+    # Before all else, so that no field of media is read as text or turns.
     media = take_media(fields)
     found = _find_turns(fields)
     chat = Chat([], {})
@@ -98,6 +99,7 @@ def sample_of(
         chat = read_chat(found.turns)
     media = agreed_media(media, chat.media, names=("the sample", "its turns"))
     is_clear = True
+    # Several files that neither the record nor a rule names may not all be meant.
     if beside is not None:
         is_clear = beside.is_listed or any(media.values()) or _count(beside.media) < 2
         media = _media_beside(beside.media, named=media)

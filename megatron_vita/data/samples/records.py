@@ -37,6 +37,7 @@ def parse_record(data: bytes, name: str) -> dict[str, Any]:
         raise DataError(
             f"{name}: a sample is a JSON object with a list of messages, or with a text"
         )
+    # Null counts as absent, as in the tables that records are made of.
     for field in ("images", "videos"):
         record[field] = record.get(field) or []
     return record

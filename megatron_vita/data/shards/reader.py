@@ -106,6 +106,7 @@ class ShardReader:
             return self._files[shard]
         descriptor = self._open_anew(shard, shard_size)
         self._close_evicted()
+        # A shard that was replaced after its index was made is mostly of another size.
         try:
             check_size(shard, os.fstat(descriptor).st_size, shard_size)
         except ShardError:
