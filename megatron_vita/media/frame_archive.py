@@ -76,8 +76,8 @@ class FrameArchive:
         for member in self._members:
             if PurePosixPath(member.filename).name == _RATE_FILE:
                 raise DataError(
-                    f"{name}: {member.filename} is not a frame; the rate of an archive is its comment "
-                    "(zip -z)"
+                    f"{name}: {member.filename} is not a frame; the rate of an archive is its "
+                    "comment (zip -z)"
                 )
             if member.compress_type != zipfile.ZIP_STORED:
                 raise DataError(

@@ -327,8 +327,8 @@ class PackStream(Dataset[Batch]):
         if index.header.fingerprint != self._contents[dataset][shard]:
             raise ShardError(
                 f"{path}: the index was rebuilt after the plan was opened, and its samples are "
-                "different ones: make the plan again and resume, or restore the shard and its index "
-                "as they were"
+                "different ones: make the plan again and resume, or restore the shard and its "
+                "index as they were"
             )
         return index
 
