@@ -506,7 +506,7 @@ def test_an_end_that_is_no_token_is_refused_by_its_file(tmp_path: Path) -> None:
     save_family(tmp_path, "qwen2")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 99999]}))
     with pytest.raises(
-        ConfigError, match=r"generation_config\.json: eos_token_id 99999 is none of"
+        ConfigError, match=r"generation_config\.json: eos_token_id 99999 is not among"
     ):
         text_of_folder(tmp_path)
 
