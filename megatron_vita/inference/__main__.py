@@ -1,6 +1,5 @@
 """Command-line client: ask a checkpoint or a server about images and videos."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
@@ -10,12 +9,11 @@ import typer
 
 from megatron_vita import platform
 from megatron_vita.commands import run_command, takes_options
-from megatron_vita.config import GenerationConfig
 from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
 from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
 from megatron_vita.inference.client.conversation import Conversation
 from megatron_vita.inference.prompt import MediaFile, Prompt
-from megatron_vita.inference.requests import SamplingParams, ScoredToken, advised
+from megatron_vita.inference.requests import ADVISED, SamplingParams, ScoredToken, advised
 from megatron_vita.text.tokenizer import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
@@ -80,8 +78,7 @@ def _unset_options(context: typer.Context, sampling: SamplingParams) -> list[str
     has none: it ranks by the model's own probabilities."""
     if sampling.num_beams > 1:
         return []
-    names = [field.name for field in dataclasses.fields(GenerationConfig)]
-    sources = {name: context.get_parameter_source(name) for name in names}
+    sources = {name: context.get_parameter_source(name) for name in ADVISED}
     return [name for name, source in sources.items() if source and source.name == "DEFAULT"]
 
 
@@ -149,8 +146,7 @@ def _local_stream(
     from megatron_vita.inference.engine.engine import Engine
 
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
-    advice = advised(sampling, engine.recipe.generation)
-    sampling = dataclasses.replace(sampling, **{name: getattr(advice, name) for name in unset})
+    sampling = advised(sampling, engine.recipe.generation, fields=unset)
 
     def stream(prompt: Prompt) -> Iterator[TextPiece]:
         for piece in engine.stream(prompt, sampling=sampling):

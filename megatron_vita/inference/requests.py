@@ -1,6 +1,7 @@
 """Types of requests and outputs of the engine: sampling parameters, scored tokens, output deltas."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,10 @@ from megatron_vita.errors import ConfigError
 FinishReason = Literal["stop", "length", "cancelled", "error", "model_error"]
 """`stop`: the model ended its turn or a stop string came; `length`: max_new_tokens or the context's end; `error`: what
 was asked cannot be answered, such as a damaged image; `model_error`: the model's logits are no numbers."""
+
+
+ADVISED = tuple(field.name for field in dataclasses.fields(GenerationConfig))
+"""Fields for which a recipe may have defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +85,16 @@ class SamplingParams:
             )
 
 
-def advised(base: SamplingParams, generation: GenerationConfig) -> SamplingParams:
-    """Replace values of `base` by the defaults that a recipe has.
+def advised(
+    base: SamplingParams, generation: GenerationConfig, *, fields: Collection[str]
+) -> SamplingParams:
+    """Replace those `fields` of `base` for which a recipe has defaults.
 
     Raises:
         ConfigError: a value is out of range.
     """
-    values = {n: v for n, v in dataclasses.asdict(generation).items() if v is not None}
+    defaults = {name: getattr(generation, name) for name in fields}
+    values = {name: value for name, value in defaults.items() if value is not None}
     return dataclasses.replace(base, **values)
 
 

@@ -40,7 +40,7 @@ from tests.convert.asked_of_transformers import (
     of_processor,
     of_text,
 )
-from tests.convert.published import TILE, tiny, tiny_preprocessor
+from tests.convert.published import TILE, change, tiny, tiny_preprocessor
 from tests.convert.published_models import (
     CHAT,
     ROWS,
@@ -209,6 +209,9 @@ def test_a_tower_beside_a_language_model_answers_as_both_do_in_transformers(
     language = described(tiny("qwen2-7b"), tokenizer, rows=len(tokenizer))
     model = internvl_of(tokenizer, language, tower=tower)
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    if tower == "internvit":  # whose authors' processor crops images
+        processor_fields = tiny_preprocessor("internvit-300m")
+        change(tmp_path / "tower", "preprocessor_config.json", **processor_fields)
     whole = model.state_dict()
     names = {name: name.replace("model.language_model.", "model.") for name in whole}
     causal = Qwen2ForCausalLM(model.config.text_config)

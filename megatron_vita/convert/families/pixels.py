@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vita.config import MediaConfig, VisionConfig
 from megatron_vita.convert.config_file import Config
+from megatron_vita.errors import CheckpointError
 from megatron_vita.media.normalization import NORMALIZATION
 
 PROCESSOR = "processor_config.json"
@@ -249,7 +250,11 @@ def _says(folder: Path, media: MediaConfig, vision: VisionConfig) -> bool:
     processors = Processors.read(folder)
     if not processors.images.values:
         return False
-    said = read_media("internvl-hf", Config({}, ""), processors=processors, vision=vision)
+    try:
+        said = read_media("internvl-hf", Config({}, ""), processors=processors, vision=vision)
+    except CheckpointError:
+        # Files of another format: OpenGVLab's processors, for one, say that images are cropped.
+        return False
     # Frame limits are not compared: transformers' processor has no fields for all of ours.
     decisive = ("normalization", "min_tiles", "max_tiles")
     return all(getattr(said, name) == getattr(media, name) for name in decisive)

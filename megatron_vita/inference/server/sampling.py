@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from megatron_vita.config import GenerationConfig
 from megatron_vita.errors import ConfigError
-from megatron_vita.inference.requests import SamplingParams, advised
+from megatron_vita.inference.requests import ADVISED, SamplingParams, advised
 from megatron_vita.inference.server.api_errors import APIError, too_large
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.protocol import SAMPLING_FIELDS, ChatRequest
@@ -21,7 +21,7 @@ def defaults_of(generation: GenerationConfig) -> SamplingParams:
     Raises:
         ConfigError: a value is out of range.
     """
-    return advised(OPENAI_DEFAULTS, generation)
+    return advised(OPENAI_DEFAULTS, generation, fields=ADVISED)
 
 
 def sampling_of(
