@@ -133,3 +133,6 @@ def append_tokens(folder: Path, tokenizer: Tokenizer, *, names: dict[str, str]) 
                 f"{folder}: transformers gives {name} the id {found}, but {wanted} was trained"
             )
     theirs.save_pretrained(folder)
+    if len(known) < len(names):
+        # `<video>`, which the processor looks up and replaces: it needs an id, but no row
+        transformers_tokenizer(folder, extra_special_tokens=names).save_pretrained(folder)
