@@ -17,7 +17,9 @@ def describe_fields(cls: type = Recipe, prefix: str = "") -> Iterator[str]:
             yield f"\n{prefix}{field.name}: {field.metadata['doc']}"
             yield from describe_fields(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
-        if isinstance(hint, type) and not typing.get_args(hint):
+        if typing.get_origin(hint) is typing.Literal:
+            type_name = " | ".join(typing.get_args(hint))
+        elif isinstance(hint, type) and not typing.get_args(hint):
             type_name = hint.__name__
         else:
             type_name = str(hint)

@@ -178,7 +178,9 @@ def _member_for(value: Any, union: Any) -> Any:
     return members[0]
 
 
-def _convert_scalar(hint: type, value: Any, path: str) -> Any:
+def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        hint = str  # the dataclass checks choices
     if isinstance(value, PlainScalar):
         if (typed := scalar_as(hint, value)) is not None:
             return typed

@@ -121,9 +121,18 @@ def _shrink_model(model: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
     return tiny
 
 
+def _shrink_schedule(tiny: Recipe) -> None:
+    """Lengths in proportion to the steps; at least one where there was one."""
+    for name in ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters"):
+        if steps := getattr(tiny.optimizer, name):
+            length = max(1, steps * STEPS // tiny.training.train_iters)
+            setattr(tiny.optimizer, name, min(length, STEPS - 1))
+
+
 def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
     training = tiny.training
     parallel = tiny.parallel
+    _shrink_schedule(tiny)
     replicas = world_size // parallel.replica_size
     training.train_iters = STEPS
     training.log_interval = 1

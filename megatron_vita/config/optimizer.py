@@ -1,8 +1,12 @@
 """AdamW, its precision and its learning rate schedule. Field names are Megatron's."""
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from megatron_vita.config.fields import described, require
+
+DecayStyle = Literal["constant", "linear", "cosine", "WSD", "inverse-square-root"]
+WsdStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
 GRADIENT_TYPES = ("fp32", "bf16")
 WEIGHT_TYPES = ("fp32", "fp16")
@@ -24,11 +28,28 @@ FULL_PRECISION = {
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW with cosine decay after a linear warm-up."""
+    """AdamW, with a learning rate schedule that begins with a linear warm-up."""
 
     lr: float = described(1e-4, "Peak learning rate.")
     min_lr: float = described(0.0, "Learning rate at the end of the decay.")
+    lr_decay_style: DecayStyle = described(
+        "cosine",
+        "Learning rate after warm-up: constant, linear, cosine, WSD (stable at lr, then a decay of lr_wsd_decay_iters) or "
+        "inverse-square-root (lr * sqrt(warm-up steps / steps), at least min_lr).",
+    )
+    lr_decay_iters: int = described(
+        0, "Step at which the learning rate reaches min_lr, and stays there; 0: train_iters."
+    )
+    lr_warmup_iters: int = described(
+        0, "Steps of the linear warm-up from 0; 0: lr_warmup_fraction of train_iters."
+    )
     lr_warmup_fraction: float = described(0.03, "Fraction of train_iters for the linear warm-up.")
+    lr_wsd_decay_iters: int = described(
+        0, "Of WSD: steps of the decay, which ends at lr_decay_iters."
+    )
+    lr_wsd_decay_style: WsdStyle = described(
+        "exponential", "Of WSD: course of the decay: linear, cosine, exponential or minus_sqrt."
+    )
     vision_lr_mult: float = described(1.0, "Multiplier of the vision tower's learning rate.")
     vision_lr_decay: float = described(
         1.0, "Layer-wise decay of the tower's learning rate, per layer from the last to the first."
@@ -91,8 +112,30 @@ class OptimizerConfig:
             f"optimizer.lr_warmup_fraction is {self.lr_warmup_fraction}: it must be at least 0 "
             "and below 1",
         )
+        self._check_schedule()
         self._check_types()
         self._check_offload()
+
+    def _check_schedule(self) -> None:
+        for name, kind in (("lr_decay_style", DecayStyle), ("lr_wsd_decay_style", WsdStyle)):
+            value = getattr(self, name)
+            known = get_args(kind)
+            require(value in known, f"optimizer.{name} is {value!r}; known: {', '.join(known)}")
+        for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
+            value = getattr(self, name)
+            require(value >= 0, f"optimizer.{name} is {value}: it must not be negative")
+        is_wsd = self.lr_decay_style == "WSD"
+        require(
+            is_wsd == (self.lr_wsd_decay_iters > 0),
+            f"optimizer.lr_wsd_decay_iters is {self.lr_wsd_decay_iters} with lr_decay_style {self.lr_decay_style}: WSD "
+            "needs at least 1, the others 0",
+        )
+        for name in ("min_lr", "lr_decay_iters"):
+            require(
+                self.lr_decay_style != "constant" or not getattr(self, name),
+                f"optimizer.{name} is {getattr(self, name)}, but with lr_decay_style constant the learning rate stays "
+                "at lr: set it to 0",
+            )
 
     def in_full_precision(self) -> "OptimizerConfig":
         """Return this configuration in plain fp32, for devices without Transformer Engine."""

@@ -49,6 +49,7 @@ class Recipe:
         self._check_layers()
         self._check_sequence()
         self._check_parts()
+        self._check_schedule()
         self._check_optimizer()
 
     def check_tensor_parallel(self) -> None:
@@ -189,6 +190,32 @@ class Recipe:
             not all(frozen.values()),
             "training freezes the vision model, the projector and the language model, or "
             "model.text_only has none of the first two: nothing is left to train",
+        )
+
+    @property
+    def schedule_iters(self) -> tuple[int, int]:
+        """Last step of the learning rate's warm-up, and of its decay."""
+        optimizer = self.optimizer
+        share = int(optimizer.lr_warmup_fraction * self.training.train_iters)
+        return (
+            optimizer.lr_warmup_iters or share,
+            optimizer.lr_decay_iters or self.training.train_iters,
+        )
+
+    def _check_schedule(self) -> None:
+        warmup, end = self.schedule_iters
+        decay = self.optimizer.lr_wsd_decay_iters
+        of_end = (
+            "optimizer.lr_decay_iters" if self.optimizer.lr_decay_iters else "training.train_iters"
+        )
+        require(
+            warmup < end,
+            f"the learning rate rises for {warmup} steps (optimizer.lr_warmup_iters or lr_warmup_fraction), but its "
+            f"decay ends at step {end} ({of_end}): fewer are needed",
+        )
+        require(
+            warmup + decay <= end,
+            f"optimizer.lr_wsd_decay_iters is {decay}, but between warm-up and step {end} ({of_end}) lie {end - warmup}",
         )
 
     def _check_optimizer(self) -> None:

@@ -25,6 +25,7 @@ from megatron_vita.config import OptimizerConfig, Recipe
 from megatron_vita.errors import PlatformError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.training.schedule import build_schedule
 
 BUCKET_SIZE = 40_000_000
 BUCKET_SIZE_PER_RANK = 1_000_000
@@ -116,21 +117,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config) | vision_rates(recipe)
     built = get_megatron_optimizer(config, chunks, config_overrides=overrides)
-    schedule = OptimizerParamScheduler(
-        built,
-        init_lr=0.0,
-        max_lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        lr_warmup_steps=int(optimizer.lr_warmup_fraction * training.train_iters),
-        lr_decay_steps=training.train_iters,
-        lr_decay_style="cosine",
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=training.train_iters,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a resumed run obeys the recipe of now
-    )
+    schedule = build_schedule(built, recipe)
     core = chunks[0].config  # one object for all chunks
     core.grad_scale_func = built.scale_loss
     core.finalize_model_grads_func = finalize_gradients

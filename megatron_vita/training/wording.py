@@ -11,7 +11,8 @@ NOT_LEVERS = {
         "freeze_vision_model", "freeze_projector", "freeze_language_model",
     },
     "optimizer": {
-        "lr", "min_lr", "lr_warmup_fraction", "vision_lr_mult", "vision_lr_decay", "weight_decay",
+        "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_fraction", "lr_warmup_iters",
+        "lr_wsd_decay_iters", "lr_wsd_decay_style", "vision_lr_mult", "vision_lr_decay", "weight_decay",
         "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
     },
 }  # fmt: skip
