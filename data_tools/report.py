@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.charts import histogram, stacked_bar
 from data_tools.previews import previews
 from data_tools.statistics import DatasetStatistics, PlanStatistics, Statistics, collect_statistics
 from megatron_vita.config import Recipe
+from megatron_vita.report.charts import histogram, stacked_bar
+from megatron_vita.report.page import COLORS, cards, figures, html_page, table
 from megatron_vita.text.vocabulary import open_tokenizer
 
-COLORS = ("#3b6ea5", "#d98c3f", "#5a9e6f", "#b5576b", "#7d6bb0", "#4fa3a5", "#a08a3c", "#8a8f98")
-STYLE = (Path(__file__).parent / "report.css").read_text()
 COLUMNS = [
     *("dataset", "split", "samples", "in an epoch", "tokens", "mean length", "median", "longest"),
     *("images", "videos", "video hours", "tiles", "loss rows", "left out"),
@@ -28,14 +27,8 @@ def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Stat
     """
     statistics = collect_statistics(recipe, open_tokenizer(recipe))
     body = "".join(_sections(recipe, statistics, title=title, samples=samples))
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        f"{page}<style>{STYLE}</style></head><body><main>{body}</main></body></html>",
-        encoding="utf-8",
-    )
+    out.write_text(html_page(body, title=title), encoding="utf-8")
     return statistics
 
 
@@ -45,7 +38,7 @@ def _sections(recipe: Recipe, statistics: Statistics, *, title: str, samples: in
     yield _cards(train, statistics.plans)
     yield "<section><h2>Mix of an epoch, by tokens</h2>"
     yield stacked_bar({found.name: found.epoch_tokens for found in train}, COLORS) + "</section>"
-    yield f"<section><h2>Datasets</h2>{_table(statistics.datasets)}</section>"
+    yield f"<section><h2>Datasets</h2>{table(COLUMNS, [_row(found) for found in statistics.datasets])}</section>"
     for plan in statistics.plans:
         yield _plan(plan, recipe.data.seq_length)
     for found in statistics.datasets:
@@ -77,19 +70,7 @@ def _cards(train: list[DatasetStatistics], plans: list[PlanStatistics]) -> str:
                 "packs planned": f"{len(plan.fill):,}",
                 "fill of the packs": f"{plan.fill.mean():.2%}",
             }
-    cards = "".join(
-        f"<div><b>{value}</b><span>{name}</span></div>" for name, value in values.items()
-    )
-    return f'<section class="cards">{cards}</section>'
-
-
-def _table(datasets: list[DatasetStatistics]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{cell}</td>' for cell in _row(found))}</tr>" for found in datasets
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return cards(values)
 
 
 def _row(found: DatasetStatistics) -> list[str]:
@@ -131,7 +112,7 @@ def _plan(plan: PlanStatistics, seq_length: int) -> str:
         f"{plan.loss_tokens / max(plan.tokens, 1):.1%} of them carry loss."
     )
     shares = stacked_bar({name: float(count) for name, count in plan.shares.items()}, COLORS)
-    return f"<section><h2>Plan: {plan.split}</h2><p>{lead}</p>{shares}{_charts(charts)}</section>"
+    return f"<section><h2>Plan: {plan.split}</h2><p>{lead}</p>{shares}{figures(charts)}</section>"
 
 
 def _dataset(found: DatasetStatistics, samples: int) -> str:
@@ -143,22 +124,15 @@ def _dataset(found: DatasetStatistics, samples: int) -> str:
     if len(found.seconds):
         charts["Seconds of a video"] = histogram(found.seconds, unit="seconds", log=True)
     charts["Tokens with loss in a sample"] = histogram(found.loss_tokens, unit="tokens", log=True)
-    cards = ""
+    shown = ""
     if samples:
-        cards = f'<div class="samples">{"".join(previews(found, samples))}</div>'
+        shown = f'<div class="samples">{"".join(previews(found, samples))}</div>'
     shards = (
         f"{found.samples:,} samples in {len(found.source.shards):,} .tar, "
         f"ratio {found.source.ratio:g}"
     )
     heading = f"<h2>{escape(found.name)} <small>{found.split}; {shards}</small></h2>"
-    return f"<section>{heading}{_charts(charts)}{cards}</section>"
-
-
-def _charts(charts: dict[str, str]) -> str:
-    figures = "".join(
-        f"<figure><figcaption>{name}</figcaption>{chart}</figure>" for name, chart in charts.items()
-    )
-    return f'<div class="charts">{figures}</div>'
+    return f"<section>{heading}{figures(charts)}{shown}</section>"
 
 
 def _large(value: float) -> str:

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "rounding": set(),
     "sizes": set(),
     "supervise": {"errors"},
+    "report": {"errors", "rounding", "config", "commands"},
     "commands": {"errors"},
     "launch": {"supervise"},
     "platform": {"errors"},

@@ -31,6 +31,10 @@ COMMANDS = {
         "data_tools.cli:main",
         "from samples to shards, indexes and packs, and a look at them (import, shard, plan ...)",
     ),
+    "report": Command(
+        "megatron_vita.report.__main__:main",
+        "show runs side by side as one HTML page: loss, speed, memory, data, restarts",
+    ),
     "convert": Command(
         "megatron_vita.convert.__main__:main",
         "weights from Hugging Face, GGUF and Megatron, and back",

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from data_tools.charts import histogram, stacked_bar
 from data_tools.cli import main
 from data_tools.statistics import collect_statistics
 from megatron_vita.config import load_recipe
+from megatron_vita.report.charts import histogram, stacked_bar
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.data_tools.toy_jsonl import write_world
 
