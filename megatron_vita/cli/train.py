@@ -6,6 +6,8 @@ One process trains on one device. For more, python -m megatron_vita.launch --sta
 
 import argparse
 import os
+import sys
+import time
 
 from megatron_vita.config import Recipe, describe_fields, load_recipe
 from megatron_vita.costs.options import add_options
@@ -38,14 +40,16 @@ def main(arguments: list[str], *, name: str) -> int:
     """Train, and return the exit code; a user's error is one line, of one rank, and 1."""
     options = parse_arguments(arguments, name=name)
     checkpoints = None
+    is_dry = options.dry_run or options.suggest
     try:
         recipe = load_recipe(options.recipe, options.overrides)
+        if not is_dry:
+            _say(f"training {options.recipe}: importing PyTorch and megatron-core")
         world_size = (
             options.world_size
             or int(os.environ.get("WORLD_SIZE", "0"))
             or recipe.parallel.replica_size
         )
-        is_dry = options.dry_run or options.suggest
         if options.scale == "tiny":
             from data_tools.miniature import open_miniature
 
@@ -65,6 +69,13 @@ def main(arguments: list[str], *, name: str) -> int:
 def dry_run(arguments: list[str], *, name: str) -> int:
     """Do as `main` with `--dry-run`."""
     return main(["--dry-run", *arguments], name=name)
+
+
+def _say(text: str) -> None:
+    """Say at once what begins, on rank 0: logging is set up only after seconds of imports."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} INFO {text}\n")
+        sys.stderr.flush()
 
 
 def _train(recipe: Recipe) -> None:

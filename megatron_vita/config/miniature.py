@@ -146,7 +146,6 @@ def _shrink_training(tiny: Recipe, *, world_size: int, bf16: bool) -> None:
     # The precision-aware optimizer needs bf16.
     if not training.bf16:
         tiny.optimizer = tiny.optimizer.in_full_precision()
-    if training.tensorboard_dir:
-        training.tensorboard_dir += SUFFIX
-    if training.profile_dir:
-        training.profile_dir += SUFFIX
+    for name in ("run_dir", "tensorboard_dir", "profile_dir"):
+        if folder := getattr(training, name):
+            setattr(training, name, folder + SUFFIX)

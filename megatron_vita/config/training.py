@@ -73,7 +73,22 @@ class TrainingConfig:
     eval_interval: int = described(0, "Steps between validations; 0: no validation.")
     eval_iters: int = described(8, "Batches of global_batch_size packs in a validation.")
     log_interval: int = described(1, "Steps between log lines.")
+    run_dir: str = described(
+        "",
+        "Folder of the run's recipe, environment, log and metrics.jsonl; empty: checkpoint.save.",
+    )
     tensorboard_dir: str = described("", "Folder for TensorBoard events; empty: none are written.")
+    wandb_project: str = described(
+        "", "Project of Weights & Biases that gets all metrics; empty: none. Needs wandb."
+    )
+    wandb_exp_name: str = described("", "Name of the run there; empty: one that it makes up.")
+    mlflow_experiment: str = described(
+        "", "MLflow experiment that gets all metrics; empty: none. Needs mlflow-skinny."
+    )
+    mlflow_run_name: str = described("", "Name of the run there; empty: one that it makes up.")
+    mlflow_tracking_uri: str = described(
+        "", "MLflow's server or a local folder; empty: MLFLOW_TRACKING_URI says."
+    )
     callbacks: list[CallbackConfig] = described(
         [],
         "Classes derived from megatron_vita.training.callbacks.Callback: [my_module.MyCallback], or with arguments "
@@ -101,6 +116,19 @@ class TrainingConfig:
         self._check_recompute()
         self._check_fit()
         self._check_profile()
+        self._check_trackers()
+
+    def _check_trackers(self) -> None:
+        for name, needed in (
+            ("wandb_exp_name", "wandb_project"),
+            ("mlflow_run_name", "mlflow_experiment"),
+            ("mlflow_tracking_uri", "mlflow_experiment"),
+        ):
+            value = getattr(self, name)
+            require(
+                not value or getattr(self, needed) != "",
+                f"training.{name} is {value!r}, which needs training.{needed}",
+            )
 
     def _check_fit(self) -> None:
         # The other levers need one of these two, so that their own checks catch the rest.

@@ -66,7 +66,7 @@ _MEMORY = {
     "Device memory, reserved (GiB)": "memory/reserved_gib",
     "Host memory of a rank (GiB)": "memory/host_gib",
 }
-_DATA = {"Share of packs that is not padding": "data/fill", "Loss rows": "data/loss_rows"}
+_DATA = {"Share of packs that is not padding": "data/fill", "Loss tokens": "data/loss_tokens"}
 
 
 def _lead(runs: Sequence[RunRecord]) -> str:

@@ -1,42 +1,82 @@
-"""First log lines of a run: versions, devices, layout, parameters, memory, levers."""
+"""The lines that a run begins with, from versions to where it logs."""
 
-import importlib.metadata
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
-import megatron_vita
 from megatron_vita import platform
 from megatron_vita.config import Recipe
+from megatron_vita.config.run_files import run_folder
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.host_memory import host_memory
 from megatron_vita.costs.memory import GIB, full_pack, rank_memory
 from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
+from megatron_vita.data.planning.plan import PackPlan
+from megatron_vita.sizes import readable_bytes
+from megatron_vita.training.environment import describe_environment
 from megatron_vita.training.run import Run
 from megatron_vita.training.wording import count, describe_layout, describe_levers
 
 
 def describe_run(run: Run) -> Iterator[str]:
-    """Yield the lines, the same on every rank."""
+    """The lines; called on one rank."""
     recipe = run.recipe
     world_size = dist.get_world_size()
-    yield _versions()
+    yield _versions(describe_environment())
     yield _devices(world_size, run.matmul_rate)
     yield describe_layout(recipe, world_size=world_size)
     yield _parameters(recipe)
     yield _memory(recipe, world_size=world_size)
     yield f"levers: {describe_levers(recipe)}"
+    if run.train_stream is not None:
+        yield _plan(run, run.train_stream.plan)
+    if recipe.checkpoint.save:
+        yield _checkpoints(recipe)
+    yield _places(recipe)
 
 
-def _versions() -> str:
-    found = [f"megatron_vita {megatron_vita.__version__}", f"torch {torch.__version__}"]
-    for package in ("megatron-core", "transformer-engine", "flash-attn-4"):
-        # Optional packages are left out where they are not installed.
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+def _versions(environment: dict[str, Any]) -> str:
+    found = [f"megatron_vita {environment['version']}"]
+    found += [f"{package} {version}" for package, version in environment["packages"].items()]
+    if environment["commit"]:
+        found.append(f"commit {environment['commit']}")
     return ", ".join(found)
+
+
+def _plan(run: Run, plan: PackPlan) -> str:
+    """Packs of the plan, and those that the steps ahead take."""
+    data = run.recipe.data
+    training = run.recipe.training
+    last = run.consumed_packs + (training.train_iters - run.step) * training.global_batch_size
+    return (
+        f"plan: {plan.num_packs:,} packs of {data.seq_length:,} tokens in {data.epochs} epochs; steps {run.step + 1} "
+        f"to {training.train_iters} take packs {run.consumed_packs:,} to {last - 1:,}, up to epoch "
+        f"{data.epochs * last / plan.num_packs:.2f}"
+    )
+
+
+def _checkpoints(recipe: Recipe) -> str:
+    """Bytes on disk, and how often."""
+    settings = recipe.checkpoint
+    return (
+        f"checkpoints: about {readable_bytes(checkpoint_bytes(recipe))} each, every {settings.save_interval} steps; "
+        f"{settings.keep} are kept"
+    )
+
+
+def _places(recipe: Recipe) -> str:
+    """Everything that logs."""
+    training = recipe.training
+    places = {
+        "folder": str(run_folder(recipe) or ""),
+        "TensorBoard": training.tensorboard_dir,
+        "W&B": training.wandb_project,
+        "MLflow": training.mlflow_experiment,
+        "profile": training.profile_dir,
+    }
+    named = [f"{name} {place}" for name, place in places.items() if place]
+    return f"logs: {', '.join(named) or 'here alone: set checkpoint.save or training.run_dir'}"
 
 
 def _devices(world_size: int, matmul_rate: float) -> str:

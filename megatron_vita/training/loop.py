@@ -12,8 +12,12 @@ from megatron_vita.errors import StoppedError
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.callbacks.build import build_hooks
+from megatron_vita.training.callbacks.hooks import Hooks
+from megatron_vita.training.callbacks.importing import import_callbacks
+from megatron_vita.training.callbacks.optional import check_packages
 from megatron_vita.training.header import describe_run
 from megatron_vita.training.run import Run, open_run
+from megatron_vita.training.run_folder import RunLog
 from megatron_vita.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -33,24 +37,35 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
     """
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    run = open_run(recipe)
-    if run.step >= recipe.training.train_iters:
-        logger.info("nothing to do: step %d of %d is done", run.step, recipe.training.train_iters)
-        return
-    run.hooks = build_hooks(run, callbacks)
-    for line in describe_run(run):
-        logger.info("%s", line)
+    check_packages(recipe)
+    callbacks = [*callbacks, *import_callbacks(recipe.training.callbacks)]
+    with RunLog(dist.get_rank()) as log:
+        run = open_run(recipe)
+        if run.step >= recipe.training.train_iters:
+            done = recipe.training.train_iters
+            logger.info("nothing to do: step %d of %d is done", run.step, done)
+            return
+        run.hooks = build_hooks(run, callbacks, log=log)
+        if dist.get_rank() == 0:
+            for line in describe_run(run):
+                logger.info("%s", line)
+        _loop(run, run.hooks)
+
+
+def _loop(run: Run, hooks: Hooks) -> None:
+    steps = run.recipe.training.train_iters
+    logger.info("reading the first packs")
     # Entered in this order, left in the reverse: hooks end first, while batches still exist.
     with ExitStack() as stack:
         batches = train_batches(run)
         stack.callback(batches.close)
         stack.enter_context(run.stop)
-        hooks = stack.enter_context(run.hooks)
-        while run.step < recipe.training.train_iters:
+        stack.enter_context(hooks)
+        while run.step < steps:
             hooks.call("before_step")
             metrics = train_step(run, batches)
             hooks.after_step(metrics)
-            if metrics.stops and run.step < recipe.training.train_iters:
+            if metrics.stops and run.step < steps:
                 raise StoppedError(_stop_message(run))
 
 

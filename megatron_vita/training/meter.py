@@ -50,7 +50,7 @@ class Meter:
             value = value.detach()
         else:
             value = float(value)
-        if reduce == "mean":
+        if reduce == "mean" and weight != 1.0:
             value = value * weight
         before = self._values.get(name)
         if before is not None:

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_vita import platform
 from megatron_vita.checkpoint import shared_folder, store
 from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.config.run_files import LEDGERS
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.loading.loader import start_fork_server
@@ -107,7 +108,7 @@ class Run:
     def ledger_folder(self) -> Path | None:
         """Folder of the ledgers of damaged samples, beside the checkpoints; None without any."""
         if self.recipe.checkpoint.save:
-            return Path(self.recipe.checkpoint.save) / "damaged"
+            return Path(self.recipe.checkpoint.save) / LEDGERS
         return None
 
     def read_damage(self) -> list[Damage]:
@@ -160,9 +161,11 @@ def open_run(recipe: Recipe) -> Run:
     share = None
     if encodes:
         share = (layout.tile_rank, layout.tile_ranks)
+    logger.info("reading the plan %s and its shards' indexes", recipe.data.plan)
     train_stream, validation_stream = open_streams(
         recipe, resume=resume, tile_share=share, replicas=replicas
     )
+    logger.info("building the model")
     run = assemble_run(recipe)
     run.train_stream = train_stream
     run.validation_stream = validation_stream
@@ -258,6 +261,7 @@ def restore(run: Run, resume: ResumePoint) -> None:
 
 
 def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
+    logger.info("loading %s", checkpoint)
     saved = recipe_from_dict(resume.recipe)
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     check_parts(saved, run.recipe)
@@ -279,6 +283,7 @@ def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
 
 
 def _start_from(run: Run, checkpoint: Path) -> None:
+    logger.info("loading weights of %s", checkpoint)
     saved = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     store.load_weights(run.unwrapped_models, checkpoint)

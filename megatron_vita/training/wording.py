@@ -7,8 +7,10 @@ from megatron_vita.config import Recipe
 NOT_LEVERS = {
     "training": {
         "train_iters", "global_batch_size", "seed", "eval_interval", "eval_iters", "log_interval",
-        "callbacks", "tensorboard_dir", "profile_step_start", "profile_step_end", "profile_ranks", "profile_dir",
-        "freeze_vision_model", "freeze_projector", "freeze_language_model",
+        "callbacks", "run_dir", "wandb_project", "wandb_exp_name", "mlflow_experiment",
+        "mlflow_run_name", "mlflow_tracking_uri", "tensorboard_dir", "profile_step_start",
+        "profile_step_end", "profile_ranks", "profile_dir", "freeze_vision_model",
+        "freeze_projector", "freeze_language_model",
     },
     "optimizer": {
         "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_fraction", "lr_warmup_iters",

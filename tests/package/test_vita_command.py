@@ -1,8 +1,10 @@
 """The command `vita`: its help, its commands, and what its start costs."""
 
+import logging
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import typer
@@ -17,10 +19,14 @@ HEAVY = ("torch", "megatron", "numpy", "transformers", "typer")
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep commands from what only a process of their own may do."""
     monkeypatch.setattr(platform, "destroy_process_group", lambda: None)
     monkeypatch.setattr(platform, "set_up_logging", lambda rank: None)
+    logger = logging.getLogger("megatron_vita")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:

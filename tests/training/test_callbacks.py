@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +16,11 @@ from megatron_vita import platform
 from megatron_vita.config import load_recipe, recipe_from_dict
 from megatron_vita.errors import CallbackError, ConfigError, StoppedError
 from megatron_vita.training.callbacks import Callback
+from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.callbacks.importing import import_callbacks
 from megatron_vita.training.loop import train
 from megatron_vita.training.meter import Meter
+from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 from tests.functional.launch import torchrun
 from tests.functional.toy_run import make_toy_run
@@ -29,9 +32,12 @@ FAST = [
     "training.tensorboard_dir=''",
     "training.train_iters=3",
 ]
+DEMO_STEP_SECONDS = 0.11
+"""3600 steps in less than 7 minutes on 2 cores."""
 HOOKS = [name for name in vars(Callback) if name.startswith(("on_", "before_", "after_"))]
 MODULE = """
 from megatron_vita.training.callbacks import Callback
+from megatron_vita.training.callbacks.hooks import Hooks
 
 class Mine(Callback):
     def __init__(self, threshold=1.0):
@@ -226,7 +232,7 @@ def test_a_hook_that_fails_ends_the_run_in_one_line_after_what_is_due(
     watcher = Watcher(**{hook: divide})
     other = Watcher()
     line = (
-        rf"callback test_callbacks.Watcher.{hook}, rank 0, step 1: ZeroDivisionError: "
+        rf"callback tests.training.test_callbacks.Watcher.{hook}, rank 0, step 1: ZeroDivisionError: "
         r"division by zero \(test_callbacks.py:\d+\)$"
     )
     with pytest.raises(CallbackError, match=line) as raised:
@@ -247,6 +253,8 @@ def test_the_last_step_does_not_hide_an_error_in_what_follows_it(recipe_path: Pa
         fields = [*FAST, "training.train_iters=1"]
         with pytest.raises(CallbackError, match=f"Watcher.{hook}, .* no connection"):
             train(load_recipe(recipe_path, fields), callbacks=[watcher])
+        if hook != "on_end":
+            assert [name.split()[0] for name in watcher.seen[-2:]] == ["on_error", "on_end"]
 
 
 def test_a_run_that_stops_tells_callbacks_and_not_of_an_error(
@@ -333,3 +341,47 @@ def test_two_stages_record_on_some_ranks_and_end_together(recipe_path: Path) -> 
         assert len(found) == len(expected), found
         for line, start in zip(found, expected, strict=True):
             assert line.startswith(prefix + start), line
+
+
+class Busy(Callback):
+    """Does in each hook what a user's callback may do."""
+
+    def on_losses(self, run: Run, losses: torch.Tensor, **_: Any) -> None:
+        run.record("mine/loss", losses.mean(), weight=len(losses))
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        run.record("mine/most", metrics.tokens, reduce="max")
+
+
+def test_hooks_and_writers_take_less_than_a_hundredth_of_a_demo_step(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "set_up_logging", lambda _: None)
+    seconds: list[float] = []  # of each step
+    depth = 0
+    call = Hooks.call
+
+    def timed(hooks: Hooks, hook: str, *arguments: Any, **keywords: Any) -> None:
+        nonlocal depth
+        if hook == "before_step":
+            seconds.append(0.0)
+        depth += 1
+        began = time.thread_time()  # neither other programs nor the reading of packs count
+        call(hooks, hook, *arguments, **keywords)
+        depth -= 1
+        if depth == 0 and seconds:  # writers are called from within another hook
+            seconds[-1] += time.thread_time() - began
+
+    monkeypatch.setattr(Hooks, "call", timed)
+    fields = [
+        *FAST,
+        "training.train_iters=20",
+        "training.log_interval=5",  # the demo's, with one pack a rank and step
+        "training.global_batch_size=1",
+        f"training.run_dir={tmp_path / 'run'}",
+        f"training.tensorboard_dir={tmp_path / 'tensorboard'}",
+    ]
+    train(load_recipe(recipe_path, fields), callbacks=[Busy()])
+    means = [sum(seconds[i : i + 5]) / 5 for i in range(0, 20, 5)]
+    assert len(seconds) == 20
+    assert min(means) < DEMO_STEP_SECONDS / 100, means

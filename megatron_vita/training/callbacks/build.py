@@ -2,37 +2,59 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron_vita.config.run_files import run_folder
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.console import LogCallback
 from megatron_vita.training.callbacks.damage import DamageCallback
+from megatron_vita.training.callbacks.folder import FolderCallback
 from megatron_vita.training.callbacks.hooks import Hooks
-from megatron_vita.training.callbacks.importing import import_callbacks
+from megatron_vita.training.callbacks.mlflow import MlflowCallback
 from megatron_vita.training.callbacks.profiling import ProfileCallback
 from megatron_vita.training.callbacks.recording import RecordCallback
 from megatron_vita.training.callbacks.saving import SaveCallback
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.callbacks.validation import ValidationCallback
+from megatron_vita.training.callbacks.wandb import WandbCallback
+from megatron_vita.training.pace import Pace
 from megatron_vita.training.run import Run
+from megatron_vita.training.run_folder import RunLog
 
 
-def build_hooks(run: Run, callbacks: Sequence[Callback] = ()) -> Hooks:
-    """Collect the given callbacks, those named by the recipe, and those for its settings, in this
-    order.
+def build_hooks(run: Run, callbacks: Sequence[Callback] = (), *, log: RunLog) -> Hooks:
+    """The run's folder, the given callbacks, and those that the recipe's settings ask for.
 
     So metrics that others record after a step are in its log, which precedes saving; what can fail
     comes after saving.
     """
-    hooks = Hooks(run, callbacks)
-    hooks.callbacks += import_callbacks(run.recipe.training.callbacks)
-    hooks.callbacks += _own_callbacks(run, hooks)
+    hooks = Hooks(run, ())
+    folder = run_folder(run.recipe)
+    if folder is not None:
+        hooks.callbacks.append(FolderCallback(folder, log))
+    hooks.callbacks += callbacks
+    hooks.callbacks += _writers(run)
+    hooks.callbacks += _parts_of_the_loop(run, hooks)
     return hooks
 
 
-def _own_callbacks(run: Run, hooks: Hooks) -> Iterator[Callback]:
+def _writers(run: Run) -> Iterator[Callback]:
+    training = run.recipe.training
+    folder = run_folder(run.recipe)
+    yield LogCallback(Pace(run.recipe))
+    if training.tensorboard_dir:
+        yield TensorBoardCallback(training.tensorboard_dir, step=run.step)
+    if training.wandb_project:
+        yield WandbCallback(training.wandb_project, name=training.wandb_exp_name, folder=folder)
+    if training.mlflow_experiment:
+        yield MlflowCallback(
+            training.mlflow_experiment,
+            tracking_uri=training.mlflow_tracking_uri,
+            name=training.mlflow_run_name,
+            folder=folder,
+        )
+
+
+def _parts_of_the_loop(run: Run, hooks: Hooks) -> Iterator[Callback]:
     recipe = run.recipe
-    yield LogCallback()
-    if recipe.training.tensorboard_dir:
-        yield TensorBoardCallback(recipe.training.tensorboard_dir, step=run.step)
     yield RecordCallback(hooks)
     yield DamageCallback(run)
     if recipe.training.profile_step_start:

@@ -1,25 +1,99 @@
-"""Log of a run: one line for each logged step and each validation."""
+"""The log of a run: a line for each logged step and each validation, and a bar on a terminal."""
 
 import logging
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.recording import is_logged
 from megatron_vita.training.metrics import DATA_SECONDS, StepMetrics
+from megatron_vita.training.pace import Pace, clock
 from megatron_vita.training.run import Run
 
+STEP_LINE = "step_line"
+"""Attribute of the log records of steps, which a bar stands for on a terminal."""
+_BAR = "{percentage:3.0f}% {bar} step {n_fmt}/{total_fmt} | {postfix[0]}"
 logger = logging.getLogger(__name__)
 
 
 class LogCallback(Callback):
-    """Log of one line every `log_interval` steps, with the time left, and one per validation."""
+    """One line every `log_interval` steps, with the time that is left, and one a validation.
+
+    On a terminal a progress bar takes the place of the lines of steps.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._bar: tqdm[Any] | None = None
+        self._stack = ExitStack()
+
+    def on_start(self, run: Run) -> None:
+        """Show a bar, if somebody looks."""
+        self._pace.mark("rest")
+        if dist.get_rank() != 0 or not sys.stderr.isatty():
+            return
+        self._bar = tqdm(
+            total=run.recipe.training.train_iters,
+            initial=run.step,
+            bar_format=_BAR,
+            dynamic_ncols=True,
+            postfix=["first step"],
+        )
+        self._stack.enter_context(logging_redirect_tqdm())
+        for handler in logging.getLogger().handlers:
+            if getattr(handler, "stream", None) is sys.stderr:
+                handler.addFilter(_is_no_step)
+
+    def before_step(self, run: Run) -> None:
+        """Begin to measure the step."""
+        self._pace.mark("rest")
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Log the step or the validation."""
         if metrics.held_out:
             logger.info("%s", _describe_validation(metrics))
-        elif is_logged(run, metrics):
-            logger.info("%s", _describe_step(run, metrics))
+            return
+        self._pace.mark("step")
+        if not is_logged(run, metrics):
+            return
+        left = clock(self._pace.left(run.step))
+        logger.info("%s", _describe_step(run, metrics, left=left), extra={STEP_LINE: True})
+        if self._bar is not None:
+            self._bar.n = run.step
+            self._bar.postfix[0] = _describe_briefly(metrics, left=left)
+            self._bar.refresh()
+
+    def on_validation(self, run: Run, metrics: StepMetrics) -> None:
+        """Measure the validation, which has just ended."""
+        self._pace.mark("validation")
+
+    def on_save(self, run: Run, path: Path) -> None:
+        """Measure the saving, which has just ended."""
+        self._pace.mark("save")
+
+    def on_end(self, run: Run) -> None:
+        """Leave the terminal as it was."""
+        self._stack.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _is_no_step(record: logging.LogRecord) -> bool:
+    return not hasattr(record, STEP_LINE)
+
+
+def _describe_briefly(metrics: StepMetrics, *, left: str) -> str:
+    return (
+        f"loss {metrics.loss:.4f} | {metrics.tokens_per_second / metrics.ranks:.0f} tokens/s/GPU | "
+        f"{metrics.seconds:.2f} s | left {left}"
+    )
 
 
 def _describe_validation(metrics: StepMetrics) -> str:
@@ -27,11 +101,9 @@ def _describe_validation(metrics: StepMetrics) -> str:
     return f"validation at step {metrics.step} | loss {metrics.loss:.6f} | {sources}"
 
 
-def _describe_step(run: Run, metrics: StepMetrics) -> str:
-    training = run.recipe.training
-    left = (training.train_iters - run.step) * metrics.seconds
+def _describe_step(run: Run, metrics: StepMetrics, *, left: str) -> str:
     parts = (
-        f"step {run.step}/{training.train_iters}",
+        f"step {run.step}/{run.recipe.training.train_iters}",
         f"loss {metrics.loss:.6f}",
         f"grad norm {metrics.grad_norm:.4f}",
         f"lr {metrics.lr:.3e}",
@@ -43,7 +115,7 @@ def _describe_step(run: Run, metrics: StepMetrics) -> str:
         *_memory(metrics),
         f"data {metrics.values[DATA_SECONDS]:.2f} s",
         f"{metrics.seconds:.2f} s",
-        f"left {_clock(left)}",
+        f"left {left}",
         *_damage(metrics),
         *(f"{name} {value:.6g}" for name, value in metrics.recorded.items()),
     )
@@ -78,9 +150,3 @@ def _memory(metrics: StepMetrics) -> Iterator[str]:
     if pinned := values.get("memory/pinned_gib", 0.0):
         host += f", {pinned:.1f} pinned"
     yield host
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

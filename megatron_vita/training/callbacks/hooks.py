@@ -34,6 +34,7 @@ class Hooks:
         self._error: Exception | None = None
         self._message = ""  # what `_error` is, for other ranks
         self._failed: list[Callback] = []
+        self._overriding: dict[str, list[Callback]] = {}
         self._known = False  # some rank's error has been heard of
 
     @property
@@ -42,13 +43,15 @@ class Hooks:
         return self._error is not None
 
     def overriding(self, hook: str) -> list[Callback]:
-        """Return the callbacks that override `hook`."""
-        base = getattr(Callback, hook)
-        return [
-            callback
-            for callback in self.callbacks
-            if getattr(getattr(callback, hook), "__func__", None) is not base
-        ]
+        """The callbacks that have an own `hook`; found once, when it is first called."""
+        if hook not in self._overriding:
+            base = getattr(Callback, hook)
+            self._overriding[hook] = [
+                callback
+                for callback in self.callbacks
+                if getattr(getattr(callback, hook), "__func__", None) is not base
+            ]
+        return self._overriding[hook]
 
     def call(self, hook: str, *arguments: Any, **keywords: Any) -> None:
         """Call a hook of all callbacks that have not failed."""
@@ -82,7 +85,7 @@ class Hooks:
     def __enter__(self) -> "Hooks":
         self._check_same()
         self.call("on_start")
-        self._agree()
+        self._agree_or_end()
         return self
 
     def __exit__(
@@ -91,10 +94,21 @@ class Hooks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.call("on_end")
-            self._agree()
+        if error is not None:
+            self._end_failed(error)
             return
+        self._agree_or_end()  # on what followed the last step
+        self.call("on_end")
+        self._agree()
+
+    def _agree_or_end(self) -> None:
+        try:
+            self._agree()
+        except CallbackError as error:
+            self._end_failed(error)
+            raise
+
+    def _end_failed(self, error: BaseException) -> None:
         if isinstance(error, StoppedError):
             self._call_last("on_stop")
         else:

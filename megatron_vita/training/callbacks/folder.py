@@ -1,0 +1,98 @@
+"""The run's folder: recipe, environment, log, and metrics as lines of JSON."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as dist
+
+from megatron_vita.config.run_files import METRICS
+from megatron_vita.errors import PlatformError
+from megatron_vita.training.callbacks.callback import Callback
+from megatron_vita.training.environment import describe_environment
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run
+from megatron_vita.training.run_folder import RunLog, cut_torn_line, note_start
+
+
+class FolderCallback(Callback):
+    """Records the run in its folder, on rank 0 but for logs.
+
+    Each line of `metrics.jsonl` has `event` (start, step, validation, save, stop, error, end),
+    `step` and `time`; a value that is not finite is null. A start at step s takes back what earlier
+    starts did after s.
+    """
+
+    def __init__(self, folder: Path, log: RunLog) -> None:
+        self._folder = folder
+        self._log = log
+        self._metrics: TextIO | None = None
+
+    def on_start(self, run: Run) -> None:
+        """Begin a segment, after what is whole of an earlier one.
+
+        Raises:
+            PlatformError: the folder cannot be written.
+        """
+        try:
+            self._begin(run)
+        except OSError as error:
+            raise PlatformError(
+                f"{self._folder}: the run's folder cannot be written: {error.strerror}; training.run_dir names it, "
+                "or else checkpoint.save"
+            ) from error
+
+    def _begin(self, run: Run) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._log.open(self._folder)
+        if dist.get_rank() != 0:
+            return
+        environment = describe_environment()
+        note_start(self._folder, run.recipe, step=run.step, environment=environment)
+        path = self._folder / METRICS
+        cut_torn_line(path)
+        self._metrics = path.open("a", encoding="utf-8")
+        about = {name: environment[name] for name in ("version", "commit", "host", "ranks")}
+        self._write("start", run.step, about | {"steps": run.recipe.training.train_iters})
+
+    def on_log(self, run: Run, metrics: StepMetrics) -> None:
+        """Write all scalars."""
+        self._write("validation" if metrics.held_out else "step", metrics.step, metrics.scalars())
+
+    def on_save(self, run: Run, path: Path) -> None:
+        """Note the checkpoint."""
+        self._write("save", run.step, {"path": str(path)})
+
+    def on_stop(self, run: Run) -> None:
+        """Note that the run was told to stop."""
+        self._write("stop", run.step, {})
+
+    def on_error(self, run: Run, error: BaseException) -> None:
+        """Note the error."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        self._write("error", run.step, {"error": text})
+
+    def on_end(self, run: Run) -> None:
+        """Note that all steps are done, if they are, and close the file."""
+        if run.step == run.recipe.training.train_iters:
+            self._write("end", run.step, {})
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if self._metrics is None:
+            return
+        row = {"event": event, "step": step, "time": round(time.time(), 3)} | values
+        line = json.dumps({name: _plain(value) for name, value in row.items()})
+        self._metrics.write(line + "\n")
+        self._metrics.flush()
+
+
+def _plain(value: Any) -> Any:
+    """A value with the digits that it can be relied on for."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,117 @@
+"""The folder of a run: its recipe, environment, log and metrics, over all of its starts."""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from megatron_vita.config import Recipe
+from megatron_vita.config.run_files import ENVIRONMENT, LOG, RECIPE
+
+_BLOCK = 1 << 16
+logger = logging.getLogger(__name__)
+
+
+def note_start(folder: Path, recipe: Recipe, *, step: int, environment: dict[str, Any]) -> None:
+    """Write what a start of a run runs and runs on; called on one rank.
+
+    The recipe of an earlier start is kept beside it where it differs, named by the step that it was
+    used until.
+    """
+    _write_recipe(folder, recipe, step)
+    append_line(folder / ENVIRONMENT, {"time": time.time(), "step": step} | environment)
+
+
+def _write_recipe(folder: Path, recipe: Recipe, step: int) -> None:
+    text = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    path = folder / RECIPE
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        path.replace(folder / f"recipe_until_step_{step:08d}.yaml")
+    path.write_text(text, encoding="utf-8")
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append a line of JSON, after what is whole of the lines before."""
+    cut_torn_line(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off the end of a file after its last line break: what a kill has left of a line."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            place = file.read(end - start).rfind(b"\n")
+            if place >= 0:
+                file.truncate(start + place + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+class RunLog:
+    """Copies the log of this process to the run's folder: `log.txt` of rank 0, and a file of each
+    other rank that warns. Lines wait until the folder is known."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._handler = MemoryHandler(1 << 20, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+    def __enter__(self) -> "RunLog":
+        logging.getLogger().addHandler(self._handler)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and error is not None:  # the console shows one line of it
+            self._handler.handle(
+                logging.LogRecord(
+                    __name__, logging.ERROR, __file__, 0, "%s", (error,), (kind, error, trace)
+                )
+            )
+        logging.getLogger().removeHandler(self._handler)
+        if (file := self._handler.target) is not None:
+            file.close()
+        self._handler.close()
+
+    def open(self, folder: Path) -> None:
+        """Write what waits, and all that comes."""
+        name = f"log_rank_{self._rank:05d}.txt" if self._rank else LOG
+        file = _LogFile(folder / name, delay=True, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handler.setTarget(file)
+        self._handler.flush()
+        self._handler.capacity = 1
+
+
+class _LogFile(logging.FileHandler):
+    """Gives up, with one warning, where a line cannot be written."""
+
+    _is_broken = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._is_broken:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        self._is_broken = True
+        logger.warning("%s: the log cannot be written; it goes on without", self.baseFilename)
