@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "commands": {"errors"},
     "launch": {"supervise"},
     "platform": {"errors"},
-    "config": {"errors", "rounding"},
+    "config": {"errors", "registry", "rounding"},
     "media": EVERYWHERE,
     "text": EVERYWHERE,
     "layout": EVERYWHERE,

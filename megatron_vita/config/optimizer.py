@@ -1,11 +1,19 @@
 """AdamW, its precision and its learning rate schedule. Field names are Megatron's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megatron_vita.config.fields import described, require
+from megatron_vita.registry import Registry
 
-DecayStyle = Literal["constant", "linear", "cosine", "WSD", "inverse-square-root"]
+Course = Callable[[float], float]
+"""Share of the way from min_lr to lr that is left once a share of the decay's steps is done."""
+_OWN: dict[str, Course | None] = dict.fromkeys(
+    ("constant", "linear", "cosine", "WSD", "inverse-square-root")
+)
+SCHEDULES: Registry[Course | None] = Registry("schedule", _OWN)
+"""Courses of the learning rate after warm-up; None for those that megatron-core computes."""
 WsdStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
 GRADIENT_TYPES = ("fp32", "bf16")
@@ -32,10 +40,10 @@ class OptimizerConfig:
 
     lr: float = described(1e-4, "Peak learning rate.")
     min_lr: float = described(0.0, "Learning rate at the end of the decay.")
-    lr_decay_style: DecayStyle = described(
+    lr_decay_style: str = described(
         "cosine",
         "Learning rate after warm-up: constant, linear, cosine, WSD (stable at lr, then a decay of lr_wsd_decay_iters) or "
-        "inverse-square-root (lr * sqrt(warm-up steps / steps), at least min_lr).",
+        "inverse-square-root (lr * sqrt(warm-up steps / steps), at least min_lr), or one that a plugin registers.",
     )
     lr_decay_iters: int = described(
         0, "Step at which the learning rate reaches min_lr, and stays there; 0: train_iters."
@@ -117,9 +125,9 @@ class OptimizerConfig:
         self._check_offload()
 
     def _check_schedule(self) -> None:
-        for name, kind in (("lr_decay_style", DecayStyle), ("lr_wsd_decay_style", WsdStyle)):
+        choices = {"lr_decay_style": tuple(SCHEDULES), "lr_wsd_decay_style": get_args(WsdStyle)}
+        for name, known in choices.items():
             value = getattr(self, name)
-            known = get_args(kind)
             require(value in known, f"optimizer.{name} is {value!r}; known: {', '.join(known)}")
         for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
             value = getattr(self, name)

@@ -1,9 +1,28 @@
 """The learning rate's schedule: megatron-core's, from a recipe."""
 
+from typing import Any
+
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita.config import Recipe
+from megatron_vita.config.optimizer import SCHEDULES
+
+
+class RegisteredSchedule(OptimizerParamScheduler):
+    """A schedule whose course between warm-up and the end of the decay was registered."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Compute the learning rate of a group of parameters at `num_steps`."""
+        warms_up = self.lr_warmup_steps > 0 and self.num_steps <= self.lr_warmup_steps
+        if warms_up or self.num_steps > self.lr_decay_steps:
+            return super().get_lr(param_group)
+        highest = param_group.get("max_lr", self.max_lr)
+        lowest = param_group.get("min_lr", self.min_lr)
+        steps = self.lr_decay_steps - self.lr_warmup_steps
+        course = SCHEDULES[self.lr_decay_style]
+        assert course is not None
+        return lowest + (highest - lowest) * course((self.num_steps - self.lr_warmup_steps) / steps)
 
 
 def build_schedule(built: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:
@@ -11,7 +30,9 @@ def build_schedule(built: MegatronOptimizer, recipe: Recipe) -> OptimizerParamSc
     recipe of now."""
     optimizer = recipe.optimizer
     warmup, end = recipe.schedule_iters
-    return OptimizerParamScheduler(
+    course = SCHEDULES[optimizer.lr_decay_style]
+    kind = OptimizerParamScheduler if course is None else RegisteredSchedule
+    return kind(
         built,
         init_lr=0.0,
         max_lr=optimizer.lr,

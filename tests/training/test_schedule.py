@@ -11,6 +11,7 @@ from megatron_vita import platform  # noqa: F401  before megatron-core
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.config.miniature import shrink
 from megatron_vita.errors import ConfigError
+from megatron_vita.registry import register
 from megatron_vita.training.schedule import build_schedule
 
 STEPS = 20
@@ -88,6 +89,21 @@ def test_wsd_is_stable_until_its_decay_begins(course: Callable, end: int) -> Non
     lengths = {"warmup": 3, "start": last - 6, "end": last}
     wanted = [expected(step, **lengths, course=course) for step in range(STEPS)]
     assert rates(recipe) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_registered_course_runs_between_warmup_and_the_end_of_the_decay() -> None:
+    def staircase(done: float) -> float:
+        return 1 - int(4 * done) / 4
+
+    register("schedule", "staircase", staircase)
+    recipe = schedule_of(
+        min_lr=LOW, lr_decay_style="staircase", lr_warmup_iters=4, lr_decay_iters=16
+    )
+    lengths = {"warmup": 4, "start": 4, "end": 16}
+    wanted = [expected(step, **lengths, course=staircase) for step in range(STEPS)]
+    assert rates(recipe) == pytest.approx(wanted, rel=1e-12)
+    assert len(set(wanted[4:16])) == 4
+    assert rates(schedule_of(lr_decay_style="staircase", lr_warmup_fraction=0))[0] == PEAK
 
 
 def test_a_constant_rate_stays_at_the_peak() -> None:
