@@ -50,7 +50,7 @@ def _sections(runs: Sequence[RunRecord], title: str, pictures: Sequence[Picture]
     yield _section("Recorded", _charts(runs, {name: name for name in _recorded(runs)}))
     yield _damage(runs)
     yield _pictures(pictures)
-    yield f"<section><h2>Starts</h2>{_starts(runs)}</section>"
+    yield f'<section class="left"><h2>Starts</h2>{_starts(runs)}</section>'
     yield _recipes(runs)
 
 
@@ -162,6 +162,8 @@ def _most_memory(run: RunRecord) -> str:
 
 
 def _hours(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     if seconds < 3600:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
