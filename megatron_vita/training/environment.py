@@ -56,7 +56,7 @@ def find_commit() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What a git command prints; empty where it fails."""
+    """Return the output of a git command; empty if it fails."""
     try:
         ended = subprocess.run(
             ["git", "-C", str(folder), *arguments],

@@ -55,7 +55,7 @@ class Pace:
         self._seconds[part] = known + weight * (seconds - known)
 
     def _due(self, part: Part, step: int) -> int:
-        """How often a part comes from the end of `step` to the end of the run, which ends with it."""
+        """Count how often a part runs after `step`, including once at the end of the run."""
         interval = self._intervals[part]
         if not interval:
             return 0
