@@ -19,6 +19,8 @@ from megatron_vita.commands import run_command
 from megatron_vita.config import load_recipe
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT
 from megatron_vita.data.shards.quarantine import Entry
+from megatron_vita.errors import DataError
+from megatron_vita.sizes import counted
 
 app = typer.Typer(
     add_completion=False,
@@ -60,8 +62,8 @@ def tokenizer(
     listed = rejected_lines_path(out)
     left_out = ""
     if count.rejected:
-        left_out = f"; {count.rejected} lines rejected, listed in {listed}"
-    typer.echo(f"{out}: {vocab_size} pieces from {count.texts} texts{left_out}")
+        left_out = f"; {counted(count.rejected, 'line')} rejected, listed in {listed}"
+    typer.echo(f"{out}: {vocab_size} pieces from {counted(count.texts, 'text')}{left_out}")
 
 
 @app.command("import")
@@ -88,6 +90,12 @@ def import_(
             help="Field, column, or suffix of tar members to ignore; may be given several times."
         ),
     ] = None,
+    max_rejected: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of the samples that may be rejected; more are an error."
+        ),
+    ] = 1.0,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
     executor: Executor = "local",
@@ -108,7 +116,18 @@ def import_(
     count = import_samples(
         job, options=WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
     )
-    return _report(out, count["samples"], count["rejected"], rejected_path(out))
+    code = _report(out, count["samples"], count["rejected"], rejected_path(out))
+    _check_share(count["rejected"], sum(count.values()), most=max_rejected)
+    return code
+
+
+def _check_share(rejected: int, all_samples: int, *, most: float) -> None:
+    """DataError if more than a share of the samples is rejected. What was written stays."""
+    if rejected > most * all_samples:
+        raise DataError(
+            f"{rejected} of {counted(all_samples, 'sample')} ({rejected / all_samples:.2%}) rejected, more than "
+            f"--max-rejected {most:g} allows"
+        )
 
 
 @app.command()
@@ -153,7 +172,7 @@ def shard(
 
 def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
     """Print the counts of a result; returns the exit code, 1 if all was rejected."""
-    line = f"{out}: {samples} samples"
+    line = f"{out}: {counted(samples, 'sample')}"
     if rejected:
         line += f"; {rejected} rejected, listed in {listed}"
     typer.echo(line)
@@ -178,8 +197,12 @@ def index(
     count = index_shards(load_recipe(recipe, overrides or []), options=options, strict=strict)
     left_out = ""
     if count.left_out:
-        left_out = f"; {count.left_out} samples left out, listed beside the shards"
-    typer.echo(f"{count.written} indexes written, {count.current} were current{left_out}")
+        left_out = f"; {counted(count.left_out, 'sample')} left out, listed beside the shards"
+    written = counted(count.written, "index", "indexes")
+    were = "was" if count.current == 1 else "were"
+    typer.echo(f"{written} written, {count.current} {were} current{left_out}")
+    for line in count.members:
+        typer.echo(line)
 
 
 @app.command()
@@ -202,8 +225,8 @@ def validate(
     if found.usable:
         usable = f"{len(found.usable)} with frames in place of damaged ones, "
     typer.echo(
-        f"{found.samples} samples in {len(tasks)} shards; "
-        f"{usable}{len(found.bad)} bad, listed beside the shards"
+        f"{counted(found.samples, 'sample')} in {counted(len(tasks), 'shard')}; {usable}{len(found.bad)} bad, "
+        "listed beside the shards"
     )
     if found.bad:
         return 1
@@ -230,7 +253,7 @@ def plan(
     continue_from: Annotated[
         int,
         typer.Option(
-            help="Keep the packs before this one of the existing training plan, to change the mix."
+            help="Keep so many packs of the existing training plan, to change the mix after them."
         ),
     ] = 0,
 ) -> None:
@@ -254,7 +277,8 @@ def stats(
 
     loaded = load_recipe(recipe, overrides or [])
     found = write_report(loaded, title=recipe.stem, out=out, samples=samples)
-    typer.echo(f"{out}: {len(found.datasets)} datasets, {len(found.plans)} plans")
+    datasets = counted(len(found.datasets), "dataset")
+    typer.echo(f"{out}: {datasets}, {counted(len(found.plans), 'plan')}")
 
 
 @app.command()
@@ -262,7 +286,7 @@ def inspect(
     recipe: RecipePath,
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
-    pack: Annotated[int, typer.Option(help="Number of the pack in the plan.")] = 0,
+    pack: Annotated[int, typer.Option(help="Number of the pack in the plan, from 1.")] = 1,
     sample: Annotated[
         str, typer.Option(help="Show this sample, SHARD.tar:KEY, without a plan.")
     ] = "",

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.view import DocumentView, PackView, Run, heading
+from data_tools.view import DocumentView, PackView, Picture, Run, heading, tile_numbers
+from megatron_vita.sizes import counted
 
 WIDTH = 1200
 MARGIN = 16
@@ -15,8 +16,11 @@ LINE = 22
 THUMBNAIL = 128
 GAP = 8
 CAPTION = 18
+LINES = 1
 COLUMNS = 4
-TEXT_EDGE = WIDTH - MARGIN - COLUMNS * (THUMBNAIL + GAP) - GAP
+STEP = THUMBNAIL + GAP
+TEXT_EDGE = WIDTH - MARGIN - COLUMNS * STEP - GAP
+TILES_LEFT = TEXT_EDGE + 2 * GAP
 MAX_TILES = 96
 MAX_CHARACTERS = 1500
 # The first one also has Chinese, Japanese and Korean characters, which samples often hold.
@@ -60,8 +64,12 @@ class _Sheet:
     def skip(self, pixels: int) -> None:
         """Move down, keeping room for a row of tiles below."""
         self._y += pixels
-        if self._y + 2 * THUMBNAIL > self._canvas.height:
-            taller = Image.new("RGB", (WIDTH, 2 * self._canvas.height), PAPER)
+        self._make_room(2 * THUMBNAIL)
+
+    def _make_room(self, pixels: int) -> None:
+        """Has so many pixels below."""
+        if self._y + pixels > self._canvas.height:
+            taller = Image.new("RGB", (WIDTH, 2 * self._canvas.height + pixels), PAPER)
             taller.paste(self._canvas)
             self._canvas = taller
             self._draw = ImageDraw.Draw(taller)
@@ -140,33 +148,58 @@ class _Sheet:
         self.skip(GAP)
 
     def _tiles(self, view: PackView, document: DocumentView) -> None:
-        """Draw a document's tiles from left to right, each with its index in the pack and its
-        label."""
-        step = THUMBNAIL + GAP
-        shown = document.tiles[:MAX_TILES]
-        for place, tile in enumerate(shown):
-            if place and place % COLUMNS == 0:
-                self.skip(step + CAPTION)
-            x = TEXT_EDGE + 2 * GAP + place % COLUMNS * step
-            image = Image.fromarray(view.tiles[tile].transpose(1, 2, 0)).resize(
-                (THUMBNAIL, THUMBNAIL)
-            )
-            self._draw.rectangle(
-                [x - 1, self._y - 1, x + THUMBNAIL, self._y + THUMBNAIL], outline=FAINT
-            )
-            self._canvas.paste(image, (x, self._y))
-            self._draw.text(
-                (x, self._y + THUMBNAIL + 2),
-                f"{tile}: {view.labels[tile]}",
-                fill=INK,
-                font=self._small,
-            )
-        if shown:
-            self.skip(step + CAPTION)
-        if len(document.tiles) > len(shown):
-            left = f"and {len(document.tiles) - len(shown)} more tiles"
-            self._draw.text((TEXT_EDGE + 2 * GAP, self._y), left, fill=FAINT, font=self._font)
+        """The document's media: frames from left to right, images with their cells in their grid."""
+        left = MAX_TILES
+        for picture in document.pictures:
+            if len(picture.tiles) > left and picture.grid is not None:
+                break
+            if picture.thumbnail is None:
+                self._row_by_row(view, picture.tiles[:left])
+            else:
+                self._grid(view, picture)
+            left -= min(len(picture.tiles), left)
+        hidden = len(document.tiles) - (MAX_TILES - left)
+        if hidden:
+            text = f"and {counted(hidden, 'more tile')}"
+            self._draw.text((TILES_LEFT, self._y), text, fill=FAINT, font=self._font)
             self.skip(LINE)
+
+    def _row_by_row(self, view: PackView, tiles: range) -> None:
+        """Tiles from left to right, each with its number in the pack and its place or time."""
+        for place, tile in enumerate(tiles):
+            if place and place % COLUMNS == 0:
+                self.skip(STEP + CAPTION)
+            x = TILES_LEFT + place % COLUMNS * STEP
+            self._tile(view, tile, x, self._y, THUMBNAIL)
+            self._caption(x, f"{tile + 1}: {view.labels[tile]}")
+        self.skip(STEP + CAPTION)
+
+    def _grid(self, view: PackView, picture: Picture) -> None:
+        """An image's cells side by side, as they make it up, and its thumbnail apart."""
+        assert picture.grid is not None
+        cols, rows = picture.grid
+        side = min(THUMBNAIL, (COLUMNS - 1) * STEP // cols - LINES)
+        pitch = side + LINES  # a hair's breadth between cells
+        self._make_room(rows * pitch + 2 * THUMBNAIL)
+        for place, tile in enumerate(picture.cells):
+            row, col = divmod(place, cols)
+            self._tile(view, tile, TILES_LEFT + col * pitch, self._y + row * pitch, side)
+        thumbnail = picture.tiles[0] if picture.thumbnail is None else picture.thumbnail
+        x = TILES_LEFT + cols * pitch + GAP
+        self._tile(view, thumbnail, x, self._y, THUMBNAIL)
+        self._caption(x, f"{thumbnail + 1}: thumbnail")
+        self.skip(max(rows * pitch, THUMBNAIL + CAPTION) - THUMBNAIL)
+        self._caption(TILES_LEFT, f"{tile_numbers(picture.cells)}: {cols} x {rows}")
+        self.skip(STEP + CAPTION)
+
+    def _tile(self, view: PackView, tile: int, x: int, y: int, side: int) -> None:
+        image = Image.fromarray(view.tiles[tile].transpose(1, 2, 0)).resize((side, side))
+        self._draw.rectangle([x - LINES, y - LINES, x + side, y + side], outline=FAINT)
+        self._canvas.paste(image, (x, y))
+
+    def _caption(self, x: int, text: str) -> None:
+        """Below a row of tiles that begins here."""
+        self._draw.text((x, self._y + THUMBNAIL + 2), text, fill=INK, font=self._small)
 
     def _wrapped(self, text: str) -> Iterator[str]:
         line = ""

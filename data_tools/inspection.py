@@ -13,7 +13,7 @@ from megatron_vita.data.datasets import Split, open_split, sample_encoder
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths
-from megatron_vita.data.shards.index import index_path, read_index, text_stamp
+from megatron_vita.data.shards.index import find_index, read_index, text_stamp
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.rounding import round_up
 from megatron_vita.text.tokenizer import Tokenizer
@@ -21,16 +21,21 @@ from megatron_vita.text.vocabulary import open_tokenizer
 
 
 def inspect_pack(recipe: Recipe, split: str, pack: int, *, png: Path | None) -> str:
-    """Describe pack number `pack` of a split's plan, and draw it if `png` names a file."""
+    """Describe pack number `pack`, from 1, of a split's plan, and draw it if `png` names a file."""
     if split not in get_args(Split):
         raise ConfigError(f"--split is {split!r}; known: {', '.join(get_args(Split))}")
     tokenizer = open_tokenizer(recipe)
     stream = open_split(recipe, split=cast(Split, split), tokenizer=tokenizer, tile_share=(0, 1))
-    if not 0 <= pack < len(stream):
-        raise ConfigError(f"--pack is {pack}; the {split} plan has packs 0 to {len(stream) - 1}")
+    if not 1 <= pack <= len(stream):
+        raise ConfigError(f"--pack is {pack}; the {split} plan has packs 1 to {len(stream)}")
     names = [dataset.name for dataset in getattr(recipe.data, split)]
     view = view_pack(
-        stream, pack, recipe=recipe, tokenizer=tokenizer, names=names, title=f"{split} pack {pack}"
+        stream,
+        pack - 1,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        names=names,
+        title=f"{split} pack {pack}",
     )
     return _show(view, png)
 
@@ -50,7 +55,8 @@ def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
 
 def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Tokenizer) -> PackStream:
     encoder = sample_encoder(recipe, tokenizer)
-    index = read_index(index_path(shard), text_stamp(encoder.chat))
+    path, _ = find_index(shard, text_stamp(encoder.chat))
+    index = read_index(path)
     keys = index.keys()
     if key not in keys:
         raise DataError(
@@ -68,6 +74,7 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     return PackStream(
         plan,
         shards=[[shard]],
+        indexes=[[path]],
         contents=[[index.header.fingerprint]],
         data=dataclasses.replace(recipe.data, seq_length=length),
         encoders=[encoder],

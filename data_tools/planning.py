@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+from data_tools.members import describe_members
 from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions, run_tasks
 from data_tools.progress import progress_bar
 from megatron_vita.config import Recipe, TextConfig
@@ -13,7 +14,7 @@ from megatron_vita.data.datasets import Split, find_shards, plan_path
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, Rejected, make_plan
 from megatron_vita.data.samples.third_party import read_rule, rule_stamp
-from megatron_vita.data.shards.index import index_path, read_header, text_stamp, write_index
+from megatron_vita.data.shards.index import find_index, index_path, text_stamp, write_index
 from megatron_vita.data.shards.index_build import build_sound_index
 from megatron_vita.data.shards.quarantine import (
     quarantine_path,
@@ -23,6 +24,7 @@ from megatron_vita.data.shards.quarantine import (
 from megatron_vita.data.shards.storage import refuse_remote
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_json_lines
+from megatron_vita.sizes import counted
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer, tokens_needed
@@ -41,11 +43,13 @@ class IndexTask(NamedTuple):
 
 @dataclass
 class IndexCount:
-    """Counts of a recipe's shards: indexes written, indexes still current, and samples left out."""
+    """Counts of a recipe's shards: indexes written, indexes still current, and samples left out.
+    `members` says of other makers' shards what each kind of member became."""
 
     written: int
     current: int
     left_out: int
+    members: list[str]
 
 
 def index_shards(
@@ -68,7 +72,12 @@ def index_shards(
         for _ in run_tasks(_index_shard, tasks, options=options):
             bar.update()
     left_out = sum(len(read_quarantine(shard).entries) for shard in shards)
-    return IndexCount(len(stale), len(shards) - len(stale), left_out)
+    return IndexCount(
+        written=len(stale),
+        current=len(shards) - len(stale),
+        left_out=left_out,
+        members=list(describe_members(shards, text)),
+    )
 
 
 def find_all_shards(recipe: Recipe) -> list[Path]:
@@ -92,7 +101,7 @@ def _index_shard(task: IndexTask, guard: SampleGuard) -> None:
     # The quarantine first: after a kill in between, the index is still the old one, and stale.
     if quarantine.entries or quarantine_path(task.shard).exists():
         write_quarantine(quarantine, task.shard)
-    write_index(index, index_path(task.shard))
+    write_index(index, index_path(task.shard, text_stamp(chat)))
 
 
 # A worker indexes many shards, and loading a tokenizer takes seconds.
@@ -122,29 +131,26 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
     path = Path(recipe.data.plan) / REJECTED
     write_json_lines(path, [entry._asdict() for entry in rejected], ensure_ascii=False)
     if rejected:
-        yield f"{len(rejected)} samples that cannot be used, listed in {path}"
+        yield f"{counted(len(rejected), 'sample')} that cannot be used, listed in {path}"
 
 
 def _summary(path: Path, plan: PackPlan, recipe: Recipe, rejected: int) -> str:
     filled = plan.num_tokens / (plan.num_packs * recipe.data.seq_length)
     return (
-        f"{path}: {plan.num_packs} packs of {recipe.data.seq_length} tokens, {plan.num_documents} "
-        f"documents, {filled:.1%} filled, {rejected} samples rejected"
+        f"{path}: {counted(plan.num_packs, 'pack')} of {recipe.data.seq_length} tokens, "
+        f"{counted(plan.num_documents, 'document')}, {filled:.1%} filled, {counted(rejected, 'sample')} rejected"
     )
 
 
 def _is_current(shard: Path, text: dict[str, str]) -> bool:
     """Return true if a shard's index is newer than the shard, and of the current rule and
     quarantine."""
-    path = index_path(shard)
     rule = read_rule(shard.parent)
     try:
-        header = read_header(path, text)
+        path, header = find_index(shard, text)
+        age = path.stat().st_mtime_ns
         left_out = read_quarantine(shard).stamp()
     except DataError:
         return False
-    is_of_shard = (
-        header.shard_size == shard.stat().st_size
-        and path.stat().st_mtime_ns >= shard.stat().st_mtime_ns
-    )
+    is_of_shard = header.shard_size == shard.stat().st_size and age >= shard.stat().st_mtime_ns
     return is_of_shard and (header.rule, header.left_out) == (rule_stamp(rule), left_out)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_tools.statistics import DatasetStatistics
 from megatron_vita.data.samples.records import is_raw_text, parse_record
-from megatron_vita.data.shards.index import SampleRow, index_path, read_index
+from megatron_vita.data.shards.index import SampleRow, read_index
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
 from megatron_vita.errors import VitaError
@@ -37,9 +37,8 @@ def previews(dataset: DatasetStatistics, count: int) -> Iterator[str]:
     for place in ((2 * i + 1) * int(starts[-1]) // (2 * count) for i in range(count)):
         number = int(np.searchsorted(starts, place, side="right")) - 1
         shard = dataset.source.shards[number]
-        number = place - int(starts[number])
-        index = read_index(index_path(shard))
-        row = index.row(number)
+        index = read_index(dataset.source.indexes[number])
+        row = index.row(place - int(starts[number]))
         try:
             yield _card(shard, row, index.header.shard_size, reader, dataset)
         except (VitaError, OSError) as error:

@@ -11,11 +11,14 @@ from data_tools.statistics import DatasetStatistics, PlanStatistics, Statistics,
 from megatron_vita.config import Recipe
 from megatron_vita.report.charts import histogram, stacked_bar
 from megatron_vita.report.page import COLORS, cards, figures, html_page, table
+from megatron_vita.sizes import counted
 from megatron_vita.text.vocabulary import open_tokenizer
 
+REASONS = 8
 COLUMNS = [
     *("dataset", "split", "samples", "in an epoch", "tokens", "mean length", "median", "longest"),
-    *("images", "videos", "video hours", "tiles", "loss rows", "left out"),
+    *("images", "downscaled", "videos", "video hours", "tiles", "loss rows", "left out"),
+    "rejected",
 ]
 
 
@@ -48,8 +51,8 @@ def _sections(recipe: Recipe, statistics: Statistics, *, title: str, samples: in
 def _lead(recipe: Recipe, train: list[DatasetStatistics]) -> str:
     media = recipe.media
     return (
-        f"{len(train)} datasets to train on, in packs of {recipe.data.seq_length:,} tokens. "
-        f"Images: at most {media.max_tiles} tiles. "
+        f"{counted(len(train), 'dataset')} to train on, in packs of {recipe.data.seq_length:,} tokens. "
+        f"Images: at most {counted(media.max_tiles, 'tile')}. "
         f"Videos: at most {media.max_fps:g} frames per second, {media.max_frames} per video."
     )
 
@@ -91,17 +94,19 @@ def _row(found: DatasetStatistics) -> list[str]:
         f"{np.median(tokens):,.0f}",
         f"{tokens.max():,}",
         f"{found.images.sum():,}",
+        f"{found.downscaled:.1%}" if found.images.any() else "",
         f"{found.videos.sum():,}",
         f"{found.seconds.sum() / 3600:,.2f}",
         _large(float(found.tiles.sum())),
         f"{found.loss_tokens.sum() / max(int(tokens.sum()), 1):.1%}",
         left_out,
+        f"{found.rejected.total:,}" if found.rejected.total else "",
     ]
 
 
 def _plan(plan: PlanStatistics, seq_length: int) -> str:
     charts = {
-        f"Fill of the {len(plan.fill):,} packs (mean {plan.fill.mean():.2%})": histogram(
+        f"Fill of {counted(len(plan.fill), 'pack')} (mean {plan.fill.mean():.2%})": histogram(
             100 * plan.fill, unit="%", top=100
         ),
         "Documents in a pack": histogram(plan.documents, unit="documents"),
@@ -128,11 +133,28 @@ def _dataset(found: DatasetStatistics, samples: int) -> str:
     if samples:
         shown = f'<div class="samples">{"".join(previews(found, samples))}</div>'
     shards = (
-        f"{found.samples:,} samples in {len(found.source.shards):,} .tar, "
+        f"{counted(found.samples, 'sample')} in {len(found.source.shards):,} .tar, "
         f"ratio {found.source.ratio:g}"
     )
     heading = f"<h2>{escape(found.name)} <small>{found.split}; {shards}</small></h2>"
-    return f"<section>{heading}{figures(charts)}{shown}</section>"
+    return f"<section>{heading}{figures(charts)}{_rejections(found)}{shown}</section>"
+
+
+def _rejections(found: DatasetStatistics) -> str:
+    """Samples that import and shard rejected, by reason."""
+    rejected = found.rejected
+    if not rejected.total:
+        return ""
+    lines = "".join(
+        f"<li><b>{count:,}</b> {escape(reason)} <small>{escape(example)}</small></li>"
+        for reason, count, example in rejected.reasons[:REASONS]
+    )
+    more = len(rejected.reasons) - REASONS
+    if more > 0:
+        lines += f"<li>and {counted(more, 'more reason')}</li>"
+    share = rejected.total / (rejected.total + found.samples + found.left_out)
+    heading = f"{counted(rejected.total, 'sample')} ({share:.1%}) rejected before the index"
+    return f'<div class="rejected"><h3>{heading}</h3><ul>{lines}</ul></div>'
 
 
 def _large(value: float) -> str:

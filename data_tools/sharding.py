@@ -1,10 +1,10 @@
 """Sharding of JSONL files in worker processes; an interrupted run can be continued.
 
 A folder holds one dataset: `NAME-000000.tar`, ..., `progress.jsonl` (the inputs of the shards, then
-a line for each finished one) and `rejected.jsonl` (a line for each rejected sample). Shard i is
-made of the i-th run of `samples_per_shard` lines, good or bad, so that shards depend neither on
-each other nor on the process that writes them. A shard longer than `max_bytes` continues in
-`NAME-000000_1.tar`.
+a line for each finished one), `rejected.jsonl` (a line for each rejected sample) and `files.jsonl`
+(paths of the JSONL files). Shard i is made of the i-th run of `samples_per_shard` lines, good or
+bad, so that shards depend neither on each other nor on the process that writes them. A shard longer
+than `max_bytes` continues in `NAME-000000_1.tar`.
 """
 
 import hashlib
@@ -28,10 +28,11 @@ from megatron_vita.files import publish, write_json_lines
 
 PROGRESS = "progress.jsonl"
 REJECTED = "rejected.jsonl"
+FILES = "files.jsonl"
 MEGABYTE = 10**6
 MADE = r"-(\d{6}|[1-9]\d{6,})(_[1-9]\d*)?"  # end of a shard's name, after that of the dataset
 # Endings of tars, of their temporary files, and of the files beside them.
-BESIDE = r"\.(tar(\.whole)?(\.partial)?|index\.parquet|quarantine\.json)"
+BESIDE = r"\.(tar(\.whole)?(\.partial)?|(([0-9a-f]+\.)?index\.parquet|quarantine\.json)(\.[0-9a-f]+\.partial)?)"
 Rejection = dict[str, Any]
 
 
@@ -152,6 +153,7 @@ def make_shards(job: ShardJob, *, options: WorkerOptions = IN_PROCESS) -> ShardC
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_json_lines(job.out / REJECTED, rejected)
+    write_json_lines(job.out / FILES, [{"file": str(path.resolve())} for path in job.files])
     # At the end, when what replaces them is complete.
     _remove_strays(job, results)
     return ShardCount(

@@ -7,13 +7,14 @@ from typing import get_args
 
 import numpy as np
 
+from data_tools.rejections import Rejections, read_rejections
 from megatron_vita.config import Recipe
 from megatron_vita.data.datasets import Source, Split, find_sources, plan_path, sample_encoder
 from megatron_vita.data.planning.packing import epoch_samples
 from megatron_vita.data.planning.plan import PackPlan, read_plan
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.encoding import SampleEncoder
-from megatron_vita.data.shards.index import SampleIndex, index_path, read_index
+from megatron_vita.data.shards.index import SampleIndex, read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.storage import Location
 from megatron_vita.text.tokenizer import Tokenizer
@@ -36,7 +37,9 @@ class DatasetStatistics:
     images: np.ndarray
     videos: np.ndarray
     seconds: np.ndarray
+    downscaled: float  # share of the images that have more pixels than their tiles
     left_out: int
+    rejected: Rejections  # before the index: by import and shard
 
     @property
     def samples(self) -> int:
@@ -101,7 +104,7 @@ def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
 
 
 def _of_dataset(source: Source, split: str, encoder: SampleEncoder) -> DatasetStatistics:
-    indexes = [read_index(index_path(shard)) for shard in source.shards]
+    indexes = [read_index(path) for path in source.indexes]
     lengths = [document_lengths(index, encoder=encoder) for index in indexes]
     return DatasetStatistics(
         name=source.name,
@@ -114,7 +117,9 @@ def _of_dataset(source: Source, split: str, encoder: SampleEncoder) -> DatasetSt
         images=_joined([_counts(index, "image_widths") for index in indexes]),
         videos=_joined([_counts(index, "video_frames") for index in indexes]),
         seconds=_joined([index.ragged("video_durations")[0] for index in indexes]),
+        downscaled=_downscaled(indexes, encoder),
         left_out=sum(_left_out(shard) for shard in source.shards),
+        rejected=read_rejections(source.shards),
     )
 
 
@@ -124,6 +129,20 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def _counts(index: SampleIndex, name: str) -> np.ndarray:
     return index.ragged(name)[1].astype(np.int64)
+
+
+def _downscaled(indexes: Sequence[SampleIndex], encoder: SampleEncoder) -> float:
+    """Share of the images that lose pixels: they have more than the grid that shows them."""
+    names = ("image_widths", "image_heights")
+    sizes = np.concatenate(
+        [np.stack([index.ragged(name)[0] for name in names], axis=1) for index in indexes]
+    )
+    distinct, counts = np.unique(sizes, axis=0, return_counts=True)
+    loses = [
+        width * height > encoder.pixels_shown((width, height))
+        for width, height in distinct.tolist()
+    ]
+    return float(np.dot(loses, counts)) / max(len(sizes), 1)
 
 
 def _left_out(shard: Location) -> int:

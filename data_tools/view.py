@@ -1,7 +1,7 @@
 """Decomposition of a batch for display: its documents, and their tokens in runs of one kind."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from megatron_vita.data.batch import TAIL_SOURCE, Batch
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.layout.slicing import IGNORED_LABEL
+from megatron_vita.sizes import counted
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.tokenizer import Tokenizer
 
@@ -25,6 +26,20 @@ class Run(NamedTuple):
     tokens: int
 
 
+class Picture(NamedTuple):
+    """An image or a video: its tiles, counted in the pack from 0. `grid` is (columns, rows) of an
+    image's cells, None for frames; an image of several cells has one more tile, its thumbnail."""
+
+    tiles: range
+    grid: tuple[int, int] | None
+    thumbnail: int | None = None
+
+    @property
+    def cells(self) -> list[int]:
+        """The tiles but for the thumbnail, row by row."""
+        return [tile for tile in self.tiles if tile != self.thumbnail]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentView:
     """A document of a batch: its bounds in the pack with padding, and its tiles' indices in the
@@ -35,6 +50,7 @@ class DocumentView:
     stop: int
     runs: list[Run]
     tiles: range
+    pictures: list[Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +76,13 @@ def view_pack(
     """Decompose a pack of a stream; `names` are those of the datasets."""
     batch = stream[pack]
     media_format = MEDIA_FORMATS[recipe.text.media_format]
+    media = [medium for document in stream.documents(pack) for medium in document.media]
     labels = [
         label
-        for document in stream.documents(pack)
-        for medium in document.media
+        for medium in media
         for label in _labels(medium, thumbnail_last=media_format.thumbnail_last)
     ]
+    pictures = list(_pictures(media, thumbnail_last=media_format.thumbnail_last))
     runs = _Runs(
         batch,
         labels=labels,
@@ -79,7 +96,7 @@ def view_pack(
         if source == TAIL_SOURCE:
             name = "tail"
         else:
-            name = f"document {i}: {batch.sample_keys[i]} from {names[source]}"
+            name = f"document {i + 1}: {batch.sample_keys[i]} from {names[source]}"
         tiles = range(*np.searchsorted(placements, (start, stop)).tolist())
         documents.append(
             DocumentView(
@@ -88,13 +105,14 @@ def view_pack(
                 stop=stop,
                 runs=list(runs.between(start, stop)),
                 tiles=tiles,
+                pictures=[picture for picture in pictures if picture.tiles.start in tiles],
             )
         )
     length = len(batch.input_ids)
     rows = int((batch.labels != IGNORED_LABEL).sum())
     summary = (
-        f"{title}: {len(batch.sample_keys)} documents, {batch.num_tokens} of {length} tokens "
-        f"({batch.num_tokens / length:.1%}), {rows} loss rows, {len(placements)} tiles"
+        f"{title}: {counted(len(batch.sample_keys), 'document')}, {batch.num_tokens} of {length} tokens "
+        f"({batch.num_tokens / length:.1%}), {counted(rows, 'loss row')}, {counted(len(placements), 'tile')}"
     )
     return PackView(
         title=summary,
@@ -126,11 +144,30 @@ def heading(document: DocumentView) -> str:
     }
     tiles = ""
     if document.tiles:
-        tiles = f", tiles {document.tiles.start} to {document.tiles.stop - 1}"
+        tiles = f", {tile_numbers(document.tiles)}"
     return (
-        f"{document.title}: tokens {document.start} to {document.stop - 1}, "
+        f"{document.title}: tokens {document.start + 1} to {document.stop}, "
         f"{counts['loss']} with loss, {counts['padding']} padding{tiles}"
     )
+
+
+def tile_numbers(tiles: Sequence[int]) -> str:
+    """Consecutive tiles as they are counted for people: tile 3, tiles 3 to 7."""
+    if len(tiles) == 1:
+        return f"tile {tiles[0] + 1}"
+    return f"tiles {tiles[0] + 1} to {tiles[-1] + 1}"
+
+
+def _pictures(media: Sequence[Medium], *, thumbnail_last: bool) -> Iterator[Picture]:
+    """The media of a pack, in the order of their tiles."""
+    first = 0
+    for medium in media:
+        tiles = range(first, first + medium.num_tiles)
+        thumbnail = None
+        if medium.grid is not None and len(tiles) > 1:
+            thumbnail = tiles[-1] if thumbnail_last else tiles[0]
+        yield Picture(tiles, medium.grid, thumbnail)
+        first = tiles.stop
 
 
 def _labels(medium: Medium, *, thumbnail_last: bool) -> list[str]:
@@ -181,10 +218,11 @@ class _Runs:
             ids = [int(self._ids[i]) for i in group]
             if kind.startswith("tile"):
                 tile = int(kind.removeprefix("tile "))
+                name = f"tile {tile + 1}"
                 if self._frames[tile]:
-                    yield Run("frame", f"[{kind}, {self._labels[tile]}]", len(ids))
+                    yield Run("frame", f"[{name}, {self._labels[tile]}]", len(ids))
                 else:
-                    yield Run("tile", f"[{kind}]", len(ids))
+                    yield Run("tile", f"[{name}]", len(ids))
             else:
                 yield Run(kind, self._tokenizer.decode(ids, skip_special=False), len(ids))
         if stop > end:

@@ -6,6 +6,7 @@ then, a reader sees the old file or none, never a part of the new one.
 
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,17 @@ from typing import Any
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     """Yield a temporary path, whose file replaces `path` at the end of the block.
 
     On an error the temporary file is removed. A kill leaves it (`NAME.partial`) to be overwritten
     by the next attempt.
+
+    concurrent: several processes may write the file at a time, each a temporary one of its own
+        (`NAME.HEX.partial`); the last one to end wins.
     """
-    partial = path.with_name(path.name + ".partial")
+    suffix = f".{secrets.token_hex(4)}.partial" if concurrent else ".partial"
+    partial = path.with_name(path.name + suffix)
     try:
         yield partial
         sync(partial)

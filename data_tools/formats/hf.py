@@ -46,10 +46,11 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
                 make = partial(
                     _sample_of_row, batch.slice(start, 1), source=source, row=row, setting=setting
                 )
-                yield Candidate(f"row {row}", make, int(share * size))
+                yield Candidate(f"row {row + 1}", make, int(share * size))
                 row += 1
     except ERRORS as error:
-        raise DataError(f"{source}: cannot be read after row {row - 1}: {error}") from error
+        where = f"after row {row}" if row else "at all"
+        raise DataError(f"{source}: cannot be read {where}: {error}") from error
 
 
 def _parquet(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:

@@ -45,15 +45,13 @@ def read_objects(
 
 
 def _array_items(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any, int]]:
-    place = 0
+    read = 0
     try:
-        for text in _split_array(file):
-            yield f"object {place}", _parsed(text), file.tell()
-            place += 1
+        for read, text in enumerate(_split_array(file), start=1):
+            yield f"object {read}", _parsed(text), file.tell()
     except DataError as error:
-        raise DataError(
-            f"{path}: the JSON array is malformed after object {place - 1}: {error}"
-        ) from error
+        where = f"after object {read}" if read else "before its first object"
+        raise DataError(f"{path}: the JSON array is malformed {where}: {error}") from error
 
 
 def _split_array(file: BinaryIO) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from megatron_vita.config import DatasetConfig, Recipe
 from megatron_vita.costs.flops import forward_weights
 from megatron_vita.data.planning.plan import FORMAT_VERSION, read_plan
 from megatron_vita.data.samples.encoding import SampleEncoder
-from megatron_vita.data.shards.index import IndexHeader, index_path, read_header, text_stamp
+from megatron_vita.data.shards.index import IndexHeader, find_index, text_stamp
 from megatron_vita.data.shards.storage import Location, find_files, is_remote
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.chat_format import ChatFormat
@@ -28,10 +28,11 @@ LIMITS = ("max_tiles", "max_frames", "max_fps")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Shards of a dataset, sorted by name, with the headers of their indexes."""
+    """Shards of a dataset, sorted by name, with their indexes and the headers of these."""
 
     config: DatasetConfig
     shards: list[Location]
+    indexes: list[Location]
     headers: list[IndexHeader]
 
     @property
@@ -82,6 +83,7 @@ def open_split(
     return PackStream(
         plan,
         shards=[source.shards for source in sources],
+        indexes=[source.indexes for source in sources],
         contents=[list(source.contents.values()) for source in sources],
         data=recipe.data,
         encoders=[sample_encoder(recipe, tokenizer, dataset=source.config) for source in sources],
@@ -136,8 +138,10 @@ def find_sources(recipe: Recipe, split: Split, *, tokenizer: Tokenizer) -> list[
         if is_remote(shards[0]):
             threads = REQUESTS
         with ThreadPoolExecutor(threads) as pool:
-            headers = list(pool.map(lambda shard: read_header(index_path(shard), text), shards))
-        sources.append(Source(config=dataset, shards=shards, headers=headers))
+            found = list(pool.map(lambda shard: find_index(shard, text), shards))
+        indexes = [path for path, _ in found]
+        headers = [header for _, header in found]
+        sources.append(Source(config=dataset, shards=shards, indexes=indexes, headers=headers))
     return sources
 
 

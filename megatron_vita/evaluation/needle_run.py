@@ -12,7 +12,7 @@ from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.evaluation.grading import same_digits
 from megatron_vita.evaluation.heat_map import draw_heat_map
 from megatron_vita.evaluation.needles import LONGEST_ANSWER, Cell, Haystack
-from megatron_vita.evaluation.results import ResultLog, Row, Task, run_tasks
+from megatron_vita.evaluation.results import ResultLog, Row, Task, describe_refused, run_tasks
 from megatron_vita.inference.requests import SamplingParams
 
 WRONG_SHOWN = 20
@@ -88,6 +88,7 @@ def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path
         "right": sum(row["right"] for row in rows),
         "asked": len(rows),
         "refused": sum("error" in row for row in rows),
+        "refused_prompts": _refused(rows),
         "lengths": lengths,
         "depths": list(grid.depths),
         "shares": [
@@ -163,12 +164,22 @@ def _label(length: Row) -> str:
     return f"{tokens}\n{pages}"
 
 
+def _refused(rows: Sequence[Row]) -> list[Row]:
+    return [
+        {"name": f"{row['pages']} pages, depth {row['depth']:.0%}", "error": row["error"]}
+        for row in rows
+        if "error" in row
+    ]
+
+
 def _markdown(report: dict[str, Any]) -> str:
     heads = [_label(length).replace("\n", ", ") for length in report["lengths"]]
     lines = [
         "# Needles in a haystack of pages",
         "",
-        f"{report['right']} of {report['asked']} codes found; {report['refused']} prompts refused.",
+        f"{report['right']} of {report['asked']} codes found.",
+        "",
+        *describe_refused(report["refused_prompts"], consequence="their codes count as not found"),
         "",
         "![Share of codes found](heat_map.png)",
         "",

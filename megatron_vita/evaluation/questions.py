@@ -13,7 +13,7 @@ from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Answerer, Reply
 from megatron_vita.evaluation.grading import METRICS
-from megatron_vita.evaluation.results import ResultLog, Row, Task, run_tasks
+from megatron_vita.evaluation.results import ResultLog, Row, Task, describe_refused, run_tasks
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.text.conversation import TextPart, check_messages
@@ -173,6 +173,7 @@ def write_report(
         "metric": metric,
         "refused": sum("error" in row for row in rows),
         "rejected": list(rejected),
+        "refused_prompts": _refused(rows),
         "all": _score(rights),
         "groups": {name: _score(of_group) for name, of_group in groups.items()},
         "settings": settings,
@@ -182,6 +183,14 @@ def write_report(
     )
     (folder / "report.md").write_text(_markdown(report), encoding="utf-8")
     return report
+
+
+def _refused(rows: Sequence[Row]) -> list[Row]:
+    return [
+        {"name": f"question {number} ({row['question']:.80})", "error": row["error"]}
+        for number, row in enumerate(rows, start=1)
+        if "error" in row
+    ]
 
 
 def _score(rights: Sequence[bool]) -> Row:
@@ -199,7 +208,8 @@ def _markdown(report: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {score['right']} | {score['asked']} | {100 * score['share']:.1f} % |"
         )
-    lines += ["", f"{report['refused']} prompts were refused; they count as wrong."]
+    refused = describe_refused(report["refused_prompts"], consequence="they count as wrong")
+    lines += ["", *refused]
     if report["rejected"]:
         lines += [
             "",

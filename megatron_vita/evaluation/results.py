@@ -15,6 +15,7 @@ from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import SamplingParams
 
 Row = dict[str, Any]
+REFUSED_SHOWN = 20
 
 
 class ResultLog:
@@ -92,6 +93,19 @@ def run_tasks(
             log.add(task.key, row)
             bar.update(task.work)
     return [log.rows[task.key] for task in tasks]
+
+
+def describe_refused(prompts: Sequence[Row], *, consequence: str) -> list[str]:
+    """Lines of a report on prompts that were refused: how many, and which of them (`name`) why
+    (`error`), the first ones of many."""
+    if not prompts:
+        return ["No prompt was refused."]
+    were = "prompt was" if len(prompts) == 1 else "prompts were"
+    lines = [f"{len(prompts)} {were} refused; {consequence}:", ""]
+    lines += [f"* {row['name']}: {row['error']}" for row in prompts[:REFUSED_SHOWN]]
+    if len(prompts) > REFUSED_SHOWN:
+        lines.append(f"* and {len(prompts) - REFUSED_SHOWN} more, in report.json")
+    return lines
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Histograms and bars as SVG for an HTML page."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import numpy as np
@@ -12,6 +13,7 @@ HEIGHT = 120
 FOOT = 20
 HEAD = 16
 MOST_BINS = 24
+MOST_MARKS = 9
 
 
 def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | None = None) -> str:
@@ -42,10 +44,9 @@ def histogram(values: np.ndarray, *, unit: str, log: bool = False, top: float | 
         if count
     )
     marks = "".join(
-        f'<text x="{i * step:.1f}" y="{HEAD + HEIGHT + 14}" '
-        f'text-anchor="{_anchor(i, len(counts))}">{_number(edge)}</text>'
-        for i, edge in enumerate(edges)
-        if i % _marked(len(counts)) == 0
+        f'<text x="{i * step:.1f}" y="{HEAD + HEIGHT + 14}" text-anchor="{_anchor(i, len(counts))}">'
+        f"{_number(edges[i])}</text>"
+        for i in (_doubling_marks(edges) if log else _even_marks(len(counts)))
     )
     return (
         f'<svg viewBox="-6 0 {WIDTH + 12} {HEIGHT + HEAD + FOOT}" role="img">'
@@ -74,17 +75,32 @@ def stacked_bar(shares: dict[str, float], colors: Sequence[str]) -> str:
 
 
 def _doubling_edges(values: np.ndarray) -> np.ndarray:
-    """Edges from one power of two to another, subdivided into about a dozen bins."""
-    low = np.floor(np.log2(max(float(values.min()), 1)))
-    high = np.floor(np.log2(max(float(values.max()), 1))) + 1
+    """Edges from one power of two to another. Each doubling is divided evenly, so that edges are
+    whole numbers, into as many bins as make about two dozen in all."""
+    low = int(np.floor(np.log2(max(float(values.min()), 1))))
+    high = int(np.floor(np.log2(max(float(values.max()), 1)))) + 1
     finer = next(n for n in (8, 4, 2, 1) if n * (high - low) <= MOST_BINS or n == 1)
-    return 2.0 ** (np.arange(finer * (high - low) + 1) / finer + low)
+    parts = [
+        np.linspace(2**power, 2 ** (power + 1), min(finer, 2**power), endpoint=False)
+        for power in range(low, high)
+    ]
+    return np.concatenate([*parts, [2.0**high]])
+
+
+def _doubling_marks(edges: np.ndarray) -> list[int]:
+    """The edges that are named: as many as there is room for, and if not all, the roundest."""
+    places = range(len(edges))
+    powers = [i for i in places if float(np.log2(edges[i])).is_integer()]
+    halves = [i for i in places if i in powers or float(np.log2(edges[i] / 1.5)).is_integer()]
+    candidates = (list(places), halves, *(powers[::apart] for apart in range(1, len(powers) + 1)))
+    return next(marks for marks in candidates if len(marks) <= MOST_MARKS)
 
 
 def _even_edges(values: np.ndarray, top: float | None) -> np.ndarray:
     if top is not None:
         return np.linspace(0, top, MOST_BINS + 1 - 4)
-    width = max(1, int(np.ceil((values.max() + 1) / MOST_BINS)))
+    least = (float(values.max()) + 1) / MOST_BINS
+    width = next(width for width in _round_widths() if width >= least)
     bins = int(values.max()) // width + 1
     # Above 8 bins not every edge is labelled: a multiple of 6 divides into labelled intervals.
     if bins > 8:
@@ -92,9 +108,16 @@ def _even_edges(values: np.ndarray, top: float | None) -> np.ndarray:
     return np.arange(bins + 1) * width
 
 
-def _marked(bins: int) -> int:
-    """Interval of labelled edges: one that divides the axis into at most eight parts."""
-    return next(n for n in (1, 2, 3, 4, 5, 6, 7, 8, bins) if bins % n == 0 and bins // n <= 8)
+def _round_widths() -> Iterator[int]:
+    """1, 2, 5, 10, 20, 50, ..."""
+    for power in itertools.count():
+        yield from (10**power, 2 * 10**power, 5 * 10**power)
+
+
+def _even_marks(bins: int) -> range:
+    """The edges that are named: those that divide the axis evenly, in at most eight parts."""
+    apart = next(n for n in (1, 2, 3, 4, 5, 6, 7, 8, bins) if bins % n == 0 and bins // n <= 8)
+    return range(0, bins + 1, apart)
 
 
 def _anchor(place: int, bins: int) -> str:

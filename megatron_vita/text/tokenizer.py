@@ -134,6 +134,10 @@ def load_tokenizer(path: str | Path, *, added: Sequence[str] = SPECIAL_TOKENS) -
     """
     # The two libraries are imported where they are needed: each takes long to load.
     path = Path(path)
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such file or folder: a Hugging Face tokenizer folder or a SentencePiece .model file is needed"
+        )
     if path.is_dir():
         from megatron_vita.text.hugging_face import read_folder
 

@@ -10,11 +10,9 @@ from megatron_vita.data import open_split
 from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, make_plan
-from megatron_vita.data.shards.index import index_path, write_index
-from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.text.chat_format import ChatFormat
 from tests.data.toy_data import World, assert_same, changed, make_world, train_stream, write_shard
+from tests.indexes import index_shard
 
 
 def datasets(recipe: Recipe, **replaced: float) -> dict:
@@ -91,7 +89,7 @@ def test_packs_of_a_dataset_that_is_gone_are_kept_but_cannot_be_read(
     write_plan(new, plan_path(mixed, "train"))
     stream = train_stream_of(mixed, world)
     with pytest.raises(
-        DataError, match="pack 0 holds a sample of a dataset or shard that the recipe no longer has"
+        DataError, match="pack 1 holds a sample of a dataset or shard that the recipe no longer has"
     ):
         stream[0]
     assert stream[4].sample_keys
@@ -103,7 +101,7 @@ def test_a_break_outside_the_plan_is_refused(
 ) -> None:
     recipe, old = planned
     with pytest.raises(
-        ConfigError, match=f"--continue-from is {pack}: the plan has packs 0 to {old.num_packs - 1}"
+        ConfigError, match=f"--continue-from is {pack}: the plan has {old.num_packs} packs"
     ):
         make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, pack))
 
@@ -123,7 +121,7 @@ def test_a_shard_whose_samples_changed_is_not_read_by_its_old_rows(
 ) -> None:
     recipe, old = planned
     shard = write_shard(Path(recipe.data.plan).parent / "more-000000.tar", range(31, 41))
-    write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
+    index_shard(shard, world.tokenizer)
     new, _ = make_plan(recipe, "train", tokenizer=world.tokenizer, continued=Continuation(old, 4))
     kept = new.before(4)
     mine = old.before(4)["dataset"] == old.datasets.index("more")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from data_tools.members import describe_members
 from megatron_vita.data.datasets import open_split, plan_path
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
@@ -18,7 +19,7 @@ from megatron_vita.data.samples.third_party import (
     read_rule,
     record_of_members,
 )
-from megatron_vita.data.shards.index import index_path, read_index, write_index
+from megatron_vita.data.shards.index import read_index, text_stamp
 from megatron_vita.data.shards.index_build import build_index, build_sound_index
 from megatron_vita.data.shards.quarantine import (
     Entry,
@@ -32,6 +33,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import Tokenizer
 from tests.data.toy_data import picture, talk, toy_recipe, write_shard
+from tests.indexes import index_of, index_shard
 
 CAPTIONED = {"0.jpg": picture((40, 40), "red", format="JPEG"), "0.txt": b"A red square."}
 
@@ -218,7 +220,7 @@ def test_a_run_reads_shards_of_others(
     shard = write_tar(tmp_path / "shapes-0.tar", CAPTIONED | {"1.txt": b"Just words, many words."})
     other = write_shard(tmp_path / "more-0.tar", range(2))
     for path in (shard, other):
-        write_index(build_index(path, ChatFormat(tokenizer)), index_path(path))
+        index_shard(path, tokenizer)
     write_plan(make_plan(recipe, "train", tokenizer=tokenizer)[0], plan_path(recipe, "train"))
     stream = open_split(recipe, split="train", tokenizer=tokenizer, tile_share=(0, 1))
     texts = {}
@@ -230,8 +232,27 @@ def test_a_run_reads_shards_of_others(
             texts[key] = tokenizer.decode(batch.input_ids[start:stop].tolist())
     assert "A red square." in texts["0"]
     assert "Just words, many words." in texts["1"]
-    assert read_index(index_path(shard)).row(0).record
-    assert not read_index(index_path(other)).row(0).record
+    assert read_index(index_of(shard)).row(0).record
+    assert not read_index(index_of(other)).row(0).record
+
+
+def test_the_members_of_others_shards_are_told_by_what_they_became(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "members.yaml").write_text("images: jpg\nignore: [cls]\n")
+    shard = write_tar(tmp_path / "a.tar", {"0.jpg": picture((9, 9), "red"), "0.txt": b"Red."})
+    write_tar(shard, {"1.jpg": picture((9, 9), "blue"), "1.seg.png": picture((9, 9), "red")})
+    write_tar(shard, {"1.txt": b"Blue.", "1.cls": b"3"})
+    text = text_stamp(ChatFormat(tokenizer))
+    index_shard(shard, tokenizer)
+    (line,) = describe_members([shard], text)
+    assert line == (
+        f"{shard}: images: jpg (2); text: txt (2); ignored: seg.png (1), cls (1); "
+        f"{tmp_path}/members.yaml may say otherwise"
+    )
+    own = write_shard(tmp_path / "own" / "b.tar", range(2))
+    index_shard(own, tokenizer)
+    assert not list(describe_members([own], text))
 
 
 FAULTS = {

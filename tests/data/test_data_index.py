@@ -11,11 +11,11 @@ import pytest
 from megatron_vita.config import TextConfig
 from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.shards.index import (
-    index_path,
+    find_index,
+    old_index_path,
     read_header,
     read_index,
     text_stamp,
-    write_index,
 )
 from megatron_vita.data.shards.index_build import build_index, build_sound_index
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
@@ -24,17 +24,13 @@ from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
 from megatron_vita.text.tokenizer import Tokenizer
 from tests.data.toy_data import clip, picture, talk, write_shard
+from tests.indexes import index_shard
 from tests.text.published import INTERNVL_TEMPLATE, QWEN, byte_level_bpe
-
-
-def indexed(shard: Path, tokenizer: Tokenizer) -> Path:
-    write_index(build_index(shard, ChatFormat(tokenizer)), index_path(shard))
-    return index_path(shard)
 
 
 def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer: Tokenizer) -> None:
     shard = write_shard(tmp_path / "a.tar", range(10))
-    path = indexed(shard, tokenizer)
+    path = index_shard(shard, tokenizer)
     size = shard.stat().st_size
     shard.unlink()
     index = read_index(path, text_stamp(ChatFormat(tokenizer)))
@@ -64,7 +60,7 @@ def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer: To
 def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    path = index_shard(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     with pytest.raises(
         DataError,
         match=f"made with tokenizer {tokenizer.fingerprint}, the recipe's tokenizer is 123",
@@ -73,7 +69,7 @@ def test_an_index_of_another_tokenizer_is_refused_with_both_fingerprints(
 
 
 def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    path = index_shard(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     with pytest.raises(DataError, match="made with template"):
         read_header(path, text_stamp(ChatFormat(tokenizer, TextConfig(template="plain"))))
 
@@ -81,7 +77,7 @@ def test_an_index_of_another_template_is_refused(tmp_path: Path, tokenizer: Toke
 def test_an_index_of_another_media_format_is_refused_by_its_name(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    path = index_shard(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     internvl = ChatFormat(tokenizer, TextConfig(media_format="internvl"))
     with pytest.raises(
         DataError, match=r"made with media_format long_vita, the recipe's .* internvl"
@@ -107,9 +103,23 @@ def test_a_sample_that_its_template_refuses_is_quarantined_by_its_turn(tmp_path:
 
 def test_a_missing_index_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"a\.index\.parquet: the shard has no index.*data_tools index"
+        DataError,
+        match=r"a\.[0-9a-f]{12}\.index\.parquet: the shard has no index.*data_tools index",
     ):
-        read_index(index_path(tmp_path / "a.tar"))
+        find_index(tmp_path / "a.tar", {"tokenizer": "123"})
+
+
+def test_the_one_index_of_older_versions_is_read_for_its_own_tokenizer(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    shard = write_shard(tmp_path / "a.tar", range(2))
+    text = text_stamp(ChatFormat(tokenizer))
+    old = index_shard(shard, tokenizer).rename(old_index_path(shard))
+    assert find_index(shard, text)[0] == old
+    with pytest.raises(DataError, match=r"a\.index\.parquet: .*make one for it"):
+        find_index(shard, text | {"tokenizer": "123"})
+    new = index_shard(shard, tokenizer)
+    assert find_index(shard, text)[0] == new != old
 
 
 def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
@@ -123,7 +133,7 @@ def test_files_that_are_no_index_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = indexed(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
+    path = index_shard(write_shard(tmp_path / "a.tar", range(2)), tokenizer)
     table = pq.read_table(path)
     header = json.loads(table.schema.metadata[b"index"])
     assert header.pop("rule")
@@ -137,7 +147,7 @@ def test_an_index_that_does_not_tell_its_rule_is_read(tmp_path: Path, tokenizer:
 
 
 def test_a_shard_without_samples_has_an_index(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = indexed(write_shard(tmp_path / "a.tar", range(0)), tokenizer)
+    path = index_shard(write_shard(tmp_path / "a.tar", range(0)), tokenizer)
     assert len(read_index(path)) == 0
 
 

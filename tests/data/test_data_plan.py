@@ -12,12 +12,10 @@ from megatron_vita.costs.flops import variable_cost
 from megatron_vita.data.datasets import open_split, plan_path
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import make_plan
-from megatron_vita.data.shards.index import index_path, write_index
-from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
-from megatron_vita.text.chat_format import ChatFormat
 from tests.data.toy_data import World, changed, make_world, talk, toy_recipe, write_shard
+from tests.indexes import index_of, index_shard
 
 
 def samples_of(plan: PackPlan):
@@ -151,7 +149,7 @@ def test_a_plan_of_another_recipe_is_refused_by_field_and_values(
 
 def test_a_plan_of_other_samples_is_refused(own_world: World) -> None:
     shard = write_shard(own_world.root / "more-000000.tar", range(31, 41))
-    write_index(build_index(shard, ChatFormat(own_world.tokenizer)), index_path(shard))
+    index_shard(shard, own_world.tokenizer)
     with pytest.raises(
         DataError,
         match=r"data\.train\[1\]\.shards\.more-000000\.tar is \w{16} in the plan and \w{16} now",
@@ -161,9 +159,8 @@ def test_a_plan_of_other_samples_is_refused(own_world: World) -> None:
 
 def test_a_plan_of_fewer_shards_is_refused(own_world: World) -> None:
     shutil.copy(own_world.root / "more-000000.tar", own_world.root / "more-000001.tar")
-    shutil.copy(
-        own_world.root / "more-000000.index.parquet", own_world.root / "more-000001.index.parquet"
-    )
+    path = index_of(own_world.root / "more-000000.tar")
+    shutil.copy(path, path.with_name(path.name.replace("000000", "000001")))
     with pytest.raises(
         DataError,
         match=r"data\.train\[1\]\.shards\.more-000001\.tar is absent in the plan and \w{16} now",
@@ -270,7 +267,7 @@ def test_an_epoch_without_packs_does_not_start_the_numbering_anew(
     with SampleWriter(shard) as writer:
         writer.write("short", record=talk("Which colour?", "It is red."), media={})
         writer.write("long", record=talk("Which colour? " * 400, "It is red."), media={})
-    write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
+    index_shard(shard, world.tokenizer)
     entry = {"name": "talk", "shards": f"{tmp_path}/talk-*.tar", "ratio": 0.5}
     recipe = changed(world.recipe, data={"train": [entry], "validation": [], "epochs": 12})
     plan, _ = make_plan(recipe, "train", tokenizer=world.tokenizer)

@@ -12,7 +12,7 @@ import pytest
 from upath import UPath
 
 from megatron_vita.config import Recipe
-from megatron_vita.data import datasets, open_split, read_packs
+from megatron_vita.data import open_split, read_packs
 from megatron_vita.data.datasets import find_sources, plan_path
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.loading.worker import PackTask
@@ -118,12 +118,14 @@ def test_opening_reads_the_ends_of_remote_indexes_alone_and_many_at_a_time(
     monkeypatch.setattr(index, "read_file", lambda path: pytest.fail(f"all of {path} is read"))
     all_three = threading.Barrier(3, timeout=20)
 
-    def read_header(path: UPath, text: dict[str, str]) -> IndexHeader:
+    read_header = index.read_header
+
+    def waiting(path: UPath, text: dict[str, str]) -> IndexHeader:
         if path.name.startswith("shapes"):
             all_three.wait()
-        return index.read_header(path, text)
+        return read_header(path, text)
 
-    monkeypatch.setattr(datasets, "read_header", read_header)
+    monkeypatch.setattr(index, "read_header", waiting)
     found = find_sources(recipe, "train", tokenizer=world.tokenizer)
     assert [source.headers for source in found] == [source.headers for source in local]
 

@@ -48,6 +48,7 @@ def test_joined_documents_follow_each_other_without_padding_and_are_one_segment(
     stream = PackStream(
         plan,
         shards=apart._shards,
+        indexes=apart._indexes,
         contents=apart._contents,
         data=recipe.data,
         encoders=apart.encoders,

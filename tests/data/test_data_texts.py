@@ -11,11 +11,9 @@ from megatron_vita.data.loading import stream
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
-from megatron_vita.data.shards.index import index_path, write_index
-from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.tar import SampleWriter
-from megatron_vita.text.chat_format import ChatFormat
 from tests.data.toy_data import World, toy_recipe
+from tests.indexes import index_shard
 
 LENGTH = 256
 
@@ -55,7 +53,7 @@ def packs(world: World, texts: dict[str, tuple[str, list[int]]], tmp_path: Path)
     with SampleWriter(shard) as writer:
         for key, (text, _) in texts.items():
             writer.write(key, record={"text": text}, media={})
-    write_index(build_index(shard, ChatFormat(world.tokenizer)), index_path(shard))
+    index_shard(shard, world.tokenizer)
     recipe = toy_recipe(
         tmp_path, train=[{"name": "shapes", "shards": str(shard)}], validation=[], seq_length=LENGTH
     )

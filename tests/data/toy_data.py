@@ -18,11 +18,10 @@ from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
-from megatron_vita.data.shards.index import index_path, read_index, write_index
-from megatron_vita.data.shards.index_build import build_index
+from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
-from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import Tokenizer
+from tests.indexes import index_of, index_shard
 
 COLORS = ("red", "green", "blue", "orange", "purple")
 SIZES = ((40, 40), (200, 100), (90, 180), (300, 200))
@@ -136,7 +135,7 @@ def make_world(root: Path, tokenizer: Tokenizer) -> Recipe:
     ]
     shards.append(write_shard(root / "more-000000.tar", range(30, 40)))
     for shard in shards:
-        write_index(build_index(shard, ChatFormat(tokenizer)), index_path(shard))
+        index_shard(shard, tokenizer)
     recipe = toy_recipe(root)
     for split in ("train", "validation"):
         write_plan(make_plan(recipe, split, tokenizer=tokenizer)[0], plan_path(recipe, split))
@@ -160,7 +159,7 @@ def assert_same(first: Batch, second: Batch) -> None:
 def damage(world: World, suffix: str = ".png") -> str:
     """Overwrites a member of `more` inside its shard; gives the member's name."""
     shard = world.root / "more-000000.tar"
-    index = read_index(index_path(shard))
+    index = read_index(index_of(shard))
     members = [member for i in range(len(index)) for member in index.row(i).members.values()]
     member = next(member for member in members if member.name.endswith(suffix))
     with open(shard, "r+b") as file:

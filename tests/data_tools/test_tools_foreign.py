@@ -55,7 +55,9 @@ def read(out: Path, suffix: str) -> list[Any]:
 
 def number_of(entry: dict[str, str]) -> int:
     source = Path(entry["source"])
-    return int(source.stem if source.suffix == ".parquet" else entry["place"].split()[1])
+    if source.suffix == ".parquet":  # one case each
+        return int(source.stem)
+    return int(entry["place"].split()[1]) - 1
 
 
 def told(truth: Truth) -> list[tuple[Any, ...]]:

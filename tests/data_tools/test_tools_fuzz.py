@@ -18,7 +18,7 @@ from data_tools.pool import FAULT
 from data_tools.samples import check_line
 from megatron_vita.config import load_recipe
 from megatron_vita.data.datasets import open_split
-from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.tar import scan_shard
 from megatron_vita.errors import DataError
@@ -26,6 +26,7 @@ from megatron_vita.text.vocabulary import open_tokenizer
 from tests.data_tools.fuzz import odd_texts, tars, write_lines, write_tars
 from tests.data_tools.fuzz_media import damaged, images, videos
 from tests.data_tools.toy_jsonl import write_world
+from tests.indexes import index_of
 from tests.scale import scaled
 
 WHOLE = scaled(False, full=True)
@@ -86,7 +87,7 @@ def test_each_line_ends_in_a_shard_or_in_the_list(
     bad = sum(len(read_quarantine(shard).entries) for shard in shards)
     assert code == bool(bad)
     assert main(["index", str(root / "recipe.yaml"), *QUICK]) == 0
-    assert sum(len(read_index(index_path(shard))) for shard in shards) + bad == len(used)
+    assert sum(len(read_index(index_of(shard))) for shard in shards) + bad == len(used)
     assert read_all(root / "recipe.yaml") > 0
     seconds = time.monotonic() - begun
     print(f"{lines} lines: {len(used)} used, {len(listed)} listed, {seconds:.0f} s")  # noqa: T201
@@ -105,7 +106,7 @@ def test_each_sample_of_a_tar_ends_in_the_index_or_in_the_list(
     for path in paths:
         entries = read_quarantine(path).entries
         assert all(entry.reason and not WORST.search(entry.reason) for entry in entries)
-        indexed = set(read_index(index_path(path)).keys())
+        indexed = set(read_index(index_of(path)).keys())
         alone = [entry for entry in entries if not entry.reason.endswith("has the same key")]
         assert not indexed & {entry.key for entry in alone if entry.by == "validate"}
         used = used + len(indexed)

@@ -139,7 +139,7 @@ def test_a_bad_sample_is_listed_with_its_place_and_the_others_are_used(
     samples, rejected = convert("llava", tmp_path / f"set{suffix}", "--media", str(media))
     assert [sample["messages"][0]["content"] for sample in samples] == ["One?", "Three?"]
     (entry,) = rejected
-    assert entry["place"] == ("object 1" if suffix == ".json" else "line 2")
+    assert entry["place"] == ("object 2" if suffix == ".json" else "line 2")
     assert reason in entry["reason"]
 
 
@@ -149,7 +149,7 @@ def test_a_broken_array_gives_what_stands_before_the_break(tmp_path: Path) -> No
     samples, (entry,) = convert("llava", tmp_path / "set.json")
     assert 0 < len(samples) < 100
     assert entry["place"] == "the rest"
-    assert f"malformed after object {len(samples) - 1}: the file ends within it" in entry["reason"]
+    assert f"malformed after object {len(samples)}: the file ends within it" in entry["reason"]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
@@ -271,7 +271,7 @@ def test_hugging_face_folders_with_images_inside(tmp_path: Path, media: Path, ki
         b"\xff\xd8\xff\xe0"
     ] * 2
     assert (out / samples[2]["images"][0]).read_bytes() == (media / "a.png").read_bytes()
-    assert [entry["place"] for entry in rejected] == ["row 3", "row 5"]
+    assert [entry["place"] for entry in rejected] == ["row 4", "row 6"]
 
 
 def test_hugging_face_captions_and_questions(tmp_path: Path) -> None:
@@ -661,3 +661,17 @@ def test_what_import_writes_shard_takes(tmp_path: Path, media: Path) -> None:
         == 0
     )
     assert (tmp_path / "toy/rejected.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(("share", "code"), [("0.6", 0), ("0.5", 0), ("0.49", 1), ("0", 1)])
+def test_more_rejected_samples_than_allowed_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str, code: int
+) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({"what": 1}) + "\n")
+    out = tmp_path / "out.jsonl"
+    command = ["import", "llava", f"{tmp_path}/a.jsonl", "--out", str(out), "--workers", "0"]
+    assert main([*command, "--max-rejected", share]) == code
+    assert len(out.read_text().splitlines()) == 1
+    told = "1 of 2 samples (50.00%) rejected, more than --max-rejected"
+    assert (told in capsys.readouterr().err) == bool(code)

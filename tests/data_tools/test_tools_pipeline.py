@@ -11,6 +11,8 @@ from data_tools.cli import main
 from megatron_vita.data.planning.plan import read_plan
 from tests.data_tools.toy_jsonl import sample, write_world
 
+TILES = contact_sheet.TILES_LEFT
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
@@ -35,12 +37,12 @@ def test_indexes_are_made_again_only_where_the_shard_is_newer(
     recipe = str(world / "recipe.yaml")
     capsys.readouterr()
     main(["index", recipe])
-    assert capsys.readouterr().out == "0 indexes written, 1 were current\n"
+    assert capsys.readouterr().out == "0 indexes written, 1 was current\n"
     (world / "toy/toy-000000.tar").touch()
     main(["index", recipe])
-    assert capsys.readouterr().out == "1 indexes written, 0 were current\n"
+    assert capsys.readouterr().out == "1 index written, 0 were current\n"
     main(["index", recipe, "text.template=plain"])
-    assert capsys.readouterr().out == "1 indexes written, 0 were current\n"
+    assert capsys.readouterr().out == "1 index written, 0 were current\n"
 
 
 def test_a_plan_names_samples_longer_than_a_pack(
@@ -80,11 +82,11 @@ def test_inspect_shows_text_loss_and_tiles_of_a_pack(
 ) -> None:
     assert main(["plan", str(world / "recipe.yaml")]) == 0
     png = world / "sheets/pack.png"
-    assert main(["inspect", str(world / "recipe.yaml"), "--pack", "0", "--png", str(png)]) == 0
+    assert main(["inspect", str(world / "recipe.yaml"), "--pack", "1", "--png", str(png)]) == 0
     text = capsys.readouterr().out
-    assert "train pack 0: " in text
-    assert "from toy: tokens 0 to " in text
-    assert r"|im_start|>user\n[tile 0]" in text
+    assert "train pack 1: " in text
+    assert "from toy: tokens 1 to " in text
+    assert r"|im_start|>user\n[tile 1]" in text
     assert "  loss| It is number " in text
     assert r"<|im_end|>\n" in text
     assert Image.open(png).width == contact_sheet.WIDTH
@@ -96,12 +98,40 @@ def test_a_sheet_shows_tiles_in_order_beside_the_text(
     sample = f"{world}/toy/toy-000000.tar:toy-00000002"
     png = world / "sample.png"
     assert main(["inspect", str(world / "recipe.yaml"), "--sample", sample, "--png", str(png)]) == 0
-    assert r"[tile 0]\n[tile 1][tile 2]\nWhich" in capsys.readouterr().out
+    assert r"[tile 1]\n[tile 2][tile 3]\nWhich" in capsys.readouterr().out
     sheet = Image.open(png)
     colors = [color for _, color in sheet.getcolors(maxcolors=1 << 20)]
     assert (20, 90, 160) in colors
     row = [sheet.getpixel((x, 200)) == (20, 90, 160) for x in range(sheet.width)]
     assert sum(row) == 3 * contact_sheet.THUMBNAIL
+
+
+def test_a_sheet_lays_an_images_cells_as_they_lie_in_it_and_its_thumbnail_apart(
+    world: Path,
+) -> None:
+    """Four quarters of different colours, in an image of 2 x 2 tiles."""
+    quarters = {(0, 0): (200, 0, 0), (1, 0): (0, 200, 0), (0, 1): (0, 0, 200), (1, 1): (9, 9, 9)}
+    image = Image.new("RGB", (56, 56))
+    for (col, row), color in quarters.items():
+        image.paste(color, (28 * col, 28 * row, 28 * col + 28, 28 * row + 28))
+    image.save(world / "media/0.png")
+    shard = ["shard", f"{world}/toy.jsonl", "--media", f"{world}/media", "--out", f"{world}/four"]
+    recipe = [
+        str(world / "recipe.yaml"),
+        f"data.train=[{{name: four, shards: {world}/four/*.tar}}]",
+    ]
+    assert main(shard) == main(["index", *recipe]) == 0
+    sample = f"{world}/four/four-000000.tar:toy-00000001"
+    png = world / "sample.png"
+    assert main(["inspect", *recipe, "--sample", sample, "--png", str(png)]) == 0
+    sheet = Image.open(png)
+    side = contact_sheet.THUMBNAIL
+    top = next(y for y in range(sheet.height) if sheet.getpixel((TILES, y)) == quarters[0, 0])
+    for (col, row), color in quarters.items():
+        place = (TILES + col * (side + 1) + side // 2, top + row * (side + 1) + side // 2)
+        assert sheet.getpixel(place) == color
+    thumbnail = [sheet.getpixel((x, top + 10)) for x in range(TILES + 2 * side + 12, sheet.width)]
+    assert {quarters[0, 0], quarters[1, 0]} <= set(thumbnail)
 
 
 def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(
@@ -117,17 +147,17 @@ def test_an_image_of_internvls_form_is_shown_with_its_tiles_in_one_tag(
         internvl,
     ]
     assert main(arguments) == 1
-    assert "the recipe's media_format is internvl; make the index again" in capsys.readouterr().err
+    assert "the shard has no index for this tokenizer and template" in capsys.readouterr().err
     assert main(["index", recipe, internvl]) == 0
     assert main([*arguments, "--png", str(world / "sample.png")]) == 0
     shown = capsys.readouterr().out
-    assert r"|im_start|>user\n[tile 0][tile 1][tile 2]\nWhich" in shown
+    assert r"|im_start|>user\n[tile 1][tile 2][tile 3]\nWhich" in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pack", "0"], "there is no plan"),
+        (["--pack", "1"], "there is no plan"),
         (["--split", "test"], "--split is 'test'; known: train, validation"),
         (["--sample", "nonsense"], "SHARD.tar:KEY is needed"),
         (["--sample", "{world}/toy/toy-000000.tar:none"], "no sample 'none' among 12"),
@@ -144,7 +174,7 @@ def test_inspect_refuses_what_is_not_there(
 def test_a_pack_past_the_last_is_refused(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(world / "recipe.yaml")]) == 0
     assert main(["inspect", str(world / "recipe.yaml"), "--pack", "99"]) == 1
-    assert "--pack is 99; the train plan has packs 0 to" in capsys.readouterr().err
+    assert "--pack is 99; the train plan has packs 1 to" in capsys.readouterr().err
 
 
 def test_a_tokenizer_too_large_for_its_text_is_refused(
@@ -200,7 +230,7 @@ def test_a_plan_is_continued_with_another_mix(
     assert after.history == [{"packs": 2, "stamp": before.stamp}]
     assert [after.pack(pack) for pack in range(2)] == [before.pack(pack) for pack in range(2)]
     assert main(["plan", recipe, "--continue-from", "99"]) == 1
-    assert "--continue-from is 99: the plan has packs 0 to" in capsys.readouterr().err
+    assert "--continue-from is 99: the plan has " in capsys.readouterr().err
 
 
 def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(
@@ -235,7 +265,7 @@ def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(
         f"{tmp_path}/toy/toy-000000.tar:toy-00000003",
     ]
     assert main([*arguments, "--png", str(png)]) == 0
-    assert "[tile 0, 0.5 s][tile 1, 1.5 s][tile 2, 2.5 s][tile 3, 3.5 s]" in capsys.readouterr().out
+    assert "[tile 1, 0.5 s][tile 2, 1.5 s][tile 3, 2.5 s][tile 4, 3.5 s]" in capsys.readouterr().out
     colors = {color for _, color in Image.open(png).getcolors(maxcolors=1 << 20)}
     # of frame runs; of the frames at 0.5 and 1.5 s
     assert {(201, 184, 230), (30, 0, 0), (90, 0, 0)} <= colors

@@ -30,7 +30,12 @@ def png() -> bytes:
 
 
 PNG = png()
-BESIDE = ("index.parquet", "quarantine.json")
+BESIDE = (
+    "index.parquet",
+    "0123456789ab.index.parquet",
+    "quarantine.json",
+    "index.parquet.0a1b.partial",
+)
 BAD = {
     "malformed JSON": ('{"messages": [', "not JSON"),
     "not an object": ("[1, 2]", "not a JSON object"),
@@ -302,8 +307,8 @@ def test_tars_that_earlier_work_left_are_removed_with_what_lies_beside_them(tmp_
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
     (tmp_path / "toy/progress.jsonl").unlink()
     sharding.make_shards(job(tmp_path, samples_per_shard=4))
-    mine = ["toy-000000.index.parquet", "toy-000000.tar", "toy-000001.tar"]
-    assert names(tmp_path) == sorted([*mine, *others])
+    mine = [f"toy-000000.{suffix}" for suffix in BESIDE if not suffix.endswith("json")]
+    assert names(tmp_path) == sorted([*mine, "toy-000000.tar", "toy-000001.tar", *others])
     assert (tmp_path / "toy/toy-000000.quarantine.json").exists()
     assert not (tmp_path / "toy/toy-000002.quarantine.json").exists()
 

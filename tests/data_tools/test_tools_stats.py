@@ -1,6 +1,7 @@
 """`stats`: numbers from indexes and plans, samples to look at, in one file that needs nothing
 else."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from data_tools.cli import main
+from data_tools.rejections import read_rejections
 from data_tools.statistics import collect_statistics
 from megatron_vita.config import load_recipe
+from megatron_vita.report import charts
 from megatron_vita.report.charts import histogram, stacked_bar
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.data_tools.toy_jsonl import write_world
@@ -54,6 +57,58 @@ def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
     assert again.epoch_tokens == pytest.approx(first.tokens.mean() * 4)
 
 
+def test_images_with_more_pixels_than_their_tiles_are_counted(recipe: Path) -> None:
+    """Of 56 x 56 and 112 x 56 pixels, with tiles of 28."""
+    for most, share in ((8, 0.0), (7, 0.5), (1, 1.0)):
+        loaded = load_recipe(recipe, [f"media.max_tiles={most}"])
+        first, _ = collect_statistics(loaded, open_tokenizer(loaded)).datasets
+        assert first.downscaled == share
+
+
+def test_what_import_and_shard_rejected_is_told_by_reason(tmp_path: Path) -> None:
+    path = write_world(tmp_path)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for number in (1, 4, 7):
+        records[number]["images"] = [f"gone{number}.png"]
+    records[9] = {"nothing": "known"}
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    arguments = ["--media", f"{tmp_path}/media", "--workers", "0"]
+    assert (
+        main(["import", "llava", f"{tmp_path}/records.json", "--out", str(path), *arguments]) == 0
+    )
+    (tmp_path / "media/2.png").write_bytes(b"no picture")
+    assert main(["shard", str(path), "--out", f"{tmp_path}/toy", *arguments]) == 0
+    found = read_rejections(list((tmp_path / "toy").glob("*.tar")))
+    assert (found.total, [count for _, count, _ in found.reasons]) == (5, [3, 1, 1])
+    reason, _, example = found.reasons[0]
+    assert reason.startswith("import: images[…] …: cannot read …")
+    assert f"{tmp_path}/records.json object 2: images[0] gone1.png" in example
+    assert sorted(kind.partition(":")[0] for kind, *_ in found.reasons) == [
+        "import",
+        "import",
+        "shard",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "marks"),
+    [
+        ([64, 120], ["64", "72", "80", "88", "96", "104", "112", "120", "128"]),
+        ([64, 300], ["64", "96", "128", "192", "256", "384", "512"]),
+        ([1, 1000], ["1", "2", "4", "8", "16", "32", "64", "128", "256", "512", "1K"][::2]),
+    ],
+)
+def test_marks_of_doubling_axes_are_round(values: list[int], marks: list[str]) -> None:
+    svg = ElementTree.fromstring(histogram(np.array(values), unit="tokens", log=True))
+    assert [text.text for text in svg.findall("text")][1:] == marks
+
+
+@pytest.mark.parametrize("most", [7, 60, 130, 1234])
+def test_bins_of_even_axes_are_one_two_or_five_wide(most: int) -> None:
+    width = np.diff(charts._even_edges(np.array([0, most]), None))[0]
+    assert str(width).rstrip("0") in ("1", "2", "5")
+
+
 def test_the_plan_s_numbers_are_the_plan_s(recipe: Path) -> None:
     assert main(["plan", str(recipe)]) == 0
     loaded = load_recipe(recipe, [])
@@ -81,7 +136,7 @@ def test_the_page_needs_nothing_else_and_shows_samples(
     assert main(["plan", str(recipe)]) == 0
     out = recipe.parent / "pages/stats.html"
     assert main(["stats", str(recipe), "--out", str(out), "--samples", "2"]) == 0
-    assert "2 datasets, 1 plans" in capsys.readouterr().out
+    assert "2 datasets, 1 plan" in capsys.readouterr().out
     page = out.read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("data:image/jpeg;base64,") == 4

@@ -16,7 +16,7 @@ from PIL import Image
 from data_tools import validation
 from data_tools.cli import main
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.quarantine import (
     quarantine_path,
     read_quarantine,
@@ -27,6 +27,7 @@ from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
 from tests.data_tools.toy_jsonl import write_world
+from tests.indexes import index_of
 from tests.media.video_files import damage
 
 
@@ -102,19 +103,19 @@ def test_what_cannot_be_decoded_is_listed_and_left_out(
     recipe = str(shard.parents[1] / "recipe.yaml")
     before = shard.read_bytes()
     assert main(["index", recipe]) == 0
-    assert len(read_index(index_path(shard))) == 5
+    assert len(read_index(index_of(shard))) == 5
     assert main(["validate", recipe, "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert f"{shard} b.image1.jpg: cannot read this image" in out
-    assert "5 samples in 1 shards; 2 bad" in out
+    assert "5 samples in 1 shard; 2 bad" in out
     assert [(entry.by, entry.key) for entry in read_quarantine(shard).entries] == [
         ("validate", "b"),
         ("validate", "d"),
     ]
     assert shard.read_bytes() == before
     assert main(["index", recipe]) == 0
-    assert "1 indexes written, 0 were current; 2 samples left out" in capsys.readouterr().out
-    assert read_index(index_path(shard)).keys() == ["a", "c", "e"]
+    assert "1 index written, 0 were current; 2 samples left out" in capsys.readouterr().out
+    assert read_index(index_of(shard)).keys() == ["a", "c", "e"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -127,7 +128,7 @@ def test_a_video_with_damaged_frames_is_named_and_used(
         assert main(["validate", str(path), "--workers", str(workers)]) == 0
         out = capsys.readouterr().out
         assert f"{path} a.video0.mp4: 11 packets cannot be decoded, 2 of 3 frames" in out
-        assert "2 samples in 1 shards; 1 with frames in place of damaged ones, 0 bad" in out
+        assert "2 samples in 1 shard; 1 with frames in place of damaged ones, 0 bad" in out
     assert read_quarantine(path).entries == []
 
 
@@ -209,7 +210,7 @@ def test_of_samples_of_one_key_the_first_is_used_whichever_tool_comes_first(
     )
     for command in (first, "validate", "index"):
         main([command, recipe, "--workers", "0"])
-    assert read_index(index_path(shard)).keys() == ["a", "b"]
+    assert read_index(index_of(shard)).keys() == ["a", "b"]
     listed = [
         (entry.key, entry.reason.split(": ")[-1][:10]) for entry in read_quarantine(shard).entries
     ]
@@ -228,10 +229,10 @@ def test_an_index_is_made_again_where_the_list_or_the_rule_it_was_made_with_is_g
         return int(capsys.readouterr().out.split()[0])
 
     assert [written(), written()] == [1, 0]
-    assert len(read_index(index_path(shard))) == 3
+    assert len(read_index(index_of(shard))) == 3
     quarantine_path(shard).unlink()
     assert [written(), written()] == [1, 0]
-    assert len(read_index(index_path(shard))) == 5
+    assert len(read_index(index_of(shard))) == 5
     rule = shard.with_name("members.yaml")
     for change in (lambda: rule.write_text("caption: alt\n"), rule.unlink):
         change()
@@ -248,7 +249,7 @@ def test_an_index_takes_from_the_list_what_it_can_read_again(shard: Path) -> Non
     rule.unlink()
     assert main(["index", recipe, "--workers", "0"]) == 0
     assert read_quarantine(shard).entries == []
-    assert read_index(index_path(shard)).keys() == ["a", "b"]
+    assert read_index(index_of(shard)).keys() == ["a", "b"]
 
 
 def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(
@@ -257,7 +258,7 @@ def test_a_list_holds_for_its_shard_even_where_the_shard_s_time_lies_ahead(
     ahead = time.time() + 3600
     os.utime(shard, (ahead, ahead))
     assert main(["validate", str(shard), "--workers", "0"]) == 1
-    assert "5 samples in 1 shards; 2 bad" in capsys.readouterr().out
+    assert "5 samples in 1 shard; 2 bad" in capsys.readouterr().out
     assert [entry.key for entry in read_quarantine(shard).entries] == ["b", "d"]
 
 
@@ -312,7 +313,7 @@ def test_good_shards_give_code_0(tmp_path: Path, capsys: pytest.CaptureFixture[s
         == 0
     )
     assert main(["validate", str(tmp_path / "toy/toy-000000.tar")]) == 0
-    assert "12 samples in 1 shards; 0 bad" in capsys.readouterr().out
+    assert "12 samples in 1 shard; 0 bad" in capsys.readouterr().out
 
 
 def test_a_damaged_tar_is_bad_from_the_damage_on(

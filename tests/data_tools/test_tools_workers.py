@@ -53,7 +53,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     add(path, images=["none.png"])
     add(path)
     made = shard(tmp_path, "w0", "--workers", "0")
-    assert len(made) == 9
+    assert len(made) == 10
     assert [reason.split()[1].rstrip(":") for reason in rejected(tmp_path, "w0")] == [
         *(f"none{i}.png" for i in range(12) if i % 3),
         "none.png",

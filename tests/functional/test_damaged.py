@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.data.shards.index import read_index
 from tests.functional.launch import torchrun
 from tests.functional.recorded_run import run
 from tests.functional.toy_run import make_toy_run
+from tests.indexes import index_of
 from tests.scale import scaled
 
 ANY = "data.max_damaged=1"
@@ -24,7 +25,7 @@ LAYOUTS = {
 
 def spoil(shard: Path, *, every: int) -> list[str]:
     """Overwrites every so many images of a shard; gives the samples' keys."""
-    index = read_index(index_path(shard))
+    index = read_index(index_of(shard))
     members = [
         m
         for i in range(len(index))

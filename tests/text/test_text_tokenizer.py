@@ -251,3 +251,12 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
 def test_names_of_special_tokens_are_encoded_as_if_they_were_none(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_folder(tmp_path, byte_level("quick")))
     assert tokenizer.encode("the quick fox") == byte_level().encode("the quick fox").ids
+
+
+@pytest.mark.parametrize("name", ["none.model", "none"])
+def test_a_tokenizer_that_is_not_there_is_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: no such file or folder"):
+        load_tokenizer(tmp_path / name)
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(ConfigError, match=r"text\.txt is neither"):
+        load_tokenizer(tmp_path / "text.txt")

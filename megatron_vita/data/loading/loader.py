@@ -117,7 +117,7 @@ class _Job:
     def take(self) -> ReadPack:
         if isinstance(self.result, Failure):
             raise self.result.error or RuntimeError(
-                f"reading pack {self.task.pack_id} failed:\n{self.result.trace}"
+                f"reading pack {self.task.pack_id + 1} failed:\n{self.result.trace}"
             )
         assert self.result is not None
         return ReadPack(self.result.batch, self.damages + self.result.damages)

@@ -28,7 +28,6 @@ from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.index import (
     SampleIndex,
     SampleRow,
-    index_path,
     read_index,
     text_stamp,
 )
@@ -68,7 +67,8 @@ class PackStream(Dataset[Batch]):
     Args:
         plan: the pack plan.
         shards: shards of each dataset, which the plan's entries index: `shards[dataset][shard]`.
-        contents: fingerprints of their indexes when the plan was opened, in the same order.
+        indexes: their indexes, in the same order.
+        contents: fingerprints of the indexes when the plan was opened, in the same order.
         data: the recipe's `data`.
         encoders: encoder of the samples of each dataset.
         tile_share: (rank, ranks) among the ranks that share a pack's tiles; None decodes no tile,
@@ -80,6 +80,7 @@ class PackStream(Dataset[Batch]):
         plan: PackPlan,
         *,
         shards: Sequence[Sequence[Location]],
+        indexes: Sequence[Sequence[Location]],
         contents: Sequence[Sequence[str]],
         data: DataConfig,
         encoders: Sequence[SampleEncoder],
@@ -88,6 +89,7 @@ class PackStream(Dataset[Batch]):
         self.plan = plan
         self.encoders = list(encoders)
         self._shards = shards
+        self._indexes = indexes
         self._contents = contents
         self._data = data
         self._tile_share = tile_share
@@ -135,7 +137,7 @@ class PackStream(Dataset[Batch]):
         entries = self.plan.pack(pack_id)
         if any(entry.dataset < 0 or entry.shard < 0 for entry in entries):
             raise ShardError(
-                f"pack {pack_id} holds a sample of a dataset or shard that the recipe no longer has"
+                f"pack {pack_id + 1} holds a sample of a dataset or shard that the recipe no longer has"
             )
         rows = [self._row(entry) for entry in entries]
         pack = _Pack(id=pack_id, entries=entries, rows=rows, skip=set(skip), progress=progress)
@@ -322,7 +324,7 @@ class PackStream(Dataset[Batch]):
         )
 
     def _read_index(self, dataset: int, shard: int) -> SampleIndex:
-        path = index_path(self._shards[dataset][shard])
+        path = self._indexes[dataset][shard]
         index = read_index(path, self._text)
         if index.header.fingerprint != self._contents[dataset][shard]:
             raise ShardError(

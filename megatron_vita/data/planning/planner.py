@@ -20,7 +20,7 @@ from megatron_vita.data.planning.packing import (
 )
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths
-from megatron_vita.data.shards.index import index_path, read_index
+from megatron_vita.data.shards.index import read_index
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.rounding import ceil_div, round_up
 from megatron_vita.text.tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def _kept_packs(
     pack = continued.pack
     if not 0 < pack <= plan.num_packs:
         raise ConfigError(
-            f"--continue-from is {pack}: the plan has packs 0 to {plan.num_packs - 1}"
+            f"--continue-from is {pack}: the plan has {plan.num_packs} packs, the first of which can be kept"
         )
     columns = {name: column.copy() for name, column in plan.before(pack).items()}
     datasets = columns["dataset"].copy()
@@ -274,8 +274,8 @@ def _sample_table(
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     for dataset, source in enumerate(sources):
         encoder = sample_encoder(recipe, tokenizer, dataset=source.config)
-        for shard, path in enumerate(source.shards):
-            index = read_index(index_path(path))
+        for shard, path in enumerate(source.indexes):
+            index = read_index(path)
             lengths = document_lengths(index, encoder=encoder)
             rows = np.arange(len(index))
             numbers = (np.full_like(rows, dataset), np.full_like(rows, shard), rows)
@@ -303,16 +303,17 @@ def _rejected(
 ) -> list[Rejected]:
     rejected = []
     # Samples come shard by shard, so that one list of keys is enough.
-    keys = lru_cache(maxsize=1)(lambda shard: read_index(index_path(shard)).keys())
+    keys = lru_cache(maxsize=1)(lambda index: read_index(index).keys())
     for sample in np.flatnonzero(~usable):
         source = sources[samples["dataset"][sample]]
         path = source.shards[samples["shard"][sample]]
+        row_keys = keys(source.indexes[samples["shard"][sample]])
         tokens = samples["tokens"][sample]
         tiles = samples["tiles"][sample]
         reason = f"{tokens} tokens do not fit data.seq_length {recipe.data.seq_length}"
         if tokens <= recipe.data.seq_length:
             reason = f"has images or videos ({tiles} tiles), which model.text_only cannot take"
         rejected.append(
-            Rejected(split, source.name, str(path), keys(path)[int(samples["row"][sample])], reason)
+            Rejected(split, source.name, str(path), row_keys[int(samples["row"][sample])], reason)
         )
     return rejected

@@ -66,6 +66,11 @@ class SampleEncoder:
         grid = self._grid(size)
         return self.placeholders.image_length(grid), num_tiles(grid)
 
+    def pixels_shown(self, size: tuple[int, int]) -> int:
+        """Pixels of the tiles, the thumbnail apart, that show an image of (width, height)."""
+        grid = self._grid(size)
+        return grid.cols * grid.rows * self.vision.image_size**2
+
     def measure_video(self, info: VideoInfo) -> tuple[int, int]:
         """Number of tokens and frames of a video."""
         frames = num_frames(info, max_fps=self.media.max_fps, max_frames=self.media.max_frames)

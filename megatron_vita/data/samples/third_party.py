@@ -129,6 +129,13 @@ def suffix_of(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
+def text_suffixes(rule: MemberRule) -> Sequence[str]:
+    """Suffixes of the members that hold the text."""
+    if rule.text:
+        return [rule.text.lower()]
+    return TEXT_SUFFIXES
+
+
 def _by_suffix(names: Sequence[str]) -> dict[str, str]:
     by_suffix: dict[str, str] = {}
     for name in names:
@@ -138,9 +145,7 @@ def _by_suffix(names: Sequence[str]) -> dict[str, str]:
 
 
 def _text_members(by_suffix: Mapping[str, str], rule: MemberRule) -> list[str]:
-    suffixes: Sequence[str] = TEXT_SUFFIXES
-    if rule.text:
-        suffixes = [rule.text.lower()]
+    suffixes = text_suffixes(rule)
     texts = [by_suffix[suffix] for suffix in suffixes if suffix in by_suffix]
     if not texts:
         raise DataError(

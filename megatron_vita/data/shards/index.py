@@ -1,13 +1,15 @@
 """Index beside each shard: metadata of its samples, so that no tar is scanned in training.
 
-`train-000000.tar` has `train-000000.index.parquet`, a row for each sample in shard order. It does
-not depend on tiling or frame sampling, only on tokenizer, template and media format, whose stamp it
-carries.
+`train-000000.tar` has `train-000000.STAMP.index.parquet`, a row for each sample in shard order. It
+does not depend on tiling or frame sampling, only on tokenizer, template and media format. STAMP is
+a hash of these, so that runs with other ones have indexes of their own;
+`train-000000.index.parquet`, of older versions, is read where it was made with the same.
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.chat_format import ChatFormat
 
 FORMAT_VERSION = 5
+STAMP = 12  # characters of a hash in an index's name
 FOOTER_BYTES = 1 << 16  # first request for a remote index; most footers are shorter
 SCHEMA = pa.schema(
     [
@@ -69,6 +72,10 @@ class IndexHeader:
     def fingerprint(self) -> str:
         """Digest of the samples' metadata; short, since plans store that of each shard."""
         return self.content[:16]
+
+
+class _MissingIndexError(DataError):
+    """There is no such file."""
 
 
 class SampleRow(NamedTuple):
@@ -138,9 +145,33 @@ class SampleIndex:
         return self._table["key"].to_pylist()
 
 
-def index_path[Place: (Path, UPath, Path | UPath)](shard: Place) -> Place:
-    """Path of a shard's index."""
+def index_path[Place: (Path, UPath, Path | UPath)](shard: Place, text: Mapping[str, str]) -> Place:
+    """Path of the index of a shard that is made with what `text_stamp` gives."""
+    stamp = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:STAMP]
+    return shard.with_name(f"{shard.name.removesuffix('.tar')}.{stamp}.index.parquet")
+
+
+def old_index_path[Place: (Path, UPath, Path | UPath)](shard: Place) -> Place:
+    """Path of the one index of a shard that older versions wrote."""
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.parquet")
+
+
+def find_index(shard: Location, text: Mapping[str, str]) -> tuple[Location, IndexHeader]:
+    """Find the index of a shard for what `text_stamp` gives, and read its header.
+
+    Raises:
+        DataError: there is none, it cannot be read, or the one of an older version was made with
+            another tokenizer or template.
+    """
+    path = index_path(shard, text)
+    try:
+        return path, read_header(path, text)
+    except _MissingIndexError as missing:
+        old = old_index_path(shard)
+        try:
+            return old, read_header(old, text)
+        except _MissingIndexError:
+            raise missing from None
 
 
 def text_stamp(chat: ChatFormat) -> dict[str, str]:
@@ -155,11 +186,11 @@ def text_stamp(chat: ChatFormat) -> dict[str, str]:
 def write_index(index: SampleIndex, path: Path) -> None:
     """Write an index atomically."""
     metadata = {"index": json.dumps(vars(index.header), sort_keys=True)}
-    with atomic_write(path) as partial:
+    with atomic_write(path, concurrent=True) as partial:
         pq.write_table(index._table.replace_schema_metadata(metadata), partial)
 
 
-def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHeader:
+def read_header(path: Location, text: Mapping[str, str] | None = None) -> IndexHeader:
     """Read the footer of an index.
 
     Args:
@@ -173,7 +204,7 @@ def read_header(path: Location, text: dict[str, str] | None = None) -> IndexHead
         return _header(file.schema_arrow, path, text)
 
 
-def read_index(path: Location, text: dict[str, str] | None = None) -> SampleIndex:
+def read_index(path: Location, text: Mapping[str, str] | None = None) -> SampleIndex:
     """Read an index, never the shard; raises as `read_header`."""
     with _opened(path, footer_only=False) as file:
         header = _header(file.schema_arrow, path, text)
@@ -194,8 +225,9 @@ def _opened(path: Location, *, footer_only: bool) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(source, memory_map=False) as file:
             yield file
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: the shard has no index; make it: python -m data_tools index RECIPE"
+        raise _MissingIndexError(
+            f"{path}: the shard has no index for this tokenizer and template; make it: "
+            "python -m data_tools index RECIPE"
         ) from None
     except pa.ArrowException as error:
         raise DataError(
@@ -217,7 +249,7 @@ def _read_footer(path: UPath) -> bytes:
     return read_tail(path, needed)
 
 
-def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> IndexHeader:
+def _header(schema: pa.Schema, path: Location, text: Mapping[str, str] | None) -> IndexHeader:
     try:
         header = IndexHeader(**json.loads((schema.metadata or {})[b"index"]))
     except (KeyError, TypeError, ValueError) as error:
@@ -233,7 +265,7 @@ def _header(schema: pa.Schema, path: Location, text: dict[str, str] | None) -> I
         if (then := getattr(header, field)) != now:
             raise DataError(
                 f"{path}: token counts were made with {field} {then}, the recipe's {field} is "
-                f"{now}; make the index again with data_tools index"
+                f"{now}; make one for it with data_tools index"
             )
     return header
 

@@ -39,9 +39,9 @@ class Quarantine:
     validated: dict[str, Any] | None = None
 
     def stamp(self) -> str:
-        """Digest of the quarantined keys."""
+        """Digest of the keys of damaged samples, whatever else a template refuses."""
         # An index depends on the samples that are left out, not on the reasons.
-        keys = json.dumps(sorted(entry.key for entry in self.entries))
+        keys = json.dumps(sorted(entry.key for entry in self.entries if entry.by == "validate"))
         return hashlib.sha256(keys.encode()).hexdigest()
 
     def replaced(
@@ -90,7 +90,7 @@ def write_quarantine(quarantine: Quarantine, shard: Path) -> None:
     if path.exists() and read_quarantine(shard) == quarantine:
         return
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(quarantine)}, indent=1).encode()
-    with atomic_write(path) as partial:
+    with atomic_write(path, concurrent=True) as partial:
         partial.write_bytes(text)
         # Never older than the shard, whose time may be in the future: it would count as stale.
         newest = max(partial.stat().st_mtime_ns, shard.stat().st_mtime_ns)
