@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +25,7 @@ MARK = "failed"
 NOTE = "checkpoints"
 LAUNCHER_SECONDS = 10.0
 """Time for a launcher to notice that another rank has died, and to end the rest."""
+FIRST_SECONDS = 0.5  # in which a rank lets the machine's first one say what all of them meet
 OTHERS_SECONDS = 1.0
 LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 """In messages of collectives whose other end is gone."""
@@ -36,8 +39,14 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
     checkpoints: the folder that a run saves to, for the line to say where the same command goes
         on; None where nothing was trained.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending
-    if not _is_first():
+    is_told_to_end = False
+    if ERROR_FILE in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is ending
+        if _has_lost_peer(error):
+            is_told_to_end = _wait_for_cause()
+        elif os.environ.get("LOCAL_RANK") != "0":
+            _wait_until(_has_failed, seconds=FIRST_SECONDS)  # the first rank logs, mostly
+    if not _leave_mark(MARK):
         # Tells the first rank that this one has ended by itself.
         _leave_mark(f"{MARK}.{os.getpid()}")
         _end_silently()
@@ -46,10 +55,10 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
         logger.error("%s", "".join(traceback.format_exception(error)).rstrip())
     line = describe_failure(error, checkpoints=checkpoints)
     logger.error("%s", line)
-    if _has_lost_peer(error):
-        _wait_for_launcher()
+    if is_told_to_end:
+        _end_silently()
     _write_error_file(line)
-    _wait_for_others()
+    _wait_until(_have_others_ended, seconds=OTHERS_SECONDS)
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return 1
@@ -108,11 +117,6 @@ def _has_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PEER)
 
 
-def _is_first() -> bool:
-    """True if no rank of this machine has failed before, and always without torchrun."""
-    return _leave_mark(MARK)
-
-
 def _leave_mark(name: str) -> bool:
     """Create a file for the ranks of this machine to see; false if it is there."""
     file = os.environ.get(ERROR_FILE)
@@ -128,24 +132,38 @@ def _leave_mark(name: str) -> bool:
     return True
 
 
-def _wait_for_others() -> None:
-    """Let ranks that meet the same error end: torchrun shows a block of lines for each that it has
-    to end."""
+def _marks() -> list[str]:
+    """Names of the marks of this machine's ranks; none without torchrun."""
     file = os.environ.get(ERROR_FILE)
-    others = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
-    ends = time.monotonic() + OTHERS_SECONDS
-    while file and time.monotonic() < ends:
-        if len(list(Path(file).parent.parent.glob(f"{MARK}.*"))) >= others:
-            return
+    if not file:
+        return []
+    return [path.name for path in Path(file).parent.parent.glob(f"{MARK}*")]
+
+
+def _has_failed() -> bool:
+    """Whether a rank of this machine has said why it ends."""
+    return MARK in _marks()
+
+
+def _have_others_ended() -> bool:
+    """Whether all other ranks have failed too. torchrun shows a block of lines for each that it has
+    to end."""
+    return len(_marks()) >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _wait_for_cause() -> bool:
+    """After the loss of a peer, wait until its rank has said why, or torchrun, which takes the first
+    rank to end for the cause, has noticed its death and ends this one. Whether it does."""
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    _wait_until(lambda: told.is_set() or _has_failed(), seconds=LAUNCHER_SECONDS)
+    return told.is_set()
+
+
+def _wait_until(condition: Callable[[], bool], *, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and not condition():
         time.sleep(0.02)
-
-
-def _wait_for_launcher() -> None:
-    """Let torchrun notice the rank that died and end this one: it takes the first to end for the
-    cause."""
-    if ERROR_FILE in os.environ:
-        signal.signal(signal.SIGTERM, lambda *_: _end_silently())
-        time.sleep(LAUNCHER_SECONDS)
 
 
 def _end_silently() -> NoReturn:

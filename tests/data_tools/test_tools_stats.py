@@ -72,6 +72,7 @@ def test_what_import_and_shard_rejected_is_told_by_reason(tmp_path: Path) -> Non
         records[number]["images"] = [f"gone{number}.png"]
     records[9] = {"nothing": "known"}
     (tmp_path / "records.json").write_text(json.dumps(records))
+    path = tmp_path / "imported.jsonl"
     arguments = ["--media", f"{tmp_path}/media", "--workers", "0"]
     assert (
         main(["import", "llava", f"{tmp_path}/records.json", "--out", str(path), *arguments]) == 0
