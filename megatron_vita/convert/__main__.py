@@ -73,6 +73,7 @@ def to_hf(
         str,
         typer.Option(
             "--format",
+            "--layout",  # its earlier name, which scripts have
             help="Folder format to write, possibly of one part (default: that of the origin).",
         ),
     ] = "",

@@ -254,6 +254,17 @@ def test_layouts_that_do_not_fit(ours: Path) -> None:
     refused_out(ours, "'nonsense'", "internvl-chat", folder_format="nonsense")
 
 
+@pytest.mark.parametrize("option", ["--format", "--layout"])
+def test_an_unknown_format_is_one_line_with_the_known_ones(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    code = main(["to-hf", str(ours), str(tmp_path / "out"), option, "nonsense"])
+    assert code == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: format is 'nonsense'; known: ")
+    assert "\n" not in error
+
+
 def test_layouts_of_other_models_are_refused_by_what_they_cannot_say(
     folder: Path, tmp_path: Path
 ) -> None:
