@@ -203,9 +203,10 @@ class Reference:
         if not tokenizer.chat_template:
             return "the folder has no chat template to compare prompts with"
         messages = [{"role": "user", "content": QUESTION}]
-        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        rendered: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        expected = list(rendered["input_ids"])
         ours = question_ids(encoder).tolist()
-        if ours != list(expected):
+        if ours != expected:
             raise CheckpointError(
                 f"{self.folder}: a question becomes {tokenizer.decode(expected)!r} by the chat template, "
                 f"but {tokenizer.decode(ours)!r} by the recipe"

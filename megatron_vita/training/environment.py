@@ -37,7 +37,7 @@ def describe_environment() -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of torch and the installed ones of `PACKAGES`."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

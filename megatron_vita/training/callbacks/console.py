@@ -44,7 +44,7 @@ class LogCallback(Callback):
             initial=run.step,
             bar_format=_BAR,
             dynamic_ncols=True,
-            postfix=["first step"],
+            postfix=["first step"],  # type: ignore[call-overload]
         )
         self._stack.enter_context(logging_redirect_tqdm())
         for handler in logging.getLogger().handlers:

@@ -29,6 +29,7 @@ class TensorBoardCallback(Callback):
         values = [
             Summary.Value(tag=name, simple_value=value) for name, value in metrics.scalars().items()
         ]
+        assert self.writer.file_writer is not None
         # one event for all: add_scalar takes as long for each value
         self.writer.file_writer.add_summary(Summary(value=values), metrics.step)
         if metrics.held_out or is_logged(run, metrics):
