@@ -451,7 +451,7 @@ def test_captions_stand_beside_media_of_every_suffix(tmp_path: Path) -> None:
         ("b.image", picture(), "b.image is an image by its first bytes, but not by its suffix"),
         ("b", picture(format="JPEG"), "b is an image by its first bytes"),
         ("b.wav", b"RIFF", "b.wav holds sound"),
-        ("b.raw", b"12 bits", "b.raw has a caption, but is no image or video"),
+        ("b.raw", b"12 bits", "b.raw has a caption, but is not an image or a video"),
         ("b.heic", b"", ""),
     ],
 )

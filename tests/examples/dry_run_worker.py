@@ -106,7 +106,7 @@ def main() -> None:
                 "gib": max(stage.memory.device for stage in report.stages) / 2**30,
                 "tokens": [int(pack.tokens.sum()) for pack in report.packs],
                 "tiles": [[int(pack.tiles.min()), int(pack.tiles.max())] for pack in report.packs],
-                "rows": [int(pack.rows.sum()) for pack in report.packs],
+                "loss_tokens": [int(pack.loss_tokens.sum()) for pack in report.packs],
                 "text": describe(recipe, report, ranks_per_node=8),
             }
     (folder / "found.json").write_text(json.dumps(found))
