@@ -26,8 +26,7 @@ def describe_members(shards: Sequence[Path], text: Mapping[str, str]) -> Iterato
 
 
 def count_members(index: SampleIndex, *, texts: Sequence[str]) -> dict[str, Counter[str]]:
-    """How often each suffix became an image, a video, a text, or nothing, in samples that are not of
-    ours."""
+    """Count how often each suffix became an image, a video, a text, or nothing, in foreign samples."""
     roles: dict[str, Counter[str]] = defaultdict(Counter)
     for row in map(index.row, range(len(index))):
         if not row.record:

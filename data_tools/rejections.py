@@ -25,7 +25,7 @@ class Rejections:
 
 
 def read_rejections(shards: Sequence[Location]) -> Rejections:
-    """Those listed beside shards, and beside the JSONL files that these were made of."""
+    """Collect the rejections listed beside shards, and beside the JSONL files of these shards."""
     reasons: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for tool, place, reason in _entries(shards):

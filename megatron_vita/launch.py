@@ -49,7 +49,7 @@ def _describe_death(failure: ProcessFailure) -> str:
 
 
 def _exit_code(code: int) -> int:
-    """What a shell makes of a process's end."""
+    """Exit code of a process as a shell gives it: 128 + n for signal n."""
     if code < 0:
         return 128 - code
     return code

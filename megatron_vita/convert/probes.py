@@ -63,7 +63,7 @@ def make_probes(recipe: Recipe, checkpoint: Path) -> list[Probe]:
 
 
 def encoder_of(recipe: Recipe, checkpoint: Path) -> SampleEncoder | None:
-    """How the prompts of a checkpoint are laid out; None where it has no tokenizer."""
+    """Return the sample encoder of a checkpoint; None if it has no tokenizer."""
     if not recipe.text.tokenizer:
         return None
     try:

@@ -1,5 +1,4 @@
-"""Whether a conversion is right: every tensor both ways, bit by bit, and forward passes where they
-fit."""
+"""Verification of a conversion: every tensor both ways, bit by bit, and logits of forward passes."""
 
 import dataclasses
 import logging
@@ -184,12 +183,12 @@ class Reference:
         return cls(folder=folder, model=model, lacks=lacks)
 
     def takes(self, probe: Probe) -> bool:
-        """Whether the model can be given a probe."""
+        """Return true if the model accepts a probe."""
         return self.model is not None and (not len(probe.pixels) or not self.lacks)
 
     @torch.no_grad()
     def logits(self, probe: Probe) -> Tensor:
-        """Those of `_our_logits`."""
+        """Logits [rows, vocabulary] of the last positions of a probe, in float32."""
         media = {"pixel_values": probe.pixels} if len(probe.pixels) else {}
         found = self.model(input_ids=probe.ids[None], logits_to_keep=ROWS, **media)
         return found.logits[0].float()

@@ -30,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """Where a chart's values lie on its area."""
+    """Mapping of a chart's values to pixels of its area."""
 
     x: tuple[float, float]
     y: tuple[float, float]

@@ -29,7 +29,7 @@ class Segment:
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What a run has written, each step once."""
+    """Records of a run, each step once."""
 
     name: str
     folder: Path
@@ -58,7 +58,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What lies in a run's folder.
+    """Read the records in a run's folder.
 
     Raises:
         DataError: there is no `metrics.jsonl`, or nothing in it.

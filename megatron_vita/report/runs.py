@@ -81,7 +81,7 @@ def _lead(runs: Sequence[RunRecord]) -> str:
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    """What a run has reached, as HTML, by name."""
+    """Summary of a run's progress: HTML by name."""
     last = max(run.steps, default=0)
     facts = {
         "state": _state(run),
@@ -154,7 +154,7 @@ def _waiting(run: RunRecord) -> str:
 
 
 def _most_memory(run: RunRecord) -> str:
-    """Of the device, or of the host where it computes."""
+    """Peak memory of the device, or of the host in runs on CPU."""
     for name in ("memory/peak_gib", "memory/host_gib"):
         if points := run.series(name):
             return f"{max(value for _, value in points):.3g} GiB"
@@ -231,7 +231,7 @@ def _recorded(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _damage(runs: Sequence[RunRecord]) -> str:
-    """How many samples could not be read as they are, and the first of them."""
+    """Number of damaged samples of each run, and the first of them."""
     parts = []
     for run in runs:
         count = sum(value for _, value in run.series("data/damaged"))

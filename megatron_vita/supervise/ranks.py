@@ -141,13 +141,15 @@ def _marks() -> list[str]:
 
 
 def _has_failed() -> bool:
-    """Whether a rank of this machine has said why it ends."""
+    """Return true if a rank of this machine has said why it ends."""
     return MARK in _marks()
 
 
 def _have_others_ended() -> bool:
-    """Whether all other ranks have failed too. torchrun shows a block of lines for each that it has
-    to end."""
+    """Return true if all other ranks of this machine have failed too.
+
+    torchrun shows a block of lines for each rank that it has to end.
+    """
     return len(_marks()) >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
