@@ -143,6 +143,7 @@ def test_a_sample_whose_readers_die_in_different_ways_costs_itself_alone(
     assert "3 processes ended" in pack.damages[0].reason
 
 
+@pytest.mark.alone
 def test_a_pack_that_takes_long_is_not_taken_for_a_hang_of_a_sample(world: World) -> None:
     stream = hostile(train_stream(world), "dawdle", pack=0)
     pack = next(read_packs(stream, tasks(stream), num_workers=1, sample_seconds=1))

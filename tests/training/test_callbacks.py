@@ -353,6 +353,7 @@ class Busy(Callback):
         run.record("mine/most", metrics.tokens, reduce="max")
 
 
+@pytest.mark.alone
 def test_hooks_and_writers_take_less_than_a_hundredth_of_a_demo_step(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

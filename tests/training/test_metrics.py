@@ -138,6 +138,7 @@ def test_time_is_that_of_the_rank_that_waited_longest(monkeypatch: pytest.Monkey
     assert 0.1 <= found[0]["waiting"] < 0.5
 
 
+@pytest.mark.alone
 def test_counting_and_reducing_take_less_than_half_a_percent_of_a_second() -> None:
     platform.initialize_process()
     recipe = tiny_recipe()
