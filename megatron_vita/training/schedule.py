@@ -17,12 +17,19 @@ class RegisteredSchedule(OptimizerParamScheduler):
         warms_up = self.lr_warmup_steps > 0 and self.num_steps <= self.lr_warmup_steps
         if warms_up or self.num_steps > self.lr_decay_steps:
             return super().get_lr(param_group)
-        highest = param_group.get("max_lr", self.max_lr)
-        lowest = param_group.get("min_lr", self.min_lr)
+        highest = _own_or(param_group.get("max_lr"), self.max_lr)
+        lowest = _own_or(param_group.get("min_lr"), self.min_lr)
         steps = self.lr_decay_steps - self.lr_warmup_steps
         course = SCHEDULES[self.lr_decay_style]
         assert course is not None
         return lowest + (highest - lowest) * course((self.num_steps - self.lr_warmup_steps) / steps)
+
+
+def _own_or(own: float | None, common: float) -> float:
+    """Return the group's own bound, which megatron-core may set to None, or the common one."""
+    if own is None:
+        return common
+    return own
 
 
 def build_schedule(built: MegatronOptimizer, recipe: Recipe) -> OptimizerParamScheduler:

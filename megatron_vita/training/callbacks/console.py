@@ -32,6 +32,7 @@ class LogCallback(Callback):
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self._bar: tqdm[Any] | None = None
+        self._brief = ["first step"]  # the bar shows what is in it
         self._stack = ExitStack()
 
     def on_start(self, run: Run) -> None:
@@ -44,7 +45,7 @@ class LogCallback(Callback):
             initial=run.step,
             bar_format=_BAR,
             dynamic_ncols=True,
-            postfix=["first step"],  # type: ignore[call-overload]
+            postfix=self._brief,  # type: ignore[call-overload]
         )
         self._stack.enter_context(logging_redirect_tqdm())
         for handler in logging.getLogger().handlers:
@@ -67,7 +68,7 @@ class LogCallback(Callback):
         logger.info("%s", _describe_step(run, metrics, left=left), extra={STEP_LINE: True})
         if self._bar is not None:
             self._bar.n = run.step
-            self._bar.postfix[0] = _describe_briefly(metrics, left=left)
+            self._brief[0] = _describe_briefly(metrics, left=left)
             self._bar.refresh()
 
     def on_validation(self, run: Run, metrics: StepMetrics) -> None:
