@@ -4,11 +4,14 @@ Every write here has the same promise: when the function returns, the content is
 then, a reader sees the old file or none, never a part of the new one.
 """
 
+import fcntl
+import glob
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,48 @@ from typing import Any
 def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     """Yield a temporary path, whose file replaces `path` at the end of the block.
 
-    On an error the temporary file is removed. A kill leaves it (`NAME.partial`) to be overwritten
-    by the next attempt.
+    On an error the temporary file is removed. A kill leaves it to the next writer, which overwrites
+    or removes it.
 
-    concurrent: several processes may write the file at a time, each a temporary one of its own
-        (`NAME.HEX.partial`); the last one to end wins.
+    Args:
+        path: the file to replace, in a folder that exists.
+        concurrent: several processes may write the file at a time, each a temporary one of its own
+            (`NAME.HEX.partial` for `NAME.partial`); the last one to end wins.
     """
-    suffix = f".{secrets.token_hex(4)}.partial" if concurrent else ".partial"
-    partial = path.with_name(path.name + suffix)
+    partial = path.with_name(path.name + ".partial")
+    lock: AbstractContextManager[None] = nullcontext()
+    if concurrent:
+        _remove_abandoned(path)
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        lock = _locked(partial)
     try:
-        yield partial
-        sync(partial)
-        publish(partial, path)
+        with lock:
+            yield partial
+            sync(partial)
+            publish(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a new file, by which others see that its writer lives."""
+    with open(path, "wb") as file:
+        # Without locks on this file system nobody gets one, so nothing is taken for abandoned.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of killed writers."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError), open(partial, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A younger file may be one whose writer has not locked it yet.
+            if time.time() - os.fstat(file.fileno()).st_mtime > 1:
+                partial.unlink()
 
 
 def publish(source: Path, target: Path) -> None:

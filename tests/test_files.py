@@ -101,3 +101,21 @@ def test_any_text_is_one_line(tmp_path: Path, text: str) -> None:
     ensure_ascii = text == "\ud800"  # which UTF-8 cannot encode
     append_json_lines(tmp_path / "lines.jsonl", [{"text": text}] * 2, ensure_ascii=ensure_ascii)
     assert entries_of(tmp_path / "lines.jsonl") == [{"text": text}] * 2
+
+
+def test_a_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_kept(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a"
+    abandoned = tmp_path / "a.0123abcd.partial"
+    abandoned.write_text("half")
+    os.utime(abandoned, (0, 0))
+    with atomic_write(path, concurrent=True) as living:
+        living.write_text("slow")
+        os.utime(living, (0, 0))
+        assert not abandoned.exists()
+        with atomic_write(path, concurrent=True) as other:
+            other.write_text("quick")
+        assert path.read_text() == "quick"
+    assert path.read_text() == "slow"
+    assert os.listdir(tmp_path) == ["a"]
