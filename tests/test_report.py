@@ -38,7 +38,7 @@ def write_run(folder: Path, *, steps: int = 6, **more: Any) -> Path:
 
 def page_of(*folders: Path) -> str:
     out = folders[0].parent / "report.html"
-    assert main([*map(str, folders), "--out", str(out), "--pack", "-1"]) == 0
+    assert main([*map(str, folders), "--out", str(out), "--pack", "0"]) == 0
     return out.read_text()
 
 

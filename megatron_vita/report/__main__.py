@@ -26,11 +26,11 @@ def report(
         typer.Argument(help="Folders of runs: training.run_dir, or else checkpoint.save."),
     ],
     out: Annotated[Path, typer.Option(help="The page, one HTML file.")] = Path("report.html"),
-    pack: Annotated[int, typer.Option(help="Pack of each run to show as a picture; -1: none.")] = 0,
+    pack: Annotated[int, typer.Option(help="Pack of each run to show, from 1; 0: none.")] = 1,
 ) -> None:
     """Show loss, speed, memory, data, damage, restarts and a pack of runs, side by side."""
     records = [read_run(folder) for folder in runs]
-    pictures = [_picture(record, pack) for record in records if pack >= 0 and record.recipe]
+    pictures = [_picture(record, pack) for record in records if pack and record.recipe]
     write_report(records, out, pictures=pictures)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 

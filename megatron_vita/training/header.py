@@ -51,7 +51,7 @@ def _plan(run: Run, plan: PackPlan) -> str:
     last = run.consumed_packs + (training.train_iters - run.step) * training.global_batch_size
     return (
         f"plan: {plan.num_packs:,} packs of {data.seq_length:,} tokens in {data.epochs} epochs; steps {run.step + 1} "
-        f"to {training.train_iters} take packs {run.consumed_packs:,} to {last - 1:,}, up to epoch "
+        f"to {training.train_iters} take packs {run.consumed_packs + 1:,} to {last:,}, up to epoch "
         f"{data.epochs * last / plan.num_packs:.2f}"
     )
 

@@ -157,7 +157,7 @@ def test_counting_and_reducing_take_less_than_half_a_percent_of_a_second() -> No
 
 def test_model_flops_of_training_are_three_times_the_forward_where_all_is_trained() -> None:
     recipe = tiny_recipe()
-    load = {"tiles": 7, "rows": 20}
+    load = {"tiles": 7, "loss_tokens": 20}
     forward = pack_flops(recipe, [48, 16], **load)
     assert training_flops(recipe, [48, 16], **load).total == 3 * forward
     joined = tiny_recipe(isolate_documents=False)
@@ -166,7 +166,7 @@ def test_model_flops_of_training_are_three_times_the_forward_where_all_is_traine
 
 
 def test_frozen_parts_count_only_what_gradients_pass_through() -> None:
-    load = {"lengths": [64], "tiles": 7, "rows": 20}
+    load = {"lengths": [64], "tiles": 7, "loss_tokens": 20}
     whole = training_flops(tiny_recipe(), **load)
     language = training_flops(tiny_recipe(freeze_language_model=True), **load)
     assert language.linear * 3 == whole.linear * 2

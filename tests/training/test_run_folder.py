@@ -246,7 +246,7 @@ def test_a_terminal_shows_a_bar_and_a_file_shows_lines(
 
 def test_a_run_begins_with_its_plan_and_the_places_where_it_logs(restarted: Path) -> None:
     log = (restarted / "log.txt").read_text()
-    (record,) = {line for line in log.splitlines() if "steps 3 to 4 take packs 8 to 15" in line}
+    (record,) = {line for line in log.splitlines() if "steps 3 to 4 take packs 9 to 16" in line}
     assert "packs of 256 tokens in 4 epochs" in record
     assert f"logs: folder {restarted}" in log
     assert re.search(r"checkpoints: about \d.* each, every 2 steps; 2 are kept", log)
@@ -383,5 +383,5 @@ def test_the_page_of_a_run_shows_a_pack_that_it_has_seen(restarted: Path, tmp_pa
     assert report([str(restarted), "--out", str(out)]) == 0
     page = out.read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == 1
-    assert "pack 0 of the training plan" in page
+    assert "pack 1 of the training plan" in page
     assert "error: callback " in page
