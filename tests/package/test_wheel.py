@@ -74,7 +74,12 @@ def test_the_wheel_holds_both_packages_with_their_data(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert {name for name in held if ".dist-info/" not in name} == tracked
-    for name in ("server/page.html", "report/page.css", "megatron_vita/py.typed", "data_tools/py.typed"):
+    for name in (
+        "server/page.html",
+        "report/page.css",
+        "megatron_vita/py.typed",
+        "data_tools/py.typed",
+    ):
         assert any(path.endswith(name) for path in held)
 
 
