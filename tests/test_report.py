@@ -117,7 +117,7 @@ def test_pictures_that_cannot_be_made_say_why(tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text("text: {tokenizer: nowhere.model}\n")
     out = tmp_path / "page.html"
     assert main([str(folder), "--out", str(out)]) == 0
-    assert re.search(r"pack 0 of the training plan: .*nowhere.model", out.read_text())
+    assert re.search(r"pack 1 of the training plan: .*nowhere.model", out.read_text())
 
 
 def places(chart: str, kind: str) -> list[tuple[float, float]]:
