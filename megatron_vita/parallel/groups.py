@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _world
 
 from megatron_vita.config import ParallelConfig
 from megatron_vita.layout.slicing import RankLayout
@@ -22,6 +23,7 @@ _host_groups: dict[str, ProcessGroup] = {}  # of this rank's replica, by purpose
 # The sizes for which the groups were created. megatron-core keeps the groups in global state too,
 # but not whether the vision tower is split over TP.
 _current = ParallelConfig()
+_created: list[ProcessGroup] = []
 
 
 def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> None:
@@ -37,9 +39,9 @@ def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> No
     _current = copy.deepcopy(parallel)
     if parallel_state.is_initialized():
         if all(getattr(previous, name) == getattr(parallel, name) for name in _GROUP_FIELDS):
-            # Each group starts threads that outlive it: tests and conversion initialize often.
             return
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
+    existing = set(_world.pg_map)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -49,7 +51,21 @@ def initialize_groups(parallel: ParallelConfig, *, with_gloo: bool = True) -> No
         create_gloo_process_groups=with_gloo,
     )
     _make_host_groups(parallel, with_gloo=with_gloo)
+    _created[:] = [group for group in _world.pg_map if group not in existing]
     assert tile_group().rank() == rank_layout().tile_rank, "tile ranks count TP fastest, then CP"
+
+
+def _destroy_groups() -> None:
+    """Destroy the groups that were created last, after all ranks have stopped using them."""
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+    _host_groups.clear()
+    for group in _created:
+        # megatron-core destroys some of its groups and forgets the others. A gloo group keeps
+        # several threads until it is destroyed: after ten layouts a process would have hundreds.
+        if group in _world.pg_map and dist.get_backend(group) == "gloo":
+            dist.destroy_process_group(group)
+    _created.clear()
 
 
 def _make_host_groups(parallel: ParallelConfig, *, with_gloo: bool) -> None:
