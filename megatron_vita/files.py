@@ -15,6 +15,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any
 
+_BLOCK_BYTES = 1 << 16
+
 
 @contextmanager
 def atomic_write(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
@@ -92,11 +94,29 @@ def append_json_lines(
     path: Path, entries: Iterable[Mapping[str, Any]], *, ensure_ascii: bool = True
 ) -> None:
     """Append entries to a JSONL file durably, after removing a torn last line."""
-    with open(path, "ab+") as file:
-        _cut_torn_line(file.fileno())
+    cut_torn_line(path)
+    with open(path, "ab") as file:
         file.writelines(line.encode() for line in _lines(entries, ensure_ascii))
         file.flush()
         os.fsync(file.fileno())
+
+
+def cut_torn_line(path: Path) -> None:
+    """Truncate a file to its last line feed, if it exists; what follows was torn by a kill."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        # From the end, since a file that grew for days is long and its last line is not.
+        while end > 0:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            place = file.read(end - start).rfind(b"\n")
+            if place >= 0:
+                file.truncate(start + place + 1)
+                return
+            end = start
+        file.truncate(0)
 
 
 def complete_lines(path: Path) -> list[bytes]:
@@ -110,12 +130,3 @@ def complete_lines(path: Path) -> list[bytes]:
 def _lines(entries: Iterable[Mapping[str, Any]], ensure_ascii: bool) -> Iterator[str]:
     for entry in entries:
         yield json.dumps(entry, ensure_ascii=ensure_ascii) + "\n"
-
-
-def _cut_torn_line(descriptor: int) -> None:
-    """Truncate an open file to its last line feed; what follows was torn by a kill."""
-    size = os.fstat(descriptor).st_size
-    # Mostly nothing is torn, which the last byte shows without reading a long file.
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        content = os.pread(descriptor, size, 0)
-        os.ftruncate(descriptor, content.rfind(b"\n") + 1)

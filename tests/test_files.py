@@ -10,6 +10,7 @@ from megatron_vita.files import (
     append_json_lines,
     atomic_write,
     complete_lines,
+    cut_torn_line,
     publish,
     write_json_lines,
 )
@@ -119,3 +120,24 @@ def test_a_file_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_kept(
         assert path.read_text() == "quick"
     assert path.read_text() == "slow"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "left"),
+    [
+        (b"", b""),
+        (b"torn", b""),
+        (b"whole\n", b"whole\n"),
+        (b"whole\ntorn", b"whole\n"),
+        (b"whole\n" + b"x" * 200_000, b"whole\n"),
+        (b"x" * 70_000 + b"\n" + b"y" * 65_535, b"x" * 70_000 + b"\n"),
+    ],
+)
+def test_what_a_kill_has_left_of_a_line_is_cut_off(
+    tmp_path: Path, content: bytes, left: bytes
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    cut_torn_line(path)
+    path.write_bytes(content)
+    cut_torn_line(path)
+    assert path.read_bytes() == left

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -14,8 +13,8 @@ import yaml
 
 from megatron_vita.config import Recipe
 from megatron_vita.config.run_files import ENVIRONMENT, LOG, RECIPE
+from megatron_vita.files import cut_torn_line
 
-_BLOCK = 1 << 16
 logger = logging.getLogger(__name__)
 
 
@@ -44,23 +43,6 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     cut_torn_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def cut_torn_line(path: Path) -> None:
-    """Cut off the end of a file after its last line break: what a kill has left of a line."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - _BLOCK)
-            file.seek(start)
-            place = file.read(end - start).rfind(b"\n")
-            if place >= 0:
-                file.truncate(start + place + 1)
-                return
-            end = start
-        file.truncate(0)
 
 
 class RunLog:

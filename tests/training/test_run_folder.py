@@ -26,7 +26,7 @@ from megatron_vita.training import environment, pace
 from megatron_vita.training.callbacks import Callback, optional
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog, cut_torn_line
+from megatron_vita.training.run_folder import RunLog
 from tests.functional.toy_run import make_toy_run
 
 FAST = ["data.num_workers=0", "training.eval_interval=0", "checkpoint.save=''"]
@@ -150,27 +150,6 @@ def test_the_folder_may_be_another_than_that_of_checkpoints(
     line = r"FolderCallback.on_start, .*/file/run: the run's folder cannot be written: Not a dir"
     with pytest.raises(CallbackError, match=line):
         train(load_recipe(recipe_path, fields))
-
-
-@pytest.mark.parametrize(
-    ("content", "left"),
-    [
-        (b"", b""),
-        (b"torn", b""),
-        (b"whole\n", b"whole\n"),
-        (b"whole\ntorn", b"whole\n"),
-        (b"whole\n" + b"x" * 200_000, b"whole\n"),
-        (b"x" * 70_000 + b"\n" + b"y" * 65_535, b"x" * 70_000 + b"\n"),
-    ],
-)
-def test_what_a_kill_has_left_of_a_line_is_cut_off(
-    tmp_path: Path, content: bytes, left: bytes
-) -> None:
-    path = tmp_path / "rows.jsonl"
-    cut_torn_line(path)
-    path.write_bytes(content)
-    cut_torn_line(path)
-    assert path.read_bytes() == left
 
 
 def test_lines_from_before_the_folder_is_known_are_in_its_log(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from megatron_vita.config.run_files import METRICS
 from megatron_vita.errors import PlatformError
+from megatron_vita.files import cut_torn_line
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.environment import describe_environment
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
-from megatron_vita.training.run_folder import RunLog, cut_torn_line, note_start
+from megatron_vita.training.run_folder import RunLog, note_start
 
 
 class FolderCallback(Callback):
