@@ -14,14 +14,24 @@ IMAGE_SHARE = 0.6
 SCORED_SHARE = 0.1
 
 
-def make_pack(recipe: Recipe, *, documents: int, seed: int) -> Batch:
-    """A pack of `documents` of equal length with their tiles at the start, a tenth of the other
-    tokens scored; all tiles, of which a text-only model has none."""
+def make_pack(
+    recipe: Recipe, *, documents: int, seed: int, length: int = 0, tiles: int = 0
+) -> Batch:
+    """Make a pack of `documents` of equal length with their tiles at the start.
+
+    A tenth of the other tokens is scored. The pack has all tiles; those of a text-only model are none.
+
+    Args:
+        length: tokens of the pack; 0: the recipe's.
+        tiles: number of tiles, a multiple of `documents`; 0: such that 60 % are image tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
-    length = recipe.data.seq_length
+    length = length or recipe.data.seq_length
     rows = recipe.model.vision.image_token_length
     each = length // documents
-    per_document = 0 if recipe.model.text_only else int(each * IMAGE_SHARE / rows)
+    per_document = tiles // documents or int(each * IMAGE_SHARE / rows)
+    if recipe.model.text_only:
+        per_document = 0
     placements = torch.cat(
         [d * each + torch.arange(per_document) * (rows + 2) + 1 for d in range(documents)]
     )

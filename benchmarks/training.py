@@ -34,6 +34,7 @@ BASELINES = Path(__file__).parent / "baselines"
 OPTIONS = {
     "tokens": "tokens of a pack",
     "documents": "documents of a pack, of equal length",
+    "tiles": "tiles of a pack; 0: such that 60 %% are image tokens",
     "packs": "packs of a replica in a step",
     "layers": "layers of the language model in the place of its own",
     "tp": "ranks of tensor parallelism",
@@ -41,6 +42,7 @@ OPTIONS = {
     "pp": "pipeline stages",
     "dp": "replicas",
     "warm_up": "steps that are not counted",
+    "warm_up_tokens": "tokens of the packs of those steps; 0: the same packs",
     "steps": "steps that are counted",
 }
 

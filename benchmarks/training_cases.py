@@ -72,6 +72,7 @@ class Case:
     layers: int = 0  # 0: the model's own
     tokens: int = 32768
     documents: int = 4
+    tiles: int = 0  # of a pack; 0: such that 60 % are image tokens
     packs: int = 1  # of a replica in a step
     tp: int = 1
     cp: int = 1
@@ -82,6 +83,7 @@ class Case:
     levers: list[str] = field(default_factory=list)  # overrides of the recipe
     peer: str = ""  # another program in the place of this one
     warm_up: int = 1
+    warm_up_tokens: int = 0  # of the packs of warm-up steps; 0: the same packs
     steps: int = 3
     profile: bool = False
 
@@ -106,8 +108,10 @@ class Case:
             return self.case
         layers = f"{self.layers}-layers" if self.layers else ""
         packs = f"{self.packs}-packs" if self.packs > 1 else ""
+        tiles = f"{self.tiles}-tiles" if self.tiles else ""
         length = f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else str(self.tokens)
-        parts = [self.model, layers, length, f"{self.documents}-documents", packs, self.layout]
+        documents = f"{self.documents}-documents"
+        parts = [self.model, layers, length, documents, tiles, packs, self.layout]
         parts += [self.peer or self.backend, *(lever.split(".")[-1] for lever in self.levers)]
         return re.sub(r"[^\w.+-]+", "-", "-".join(part for part in parts if part)).strip("-")
 
@@ -138,8 +142,8 @@ def case_from_dict(values: dict[str, Any]) -> Case:
     """A case from plain values.
 
     Raises:
-        ConfigError: an unknown field or model, documents that do not divide the tokens, or what the
-            peer cannot do.
+        ConfigError: an unknown field or model, documents that do not divide the tokens or tiles,
+            more tiles than the tokens hold, or what the peer cannot do.
     """
     known = {field.name for field in dataclasses.fields(Case)}
     if unknown := values.keys() - known:
@@ -149,11 +153,27 @@ def case_from_dict(values: dict[str, Any]) -> Case:
         raise ConfigError(f"model is {case.model!r}; known: {', '.join(MODELS)}")
     if case.tokens % case.documents:
         raise ConfigError(f"tokens {case.tokens} are not a multiple of documents {case.documents}")
+    _check_tiles(case)
     if case.peer and (case.gpus != case.dp or case.documents != 1 or case.packs != 1):
         raise ConfigError(
             f"case {case.name}: a peer takes one pack of one document on each GPU: documents 1, packs 1, and dp alone"
         )
     return case
+
+
+def _check_tiles(case: Case) -> None:
+    """Refuse tiles that the pack cannot hold or that do not divide over its documents."""
+    if not case.tiles:
+        return
+    if case.peer or MODELS[case.model].get("text_only"):
+        raise ConfigError(f"tiles {case.tiles}: a peer or a text-only model takes none")
+    rows = case.recipe().model.vision.image_token_length + 2
+    most = case.tokens // case.documents // rows * case.documents
+    if case.tiles % case.documents or case.tiles > most:
+        raise ConfigError(
+            f"tiles {case.tiles}: a multiple of documents {case.documents} is needed, "
+            f"at most {most} in {case.tokens} tokens"
+        )
 
 
 def read_cases(path: Path, defaults: dict[str, Any]) -> list[Case]:

@@ -62,9 +62,13 @@ class Measurement:
         """Record the memory allocated before the first step."""
         self.write(static_gib=round(most(_allocated()) / GIB, 2))
 
-    def run(self, step: Callable[[], StepResult]) -> None:
-        """Run all steps of the case."""
-        for _ in range(self.case.warm_up + self.case.steps):
+    def run(
+        self, step: Callable[[], StepResult], *, warm_up: Callable[[], StepResult] | None = None
+    ) -> None:
+        """Run all steps of the case; warm-up steps are `step` too if nothing else is given."""
+        for _ in range(self.case.warm_up):
+            self._time(warm_up or step)
+        for _ in range(self.case.steps):
             self._time(step)
 
     def _time(self, step: Callable[[], StepResult]) -> None:

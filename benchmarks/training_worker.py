@@ -10,6 +10,7 @@ from training_measure import GIB, Measurement, PackContent, StepResult, work_thr
 from training_profile import profile_step
 
 from megatron_vita.costs.memory import PackLoad, rank_memory
+from megatron_vita.data.batch import Batch
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import assemble_run
@@ -31,7 +32,7 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
     """Run a case in the existing process group and return its result. Collective."""
     recipe = case.recipe()
     groups.initialize_groups(recipe.parallel)
-    pack = make_pack(recipe, documents=case.documents, seed=1)
+    pack = make_pack(recipe, documents=case.documents, seed=1, tiles=case.tiles)
     rows = int((pack.labels != IGNORED_LABEL).sum())
     content = PackContent(pack.document_starts.diff().tolist(), len(pack.tiles), rows)
     measurement = Measurement(case, out, content, estimated_gib=estimated_gib(case, content))
@@ -39,12 +40,16 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
     measurement.write(backend=run.unwrapped_models[0].language_model.backend.name)
     measurement.note_static_memory()
     batch = dealt_to_this_rank(pack)
+    first = batch
+    if case.warm_up_tokens:
+        shorter = make_pack(recipe, documents=1, seed=2, length=case.warm_up_tokens)
+        first = dealt_to_this_rank(shorter)
 
-    def step() -> StepResult:
+    def step(batch: Batch = batch) -> StepResult:
         metrics = train_step(run, iter([batch] * case.packs))
         return StepResult(metrics.loss, metrics.grad_norm)
 
-    measurement.run(step)
+    measurement.run(step, warm_up=lambda: step(first))
     if case.profile:
         measurement.write(profile=profile_step(step))
     measurement.write(status="complete")

@@ -1,5 +1,6 @@
 """Pinned host memory, asynchronous copies to the device, and the free memory of the host."""
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from megatron_vita.errors import PlatformError
 _THREADS = 8  # to touch new pages: one thread clears only a few GiB/s
 # Version 1 of control groups writes "no limit" as a number close to 2^63.
 _UNLIMITED = 1 << 60
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14  # of Linux
 _pinned: dict[int, int] = {}  # sizes of the buffers pinned here, by address
 
 
@@ -79,6 +82,9 @@ def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
         buffers = [torch.empty(size, dtype=torch.uint8, device="cpu") for size in sizes]
     except RuntimeError as error:
         raise _refusal(sum(sizes), str(error)) from error
+    # CUDA registers memory page by page, so that few large pages take less time.
+    for buffer in buffers:
+        _ask_for_huge_pages(buffer)
     if torch.cuda.is_available():
         # Registration would touch all pages from one thread: let several do it before.
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -86,6 +92,16 @@ def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
         for buffer in buffers:
             _pin(buffer, total=sum(sizes))
     return buffers
+
+
+def _ask_for_huge_pages(buffer: Tensor) -> None:
+    """Advise the kernel to use huge pages for the whole ones in a buffer; it may decline."""
+    start = -(-buffer.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    end = (buffer.data_ptr() + len(buffer)) // _HUGE_PAGE * _HUGE_PAGE
+    if end > start:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE
+        )
 
 
 def _pin(buffer: Tensor, *, total: int) -> None:

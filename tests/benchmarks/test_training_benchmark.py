@@ -54,6 +54,15 @@ def test_a_case_on_the_cpu_has_all_keys_and_rates_that_follow_from_its_step(resu
     assert flops == pytest.approx(result["step_flops"], rel=0.3, abs=1e10)  # rounded to two places
 
 
+def test_warm_up_packs_may_be_shorter_and_tiles_chosen(tmp_path: Path) -> None:
+    case = Case(**TINY | {"warm_up": 1, "warm_up_tokens": 128, "steps": 1, "tiles": 80})
+    training_worker.measure(case, tmp_path / "warm.json")
+    found = read_result(tmp_path / "warm.json")
+    assert found["tiles"] == 80
+    assert len(found["steps"]) == 2
+    assert found["step_seconds"] == found["steps"][1]
+
+
 def test_the_peer_is_measured_by_the_same_keys(result: dict, tmp_path: Path) -> None:
     import training_peer
 
@@ -233,6 +242,9 @@ def test_a_file_of_cases_takes_options_as_defaults_and_names_differ(tmp_path: Pa
         ({"model": "9b"}, "model is '9b'; known: 7b, 14b"),
         ({"peer": "transformers", "tp": 2}, "a peer takes one pack of one document on each GPU"),
         ({"documents": 3}, "tokens 32768 are not a multiple of documents 3"),
+        ({"tiles": 6}, "tiles 6: a multiple of documents 4 is needed, at most 124 in 32768 tokens"),
+        ({"tiles": 128}, "tiles 128: a multiple of documents 4 is needed, at most 124"),
+        ({"tiles": 4, "model": "8b-text"}, "tiles 4: a peer or a text-only model takes none"),
     ],
 )
 def test_cases_that_cannot_be_are_refused(values: dict, message: str) -> None:

@@ -120,3 +120,22 @@ def test_memory_that_cannot_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(PlatformError, match=r"pinned host memory .*cudaHostRegister gave error 2"):
         pin(monkeypatch, runtime, [64, 128])
     assert runtime.pinned == []
+
+
+def _flags_of_mapping(address: int) -> str:
+    """Return the kernel's flags of the mapping that holds `address`."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(bound, 16) for bound in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return line
+    return ""
+
+
+def test_buffers_ask_for_huge_pages() -> None:
+    buffer = host_buffers([8 << 20])[0]
+    middle = buffer.data_ptr() + len(buffer) // 2
+    assert " hg" in _flags_of_mapping(middle)
