@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from megatron_vita.config.recipe import Recipe
-from megatron_vita.rounding import ceil_div
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,8 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
         rows = 0
         # Only a recomputed MLP can be split: else its activations are kept whole anyway.
         if i < recomputed or selective:
-            rows = _mlp_rows(recipe)
+            # A chunk is gathered from all TP ranks: each gives its part of the tokens.
+            rows = recipe.rows_of_rank(training.mlp_chunk_tokens)
         plan.append(
             LayerMemory(
                 recompute=i < recomputed,
@@ -48,13 +48,3 @@ def layer_memory(recipe: Recipe, num_layers: int) -> list[LayerMemory]:
             )
         )
     return plan
-
-
-def _mlp_rows(recipe: Recipe) -> int:
-    """Rows of a rank in an MLP chunk of `training.mlp_chunk_tokens`."""
-    parallel = recipe.parallel
-    ranks = 1
-    if parallel.sequence_parallel:
-        # A chunk is gathered from all TP ranks, so that each gives its part of the tokens.
-        ranks = parallel.tensor_model_parallel_size
-    return ceil_div(recipe.training.mlp_chunk_tokens, ranks)

@@ -12,8 +12,11 @@ from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.text import TextConfig
 from megatron_vita.config.training import TrainingConfig
+from megatron_vita.rounding import ceil_div
 
 FORMAT_VERSION = 1
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128}
+"""Divisors of a matrix's rows and columns by `training.fp8_recipe`: units of the products, blocks."""
 FA4_WIDTHS = (64, 128)
 """Head sizes for which FlashAttention 4.0.0b36 is correct: at 80, gradients are wrong on Hopper."""
 
@@ -46,6 +49,7 @@ class Recipe:
         self.check_tensor_parallel()
         self._check_context_parallel()
         self._check_backend()
+        self._check_fp8()
         self._check_layers()
         self._check_sequence()
         self._check_parts()
@@ -121,6 +125,56 @@ class Recipe:
         if name == "fa4":
             obstacle = self.fa4_obstacle()
             require(not obstacle, f"parallel.attention_backend is fa4, but {obstacle}")
+
+    def _check_fp8(self) -> None:
+        name = self.training.fp8_recipe
+        if name == "none":
+            return
+        require(
+            self.parallel.attention_backend != "torch",
+            f"training.fp8_recipe is {name}, but parallel.attention_backend is torch: only te and "
+            "fa4 have 8-bit linear layers",
+        )
+        multiple = FP8_MULTIPLES[name]
+        for what, size in self._matrix_sizes().items():
+            require(
+                size % multiple == 0,
+                f"{what} is {size}: training.fp8_recipe {name} needs a multiple of {multiple}",
+            )
+        rows = self.rows_of_rank(self.data.seq_length // self.parallel.context_parallel_size)
+        piece = self.rows_of_rank(self.training.mlp_chunk_tokens)
+        require(
+            not piece or rows % piece == 0,
+            f"training.mlp_chunk_tokens is {self.training.mlp_chunk_tokens}: training.fp8_recipe "
+            f"{name} needs pieces of equal length",
+        )
+
+    def _matrix_sizes(self) -> dict[str, int]:
+        """Rows and columns of one rank's matrices, by the fields that they follow from."""
+        language = self.model.language
+        parallel = self.parallel
+        tp = parallel.tensor_model_parallel_size
+        heads = language.num_attention_heads // tp
+        joint = heads + 2 * language.query_groups_of_rank(tp)
+        return {
+            "data.seq_length over CP and SP ranks": self.rows_of_rank(
+                self.data.seq_length // parallel.context_parallel_size
+            ),
+            "training.mlp_chunk_tokens over SP ranks": self.rows_of_rank(
+                self.training.mlp_chunk_tokens
+            ),
+            "model.language.hidden_size": language.hidden_size,
+            "model.language.ffn_hidden_size over TP ranks": language.ffn_hidden_size // tp,
+            "model.language.num_attention_heads x kv_channels over TP ranks": heads
+            * language.kv_channels,
+            "the width of queries, keys and values over TP ranks": joint * language.kv_channels,
+        }
+
+    def rows_of_rank(self, tokens: int) -> int:
+        """Rows that a rank of a tensor-parallel group holds of `tokens`, rounded up."""
+        if not self.parallel.sequence_parallel:
+            return tokens
+        return ceil_div(tokens, self.parallel.tensor_model_parallel_size)
 
     def fa4_obstacle(self) -> str:
         """Reason why attention_backend fa4 cannot be used, naming the field; empty: it can be."""

@@ -7,6 +7,7 @@ from megatron_vita.config.fields import described, require
 
 RECOMPUTE = ("none", "full", "selective")
 RECOMPUTE_METHODS = ("block", "uniform")
+FP8_RECIPES = ("none", "tensorwise", "blockwise")
 RECOMPUTE_MODULES = ("core_attn", "mlp")
 RECOMPUTE_VISION_METHODS = ("layers", "tiles")
 
@@ -19,6 +20,12 @@ class TrainingConfig:
     global_batch_size: int = described(8, "Packs of one optimizer step, over all replicas.")
     seed: int = described(1234, "Seed of initial weights.")
     bf16: bool = described(False, "Compute in bfloat16, with fp32 main weights.")
+    fp8_recipe: str = described(
+        "none",
+        "8-bit linear layers of the language model by Transformer Engine, in both passes: none, "
+        "tensorwise (a scale for each tensor) or blockwise (for each 128 values). Needs bf16 and "
+        "attention_backend te or fa4.",
+    )
     freeze_vision_model: bool = described(False, "Freeze the vision tower.")
     freeze_projector: bool = described(False, "Freeze the projector.")
     freeze_language_model: bool = described(False, "Freeze the language model.")
@@ -113,6 +120,7 @@ class TrainingConfig:
                 getattr(self, name) >= 1,
                 f"training.{name} is {getattr(self, name)}: it must be at least 1",
             )
+        self._check_fp8()
         self._check_recompute()
         self._check_fit()
         self._check_profile()
@@ -129,6 +137,17 @@ class TrainingConfig:
                 not value or getattr(self, needed) != "",
                 f"training.{name} is {value!r}, which needs training.{needed}",
             )
+
+    def _check_fp8(self) -> None:
+        name = self.fp8_recipe
+        require(
+            name in FP8_RECIPES,
+            f"training.fp8_recipe is {name!r}; known: {', '.join(FP8_RECIPES)}",
+        )
+        require(
+            name == "none" or self.bf16,
+            f"training.fp8_recipe {name} needs training.bf16, the type of everything else",
+        )
 
     def _check_fit(self) -> None:
         # The other levers need one of these two, so that their own checks catch the rest.

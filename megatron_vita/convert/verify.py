@@ -122,7 +122,7 @@ def _our_logits(checkpoint: Path, recipe: Recipe, probes: list[Probe]) -> list[T
         recipe,
         parallel=ParallelConfig(),
         data=DataConfig(),
-        training=dataclasses.replace(recipe.training, bf16=False),
+        training=dataclasses.replace(recipe.training, bf16=False, fp8_recipe="none"),
     )
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe).eval()

@@ -199,6 +199,11 @@ def choose_backend(recipe: Recipe) -> AttentionBackend:
     name = recipe.parallel.attention_backend
     if name == "auto":
         name = _fastest_backend(recipe)
+        if name == "torch" and recipe.training.fp8_recipe != "none":
+            raise PlatformError(
+                f"training.fp8_recipe is {recipe.training.fp8_recipe}, but this machine has only "
+                "attention_backend torch, without 8-bit layers: set it to none"
+            )
     elif missing := _missing_for(name, recipe):
         raise PlatformError(
             f"parallel.attention_backend is {name}, but {missing}; use another of "

@@ -84,6 +84,7 @@ def _transformer_config(recipe: Recipe, *, fused: bool) -> TransformerConfig:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage or None,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage or None,
         **_recomputation(recipe),
+        **_quantization(recipe, fused=fused),
         # Gradients are sums over loss tokens, divided once by their number in the global batch: a
         # mean per pack would weigh tokens of packs with few of them more.
         calculate_per_token_loss=True,
@@ -121,6 +122,20 @@ def _recomputation(recipe: Recipe) -> dict[str, Any]:
         "recompute_granularity": "full",
         "recompute_method": training.recompute_method,
         "recompute_num_layers": training.recompute_num_layers or 1,
+    }
+
+
+def _quantization(recipe: Recipe, *, fused: bool) -> dict[str, Any]:
+    """Return megatron-core's fields of 8-bit linear layers, which only Transformer Engine has."""
+    name = recipe.training.fp8_recipe
+    if name == "none" or not fused:
+        return {}
+    return {
+        # Gradients need the range of E5M2, unless each block of values has a scale of its own.
+        "fp8": "e4m3" if name == "blockwise" else "hybrid",
+        "fp8_recipe": name,
+        # 8-bit weights kept from one forward pass to the next would miss an update between them.
+        "disable_parameter_transpose_cache": True,
     }
 
 

@@ -141,8 +141,8 @@ class RecomputingLayer(TransformerLayer):
     def _trains(self) -> bool:
         if not (self.training and torch.is_grad_enabled()):
             return False
-        # 8-bit formats update their scales in each forward, also in one that is run again.
-        assert not self.config.fp8, "a layer that is recomputed does not restore 8-bit scales"
+        # Delayed scaling updates its scales in each forward pass, also in one that is run again.
+        assert self.config.fp8_recipe != "delayed" or not self.config.fp8, "scales have a history"
         return True
 
     def project(self, hidden: Tensor, context: LayerContext) -> QueryKeyValue:
@@ -189,6 +189,9 @@ class RecomputingLayer(TransformerLayer):
         else:
             gate, up = joined.chunk(2, dim=-1)
             activated = config.activation_func(gate) * up
+        # An 8-bit product belongs to Transformer Engine, with its backward pass.
+        if config.fp8:
+            return mlp.linear_fc2(activated)[0]
         # Under SP the skipped output would have been scattered along the rows.
         group = None
         if config.sequence_parallel:
@@ -235,14 +238,15 @@ class _RecomputedLayer(torch.autograd.Function):
         # use.
         ctx.hidden = ctx.attention = ctx.activations = None
         activations.arrive()
-        with torch.enable_grad():
+        with torch.enable_grad(), layer.get_inner_quantization_context():
             if attention is None:
                 attended = layer.self_attention.attend(layer.project(hidden, context), context)
             else:
                 attended = attention.output.requires_grad_()
             projected = layer.self_attention.linear_proj(attended)[0]
         del attended
-        grad = layer.backpropagate_mlp(hidden.detach() + projected.detach(), grads[0])
+        with layer.get_inner_quantization_context():
+            grad = layer.backpropagate_mlp(hidden.detach() + projected.detach(), grads[0])
         # The next layer's tensors come back beside attention's backward, not the MLP's: that takes
         # more memory, to which they would be added.
         activations.fetch_before()
@@ -251,7 +255,7 @@ class _RecomputedLayer(torch.autograd.Function):
         # Kept attention: its backward needs no second forward, only queries, keys and values,
         # through whose projections its gradients go on to the layer's input.
         if attention is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), layer.get_inner_quantization_context():
                 parts = layer.project(hidden, context)
             torch.autograd.backward(parts, attention.backpropagate(parts))
         # Of the residual stream, and of the input through attention.
@@ -271,7 +275,10 @@ class _RecomputedMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
-        return ctx.layer.backpropagate_mlp(hidden, grads[0]), None
+        layer = ctx.layer
+        # Backward passes run outside megatron-core's block, which enters the context forward.
+        with layer.get_inner_quantization_context():
+            return layer.backpropagate_mlp(hidden, grads[0]), None
 
 
 class _KeptAttention:

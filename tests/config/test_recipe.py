@@ -279,6 +279,21 @@ def test_values_that_cannot_work_are_refused_with_what_would(
              "parallel.cp_comm_type=a2a"],
             "attention_backend is fa4, but parallel.cp_comm_type is a2a: fa4 gathers keys",
         ),
+        (["training.fp8_recipe=delayed"], "fp8_recipe is 'delayed'; known: none, tensorwise, blockwise"),
+        (["training.fp8_recipe=tensorwise"], "fp8_recipe tensorwise needs training.bf16"),
+        (
+            ["training.fp8_recipe=tensorwise", "training.bf16=true", "parallel.attention_backend=torch"],
+            "fp8_recipe is tensorwise, but parallel.attention_backend is torch",
+        ),
+        (
+            ["training.fp8_recipe=blockwise", "training.bf16=true", "data.seq_length=4160"],
+            "data.seq_length over CP and SP ranks is 4160: training.fp8_recipe blockwise needs a multiple of 128",
+        ),
+        (
+            ["training.fp8_recipe=tensorwise", "training.bf16=true", "data.seq_length=4096",
+             "training.mlp_chunk_tokens=1536", "training.recompute_granularity=full"],
+            "training.mlp_chunk_tokens is 1536: training.fp8_recipe tensorwise needs pieces of equal length",
+        ),
         ([*AWARE, "parallel.use_distributed_optimizer=false"], "needs parallel.use_distributed_optimizer"),
         (
             [*AWARE, "optimizer.store_param_remainders=true", "optimizer.main_params_dtype=fp16"],
