@@ -213,7 +213,7 @@ def factory_alpaca(truth: Truth, rng: Random) -> Record:
 def factory_sharegpt(truth: Truth, rng: Random) -> Record:
     return {
         "conversations": human_gpt(truth, rng),
-        "system": truth.system,
+        rng.choice(["system", "system_message"]): truth.system,
         "tools": rng.choice(["", "[]", None]),
         "images": truth.all_images,
         "videos": truth.all_videos,
@@ -367,6 +367,8 @@ def with_refused(case: Case, rng: Random) -> None:
         "chosen": {"from": "gpt", "value": "Yes."},
         "kto_tag": True,
         "label": False,
+        "loss_mask": [0, 1],
+        "train_on_input": True,
         "tools": '[{"name": "search"}]',
         "dialogue_zh": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
     }

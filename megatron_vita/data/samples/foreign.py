@@ -15,9 +15,16 @@ from megatron_vita.data.samples.media_fields import (
     FIELDS,
     Media,
     agreed_media,
+    has_media_fields,
     is_filled,
     refuse_unread,
     take_media,
+)
+from megatron_vita.data.samples.refused_fields import (
+    refuse_grades,
+    refuse_parts_of_videos,
+    refuse_turns,
+    refuse_what_is_not_learnt,
 )
 from megatron_vita.errors import DataError
 
@@ -32,18 +39,15 @@ PAIRS = (
     ("user", "assistant"),
 )
 CAPTIONS = ("caption", "text", "txt")
-SYSTEMS = ("system", "system_prompt")
-_REFUSED = {
-    **dict.fromkeys(
-        ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "candidates"),
-        "preferences between answers are not trained here",
-    ),
-    **dict.fromkeys(("tools", "functions"), "tools are not read"),
-    "train_detail": "parts of a turn cannot be masked",
-}
+SYSTEMS = (
+    "system",
+    "system_prompt",
+    "system_message",
+    "system_instruction",
+    "meta_instruction",
+)
 _CONTEXT = ("input", "history", "choices", "options", "context", "passage", "hint")
 """Fields that belong to a question: without them it would be another one."""
-_TURN_KEYS = ({"role", "content"}, {"from", "value"}, {"user", "assistant"})
 _WHICH = (
     "several media, {}, and no place for each in its text: name those that are meant by images, "
     "videos or ignore in members.yaml"
@@ -81,7 +85,7 @@ def sample_of(
         prompt: user's question for records with only a caption; None: `text` is raw text, and there
             are no captions.
         ignore: fields to ignore.
-        literal_tags: `<image>` is ordinary text if there are no media.
+        literal_tags: `<image>` is ordinary text in records without a field for media.
         beside: media that accompany the record in files of their own.
 
     Raises:
@@ -90,12 +94,15 @@ def sample_of(
     fields = {name: value for name, value in record.items() if name not in ignore}
     fields = _opened({name: value for name, value in fields.items() if value is not None})
     columns = sorted(map(str, fields))
-    _refuse_what_is_not_learnt(fields)
+    refuse_what_is_not_learnt(fields)
+    # A field for media, be it null, says that tags are meant as places of media.
+    literal_tags = literal_tags and not has_media_fields(record.keys() - set(ignore))
     # Before all else, so that no field of media is read as text or turns.
     media = take_media(fields)
     found = _find_turns(fields)
     chat = Chat([], {})
     if found is not None:
+        refuse_grades(fields)
         chat = read_chat(found.turns)
     media = agreed_media(media, chat.media, names=("the sample", "its turns"))
     is_clear = True
@@ -114,7 +121,9 @@ def sample_of(
     # What is not used must hold neither media nor turns, which would be lost.
     rest = {name: value for name, value in fields.items() if name not in used}
     refuse_unread(rest, media)
-    _refuse_turns(rest)
+    refuse_turns(rest)
+    if media["videos"]:
+        refuse_parts_of_videos(rest)
     kept = {}
     if isinstance(fields.get("id"), str | int | float):
         kept["id"] = fields["id"]
@@ -180,18 +189,6 @@ def _opened(fields: dict[str, Any]) -> dict[str, Any]:
         if outer[name] != inner[name]:
             raise DataError(f"{name} and json.{name} are both given, and differ: one is needed")
     return outer | inner
-
-
-def _refuse_what_is_not_learnt(fields: Mapping[str, Any]) -> None:
-    for name, reason in _REFUSED.items():
-        # Tables without lists write an empty list as text.
-        if is_filled(fields.get(name)) and fields[name] != "[]":
-            raise DataError(f"{name} is {fields[name]!r:.80}: {reason}")
-    if isinstance(fields.get("label"), bool) and _find_turns(fields) is not None:
-        raise DataError(f"label is {fields['label']}: grades of answers are not trained here")
-    for name in ("loss", "train"):
-        if fields.get(name) is False:
-            raise DataError(f"{name} is False: the sample is not trained")
 
 
 def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
@@ -276,9 +273,12 @@ def _placed(
 
 def _system_turn(fields: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """System turn from a field of the record; empty if there is none or the messages have it."""
-    name = next((name for name in SYSTEMS if is_filled(fields.get(name))), None)
-    if name is None:
+    names = [name for name in SYSTEMS if is_filled(fields.get(name))]
+    if not names:
         return []
+    name = names[0]
+    if any(fields[other] != fields[name] for other in names):
+        raise DataError(f"{' and '.join(names)} are both given, and differ: one is needed")
     turn = {"role": "system", "content": fields[name]}
     if not isinstance(fields[name], str):
         raise DataError(f"{name} is {fields[name]!r:.80}: text is needed")
@@ -319,19 +319,6 @@ def _captioned(
     if system:
         sample["messages"] = system + sample["messages"]
     return sample
-
-
-def _refuse_turns(fields: Mapping[str, Any]) -> None:
-    """Raise DataError if a field that is not read holds turns."""
-    for name, value in fields.items():
-        first = None
-        if isinstance(value, list) and value:
-            first = value[0]
-        if isinstance(first, Mapping) and any(keys <= first.keys() for keys in _TURN_KEYS):
-            raise DataError(
-                f"{name} holds turns, {value!r:.80}, in a field that is not read: name it "
-                "messages, or leave it out (import has --ignore)"
-            )
 
 
 def _count(media: Media) -> int:

@@ -17,6 +17,7 @@ from megatron_vita.data.samples.media_fields import (
     take_media,
     values_of,
 )
+from megatron_vita.data.samples.refused_fields import refuse_parts_of_videos
 from megatron_vita.errors import DataError
 from megatron_vita.text.conversation import (
     LOSS_MARKS,
@@ -210,6 +211,8 @@ def _values_of_part(part: Mapping[str, Any], field: Field, name: str) -> list[Va
     if len(values) > 1:
         raise DataError(f"{name} holds {len(values)} media in {filled}: one is needed")
     refuse_unread(rest, {field: values})
+    if field == "videos":
+        refuse_parts_of_videos(rest, f"{name}.")
     return values
 
 

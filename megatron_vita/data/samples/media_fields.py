@@ -6,7 +6,7 @@ without its media.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -56,6 +56,12 @@ def is_filled(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(item == "" or is_filled(item) for item in value)
     return value is not None and value not in ("", b"")
+
+
+def has_media_fields(names: Iterable[str]) -> bool:
+    """Return true if one of the names of fields is that of a field for media."""
+    fields = dict.fromkeys(names)
+    return any(_groups(fields, field) for field in FIELDS)
 
 
 def take_media(fields: dict[str, Any]) -> Media:
