@@ -1,5 +1,6 @@
 """Tokenizers: ids, special tokens and text that comes back."""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenizers.decoders import ByteLevel, Fuse, Metaspace
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.tokenizer import MEDIA_TOKENS, SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
+from tests.text.published import byte_level_bpe
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
@@ -260,3 +262,25 @@ def test_a_tokenizer_that_is_not_there_is_said_to_be_missing(tmp_path: Path, nam
     (tmp_path / "text.txt").touch()
     with pytest.raises(ConfigError, match=r"text\.txt is neither"):
         load_tokenizer(tmp_path / "text.txt")
+
+
+def test_a_folder_of_vocabulary_and_merges_is_read_like_tokenizer_json(tmp_path: Path) -> None:
+    """OpenGVLab's folders have no tokenizer.json, but Qwen2Tokenizer's earlier files."""
+    backend = byte_level_bpe("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>")
+    definition = json.loads(backend.to_str())
+    merges = [" ".join(merge) for merge in definition["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (tmp_path / "vocab.json").write_text(json.dumps(definition["model"]["vocab"]))
+    added = {token["content"]: token["id"] for token in definition["added_tokens"]}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    decoder = {str(i): plain | {"content": name, "special": True} for name, i in added.items()}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    config |= {"added_tokens_decoder": decoder, "chat_template": "{{ messages }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    tokenizer = load_tokenizer(tmp_path, added=())
+    assert {name: tokenizer.special_id(name) for name in added} == added
+    assert tokenizer.chat_template == "{{ messages }}"
+    for text in ("hello world, what is this?\n\n 123 é", "the cat\u00a0sat  on 日本"):
+        assert tokenizer.encode(text) == backend.encode(text, add_special_tokens=False).ids
