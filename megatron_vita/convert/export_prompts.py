@@ -46,6 +46,8 @@ def complete_folder(
     Raises:
         CheckpointError: transformers would give special tokens other ids than the trained ones.
     """
+    if folder_format in (INTERNVL_HF, INTERNVL_CHAT):
+        warn_of_differences(folder_format, recipe)
     fields = _media_fields(folder_format, recipe, config)
     if folder_format is INTERNVL_HF:
         for name, content in processor_files(recipe.media, recipe.model.vision, folder).items():
@@ -68,6 +70,25 @@ def complete_folder(
     if folder_format is INTERNVL_HF:
         fields["image_token_id"] = tokenizer.special_id(CONTEXT)
     return fields
+
+
+def warn_of_differences(folder_format: FolderFormat, recipe: Recipe) -> None:
+    """Warn of settings that InternVL's formats have no fields for."""
+    settings = {
+        "text.media_format": (recipe.text.media_format, "internvl"),
+        "media.tiling": (recipe.media.tiling, "dynamic"),
+        "media.grids": (recipe.media.grids, []),
+        "media.video_fit": (recipe.media.video_fit, "squash"),
+    }
+    for name, (trained, written) in settings.items():
+        if trained != written:
+            logger.warning(
+                "%s is %r, but format %s means %r: its users will not see what was trained",
+                name,
+                trained,
+                folder_format.name,
+                written,
+            )
 
 
 def _media_fields(

@@ -163,13 +163,13 @@ def _recipe_of(model: ModelConfig, sources: list[OpenedSource], prompts: Prompts
     return Recipe(
         model=model,
         text=prompts.text,
-        media=_media_of(sources),
+        media=_media_of(sources, projector=model.projector.kind),
         generation=language.generation,
         data=DataConfig(seq_length=longest or data.seq_length),
     )
 
 
-def _media_of(sources: list[OpenedSource]) -> MediaConfig:
+def _media_of(sources: list[OpenedSource], *, projector: str) -> MediaConfig:
     """Media settings of a whole model; of a tower alone, its normalization."""
     tower = next(
         (source for source in sources if "vision_model" in source.folder_format.parts), None
@@ -180,7 +180,9 @@ def _media_of(sources: list[OpenedSource]) -> MediaConfig:
     # Tiling and frames belong to the projector and the prompts that it was trained with.
     if whole:
         return tower.media
-    return MediaConfig(normalization=tower.media.normalization)
+    # A new model in InternVL's format resizes frames as the processor does that is exported with it.
+    fit = "squash" if projector == INTERNVL_HF.projector else MediaConfig.video_fit
+    return MediaConfig(normalization=tower.media.normalization, video_fit=fit)
 
 
 def assert_complete(

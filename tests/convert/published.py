@@ -230,6 +230,9 @@ PREPROCESSORS: dict[str, Fields] = {
     } | _HALF,
 }  # fmt: skip
 
+PROCESSOR = {"image_seq_length": 256, "processor_class": "InternVLProcessor"}
+"""processor_config.json of InternVL3 as transformers keeps it."""
+
 GENERATION: dict[str, Fields] = {
     "qwen2-7b": {"bos_token_id": 151643, "do_sample": True, "eos_token_id": [151645, 151643],
                  "pad_token_id": 151643, "repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.8,

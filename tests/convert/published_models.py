@@ -19,11 +19,19 @@ from transformers import (
     InternVLVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipVisionConfig,
 )
 
 from megatron_vita.text.tokenizer import MEDIA_TOKENS
-from tests.convert.published import GENERATION, Fields, change, tiny, tiny_preprocessor
+from tests.convert.published import (
+    GENERATION,
+    PROCESSOR,
+    Fields,
+    change,
+    tiny,
+    tiny_preprocessor,
+)
 from tests.convert.toy_folders import TOWER, VISION, chat_tensors
 from tests.model.hf_weights import randomize
 from tests.text.published import (
@@ -85,6 +93,7 @@ def internvl_hf(folder: Path) -> Published:
     write_fields(folder, fields)
     write_generation(folder, "internvl3-1b-chat", "internvl-hf", tokenizer)
     change(folder, "preprocessor_config.json", **tiny_preprocessor("internvl3-1b-hf"))
+    change(folder, "processor_config.json", **(PROCESSOR | {"image_seq_length": ROWS}))
     return Published(folder, opened(folder), tokenizer)
 
 
@@ -131,18 +140,26 @@ def long_vita(folder: Path) -> Published:
     model = internvl_of(tokenizer, fields, tower="internvit")
     projector = LongVitaProjector(fields["visual"]["hidden_size"], fields["hidden_size"])
     randomize(projector, seed=1)
-    tensors = {f"model.vision_projection.{name}": t for name, t in projector.state_dict().items()}
-    for name, tensor in chat_tensors(model).items():
+    model.model.multi_modal_projector = projector
+    save_file(long_vita_tensors(model), folder / "model.safetensors")
+    write_fields(folder, fields)
+    write_generation(folder, "internvl3-1b-chat", "qwen2.5", tokenizer)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return Published(folder, model, tokenizer)
+
+
+def long_vita_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of Long-VITA's folder, of transformers' InternVL with Long-VITA's projector."""
+    tensors = {
+        f"model.vision_projection.{name}": tensor
+        for name, tensor in model.model.multi_modal_projector.state_dict().items()
+    }
+    for name, tensor in chat_tensors(model, projector=False).items():
         if name.startswith("vision_model."):
             tensors[f"model.{name}"] = tensor
         elif name.startswith("language_model."):
             tensors[name.removeprefix("language_model.")] = tensor
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    write_fields(folder, fields)
-    write_generation(folder, "internvl3-1b-chat", "qwen2.5", tokenizer)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.model.multi_modal_projector = projector
-    return Published(folder, model, tokenizer)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def internvl_of(
@@ -160,6 +177,27 @@ def internvl_of(
     model = InternVLForConditionalGeneration(config).float()
     fill(model, entries=len(tokenizer))
     return model.eval()
+
+
+def tower_beside_language(
+    folder: Path, tower: str
+) -> tuple[InternVLForConditionalGeneration, PreTrainedTokenizerFast]:
+    """A language model in the folder `llm` and a vision tower in the folder `tower`, and both in
+    transformers' InternVL, whose projector is random."""
+    (folder / "llm").mkdir()
+    tokenizer = save_family(folder / "llm", "internvl-hf")
+    language = described(tiny("qwen2-7b"), tokenizer, rows=len(tokenizer))
+    model = internvl_of(tokenizer, language, tower=tower)
+    model.model.vision_tower.save_pretrained(folder / "tower")
+    if tower == "internvit":  # whose authors' processor crops images
+        processor_fields = tiny_preprocessor("internvit-300m")
+        change(folder / "tower", "preprocessor_config.json", **processor_fields)
+    causal = Qwen2ForCausalLM(model.config.text_config)
+    causal.model.load_state_dict(model.model.language_model.state_dict())
+    causal.lm_head.load_state_dict(model.lm_head.state_dict())
+    causal.save_pretrained(folder / "llm")
+    write_fields(folder / "llm", language)
+    return model, tokenizer
 
 
 def opened(folder: Path) -> nn.Module:

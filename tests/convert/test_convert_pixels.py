@@ -13,14 +13,16 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from megatron_vita.checkpoint.store import read_manifest
-from megatron_vita.config import MediaConfig, load_recipe, recipe_from_dict
+from megatron_vita.config import MediaConfig, Recipe, load_recipe, recipe_from_dict
 from megatron_vita.convert.config_file import Config
-from megatron_vita.convert.families.folder_formats import format_of
+from megatron_vita.convert.export_prompts import warn_of_differences
+from megatron_vita.convert.families.folder_formats import INTERNVL_HF, format_of
 from megatron_vita.convert.families.pixels import Processors, read_media
-from megatron_vita.convert.importing import import_weights
+from megatron_vita.convert.importing import import_weights, plan_import
+from megatron_vita.convert.sources import open_source
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.media.normalize import normalize
-from tests.convert.published import CONFIGS, PREPROCESSORS, change
+from tests.convert.published import CONFIGS, PREPROCESSORS, PROCESSOR, change
 from tests.convert.toy_folders import model_of, save, save_chat, save_vision, tower_of
 
 ODD = [[0.5, 0.25, 0.125], [0.25, 0.5, 1.0]]
@@ -82,12 +84,11 @@ def test_limits_of_tiles_and_frames_are_those_of_the_folder(tmp_path: Path) -> N
     single = media_of("internvl3-1b-chat", tmp_path, config={"dynamic_image_size": False})
     assert single.max_tiles == 1
     frames = {"do_sample_frames": True, "num_frames": 8, "size": {"height": 448, "width": 448}}
-    colors = {name: PREPROCESSORS["internvl3-1b-hf"][name] for name in ("image_mean", "image_std")}
     hf = media_of(
         "internvl3-1b-hf",
         tmp_path,
         images={"max_patches": 4},
-        video_preprocessor_config=frames | colors,
+        video_preprocessor_config=frames | COLORS,
     )
     assert (hf.max_tiles, hf.max_frames) == (4, 8)
 
@@ -100,6 +101,25 @@ def test_the_newer_form_of_processor_files_is_read_first(tmp_path: Path) -> None
         processor_config={"image_processor": inner, "image_seq_length": 256},
     )
     assert media.normalization == ODD
+
+
+SAVED = {"return_metadata": False, "initial_shift": True, "do_sample_frames": False}
+SAVED_IMAGES = {"crop_to_patches": False, "min_patches": 1, "max_patches": 12, "resample": 3}
+COLORS = {name: PREPROCESSORS["internvl3-1b-hf"][name] for name in ("image_mean", "image_std")}
+
+
+@pytest.mark.parametrize("sampled", [{}, {"do_sample_frames": True, "num_frames": 8}])
+def test_processors_that_transformers_saved_again_come_in(sampled: dict, tmp_path: Path) -> None:
+    """Its video processor, read from a folder without one, has the image processor's fields."""
+    pixels = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    pixels |= {"size": {"height": 448, "width": 448}, "default_to_square": True} | COLORS
+    videos = SAVED | SAVED_IMAGES | pixels | sampled
+    videos |= {"video_processor_type": "InternVLVideoProcessor", "data_format": "channels_first"}
+    images = SAVED_IMAGES | pixels | {"image_processor_type": "GotOcr2ImageProcessor"}
+    whole = PROCESSOR | {"image_processor": images, "video_processor": videos}
+    media = media_of("internvl3-1b-hf", tmp_path, processor_config=whole)
+    frames = sampled.get("num_frames", 128)
+    assert (media.normalization, media.max_tiles, media.max_frames) == ("imagenet", 12, frames)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +188,35 @@ def test_a_recipe_to_build_on_says_of_pixels_what_the_folder_says_and_no_more(
     import_weights([tmp_path / "chat"], tmp_path / "ours", projector="internvl")
     said = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["media"]
     assert said == {"max_tiles": 4, "normalization": "siglip", "video_fit": "squash"}
+
+
+def test_a_new_model_takes_frames_as_the_processor_of_its_export_does(tmp_path: Path) -> None:
+    parts = [save(model_of("qwen2"), tmp_path / "llm"), save_vision(tmp_path / "vit")]
+    for projector, fit in (("internvl", "squash"), ("long_vita", "letterbox")):
+        plan = plan_import([open_source(part) for part in parts], projector=projector)
+        assert plan.recipe.media.video_fit == fit
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("media", "video_fit", "letterbox"),
+        ("media", "tiling", "anyres"),
+        ("media", "grids", ["2x1"]),
+        ("text", "media_format", "long_vita"),
+    ],
+)
+def test_an_export_tells_of_settings_that_its_format_cannot_say(
+    group: str, name: str, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = Recipe()
+    recipe.media.video_fit = "squash"
+    recipe.text.media_format = "internvl"
+    warn_of_differences(INTERNVL_HF, recipe)
+    assert caplog.text == ""
+    setattr(getattr(recipe, group), name, value)
+    warn_of_differences(INTERNVL_HF, recipe)
+    assert f"{group}.{name} is {value!r}, but format internvl-hf means" in caplog.text
 
 
 def test_fields_that_are_ignored_by_name_come_in(tmp_path: Path) -> None:

@@ -220,8 +220,13 @@ def vision_fields(vision: InternVLVisionConfig) -> dict:
     }  # fmt: skip
 
 
-def chat_tensors(model: InternVLForConditionalGeneration) -> dict[str, Tensor]:
+def chat_tensors(
+    model: InternVLForConditionalGeneration, *, projector: bool = True
+) -> dict[str, Tensor]:
+    """Tensors of OpenGVLab's format, perhaps without the projector."""
     state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+    if not projector:
+        state = {n: t for n, t in state.items() if not n.startswith("multi_modal_projector.")}
     chat = {}
     renamed = {
         "embeddings.cls_token": "embeddings.class_embedding",

@@ -26,7 +26,10 @@ _IDLE = {
         ("image_processor_type", "feature_extractor_type", "processor_class"), "a note"
     ),
     **dict.fromkeys(("video_processor_type", "auto_map", "transformers_version"), "a note"),
-    **dict.fromkeys(("return_metadata", "video_metadata"), "of what transformers gives back"),
+    **dict.fromkeys(
+        ("return_metadata", "video_metadata", "model_input_names"),
+        "of what transformers gives back",
+    ),
     **dict.fromkeys(
         ("return_tensors", "data_format", "input_data_format", "device", "disable_grouping"),
         "the form in which transformers gives pixels, not their values",
@@ -197,7 +200,8 @@ def _check_videos(videos: Config, normalization: str | list[list[float]], image_
         raise videos.wrong("size", f"the tower takes frames of {image_size} pixels")
     videos.must_be("resample", (BICUBIC,), BICUBIC)
     videos.must_be("do_center_crop", (False,), False)
-    videos.disregard(_IDLE)
+    # transformers fills the video processor's fields from those of the image processor, too.
+    videos.disregard((*_IDLE, "min_patches", "max_patches"))
 
 
 def _frames(videos: Config) -> dict[str, Any]:
