@@ -40,6 +40,7 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
     measurement.write(backend=run.unwrapped_models[0].language_model.backend.name)
     measurement.note_static_memory()
     batch = dealt_to_this_rank(pack)
+    del pack  # gigabytes of tiles on the host, of which the batch has this rank's
     first = batch
     if case.warm_up_tokens:
         shorter = make_pack(recipe, documents=1, seed=2, length=case.warm_up_tokens)
