@@ -11,6 +11,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -21,10 +23,23 @@ from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
 from megatron_vita.errors import CheckpointError
+from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.origin import INTERNVL_SYSTEMS
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.convert.published import change
-from tests.convert.toy_folders import ROWS, SHAPE, model_of, save, save_chat, save_vision, theta
+from tests.convert.toy_folders import (
+    ROWS,
+    SHAPE,
+    VISION,
+    internvl,
+    model_of,
+    save,
+    save_chat,
+    save_vision,
+    theta,
+)
+from tests.text.published import save_family
 
 MEDIA = ("<img>", "</img>", "<IMG_CONTEXT>")
 
@@ -43,6 +58,42 @@ def test_prompts_of_each_layout_are_fields_of_the_recipe(tmp_path: Path) -> None
     assert (hf.media_format, hf.system) == ("internvl", "")
     chat = brought_in(save_chat(model_of("internvl-hf"), tmp_path / "chat"), to=tmp_path / "3").text
     assert (chat.media_format, chat.system) == ("internvl", INTERNVL_SYSTEMS["internvl2_5"])
+
+
+@pytest.mark.parametrize("spare", [0, 64])
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_prompts_and_ends_are_the_folders_whatever_rows_the_embedding_has(
+    family: str, spare: int, tmp_path: Path
+) -> None:
+    theirs = save_family(tmp_path, family)
+    shape = SHAPE | {"vocab_size": len(theirs) + spare}
+    ends = theirs.eos_token_id
+    llama = LlamaConfig(**shape, **theta(5e5), tie_word_embeddings=False, eos_token_id=ends)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path)
+    recipe = brought_in(tmp_path, to=tmp_path / "ours")
+    chat = ChatFormat(open_tokenizer(recipe), recipe.text)
+    messages = [{"role": "user", "content": "hello"}]
+    turns = chat.prompt(check_messages({"messages": messages}, needs_answer=False))
+    ids = [i for turn in turns for piece in turn for i in piece.ids]
+    asked = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    assert ids == asked["input_ids"]
+    assert theirs.eos_token_id in chat.stop_ids
+    assert max(ids) < len(theirs)
+
+
+@pytest.mark.parametrize("spare", [0, 32])
+def test_placeholders_of_an_image_are_those_that_internvl_was_trained_with(
+    spare: int, tmp_path: Path
+) -> None:
+    theirs = save_family(tmp_path, "internvl-hf")
+    context = theirs.convert_tokens_to_ids("<IMG_CONTEXT>")
+    model = internvl(VISION, vocab_size=len(theirs) + spare, image_token_id=context)
+    model.save_pretrained(tmp_path)
+    recipe = brought_in(tmp_path, to=tmp_path / "ours")
+    chat = ChatFormat(open_tokenizer(recipe), recipe.text)
+    image = chat.media(image_token_length=ROWS).image((3, 1))
+    wanted = ["<img>", *["<IMG_CONTEXT>"] * ROWS * 4, "</img>"]
+    assert theirs.convert_ids_to_tokens(image.ids) == wanted
 
 
 def test_prompts_of_an_unknown_form_are_refused_by_field(tmp_path: Path) -> None:

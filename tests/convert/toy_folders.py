@@ -52,10 +52,13 @@ def theta(base: float, **scaling: object) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": base} | scaling}
 
 
-def internvl(vision: dict, *, tied: bool = False) -> InternVLForConditionalGeneration:
-    text = Qwen2Config(**SHAPE, **theta(1e6), tie_word_embeddings=tied).to_dict()
+def internvl(
+    vision: dict, *, tied: bool = False, vocab_size: int = VOCAB, image_token_id: int = IMAGE_TOKEN
+) -> InternVLForConditionalGeneration:
+    shape = SHAPE | {"vocab_size": vocab_size}
+    text = Qwen2Config(**shape, **theta(1e6), tie_word_embeddings=tied).to_dict()
     config = InternVLConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=ROWS, downsample_ratio=0.5,
+        vision_config=vision, text_config=text, image_token_id=image_token_id, image_seq_length=ROWS, downsample_ratio=0.5,
         tie_word_embeddings=tied,
     )  # fmt: skip
     return InternVLForConditionalGeneration(config)
