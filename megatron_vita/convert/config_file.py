@@ -5,7 +5,7 @@ that nobody has read can be refused.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,15 @@ class Config:
     def named(self, model_type: str) -> "Config":
         """Return a view of this config with another `model_type`; fields read through it count as
         read here."""
-        view = Config(self.values | {"model_type": model_type}, self.where)
+        return self._view(self.values | {"model_type": model_type})
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
+        """Return a view of this config that has `defaults` for missing fields; fields read through
+        it count as read here."""
+        return self._view({**defaults, **self.values})
+
+    def _view(self, values: dict[str, Any]) -> "Config":
+        view = Config(values, self.where)
         # Shared on purpose: the caller refuses the unread fields of the original object.
         view._read = self._read
         view._parts = self._parts

@@ -186,6 +186,10 @@ SIGLIP_SO400M_384 = {
                       "model_type": "siglip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 27,
                       "patch_size": 14},
 }  # fmt: skip
+SIGLIP_BASE_224 = SIGLIP_SO400M_384 | {  # whose sizes are the defaults of transformers' class
+    "text_config": {"model_type": "siglip_text_model"},
+    "vision_config": {"model_type": "siglip_vision_model"},
+}  # fmt: skip
 LONG_VITA_16K = QWEN2_7B | {
     "architectures": ["LongVITAForCausalLM"], "hidden_size": 5120, "intermediate_size": 13824,
     "max_window_layers": 70, "model_type": "long_vita", "num_attention_heads": 40, "num_hidden_layers": 48,
@@ -198,7 +202,7 @@ CONFIGS: dict[str, Fields] = {
     "llama3.1-8b": LLAMA3_1_8B, "llama3.2-1b": LLAMA3_2_1B, "smollm2-135m": SMOLLM2_135M,
     "internvit-300m": INTERNVIT_300M, "internvit-6b": INTERNVIT_6B, "internvl2.5-1b-chat": INTERNVL2_5_1B_CHAT,
     "internvl3-1b-chat": INTERNVL3_1B_CHAT, "internvl3-1b-hf": INTERNVL3_1B_HF, "clip-l-336": CLIP_L_336,
-    "siglip-so400m-384": SIGLIP_SO400M_384, "long-vita-16k": LONG_VITA_16K,
+    "siglip-so400m-384": SIGLIP_SO400M_384, "siglip-base-224": SIGLIP_BASE_224, "long-vita-16k": LONG_VITA_16K,
 }  # fmt: skip
 
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -208,6 +208,17 @@ def test_a_field_of_a_wrong_type_or_size_is_named(fields: dict) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("whole", [CLIPConfig, SiglipConfig])
+def test_fields_that_transformers_left_out_of_a_whole_model_are_its_defaults(
+    whole: type[PretrainedConfig],
+) -> None:
+    said = whole().to_dict()
+    kept = {"model_type": said["vision_config"]["model_type"]}
+    assert read(said | {"vision_config": kept}).vision == read(said).vision
+    kept["num_hidden_layers"] = 27
+    assert read(said | {"vision_config": kept}).vision.num_layers == 27
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [(LLAMA3_1_8B, 128), (QWEN3_06B, 128), (QWEN2_7B | {"head_dim": None}, 128)],

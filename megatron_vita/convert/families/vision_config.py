@@ -1,5 +1,7 @@
 """Configs of vision towers (InternViT, CLIP, SigLIP, EVA2-CLIP) to VisionConfig and back."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megatron_vita.config import VisionConfig
@@ -7,6 +9,13 @@ from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config, up
 from megatron_vita.convert.families import idle_fields
 
 _NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+# transformers 4 left out of the vision part of a whole model what its class has as default.
+_BASE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 
 
 def read_internvit(config: Config) -> VisionConfig:
@@ -39,7 +48,7 @@ def read_internvit(config: Config) -> VisionConfig:
 
 def read_clip(config: Config) -> VisionConfig:
     """Read CLIP's vision config, alone or inside a whole CLIP."""
-    config = _tower_of(config)
+    config = _tower_of(config, defaults=_BASE)
     config.must_be("attention_bias", (True,), True)
     config.must_be("hidden_act", ("quick_gelu", "gelu"), "quick_gelu")
     config.must_be("num_channels", (3,), 3)
@@ -55,7 +64,7 @@ def read_clip(config: Config) -> VisionConfig:
 
 def read_siglip(config: Config) -> VisionConfig:
     """Read SigLIP's vision config, alone or inside a whole SigLIP."""
-    config = _tower_of(config)
+    config = _tower_of(config, defaults=_BASE)
     config.must_be("attention_bias", (True,), True)
     config.must_be("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
     config.must_be("num_channels", (3,), 3)
@@ -78,8 +87,9 @@ def read_eva(config: Config) -> VisionConfig:
     return _built(tower, heads="num_heads", norm_after=True)
 
 
-def _tower_of(config: Config) -> Config:
-    """Return the vision part of a whole model's config; all other fields are disregarded.
+def _tower_of(config: Config, *, defaults: Mapping[str, Any] = MappingProxyType({})) -> Config:
+    """Return the vision part of a whole model's config, with `defaults` for missing fields; all
+    other fields are disregarded.
 
     Raises:
         CheckpointError: `vision_config_dict`, which transformers prefers, contradicts it.
@@ -91,7 +101,7 @@ def _tower_of(config: Config) -> Config:
         if tower.values.get(name, value) != value:
             raise tower.wrong(name, f"but vision_config_dict says {value!r}: they must agree")
     config.disregard(config.values)
-    return tower
+    return tower.with_defaults(defaults)
 
 
 def _built(config: Config, *, heads: str = "num_attention_heads", **fields: Any) -> VisionConfig:
