@@ -34,6 +34,14 @@ class CheckpointError(VitaError, ValueError):
     """A checkpoint is missing, incomplete, or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are missing, cut or altered; an older one may be whole."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint cannot be written, for a reason that may pass, such as a full disk."""
+
+
 class StoppedError(VitaError):
     """A run was stopped by a signal before its last step."""
 

@@ -72,16 +72,9 @@ def _prepare(folder: Path, size: int) -> tuple[str, str, str]:
     except CheckpointError as error:
         return probe, "", str(error)
     try:
-        return probe, _newest(folder), ""
+        return probe, store.latest_name(folder), ""
     except (OSError, CheckpointError) as error:
         return probe, "", f"checkpoint.save {folder}: {error}"
-
-
-def _newest(folder: Path) -> str:
-    found = store.latest_checkpoint(folder)
-    if found:
-        return found.name
-    return ""
 
 
 def _look_for(folder: Path, probe: str, newest: str) -> str:
@@ -108,7 +101,7 @@ def _difference(folder: Path, probe: str, newest: str) -> str:
             )
         own.touch()
         own.unlink()
-        found = _newest(folder)
+        found = store.latest_name(folder)
     except (OSError, CheckpointError) as error:
         return f"{where}: {error}"
     if found != newest:

@@ -1,6 +1,7 @@
 """Checkpoint folders and retention. Field names are Megatron's."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_vita.config.fields import described, require
 
@@ -14,8 +15,22 @@ class CheckpointConfig:
 
     save: str = described("", "Folder for this run's checkpoints; empty: none are saved.")
     save_interval: int = described(500, "Steps between checkpoints; the last step is always saved.")
+    async_save: bool = described(
+        True, "Write in a process beside each rank while training goes on; false: wait for it."
+    )
+    retry_steps: int = described(
+        10, "Steps after which a save that failed (full disk, lost permission) is tried again."
+    )
     keep: int = described(
-        2, "Checkpoints kept in `save`; older ones are deleted once a newer one is complete."
+        2, "Newest checkpoints kept in `save`; others are deleted once a newer one is complete."
+    )
+    keep_every: int = described(0, "Steps whose multiples are kept besides, such as 5000; 0: none.")
+    keep_best: int = described(0, "Checkpoints with the best `best_metric` kept besides.")
+    best_metric: str = described(
+        "validation/loss", "Metric that `keep_best` compares, as metrics.jsonl names it."
+    )
+    best_mode: Literal["min", "max"] = described(
+        "min", "Best value of `best_metric`: min (the lowest) or max (the highest)."
     )
     load: str = described(
         "", "Checkpoint that provides the initial weights, such as the previous stage's."
@@ -26,4 +41,6 @@ class CheckpointConfig:
             self.save_interval >= 1,
             f"checkpoint.save_interval is {self.save_interval}: it must be at least 1",
         )
-        require(self.keep >= 1, f"checkpoint.keep is {self.keep}: it must be at least 1")
+        for name, least in (("keep", 1), ("keep_every", 0), ("keep_best", 0), ("retry_steps", 1)):
+            value = getattr(self, name)
+            require(value >= least, f"checkpoint.{name} is {value}: it must be at least {least}")

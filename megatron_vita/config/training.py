@@ -80,6 +80,11 @@ class TrainingConfig:
     eval_interval: int = described(0, "Steps between validations; 0: no validation.")
     eval_iters: int = described(8, "Batches of global_batch_size packs in a validation.")
     log_interval: int = described(1, "Steps between log lines.")
+    hang_seconds: float = described(
+        600.0,
+        "Seconds without progress of a rank after which the run reports where all ranks are and "
+        "ends with exit code 75; 0: never.",
+    )
     run_dir: str = described(
         "",
         "Folder of the run's recipe, environment, log and metrics.jsonl; empty: checkpoint.save.",
@@ -121,6 +126,10 @@ class TrainingConfig:
                 f"training.{name} is {getattr(self, name)}: it must be at least 1",
             )
         self._check_fp8()
+        require(
+            self.hang_seconds >= 0,
+            f"training.hang_seconds is {self.hang_seconds}: it must be at least 0",
+        )
         self._check_recompute()
         self._check_fit()
         self._check_profile()

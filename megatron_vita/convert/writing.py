@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from megatron_vita.checkpoint.store import FORMAT_VERSION, MANIFEST
+from megatron_vita.checkpoint.manifest import FORMAT_VERSION, MANIFEST
 from megatron_vita.config import Recipe
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.tensors import TensorSource, check_finite

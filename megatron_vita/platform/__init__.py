@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_vita.errors import PlatformError
+from megatron_vita.platform.flight_recorder import pending_collectives, record_collectives
 from megatron_vita.platform.machine import (
     MemoryUse,
     device_memory,
@@ -52,6 +53,7 @@ __all__ = [
     "measure_matmul",
     "memory_use",
     "on_cuda",
+    "pending_collectives",
     "set_up_logging",
     "synchronize",
 ]
@@ -79,6 +81,7 @@ def initialize_process(timeout_minutes: float = 30) -> None:
     """
     if torch.distributed.is_initialized():
         return
+    record_collectives()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_cuda():
         torch.cuda.set_device(local_rank)

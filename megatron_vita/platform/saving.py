@@ -1,42 +1,36 @@
-"""Patch of megatron-core's checkpoint writing: no manager process."""
+"""Patches of megatron-core's checkpoints: no manager process, and a reader of our own."""
 
-import logging
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint import FileSystemReader
+
+_MAKE_READER = "_get_filesystem_reader"
 
 
 def use_local_results_queue() -> None:
-    """Report what a rank wrote through a queue inside this process.
+    """Keep megatron-core from starting a manager process.
 
-    megatron-core starts a manager process for it, so that other processes can report too; here none
-    do. A launcher's SIGTERM ends the manager, and with it the save of a run that is stopping; and a
-    manager that outlives its rank keeps the launcher's output open.
+    It would hold a queue for what other processes report; ours report through pipes. A launcher's
+    SIGTERM ends the manager, and a manager that outlives its rank keeps the launcher's output open.
     """
     filesystem_async._results_queue = queue.Queue()
 
 
-class _WriteFailure(logging.Filter):
-    """Keeps why a file could not be written, which megatron-core logs and leaves out of its
-    exception."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reason = ""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR:
-            return True
-        self.reason = self.reason or record.getMessage()  # what follows repeats it
-        return False
-
-
-_write_failure = _WriteFailure()
-logging.getLogger(filesystem_async.__name__).addFilter(_write_failure)
-
-
-def take_write_failure() -> str:
-    """Why this rank could not write its files of a checkpoint; empty if it could."""
-    reason = _write_failure.reason
-    _write_failure.reason = ""
-    return reason
+@contextmanager
+def reading_with(reader: FileSystemReader) -> Iterator[None]:
+    """Let megatron-core read a checkpoint through `reader`, for which it has no setting."""
+    modules: tuple[Any, ...] = (serialization, torch_strategy)
+    before = [getattr(module, _MAKE_READER) for module in modules]
+    for module in modules:
+        setattr(module, _MAKE_READER, lambda *_, **__: reader)
+    try:
+        yield
+    finally:
+        for module, make in zip(modules, before, strict=True):
+            setattr(module, _MAKE_READER, make)

@@ -22,6 +22,8 @@ from megatron_vita.errors import VitaError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MARK = "failed"
+HUNG = 75
+"""Exit code of a job that hangs; sysexits.h has it for failures that may pass (EX_TEMPFAIL)."""
 NOTE = "checkpoints"
 LAUNCHER_SECONDS = 10.0
 """Time for a launcher to notice that another rank has died, and to end the rest."""
@@ -62,6 +64,20 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
     return 1
+
+
+def end_hung(line: str) -> NoReturn:
+    """End this rank from any thread, because its job hangs. One rank of each machine says why.
+
+    The exit code is HUNG, so that a launcher can tell it from an error that comes back.
+    """
+    is_first = _leave_mark(MARK)
+    if is_first:
+        logger.error("%s", line)
+        _write_error_file(line)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(HUNG if is_first or ERROR_FILE not in os.environ else 0)
 
 
 def describe_failure(error: BaseException, *, checkpoints: str | None = None) -> str:

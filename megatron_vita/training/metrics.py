@@ -22,6 +22,7 @@ from megatron_vita.platform.pinned import to_device
 from megatron_vita.training.meter import Meter, Reduce
 
 DATA_SECONDS = "speed/data_seconds"
+SAVING = "saving"
 SUMS = (
     "tokens",
     "positions",
@@ -59,6 +60,7 @@ class StepMetrics:
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on one rank's device; 0: unknown
     stops: bool = False  # some rank was told to stop
     failed: bool = False  # a callback has failed on some rank
+    saving: bool = False  # some rank was still writing a checkpoint as the step began
     held_out: bool = False  # of a validation
     grad_norm: float = 0.0
     lr: float = 0.0
@@ -257,6 +259,7 @@ def collect(
         ranks=dist.get_world_size(),
         stops=values.pop("stops", 0.0) > 0,
         failed=values.pop("failed", 0.0) > 0,
+        saving=values.pop(SAVING, 0.0) > 0,
         held_out=held_out,
         values=values,
     )

@@ -1,6 +1,6 @@
 """Position of a run by its newest checkpoint, checked against the current recipe and plan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -35,15 +35,25 @@ class ResumePoint:
     damaged: list[dict[str, Any]] = field(default_factory=list)  # fields of `Damage`
 
     @classmethod
-    def find(cls, recipe: Recipe) -> "ResumePoint":
-        """Read the manifest of the newest checkpoint in `checkpoint.save`.
+    def find(cls, recipe: Recipe, *, damaged: Mapping[str, str] | None = None) -> "ResumePoint":
+        """Read the manifest of the newest whole checkpoint in `checkpoint.save`. Collective, if
+        there is a process group.
+
+        Args:
+            recipe: names the folder.
+            damaged: names of checkpoints known to be damaged, with the reasons.
 
         Raises:
-            CheckpointError: it cannot be read or has another format version.
+            CheckpointError: on all ranks, if no checkpoint is whole, or the newest has another
+                format version.
         """
         checkpoint = None
         if recipe.checkpoint.save:
-            checkpoint = store.latest_checkpoint(recipe.checkpoint.save)
+            folder = Path(recipe.checkpoint.save)
+            name = store.from_first(
+                lambda: _name_of(store.latest_checkpoint(folder, damaged=damaged))
+            )
+            checkpoint = folder / name if name else None
         if checkpoint is None:
             return cls()
         manifest = store.read_manifest(checkpoint)
@@ -55,6 +65,10 @@ class ResumePoint:
             recipe=manifest["recipe"],
             damaged=manifest.get("damaged", []),
         )
+
+
+def _name_of(checkpoint: Path | None) -> str:
+    return checkpoint.name if checkpoint else ""
 
 
 def check_plan(plan: PackPlan, recipe: Recipe, resume: ResumePoint) -> None:

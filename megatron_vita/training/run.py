@@ -13,16 +13,19 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import shared_folder, store
+from megatron_vita.checkpoint.retention import Retention
+from megatron_vita.checkpoint.saver import Saver
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.config.run_files import LEDGERS
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Damage, Ledger, merge_damage, read_ledgers
 from megatron_vita.data.loading.loader import start_fork_server
 from megatron_vita.data.loading.stream import PackStream
-from megatron_vita.errors import CheckpointError
+from megatron_vita.errors import CheckpointError, DamagedCheckpointError
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.supervise.beacon import Beacon, Phase
 from megatron_vita.training import optimizer_state
 from megatron_vita.training.fitting import choose_levers
 from megatron_vita.training.host_buffers import open_activation_store
@@ -62,6 +65,7 @@ class Run:
         default_factory=Meter
     )  # of `record`, until a step is logged
     hooks: "Hooks | None" = None
+    beacon: Beacon | None = None  # tells the watcher where this rank is; None: nobody watches
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on the slowest device; 0: unknown
     step: int = 0
     consumed_packs: int = 0
@@ -87,6 +91,11 @@ class Run:
         if isinstance(value, torch.Tensor):
             value = value.detach().reshape(())
         self.recorded.add(name, value, reduce=reduce, weight=weight)
+
+    def enter(self, phase: Phase, **where: Any) -> None:
+        """Note what this rank does from now on, as `Beacon.enter` does, if the run is watched."""
+        if self.beacon is not None:
+            self.beacon.enter(phase, **where)
 
     @property
     def unwrapped_models(self) -> list[VitaModel]:
@@ -162,16 +171,38 @@ def open_run(recipe: Recipe) -> Run:
     if encodes:
         share = (layout.tile_rank, layout.tile_ranks)
     logger.info("reading the plan %s and its shards' indexes", recipe.data.plan)
-    train_stream, validation_stream = open_streams(
-        recipe, resume=resume, tile_share=share, replicas=replicas
-    )
+    streams = open_streams(recipe, resume=resume, tile_share=share, replicas=replicas)
     logger.info("building the model")
     run = assemble_run(recipe)
-    run.train_stream = train_stream
-    run.validation_stream = validation_stream
     run.matmul_rate = matmul_rate
-    restore(run, resume)
+    resumed = restore_newest(run, resume)
+    if resumed is not resume:
+        streams = open_streams(recipe, resume=resumed, tile_share=share, replicas=replicas)
+    run.train_stream, run.validation_stream = streams
     return run
+
+
+def restore_newest(run: Run, resume: ResumePoint) -> ResumePoint:
+    """Restore from `resume`, or from the newest checkpoint before it whose bytes are whole.
+    Collective.
+
+    Returns:
+        The point that was resumed from.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    damaged: dict[str, str] = {}
+    while True:
+        try:
+            restore(run, resume)
+            return resume
+        except DamagedCheckpointError as error:
+            # Weights to start from are the recipe's choice: no others stand for them.
+            if resume.checkpoint is None:
+                raise
+            damaged[resume.checkpoint.name] = str(error)
+            resume = ResumePoint.find(run.recipe, damaged=damaged)
 
 
 def _checkpoints(recipe: Recipe) -> int:
@@ -207,18 +238,43 @@ def assemble_run(recipe: Recipe) -> Run:
     )
 
 
-def save_run(run: Run) -> Path:
-    """Save the run's state to `checkpoint.save`, and return the checkpoint. Collective."""
-    finish_param_gather(run)
-    return store.save_checkpoint(
-        run.recipe.checkpoint.save,
-        step=run.step,
-        state=_state(run, loading=False),
-        manifest=_manifest(run),
-        keep=run.recipe.checkpoint.keep,
-        tokenizer=run.recipe.text.tokenizer,
-        size=checkpoint_bytes(run.recipe),
+def open_saver(recipe: Recipe, *, in_background: bool) -> Saver:
+    """Return the saver of a recipe's runs."""
+    checkpoint = recipe.checkpoint
+    return Saver(
+        Path(checkpoint.save),
+        retention=Retention(
+            last=checkpoint.keep,
+            every=checkpoint.keep_every,
+            best=checkpoint.keep_best,
+            metric=checkpoint.best_metric,
+            mode=checkpoint.best_mode,
+        ),
+        tokenizer=recipe.text.tokenizer,
+        size=checkpoint_bytes(recipe),
+        in_background=in_background,
     )
+
+
+def save_run(run: Run) -> Path:
+    """Save the run's state to `checkpoint.save`, and return the checkpoint. Collective.
+
+    Raises:
+        SaveError: on all ranks, if it cannot be written.
+    """
+    saver = open_saver(run.recipe, in_background=False)
+    start_save(run, saver)
+    return saver.finish()
+
+
+def start_save(run: Run, saver: Saver) -> None:
+    """Begin to save the run's state; the next step may follow. Collective.
+
+    Raises:
+        SaveError: on all ranks, if nothing can be written.
+    """
+    finish_param_gather(run)
+    saver.start(step=run.step, state=_state(run, loading=False), manifest=_manifest(run))
 
 
 def _manifest(run: Run) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One optimizer step, and one validation, through megatron-core's schedules."""
 
+import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -44,7 +45,9 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     losses = LossSums(run.train_sources)
     context = StepContext(run=run, meter=run.meter, losses=losses, hooks=run.hooks)
     _run_schedule(context, batches, num_microbatches=run.microbatches, forward_only=False)
+    run.enter("optimizer")
     _, grad_norm, _ = run.optimizer.step()
+    run.enter("metrics")
     run.meter.add("stops", int(bool(run.stop.received)))
     run.meter.add("failed", int(run.hooks is not None and run.hooks.has_failed))
     measure_memory(run.meter)
@@ -89,11 +92,16 @@ class StepContext:
     meter: Meter
     losses: LossSums
     hooks: Hooks | None = None  # called with the losses of each pack
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of the packs
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """Return the next pack, and measure the time waited for it."""
+        number = next(self.numbers)
+        self.run.enter("loading", micro_batch=number)
         with self.meter.timing(DATA_SECONDS):
-            return next(batches)
+            batch = next(batches)
+        self.run.enter("forward", micro_batch=number, keys=batch.sample_keys)
+        return batch
 
 
 def _run_schedule(
@@ -141,6 +149,8 @@ def forward_step(
         tiles = tiles[:0]
     on_device = replace(pack, input_ids=to_device(pack.input_ids, platform.device()))
     output = model(prepare_tiles(tiles, context.run), on_device, row_scale=scale)
+    # Until the next pack is asked for; the schedule has no hook between the two.
+    context.run.enter("backward")
     return output, partial(sum_losses, scale=scale, batch=batch, pack=pack, context=context)
 
 

@@ -42,11 +42,14 @@ def main() -> None:
 
 
 def _launch(job: dict[str, Any]) -> int:
-    """Fork the ranks of a job, pass SIGTERM on to them, and end all when one fails."""
+    """Fork the ranks of a job, pass SIGTERM on to them, and end all when one fails.
+
+    Returns the exit code of the rank that failed first, 128 + n for signal n.
+    """
     _redirect(job["out"], job["err"])
     ranks = [_start_rank(job, rank) for rank in range(job["processes"])]
     signal.signal(signal.SIGTERM, lambda *_: _send(ranks, signal.SIGTERM))
-    failed = False
+    failed = 0
     kill_at = float("inf")
     while ranks:
         time.sleep(0.01)
@@ -56,12 +59,13 @@ def _launch(job: dict[str, Any]) -> int:
                 continue
             ranks.remove(pid)
             if status and not failed:
-                failed = True
+                code = os.waitstatus_to_exitcode(status)
+                failed = code if code > 0 else 128 - code
                 kill_at = time.monotonic() + SECONDS_TO_STOP
                 _send(ranks, signal.SIGTERM)
         if time.monotonic() > kill_at:
             _send(ranks, signal.SIGKILL)
-    return int(failed)
+    return failed
 
 
 def _send(ranks: list[int], number: signal.Signals) -> None:

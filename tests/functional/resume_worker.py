@@ -2,7 +2,8 @@
 stopped at a given point.
 
 Arguments: recipe, file for the records, point of its end, overrides. The end is SIGKILL after a
-step ("step:7") or in the middle of saving ("saving:8"), SIGTERM to torchrun ("term:7"), SIGUSR1 to
+step ("step:7"), while a checkpoint is written ("saving:8") or before it is the latest
+("publishing:8"), SIGTERM to torchrun ("term:7"), SIGUSR1 to
 the last rank ("usr1:7"), or "never".
 """
 
@@ -19,7 +20,8 @@ import psutil
 import torch.distributed as dist
 
 from megatron_vita import platform
-from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint import saver
+from megatron_vita.checkpoint.saver import Saver
 from megatron_vita.config import load_recipe
 from megatron_vita.data.batch import Batch
 from megatron_vita.training import loop, optimizer
@@ -56,7 +58,8 @@ def main() -> None:
     recipe, records, death, *overrides = sys.argv[1:]
     where, _, at = death.partition(":")
     train_step = loop.train_step
-    save = store.dist_checkpointing.save
+    start = Saver.start
+    publish = saver.publish
 
     def recorded_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
         seen = []
@@ -82,13 +85,19 @@ def main() -> None:
             be_told_to_stop(run, where)
         return metrics
 
-    def dying_save(state: dict, path: str, **options: Any) -> None:
-        save(state, path, **options)
-        if where == "saving" and f"step_{int(at):08d}" in str(path) and dist.get_rank() == 0:
+    def dying_start(self: Saver, *, step: int, **state: Any) -> None:
+        start(self, step=step, **state)
+        if where == "saving" and step == int(at) and dist.get_rank() == 0:
+            die()
+
+    def dying_publish(source: Path, target: Path) -> None:
+        publish(source, target)
+        if where == "publishing" and target.name == f"step_{int(at):08d}":
             die()
 
     loop.train_step = recorded_step
-    store.dist_checkpointing.save = dying_save
+    Saver.start = dying_start  # type: ignore[method-assign]
+    saver.publish = dying_publish
     loop.train(load_recipe(recipe, overrides))
     platform.destroy_process_group()
 

@@ -25,6 +25,7 @@ ALL_DEATHS = [
     "saving:4",
     "saving:8",
     "saving:12",
+    "publishing:8",
 ]
 LEVERS = [
     "training.recompute_granularity=full",

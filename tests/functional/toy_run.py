@@ -63,7 +63,8 @@ def toy_recipe(folder: Path) -> dict:
         "data": {"train": [{"name": "colors", "shards": shards}], "validation": [{"name": "held", "shards": shards}],
                  "plan": str(folder / "plan"), "seq_length": 256, "epochs": 4},
         "optimizer": {"lr": 3e-3},
-        "training": {"train_iters": 12, "global_batch_size": 4, "eval_interval": 6, "eval_iters": 1},
+        "training": {"train_iters": 12, "global_batch_size": 4, "eval_interval": 6, "eval_iters": 1,
+                     "hang_seconds": 0},
         "checkpoint": {"save": str(folder / "checkpoints"), "save_interval": 4},
     }  # fmt: skip
 

@@ -97,7 +97,7 @@ def test_without_a_question_it_converses_and_sampling_is_seeded(ask: Client, toy
 def test_what_is_not_said_is_as_the_recipe_advises(ask: Client, toy: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "advised"
     shutil.copytree(store.find_checkpoint(toy / "checkpoints"), checkpoint)
-    manifest = json.loads((checkpoint / store.MANIFEST).read_text())
+    manifest = store.read_manifest(checkpoint)  # without its checksum, as after an edit
     manifest["recipe"]["generation"]["temperature"] = 50.0
     (checkpoint / store.MANIFEST).write_text(json.dumps(manifest))
 

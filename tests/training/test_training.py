@@ -15,11 +15,19 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vita import platform
-from megatron_vita.checkpoint import shared_folder, space, store
+from megatron_vita.checkpoint import retention, shared_folder, space, store
+from megatron_vita.checkpoint.retention import Retention
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data import Batch
-from megatron_vita.errors import CheckpointError, ConfigError, DataError, StoppedError, VitaError
+from megatron_vita.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    DataError,
+    StoppedError,
+    VitaError,
+)
 from megatron_vita.training import loop, stop_signal
 from megatron_vita.training.callbacks import validation
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
@@ -80,10 +88,16 @@ def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Pat
             assert torch.equal(before[name], parameter) == name.startswith(frozen), name
 
 
+def put_checkpoint(folder: Path, name: str) -> None:
+    """A folder that counts as a complete checkpoint."""
+    (folder / name).mkdir()
+    (folder / name / "manifest.json").touch()
+
+
 def test_a_checkpoint_just_saved_is_kept_when_later_ones_exist(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
-        (tmp_path / f"step_{step:08d}").mkdir()
-    store._prune(tmp_path, 1, newest=tmp_path / "step_00000004")
+        put_checkpoint(tmp_path, f"step_{step:08d}")
+    Retention(last=1).prune(tmp_path, newest=tmp_path / "step_00000004")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step_{step:08d}" for step in (4, 6, 8)
     ]
@@ -92,9 +106,9 @@ def test_a_checkpoint_just_saved_is_kept_when_later_ones_exist(tmp_path: Path) -
 def test_only_what_was_saved_under_its_own_name_is_removed(tmp_path: Path) -> None:
     others = ["step_00000002_best", "step_00000002.tar", "best"]
     for name in ("step_00000002", "step_00000004", "step_00000006", *others):
-        (tmp_path / name).mkdir()
+        put_checkpoint(tmp_path, name)
     (tmp_path / "step_00000003").symlink_to("best")
-    store._prune(tmp_path, 2, newest=tmp_path / "step_00000006")
+    Retention(last=2).prune(tmp_path, newest=tmp_path / "step_00000006")
     left = ["step_00000003", "step_00000004", "step_00000006", *others]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
 
@@ -106,10 +120,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing_and_is_no_checkpo
         raise OSError("device or resource busy")
 
     for step in (2, 4):
-        (tmp_path / f"step_{step:08d}").mkdir()
+        put_checkpoint(tmp_path, f"step_{step:08d}")
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "rmtree", busy)
-        store._prune(tmp_path, 1, newest=tmp_path / "step_00000004")
+        patch.setattr(retention.shutil, "rmtree", busy)
+        Retention(last=1).prune(tmp_path, newest=tmp_path / "step_00000004")
     assert "step_00000002: cannot be removed: device or resource busy" in caplog.text
     assert not (tmp_path / "step_00000002").exists()
 
@@ -461,7 +475,9 @@ def test_a_missing_or_torn_checkpoint_is_refused_by_path(recipe_path: Path, tmp_
     with pytest.raises(CheckpointError, match="neither a checkpoint"):
         open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={tmp_path}"]))
     (tmp_path / "latest").write_text("step_00000004")
-    with pytest.raises(CheckpointError, match="step_00000004, which is missing or incomplete"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint is whole: .*step_00000004 is missing"
+    ):
         open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path}"]))
 
 
@@ -474,7 +490,8 @@ def test_a_checkpoint_with_a_missing_file_is_refused(
     for file in source.iterdir():
         if file.suffix != ".distcp":
             (copy / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(CheckpointError, match=f"{source.name}: cannot be loaded"):
+    missing = rf"{source.name}/__0_0\.distcp: No such file"
+    with pytest.raises(DamagedCheckpointError, match=missing):
         open_run(load_recipe(recipe_path, [*FAST, f"checkpoint.load={copy}"]))
 
 

@@ -15,6 +15,7 @@ from megatron_vita.training.callbacks.saving import SaveCallback
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.callbacks.validation import ValidationCallback
 from megatron_vita.training.callbacks.wandb import WandbCallback
+from megatron_vita.training.callbacks.watching import WatchCallback
 from megatron_vita.training.pace import Pace
 from megatron_vita.training.run import Run
 from megatron_vita.training.run_folder import RunLog
@@ -55,11 +56,13 @@ def _writers(run: Run) -> Iterator[Callback]:
 
 def _parts_of_the_loop(run: Run, hooks: Hooks) -> Iterator[Callback]:
     recipe = run.recipe
+    if recipe.training.hang_seconds:
+        yield WatchCallback()
     yield RecordCallback(hooks)
     yield DamageCallback(run)
     if recipe.training.profile_step_start:
         yield ProfileCallback(recipe.training)
     if recipe.checkpoint.save:
-        yield SaveCallback(hooks)
+        yield SaveCallback(run, hooks)
     if run.validation_stream is not None:
         yield ValidationCallback(hooks)

@@ -1,30 +1,129 @@
 """Checkpoints of a run."""
 
 import logging
-from pathlib import Path
+import time
 
+from megatron_vita.checkpoint.store import latest_name
+from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.hooks import Hooks
-from megatron_vita.training.metrics import StepMetrics
-from megatron_vita.training.run import Run, save_run
+from megatron_vita.training.metrics import SAVING, StepMetrics
+from megatron_vita.training.run import Run, open_saver, start_save
 
+LAST_PAUSES = (1.0, 4.0)
+"""Seconds before each further attempt to save the last step, after which there is none to come."""
 logger = logging.getLogger(__name__)
 
 
 class SaveCallback(Callback):
-    """Saving every `save_interval` steps, after the last, and when the run stops."""
+    """Saving every `save_interval` steps, after the last, and when the run stops.
+
+    A save that fails is tried again after `retry_steps`, and when the next one is due.
+    """
 
     collective = True
 
-    def __init__(self, hooks: Hooks) -> None:
+    def __init__(self, run: Run, hooks: Hooks) -> None:
         self._hooks = hooks
+        self._saver = open_saver(run.recipe, in_background=run.recipe.checkpoint.async_save)
+        self._retry_at = 0  # step; 0: nothing to try again
+        self._started = 0.0
+        self._waited = 0.0  # seconds that training waited for the save under way
+
+    def before_step(self, run: Run) -> None:
+        """Report to all ranks whether this one is still writing."""
+        run.meter.add(SAVING, float(self._saver.is_writing), reduce="max")
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Save if it is due, and call `on_save`."""
+        """Finish the save under way if all ranks have written; begin one if it is due."""
+        run.enter("saving")
+        if self._saver.is_active and not metrics.saving:
+            self._finish(run)
         # The last step too, whatever the interval: its weights are the result of the run.
-        last = metrics.stops or run.step == run.recipe.training.train_iters
-        if run.step % run.recipe.checkpoint.save_interval and not last:
+        if metrics.stops or run.step == run.recipe.training.train_iters:
+            self._save_last(run)
+        elif run.step % run.recipe.checkpoint.save_interval == 0 or run.step == self._retry_at:
+            self._start(run)
+
+    def on_log(self, run: Run, metrics: StepMetrics) -> None:
+        """Note the metric that `keep_best` compares, for the checkpoint of this step."""
+        checkpoint = run.recipe.checkpoint
+        value = metrics.scalars().get(checkpoint.best_metric)
+        if checkpoint.keep_best and value is not None:
+            self._saver.note_scores({checkpoint.best_metric: value}, step=run.step)
+
+    def on_end(self, run: Run) -> None:
+        """Give up a save that an error has left under way."""
+        self._saver.abort()
+
+    def _start(self, run: Run) -> None:
+        if self._saver.is_active:
+            self._finish(run)
+        self._retry_at = 0
+        try:
+            self._begin(run)
+        except SaveError as error:
+            self._put_off(run, error)
             return
-        path: Path = save_run(run)
-        logger.info("saved %s", path)
+        if not run.recipe.checkpoint.async_save:
+            self._finish(run)
+
+    def _finish(self, run: Run) -> None:
+        try:
+            self._complete()
+        except SaveError as error:
+            self._put_off(run, error)
+
+    def _begin(self, run: Run) -> None:
+        self._started = time.monotonic()
+        start_save(run, self._saver)
+        self._waited = time.monotonic() - self._started
+
+    def _complete(self) -> None:
+        began = time.monotonic()
+        path = self._saver.finish()
+        now = time.monotonic()
+        self._waited += now - began
+        seconds = now - self._started
+        logger.info("saved %s in %.1f s; training waited %.1f s", path, seconds, self._waited)
         self._hooks.call("on_save", path)
+
+    def _put_off(self, run: Run, error: SaveError) -> None:
+        """Warn of a save that failed, and choose the step to try again."""
+        self._retry_at = run.step + run.recipe.checkpoint.retry_steps
+        logger.warning(
+            "step %d: not saved: %s. Training goes on; the next attempt is after step %d. %s",
+            run.step,
+            error,
+            self._retry_at,
+            _describe_last(run),
+        )
+
+    def _save_last(self, run: Run) -> None:
+        """Save and wait for it, with some attempts.
+
+        Raises:
+            SaveError: on all ranks, if none succeeded.
+        """
+        if self._saver.is_active:
+            self._finish(run)
+        for pause in (*LAST_PAUSES, None):
+            try:
+                self._begin(run)
+                self._complete()
+                return
+            except SaveError as error:
+                if pause is None:
+                    raise
+                logger.warning("step %d: not saved: %s; again in %g s", run.step, error, pause)
+                time.sleep(pause)
+
+
+def _describe_last(run: Run) -> str:
+    try:
+        name = latest_name(run.recipe.checkpoint.save)
+    except CheckpointError as error:
+        return str(error)
+    if name:
+        return f"The last checkpoint is {name}"
+    return "There is no checkpoint yet"

@@ -22,6 +22,7 @@ class ValidationCallback(Callback):
         is_last = run.step == training.train_iters
         if not is_last and (metrics.stops or run.step % training.eval_interval):
             return
+        run.enter("validation")
         # Opened for each validation: its packs are the same ones again from the first.
         batches, count = validation_batches(run)
         try:

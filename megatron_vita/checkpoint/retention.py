@@ -1,0 +1,101 @@
+"""Rules by which checkpoints are kept, and the deletion of the others."""
+
+import json
+import logging
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_vita.checkpoint.manifest import MANIFEST, SCORES
+from megatron_vita.files import atomic_write
+
+_NAME = re.compile(r"step_(\d{8,})")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Rules of a run; a checkpoint that any of them names is kept.
+
+    last: number of the newest.
+    every: steps whose multiples are kept; 0: none.
+    best: number of those with the best `metric`, the lowest or highest by `mode`.
+    """
+
+    last: int
+    every: int = 0
+    best: int = 0
+    metric: str = ""
+    mode: Literal["min", "max"] = "min"
+
+    def prune(self, folder: Path, *, newest: Path) -> None:
+        """Delete the checkpoints up to `newest` that no rule names.
+
+        Later steps (of a run resumed from before them) are kept, and so is anything not named
+        step_N or linked there, such as a copy, and what is not complete.
+        """
+        saved = sorted(path for path in folder.iterdir() if is_saved(path))
+        earlier = [path for path in saved if path.name <= newest.name]
+        # What is not complete must not count among the last: it is nothing to go on from.
+        complete = [path for path in earlier if (path / MANIFEST).exists()]
+        kept = {*complete[-self.last :], *self._best(complete)}
+        for path in complete:
+            if path not in kept and not (self.every and step_of(path) % self.every == 0):
+                remove(path)
+
+    def _best(self, checkpoints: list[Path]) -> list[Path]:
+        scores = {path: read_scores(path).get(self.metric) for path in checkpoints}
+        scored = {path: score for path, score in scores.items() if score is not None}
+        ranked = sorted(scored, key=lambda path: scored[path], reverse=self.mode == "max")
+        return ranked[: self.best]
+
+
+def is_saved(path: Path) -> bool:
+    """Tell whether `path` is named like a checkpoint of a run and is not a link."""
+    return bool(_NAME.fullmatch(path.name)) and not path.is_symlink()
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match, checkpoint
+    return int(match[1])
+
+
+def read_scores(checkpoint: Path) -> dict[str, float]:
+    """Return the metrics noted for a checkpoint; none if they cannot be read."""
+    try:
+        scores: dict[str, float] = json.loads((checkpoint / SCORES).read_text())
+    except (OSError, ValueError):
+        return {}
+    return scores
+
+
+def note_scores(checkpoint: Path, scores: dict[str, float]) -> None:
+    """Add metrics to those of a checkpoint; log a warning if they cannot be written."""
+    try:
+        with atomic_write(checkpoint / SCORES) as partial:
+            partial.write_text(json.dumps(read_scores(checkpoint) | scores))
+    except OSError as error:
+        logger.warning("%s: metrics cannot be noted: %s", checkpoint, error)
+
+
+def remove(checkpoint: Path) -> None:
+    """Rename a checkpoint, then delete it; log a warning if it cannot be deleted.
+
+    The rename first: a kill must not leave half of it under its name.
+    """
+    hidden = checkpoint.with_name(f".{checkpoint.name}.{time.time_ns()}.incomplete")
+    try:
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("%s: cannot be removed: %s", checkpoint, error)

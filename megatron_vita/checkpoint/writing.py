@@ -1,0 +1,173 @@
+"""Writing of one rank's share of a checkpoint, in this process or in one of its own."""
+
+import gc
+import io
+import multiprocessing
+import os
+import signal
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, BinaryIO
+
+import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_vita.checkpoint.manifest import Span
+from megatron_vita.supervise.processes import end_with_parent
+
+NICENESS = 10
+"""Added to that of a writer process, so that it does not slow the step."""
+
+
+@dataclass(kw_only=True)
+class Written:
+    """What a rank has written, or why it could not."""
+
+    results: list[WriteResult] = field(default_factory=list)
+    spans: dict[str, list[Span]] = field(default_factory=dict)  # by file
+    error: str = ""
+
+
+@dataclass(kw_only=True)
+class Share:
+    """What a rank writes of a checkpoint, as megatron-core has planned it."""
+
+    writer: FileSystemWriterAsync
+    metadata: Metadata | None  # of the whole checkpoint; on the first rank alone
+
+    def copy_to_host(self) -> None:
+        """Copy the tensors to host memory, so that the next step may change the device's."""
+        buckets = self.writer.write_buckets or []
+        self.writer.write_buckets = FileSystemWriterAsync.preload_tensors(buckets, True)
+
+    def write(self) -> Written:
+        """Write the files, one tensor after the other.
+
+        Of tensors on the device only one is in host memory at a time.
+        """
+        written = Written()
+        try:
+            for path, name, (objects, tensors) in self.writer.write_buckets or []:
+                with open(path, "wb") as file:
+                    written.spans[name] = []
+                    for item, data in (*objects, *tensors):
+                        self._write_item(file, data, item=item, name=name, written=written)
+                    file.flush()
+                    os.fsync(file.fileno())
+        # Whatever it is, all ranks have to know of it: they wait for this one.
+        except Exception as error:
+            written.error = str(error) or type(error).__name__
+        return written
+
+    def _write_item(
+        self, file: BinaryIO, data: Any, *, item: Any, name: str, written: Written
+    ) -> None:
+        stream = _CheckedStream(file)
+        if isinstance(data, torch.Tensor):
+            data = data.cpu()
+        result = _write_item(
+            self.writer.transforms,
+            stream,
+            data,
+            item,
+            name,
+            serialization_format=SerializationFormat.TORCH_SAVE,
+        )
+        written.results.append(result)
+        written.spans[name].append(stream.span)
+
+
+class PlannedSave(TorchDistSaveShardedStrategy):
+    """megatron-core's `torch_dist` format; what is planned is left to the caller to write."""
+
+    share: Share
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, async_strategy: Any
+    ) -> AsyncRequest:
+        _, metadata, _ = save_state_dict_ret
+        self.share = Share(writer=writer, metadata=metadata)
+        return AsyncRequest(None, (), [])
+
+
+class WriterProcess:
+    """A process that writes a rank's share while the rank goes on, and dies with it.
+
+    It is forked: it has the rank's memory as it is now, without a copy.
+    """
+
+    def __init__(self, share: Share) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, pipe = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_write_and_tell, args=(share, pipe), name="checkpoint writer", daemon=True
+        )
+        with warnings.catch_warnings():
+            # Python warns of threads, whose locks the child would wait for; it takes none of them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        # So that the pipe ends when the process does.
+        pipe.close()
+
+    @property
+    def is_writing(self) -> bool:
+        """True until `result` returns at once."""
+        return not self._pipe.poll()
+
+    def result(self) -> Written:
+        """Wait for the process, and return what it has written."""
+        try:
+            written: Written = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            written = Written(error=f"the writer process ended with code {self._process.exitcode}")
+        self.close()
+        return written
+
+    def close(self) -> None:
+        """Kill the process if it has not ended."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def _write_and_tell(share: Share, pipe: Connection) -> None:
+    end_with_parent()
+    # A collection would run destructors of the rank's objects on the device.
+    gc.disable()
+    os.nice(NICENESS)
+    # Ctrl-C reaches every process of a terminal; the rank decides what becomes of the save.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    pipe.send(share.write())
+    # At once: nothing that the rank has open is this process's to close.
+    os._exit(0)
+
+
+class _CheckedStream(io.IOBase):
+    """A stream that writes to a file and computes the span of what it has written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._start = file.tell()
+        self._checksum = 0
+
+    @property
+    def span(self) -> Span:
+        """Span from where the stream began."""
+        return self._start, self._file.tell() - self._start, self._checksum
+
+    def write(self, data: Any) -> int:
+        self._checksum = zlib.crc32(data, self._checksum)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()

@@ -1,0 +1,103 @@
+"""Watch for hangs: a process beside the first rank hears from all ranks."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+import megatron_vita
+from megatron_vita import platform
+from megatron_vita.config.run_files import run_folder
+from megatron_vita.errors import PlatformError
+from megatron_vita.supervise.beacon import Beacon
+from megatron_vita.training.callbacks.callback import Callback
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run
+
+MOST_SECONDS = 2.0
+"""Most time between two messages of a rank."""
+
+
+class WatchCallback(Callback):
+    """Report of a hang by `training.hang_seconds`: which rank, where, with which samples."""
+
+    collective = True
+
+    def __init__(self) -> None:
+        self._watcher: subprocess.Popen[str] | None = None
+
+    def on_start(self, run: Run) -> None:
+        """Start the watcher on the first rank, and tell it of every rank. Collective."""
+        meeting: list[tuple[str, int, str]] = [("", 0, "")]
+        if dist.get_rank() == 0:
+            meeting = [self._start_watcher(run)]
+        dist.broadcast_object_list(meeting, src=0)
+        host, port, token = meeting[0]
+        if not port:
+            raise PlatformError("the process that watches for hangs does not start")
+        patience = run.recipe.training.hang_seconds
+        run.beacon = Beacon(
+            dist.get_rank(),
+            address=(host, port),
+            token=token,
+            interval=min(patience / 10, MOST_SECONDS),
+            patience=patience,
+            pending=platform.pending_collectives,
+        )
+
+    def before_step(self, run: Run) -> None:
+        """Note the step."""
+        run.enter("loading", step=run.step + 1)
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        """Note that the step is done."""
+        run.enter("callbacks")
+
+    def on_end(self, run: Run) -> None:
+        """Take leave."""
+        if run.beacon is not None:
+            run.beacon.close()
+            run.beacon = None
+        if self._watcher is not None:
+            assert self._watcher.stdin
+            self._watcher.stdin.close()
+            self._watcher.wait()
+
+    def _start_watcher(self, run: Run) -> tuple[str, int, str]:
+        """Return host, port and token of the watcher; port 0 if it does not start."""
+        folder = run_folder(run.recipe)
+        token = secrets.token_hex(16)
+        is_one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(dist.get_world_size())
+        settings = {
+            "patience": run.recipe.training.hang_seconds,
+            "token": token,
+            "folder": str(Path(folder).absolute()) if folder else "",
+            "is_one_host": is_one_host,
+        }
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-m", "megatron_vita.supervise.watcher"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": _python_path()},
+            # A signal to the rank's process group, such as Ctrl-C, is not for the watcher.
+            start_new_session=True,
+        )
+        assert self._watcher.stdin
+        assert self._watcher.stdout
+        self._watcher.stdin.write(json.dumps(settings) + "\n")
+        self._watcher.stdin.flush()
+        port = int(self._watcher.stdout.readline() or 0)
+        # Where the ranks have met already, every rank can reach it.
+        host = "127.0.0.1" if is_one_host else os.environ["MASTER_ADDR"]
+        return host, port, token
+
+
+def _python_path() -> str:
+    """Search path of a process that finds this package, wherever it was imported from."""
+    root = str(Path(megatron_vita.__file__).parents[1])
+    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))

@@ -1,0 +1,340 @@
+"""A save never stops a run and never costs the last good checkpoint; a damaged one is never loaded."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import saver, store
+from megatron_vita.checkpoint.retention import Retention, note_scores
+from megatron_vita.checkpoint.writing import Share, WriterProcess, Written
+from megatron_vita.config import load_recipe
+from megatron_vita.errors import CheckpointError, SaveError
+from megatron_vita.training.loop import train
+from megatron_vita.training.resume import ResumePoint
+from megatron_vita.training.run import Run, open_run, open_saver, restore_newest, start_save
+from tests.functional.toy_run import make_toy_run
+
+QUIET = ["data.num_workers=0", "training.eval_interval=0"]
+TENSORS = "__0_0.distcp"
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    platform.initialize_process()
+    return make_toy_run(tmp_path_factory.mktemp("saving"))
+
+
+@pytest.fixture(scope="module")
+def run(recipe_path: Path) -> Run:
+    """A run of eight steps, saved in the background after each fourth."""
+    overrides = [*QUIET, "training.train_iters=8"]
+    train(load_recipe(recipe_path, overrides))
+    return open_run(load_recipe(recipe_path, overrides))
+
+
+@pytest.fixture
+def folder(run: Run, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the run's checkpoints, which the run saves to meanwhile."""
+    before = run.recipe.checkpoint.save
+    shutil.copytree(before, tmp_path / "checkpoints")
+    run.recipe.checkpoint.save = str(tmp_path / "checkpoints")
+    yield tmp_path / "checkpoints"
+    run.recipe.checkpoint.save = before
+
+
+def weights(run: Run) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in run.unwrapped_model.parameters()]
+
+
+def flip(path: Path, place: float) -> None:
+    """Change one byte at a share of a file's length."""
+    data = bytearray(path.read_bytes())
+    data[min(int(len(data) * place), len(data) - 1)] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path, count: int) -> None:
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def put_zeros(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[8192:12288] = bytes(4096)
+    path.write_bytes(data)
+
+
+def exchange_tensors(path: Path) -> None:
+    """Exchange the bytes of two tensors of the same size: each is intact, in the other's place."""
+    spans = json.loads((path.parent / "manifest.json").read_text())["files"][TENSORS]
+    lengths = [length for _, length, _ in spans]
+    data = bytearray(path.read_bytes())
+    for first in range(len(spans)):
+        for second in range(first + 1, len(spans)):
+            a, b = (slice(spans[i][0], spans[i][0] + spans[i][1]) for i in (first, second))
+            if lengths[first] == lengths[second] and data[a] != data[b]:
+                data[a], data[b] = data[b], data[a]
+                path.write_bytes(data)
+                return
+    pytest.fail("no two tensors of one size")
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def take_from_step_4(path: Path) -> None:
+    shutil.copyfile(path.parent.parent / "step_00000004" / path.name, path)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "tensors missing": (TENSORS, Path.unlink),
+    "tensors cut": (TENSORS, lambda path: cut(path, 1)),
+    "tensors cut in half": (TENSORS, lambda path: cut(path, path.stat().st_size // 2)),
+    "tensors empty": (TENSORS, lambda path: path.write_bytes(b"")),
+    "tensors lengthened": (TENSORS, lambda path: path.write_bytes(path.read_bytes() + b"\0")),
+    "tensors a folder": (TENSORS, replace_by_folder),
+    "first byte of tensors": (TENSORS, lambda path: flip(path, 0)),
+    "byte inside of tensors": (TENSORS, lambda path: flip(path, 0.5)),
+    "last byte of tensors": (TENSORS, lambda path: flip(path, 1)),
+    "page of zeros in tensors": (TENSORS, put_zeros),
+    "two tensors exchanged": (TENSORS, exchange_tensors),
+    "tensors of another step": (TENSORS, take_from_step_4),
+    "index missing": (".metadata", Path.unlink),
+    "index cut": (".metadata", lambda path: cut(path, 5)),
+    "byte of index": (".metadata", lambda path: flip(path, 0.3)),
+    "format missing": ("metadata.json", Path.unlink),
+    "format altered": ("metadata.json", lambda path: edit(path, "torch_dist", "torch_diss")),
+    "tokenizer altered": ("tokenizer.model", lambda path: flip(path, 0.5)),
+    "manifest missing": ("manifest.json", Path.unlink),
+    "manifest cut": ("manifest.json", lambda path: cut(path, 20)),
+    "manifest a list": ("manifest.json", lambda path: path.write_text("[]")),
+    "position altered": (
+        "manifest.json",
+        lambda path: edit(path, '"consumed_packs": 32', '"consumed_packs": 28'),
+    ),
+    "checkpoint missing": ("", shutil.rmtree),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it_is_loaded(
+    run: Run, folder: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, damage = DAMAGE[kind]
+    damage(folder / "step_00000008" / name)
+    resumed = restore_newest(run, ResumePoint.find(run.recipe))
+    assert (run.step, run.consumed_packs) == (4, 16)
+    assert resumed.checkpoint == folder / "step_00000004"
+    assert "passed over" in caplog.text
+    assert f"step_00000008/{name}".rstrip("/") in caplog.text
+
+
+def test_nothing_is_begun_anew_where_no_checkpoint_is_whole(run: Run, folder: Path) -> None:
+    flip(folder / "step_00000004" / TENSORS, 0.5)
+    cut(folder / "step_00000008" / TENSORS, 1)
+    before = run.step
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*8/__0_0.*4/__0_0"):
+        restore_newest(run, ResumePoint.find(run.recipe))
+    assert run.step == before
+
+
+def test_a_kill_before_the_first_latest_costs_nothing(run: Run, folder: Path) -> None:
+    (folder / "latest").unlink()
+    assert store.latest_checkpoint(folder) == folder / "step_00000008"
+
+
+def test_a_checkpoint_without_checksums_is_taken_as_it_is(run: Run, folder: Path) -> None:
+    path = folder / "step_00000008" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"], manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    restore_newest(run, ResumePoint.find(run.recipe))
+    assert run.step == 8
+
+
+def test_a_load_reads_a_checkpoint_once(run: Run, folder: Path) -> None:
+    size = sum(path.stat().st_size for path in (folder / "step_00000008").rglob("*"))
+    resume = ResumePoint.find(run.recipe)
+    before = psutil.Process().io_counters().read_chars
+    restore_newest(run, resume)
+    assert psutil.Process().io_counters().read_chars - before < 1.2 * size
+
+
+def test_what_is_saved_in_the_background_is_the_state_at_the_start(run: Run, folder: Path) -> None:
+    restore_newest(run, ResumePoint.find(run.recipe))
+    expected = weights(run)
+    background = open_saver(run.recipe, in_background=True)
+    run.step = 9
+    start_save(run, background)
+    with torch.no_grad():
+        for p in run.unwrapped_model.parameters():
+            p.add_(1)
+    assert background.finish() == folder / "step_00000009"
+    restore_newest(run, ResumePoint.find(run.recipe))
+    assert run.step == 9
+    for found, wanted in zip(weights(run), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_writer_that_is_killed_costs_only_its_save(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Share, "write", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    background = open_saver(run.recipe, in_background=True)
+    start_save(run, background)
+    with pytest.raises(SaveError, match="writer process ended with code -9; nothing is left"):
+        background.finish()
+    assert not list(folder.glob(".step*"))
+    assert store.latest_checkpoint(folder) == folder / "step_00000008"
+
+
+def _write_for_ever(pipe: Any) -> None:
+    share = Share(writer=None, metadata=None)  # type: ignore[arg-type]
+    share.write = lambda: time.sleep(60)  # type: ignore[method-assign, assignment, return-value]
+    writer = WriterProcess(share)
+    pipe.send(writer._process.pid)
+    time.sleep(60)
+
+
+def test_a_writer_dies_with_its_rank() -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    rank = context.Process(target=_write_for_ever, args=(theirs,))
+    rank.start()
+    writer = psutil.Process(ours.recv())
+    rank.kill()
+    rank.join()
+    _, alive = psutil.wait_procs([writer], timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_run_goes_on_while_its_store_is_down_and_saves_once_it_is_back(
+    recipe_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step 4: nothing can be created; 5: a write fails; 8 and 12: `latest` cannot be written."""
+    write, begin, publish = Share.write, saver._begin, saver.publish
+    calls = {"begin": 0, "write": 0, "publish": 0}
+
+    def failing_begin(*args: Any, **keywords: Any) -> None:
+        calls["begin"] += 1
+        if calls["begin"] == 1:
+            raise PermissionError(errno.EACCES, "Permission denied", "checkpoints")
+        begin(*args, **keywords)
+
+    def failing_write(self: Share) -> Written:
+        calls["write"] += 1
+        return Written(error="No space left on device") if calls["write"] == 1 else write(self)
+
+    def failing_publish(*args: Any) -> None:
+        calls["publish"] += 1
+        if calls["publish"] in (2, 3):
+            raise OSError(errno.EIO, "Input/output error")
+        publish(*args)
+
+    monkeypatch.setattr(saver, "_begin", failing_begin)
+    monkeypatch.setattr(Share, "write", failing_write)
+    monkeypatch.setattr(saver, "publish", failing_publish)
+    monkeypatch.setattr("megatron_vita.training.callbacks.saving.LAST_PAUSES", (0.0, 0.0))
+    overrides = ["checkpoint.async_save=false", "checkpoint.retry_steps=1"]
+    folder = tmp_path / "saved"
+    train(load_recipe(recipe_path, [*QUIET, f"checkpoint.save={folder}", *overrides]))
+    log = (folder / "log.txt").read_text().splitlines()
+    lines = [line.split(" ", 3)[3] for line in log if "not saved" in line or " saved /" in line]
+    assert [line.split(":")[0].split(" in ")[0] for line in lines] == [
+        "step 4", "step 5", f"saved {folder}/step_00000006", "step 8", "step 9",
+        f"saved {folder}/step_00000010", f"saved {folder}/step_00000012",
+    ]  # fmt: skip
+    assert "Permission denied" in lines[0]
+    assert "There is no checkpoint yet" in lines[0]
+    assert "No space left on device; nothing is left of it. Training goes on" in lines[1]
+    assert "the next attempt is after step 9. The last checkpoint is step_00000006" in lines[3]
+    assert store.latest_checkpoint(folder) == folder / "step_00000012"
+
+
+def test_the_last_save_ends_a_run_that_cannot_do_it(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Share, "write", lambda self: Written(error="No space left on device"))
+    monkeypatch.setattr("megatron_vita.training.callbacks.saving.LAST_PAUSES", (0.0,))
+    where = [f"checkpoint.save={tmp_path / 'saved'}", "training.train_iters=1"]
+    with pytest.raises(SaveError, match="No space left on device"):
+        train(load_recipe(recipe_path, [*QUIET, *where]))
+
+
+def put_checkpoints(folder: Path, scores: dict[int, float | None]) -> None:
+    for step, score in scores.items():
+        checkpoint = folder / f"step_{step:08d}"
+        checkpoint.mkdir()
+        (checkpoint / "manifest.json").touch()
+        if score is not None:
+            note_scores(checkpoint, {"validation/loss": score})
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        (Retention(last=2), [50, 60]),
+        (Retention(last=1, every=20), [20, 40, 60]),
+        (Retention(last=1, best=2, metric="validation/loss"), [20, 50, 60]),
+        (Retention(last=1, best=1, metric="validation/loss", mode="max"), [10, 60]),
+        (Retention(last=1, every=30, best=1, metric="validation/loss"), [20, 30, 60]),
+        (Retention(last=1, best=3, metric="train/loss"), [60]),
+    ],
+)
+def test_a_checkpoint_is_kept_if_any_rule_names_it(
+    tmp_path: Path, rule: Retention, kept: list[int]
+) -> None:
+    put_checkpoints(tmp_path, {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.5, 60: None})
+    rule.prune(tmp_path, newest=tmp_path / "step_00000060")
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == kept
+
+
+def test_a_folder_without_a_manifest_is_not_among_the_last_ones(tmp_path: Path) -> None:
+    put_checkpoints(tmp_path, {10: None, 20: None, 30: None})
+    (tmp_path / "step_00000020" / "manifest.json").unlink()
+    Retention(last=2).prune(tmp_path, newest=tmp_path / "step_00000030")
+    assert (tmp_path / "step_00000010").exists()
+
+
+def test_a_validation_after_a_save_scores_its_checkpoint(recipe_path: Path, tmp_path: Path) -> None:
+    overrides = [
+        "training.eval_interval=2", "training.train_iters=4", "data.num_workers=0",
+        "checkpoint.save_interval=2", "checkpoint.keep_best=1", f"checkpoint.save={tmp_path}",
+    ]  # fmt: skip
+    train(load_recipe(recipe_path, overrides))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    losses = {row["step"]: row["validation/loss"] for row in rows if row["event"] == "validation"}
+    for step, loss in losses.items():
+        scores = json.loads((tmp_path / f"step_{step:08d}" / "scores.json").read_text())
+        assert scores["validation/loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_watched_run_goes_through_and_leaves_no_process(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    where = [f"checkpoint.save={tmp_path / 'saved'}", "training.train_iters=2"]
+    train(load_recipe(recipe_path, [*QUIET, *where, "training.hang_seconds=60"]))
+    assert set(psutil.Process().children(recursive=True)) <= before
+    assert not (tmp_path / "saved" / "hangs").exists()
