@@ -11,6 +11,7 @@ import torch
 import megatron_vita.platform as platform
 from megatron_vita.errors import PlatformError
 from megatron_vita.platform import cpu, packages
+from tests.environment import environment_with
 
 OWNERS = (torch, torch.cuda, torch.Tensor, torch.nn.Module)
 
@@ -75,6 +76,20 @@ def test_importing_config_media_and_text_does_not_import_megatron_core() -> None
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )
+
+
+def test_importing_the_loop_imports_neither_the_compiler_nor_writers_of_metrics() -> None:
+    code = (
+        "import sys, torch; compile_ = torch.compile; import megatron_vita.training.loop;"
+        "assert torch.compile is compile_;"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'tensorboard', 'wandb'};"
+        "sys.exit(str(heavy & set(sys.modules) or ''))"
+    )
+    environment = environment_with()
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ended.stderr.strip() == ""
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])

@@ -1,8 +1,8 @@
 """TensorBoard files."""
 
+from typing import Any
+
 import torch.distributed as dist
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.recording import is_logged
@@ -18,18 +18,22 @@ class TensorBoardCallback(Callback):
 
     def __init__(self, folder: str, *, step: int) -> None:
         """`step`: position of the run."""
-        self.writer: SummaryWriter | None = None
+        self.writer: Any = None
         if dist.get_rank() == 0:
+            # Not above: a second of imports, for runs that have such files.
+            from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Write the scalars; those of logged steps are in the file when this returns."""
         if self.writer is None:
             return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         values = [
             Summary.Value(tag=name, simple_value=value) for name, value in metrics.scalars().items()
         ]
-        assert self.writer.file_writer is not None
         # one event for all: add_scalar takes as long for each value
         self.writer.file_writer.add_summary(Summary(value=values), metrics.step)
         if metrics.held_out or is_logged(run, metrics):
