@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described
 
 
 @dataclass(kw_only=True)
@@ -14,18 +14,26 @@ class CheckpointConfig:
     """
 
     save: str = described("", "Folder for this run's checkpoints; empty: none are saved.")
-    save_interval: int = described(500, "Steps between checkpoints; the last step is always saved.")
+    save_interval: int = described(
+        500, "Steps between checkpoints; the last step is always saved.", ge=1
+    )
     async_save: bool = described(
         True, "Write in a process beside each rank while training goes on; false: wait for it."
     )
     retry_steps: int = described(
-        10, "Steps after which a save that failed (full disk, lost permission) is tried again."
+        10,
+        "Steps after which a save that failed (full disk, lost permission) is tried again.",
+        ge=1,
     )
     keep: int = described(
-        2, "Newest checkpoints kept in `save`; others are deleted once a newer one is complete."
+        2,
+        "Newest checkpoints kept in `save`; others are deleted once a newer one is complete.",
+        ge=1,
     )
-    keep_every: int = described(0, "Steps whose multiples are kept besides, such as 5000; 0: none.")
-    keep_best: int = described(0, "Checkpoints with the best `best_metric` kept besides.")
+    keep_every: int = described(
+        0, "Steps whose multiples are kept besides, such as 5000; 0: none.", ge=0
+    )
+    keep_best: int = described(0, "Checkpoints with the best `best_metric` kept besides.", ge=0)
     best_metric: str = described(
         "validation/loss", "Metric that `keep_best` compares, as metrics.jsonl names it."
     )
@@ -37,10 +45,4 @@ class CheckpointConfig:
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.save_interval >= 1,
-            f"checkpoint.save_interval is {self.save_interval}: it must be at least 1",
-        )
-        for name, least in (("keep", 1), ("keep_every", 0), ("keep_best", 0), ("retry_steps", 1)):
-            value = getattr(self, name)
-            require(value >= least, f"checkpoint.{name} is {value}: it must be at least {least}")
+        check_fields(self, "checkpoint.")

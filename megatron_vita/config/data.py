@@ -1,11 +1,11 @@
 """Datasets, packing and loading of a run."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 
-OVERLONG = ("reject", "cut", "drop_media")
-SCOPES = ("mix", "dataset")
+OverlongPolicy = Literal["reject", "cut", "drop_media"]
 
 
 @dataclass(kw_only=True)
@@ -17,23 +17,20 @@ class DatasetConfig:
         doc="Glob of its .tar shards, local or remote (s3://...), with their indexes beside them."
     )
     ratio: float = described(
-        1.0, "Fraction of its samples in an epoch; above 1, samples are repeated."
+        1.0, "Fraction of its samples in an epoch; above 1, samples are repeated.", gt=0
     )
-    cap: int = described(0, "Maximum number of its samples in an epoch; 0: no limit.")
-    max_tiles: int = described(0, "media.max_tiles for this dataset; 0: the recipe's.")
-    max_frames: int = described(0, "media.max_frames for this dataset; 0: the recipe's.")
-    max_fps: float = described(0.0, "media.max_fps for this dataset; 0: the recipe's.")
+    cap: int = described(0, "Maximum number of its samples in an epoch; 0: no limit.", ge=0)
+    max_tiles: int = described(0, "media.max_tiles for this dataset; 0: the recipe's.", ge=0)
+    max_frames: int = described(0, "media.max_frames for this dataset; 0: the recipe's.", ge=0)
+    max_fps: float = described(0.0, "media.max_fps for this dataset; 0: the recipe's.", ge=0)
     jsonl: str = described("", "JSONL file from which `data_tools shard RECIPE` writes the shards.")
     media: str = described(
         "", "Folder to which media paths in `jsonl` are relative; empty: the folder of the file."
     )
 
     def __post_init__(self) -> None:
-        require(self.ratio > 0, f"dataset {self.name}: ratio is {self.ratio}: it must be positive")
-        # 0 means the recipe's own value, which a default cannot refer to.
-        for field in ("cap", "max_tiles", "max_frames", "max_fps"):
-            value = getattr(self, field)
-            require(value >= 0, f"dataset {self.name}: {field} is {value}: it must not be negative")
+        # A list's item does not know its index; the name says which one it is.
+        check_fields(self, f"dataset {self.name}: ")
 
 
 @dataclass(kw_only=True)
@@ -45,21 +42,21 @@ class DataConfig:
     plan: str = described(
         "", "Folder of the pack plan, written by `data_tools plan` and read in training."
     )
-    seq_length: int = described(4096, "Tokens of every pack (T).")
+    seq_length: int = described(4096, "Tokens of every pack (T).", ge=1)
     document_alignment: int = described(
-        16, "Length of each document in a pack is padded to a multiple of this."
+        16, "Length of each document in a pack is padded to a multiple of this.", ge=1
     )
     isolate_documents: bool = described(
         True,
         "Restrict attention to each document, with positions from 0; false: documents attend to "
         "earlier ones of the pack, positions continue, and only the end of the pack is padded.",
     )
-    overlong: str = described(
+    overlong: OverlongPolicy = described(
         "reject",
         "Samples longer than a pack: reject, cut (keep the beginning) or drop_media (keep all the "
         "text, leave out media).",
     )
-    packing_scope: str = described(
+    packing_scope: Literal["mix", "dataset"] = described(
         "mix",
         "Documents that may share a pack: mix (of all datasets) or dataset (of the same one).",
     )
@@ -68,53 +65,36 @@ class DataConfig:
         "Group packs of similar cost into a step; for replicas that compute few packs a step.",
     )
     shuffle_window: int = described(
-        4096, "Samples that are packed together; shard reads stay within such a window."
+        4096, "Samples that are packed together; shard reads stay within such a window.", ge=1
     )
-    epochs: int = described(1, "Epochs of the training data in the plan.")
+    epochs: int = described(1, "Epochs of the training data in the plan.", ge=1)
     seed: int = described(1234, "Seed of the sample order.")
     num_workers: int = described(
-        1, "Loader processes of each rank; 0: read in the training process."
+        1, "Loader processes of each rank; 0: read in the training process.", ge=0
     )
-    prefetch: int = described(2, "Packs that a rank's loader processes read ahead.")
+    prefetch: int = described(2, "Packs that a rank's loader processes read ahead.", ge=1)
     sample_seconds: float = described(
         300.0,
         "Timeout in seconds after which a sample that makes no progress is masked; needs loader "
         "processes.",
+        gt=0,
     )
     cache: str = described(
         "", "Local cache folder for remote shards; empty: read byte ranges as needed."
     )
     cache_gib: float = described(
-        100.0, "Size limit of `cache` in GiB, over all processes of a host."
+        100.0, "Size limit of `cache` in GiB, over all processes of a host.", gt=0
     )
     max_damaged: float = described(
         0.01,
         "Fraction of damaged samples (unreadable, or with undecodable frames), of at least 1,000 "
         "samples, above which a run stops.",
+        ge=0,
+        le=1,
     )
 
     def __post_init__(self) -> None:
-        for name in ("seq_length", "document_alignment", "shuffle_window", "epochs", "prefetch"):
-            require(
-                getattr(self, name) >= 1,
-                f"data.{name} is {getattr(self, name)}: it must be at least 1",
-            )
-        for name, known in (("overlong", OVERLONG), ("packing_scope", SCOPES)):
-            value = getattr(self, name)
-            require(value in known, f"data.{name} is {value!r}; known: {', '.join(known)}")
-        require(self.cache_gib > 0, f"data.cache_gib is {self.cache_gib}: it must be positive")
-        require(
-            self.sample_seconds > 0,
-            f"data.sample_seconds is {self.sample_seconds}: it must be positive",
-        )
-        require(
-            0 <= self.max_damaged <= 1,
-            f"data.max_damaged is {self.max_damaged}: it must be a share, 0 to 1",
-        )
-        require(
-            self.num_workers >= 0,
-            f"data.num_workers is {self.num_workers}: it must not be negative",
-        )
+        check_fields(self, "data.")
         # The tail of a pack is one more document, whose length must be aligned as well.
         below = self.seq_length // self.document_alignment * self.document_alignment
         require(

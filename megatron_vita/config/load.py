@@ -180,7 +180,7 @@ def _member_for(value: Any, union: Any) -> Any:
 
 def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
-        hint = str  # the dataclass checks choices
+        hint = str  # check_fields compares it with the choices
     if isinstance(value, PlainScalar):
         if (typed := scalar_as(hint, value)) is not None:
             return typed

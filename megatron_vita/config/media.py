@@ -3,19 +3,19 @@
 import re
 from dataclasses import dataclass
 from math import isfinite
+from typing import Literal, get_args
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 
-NORMALIZATIONS = ("imagenet", "clip", "siglip")
-VIDEO_FITS = ("letterbox", "squash")
-TILINGS = ("dynamic", "anyres")
+NormalizationName = Literal["imagenet", "clip", "siglip"]
+NORMALIZATIONS: tuple[NormalizationName, ...] = get_args(NormalizationName)
 
 
 @dataclass(kw_only=True)
 class MediaConfig:
     """Preprocessing of images and videos."""
 
-    tiling: str = described(
+    tiling: Literal["dynamic", "anyres"] = described(
         "dynamic",
         "Tiling of images: dynamic (InternVL) resizes to the grid of the nearest aspect ratio; "
         "anyres (LLaVA-NeXT) keeps the aspect ratio, padded with black, in the grid that keeps "
@@ -26,43 +26,33 @@ class MediaConfig:
         "Allowed grids, as COLSxROWS; of equally good ones the first is taken; empty: all of "
         "min_tiles to max_tiles.",
     )
-    min_tiles: int = described(1, "Minimum number of tiles of an image.")
+    min_tiles: int = described(1, "Minimum number of tiles of an image.", ge=1)
     max_tiles: int = described(12, "Maximum number of tiles of an image, without its thumbnail.")
-    max_fps: float = described(1.0, "Maximum number of frames sampled per second of video.")
-    max_frames: int = described(128, "Maximum number of frames sampled from one video.")
-    video_fit: str = described(
+    max_fps: float = described(1.0, "Maximum number of frames sampled per second of video.", gt=0)
+    max_frames: int = described(128, "Maximum number of frames sampled from one video.", ge=1)
+    video_fit: Literal["letterbox", "squash"] = described(
         "letterbox",
         "Resizing of frames to square tiles: letterbox (Long-VITA) keeps the aspect ratio, "
         "padded with the mean colour; squash (InternVL) does not.",
     )
-    normalization: str | list[list[float]] = described(
+    normalization: NormalizationName | list[list[float]] = described(
         "imagenet",
         "Mean and standard deviation of pixel values: imagenet, clip, siglip, or [[means of red, "
         "green, blue], [deviations]], on a scale of 0 to 1.",
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, "media.")
         require(
-            1 <= self.min_tiles <= self.max_tiles,
+            self.min_tiles <= self.max_tiles,
             f"media.min_tiles is {self.min_tiles} and media.max_tiles {self.max_tiles}: "
-            "1 <= min_tiles <= max_tiles is needed",
-        )
-        require(
-            self.tiling in TILINGS, f"media.tiling is {self.tiling!r}; known: {', '.join(TILINGS)}"
-        )
-        require(
-            self.video_fit in VIDEO_FITS,
-            f"media.video_fit is {self.video_fit!r}; known: {', '.join(VIDEO_FITS)}",
+            "min_tiles <= max_tiles is needed",
         )
         for grid in self.grids:
             require(
                 re.fullmatch(r"[1-9]\d{0,2}x[1-9]\d{0,2}", str(grid)) is not None,
                 f"media.grids holds {grid!r}: COLSxROWS is needed, as 2x1",
             )
-        require(self.max_fps > 0, f"media.max_fps is {self.max_fps}: it must be positive")
-        require(
-            self.max_frames >= 1, f"media.max_frames is {self.max_frames}: it must be at least 1"
-        )
         require(
             self.normalization in NORMALIZATIONS or _is_mean_and_deviation(self.normalization),
             f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}, "

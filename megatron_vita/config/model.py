@@ -1,15 +1,14 @@
 """Shapes of vision tower, projector and language model; the defaults are Long-VITA-14B's."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 from megatron_vita.config.output import OutputConfig
 from megatron_vita.config.rotary import RopeScalingConfig
 from megatron_vita.rounding import ceil_div
 
-PROJECTORS = ("long_vita", "internvl")
-NORMS = ("LayerNorm", "RMSNorm")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(kw_only=True)
@@ -23,24 +22,22 @@ class VisionConfig:
     """
 
     kind: str = described("vit", "Module of the tower: vit, or one that a plugin registers.")
-    image_size: int = described(448, "Side of a tile in pixels.")
-    patch_size: int = described(14, "Side of a patch in pixels.")
+    image_size: int = described(448, "Side of a tile in pixels.", ge=1)
+    patch_size: int = described(14, "Side of a patch in pixels.", ge=1)
     ragged_grid: bool = described(
         False,
         "Drop pixels beyond the last whole patch and pad an odd patch grid with zeros before the "
         "pixel shuffle.",
     )
-    num_layers: int = described(24, "Transformer layers.")
-    hidden_size: int = described(1024, "Hidden size.")
-    ffn_hidden_size: int = described(4096, "Hidden size of the MLP.")
-    num_attention_heads: int = described(16, "Attention heads.")
-    normalization: str = described("LayerNorm", "Normalization layers: LayerNorm or RMSNorm.")
-    layernorm_epsilon: float = described(1e-6, "Epsilon of the normalization layers.")
+    num_layers: int = described(24, "Transformer layers.", ge=1)
+    hidden_size: int = described(1024, "Hidden size.", ge=1)
+    ffn_hidden_size: int = described(4096, "Hidden size of the MLP.", ge=1)
+    num_attention_heads: int = described(16, "Attention heads.", ge=1)
+    normalization: Literal["LayerNorm", "RMSNorm"] = described("LayerNorm", "Normalization layers.")
+    layernorm_epsilon: float = described(1e-6, "Epsilon of the normalization layers.", gt=0)
     qk_layernorm: bool = described(False, "RMSNorm on queries and keys, over all heads together.")
     add_qkv_bias: bool = described(True, "Biases on query, key and value.")
-    activation: str = described(
-        "gelu", "Activation of the MLP: gelu (exact), gelu_tanh or quick_gelu."
-    )
+    activation: Activation = described("gelu", "Activation of the MLP; gelu is exact.")
     class_token: bool = described(True, "Prepend a class token, which is dropped from the output.")
     patch_bias: bool = described(True, "Bias on the patch embedding.")
     pre_norm: bool = described(False, "Normalize the embeddings before the first layer.")
@@ -52,9 +49,10 @@ class VisionConfig:
     layer_scale_init: float = described(
         0.1, "Initial value of the LayerScale vectors of a tower trained from scratch."
     )
-    init_method_std: float = described(0.02, "Standard deviation of initial weights.")
+    init_method_std: float = described(0.02, "Standard deviation of initial weights.", ge=0)
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.vision.")
         # Dropping pixels silently would be a mistake for any tower that was not trained so.
         require(
             self.image_size % (2 * self.patch_size) == 0 or self.ragged_grid,
@@ -71,14 +69,6 @@ class VisionConfig:
             self.hidden_size % self.num_attention_heads == 0,
             f"model.vision.hidden_size {self.hidden_size} is not a multiple of "
             f"num_attention_heads {self.num_attention_heads}",
-        )
-        require(
-            self.normalization in NORMS,
-            f"model.vision.normalization is {self.normalization!r}; known: {', '.join(NORMS)}",
-        )
-        require(
-            self.activation in ACTIVATIONS,
-            f"model.vision.activation is {self.activation!r}; known: {', '.join(ACTIVATIONS)}",
         )
 
     @property
@@ -108,18 +98,15 @@ class VisionConfig:
 class ProjectorConfig:
     """MLP that maps vision features to the hidden size of the language model."""
 
-    kind: str = described(
+    kind: Literal["long_vita", "internvl"] = described(
         "long_vita",
         "long_vita (hidden layer of the vision tower's size, no biases) or internvl (of the "
         "language model's size, with biases).",
     )
-    init_method_std: float = described(0.02, "Standard deviation of initial weights.")
+    init_method_std: float = described(0.02, "Standard deviation of initial weights.", ge=0)
 
     def __post_init__(self) -> None:
-        require(
-            self.kind in PROJECTORS,
-            f"model.projector.kind is {self.kind!r}; known: {', '.join(PROJECTORS)}",
-        )
+        check_fields(self, "model.projector.")
 
     @property
     def has_bias(self) -> bool:
@@ -134,17 +121,19 @@ class LanguageConfig:
     Qwen3: qk_layernorm true, add_qkv_bias false. Llama: add_qkv_bias false.
     """
 
-    num_layers: int = described(48, "Transformer layers.")
-    hidden_size: int = described(5120, "Hidden size.")
-    ffn_hidden_size: int = described(13824, "Hidden size of the SwiGLU MLP.")
-    num_attention_heads: int = described(40, "Query heads.")
-    num_query_groups: int = described(8, "Key and value heads (GQA groups).")
-    kv_channels: int = described(128, "Channels of a head.")
+    num_layers: int = described(48, "Transformer layers.", ge=1)
+    hidden_size: int = described(5120, "Hidden size.", ge=1)
+    ffn_hidden_size: int = described(13824, "Hidden size of the SwiGLU MLP.", ge=1)
+    num_attention_heads: int = described(40, "Query heads.", ge=1)
+    num_query_groups: int = described(8, "Key and value heads (GQA groups).", ge=1)
+    kv_channels: int = described(128, "Channels of a head.", ge=1)
     vocab_size: int = described(
-        152064, "Rows of the embedding matrix, at least the size of the tokenizer's vocabulary."
+        152064,
+        "Rows of the embedding matrix, at least the size of the tokenizer's vocabulary.",
+        ge=1,
     )
-    layernorm_epsilon: float = described(1e-6, "Epsilon of RMSNorm.")
-    rotary_base: float = described(1e6, "Base of the rotary embedding.")
+    layernorm_epsilon: float = described(1e-6, "Epsilon of RMSNorm.", gt=0)
+    rotary_base: float = described(1e6, "Base of the rotary embedding.", gt=0)
     rope_scaling: RopeScalingConfig = described(
         RopeScalingConfig, "Scaling of the rotary embedding to longer contexts."
     )
@@ -155,9 +144,10 @@ class LanguageConfig:
     untie_embeddings_and_output_weights: bool = described(
         True, "Give the output layer its own weights instead of the embedding's."
     )
-    init_method_std: float = described(0.02, "Standard deviation of initial weights.")
+    init_method_std: float = described(0.02, "Standard deviation of initial weights.", ge=0)
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.language.")
         require(
             self.num_attention_heads % self.num_query_groups == 0,
             f"model.language.num_attention_heads {self.num_attention_heads} is not a multiple of "

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 from megatron_vita.registry import Registry
 
 Course = Callable[[float], float]
@@ -16,9 +16,7 @@ SCHEDULES: Registry[Course | None] = Registry("schedule", _OWN)
 """Courses of the learning rate after warm-up; None for those that megatron-core computes."""
 WsdStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
-GRADIENT_TYPES = ("fp32", "bf16")
-WEIGHT_TYPES = ("fp32", "fp16")
-MOMENT_TYPES = ("fp32", "bf16", "fp16", "fp8")
+MomentType = Literal["fp32", "bf16", "fp16", "fp8"]
 FULL_PRECISION = {
     "use_precision_aware_optimizer": False,
     "main_grads_dtype": "fp32",
@@ -38,54 +36,55 @@ FULL_PRECISION = {
 class OptimizerConfig:
     """AdamW, with a learning rate schedule that begins with a linear warm-up."""
 
-    lr: float = described(1e-4, "Peak learning rate.")
-    min_lr: float = described(0.0, "Learning rate at the end of the decay.")
+    lr: float = described(1e-4, "Peak learning rate.", gt=0)
+    min_lr: float = described(0.0, "Learning rate at the end of the decay.", ge=0)
     lr_decay_style: str = described(
         "cosine",
         "Learning rate after warm-up: constant, linear, cosine, WSD (stable at lr, then a decay of lr_wsd_decay_iters) or "
         "inverse-square-root (lr * sqrt(warm-up steps / steps), at least min_lr), or one that a plugin registers.",
+        choices=SCHEDULES,
     )
     lr_decay_iters: int = described(
-        0, "Step at which the learning rate reaches min_lr, and stays there; 0: train_iters."
+        0, "Step at which the learning rate reaches min_lr, and stays there; 0: train_iters.", ge=0
     )
     lr_warmup_iters: int = described(
-        0, "Steps of the linear warm-up from 0; 0: lr_warmup_fraction of train_iters."
+        0, "Steps of the linear warm-up from 0; 0: lr_warmup_fraction of train_iters.", ge=0
     )
-    lr_warmup_fraction: float = described(0.03, "Fraction of train_iters for the linear warm-up.")
+    lr_warmup_fraction: float = described(
+        0.03, "Fraction of train_iters for the linear warm-up.", ge=0, lt=1
+    )
     lr_wsd_decay_iters: int = described(
-        0, "Of WSD: steps of the decay, which ends at lr_decay_iters."
+        0, "Of WSD: steps of the decay, which ends at lr_decay_iters.", ge=0
     )
-    lr_wsd_decay_style: WsdStyle = described(
-        "exponential", "Of WSD: course of the decay: linear, cosine, exponential or minus_sqrt."
-    )
-    vision_lr_mult: float = described(1.0, "Multiplier of the vision tower's learning rate.")
+    lr_wsd_decay_style: WsdStyle = described("exponential", "Of WSD: course of the decay.")
+    vision_lr_mult: float = described(1.0, "Multiplier of the vision tower's learning rate.", gt=0)
     vision_lr_decay: float = described(
-        1.0, "Layer-wise decay of the tower's learning rate, per layer from the last to the first."
+        1.0,
+        "Layer-wise decay of the tower's learning rate, per layer from the last to the first.",
+        gt=0,
     )
     weight_decay: float = described(
-        0.0, "Weight decay, not applied to biases and other one-dimensional parameters."
+        0.0, "Weight decay, not applied to biases and other one-dimensional parameters.", ge=0
     )
-    adam_beta1: float = described(0.9, "Decay rate of Adam's first moment.")
-    adam_beta2: float = described(0.999, "Decay rate of Adam's second moment.")
-    adam_eps: float = described(1e-8, "Epsilon of Adam.")
+    adam_beta1: float = described(0.9, "Decay rate of Adam's first moment.", ge=0, lt=1)
+    adam_beta2: float = described(0.999, "Decay rate of Adam's second moment.", ge=0, lt=1)
+    adam_eps: float = described(1e-8, "Epsilon of Adam.", gt=0)
     clip_grad: float = described(
-        1.0, "Global gradient norm to which gradients are clipped; 0: no clipping."
+        1.0, "Global gradient norm to which gradients are clipped; 0: no clipping.", ge=0
     )
     use_precision_aware_optimizer: bool = described(
         False,
         "Use Transformer Engine's Adam, which keeps main weights and moments in the dtypes "
         "below. Needs CUDA, bf16 and use_distributed_optimizer.",
     )
-    main_grads_dtype: str = described(
-        "fp32", "Dtype for accumulating gradients over packs and reducing them: fp32 or bf16."
+    main_grads_dtype: Literal["fp32", "bf16"] = described(
+        "fp32", "Dtype for accumulating gradients over packs and reducing them."
     )
-    main_params_dtype: str = described(
+    main_params_dtype: Literal["fp32", "fp16"] = described(
         "fp32", "Dtype of main weights: fp32, or fp16 with a scale for each parameter."
     )
-    exp_avg_dtype: str = described("fp32", "Dtype of the first moment: fp32, bf16, fp16 or fp8.")
-    exp_avg_sq_dtype: str = described(
-        "fp32", "Dtype of the second moment: fp32, bf16, fp16 or fp8."
-    )
+    exp_avg_dtype: MomentType = described("fp32", "Dtype of the first moment.")
+    exp_avg_sq_dtype: MomentType = described("fp32", "Dtype of the second moment.")
     store_param_remainders: bool = described(
         False,
         "Store only the 16 bits of fp32 main weights that the bf16 weights lack: the same values "
@@ -98,7 +97,7 @@ class OptimizerConfig:
         False, "Keep optimizer state in host memory and update its weights on the CPU."
     )
     optimizer_offload_fraction: float = described(
-        1.0, "Fraction of the parameters to offload with optimizer_cpu_offload."
+        1.0, "Fraction of the parameters to offload with optimizer_cpu_offload.", gt=0, le=1
     )
     overlap_cpu_optimizer_d2h_h2d: bool = described(
         False,
@@ -106,32 +105,16 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self, "optimizer.")
         require(
-            0 <= self.min_lr <= self.lr,
+            self.min_lr <= self.lr,
             f"optimizer.min_lr is {self.min_lr} and lr {self.lr}: 0 <= min_lr <= lr is needed",
-        )
-        for name in ("lr", "vision_lr_mult", "vision_lr_decay"):
-            require(
-                getattr(self, name) > 0,
-                f"optimizer.{name} is {getattr(self, name)}: it must be positive",
-            )
-        require(
-            0 <= self.lr_warmup_fraction < 1,
-            f"optimizer.lr_warmup_fraction is {self.lr_warmup_fraction}: it must be at least 0 "
-            "and below 1",
         )
         self._check_schedule()
         self._check_types()
         self._check_offload()
 
     def _check_schedule(self) -> None:
-        choices = {"lr_decay_style": tuple(SCHEDULES), "lr_wsd_decay_style": get_args(WsdStyle)}
-        for name, known in choices.items():
-            value = getattr(self, name)
-            require(value in known, f"optimizer.{name} is {value!r}; known: {', '.join(known)}")
-        for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
-            value = getattr(self, name)
-            require(value >= 0, f"optimizer.{name} is {value}: it must not be negative")
         is_wsd = self.lr_decay_style == "WSD"
         require(
             is_wsd == (self.lr_wsd_decay_iters > 0),
@@ -151,15 +134,13 @@ class OptimizerConfig:
 
     def _check_types(self) -> None:
         # Fields without effect are refused: whoever sets them expects one.
-        choices = {
-            "main_grads_dtype": GRADIENT_TYPES,
-            "main_params_dtype": WEIGHT_TYPES,
-            "exp_avg_dtype": MOMENT_TYPES,
-            "exp_avg_sq_dtype": MOMENT_TYPES,
-        }
-        for name, known in choices.items():
+        for name in (
+            "main_grads_dtype",
+            "main_params_dtype",
+            "exp_avg_dtype",
+            "exp_avg_sq_dtype",
+        ):
             value = getattr(self, name)
-            require(value in known, f"optimizer.{name} is {value!r}; known: {', '.join(known)}")
             require(
                 value == "fp32" or self.use_precision_aware_optimizer,
                 f"optimizer.{name} is {value}, which needs optimizer.use_precision_aware_optimizer",
@@ -181,11 +162,6 @@ class OptimizerConfig:
         )
 
     def _check_offload(self) -> None:
-        require(
-            0 < self.optimizer_offload_fraction <= 1,
-            f"optimizer.optimizer_offload_fraction is {self.optimizer_offload_fraction}: it must "
-            "be above 0 and at most 1",
-        )
         for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
             require(
                 self.optimizer_cpu_offload or getattr(self, name) == FULL_PRECISION[name],

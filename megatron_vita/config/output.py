@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described
 
 
 @dataclass(kw_only=True)
@@ -10,27 +10,21 @@ class OutputConfig:
     """Terms of the loss, and memory of the projection onto the vocabulary."""
 
     label_smoothing: float = described(
-        0.0, "Probability mass of each target that is spread evenly over the vocabulary."
+        0.0,
+        "Probability mass of each target that is spread evenly over the vocabulary.",
+        ge=0,
+        lt=1,
     )
     z_loss: float = described(
-        0.0, "Weight of z-loss: the squared log-sum-exp of the logits, added to each token's loss."
+        0.0,
+        "Weight of z-loss: the squared log-sum-exp of the logits, added to each token's loss.",
+        ge=0,
     )
-    chunk_mib: int = described(448, "MiB of logits computed at a time.")
+    chunk_mib: int = described(448, "MiB of logits computed at a time.", ge=1)
     full_logits: bool = described(
         False,
         "Materialize fp32 logits of every position, as a reference: memory grows with length.",
     )
 
     def __post_init__(self) -> None:
-        require(
-            0.0 <= self.label_smoothing < 1.0,
-            f"model.output.label_smoothing is {self.label_smoothing}: it must be at least 0 and "
-            "below 1",
-        )
-        require(
-            self.z_loss >= 0.0, f"model.output.z_loss is {self.z_loss}: it must not be negative"
-        )
-        require(
-            self.chunk_mib >= 1,
-            f"model.output.chunk_mib is {self.chunk_mib}: it must be at least 1",
-        )
+        check_fields(self, "model.output.")

@@ -1,11 +1,13 @@
 """Parallel layout of the model over ranks. Field names are Megatron's."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 
-ATTENTION_BACKENDS = ("auto", "torch", "te", "fa4")
-CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+AttentionBackendName = Literal["auto", "torch", "te", "fa4"]
+ATTENTION_BACKENDS: tuple[AttentionBackendName, ...] = get_args(AttentionBackendName)
+CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
 
 @dataclass(kw_only=True)
@@ -13,16 +15,18 @@ class ParallelConfig:
     """Tensor, pipeline and context parallelism; data parallelism takes the remaining ranks."""
 
     tensor_model_parallel_size: int = described(
-        1, "Tensor parallelism: ranks that split each weight matrix (TP)."
+        1, "Tensor parallelism: ranks that split each weight matrix (TP).", ge=1
     )
-    pipeline_model_parallel_size: int = described(1, "Pipeline parallelism: stages of layers (PP).")
+    pipeline_model_parallel_size: int = described(
+        1, "Pipeline parallelism: stages of layers (PP).", ge=1
+    )
     context_parallel_size: int = described(
-        1, "Context parallelism: ranks that split each document (CP)."
+        1, "Context parallelism: ranks that split each document (CP).", ge=1
     )
     sequence_parallel: bool = described(
         False, "Split activations outside attention and MLP along the sequence over TP."
     )
-    cp_comm_type: str = described(
+    cp_comm_type: CpCommType = described(
         "p2p",
         "CP communication of te: p2p (ring), all_gather, a2a (over heads) or a2a+p2p. torch and "
         "fa4 always all-gather keys and values.",
@@ -38,13 +42,13 @@ class ParallelConfig:
         "assigned over CP alone.",
     )
     virtual_pipeline_model_parallel_size: int = described(
-        1, "Interleaved chunks of layers in each stage (VPP)."
+        1, "Interleaved chunks of layers in each stage (VPP).", ge=1
     )
     num_layers_in_first_pipeline_stage: int = described(
-        0, "Layers of the first stage, which also has the vision tower; 0: split evenly."
+        0, "Layers of the first stage, which also has the vision tower; 0: split evenly.", ge=0
     )
     num_layers_in_last_pipeline_stage: int = described(
-        0, "Layers of the last stage, which also has the output layer; 0: split evenly."
+        0, "Layers of the last stage, which also has the output layer; 0: split evenly.", ge=0
     )
     overlap_grad_reduce: bool = described(
         False, "Overlap gradient reduction with the backward pass."
@@ -55,30 +59,14 @@ class ParallelConfig:
     use_distributed_optimizer: bool = described(
         True, "Shard optimizer state over data-parallel ranks."
     )
-    attention_backend: str = described(
+    attention_backend: AttentionBackendName = described(
         "auto",
         "torch, te (Transformer Engine), fa4 (its layers with FlashAttention-4, Hopper or "
         "later), or auto: the fastest available; torch on CPU.",
     )
 
     def __post_init__(self) -> None:
-        sizes = [
-            f"{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline")
-        ]
-        for name in (*sizes, "context_parallel_size"):
-            require(
-                getattr(self, name) >= 1,
-                f"parallel.{name} is {getattr(self, name)}: it must be at least 1",
-            )
-        require(
-            self.attention_backend in ATTENTION_BACKENDS,
-            f"parallel.attention_backend is {self.attention_backend!r}; known: "
-            f"{', '.join(ATTENTION_BACKENDS)}",
-        )
-        require(
-            self.cp_comm_type in CP_COMM_TYPES,
-            f"parallel.cp_comm_type is {self.cp_comm_type!r}; known: {', '.join(CP_COMM_TYPES)}",
-        )
+        check_fields(self, "parallel.")
         self._check_hierarchy()
         require(
             not self.vision_tensor_parallel or self.tensor_model_parallel_size > 1,

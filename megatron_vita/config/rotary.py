@@ -2,48 +2,42 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_vita.config.fields import described, require
-
-KINDS = ("none", "linear", "llama3", "yarn")
+from megatron_vita.config.fields import check_fields, described, require
 
 
 @dataclass(kw_only=True)
 class RopeScalingConfig:
     """Scaling of rotary frequencies; fields that `kind` does not use are ignored."""
 
-    kind: str = described(
+    kind: Literal["none", "linear", "llama3", "yarn"] = described(
         "none",
         "none, linear (position interpolation), llama3 (Llama 3.1) or yarn (arXiv 2309.00071).",
     )
-    factor: float = described(1.0, "Ratio of the new context length to the original one.")
-    original_length: int = described(0, "llama3, yarn: original context length in tokens.")
+    factor: float = described(1.0, "Ratio of the new context length to the original one.", ge=1)
+    original_length: int = described(0, "llama3, yarn: original context length in tokens.", ge=0)
     low_freq_factor: float = described(
-        1.0, "llama3: wavelengths above original_length / low_freq_factor are scaled in full."
+        1.0, "llama3: wavelengths above original_length / low_freq_factor are scaled in full.", gt=0
     )
     high_freq_factor: float = described(
-        4.0, "llama3: wavelengths below original_length / high_freq_factor are not scaled."
+        4.0, "llama3: wavelengths below original_length / high_freq_factor are not scaled.", gt=0
     )
     beta_fast: float = described(
-        32.0, "yarn: dimensions with more rotations than this in original_length are not scaled."
+        32.0,
+        "yarn: dimensions with more rotations than this in original_length are not scaled.",
+        gt=0,
     )
     beta_slow: float = described(
-        1.0, "yarn: dimensions with fewer rotations than this are scaled in full."
+        1.0, "yarn: dimensions with fewer rotations than this are scaled in full.", gt=0
     )
     truncate: bool = described(True, "yarn: round the bounds of the ramp to whole dimensions.")
     attention_scale: float = described(
-        0.0, "yarn: scale of queries and keys; 0: 0.1 ln(factor) + 1."
+        0.0, "yarn: scale of queries and keys; 0: 0.1 ln(factor) + 1.", ge=0
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.kind in KINDS,
-            f"model.language.rope_scaling.kind is {self.kind!r}; known: {', '.join(KINDS)}",
-        )
-        require(
-            self.factor >= 1,
-            f"model.language.rope_scaling.factor is {self.factor}: it must be at least 1",
-        )
+        check_fields(self, "model.language.rope_scaling.")
         require(
             self.kind not in ("llama3", "yarn") or self.original_length > 0,
             f"model.language.rope_scaling.original_length is {self.original_length}: {self.kind} "

@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 
-TEMPLATES = ("chatml", "plain", "jinja")
-MEDIA_FORMATS = ("long_vita", "internvl")
+TemplateName = Literal["chatml", "plain", "jinja"]
+TEMPLATES: tuple[TemplateName, ...] = get_args(TemplateName)
 
 
 @dataclass(kw_only=True)
@@ -16,11 +17,11 @@ class TextConfig:
     tokenizer: str = described(
         "", "Folder of a Hugging Face tokenizer, or a SentencePiece .model file."
     )
-    template: str = described(
+    template: TemplateName = described(
         "chatml",
         "Prompt format: chatml, plain, or jinja, the tokenizer folder's own chat template.",
     )
-    media_format: str = described(
+    media_format: Literal["long_vita", "internvl"] = described(
         "long_vita",
         "Placeholders of images and videos: long_vita (thumbnail first, a tag around each tile), "
         "or internvl (one tag around all tiles, thumbnail last; videos as 'Frame1: ...' lines).",
@@ -49,14 +50,7 @@ class TextConfig:
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.template in TEMPLATES,
-            f"text.template is {self.template!r}; known templates: {', '.join(TEMPLATES)}",
-        )
-        require(
-            self.media_format in MEDIA_FORMATS,
-            f"text.media_format is {self.media_format!r}; known: {', '.join(MEDIA_FORMATS)}",
-        )
+        check_fields(self, "text.")
         require(
             not self.date or re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.date) is not None,
             f"text.date is {self.date!r}: YYYY-MM-DD is needed",

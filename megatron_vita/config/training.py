@@ -1,26 +1,23 @@
 """Length of a run, frozen parts, recomputation, validation and logging. Names are Megatron's."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from megatron_vita.config.callback import CallbackConfig
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import check_fields, described, require
 
-RECOMPUTE = ("none", "full", "selective")
-RECOMPUTE_METHODS = ("block", "uniform")
-FP8_RECIPES = ("none", "tensorwise", "blockwise")
-RECOMPUTE_MODULES = ("core_attn", "mlp")
-RECOMPUTE_VISION_METHODS = ("layers", "tiles")
+RecomputeModule = Literal["core_attn", "mlp"]
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     """The training loop."""
 
-    train_iters: int = described(1000, "Optimizer steps.")
-    global_batch_size: int = described(8, "Packs of one optimizer step, over all replicas.")
+    train_iters: int = described(1000, "Optimizer steps.", ge=1)
+    global_batch_size: int = described(8, "Packs of one optimizer step, over all replicas.", ge=1)
     seed: int = described(1234, "Seed of initial weights.")
     bf16: bool = described(False, "Compute in bfloat16, with fp32 main weights.")
-    fp8_recipe: str = described(
+    fp8_recipe: Literal["none", "tensorwise", "blockwise"] = described(
         "none",
         "8-bit linear layers of the language model by Transformer Engine, in both passes: none, "
         "tensorwise (a scale for each tensor) or blockwise (for each 128 values). Needs bf16 and "
@@ -35,11 +32,11 @@ class TrainingConfig:
         "their defaults, so that the run fits the memory of devices and hosts and its steps are "
         "fastest.",
     )
-    recompute_granularity: str = described(
+    recompute_granularity: Literal["none", "full", "selective"] = described(
         "none",
         "Activation recomputation: none, full (whole layers) or selective (parts of each layer).",
     )
-    recompute_method: str = described(
+    recompute_method: Literal["block", "uniform"] = described(
         "block",
         "With full: block (the first layers of each stage, one by one) or uniform (all, in "
         "groups).",
@@ -48,8 +45,11 @@ class TrainingConfig:
         0,
         "With full: recomputed layers per stage for block (0: all), layers per group for uniform "
         "(0: 1).",
+        ge=0,
     )
-    recompute_modules: list[str] = described(["core_attn"], "With selective: core_attn, mlp.")
+    recompute_modules: list[RecomputeModule] = described(
+        ["core_attn"], "With selective: recomputed parts of each layer."
+    )
     recompute_keep_attention_layers: int = described(
         0,
         "With full and block: recomputed layers per stage, from the last, that keep the output "
@@ -59,31 +59,37 @@ class TrainingConfig:
         0,
         "Tokens that a tensor-parallel group runs through a recomputed MLP at a time (full with "
         "block, or selective with mlp); 0: all.",
+        ge=0,
     )
     activation_offload_fraction: float = described(
         0.0,
         "With full and block: fraction of the recomputed layers per stage, from the first, whose "
         "kept activations are offloaded to pinned host memory.",
+        ge=0,
+        le=1,
     )
     activation_offload_gib: float = described(
-        0.0, "Pinned host memory of a rank for offloading, in GiB; 0: as much as the host has."
+        0.0,
+        "Pinned host memory of a rank for offloading, in GiB; 0: as much as the host has.",
+        ge=0,
     )
     recompute_vision: bool = described(False, "Recompute the vision tower.")
-    recompute_vision_method: str = described(
+    recompute_vision_method: Literal["layers", "tiles"] = described(
         "layers",
         "With recompute_vision: layers (keep each layer's input) or tiles (keep pixels alone and "
         "run vision_tiles_at_once tiles through the whole tower again).",
     )
     vision_tiles_at_once: int = described(
-        64, "Tiles that a rank encodes in one forward pass of the tower."
+        64, "Tiles that a rank encodes in one forward pass of the tower.", ge=1
     )
-    eval_interval: int = described(0, "Steps between validations; 0: no validation.")
-    eval_iters: int = described(8, "Batches of global_batch_size packs in a validation.")
-    log_interval: int = described(1, "Steps between log lines.")
+    eval_interval: int = described(0, "Steps between validations; 0: no validation.", ge=0)
+    eval_iters: int = described(8, "Batches of global_batch_size packs in a validation.", ge=1)
+    log_interval: int = described(1, "Steps between log lines.", ge=1)
     hang_seconds: float = described(
         600.0,
         "Seconds without progress of a rank after which the run reports where all ranks are and "
         "ends with exit code 75; 0: never.",
+        ge=0,
     )
     run_dir: str = described(
         "",
@@ -114,22 +120,8 @@ class TrainingConfig:
     profile_dir: str = described("", "Folder for traces and snapshots.")
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_iters",
-            "global_batch_size",
-            "eval_iters",
-            "log_interval",
-            "vision_tiles_at_once",
-        ):
-            require(
-                getattr(self, name) >= 1,
-                f"training.{name} is {getattr(self, name)}: it must be at least 1",
-            )
+        check_fields(self, "training.")
         self._check_fp8()
-        require(
-            self.hang_seconds >= 0,
-            f"training.hang_seconds is {self.hang_seconds}: it must be at least 0",
-        )
         self._check_recompute()
         self._check_fit()
         self._check_profile()
@@ -149,10 +141,6 @@ class TrainingConfig:
 
     def _check_fp8(self) -> None:
         name = self.fp8_recipe
-        require(
-            name in FP8_RECIPES,
-            f"training.fp8_recipe is {name!r}; known: {', '.join(FP8_RECIPES)}",
-        )
         require(
             name == "none" or self.bf16,
             f"training.fp8_recipe {name} needs training.bf16, the type of everything else",
@@ -187,15 +175,6 @@ class TrainingConfig:
 
     def _check_recompute(self) -> None:
         granularity = self.recompute_granularity
-        require(
-            granularity in RECOMPUTE,
-            f"training.recompute_granularity is {granularity!r}; known: {', '.join(RECOMPUTE)}",
-        )
-        require(
-            self.recompute_method in RECOMPUTE_METHODS,
-            f"training.recompute_method is {self.recompute_method!r}; known: "
-            f"{', '.join(RECOMPUTE_METHODS)}",
-        )
         # Fields without effect are refused: whoever sets them expects one.
         full = {
             "recompute_num_layers": 0,
@@ -210,9 +189,9 @@ class TrainingConfig:
                 f"{granularity}",
             )
         require(
-            bool(self.recompute_modules) and set(self.recompute_modules) <= set(RECOMPUTE_MODULES),
-            f"training.recompute_modules is {self.recompute_modules}; known: "
-            f"{', '.join(RECOMPUTE_MODULES)}",
+            bool(self.recompute_modules),
+            f"training.recompute_modules is []: at least one of "
+            f"{', '.join(get_args(RecomputeModule))} is needed",
         )
         require(
             self.recompute_modules == ["core_attn"] or granularity == "selective",
@@ -225,12 +204,12 @@ class TrainingConfig:
         """Check the options that need layers recomputed one by one."""
         kept = self.recompute_keep_attention_layers
         tokens = self.mlp_chunk_tokens
+        # By hand, after the check that full recomputation is on: -1 has a meaning of its own.
         require(
             kept >= -1,
             f"training.recompute_keep_attention_layers is {kept}: a number of layers, or -1 for "
             "all",
         )
-        require(tokens >= 0, f"training.mlp_chunk_tokens is {tokens}: it must be at least 0")
         one_by_one = self.recompute_granularity == "full" and self.recompute_method == "block"
         require(
             kept == 0 or one_by_one,
@@ -246,11 +225,6 @@ class TrainingConfig:
             "recompute_modules",
         )
         require(
-            self.recompute_vision_method in RECOMPUTE_VISION_METHODS,
-            f"training.recompute_vision_method is {self.recompute_vision_method!r}; known: "
-            f"{', '.join(RECOMPUTE_VISION_METHODS)}",
-        )
-        require(
             self.recompute_vision_method == "layers" or self.recompute_vision,
             f"training.recompute_vision_method is {self.recompute_vision_method}, which needs "
             "recompute_vision",
@@ -260,15 +234,10 @@ class TrainingConfig:
         fraction = self.activation_offload_fraction
         most = self.activation_offload_gib
         require(
-            0 <= fraction <= 1,
-            f"training.activation_offload_fraction is {fraction}: a share between 0 and 1",
-        )
-        require(
             fraction == 0 or one_by_one,
             f"training.activation_offload_fraction is {fraction}, which needs layers that are "
             "recomputed one by one: recompute_granularity full with recompute_method block",
         )
-        require(most >= 0, f"training.activation_offload_gib is {most}: it must be at least 0")
         require(
             most == 0 or fraction > 0 or self.fit_memory,
             f"training.activation_offload_gib is {most}, which needs activation_offload_fraction",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_vita.config import GenerationConfig
-from megatron_vita.config.fields import described
+from megatron_vita.config.fields import check_fields, described, require
 from megatron_vita.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "model_error"]
@@ -26,55 +26,49 @@ class SamplingParams:
     requests, under the same name; `stop`, `max_new_tokens` and `logprobs` differ as in OpenAI's API.
     """
 
-    max_new_tokens: int = described(256, "Maximum number of tokens per output.")
-    temperature: float = described(0.0, "Sampling temperature; 0 is greedy decoding.")
-    top_k: int = described(0, "Sample from the k most likely tokens; 0 means all.")
+    max_new_tokens: int = described(256, "Maximum number of tokens per output.", ge=1)
+    temperature: float = described(0.0, "Sampling temperature; 0 is greedy decoding.", ge=0, le=100)
+    top_k: int = described(0, "Sample from the k most likely tokens; 0 means all.", ge=0)
     top_p: float = described(
-        1.0, "Sample from the smallest set of likeliest tokens with this total probability."
+        1.0,
+        "Sample from the smallest set of likeliest tokens with this total probability.",
+        gt=0,
+        le=1,
     )
     # CTRL's definition (arXiv 1909.05858, section 4.1)
     repetition_penalty: float = described(
-        1.0, "Above 1: makes tokens of the prompt and the output less likely."
+        1.0, "Above 1: makes tokens of the prompt and the output less likely.", ge=0.01, le=100
     )
     # OpenAI's definitions of both
     presence_penalty: float = described(
-        0.0, "Subtracted from the logit of each token that the output has."
+        0.0, "Subtracted from the logit of each token that the output has.", ge=-2, le=2
     )
     frequency_penalty: float = described(
-        0.0, "Subtracted from a token's logit for each time that the output has it."
+        0.0, "Subtracted from a token's logit for each time that the output has it.", ge=-2, le=2
     )
     stop: tuple[str, ...] = described((), "End the output before this text (repeatable).")
-    seed: int = described(0, "Seed of the sampling.")
-    n: int = described(1, "Number of outputs.")
+    seed: int = described(0, "Seed of the sampling.", ge=0, lt=1 << 63)
+    n: int = described(1, "Number of outputs.", ge=1, le=128)
     logprobs: int | None = described(
-        None, "Return log-probabilities of tokens and of this many likeliest alternatives."
+        None,
+        "Return log-probabilities of tokens and of this many likeliest alternatives.",
+        ge=0,
+        le=20,
     )
-    num_beams: int = described(1, "Above 1: beam search, which returns its `n` best outputs.")
+    num_beams: int = described(
+        1, "Above 1: beam search, which returns its `n` best outputs.", ge=1, le=64
+    )
     length_penalty: float = described(
-        1.0, "Beam search: scores are divided by the length to this power."
+        1.0, "Beam search: scores are divided by the length to this power.", ge=-10, le=10
     )
     ignore_eos: bool = described(False, "Continue to max_new_tokens after an end token.")
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= 100, "from 0 to 100"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
-            "stop": (len(self.stop) <= 16 and all(self.stop), "at most 16 strings, none empty"),
-            "seed": (0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1"),
-            "n": (1 <= self.n <= 128, "from 1 to 128"),
-            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
-            "num_beams": (1 <= self.num_beams <= 64, "from 1 to 64"),
-            "length_penalty": (-10 <= self.length_penalty <= 10, "from -10 to 10"),
-        }
-        for name, (right, wanted) in checks.items():
-            if not right:  # a comparison with NaN is false, so NaN is refused too
-                # a number may have thousands of digits
-                raise ConfigError(f"{name} is {getattr(self, name)!r:.40}: it must be {wanted}")
+        check_fields(self)
+        require(
+            len(self.stop) <= 16 and all(self.stop),
+            f"stop is {self.stop!r:.40}: it must be at most 16 strings, none empty",
+        )
         # Beams are ranked by the model's own probabilities, which these would change.
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         if self.num_beams > 1 and (

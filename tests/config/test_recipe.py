@@ -222,7 +222,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ("media.max_fps=0", "max_fps is 0.0: it must be positive"),
         ("media.normalization=zeros", "normalization is 'zeros'; known: imagenet, clip, siglip"),
         ("media.video_fit=crop", "video_fit is 'crop'; known: letterbox, squash"),
-        ("text.template=alpaca", "template is 'alpaca'; known templates: chatml, plain"),
+        ("text.template=alpaca", "template is 'alpaca'; known: chatml, plain, jinja"),
         ("optimizer.min_lr=1", "0 <= min_lr <= lr is needed"),
         ("optimizer.exp_avg_dtype=int8", "exp_avg_dtype is 'int8'; known: fp32, bf16, fp16, fp8"),
         (

@@ -145,5 +145,5 @@ def test_fingerprints_tell_templates_apart(small_tokenizer: Tokenizer) -> None:
 
 
 def test_an_unknown_template_is_refused(small_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="'llama'; known templates: chatml, plain, jinja"):
+    with pytest.raises(ConfigError, match="'llama'; known: chatml, plain, jinja"):
         encode_turns(TURNS, small_tokenizer, "llama")

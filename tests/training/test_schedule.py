@@ -142,7 +142,7 @@ def test_parameters_with_other_rates_follow_in_proportion() -> None:
         ({"lr_wsd_decay_style": "sqrt"}, "lr_wsd_decay_style is 'sqrt'; known: linear"),
         ({"lr_decay_style": "WSD"}, "lr_wsd_decay_iters is 0 with lr_decay_style WSD"),
         ({"lr_wsd_decay_iters": 5}, "lr_wsd_decay_iters is 5 with lr_decay_style cosine"),
-        ({"lr_warmup_iters": -1}, "lr_warmup_iters is -1: it must not be negative"),
+        ({"lr_warmup_iters": -1}, "lr_warmup_iters is -1: it must be at least 0"),
         ({"lr_warmup_iters": STEPS}, r"rises for 20 steps .* step 20 \(training.train_iters\)"),
         ({"lr_decay_iters": 4, "lr_warmup_iters": 4}, r"step 4 \(optimizer.lr_decay_iters\)"),
         ({"lr_decay_style": "constant", "min_lr": 0.1}, "min_lr is 0.1, but with .* constant"),

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vita.config.fields import described
-from megatron_vita.errors import ConfigError
+from megatron_vita.config.fields import check_fields, described, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,35 +12,35 @@ class EngineOptions:
     """Sizes and limits of an engine. Documented fields are options of the server's command line."""
 
     chunk_tokens: int = described(
-        32768, "Prompt tokens per forward pass; more is faster for very long prompts."
+        32768, "Prompt tokens per forward pass; more is faster for very long prompts.", ge=1
     )
     # smaller while outputs wait for their next token, so that they do not pause for long
-    busy_chunk_tokens: int = 4096
+    busy_chunk_tokens: int = described(4096, ge=1)
     cache_tokens: int | None = described(
         None,
         "Capacity of the key-value cache in tokens (default: what GPU memory leaves; 65,536 on CPU).",
+        ge=1,
     )
     cache_dtype: Literal["model", "fp8"] = described("model", "Data type of the key-value cache.")
-    page_tokens: int = 128
-    max_running: int = described(64, "Outputs decoded at a time.")
+    page_tokens: int = described(128, ge=1)
+    max_running: int = described(64, "Outputs decoded at a time.", ge=1)
     max_context: int | None = described(
-        None, "Maximum tokens of a prompt and its output (default: as in training)."
+        None, "Maximum tokens of a prompt and its output (default: as in training).", ge=1
     )
     media_seconds: float = described(
-        60.0, "Time limit for probing a video, decoding an image, or decoding 64 frames."
+        60.0,
+        "Time limit for probing a video, decoding an image, or decoding 64 frames.",
+        gt=0,
+        lt=math.inf,
     )
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "busy_chunk_tokens", "page_tokens", "max_running"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if not 0 < self.media_seconds < math.inf:
-            raise ConfigError(f"media_seconds is {self.media_seconds}: it must be positive")
-        if self.page_tokens & (self.page_tokens - 1):
-            raise ConfigError(f"page_tokens is {self.page_tokens}: it must be a power of two")
-        if self.cache_dtype not in ("model", "fp8"):
-            raise ConfigError(f"cache_dtype is {self.cache_dtype!r}; known: model, fp8")
+        check_fields(self)
+        require(
+            self.page_tokens.bit_count() == 1,
+            f"page_tokens is {self.page_tokens}: it must be a power of two",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,89 @@
+"""Bounds and choices that are declared with a field are checked, named in messages and in help."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+
+from megatron_vita.config import GenerationConfig, describe_fields
+from megatron_vita.config.fields import Bounds, check_fields, described, type_hints
+from megatron_vita.errors import ConfigError
+from megatron_vita.inference.requests import ADVISED, SamplingParams
+
+WORDS: list[tuple[dict[str, float], str]] = [
+    ({"ge": 1}, "at least 1"),
+    ({"gt": 0}, "positive"),
+    ({"gt": 0, "lt": math.inf}, "positive and finite"),
+    ({"gt": 0, "le": 1}, "above 0 and at most 1"),
+    ({"ge": 0, "lt": 1}, "at least 0 and below 1"),
+    ({"ge": -2, "le": 2}, "from -2 to 2"),
+    ({"ge": 0, "lt": 1 << 63}, "at least 0 and below 2**63"),
+]
+NAMES = {"round": 1, "flat": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A field of every kind that is checked."""
+
+    share: float = described(0.5, "A fraction.", gt=0, le=1)
+    most: int | None = described(None, "A limit.", ge=1)
+    kind: Literal["one", "two"] = described("one", "A choice.")
+    kinds: list[Literal["one", "two"]] = described(["one"], "Several.")
+    shape: str = described("round", "A name of a registry.", choices=NAMES)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "group.")
+
+
+@pytest.mark.parametrize(("bounds", "words"), WORDS)
+def test_bounds_read_as_the_end_of_must_be(bounds: dict[str, float], words: str) -> None:
+    assert str(Bounds(**bounds)) == words
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 0}, "group.share is 0: it must be above 0 and at most 1"),
+        ({"share": math.nan}, "group.share is nan: it must be above 0 and at most 1"),
+        ({"share": "1"}, "group.share is '1': it must be above 0 and at most 1"),
+        ({"most": 0}, "group.most is 0: it must be at least 1"),
+        ({"most": -(10**50)}, f"group.most is -1{'0' * 38}: it must be at least 1"),
+        ({"kind": "three"}, "group.kind is 'three'; known: one, two"),
+        ({"kinds": ["one", "three"]}, "group.kinds is ['one', 'three']; known: one, two"),
+        ({"shape": "square"}, "group.shape is 'square'; known: round, flat"),
+    ],
+)
+def test_a_value_out_of_bounds_or_choices_is_refused_in_one_line(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        Settings(**values)
+    assert str(error.value) == message
+
+
+def test_values_at_the_bounds_and_an_optional_none_are_right() -> None:
+    Settings(share=1.0, most=1, kinds=["one", "two"])
+    Settings(share=1e-9, most=None, kinds=[])
+
+
+def test_names_added_to_a_registry_later_are_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NAMES, "square", 3)
+    assert Settings(shape="square").shape == "square"
+
+
+def test_help_names_choices_and_bounds() -> None:
+    text = "\n".join(describe_fields(Settings))
+    assert "kind: one | two = 'one'" in text
+    assert "kinds: list[one | two] = ['one']" in text
+    assert "shape: round | flat = 'round'" in text
+    assert "most: int | null = None\n      A limit. Must be at least 1." in text
+
+
+def test_a_recipe_may_advise_what_a_request_may_ask_for() -> None:
+    asked = {field.name: field.metadata for field in dataclasses.fields(SamplingParams)}
+    for field in dataclasses.fields(GenerationConfig):
+        assert field.metadata["bounds"] == asked[field.name]["bounds"]
+    assert set(ADVISED) <= type_hints(SamplingParams).keys()
