@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_vita import platform
-from megatron_vita.config import LanguageConfig, OutputConfig, Recipe
+from megatron_vita.config import LanguageConfig, OutputConfig, ParallelConfig, Recipe
 from megatron_vita.model.backends import TorchBackend
 from megatron_vita.model.build import transformer_config
 from megatron_vita.model.language import LanguageModel
@@ -111,11 +111,14 @@ def make_problem(sizes: Sizes, *, positions: int, rows: int) -> Problem:
 
 def make_layer(sizes: Sizes, **options: Any) -> OutputLayer:
     """An output layer of the groups that exist."""
-    recipe = Recipe()
-    recipe.training.bf16 = True
-    recipe.parallel.tensor_model_parallel_size = groups.rank_layout().tp_size
-    recipe.parallel.sequence_parallel = options.pop("sequence_parallel", False)
-    recipe.model.language.hidden_size = sizes.hidden
+    recipe = Recipe().replaced(
+        {
+            "training.bf16": True,
+            "parallel.tensor_model_parallel_size": groups.rank_layout().tp_size,
+            "parallel.sequence_parallel": options.pop("sequence_parallel", False),
+            "model.language.hidden_size": sizes.hidden,
+        }
+    )
     config = transformer_config(recipe, fused=False)
     config.perform_initialization = False
     layer = OutputLayer(
@@ -379,9 +382,7 @@ def two_ranks(sizes: Sizes) -> Iterator[Table]:
     )
     one = 0.0
     for name, tp, sequence_parallel in (("TP1", 1, False), ("TP2", 2, False), ("TP2+SP", 2, True)):
-        parallel = Recipe().parallel
-        parallel.tensor_model_parallel_size = tp
-        groups.initialize_groups(parallel)
+        groups.initialize_groups(ParallelConfig(tensor_model_parallel_size=tp))
         layer = make_layer(sizes, sequence_parallel=sequence_parallel)
         problem = make_problem(sizes, positions=positions, rows=rows)
         if sequence_parallel:
@@ -447,18 +448,25 @@ class Prefill:
     """A language model of Qwen2.5-14B's shape with random weights, over two GPUs."""
 
     def __init__(self, sizes: Sizes) -> None:
-        recipe = Recipe()
-        recipe.training.bf16 = recipe.parallel.sequence_parallel = True
-        recipe.parallel.tensor_model_parallel_size = 2
-        shape: LanguageConfig = recipe.model.language
+        shape = LanguageConfig()
         if sizes.scale > 1:
-            shape.num_layers = 2
-            shape.hidden_size = 64
-            shape.ffn_hidden_size = 128
-            shape.vocab_size = 1000
-            shape.num_attention_heads = 4
-            shape.num_query_groups = 2
-            shape.kv_channels = 16
+            shape = LanguageConfig(
+                num_layers=2,
+                hidden_size=64,
+                ffn_hidden_size=128,
+                vocab_size=1000,
+                num_attention_heads=4,
+                num_query_groups=2,
+                kv_channels=16,
+            )
+        recipe = Recipe().replaced(
+            {
+                "training.bf16": True,
+                "parallel.sequence_parallel": True,
+                "parallel.tensor_model_parallel_size": 2,
+                "model.language": shape,
+            }
+        )
         groups.initialize_groups(recipe.parallel)
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -147,7 +147,7 @@ def run_plan(recipe: Recipe, folder: Path) -> tuple[float, float]:
 
 def imbalance(recipe: Recipe, *, packs_per_replica: int) -> list[float]:
     """Greatest over mean cost of the replicas, for some steps."""
-    recipe.training.global_batch_size = REPLICAS * packs_per_replica
+    recipe = recipe.replaced({"training.global_batch_size": REPLICAS * packs_per_replica})
     plan = read_plan(plan_path(recipe, "train"))
     found = []
     for step in range(min(STEPS, plan.num_packs // recipe.training.global_batch_size)):
@@ -179,7 +179,7 @@ def main() -> None:
             grouped = recipe_of(
                 folder, length, group_by_cost=True, plan=str(folder / f"grouped-{length}")
             )
-            grouped.training.global_batch_size = REPLICAS
+            grouped = grouped.replaced({"training.global_batch_size": REPLICAS})
             run_plan(grouped, folder)
             alike = imbalance(grouped, packs_per_replica=1)
             lines.append(

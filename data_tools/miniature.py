@@ -51,7 +51,7 @@ def open_miniature(recipe: Recipe, *, world_size: int, alone: bool) -> Recipe:
             logger.warning(
                 "%s does not exist: the miniature starts from initial weights", tiny.checkpoint.load
             )
-        tiny.checkpoint.load = ""
+        return tiny.replaced({"checkpoint.load": ""})
     return tiny
 
 

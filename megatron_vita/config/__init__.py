@@ -1,5 +1,7 @@
-"""Recipes: dataclasses documented field by field, read from YAML with dotted overrides."""
+"""Recipes: dataclasses documented field by field, read from YAML with dotted overrides.
+They are frozen; `replaced` makes changed copies."""
 
+from megatron_vita.config.build import replaced
 from megatron_vita.config.callback import CallbackConfig
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig, DatasetConfig
@@ -40,4 +42,5 @@ __all__ = [
     "layer_memory",
     "load_recipe",
     "recipe_from_dict",
+    "replaced",
 ]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from megatron_vita.config.fields import described, require
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CallbackConfig:
     """One callback; its path alone may stand for it."""
 

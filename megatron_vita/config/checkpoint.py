@@ -6,7 +6,7 @@ from typing import Literal
 from megatron_vita.config.fields import check_fields, described
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Saving and loading of checkpoints.
 

@@ -8,7 +8,7 @@ from megatron_vita.config.fields import check_fields, described, require
 OverlongPolicy = Literal["reject", "cut", "drop_media"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """One dataset: its shards, its share of an epoch and its own media limits."""
 
@@ -33,7 +33,7 @@ class DatasetConfig:
         check_fields(self, f"dataset {self.name}: ")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Datasets, packing and loader processes."""
 

@@ -117,7 +117,8 @@ def check_fields(group: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: naming the field, its value and what would be right.
     """
-    hints = type_hints(type(group))
+    cls: type = type(group)
+    hints = type_hints(cls)
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if value is None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_vita.config.fields import check_fields, described
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Sampling defaults recommended by the model's authors; null: the default of OpenAI's API.
 

@@ -11,7 +11,7 @@ NormalizationName = Literal["imagenet", "clip", "siglip"]
 NORMALIZATIONS: tuple[NormalizationName, ...] = get_args(NormalizationName)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MediaConfig:
     """Preprocessing of images and videos."""
 

@@ -11,7 +11,7 @@ from megatron_vita.rounding import ceil_div
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """A vision transformer; the defaults are InternViT-300M-448px. Other towers set these fields:
 
@@ -94,7 +94,7 @@ class VisionConfig:
         return ceil_div(self.grid, 2) ** 2
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """MLP that maps vision features to the hidden size of the language model."""
 
@@ -114,7 +114,7 @@ class ProjectorConfig:
         return self.kind == "internvl"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
     """A decoder of the Qwen2, Qwen3 or Llama family; the defaults are Qwen2.5-14B.
 
@@ -164,7 +164,7 @@ class LanguageConfig:
         return max(self.num_query_groups // tensor_parallel_size, 1)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shapes of the parts of a model."""
 

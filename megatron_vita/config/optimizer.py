@@ -1,9 +1,10 @@
 """AdamW, its precision and its learning rate schedule. Field names are Megatron's."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vita.config.build import replaced
 from megatron_vita.config.fields import check_fields, described, require
 from megatron_vita.registry import Registry
 
@@ -32,7 +33,7 @@ FULL_PRECISION = {
 """Settings of an optimizer in plain fp32, which needs no Transformer Engine."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW, with a learning rate schedule that begins with a linear warm-up."""
 
@@ -130,7 +131,7 @@ class OptimizerConfig:
 
     def in_full_precision(self) -> "OptimizerConfig":
         """Return this configuration in plain fp32, for devices without Transformer Engine."""
-        return replace(self, **FULL_PRECISION)  # type: ignore[arg-type]
+        return replaced(self, FULL_PRECISION)
 
     def _check_types(self) -> None:
         # Fields without effect are refused: whoever sets them expects one.

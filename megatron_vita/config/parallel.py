@@ -10,7 +10,7 @@ ATTENTION_BACKENDS: tuple[AttentionBackendName, ...] = get_args(AttentionBackend
 CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """Tensor, pipeline and context parallelism; data parallelism takes the remaining ranks."""
 

@@ -1,7 +1,11 @@
 """Recipe: the configuration of a training stage, as one tree of dataclasses."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_vita.config.build import replaced
 from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig
 from megatron_vita.config.fields import described, require
@@ -21,9 +25,10 @@ FA4_WIDTHS = (64, 128)
 """Head sizes for which FlashAttention 4.0.0b36 is correct: at 80, gradients are wrong on Hopper."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Configuration of one training stage; the defaults train Long-VITA-14B."""
+    """Configuration of one training stage; the defaults train Long-VITA-14B. Groups are frozen:
+    `replaced` makes changed copies."""
 
     format_version: int = described(FORMAT_VERSION, "Version of the recipe format.")
     model: ModelConfig = described(ModelConfig, "Shapes of the parts of the model.")
@@ -46,7 +51,7 @@ class Recipe:
             f"format_version is {self.format_version}; this version reads {FORMAT_VERSION}",
         )
         # Tensor parallelism first: the checks of context parallelism divide heads by its size.
-        self.check_tensor_parallel()
+        self._check_tensor_parallel()
         self._check_context_parallel()
         self._check_backend()
         self._check_fp8()
@@ -56,14 +61,31 @@ class Recipe:
         self._check_schedule()
         self._check_optimizer()
 
-    def check_tensor_parallel(self) -> None:
-        """Check that tensor parallelism divides the model's weight matrices.
+    def replaced(self, changes: Mapping[str, Any]) -> "Recipe":
+        """Return a copy with fields replaced, checked as a whole: `{"training.bf16": True}`.
 
-        Public for code that replaces `parallel` of a recipe.
+        Args:
+            changes: values by dotted names; a value may be a group, as in {"text": TextConfig()}.
 
         Raises:
-            ConfigError: naming the size that is not divisible.
+            ConfigError: an unknown field, or values that are wrong, alone or together.
         """
+        return replaced(self, changes)
+
+    def with_layout(self, parallel: ParallelConfig) -> "Recipe":
+        """Return a copy with another parallel layout, to serve the model with.
+
+        Raises:
+            ConfigError: tensor parallelism does not divide the model's weight matrices.
+        """
+        served = copy.copy(self)
+        # Not `replaced`: packs of training need not divide over the ranks that serve, nor layers
+        # over pipeline stages that serving does not have.
+        object.__setattr__(served, "parallel", parallel)
+        served._check_tensor_parallel()
+        return served
+
+    def _check_tensor_parallel(self) -> None:
         tp = self.parallel.tensor_model_parallel_size
         language = self.model.language
         for name in ("num_attention_heads", "ffn_hidden_size"):

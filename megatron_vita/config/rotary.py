@@ -7,7 +7,7 @@ from typing import Literal
 from megatron_vita.config.fields import check_fields, described, require
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RopeScalingConfig:
     """Scaling of rotary frequencies; fields that `kind` does not use are ignored."""
 

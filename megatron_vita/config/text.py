@@ -10,7 +10,7 @@ TemplateName = Literal["chatml", "plain", "jinja"]
 TEMPLATES: tuple[TemplateName, ...] = get_args(TemplateName)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Tokenizer, prompt template and special tokens."""
 

@@ -9,7 +9,7 @@ from megatron_vita.config.fields import check_fields, described, require
 RecomputeModule = Literal["core_attn", "mlp"]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The training loop."""
 

@@ -118,12 +118,13 @@ def _compare(checkpoint: Path, theirs: "Reference", probes: list[Probe], ours: l
 def _our_logits(checkpoint: Path, recipe: Recipe, probes: list[Probe]) -> list[Tensor]:
     """fp32 logits [at most ROWS, V] after the last tokens of each probe."""
     platform.initialize_process()
-    recipe = dataclasses.replace(
-        recipe,
-        parallel=ParallelConfig(),
-        data=DataConfig(),
-        training=dataclasses.replace(recipe.training, bf16=False, fp8_recipe="none"),
-    )
+    changes = {
+        "parallel": ParallelConfig(),
+        "data": DataConfig(),
+        "training.bf16": False,
+        "training.fp8_recipe": "none",
+    }
+    recipe = recipe.replaced(changes)
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe).eval()
     store.load_weights([model], checkpoint)

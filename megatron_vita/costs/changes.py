@@ -1,29 +1,11 @@
-"""Copies of recipes with changed fields."""
+"""Differences between recipes, as changed fields and as overrides."""
 
-import dataclasses
 from typing import Any
 
 from megatron_vita.config import Recipe
 
 Changes = dict[str, Any]
 """Values by dotted names of fields, such as training.recompute_vision."""
-
-
-def change(recipe: Recipe, changes: Changes) -> Recipe:
-    """Return a copy of the recipe with changed fields, validated like any recipe.
-
-    Raises:
-        ConfigError: the values are invalid together.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        group, _, field = name.partition(".")
-        groups.setdefault(group, {})[field] = value
-    parts = {
-        group: dataclasses.replace(getattr(recipe, group), **values)
-        for group, values in groups.items()
-    }
-    return dataclasses.replace(recipe, **parts)
 
 
 def differences(before: Recipe, after: Recipe, names: tuple[str, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.changes import Changes, change
+from megatron_vita.costs.changes import Changes
 from megatron_vita.costs.devices import H100, Device
 from megatron_vita.costs.host_memory import host_memory
 from megatron_vita.costs.layer_memory import LayerPlan, layer_tensors
@@ -133,8 +133,8 @@ def fit_memory(
 
 def smallest(recipe: Recipe) -> Recipe:
     """Return the recipe with the levers that need least device memory, whatever the host's."""
-    return change(
-        recipe, _vision_choices(recipe)[-1] | _layers(recipe, kept=0, sent=_count(recipe))
+    return recipe.replaced(
+        _vision_choices(recipe)[-1] | _layers(recipe, kept=0, sent=_count(recipe))
     )
 
 
@@ -148,7 +148,7 @@ def leaner_optimizers(recipe: Recipe) -> list[Recipe]:
     optimizer = recipe.optimizer
     if not (recipe.training.bf16 and sharded) or optimizer.use_precision_aware_optimizer:
         return []
-    return [change(recipe, LEAN), change(recipe, LEANEST)]
+    return [recipe.replaced(LEAN), recipe.replaced(LEANEST)]
 
 
 class _Search:
@@ -174,15 +174,15 @@ class _Search:
     def _of_layers(self, vision: Changes) -> Iterator[Recipe]:
         # Everything kept: whatever recomputes more is slower.
         if self._fits(NO_LEVERS | vision):
-            yield change(self.recipe, NO_LEVERS | vision)
+            yield self.recipe.replaced(NO_LEVERS | vision)
             return
         if self._fits(_mlp(self.recipe) | vision):
-            yield change(self.recipe, _mlp(self.recipe) | vision)
+            yield self.recipe.replaced(_mlp(self.recipe) | vision)
         count = _count(self.recipe)
         for offload in (False, True):
             number = self._least_recomputed(vision, offload=offload)
             if number is not None:
-                yield change(self.recipe, self._some(number, offload) | vision)
+                yield self.recipe.replaced(self._some(number, offload) | vision)
         # All layers recomputed: as many as fit keep attention, and as few as possible are
         # offloaded. Memory grows with each layer that keeps attention, so bisection finds the
         # number.
@@ -190,7 +190,7 @@ class _Search:
         if without is not None:
             found = self._least_sent(vision, kept=count - without)
             assert found is not None
-            yield change(self.recipe, found)
+            yield self.recipe.replaced(found)
 
     def _least_recomputed(self, vision: Changes, *, offload: bool) -> int | None:
         """Return the fewest layers to recompute, attention kept, so that the device's memory
@@ -234,7 +234,7 @@ class _Search:
         return choice(sent)
 
     def _fits(self, changes: Changes, *, device_alone: bool = False) -> bool:
-        need = self.need(change(self.recipe, changes))
+        need = self.need(self.recipe.replaced(changes))
         if device_alone:
             return need.fits_device(self.room)
         return need.fits(self.room)

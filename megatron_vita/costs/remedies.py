@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.changes import Changes, as_overrides, change, differences
+from megatron_vita.costs.changes import Changes, as_overrides, differences
 from megatron_vita.costs.devices import H100, Device
 from megatron_vita.costs.fitting import (
     LEANEST,
@@ -45,7 +45,7 @@ def find_remedies(
     for changes in _changes(recipe):
         # A size that divides neither heads nor ranks is no remedy.
         try:
-            changed = change(recipe, changes | NO_LEVERS)
+            changed = recipe.replaced(changes | NO_LEVERS)
             replicas = changed.data_parallel_size(world_size)
         except ConfigError:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vita.config import Recipe
-from megatron_vita.costs.changes import Changes, change, differences
+from megatron_vita.costs.changes import Changes, differences
 from megatron_vita.costs.devices import Device
 from megatron_vita.costs.fitting import (
     LEANEST,
@@ -121,7 +121,7 @@ def _least_lean(layout: Recipe, room: Room, replicas: int) -> Recipe | None:
 
 def _least_seconds(recipe: Recipe, device: Device, replicas: int, ranks_per_node: int) -> float:
     """Return the time of a step without recomputation: a lower bound for all levers."""
-    plain = change(recipe, NO_LEVERS | {"training.recompute_vision": False})
+    plain = recipe.replaced(NO_LEVERS | {"training.recompute_vision": False})
     load = full_pack(recipe)
     return step_time(
         plain, device, data_parallel=replicas, load=load, ranks_per_node=ranks_per_node
@@ -140,7 +140,7 @@ def _valid_layouts(
     # The recipe's own checks decide, so that none of their rules is written twice.
     for changes in _layouts(recipe, world_size, ranks_per_node):
         try:
-            layout = change(recipe, changes | NO_LEVERS)
+            layout = recipe.replaced(changes | NO_LEVERS)
             layout.data_parallel_size(world_size)
         except ConfigError as error:
             refused.setdefault(re.sub(r"\d+", "", str(error)), []).append(str(error))

@@ -5,7 +5,6 @@ import sys
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.costs.changes import change
 from megatron_vita.costs.devices import Device
 from megatron_vita.costs.fitting import NO_LEVERS, Room, fit_memory
 from megatron_vita.costs.options import chosen_device, chosen_room, likely_device
@@ -69,7 +68,7 @@ def _fitted(recipe: Recipe, room: Room, device: Device | None, *, world_size: in
             "training.fit_memory: name the run's GPU with --device or its memory with "
             "--device-memory-gib"
         )
-    plain = change(recipe, NO_LEVERS)
+    plain = recipe.replaced(NO_LEVERS)
     replicas = recipe.data_parallel_size(world_size)
     fitted = fit_memory(plain, room, data_parallel=replicas, device=device)
     if fitted is None:

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from megatron_vita import platform
 from megatron_vita.config import Recipe
-from megatron_vita.costs.changes import change
 from megatron_vita.costs.devices import DEVICES, Device, find_device
 from megatron_vita.costs.fitting import (
     NO_LEVERS,
@@ -37,7 +36,7 @@ def choose_levers(recipe: Recipe) -> Recipe:
         return recipe
     room = _least_room(recipe)
     device = _common_device()
-    plain = change(recipe, NO_LEVERS)
+    plain = recipe.replaced(NO_LEVERS)
     replicas = recipe.data_parallel_size(dist.get_world_size())
     # A pure function of values that all ranks share: each computes the same choice for itself.
     fitted = fit_memory(plain, room, data_parallel=replicas, device=device)

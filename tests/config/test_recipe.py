@@ -4,13 +4,21 @@ name."""
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vita.config import (
+    CallbackConfig,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     Recipe,
+    TextConfig,
     describe_fields,
     load_recipe,
     recipe_from_dict,
@@ -359,8 +367,7 @@ def test_freezing_everything_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_world_that_does_not_divide_is_refused() -> None:
-    recipe = Recipe()
-    recipe.parallel.tensor_model_parallel_size = 4
+    recipe = Recipe().replaced({"parallel.tensor_model_parallel_size": 4})
     with pytest.raises(ConfigError, match="6 ranks are not a multiple of 4"):
         recipe.data_parallel_size(6)
     with pytest.raises(ConfigError, match="global_batch_size 8 is not a multiple of the 3"):
@@ -369,14 +376,17 @@ def test_a_world_that_does_not_divide_is_refused() -> None:
 
 
 def test_interleaved_stages_need_packs_in_multiples_of_their_number() -> None:
-    recipe = Recipe()
-    recipe.parallel.pipeline_model_parallel_size = 3
-    recipe.parallel.virtual_pipeline_model_parallel_size = 2
+    recipe = Recipe().replaced(
+        {
+            "parallel.pipeline_model_parallel_size": 3,
+            "parallel.virtual_pipeline_model_parallel_size": 2,
+        }
+    )
     with pytest.raises(
         ConfigError, match=r"gives 8 packs to each of 1 replicas; .* multiple of .* 3"
     ):
         recipe.data_parallel_size(3)
-    recipe.training.global_batch_size = 9
+    recipe = recipe.replaced({"training.global_batch_size": 9})
     assert recipe.data_parallel_size(3) == 1
 
 
@@ -454,3 +464,69 @@ def test_a_shared_key_head_is_not_split_over_context_parallel_ranks() -> None:
     parallel = {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "cp_comm_type": "a2a"}
     with pytest.raises(ConfigError, match="but a TP rank has 1; use p2p"):
         recipe_from_dict({"model": {"language": {"num_query_groups": 2}}, "parallel": parallel})
+
+
+def test_replaced_changes_a_copy_and_leaves_the_recipe() -> None:
+    recipe = Recipe()
+    text = TextConfig(system="Be brief.")
+    changes = {
+        "text": text,
+        "text.template": "plain",
+        "model.vision.num_layers": 3,
+        "optimizer.lr": 1,
+    }
+    other = recipe.replaced(changes)
+    assert other.text == TextConfig(system="Be brief.", template="plain")
+    assert (other.model.vision.num_layers, other.optimizer.lr) == (3, 1.0)
+    assert (
+        other.replaced({"text": TextConfig(), "model": ModelConfig(), "optimizer.lr": 1e-4})
+        == recipe
+    )
+    assert recipe == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.train_iter": 3}, "unknown field training.train_iter; did you mean training.train_iters"),
+        ({"train_iters": 3}, "unknown field train_iters; did you mean training.train_iters"),
+        ({"trainin.seed": 3}, "unknown field trainin; did you mean training"),
+        ({"format_version.major": 3}, "format_version is not a group of fields"),
+        ({"training.train_iters": "3.5"}, "training.train_iters is '3.5': int is needed"),
+        ({"training.train_iters": 0}, "training.train_iters is 0: it must be at least 1"),
+        ({"parallel.attention_backend": "te"}, r"attention_backend te needs training\.bf16"),
+        ({"data.train": [{"name": "a"}]}, r"data\.train\[0\]\.shards is missing"),
+    ],
+)  # fmt: skip
+def test_replaced_refuses_what_a_recipe_file_would_be_refused_for(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe().replaced(changes)
+
+
+def test_fields_that_depend_on_each_other_are_replaced_at_once() -> None:
+    changes = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True}
+    assert Recipe().replaced(changes).parallel.sequence_parallel
+
+
+def test_no_group_of_a_recipe_can_be_assigned_to() -> None:
+    def groups(group: Any) -> Iterator[Any]:
+        yield group
+        for field in dataclasses.fields(group):
+            if dataclasses.is_dataclass(inner := getattr(group, field.name)):
+                yield from groups(inner)
+
+    data = DataConfig(train=[DatasetConfig(name="a", shards="a.tar")])
+    for group in [*groups(Recipe()), *data.train, CallbackConfig(path="a.B")]:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(group, dataclasses.fields(group)[0].name, 1)
+
+
+def test_a_served_layout_need_not_divide_packs_but_weights() -> None:
+    parallel = ParallelConfig(context_parallel_size=3)
+    with pytest.raises(ConfigError, match="document_alignment 16 is not a multiple of 6"):
+        Recipe().replaced({"parallel": parallel})
+    assert Recipe().with_layout(parallel).parallel.context_parallel_size == 3
+    with pytest.raises(ConfigError, match="num_attention_heads 40 is not a multiple of"):
+        Recipe().with_layout(ParallelConfig(tensor_model_parallel_size=3))

@@ -28,9 +28,9 @@ Outputs = list[Tensor]
 def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
     """Open a run at a layout, with the weights of a converted checkpoint."""
     recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-    recipe.parallel = ParallelConfig(**fields)
-    recipe.data = DataConfig(seq_length=length)
-    recipe.training.bf16 = False
+    parallel = ParallelConfig(**fields)
+    data = DataConfig(seq_length=length)
+    recipe = recipe.replaced({"parallel": parallel, "data": data, "training.bf16": False})
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     store.load_weights(run.unwrapped_models, checkpoint)

@@ -47,8 +47,7 @@ MEDIA = ("<img>", "</img>", "<IMG_CONTEXT>")
 def brought_in(*folders: Path, to: Path, projector: str = "internvl") -> Recipe:
     import_weights(folders, to, projector=projector)
     recipe = recipe_from_dict(read_manifest(to)["recipe"])
-    recipe.text.tokenizer = str(to / recipe.text.tokenizer)
-    return recipe
+    return recipe.replaced({"text.tokenizer": str(to / recipe.text.tokenizer)})
 
 
 def test_prompts_of_each_layout_are_fields_of_the_recipe(tmp_path: Path) -> None:

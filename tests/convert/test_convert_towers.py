@@ -43,8 +43,7 @@ def bring_in(tower: Path, language: Path, to: Path) -> tuple[VisionTower, Recipe
     import_weights([language, tower], to, projector="long_vita")
     platform.initialize_process()
     recipe = recipe_from_dict(store.read_manifest(to)["recipe"])
-    recipe.data = DataConfig(seq_length=64)
-    recipe.training.bf16 = False
+    recipe = recipe.replaced({"data": DataConfig(seq_length=64), "training.bf16": False})
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)
     store.load_weights([model], to)

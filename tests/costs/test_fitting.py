@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_vita.config import Recipe, TrainingConfig
-from megatron_vita.costs.changes import as_overrides, change, differences
+from megatron_vita.costs.changes import as_overrides, differences
 from megatron_vita.costs.devices import H100, H200
 from megatron_vita.costs.fitting import (
     LEVERS,
@@ -31,8 +31,8 @@ from tests.costs.measured import CP2, Measured
 def recipe_of(length: int, **parallel: Any) -> Recipe:
     """Recipe of a 7B model on two devices, with one pack of so many thousand tokens."""
     measured = Measured(name="", peak=0, seconds=0, length=length * 1024, documents=1)
-    recipe = change(measured.recipe(), NO_LEVERS | {"training.recompute_vision": False})
-    return change(recipe, {f"parallel.{name}": value for name, value in parallel.items()})
+    recipe = measured.recipe().replaced(NO_LEVERS | {"training.recompute_vision": False})
+    return recipe.replaced({f"parallel.{name}": value for name, value in parallel.items()})
 
 
 def room_of(device: float, host: float = 120, **limits: float) -> Room:
@@ -89,8 +89,7 @@ def test_attention_is_kept_for_as_many_layers_as_there_is_room_for() -> None:
     fitted = fit(recipe, room)
     kept = fitted.training.recompute_keep_attention_layers
     assert 0 < kept < 28
-    more = change(
-        fitted,
+    more = fitted.replaced(
         {
             "training.recompute_keep_attention_layers": kept + 1,
         },
@@ -119,14 +118,14 @@ def test_mlps_are_cut_until_attention_takes_more() -> None:
 
 def test_a_frozen_tower_and_a_text_model_are_not_recomputed() -> None:
     for fields in ({"training.freeze_vision_model": True}, {"model.text_only": True}):
-        recipe = change(recipe_of(128), fields)
+        recipe = recipe_of(128).replaced(fields)
         fitted = fit(recipe, room_of(120))
         assert not fitted.training.recompute_vision
 
 
 def test_every_stage_of_a_pipeline_fits() -> None:
-    recipe = change(
-        recipe_of(128, pipeline_model_parallel_size=4), {"training.global_batch_size": 8}
+    recipe = recipe_of(128, pipeline_model_parallel_size=4).replaced(
+        {"training.global_batch_size": 8}
     )
     room = room_of(79.2)
     fitted = fit(recipe, room)
@@ -158,8 +157,8 @@ def test_what_does_not_fit_is_told_what_would_fastest_first() -> None:
     found = find_remedies(recipe, room, world_size=2, device=H200)
     times = [remedy.seconds for remedy in found]
     assert times == sorted(times)
-    assert found[0].seconds == seconds(change(recipe, found[0].changes))
-    assert memory_need(change(recipe, found[0].changes), data_parallel=1).fits(room)
+    assert found[0].seconds == seconds(recipe.replaced(found[0].changes))
+    assert memory_need(recipe.replaced(found[0].changes), data_parallel=1).fits(room)
     text = name_remedies(found, timed=True)
     assert text.startswith(as_overrides(found[0].changes))
     assert " s a step)" in text
@@ -173,8 +172,8 @@ def test_where_levers_do_not_do_a_leaner_optimizer_or_another_layout_is_named() 
     (alone, *_) = find_remedies(recipe, room, world_size=2, device=H100)
     assert alone.changes["optimizer.store_param_remainders"] is True
     assert "optimizer.main_grads_dtype" not in alone.changes
-    assert memory_need(change(recipe, alone.changes), data_parallel=1).fits(room)
-    recipe = change(recipe, {"training.global_batch_size": 8})
+    assert memory_need(recipe.replaced(alone.changes), data_parallel=1).fits(room)
+    recipe = recipe.replaced({"training.global_batch_size": 8})
     found = find_remedies(recipe, room, world_size=8, device=H100)
     wider = [remedy for remedy in found if "parallel.context_parallel_size" in remedy.changes]
     assert wider
@@ -188,7 +187,7 @@ def test_a_leaner_optimizer_is_suggested_only_where_nothing_else_fits() -> None:
     """Checked for the layouts of two cards, and for those of eight."""
     two = suggest(recipe_of(32), room_of(79.2), world_size=2, device=H100, ranks_per_node=8)
     assert all("optimizer.exp_avg_dtype" in suggestion.changes for suggestion in two.best)
-    batch = change(recipe_of(32), {"training.global_batch_size": 8})
+    batch = recipe_of(32).replaced({"training.global_batch_size": 8})
     eight = suggest(batch, room_of(79.2), world_size=8, device=H100, ranks_per_node=8)
     assert not any("optimizer.exp_avg_dtype" in suggestion.changes for suggestion in eight.best)
     text = "\n".join(describe_suggestions(two, world_size=2, device=H100, room=room_of(79.2)))
@@ -196,7 +195,7 @@ def test_a_leaner_optimizer_is_suggested_only_where_nothing_else_fits() -> None:
 
 
 def test_layouts_are_suggested_fastest_first_and_all_fit() -> None:
-    recipe = change(recipe_of(128), {"training.global_batch_size": 8})
+    recipe = recipe_of(128).replaced({"training.global_batch_size": 8})
     room = room_of(79.2)
     found = suggest(recipe, room, world_size=8, device=H100, ranks_per_node=8)
     times = [suggestion.prediction.seconds for suggestion in found.best]
@@ -204,7 +203,7 @@ def test_layouts_are_suggested_fastest_first_and_all_fit() -> None:
     assert len(times) > 3
     for suggestion in found.best:
         assert suggestion.need.fits(room)
-        assert suggestion.recipe == change(recipe, suggestion.changes)
+        assert suggestion.recipe == recipe.replaced(suggestion.changes)
         assert suggestion.recipe.parallel.replica_size <= 8
     text = "\n".join(describe_suggestions(found, world_size=8, device=H100, room=room))
     assert f"the first: {as_overrides(found.best[0].changes)}" in text
@@ -216,7 +215,7 @@ def test_layouts_are_suggested_fastest_first_and_all_fit() -> None:
 def test_layouts_that_the_recipe_objects_to_are_not_suggested() -> None:
     """4 key heads cannot be split over 8 TP ranks; documents aligned to 16 over no more than 8 CP
     ranks."""
-    recipe = change(recipe_of(128), {"training.global_batch_size": 16})
+    recipe = recipe_of(128).replaced({"training.global_batch_size": 16})
     found = suggest(recipe, room_of(500), world_size=16, device=H200, ranks_per_node=8)
     objections = [first for first, *_ in found.refused.values()]
     assert any("num_query_groups 4 is not a multiple" in text for text in objections) or any(
@@ -233,7 +232,7 @@ def test_the_overrides_of_a_suggestion_make_its_recipe() -> None:
     found = suggest(recipe, room_of(139.8), world_size=2, device=H200, ranks_per_node=8)
     for suggestion in found.best:
         assert as_overrides(suggestion.changes).count("=") == len(suggestion.changes)
-        assert dataclasses.asdict(change(recipe, suggestion.changes)) == dataclasses.asdict(
+        assert dataclasses.asdict(recipe.replaced(suggestion.changes)) == dataclasses.asdict(
             suggestion.recipe
         )
 

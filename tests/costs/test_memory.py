@@ -253,18 +253,18 @@ def test_frozen_parts_keep_no_gradients_and_less_for_their_backward() -> None:
 def test_as_many_packs_are_in_flight_as_the_schedule_warms_up_with(
     stages: int, chunks: int, packs: int, stage: int, most: int
 ) -> None:
-    recipe = Recipe()
-    recipe.parallel.pipeline_model_parallel_size = stages
-    recipe.training.global_batch_size = packs
+    recipe = Recipe().replaced(
+        {"parallel.pipeline_model_parallel_size": stages, "training.global_batch_size": packs}
+    )
     assert most_kept(recipe, stage, data_parallel=1, chunks=[1] * chunks) == most
 
 
 def test_the_first_chunk_of_an_interleaved_stage_keeps_the_tower_of_its_own_packs() -> None:
     """Packs 0 to 3 enter chunk 0, then chunk 1, then packs 4 to 7 chunk 0, and not before these does
     a pack leave chunk 0."""
-    recipe = Recipe()
-    recipe.parallel.pipeline_model_parallel_size = 4
-    recipe.training.global_batch_size = 8
+    recipe = Recipe().replaced(
+        {"parallel.pipeline_model_parallel_size": 4, "training.global_batch_size": 8}
+    )
     assert most_kept(recipe, 0, data_parallel=1, chunks=[1, 0]) == 8
     assert most_kept(recipe, 0, data_parallel=1, chunks=[0, 1]) == 4
 

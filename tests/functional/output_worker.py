@@ -33,15 +33,14 @@ TIED = {"language": {"untie_embeddings_and_output_weights": False}}
 def tiny_recipe_of(case: dict) -> Recipe:
     """`case` has fields of `parallel`, `model.language`, `model.output` and `training`."""
     recipe = tiny_recipe(**case.get("parallel", {}))
-    parts = {
-        "language": recipe.model.language,
-        "output": recipe.model.output,
-        "training": recipe.training,
-    }
-    for part, fields in parts.items():
-        for name, value in case.get(part, {}).items():
-            setattr(fields, name, value)
-    return recipe
+    parts = {"language": "model.language", "output": "model.output", "training": "training"}
+    return recipe.replaced(
+        {
+            f"{group}.{name}": value
+            for part, group in parts.items()
+            for name, value in case.get(part, {}).items()
+        }
+    )
 
 
 def open_case(case: dict, start: Path | None) -> Run:

@@ -23,8 +23,7 @@ from tests.functional.synthetic import tiny_recipe
 def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
     """Open a run at a layout that resumes from `folder`, or else starts from the weights at
     `start`."""
-    recipe = tiny_recipe(**fields)
-    recipe.checkpoint.save = str(folder)
+    recipe = tiny_recipe(**fields).replaced({"checkpoint.save": str(folder)})
     groups.initialize_groups(recipe.parallel)
     run = assemble_run(recipe)
     if folder.exists():

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from megatron_vita import platform
-from megatron_vita.config import OutputConfig, Recipe
+from megatron_vita.config import OutputConfig, ParallelConfig, Recipe
 from megatron_vita.model.build import transformer_config
 from megatron_vita.model.output import OutputLayer
 from megatron_vita.parallel import groups
@@ -96,9 +96,8 @@ def vocabulary_shards() -> dict[str, float]:
     """Check every kind of output layer on TP2, with and without sequence parallelism."""
     found = {}
     for sequence_parallel in (False, True):
-        recipe = Recipe()
-        recipe.parallel.tensor_model_parallel_size = 2
-        recipe.parallel.sequence_parallel = sequence_parallel
+        parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+        recipe = Recipe(parallel=parallel)
         groups.initialize_groups(recipe.parallel)
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         kinds = itertools.product(ROWS, VOCABULARIES, ("weight", "main_grad", "frozen"))

@@ -48,21 +48,19 @@ def tiny_recipe(**layout: Any) -> Recipe:
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-3, lr_warmup_fraction=0.0, adam_eps=1e-5),
         training=TrainingConfig(global_batch_size=4, train_iters=10),
     )  # fmt: skip
-    for name, value in layout.pop("vision", {}).items():
-        setattr(recipe.model.vision, name, value)
-    groups = (
-        recipe.parallel,
-        recipe.training,
-        recipe.data,
-        recipe.model,
-        recipe.model.language,
-        recipe.optimizer,
-    )
+    changes = {f"model.vision.{name}": v for name, v in layout.pop("vision", {}).items()}
+    groups = {
+        "parallel": recipe.parallel,
+        "training": recipe.training,
+        "data": recipe.data,
+        "model": recipe.model,
+        "model.language": recipe.model.language,
+        "optimizer": recipe.optimizer,
+    }
     for name, value in layout.items():
-        setattr(next(group for group in groups if hasattr(group, name)), name, value)
-    for part in (*groups, recipe):
-        part.__post_init__() if hasattr(part, "__post_init__") else None
-    return recipe
+        owner = next(path for path, group in groups.items() if hasattr(group, name))
+        changes[f"{owner}.{name}"] = value
+    return recipe.replaced(changes)
 
 
 def random_document(

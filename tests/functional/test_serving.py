@@ -53,8 +53,7 @@ def one_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a single key head, which TP ranks share."""
     platform.initialize_process()
     folder = tmp_path_factory.mktemp("one_group")
-    recipe = tiny_recipe(folder)
-    recipe.model.language.num_query_groups = 1
+    recipe = tiny_recipe(folder).replaced({"model.language.num_query_groups": 1})
     groups.initialize_groups(recipe.parallel)
     state = {"model": store.model_state([build_model(recipe)])}
     manifest = {"recipe": dataclasses.asdict(recipe)}

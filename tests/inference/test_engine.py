@@ -82,8 +82,7 @@ def test_ids_beyond_the_embedding_never_reach_the_model(engine: Engine) -> None:
 
 
 def test_a_tokenizer_of_more_entries_than_rows_is_refused_at_the_start(folder: Path) -> None:
-    recipe = tiny_recipe(folder)
-    recipe.model.language.vocab_size = 300
+    recipe = tiny_recipe(folder).replaced({"model.language.vocab_size": 300})
     with pytest.raises(ConfigError, match=r"vocab_size is 300, but the tokenizer .* 320 entries"):
         Engine(recipe)
 
@@ -272,30 +271,31 @@ def test_an_answer_is_no_longer_than_the_cache_has_room_for(
 
 
 def test_layouts_that_cannot_serve_are_refused_by_name(folder: Path) -> None:
-    recipe = tiny_recipe(folder)
-    recipe.parallel.pipeline_model_parallel_size = 2
+    recipe = tiny_recipe(folder, parallel=ParallelConfig(pipeline_model_parallel_size=2))
     with pytest.raises(ConfigError, match="pipeline_model_parallel_size is 2"):
         Engine(recipe)
-    recipe = tiny_recipe(folder)
-    recipe.parallel.context_parallel_size = 2
+    recipe = tiny_recipe(folder, parallel=ParallelConfig(context_parallel_size=2))
     with pytest.raises(ConfigError, match=r"1 processes.*is 2"):
         Engine(recipe)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("num_attention_heads", 9), ("num_query_groups", 3), ("ffn_hidden_size", 63)],
+    ("field", "value", "beside"),
+    [
+        ("num_attention_heads", 9, {"num_query_groups": 3}),
+        ("num_query_groups", 3, {"num_attention_heads": 6}),
+        ("ffn_hidden_size", 63, {}),
+    ],
 )
 def test_matrices_that_ranks_cannot_share_evenly_are_refused_by_name(
-    folder: Path, field: str, value: int
+    folder: Path, field: str, value: int, beside: dict[str, int]
 ) -> None:
-    recipe = tiny_recipe(folder)
-    setattr(recipe.model.language, field, value)
-    recipe.parallel = ParallelConfig(tensor_model_parallel_size=2)
+    fields = {field: value} | beside
+    recipe = tiny_recipe(folder).replaced({f"model.language.{n}": v for n, v in fields.items()})
     with pytest.raises(
         ConfigError, match=f"^model.language.{field} {value} is n(ot|either) a multiple"
     ):
-        Engine(recipe)
+        Engine(recipe.with_layout(ParallelConfig(tensor_model_parallel_size=2)))
 
 
 @pytest.mark.parametrize(

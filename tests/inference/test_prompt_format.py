@@ -34,12 +34,10 @@ TALK: list[dict[str, Any]] = [
 
 def published_recipe(folder: Path, family: str) -> Recipe:
     save_family(folder / family, family)
-    recipe = tiny_recipe(folder)
-    recipe.text = TextConfig(
+    text = TextConfig(
         tokenizer=str(folder / family), template="jinja", media_format="internvl", date="2026-01-31"
     )
-    recipe.model.language.vocab_size = 480
-    return recipe
+    return tiny_recipe(folder).replaced({"text": text, "model.language.vocab_size": 480})
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "llama3.2", "internvl-hf"])
@@ -77,7 +75,7 @@ def test_a_prompt_is_the_beginning_of_the_trained_document(tmp_path: Path, famil
 def test_an_engine_ends_answers_where_the_origin_does_and_takes_images(tmp_path: Path) -> None:
     platform.initialize_process()
     recipe = published_recipe(tmp_path, "internvl-hf")
-    recipe.text.stop_tokens = ["</img>"]
+    recipe = recipe.replaced({"text.stop_tokens": ["</img>"]})
     small = EngineOptions(chunk_tokens=64, busy_chunk_tokens=64, page_tokens=4, cache_tokens=2048)
     engine = Engine(recipe, options=small)
     tokenizer = engine.tokenizer
@@ -97,7 +95,7 @@ def test_an_engine_ends_answers_where_the_origin_does_and_takes_images(tmp_path:
 def test_an_engine_refuses_at_the_start_what_its_tokenizer_lacks(tmp_path: Path) -> None:
     platform.initialize_process()
     recipe = published_recipe(tmp_path, "qwen2")
-    recipe.text.stop_tokens = ["<|eot_id|>"]
+    recipe = recipe.replaced({"text.stop_tokens": ["<|eot_id|>"]})
     with pytest.raises(
         ConfigError, match=r"stop_tokens names '<\|eot_id\|>', which is not a token"
     ):

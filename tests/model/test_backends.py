@@ -57,12 +57,10 @@ def test_rotary_positions_restart_at_each_document_and_run_on_through_a_joined_p
 
 @pytest.mark.skipif(platform.on_cuda(), reason="of machines without CUDA")
 def test_transformer_engine_is_refused_where_it_cannot_run() -> None:
-    recipe = Recipe()
-    recipe.parallel.attention_backend = "te"
+    te = {"parallel.attention_backend": "te"}
     with pytest.raises(ConfigError, match=r"attention_backend te needs training\.bf16"):
-        recipe.__post_init__()
-    recipe.training.bf16 = True
-    recipe.__post_init__()
+        Recipe().replaced(te)
+    recipe = Recipe().replaced(te | {"training.bf16": True})
     with pytest.raises(PlatformError, match="attention_backend is te, but CUDA is not present"):
         choose_backend(recipe)
 
@@ -79,14 +77,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, **found: object) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
 
 
-FALLBACKS = [
-    ({}, [], "fa4", ""),
-    ({"flash_attention_4": False}, [], "te", "not fa4: FlashAttention-4 is not installed"),
-    ({"capability": (8, 0)}, [], "te", "not fa4: A100 is older than Hopper"),
-    ({}, [("language", "kv_channels", 80)], "te", "not fa4: model.language.kv_channels is 80"),
-    ({}, [("parallel", "context_parallel_size", 2), ("parallel", "cp_comm_type", "a2a")], "te",
+FALLBACKS: list[tuple[dict, dict[str, object], str, str]] = [
+    ({}, {}, "fa4", ""),
+    ({"flash_attention_4": False}, {}, "te", "not fa4: FlashAttention-4 is not installed"),
+    ({"capability": (8, 0)}, {}, "te", "not fa4: A100 is older than Hopper"),
+    ({}, {"model.language.kv_channels": 80}, "te", "not fa4: model.language.kv_channels is 80"),
+    ({}, {"parallel.context_parallel_size": 2, "parallel.cp_comm_type": "a2a"}, "te",
      "not fa4: parallel.cp_comm_type is a2a"),
-    ({"transformer_engine": False}, [], "torch", "Transformer Engine is not installed"),
+    ({"transformer_engine": False}, {}, "torch", "Transformer Engine is not installed"),
 ]  # fmt: skip
 
 
@@ -95,15 +93,12 @@ def test_auto_takes_the_fastest_backend_that_can_run_and_says_why_no_faster_one(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     found: dict,
-    fields: list[tuple[str, str, object]],
+    fields: dict[str, object],
     chosen: str,
     line: str,
 ) -> None:
     on_gpu(monkeypatch, **found)
-    recipe = Recipe()
-    recipe.training.bf16 = True
-    for group, name, value in fields:
-        setattr(getattr(recipe, group, recipe.model.language), name, value)
+    recipe = Recipe().replaced({"training.bf16": True} | fields)
     with caplog.at_level("INFO", logger=backends.__name__):
         assert backends._fastest_backend(recipe) == chosen
     assert len(caplog.messages) == (1 if line else 0)
@@ -122,8 +117,6 @@ def test_fa4_by_name_is_refused_with_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, found: dict, message: str
 ) -> None:
     on_gpu(monkeypatch, **found)
-    recipe = Recipe()
-    recipe.training.bf16 = True
-    recipe.parallel.attention_backend = "fa4"
+    recipe = Recipe().replaced({"training.bf16": True, "parallel.attention_backend": "fa4"})
     with pytest.raises(PlatformError, match=message):
         choose_backend(recipe)

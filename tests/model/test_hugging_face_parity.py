@@ -20,6 +20,7 @@ from megatron_vita.config import (
     ProjectorConfig,
     Recipe,
     VisionConfig,
+    replaced,
 )
 from megatron_vita.layout.slicing import PackSlice, slice_pack
 from megatron_vita.model.build import build_model
@@ -66,11 +67,9 @@ def qwen2_config() -> Qwen2Config:
 def ours(request: pytest.FixtureRequest) -> VitaModel:
     platform.initialize_process()
     recipe = Recipe(model=shapes(), data=DataConfig(seq_length=LENGTH))
-    vision = recipe.model.vision
     if request.param == "InternViT-6B":
-        vision.normalization = "RMSNorm"
-        vision.qk_layernorm = True
-        vision.add_qkv_bias = False
+        fields = {"normalization": "RMSNorm", "qk_layernorm": True, "add_qkv_bias": False}
+        recipe = recipe.replaced({f"model.vision.{n}": value for n, value in fields.items()})
     groups.initialize_groups(recipe.parallel)
     return build_model(recipe)
 
@@ -153,7 +152,8 @@ LLAMA_FIELDS = (
 def test_language_models_give_the_same_logits_and_gradients(family: str) -> None:
     platform.initialize_process()
     recipe = Recipe(model=shapes(), data=DataConfig(seq_length=LENGTH))
-    recipe.model.language.add_qkv_bias = biased = family == "qwen2"
+    biased = family == "qwen2"
+    recipe = recipe.replaced({"model.language.add_qkv_bias": biased})
     groups.initialize_groups(recipe.parallel)
     ours = build_model(recipe)
     theirs = Qwen2ForCausalLM(qwen2_config()) if biased else LlamaForCausalLM(llama_config())
@@ -177,8 +177,7 @@ def test_language_models_give_the_same_logits_and_gradients(family: str) -> None
 
 
 def test_long_vita_projector_is_norm_linear_gelu_linear_without_biases() -> None:
-    config = shapes()
-    config.projector.kind = "long_vita"
+    config = replaced(shapes(), {"projector.kind": "long_vita"})
     projector = Projector(config)
     assert {name for name, _ in projector.named_parameters()} == {
         "norm.weight",

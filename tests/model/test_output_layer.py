@@ -28,8 +28,7 @@ def make_layer(
     *, bf16: bool = False, chunk_rows: int = 3, vocab: int = VOCAB, **options: object
 ) -> OutputLayer:
     platform.initialize_process()
-    recipe = Recipe()
-    recipe.training.bf16 = bf16
+    recipe = Recipe().replaced({"training.bf16": bf16})
     if not parallel_state.is_initialized() or groups.tensor_group().size() > 1:
         groups.initialize_groups(recipe.parallel)  # once: on CUDA each set of groups takes memory
     config = transformer_config(recipe, fused=False)

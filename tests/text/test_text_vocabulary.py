@@ -64,7 +64,7 @@ def test_only_tokens_that_prompts_need_are_appended(
 ) -> None:
     entries = save_bytes(tmp_path, "</s>")
     asked = recipe(tmp_path, entries + appended, text_only=text_only, template=template)
-    asked.text.media_format = media_format
+    asked = asked.replaced({"text.media_format": media_format})
     tokenizer = open_tokenizer(asked)
     assert tokenizer.vocab_size == entries + appended
     assert len(tokenizer.appended) == appended

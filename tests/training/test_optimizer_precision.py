@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def open_under(setting: str, folder: Path) -> run.Run:
     """Open a run that resumes from `folder`; all start from the same weights."""
     recipe = tiny_recipe(bf16=True, num_layers=2, **SETTINGS[setting])
-    recipe.checkpoint.save = str(folder)
+    recipe = recipe.replaced({"checkpoint.save": str(folder)})
     groups.initialize_groups(recipe.parallel)
     opened = assemble_run(recipe)
     if folder.exists():

@@ -239,7 +239,7 @@ def test_a_save_on_a_full_disk_says_so_and_leaves_no_half(
     halfway: Path, full_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = resumed(halfway)
-    run.recipe.checkpoint.save = str(full_disk)
+    run.recipe = run.recipe.replaced({"checkpoint.save": str(full_disk)})
     with pytest.raises(CheckpointError, match=r"no space for a checkpoint: .* bytes\) are free"):
         save_run(run)
     assert list(full_disk.iterdir()) == []

@@ -341,9 +341,14 @@ def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_
 
 def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -> None:
     recipe = load_recipe(
-        recipe_path, [*FAST, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.2"]
+        recipe_path,
+        [
+            *FAST,
+            "training.train_iters=10",
+            "optimizer.lr_warmup_fraction=0.2",
+            "optimizer.min_lr=1e-4",
+        ],
     )
-    recipe.optimizer.min_lr = 1e-4
     run = open_run(recipe)
     rates = []
     for _ in range(10):

@@ -77,11 +77,11 @@ def _read_scaling(config: Config, rope: Config, kind: str) -> RopeScalingConfig:
         return RopeScalingConfig()
     if kind == "linear":
         rope.disregard(["original_max_position_embeddings"])
-        return RopeScalingConfig(kind=kind, factor=rope.number("factor"))
+        return RopeScalingConfig(kind="linear", factor=rope.number("factor"))
     length = _original_length(config, rope)
     if kind == "llama3":
         return RopeScalingConfig(
-            kind=kind,
+            kind="llama3",
             factor=rope.number("factor"),
             original_length=length,
             low_freq_factor=rope.number("low_freq_factor"),

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from megatron_vita.config import VisionConfig
 from megatron_vita.convert.config_file import QUANTIZED, UNQUANTIZED, Config, updated
 from megatron_vita.convert.families import idle_fields
 
-_NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+_NORMS: dict[str, Literal["LayerNorm", "RMSNorm"]] = {
+    "layer_norm": "LayerNorm",
+    "rms_norm": "RMSNorm",
+}
 # transformers 4 left out of the vision part of a whole model what its class has as default.
 _BASE = {
     "hidden_size": 768,
@@ -156,7 +159,7 @@ def write_clip(shape: VisionConfig, base: dict[str, Any], *, siglip: bool) -> di
     base = base.get("vision_config", base)
     model_type = "siglip_vision_model" if siglip else "clip_vision_model"
     architecture = "SiglipVisionModel" if siglip else "CLIPVisionModel"
-    activation = shape.activation
+    activation: str = shape.activation
     if activation == "gelu_tanh":
         activation = "gelu_pytorch_tanh"
     fields = {

@@ -57,7 +57,6 @@ class Engine:
     ) -> None:
         """Load the weights of a checkpoint, or initialize them. The process group must exist, and hold
         one replica without pipeline stages."""
-        recipe.check_tensor_parallel()
         _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
         self.recipe = recipe
@@ -99,9 +98,11 @@ class Engine:
         platform.initialize_process()
         checkpoint = store.find_checkpoint(path)
         recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
-        recipe.parallel = parallel or ParallelConfig()
-        recipe.text.tokenizer = tokenizer or find_tokenizer(checkpoint, recipe.text.tokenizer)
-        return cls(recipe, options=options, checkpoint=checkpoint)
+        found = tokenizer or find_tokenizer(checkpoint, recipe.text.tokenizer)
+        recipe = recipe.replaced({"text.tokenizer": found})
+        return cls(
+            recipe.with_layout(parallel or ParallelConfig()), options=options, checkpoint=checkpoint
+        )
 
     def _start(self) -> None:
         options = self.options
