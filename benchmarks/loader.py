@@ -40,13 +40,15 @@ from video import film
 
 from data_tools.planning import index_shards, write_plans
 from megatron_vita.config import Recipe, load_recipe, recipe_from_dict
-from megatron_vita.data.datasets import open_split, plan_path
 from megatron_vita.data.loading.loader import read_packs
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import ReadPack
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import read_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
-from megatron_vita.text.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import SPECIAL_TOKENS
 
 LENGTH = 16384
 SHARD = 50

@@ -33,14 +33,16 @@ from video import MINUTES, film, repeated
 
 from data_tools.planning import index_shards, write_plans
 from megatron_vita.config import DatasetConfig, Recipe, load_recipe, recipe_from_dict
-from megatron_vita.data.datasets import find_shards, find_sources, open_split, plan_path, plan_stamp
+from megatron_vita.data.datasets import find_shards, find_sources
 from megatron_vita.data.loading.loader import read_packs, start_fork_server
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import PackPlan, write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path, plan_stamp
 from megatron_vita.data.shards.index import index_path
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
-from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 FRAMES = 4048

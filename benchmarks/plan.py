@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.planning.plan import read_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.samples.records import Kind
 from megatron_vita.data.shards.index import (
     SCHEMA,
@@ -34,7 +34,7 @@ from megatron_vita.data.shards.index import (
     write_index,
 )
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 from megatron_vita.training.streams import pack_costs, packs_of_replicas
 

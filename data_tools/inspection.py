@@ -9,7 +9,8 @@ import numpy as np
 from data_tools.contact_sheet import draw_sheet
 from data_tools.view import PackView, describe, view_pack
 from megatron_vita.config import Recipe
-from megatron_vita.data.datasets import Split, open_split, sample_encoder
+from megatron_vita.data.datasets import Split, sample_encoder
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
 from megatron_vita.data.planning.token_counts import document_lengths

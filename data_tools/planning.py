@@ -10,9 +10,10 @@ from data_tools.members import describe_members
 from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions, run_tasks
 from data_tools.progress import progress_bar
 from megatron_vita.config import Recipe, TextConfig
-from megatron_vita.data.datasets import Split, find_shards, plan_path
+from megatron_vita.data.datasets import Split, find_shards
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, Rejected, make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.samples.third_party import read_rule, rule_stamp
 from megatron_vita.data.shards.index import find_index, index_path, text_stamp, write_index
 from megatron_vita.data.shards.index_build import build_sound_index
@@ -26,7 +27,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_json_lines
 from megatron_vita.sizes import counted
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer, tokens_needed
 
 REJECTED = "rejected.jsonl"

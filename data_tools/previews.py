@@ -12,7 +12,8 @@ from PIL import Image
 
 from data_tools.statistics import DatasetStatistics
 from megatron_vita.data.samples.records import is_raw_text, parse_record
-from megatron_vita.data.shards.index import SampleRow, read_index
+from megatron_vita.data.samples.rows import SampleRow
+from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
 from megatron_vita.errors import VitaError

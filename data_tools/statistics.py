@@ -9,9 +9,10 @@ import numpy as np
 
 from data_tools.rejections import Rejections, read_rejections
 from megatron_vita.config import Recipe
-from megatron_vita.data.datasets import Source, Split, find_sources, plan_path, sample_encoder
+from megatron_vita.data.datasets import Source, Split, find_sources, sample_encoder
 from megatron_vita.data.planning.packing import epoch_samples
 from megatron_vita.data.planning.plan import PackPlan, read_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.shards.index import SampleIndex, read_index

@@ -14,6 +14,7 @@ from data_tools.progress import progress_bar
 from megatron_vita.config import MediaConfig, Recipe, load_recipe
 from megatron_vita.data.datasets import find_shards
 from megatron_vita.data.samples.records import check_record
+from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.samples.third_party import MemberRule, read_rule
 from megatron_vita.data.shards.index_build import (
     check_members,
@@ -29,7 +30,7 @@ from megatron_vita.data.shards.quarantine import (
 )
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
-from megatron_vita.data.shards.tar import Member, ScannedSample
+from megatron_vita.data.shards.tar import ScannedSample
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import decode_frames, frame_times, probe_video

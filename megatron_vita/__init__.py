@@ -4,8 +4,9 @@ tokens.
 The names below are imported at their first use, since most need torch (docs/api.md).
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megatron_vita.lazy import imported_lazily
 
 if TYPE_CHECKING:
     from megatron_vita.api import Model, from_hf, load, open_packs, to_hf
@@ -52,12 +53,7 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = imported_lazily(__name__, _PLACES)
 
 
 def __dir__() -> list[str]:

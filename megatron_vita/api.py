@@ -15,7 +15,8 @@ from megatron_vita.config import ParallelConfig, Recipe, load_recipe
 from megatron_vita.convert.config_file import CONFIG
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
-from megatron_vita.data.datasets import Split, open_split
+from megatron_vita.data.datasets import Split
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.errors import ConfigError, DataError, LogitsError
 from megatron_vita.inference.engine.engine import Engine

@@ -1,16 +1,28 @@
 """Import rules: lower rooms never import higher ones."""
 
 import ast
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {"errors", "files", "registry", "rounding", "sizes", "supervise", "platform", "config"}
+EVERYWHERE = {
+    "errors",
+    "files",
+    "lazy",
+    "registry",
+    "rounding",
+    "sizes",
+    "supervise",
+    "platform",
+    "config",
+}
 PURE = EVERYWHERE - {"supervise", "platform"} | {"media", "text", "layout", "costs"}
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "lazy": set(),
     "registry": {"errors"},
     "rounding": set(),
     "sizes": set(),
@@ -59,6 +71,18 @@ MAY_IMPORT = {
 MAY_IMPORT["api"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}
+SUB_PACKAGES = {
+    "convert": ("families", "formats"),
+    "data": ("samples", "shards", "planning", "loading"),
+    "data_tools": ("formats",),
+    "evaluation": ("adapters",),
+    "inference": ("runner", "generation", "client", "vision", "engine", "server"),
+    "training": ("callbacks",),
+}
+"""Sub-packages of each room; each may import those before it."""
+OWN_UNITS = {"training.callbacks.callback", "training.callbacks.hooks"}
+"""Files of a sub-package that other units of the room build on: the interface of callbacks is below
+the loop, the callbacks that come with it are above."""
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))
 
 
@@ -104,3 +128,91 @@ def test_rooms_that_import_megatron_core_open_the_door_first(room: str) -> None:
     front = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     opens = "megatron_vita.platform" in imports(front)
     assert opens or not uses or room == "platform"
+
+
+def module_of(path: Path) -> str:
+    """Dotted name from the room on: data.shards.tar; of a room's `__init__`, data."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[parts[0] == "megatron_vita" :]
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those for type checkers alone, which are never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from statements(node)
+
+
+MODULES = {module_of(path): path for path in (*FILES, *sorted((ROOT / "data_tools").rglob("*.py")))}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of ours that a file imports when it runs, at the top or inside functions."""
+    found = set()
+    for node in statements(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            name = name.removeprefix("megatron_vita.")
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]  # a class or function of the module
+            found.add(name)
+    return found - {"", module_of(path)}
+
+
+IMPORTED = {module: imported_modules(path) for module, path in MODULES.items()}
+
+
+def unit_of(module: str) -> str:
+    """Room and sub-package or file: data.shards, data.batch."""
+    if module in OWN_UNITS:
+        return module
+    return ".".join(module.split(".")[:2])
+
+
+def cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Nodes of a graph that remain once those that lead nowhere are removed, again and again."""
+    left = {node: set(following) for node, following in graph.items()}
+    while ends := [node for node, following in left.items() if not following & left.keys()]:
+        for node in ends:
+            del left[node]
+    return [f"{node} -> {', '.join(sorted(left[node] & left.keys()))}" for node in sorted(left)]
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    assert not cycle(IMPORTED)
+
+
+@pytest.mark.parametrize("room", sorted({module.split(".")[0] for module in MODULES}))
+def test_no_sub_package_imports_itself_through_others_of_its_room(room: str) -> None:
+    graph: dict[str, set[str]] = {}
+    for module, imported in IMPORTED.items():
+        if module.startswith(f"{room}."):
+            unit = unit_of(module)
+            inside = {unit_of(name) for name in imported if name.startswith(f"{room}.")}
+            graph.setdefault(unit, set()).update(inside - {unit})
+    assert not cycle(graph)
+
+
+def test_no_sub_package_imports_a_later_one_of_its_room() -> None:
+    wrong = []
+    for module, imported in IMPORTED.items():
+        room, *inner = module.split(".")
+        order = SUB_PACKAGES.get(room, ())
+        if not inner or inner[0] not in order:
+            continue
+        later = order[order.index(inner[0]) + 1 :]
+        names = [name for name in imported if name.startswith(tuple(f"{room}.{n}" for n in later))]
+        wrong += [f"{module} imports {name}" for name in names]
+    assert not wrong
+
+
+def test_every_sub_package_has_a_place_in_the_order() -> None:
+    folders = {tuple(module.split(".")[:2]) for module in MODULES if module.count(".") > 1}
+    assert folders == {(room, name) for room, names in SUB_PACKAGES.items() for name in names}

@@ -2,7 +2,7 @@
 
 from megatron_vita.config import Recipe
 from megatron_vita.costs.flops import variable_cost
-from megatron_vita.data.datasets import open_split
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import ConfigError

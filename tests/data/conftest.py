@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import Tokenizer
 from megatron_vita.text.train import train_sentencepiece
 from tests.data.toy_data import World, make_world, toy_sample
 

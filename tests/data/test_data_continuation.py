@@ -7,9 +7,9 @@ import pytest
 
 from megatron_vita.config import Recipe
 from megatron_vita.data import open_split
-from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.errors import ConfigError, DataError
 from tests.data.toy_data import World, assert_same, changed, make_world, train_stream, write_shard
 from tests.indexes import index_shard

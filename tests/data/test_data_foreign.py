@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from data_tools.members import describe_members
-from megatron_vita.data.datasets import open_split, plan_path
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.samples.foreign_turns import place_media, read_chat
 from megatron_vita.data.samples.third_party import (
     MemberRule,

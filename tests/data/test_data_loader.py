@@ -18,11 +18,11 @@ import torch
 
 from megatron_vita.data import read_packs
 from megatron_vita.data.batch import Batch, mask_documents
-from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.errors import DataError, ShardError, VitaError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from tests.data.hostile_streams import hostile

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from megatron_vita.costs.flops import variable_cost
-from megatron_vita.data.datasets import open_split, plan_path
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.tar import SampleWriter
 from megatron_vita.errors import ConfigError, DataError
 from tests.data.toy_data import World, changed, make_world, talk, toy_recipe, write_shard

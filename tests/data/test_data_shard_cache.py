@@ -15,12 +15,12 @@ import fsspec
 import pytest
 from upath import UPath
 
+from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.shards import cache as shard_cache
 from megatron_vita.data.shards import reader as shard_reader
 from megatron_vita.data.shards import storage
 from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.reader import ShardReader
-from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import ConfigError, DataError, ShardError
 
 SIZE = 1000

@@ -8,8 +8,9 @@ import pytest
 import webdataset
 
 from megatron_vita.data.samples.records import parse_record
+from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.shards.reader import ShardReader
-from megatron_vita.data.shards.tar import Member, SampleWriter, scan_shard
+from megatron_vita.data.shards.tar import SampleWriter, scan_shard
 from megatron_vita.errors import DataError
 from tests.data.toy_data import toy_sample, write_shard
 

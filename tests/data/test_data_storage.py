@@ -13,11 +13,12 @@ from upath import UPath
 
 from megatron_vita.config import Recipe
 from megatron_vita.data import open_split, read_packs
-from megatron_vita.data.datasets import find_sources, plan_path
+from megatron_vita.data.datasets import find_sources
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards import cache, index, storage
 from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.index import IndexHeader

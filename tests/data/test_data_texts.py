@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_vita.data import open_split
-from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.loading import stream
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.tar import SampleWriter
 from tests.data.toy_data import World, toy_recipe
 from tests.indexes import index_shard

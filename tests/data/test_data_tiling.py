@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_vita.config import MediaConfig
-from megatron_vita.data.datasets import plan_stamp
+from megatron_vita.data.planning.stamp import plan_stamp
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.samples.tiles import decode_tiles

@@ -14,10 +14,10 @@ from PIL import Image
 
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data import Batch, open_split
-from megatron_vita.data.datasets import plan_path
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
+from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.tar import MediaFile, SampleWriter
 from megatron_vita.text.tokenizer import Tokenizer

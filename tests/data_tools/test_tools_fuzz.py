@@ -17,7 +17,7 @@ from data_tools.lines import read_lines
 from data_tools.pool import FAULT
 from data_tools.samples import check_line
 from megatron_vita.config import load_recipe
-from megatron_vita.data.datasets import open_split
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.tar import scan_shard

@@ -8,7 +8,7 @@ import pytest
 from data_tools.cli import main
 from data_tools.planning import index_shards
 from megatron_vita.config import Recipe, load_recipe
-from megatron_vita.data.datasets import open_split
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.data_tools.toy_jsonl import write_world

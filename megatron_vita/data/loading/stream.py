@@ -23,17 +23,12 @@ from megatron_vita.data.samples.documents import (
 )
 from megatron_vita.data.samples.encoding import Medium, SampleEncoder
 from megatron_vita.data.samples.records import parse_record
+from megatron_vita.data.samples.rows import Member, SampleRow
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.data.shards.cache import ShardCache
-from megatron_vita.data.shards.index import (
-    SampleIndex,
-    SampleRow,
-    read_index,
-    text_stamp,
-)
+from megatron_vita.data.shards.index import SampleIndex, read_index, text_stamp
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.data.shards.storage import Location
-from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError, ShardError
 from megatron_vita.layout.assignment import assign_tiles
 

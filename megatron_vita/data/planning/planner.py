@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_vita.config import DataConfig, Recipe
 from megatron_vita.costs.flops import forward_weights
-from megatron_vita.data.datasets import Source, Split, find_sources, plan_stamp, sample_encoder
+from megatron_vita.data.datasets import Source, Split, find_sources, sample_encoder
 from megatron_vita.data.planning.packing import (
     Shuffler,
     epoch_samples,
@@ -19,6 +19,7 @@ from megatron_vita.data.planning.packing import (
     sample_order,
 )
 from megatron_vita.data.planning.plan import COLUMNS, PackPlan
+from megatron_vita.data.planning.stamp import plan_stamp
 from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.errors import ConfigError, DataError

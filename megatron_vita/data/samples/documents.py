@@ -9,8 +9,8 @@ import numpy as np
 
 from megatron_vita.data.samples.encoding import Medium, SampleEncoder
 from megatron_vita.data.samples.records import Kind, encode_record, weight_of
+from megatron_vita.data.samples.rows import SampleRow
 from megatron_vita.data.samples.truncation import Piece, Truncated, untruncated
-from megatron_vita.data.shards.index import SampleRow
 from megatron_vita.errors import DataError
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.text.media_tokens import MediaTokens

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from megatron_vita.data.samples.records import Kind
+from megatron_vita.data.samples.rows import Member, SampleRow
 from megatron_vita.data.shards.storage import Location, read_file, read_tail
-from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError
 from megatron_vita.files import atomic_write
 from megatron_vita.media.video import VideoInfo
@@ -76,28 +76,6 @@ class IndexHeader:
 
 class _MissingIndexError(DataError):
     """There is no such file."""
-
-
-class SampleRow(NamedTuple):
-    """Metadata of a sample.
-
-    Attributes:
-        key: key in the shard.
-        is_text: the sample is raw text.
-        pieces: kinds of its pieces in order, with the tokens of those that are text.
-        image_sizes: (width, height) of its images after EXIF rotation.
-        videos: metadata of its videos.
-        members: its files by name.
-        record: its JSON, if the shard, made by others, does not hold it.
-    """
-
-    key: str
-    is_text: bool
-    pieces: list[tuple[Kind, int]]
-    image_sizes: list[tuple[int, int]]
-    videos: list[VideoInfo]
-    members: dict[str, Member]
-    record: str = ""
 
 
 class SampleIndex:

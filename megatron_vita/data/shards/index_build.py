@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from megatron_vita.data.samples.media_fields import FIELDS
 from megatron_vita.data.samples.records import encode_record, is_raw_text, parse_record, pieces_of
+from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.samples.third_party import (
     MemberRule,
     read_rule,
@@ -21,7 +22,7 @@ from megatron_vita.data.samples.third_party import (
 from megatron_vita.data.shards.index import SCHEMA, IndexHeader, SampleIndex, text_stamp
 from megatron_vita.data.shards.quarantine import Entry, Quarantine, read_quarantine
 from megatron_vita.data.shards.reader import ShardReader
-from megatron_vita.data.shards.tar import Member, ScannedSample, scan_shard
+from megatron_vita.data.shards.tar import ScannedSample, scan_shard
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import image_size
 from megatron_vita.media.kinds import HEAD, kind_of_name

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.storage import (
     Location,
@@ -17,7 +18,6 @@ from megatron_vita.data.shards.storage import (
     is_remote,
     read_range,
 )
-from megatron_vita.data.shards.tar import Member
 from megatron_vita.errors import DataError, ShardError, VitaError
 
 # Buffer of members read in parts: larger for remote ones, since each read is a request.

@@ -13,20 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from megatron_vita.data.samples.rows import Member
 from megatron_vita.errors import DataError
 from megatron_vita.files import atomic_write
 
 MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 META_NAME = re.compile(r"__[^/]*__($|/)")
 MEDIA_KINDS = ("image", "video")
-
-
-class Member(NamedTuple):
-    """Position of a file's bytes in a shard."""
-
-    name: str
-    offset: int
-    size: int
 
 
 class MediaFile(NamedTuple):
