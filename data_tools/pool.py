@@ -7,7 +7,6 @@ then a bad sample.
 """
 
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from typing import Any
 
 from data_tools.on_ray import run_on_ray
 from megatron_vita.errors import ConfigError, DataError, PlatformError, VitaError
-from megatron_vita.supervise.processes import end_with_parent
+from megatron_vita.supervise.processes import WorkerProcess, fork_server
 
 logger = logging.getLogger(__name__)
 CORES = len(os.sched_getaffinity(0))
@@ -287,8 +286,7 @@ class _Worker:
         return self.step is not None and time.monotonic() >= self.deadline
 
     def cause_of_death(self) -> str:
-        self._process.join()
-        code = self._process.exitcode or 0
+        code = self._process.exit_code() or 0
         how = f"exit code {code}"
         if code < 0:
             how = f"signal {signal.Signals(-code).name}"
@@ -301,26 +299,17 @@ class _Worker:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.join()
-        self.pipe.close()
+
+    @property
+    def pipe(self) -> Connection:
+        return self._process.pipe
 
     def _start(self) -> None:
-        # A fork of this process could inherit a lock held by one of its threads, and hang; the fork
-        # server also spares each worker the imports.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
-        self._process.start()
-        # Only the worker's own copy is open then, so that its death closes the pipe.
-        theirs.close()
+        self._process = WorkerProcess(fork_server(*PRELOADED), _serve, self._work)
 
 
 def _serve(pipe: Connection, work: Work) -> None:
     """Run one task after another until the worker is killed or its supervisor is gone."""
-    end_with_parent()
-    # Ctrl-C goes to the whole process group; the supervisor ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
             task, outcomes = pipe.recv()

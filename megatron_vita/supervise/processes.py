@@ -1,8 +1,72 @@
-"""Termination of child processes together with their parent."""
+"""Child processes that may be killed at any time, and that end together with their parent.
+
+Loader processes and the workers of `data_tools` are `WorkerProcess`es, each with its own rules for
+time limits and blame. The processes that decode media for an engine come from a fork server of
+their own (`inference/vision/decode_worker.py`), since Python's fork server is one per process, takes
+no environment, and is not restarted when it dies.
+"""
 
 import fcntl
 import multiprocessing
 import os
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from typing import Any
+
+
+def fork_server(*preload: str) -> ForkServerContext:
+    """Return the context of processes forked from a server that has imported some modules.
+
+    Args:
+        preload: modules that the server imports at its start; later calls do not change them.
+    """
+    # A fork of this process could inherit a lock held by one of its threads, and hang; the fork
+    # server also spares each process the imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
+class WorkerProcess:
+    """A child process and the pipe to it, which its death closes.
+
+    Args:
+        context: the fork server to start from.
+        target: a function at the top level of a module, called with its end of the pipe.
+        arguments: further arguments of `target`.
+    """
+
+    def __init__(
+        self, context: ForkServerContext, target: Callable[..., None], *arguments: Any
+    ) -> None:
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(target, theirs, *arguments), daemon=True)
+        self._process.start()
+        # Only the child's own copy is open then, so that its death closes the pipe.
+        theirs.close()
+
+    def exit_code(self, *, seconds: float | None = None) -> int | None:
+        """Wait for the end of the process, which may follow shortly after that of the pipe.
+
+        Returns:
+            The exit code, negative for a signal; None if the process runs on after `seconds`.
+        """
+        self._process.join(timeout=seconds)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """End the process, and wait until it has ended."""
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+
+def _run(target: Callable[..., None], *arguments: Any) -> None:
+    end_with_parent()
+    # Ctrl-C goes to the whole process group; the parent ends its children itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    target(*arguments)
 
 
 def end_with_parent() -> None:

@@ -6,7 +6,6 @@ from outside only costs time.
 """
 
 import itertools
-import multiprocessing
 import pickle
 import signal
 from collections import Counter, deque
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext
 
 import torch
 
@@ -30,6 +29,7 @@ from megatron_vita.data.loading.worker import (
     run_worker,
 )
 from megatron_vita.errors import VitaError
+from megatron_vita.supervise.processes import WorkerProcess, fork_server
 from megatron_vita.supervise.shared_memory import receive_array
 
 # Exit codes of processes killed from outside, such as by the kernel for want of memory: mostly not
@@ -49,15 +49,8 @@ def start_fork_server() -> None:
 
     It imports their modules, which takes a second or two, in parallel to the caller's work.
     """
-    _context()
+    fork_server(__name__)
     forkserver.ensure_running()
-
-
-def _context() -> ForkServerContext:
-    # A fork of this process could inherit a lock that a thread holds, and hang.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 def read_packs(
@@ -123,19 +116,12 @@ class _Job:
         return ReadPack(self.result.batch, self.damages + self.result.damages)
 
 
-class _Reader:
-    """A loader process with its pipe and its current job."""
+class _Reader(WorkerProcess):
+    """A loader process, its current job and its progress in that."""
 
     def __init__(self, context: ForkServerContext, pickled: bytes) -> None:
-        self.pipe, theirs = context.Pipe()
         self.progress = Progress(context)
-        arguments = (theirs, pickled, self.progress)
-        self.process: ForkServerProcess = context.Process(
-            target=run_worker, args=arguments, daemon=True
-        )
-        self.process.start()
-        # Only the reader's own copy is open then, so that its death closes the pipe.
-        theirs.close()
+        super().__init__(context, run_worker, pickled, self.progress)
         self.job: _Job | None = None
         self.ready = False
 
@@ -145,11 +131,6 @@ class _Reader:
         # The exit of a dead process is handled where its pipe is next read.
         with suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(job.task)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
 
 
 class _Pool:
@@ -161,7 +142,7 @@ class _Pool:
         self._limit = sample_seconds
         # Once for all readers and their replacements: a stream holds the names of all shards.
         self._pickled = pickle.dumps(stream, protocol=5)
-        self._context = _context()
+        self._context = fork_server(__name__)
         self._startup_failures = 0
         self._readers = [self._new_reader() for _ in range(num_workers)]
 
@@ -225,9 +206,7 @@ class _Pool:
     def _on_exit(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
-        # The pipe may be closed shortly before the process has ended.
-        reader.process.join(timeout=10)
-        code = reader.process.exitcode
+        code = reader.exit_code(seconds=10)
         at_startup = MAX_STARTUP_FAILURES
         on_sample = MAX_CRASHES_PER_SAMPLE
         if code in EXTERNAL_KILLS:
@@ -265,11 +244,11 @@ class _Pool:
     def _replace(self, reader: _Reader) -> None:
         job = reader.job
         assert job is not None
-        reader.end()
+        reader.kill()
         self._readers[self._readers.index(reader)] = self._new_reader()
         # In front: packs are delivered in order, so that later ones wait for this one.
         self.pending.appendleft(job)
 
     def close(self) -> None:
         for reader in self._readers:
-            reader.end()
+            reader.kill()

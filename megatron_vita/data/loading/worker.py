@@ -5,7 +5,6 @@ process dies at any time.
 """
 
 import pickle
-import signal
 import time
 import traceback
 from dataclasses import replace
@@ -19,7 +18,6 @@ from megatron_vita.data.batch import Batch
 from megatron_vita.data.loading.ledger import Damage
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.errors import VitaError
-from megatron_vita.supervise.processes import end_with_parent
 from megatron_vita.supervise.shared_memory import SharedArray
 
 
@@ -101,9 +99,6 @@ def receive_message(pipe: Connection) -> Message:
 
 def run_worker(pipe: Connection, pickled: bytes, progress: Progress) -> None:
     """Read packs of a pickled PackStream until the other end of the pipe is closed."""
-    end_with_parent()
-    # Ctrl-C goes to the whole process group; the parent ends its readers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         stream = _unpickled(pickled)
