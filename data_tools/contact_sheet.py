@@ -229,6 +229,7 @@ class _Sheet:
 def _words(run: Run) -> list[str]:
     """Words of a text with the spaces before them, and its line breaks; labels stay whole."""
     if run.kind in ("text", "loss"):
+        # With the spaces before them: they belong to tokens, and are shown as the model has them.
         return re.findall(r"\n|[^\S\n]*[^\s]+|[^\S\n]+", run.text)
     return [run.text]
 

@@ -75,6 +75,7 @@ def _rate(folder: Path) -> float:
         rate = float(text)
     except ValueError:
         rate = 0.0
+    # NaN fails this comparison, too.
     if not 0 < rate < 1e4:
         raise DataError(
             f"{path}: {text!r:.80} is not a frame rate: a number of frames per second is needed"

@@ -64,6 +64,7 @@ def import_samples(job: ImportJob, *, options: WorkerOptions) -> dict[str, int]:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     path = job.out.with_suffix(".progress.jsonl")
     progress = Progress(path, stamp=_stamp(job, sources))
+    # The file of this import exists only once all sources are finished: any other is not its own.
     if job.out.exists() and len(progress.finished) < len(sources):
         raise ConfigError(
             f"{job.out}: it exists, but {path} does not describe it; delete it or choose another "
@@ -126,6 +127,7 @@ def _version(source: Path) -> tuple[int, int | str]:
     # Only files that can be part of a sample: others may change.
     for path in walk(source):
         if kind_of_name(path.name) or path.name.lower().endswith(".txt"):
+            # Of the link itself where its target is missing, which is a state as well.
             known = path.lstat()
             if path.exists():
                 known = path.stat()
@@ -153,6 +155,7 @@ def _import_source(task: ImportTask, guard: SampleGuard) -> dict[str, int]:
             partial_path = stack.enter_context(atomic_write(task.job.part(task.number, kind)))
             files[kind] = stack.enter_context(open(partial_path, "w", encoding="utf-8"))
         for kind, entry in _sorted_samples(task, guard):
+            # Reasons may quote lone surrogates, which only escapes can write; samples have none.
             files[kind].write(json.dumps(entry, ensure_ascii=kind == "rejected") + "\n")
             counts[kind] += 1
     return counts
@@ -167,6 +170,7 @@ def _sorted_samples(task: ImportTask, guard: SampleGuard) -> Iterator[tuple[str,
         try:
             batch, end = guard.run(lambda known: _read_batch(candidates))
         except DataError as error:
+            # The reading itself hung or crashed, and only it could find the next batch.
             batch = []
             end = str(error)
         yield from map(partial(_checked_candidate, task), batch)
@@ -174,6 +178,7 @@ def _sorted_samples(task: ImportTask, guard: SampleGuard) -> Iterator[tuple[str,
             yield "rejected", {"source": str(task.source), "place": "the rest", "reason": end}
         if end or not batch:
             return
+        # As the bar counts: see `unit` in `import_samples`.
         if in_bytes:
             guard.advance(batch[-1].position - position)
         else:

@@ -77,6 +77,7 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
         shards=[[shard]],
         indexes=[[path]],
         contents=[[index.header.fingerprint]],
+        # As long as the sample needs, whatever the recipe's packs hold.
         data=dataclasses.replace(recipe.data, seq_length=length),
         encoders=[encoder],
         tile_share=(0, 1),

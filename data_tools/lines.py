@@ -68,6 +68,7 @@ def _lines_from(path: Path, *, offset: int, number: int) -> Iterator[tuple[int, 
         with open(path, "rb", buffering=io.DEFAULT_BUFFER_SIZE * 16) as file:
             file.seek(offset)
             for place, text in enumerate(file, start=number):
+                # Empty lines are counted, since editors count them, but are no samples.
                 if text.strip():
                     yield offset, Line(path, place, text)
                 offset += len(text)

@@ -15,6 +15,7 @@ IGNORED = "ignored"
 def describe_members(shards: Sequence[Path], text: Mapping[str, str]) -> Iterator[str]:
     """A line for each folder of other makers' shards: suffixes of members by what they became, with
     their counts in its first shard."""
+    # Reversed, so that the first shard of a folder is the one that remains.
     firsts = {shard.parent: shard for shard in reversed(shards)}
     for folder, shard in sorted(firsts.items()):
         roles = count_members(
@@ -29,6 +30,7 @@ def count_members(index: SampleIndex, *, texts: Sequence[str]) -> dict[str, Coun
     """Count how often each suffix became an image, a video, a text, or nothing, in foreign samples."""
     roles: dict[str, Counter[str]] = defaultdict(Counter)
     for row in map(index.row, range(len(index))):
+        # Samples in our own format name their members by kind.
         if not row.record:
             continue
         record = json.loads(row.record)

@@ -32,6 +32,7 @@ def run_on_ray(run_one: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[
     running: dict[Any, int] = {}
     for number, task in enumerate(tasks):
         running[remote.remote(task)] = number
+        # Results are taken as they come: a million tasks at once would fill the scheduler.
         while len(running) >= room:
             yield _next_result(ray, running)
     while running:
@@ -44,6 +45,7 @@ def _next_result(ray: Any, running: dict[Any, int]) -> tuple[int, Any]:
         return running.pop(reference), ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, VitaError):
+            # Ray wraps an error in one of its own, whose message is a traceback.
             raise error.cause from None
         raise
 

@@ -117,6 +117,7 @@ def write_plans(recipe: Recipe, *, strict: bool, continue_from: int = 0) -> Iter
     """
     tokenizer = open_tokenizer(recipe)
     rejected: list[Rejected] = []
+    # One list of rejected samples for both splits, which a plan of one alone would replace.
     for split in get_args(Split):
         if split == "train" or getattr(recipe.data, split):
             path = plan_path(recipe, split)
@@ -153,5 +154,6 @@ def _is_current(shard: Path, text: dict[str, str]) -> bool:
         left_out = read_quarantine(shard).stamp()
     except DataError:
         return False
+    # By time and size, not by content: hashing every shard would take as long as indexing it.
     is_of_shard = header.shard_size == shard.stat().st_size and age >= shard.stat().st_mtime_ns
     return is_of_shard and (header.rule, header.left_out) == (rule_stamp(rule), left_out)

@@ -102,6 +102,7 @@ class SampleGuard:
             reason = str(error)
             raise
         finally:
+            # Also for a bad step: the time until the next one is no sample's.
             self._tell("end", number, reason)
 
 
@@ -155,6 +156,7 @@ def run_tasks(
 def _run_there(
     work: Work, tasks: Sequence[Any], options: WorkerOptions, on_advance: Callable[[int], object]
 ) -> Iterator[tuple[int, Any]]:
+    # Ray passes no messages while a task runs: progress arrives with the result.
     for number, (result, amount) in run_on_ray(partial(_run_one, work, options), tasks):
         on_advance(amount)
         yield number, result
@@ -163,6 +165,8 @@ def _run_there(
 def _run_one(work: Work, options: WorkerOptions, task: Any) -> tuple[Any, int]:
     """Run one task in a process that may be killed; returns its result and its progress."""
     amounts: list[int] = []
+    # A process inside the Ray task, since Ray would run the task again as a whole where a decoder
+    # crashes.
     alone = WorkerOptions(workers=1, time_limit=options.time_limit)
     ((_, result),) = run_tasks(work, [task], options=alone, on_advance=amounts.append)
     return result, sum(amounts)
@@ -204,6 +208,7 @@ class _Supervisor:
             while busy := [worker for worker in self._workers if worker.task is not None]:
                 ready = wait([worker.pipe for worker in busy], timeout=self._seconds_left(busy))
                 for worker in busy:
+                    # The message first: a worker that has answered at the last moment is not late.
                     if worker.pipe in ready:
                         yield from self._on_message(worker)
                     elif worker.is_late():
@@ -233,6 +238,7 @@ class _Supervisor:
     def _on_message(self, worker: "_Worker") -> Iterator[tuple[int, Any]]:
         try:
             word, *values = worker.pipe.recv()
+        # The death of a worker closes its pipe, which `wait` reports as ready.
         except (EOFError, OSError):
             self._replace(worker, worker.cause_of_death())
             return
@@ -251,6 +257,7 @@ class _Supervisor:
             yield worker.task, values[0]
             self._assign(worker)
         else:
+            # An error of the user or of ours, which ends all; bad samples are outcomes of steps.
             raise values[0]
 
     def _replace(self, worker: "_Worker", reason: str) -> None:
@@ -322,4 +329,5 @@ def _serve(pipe: Connection, work: Work) -> None:
         except BrokenPipeError:
             return
         except Exception:
+            # As text: an exception of a library may not survive pickling.
             pipe.send(("error", RuntimeError(traceback.format_exc())))

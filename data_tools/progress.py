@@ -52,6 +52,7 @@ class Progress:
         waiting = [tasks[number] for number in numbers]
         with progress_bar(self._path.parent, total=total, unit=unit) as bar:
             for i, result in run_tasks(work, waiting, options=options, on_advance=bar.update):
+                # At once: what is not in the file when the process is killed is done again.
                 self.finished[numbers[i]] = result
                 append_json_lines(self._path, [{"part": numbers[i], "result": result}])
 

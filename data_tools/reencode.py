@@ -169,6 +169,7 @@ class _Encoder:
         assert self._picture is not None, "the first frame is there"
         self._picture.pts = self._stamps[index]
         self._picture.time_base = CLOCK
+        # The encoder decides, but for the first frame of a group, to which readers seek.
         self._picture.pict_type = PictureType.NONE
         if not index or self._group(index) > self._group(index - 1):
             self._picture.pict_type = PictureType.I
@@ -180,10 +181,12 @@ class _Encoder:
         self._write(self._stream.encode())
 
     def _group(self, index: int) -> int:
+        # A start that rounding has put just before a group's beginning belongs to the group.
         return int((self._starts[index] + TOLERANCE) / self._gop)
 
     def _write(self, packets: list[Packet]) -> None:
         for packet in packets:
+            # Packets leave in the order of frames, since X264 makes no B-frames.
             packet.duration = self._stamps[self._place + 1] - self._stamps[self._place]
             self._place += 1
             self._container.mux(packet)

@@ -41,6 +41,7 @@ def _entries(shards: Sequence[Location]) -> Iterator[tuple[str, str, str]]:
     for folder in sorted({shard.parent for shard in shards if isinstance(shard, Path)}):
         for entry in _lines(folder / REJECTED):
             yield "shard", f"{entry['file']}:{entry['line']}", entry["reason"]
+        # The JSONL files of the shards may have been imported: their rejections lie beside them.
         for file in _lines(folder / FILES):
             for entry in _lines(rejected_path(Path(file["file"]))):
                 yield "import", f"{entry['source']} {entry['place']}", entry["reason"]

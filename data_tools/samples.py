@@ -75,6 +75,7 @@ def find_medium(name: Any, field: str, *, root: Path) -> Path:
         raise DataError(
             f"{field} {name} lies outside the media folder {root}: a path under it is needed"
         )
+    # Through a link, `a/..` is not where it seems to be.
     if ".." in name.split("/"):
         raise DataError(
             f"{field} {name} has .. in it: it is unclear whether it lies outside the media folder"

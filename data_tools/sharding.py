@@ -100,6 +100,7 @@ def _recipe_jobs(recipe: Path, fields: dict[str, Any]) -> list[ShardJob]:
     for dataset in (*data.train, *data.validation):
         if dataset.jsonl:
             job = _job_of(dataset, fields)
+            # Datasets may share a folder, such as one for training and for validation.
             if (first := jobs.setdefault(job.out, job)) != job:
                 raise ConfigError(
                     f"{recipe}: dataset {dataset.name}: its shards in {job.out} are made of "
@@ -142,6 +143,7 @@ def make_shards(job: ShardJob, *, options: WorkerOptions = IN_PROCESS) -> ShardC
         if not all(job.shard_path(shard, tar).exists() for tar in range(count.tars)):
             del counts[shard], progress.finished[shard]
     if job.strict:
+        # Rejections of an earlier run without --strict count, too.
         _refuse_first([counts[shard] for shard in sorted(counts)])
     left = sum(
         line_range.lines
@@ -150,6 +152,7 @@ def make_shards(job: ShardJob, *, options: WorkerOptions = IN_PROCESS) -> ShardC
         for line_range in task.ranges
     )
     progress.run(_write_shard, tasks, options=options, total=left, unit="samples")
+    # From the progress file, which also has the shards of earlier runs.
     results = [ShardCount(**progress.finished[shard]) for shard in tasks]
     rejected = [entry for count in results for entry in count.rejected]
     write_json_lines(job.out / REJECTED, rejected)
@@ -238,6 +241,7 @@ class _Tars:
         # An estimate: headers and padding of the tar are not counted.
         media = sum(len(file.data) for files in sample.media.values() for file in files)
         size = media + len(str(sample.record))
+        # A sample larger than the limit gets a tar of its own rather than none.
         if self._job.max_bytes and self._size and self._size + size > self._job.max_bytes:
             self._writer.__exit__()
             self._begin()
@@ -252,6 +256,7 @@ class _Tars:
     ) -> None:
         self._writer.__exit__(error_type, error, trace)
         for path in map(self._path, range(self.count)):
+            # All tars of a shard get their names together: a glob must not find half a shard.
             if error_type is None:
                 publish(_whole(path), path)
             else:
@@ -273,6 +278,7 @@ def _whole(path: Path) -> Path:
 
 def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
     """Build the sample of a line; media are decoded unless `known` to be good, and re-encoded."""
+    # An earlier attempt decoded it, before another sample ended the process.
     sample = check_line(line, media_root=job.media_root, decode=not known)
     prefix = f"{line.file}:{line.number}: "
     media = {
@@ -284,6 +290,7 @@ def _make_sample(line: Line, job: ShardJob, known: bool) -> Sample:
 
 def _stamp(job: ShardJob) -> dict[str, Any]:
     return {
+        # All that decides what a shard holds; files by content, since copies make the same shards.
         "samples_per_shard": job.samples_per_shard,
         "media": str(job.media_root.resolve()),
         "reencode": vars(job.reencode),

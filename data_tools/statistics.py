@@ -92,6 +92,7 @@ def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
     datasets = []
     plans = []
     for split in get_args(Split):
+        # A recipe may have no validation data; without training data `find_sources` refuses it.
         if split == "validation" and not recipe.data.validation:
             continue
         for source in find_sources(recipe, split, tokenizer=tokenizer):
@@ -125,6 +126,7 @@ def _of_dataset(source: Source, split: str, encoder: SampleEncoder) -> DatasetSt
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    # An empty array first: numpy refuses an empty list.
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
 
@@ -138,6 +140,7 @@ def _downscaled(indexes: Sequence[SampleIndex], encoder: SampleEncoder) -> float
     sizes = np.concatenate(
         [np.stack([index.ragged(name)[0] for name in names], axis=1) for index in indexes]
     )
+    # Few sizes are distinct, and choosing the grid of each of a million images takes minutes.
     distinct, counts = np.unique(sizes, axis=0, return_counts=True)
     loses = [
         width * height > encoder.pixels_shown((width, height))

@@ -83,6 +83,7 @@ def find_targets(targets: list[str]) -> list[ValidateTask]:
         if target.suffix != ".tar" or not target.is_file():
             raise ConfigError(f"{target}: one recipe (.yaml) or shards (.tar) are needed")
     return [
+        # Shards alone name no recipe: the defaults of recipes decide what is sampled.
         ValidateTask(shard, [Sampling(MediaConfig.max_fps, MediaConfig.max_frames)])
         for shard in shards
     ]
@@ -132,6 +133,7 @@ def validate_shards(targets: Sequence[ValidateTask], *, options: WorkerOptions) 
 
 def _samples(shard: Path, found: Quarantine) -> int:
     if found.validated is None:
+        # The quarantine of a changed shard is void, and with it what was just written.
         raise DataError(f"{shard}: it changed while it was decoded; run validate again")
     return int(found.validated["samples"])
 
@@ -162,12 +164,15 @@ def _validate_shard(task: ValidateTask, guard: SampleGuard) -> None:
             checker.check(sample)
         except DataError as reason:
             bad.append(Entry("validate", printable(sample.key), str(reason)))
+        # In bytes of the tar up to the last member; a sample's members may lie apart, so that
+        # progress could go back.
         end = max(
             (member.offset + member.size for member in sample.members.values()), default=position
         )
         guard.advance(max(end - position, 0))
         position = max(end, position)
     checker.close()
+    # Read now, not at the beginning: `index` may have listed samples meanwhile, which stay.
     found: Quarantine = read_quarantine(task.shard)
     validated: dict[str, Any] = {
         "samplings": [list(sampling) for sampling in task.samplings],
@@ -212,6 +217,7 @@ class _Checker:
         except DataError as error:
             if not str(error).startswith(USABLE):
                 raise
+            # The first reason is enough: a damaged video fails in many chunks.
             self.usable.setdefault(sample.key, str(error).removeprefix(USABLE))
 
     def _record(self, sample: ScannedSample, known: bool) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def view_pack(
             name = "tail"
         else:
             name = f"document {i + 1}: {batch.sample_keys[i]} from {names[source]}"
+        # Placements ascend, so that a document's tiles lie between its bounds.
         tiles = range(*np.searchsorted(placements, (start, stop)).tolist())
         documents.append(
             DocumentView(

@@ -33,6 +33,7 @@ def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """Yield the media in a folder and its subfolders."""
     for _, group in groupby(walk(source), key=attrgetter("parent")):
         paths = list(group)
+        # A caption without a medium beside it points to a medium that is not known by its name.
         known = {path.stem for path in paths if kind_of_name(path.name)}
         captions = {path.stem for path in paths if path.suffix.lower() == CAPTION}
         for path in paths:

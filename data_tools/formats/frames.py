@@ -19,6 +19,7 @@ from megatron_vita.media.kinds import kind_of_name
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """Yield the subfolders with images, and the video files, of a folder; skips hidden ones."""
     for root, folders, names in os.walk(source):
+        # In place: os.walk descends into what remains, in this order.
         folders[:] = sorted(folder for folder in folders if not is_hidden(folder))
         place = Path(root)
         if any(map(is_image, names)):

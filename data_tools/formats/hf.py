@@ -64,6 +64,7 @@ def _parquet(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:
 def _arrow(source: Path) -> Iterator[tuple[pa.RecordBatch, float]]:
     """Read an Arrow stream, as of `datasets`, or an Arrow file, as of other tools."""
     with pa.OSFile(str(source)) as file:
+        # Both kinds of files may be called .arrow.
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         batches: Iterator[pa.RecordBatch]

@@ -25,6 +25,7 @@ def list_sources(paths: list[Path]) -> list[Path]:
 def read(source: Path, setting: Setting) -> Iterator[Candidate]:
     """Yield the samples of a tar."""
     rule = read_rule(source.parent)
+    # Outlives the generator's steps: members are read when a candidate is made.
     reader = ShardReader()
     if setting.prompt is not None:
         rule = replace(rule, prompt=setting.prompt)
