@@ -43,3 +43,26 @@ def test_files_in_the_architecture_page_exist() -> None:
         known += [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")]
     missing = [name for name in names if not any(f"/{path}".endswith(f"/{name}") for path in known)]
     assert not missing
+
+
+def names_of(path: Path) -> set[str]:
+    """Names that a module defines or assigns at its top level."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_each_line_of_where_to_look_begins_at_something_that_its_file_defines() -> None:
+    lines = re.findall(
+        r"^\| [^|]+ \| `([\w/]+\.py)`: `(\w+)`", section("Where to look"), re.MULTILINE
+    )
+    assert len(lines) == section("Where to look").count("\n| ") - 1, "a line names no place"
+    for file, name in lines:
+        places = [ROOT / room / file for room in ("megatron_vita", "data_tools")]
+        (path,) = [path for path in places if path.is_file()]
+        assert name in names_of(path), f"{file} does not define {name}"
