@@ -155,4 +155,6 @@ def _shrink_training(recipe: Recipe, parallel: ParallelConfig, world_size: int) 
         "training.recompute_keep_attention_layers": min(kept, 1),
         "training.eval_interval": min(training.eval_interval, STEPS // 2),
         "training.eval_iters": 1,
+        # Matrices of the miniature are smaller than the blocks of 8-bit products.
+        "training.fp8_recipe": "none",
     }

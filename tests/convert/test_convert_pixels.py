@@ -209,13 +209,10 @@ def test_a_new_model_takes_frames_as_the_processor_of_its_export_does(tmp_path: 
 def test_an_export_tells_of_settings_that_its_format_cannot_say(
     group: str, name: str, value: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = Recipe()
-    recipe.media.video_fit = "squash"
-    recipe.text.media_format = "internvl"
+    recipe = Recipe().replaced({"media.video_fit": "squash", "text.media_format": "internvl"})
     warn_of_differences(INTERNVL_HF, recipe)
     assert caplog.text == ""
-    setattr(getattr(recipe, group), name, value)
-    warn_of_differences(INTERNVL_HF, recipe)
+    warn_of_differences(INTERNVL_HF, recipe.replaced({f"{group}.{name}": value}))
     assert f"{group}.{name} is {value!r}, but format internvl-hf means" in caplog.text
 
 
