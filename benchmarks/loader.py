@@ -46,7 +46,7 @@ from megatron_vita.data.loading.stream import ReadPack
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import read_plan
 from megatron_vita.data.planning.stamp import plan_path
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.tokenizer import SPECIAL_TOKENS
 
@@ -58,7 +58,7 @@ PACKS = {"text": (5, 50), "photographs": (3, 12), "films": (2, 8)}  # to warm up
 PEERS = ("webdataset", "energon")
 HERE = Path(__file__).parent
 WORDS = " ".join(pydoc_data.topics.topics.values())
-Media = dict[str, list[MediaFile]]
+Media = dict[str, list[ShardMedia]]
 
 
 def train_tokenizer(folder: Path) -> None:
@@ -119,11 +119,11 @@ def samples_of(kind: str) -> Iterator[tuple[dict[str, Any], Media]]:
     """The samples of a kind, without end; pictures and films come again and again."""
     noise = random.Random(kind)
     if kind == "photographs":
-        pictures = [MediaFile(".jpg", photograph(seed)) for seed in range(10)]
+        pictures = [ShardMedia(".jpg", photograph(seed)) for seed in range(10)]
         while True:
             yield from ((chat(noise, "<image>\n"), {"image": [picture]}) for picture in pictures)
     if kind == "films":
-        films = [MediaFile(".mp4", data) for data in cut_films()]
+        films = [ShardMedia(".mp4", data) for data in cut_films()]
         while True:
             yield from ((chat(noise, "<video>\n"), {"video": [one]}) for one in films)
     while True:

@@ -41,7 +41,7 @@ from megatron_vita.data.planning.plan import PackPlan, write_plan
 from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.planning.stamp import plan_path, plan_stamp
 from megatron_vita.data.shards.index import index_path
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
@@ -90,7 +90,7 @@ def pss(process: int | None) -> int:
 
 
 def write_sample(
-    shard: Path, *, samples: int, question: str, media: dict[str, list[MediaFile]]
+    shard: Path, *, samples: int, question: str, media: dict[str, list[ShardMedia]]
 ) -> None:
     """A shard of equal samples."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A picture."}]
@@ -119,7 +119,7 @@ def make_recipe(folder: Path, **data: Any) -> Recipe:
 def memory(folder: Path, all_ranks: list[int]) -> Iterator[str]:
     """Measure the rows of a table."""
     data = repeated(film(GOP), MINUTES + EXTRA_MINUTES)
-    media = {"video": [MediaFile(".mp4", data)]}
+    media = {"video": [ShardMedia(".mp4", data)]}
     write_sample(folder / "a.tar", samples=1, question="<video>\nWhat is it?", media=media)
     megabytes = len(data) / 1e6
     del data, media

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_tools.view import DocumentView, PackView, Picture, Run, heading, tile_numbers
+from data_tools.view import DocumentView, MediumView, PackView, TokenRun, heading, tile_numbers
 from megatron_vita.sizes import counted
 
 WIDTH = 1200
@@ -124,7 +124,7 @@ class _Sheet:
         self._tiles(view, document)
         self._y = max(self._y, bottom)
 
-    def _runs(self, runs: list[Run], edge: int) -> None:
+    def _runs(self, runs: list[TokenRun], edge: int) -> None:
         """Flow the words of runs over lines, each on the colour of its kind."""
         x = MARGIN
         for run in runs:
@@ -174,7 +174,7 @@ class _Sheet:
             self._caption(x, f"{tile + 1}: {view.labels[tile]}")
         self.skip(STEP + CAPTION)
 
-    def _grid(self, view: PackView, picture: Picture) -> None:
+    def _grid(self, view: PackView, picture: MediumView) -> None:
         """An image's cells side by side, as they make it up, and its thumbnail apart."""
         assert picture.grid is not None
         cols, rows = picture.grid
@@ -226,7 +226,7 @@ class _Sheet:
         yield word
 
 
-def _words(run: Run) -> list[str]:
+def _words(run: TokenRun) -> list[str]:
     """Words of a text with the spaces before them, and its line breaks; labels stay whole."""
     if run.kind in ("text", "loss"):
         # With the spaces before them: they belong to tokens, and are shown as the model has them.
@@ -234,7 +234,7 @@ def _words(run: Run) -> list[str]:
     return [run.text]
 
 
-def _shortened(run: Run) -> Run:
+def _shortened(run: TokenRun) -> TokenRun:
     excess = len(run.text) - MAX_CHARACTERS
     if excess <= 0:
         return run

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from data_tools.formats import FORMATS
 from data_tools.formats.base import Candidate, Setting, walk
 from data_tools.pool import SampleGuard, WorkerOptions, as_data_error
-from data_tools.progress import Progress
+from data_tools.progress import ProgressFile
 from data_tools.samples import check_medium
 from megatron_vita.data.samples.media_fields import FIELDS
 from megatron_vita.data.samples.records import check_record
@@ -63,7 +63,7 @@ def import_samples(job: ImportJob, *, options: WorkerOptions) -> dict[str, int]:
     sources = FORMATS[job.format].list_sources(job.paths)
     job.out.parent.mkdir(parents=True, exist_ok=True)
     path = job.out.with_suffix(".progress.jsonl")
-    progress = Progress(path, stamp=_stamp(job, sources))
+    progress = ProgressFile(path, stamp=_stamp(job, sources))
     # The file of this import exists only once all sources are finished: any other is not its own.
     if job.out.exists() and len(progress.finished) < len(sources):
         raise ConfigError(

@@ -11,7 +11,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import append_json_lines, complete_lines, write_json_lines
 
 
-class Progress:
+class ProgressFile:
     """Progress file: JSONL with the stamp of the work, then a line for each finished part.
 
     A torn last line is skipped.

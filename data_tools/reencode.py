@@ -10,7 +10,7 @@ import av
 from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
-from megatron_vita.data.shards.tar import MediaFile
+from megatron_vita.data.shards.tar import ShardMedia
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.clip import TOLERANCE
 from megatron_vita.media.clock import Packet
@@ -61,19 +61,19 @@ class Reencode:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative"
                 )
 
-    def __call__(self, kind: str, file: MediaFile, *, prefix: str = "") -> MediaFile:
+    def __call__(self, kind: str, file: ShardMedia, *, prefix: str = "") -> ShardMedia:
         """Re-encode a medium; raises DataError if it cannot be decoded.
 
         A video with undecodable frames is kept as it is, with a warning that begins with `prefix`.
         """
         if kind == "image" and self.jpeg_quality:
-            return MediaFile(".jpg", _jpeg(file.data, self.jpeg_quality))
+            return ShardMedia(".jpg", _jpeg(file.data, self.jpeg_quality))
         if kind == "video" and (self.video_gop or self.video_fps) and not is_archive(file.data):
             # Re-encoded, the frames that replace damaged ones would count as good.
             damage: list[str] = []
             made = self._video(file.data, report=lambda _, reason: damage.append(reason))
             if not damage:
-                return MediaFile(".mp4", made)
+                return ShardMedia(".mp4", made)
             logger.warning("%s%s; it is kept as it is", prefix, damage[0])
         return file
 

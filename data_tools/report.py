@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.previews import previews
-from data_tools.statistics import DatasetStatistics, PlanStatistics, Statistics, collect_statistics
+from data_tools.statistics import (
+    DatasetStatistics,
+    DataStatistics,
+    PlanStatistics,
+    collect_statistics,
+)
 from megatron_vita.config import Recipe
 from megatron_vita.report.charts import histogram, stacked_bar
 from megatron_vita.report.page import COLORS, cards, figures, html_page, table
@@ -22,7 +27,7 @@ COLUMNS = [
 ]
 
 
-def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Statistics:
+def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> DataStatistics:
     """Write the report on a recipe's datasets, with `samples` previews of each.
 
     Raises:
@@ -35,7 +40,9 @@ def write_report(recipe: Recipe, *, title: str, out: Path, samples: int) -> Stat
     return statistics
 
 
-def _sections(recipe: Recipe, statistics: Statistics, *, title: str, samples: int) -> Iterator[str]:
+def _sections(
+    recipe: Recipe, statistics: DataStatistics, *, title: str, samples: int
+) -> Iterator[str]:
     train = [found for found in statistics.datasets if found.split == "train"]
     yield f"<header><h1>{escape(title)}</h1><p>{_lead(recipe, train)}</p></header>"
     yield _cards(train, statistics.plans)

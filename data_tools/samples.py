@@ -14,7 +14,7 @@ from data_tools.lines import Line
 from megatron_vita.data.samples.foreign import sample_of
 from megatron_vita.data.samples.json_text import parse_json
 from megatron_vita.data.samples.records import check_record, is_raw_text
-from megatron_vita.data.shards.tar import MEDIA_KINDS, MediaFile
+from megatron_vita.data.shards.tar import MEDIA_KINDS, ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.media.data_urls import inline_content, is_inline
 from megatron_vita.media.images import open_image
@@ -28,7 +28,7 @@ class Sample:
 
     key: str
     record: dict[str, Any]
-    media: dict[str, list[MediaFile]]
+    media: dict[str, list[ShardMedia]]
 
 
 def check_line(line: Line, *, media_root: Path, decode: bool = True) -> Sample:
@@ -149,22 +149,22 @@ def key_stem(file: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", file.stem)
 
 
-def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[MediaFile]:
+def _read_media(names: list[Any], kind: str, root: Path) -> Iterator[ShardMedia]:
     for i, name in enumerate(names):
         field = f"{kind}s[{i}]"
         if isinstance(name, str) and is_inline(name):
             data = inline_content(name)
-            yield MediaFile(suffix_of_content(data[:HEAD]), data)
+            yield ShardMedia(suffix_of_content(data[:HEAD]), data)
             continue
         path = find_medium(name, field, root=root)
         if kind == "video" and path.is_dir():
-            yield MediaFile(FRAMES_SUFFIX, read_frames(path))
+            yield ShardMedia(FRAMES_SUFFIX, read_frames(path))
             continue
         # Reading a pipe or a device would never end.
         if not path.is_file():
             raise DataError(f"{field} {name}: {path} is not a file")
         try:
-            yield MediaFile(_suffix(path), path.read_bytes())
+            yield ShardMedia(_suffix(path), path.read_bytes())
         except OSError as error:
             raise DataError(f"{field} {name}: cannot read {path}: {error.strerror}") from error
 

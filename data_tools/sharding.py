@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 from data_tools.lines import Line, LineRange, divide_lines, read_ranges
 from data_tools.pool import IN_PROCESS, SampleGuard, WorkerOptions
-from data_tools.progress import Progress
+from data_tools.progress import ProgressFile
 from data_tools.reencode import KEEP, Reencode
 from data_tools.samples import Sample, check_line, key_stem
 from megatron_vita.config import DatasetConfig, load_recipe
@@ -134,7 +134,7 @@ def make_shards(job: ShardJob, *, options: WorkerOptions = IN_PROCESS) -> ShardC
     """
     _check_job(job)
     job.out.mkdir(parents=True, exist_ok=True)
-    progress = Progress(job.out / PROGRESS, stamp=_stamp(job))
+    progress = ProgressFile(job.out / PROGRESS, stamp=_stamp(job))
     ranges = divide_lines(job.files, size=job.samples_per_shard)
     tasks = {shard: ShardTask(job, shard, mine) for shard, mine in enumerate(ranges)}
     counts = {shard: ShardCount(**result) for shard, result in progress.finished.items()}

@@ -76,14 +76,14 @@ class PlanStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics:
+class DataStatistics:
     """Statistics of all datasets of a recipe, and of the plans that exist."""
 
     datasets: list[DatasetStatistics]
     plans: list[PlanStatistics]
 
 
-def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
+def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> DataStatistics:
     """Collect the statistics of a recipe's datasets and existing plans, even of outdated ones.
 
     Raises:
@@ -102,7 +102,7 @@ def collect_statistics(recipe: Recipe, tokenizer: Tokenizer) -> Statistics:
             plans.append(
                 _of_plan(read_plan(plan_path(recipe, split)), split, recipe.data.seq_length)
             )
-    return Statistics(datasets=datasets, plans=plans)
+    return DataStatistics(datasets=datasets, plans=plans)
 
 
 def _of_dataset(source: Source, split: str, encoder: SampleEncoder) -> DatasetStatistics:

@@ -17,7 +17,7 @@ from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.tokenizer import Tokenizer
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """Consecutive tokens of one kind: "text", "loss", "tile", "frame" (with their tags) or
     "padding"."""
 
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     tokens: int
 
 
-class Picture(NamedTuple):
+class MediumView(NamedTuple):
     """An image or a video: its tiles, counted in the pack from 0. `grid` is (columns, rows) of an
     image's cells, None for frames; an image of several cells has one more tile, its thumbnail."""
 
@@ -48,9 +48,9 @@ class DocumentView:
     title: str
     start: int
     stop: int
-    runs: list[Run]
+    runs: list[TokenRun]
     tiles: range
-    pictures: list[Picture]
+    pictures: list[MediumView]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def tile_numbers(tiles: Sequence[int]) -> str:
     return f"tiles {tiles[0] + 1} to {tiles[-1] + 1}"
 
 
-def _pictures(media: Sequence[Medium], *, thumbnail_last: bool) -> Iterator[Picture]:
+def _pictures(media: Sequence[Medium], *, thumbnail_last: bool) -> Iterator[MediumView]:
     """The media of a pack, in the order of their tiles."""
     first = 0
     for medium in media:
@@ -167,7 +167,7 @@ def _pictures(media: Sequence[Medium], *, thumbnail_last: bool) -> Iterator[Pict
         thumbnail = None
         if medium.grid is not None and len(tiles) > 1:
             thumbnail = tiles[-1] if thumbnail_last else tiles[0]
-        yield Picture(tiles, medium.grid, thumbnail)
+        yield MediumView(tiles, medium.grid, thumbnail)
         first = tiles.stop
 
 
@@ -213,7 +213,7 @@ class _Runs:
             batch.placements.tolist(), tile_tokens=tile_tokens, length=len(self._ids)
         )
 
-    def between(self, start: int, stop: int) -> Iterator[Run]:
+    def between(self, start: int, stop: int) -> Iterator[TokenRun]:
         end = self._unpadded_end(start, stop)
         for kind, group in itertools.groupby(range(start, end), key=self._kind):
             ids = [int(self._ids[i]) for i in group]
@@ -221,13 +221,13 @@ class _Runs:
                 tile = int(kind.removeprefix("tile "))
                 name = f"tile {tile + 1}"
                 if self._frames[tile]:
-                    yield Run("frame", f"[{name}, {self._labels[tile]}]", len(ids))
+                    yield TokenRun("frame", f"[{name}, {self._labels[tile]}]", len(ids))
                 else:
-                    yield Run("tile", f"[{name}]", len(ids))
+                    yield TokenRun("tile", f"[{name}]", len(ids))
             else:
-                yield Run(kind, self._tokenizer.decode(ids, skip_special=False), len(ids))
+                yield TokenRun(kind, self._tokenizer.decode(ids, skip_special=False), len(ids))
         if stop > end:
-            yield Run("padding", f"[padding {stop - end}]", stop - end)
+            yield TokenRun("padding", f"[padding {stop - end}]", stop - end)
 
     def _kind(self, position: int) -> str:
         if self._tile[position] >= 0:

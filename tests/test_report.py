@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vita.errors import DataError
 from megatron_vita.report.__main__ import main
-from megatron_vita.report.lines import HEAD, HEIGHT, Line, line_chart, number
+from megatron_vita.report.lines import HEAD, HEIGHT, Series, line_chart, number
 from megatron_vita.report.reading import read_run
 from megatron_vita.report.runs import write_report
 
@@ -129,7 +129,7 @@ def places(chart: str, kind: str) -> list[tuple[float, float]]:
 
 
 def test_a_line_rises_where_its_values_do_and_reaches_both_ends() -> None:
-    chart = line_chart([Line(name="a", color="red", points=[(1, 2.0), (3, 4.0), (5, 3.0)])])
+    chart = line_chart([Series(name="a", color="red", points=[(1, 2.0), (3, 4.0), (5, 3.0)])])
     (x1, y1), (x2, y2), (x3, y3) = places(chart, "line")
     assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
     assert y1 - y3 == pytest.approx(y3 - y2, abs=0.2)  # pixels count downwards
@@ -139,7 +139,7 @@ def test_a_line_rises_where_its_values_do_and_reaches_both_ends() -> None:
 def test_one_value_far_off_neither_flattens_a_line_nor_draws_it_along() -> None:
     points = [(step, 1.0 + 0.1 * (step % 2)) for step in range(1000)]
     points[500] = (500, 1e9)
-    chart = line_chart([Line(name="a", color="red", points=points)])
+    chart = line_chart([Series(name="a", color="red", points=points)])
     heights = [y for _, y in places(chart, "line")]
     assert max(heights) - min(heights) < HEIGHT / 2
     assert len(heights) <= 260
@@ -149,7 +149,7 @@ def test_one_value_far_off_neither_flattens_a_line_nor_draws_it_along() -> None:
 @pytest.mark.parametrize("values", [[0.0, 0.0], [5.0] * 100, [-3.0, -3.0, -1.0], [1e-9, 2e-9]])
 def test_flat_negative_and_tiny_values_have_an_axis(values: list[float]) -> None:
     for from_zero in (False, True):
-        line = Line(name="a", color="red", points=list(enumerate(values)))
+        line = Series(name="a", color="red", points=list(enumerate(values)))
         chart = line_chart([line], from_zero=from_zero)
         assert chart.count('class="grid"') >= 2
         assert not re.search(r"nan|inf", chart)

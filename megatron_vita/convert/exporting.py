@@ -22,7 +22,7 @@ from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, check_finite
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
-from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.progress import ProgressBar
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.transfers import Rows, Transfer, export_transfers
 from megatron_vita.errors import CheckpointError
@@ -156,7 +156,7 @@ def _write_tensors(plan: ExportPlan, folder: Path) -> None:
     if passthrough is not None:
         groups.append(passthrough.infos)
     writer = SafetensorsWriter(folder, groups, largest=LARGEST_FILE)
-    with Progress(
+    with ProgressBar(
         "writing", nbytes=sum(transfer.nbytes for transfer in plan.transfers)
     ) as progress:
         for transfer in plan.transfers:

@@ -17,7 +17,7 @@ from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
 from megatron_vita.convert.importing import assert_complete
-from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.progress import ProgressBar
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sidecar_files import copy_sidecar_files
 from megatron_vita.convert.transfers import Transfer, export_transfers, import_transfers
@@ -79,11 +79,11 @@ def export_megatron(checkpoint: Path, destination: Path) -> None:
         gpt_table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
     )
     nbytes = sum(transfer.nbytes for transfer in transfers)
-    with new_folder(destination) as folder, Progress("writing", nbytes=nbytes) as progress:
+    with new_folder(destination) as folder, ProgressBar("writing", nbytes=nbytes) as progress:
         write_distributed(folder, [_chunk(transfer, source, progress) for transfer in transfers])
 
 
-def _chunk(transfer: Transfer, source: DistSource, progress: Progress) -> TensorChunk:
+def _chunk(transfer: Transfer, source: DistSource, progress: ProgressBar) -> TensorChunk:
     def make() -> Tensor:
         # Trimming the vocabulary or taking a layer leaves a view, and torch would save all of its
         # storage.

@@ -5,7 +5,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 
-class Progress:
+class ProgressBar:
     """Progress bar on the terminal."""
 
     def __init__(self, title: str, *, nbytes: int, stream: TextIO | None = None) -> None:
@@ -27,7 +27,7 @@ class Progress:
         """End the bar and leave it on the terminal."""
         self._bar.close()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.convert.probes import QUESTION, Probe, encoder_of, make_probes, question_ids
-from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.progress import ProgressBar
 from megatron_vita.convert.sources import GGUF
 from megatron_vita.convert.transfers import Transfer
 from megatron_vita.costs.parameters import model_parameters
@@ -37,7 +37,7 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
     """Raise CheckpointError unless joining theirs gives ours and splitting ours gives theirs, bit
     by bit."""
     source = DistSource(checkpoint)
-    with Progress(
+    with ProgressBar(
         "comparing", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
     ) as progress:
         for transfer, theirs in transfers:

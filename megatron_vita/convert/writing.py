@@ -14,7 +14,7 @@ from megatron_vita.config import Recipe
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.tensors import TensorSource, check_finite
 from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
-from megatron_vita.convert.progress import Progress
+from megatron_vita.convert.progress import ProgressBar
 from megatron_vita.convert.sidecar_files import FOLDER, has_tokenizer
 from megatron_vita.convert.transfers import Rows, Transfer
 
@@ -37,7 +37,7 @@ def write_checkpoint(
         tokenizer: the name of the folder with the tokenizer.
     """
     with new_folder(destination) as folder:
-        with Progress(
+        with ProgressBar(
             "reading", nbytes=sum(transfer.nbytes for transfer, _ in transfers)
         ) as progress:
             write_distributed(folder, _chunks(transfers, progress))
@@ -51,7 +51,7 @@ def write_checkpoint(
 
 
 def _chunks(
-    transfers: list[tuple[Transfer, TensorSource]], progress: Progress
+    transfers: list[tuple[Transfer, TensorSource]], progress: ProgressBar
 ) -> list[TensorChunk]:
     """Chunks to write: whole tensors or layers, or parts of them where theirs are concatenated."""
     return [
@@ -67,7 +67,7 @@ def _chunk(
     *,
     names: tuple[str, ...],
     rows: Rows,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> TensorChunk:
     def read(name: str) -> Tensor:
         tensor = source.read(name)

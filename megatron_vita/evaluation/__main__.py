@@ -16,7 +16,7 @@ from megatron_vita.evaluation.answering import Answerer, EngineAnswerer, ServerA
 from megatron_vita.inference.client.client import ChatServer
 
 if TYPE_CHECKING:
-    from megatron_vita.evaluation.needle_run import Grid
+    from megatron_vita.evaluation.needle_run import NeedleGrid
     from megatron_vita.evaluation.needles import Haystack
 
 app = typer.Typer(
@@ -114,9 +114,9 @@ def _grid(
     tokens: list[int],
     depths: int,
     needles: int,
-) -> "Grid":
+) -> "NeedleGrid":
     """Build the grid of questions, for haystacks of `counts` pages or of at most `tokens`."""
-    from megatron_vita.evaluation.needle_run import Grid
+    from megatron_vita.evaluation.needle_run import NeedleGrid
     from megatron_vita.evaluation.needles import count_tokens, pages_within
 
     known: dict[int, int] = {}
@@ -132,7 +132,7 @@ def _grid(
     places = [0.5]
     if depths > 1:
         places = [index / (depths - 1) for index in range(depths)]
-    return Grid(pages=sorted(set(counts)), depths=places, needles=needles, tokens=known)
+    return NeedleGrid(pages=sorted(set(counts)), depths=places, needles=needles, tokens=known)
 
 
 @app.command()

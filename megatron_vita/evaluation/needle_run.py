@@ -19,7 +19,7 @@ WRONG_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class NeedleGrid:
     """Lengths in pages, depths from 0 to 1, and number of needles per cell.
 
     `tokens`: tokens of a prompt by number of pages, where known.
@@ -43,7 +43,7 @@ class Grid:
 
 
 def run_needles(
-    answerer: Answerer, *, haystack: Haystack, grid: Grid, folder: Path, model: str
+    answerer: Answerer, *, haystack: Haystack, grid: NeedleGrid, folder: Path, model: str
 ) -> dict[str, Any]:
     """Answer the questions missing in `folder`, and write and return its report with a heat map."""
     # Results made with other settings must not be mixed into one report: the log refuses them.
@@ -81,7 +81,9 @@ def run_needles(
     return write_report(rows, settings=settings, grid=grid, folder=folder)
 
 
-def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path) -> dict[str, Any]:
+def write_report(
+    rows: Sequence[Row], *, settings: Row, grid: NeedleGrid, folder: Path
+) -> dict[str, Any]:
     """Write report.json, report.md and heat_map.png from all rows of a grid; return the report."""
     lengths = [_length(pages, rows, grid) for pages in grid.pages]
     report = {
@@ -111,7 +113,7 @@ def write_report(rows: Sequence[Row], *, settings: Row, grid: Grid, folder: Path
     return report
 
 
-def _settings(haystack: Haystack, grid: Grid, model: str) -> Row:
+def _settings(haystack: Haystack, grid: NeedleGrid, model: str) -> Row:
     """Return everything that results depend on, except lengths and trials, which may be added
     later."""
     text = hashlib.sha256("\n".join(haystack.book.lines).encode()).hexdigest()[:16]
@@ -126,7 +128,7 @@ def _settings(haystack: Haystack, grid: Grid, model: str) -> Row:
     }
 
 
-def _length(pages: int, rows: Sequence[Row], grid: Grid) -> Row:
+def _length(pages: int, rows: Sequence[Row], grid: NeedleGrid) -> Row:
     """Return a column: its pages, and the tokens of its prompts.
 
     Tokens are the median of those reported by the answerer, else the grid's.

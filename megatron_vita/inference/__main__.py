@@ -10,7 +10,7 @@ import typer
 from megatron_vita import platform
 from megatron_vita.commands import run_command, takes_options
 from megatron_vita.errors import ConfigError, DataError, LogitsError, VitaError
-from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextPiece, TokenText
+from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, TextDelta, TokenText
 from megatron_vita.inference.client.conversation import Conversation
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import ADVISED, SamplingParams, ScoredToken, advised
@@ -25,7 +25,7 @@ stops an answer. Temperature, top-k, top-p and repetition penalty that are not g
 {" or ".join(KEY_VARIABLES)}.
 """
 
-Stream = Callable[[Prompt], Iterator[TextPiece]]
+Stream = Callable[[Prompt], Iterator[TextDelta]]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -109,7 +109,7 @@ def answer(stream: Stream, conversation: Conversation, question: str) -> bool:
         False if Ctrl-C stopped the answer; the text so far is kept.
     """
     prompt = conversation.ask(question)
-    pieces = list[TextPiece]()
+    pieces = list[TextDelta]()
     finished = True
     several = False
     try:
@@ -148,12 +148,12 @@ def _local_stream(
     engine = Engine.from_checkpoint(checkpoint, tokenizer=tokenizer)
     sampling = advised(sampling, engine.recipe.generation, fields=unset)
 
-    def stream(prompt: Prompt) -> Iterator[TextPiece]:
+    def stream(prompt: Prompt) -> Iterator[TextDelta]:
         for piece in engine.stream(prompt, sampling=sampling):
             if piece.error:
                 raise (DataError if piece.finish == "error" else LogitsError)(piece.error)
             tokens = tuple(_named(score, engine.tokenizer) for score in piece.scores)
-            yield TextPiece(choice=piece.choice, text=piece.text, tokens=tokens)
+            yield TextDelta(choice=piece.choice, text=piece.text, tokens=tokens)
 
     return stream
 
@@ -188,7 +188,7 @@ def _read(paths: list[str] | None) -> list[MediaFile]:
     return [MediaFile.read(path) for path in paths or ()]
 
 
-def _text_of(pieces: list[TextPiece], choice: int) -> str:
+def _text_of(pieces: list[TextDelta], choice: int) -> str:
     return "".join(piece.text for piece in pieces if piece.choice == choice)
 
 

@@ -13,7 +13,7 @@ from megatron_vita.commands import run_command
 from megatron_vita.config import recipe_from_dict
 from megatron_vita.errors import VitaError
 from megatron_vita.report.reading import RunRecord, read_run
-from megatron_vita.report.runs import Picture, write_report
+from megatron_vita.report.runs import CaptionedPicture, write_report
 
 MOST_HEIGHT = 4000
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -35,7 +35,7 @@ def report(
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 
-def _picture(record: RunRecord, pack: int) -> Picture:
+def _picture(record: RunRecord, pack: int) -> CaptionedPicture:
     """The contact sheet of a pack; why not, where its data cannot be read any more."""
     # heavy, and of a room above this one: only a command line may reach there
     from data_tools.inspection import inspect_pack
@@ -46,8 +46,8 @@ def _picture(record: RunRecord, pack: int) -> Picture:
         try:
             inspect_pack(recipe_from_dict(record.recipe), "train", pack, png=png)
         except (VitaError, OSError) as error:
-            return Picture(run=record.name, caption=f"{caption}: {error}", url="")
-        return Picture(run=record.name, caption=caption, url=_data_url(png))
+            return CaptionedPicture(run=record.name, caption=f"{caption}: {error}", url="")
+        return CaptionedPicture(run=record.name, caption=caption, url=_data_url(png))
 
 
 def _data_url(png: Path) -> str:

@@ -20,7 +20,7 @@ HOVERED = 52
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Series:
     """Values over steps."""
 
     name: str
@@ -42,7 +42,7 @@ class _Frame:
         return LEFT + across * (WIDTH - LEFT), HEAD + (1 - min(max(up, 0), 1)) * HEIGHT
 
 
-def line_chart(lines: Sequence[Line], *, from_zero: bool = False) -> str:
+def line_chart(lines: Sequence[Series], *, from_zero: bool = False) -> str:
     """A chart of lines over one axis of steps, with a legend where there are several.
 
     Noisy lines are drawn faint, and smoothed over them. The axis leaves out the most extreme
@@ -59,7 +59,7 @@ def line_chart(lines: Sequence[Line], *, from_zero: bool = False) -> str:
     )
 
 
-def legend(lines: Sequence[Line]) -> str:
+def legend(lines: Sequence[Series]) -> str:
     """Names beside their colors."""
     entries = "".join(
         f'<li><i style="background:{line.color}"></i>{escape(line.name)}</li>' for line in lines
@@ -77,7 +77,7 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _frame(lines: Sequence[Line], from_zero: bool) -> _Frame:
+def _frame(lines: Sequence[Series], from_zero: bool) -> _Frame:
     steps = [step for line in lines for step, _ in line.points]
     values = np.array([value for line in lines for _, value in line.points])
     low, high = np.percentile(values, [1, 99]) if len(values) > FEW_POINTS else _ends(values)
@@ -94,17 +94,17 @@ def _ends(values: np.ndarray) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-def _thin(line: Line, frame: _Frame) -> Line:
+def _thin(line: Series, frame: _Frame) -> Series:
     """At most `MOST_POINTS`, each the mean of neighbours. Values end at the axis, so that a single
     one far beyond does not draw its neighbours along."""
     points = np.array(line.points, dtype=float)
     points[:, 1] = points[:, 1].clip(*frame.y)
     groups = np.array_split(points, min(len(points), MOST_POINTS))
     means = [(float(group[:, 0].mean()), float(group[:, 1].mean())) for group in groups]
-    return Line(name=line.name, color=line.color, points=means)
+    return Series(name=line.name, color=line.color, points=means)
 
 
-def _paths(line: Line, frame: _Frame) -> str:
+def _paths(line: Series, frame: _Frame) -> str:
     if len(line.points) < 2:
         x, y = frame.place(*line.points[0])
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{line.color}"/>'
@@ -115,7 +115,7 @@ def _paths(line: Line, frame: _Frame) -> str:
     )
 
 
-def _path(line: Line, points: Sequence[tuple[float, float]], frame: _Frame, kind: str) -> str:
+def _path(line: Series, points: Sequence[tuple[float, float]], frame: _Frame, kind: str) -> str:
     places = " ".join("{:.1f},{:.1f}".format(*frame.place(*point)) for point in points)
     return f'<polyline class="{kind}" stroke="{line.color}" points="{places}"/>'
 
@@ -161,7 +161,7 @@ def _ticks(low: float, high: float, *, most: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _hover(lines: Sequence[Line], frame: _Frame) -> str:
+def _hover(lines: Sequence[Series], frame: _Frame) -> str:
     """Strips that name the values at their steps."""
     width = (WIDTH - LEFT) / HOVERED
     edges = np.linspace(*frame.x, HOVERED + 1)
@@ -180,7 +180,7 @@ def _hover(lines: Sequence[Line], frame: _Frame) -> str:
     return "".join(strips)
 
 
-def _values_between(line: Line, low: float, high: float, *, is_last: bool) -> str:
+def _values_between(line: Series, low: float, high: float, *, is_last: bool) -> str:
     inside = [
         (step, value)
         for step, value in line.points

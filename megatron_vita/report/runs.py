@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.report.lines import Line, line_chart, number
+from megatron_vita.report.lines import Series, line_chart, number
 from megatron_vita.report.page import COLORS, cards, figures, html_page, table
 from megatron_vita.report.reading import RunRecord, Segment
 
@@ -18,7 +18,7 @@ OWN_PARTS = ("train", "validation", "speed", "data", "memory", "event", "step", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class CaptionedPicture:
     """A picture of a run's data, with its caption."""
 
     run: str
@@ -26,7 +26,9 @@ class Picture:
     url: str  # data:
 
 
-def write_report(runs: Sequence[RunRecord], out: Path, *, pictures: Sequence[Picture] = ()) -> None:
+def write_report(
+    runs: Sequence[RunRecord], out: Path, *, pictures: Sequence[CaptionedPicture] = ()
+) -> None:
     """Write the page of `runs`, side by side."""
     title = " and ".join(run.name for run in runs)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,9 @@ def write_report(runs: Sequence[RunRecord], out: Path, *, pictures: Sequence[Pic
     )
 
 
-def _sections(runs: Sequence[RunRecord], title: str, pictures: Sequence[Picture]) -> Iterator[str]:
+def _sections(
+    runs: Sequence[RunRecord], title: str, pictures: Sequence[CaptionedPicture]
+) -> Iterator[str]:
     written = time.strftime("%Y-%m-%d %H:%M")
     yield f"<header><h1>{escape(title)}</h1><p>{_lead(runs)} Written {written}.</p></header>"
     if len(runs) == 1:
@@ -186,9 +190,9 @@ def _charts(runs: Sequence[RunRecord], names: dict[str, str]) -> dict[str, str]:
     return charts
 
 
-def _lines(runs: Sequence[RunRecord], name: str, *, held_out: bool = False) -> list[Line]:
+def _lines(runs: Sequence[RunRecord], name: str, *, held_out: bool = False) -> list[Series]:
     return [
-        Line(
+        Series(
             name=run.name, color=COLORS[i % len(COLORS)], points=run.series(name, held_out=held_out)
         )
         for i, run in enumerate(runs)
@@ -214,7 +218,7 @@ def _source_charts(runs: Sequence[RunRecord]) -> dict[str, str]:
     if len(names) < 2:
         return {}
     lines = [
-        Line(
+        Series(
             name=name.removeprefix(prefix),
             color=COLORS[i % len(COLORS)],
             points=runs[0].series(name),
@@ -251,7 +255,7 @@ def _damage(runs: Sequence[RunRecord]) -> str:
     return f'<section class="left"><h2>Damaged samples</h2>{"".join(parts)}</section>'
 
 
-def _pictures(pictures: Sequence[Picture]) -> str:
+def _pictures(pictures: Sequence[CaptionedPicture]) -> str:
     if not pictures:
         return ""
     shown = "".join(

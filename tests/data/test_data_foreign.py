@@ -29,7 +29,7 @@ from megatron_vita.data.shards.quarantine import (
     read_quarantine,
     write_quarantine,
 )
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter, scan_shard
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer import Tokenizer
@@ -369,7 +369,7 @@ def test_own_samples_that_name_what_is_not_theirs_are_bad(
         writer.write(
             "k",
             record=talk("<image>", "b"),
-            media={"image": [MediaFile(".png", picture((9, 9), "red"))]},
+            media={"image": [ShardMedia(".png", picture((9, 9), "red"))]},
         )
     data = (tmp_path / "a.tar").read_bytes().replace(b'["k.image0.png"]', b'[{"k.imag": 0 }]')
     (tmp_path / "a.tar").write_bytes(data)

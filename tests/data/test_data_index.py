@@ -18,7 +18,7 @@ from megatron_vita.data.shards.index import (
     text_stamp,
 )
 from megatron_vita.data.shards.index_build import build_index, build_sound_index
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
@@ -52,7 +52,7 @@ def test_reading_an_index_needs_no_shard(tmp_path: Path, tokenizer: Tokenizer) -
 def test_image_sizes_are_those_after_exif_rotation(tmp_path: Path, tokenizer: Tokenizer) -> None:
     exif = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
     with SampleWriter(tmp_path / "a.tar") as writer:
-        image = MediaFile(".jpg", picture((120, 40), "red", format="JPEG", exif=exif))
+        image = ShardMedia(".jpg", picture((120, 40), "red", format="JPEG", exif=exif))
         writer.write("k", record=talk("<image>", "b"), media={"image": [image]})
     assert build_index(tmp_path / "a.tar", ChatFormat(tokenizer)).row(0).image_sizes == [(40, 120)]
 
@@ -156,7 +156,7 @@ def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer: Tokenizer) -
     for image in (picture((40, 40), "red"), picture((40, 44), "red")):
         with SampleWriter(tmp_path / "a.tar") as writer:
             writer.write(
-                "k", record=talk("<image>", "b"), media={"image": [MediaFile(".png", image)]}
+                "k", record=talk("<image>", "b"), media={"image": [ShardMedia(".png", image)]}
             )
         contents.add(build_index(tmp_path / "a.tar", ChatFormat(tokenizer)).header.content)
     assert len(contents) == 2
@@ -166,8 +166,8 @@ def test_indexes_differ_where_samples_do(tmp_path: Path, tokenizer: Tokenizer) -
     ("record", "media", "names"),
     [
         (talk("<image>", "b"), {}, "sample k: .*1 places for images"),
-        (talk("<image>", "b"), {"image": [MediaFile(".png", b"no")]}, r"k\.image0\.png"),
-        (talk("<video>", "b"), {"video": [MediaFile(".mp4", clip()[:90])]}, r"k\.video0\.mp4"),
+        (talk("<image>", "b"), {"image": [ShardMedia(".png", b"no")]}, r"k\.image0\.png"),
+        (talk("<video>", "b"), {"video": [ShardMedia(".mp4", clip()[:90])]}, r"k\.video0\.mp4"),
     ],
 )
 def test_a_bad_sample_is_named_by_shard_and_key(

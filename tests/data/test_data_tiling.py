@@ -15,7 +15,7 @@ from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.data.shards.index_build import build_index
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.images import image_size
 from megatron_vita.media.video import probe_video
@@ -114,7 +114,7 @@ def test_an_archive_of_frames_is_a_video_of_a_shard(encoder: SampleEncoder, tmp_
     data = pack_frames(frames, fps=2)
     shard = tmp_path / "frames-000000.tar"
     with SampleWriter(shard) as writer:
-        media = {"video": [MediaFile(".frames.zip", data)]}
+        media = {"video": [ShardMedia(".frames.zip", data)]}
         writer.write("s0", record=talk("<video>What is it?", "Grey."), media=media)
     index = build_index(shard, encoder.chat)
     row = index.row(0)

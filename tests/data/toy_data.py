@@ -19,7 +19,7 @@ from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.index import read_index
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.text.tokenizer import Tokenizer
 from tests.indexes import index_of, index_shard
 
@@ -68,12 +68,12 @@ def talk(*turns: str) -> dict[str, Any]:
     return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
 
 
-def toy_sample(number: int) -> tuple[dict[str, Any], dict[str, list[MediaFile]]]:
+def toy_sample(number: int) -> tuple[dict[str, Any], dict[str, list[ShardMedia]]]:
     """Sample `number`: one in four is text alone, one in five has a clip and two pictures, the
     others one picture."""
     color = COLORS[number % len(COLORS)]
     size = SIZES[number % 3 + (number % 7 == 0)]
-    image = MediaFile(".png", picture(size, color))
+    image = ShardMedia(".png", picture(size, color))
     if number % 4 == 3:
         return talk(
             f"How much is {number} + {number}?", f"It is {2 * number}. " * (1 + number % 5)
@@ -85,8 +85,8 @@ def toy_sample(number: int) -> tuple[dict[str, Any], dict[str, list[MediaFile]]]
             "Sure?",
             "Yes, <image> is a tag.",
         )
-        second = MediaFile(".jpg", picture((90, 30), "gray", format="JPEG"))
-        return record, {"image": [image, second], "video": [MediaFile(".mp4", clip())]}
+        second = ShardMedia(".jpg", picture((90, 30), "gray", format="JPEG"))
+        return record, {"image": [image, second], "video": [ShardMedia(".mp4", clip())]}
     return talk("<image>\nWhich colour?", f"It is {color}."), {"image": [image]}
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.cli import main
 from data_tools.reencode import Reencode
 from megatron_vita.data.shards.reader import ShardReader
-from megatron_vita.data.shards.tar import MediaFile, scan_shard
+from megatron_vita.data.shards.tar import ShardMedia, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.media.frame_archive import pack_frames
 from megatron_vita.media.video import decode_frames, frame_starts, frame_times, probe_video
@@ -58,7 +58,7 @@ def test_a_video_at_the_sampling_rate_shows_the_same_frames_from_many_key_frames
     rotation: int,
 ) -> None:
     source = film(rotation=rotation)
-    made = Reencode(video_fps=2.0, video_gop=1.0)("video", MediaFile(".mkv", source))
+    made = Reencode(video_fps=2.0, video_gop=1.0)("video", ShardMedia(".mkv", source))
     assert made.suffix == ".mp4"
     assert probe_video(made.data, "made").frames == 20
     assert probe_video(made.data, "made").duration == pytest.approx(10.0, abs=1e-3)
@@ -69,13 +69,13 @@ def test_a_video_at_the_sampling_rate_shows_the_same_frames_from_many_key_frames
 
 def test_a_lower_rate_than_the_re_cut_one_also_finds_the_source_s_frames() -> None:
     source = film()
-    made = Reencode(video_fps=3.0)("video", MediaFile(".mp4", source)).data
+    made = Reencode(video_fps=3.0)("video", ShardMedia(".mp4", source)).data
     assert np.abs(sampled(made, 1.0) - sampled(source, 1.0)).mean() < 3
 
 
 def test_shorter_groups_alone_keep_every_frame() -> None:
     source = film(frames=60)
-    made = Reencode(video_gop=0.4)("video", MediaFile(".mp4", source)).data
+    made = Reencode(video_gop=0.4)("video", ShardMedia(".mp4", source)).data
     assert probe_video(made, "made").frames == 60
     assert np.abs(sampled(made, 25.0) - sampled(source, 25.0)).mean() < 3
     assert key_frames(made) == pytest.approx([0.0, 0.4, 0.8, 1.2, 1.6, 2.0])
@@ -84,7 +84,7 @@ def test_shorter_groups_alone_keep_every_frame() -> None:
 def test_the_same_video_gives_the_same_bytes() -> None:
     source = film(frames=50)
     recut = Reencode(video_fps=1.0)
-    assert recut("video", MediaFile(".mp4", source)) == recut("video", MediaFile(".mp4", source))
+    assert recut("video", ShardMedia(".mp4", source)) == recut("video", ShardMedia(".mp4", source))
 
 
 def test_images_become_jpeg_and_other_media_stay(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_images_become_jpeg_and_other_media_stay(tmp_path: Path) -> None:
     before = np.asarray(Image.open(tmp_path / "media/0.png")).astype(int)
     assert len(data) < (tmp_path / "media/0.png").stat().st_size
     assert np.abs(np.asarray(Image.open(io.BytesIO(data))).astype(int) - before).mean() < 12
-    clip = MediaFile(".mp4", b"film")
+    clip = ShardMedia(".mp4", b"film")
     assert Reencode(jpeg_quality=80)("video", clip) == clip
-    assert Reencode(video_fps=1.0)("image", MediaFile(".png", b"x")) == MediaFile(".png", b"x")
+    assert Reencode(video_fps=1.0)("image", ShardMedia(".png", b"x")) == ShardMedia(".png", b"x")
 
 
 def test_another_quality_is_another_work(
@@ -136,7 +136,7 @@ def test_another_quality_is_another_work(
 
 def test_what_cannot_be_encoded_is_named() -> None:
     with pytest.raises(DataError, match="the video"):
-        Reencode(video_fps=1.0)("video", MediaFile(".mp4", b"no film"))
+        Reencode(video_fps=1.0)("video", ShardMedia(".mp4", b"no film"))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_an_unusual_video_shows_the_same_frames_at_the_same_times(
     kind: str, changes: dict[str, float]
 ) -> None:
     source = UNUSUAL[kind]()
-    made = Reencode(**changes)("video", MediaFile(".ts", source)).data
+    made = Reencode(**changes)("video", ShardMedia(".ts", source)).data
     duration = probe_video(source, "source").duration
     assert probe_video(made, "made").duration == pytest.approx(duration, abs=1e-3)
     assert np.abs(sampled(made, 5.0) - sampled(source, 5.0)).mean() < 3
@@ -190,7 +190,7 @@ def test_frames_of_uneven_duration_keep_their_times_where_no_rate_is_asked_for()
     steps = np.random.default_rng(3).choice([1, 2, 3, 25, 40], 60)
     stamps = np.concatenate([[0], np.cumsum(steps)]).tolist()
     source = clip("matroska", frames=60, stamps=stamps.__getitem__)
-    made = Reencode(video_gop=2.0)("video", MediaFile(".mkv", source)).data
+    made = Reencode(video_gop=2.0)("video", ShardMedia(".mkv", source)).data
     assert frame_starts(made, "made") == pytest.approx(frame_starts(source, "source"), abs=1e-4)
     times = np.random.default_rng(4).uniform(0, stamps[-1] / 25, 40)
     shown = [
@@ -201,12 +201,12 @@ def test_frames_of_uneven_duration_keep_their_times_where_no_rate_is_asked_for()
 
 
 def test_an_archive_of_frames_is_kept_whatever_its_name() -> None:
-    archive = MediaFile(".zip", pack_frames([("0.png", b"picture")], 1.0))
+    archive = ShardMedia(".zip", pack_frames([("0.png", b"picture")], 1.0))
     assert Reencode(video_fps=1.0)("video", archive) == archive
 
 
 def test_a_video_with_damaged_frames_is_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    source = MediaFile(".mkv", damage(clip("matroska", "mjpeg"), range(20, 30)))
+    source = ShardMedia(".mkv", damage(clip("matroska", "mjpeg"), range(20, 30)))
     assert Reencode(video_gop=1.0)("video", source, prefix="a.jsonl:7: ") == source
     reason = "a.jsonl:7: the video: 10 packets cannot be decoded, 10 of 60 frames that are shown"
     assert f"{reason}; it is kept as it is" in caplog.text

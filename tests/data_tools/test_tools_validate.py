@@ -22,7 +22,7 @@ from megatron_vita.data.shards.quarantine import (
     read_quarantine,
     write_quarantine,
 )
-from megatron_vita.data.shards.tar import MediaFile, SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
@@ -56,7 +56,7 @@ def cut_jpeg() -> bytes:
     return buffer.getvalue()[:8000]
 
 
-def write(path: Path, media: dict[str, dict[str, list[MediaFile]]]) -> None:
+def write(path: Path, media: dict[str, dict[str, list[ShardMedia]]]) -> None:
     with SampleWriter(path) as writer:
         for key, files in media.items():
             content = (
@@ -85,13 +85,13 @@ def shard(tmp_path: Path) -> Path:
     write(
         tmp_path / "toy/toy-000000.tar",
         {
-            "a": {"image": [MediaFile(".png", good)], "video": [MediaFile(".mp4", whole)]},
-            "b": {"image": [MediaFile(".png", good), MediaFile(".jpg", cut_jpeg())]},
+            "a": {"image": [ShardMedia(".png", good)], "video": [ShardMedia(".mp4", whole)]},
+            "b": {"image": [ShardMedia(".png", good), ShardMedia(".jpg", cut_jpeg())]},
             "c": {},
             "d": {
-                "video": [MediaFile(".mp4", whole[:start] + b"\xff" * (end - start) + whole[end:])]
+                "video": [ShardMedia(".mp4", whole[:start] + b"\xff" * (end - start) + whole[end:])]
             },
-            "e": {"image": [MediaFile(".png", good)]},
+            "e": {"image": [ShardMedia(".png", good)]},
         },
     )
     return tmp_path / "toy/toy-000000.tar"
@@ -123,7 +123,7 @@ def test_a_video_with_damaged_frames_is_named_and_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     path = tmp_path / "toy-000000.tar"
-    write(path, {"a": {"video": [MediaFile(".mp4", damage(film(), range(5, 16)))]}, "b": {}})
+    write(path, {"a": {"video": [ShardMedia(".mp4", damage(film(), range(5, 16)))]}, "b": {}})
     for _ in range(2):  # the second time from the list
         assert main(["validate", str(path), "--workers", str(workers)]) == 0
         out = capsys.readouterr().out

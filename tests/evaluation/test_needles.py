@@ -16,7 +16,7 @@ from megatron_vita.data.samples.documents import assemble_document
 from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.evaluation.answering import Reply
-from megatron_vita.evaluation.needle_run import Grid, run_needles
+from megatron_vita.evaluation.needle_run import NeedleGrid, run_needles
 from megatron_vita.evaluation.needles import Cell, Haystack, count_tokens, pages_within
 from megatron_vita.evaluation.pages import Book, PageStyle, read_text
 from megatron_vita.inference.prompt import Prompt
@@ -225,7 +225,7 @@ def test_wrong_pages_are_refused_by_name(tmp_path: Path) -> None:
     assert len(read_text([])) > 100_000
 
 
-GRID = Grid(pages=(1, 3), depths=DEPTHS, needles=2)
+GRID = NeedleGrid(pages=(1, 3), depths=DEPTHS, needles=2)
 HAYSTACK = Haystack(book=BOOK)
 
 
@@ -266,7 +266,7 @@ def test_more_lengths_and_needles_add_to_what_is_there_and_other_settings_are_re
     tmp_path: Path,
 ) -> None:
     run(tmp_path, Reader(HAYSTACK, GRID.cells()))
-    longer = Grid(pages=(1, 3, 4), depths=DEPTHS, needles=3)
+    longer = NeedleGrid(pages=(1, 3, 4), depths=DEPTHS, needles=3)
     reader = Reader(HAYSTACK, longer.cells())
     assert run(tmp_path, reader, grid=longer)["asked"] == 27
     assert len(reader.asked) == 27 - 12

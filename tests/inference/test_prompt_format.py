@@ -12,8 +12,7 @@ from megatron_vita.data.samples.documents import build_document
 from megatron_vita.data.samples.records import parse_record
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.data.shards.reader import ShardReader
-from megatron_vita.data.shards.tar import MediaFile as ShardMedia
-from megatron_vita.data.shards.tar import SampleWriter
+from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.engine.engine import Engine, EngineOptions
 from megatron_vita.inference.prompt import MediaFile, Prompt, prepare_prompt

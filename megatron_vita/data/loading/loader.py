@@ -20,9 +20,9 @@ import torch
 from megatron_vita.data.loading.ledger import Damage
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import (
+    DocumentProgress,
     Failure,
     PackTask,
-    Progress,
     Ready,
     SentPack,
     receive_message,
@@ -116,11 +116,11 @@ class _Job:
         return ReadPack(self.result.batch, self.damages + self.result.damages)
 
 
-class _Reader(WorkerProcess):
+class _LoaderProcess(WorkerProcess):
     """A loader process, its current job and its progress in that."""
 
     def __init__(self, context: ForkServerContext, pickled: bytes) -> None:
-        self.progress = Progress(context)
+        self.progress = DocumentProgress(context)
         super().__init__(context, run_worker, pickled, self.progress)
         self.job: _Job | None = None
         self.ready = False
@@ -146,8 +146,8 @@ class _Pool:
         self._startup_failures = 0
         self._readers = [self._new_reader() for _ in range(num_workers)]
 
-    def _new_reader(self) -> _Reader:
-        return _Reader(self._context, self._pickled)
+    def _new_reader(self) -> _LoaderProcess:
+        return _LoaderProcess(self._context, self._pickled)
 
     def assign(self) -> None:
         """Assign waiting jobs to idle readers."""
@@ -169,14 +169,14 @@ class _Pool:
                 if self._seconds_left(reader) < 0:
                     self._on_timeout(reader)
 
-    def _seconds_left(self, reader: _Reader) -> float:
+    def _seconds_left(self, reader: _LoaderProcess) -> float:
         """Seconds until a reader's timeout."""
         limit = self._limit
         if not reader.ready:
             limit = max(limit, STARTUP_SECONDS)
         return limit - reader.progress.idle_seconds
 
-    def _on_message(self, reader: _Reader) -> None:
+    def _on_message(self, reader: _LoaderProcess) -> None:
         job = reader.job
         assert job is not None
         try:
@@ -194,7 +194,7 @@ class _Pool:
         except (EOFError, OSError, RuntimeError):
             self._on_exit(reader)
 
-    def _on_timeout(self, reader: _Reader) -> None:
+    def _on_timeout(self, reader: _LoaderProcess) -> None:
         if (document := reader.progress.document) is None:
             self._note_startup_failure(
                 f"were silent for {self._limit:g} seconds", most=MAX_STARTUP_FAILURES
@@ -203,7 +203,7 @@ class _Pool:
             self._mask(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
         self._replace(reader)
 
-    def _on_exit(self, reader: _Reader) -> None:
+    def _on_exit(self, reader: _LoaderProcess) -> None:
         job = reader.job
         assert job is not None
         code = reader.exit_code(seconds=10)
@@ -235,13 +235,13 @@ class _Pool:
                 f"{self._startup_failures} loader processes {what} before they read anything"
             )
 
-    def _mask(self, reader: _Reader, document: int, reason: str) -> None:
+    def _mask(self, reader: _LoaderProcess, document: int, reason: str) -> None:
         job = reader.job
         assert job is not None
         job.damages.append(self._stream.damage(job.task.pack_id, document, reason))
         job.task = job.task._replace(skip=job.task.skip | {document})
 
-    def _replace(self, reader: _Reader) -> None:
+    def _replace(self, reader: _LoaderProcess) -> None:
         job = reader.job
         assert job is not None
         reader.kill()

@@ -32,7 +32,7 @@ class Ready(NamedTuple):
     """Message of a process that has started."""
 
 
-class Progress:
+class DocumentProgress:
     """Index of the document that a reader works on, and since when, in shared memory.
 
     A message instead would take both processes as long as reading a short text.
@@ -97,7 +97,7 @@ def receive_message(pipe: Connection) -> Message:
     return pickle.loads(pipe.recv_bytes())
 
 
-def run_worker(pipe: Connection, pickled: bytes, progress: Progress) -> None:
+def run_worker(pipe: Connection, pickled: bytes, progress: DocumentProgress) -> None:
     """Read packs of a pickled PackStream until the other end of the pipe is closed."""
     torch.set_num_threads(1)
     try:
@@ -119,7 +119,7 @@ def _unpickled(pickled: bytes) -> PackStream | VitaError:
 
 
 def _answer(
-    pipe: Connection, stream: PackStream | VitaError, task: PackTask, progress: Progress
+    pipe: Connection, stream: PackStream | VitaError, task: PackTask, progress: DocumentProgress
 ) -> None:
     memory = SharedArray()
     try:

@@ -20,7 +20,7 @@ CHUNK = 16 << 20  # bytes of a shard that are copied at a time
 PAUSE = 0.1  # seconds between attempts to reserve space that other writers occupy
 
 
-class _File(NamedTuple):
+class _CachedFile(NamedTuple):
     path: Path
     used: int  # time of last use in ns
     size: int
@@ -109,13 +109,13 @@ class ShardCache:
                 if is_abandoned:
                     partial.unlink(missing_ok=True)
 
-    def _files(self, suffix: str) -> Iterator[_File]:
+    def _files(self, suffix: str) -> Iterator[_CachedFile]:
         for path in self._folder.glob(f"*{suffix}"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # removed meanwhile by a writer that failed
                 continue
-            yield _File(path, status.st_mtime_ns, status.st_size)
+            yield _CachedFile(path, status.st_mtime_ns, status.st_size)
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[bool]:

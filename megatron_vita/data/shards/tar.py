@@ -22,7 +22,7 @@ META_NAME = re.compile(r"__[^/]*__($|/)")
 MEDIA_KINDS = ("image", "video")
 
 
-class MediaFile(NamedTuple):
+class ShardMedia(NamedTuple):
     """A medium to be stored: its suffix (`.png`, with the dot) and its bytes."""
 
     suffix: str
@@ -47,7 +47,9 @@ class SampleWriter:
         self._tar = self._stack.enter_context(closing(tar))
         return self
 
-    def write(self, key: str, *, record: dict[str, Any], media: dict[str, list[MediaFile]]) -> None:
+    def write(
+        self, key: str, *, record: dict[str, Any], media: dict[str, list[ShardMedia]]
+    ) -> None:
         """Add a sample.
 
         Args:

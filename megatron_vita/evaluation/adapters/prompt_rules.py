@@ -26,7 +26,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rule:
+class PromptRule:
     """Words of the harness to remove, whether to strip the prompt, and words to append."""
 
     removed: str = ""
@@ -35,27 +35,31 @@ class Rule:
 
 
 _BY_BENCHMARK = {
-    "OCRBench": Rule(
+    "OCRBench": PromptRule(
         added="\nAnswer this question using the text in the image directly without any other context."
     ),
     **dict.fromkeys(
         ("MMMU_DEV_VAL", "MMMU_TEST", "MMStar"),
-        Rule(_SELECT, True, "\nAnswer with the option's letter from the given choices directly."),
+        PromptRule(
+            _SELECT, True, "\nAnswer with the option's letter from the given choices directly."
+        ),
     ),
-    "MVBench": Rule("Only give the best option.Best option:(", False, "Answer with the letter."),
-    "MMVet": Rule(),
-    "MathVista_MINI": Rule(added=f"\n{_PHRASE}"),
+    "MVBench": PromptRule(
+        "Only give the best option.Best option:(", False, "Answer with the letter."
+    ),
+    "MMVet": PromptRule(),
+    "MathVista_MINI": PromptRule(added=f"\n{_PHRASE}"),
 }
 _BY_KIND = {
-    "Y/N": Rule("Answer the question with Yes or No.", True, "\nAnswer yes or no."),
-    "MCQ": Rule(_SELECT, True, "\nAnswer with the letter."),
-    "VQA": Rule(),
-    "Video-MCQ": Rule(added="Offer a very short reply."),
+    "Y/N": PromptRule("Answer the question with Yes or No.", True, "\nAnswer yes or no."),
+    "MCQ": PromptRule(_SELECT, True, "\nAnswer with the letter."),
+    "VQA": PromptRule(),
+    "Video-MCQ": PromptRule(added="Offer a very short reply."),
 }
-_OTHERS = Rule(_PHRASE, True, f"\n{_PHRASE}")
+_OTHERS = PromptRule(_PHRASE, True, f"\n{_PHRASE}")
 
 
-def rule_of(benchmark: str | None, kind: str | None) -> Rule:
+def rule_of(benchmark: str | None, kind: str | None) -> PromptRule:
     """Return the rule of a benchmark by VLMEvalKit's name, or of its kind (Y/N, MCQ, VQA,
     Video-MCQ).
 
@@ -108,7 +112,7 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
     return joined
 
 
-def _replaced(part: Part, rule: Rule) -> Part:
+def _replaced(part: Part, rule: PromptRule) -> Part:
     if part.kind != "text":
         return part
     text = part.value.replace("\nAnswer: ", "\n")

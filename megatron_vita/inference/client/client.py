@@ -36,7 +36,7 @@ class TokenText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextPiece:
+class TextDelta:
     """New text of one answer, whose index is `choice`."""
 
     choice: int = 0
@@ -102,7 +102,7 @@ class ChatServer:
 
     def stream(
         self, prompt: Prompt, *, sampling: SamplingParams, unset: Collection[str] = ()
-    ) -> Iterator[TextPiece]:
+    ) -> Iterator[TextDelta]:
         """Stream answers. Closing the iterator cancels the request, and the server's work on it.
 
         unset: fields of `sampling` that are not sent, so that the server's defaults hold.
@@ -114,7 +114,7 @@ class ChatServer:
             for chunk in chunks:
                 for choice in chunk.choices:
                     scored = choice.logprobs.content if choice.logprobs else None
-                    yield TextPiece(
+                    yield TextDelta(
                         choice=choice.index,
                         text=choice.delta.content or "",
                         tokens=tuple(map(_token_text, scored or ())),

@@ -38,7 +38,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pack:
+class _PackedPrompts:
     """Prefill chunks laid one after another, each padded, and this CP rank's share of them."""
 
     pieces: list[PrefillChunk]
@@ -168,7 +168,7 @@ class Worker:
                 self.features.forget(piece.sequence)
         return StepResult(logits=self._logits(hidden.squeeze(1), pack), failed=failed)
 
-    def _lay_out(self, pieces: list[PrefillChunk]) -> _Pack:
+    def _lay_out(self, pieces: list[PrefillChunk]) -> _PackedPrompts:
         ranks = groups.rank_layout().cp_size
         lengths = [_padded(piece.stop - piece.start, ranks) for piece in pieces]
         first = pieces[0]
@@ -192,7 +192,7 @@ class Worker:
             for p, length in zip(pieces, lengths, strict=True)
         ]
         held = held_places(bounds, cp_size=ranks)
-        return _Pack(
+        return _PackedPrompts(
             pieces=pieces,
             starts=bounds[:-1].tolist(),
             held=held,
@@ -202,7 +202,7 @@ class Worker:
             is_short=short is not None and lengths == [short],
         )
 
-    def _write_features(self, hidden: Tensor, pack: _Pack) -> dict[int, str]:
+    def _write_features(self, hidden: Tensor, pack: _PackedPrompts) -> dict[int, str]:
         """Overwrite the embeddings [t, 1, H] of placeholders; returns reasons of failure by
         sequence, of all ranks."""
         features = self.features.of_pieces(pack.pieces, pack.starts)
@@ -221,7 +221,7 @@ class Worker:
         dist.all_gather_object(reports, features.failed, group=group)
         return {sequence: reason for report in reports for sequence, reason in report.items()}
 
-    def _stored(self, pack: _Pack) -> tuple[Tensor, Tensor]:
+    def _stored(self, pack: _PackedPrompts) -> tuple[Tensor, Tensor]:
         """Pack positions that are cached on this rank, and their slots."""
         layout = self.cache.layout
         stored = []
@@ -234,7 +234,7 @@ class Worker:
             slots.append(places)
         return torch.cat(stored), torch.cat(slots)
 
-    def _attention(self, pack: _Pack) -> PrefillAttention:
+    def _attention(self, pack: _PackedPrompts) -> PrefillAttention:
         layout = self.cache.layout
         device = platform.device()
         bounds = [*pack.starts, len(pack.ids)]
@@ -265,7 +265,7 @@ class Worker:
             slots=slots.to(device),
         )
 
-    def _logits(self, hidden: Tensor, pack: _Pack) -> Tensor:
+    def _logits(self, hidden: Tensor, pack: _PackedPrompts) -> Tensor:
         """Logits [rows, V] after the prompts that end in this step: hidden [t, H]."""
         places = [
             start + piece.stop - piece.start - 1

@@ -37,7 +37,7 @@ class PromptPiece:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRange:
     """Rows of this rank that are consecutive in their chunk."""
 
     row: int  # the first of them in the slice
@@ -45,16 +45,16 @@ class Run:
     length: int
 
 
-def runs_of(piece: PromptPiece, *, cp_size: int, cp_rank: int) -> list[Run]:
+def runs_of(piece: PromptPiece, *, cp_size: int, cp_rank: int) -> list[RowRange]:
     """Rows of a chunk that a CP rank computes: pieces `cp_rank` and `2 * cp_size - 1 - cp_rank` of
     2 * CP."""
     row = piece.start // cp_size
     if cp_size == 1:
-        return [Run(row, 0, piece.length)]
+        return [RowRange(row, 0, piece.length)]
     chunk = piece.length // (2 * cp_size)
     return [
-        Run(row, cp_rank * chunk, chunk),
-        Run(row + chunk, (2 * cp_size - 1 - cp_rank) * chunk, chunk),
+        RowRange(row, cp_rank * chunk, chunk),
+        RowRange(row + chunk, (2 * cp_size - 1 - cp_rank) * chunk, chunk),
     ]
 
 

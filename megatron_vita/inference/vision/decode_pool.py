@@ -35,7 +35,7 @@ _ONE_THREAD = {
 """Keeps libraries from starting threads in the program: forks of a process with threads could hang."""
 
 
-class Probe(NamedTuple):
+class ProbeVideo(NamedTuple):
     """Request for a video's duration, rate and size. The file follows; the reply is a VideoInfo."""
 
     name: str
@@ -51,7 +51,7 @@ class Decode(NamedTuple):
     tile_format: TileFormat
 
 
-DecodeRequest = Probe | Decode
+DecodeRequest = ProbeVideo | Decode
 DecodeReply = VideoInfo | tuple[int, ...] | DataError
 
 
@@ -63,12 +63,12 @@ class DecodePool:
         """`seconds`: time limit of one request. Processes are started on demand."""
         self.tile_format = tile_format
         self._seconds = seconds
-        self._busy: dict[_Reader, SharedFile] = {}  # and what they read
+        self._busy: dict[_DecodeProcess, SharedFile] = {}  # and what they read
         self._stopped: WeakSet[SharedFile] = WeakSet()
         self._lock = threading.Lock()  # of both
         # Last in, first out: few requests keep few processes alive. None stands for one not
         # started.
-        self._free: queue.LifoQueue[_Reader | None] = queue.LifoQueue()
+        self._free: queue.LifoQueue[_DecodeProcess | None] = queue.LifoQueue()
         for _ in range(count):
             self._free.put(None)
 
@@ -78,7 +78,7 @@ class DecodePool:
         Raises:
             DataError: it is not a readable video; the message begins with `name`.
         """
-        with self._asked(Probe(name), file) as pipe:
+        with self._asked(ProbeVideo(name), file) as pipe:
             return _checked(pipe.recv())
 
     def decode(self, file: SharedFile, medium: Medium, *, name: str, tiles: range) -> np.ndarray:
@@ -111,7 +111,7 @@ class DecodePool:
                 reader.pipe.close()
             self._free.put(None)
 
-    def _hang_up(self, readers: "list[_Reader]") -> None:
+    def _hang_up(self, readers: "list[_DecodeProcess]") -> None:
         """Shut processes down. The caller holds the lock, so that none has been given to another
         request."""
         for reader in readers:
@@ -150,13 +150,13 @@ class DecodePool:
                     good = None  # also where it answered, and was hung up then
             self._free.put(good)
 
-    def _begin(self, reader: "_Reader", request: DecodeRequest, file: SharedFile) -> None:
+    def _begin(self, reader: "_DecodeProcess", request: DecodeRequest, file: SharedFile) -> None:
         with self._lock:
             self._busy[reader] = file
             if file in self._stopped:
                 raise DataError(f"{request.name}: {_STOPPED}")
 
-    def _why_ended(self, reader: "_Reader", began: float) -> str:
+    def _why_ended(self, reader: "_DecodeProcess", began: float) -> str:
         """Reason why a process that was asked at `began` gave no reply.
 
         Raises:
@@ -180,7 +180,7 @@ class _Program(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Reader:
+class _DecodeProcess:
     """The pipe to a decoding process, and the fork server that started it."""
 
     pipe: Connection
@@ -236,7 +236,7 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def connect() -> _Reader:
+def connect() -> _DecodeProcess:
     """Fork a decoding process.
 
     Raises:
@@ -250,7 +250,7 @@ def connect() -> _Reader:
         except OSError as error:
             check(program)
             raise PlatformError("the program that reads media cannot be reached") from error
-    return _Reader(Connection(ours.detach()), program)
+    return _DecodeProcess(Connection(ours.detach()), program)
 
 
 def check(program: _Program) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from megatron_vita.data.samples.tiles import decode_tiles
 from megatron_vita.errors import DataError
-from megatron_vita.inference.vision.decode_pool import DecodeReply, DecodeRequest, Probe
+from megatron_vita.inference.vision.decode_pool import DecodeReply, DecodeRequest, ProbeVideo
 from megatron_vita.media.video import probe_video
 from megatron_vita.supervise.processes import end_with
 from megatron_vita.supervise.shared_memory import SharedArray, receive_file
@@ -100,7 +100,7 @@ def _answer(request: DecodeRequest, file: IO[bytes], tiles: SharedArray) -> Deco
         DataError: the file cannot be decoded.
     """
     try:
-        if isinstance(request, Probe):
+        if isinstance(request, ProbeVideo):
             return probe_video(file, request.name)
         side = request.tile_format.size
         out = tiles.allocate((len(request.tiles), 3, side, side))
