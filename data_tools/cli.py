@@ -141,19 +141,23 @@ def shard(
     media: Annotated[
         Path | None, typer.Option(help="Folder to which image and video paths are relative.")
     ] = None,
-    samples_per_shard: Annotated[int, typer.Option(help="Lines of a shard.")] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(help="Lines per shard.")] = 1000,
     max_shard_mb: Annotated[
-        int, typer.Option(help="Size in MB above which a shard continues in another tar; 0: none.")
+        int,
+        typer.Option(help="Size in MB above which a shard continues in another tar; 0: no limit."),
     ] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
     jpeg_quality: Annotated[
         int, typer.Option(help="Re-encode images as JPEG of this quality; 0: keep them.")
     ] = 0,
     video_gop: Annotated[
-        float, typer.Option(help="Re-encode videos with a key frame every so many seconds; 0: no.")
+        float,
+        typer.Option(
+            help="Re-encode videos with a key frame every this many seconds; 0: keep them."
+        ),
     ] = 0.0,
     video_fps: Annotated[
-        float, typer.Option(help="Re-encode videos at this frame rate, as sampled; 0: no.")
+        float, typer.Option(help="Re-encode videos at this frame rate, as sampled; 0: keep theirs.")
     ] = 0.0,
     workers: Workers = CORES,
     time_limit: TimeLimit = 120.0,
@@ -253,7 +257,7 @@ def plan(
     continue_from: Annotated[
         int,
         typer.Option(
-            help="Keep so many packs of the existing training plan, to change the mix after them."
+            help="Keep this many packs of the existing training plan, and plan the rest for the present mix."
         ),
     ] = 0,
 ) -> None:

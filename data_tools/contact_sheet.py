@@ -67,7 +67,7 @@ class _Sheet:
         self._make_room(2 * THUMBNAIL)
 
     def _make_room(self, pixels: int) -> None:
-        """Has so many pixels below."""
+        """Extend the canvas to at least this many pixels below the current position."""
         if self._y + pixels > self._canvas.height:
             taller = Image.new("RGB", (WIDTH, 2 * self._canvas.height + pixels), PAPER)
             taller.paste(self._canvas)

@@ -13,7 +13,7 @@ from data_tools.sharding import FILES, REJECTED
 from megatron_vita.data.shards.storage import Location
 
 VARIABLE = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|\S*\.(?:[a-zA-Z]{2,4}\d?)\b|\d+(?:\.\d+)?""")
-"""What differs between two rejections for one reason: names, paths and numbers."""
+"""Parts that differ between two rejections for one reason: names, paths and numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,8 @@ tokens.
 The names below are imported at their first use, since most need torch (docs/api.md).
 """
 
-from typing import TYPE_CHECKING
-
-from megatron_vita.lazy import imported_lazily
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_vita.api import Model, from_hf, load, open_packs, to_hf
@@ -53,7 +52,12 @@ _PLACES = {
 }
 
 
-__getattr__ = imported_lazily(__name__, _PLACES)
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,6 @@ ROOT = Path(__file__).parents[1]
 EVERYWHERE = {
     "errors",
     "files",
-    "lazy",
     "registry",
     "rounding",
     "sizes",
@@ -22,7 +21,6 @@ PURE = EVERYWHERE - {"supervise", "platform"} | {"media", "text", "layout", "cos
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
-    "lazy": set(),
     "registry": {"errors"},
     "rounding": set(),
     "sizes": set(),

@@ -49,7 +49,7 @@ def compare_tensors(transfers: list[tuple[Transfer, TensorSource]], checkpoint: 
             for name, tensor in transfer.split(ours).items():
                 if not same_bits(tensor, theirs.read(name)):
                     raise CheckpointError(
-                        f"{checkpoint}: tensor {transfer.location} does not come apart into {name}"
+                        f"{checkpoint}: tensor {transfer.location} is not split into {name} as it was read"
                     )
                 theirs.release(name)
             source.release(transfer.location)
@@ -149,8 +149,10 @@ def _forward(model: VitaModel, probe: Probe, recipe: Recipe) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """transformers' model of a folder; none, and what `lacks`, of what it cannot load without
-    running code of the folder."""
+    """transformers' model of a folder.
+
+    Without a model, `lacks` says why: loading it would run code of the folder.
+    """
 
     folder: Path | None
     model: Any = None

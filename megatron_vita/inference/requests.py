@@ -124,7 +124,7 @@ class OutputDelta:
     token_ids: tuple[int, ...] = ()
     scores: tuple[ScoredToken, ...] = ()  # where logprobs were asked for, one for each of token_ids
     finish: FinishReason | None = None  # the last piece of this answer has one
-    error: str = ""  # what went wrong, to be shown to whoever asked
+    error: str = ""  # error message for the client
 
 
 @dataclass(frozen=True, kw_only=True)

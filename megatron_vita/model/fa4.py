@@ -19,7 +19,7 @@ from megatron_vita.model.flash_attention import SequenceBounds
 from megatron_vita.platform.pinned import to_device
 
 LARGEST_ERROR = 0.02
-"""Of outputs and gradients in bf16, as a part of their norm: correct kernels stay below 0.005."""
+"""Largest error of outputs and gradients in bf16, relative to their norm: correct kernels stay below 0.005."""
 
 
 class FlashAttention4:

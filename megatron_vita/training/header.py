@@ -20,7 +20,7 @@ from megatron_vita.training.wording import count, describe_layout, describe_leve
 
 
 def describe_run(run: Run) -> Iterator[str]:
-    """The lines; called on one rank."""
+    """Yield the lines that a run logs at its start; called on one rank."""
     recipe = run.recipe
     world_size = dist.get_world_size()
     yield _versions(describe_environment())

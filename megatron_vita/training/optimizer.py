@@ -52,7 +52,7 @@ def check_optimizer(recipe: Recipe) -> None:
     missing = "Transformer Engine" if platform.on_cuda() else "CUDA"
     raise PlatformError(
         f"optimizer.use_precision_aware_optimizer is true, but {missing} is not present; leave it false here: a "
-        "checkpoint is taken up either way"
+        "checkpoint can be resumed with either setting"
     )
 
 

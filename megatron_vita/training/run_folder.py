@@ -96,4 +96,6 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         self._is_broken = True
-        logger.warning("%s: the log cannot be written; it goes on without", self.baseFilename)
+        logger.warning(
+            "%s: the log cannot be written; the run continues without it", self.baseFilename
+        )

@@ -11,7 +11,8 @@ import pickle
 import sys
 from pathlib import Path
 
-from megatron_vita.data import Batch, read_packs
+from megatron_vita.data.batch import Batch
+from megatron_vita.data.loading.loader import read_packs
 from megatron_vita.data.loading.worker import PackTask
 from tests.data.toy_data import train_stream
 

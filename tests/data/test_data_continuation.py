@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_vita.config import Recipe
-from megatron_vita.data import open_split
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, make_plan
 from megatron_vita.data.planning.stamp import plan_path

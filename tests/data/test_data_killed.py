@@ -79,7 +79,7 @@ import pickle, sys
 from pathlib import Path
 from tests.data.hostile_streams import hostile
 from tests.data.toy_data import train_stream
-from megatron_vita.data import read_packs
+from megatron_vita.data.loading.loader import read_packs
 from megatron_vita.data.loading.worker import PackTask
 
 if __name__ == "__main__":

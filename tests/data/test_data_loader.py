@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vita.data import read_packs
 from megatron_vita.data.batch import Batch, mask_documents
+from megatron_vita.data.loading.loader import read_packs
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import write_plan

@@ -12,8 +12,9 @@ import pytest
 from upath import UPath
 
 from megatron_vita.config import Recipe
-from megatron_vita.data import open_split, read_packs
 from megatron_vita.data.datasets import find_sources
+from megatron_vita.data.loading.loader import read_packs
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import write_plan

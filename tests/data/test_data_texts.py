@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vita.data import open_split
 from megatron_vita.data.loading import stream
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from megatron_vita.config import Recipe, recipe_from_dict
-from megatron_vita.data import Batch, open_split
+from megatron_vita.data.batch import Batch
+from megatron_vita.data.loading.open import open_split
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan

@@ -19,7 +19,7 @@ from megatron_vita.checkpoint import retention, shared_folder, space, store
 from megatron_vita.checkpoint.retention import Retention
 from megatron_vita.config import Recipe, load_recipe
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
-from megatron_vita.data import Batch
+from megatron_vita.data.batch import Batch
 from megatron_vita.errors import (
     CheckpointError,
     ConfigError,

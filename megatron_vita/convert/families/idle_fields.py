@@ -31,7 +31,7 @@ COMMON = {
     **dict.fromkeys(("is_encoder_decoder", "is_decoder", "add_cross_attention"), _TASK),
     **dict.fromkeys(("tie_encoder_decoder", "cross_attention_hidden_size"), _TASK),
 }
-"""Of every part."""
+"""Fields without effect in configs of every part."""
 
 GENERATION = dict.fromkeys(
     (
@@ -44,7 +44,7 @@ GENERATION = dict.fromkeys(
     ),
     _GENERATION,
 )
-"""Of language models whose config was written by transformers 4.25 or older."""
+"""Fields of generation, which transformers up to 4.25 wrote into configs of language models."""
 
 LANGUAGE = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"), _TOKEN),

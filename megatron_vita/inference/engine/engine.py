@@ -224,8 +224,8 @@ class Engine:
             self._ended_early += self._outputs.cancel(self._requests[number])
 
     def idle(self) -> None:
-        """Send an empty step. Call it regularly while there is no work: ranks that hear nothing for
-        long take this one for dead."""
+        """Send an empty step. Call it regularly while there is no work: without steps, the
+        other ranks would assume that this one has died."""
         self._execute(SchedulerOutput())
 
     def step(self) -> list[OutputDelta]:

@@ -89,7 +89,7 @@ class OutputProcessor:
         return deltas + self._sample(tokens_only, [owners.get(sequence) for sequence in rows])
 
     def cancel(self, request: Request) -> list[OutputDelta]:
-        """End the answers of a request that nobody waits for."""
+        """End the outputs of a cancelled request."""
         return self._end_all(
             request, [choice.cancel() for choice in request.choices if choice.finish is None]
         )
@@ -97,7 +97,7 @@ class OutputProcessor:
     def fail(
         self, request: Request, error: str, *, finish: FinishReason = "error"
     ) -> list[OutputDelta]:
-        """End the answers of a request with an error for whoever asked."""
+        """End the outputs of a request with an error message for its client."""
         # NaN in the cache would spread to every request that shares its blocks.
         if finish == "model_error":
             self._scheduler.invalidate(request)

@@ -22,7 +22,7 @@ PREFETCH_CHUNKS = 4
 FIFO_EVERY = 4
 """Every n-th prefill step serves the oldest prompt first, so that long prompts never starve."""
 TILE_WAIT_STEPS = 10
-"""After so many steps without decoded tiles, a prompt's full blocks before its first tile are computed anyway, so that
+"""After this many steps without decoded tiles, a prompt's full blocks before its first tile are computed anyway, so that
 other requests can share them. Earlier would split short prompts in two."""
 
 

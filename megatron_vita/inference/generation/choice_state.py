@@ -76,11 +76,11 @@ class ChoiceState:
         return self._end("length")
 
     def cancel(self) -> OutputDelta:
-        """End an answer that nobody waits for."""
+        """End the output of a cancelled request."""
         return self._end("cancelled")
 
     def fail(self, error: str, *, finish: FinishReason = "error") -> OutputDelta:
-        """End the answer with an error for whoever asked."""
+        """End the output with an error message for the client."""
         return self._end(finish, error=error)
 
     def _end(

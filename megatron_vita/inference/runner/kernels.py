@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 _PROGRAMS = 528
-"""Programs that fill a GPU of 132 multiprocessors a few times over: keys are split into so many parts at most."""
+"""Maximum number of parts that keys are split into: enough programs to fill 132 multiprocessors a few times over."""
 
 
 def merge_states_on_cuda(

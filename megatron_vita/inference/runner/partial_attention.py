@@ -12,7 +12,7 @@ from torch import Tensor
 
 PLANNED_ROWS = 1024
 PLANNED_KEYS = 8192
-"""cuDNN takes queries in multiples of the first over at least so many keys."""
+"""cuDNN takes a multiple of PLANNED_ROWS queries over at least PLANNED_KEYS keys."""
 
 
 def attend(

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 200
 _WATCHED = ("/health", "/metrics")
-"""What machines ask every few seconds: told at level DEBUG as long as all is well."""
+"""Paths that monitoring requests every few seconds, logged at level DEBUG as long as they succeed."""
 
 
 class AccessLog:

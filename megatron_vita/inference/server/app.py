@@ -35,7 +35,7 @@ from megatron_vita.inference.vision.tile_decoder import DECODERS
 _PAGE = Path(__file__).with_name("page.html")
 _PREPARING_THREADS = 4
 _PROBING_THREADS = DECODERS
-"""What waits for readers of media has threads of its own, fewer than there are readers: answers need some, too."""
+"""Threads that wait for media decoders: fewer than there are decoders, since running requests need some too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ServerOptions:
     media_roots: Sequence[Path] = ()
     remote: RemoteFetcher | None = None
     defaults: SamplingParams = OPENAI_DEFAULTS
-    """How answers are drawn where a request does not say."""
+    """Sampling parameters for fields that a request leaves out."""
 
 
 def build_app(service: EngineService, options: ServerOptions) -> FastAPI:

@@ -16,7 +16,7 @@ _NOISE = (
     "Unsupported upgrade request.",
     "No supported WebSocket library detected.",
 )
-"""Beginnings of uvicorn's lines that anybody can cause any number of times, and that name nobody."""
+"""Beginnings of uvicorn's log lines that any client can cause without limit, and that name no client."""
 
 
 class BoundedConnection(H11Protocol):

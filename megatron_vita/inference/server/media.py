@@ -23,7 +23,7 @@ from megatron_vita.media.images import FORMATS, image_size
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 _FORMATS = [kind for kind in FORMATS if kind not in ("ICO", "PPM")]
-"""What is read from requests: headers of portable pixmaps may be as long as files, and icons are decoded to be opened."""
+"""Image formats of requests: not PPM, whose headers may be as long as files, nor ICO, which Pillow decodes to open."""
 
 
 class MediaLoader:

@@ -26,7 +26,7 @@ _TYPES = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
-"""What must stand where pydantic finds another type."""
+"""Expected values in error messages, by the type of pydantic's error."""
 
 
 def parse_request(body: bytes, *, limits: Limits) -> ChatRequest:

@@ -10,7 +10,7 @@ from megatron_vita.inference.requests import OutputDelta, ScoredToken, TokenScor
 from megatron_vita.inference.server.interface import PreparedPrompt, Usage
 
 TokenBytes = Callable[[int], bytes]
-"""What a token stands for: some tokens are parts of a character."""
+"""Bytes of a token by its id; some tokens are parts of a character."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from megatron_vita.inference.server.service import EngineService
 logger = logging.getLogger(__name__)
 
 _LAST_SECONDS = 5
-"""What clients get to read their last bytes after all answers were cut off; more than ChatEndpoint gives them."""
+"""Time for clients to read their last bytes after all requests were aborted; longer than ChatEndpoint waits."""
 _LOOK_SECONDS = 0.05
 _HURRY_SECONDS = 2.0
-"""What the engine gets to end after a second SIGINT."""
+"""Time for the engine to end after a second SIGINT."""
 
 
 class VitaServer(uvicorn.Server):

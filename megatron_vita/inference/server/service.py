@@ -24,11 +24,11 @@ from megatron_vita.inference.server.interface import ServedEngine, Statistics, U
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 2.0
-"""How long the engine is left without a word: ranks that hear nothing for long take the first for gone."""
+"""Idle time before an empty step is sent: without one, worker ranks would assume that rank 0 has died."""
 TURN_SECONDS = 0.05
-"""How long commands are taken between two steps. More of them than that must not keep those under way waiting."""
+"""Time limit for taking commands between two steps, so that many new requests do not delay running ones."""
 _LOOK_SECONDS = 0.02
-"""How often the end of the engine is looked for."""
+"""Interval for checking whether the engine has ended."""
 
 
 class EngineFailedError(VitaError):

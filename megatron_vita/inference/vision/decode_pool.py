@@ -141,7 +141,9 @@ class DecodePool:
             raise
         except (EOFError, OSError) as error:
             if reader is None:
-                raise DataError(f"{request.name}: no reader can be had for it: {error}") from error
+                raise DataError(
+                    f"{request.name}: no decoding process can be started: {error}"
+                ) from error
             raise DataError(f"{request.name}: {self._why_ended(reader, began)}") from error
         finally:
             with self._lock:

@@ -23,7 +23,7 @@ from megatron_vita.supervise.shared_memory import SharedFile
 DECODERS = min(16, os.cpu_count() or 1)
 """Runs of tiles that are decoded at a time."""
 SHARE = max(1, DECODERS // 2)
-"""Those of one sequence: a film whose decoding hangs leaves room for others."""
+"""Runs of one sequence decoded at a time: a video whose decoding hangs leaves room for others."""
 _FEWEST = 8
 _MOST = 64
 """Frames of a video in one run: a reader has to seek first, so fewer would waste work; more would take too long."""

@@ -36,7 +36,7 @@ class LogCallback(Callback):
         self._stack = ExitStack()
 
     def on_start(self, run: Run) -> None:
-        """Show a bar, if somebody looks."""
+        """Show a progress bar if the output is a terminal."""
         self._pace.mark("rest")
         if dist.get_rank() != 0 or not sys.stderr.isatty():
             return

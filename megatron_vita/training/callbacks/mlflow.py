@@ -16,7 +16,7 @@ from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
 
 _UNKNOWN = re.compile(r"[^A-Za-z0-9_.:/ -]")
-"""What names of metrics may not hold there; datasets' names may hold anything."""
+"""Characters that MLflow refuses in names of metrics, while names of datasets may have any."""
 logger = logging.getLogger(__name__)
 
 
