@@ -45,7 +45,7 @@ def write_checkpoint(
             write(folder / FOLDER / name)
         place = Path(FOLDER) / tokenizer
         found = str(place) if has_tokenizer(folder / place) else ""
-        recipe = dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, tokenizer=found))
+        recipe = recipe.replaced({"text.tokenizer": found})
         (folder / RECIPE).write_text(_as_yaml(recipe, destination))
         (folder / MANIFEST).write_text(json.dumps(_manifest(recipe)))
 
@@ -103,8 +103,7 @@ def _as_yaml(recipe: Recipe, destination: Path) -> str:
     if recipe.text.tokenizer:
         # Relative paths in a recipe are taken from the working folder, not from the recipe's.
         place = str(destination.absolute() / recipe.text.tokenizer)
-        text = dataclasses.replace(recipe.text, tokenizer=place)
-        recipe = dataclasses.replace(recipe, text=text)
+        recipe = recipe.replaced({"text.tokenizer": place})
     groups = {"model": dataclasses.asdict(recipe.model)}
     for name in ("text", "media", "generation"):
         if stated := _stated(getattr(recipe, name)):

@@ -75,9 +75,7 @@ def main() -> None:
     kind, folder = sys.argv[1:]
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    recipe = Recipe()
-    recipe.training.run_dir = folder
-    recipe.training.hang_seconds = HANG_SECONDS
+    recipe = Recipe().replaced({"training.run_dir": folder, "training.hang_seconds": HANG_SECONDS})
     run: Any = Run(recipe=recipe, chunks=[], optimizer=None, schedule=None, microbatches=1)  # type: ignore[arg-type]
     watch = WatchCallback()
     watch.on_start(run)

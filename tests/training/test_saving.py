@@ -47,11 +47,11 @@ def run(recipe_path: Path) -> Run:
 @pytest.fixture
 def folder(run: Run, tmp_path: Path) -> Iterator[Path]:
     """A copy of the run's checkpoints, which the run saves to meanwhile."""
-    before = run.recipe.checkpoint.save
-    shutil.copytree(before, tmp_path / "checkpoints")
-    run.recipe.checkpoint.save = str(tmp_path / "checkpoints")
+    before = run.recipe
+    shutil.copytree(before.checkpoint.save, tmp_path / "checkpoints")
+    run.recipe = before.replaced({"checkpoint.save": str(tmp_path / "checkpoints")})
     yield tmp_path / "checkpoints"
-    run.recipe.checkpoint.save = before
+    run.recipe = before
 
 
 def weights(run: Run) -> list[torch.Tensor]:

@@ -124,12 +124,17 @@ def sample_of(
     refuse_turns(rest)
     if media["videos"]:
         refuse_parts_of_videos(rest)
+    return _kept(fields) | sample
+
+
+def _kept(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields that a sample takes over as they are."""
     kept = {}
     if isinstance(fields.get("id"), str | int | float):
         kept["id"] = fields["id"]
     if "weight" in fields:
         kept["weight"] = fields["weight"]
-    return kept | sample
+    return kept
 
 
 def caption_record(
