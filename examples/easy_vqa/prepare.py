@@ -56,6 +56,7 @@ def caption(questions: Iterable[Question]) -> str | None:
     for question in questions:
         if question.kind != "yes/no":
             true_words.add(question.answer)
+        # "Is there a red triangle?" answered yes and "Is there no ...?" answered no say the same.
         negated = {"not", "no"} & set(question.text.split())
         if question.kind != "yes/no" or (question.answer == "yes") != bool(negated):
             true_words |= set(question.text.rstrip("?").split())
@@ -82,6 +83,7 @@ def prepare(folder: Path) -> None:
     by_image: dict[int, list[Question]] = {}
     for question in read_questions("train"):
         by_image.setdefault(question.image, []).append(question)
+    # Split by image, not by question: questions about one image must not be on both sides.
     images = sorted(by_image)
     for split, chosen in (
         ("validation", images[:HELD_OUT_IMAGES]),

@@ -28,7 +28,7 @@ NICENESS = 10
 
 @dataclass(kw_only=True)
 class Written:
-    """What a rank has written, or why it could not."""
+    """Result of a rank's writing, or the reason of its failure."""
 
     results: list[WriteResult] = field(default_factory=list)
     spans: dict[str, list[Span]] = field(default_factory=dict)  # by file
@@ -37,7 +37,7 @@ class Written:
 
 @dataclass(kw_only=True)
 class Share:
-    """What a rank writes of a checkpoint, as megatron-core has planned it."""
+    """Part of a checkpoint that a rank writes, as megatron-core has planned it."""
 
     writer: FileSystemWriterAsync
     metadata: Metadata | None  # of the whole checkpoint; on the first rank alone

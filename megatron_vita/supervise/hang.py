@@ -1,4 +1,4 @@
-"""Where the ranks of a job that hangs are, and which of them holds up the others."""
+"""Positions of the ranks of a job that hangs, and the rank that holds up the others."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ _DOING = {
 
 @dataclass(kw_only=True)
 class RankView:
-    """What is known of a rank when a hang is noticed."""
+    """State of a rank at the time when a hang is noticed."""
 
     rank: int
     host: str
