@@ -57,7 +57,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{checkpoint}: format version {version}; this version reads {FORMAT_VERSION}"
+            f"{checkpoint}: format version {version}; this version reads {FORMAT_VERSION}; export "
+            "it with the version that wrote it (convert to-hf), and import that (convert from-hf)"
         )
     # Earlier versions and conversions wrote none.
     checksum = manifest.pop(CHECKSUM, None)
