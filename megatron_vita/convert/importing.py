@@ -8,7 +8,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_vita.config import DataConfig, MediaConfig, ModelConfig, ProjectorConfig, Recipe
+from megatron_vita.config import (
+    DataConfig,
+    MediaConfig,
+    ModelConfig,
+    ProjectorConfig,
+    Recipe,
+    replaced,
+)
 from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL, INTERNVL_HF
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
@@ -94,9 +101,13 @@ def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, 
             f"{owner['vision_model'].path}: holds a vision tower alone; name the folder of a language model, too"
         )
     fresh = "projector" not in owner
+    if fresh:
+        kind = replaced(ProjectorConfig(), {"kind": projector})
+    else:
+        kind = owner["projector"].model.projector
     model = ModelConfig(
         vision=owner["vision_model"].model.vision,
-        projector=ProjectorConfig(kind=projector) if fresh else owner["projector"].model.projector,
+        projector=kind,
         language=owner["language_model"].model.language,
     )
     return model, fresh

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_vita.config import TextConfig
+from megatron_vita.config import TextConfig, replaced
 from megatron_vita.convert.config_file import Config
 from megatron_vita.convert.families.folder_formats import (
     INTERNVL_CHAT,
@@ -78,7 +78,7 @@ def read_prompts(
         try:
             text = _text_of(folder_format, config, folder)
             if with_media:
-                text = dataclasses.replace(text, media_format=with_media)
+                text = replaced(text, {"media_format": with_media})
             needed = tokens_needed(text, text_only=not with_media and len(folder_format.parts) == 1)
             return Prompts(text=text, tokenizer=load_tokenizer(folder, added=needed))
         except ConfigError as error:

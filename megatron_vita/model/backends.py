@@ -196,7 +196,7 @@ def choose_backend(recipe: Recipe) -> AttentionBackend:
         PlatformError: the backend's packages or hardware are missing, or it computes wrong results
             here.
     """
-    name = recipe.parallel.attention_backend
+    name: str = recipe.parallel.attention_backend
     if name == "auto":
         name = _fastest_backend(recipe)
         if name == "torch" and recipe.training.fp8_recipe != "none":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config import TextConfig
+from megatron_vita.config.text import TemplateName
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.hugging_face import read_folder
 
@@ -36,7 +37,7 @@ def text_of_folder(folder: Path) -> TextConfig:
                 f"{file}: eos_token_id {index} is not among the tokenizer's {tokenizer.vocab_size} "
                 "entries"
             )
-    template = "plain"
+    template: TemplateName = "plain"
     if tokenizer.chat_template:
         template = "jinja"
     return TextConfig(
