@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vita.data.samples.foreign import SYSTEMS, sample_of
+from megatron_vita.data.samples.foreign import SYSTEMS, Beside, sample_of
 from megatron_vita.errors import DataError
 
 TALK = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]
@@ -88,6 +88,14 @@ def test_a_part_of_a_video_is_refused_by_name(record: dict[str, Any], name: str)
 def test_a_video_from_its_start_is_used_and_texts_may_have_ends(record: dict[str, Any]) -> None:
     roles = [turn["role"] for turn in sample_of(record)["messages"]]
     assert roles == ["user", "assistant"]
+
+
+def test_times_of_a_clip_whose_content_comes_along_tell_its_origin() -> None:
+    record = {"caption": "A cat.", "start_time": 3.5, "end_time": 9.0}
+    sample = sample_of(record, beside=Beside({"images": [], "videos": ["a.mp4"]}))
+    assert sample["videos"] == ["a.mp4"]
+    content = b"\0\0\0\x18ftypisom"
+    assert sample_of(record | {"mp4": content})["videos"] == [content]
 
 
 @pytest.mark.parametrize("name", ["image", "images", "video", "img_path", "image_1"])

@@ -122,7 +122,8 @@ def sample_of(
     rest = {name: value for name, value in fields.items() if name not in used}
     refuse_unread(rest, media)
     refuse_turns(rest)
-    if media["videos"]:
+    # A video whose content comes with the record is cut already: times tell where it was.
+    if beside is None and any(isinstance(video, str) for video in media["videos"]):
         refuse_parts_of_videos(rest)
     return _kept(fields) | sample
 
