@@ -60,6 +60,7 @@ def restarted(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         "training.eval_interval=2",
         f"checkpoint.save={folder}",
         "checkpoint.save_interval=2",
+        "checkpoint.async_save=false",  # in the background a save ends after a later step
     ]
     with pytest.raises(CallbackError):
         train(load_recipe(recipe_path, fields), callbacks=[FailsAt(3)])

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from megatron_vita.checkpoint.retention import step_of
 from megatron_vita.config.run_files import METRICS
 from megatron_vita.errors import PlatformError
 from megatron_vita.files import cut_torn_line
@@ -63,8 +64,8 @@ class FolderCallback(Callback):
         self._write("validation" if metrics.held_out else "step", metrics.step, metrics.scalars())
 
     def on_save(self, run: Run, path: Path) -> None:
-        """Note the checkpoint."""
-        self._write("save", run.step, {"path": str(path)})
+        """Note the checkpoint, which may be of an earlier step."""
+        self._write("save", step_of(path), {"path": str(path)})
 
     def on_stop(self, run: Run) -> None:
         """Note that the run was told to stop."""

@@ -42,6 +42,12 @@ class Hooks:
         """True if a hook has failed on this rank."""
         return self._error is not None
 
+    @property
+    def knows_failure(self) -> bool:
+        """True if the run ends after this step, since a hook has failed on some rank. The same on
+        all ranks."""
+        return self._known
+
     def overriding(self, hook: str) -> list[Callback]:
         """The callbacks that have an own `hook`; found once, when it is first called."""
         if hook not in self._overriding:

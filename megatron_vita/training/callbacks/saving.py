@@ -44,12 +44,17 @@ class SaveCallback(Callback):
             self._save_last(run)
         elif run.step % run.recipe.checkpoint.save_interval == 0 or run.step == self._retry_at:
             self._start(run)
+        # No step follows in which it could be finished.
+        if self._saver.is_active and self._hooks.knows_failure:
+            self._finish(run)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Note the metric that `keep_best` compares, for the checkpoint of this step."""
         checkpoint = run.recipe.checkpoint
+        if not checkpoint.keep_best:
+            return
         value = metrics.scalars().get(checkpoint.best_metric)
-        if checkpoint.keep_best and value is not None:
+        if value is not None:
             self._saver.note_scores({checkpoint.best_metric: value}, step=run.step)
 
     def on_end(self, run: Run) -> None:
