@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_vita.checkpoint.index_file import parse_index
 from megatron_vita.checkpoint.manifest import FILES, INDEX, Span, check_bytes, check_files
 from megatron_vita.errors import CheckpointError, DamagedCheckpointError
 from megatron_vita.parallel import groups
@@ -85,7 +86,7 @@ class CheckedReader(FileSystemReader):
             data = path.read_bytes()
             for span in self._spans.get(INDEX, {}).values():
                 check_bytes(data, path=path, span=span)
-            self._metadata = pickle.loads(data)
+            self._metadata = parse_index(data)
         return self._metadata
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:

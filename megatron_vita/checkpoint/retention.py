@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,22 +41,37 @@ class Retention:
         saved = sorted(path for path in folder.iterdir() if is_saved(path))
         earlier = [path for path in saved if path.name <= newest.name]
         # What is not complete must not count among the last: it is nothing to go on from.
-        complete = [path for path in earlier if (path / MANIFEST).exists()]
-        kept = {*complete[-self.last :], *self._best(complete)}
-        for path in complete:
-            if path not in kept and not (self.every and step_of(path) % self.every == 0):
-                remove(path)
+        complete = [path.name for path in earlier if (path / MANIFEST).exists()]
+        for name in self.unnamed(complete, lambda name: read_scores(folder / name)):
+            remove(folder / name)
 
-    def _best(self, checkpoints: list[Path]) -> list[Path]:
-        scores = {path: read_scores(path).get(self.metric) for path in checkpoints}
-        scored = {path: score for path, score in scores.items() if score is not None}
-        ranked = sorted(scored, key=lambda path: scored[path], reverse=self.mode == "max")
+    def unnamed(self, names: list[str], scores_of: Callable[[str], dict[str, float]]) -> list[str]:
+        """Return the names of checkpoints, of those in `names`, that no rule names.
+
+        scores_of: returns the metrics of a checkpoint.
+        """
+        names = sorted(names)
+        kept = {*names[-self.last :], *self._best(names, scores_of)}
+        kept |= {name for name in names if self.every and step_of(name) % self.every == 0}
+        return [name for name in names if name not in kept]
+
+    def _best(self, names: list[str], scores_of: Callable[[str], dict[str, float]]) -> list[str]:
+        if not self.best:
+            return []
+        scores = {name: scores_of(name).get(self.metric) for name in names}
+        scored = {name: score for name, score in scores.items() if score is not None}
+        ranked = sorted(scored, key=lambda name: scored[name], reverse=self.mode == "max")
         return ranked[: self.best]
 
 
 def is_saved(path: Path) -> bool:
     """Tell whether `path` is named like a checkpoint of a run and is not a link."""
-    return bool(_NAME.fullmatch(path.name)) and not path.is_symlink()
+    return is_name(path.name) and not path.is_symlink()
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a checkpoint of a run may have this name."""
+    return bool(_NAME.fullmatch(name))
 
 
 def name_of(step: int) -> str:
@@ -63,10 +79,10 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(name: str) -> int:
     """Return the step in a checkpoint's name."""
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match, checkpoint
+    match = _NAME.fullmatch(name)
+    assert match, name
     return int(match[1])
 
 

@@ -184,7 +184,7 @@ class _Save:
         """Copy the share to the host and start the process that writes it."""
         try:
             self.share.copy_to_host()
-            self.process = WriterProcess(self.share)
+            self.process = WriterProcess(self.share.write)
         # For lack of memory, on this rank alone: the others hear of it when they finish.
         except (OSError, RuntimeError, MemoryError) as error:
             self.written = Written(error=str(error))

@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
@@ -98,16 +99,18 @@ class PlannedSave(TorchDistSaveShardedStrategy):
 
 
 class WriterProcess:
-    """A process that writes a rank's share while the rank goes on, and dies with it.
+    """A process that writes for a rank while the rank goes on, and dies with it.
 
     It is forked: it has the rank's memory as it is now, without a copy.
+
+    write: returns what it has written.
     """
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, write: Callable[[], Written]) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, pipe = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_write_and_tell, args=(share, pipe), name="checkpoint writer", daemon=True
+            target=_write_and_tell, args=(write, pipe), name="checkpoint writer", daemon=True
         )
         with warnings.catch_warnings():
             # Python warns of threads, whose locks the child would wait for; it takes none of them.
@@ -138,7 +141,7 @@ class WriterProcess:
         self._pipe.close()
 
 
-def _write_and_tell(share: Share, pipe: Connection) -> None:
+def _write_and_tell(write: Callable[[], Written], pipe: Connection) -> None:
     end_with_parent()
     # A collection would run destructors of the rank's objects on the device.
     gc.disable()
@@ -147,7 +150,7 @@ def _write_and_tell(share: Share, pipe: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    pipe.send(share.write())
+    pipe.send(write())
     # At once: nothing that the rank has open is this process's to close.
     os._exit(0)
 

@@ -40,6 +40,11 @@ class CheckpointConfig:
     best_mode: Literal["min", "max"] = described(
         "min", "Best value of `best_metric`: min (the lowest) or max (the highest)."
     )
+    mirror: str = described(
+        "",
+        "Folder of an object store (s3://bucket/run) to which complete checkpoints are copied "
+        "while training goes on, and from which a run without any in `save` resumes; empty: none.",
+    )
     load: str = described(
         "", "Checkpoint that provides the initial weights, such as the previous stage's."
     )

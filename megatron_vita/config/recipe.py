@@ -58,6 +58,7 @@ class Recipe:
         self._check_layers()
         self._check_sequence()
         self._check_parts()
+        self._check_checkpoints()
         self._check_schedule()
         self._check_optimizer()
 
@@ -276,6 +277,23 @@ class Recipe:
         return (
             optimizer.lr_warmup_iters or share,
             optimizer.lr_decay_iters or self.training.train_iters,
+        )
+
+    def _check_checkpoints(self) -> None:
+        checkpoint = self.checkpoint
+        for name in ("mirror", "keep_best", "keep_every"):
+            value = getattr(checkpoint, name)
+            require(
+                not value or checkpoint.save != "",
+                f"checkpoint.{name} is {value}, which needs checkpoint.save, a folder",
+            )
+        # Nothing would have a score, and nothing would be kept for it.
+        require(
+            not checkpoint.keep_best
+            or not checkpoint.best_metric.startswith("validation/")
+            or self.training.eval_interval > 0,
+            f"checkpoint.keep_best is {checkpoint.keep_best} by {checkpoint.best_metric}, which needs "
+            "training.eval_interval; or name another checkpoint.best_metric, such as train/loss",
         )
 
     def _check_schedule(self) -> None:

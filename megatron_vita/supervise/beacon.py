@@ -8,6 +8,7 @@ process of the rank's host, or that it ends.
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import signal
 import socket
@@ -31,7 +32,10 @@ STACK_SIGNAL = signal.SIGUSR2
 FRAMES = 4
 """Innermost frames of the main thread that are told in one line."""
 MOST_KEYS = 100
+KEY_SECONDS = 2.0
+"""Time to find the samples of a pack that has not come."""
 _PROC = Path("/proc")
+logger = logging.getLogger(__name__)
 
 
 class Beacon:
@@ -42,9 +46,10 @@ class Beacon:
         address: host and port of the watcher.
         token: word that the watcher expects.
         interval: seconds between two messages.
-        patience: seconds without an answer after which the watcher counts as lost, and the rank
-            ends.
+        patience: seconds without an answer after which the watcher counts as lost; the rank then
+            watches itself, and ends after as long without progress.
         pending: returns descriptions of the collectives that this rank waits for.
+        awaited: returns the samples of a pack that this rank waits for, by its number in the step.
     """
 
     def __init__(
@@ -56,19 +61,26 @@ class Beacon:
         interval: float,
         patience: float,
         pending: Callable[[], list[dict[str, Any]]] = list,
+        awaited: Callable[[int], Sequence[str]] = lambda _: (),
     ) -> None:
         self._rank = rank
         self._interval = interval
         self._patience = patience
         self._pending = pending
+        self._awaited = awaited
         self._state: dict[str, Any] = {"step": 0, "micro_batch": 0, "phase": "starting", "keys": []}
         self._changed = time.monotonic()
         self._main = threading.main_thread().ident
         # Without a name: nothing is left of it, however the rank ends.
         self._stacks = os.memfd_create("stacks", os.MFD_CLOEXEC)
+        self._notes = os.memfd_create("state", os.MFD_CLOEXEC)
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
         hello = {"rank": rank, "token": token, "host": socket.gethostname(), "pid": os.getpid()}
-        self._hello = hello | {"stack_file": f"/proc/{os.getpid()}/fd/{self._stacks}"}
+        files = f"/proc/{os.getpid()}/fd"
+        self._hello = hello | {
+            "stack_file": f"{files}/{self._stacks}",
+            "state_file": f"{files}/{self._notes}",
+        }
         self._closed = threading.Event()
         self._socket = socket.create_connection(address, timeout=patience)
         self._thread = threading.Thread(target=self._run, name="beacon", daemon=True)
@@ -100,6 +112,9 @@ class Beacon:
         # One assignment: the thread never sees half of a state.
         self._state = state
         self._changed = time.monotonic()
+        # For others to read if this process is stopped before the thread's next message.
+        note = json.dumps(self._shortened() | {"changed": self._changed}).encode()
+        os.pwrite(self._notes, note + b"\n", 0)
 
     def close(self) -> None:
         """Take leave of the watcher, and end the thread."""
@@ -109,6 +124,7 @@ class Beacon:
             self._socket.close()
         faulthandler.unregister(STACK_SIGNAL)
         os.close(self._stacks)
+        os.close(self._notes)
 
     def _run(self) -> None:
         try:
@@ -121,7 +137,8 @@ class Beacon:
                 _send(stream, {"bye": True})
         except (OSError, ValueError) as error:
             if not self._closed.is_set():
-                self._end_unwatched(error)
+                logger.warning("rank %d: the watcher does not answer: %s", self._rank, error)
+            self._watch_alone()
 
     def _answer(self, stream: Any) -> None:
         """Do what the watcher asks for, until it asks for nothing.
@@ -135,7 +152,8 @@ class Beacon:
                 raise OSError("the watcher is gone")
             wanted = json.loads(line)
             if "stacks" in wanted:
-                _send(stream, {"stacks": self._stacks_now(), "pending": self._pending()})
+                answer = {"stacks": self._stacks_now(), "pending": self._pending()}
+                _send(stream, answer | {"keys": self._keys_now()})
             elif "inspect" in wanted:
                 _send(stream, {"inspected": inspect_process(**wanted["inspect"])})
             elif "end" in wanted:
@@ -146,9 +164,25 @@ class Beacon:
                 return
 
     def _describe(self) -> dict[str, Any]:
+        return self._shortened() | {"idle": time.monotonic() - self._changed}
+
+    def _shortened(self) -> dict[str, Any]:
         state = self._state
-        keys = list(state["keys"][:MOST_KEYS])
-        return state | {"keys": keys, "idle": time.monotonic() - self._changed}
+        return state | {"keys": list(state["keys"][:MOST_KEYS])}
+
+    def _keys_now(self) -> list[str]:
+        """Return the samples of the pack in use, or of the one that is waited for."""
+        state = self._state
+        if state["keys"] or state["phase"] != "loading":
+            return list(state["keys"][:MOST_KEYS])
+        found: list[str] = []
+        # In a thread: the file system that the pack waits for may hold the samples' names, too.
+        asking = threading.Thread(
+            target=lambda: found.extend(self._awaited(state["micro_batch"])), daemon=True
+        )
+        asking.start()
+        asking.join(KEY_SECONDS)
+        return found[:MOST_KEYS]
 
     def _stacks_now(self) -> dict[str, str]:
         frame = sys._current_frames().get(self._main or 0)
@@ -159,18 +193,23 @@ class Beacon:
             file.seek(0)
             return {"place": place, "all": file.read()}
 
-    def _end_unwatched(self, error: Exception) -> None:
-        idle = self._describe()
-        end_hung(
-            f"rank {self._rank}: the watcher of the job, on the first rank's host, does not answer: {error}; step "
-            f"{idle['step']}, {idle['phase']}"
-        )
+    def _watch_alone(self) -> None:
+        """End this rank if it stays behind: the first rank's host may be lost, and the watcher with
+        it."""
+        while not self._closed.wait(self._interval):
+            state = self._describe()
+            if state["idle"] > self._patience:
+                end_hung(
+                    f"rank {self._rank}: no progress for {state['idle']:.0f} s, and no watcher; step {state['step']}, "
+                    f"{state['phase']}, at {self._stacks_now()['place']}"
+                )
 
 
-def inspect_process(pid: int, stack_file: str) -> dict[str, Any]:
-    """Describe a process of this host that does not answer.
+def inspect_process(pid: int, *, stack_file: str, state_file: str) -> dict[str, Any]:
+    """Describe a rank of this host that does not answer.
 
     Returns:
+        last: its state as it noted it last; empty if that cannot be read.
         state: letter of Linux for it, such as T (stopped) or D (waits for a device); empty if the
             process is gone.
         pressure: percent of the last 10 seconds in which all processes of the host waited for
@@ -184,7 +223,21 @@ def inspect_process(pid: int, stack_file: str) -> dict[str, Any]:
             os.kill(pid, STACK_SIGNAL)
             time.sleep(0.5)
             stacks = Path(stack_file).read_text(errors="replace")
-    return {"state": state, "pressure": memory_pressure(), "stacks": stacks}
+    return {
+        "state": state,
+        "pressure": memory_pressure(),
+        "stacks": stacks,
+        "last": _read_note(state_file),
+    }
+
+
+def _read_note(state_file: str) -> dict[str, Any]:
+    try:
+        # What follows the first line is left of longer notes.
+        note = json.loads(Path(state_file).read_bytes().split(b"\n", 1)[0])
+        return note | {"idle": time.monotonic() - note["changed"]}
+    except (OSError, ValueError):
+        return {}
 
 
 def process_state(pid: int) -> str:

@@ -130,9 +130,28 @@ def _signature(collective: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def describe_collective(collective: dict[str, Any]) -> str:
-    """Describe a collective: name, number in its group, shapes, group."""
-    sizes = " ".join(str(list(size)) for size in collective["sizes"])
-    return f"{collective['name']} {collective['number']} {sizes} of {collective['group']}"
+    """Describe a collective: name, number in its group, shapes, group, as far as they are known."""
+    parts = [collective["name"]]
+    if collective["number"] is not None:
+        parts.append(str(collective["number"]))
+    parts += [str(list(size)) for size in collective["sizes"]]
+    if collective["group"]:
+        parts.append(f"of {collective['group']}")
+    return " ".join(parts)
+
+
+def unrecorded_wait(place: str) -> list[dict[str, Any]]:
+    """Return the communication that a main thread waits in by its frames, where torch records none.
+
+    place: innermost frames, as `Beacon` describes them; torch does not record gloo's messages
+        between two ranks.
+    """
+    innermost = place.split(" < ")[0]
+    if "distributed/distributed_c10d.py" not in innermost:
+        return []
+    return [
+        {"name": innermost.split(" ")[0], "number": None, "sizes": [], "group": "", "ranks": []}
+    ]
 
 
 def summarize(views: Sequence[RankView], *, seconds: float) -> str:

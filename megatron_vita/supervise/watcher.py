@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.supervise.beacon import inspect_process, kill
-from megatron_vita.supervise.hang import RankView, summarize, write_report
+from megatron_vita.supervise.hang import RankView, summarize, unrecorded_wait, write_report
 
 FOLDER = "hangs"
 ANSWER_SECONDS = 5.0
 """Time for a rank to say where it is."""
+MESSAGE_BYTES = 1 << 26
+"""Most of one message: the stacks of a rank with many threads are long."""
 END_SECONDS = 2.0
 """Time for ranks to end by themselves."""
 
@@ -32,7 +34,7 @@ class _Link:
     """A rank's connection."""
 
     view: RankView
-    stack_file: str
+    files: dict[str, str]  # of its stacks and its state, on its host
     writer: asyncio.StreamWriter
     heard: float  # time of the last message
     answers: "asyncio.Queue[dict[str, Any]]"
@@ -66,7 +68,9 @@ class Watcher:
 
     async def serve(self) -> None:
         """Listen, print the port, and watch until a hang has been reported."""
-        server = await asyncio.start_server(self._hear, sock=_listen(is_one_host=self._is_one_host))
+        server = await asyncio.start_server(
+            self._hear, sock=_listen(is_one_host=self._is_one_host), limit=MESSAGE_BYTES
+        )
         sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
         sys.stdout.flush()
         while not (stuck := self._stuck_for()):
@@ -74,6 +78,12 @@ class Watcher:
         await self._report(stuck)
 
     async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._hear_rank(reader, writer)
+        except (OSError, ValueError):
+            writer.close()  # it is gone: what it said last stands
+
+    async def _hear_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = json.loads(await reader.readline())
         if hello.get("token") != self._token:
             writer.close()
@@ -81,7 +91,7 @@ class Watcher:
         view = RankView(rank=hello["rank"], host=hello["host"], pid=hello["pid"])
         link = _Link(
             view=view,
-            stack_file=hello["stack_file"],
+            files={name: hello[name] for name in ("stack_file", "state_file")},
             writer=writer,
             heard=time.monotonic(),
             answers=asyncio.Queue(),
@@ -130,14 +140,17 @@ class Watcher:
     async def _look_at(self, link: _Link) -> None:
         view = link.view
         if view.is_silent:
-            question = {"pid": view.pid, "stack_file": link.stack_file}
-            view.inspected = await self._inspect(view.host, question)
+            view.inspected = await self._inspect(view.host, {"pid": view.pid, **link.files})
+            if last := view.inspected.get("last"):
+                # Its idle time is of now, not of the last message.
+                view.state = last | {"idle": last["idle"] - view.silent}
             view.stacks = view.inspected.get("stacks", "")
             return
         answer = await link.ask({"stacks": True})
         stacks = answer.get("stacks", {})
-        view.pending = answer.get("pending", [])
+        view.state = view.state | {"keys": answer.get("keys", view.state.get("keys", []))}
         view.place = stacks.get("place", "")
+        view.pending = answer.get("pending") or unrecorded_wait(view.place)
         view.stacks = stacks.get("all", "")
 
     async def _inspect(self, host: str, question: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import shared_folder, store
-from megatron_vita.checkpoint.retention import Retention
-from megatron_vita.checkpoint.saver import Saver
+from megatron_vita.checkpoint.mirror import Mirror
+from megatron_vita.checkpoint.retention import Retention, is_saved
+from megatron_vita.checkpoint.saver import Saver, by_first
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.config.run_files import LEDGERS
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
@@ -158,6 +159,7 @@ def open_run(recipe: Recipe) -> Run:
             size=checkpoint_bytes(recipe),
             count=min(recipe.checkpoint.keep + 1, _checkpoints(recipe)),
         )
+        fetch_from_mirror(recipe)
     # Read once, after all ranks agreed on the newest checkpoint, and passed on.
     resume = ResumePoint.find(recipe)
     # Early: its start takes seconds, in which the model is built.
@@ -180,6 +182,25 @@ def open_run(recipe: Recipe) -> Run:
         streams = open_streams(recipe, resume=resumed, tile_share=share, replicas=replicas)
     run.train_stream, run.validation_stream = streams
     return run
+
+
+def fetch_from_mirror(recipe: Recipe) -> None:
+    """Download the newest checkpoint of `checkpoint.mirror` if `checkpoint.save` has none.
+    Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if the store fails.
+    """
+    folder = Path(recipe.checkpoint.save)
+
+    def fetch() -> None:
+        if not any(is_saved(path) for path in folder.iterdir()):
+            found = Mirror(recipe.checkpoint.mirror).fetch(folder)
+            if found:
+                logger.info("fetched %s from %s", found, recipe.checkpoint.mirror)
+
+    if recipe.checkpoint.mirror:
+        by_first(fetch)
 
 
 def restore_newest(run: Run, resume: ResumePoint) -> ResumePoint:
@@ -240,19 +261,24 @@ def assemble_run(recipe: Recipe) -> Run:
 
 def open_saver(recipe: Recipe, *, in_background: bool) -> Saver:
     """Return the saver of a recipe's runs."""
-    checkpoint = recipe.checkpoint
     return Saver(
-        Path(checkpoint.save),
-        retention=Retention(
-            last=checkpoint.keep,
-            every=checkpoint.keep_every,
-            best=checkpoint.keep_best,
-            metric=checkpoint.best_metric,
-            mode=checkpoint.best_mode,
-        ),
+        Path(recipe.checkpoint.save),
+        retention=retention_of(recipe),
         tokenizer=recipe.text.tokenizer,
         size=checkpoint_bytes(recipe),
         in_background=in_background,
+    )
+
+
+def retention_of(recipe: Recipe) -> Retention:
+    """Return the rules by which a recipe's checkpoints are kept."""
+    checkpoint = recipe.checkpoint
+    return Retention(
+        last=checkpoint.keep,
+        every=checkpoint.keep_every,
+        best=checkpoint.keep_best,
+        metric=checkpoint.best_metric,
+        mode=checkpoint.best_mode,
     )
 
 

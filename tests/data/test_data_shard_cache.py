@@ -15,10 +15,10 @@ import fsspec
 import pytest
 from upath import UPath
 
+from megatron_vita import stores
 from megatron_vita.data.samples.rows import Member
 from megatron_vita.data.shards import cache as shard_cache
 from megatron_vita.data.shards import reader as shard_reader
-from megatron_vita.data.shards import storage
 from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.reader import ShardReader
 from megatron_vita.errors import ConfigError, DataError, ShardError
@@ -31,7 +31,7 @@ SECOND = UPath("memory://cached/second.tar")
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0)
+    monkeypatch.setattr(stores, "FIRST_PAUSE", 0)
     FIRST.write_bytes(b"1" * SIZE)
     SECOND.write_bytes(b"2" * SIZE)
 

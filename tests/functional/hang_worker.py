@@ -36,7 +36,10 @@ def stopped(run: Run) -> None:
 
 def in_native_code(run: Run) -> None:
     """Hold the interpreter in native code."""
-    ctypes.PyDLL(None).sleep(600)
+    mutex = ctypes.create_string_buffer(64)
+    library = ctypes.PyDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
 
 
 def in_a_lock(run: Run) -> None:

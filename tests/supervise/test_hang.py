@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vita.supervise.hang import RankView, find_culprits, summarize
+from megatron_vita.supervise.hang import RankView, find_culprits, summarize, unrecorded_wait
 
 
 def collective(name: str, number: int, sizes: list[list[int]], ranks: list[int]) -> dict[str, Any]:
@@ -67,6 +67,15 @@ def test_the_rank_that_waits_in_another_group_is_named() -> None:
     other = collective("recv", 1, [[5]], [1, 2]) | {"group": "pp"}
     views = [view(0, pending=[REDUCE]), view(1, pending=[other]), view(2, pending=[REDUCE])]
     assert 1 in [culprit.rank for culprit in find_culprits(views)]
+
+
+def test_a_wait_that_torch_does_not_record_shows_in_the_frames() -> None:
+    (wait,) = unrecorded_wait("recv (distributed/distributed_c10d.py:2662) < f (a.py:1)")
+    views = [view(0, pending=[REDUCE]), view(1, pending=[wait]), view(2, pending=[REDUCE])]
+    (culprit,) = find_culprits(views)
+    assert culprit.rank == 1
+    assert culprit.reason == "is in recv while others wait for it in all_reduce 7 [3, 4] of dp"
+    assert unrecorded_wait("read (loader.py:3) < recv (distributed/distributed_c10d.py:1)") == []
 
 
 def test_the_summary_has_rank_host_step_pack_phase_and_samples() -> None:

@@ -23,6 +23,7 @@ from megatron_vita.data.loading.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.training import optimizer, optimizer_state
 from megatron_vita.training.batches import train_batches
+from megatron_vita.training.callbacks.watching import awaited_samples
 from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint, check_parts
 from megatron_vita.training.run import Run, open_run, save_run
@@ -338,3 +339,13 @@ def test_a_plan_is_continued_from_where_the_run_stands_or_later(
             resumed(halfway, *plan, two)
     else:
         resumed(halfway, *plan, two)
+
+
+def test_the_samples_of_a_pack_that_does_not_come_are_known(halfway: Path) -> None:
+    run = resumed(halfway)
+    batches = train_batches(run)
+    try:
+        for number in (1, 2):
+            assert awaited_samples(run, number) == next(batches).sample_keys
+    finally:
+        batches.close()

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -20,7 +21,7 @@ from megatron_vita.checkpoint import saver, store
 from megatron_vita.checkpoint.retention import Retention, note_scores
 from megatron_vita.checkpoint.writing import Share, WriterProcess, Written
 from megatron_vita.config import load_recipe
-from megatron_vita.errors import CheckpointError, SaveError
+from megatron_vita.errors import CheckpointError, ConfigError, SaveError
 from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, open_run, open_saver, restore_newest, start_save
@@ -148,6 +149,27 @@ def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it_is_loaded(
     assert f"step_00000008/{name}".rstrip("/") in caplog.text
 
 
+class _Command:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_an_index_that_would_run_code_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
+    path = folder / "step_00000008" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"], manifest["checksum"]  # as its maker can write them
+    path.write_text(json.dumps(manifest))
+    (path.parent / ".metadata").write_bytes(pickle.dumps(_Command(tmp_path / "ran")))
+    resumed = restore_newest(run, ResumePoint.find(run.recipe))
+    assert resumed.checkpoint == folder / "step_00000004"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_nothing_is_begun_anew_where_no_checkpoint_is_whole(run: Run, folder: Path) -> None:
     flip(folder / "step_00000004" / TENSORS, 0.5)
     cut(folder / "step_00000008" / TENSORS, 1)
@@ -208,9 +230,7 @@ def test_a_writer_that_is_killed_costs_only_its_save(
 
 
 def _write_for_ever(pipe: Any) -> None:
-    share = Share(writer=None, metadata=None)  # type: ignore[arg-type]
-    share.write = lambda: time.sleep(60)  # type: ignore[method-assign, assignment, return-value]
-    writer = WriterProcess(share)
+    writer = WriterProcess(lambda: time.sleep(60))  # type: ignore[arg-type, return-value]
     pipe.send(writer._process.pid)
     time.sleep(60)
 
@@ -338,3 +358,21 @@ def test_a_watched_run_goes_through_and_leaves_no_process(
     train(load_recipe(recipe_path, [*QUIET, *where, "training.hang_seconds=60"]))
     assert set(psutil.Process().children(recursive=True)) <= before
     assert not (tmp_path / "saved" / "hangs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint.keep_best=2", "training.eval_interval=0"], "needs training.eval_interval"),
+        (["checkpoint.mirror=s3://b/run", "checkpoint.save=''"], "needs checkpoint.save"),
+        (["checkpoint.keep_every=5", "checkpoint.save=''"], "needs checkpoint.save"),
+        (["checkpoint.retry_steps=0"], "must be at least 1"),
+        (["checkpoint.keep_best=-1"], "must be at least 0"),
+        (["checkpoint.best_mode=best"], "best_mode"),
+    ],
+)
+def test_rules_that_could_not_hold_are_refused(
+    recipe_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_path, overrides)

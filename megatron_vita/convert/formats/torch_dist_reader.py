@@ -4,7 +4,7 @@ Unpickling runs no code of theirs."""
 import mmap
 import pickle
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,17 +15,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_vita.checkpoint.index_file import parse_index
 from megatron_vita.convert.families.mapping import TensorLocation
 from megatron_vita.convert.formats.tensors import TensorInfo
 from megatron_vita.errors import CheckpointError
 from megatron_vita.rounding import round_up
 
-_SAFE_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_SAFE_NAMES = (
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-)
 _METADATA = ".metadata"
 
 Box = list[tuple[int, int]]  # first and last + 1, axis by axis
@@ -177,38 +172,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickler restricted to the classes of torch's checkpoint metadata."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Resolve a class named in a pickle; UnpicklingError unless checkpoint metadata needs it."""
-        if (module, name) in _SAFE_NAMES:
-            return super().find_class(module, name)
-        # A dotted name could reach a function that the module has imported.
-        if module in _SAFE_MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        # Paths of the writer's file system are not used here.
-        if module.split(".")[0] == "pathlib":
-            return lambda *_: None  # where it was written, which is not used
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-
 def _read_metadata(file: Path) -> Metadata:
     try:
-        with file.open("rb") as stream:
-            metadata = _SafeUnpickler(cast(IO[bytes], stream)).load()
+        return parse_index(file.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file.parent}: is no distributed checkpoint: it has no {file.name}"
         ) from error
     except Exception as error:  # whatever damaged bytes make pickle raise
         raise CheckpointError(f"{file}: cannot be read: {_first_line(error)}") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(
-            f"{file}: holds {type(metadata).__name__}, not the metadata of a checkpoint"
-        )
-    return metadata

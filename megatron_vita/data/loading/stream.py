@@ -167,6 +167,10 @@ class PackStream(Dataset[Batch]):
         shard = self._shard(entry)
         return Damage(pack_id, document, shard.name, self._row(entry).key, reason)
 
+    def keys_of(self, pack_id: int) -> list[str]:
+        """Return the keys of a pack's samples, without reading them."""
+        return [self._row(entry).key for entry in self.plan.pack(pack_id)]
+
     def fits(self, damage: Damage) -> bool:
         """Return true if an event is of the sample that the plan has at its position.
 

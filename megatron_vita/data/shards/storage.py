@@ -5,9 +5,6 @@ environment, as fsspec and the store's own library read them.
 """
 
 import glob
-import logging
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -15,11 +12,9 @@ from upath import UPath
 
 from megatron_vita.errors import ConfigError, DataError, ShardError
 from megatron_vita.media.files import is_hidden
+from megatron_vita.stores import with_retries
 
 Location = Path | UPath
-ATTEMPTS = 5
-FIRST_PAUSE = 0.2  # seconds before the second attempt, doubled before each further one
-logger = logging.getLogger(__name__)
 
 
 def is_remote(location: Location) -> bool:
@@ -39,7 +34,7 @@ def find_files(pattern: str) -> list[Location]:
         store, inner = fsspec.core.url_to_fs(pattern)
         return [
             UPath(store.unstrip_protocol(path))
-            for path in _with_retries(lambda: store.glob(inner), pattern)
+            for path in with_retries(lambda: store.glob(inner), pattern)
             # Unlike Python's, the globs of fsspec match hidden files.
             if path == inner or not is_hidden(path.rpartition("/")[2])
         ]
@@ -56,12 +51,12 @@ def read_range(location: UPath, start: int, stop: int) -> bytes:
             raise OSError(f"{len(data)} of {stop - start} bytes came")
         return data
 
-    return _with_retries(read, str(location))
+    return with_retries(read, str(location))
 
 
 def read_file(location: UPath) -> bytes:
     """Read all of a remote file, as `read_range`."""
-    return _with_retries(lambda: location.fs.cat_file(location.path), str(location))
+    return with_retries(lambda: location.fs.cat_file(location.path), str(location))
 
 
 def read_tail(location: UPath, size: int) -> bytes:
@@ -74,26 +69,7 @@ def file_size(location: Location) -> int:
     """Size of a file in bytes; raises OSError if it does not exist."""
     if isinstance(location, Path):
         return location.stat().st_size
-    return _with_retries(lambda: int(location.fs.info(location.path)["size"]), str(location))
-
-
-def _with_retries[T](action: Callable[[], T], name: str) -> T:
-    """Retry an action after transient failures of a store; raises OSError in the end."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return action()
-        except (FileNotFoundError, PermissionError, ImportError, ValueError):
-            # These do not pass: a wrong name, missing rights, a missing or misused library.
-            raise
-        except Exception as error:
-            # Libraries of stores raise transient failures as exceptions of many types.
-            if attempt == ATTEMPTS - 1:
-                raise OSError(
-                    0, f"{type(error).__name__}: {error} ({ATTEMPTS} attempts)"
-                ) from error
-            logger.info("%s: %s: %s; trying again", name, type(error).__name__, error)
-            time.sleep(FIRST_PAUSE * 2**attempt)
-    raise AssertionError("unreachable")
+    return with_retries(lambda: int(location.fs.info(location.path)["size"]), str(location))
 
 
 def check_size(shard: Location, found: int, planned: int) -> None:

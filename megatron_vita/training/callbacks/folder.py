@@ -65,7 +65,7 @@ class FolderCallback(Callback):
 
     def on_save(self, run: Run, path: Path) -> None:
         """Note the checkpoint, which may be of an earlier step."""
-        self._write("save", step_of(path), {"path": str(path)})
+        self._write("save", step_of(path.name), {"path": str(path)})
 
     def on_stop(self, run: Run) -> None:
         """Note that the run was told to stop."""

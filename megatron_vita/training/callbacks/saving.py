@@ -3,12 +3,15 @@
 import logging
 import time
 
+import torch.distributed as dist
+
+from megatron_vita.checkpoint.mirror import Uploads
 from megatron_vita.checkpoint.store import latest_name
 from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.metrics import SAVING, StepMetrics
-from megatron_vita.training.run import Run, open_saver, start_save
+from megatron_vita.training.run import Run, open_saver, retention_of, start_save
 
 LAST_PAUSES = (1.0, 4.0)
 """Seconds before each further attempt to save the last step, after which there is none to come."""
@@ -26,6 +29,7 @@ class SaveCallback(Callback):
     def __init__(self, run: Run, hooks: Hooks) -> None:
         self._hooks = hooks
         self._saver = open_saver(run.recipe, in_background=run.recipe.checkpoint.async_save)
+        self._uploads = _open_uploads(run)
         self._retry_at = 0  # step; 0: nothing to try again
         self._started = 0.0
         self._waited = 0.0  # seconds that training waited for the save under way
@@ -47,6 +51,8 @@ class SaveCallback(Callback):
         # No step follows in which it could be finished.
         if self._saver.is_active and self._hooks.knows_failure:
             self._finish(run)
+        if self._uploads is not None:
+            self._uploads.poll(run.step)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Note the metric that `keep_best` compares, for the checkpoint of this step."""
@@ -57,9 +63,25 @@ class SaveCallback(Callback):
         if value is not None:
             self._saver.note_scores({checkpoint.best_metric: value}, step=run.step)
 
+    def on_stop(self, run: Run) -> None:
+        """Wait for the upload of what a run that was told to stop has saved."""
+        self._finish_uploads(run)
+
     def on_end(self, run: Run) -> None:
-        """Give up a save that an error has left under way."""
+        """Wait for the last upload; give up a save that an error has left under way.
+
+        Raises:
+            SaveError: the last checkpoint cannot be uploaded.
+        """
         self._saver.abort()
+        if run.step == run.recipe.training.train_iters:
+            self._finish_uploads(run)
+        if self._uploads is not None:
+            self._uploads.abort()
+
+    def _finish_uploads(self, run: Run) -> None:
+        if self._uploads is not None:
+            self._uploads.finish(run.step)
 
     def _start(self, run: Run) -> None:
         if self._saver.is_active:
@@ -91,6 +113,8 @@ class SaveCallback(Callback):
         self._waited += now - began
         seconds = now - self._started
         logger.info("saved %s in %.1f s; training waited %.1f s", path, seconds, self._waited)
+        if self._uploads is not None:
+            self._uploads.add(path)
         self._hooks.call("on_save", path)
 
     def _put_off(self, run: Run, error: SaveError) -> None:
@@ -122,6 +146,18 @@ class SaveCallback(Callback):
                     raise
                 logger.warning("step %d: not saved: %s; again in %g s", run.step, error, pause)
                 time.sleep(pause)
+
+
+def _open_uploads(run: Run) -> Uploads | None:
+    """Return the uploads of the first rank, if the recipe asks for them."""
+    checkpoint = run.recipe.checkpoint
+    if not checkpoint.mirror or dist.get_rank() != 0:
+        return None
+    return Uploads(
+        checkpoint.mirror,
+        retention=retention_of(run.recipe),
+        retry_steps=checkpoint.retry_steps,
+    )
 
 
 def _describe_last(run: Run) -> str:

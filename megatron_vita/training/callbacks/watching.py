@@ -1,10 +1,12 @@
 """Watch for hangs: a process beside the first rank hears from all ranks."""
 
 import json
+import logging
 import os
 import secrets
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,13 +15,16 @@ import megatron_vita
 from megatron_vita import platform
 from megatron_vita.config.run_files import run_folder
 from megatron_vita.errors import PlatformError
+from megatron_vita.parallel import groups
 from megatron_vita.supervise.beacon import Beacon
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
+from megatron_vita.training.streams import packs_of_replicas
 
 MOST_SECONDS = 2.0
 """Most time between two messages of a rank."""
+logger = logging.getLogger(__name__)
 
 
 class WatchCallback(Callback):
@@ -40,14 +45,21 @@ class WatchCallback(Callback):
         if not port:
             raise PlatformError("the process that watches for hangs does not start")
         patience = run.recipe.training.hang_seconds
-        run.beacon = Beacon(
-            dist.get_rank(),
-            address=(host, port),
-            token=token,
-            interval=min(patience / 10, MOST_SECONDS),
-            patience=patience,
-            pending=platform.pending_collectives,
-        )
+        try:
+            run.beacon = Beacon(
+                dist.get_rank(),
+                address=(host, port),
+                token=token,
+                interval=min(patience / 10, MOST_SECONDS),
+                patience=patience,
+                pending=platform.pending_collectives,
+                awaited=partial(awaited_samples, run),
+            )
+        # Such as a firewall: no reason not to train.
+        except OSError as error:
+            logger.warning(
+                "rank %d is not watched for hangs: %s:%d: %s", dist.get_rank(), host, port, error
+            )
 
     def before_step(self, run: Run) -> None:
         """Note the step."""
@@ -95,6 +107,17 @@ class WatchCallback(Callback):
         # Where the ranks have met already, every rank can reach it.
         host = "127.0.0.1" if is_one_host else os.environ["MASTER_ADDR"]
         return host, port, token
+
+
+def awaited_samples(run: Run, number: int) -> list[str]:
+    """Return the samples of this replica's pack `number` of the step, from 1."""
+    if run.train_stream is None:
+        return []
+    group = groups.data_parallel_group()
+    packs = packs_of_replicas(
+        run.recipe, run.train_stream.plan, first=run.consumed_packs, replicas=group.size()
+    )
+    return run.train_stream.keys_of(packs[group.rank()][number - 1])
 
 
 def _python_path() -> str:

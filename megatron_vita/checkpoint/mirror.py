@@ -1,0 +1,231 @@
+"""Copies of a run's checkpoints in an object store, through fsspec.
+
+    <url>/step_00000500/   the files of the checkpoint; its manifest is there once all others are
+    <url>/latest           name of the newest complete one; updated last
+
+The first rank uploads, in a process of its own, while training goes on.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from megatron_vita.checkpoint.manifest import MANIFEST, SCORES
+from megatron_vita.checkpoint.retention import Retention, is_name
+from megatron_vita.checkpoint.saver import LATEST
+from megatron_vita.checkpoint.writing import WriterProcess, Written
+from megatron_vita.errors import ConfigError, SaveError
+from megatron_vita.files import atomic_write, publish
+from megatron_vita.stores import with_retries
+
+LAST_ATTEMPTS = 3
+"""Attempts to upload the last checkpoint of a run, each with retries of its own."""
+logger = logging.getLogger(__name__)
+
+
+class Mirror:
+    """A folder of checkpoints in an object store.
+
+    Raises:
+        ConfigError: the address cannot be understood, or a package for it is missing.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            # Not the instance of another process, from which this one may have been forked.
+            self._store, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"checkpoint.mirror {url!r}: {error}") from error
+        self._root = root.rstrip("/")
+
+    def put(self, checkpoint: Path) -> None:
+        """Upload a checkpoint.
+
+        Raises:
+            OSError: the store fails, after retries.
+        """
+        files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+        # In this order a reader finds a manifest only where all files are.
+        for path in sorted(files, key=lambda path: path.name == MANIFEST):
+            self._put_file(path, f"{checkpoint.name}/{path.relative_to(checkpoint)}")
+        self._write(LATEST, checkpoint.name.encode())
+
+    def prune(self, retention: Retention) -> None:
+        """Delete the complete checkpoints up to the latest that no rule names.
+
+        Raises:
+            OSError: the store fails, after retries.
+        """
+        latest = self.latest_name()
+        complete = [
+            name for name in self._names() if name <= latest and self._exists(f"{name}/{MANIFEST}")
+        ]
+        for name in retention.unnamed(complete, self._scores_of):
+            # The manifest first: what is left of it must not look complete.
+            with_retries(lambda name=name: self._store.rm(self._path(f"{name}/{MANIFEST}")), name)
+            with_retries(lambda name=name: self._store.rm(self._path(name), recursive=True), name)
+
+    def latest_name(self) -> str:
+        """Return the name of the newest complete checkpoint; empty if there is none.
+
+        Raises:
+            OSError: the store fails, after retries.
+        """
+        if not self._exists(LATEST):
+            return ""
+        data: bytes = self._read(LATEST)
+        return data.decode().strip()
+
+    def fetch(self, folder: Path) -> Path | None:
+        """Download the newest complete checkpoint to `folder`, and make it the latest there.
+
+        Returns:
+            Its path; None if there is none.
+
+        Raises:
+            OSError: the store fails, after retries, or the folder cannot be written.
+        """
+        name = self.latest_name()
+        if not name or not self._exists(f"{name}/{MANIFEST}"):
+            return None
+        partial = folder / f".{name}.incomplete"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for source in with_retries(lambda: self._store.find(self._path(name)), name):
+            inner = source.rpartition(f"{name}/")[2]
+            target = partial / inner
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with_retries(
+                lambda source=source, target=target: self._store.get_file(source, str(target)),
+                source,
+            )
+        publish(partial, folder / name)
+        with atomic_write(folder / LATEST) as pointer:
+            pointer.write_text(name)
+        return folder / name
+
+    def _names(self) -> list[str]:
+        listed = with_retries(lambda: self._store.ls(self._root, detail=False), self.url)
+        names = (path.rstrip("/").rpartition("/")[2] for path in listed)
+        return [name for name in names if is_name(name)]
+
+    def _scores_of(self, name: str) -> dict[str, float]:
+        try:
+            scores: dict[str, float] = json.loads(self._read(f"{name}/{SCORES}"))
+        except (OSError, ValueError):
+            return {}
+        return scores
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _exists(self, name: str) -> bool:
+        # Other processes and jobs write there.
+        self._store.invalidate_cache()
+        return bool(with_retries(lambda: self._store.exists(self._path(name)), name))
+
+    def _read(self, name: str) -> Any:
+        return with_retries(lambda: self._store.cat_file(self._path(name)), name)
+
+    def _write(self, name: str, data: bytes) -> None:
+        with_retries(lambda: self._store.pipe_file(self._path(name), data), name)
+
+    def _put_file(self, path: Path, name: str) -> None:
+        # Object stores have no folders, and do nothing here.
+        parent = self._path(name).rpartition("/")[0]
+        with_retries(lambda: self._store.makedirs(parent, exist_ok=True), name)
+        with_retries(lambda: self._store.put_file(str(path), self._path(name)), name)
+
+
+class Uploads:
+    """Uploads of a run's checkpoints, one at a time; of those that wait, the newest is next.
+
+    Args:
+        url: the object store.
+        retention: the rules by which checkpoints are kept there.
+        retry_steps: steps after which an upload that failed is tried again.
+    """
+
+    def __init__(self, url: str, *, retention: Retention, retry_steps: int) -> None:
+        Mirror(url)  # refuse an address that cannot be used, before the first step
+        self._url = url
+        self._retention = retention
+        self._retry_steps = retry_steps
+        self._waiting: Path | None = None
+        self._retry_at = 0
+        self._uploading: Path | None = None
+        self._process: WriterProcess | None = None
+
+    def add(self, checkpoint: Path) -> None:
+        """Upload a checkpoint once the one under way is there."""
+        self._waiting = checkpoint
+        self._retry_at = 0
+
+    def poll(self, step: int) -> None:
+        """Note the end of an upload, and begin the next; never waits."""
+        if self._process is not None and not self._process.is_writing:
+            self._end(step)
+        if self._process is None and self._waiting is not None and step >= self._retry_at:
+            self._begin(self._waiting)
+
+    def finish(self, step: int) -> None:
+        """Wait until the newest checkpoint is there.
+
+        Raises:
+            SaveError: it cannot be uploaded; it is whole in its folder.
+        """
+        for _ in range(LAST_ATTEMPTS + 1):
+            if self._process is not None:
+                self._end(step)
+            if self._waiting is None:
+                return
+            self._begin(self._waiting)
+        self.abort()
+        raise SaveError(
+            f"checkpoint.mirror {self._url}: the last checkpoint cannot be uploaded; it is in its folder"
+        )
+
+    def abort(self) -> None:
+        """Give up the upload under way."""
+        if self._process is not None:
+            self._process.close()
+        self._process = None
+
+    def _begin(self, checkpoint: Path) -> None:
+        self._uploading = checkpoint
+        self._waiting = None
+        self._process = WriterProcess(lambda: _upload(self._url, checkpoint, self._retention))
+
+    def _end(self, step: int) -> None:
+        """Wait for the process, and log what became of the upload."""
+        assert self._process is not None
+        error = self._process.result().error
+        self._process = None
+        if not error:
+            logger.info("uploaded %s to %s", self._uploading, self._url)
+            return
+        self._waiting = self._waiting or self._uploading
+        self._retry_at = step + self._retry_steps
+        logger.warning(
+            "%s is not uploaded to %s: %s; the next attempt is after step %d",
+            self._uploading,
+            self._url,
+            error,
+            self._retry_at,
+        )
+
+
+def _upload(url: str, checkpoint: Path, retention: Retention) -> Written:
+    try:
+        mirror = Mirror(url)
+        mirror.put(checkpoint)
+        mirror.prune(retention)
+    # Whatever a store's library raises: the run goes on.
+    except Exception as error:
+        return Written(error=str(error) or type(error).__name__)
+    return Written()
