@@ -21,12 +21,10 @@ quick: $(VENV)
 	$(PYTEST) -x -n $(WORKERS) $(QUICK)
 
 test: lint
-	$(PYTEST) -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-	$(PYTEST) -m alone
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: lint
-	$(PYTEST) --full -m "not alone" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-	$(PYTEST) --full -m alone
+	$(PYTEST) --full -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # On a machine with GPUs and Transformer Engine (requirements-gpu.txt); RUN=python3 takes the python that has them.
 test-gpu:

@@ -1,10 +1,15 @@
 """Options and markers of the whole suite."""
 
+import fcntl
 import os
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
-from tests import scale
+from tests import once, scale
+
+GATE = Path(scale.__file__)
 
 # One thread per process, so that numbers do not depend on the machine's load or size.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     scale.choose_full(config.getoption("full"))
+    config.add_cleanup(once.open_folder())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,3 +35,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         full = item.get_closest_marker("full")
         if full and not config.getoption("full"):
             item.add_marker(pytest.mark.skip(reason=f"{full.args[0]}: --full"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test that is marked `alone` while no other process runs one of this folder."""
+    alone = item.get_closest_marker("alone") is not None
+    with GATE.open() as gate, Path(__file__).open() as lock:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # whoever waits to be alone lets nobody else in
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:  # not by closing the files: a forked process may have them, too
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            fcntl.flock(gate, fcntl.LOCK_UN)

@@ -1,44 +1,118 @@
-"""A process that has imported what ranks need, and forks them: imports cost more than most tests.
+"""A process that has imported what programs of tests need, and forks them: imports cost more than
+most tests.
 
-Reads jobs from stdin, one JSON object a line, runs one at a time, and answers with a line that has
-its exit code. A job is a launcher process and its ranks, as torchrun would start them.
+Jobs come over the socket at descriptor 0, one message each (see `tests.forked`), with descriptors
+for stdin, stdout, stderr and the job's end. A job is a program, or a launcher with its ranks as
+torchrun would start them. Nothing here uses CUDA or keeps threads.
 """
 
+import atexit
+import contextlib
+import ctypes
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
-PRELOADED = (
-    "data_tools.cli",
-    "megatron.core.dist_checkpointing",
-    "megatron_vita.convert.importing",
-    "megatron_vita.data",
-    "megatron_vita.inference.engine.engine",
-    "megatron_vita.training.loop",
-)
+LONGEST_MESSAGE = 1 << 17
 SECONDS_TO_STOP = 10
 """Time between SIGTERM and SIGKILL for ranks that outlive a failed one."""
+PR_SET_PDEATHSIG = 1
+libc = ctypes.CDLL(None)
 
 
 def main() -> None:
-    """Run jobs until stdin closes."""
-    for name in PRELOADED:
+    """Import the modules that are named, then fork jobs until the client is gone."""
+    for name in sys.argv[1:]:
         importlib.import_module(name)
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            os._exit(_launch(job))
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        print(code, flush=True)  # noqa: T201
+    util.spawnv_passfds = _spawn  # type: ignore[attr-defined]
+    ends: dict[int, int] = {}
+    with socket.socket(fileno=os.dup(0)) as jobs, _wakeups() as wakeups:
+        jobs.setblocking(False)
+        while _wait_for(jobs, wakeups, ends):
+            message, descriptors, *_ = socket.recv_fds(jobs, LONGEST_MESSAGE, 4)
+            if not message:
+                return
+            pid = os.fork()
+            if pid == 0:
+                wakeups.close()
+                jobs.close()
+                _end_with_parent()
+                os._exit(_run(json.loads(message), descriptors))
+            *streams, end = descriptors
+            for stream in streams:
+                os.close(stream)
+            os.write(end, f"{pid}\n".encode())
+            ends[pid] = end
+
+
+@contextlib.contextmanager
+def _wakeups() -> Any:
+    """A socket that becomes readable when a child has ended."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    with reader, writer:
+        yield reader
+
+
+def _wait_for(jobs: socket.socket, wakeups: socket.socket, ends: dict[int, int]) -> bool:
+    """Report the ends of children until there is a job; returns True."""
+    while True:
+        readable, *_ = select.select([jobs, wakeups], [], [])
+        with contextlib.suppress(BlockingIOError):
+            wakeups.recv(4096)
+        _report_ends(ends)
+        if jobs in readable:
+            return True
+
+
+def _report_ends(ends: dict[int, int]) -> None:
+    """Write the statuses of children that have ended to their clients."""
+    while ends:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        end = ends.pop(pid)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(end, f"{status}\n".encode())
+        os.close(end)
+
+
+def _end_with_parent() -> None:
+    """Have this process killed when its parent ends."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run(job: dict[str, Any], descriptors: list[int]) -> int:
+    """Run a job in this process, which is its own; returns the exit code."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *streams, end = descriptors
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.close(end)
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    os.chdir(job["folder"])
+    if job["session"]:
+        os.setsid()
+    if job["ranks"]:
+        return _launch(job)
+    return _run_program(job["arguments"])
 
 
 def _launch(job: dict[str, Any]) -> int:
@@ -46,8 +120,7 @@ def _launch(job: dict[str, Any]) -> int:
 
     Returns the exit code of the rank that failed first, 128 + n for signal n.
     """
-    _redirect(job["out"], job["err"])
-    ranks = [_start_rank(job, rank) for rank in range(job["processes"])]
+    ranks = [_start_rank(job, rank) for rank in range(job["ranks"])]
     signal.signal(signal.SIGTERM, lambda *_: _send(ranks, signal.SIGTERM))
     failed = 0
     kill_at = float("inf")
@@ -73,46 +146,54 @@ def _send(ranks: list[int], number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _redirect(out: str, err: str) -> None:
-    """Send stdout and stderr to files, and give stdin to nobody."""
-    for path, descriptor in ((out, 1), (err, 2)):
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.dup2(file, descriptor)
-        os.close(file)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-
-
 def _start_rank(job: dict[str, Any], rank: int) -> int:
     """Fork one rank with torchrun's variables; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
-    world = str(job["processes"])
+    _end_with_parent()
+    world = str(job["ranks"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     # The store lives in the process that asked: no port is given up before a rank binds it.
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "rank_server"}
-    os._exit(_run_script(job["script"], job["arguments"]))
+    os.environ |= {"TORCHELASTIC_RUN_ID": "fork_server"}
+    os._exit(_run_program(job["arguments"]))
 
 
-def _run_script(script: str, arguments: list[str]) -> int:
-    """Run a script as `__main__`; returns its exit code."""
+def _run_program(arguments: list[str]) -> int:
+    """Run what follows `python` on a command line; returns its exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).parent))
     code = 0
     try:
-        runpy.run_path(script, run_name="__main__")
+        _run_as_main(*arguments)
     except SystemExit as ended:
         code = _exit_code(ended)
     except BaseException:
         traceback.print_exc()
         code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _run_as_main(first: str, *rest: str) -> None:
+    """Run a script, `-m module` or `-c code` as `__main__`."""
+    if first == "-m":
+        sys.argv = list(rest)
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        sys.path.insert(0, os.getcwd())
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = [first, *rest]
+        sys.path.insert(0, str(Path(first).parent))
+        runpy.run_path(first, run_name="__main__")
 
 
 def _exit_code(ended: SystemExit) -> int:
@@ -121,6 +202,24 @@ def _exit_code(ended: SystemExit) -> int:
         return ended.code or 0
     print(ended.code, file=sys.stderr)  # noqa: T201
     return 1
+
+
+_spawn_anew = util.spawnv_passfds  # type: ignore[attr-defined]
+
+
+def _spawn(path: bytes, arguments: list[str], kept: list[int]) -> int:
+    """Fork the servers of multiprocessing, too, from a process without threads; returns the pid."""
+    if arguments[-2] != "-c" or len(os.listdir("/proc/self/task")) > 1:
+        return _spawn_anew(path, arguments, kept)
+    pid = os.fork()
+    if pid:
+        return pid
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor > 2 and descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+    atexit._clear()
+    os._exit(_run_program(["-c", arguments[-1]]))
 
 
 if __name__ == "__main__":

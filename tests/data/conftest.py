@@ -7,15 +7,17 @@ import pytest
 from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.tokenizer import Tokenizer
 from megatron_vita.text.train import train_sentencepiece
-from tests.data.toy_data import World, make_world, toy_sample
+from tests.data.toy_data import World, make_world, toy_recipe, toy_sample
+from tests.once import made_once
 
 
 @pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "toy.model"
-    texts = [turn["content"] for i in range(40) for turn in toy_sample(i)[0]["messages"]]
-    train_sentencepiece(["user assistant", *texts], path, vocab_size=340)
-    return path
+def tokenizer_path() -> Path:
+    def train(folder: Path) -> None:
+        texts = [turn["content"] for i in range(40) for turn in toy_sample(i)[0]["messages"]]
+        train_sentencepiece(["user assistant", *texts], folder / "toy.model", vocab_size=340)
+
+    return made_once("tokenizer", train) / "toy.model"
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +26,10 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> World:
+def world(tokenizer: Tokenizer) -> World:
     """A world that tests must not change: `root`, `recipe`, `tokenizer`."""
-    root = tmp_path_factory.mktemp("world")
-    return World(root=root, recipe=make_world(root, tokenizer), tokenizer=tokenizer)
+    root = made_once("world", lambda place: make_world(place, tokenizer))
+    return World(root=root, recipe=toy_recipe(root), tokenizer=tokenizer)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pickle
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import psutil
 
 from tests.data.reading_job import digest
 from tests.data.toy_data import World, train_stream
-from tests.environment import environment_with
+from tests.forked import start_program
 from tests.scale import scaled
 
 KILLS = scaled(3, full=50)
@@ -22,15 +21,8 @@ HERE = Path(__file__).parent
 
 
 def start(world_file: Path, folder: Path, last: int) -> subprocess.Popen:
-    environment = environment_with()
-    command = [
-        sys.executable,
-        str(HERE / "reading_job.py"),
-        str(world_file),
-        str(folder),
-        str(last),
-    ]
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    command = [str(HERE / "reading_job.py"), str(world_file), str(folder), str(last)]
+    return start_program(*command, start_new_session=True)
 
 
 def wait_for_progress(job: subprocess.Popen, folder: Path, before: int) -> None:
@@ -92,9 +84,8 @@ if __name__ == "__main__":
 def test_a_reader_in_a_decoder_does_not_outlive_the_job(world: World, tmp_path: Path) -> None:
     (tmp_path / "world.pickle").write_bytes(pickle.dumps(world))
     (tmp_path / "job.py").write_text(HANGING_JOB)
-    environment = environment_with()
-    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "world.pickle")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as job:
+    command = [str(tmp_path / "job.py"), str(tmp_path / "world.pickle")]
+    with start_program(*command, stdout=subprocess.PIPE) as job:
         assert job.stdout is not None
         job.stdout.readline()
         time.sleep(1)

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from data_tools.cli import main
 from tests.data_tools.toy_jsonl import sample, write_world
+from tests.forked import start_program
 from tests.scale import scaled
 
 ROUNDS = scaled(1, full=12)
@@ -105,8 +105,8 @@ def files(root: Path) -> dict[str, bytes]:
 
 def kill(name: str, root: Path, *, at: int, pause: float) -> None:
     """Run the command in a process, and kill it `pause` seconds after `at` parts are finished."""
-    arguments = [sys.executable, "-m", "data_tools", *command(name, root)]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    silent = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = start_program("-m", "data_tools", *command(name, root), **silent)
     while process.poll() is None and len(finished(name, root)) < at:
         time.sleep(0.002)
     time.sleep(pause)

@@ -3,8 +3,6 @@ go on."""
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 from data_tools.pool import WorkerOptions, run_tasks
 from megatron_vita.errors import ConfigError, DataError, PlatformError
 from tests.data_tools.pool_work import act, fall
-from tests.environment import environment_with
+from tests.forked import start_program
 
 QUICK = WorkerOptions(workers=1, time_limit=1.0)
 
@@ -86,7 +84,7 @@ def test_workers_end_with_a_killed_watcher(tmp_path: Path) -> None:
         from data_tools.pool import WorkerOptions, run_tasks
         list(run_tasks(act, [({str(tmp_path / "log")!r}, ["hang"])] * 2, options=WorkerOptions(workers=2, time_limit=600)))
     """
-    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment_with())
+    run = start_program("-c", textwrap.dedent(script))
     deadline = time.monotonic() + 60
     while not ((tmp_path / "log").exists() and (tmp_path / "log").read_text().count("hang") == 2):
         assert time.monotonic() < deadline

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_tools.cli import main
 from data_tools.lines import Line
 from megatron_vita.errors import DataError
 from tests.data_tools.toy_jsonl import sample, write_world
+from tests.forked import run_program, start_program
 
 
 def png() -> bytes:
@@ -218,7 +218,6 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=400)
     command = [
-        sys.executable,
         "-m",
         "data_tools",
         "shard",
@@ -227,7 +226,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         str(tmp_path / "media"),
     ]
     command += ["--out", str(tmp_path / "toy"), "--samples-per-shard", "4"]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    run = start_program(*command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("toy/toy-000003.tar")) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -254,7 +253,7 @@ def test_a_folder_of_other_inputs_is_refused(
     assert "another files" in capsys.readouterr().err
 
 
-def job(root: Path, **options) -> sharding.ShardJob:
+def job(root: Path, **options: Any) -> sharding.ShardJob:
     """The work on the world under `root`, by the library."""
     usual = {"samples_per_shard": 6, "strict": False}
     files = [root / "toy.jsonl"]
@@ -375,8 +374,7 @@ def test_user_errors_are_one_line_and_code_1(
 
 
 def test_the_command_line_gives_its_code_and_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data_tools", "plan", str(tmp_path / "none.yaml")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_program("-m", "data_tools", "plan", str(tmp_path / "none.yaml"))
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert run.stderr.startswith("error: ")

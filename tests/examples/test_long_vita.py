@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.environment import environment_with
+from tests.forked import run_program
+from tests.functional.launch import torchrun
 from tests.scale import scaled
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ ENVIRONMENT = environment_with()
 def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("dry")
     worker = Path(__file__).parent / "dry_run_worker.py"
-    subprocess.run([sys.executable, str(worker), str(folder)], env=ENVIRONMENT, check=True)
+    run_program(str(worker), str(folder)).check_returncode()
     return json.loads((folder / "found.json").read_text())
 
 
@@ -68,8 +70,7 @@ def test_a_dry_run_shows_who_sits_where_and_what_each_rank_holds(dry: dict[str, 
 
 
 def entry(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "pretrain_vita.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+    return run_program(str(ROOT / "pretrain_vita.py"), *arguments, cwd=cwd)
 
 
 def test_the_command_line_runs_dry_in_less_than_a_minute_and_refuses_what_would_not_run(
@@ -122,19 +123,8 @@ def test_miniatures_run_on_two_processes_stage_after_stage(tmp_path: Path, size:
     logs = []
     for stage in STAGES:
         recipe = str(ROOT / f"examples/long_vita/{size}/stage{stage}.yaml")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-        ]
-        command += [str(ROOT / "pretrain_vita.py"), recipe, "--scale", "tiny"]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = (recipe, "--scale", "tiny")
+        done = torchrun(ROOT / "pretrain_vita.py", *arguments, processes=2, folder=tmp_path)
         logs.append(done.stderr)
     assert "starts from initial weights" in logs[0]
     for stage, log in enumerate(logs, start=1):

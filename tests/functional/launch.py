@@ -1,40 +1,53 @@
 """Launcher of a script on several ranks: forked from a process that has already imported
 megatron-core, or by torchrun where there are GPUs."""
 
-import atexit
-import json
-import os
-import selectors
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from tests.environment import environment_with
+from tests.environment import ROOT, environment_with
+from tests.forked import ON_GPUS, Forked
 
 HERE = Path(__file__).parent
-ON_GPUS = torch.cuda.is_available()
 INNERMOST_FRAMES = 12
 MOST_PROCESSES = torch.cuda.device_count() if ON_GPUS else 8
 
 
 def torchrun(
-    script: str | Path, *arguments: str, processes: int, check: bool = True, seconds: float = 600
+    script: str | Path,
+    *arguments: str,
+    processes: int,
+    check: bool = True,
+    seconds: float = 600,
+    folder: Path = ROOT,
 ) -> subprocess.CompletedProcess:
-    """Run a script (one of this folder, or a path) in `processes` processes on one thread each.
+    """Run a script (one of this folder, or a path) in `processes` processes on one thread each, from
+    `folder`.
 
     Processes that have not ended after `seconds` write their stacks to stderr, and fail the test.
     """
     run = _run_with_torchrun if ON_GPUS else _run_forked
-    ended = run(str(HERE / script), arguments, processes, seconds)
+    ended = run(str(HERE / script), arguments, processes, seconds, folder)
     assert not check or ended.returncode == 0, ended.stdout[-4000:] + readable(ended.stderr)[-8000:]
     return ended
+
+
+def run_ranks[**P](
+    function: Callable[P, None], processes: int, /, *arguments: P.args, **_: P.kwargs
+) -> subprocess.CompletedProcess:
+    """Call a function of a test module, with the same arguments, in each rank of a process group."""
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(pickle.dumps(arguments))
+        place = (function.__module__, function.__name__)
+        return torchrun("call.py", *place, file.name, processes=processes)
 
 
 def readable(errors: str) -> str:
@@ -54,13 +67,14 @@ def readable(errors: str) -> str:
 
 
 def _run_with_torchrun(
-    script: str, arguments: tuple[str, ...], processes: int, seconds: float
+    script: str, arguments: tuple[str, ...], processes: int, seconds: float, folder: Path
 ) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc_per_node", str(processes), script, *arguments]
     process = subprocess.Popen(
         command,
-        env=_environment(),
+        cwd=folder,
+        env=environment_with(PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -74,54 +88,26 @@ def _run_with_torchrun(
 
 
 def _run_forked(
-    script: str, arguments: tuple[str, ...], processes: int, seconds: float
+    script: str, arguments: tuple[str, ...], processes: int, seconds: float, folder: Path
 ) -> subprocess.CompletedProcess:
-    server = _rank_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out")
-        err = Path(folder, "err")
-        job = {"script": script, "arguments": arguments, "processes": processes}
-        job |= {"port": store.port, "out": str(out), "err": str(err)}
-        assert server.stdin
-        server.stdin.write(json.dumps(job).encode() + b"\n")
-        server.stdin.flush()
-        code = _answer(server, seconds)
-        texts = [path.read_text(errors="replace") for path in (out, err)]
-    return subprocess.CompletedProcess([script, *arguments], code, *texts)
-
-
-def _answer(server: subprocess.Popen, seconds: float) -> int:
-    """Exit code of the running job, whose processes are aborted after `seconds`."""
-    assert server.stdout
-    with selectors.DefaultSelector() as selector:
-        selector.register(server.stdout, selectors.EVENT_READ)
-        if not selector.select(seconds):
-            _abort_children(server.pid)
-            assert selector.select(60), "the ranks of a job do not end"
-    return int(server.stdout.readline())
+    # Files: a rank that writes much to a pipe would wait for its reader.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        launcher = Forked(
+            script, *arguments, ranks=processes, port=store.port, cwd=folder,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+        )  # fmt: skip
+        try:
+            code = launcher.wait(seconds)
+        except subprocess.TimeoutExpired:
+            _abort_children(launcher.pid)
+            code = launcher.wait(60)
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(launcher.args, code, out.read(), err.read())
 
 
 def _abort_children(pid: int) -> None:
     """Make every descendant write its stacks to stderr, and end."""
     for child in psutil.Process(pid).children(recursive=True):
         child.send_signal(signal.SIGABRT)
-
-
-@cache
-def _rank_server() -> subprocess.Popen:
-    server = subprocess.Popen(
-        [sys.executable, str(HERE / "rank_server.py")],
-        env=_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    atexit.register(server.kill)
-    return server
-
-
-def _environment() -> dict[str, str]:
-    # pyarrow's own allocator and OpenBLAS keep threads, which a fork would lose
-    single = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
-    single |= {name: os.environ[name] for name in single if name in os.environ}
-    return environment_with(PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1", **single)

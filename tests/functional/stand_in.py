@@ -57,7 +57,7 @@ class PlainKernel:
                 (grads[2], torch.einsum("hqk,qhd->khd", weights, g)),
             ):
                 place[columns] = whole.unflatten(1, (groups, -1)).sum(2)
-        return grads
+        return grads[0], grads[1], grads[2]
 
 
 def _sequences(bounds: SequenceBounds) -> list[tuple[slice, slice]]:

@@ -21,7 +21,7 @@ JOINED = {"isolate_documents": False}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Results of the checks at each layout, with documents isolated and joined."""
-    results = {}
+    results: dict[str, dict] = {}
     folder = tmp_path_factory.mktemp("documents")
     cases = {
         f"{name}{suffix}": layout | data
@@ -39,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return results
 
 
-VARIANTS = (("", {}), ("-joined", JOINED))
+VARIANTS: tuple[tuple[str, dict], ...] = (("", {}), ("-joined", JOINED))
 
 
 def _world(fields: dict) -> int:

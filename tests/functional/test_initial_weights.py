@@ -1,7 +1,6 @@
 """First weights are the same numbers at every layout, whatever TP, PP, VPP, CP and its padding of
 the vocabulary."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +8,17 @@ import pytest
 import torch
 
 from megatron_vita import platform
+from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.store import find_checkpoint, load_weights
 from megatron_vita.model import initial_weights
-from tests.functional.initial_weights_worker import build
-from tests.functional.launch import MOST_PROCESSES, torchrun
+from megatron_vita.model.build import build_chunks
+from megatron_vita.model.vita import VitaModel
+from megatron_vita.parallel import groups
+from tests.functional.launch import MOST_PROCESSES, run_ranks
+from tests.functional.synthetic import tiny_recipe
+
+BLOCK = 300
+"""Numbers drawn together: matrices of the tiny model are of several blocks, whose bounds are not those of shards."""
 
 ODD = {"vocab_size": 97}  # which two ranks pad
 TP = {"tensor_model_parallel_size": 2}
@@ -36,19 +42,34 @@ LAYOUTS = {name: (world, f) for name, (world, f) in LAYOUTS.items() if world <= 
 NOT_PARALLEL = ("untie_embeddings_and_output_weights", "qk_layernorm", "add_qkv_bias")
 
 
+def build(fields: dict) -> list[VitaModel]:
+    """Build this rank's chunks of the tiny model at a layout."""
+    initial_weights.BLOCK = BLOCK
+    recipe = tiny_recipe(**fields)
+    groups.initialize_groups(recipe.parallel)
+    return build_chunks(recipe)
+
+
+def write_checkpoints(folder: Path, layouts: dict[str, dict]) -> None:
+    """Write the initial weights of each layout, given as fields of the recipe."""
+    for name, fields in layouts.items():
+        state = {"model": store.model_state(build(fields))}
+        store.save_checkpoint(folder / name, step=0, state=state, manifest={}, keep=1)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of initial weights for each layout."""
     folder = tmp_path_factory.mktemp("first")
     for world in sorted({world for world, _ in LAYOUTS.values()}):
         fields = {name: f | ODD for name, (ranks, f) in LAYOUTS.items() if ranks == world}
-        torchrun("initial_weights_worker.py", str(folder), json.dumps(fields), processes=world)
+        run_ranks(write_checkpoints, world, folder, fields)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def usual_blocks() -> Iterator[None]:
-    """Undoes what the worker's `build` sets."""
+    """Undo what `build` sets."""
     before = initial_weights.BLOCK
     yield
     initial_weights.BLOCK = before

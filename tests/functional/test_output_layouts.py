@@ -14,9 +14,9 @@ from tests.functional.launch import torchrun
 from tests.functional.layout_worker import save_tensors
 from tests.functional.output_worker import TIED, open_case, step_of_case
 
-SMOOTH = {"output": {"label_smoothing": 0.1, "z_loss": 0.01}}
+SMOOTH: dict[str, dict] = {"output": {"label_smoothing": 0.1, "z_loss": 0.01}}
 FULL = {"full_logits": True}
-SHAPES = {
+SHAPES: dict[str, dict] = {
     "untied": {},
     "tied": TIED,
     "untied_97": {"language": {"vocab_size": 97}} | SMOOTH,
@@ -26,8 +26,13 @@ SHAPES = {
 TP, CP, PP = (
     {f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model")
 )
-LAYOUTS = {"tp2": TP, "tp2_sp": TP | {"sequence_parallel": True}, "cp2": CP, "pp2": PP}
-CASES = {
+LAYOUTS: dict[str, dict] = {
+    "tp2": TP,
+    "tp2_sp": TP | {"sequence_parallel": True},
+    "cp2": CP,
+    "pp2": PP,
+}
+CASES: dict[str, tuple[str, dict]] = {
     f"{shape}_{layout}": (shape, case | {"parallel": parallel})
     for shape, case in SHAPES.items()
     for layout, parallel in LAYOUTS.items()

@@ -7,6 +7,7 @@ both are padded.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ ODD = {
         "init_method_std": 0.1,
     },
 }
-TP = {"tensor_model_parallel_size": 2}
-PP = {"pipeline_model_parallel_size": 2}
-LAYOUTS = {
+TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
+PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2sp": TP | {"sequence_parallel": True},
     "tp2together": TP | {"vision_tensor_parallel": True},
     "cp2": {"context_parallel_size": 2},

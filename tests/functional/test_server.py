@@ -4,7 +4,6 @@ rank."""
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from megatron_vita import platform
 from megatron_vita.config import load_recipe
 from megatron_vita.training.loop import train
 from tests.environment import environment_with
+from tests.forked import run_program, start_program
 from tests.functional.toy_run import make_toy_run
 from tests.inference.server.running_server import refusal, wait_until
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +65,15 @@ def service(checkpoints: Path, *, ranks: int, arguments: tuple[str, ...] = ()) -
     """Start the server command on so many processes one by one: no launcher looks after them."""
     port = free_port()
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_vita.inference.server",
-        str(checkpoints),
-        "--model-name",
-        "toy",
-    ]
+    command = ["-m", "megatron_vita.inference.server", str(checkpoints), "--model-name", "toy"]
     command += ["--port", str(port), *arguments]
     processes = [
-        subprocess.Popen(
-            command,
+        start_program(
+            *command,
             env=environment_with()
             | (group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(ranks)
     ]
@@ -130,10 +120,7 @@ def assert_ends_at_once_with_its_children(server: subprocess.Popen[str]) -> None
 
 
 def test_what_cannot_be_served_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_vita.inference.server", str(tmp_path)]
-    ended = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
+    ended = run_program("-m", "megatron_vita.inference.server", str(tmp_path))
     assert ended.returncode == 1
     assert str(tmp_path) in ended.stderr
     assert "Traceback" not in ended.stderr

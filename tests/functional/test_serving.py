@@ -5,23 +5,32 @@ import dataclasses
 import json
 import socket
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
+from megatron_vita.config import ParallelConfig
+from megatron_vita.inference.engine.engine import Engine
+from megatron_vita.inference.engine.options import EngineOptions
+from megatron_vita.inference.prompt import MediaFile, Prompt
+from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.model.build import build_model
 from megatron_vita.parallel import groups
 from tests.environment import environment_with
-from tests.functional.launch import HERE, torchrun
-from tests.inference.tiny import tiny_engine, tiny_recipe
+from tests.forked import start_program
+from tests.functional.launch import HERE, run_ranks
+from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe
 from tests.scale import scaled
 
 TP = "tensor_model_parallel_size"
 CP = "context_parallel_size"
-LAYOUTS = {
+Layout = tuple[dict[str, Any], dict[str, Any]]
+"""Fields of ParallelConfig and of EngineOptions."""
+LAYOUTS: dict[int, list[Layout]] = {
     2: [
         ({TP: 2}, {}),
         ({CP: 2}, {}),
@@ -31,6 +40,51 @@ LAYOUTS = {
     3: [({CP: 3}, {}), ({CP: 3}, {"chunk_tokens": 7, "page_tokens": 2})],
     4: [({TP: 2, CP: 2}, {}), ({CP: 4}, {"chunk_tokens": 5, "page_tokens": 2})],
 }
+
+
+GREEDY = SamplingParams(max_new_tokens=8, logprobs=2, ignore_eos=True)
+DRAWN = SamplingParams(
+    max_new_tokens=8,
+    temperature=1.0,
+    top_k=40,
+    top_p=0.95,
+    n=2,
+    seed=7,
+    logprobs=0,
+    ignore_eos=True,
+)
+BEAMS = SamplingParams(max_new_tokens=6, num_beams=3, n=2)
+DAMAGED = MediaFile(name="cut.png", data=picture(1).data[:1200])
+
+
+def answers(engine: Engine) -> list[dict]:
+    """Greedy, sampled and beam search answers, the sampled ones with a cached prefix, and one that
+    fails."""
+    found = engine.generate(prompts(), sampling=GREEDY)
+    found += engine.generate(prompts(), sampling=DRAWN)
+    found += engine.generate(prompts()[:2], sampling=BEAMS)
+    found += engine.generate(
+        [Prompt.ask("what color", images=[picture(4), DAMAGED])], sampling=GREEDY
+    )
+    found += engine.generate(prompts()[:1], sampling=GREEDY)
+    return [dataclasses.asdict(answer) for answer in found]
+
+
+def write_answers(checkpoint: Path, layouts: dict[Path, Layout]) -> None:
+    """Answer at one layout after another; rank 0 writes the answers to each layout's file."""
+    for file, (parallel, options) in layouts.items():
+        small = {"chunk_tokens": 24, "busy_chunk_tokens": 8, "page_tokens": 4, "cache_tokens": 2048}
+        engine = Engine.from_checkpoint(
+            checkpoint,
+            parallel=ParallelConfig(**parallel),
+            options=EngineOptions(**(small | options)),
+        )
+        if dist.get_rank() == 0:
+            engine.idle()
+            file.write_text(json.dumps(answers(engine)))
+            engine.close()
+        else:
+            engine.serve_as_worker()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +117,7 @@ def one_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     file = tmp_path_factory.mktemp("one") / "answers.json"
-    torchrun("serving_worker.py", str(checkpoint), json.dumps({str(file): [{}, {}]}), processes=1)
+    run_ranks(write_answers, 1, checkpoint, {file: ({}, {})})
     return json.loads(file.read_text())
 
 
@@ -71,12 +125,10 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def test_answers_are_those_of_one_process(
     processes: int, checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:
-    files = {
-        str(tmp_path / f"{number}.json"): layout for number, layout in enumerate(LAYOUTS[processes])
-    }
-    torchrun("serving_worker.py", str(checkpoint), json.dumps(files), processes=processes)
+    files = {tmp_path / f"{i}.json": layout for i, layout in enumerate(LAYOUTS[processes])}
+    run_ranks(write_answers, processes, checkpoint, files)
     for file, layout in files.items():
-        found = json.loads(Path(file).read_text())
+        found = json.loads(file.read_text())
         for answer, right in zip(found, expected, strict=True):
             assert {k: v for k, v in answer.items() if k != "scores"} == {
                 k: v for k, v in right.items() if k != "scores"
@@ -87,8 +139,8 @@ def test_answers_are_those_of_one_process(
 
 def test_ranks_that_share_a_key_head_answer_as_one_process(one_group: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        layout = {str(tmp_path / f"{processes}.json"): [{TP: processes}, {}]}
-        torchrun("serving_worker.py", str(one_group), json.dumps(layout), processes=processes)
+        layout = {tmp_path / f"{processes}.json": ({TP: processes}, {})}
+        run_ranks(write_answers, processes, one_group, layout)
     alone, shared = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     for answer, right in zip(shared, alone, strict=True):
         assert answer["text"] == right["text"]
@@ -100,8 +152,7 @@ def test_a_cache_of_eight_bits_is_split_over_context_ranks_too(
     checkpoint: Path, expected: list[dict], tmp_path: Path
 ) -> None:
     file = tmp_path / "answers.json"
-    layout = [{CP: 2}, {"cache_dtype": "fp8"}]
-    torchrun("serving_worker.py", str(checkpoint), json.dumps({str(file): layout}), processes=2)
+    run_ranks(write_answers, 2, checkpoint, {file: ({CP: 2}, {"cache_dtype": "fp8"})})
     rounded = likeliest_first_tokens(json.loads(file.read_text()))
     exact = likeliest_first_tokens(expected)
     assert rounded == pytest.approx(exact, abs=0.05)
@@ -140,14 +191,13 @@ def test_a_lost_rank_is_an_error_at_once(
             MASTER_PORT=str(port),
         )  # fmt: skip
         command = [
-            sys.executable,
             str(HERE / "lost_rank_worker.py"),
             str(tmp_path),
             json.dumps(parallel),
             str(steps),
             doing,
         ]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+        ranks.append(start_program(*command, env=environment, stderr=subprocess.DEVNULL))
     assert ranks[1].wait(timeout=120) == 3
     assert ranks[0].wait(timeout=60) == 0
     assert "a rank is gone" in (tmp_path / "error").read_text()

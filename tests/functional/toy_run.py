@@ -1,10 +1,7 @@
 """A toy dataset, tokenizer, plan and recipe in a folder, made with `data_tools` as a user would."""
 
-import atexit
 import json
 import shutil
-import tempfile
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from data_tools.cli import app
+from tests.once import made_once
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 
@@ -25,7 +23,7 @@ def write_samples(folder: Path, count: int) -> Path:
     for i in range(count):
         name, color = list(COLORS.items())[i % 3]
         question = {"role": "user", "content": f"<image>\nwhat color is it? number {i}"}
-        sample = {
+        sample: dict[str, list] = {
             "messages": [question, {"role": "assistant", "content": name}],
             "images": [f"images/{i}.png"],
         }
@@ -71,20 +69,16 @@ def toy_recipe(folder: Path) -> dict:
 
 def make_toy_run(folder: Path, *, samples: int = 90) -> Path:
     """Put everything that a run needs into a folder; returns the recipe's path."""
-    shutil.copytree(_toy_data(samples), folder, dirs_exist_ok=True)
+    # A plan names shards by their contents, so that all of it may be copied.
+    data = made_once(f"toy-run-{samples}", lambda place: _make_data(place, samples))
+    shutil.copytree(data, folder, dirs_exist_ok=True)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(toy_recipe(folder)))
     return recipe
 
 
-@cache
-def _toy_data(samples: int) -> Path:
-    """A folder with tokenizer, shards, indexes and plans, made once a process.
-
-    A plan names shards by their contents, so that all of it may be copied.
-    """
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
+def _make_data(folder: Path, samples: int) -> None:
+    """Put tokenizer, shards, indexes and plans into a folder."""
     jsonl = write_samples(folder, samples)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(toy_recipe(folder)))
@@ -94,4 +88,3 @@ def _toy_data(samples: int) -> Path:
     )
     data_tools("index", recipe)
     data_tools("plan", recipe)
-    return folder

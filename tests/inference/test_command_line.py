@@ -23,6 +23,7 @@ from megatron_vita.config import load_recipe
 from megatron_vita.inference.__main__ import app
 from megatron_vita.training.loop import train
 from tests.evaluation.chat_server import APIError, FakeChatServer, serving, texts_of
+from tests.forked import run_program
 from tests.functional.toy_run import make_toy_run
 
 ROOT = Path(__file__).parents[2]
@@ -131,8 +132,7 @@ def test_a_users_error_is_one_line_and_exit_code_1(
 
 
 def test_a_process_of_its_own_ends_likewise(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_vita.inference", str(tmp_path), "what?"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = run_program("-m", "megatron_vita.inference", str(tmp_path), "what?")
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
     assert "neither a checkpoint" in result.stderr
@@ -187,7 +187,7 @@ def test_every_sampling_option_reaches_the_server(server: FakeChatServer, client
     )
     assert code == 0
     request = server.requests[0]
-    wanted = {name.replace("-", "_"): value for name, value in options.items()}
+    wanted: dict[str, Any] = {name.replace("-", "_"): value for name, value in options.items()}
     wanted |= {
         "max_tokens": wanted.pop("max_new_tokens"),
         "logprobs": True,

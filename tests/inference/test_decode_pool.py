@@ -28,6 +28,7 @@ from megatron_vita.inference.vision.decode_pool import DecodePool
 from megatron_vita.media.tiling import Grid, Tiling
 from megatron_vita.media.video import probe_video
 from megatron_vita.supervise.shared_memory import SharedFile
+from tests.forked import run_program
 from tests.inference.tiny import picture, tiny_engine, video
 
 FORM = TileFormat(Tiling(tile_size=16, grids=(Grid(2, 1),)), "imagenet")
@@ -304,9 +305,7 @@ def test_there_are_descriptors_for_the_files_of_many_prompts() -> None:
         "decode_pool.start()\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60
-    )
+    run_program("-c", code).check_returncode()
 
 
 def test_a_request_whose_film_is_being_decoded_can_be_cancelled(hostile: Engine) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import math
 import subprocess
-import sys
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +27,7 @@ from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint, check_parts
 from megatron_vita.training.run import Run, open_run, save_run
 from megatron_vita.training.streams import open_streams
-from tests.environment import environment_with
+from tests.forked import run_program
 from tests.functional.toy_run import data_tools, make_toy_run
 
 STEP = 8
@@ -51,10 +50,8 @@ def halfway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def run_python(code: str, *arguments: str) -> str:
     """Last line that a program prints in a process of its own."""
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, env=environment_with(), capture_output=True, text=True, check=True
-    )
+    done = run_program("-c", code, *arguments)
+    done.check_returncode()
     return done.stdout.splitlines()[-1]
 
 
@@ -333,7 +330,7 @@ def test_a_plan_is_continued_from_where_the_run_stands_or_later(
         "data.train="
         + yaml.safe_dump([dataset | {"name": "new"}, dataset], default_flow_style=True).strip()
     )
-    data_tools("plan", halfway, *plan, two, "--continue-from", pack)
+    data_tools("plan", halfway, *plan, two, "--continue-from", str(pack))
     if lost:
         with pytest.raises(CheckpointError, match=f"data_tools plan --continue-from {PACKS}"):
             resumed(halfway, *plan, two)

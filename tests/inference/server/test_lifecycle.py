@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -21,7 +20,7 @@ from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.limits import Limits
 from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
-from tests.environment import environment_with
+from tests.forked import start_program
 from tests.inference.server.fake_engine import FakeEngine, FakePrepared
 from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
 
@@ -440,8 +439,8 @@ def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [sys.executable, str(FOLDER / "serve_fake.py"), str(port), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment_with())
+    script = str(FOLDER / "serve_fake.py")
+    process = start_program(script, str(port), *arguments, stderr=subprocess.PIPE)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
 
     def listens() -> bool:
