@@ -1,6 +1,7 @@
 """Options and markers of the whole suite."""
 
 import fcntl
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         full = item.get_closest_marker("full")
         if full and not config.getoption("full"):
             item.add_marker(pytest.mark.skip(reason=f"{full.args[0]}: --full"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of later garbage collections what stays: modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

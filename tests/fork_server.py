@@ -9,6 +9,7 @@ torchrun would start them. Nothing here uses CUDA or keeps threads.
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,8 @@ def main() -> None:
     """Import the modules that are named, then fork jobs until the client is gone."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # no collection of a fork visits what is imported, and copies its pages
     util.spawnv_passfds = _spawn  # type: ignore[attr-defined]
     ends: dict[int, int] = {}
     with socket.socket(fileno=os.dup(0)) as jobs, _wakeups() as wakeups:
