@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def _start_rank(job: dict[str, Any], rank: int) -> int:
     # The store lives in the process that asked: no port is given up before a rank binds it.
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     os.environ |= {"TORCHELASTIC_RUN_ID": "fork_server"}
+    warnings.simplefilter("ignore")
     os._exit(_run_program(job["arguments"]))
 
 

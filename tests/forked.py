@@ -106,7 +106,7 @@ def fork_server() -> socket.socket:
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.fork_server", *PRELOADED],
         cwd=ROOT,
-        env=environment_with(PYTHONWARNINGS="ignore", PYTHONFAULTHANDLER="1", **single),
+        env=environment_with(PYTHONFAULTHANDLER="1", **single),
         stdin=theirs,
         start_new_session=True,
     )

@@ -2,10 +2,8 @@
 does nothing twice."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -110,7 +108,7 @@ def kill(name: str, root: Path, *, at: int, pause: float) -> None:
     while process.poll() is None and len(finished(name, root)) < at:
         time.sleep(0.002)
     time.sleep(pause)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
 
 

@@ -4,8 +4,6 @@ same bytes."""
 import base64
 import io
 import json
-import os
-import signal
 import subprocess
 import tarfile
 import time
@@ -230,7 +228,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("toy/toy-000003.tar")) and time.monotonic() < deadline:
         time.sleep(0.001)
-    os.kill(run.pid, signal.SIGKILL)
+    run.kill()
     run.wait()
     entries = map(json.loads, (tmp_path / "toy/progress.jsonl").read_text().splitlines()[1:-1])
     shards = [tmp_path / f"toy/toy-{entry['part']:06d}.tar" for entry in entries]
