@@ -26,6 +26,8 @@ from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 LONGEST_MESSAGE = 1 << 17
 SECONDS_TO_STOP = 10
 """Time between SIGTERM and SIGKILL for ranks that outlive a failed one."""
@@ -37,6 +39,9 @@ def main() -> None:
     """Import the modules that are named, then fork jobs until the client is gone."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    tqdm.monitor_interval = (
+        0  # else each bar has a thread, and a process with threads is not forked
+    )
     gc.collect()
     gc.freeze()  # no collection of a fork visits what is imported, and copies its pages
     util.spawnv_passfds = _spawn  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ PRELOADED = (
     "megatron_vita.inference.engine.engine",
     "megatron_vita.inference.server.server",
     "megatron_vita.training.loop",
+    "webdataset",
 )
 
 

@@ -89,7 +89,7 @@ def latest_checkpoint(
         CheckpointError: there are checkpoints, and none is whole.
     """
     damaged = damaged or {}
-    skipped = []
+    skipped: list[str] = []
     for path in _candidates(Path(folder)):
         reason = damaged.get(path.name) or _damage_of(path)
         if not reason:

@@ -93,7 +93,7 @@ def initialize_process(timeout_minutes: float = 30) -> None:
     if "RANK" not in os.environ:
         _refuse_unlaunched_ranks()
         # A store in this process: a world of one needs no address to meet at.
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        store = torch.distributed.HashStore()
         world = {"store": store, "rank": 0, "world_size": 1}
     if on_cuda():
         # Named, so that barriers need not guess this rank's device.

@@ -27,7 +27,7 @@ def pending_collectives() -> list[dict[str, Any]]:
     Returns:
         For each: name, number in its group, sizes of its inputs, group, and the group's ranks.
     """
-    distributed = torch._C._distributed_c10d
+    distributed: Any = torch._C._distributed_c10d
     if torch.cuda.is_available():
         dump = distributed._dump_nccl_trace(includeStackTraces=False)
     else:
