@@ -17,7 +17,6 @@ from tests.environment import ROOT, environment_with
 ON_GPUS = torch.cuda.is_available()
 PRELOADED = (
     "data_tools.cli",
-    "megatron.core.dist_checkpointing",
     "megatron_vita.convert.importing",
     "megatron_vita.data",
     "megatron_vita.inference.engine.engine",

@@ -1,5 +1,6 @@
 """Forked programs end, fail and are killed as started ones are, and nothing of them stays."""
 
+import json
 import signal
 import subprocess
 from pathlib import Path
@@ -70,3 +71,10 @@ def test_programs_end_with_the_process_that_asked_for_them() -> None:
     assert ended.returncode == -signal.SIGKILL
     psutil.wait_procs([psutil.Process(int(ended.stdout))], timeout=10)
     assert not psutil.pid_exists(int(ended.stdout))
+
+
+def test_the_server_imports_neither_the_compiler_nor_writers_of_metrics() -> None:
+    code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    modules = set(json.loads(run_program("-c", code).stdout))
+    assert "megatron_vita.training.loop" in modules
+    assert modules.isdisjoint({"torch._dynamo", "torch._inductor", "tensorboard", "wandb"})
