@@ -42,6 +42,7 @@ class Encoder:
         )
 
     def __call__(self, sample: Sample) -> Sample:
+        """Encode a sample."""
         record = sample["json"]
         tiles: list[np.ndarray] = []
         media: list[list[int]] = []

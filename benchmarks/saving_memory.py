@@ -114,6 +114,7 @@ def measure(run: Run) -> str:
 
 
 def main() -> None:
+    """Measure as the command line asks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

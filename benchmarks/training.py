@@ -1,6 +1,6 @@
-"""Training steps of any layout, length and levers: time, rates, memory.
+r"""Training steps of any layout, length and levers: time, rates, memory.
 
-    PYTHONPATH=. python benchmarks/training.py --model 7b --tokens 131072 --documents 1 --tp 2 \\
+    PYTHONPATH=. python benchmarks/training.py --model 7b --tokens 131072 --documents 1 --tp 2 \
         training.recompute_granularity=full
     PYTHONPATH=. python benchmarks/training.py --cases cases.yaml --out results
     PYTHONPATH=. python benchmarks/training.py --cases cases.yaml --out results --compare benchmarks/baselines

@@ -1,4 +1,6 @@
-"""Ask a running server with OpenAI's client: openai_client.py FILE... QUESTION
+"""Ask a running server with OpenAI's client.
+
+    openai_client.py FILE... QUESTION
 
 The files are images and videos. The server is at VITA_SERVER (http://127.0.0.1:8000), its key in
 VITA_API_KEY.

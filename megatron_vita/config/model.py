@@ -13,7 +13,9 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """A vision transformer; the defaults are InternViT-300M-448px. Other towers set these fields:
+    """A vision transformer; the defaults are InternViT-300M-448px.
+
+    Other towers set these fields:
 
     InternViT-6B: normalization RMSNorm, qk_layernorm true, add_qkv_bias false.
     CLIP: layer_scale false, patch_bias false, pre_norm true, activation quick_gelu.

@@ -23,6 +23,7 @@ def mean_color(kind: Normalization) -> tuple[int, int, int]:
 
 
 def mean_and_deviation(kind: Normalization) -> tuple[Color, Color]:
+    """Return mean and standard deviation of each color of a normalization."""
     if not isinstance(kind, str):
         mean, deviation = kind
         return mean, deviation

@@ -1,4 +1,7 @@
-"""Runs as one HTML page: python -m megatron_vita.report RUN [RUN ...] --out report.html"""
+"""Show runs as one HTML page.
+
+python -m megatron_vita.report RUN [RUN ...] --out report.html
+"""
 
 import base64
 import sys

@@ -73,11 +73,11 @@ class Turn:
 
 
 def check_messages(sample: Mapping[str, Any], *, needs_answer: bool = True) -> list[Turn]:
-    """Parse `{"messages": [{"role", "content"}, ...], "images": [...], "videos": [...]}`.
+    r"""Parse `{"messages": [{"role", "content"}, ...], "images": [...], "videos": [...]}`.
 
     `conversations` replaces `messages` if that is absent or null. Content is text or a list of
     parts: `{"type": "text", "text"}` (always literal), `{"type": "image"}`, `{"type": "video"}`. In
-    text of users and of the system, `<image>` and `<video>` are positions of media and `\\<image>`
+    text of users and of the system, `<image>` and `<video>` are positions of media and `\<image>`
     is the literal tag; text of an assistant is always literal. An assistant's turn with `"loss":
     false` is context without loss.
 

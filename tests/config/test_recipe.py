@@ -398,9 +398,11 @@ def test_help_lists_every_field_with_type_default_and_a_line() -> None:
         names = []
         for field in dataclasses.fields(cls):
             owner = field.default_factory
-            inner = isinstance(owner, type) and dataclasses.is_dataclass(owner)
             assert field.metadata["doc"], field.name
-            names += leaves(owner, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+            if isinstance(owner, type) and dataclasses.is_dataclass(owner):
+                names += leaves(owner, f"{prefix}{field.name}.")
+            else:
+                names.append(prefix + field.name)
         return names
 
     for name in leaves(Recipe):

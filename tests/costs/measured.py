@@ -63,8 +63,8 @@ class Measured:
         return PackLoad(tiles=tiles, loss_tokens=rows, lengths=(each,) * self.documents)
 
 
-LONG = {"length": 128 * 1024, "documents": 1}
-FEW_LAYERS = {"layers": 8}
+LONG: dict[str, Any] = {"length": 128 * 1024, "documents": 1}
+FEW_LAYERS: dict[str, Any] = {"layers": 8}
 STEPS = [
     Measured(name="32K full", peak=78.0, seconds=2.208),
     Measured(name="32K full CP2", peak=97.5, seconds=2.216, parallel=CP2),

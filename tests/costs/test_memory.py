@@ -76,7 +76,7 @@ KINDS: list[tuple[dict[str, Any], tuple[float, ...]]] = [
 
 @pytest.mark.parametrize(("settings", "expected"), KINDS)
 def test_types_of_the_optimizers_state_take_the_bytes_of_their_kind(
-    settings: dict[str, Any], expected: tuple[float, ...]
+    settings: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     aware = {"use_precision_aware_optimizer": True} | settings
     recipe = changed(STEPS[0].recipe(), optimizer=aware)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_vita.data.loading.stream import PackStream, ReadPack
 
@@ -24,7 +25,7 @@ class HostileStream(PackStream):
         if self.deed == "start_slowly":
             time.sleep(6)
 
-    def read(self, pack_id: int, **options) -> ReadPack:
+    def read(self, pack_id: int, **options: Any) -> ReadPack:
         if pack_id != self.pack:
             return super().read(pack_id, **options)
         if self.deed == "break":
@@ -68,6 +69,7 @@ def hostile(
 ) -> HostileStream:
     """The stream, turned hostile."""
     stream.__class__ = HostileStream
+    assert isinstance(stream, HostileStream)
     stream.deed = deed
     stream.pack = pack
     stream.document = document

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_vita.config import Recipe
 from megatron_vita.data.loading.open import open_split
+from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import PackPlan, read_plan, write_plan
 from megatron_vita.data.planning.planner import Continuation, make_plan
 from megatron_vita.data.planning.stamp import plan_path
@@ -73,7 +74,7 @@ def test_a_continued_plan_is_read_and_continued_again(
     assert [entry["packs"] for entry in second.history] == [4, 7]
 
 
-def train_stream_of(recipe: Recipe, world: World):
+def train_stream_of(recipe: Recipe, world: World) -> PackStream:
     return open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=(0, 1))
 
 

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def test_ranks_that_read_parts_of_a_video_note_one_event(
 
 def test_samples_with_damaged_frames_are_bounded_by_max_damaged(tmp_path: Path) -> None:
     event = Damage(0, 0, "a-000000.tar", "s1", "damaged frames", frames=3)
-    run = SimpleNamespace(
+    run: Any = SimpleNamespace(
         train_stream=SimpleNamespace(plan=SimpleNamespace(documents_before=lambda _: 0)),
         consumed_packs=0,
         recipe=SimpleNamespace(data=DataConfig(max_damaged=0.001)),
@@ -80,6 +81,7 @@ def test_samples_with_damaged_frames_are_bounded_by_max_damaged(tmp_path: Path) 
         step=1,
     )
     callback = DamageCallback(run)
-    callback.after_step(run, SimpleNamespace(documents=10, damaged=1))
+    metrics: Any = SimpleNamespace(documents=10, damaged=1)
+    callback.after_step(run, metrics)
     with pytest.raises(VitaError, match=r"2 of 20 samples are damaged.*s1 \(damaged frames\)"):
-        callback.after_step(run, SimpleNamespace(documents=10, damaged=1))
+        callback.after_step(run, metrics)

@@ -1,6 +1,7 @@
 """Documents: their length is known from metadata, labels stay inside them, tiles stand where they
 belong."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from tests.text.published import INTERNVL_TEMPLATE, byte_level_bpe
 
 
 @pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory):
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shard(tmp_path_factory.mktemp("documents") / "a.tar", range(24))
 
 
-def documents_of(shard: Path, encoder: SampleEncoder):
+def documents_of(shard: Path, encoder: SampleEncoder) -> Iterator[Document]:
     index = build_index(shard, encoder.chat)
     reader = ShardReader()
     for i in range(len(index)):

@@ -39,7 +39,7 @@ from tests.indexes import index_of, index_shard
 CAPTIONED = {"0.jpg": picture((40, 40), "red", format="JPEG"), "0.txt": b"A red square."}
 
 
-def write_tar(path: Path, files: dict[str, bytes], **fields) -> Path:
+def write_tar(path: Path, files: dict[str, bytes], **fields: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "a" if path.exists() else "w") as tar:
         for name, data in files.items():

@@ -74,7 +74,7 @@ def test_the_loader_takes_endless_tasks_and_ends_with_its_iterator(world: World)
     packs = read_packs(train_stream(world), repeat(PackTask(1)), num_workers=2)
     assert [next(packs).batch.pack_id for _ in range(3)] == [1, 1, 1]
     assert len(readers()) == 2
-    packs.close()
+    packs.close()  # type: ignore[attr-defined]  # a generator
     assert_workers_end()
 
 

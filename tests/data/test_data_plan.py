@@ -19,7 +19,7 @@ from tests.data.toy_data import World, changed, make_world, talk, toy_recipe, wr
 from tests.indexes import index_of, index_shard
 
 
-def samples_of(plan: PackPlan):
+def samples_of(plan: PackPlan) -> list[tuple[int, int, int]]:
     return list(
         zip(*(plan.columns[name].tolist() for name in ("dataset", "shard", "row")), strict=True)
     )
@@ -195,7 +195,7 @@ def test_a_missing_plan_says_what_to_run(world: World) -> None:
     ],
 )
 def test_a_recipe_without_data_is_refused(
-    world: World, fields: dict[str, Any], split: str, message: str
+    world: World, fields: dict[str, Any], split: Any, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_split(

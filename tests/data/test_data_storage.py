@@ -4,8 +4,10 @@ size, with faults."""
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -29,8 +31,13 @@ from tests.data.s3_server import FaultyStore
 from tests.data.toy_data import World, assert_same, changed, train_stream
 
 
+def _stop_fork_server() -> None:
+    """Have the next process of multiprocessing begin with the environment of now."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory):
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyStore]:
     server = FaultyStore()
     settings = {
         "AWS_ENDPOINT_URL": server.url,
@@ -43,15 +50,14 @@ def store(tmp_path_factory: pytest.TempPathFactory):
         ).items():
             patch.setenv(name, value)
         patch.setattr(storage, "FIRST_PAUSE", 0.01)
-        # processes have the environment in which their server was started
-        forkserver._forkserver._stop()
+        _stop_fork_server()
         yield server
-    forkserver._forkserver._stop()
+    _stop_fork_server()
     server.close()
 
 
 @pytest.fixture
-def remote(store: FaultyStore, world: World, tmp_path: Path):
+def remote(store: FaultyStore, world: World, tmp_path: Path) -> tuple[Recipe, str]:
     """The toy world's shards and indexes in a bucket of their own; gives its recipe and the
     bucket's name."""
     store.faults = 0
@@ -71,7 +77,7 @@ def remote(store: FaultyStore, world: World, tmp_path: Path):
     return recipe, bucket
 
 
-def stream_of(recipe: Recipe, world: World, **data) -> PackStream:
+def stream_of(recipe: Recipe, world: World, **data: Any) -> PackStream:
     return open_split(
         changed(recipe, data=data), split="train", tokenizer=world.tokenizer, tile_share=(0, 1)
     )
@@ -150,7 +156,8 @@ def test_the_cache_stays_within_its_limit_and_drops_what_was_used_least(
     remote: tuple[Recipe, str], world: World, tmp_path: Path
 ) -> None:
     _, bucket = remote
-    shards = sorted(find_files(f"s3://{bucket}/deep/*.tar"), key=lambda shard: shard.name)
+    found = sorted(find_files(f"s3://{bucket}/deep/*.tar"), key=lambda shard: shard.name)
+    shards = [UPath(shard) for shard in found]
     sizes = [shard.stat().st_size for shard in shards]
     limit = sum(sizes[:2]) + sizes[3] // 2
     cache = ShardCache(tmp_path / "cache", limit=limit)
@@ -256,7 +263,7 @@ def test_an_answer_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch)
     place = UPath("memory://bucket/file.tar")
     place.write_bytes(b"0123456789")
     whole = place.fs.cat_file
-    answers = []
+    answers: list[Any] = []
 
     def cut(path: str, start: int, end: int) -> bytes:
         answers.append(whole(path, start=start, end=end)[: 3 if len(answers) < 2 else None])

@@ -148,7 +148,7 @@ def test_few_media_are_opened_by_two_ranks(world: World, monkeypatch: pytest.Mon
     opened: list[str] = []
     decode = stream_module.decode_tiles
 
-    def counting(medium: Medium, data: bytes, *, name: str, tiles: slice, **options: Any) -> Any:
+    def counting(medium: Medium, data: bytes, *, name: str, tiles: range, **options: Any) -> Any:
         opened.append(name)
         assert tiles
         return decode(medium, data, name=name, tiles=tiles, **options)

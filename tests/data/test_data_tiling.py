@@ -4,6 +4,7 @@ given arrays."""
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def encoder(world: World) -> SampleEncoder:
     )
 
 
-def with_media(encoder: SampleEncoder, **fields) -> SampleEncoder:
+def with_media(encoder: SampleEncoder, **fields: Any) -> SampleEncoder:
     return replace(encoder, media=MediaConfig(**fields))
 
 

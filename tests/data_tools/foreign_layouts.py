@@ -110,7 +110,7 @@ def turns(
     truth: Truth, rng: Random, *, role: str, content: str, asker: str, answerer: str, mark: str = ""
 ) -> list[Record]:
     """Turns of two fields each; `mark` is the field that says whether an answer is trained."""
-    said = []
+    said: list[Record] = []
     for place, (_, answer, trained) in enumerate(truth.rounds):
         said.append({role: asker, content: truth.question(place)})
         said.append({role: answerer, content: answer})
@@ -335,7 +335,7 @@ LAYOUTS = [
 
 def with_neutral(case: Case, rng: Random) -> None:
     """Fields that change nothing."""
-    neutral = [
+    neutral: list[Record] = [
         {"source": "coco", "license": 4, "score": 0.5},
         {
             "audios": [],

@@ -108,7 +108,8 @@ def odd_texts(dice: random.Random, *, huge: bool) -> Iterator[bytes]:
         json.dumps(whole | {"weight": value}).encode()
         for value in (-1, float("nan"), float("inf"), "x", None, 2)
     )
-    for value in (None, 7, "x", [], {}, [[]], [None], [{}], float("nan"), "\ud800", -(10**30)):
+    values: tuple[Any, ...] = (None, 7, "x", [], {}, [[]], [None], [{}], float("nan"), "\ud800")
+    for value in (*values, -(10**30)):
         for field in ("messages", "images", "videos", "text", "id", "conversations"):
             yield json.dumps(whole | {field: value}).encode()
         yield json.dumps({"text": value}).encode()

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import av
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_vita.media.frame_archive import pack_frames
 File = tuple[str, bytes]
 
 
-def saved(image: Image.Image, format: str, **options) -> bytes:
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
@@ -120,7 +121,7 @@ def film(
     """A small video at 4 frames a second."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=file_format) as container:
-        stream = container.add_stream(codec, rate=4)
+        stream: Any = container.add_stream(codec, rate=4)
         stream.width = 48
         stream.height = 32
         stream.pix_fmt = "yuv420p"

@@ -140,14 +140,14 @@ def hostile_sources(folder: Path, format: str, count: int) -> int:
     table = pa.Table.from_pylist(
         [{"image": image, "conversations": turns, "id": i} for i in range(20)]
     )
-    whole = io.BytesIO()
+    file = io.BytesIO()
     stream = io.BytesIO()
-    pq.write_table(table, whole)
+    pq.write_table(table, file)
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     for i in range(count):
         if i % 2:
-            name, data = (f"{i}.parquet", whole.getvalue())
+            name, data = (f"{i}.parquet", file.getvalue())
         else:
             name, data = (f"{i}.arrow", stream.getvalue())
         (folder / name).write_bytes(damaged(data, dice))

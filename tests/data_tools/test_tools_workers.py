@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -34,7 +35,7 @@ def shard(root: Path, out: str, *options: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (root / out / "toy").glob("[!p]*")}
 
 
-def add(path: Path, **fields) -> None:
+def add(path: Path, **fields: Any) -> None:
     with open(path, "a") as file:
         file.write(json.dumps(sample(0) | fields) + "\n")
 

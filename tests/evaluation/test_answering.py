@@ -1,6 +1,6 @@
 """Engines and servers are asked in the same way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ class Echo:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[CompletionOutput]:
+    def generate(self, prompts: Sequence[Prompt], *, sampling: Any) -> list[CompletionOutput]:
         self.batches.append(len(prompts))
         texts = [prompt.messages[0]["content"][-1]["text"] for prompt in prompts]
         if "bad" in texts:
@@ -68,7 +68,7 @@ def test_an_engine_gets_several_prompts_at_a_time_and_a_refused_one_harms_no_oth
 
 def test_a_model_whose_logits_are_no_numbers_ends_an_evaluation() -> None:
     class Broken:
-        def generate(self, prompts: list[Prompt], *, sampling: Any) -> list[CompletionOutput]:
+        def generate(self, prompts: Sequence[Prompt], *, sampling: Any) -> list[CompletionOutput]:
             return [
                 CompletionOutput(
                     text="", token_ids=[], finish="model_error", error="the logits are NaN"

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples.easy_vqa.__main__ import shard_command
 from examples.easy_vqa.grade import Graded, accuracy, answer_all, answer_blindly, swap_images
 from examples.easy_vqa.prepare import Question, caption, prepare, read_questions
+from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import CompletionOutput
 
 
@@ -96,12 +99,14 @@ def test_answering_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     asked = []
 
     class Parrot:
-        def generate(self, prompts: list, *, sampling: object) -> list[CompletionOutput]:
+        def generate(
+            self, prompts: Sequence[Prompt], *, sampling: object
+        ) -> list[CompletionOutput]:
             asked.extend(prompts)
             return [CompletionOutput(text="yes", token_ids=[], finish="stop") for _ in prompts]
 
     path = tmp_path / "answers.jsonl"
-    options = {"path": path, "shown": int, "title": ""}
+    options: dict[str, Any] = {"path": path, "shown": int, "title": ""}
     whole = answer_all(Parrot(), questions, **options)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:50]) + lines[50][:7])

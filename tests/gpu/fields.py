@@ -25,7 +25,7 @@ SP = TP | {"sequence_parallel": True}
 def te_layouts() -> dict[str, dict]:
     """Layouts of all GPUs but for one of a single GPU, with each CP scheme of Transformer Engine
     that they reach."""
-    layouts = {"te": {}}
+    layouts: dict[str, dict] = {"te": {}}
     if GPUS >= 2:
         layouts |= {"te tp2sp": SP} | {
             f"te cp2 {kind}": CP | {"cp_comm_type": kind} for kind in SCHEMES

@@ -19,7 +19,7 @@ LAYOUTS = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("backends")
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     worker = Path(__file__).parent / "backend_worker.py"
     for world in sorted({world_of(fields) for fields in LAYOUTS.values()}):
         chosen = {name: fields for name, fields in LAYOUTS.items() if world_of(fields) == world}

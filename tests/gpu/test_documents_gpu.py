@@ -22,7 +22,7 @@ JOINED = {
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("documents")
-    results = {}
+    results: dict[str, dict] = {}
     cases = LAYOUTS | JOINED
     for world in sorted({world_of(fields) for fields in cases.values()}):
         path = folder / f"{world}.json"

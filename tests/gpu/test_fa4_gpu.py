@@ -1,6 +1,7 @@
 """FlashAttention-4's kernels compute what torch computes in fp32, on whole packs and on chunks of them."""
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_deterministic_gradients_are_the_same_bits_each_time(shape: tuple[int, i
 def test_kernels_that_compute_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_vita.model import fa4
 
-    shape = {"heads": 14, "query_groups": 2, "width": 128, "dtype": torch.bfloat16}
+    shape: dict[str, Any] = {"heads": 14, "query_groups": 2, "width": 128, "dtype": torch.bfloat16}
     fa4.check_fa4(**shape)
     forward = fa4._flash_attn_fwd
     monkeypatch.setattr(

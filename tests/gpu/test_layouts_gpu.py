@@ -111,7 +111,7 @@ def _run_alone(layout: Layout, folder: Path, *, fields: dict, order: list[int]) 
     kind = "tied" if layout.value("model") == "tied" else "untied"
     run = open_layout(layout.fields | fields, folder / f"start_{kind}")
     steps = []
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         packs = my_batches(run, step)
         metrics = train_step(run, iter([packs[i] for i in order]))

@@ -32,8 +32,7 @@ def probe(file: object, name: str) -> object:
     return probe_video(file, name)  # type: ignore[arg-type]
 
 
-decode_worker.decode_tiles = decode
-decode_worker.probe_video = probe
+vars(decode_worker).update(decode_tiles=decode, probe_video=probe)
 
 if __name__ == "__main__":
     decode_worker.main()

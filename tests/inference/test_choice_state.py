@@ -1,6 +1,7 @@
 """An answer ends once, for the right reason, and its pieces are the whole of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def scored(token_id: int) -> ScoredToken:
     return ScoredToken(chosen=TokenScore(token_id, -1.0), likeliest=(TokenScore(token_id, -1.0),))
 
 
-def answer(tokenizer: Tokenizer, **options: object) -> ChoiceState:
+def answer(tokenizer: Tokenizer, **options: Any) -> ChoiceState:
     return ChoiceState(SamplingParams(**options), request=7, choice=2, tokenizer=tokenizer)
 
 
@@ -100,7 +101,7 @@ def test_a_stop_string_seen_only_when_the_length_ends_the_answer_is_a_stop(
     ],
 )
 def test_an_answer_ended_from_outside_gives_the_text_that_waited(
-    tokenizer: Tokenizer, how: str, finish: str
+    tokenizer: Tokenizer, how: str, finish: Any
 ) -> None:
     state = answer(tokenizer, stop=("the end",))
     (piece,) = take_all(state, tokenizer.encode("the"), tokenizer)

@@ -4,6 +4,7 @@ was there before."""
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -250,7 +251,7 @@ def test_what_can_never_be_answered_is_refused_with_numbers(folder: Path) -> Non
     "options", [{}, {"n": 2}, {"num_beams": 2}, {"n": 2, "num_beams": 3}], ids=str
 )
 def test_an_answer_is_no_longer_than_the_cache_has_room_for(
-    folder: Path, options: dict[str, int]
+    folder: Path, options: dict[str, Any]
 ) -> None:
     engine = tiny_engine(folder, cache_tokens=64)
     prepared = engine.prepare(Prompt.ask("is there a red circle"))

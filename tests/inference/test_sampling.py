@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,11 +36,11 @@ def random_logits(rows: int, seed: int = 0, *, vocab: int = VOCAB) -> Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def draw(step: int = 0, *, choice: int = 0, **options: float) -> SamplingRow:
+def draw(step: int = 0, *, choice: int = 0, **options: Any) -> SamplingRow:
     return SamplingRow(sampling=SamplingParams(**options), choice=choice, step=step)
 
 
-def draw_with_penalties(prompt: list[int], answer: list[int], **options: float) -> SamplingRow:
+def draw_with_penalties(prompt: list[int], answer: list[int], **options: Any) -> SamplingRow:
     sampling = SamplingParams(**options)
     penalties = Penalties(torch.tensor(prompt, dtype=torch.int64), vocab_size=VOCAB, device="cpu")
     for token in answer:
@@ -77,7 +78,7 @@ def warpers(sampling: SamplingParams) -> LogitsProcessorList:
         {"temperature": 0.9, "repetition_penalty": 0.8, "top_k": 9, "top_p": 0.9},
     ],
 )
-def test_distributions_are_those_of_transformers(options: dict[str, float]) -> None:
+def test_distributions_are_those_of_transformers(options: dict[str, Any]) -> None:
     logits = random_logits(6)
     context = torch.randint(VOCAB, (6, 12), generator=torch.Generator().manual_seed(1))
     draws = [draw_with_penalties(row[:8].tolist(), row[8:].tolist(), **options) for row in context]
@@ -134,7 +135,7 @@ def test_greedy_takes_the_likeliest_after_penalties() -> None:
     ],
 )
 def test_only_samplings_with_penalties_need_the_tokens_before(
-    options: dict[str, float], wanted: bool
+    options: dict[str, Any], wanted: bool
 ) -> None:
     assert has_penalties(SamplingParams(**options)) is wanted
 
@@ -175,7 +176,7 @@ def test_top_p_of_one_loses_no_token_to_rounding() -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": 1.0}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}]
 )
-def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
+def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
     """Pearson's chi-square of 20,000 draws stays below its 99.99 % quantile."""
     logits = random_logits(1, vocab=12)
     sampling = SamplingParams(seed=5, **options)
@@ -287,9 +288,7 @@ def test_likeliest_tokens_are_those_of_a_stable_sort() -> None:
     "options",
     [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5, "top_k": 9, "logprobs": 3}],
 )
-def test_logits_that_are_no_numbers_are_refused_by_row(
-    options: dict[str, float], bad: float
-) -> None:
+def test_logits_that_are_no_numbers_are_refused_by_row(options: dict[str, Any], bad: float) -> None:
     logits = random_logits(4)
     logits[1, 3] = logits[3, 0] = bad
     draws = [

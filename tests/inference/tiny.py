@@ -3,6 +3,7 @@
 import io
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,14 +58,12 @@ def tiny_recipe(folder: Path, *, parallel: ParallelConfig | None = None) -> Reci
     )  # fmt: skip
 
 
-def tiny_engine(
-    folder: Path, *, parallel: ParallelConfig | None = None, **options: object
-) -> Engine:
+def tiny_engine(folder: Path, *, parallel: ParallelConfig | None = None, **options: Any) -> Engine:
     """An engine with small pages and chunks, unless `options` say otherwise."""
     small = {"chunk_tokens": 24, "busy_chunk_tokens": 8, "page_tokens": 4, "cache_tokens": 2048}
     return Engine(
         tiny_recipe(folder, parallel=parallel), options=EngineOptions(**{**small, **options})
-    )  # type: ignore[arg-type]
+    )
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 20)) -> MediaFile:

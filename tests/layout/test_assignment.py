@@ -55,7 +55,7 @@ def test_at_most_one_image_and_one_video_less_than_ranks_are_opened_by_two_ranks
 @pytest.mark.parametrize(("packs", "ranks"), [(8, 1), (8, 8), (64, 8), (512, 64), (12, 3)])
 def test_each_pack_is_dealt_once_and_replicas_have_equally_many(packs: int, ranks: int) -> None:
     costs = np.random.default_rng(packs).lognormal(0, 1, packs)
-    assignments = assign_packs(costs, ranks)
+    assignments = assign_packs(costs.tolist(), ranks)
     assert sorted(itertools.chain.from_iterable(assignments)) == list(range(packs))
     assert {len(assigned) for assigned in assignments} == {packs // ranks}
     assert assignments == assign_packs(list(costs), ranks)
@@ -66,7 +66,7 @@ def test_the_best_deal_of_few_packs_is_found() -> None:
     generator = np.random.default_rng(1)
     for _ in range(50):
         costs = generator.integers(1, 100, 8)
-        found = max(costs[assigned].sum() for assigned in assign_packs(costs, 2))
+        found = max(costs[assigned].sum() for assigned in assign_packs(costs.tolist(), 2))
         best = min(
             max(costs[list(h)].sum(), costs.sum() - costs[list(h)].sum())
             for h in itertools.combinations(range(8), 4)
@@ -80,5 +80,5 @@ def test_cost_per_replica_differs_by_less_than_three_percent_at_eight_packs_each
     generator = np.random.default_rng(2)
     for _ in range(20):
         costs = generator.lognormal(0, 0.5, 64)
-        sums = [costs[assigned].sum() for assigned in assign_packs(costs, 8)]
+        sums = [costs[assigned].sum() for assigned in assign_packs(costs.tolist(), 8)]
         assert max(sums) / np.mean(sums) <= 1.03

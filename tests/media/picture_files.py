@@ -38,7 +38,7 @@ def tiff_of(
 ) -> bytes:
     """A TIFF of one strip a plane, the planes first; tags are named `t258` (BitsPerSample) etc."""
     starts = 8 + np.cumsum([0, *(len(plane) for plane in planes)])
-    known = {256: size[0], 257: size[1], 259: 1, 277: len(planes), 278: size[1]}
+    known: dict[int, Any] = {256: size[0], 257: size[1], 259: 1, 277: len(planes), 278: size[1]}
     known |= {273: starts[:-1].tolist(), 279: [len(plane) for plane in planes]}
     known |= {int(name[1:]): value for name, value in tags.items()}
     arrays = b""

@@ -1,6 +1,7 @@
 """Videos whose time stamps jump: one clock for counting, sampling and decoding."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_containers_whose_stamps_do_not_jump_keep_them() -> None:
 
 def moved(*stamps: tuple[int | None, int | None]) -> list[tuple[int | None, int | None]]:
     """Decoding and presentation stamps, in hundredths of a second, of packets that last 4 each."""
-    packets = [SimpleNamespace(dts=dts, pts=pts, duration=4) for dts, pts in stamps]
+    packets: list[Any] = [SimpleNamespace(dts=dts, pts=pts, duration=4) for dts, pts in stamps]
     out = list(steady(iter(packets), unit=0.01, frame_seconds=0.04))
     return [(packet.dts, packet.pts) for packet in out]
 

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -112,7 +113,7 @@ def several(file_format: str, *kinds: str) -> bytes:
     """A file of streams: a `cover`, `sound`, or a side in pixels, with `*` if it is the default."""
     file = io.BytesIO()
     with av.open(file, "w", format=file_format) as container:
-        streams = [_add_stream(container, kind) for kind in kinds]
+        streams: list[Any] = [_add_stream(container, kind) for kind in kinds]
         for kind, stream in zip(kinds, streams, strict=True):
             if kind == "cover":
                 packet = cover()

@@ -160,7 +160,9 @@ def test_sides_of_thirty_thousand_pixels_are_read() -> None:
 def test_of_several_pictures_the_first_is_read(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
     data = file_of(frames[0], kind, save_all=True, append_images=frames[1:])
-    red, green, blue = open_image(data, "several").getpixel((8, 8))
+    pixel = open_image(data, "several").getpixel((8, 8))
+    assert isinstance(pixel, tuple)
+    red, green, blue = pixel
     assert red > 250
     assert max(green, blue) < 5
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -46,7 +47,12 @@ def scene(picture: np.ndarray, index: int) -> None:
 
 
 def film(
-    file_format: str = "mp4", codec: str = "libx264", *, gop: int = 24, frames: int = 90, **options
+    file_format: str = "mp4",
+    codec: str = "libx264",
+    *,
+    gop: int = 24,
+    frames: int = 90,
+    **options: Any,
 ) -> bytes:
     return clip(file_format, codec, frames=frames, gop=gop, paint=scene, **options)
 
@@ -149,8 +155,11 @@ class HastyClip:
     counts = False
 
     def __init__(self, order: list[int]) -> None:
-        self._packets = iter(
-            [Coded(SimpleNamespace(is_keyframe=n == 0, n=n), float(n), True) for n in order]
+        self._packets: Iterator[Any] = iter(
+            [
+                Coded(cast(Any, SimpleNamespace(is_keyframe=n == 0, n=n)), float(n), True)
+                for n in order
+            ]
         )
         self._held: set[int] = set()
         self._shown = 0
@@ -179,7 +188,11 @@ def test_a_frame_is_not_taken_before_all_that_may_be_shown_next_are_known(jump: 
     moments = [1.5, 2.0, 5.9, 7.2, 9.0, 17.0]
     taken: list[int | None] = []
     picker = Picker(
-        HastyClip(order), moments, lambda _, frame: taken.append(frame), jump=jump, skip=jump
+        cast(Any, HastyClip(order)),
+        moments,
+        lambda _, frame: taken.append(frame),
+        jump=jump,
+        skip=jump,
     )
     picked = picker.run()
     assert taken == [1, 2, 5, 7, 9, 16]

@@ -1,6 +1,7 @@
 """Tiling: which grid, and which pixels go where."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def tiling_of(
     return Tiling(side, grids_of(min_tiles, max_tiles), anyres)
 
 
-def grid_of(width: int, height: int, **limits: int) -> Grid:
+def grid_of(width: int, height: int, **limits: Any) -> Grid:
     return choose_grid((width, height), tiling_of(**limits))
 
 

@@ -43,7 +43,7 @@ def test_every_frame_is_found_at_its_time_in_every_kind_of_file(
 ) -> None:
     data = clip(file_format, codec, options=options)
     info = probe_video(data, "clip")
-    assert info == VideoInfo(pytest.approx(2.4), pytest.approx(25), 60)
+    assert (info.duration, info.fps, info.frames) == (pytest.approx(2.4), pytest.approx(25), 60)
     assert info.size == (64, 64)
     times = [index / 25 for index in range(60)]
     slack = 1 if codec == "mpeg4" else 0  # coarse brightness

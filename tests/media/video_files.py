@@ -21,7 +21,7 @@ def clip(
     i, or is painted."""
     file = io.BytesIO()
     with av.open(file, "w", format=file_format) as container:
-        stream = container.add_stream(codec, rate=25, options=options.pop("options", {}))
+        stream: Any = container.add_stream(codec, rate=25, options=options.pop("options", {}))
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.gop_size = options.get("gop", 10)

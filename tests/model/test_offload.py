@@ -59,7 +59,9 @@ def test_nothing_grows_over_two_hundred_steps() -> None:
     first = store.buffers.count
     for step in range(200):
         losses_of(model, step % 3).sum().backward()
-        assert store.buffers.count == first == sum(map(len, store.buffers._free.values()))
+        assert (
+            store.buffers.count == first == sum(len(free) for free in store.buffers._free.values())
+        )
     assert store._latest._sent == []
     assert store._latest._before is None
 
@@ -131,7 +133,7 @@ def test_a_layer_fetches_what_the_layer_before_of_its_own_pass_has(
         fetch(self)
 
     monkeypatch.setattr(offload._SentTensor, "fetch", noted)
-    passes = {}
+    passes: dict[int, list] = {}
     for name in (10, 20):
         passes[name] = []
         for layer in (5, 6, 7):

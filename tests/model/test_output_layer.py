@@ -2,6 +2,7 @@
 accumulated."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ ROWS = {"some": [0, 3, 4, 17, 38], "one": [39], "none": [], "all": list(range(LE
 
 
 def make_layer(
-    *, bf16: bool = False, chunk_rows: int = 3, vocab: int = VOCAB, **options: object
+    *, bf16: bool = False, chunk_rows: int = 3, vocab: int = VOCAB, **options: Any
 ) -> OutputLayer:
     platform.initialize_process()
     recipe = Recipe().replaced({"training.bf16": bf16})
@@ -333,6 +334,6 @@ def test_label_that_is_no_token_is_refused(label: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("label_smoothing", 1.0), ("z_loss", -1.0), ("chunk_mib", 0)]
 )
-def test_option_out_of_range_is_refused_by_name(name: str, value: float) -> None:
+def test_option_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"model.output.{name}"):
         OutputConfig(**{name: value})

@@ -40,12 +40,13 @@ def test_pieces_give_a_weight_one_gradient(dtype: torch.dtype, in_main_grad: boo
     linear, rows, grad = make(dtype)
     exact = torch.mm(grad[:, 0].t().double(), rows[:, 0].double())
     arrived = []
+    assert isinstance(linear.weight, torch.nn.Parameter)
     node = linear.weight.expand_as(linear.weight).grad_fn.next_functions[0][0]
     node.register_hook(lambda *_: arrived.append(linear.weight))  # as megatron-core does
     if in_main_grad:
-        linear.fuse_wgrad_accumulation = True
-        linear.weight.main_grad = torch.ones(4, 6)
-        linear.weight.grad_added_to_main_grad = False
+        vars(linear)["fuse_wgrad_accumulation"] = True
+        vars(linear.weight)["main_grad"] = torch.ones(4, 6)
+        vars(linear.weight)["grad_added_to_main_grad"] = False
     gradients = PieceGradients([linear.weight])
     for part, arriving in zip(rows.detach().split(3), grad.split(3), strict=True):
         piece = part.requires_grad_()

@@ -29,7 +29,7 @@ def count_calls(**fields: object) -> dict[str, list[int]]:
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     layers = list(model.language_model.decoder.layers)
     watched = {
         "layers": layers,

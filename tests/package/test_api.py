@@ -93,7 +93,7 @@ def test_a_registered_tower_is_the_recipes(names: dict[str, Any]) -> None:
     from megatron_vita.errors import ConfigError
     from megatron_vita.model.vision import build_tower
 
-    sizes = {"image_size": 16, "patch_size": 4, "num_layers": 1, "hidden_size": 16}
+    sizes: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_layers": 1, "hidden_size": 16}
     sizes |= {"ffn_hidden_size": 32, "num_attention_heads": 2}
     tower = build_tower(VisionConfig(kind="with_mean", **sizes))
     plain = VisionTower(VisionConfig(**sizes))

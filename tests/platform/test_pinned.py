@@ -1,6 +1,7 @@
 """Free memory of the host, and buffers allocated from it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ class _Runtime:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.pinned = []
+        self.pinned: list[Any] = []
         self.cudaHostRegister = self.register
         self.cudaHostUnregister = self.unregister
 

@@ -7,6 +7,7 @@ ones: letters with the space before them, and line breaks with each other.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -111,11 +112,15 @@ QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assist
 SMOL_DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def _chatml(template: str, begins: str, **fields: object) -> Family:
-    settings = {"special": QWEN, "names": CHATML_NAMES, "generation_eos": CHATML_STOPS} | fields
+def _chatml(template: str, begins: str, **fields: Any) -> Family:
+    settings: dict[str, Any] = {
+        "special": QWEN,
+        "names": CHATML_NAMES,
+        "generation_eos": CHATML_STOPS,
+    } | fields
     return Family(
         template=template, begins=begins, end_of_turn="<|im_end|>", stops=CHATML_STOPS, **settings
-    )  # type: ignore[arg-type]
+    )
 
 
 def _llama(template: str, begins: str, *, generation_eos: tuple[str, ...]) -> Family:

@@ -118,7 +118,7 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(order[i], name, value if remainder else value.float())
 
     @torch.no_grad()
-    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:
+    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = group.get("step", 0) + 1
@@ -162,7 +162,7 @@ class FusedAdam(torch.optim.Optimizer):
 def installed() -> Iterator[None]:
     """megatron-core takes this Adam for Transformer Engine's."""
     engine = ModuleType("transformer_engine.pytorch.optimizers")
-    engine.FusedAdam = FusedAdam
+    vars(engine)["FusedAdam"] = FusedAdam
     with (
         mock.patch.dict(sys.modules, {engine.__name__: engine}),
         mock.patch.object(core, "Adam", FusedAdam),

@@ -30,7 +30,7 @@ def test_a_resumed_run_chooses_anew_and_a_run_that_cannot_fit_says_what_would(
 ) -> None:
     runs: list[Run] = []
 
-    def open_and_note(recipe: object) -> Run:
+    def open_and_note(recipe: Recipe) -> Run:
         runs.append(open_run(recipe))
         return runs[-1]
 

@@ -166,7 +166,7 @@ def test_model_flops_of_training_are_three_times_the_forward_where_all_is_traine
 
 
 def test_frozen_parts_count_only_what_gradients_pass_through() -> None:
-    load = {"lengths": [64], "tiles": 7, "loss_tokens": 20}
+    load: dict[str, Any] = {"lengths": [64], "tiles": 7, "loss_tokens": 20}
     whole = training_flops(tiny_recipe(), **load)
     language = training_flops(tiny_recipe(freeze_language_model=True), **load)
     assert language.linear * 3 == whole.linear * 2

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import wandb
@@ -274,7 +274,7 @@ def read_wandb(folder: Path) -> tuple[str, list[dict[str, float]]]:
     history = []
     run_id = ""
     for data in log_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         if record.HasField("run"):
             run_id = record.run.run_id
@@ -333,7 +333,7 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_built(
 @pytest.mark.parametrize("field", ["wandb_exp_name", "mlflow_run_name", "mlflow_tracking_uri"])
 def test_a_setting_of_what_is_not_asked_for_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=f"training.{field} is 'x', which needs training."):
-        TrainingConfig(**{field: "x"})
+        TrainingConfig(**cast(Any, {field: "x"}))
 
 
 def test_a_start_says_what_it_does_before_anything_heavy_is_imported(recipe_path: Path) -> None:

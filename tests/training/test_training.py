@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -309,7 +309,13 @@ def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_ther
 
 
 def metrics_of(step: int) -> StepMetrics:
-    counts = {"loss_tokens": 1, "tokens": 1, "tiles": 0, "documents": 1, "damaged": 0}
+    counts: dict[str, Any] = {
+        "loss_tokens": 1,
+        "tokens": 1,
+        "tiles": 0,
+        "documents": 1,
+        "damaged": 0,
+    }
     return StepMetrics(
         step=step, loss=1.0, source_losses={}, fill=1.0, seconds=1.0, held_out=True, **counts
     )
@@ -375,7 +381,7 @@ def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_pa
         )
     )
     run.schedule.step(1)
-    rates = {}
+    rates: dict = {}
     for group in run.optimizer.param_groups:
         for parameter in group["params"]:
             rates.setdefault(round(group["lr"] / run.recipe.optimizer.lr, 6), 0)

@@ -1,6 +1,6 @@
-"""lmms-eval's command with the model `vita`.
+r"""lmms-eval's command with the model `vita`.
 
-    python -m megatron_vita.evaluation.adapters.lmms_eval_model --model vita --tasks mvbench \\
+    python -m megatron_vita.evaluation.adapters.lmms_eval_model --model vita --tasks mvbench \
         --model_args base_url=http://localhost:8000/v1
 
 Made for lmms-eval 0.7: a chat model, whose requests carry `doc_to_messages`.

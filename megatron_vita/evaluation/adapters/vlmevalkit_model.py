@@ -1,6 +1,6 @@
-"""VLMEvalKit's run.py with the model `vita`.
+r"""VLMEvalKit's run.py with the model `vita`.
 
-    VITA_BASE_URL=http://localhost:8000/v1 \\
+    VITA_BASE_URL=http://localhost:8000/v1 \
         python -m megatron_vita.evaluation.adapters.vlmevalkit_model --model vita --data MVBench_MP4
 
 VITA_MODEL names the server's model, VITA_MAX_FRAMES limits frames of a video. Made for VLMEvalKit's

@@ -24,6 +24,7 @@ class AccessLog:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a connection on, and log a request at its end."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -153,6 +153,7 @@ class StatusSend:
         self._send = send
 
     async def __call__(self, message: Message) -> None:
+        """Send a message, and keep the status of a response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         await self._send(message)

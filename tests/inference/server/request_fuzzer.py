@@ -127,6 +127,7 @@ class RequestFuzzer:
             value[place] = self._anything(2)
 
     def _conversation(self) -> Json:
+        messages: list[Json]
         if self._random.random() < 0.3:
             messages = [{"role": "system", "content": "be brief"}]
         else:
@@ -160,7 +161,7 @@ class RequestFuzzer:
 
     def _anything(self, depth: int) -> Json:
         """Any JSON value."""
-        simple = [None, True, False, *INTEGERS, *NUMBERS, *TEXTS, *URLS, [], {}]
+        simple: list[Json] = [None, True, False, *INTEGERS, *NUMBERS, *TEXTS, *URLS, [], {}]
         kind = self._random.random()
         if depth == 0 or kind < 0.7:
             return self._random.choice(simple)

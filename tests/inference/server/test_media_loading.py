@@ -273,6 +273,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        assert isinstance(self.server, http.server.HTTPServer)
         moves = {
             "/to-private": f"http://10.0.0.1:{self.server.server_port}/x", "/to-file": "file:///etc/passwd",
             "/in-circles": "/in-circles", "/near": "/image",

@@ -140,7 +140,7 @@ def test_tags_that_users_type_stay_text(echo: RunningServer, client: openai.Open
 
 
 def test_roles_and_parts_become_a_prompt(echo: RunningServer, client: openai.OpenAI) -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts: Any = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     client.chat.completions.create(
         model=MODEL,
         messages=[

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import openai
 import pytest
@@ -27,7 +28,7 @@ def test_answers_and_scores_are_those_of_the_engine(server: RunningServer, tmp_p
     for prompt, expected in zip(prompts(), alone, strict=True):
         answer = client.chat.completions.create(
             model=MODEL,
-            messages=openai_messages(prompt),
+            messages=cast(Any, openai_messages(prompt)),
             max_tokens=8,
             temperature=0,
             logprobs=True,
