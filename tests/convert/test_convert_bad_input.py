@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,7 +222,7 @@ def ours(folder: Path) -> Path:
     return folder.parent / "ours"
 
 
-def refused_out(ours: Path, *said: str, **options: object) -> None:
+def refused_out(ours: Path, *said: str, **options: Any) -> None:
     with pytest.raises(CheckpointError) as error:
         export_checkpoint(ours, ours.parent / "again", **options)
     for part in said:

@@ -4,6 +4,7 @@ their original libraries."""
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_eva_is_taken_out_of_a_glm_folder(language: Path, tmp_path: Path) -> Non
         tensors | {"transformer.vision.linear_proj.gate_proj.weight": torch.ones(2)},
         folder / "model.safetensors",
     )
-    vision = {
+    vision: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,

@@ -3,6 +3,7 @@ write them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -36,11 +37,11 @@ VOCAB = 97
 IMAGE_TOKEN = 90
 ROWS = 4
 TILE = 56
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "max_position_embeddings": 64,
 }  # fmt: skip
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "image_size": [TILE, TILE], "patch_size": [14, 14], "attention_bias": True, "layer_norm_eps": 1e-6,
 }  # fmt: skip
