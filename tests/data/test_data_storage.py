@@ -13,6 +13,7 @@ import fsspec
 import pytest
 from upath import UPath
 
+from megatron_vita import stores
 from megatron_vita.config import Recipe
 from megatron_vita.data.datasets import find_sources
 from megatron_vita.data.loading.loader import read_packs
@@ -49,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyStore]:
             settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}
         ).items():
             patch.setenv(name, value)
-        patch.setattr(storage, "FIRST_PAUSE", 0.01)
+        patch.setattr(stores, "FIRST_PAUSE", 0.01)
         _stop_fork_server()
         yield server
     _stop_fork_server()
@@ -270,7 +271,7 @@ def test_an_answer_cut_short_is_asked_for_again(monkeypatch: pytest.MonkeyPatch)
         return answers[-1]
 
     monkeypatch.setattr(place.fs, "cat_file", cut)
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0)
+    monkeypatch.setattr(stores, "FIRST_PAUSE", 0)
     assert read_range(place, 2, 9) == b"2345678"
     assert list(map(len, answers)) == [3, 3, 7]
 
