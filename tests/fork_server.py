@@ -44,7 +44,7 @@ def main() -> None:
     )
     gc.collect()
     gc.freeze()  # no collection of a fork visits what is imported, and copies its pages
-    util.spawnv_passfds = _spawn  # type: ignore[attr-defined]
+    vars(util)["spawnv_passfds"] = _spawn
     ends: dict[int, int] = {}
     with socket.socket(fileno=os.dup(0)) as jobs, _wakeups() as wakeups:
         jobs.setblocking(False)
@@ -214,7 +214,7 @@ def _exit_code(ended: SystemExit) -> int:
     return 1
 
 
-_spawn_anew = util.spawnv_passfds  # type: ignore[attr-defined]
+_spawn_anew = util.spawnv_passfds
 
 
 def _spawn(path: bytes, arguments: list[str], kept: list[int]) -> int:

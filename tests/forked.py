@@ -82,7 +82,7 @@ class Forked(subprocess.Popen[str]):
 
 def start_program(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
     """Start a program with the repository on its module path: forked, or anew where there are GPUs."""
-    options = {"env": environment_with(), "text": True} | options
+    options = {"env": environment_with(), "text": True, **options}
     if ON_GPUS:
         return subprocess.Popen([sys.executable, *arguments], **options)
     return Forked(*arguments, **options)
@@ -107,7 +107,7 @@ def fork_server() -> socket.socket:
         [sys.executable, "-m", "tests.fork_server", *PRELOADED],
         cwd=ROOT,
         env=environment_with(PYTHONFAULTHANDLER="1", **single),
-        stdin=theirs,
+        stdin=theirs.fileno(),
         start_new_session=True,
     )
     theirs.close()

@@ -211,7 +211,7 @@ def test_processes_share_a_cache_and_copy_each_shard_once(
 def test_a_store_that_fails_for_good_costs_the_sample_and_says_why(
     store: FaultyStore, remote: tuple[Recipe, str], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(stores, "ATTEMPTS", 2)
     recipe, bucket = remote
     stream = stream_of(recipe, world)
     stream[0]

@@ -118,7 +118,7 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(order[i], name, value if remainder else value.float())
 
     @torch.no_grad()
-    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:
         for group in self.param_groups:
             if group["params"]:
                 group["step"] = group.get("step", 0) + 1
