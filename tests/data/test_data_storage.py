@@ -23,7 +23,7 @@ from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import write_plan
 from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.planning.stamp import plan_path
-from megatron_vita.data.shards import cache, index, storage
+from megatron_vita.data.shards import cache, index
 from megatron_vita.data.shards.cache import ShardCache
 from megatron_vita.data.shards.index import IndexHeader
 from megatron_vita.data.shards.storage import find_files, read_range
