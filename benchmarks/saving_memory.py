@@ -1,11 +1,13 @@
 """Memory that writing a checkpoint takes beside the run's own, in bytes for each parameter of a
 rank.
 
-    python benchmarks/saving_memory.py [--bucket-size N] [--replicated]      alone, or by torchrun
-    as N replicas
+    python benchmarks/saving_memory.py [--bucket-size N] [--replicated] [--layers N] [--hidden N]
+        [--folder PATH]                                       alone, or by torchrun as N replicas
 
-A language model of 155 M parameters in bf16. Prints a table: what a rank's host memory grew by at
-the most, with the processes that write, the dry run's estimate of it, and on GPUs the device's.
+A language model in bf16, of 155 M parameters unless told otherwise. Prints a table: what a rank's
+host memory grew by at the most, with the processes that write, the dry run's estimate of it, on
+GPUs the device's, the seconds of a save that is waited for, and of one in the background: how long
+training waited (with the optimizer's step after it), and until it was the latest checkpoint.
 """
 
 import argparse
@@ -33,12 +35,28 @@ from megatron_vita.config import (
 from megatron_vita.costs.host_memory import saving_memory
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer
-from megatron_vita.training.run import Run, assemble_run, save_run
+from megatron_vita.training.resume import ResumePoint
+from megatron_vita.training.run import (
+    Run,
+    assemble_run,
+    open_saver,
+    restore,
+    save_run,
+    start_save,
+)
 
-LANGUAGE = LanguageConfig(
-    num_layers=8, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, num_query_groups=4, kv_channels=64,
-    vocab_size=16000,
-)  # fmt: skip
+
+def language(layers: int, hidden: int) -> LanguageConfig:
+    """Shapes of the model."""
+    return LanguageConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=4 * hidden,
+        num_attention_heads=hidden // 64,
+        num_query_groups=4,
+        kv_channels=64,
+        vocab_size=16000,
+    )
 
 
 def resident() -> int:
@@ -77,10 +95,10 @@ def watched(peak: list[int]) -> Iterator[None]:
     peak += [most[0], torch.cuda.max_memory_allocated() - allocated if on_device else 0]
 
 
-def open_run(folder: str, *, distributed: bool) -> Run:
+def open_run(folder: str, model: LanguageConfig, *, distributed: bool) -> Run:
     """Open a run with initial weights and an optimizer that has its state."""
     recipe = Recipe(
-        model=ModelConfig(text_only=True, language=LANGUAGE),
+        model=ModelConfig(text_only=True, language=model),
         training=TrainingConfig(bf16=True, global_batch_size=dist.get_world_size()),
         parallel=ParallelConfig(use_distributed_optimizer=distributed),
         checkpoint=CheckpointConfig(save=folder),
@@ -102,6 +120,7 @@ def measure(run: Run) -> str:
     with watched(peak):
         save_run(run)
     seconds = time.perf_counter() - start
+    waited, done = save_in_background(run)
     ranks = dist.get_world_size()
     peaks: list[list[int]] = [[]] * ranks
     dist.all_gather_object(peaks, peak)
@@ -110,7 +129,31 @@ def measure(run: Run) -> str:
     estimate = saving_memory(run.recipe, 0, data_parallel=ranks) / count
     kind = "distributed" if run.recipe.parallel.use_distributed_optimizer else "replicated"
     buckets = sum(len(buffer.buckets) for chunk in run.chunks for buffer in chunk.buffers)
-    return f"| {kind} | {ranks} | {buckets} | {host:.1f} | {estimate:.1f} | {device:.1f} | {seconds:.1f} |"
+    numbers = (
+        f"{host:.1f} | {estimate:.1f} | {device:.1f} | {seconds:.1f} | {waited:.2f} | {done:.1f}"
+    )
+    return f"| {kind} | {ranks} | {buckets} | {numbers} |"
+
+
+def save_in_background(run: Run) -> tuple[float, float]:
+    """Save while the optimizer goes on; returns seconds waited, and until it is done.
+
+    The checkpoint must hold the weights of before the step.
+    """
+    saver = open_saver(run.recipe, in_background=True)
+    before = [p.detach().clone() for p in run.unwrapped_model.parameters()]
+    platform.synchronize()
+    start = time.perf_counter()
+    run.step += 1
+    start_save(run, saver)
+    waited = time.perf_counter() - start
+    run.optimizer.step()
+    saver.finish()
+    done = time.perf_counter() - start
+    restore(run, ResumePoint.find(run.recipe))
+    for p, expected in zip(run.unwrapped_model.parameters(), before, strict=True):
+        assert torch.equal(p, expected), "the checkpoint holds later weights"
+    return waited, done
 
 
 def main() -> None:
@@ -120,15 +163,20 @@ def main() -> None:
     )
     parser.add_argument("--bucket-size", type=float, default=optimizer.BUCKET_SIZE)
     parser.add_argument("--replicated", action="store_true")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--folder", help="on the disk to measure; a temporary one if not given")
     arguments = parser.parse_args()
     optimizer.BUCKET_SIZE = int(arguments.bucket_size)
     platform.initialize_process()
-    folders = [tempfile.mkdtemp()]
+    folders = [tempfile.mkdtemp(dir=arguments.folder)]
     dist.broadcast_object_list(folders, src=0)
-    row = measure(open_run(folders[0], distributed=not arguments.replicated))
+    model = language(arguments.layers, arguments.hidden)
+    row = measure(open_run(folders[0], model, distributed=not arguments.replicated))
     if dist.get_rank() == 0:
         sys.stdout.write(
-            "| optimizer | replicas | buckets | host | estimated | device | seconds |\n|---|---|---|---|---|---|---|\n"
+            "| optimizer | replicas | buckets | host | estimated | device | seconds | waited | done |\n"
+            "|---|---|---|---|---|---|---|---|---|\n"
         )
         sys.stdout.write(f"{row}\n")
     platform.destroy_process_group()

@@ -62,19 +62,14 @@ def host_memory(recipe: Recipe, stage: int, *, data_parallel: int, load: PackLoa
 def saving_memory(recipe: Recipe, stage: int, *, data_parallel: int) -> int:
     """Estimate the bytes that a rank of pipeline stage `stage` needs to write a checkpoint.
 
-    Each rank gathers all of a distributed optimizer's state, fp32 weights and two moments; then it
-    writes a copy of its part of that and of the weights. Blocks that torch pins and rounds up on
-    GPUs are not counted.
+    A rank copies what it writes: its ranges of the optimizer's state, fp32 weights and two moments,
+    and its part of the weights. Blocks that torch pins and rounds up on GPUs are not counted; with
+    `checkpoint.async_save: false`, GPUs copy one tensor at a time, which is less.
     """
-    parallel = recipe.parallel
     parameters = stage_parameters(recipe, stage)
-    sharded = parallel.use_distributed_optimizer
     state = parameters.trainable(recipe) * written_state_bytes(recipe)
-    ranks = data_parallel * parallel.context_parallel_size
-    written = (state + parameters.total * value_bytes(recipe)) // ranks
-    if sharded:
-        return state + written
-    return written
+    ranks = data_parallel * recipe.parallel.context_parallel_size
+    return (state + parameters.total * value_bytes(recipe)) // ranks
 
 
 def _loader(recipe: Recipe, stage: int, tiles: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer as Buffer
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
@@ -23,10 +22,9 @@ from megatron_vita.platform.remainders import (
     split_weights,
 )
 from megatron_vita.training.optimizer import vision_rates
+from megatron_vita.training.optimizer_shards import owned_shards
 
 save_remainders_as_fp32()
-_END = 64
-"""Weights compared at both ends of a shard before it is saved: a misplacement shifts all of it."""
 
 
 def check_state_can_be_saved(recipe: Recipe) -> None:
@@ -48,64 +46,20 @@ def check_state_can_be_saved(recipe: Recipe) -> None:
         )
 
 
-def sharded_state(
-    optimizer: MegatronOptimizer,
-    chunks: list[DistributedDataParallel],
-    model: dict[str, Any],
-    *,
-    loading: bool,
-) -> Any:
-    """Return an optimizer's sharded state beside the `model`'s, to be saved or to be filled.
-    Collective.
-
-    Raises:
-        CheckpointError: on all ranks, if the state to be saved differs from the ranks' weights.
-    """
+def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, loading: bool) -> Any:
+    """Return an optimizer's sharded state beside the `model`'s, to be saved or to be filled."""
     if loading:
         _allocate_adam_state(optimizer)
     with contextlib.ExitStack() as stack:
-        for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
-            stack.enter_context(_unpadded_offsets(buffer))
+        for part in _of_sharded(optimizer):
+            stack.enter_context(owned_shards(part))
         state = optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=store.sharding_metadata()
         )
     # Fields of the offloading optimizer would keep others from loading the state.
     for hybrid in _of_kind(optimizer, HybridDeviceOptimizer):
         _leave_out(_own_fields(hybrid), state)
-    # Checked while it can still be refused: a checkpoint with wrong state is found much later.
-    if not loading:
-        wrong = [shard.name for shard in _shards(optimizer, chunks) if not shard.is_in(state)]
-        _refuse(
-            wrong,
-            "megatron-core gathered other weights than the ranks have, and nothing was written",
-        )
     return state
-
-
-@contextlib.contextmanager
-def _unpadded_offsets(buffer: Buffer) -> Iterator[None]:
-    """Temporarily use parameter offsets that exclude the padding of preceding buckets.
-
-    megatron-core gathers the buckets of a distributed optimizer one after the other without their
-    padding, and looks for parameters there at their offsets in the padded buffer (0.19.2; fixed
-    upstream by pull request 5077): all after the first padding would be written with their
-    neighbours' values.
-    """
-    # `param_index_map`: parameter -> (first, last, bucket), offsets in the padded buffer.
-    padded = buffer.param_index_map
-    starts = []
-    start = 0
-    for bucket in buffer.buckets:
-        starts.append(start - bucket.offset)
-        start += bucket.numel_unpadded
-    buffer.param_index_map = {
-        p: (first + starts[bucket], last + starts[bucket], bucket)
-        for p, (first, last, bucket) in padded.items()
-    }
-    try:
-        yield
-    finally:
-        buffer.param_index_map = padded
 
 
 def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
@@ -172,8 +126,6 @@ class _Shard:
     """One rank's shard of a parameter in a distributed optimizer."""
 
     name: str
-    index: int  # of the parameter in the optimizer's state
-    span: slice  # in the flattened parameter
     model: torch.Tensor  # the model's, in its type
     parameter: torch.nn.Parameter
     optimizer: DistributedOptimizer
@@ -188,11 +140,6 @@ class _Shard:
     def is_written_to(self) -> bool:
         """True if loading the optimizer's weights overwrites the model's."""
         return self.model.dtype == torch.float32 or has_param_remainders(self.optimizer)
-
-    def is_in(self, state: dict[str, Any]) -> bool:
-        """Tell whether a gathered `state` has the shard's weights, comparing both ends."""
-        gathered = state["param_state"][self.index]["param"].data.flatten()[self.span]
-        return torch.equal(_ends(gathered), _ends(self.main).to(gathered.device))
 
 
 def _agree(main: torch.Tensor, weights: torch.Tensor, *, rough: bool) -> bool:
@@ -214,10 +161,6 @@ def _agree(main: torch.Tensor, weights: torch.Tensor, *, rough: bool) -> bool:
     return bool(((weights == nearest) | (weights == away)).all())
 
 
-def _ends(values: torch.Tensor) -> torch.Tensor:
-    return torch.cat([values[:_END], values[-_END:]])
-
-
 def _shards(
     optimizer: MegatronOptimizer, chunks: list[DistributedDataParallel]
 ) -> Iterator[_Shard]:
@@ -226,12 +169,9 @@ def _shards(
     A replicated optimizer has none, nor has a stage that trains nothing.
     """
     names = {p: name for chunk in chunks for name, p in chunk.module.named_parameters()}
-    parts = [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
+    parts = _of_sharded(optimizer)
     assert len(parts) <= 1, "one optimizer has all parameters"
     for part in (part for part in parts if not part.is_stub_optimizer):
-        order = {
-            p: i for i, p in enumerate(p for buffer in part.buffers for p in buffer.param_index_map)
-        }
         whole = itertools.chain(*part.model_float16_groups, *part.model_fp32_groups)
         for p in whole:
             found = part._get_model_param_range_map(p)["param"]
@@ -239,8 +179,6 @@ def _shards(
             model = p.detach().view(-1)[span]
             yield _Shard(
                 name=names[p],
-                index=order[p],
-                span=span,
                 model=model,
                 parameter=p,
                 optimizer=part,
@@ -274,7 +212,10 @@ def _load(
         group["eps"] = recipe.optimizer.adam_eps
         for hybrid in _of_kind(optimizer, HybridDeviceOptimizer):
             group |= {name: hybrid.defaults[name] for name in _own_fields(hybrid)}
-    optimizer.load_state_dict(state)
+    with contextlib.ExitStack() as stack:
+        for part in _of_sharded(optimizer):
+            stack.enter_context(owned_shards(part))
+        optimizer.load_state_dict(state)
     for inner in _torch_adams(optimizer):
         for values in inner.state.values():
             values["step"] = values["step"].clone()
@@ -297,6 +238,11 @@ def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     return _of_kind(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _of_sharded(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """Return the distributed optimizers, of which each rank owns ranges of the parameters."""
+    return [part for part in _parts(optimizer) if isinstance(part, DistributedOptimizer)]
 
 
 def _of_kind(optimizer: MegatronOptimizer, kind: Any) -> list[Any]:

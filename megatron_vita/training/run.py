@@ -330,7 +330,7 @@ def finish_param_gather(run: Run) -> None:
 
 def _state(run: Run, *, loading: bool) -> dict[str, Any]:
     model = store.model_state(run.unwrapped_models)
-    optimizer = optimizer_state.sharded_state(run.optimizer, run.chunks, model, loading=loading)
+    optimizer = optimizer_state.sharded_state(run.optimizer, model, loading=loading)
     return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
 

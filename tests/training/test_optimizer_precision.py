@@ -129,7 +129,8 @@ def test_a_state_whose_weights_are_not_the_models_is_refused_under_remainders_to
     load = optimizer_state._load
 
     def load_changed(optimizer: Any, state: dict, **kwargs: Any) -> None:
-        state["param_state"][0]["param"].mul_(1.01)
+        for values in state["param_state"][0]["param"].values():
+            values.mul_(1.01)
         load(optimizer, state, **kwargs)
 
     monkeypatch.setattr(optimizer_state, "_load", load_changed)

@@ -1,6 +1,5 @@
 """A resumed run follows the current recipe, and consumes each pack of its plan once."""
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -10,6 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -20,7 +20,8 @@ from megatron_vita.config import load_recipe
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.loading.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
-from megatron_vita.training import optimizer, optimizer_state
+from megatron_vita.parallel.sharded_state import sharded_tensors
+from megatron_vita.training import optimizer, optimizer_shards, optimizer_state
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.callbacks.watching import awaited_samples
 from megatron_vita.training.loop import train
@@ -143,21 +144,41 @@ def test_an_optimizers_state_that_was_written_for_other_weights_is_refused(
         if len(bucket.grad_data) > bucket.numel_unpadded
     ]
     assert len(padded) > 1
-    checkpoint = Path(recipe.checkpoint.save) / "step_00000001"
-    before = checkpoint.stat().st_mtime_ns
-    monkeypatch.setattr(optimizer_state, "_unpadded_offsets", contextlib.nullcontext)
-    with pytest.raises(
-        CheckpointError, match=r"megatron-core gathered other weights than the ranks have"
-    ):
-        save_run(run)
-    assert checkpoint.stat().st_mtime_ns == before
-    # as a version that does not look
-    monkeypatch.setattr(optimizer_state._Shard, "is_in", lambda *_: True)
+    # What the run has saved with padded buckets is taken up; now as a save that misplaces it.
+    own_states = optimizer_shards.own_states
+    monkeypatch.setattr(
+        optimizer_shards,
+        "own_states",
+        lambda *of: {key: values.roll(1) for key, values in own_states(*of).items()},
+    )
     save_run(run)
     with pytest.raises(
         CheckpointError, match=r"step_00000001: the optimizer's weights are not those of the model"
     ):
         open_run(recipe)
+
+
+def test_each_rank_writes_its_own_ranges_of_the_optimizers_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rectangles of at most 100 elements give the keys and values that megatron-core gathers."""
+    monkeypatch.setattr(optimizer_shards, "MOST", 100)
+    recipe = load_recipe(make_toy_run(tmp_path), [*QUIET, "training.train_iters=1"])
+    train(recipe)
+    checkpoint = Path(recipe.checkpoint.save) / "step_00000001"
+    run = open_run(recipe)
+    (part,) = optimizer_state._of_sharded(run.optimizer)
+    model = store.model_state(run.unwrapped_models)
+    gathered = part.sharded_param_state_fully_reshardable(model, False, store.sharding_metadata())
+    states = [state for of in gathered.values() for state in of.values()]
+    shards = {str(i): shard for i, shard in enumerate(sharded_tensors(states))}
+    expected = {name: shard.data.clone() for name, shard in shards.items()}
+    for shard in shards.values():
+        shard.data.fill_(torch.nan)
+    loaded = store.load_state(checkpoint, dict(shards))
+    for name, shard in shards.items():
+        assert torch.equal(loaded[name], expected[name]), shard.key
+    assert max(values.numel() for values in expected.values()) > 1000
 
 
 @pytest.mark.parametrize(
