@@ -33,6 +33,7 @@ class Device:
     memory_gib: float
     matmul: float  # matrix products of layers, at some thousand rows, under tensor parallelism
     matmul_alone: float  # the same without tensor parallelism
+    fp8_gain: dict[str, float]  # of layers' products, with roundings, by training.fp8_recipe
     bandwidth: float  # bytes that elementwise kernels and copies read and write
     link: float  # bytes that a rank receives in a collective inside a node
     network: float  # the same between nodes
@@ -74,11 +75,14 @@ _FLASH_4: Sequence[Point] = (
     (32 << 10, 700 * _T, 630 * _T),
     (128 << 10, 637 * _T, 603 * _T),
 )
+# From whole steps of 32K tokens at TP2, beside those of bf16.
+_FP8_GAIN = {"none": 1.0, "tensorwise": 1.69, "blockwise": 1.4}
 H200 = Device(
     name="H200",
     memory_gib=139.8,
     matmul=711 * _T,
     matmul_alone=655 * _T,
+    fp8_gain=_FP8_GAIN,
     bandwidth=3.2e12,
     link=189e9,
     network=40e9,
@@ -91,6 +95,7 @@ H100 = Device(
     memory_gib=79.2,
     matmul=711 * _T,
     matmul_alone=655 * _T,
+    fp8_gain=_FP8_GAIN,
     bandwidth=2.2e12,
     link=189e9,
     network=40e9,

@@ -169,7 +169,8 @@ class _Stage:
         if self.trained:
             backward = 2
         passes = projections * (1 + around + backward) + mlp * (1 + inside + backward)
-        return 2 * tokens * passes / self.tp / self.machine.matmul
+        gain = self.machine.device.fp8_gain[self.recipe.training.fp8_recipe]
+        return 2 * tokens * passes / self.tp / (self.machine.matmul * gain)
 
     def _attention(self, plan: LayerPlan) -> float:
         """Return the seconds of attention: forward, again where recomputed, and backward."""

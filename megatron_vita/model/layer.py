@@ -291,7 +291,7 @@ class _KeptAttention:
     def __init__(
         self, attention: StepwiseAttention, parts: QueryKeyValue, context: LayerContext
     ) -> None:
-        self._parts = tuple(part.detach().requires_grad_() for part in parts)
+        self._parts: QueryKeyValue = tuple(part.detach().requires_grad_() for part in parts)
         with torch.enable_grad():
             attended = attention.attend(self._parts, context)
         self._edge = torch.autograd.graph.get_gradient_edge(attended)
@@ -301,14 +301,19 @@ class _KeptAttention:
 
     def backpropagate(self, parts: QueryKeyValue) -> tuple[Tensor, ...]:
         """Return the gradients of queries, keys and values, given these recomputed and
-        `output.grad`."""
+        `output.grad`, and free all that was kept."""
         for emptied, part in zip(self._parts, parts, strict=True):
             source = part.untyped_storage()
             emptied.untyped_storage().resize_(source.nbytes())
             emptied.untyped_storage().copy_(source)
             # Autograd goes back through the operations that made `parts`, which do not read them.
             source.resize_(0)
-        return torch.autograd.grad(self._edge, self._parts, self.output.grad)
+        gradients = torch.autograd.grad(self._edge, self._parts, self.output.grad)
+        # Backward through the projections comes next, where memory is highest. The graph ends in
+        # nodes that hold queries, keys and values.
+        self._parts = ()
+        del self._edge, self.output
+        return gradients
 
 
 def use_recomputing_layers(

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class HostBuffers:
-    """Pool of host buffers by size, pinned on CUDA; reused, since pinning takes about 1 s/GiB."""
+    """Pool of host buffers by size, pinned on CUDA; reused, since pinning takes seconds."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Tensor]] = defaultdict(list)

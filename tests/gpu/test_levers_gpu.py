@@ -16,13 +16,13 @@ from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import open_layout
 from tests.functional.synthetic import make_pack
-from tests.gpu.fields import GPUS, TE
+from tests.gpu.fields import FA4, GPUS
 
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 LENGTH = 16384
 LAYERS = 8
 STATE = LENGTH * 512 * 2  # bytes of a hidden state
-MODEL = TE | {
+MODEL = FA4 | {
     "seq_length": LENGTH,
     "num_layers": LAYERS,
     "ffn_hidden_size": 4096,

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_vita.model import layer
 from tests.model.live_bytes import ROW, kept_bytes, per_layer
 
 FULL = {"recompute_granularity": "full"}
@@ -61,3 +63,20 @@ def test_what_is_recomputed_changes_no_loss_and_no_gradient(fields: dict) -> Non
     for name, grad in expected.items():
         difference = (found[name] - grad).norm()
         assert difference <= 1e-5 * grad.norm() + 1e-8 * total, name
+
+
+def test_attention_frees_what_it_kept_before_its_projections_go_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    freed = []
+    backpropagate = layer._KeptAttention.backpropagate
+
+    def watched(self: layer._KeptAttention, parts: layer.QueryKeyValue) -> tuple:
+        kept = [StorageWeakRef(x.untyped_storage()) for x in (*self._parts, self.output)]
+        gradients = backpropagate(self, parts)
+        freed.append([reference.expired() for reference in kept])
+        return gradients
+
+    monkeypatch.setattr(layer._KeptAttention, "backpropagate", watched)
+    kept_bytes(**KEPT, num_layers=2)
+    assert freed == [[True] * 4] * 2
