@@ -9,13 +9,13 @@ from data_tools.formats import FORMATS
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples, rejected_path
 from data_tools.planning import index_shards, write_plans
-from data_tools.pool import CORES, WorkerOptions
+from data_tools.pool import WorkerOptions
 from data_tools.reencode import Reencode
 from data_tools.sharding import MEGABYTE, REJECTED, find_jobs, make_shards
 from data_tools.validation import find_targets, validate_shards
 from data_tools.vocabulary import rejected_path as rejected_lines_path
 from data_tools.vocabulary import train_tokenizer
-from megatron_vita.commands import run_command
+from megatron_vita.commands import run_command, takes_options
 from megatron_vita.config import load_recipe
 from megatron_vita.data.samples.foreign import DEFAULT_PROMPT
 from megatron_vita.data.shards.quarantine import Entry
@@ -32,13 +32,6 @@ app = typer.Typer(
 MOST_SHOWN = 50  # damaged samples printed by `validate`; all are in the quarantine files
 Jsonl = Annotated[list[Path], typer.Argument(help="JSONL files, one sample a line.")]
 RecipePath = Annotated[Path, typer.Argument(help="Recipe (YAML).")]
-Workers = Annotated[
-    int, typer.Option(help="Worker processes; 0: work in this process, without a time limit.")
-]
-TimeLimit = Annotated[
-    float, typer.Option(help="Time limit of a sample in seconds; one that takes longer is bad.")
-]
-Executor = Annotated[str, typer.Option(help="local, or ray: the Ray cluster of this host.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides, such as data.seq_length=8192.")
 ]
@@ -67,6 +60,7 @@ def tokenizer(
 
 
 @app.command("import")
+@takes_options(WorkerOptions, into="options")
 def import_(
     format: Annotated[str, typer.Argument(help=f"Format of the sources: {', '.join(FORMATS)}.")],
     sources: Annotated[list[Path], typer.Argument(help="Files or folders.")],
@@ -96,9 +90,8 @@ def import_(
             min=0, max=1, help="Share of the samples that may be rejected; more are an error."
         ),
     ] = 1.0,
-    workers: Workers = CORES,
-    time_limit: TimeLimit = 120.0,
-    executor: Executor = "local",
+    *,
+    options: WorkerOptions,
 ) -> int:
     """Convert samples of other formats to chat JSONL; run again to finish an interrupted run.
 
@@ -113,9 +106,7 @@ def import_(
             media=media, media_out=media_out, prompt=prompt, ignore=tuple(ignore or ())
         ),
     )
-    count = import_samples(
-        job, options=WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
-    )
+    count = import_samples(job, options=options)
     code = _report(out, count["samples"], count["rejected"], rejected_path(out))
     _check_share(count["rejected"], sum(count.values()), most=max_rejected)
     return code
@@ -131,6 +122,8 @@ def _check_share(rejected: int, all_samples: int, *, most: float) -> None:
 
 
 @app.command()
+@takes_options(WorkerOptions, into="options")
+@takes_options(Reencode, into="reencode")
 def shard(
     files: Annotated[
         list[Path], typer.Argument(help="JSONL files, or one recipe whose datasets name theirs.")
@@ -147,26 +140,12 @@ def shard(
         typer.Option(help="Size in MB above which a shard continues in another tar; 0: no limit."),
     ] = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first bad sample.")] = False,
-    jpeg_quality: Annotated[
-        int, typer.Option(help="Re-encode images as JPEG of this quality; 0: keep them.")
-    ] = 0,
-    video_gop: Annotated[
-        float,
-        typer.Option(
-            help="Re-encode videos with a key frame every this many seconds; 0: keep them."
-        ),
-    ] = 0.0,
-    video_fps: Annotated[
-        float, typer.Option(help="Re-encode videos at this frame rate, as sampled; 0: keep theirs.")
-    ] = 0.0,
-    workers: Workers = CORES,
-    time_limit: TimeLimit = 120.0,
-    executor: Executor = "local",
+    *,
+    reencode: Reencode,
+    options: WorkerOptions,
 ) -> int:
     """Check samples and write them to shards; run again to finish an interrupted run."""
-    reencode = Reencode(jpeg_quality=jpeg_quality, video_gop=video_gop, video_fps=video_fps)
     fields = {"samples_per_shard": samples_per_shard, "strict": strict, "reencode": reencode}
-    options = WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
     code = 0
     for job in find_jobs(files, out=out, media=media, max_bytes=max_shard_mb * MEGABYTE, **fields):
         count = make_shards(job, options=options)
@@ -186,18 +165,17 @@ def _report(out: Path, samples: int, rejected: int, listed: Path) -> int:
 
 
 @app.command()
+@takes_options(WorkerOptions, into="options")
 def index(
     recipe: RecipePath,
     overrides: Overrides = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at a sample that cannot be read.")
     ] = False,
-    workers: Workers = CORES,
-    time_limit: TimeLimit = 120.0,
-    executor: Executor = "local",
+    *,
+    options: WorkerOptions,
 ) -> None:
     """Write the index beside each shard of a recipe's datasets, unless there is a current one."""
-    options = WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
     count = index_shards(load_recipe(recipe, overrides or []), options=options, strict=strict)
     left_out = ""
     if count.left_out:
@@ -210,19 +188,17 @@ def index(
 
 
 @app.command()
+@takes_options(WorkerOptions, into="options")
 def validate(
     targets: Annotated[
         list[str], typer.Argument(help="A recipe (YAML) and dotted overrides, or shards (.tar).")
     ],
-    workers: Workers = CORES,
-    time_limit: TimeLimit = 120.0,
-    executor: Executor = "local",
+    *,
+    options: WorkerOptions,
 ) -> int:
     """Decode all media of shards; damage is listed beside them, and the exit code is then 1."""
     tasks = find_targets(targets)
-    found = validate_shards(
-        tasks, options=WorkerOptions(workers=workers, time_limit=time_limit, executor=executor)
-    )
+    found = validate_shards(tasks, options=options)
     _list_entries(found.usable)
     _list_entries(found.bad)
     usable = ""

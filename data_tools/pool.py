@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.on_ray import run_on_ray
-from megatron_vita.errors import ConfigError, DataError, PlatformError, VitaError
+from megatron_vita.config.fields import check_fields, described
+from megatron_vita.errors import DataError, PlatformError, VitaError
 from megatron_vita.supervise.processes import WorkerProcess, fork_server
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ CORES = len(os.sched_getaffinity(0))
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Memory address in the messages of some decoders, removed so that reasons are reproducible."""
 FAULT = "this sample meets a fault of the program"
-EXECUTORS = ("local", "ray")
 # Modules that the fork server imports once for all workers: those of the work functions.
 PRELOADED = [
     "data_tools.sharding",
@@ -41,22 +41,21 @@ Work = Callable[[Any, "SampleGuard"], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """Execution of tasks: `workers` local processes (0: this process, without time limit), or Ray.
+    """Execution of tasks in local processes or on Ray. Fields are options of the commands."""
 
-    `time_limit` is the limit of a step in seconds.
-    """
-
-    workers: int = CORES
-    time_limit: float = 120.0
-    executor: str = "local"
+    workers: int = described(
+        CORES, "Worker processes; 0: work in this process, without a time limit.", ge=0
+    )
+    # A step of a task is a sample, for most commands.
+    time_limit: float = described(
+        120.0, "Time limit of a sample in seconds; one that takes longer is rejected.", gt=0
+    )
+    executor: Literal["local", "ray"] = described(
+        "local", "Local processes, or the Ray cluster of this host."
+    )
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ConfigError(f"--workers is {self.workers}: it must not be negative")
-        if self.time_limit <= 0:
-            raise ConfigError(f"--time-limit is {self.time_limit}: it must be positive")
-        if self.executor not in EXECUTORS:
-            raise ConfigError(f"--executor is {self.executor!r}; known: {', '.join(EXECUTORS)}")
+        check_fields(self, "--")
 
 
 IN_PROCESS = WorkerOptions(workers=0)

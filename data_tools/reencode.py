@@ -10,8 +10,9 @@ import av
 from av.video.frame import PictureType
 from av.video.stream import VideoStream
 
+from megatron_vita.config.fields import check_fields, described
 from megatron_vita.data.shards.tar import ShardMedia
-from megatron_vita.errors import ConfigError, DataError
+from megatron_vita.errors import DataError
 from megatron_vita.media.clip import TOLERANCE
 from megatron_vita.media.clock import Packet
 from megatron_vita.media.frame_archive import is_archive
@@ -39,27 +40,27 @@ CLOCK = Fraction(1, 90000)
 
 @dataclass(frozen=True, kw_only=True)
 class Reencode:
-    """Settings for re-encoding; 0 keeps media as they are.
+    """Settings for re-encoding, which are options of `shard`.
 
-    `jpeg_quality` is 1 to 100, `video_gop` in seconds, `video_fps` in frames per second. With
-    `video_fps` alone a key frame begins each second. Sound is dropped, and orientation is applied
-    to the pixels.
+    With `video_fps` alone a key frame begins each second. Sound is dropped, and orientation is
+    applied to the pixels.
     """
 
-    jpeg_quality: int = 0
-    video_gop: float = 0.0
-    video_fps: float = 0.0
+    jpeg_quality: int = described(
+        0, "Re-encode images as JPEG of this quality; 0: keep them.", ge=0, le=100
+    )
+    video_gop: float = described(
+        0.0,
+        "Re-encode videos with a key frame every this many seconds; 0: keep them.",
+        ge=0,
+        lt=1e4,
+    )
+    video_fps: float = described(
+        0.0, "Re-encode videos at this frame rate, as sampled; 0: keep theirs.", ge=0, lt=1e4
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.jpeg_quality <= 100:
-            raise ConfigError(
-                f"--jpeg-quality is {self.jpeg_quality}: 1 to 100, or 0 to keep images as they are"
-            )
-        for name in ("video_gop", "video_fps"):
-            if not 0 <= getattr(self, name) < 1e4:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative"
-                )
+        check_fields(self, "--")
 
     def __call__(self, kind: str, file: ShardMedia, *, prefix: str = "") -> ShardMedia:
         """Re-encode a medium; raises DataError if it cannot be decoded.

@@ -112,7 +112,8 @@ def check_fields(group: Any, prefix: str = "") -> None:
 
     Args:
         group: the instance.
-        prefix: what precedes the name of a field in messages, as "training.".
+        prefix: what precedes the name of a field in messages, as "training."; "--" for fields
+            that are options of a command line.
 
     Raises:
         ConfigError: naming the field, its value and what would be right.
@@ -123,14 +124,17 @@ def check_fields(group: Any, prefix: str = "") -> None:
         value = getattr(group, field.name)
         if value is None:
             continue
+        name = f"{prefix}{field.name}"
+        if prefix == "--":
+            name = name.replace("_", "-")
         if bounds := field.metadata.get("bounds"):
             is_right = isinstance(value, numbers.Real) and bounds.allow(value)
             # A number of a request may have thousands of digits.
-            message = f"{prefix}{field.name} is {value!r:.40}: it must be {bounds}"
+            message = f"{name} is {value!r:.40}: it must be {bounds}"
             require(is_right, message)
         if known := choices_of(field, hints[field.name]):
             values = value if isinstance(value, list) else [value]
-            message = f"{prefix}{field.name} is {value!r}; known: {', '.join(known)}"
+            message = f"{name} is {value!r}; known: {', '.join(known)}"
             require(all(value in known for value in values), message)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
+from data_tools.pool import WorkerOptions
 from megatron_vita.config import GenerationConfig, describe_fields
 from megatron_vita.config.fields import Bounds, check_fields, described, type_hints
 from megatron_vita.errors import ConfigError
@@ -62,6 +63,11 @@ def test_a_value_out_of_bounds_or_choices_is_refused_in_one_line(
     with pytest.raises(ConfigError) as error:
         Settings(**values)
     assert str(error.value) == message
+
+
+def test_fields_of_a_command_line_are_refused_by_the_name_of_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"^--time-limit is 0\.0: it must be positive$"):
+        WorkerOptions(time_limit=0.0)
 
 
 def test_values_at_the_bounds_and_an_optional_none_are_right() -> None:
