@@ -49,7 +49,7 @@ def _next_token(model: nn.Module, ids: list[int], *, tokens: int) -> Tensor:
 def generated(
     model: nn.Module, ids: list[int], *, max_new_tokens: int, tokens: int, **inputs: Tensor
 ) -> tuple[list[int], list[float]]:
-    """What `generate` says greedily after `ids`, its end left out, and the log-probabilities of it
+    """Text that `generate` decodes greedily after `ids`, without its end, and the log-probabilities of it
     among the first `tokens` of the vocabulary, before penalties."""
     given = torch.tensor([ids])
     with torch.no_grad():

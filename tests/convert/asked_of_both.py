@@ -33,7 +33,7 @@ def engine_of(*folders: Path, to: Path) -> Engine:
 
 
 def pixels_of(engine: Engine, prepared: PreparedPrompt) -> Tensor:
-    """What our tower is shown."""
+    """Input of our tower."""
     tiles = [
         decode_tiles(
             medium,

@@ -98,7 +98,7 @@ WITH_MEDIA = TEXTS | {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model of transformers is given."""
+    """Input of a model of transformers."""
 
     ids: list[int]
     pixels: Tensor | None = None

@@ -46,7 +46,7 @@ def frames_of(question: Question) -> list[list[Image.Image]]:
 
 
 def by_processor(processor: Any, question: Question) -> Seen:
-    """What AutoProcessor's class makes of a question."""
+    """Prompt and pixels of a question by AutoProcessor's class."""
     text = processor.apply_chat_template(
         question.messages, tokenize=False, add_generation_prompt=True
     )

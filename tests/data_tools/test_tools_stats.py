@@ -58,7 +58,7 @@ def test_numbers_are_those_of_the_samples(recipe: Path) -> None:
 
 
 def test_images_with_more_pixels_than_their_tiles_are_counted(recipe: Path) -> None:
-    """Of 56 x 56 and 112 x 56 pixels, with tiles of 28."""
+    """Images of 56 x 56 and 112 x 56 pixels, with tiles of 28."""
     for most, share in ((8, 0.0), (7, 0.5), (1, 1.0)):
         loaded = load_recipe(recipe, [f"media.max_tiles={most}"])
         first, _ = collect_statistics(loaded, open_tokenizer(loaded)).datasets

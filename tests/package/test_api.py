@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the page's examples read: a recipe with data, a Hugging Face folder, media."""
+    """Files that the page's examples read: a recipe with data, a Hugging Face folder, media."""
     folder = tmp_path_factory.mktemp("api")
     recipe = yaml.safe_load(make_toy_run(folder).read_text())
     recipe["training"]["eval_interval"] = 0
