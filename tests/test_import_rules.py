@@ -1,6 +1,7 @@
 """Import rules: lower rooms never import higher ones."""
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -86,6 +87,7 @@ the loop, the callbacks that come with it are above."""
 FILES = sorted((ROOT / "megatron_vita").rglob("*.py"))
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports, at the top or inside functions."""
     names = set()
