@@ -13,6 +13,7 @@ import torch
 SIZE = "TORCH_FR_BUFFER_SIZE"
 OLD_SIZE = "TORCH_NCCL_TRACE_BUFFER_SIZE"
 ENTRIES = "2000"
+DEFAULT = "default_pg"
 
 
 def record_collectives() -> None:
@@ -32,19 +33,29 @@ def pending_collectives() -> list[dict[str, Any]]:
         dump = distributed._dump_nccl_trace(includeStackTraces=False)
     else:
         dump = distributed._dump_fr_trace(includeStackTraces=False)
-    trace = pickle.loads(dump)
+    return parse_trace(pickle.loads(dump))
+
+
+def parse_trace(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the collectives of a record that are not completed, as `pending_collectives` does."""
     ranks = {name: of["ranks"] for name, of in trace.get("pg_config", {}).items()}
-    return [
-        {
-            "name": entry["profiling_name"],
-            "number": entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"],
-            "sizes": entry["input_sizes"],
-            "group": " ".join(entry["process_group"]),
-            "ranks": _numbers(ranks.get(entry["process_group"][0], "")),
-        }
-        for entry in trace.get("entries", [])
-        if entry["state"] != "completed" and not entry["retired"]
-    ]
+    pending = []
+    for entry in trace.get("entries", []):
+        if entry["state"] == "completed" or entry["retired"]:
+            continue
+        name, description = entry["process_group"]
+        # The record lists the members of the default group under no name.
+        listed = ranks.get("" if description == DEFAULT and name not in ranks else name, "")
+        pending.append(
+            {
+                "name": entry["profiling_name"],
+                "number": entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"],
+                "sizes": entry["input_sizes"],
+                "group": f"{name} {description}",
+                "ranks": _numbers(listed),
+            }
+        )
+    return pending
 
 
 def _numbers(listed: str) -> list[int]:
