@@ -1,7 +1,9 @@
 """Greedy answers of a transformers model, token by token, beside those of our engine."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_vita.inference.engine.engine import Engine
 from megatron_vita.inference.prompt import Prompt
@@ -10,7 +12,7 @@ from megatron_vita.inference.requests import SamplingParams
 
 def assert_same_answer(
     engine: Engine,
-    model: nn.Module,
+    model: Any,
     question: str,
     *,
     max_new_tokens: int,
@@ -41,13 +43,13 @@ def assert_same_answer(
 
 
 @torch.no_grad()
-def _next_token(model: nn.Module, ids: list[int], *, tokens: int) -> Tensor:
+def _next_token(model: Any, ids: list[int], *, tokens: int) -> Tensor:
     """Log-probabilities [tokens] after `ids`, from a whole forward pass; padding rows are cut off."""
     return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].log_softmax(-1)
 
 
 def generated(
-    model: nn.Module, ids: list[int], *, max_new_tokens: int, tokens: int, **inputs: Tensor
+    model: Any, ids: list[int], *, max_new_tokens: int, tokens: int, **inputs: Tensor
 ) -> tuple[list[int], list[float]]:
     """Text that `generate` decodes greedily after `ids`, without its end, and the log-probabilities of it
     among the first `tokens` of the vocabulary, before penalties."""

@@ -7,6 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ def weigh(logits: Tensor, *, target: Tensor, seen: Outputs) -> tuple[Tensor, Ten
     return (logits * target).sum(), torch.tensor(1, dtype=torch.int), {}
 
 
-def forward_step(inputs: dict, model: torch.nn.Module, *, seen: Outputs) -> tuple[Tensor, partial]:
+def forward_step(inputs: dict, model: Any, *, seen: Outputs) -> tuple[Tensor, partial]:
     """Run one document through this stage."""
     ids = inputs["ids"]
     frames = torch.zeros(len(inputs["placements"]), dtype=torch.bool)

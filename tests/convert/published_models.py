@@ -223,14 +223,14 @@ def described(fields: Fields, tokenizer: PreTrainedTokenizerFast, *, rows: int) 
     return described_fields
 
 
-def fill(model: nn.Module, *, entries: int) -> None:
+def fill(model: Any, *, entries: int) -> None:
     """Random weights under which no row beyond the tokenizer's `entries` is likeliest."""
     randomize(model)
     with torch.no_grad():
         model.get_output_embeddings().weight[entries:] = 0
 
 
-def _save(model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def _save(model: Any, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     fill(model, entries=len(tokenizer))
     model.save_pretrained(folder)
 

@@ -3,6 +3,7 @@ name."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,12 @@ COLORS = {name: PREPROCESSORS["internvl3-1b-hf"][name] for name in ("image_mean"
 @pytest.mark.parametrize("sampled", [{}, {"do_sample_frames": True, "num_frames": 8}])
 def test_processors_that_transformers_saved_again_come_in(sampled: dict, tmp_path: Path) -> None:
     """Its video processor, read from a folder without one, has the image processor's fields."""
-    pixels = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    pixels: dict[str, Any] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+    }
     pixels |= {"size": {"height": 448, "width": 448}, "default_to_square": True} | COLORS
     videos = SAVED | SAVED_IMAGES | pixels | sampled
     videos |= {"video_processor_type": "InternVLVideoProcessor", "data_format": "channels_first"}

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -114,13 +114,13 @@ WHOLE = {
 }
 
 
-def model_of(name: str) -> nn.Module:
+def model_of(name: str) -> Any:
     model = (LANGUAGE | SCALED | WHOLE)[name]()
     randomize(model)
     return model
 
 
-def save(model: nn.Module, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+def save(model: Any, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
     """Write a folder as `save_pretrained` does, with a tokenizer and a generation config."""
     model.to(dtype).save_pretrained(folder)
     add_companions(folder, media=hasattr(model.config, "vision_config"))
@@ -163,7 +163,7 @@ TOWERS = {
 }
 
 
-def tower_of(name: str) -> nn.Module:
+def tower_of(name: str) -> Any:
     model = TOWERS[name]()
     randomize(model)
     return model
@@ -267,7 +267,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, read by the safetensors library."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -4,6 +4,7 @@ belong."""
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def encoder(world: World) -> SampleEncoder:
 def test_lengths_from_metadata_are_those_of_the_documents(
     shard: Path,
     encoder: SampleEncoder,
-    template: str,
+    template: Any,
     max_tiles: int,
     max_fps: float,
     max_frames: int,
@@ -71,7 +72,7 @@ def test_lengths_from_metadata_are_those_of_the_documents(
 @pytest.mark.parametrize("media_format", MEDIA_FORMATS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_lengths_are_known_for_every_template_and_media_format(
-    shard: Path, encoder: SampleEncoder, template: str, media_format: str, overlong: str
+    shard: Path, encoder: SampleEncoder, template: Any, media_format: Any, overlong: Any
 ) -> None:
     special = (*MEDIA_FORMATS[media_format].special_tokens, "<|im_start|>", "<|im_end|>", "</s>")
     tokenizer = HuggingFaceTokenizer(

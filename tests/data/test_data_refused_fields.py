@@ -53,7 +53,8 @@ def test_two_system_prompts_must_agree() -> None:
 def test_masks_of_parts_of_a_record_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(DataError, match=f"^{name} is "):
         sample_of({"conversations": TALK, name: value})
-    for neutral in (None, False, [], ""):
+    harmless: tuple[Any, ...] = (None, False, [], "")
+    for neutral in harmless:
         assert sample_of({"conversations": TALK, name: neutral}) == sample_of(
             {"conversations": TALK}
         )

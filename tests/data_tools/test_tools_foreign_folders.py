@@ -171,7 +171,7 @@ def check(sample: dict[str, Any], case: Case, *, root: Path) -> None:
     asked, answered = (turn["content"] for turn in sample["messages"])
     assert asked.split("\n", 1)[1] == case.question, case
     assert answered == case.answer, case
-    (medium,) = [*sample.get("images", []), *sample.get("videos", [])]
+    (medium,) = sample.get("images", []) + sample.get("videos", [])
     path = root / medium if (root / medium).exists() else root / "found" / medium
     if path.is_dir():
         assert path.name == case.medium, case

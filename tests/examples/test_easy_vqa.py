@@ -96,7 +96,7 @@ def test_accuracy_counts_all_and_each_kind() -> None:
 
 def test_answering_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     questions = read_questions("test")[:200]
-    asked = []
+    asked: list = []
 
     class Parrot:
         def generate(

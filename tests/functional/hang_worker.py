@@ -79,7 +79,7 @@ def main() -> None:
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
     recipe = Recipe().replaced({"training.run_dir": folder, "training.hang_seconds": HANG_SECONDS})
-    run: Any = Run(recipe=recipe, chunks=[], optimizer=None, schedule=None, microbatches=1)  # type: ignore[arg-type]
+    run: Any = Run(recipe=recipe, chunks=[], optimizer=None, schedule=None, microbatches=1)
     watch = WatchCallback()
     watch.on_start(run)
     values = torch.ones(3, 4)

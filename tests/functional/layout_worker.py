@@ -8,6 +8,7 @@ by layout's name.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,8 +55,8 @@ def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
     }
 
 
-def named_parameters(run: Run) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters of all model chunks, with the chunk in their names."""
+def named_parameters(run: Run) -> list[tuple[str, Any]]:
+    """Parameters of all model chunks, with the chunk in their names; they have gradients of Megatron's."""
     return [
         (f"{i}.{name}", p)
         for i, core in enumerate(run.unwrapped_models)

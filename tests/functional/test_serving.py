@@ -73,7 +73,12 @@ def answers(engine: Engine) -> list[dict]:
 def write_answers(checkpoint: Path, layouts: dict[Path, Layout]) -> None:
     """Answer at one layout after another; rank 0 writes the answers to each layout's file."""
     for file, (parallel, options) in layouts.items():
-        small = {"chunk_tokens": 24, "busy_chunk_tokens": 8, "page_tokens": 4, "cache_tokens": 2048}
+        small: dict[str, Any] = {
+            "chunk_tokens": 24,
+            "busy_chunk_tokens": 8,
+            "page_tokens": 4,
+            "cache_tokens": 2048,
+        }
         engine = Engine.from_checkpoint(
             checkpoint,
             parallel=ParallelConfig(**parallel),
@@ -139,7 +144,7 @@ def test_answers_are_those_of_one_process(
 
 def test_ranks_that_share_a_key_head_answer_as_one_process(one_group: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        layout = {tmp_path / f"{processes}.json": ({TP: processes}, {})}
+        layout: dict[Path, Layout] = {tmp_path / f"{processes}.json": ({TP: processes}, {})}
         run_ranks(write_answers, processes, one_group, layout)
     alone, shared = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     for answer, right in zip(shared, alone, strict=True):

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.gpu.fields import GPUS
 pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
 
 VOCAB = 151_680
-OPTIONS: list[dict[str, float]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"logprobs": 5},
     {"temperature": 0.8},

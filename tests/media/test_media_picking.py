@@ -186,7 +186,7 @@ class HastyClip:
 def test_a_frame_is_not_taken_before_all_that_may_be_shown_next_are_known(jump: bool) -> None:
     order = [0, 8, 4, 2, 1, 3, 6, 5, 7, 16, 12, 10, 9, 11, 14, 13, 15]
     moments = [1.5, 2.0, 5.9, 7.2, 9.0, 17.0]
-    taken: list[int | None] = []
+    taken: list[Any] = []
     picker = Picker(
         cast(Any, HastyClip(order)),
         moments,

@@ -219,7 +219,7 @@ def test_an_untrained_answer_is_read_and_not_scored(
 ) -> None:
     for name in ("qwen2.5", "qwen3", "llama3"):
         chat = published(name).chat
-        messages = [dict(message) for message in TALK]
+        messages: list[dict[str, Any]] = [dict(message) for message in TALK]
         messages[3]["loss"] = False
         encoded = chat.encode(check_messages({"messages": messages}))
         everything = chat.encode(check_messages({"messages": TALK}))

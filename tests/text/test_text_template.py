@@ -1,5 +1,7 @@
 """Chat templates: the ids of each turn and which of them carry the loss."""
 
+from typing import Any
+
 import pytest
 
 from megatron_vita.config import TextConfig
@@ -20,7 +22,7 @@ TURNS = [
 ]
 
 
-def chat(tokenizer: Tokenizer, template: str) -> ChatFormat:
+def chat(tokenizer: Tokenizer, template: Any) -> ChatFormat:
     return ChatFormat(tokenizer, TextConfig(template=template))
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -276,7 +277,7 @@ def test_a_folder_of_vocabulary_and_merges_is_read_like_tokenizer_json(tmp_path:
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     decoder = {str(i): plain | {"content": name, "special": True} for name, i in added.items()}
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    config: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
     config |= {"added_tokens_decoder": decoder, "chat_template": "{{ messages }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))

@@ -1,6 +1,7 @@
 """A tokenizer meets an embedding: entries, rows, and the ids of requests."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def save_bytes(folder: Path, *special: str) -> int:
     return len(alphabet) + len(special)
 
 
-def recipe(folder: Path, rows: int, *, text_only: bool = False, template: str = "chatml") -> Recipe:
+def recipe(folder: Path, rows: int, *, text_only: bool = False, template: Any = "chatml") -> Recipe:
     return Recipe(
         model=ModelConfig(language=LanguageConfig(vocab_size=rows), text_only=text_only),
         text=TextConfig(tokenizer=str(folder), template=template),

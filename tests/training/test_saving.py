@@ -230,7 +230,7 @@ def test_a_writer_that_is_killed_costs_only_its_save(
 
 
 def _write_for_ever(pipe: Any) -> None:
-    writer = WriterProcess(lambda: time.sleep(60))  # type: ignore[arg-type, return-value]
+    writer = WriterProcess(lambda: time.sleep(60))
     pipe.send(writer._process.pid)
     time.sleep(60)
 

@@ -84,7 +84,7 @@ def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Pat
                 name: p.clone() for name, p in open_run(recipe).unwrapped_model.named_parameters()
             }
             train(recipe)
-        for name, parameter in run.unwrapped_model.named_parameters():  # type: ignore[attr-defined]
+        for name, parameter in run.unwrapped_model.named_parameters():
             assert torch.equal(before[name], parameter) == name.startswith(frozen), name
 
 
