@@ -42,7 +42,7 @@ def test_layers_that_are_not_recomputed_keep_what_they_always_did() -> None:
 
 
 def test_nothing_of_the_tower_is_kept_where_it_goes_through_again_from_pixels() -> None:
-    methods = ({}, {"recompute_vision": True}, FROM_PIXELS)
+    methods: tuple[dict, ...] = ({}, {"recompute_vision": True}, FROM_PIXELS)
     small, large = (
         [kept_bytes(vision={"num_layers": layers}, **fields)[0] for fields in methods]
         for layers in (2, 4)
