@@ -6,10 +6,10 @@
 The first rank uploads, in a process of its own, while training goes on.
 """
 
+import functools
 import json
 import logging
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,8 @@ class Mirror:
         ]
         for name in retention.unnamed(complete, self._scores_of):
             # The manifest first: what is left of it must not look complete.
-            with_retries(partial(self._store.rm, self._path(f"{name}/{MANIFEST}")), name)
-            with_retries(partial(self._store.rm, self._path(name), recursive=True), name)
+            with_retries(functools.partial(self._store.rm, self._path(f"{name}/{MANIFEST}")), name)
+            with_retries(functools.partial(self._store.rm, self._path(name), recursive=True), name)
 
     def latest_name(self) -> str:
         """Return the name of the newest complete checkpoint; empty if there is none.
@@ -101,7 +101,7 @@ class Mirror:
             inner = source.rpartition(f"{name}/")[2]
             target = partial / inner
             target.parent.mkdir(parents=True, exist_ok=True)
-            with_retries(partial(self._store.get_file, source, str(target)), source)
+            with_retries(functools.partial(self._store.get_file, source, str(target)), source)
         publish(partial, folder / name)
         with atomic_write(folder / LATEST) as pointer:
             pointer.write_text(name)
