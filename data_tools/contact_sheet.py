@@ -38,13 +38,20 @@ COLORS = {
 LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "frame": "frame", "padding": "padding"}
 
 
-def draw_sheet(view: PackView) -> Image.Image:
-    """Draw the contact sheet; long texts are cut in the middle, long lists of tiles at the end."""
+def draw_sheet(view: PackView, *, most_height: int = 0) -> Image.Image:
+    """Draw the contact sheet; long texts are cut in the middle, long lists of tiles at the end.
+
+    most_height: pixels from which on whole documents are left out and counted; 0: no limit.
+    """
     sheet = _Sheet()
     sheet.line(view.title, INK)
     sheet.legend()
     sheet.strip(view)
-    for document in view.documents:
+    for place, document in enumerate(view.documents):
+        if most_height and place and sheet.height >= most_height:
+            left_out = len(view.documents) - place
+            sheet.line(f"and {counted(left_out, 'more document')}", FAINT, rule=True)
+            break
         sheet.skip(GAP)
         sheet.line(heading(document), INK, rule=True)
         sheet.document(view, document)
@@ -60,6 +67,11 @@ class _Sheet:
         self._y = MARGIN
         self._canvas = Image.new("RGB", (WIDTH, 1000), PAPER)
         self._draw = ImageDraw.Draw(self._canvas)
+
+    @property
+    def height(self) -> int:
+        """Pixels drawn so far."""
+        return self._y
 
     def skip(self, pixels: int) -> None:
         """Move down, keeping room for a row of tiles below."""

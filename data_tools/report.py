@@ -22,7 +22,7 @@ from megatron_vita.text.vocabulary import open_tokenizer
 REASONS = 8
 COLUMNS = [
     *("dataset", "split", "samples", "in an epoch", "tokens", "mean length", "median", "longest"),
-    *("images", "downscaled", "videos", "video hours", "tiles", "loss rows", "left out"),
+    *("images", "downscaled", "videos", "video hours", "tiles", "loss tokens", "left out"),
     "rejected",
 ]
 

@@ -113,7 +113,7 @@ def view_pack(
     rows = int((batch.labels != IGNORED_LABEL).sum())
     summary = (
         f"{title}: {counted(len(batch.sample_keys), 'document')}, {batch.num_tokens} of {length} tokens "
-        f"({batch.num_tokens / length:.1%}), {counted(rows, 'loss row')}, {counted(len(placements), 'tile')}"
+        f"({batch.num_tokens / length:.1%}), {counted(rows, 'loss token')}, {counted(len(placements), 'tile')}"
     )
     return PackView(
         title=summary,

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_vita.errors import DataError
-from megatron_vita.report.__main__ import main
-from megatron_vita.report.lines import HEAD, HEIGHT, Series, line_chart, number
+from megatron_vita.report.__main__ import main, spread_evenly
+from megatron_vita.report.lines import HEAD, HEIGHT, Mark, Series, line_chart, number
 from megatron_vita.report.reading import read_run
 from megatron_vita.report.runs import write_report
 
@@ -38,7 +38,7 @@ def write_run(folder: Path, *, steps: int = 6, **more: Any) -> Path:
 
 def page_of(*folders: Path) -> str:
     out = folders[0].parent / "report.html"
-    assert main([*map(str, folders), "--out", str(out), "--pack", "0"]) == 0
+    assert main([*map(str, folders), "--out", str(out), "--packs", "0"]) == 0
     return out.read_text()
 
 
@@ -117,7 +117,47 @@ def test_pictures_that_cannot_be_made_say_why(tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text("text: {tokenizer: nowhere.model}\n")
     out = tmp_path / "page.html"
     assert main([str(folder), "--out", str(out)]) == 0
-    assert re.search(r"pack 1 of the training plan: .*nowhere.model", out.read_text())
+    page = out.read_text()
+    for step, pack in ((1, 1), (6, 41)):  # steps of 8 packs
+        assert re.search(rf"step {step}, pack {pack}: .*nowhere.model", page)
+
+
+@pytest.mark.parametrize(
+    ("last", "count", "numbers"),
+    [
+        (100, 4, [1, 34, 67, 100]),
+        (3, 4, [1, 2, 3]),
+        (7, 1, [1]),
+        (7, 0, []),
+        (0, 4, []),
+        (1, 2, [1]),
+    ],
+)
+def test_packs_are_shown_from_the_first_step_to_the_last(
+    last: int, count: int, numbers: list[int]
+) -> None:
+    assert spread_evenly(last, count) == numbers
+
+
+def test_every_chart_marks_the_restarts_of_its_runs(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "one"), write_run(tmp_path / "two", steps=8))
+    charts = re.findall(r"<svg.*?</svg>", page)
+    assert len(charts) > 4
+    for chart in charts:
+        titles = re.findall(r'<line class="mark".*?<title>(.*?)</title>', chart)
+        # at the only step of a chart's axis there is none
+        if chart.count("<circle") < 2:
+            assert [title.partition(": ")[2] for title in titles] == ["restarted after step 2"] * 2
+
+
+def test_a_mark_stands_at_its_step_and_none_off_the_axis() -> None:
+    line = Series(name="a", color="red", points=[(1, 2.0), (3, 4.0), (5, 3.0)])
+    marks = [Mark(step=step, color="gray", text=f"<{step}>") for step in (3, 9)]
+    chart = line_chart([line], marks=marks)
+    (mark,) = re.findall(r'<line class="mark" stroke="gray" x1="([\d.]+)" x2="\1"', chart)
+    assert float(mark) == places(chart, "line")[1][0]
+    assert "&lt;3&gt;" in chart
+    assert "&lt;9&gt;" not in chart
 
 
 def places(chart: str, kind: str) -> list[tuple[float, float]]:

@@ -29,6 +29,15 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A step at which something happened to a run."""
+
+    step: float
+    color: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Frame:
     """Mapping of a chart's values to pixels of its area."""
 
@@ -42,11 +51,13 @@ class _Frame:
         return LEFT + across * (WIDTH - LEFT), HEAD + (1 - min(max(up, 0), 1)) * HEIGHT
 
 
-def line_chart(lines: Sequence[Series], *, from_zero: bool = False) -> str:
+def line_chart(
+    lines: Sequence[Series], *, from_zero: bool = False, marks: Sequence[Mark] = ()
+) -> str:
     """A chart of lines over one axis of steps, with a legend where there are several.
 
     Noisy lines are drawn faint, and smoothed over them. The axis leaves out the most extreme
-    hundredth of values on each side.
+    hundredth of values on each side. Marks are dashed across its whole height.
     """
     drawn = [line for line in lines if line.points]
     if not drawn:
@@ -55,7 +66,8 @@ def line_chart(lines: Sequence[Series], *, from_zero: bool = False) -> str:
     paths = "".join(_paths(_thin(line, frame), frame) for line in drawn)
     return (
         f'<svg viewBox="0 0 {WIDTH + RIGHT} {HEIGHT + HEAD + FOOT}" role="img">{_grid(frame)}{paths}'
-        f"{_hover(drawn, frame)}</svg>{legend(drawn) if len(drawn) > 1 else ''}"
+        f"{_hover(drawn, frame)}{_marks(marks, frame)}</svg>"
+        f"{legend(drawn) if len(drawn) > 1 else ''}"
     )
 
 
@@ -178,6 +190,19 @@ def _hover(lines: Sequence[Series], frame: _Frame) -> str:
                 f'height="{HEIGHT}"><title>{escape("; ".join(found))}</title></rect>'
             )
     return "".join(strips)
+
+
+def _marks(marks: Sequence[Mark], frame: _Frame) -> str:
+    """Dashed lines at the marks' steps, after the strips so that their own titles show."""
+    drawn = []
+    for mark in marks:
+        if frame.x[0] <= mark.step <= frame.x[1]:
+            x, _ = frame.place(mark.step, frame.y[0])
+            drawn.append(
+                f'<line class="mark" stroke="{mark.color}" x1="{x:.1f}" x2="{x:.1f}" y1="{HEAD}" '
+                f'y2="{HEAD + HEIGHT}"><title>{escape(mark.text)}</title></line>'
+            )
+    return "".join(drawn)
 
 
 def _values_between(line: Series, low: float, high: float, *, is_last: bool) -> str:

@@ -7,13 +7,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_vita.report.lines import Series, line_chart, number
+from megatron_vita.report.lines import Mark, Series, line_chart, number
 from megatron_vita.report.page import COLORS, cards, figures, html_page, table
 from megatron_vita.report.reading import RunRecord, Segment
 
 LAST = 20
 """Steps over which the loss at the end is a mean."""
 LISTED = 20
+RESTART = "#8a8f98"
 OWN_PARTS = ("train", "validation", "speed", "data", "memory", "event", "step", "time")
 
 
@@ -45,7 +46,7 @@ def _sections(
     if len(runs) == 1:
         yield cards(_facts(runs[0]))
     else:
-        yield f"<section><h2>Runs</h2>{_fact_table(runs)}</section>"
+        yield f'<section class="left"><h2>Runs</h2>{_fact_table(runs)}</section>'
     yield _section("Loss", _loss_charts(runs))
     yield _section("Loss by source", _source_charts(runs))
     yield _section("Optimizer", _charts(runs, _OPTIMIZER))
@@ -186,7 +187,7 @@ def _charts(runs: Sequence[RunRecord], names: dict[str, str]) -> dict[str, str]:
         lines = _lines(runs, name)
         if any(line.points for line in lines):
             from_zero = name.split("/")[0] in ("speed", "memory")
-            charts[escape(caption)] = line_chart(lines, from_zero=from_zero)
+            charts[escape(caption)] = line_chart(lines, from_zero=from_zero, marks=_restarts(runs))
     return charts
 
 
@@ -199,11 +200,25 @@ def _lines(runs: Sequence[RunRecord], name: str, *, held_out: bool = False) -> l
     ]
 
 
+def _restarts(runs: Sequence[RunRecord]) -> list[Mark]:
+    """The steps at which runs went on after an interruption."""
+    return [
+        Mark(
+            step=segment.start,
+            color=COLORS[i % len(COLORS)] if len(runs) > 1 else RESTART,
+            text=f"{run.name}: restarted after step {segment.start:,}",
+        )
+        for i, run in enumerate(runs)
+        for segment in run.segments[1:]
+    ]
+
+
 def _loss_charts(runs: Sequence[RunRecord]) -> dict[str, str]:
-    charts = {"Training": line_chart(_lines(runs, "train/loss"))}
+    marks = _restarts(runs)
+    charts = {"Training": line_chart(_lines(runs, "train/loss"), marks=marks)}
     held_out = _lines(runs, "validation/loss", held_out=True)
     if any(line.points for line in held_out):
-        charts["Held-out packs"] = line_chart(held_out)
+        charts["Held-out packs"] = line_chart(held_out, marks=marks)
     return charts
 
 
@@ -225,7 +240,7 @@ def _source_charts(runs: Sequence[RunRecord]) -> dict[str, str]:
         )
         for i, name in enumerate(names)
     ]
-    return {"Training": line_chart(lines)}
+    return {"Training": line_chart(lines, marks=_restarts(runs))}
 
 
 def _recorded(runs: Sequence[RunRecord]) -> list[str]:

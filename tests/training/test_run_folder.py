@@ -19,9 +19,11 @@ from wandb.proto import wandb_internal_pb2
 
 from megatron_vita import platform
 from megatron_vita.config import TrainingConfig, load_recipe
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.errors import CallbackError, ConfigError, PlatformError
 from megatron_vita.report.__main__ import main as report
 from megatron_vita.report.reading import read_run
+from megatron_vita.sizes import readable_bytes
 from megatron_vita.training import environment, pace
 from megatron_vita.training.callbacks import Callback, optional
 from megatron_vita.training.loop import train
@@ -85,8 +87,9 @@ def test_events_and_metrics_of_all_starts_are_whole_lines_in_order(restarted: Pa
     assert rows[1]["train/loss"] > 0
     assert rows[4].keys() == {"event", "step", "time", "validation/loss", "validation/loss/held"}
     assert all(
-        0 <= after["time"] - before["time"] < 600 for before, after in itertools.pairwise(rows)
+        0 < after["time"] - before["time"] < 600 for before, after in itertools.pairwise(rows)
     )
+    assert rows[-1]["time"] == pytest.approx((restarted / "metrics.jsonl").stat().st_mtime, abs=60)
 
 
 def test_a_reader_takes_the_last_of_steps_that_were_repeated(restarted: Path) -> None:
@@ -229,7 +232,8 @@ def test_a_run_begins_with_its_plan_and_the_places_where_it_logs(restarted: Path
     (record,) = {line for line in log.splitlines() if "steps 3 to 4 take packs 9 to 16" in line}
     assert "packs of 256 tokens in 4 epochs" in record
     assert f"logs: folder {restarted}" in log
-    assert re.search(r"checkpoints: about \d.* each, every 2 steps; 2 are kept", log)
+    size = readable_bytes(checkpoint_bytes(load_recipe(restarted / "recipe.yaml")))
+    assert log.count(f"checkpoints: about {size} each, every 2 steps; 2 are kept") == 2
     for part in ("reading the plan", "building the model", "reading the first packs"):
         assert log.count(part) == 2
 
@@ -358,10 +362,11 @@ main([sys.argv[1]], name="train")
     assert re.fullmatch(line, ended.stdout)
 
 
-def test_the_page_of_a_run_shows_a_pack_that_it_has_seen(restarted: Path, tmp_path: Path) -> None:
+def test_the_page_of_a_run_shows_packs_that_it_has_seen(restarted: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert report([str(restarted), "--out", str(out)]) == 0
     page = out.read_text()
-    assert page.count('<img src="data:image/jpeg;base64,') == 1
-    assert "pack 1 of the training plan" in page
+    assert page.count('<img src="data:image/jpeg;base64,') == 4
+    for step, pack in ((1, 1), (2, 5), (3, 9), (4, 13)):  # four packs a step
+        assert f"step {step}, pack {pack}<" in page
     assert "error: callback " in page

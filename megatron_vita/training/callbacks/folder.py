@@ -87,9 +87,9 @@ class FolderCallback(Callback):
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
         if self._metrics is None:
             return
-        row = {"event": event, "step": step, "time": round(time.time(), 3)} | values
-        line = json.dumps({name: _plain(value) for name, value in row.items()})
-        self._metrics.write(line + "\n")
+        row = {"event": event, "step": step, "time": round(time.time(), 3)}
+        row |= {name: _plain(value) for name, value in values.items()}
+        self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
 
 
