@@ -32,7 +32,8 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
             added to them.
 
     Raises:
-        StoppedError: a rank received SIGTERM or SIGUSR1; the run has saved.
+        StoppedError: a rank received SIGTERM, SIGUSR1 or Ctrl-C, or a callback asked for it; the
+            run has saved.
         CallbackError: a callback failed on some rank.
     """
     platform.initialize_process()
@@ -73,7 +74,8 @@ def _stop_message(run: Run) -> str:
     outcome = "nothing is saved: set checkpoint.save"
     if run.recipe.checkpoint.save:
         outcome = "saved; run the same command to resume"
+    reason = run.stop.received or run.stop_reason or "another rank was"
     return (
-        f"told to stop ({run.stop.received or 'another rank was'}) after step {run.step} of "
+        f"told to stop ({reason}) after step {run.step} of "
         f"{run.recipe.training.train_iters}: {outcome}"
     )

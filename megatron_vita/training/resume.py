@@ -94,7 +94,7 @@ def check_plan(plan: PackPlan, recipe: Recipe, resume: ResumePoint) -> None:
         raise CheckpointError(
             f"{resume.checkpoint}: the {consumed} packs that this run has consumed are not the first {consumed} of "
             f"the plan {recipe.data.plan}: going on would leave out samples or repeat them. Plan as before, or change "
-            f"the mix from there on: data_tools plan --continue-from {consumed}; for another run, name another "
+            f"the mix from there on: vita data plan --continue-from {consumed}; for another run, name another "
             "checkpoint.save"
         )
 

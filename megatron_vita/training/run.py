@@ -61,6 +61,7 @@ class Run:
     # Samples that this rank's replica could not read.
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    stop_reason: str = ""  # of `request_stop` on this rank
     meter: Meter = dataclasses.field(default_factory=Meter)  # the loop's own, of one step
     recorded: Meter = dataclasses.field(
         default_factory=Meter
@@ -97,6 +98,14 @@ class Run:
         """Note what this rank does from now on, as `Beacon.enter` does, if the run is watched."""
         if self.beacon is not None:
             self.beacon.enter(phase, **where)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the run, from a hook on any rank, to save after its next step and to end with
+        StoppedError, as after a signal.
+
+        reason: appears in the message that the run ends with.
+        """
+        self.stop_reason = self.stop_reason or reason
 
     @property
     def unwrapped_models(self) -> list[VitaModel]:

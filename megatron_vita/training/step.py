@@ -48,7 +48,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
     run.enter("optimizer")
     _, grad_norm, _ = run.optimizer.step()
     run.enter("metrics")
-    run.meter.add("stops", int(bool(run.stop.received)))
+    run.meter.add("stops", int(bool(run.stop.received or run.stop_reason)))
     run.meter.add("failed", int(run.hooks is not None and run.hooks.has_failed))
     measure_memory(run.meter)
     metrics = collect(run.meter, losses, step=run.step + 1, started=started)

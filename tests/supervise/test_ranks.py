@@ -1,7 +1,10 @@
 """The end of ranks under torchrun, and what is printed of it. The ranks import no torch."""
 
 import logging
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_vita import launch
@@ -45,6 +49,17 @@ KILLED = """
     (here / "ready").touch()
     raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:1")
 """
+STOPPED = """
+    def save(number, frame):
+        with (here / f"told_{rank}").open("a") as told:
+            told.write(signal.Signals(number).name + " ")
+        time.sleep(SECONDS)
+        raise ConfigError("told to stop: saved")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, save)
+    (here / f"ready_{rank}").touch()
+    time.sleep(60)
+"""
 ENDING = """
 except (Exception, KeyboardInterrupt) as error:
     sys.exit(report_failure(error, checkpoints=str(here / "checkpoints")))
@@ -62,7 +77,7 @@ class Ended(NamedTuple):
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    numbers = (*launch.FORWARDED, signal.SIGHUP, signal.SIGQUIT)
     before = [(number, signal.getsignal(number)) for number in numbers]
     yield
     for number, handler in before:  # torchrun sets its own
@@ -142,6 +157,63 @@ def test_an_interrupt_of_all_ranks_is_one_line(
     assert ended.code == 128 + signal.SIGINT
     assert [line.partition(": ")[2] for line in ended.lines] == [
         f"interrupted; the same command goes on from {tmp_path}/checkpoints/step_00000020"
+    ]
+
+
+def signal_launcher(folder: Path, *sent: signal.Signals) -> threading.Thread:
+    """Send signals to this process, the first when both ranks wait for it, each next when both
+    have got the one before."""
+
+    def wait_for(name: str) -> None:
+        ends = time.monotonic() + 60
+        while len(list(folder.glob(f"{name}_*"))) < 2 and time.monotonic() < ends:
+            time.sleep(0.02)
+
+    def send() -> None:
+        wait_for("ready")
+        for place, number in enumerate(sent):
+            if place:
+                wait_for("told")
+                time.sleep(2 * launch.REPEAT_SECONDS)
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop_the_launcher_waits_until_its_ranks_have_saved(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    close = SubprocessContext._close
+    # torchrun's patience with ranks that it ends, shorter than these take
+    monkeypatch.setattr(
+        SubprocessContext, "_close", lambda self, death_sig, timeout: close(self, death_sig, 0)
+    )
+    sender = signal_launcher(tmp_path, number)
+    ended = start(tmp_path, STOPPED.replace("SECONDS", "0.5"), capfd)
+    sender.join()
+    assert ended == (128 + number, ["told to stop: saved"])
+    for rank in (0, 1):
+        assert (tmp_path / f"told_{rank}").read_text() == f"{number.name} "
+
+
+def test_a_second_interrupt_of_the_launcher_stops_its_ranks_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sender = signal_launcher(tmp_path, signal.SIGINT, signal.SIGINT)
+    began = time.monotonic()
+    ended = start(tmp_path, STOPPED.replace("SECONDS", "600"), capfd)
+    sender.join()
+    assert time.monotonic() - began < 120
+    assert ended.code == 128 + signal.SIGINT
+    assert ended.lines == [
+        "interrupted again: stopped at once, without saving; the same command goes on from "
+        f"{tmp_path}/checkpoints/step_00000020"
     ]
 
 

@@ -388,3 +388,20 @@ def test_hooks_and_writers_take_less_than_a_hundredth_of_a_demo_step(
     means = [sum(seconds[i : i + 5]) / 5 for i in range(0, 20, 5)]
     assert len(seconds) == 20
     assert min(means) < DEMO_STEP_SECONDS / 100, means
+
+
+def test_a_callback_may_end_a_run_which_saves_after_the_next_step(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    def ask(run: Run, metrics: StepMetrics) -> None:
+        if run.step == 1:
+            run.request_stop("the loss no longer falls")
+            run.request_stop("a later reason")
+
+    watcher = Watcher(after_step=ask)
+    fields = [*FAST, "training.train_iters=4", f"checkpoint.save={tmp_path}"]
+    line = r"told to stop \(the loss no longer falls\) after step 2 of 4: saved"
+    with pytest.raises(StoppedError, match=line):
+        train(load_recipe(recipe_path, fields), callbacks=[watcher])
+    assert (tmp_path / "latest").read_text() == "step_00000002"
+    assert watcher.seen[-3:] == ["on_save 2", "on_stop 2", "on_end 2"]
