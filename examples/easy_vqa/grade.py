@@ -5,7 +5,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from examples.easy_vqa.prepare import Question, image_path, read_questions
+from examples.easy_vqa.prepare import (
+    Part,
+    Question,
+    divide_training_split,
+    image_path,
+    read_questions,
+    usual_answers,
+)
 from megatron_vita.evaluation.answering import EngineAnswerer, Generates
 from megatron_vita.evaluation.results import ResultLog, Task, run_tasks
 from megatron_vita.inference.engine.engine import Engine
@@ -28,7 +35,7 @@ class Graded:
 
 
 def swap_images(questions: list[Question]) -> dict[int, int]:
-    """Derangement of the test images: each maps to the one half the list further on."""
+    """Derangement of the images: each maps to the one half the list further on."""
     images = sorted({question.image for question in questions})
     # Half the list apart, no image is its own partner.
     half = len(images) // 2
@@ -42,15 +49,19 @@ def answer_all(
     path: Path,
     shown: Callable[[int], int],
     title: str,
+    split: str = "test",
 ) -> list[Graded]:
     """Answer every question about the image `shown` for its own; finished answers are kept in
-    `path` for a restart."""
+    `path` for a restart.
+
+    split: the published split that the images are from.
+    """
 
     def task(index: int, question: Question) -> Task:
         return Task(
             key=str(index),
             prompt=lambda: Prompt.ask(
-                question.text, images=[MediaFile.read(image_path("test", shown(question.image)))]
+                question.text, images=[MediaFile.read(image_path(split, shown(question.image)))]
             ),
             row=lambda reply: asdict(
                 Graded(
@@ -82,10 +93,7 @@ def answer_blindly(
     training answer."""
     # Counted on the training split: a baseline must not see the test's answers.
     majority = Counter(q.answer for q in train).most_common(1)[0][0]
-    by_text: dict[str, Counter] = defaultdict(Counter)
-    for question in train:
-        by_text[question.text][question.answer] += 1
-    lookup = {text: answers.most_common(1)[0][0] for text, answers in by_text.items()}
+    lookup = usual_answers(train)
 
     def graded(answer: Callable[[Question], str]) -> list[Graded]:
         return [Graded(q.text, q.image, q.kind, q.answer, answer(q)) for q in test]
@@ -102,30 +110,44 @@ def accuracy(graded: list[Graded]) -> dict[str, float]:
     return {name: sum(rights) / len(rights) for name, rights in groups.items()}
 
 
-def grade(checkpoint: Path, folder: Path) -> tuple[dict[str, list[Graded]], int]:
+def grade(
+    checkpoint: Path, folder: Path, *, part: Part = "test"
+) -> tuple[dict[str, list[Graded]], int]:
     """All four columns of the report: model, model with swapped images, lookup by question,
     majority answer.
 
     Also the number of the model's parameters. Answers are kept in a folder of the checkpoint's
     name.
+
+    part: the published test split, or the part of the training split that is not trained on.
     """
-    test = read_questions("test")
-    train = read_questions("train")
-    folder = folder / checkpoint.name
+    train, asked = divide_training_split()
+    split = "train"
+    if part == "test":
+        train = read_questions("train")
+        asked = read_questions("test")
+        split = "test"
+    folder = folder / part / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     engine = Engine.from_checkpoint(checkpoint)
-    swapped = swap_images(test)
-    majority, lookup = answer_blindly(test, train)
+    swapped = swap_images(asked)
+    majority, lookup = answer_blindly(asked, train)
     columns = {
         "model": answer_all(
-            engine, test, path=folder / "answers.jsonl", shown=int, title="answering the test"
+            engine,
+            asked,
+            path=folder / "answers.jsonl",
+            shown=int,
+            title=f"answering the {part} questions",
+            split=split,
         ),
         "swapped": answer_all(
             engine,
-            test,
+            asked,
             path=folder / "answers-swapped.jsonl",
             shown=swapped.__getitem__,
             title="with images swapped",
+            split=split,
         ),
         "lookup": lookup,
         "majority": majority,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.easy_vqa.grade import Graded, accuracy
-from examples.easy_vqa.prepare import image_path
+from examples.easy_vqa.prepare import Part, image_path
 
 COLUMNS = {
     "model": ("model", "#1f6feb"),
@@ -26,13 +26,19 @@ CARDS_EACH = 18  # of right and wrong answers drawn together, by kind
 
 
 def write_report(
-    path: Path, *, graded: dict[str, list[Graded]], logs: Sequence[Path], parameters: int
+    path: Path,
+    *,
+    graded: dict[str, list[Graded]],
+    logs: Sequence[Path],
+    parameters: int,
+    part: Part,
 ) -> None:
     """Write the report.
 
     Args:
         graded: the columns of `COLUMNS`.
         logs: the TensorBoard folder of each stage.
+        part: the questions that were asked.
     """
     scores = {name: accuracy(rows) for name, rows in graded.items()}
     counts = {kind: sum(kind in ("all", row.kind) for row in graded["model"]) for kind in KINDS}
@@ -53,7 +59,8 @@ def write_report(
         majority_answer=graded["majority"][0].answer,
         accuracy_chart=_svg(_accuracy_figure(scores)),
         loss_chart=_svg(_loss_figure(logs)),
-        cards=_cards(graded["model"]),
+        cards=_cards(graded["model"], split="test" if part == "test" else "train"),
+        part=part,
     )
     path.write_text(page)
 
@@ -113,8 +120,8 @@ def _svg(figure: Figure) -> Markup:
     return Markup(svg[svg.index("<svg") :])
 
 
-def _cards(rows: list[Graded]) -> list[dict]:
-    """Page of test questions: a seeded sample of each kind, with wrong answers as frequent as they
+def _cards(rows: list[Graded], *, split: str) -> list[dict]:
+    """Page of questions: a seeded sample of each kind, with wrong answers as frequent as they
     are."""
     draw = random.Random(0)
     chosen = [
@@ -126,7 +133,7 @@ def _cards(rows: list[Graded]) -> list[dict]:
     return [
         {
             "picture": "data:image/png;base64,"
-            + base64.b64encode(image_path("test", row.image).read_bytes()).decode("ascii"),
+            + base64.b64encode(image_path(split, row.image).read_bytes()).decode("ascii"),
             "image": row.image,
             "question": row.text,
             "answer": row.answer,

@@ -1,19 +1,28 @@
 """The demo's data and grades are what they are said to be."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from examples.easy_vqa.__main__ import shard_command
+from data_tools.cli import main as tools
+from examples.easy_vqa.__main__ import write_result
 from examples.easy_vqa.grade import Graded, accuracy, answer_all, answer_blindly, swap_images
-from examples.easy_vqa.prepare import Question, caption, prepare, read_questions
+from examples.easy_vqa.prepare import (
+    DATASETS,
+    Question,
+    caption,
+    dataset_of,
+    divide_training_split,
+    prepare,
+    read_questions,
+    usual_answers,
+)
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import CompletionOutput
+from tests.environment import ROOT
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,7 @@ def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> 
     assert len(questions) == len(read_questions("train")) == 38_575
     assert all(row["images"][0].startswith("train/images/") for row in rows)
     train, held_out = (
-        {json.loads(line)["images"][0] for kind in ("captions", "questions")
+        {json.loads(line)["images"][0] for kind in ("captions", *DATASETS)
          for line in (tmp_path / f"{kind}-{split}.jsonl").read_text().splitlines()}
         for split in ("train", "validation")
     )  # fmt: skip
@@ -54,20 +63,46 @@ def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> 
     assert not train & held_out
 
 
-def test_prepared_samples_are_what_shards_are_made_of(tmp_path: Path) -> None:
+def test_prepared_samples_are_what_shards_are_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare(tmp_path)
-    for kind in ("captions-train", "questions-validation"):
-        source = tmp_path / f"few-{kind}.jsonl"
-        source.write_text(
-            "".join((tmp_path / f"{kind}.jsonl").read_text().splitlines(keepends=True)[:3])
-        )
-        done = subprocess.run(
-            [sys.executable, *shard_command(source, tmp_path / kind)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "3 samples" in done.stdout
+    for path in tmp_path.glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    recipe = (ROOT / "examples" / "easy_vqa" / "stage2.yaml").read_text()
+    (tmp_path / "stage2.yaml").write_text(
+        recipe.replace("runs/demo/jsonl", str(tmp_path)).replace("runs/demo", str(tmp_path))
+    )
+    assert tools(["shard", str(tmp_path / "stage2.yaml"), "--strict"]) == 0
+    said = capsys.readouterr().out
+    for name in DATASETS:
+        for split in ("train", "validation"):
+            assert f"{name}-{split}: 3 samples" in said
+
+
+def test_a_yes_no_question_is_unusual_if_most_answers_to_its_words_are_others() -> None:
+    red = Question("is there a red shape?", "no", 1)
+    questions = [red, red, Question(red.text, "yes", 2), Question("what color is it?", "red", 3)]
+    usual = usual_answers(questions)
+    assert [dataset_of(q, usual) for q in questions] == ["usual", "usual", "unusual", "open"]
+
+
+def test_validation_asks_about_held_out_images_of_the_training_split() -> None:
+    train, validation = divide_training_split()
+    assert len(train) + len(validation) == 38_575
+    assert len({question.image for question in validation}) == 100
+    assert not {question.image for question in train} & {q.image for q in validation}
+
+
+def test_figures_are_written_as_json_with_seed_and_part(tmp_path: Path) -> None:
+    figures = {"model": {"all": 0.5, "color": 1.0}}
+    write_result(tmp_path / "result.json", figures, part="test", seed=3, seconds=90.0)
+    assert json.loads((tmp_path / "result.json").read_text()) == {
+        "part": "test",
+        "seed": 3,
+        "minutes": 1.5,
+        "accuracy": figures,
+    }
 
 
 def test_blind_baselines_are_those_of_the_published_split() -> None:
