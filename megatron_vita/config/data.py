@@ -23,7 +23,7 @@ class DatasetConfig:
     max_tiles: int = described(0, "media.max_tiles for this dataset; 0: the recipe's.", ge=0)
     max_frames: int = described(0, "media.max_frames for this dataset; 0: the recipe's.", ge=0)
     max_fps: float = described(0.0, "media.max_fps for this dataset; 0: the recipe's.", ge=0)
-    jsonl: str = described("", "JSONL file from which `data_tools shard RECIPE` writes the shards.")
+    jsonl: str = described("", "JSONL file from which `vita data shard RECIPE` writes the shards.")
     media: str = described(
         "", "Folder to which media paths in `jsonl` are relative; empty: the folder of the file."
     )
@@ -40,7 +40,7 @@ class DataConfig:
     train: list[DatasetConfig] = described([], "Datasets to train on.")
     validation: list[DatasetConfig] = described([], "Held-out datasets for the validation loss.")
     plan: str = described(
-        "", "Folder of the pack plan, written by `data_tools plan` and read in training."
+        "", "Folder of the pack plan, written by `vita data plan` and read in training."
     )
     seq_length: int = described(4096, "Tokens of every pack (T).", ge=1)
     document_alignment: int = described(

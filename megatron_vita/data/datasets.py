@@ -111,7 +111,7 @@ def find_shards(dataset: DatasetConfig) -> list[Location]:
     if not paths:
         raise ConfigError(
             f"dataset {dataset.name}: {dataset.shards} finds no shards; make them: python -m "
-            "data_tools shard"
+            "vita data shard"
         )
     names = [path.name for path in paths]
     # Plans and ledgers know a shard by its file name alone.

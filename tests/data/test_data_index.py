@@ -104,7 +104,7 @@ def test_a_sample_that_its_template_refuses_is_quarantined_by_its_turn(tmp_path:
 def test_a_missing_index_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"a\.[0-9a-f]{12}\.index\.parquet: the shard has no index.*data_tools index",
+        match=r"a\.[0-9a-f]{12}\.index\.parquet: the shard has no index.*vita data index",
     ):
         find_index(tmp_path / "a.tar", {"tokenizer": "123"})
 

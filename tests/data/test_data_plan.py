@@ -145,7 +145,7 @@ def test_a_plan_of_another_recipe_is_refused_by_field_and_values(
     recipe = changed(world.recipe, **groups)
     with pytest.raises(DataError, match=message.replace(".", r"\.")) as error:
         open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
-    assert "python -m data_tools plan RECIPE" in str(error.value)
+    assert "vita data plan RECIPE" in str(error.value)
 
 
 def test_a_plan_of_other_samples_is_refused(own_world: World) -> None:
@@ -172,7 +172,7 @@ def test_a_plan_of_fewer_shards_is_refused(own_world: World) -> None:
 def test_a_missing_plan_says_what_to_run(world: World) -> None:
     recipe = changed(world.recipe, data={"plan": "/nowhere"})
     with pytest.raises(
-        DataError, match=r"/nowhere/train\.arrow: there is no plan; .*data_tools plan RECIPE"
+        DataError, match=r"/nowhere/train\.arrow: there is no plan; .*vita data plan RECIPE"
     ):
         open_split(recipe, split="train", tokenizer=world.tokenizer, tile_share=None)
 

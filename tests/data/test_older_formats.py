@@ -40,7 +40,7 @@ def test_an_index_of_another_format_is_refused_with_the_command_that_makes_it_ag
     index.header = dataclasses.replace(index.header, format_version=4)
     old = tmp_path / path.name
     indexes.write_index(index, old)
-    with pytest.raises(DataError, match=r"index format 4, .* make it again with data_tools index"):
+    with pytest.raises(DataError, match=r"index format 4, .* make it again with vita data index"):
         indexes.read_index(old)
 
 
@@ -51,6 +51,6 @@ def test_a_plan_of_another_format_is_refused_with_the_command_that_makes_it_agai
     with monkeypatch.context() as patch:
         patch.setattr(plans, "FORMAT_VERSION", 2)
         plans.write_plan(plan, tmp_path / "train.arrow")
-    message = r"train\.arrow: plan format 2, this version reads 3; .*data_tools plan RECIPE"
+    message = r"train\.arrow: plan format 2, this version reads 3; .*vita data plan RECIPE"
     with pytest.raises(DataError, match=message):
         plans.read_plan(tmp_path / "train.arrow")

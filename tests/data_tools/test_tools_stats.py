@@ -192,7 +192,7 @@ def test_without_an_index_stats_says_what_to_run(
         == 0
     )
     assert main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "x.html")]) == 1
-    assert "python -m data_tools index" in capsys.readouterr().err
+    assert "vita data index" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("log", [False, True])

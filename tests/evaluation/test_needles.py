@@ -291,7 +291,11 @@ def test_a_refused_prompt_counts_as_wrong_and_is_asked_again(tmp_path: Path) -> 
 
     report = run(tmp_path, Refuses(HAYSTACK, GRID.cells()))
     assert (report["right"], report["refused"]) == (6, 6)
-    assert "too long" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()
+    assert "6 prompts were refused; their codes count as not found:" in page
+    for row in report["refused_prompts"]:
+        assert f"* {row['name']}: too long" in page
+    assert {row["name"].partition(" pages, ")[0] for row in report["refused_prompts"]} == {"3"}
     reader = Reader(HAYSTACK, GRID.cells())
     assert run(tmp_path, reader)["right"] == 12
     assert len(reader.asked) == 6

@@ -124,6 +124,16 @@ def test_a_refused_question_is_wrong_whatever_its_reference(tmp_path: Path) -> N
     assert (report["all"]["right"], report["refused"]) == (0, 1)
 
 
+def test_refused_questions_are_named_with_the_reason_by_their_place_in_the_file(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.jsonl", sample("which?", "B"), sample("color?", "red"))
+    report = run(tmp_path / "out", path, Says("B", None))
+    assert report["refused_prompts"] == [{"name": "question 2 (color?)", "error": "no"}]
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "1 prompt was refused; they count as wrong:\n\n* question 2 (color?): no" in page
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -353,7 +353,7 @@ def test_a_plan_is_continued_from_where_the_run_stands_or_later(
     )
     data_tools("plan", halfway, *plan, two, "--continue-from", str(pack))
     if lost:
-        with pytest.raises(CheckpointError, match=f"data_tools plan --continue-from {PACKS}"):
+        with pytest.raises(CheckpointError, match=f"vita data plan --continue-from {PACKS}"):
             resumed(halfway, *plan, two)
     else:
         resumed(halfway, *plan, two)

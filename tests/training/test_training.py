@@ -511,7 +511,7 @@ def test_a_checkpoint_with_a_missing_file_is_refused(
     [
         ("training.train_iters=1000", "needs 4000 packs, but the plan .* holds"),
         ("model.language.vocab_size=64", "vocab_size is 64, but the tokenizer .* has"),
-        ("data.plan=/nowhere", "python -m data_tools plan"),
+        ("data.plan=/nowhere", "vita data plan"),
         ("data.seq_length=512", "seq_length"),
         ("data.seed=99", "seed"),
         ("media.max_tiles=2", "max_tiles"),

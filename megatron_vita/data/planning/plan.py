@@ -22,7 +22,7 @@ COLUMNS = ("pack", "dataset", "shard", "row", "start", "tokens", "tiles", "rows"
 # Columns that a continued plan keeps unchanged; numbers of datasets and shards may change.
 LASTING = ("pack", "row", "start", "tokens", "tiles", "rows")
 HASHED_AT_ONCE = 1 << 20  # documents
-REMEDY = "make the plan again: python -m data_tools plan RECIPE"
+REMEDY = "make the plan again: vita data plan RECIPE"
 
 
 class DocumentEntry(NamedTuple):

@@ -17,9 +17,7 @@ from megatron_vita.text.tokenizer import Tokenizer
 def plan_path(recipe: Recipe, split: Split) -> Path:
     """Path of a split's plan file; raises ConfigError if the recipe names no plan folder."""
     if not recipe.data.plan:
-        raise ConfigError(
-            "data.plan is empty: name the folder that `python -m data_tools plan RECIPE` writes"
-        )
+        raise ConfigError("data.plan is empty: name the folder that `vita data plan RECIPE` writes")
     return Path(recipe.data.plan) / f"{split}.arrow"
 
 

@@ -205,15 +205,15 @@ def _opened(path: Location, *, footer_only: bool) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError:
         raise _MissingIndexError(
             f"{path}: the shard has no index for this tokenizer and template; make it: "
-            "python -m data_tools index RECIPE"
+            "vita data index RECIPE"
         ) from None
     except pa.ArrowException as error:
         raise DataError(
-            f"{path}: not an index: {error}; make it again with data_tools index"
+            f"{path}: not an index: {error}; make it again with vita data index"
         ) from error
     except OSError as error:
         raise DataError(
-            f"{path}: the index cannot be read: {error}; make it again with data_tools index"
+            f"{path}: the index cannot be read: {error}; make it again with vita data index"
         ) from error
 
 
@@ -232,18 +232,18 @@ def _header(schema: pa.Schema, path: Location, text: Mapping[str, str] | None) -
         header = IndexHeader(**json.loads((schema.metadata or {})[b"index"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path}: not a sample index; make it again with data_tools index"
+            f"{path}: not a sample index; make it again with vita data index"
         ) from error
     if header.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path}: index format {header.format_version}, this version reads {FORMAT_VERSION}; "
-            "make it again with data_tools index"
+            "make it again with vita data index"
         )
     for field, now in (text or {}).items():
         if (then := getattr(header, field)) != now:
             raise DataError(
                 f"{path}: token counts were made with {field} {then}, the recipe's {field} is "
-                f"{now}; make one for it with data_tools index"
+                f"{now}; make one for it with vita data index"
             )
     return header
 

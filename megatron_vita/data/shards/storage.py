@@ -77,7 +77,7 @@ def check_size(shard: Location, found: int, planned: int) -> None:
     if found != planned:
         raise ShardError(
             f"{shard}: the shard has {found} bytes, its index was made of one with {planned}: "
-            "make the index again with data_tools index"
+            "make the index again with vita data index"
         )
 
 
