@@ -22,7 +22,7 @@ from data_tools.planning import index_shards, write_plans
 from data_tools.sharding import ShardJob, make_shards
 from megatron_vita.config import DataConfig, DatasetConfig, MediaConfig, Recipe, TextConfig
 from megatron_vita.data.loading.open import open_split
-from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 SECONDS = 300

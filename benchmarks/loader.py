@@ -47,8 +47,8 @@ from megatron_vita.data.loading.worker import PackTask
 from megatron_vita.data.planning.plan import read_plan
 from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
-from megatron_vita.text.load import load_tokenizer
-from megatron_vita.text.tokenizer import SPECIAL_TOKENS
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import SPECIAL_TOKENS
 
 LENGTH = 16384
 SHARD = 50

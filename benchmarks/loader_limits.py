@@ -42,7 +42,7 @@ from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.planning.stamp import plan_path, plan_stamp
 from megatron_vita.data.shards.index import index_path
 from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
-from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 FRAMES = 4048

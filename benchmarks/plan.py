@@ -34,7 +34,7 @@ from megatron_vita.data.shards.index import (
     write_index,
 )
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 from megatron_vita.training.streams import pack_costs, packs_of_replicas
 

@@ -17,7 +17,7 @@ from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.shards.index import find_index, read_index, text_stamp
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.rounding import round_up
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer
 
 

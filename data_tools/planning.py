@@ -27,7 +27,7 @@ from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.files import write_json_lines
 from megatron_vita.sizes import counted
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer, tokens_needed
 
 REJECTED = "rejected.jsonl"

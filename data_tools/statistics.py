@@ -18,7 +18,7 @@ from megatron_vita.data.samples.encoding import SampleEncoder
 from megatron_vita.data.shards.index import SampleIndex, read_index
 from megatron_vita.data.shards.quarantine import read_quarantine
 from megatron_vita.data.shards.storage import Location
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from megatron_vita.data.samples.encoding import Medium
 from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.sizes import counted
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 class TokenRun(NamedTuple):

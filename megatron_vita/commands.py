@@ -39,7 +39,7 @@ def describe_missing(error: ModuleNotFoundError) -> str:
     return f"{module} is not installed: pip install 'megatron-vita[{EXTRAS[module]}]'"
 
 
-Command = Callable[..., int]
+Command = Callable[..., int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def takes_options[T](group: type[T], *, into: str) -> Callable[[Command], Comman
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def run(**arguments: Any) -> int:
+        def run(**arguments: Any) -> int | None:
             values = {option.field: arguments.pop(option.field) for option in options}
             for option in options:
                 if option.is_repeated:

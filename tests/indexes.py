@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_vita.data.shards.index import index_path, text_stamp, write_index
 from megatron_vita.data.shards.index_build import build_index
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 def index_shard(shard: Path, tokenizer: Tokenizer) -> Path:

@@ -14,9 +14,9 @@ from megatron_vita.convert.families.pixels import chat_tiling, processor_files
 from megatron_vita.convert.prompts import CONTEXT, NAMES, append_tokens
 from megatron_vita.convert.sidecar_files import has_tokenizer
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.origin import INTERNVL_SYSTEMS
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import tokens_needed
 
 _CHATML = (

@@ -16,9 +16,9 @@ from megatron_vita.convert.families.folder_formats import (
 from megatron_vita.convert.sidecar_files import has_tokenizer
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.text.hugging_face import transformers_tokenizer
-from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.origin import INTERNVL_SYSTEMS, text_of_folder
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import tokens_needed
 
 CONTEXT = "<IMG_CONTEXT>"

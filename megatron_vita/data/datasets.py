@@ -12,7 +12,7 @@ from megatron_vita.data.shards.index import IndexHeader, find_index, text_stamp
 from megatron_vita.data.shards.storage import Location, find_files, is_remote
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:
     pass

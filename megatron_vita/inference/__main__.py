@@ -14,7 +14,7 @@ from megatron_vita.inference.client.client import KEY_VARIABLES, ChatServer, Tex
 from megatron_vita.inference.client.conversation import Conversation
 from megatron_vita.inference.prompt import MediaFile, Prompt
 from megatron_vita.inference.requests import ADVISED, SamplingParams, ScoredToken, advised
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 HELP = f"""Ask a checkpoint, or a running server (--server URL), about images and videos.
 

@@ -2,7 +2,7 @@
 
 from megatron_vita.text.marks import Marks
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece, append_ids
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 class Assembly:

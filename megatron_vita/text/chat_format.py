@@ -15,7 +15,7 @@ from megatron_vita.text.media_tokens import MEDIA_FORMATS, MediaFormat
 from megatron_vita.text.own_template import OwnTemplate
 from megatron_vita.text.pieces import EncodedTurn, TextPiece
 from megatron_vita.text.template import TEMPLATES, Template, frame_opening, frame_turn
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.text.tokenizer import SPECIAL_TOKENS, Tokenizer, piece_bytes
+from megatron_vita.text.tokenizer_base import SPECIAL_TOKENS, Tokenizer, piece_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

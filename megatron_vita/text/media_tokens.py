@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_vita.text.conversation import MediaPart, TextPart
-from megatron_vita.text.tokenizer import MEDIA_TOKENS, Tokenizer
+from megatron_vita.text.tokenizer_base import MEDIA_TOKENS, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from megatron_vita.text.marks import names_pattern
 from megatron_vita.text.media_tokens import MediaFormat
 from megatron_vita.text.pieces import EncodedTurn
 from megatron_vita.text.rendering import PLACEHOLDERS, Rendering
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Texts that occur in no template, to be found again in its rendering.

@@ -14,7 +14,7 @@ from megatron_vita.text.conversation import MediaPart, TextPart, Turn
 from megatron_vita.text.marks import Marks, names_pattern
 from megatron_vita.text.media_tokens import MediaFormat
 from megatron_vita.text.pieces import EncodedTurn
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 PLACEHOLDERS = {"<image>": "image", "<IMG_CONTEXT>": "image", "<video>": "video"}
 """Placeholders that templates which take contents as lists write for media."""

@@ -11,7 +11,7 @@ from typing import Any
 import sentencepiece
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.text.tokenizer import SPECIAL_TOKENS, Tokenizer, piece_bytes
+from megatron_vita.text.tokenizer_base import SPECIAL_TOKENS, Tokenizer, piece_bytes
 
 # A ModelProto's field 3 (normalizer_spec) with add_dummy_prefix and remove_extra_whitespaces false.
 # Protocol buffers merge a repeated singular message into the first, so that appending these bytes

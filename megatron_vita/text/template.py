@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_vita.text.conversation import MediaPart, Turn
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece, append_ids
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 @dataclass(frozen=True)

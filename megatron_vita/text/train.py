@@ -9,7 +9,7 @@ import sentencepiece
 
 from megatron_vita.errors import DataError
 from megatron_vita.files import atomic_write
-from megatron_vita.text.tokenizer import SPECIAL_TOKENS
+from megatron_vita.text.tokenizer_base import SPECIAL_TOKENS
 
 
 def train_sentencepiece(

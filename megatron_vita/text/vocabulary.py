@@ -8,10 +8,10 @@ import numpy as np
 from megatron_vita.config import Recipe, TextConfig
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.template import TEMPLATES
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 def tokens_needed(text: TextConfig, *, text_only: bool) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from megatron_vita.text.tokenizer import MEDIA_TOKENS
+from megatron_vita.text.tokenizer_base import MEDIA_TOKENS
 from tests.convert.published import (
     GENERATION,
     PROCESSOR,

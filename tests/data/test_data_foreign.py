@@ -32,7 +32,7 @@ from megatron_vita.data.shards.quarantine import (
 from megatron_vita.data.shards.tar import SampleWriter, ShardMedia, scan_shard
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from tests.data.toy_data import picture, talk, toy_recipe, write_shard
 from tests.indexes import index_of, index_shard
 

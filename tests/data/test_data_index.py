@@ -22,7 +22,7 @@ from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from tests.data.toy_data import clip, picture, talk, write_shard
 from tests.indexes import index_shard
 from tests.text.published import INTERNVL_TEMPLATE, QWEN, byte_level_bpe

@@ -21,7 +21,7 @@ from megatron_vita.data.planning.planner import make_plan
 from megatron_vita.data.planning.stamp import plan_path
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from tests.indexes import index_of, index_shard
 
 COLORS = ("red", "green", "blue", "orange", "purple")

@@ -25,7 +25,7 @@ from megatron_vita.media.images import image_size
 from megatron_vita.media.video import decode_frames, frame_times, probe_video
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 DEPTHS = (0.0, 0.5, 1.0)

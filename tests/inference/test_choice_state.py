@@ -10,8 +10,8 @@ from megatron_vita.inference.generation.beams import BeamHypothesis
 from megatron_vita.inference.generation.choice_state import ChoiceState
 from megatron_vita.inference.generation.sampling import sample_tokens
 from megatron_vita.inference.requests import OutputDelta, SamplingParams, ScoredToken, TokenScore
-from megatron_vita.text.load import load_tokenizer
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 TEXT = "the quick é fox"

@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_vita.inference.generation.detokenizer import TextStream
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
-from megatron_vita.text.load import load_tokenizer
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 CORPUS = [

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.text.load import load_tokenizer
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vita.text.conversation import MediaPart, TextPart
 from megatron_vita.text.media_tokens import MEDIA_FORMATS, InternVLFormat, LongVitaFormat
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 def named(ids: list[int], tokenizer: Tokenizer) -> str:

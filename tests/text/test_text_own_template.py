@@ -14,9 +14,9 @@ from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.hugging_face import HuggingFaceTokenizer
 from megatron_vita.text.jinja_environment import render
-from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece, TextPiece
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.text.published import GENERATION, QWEN, TURN, byte_level_bpe
 from tests.text.test_text_vocabulary import recipe, save_bytes

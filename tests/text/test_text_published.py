@@ -19,9 +19,9 @@ from megatron_vita.layout.slicing import IGNORED_LABEL
 from megatron_vita.media.video import VideoInfo
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.origin import INTERNVL_SYSTEMS, text_of_folder
 from megatron_vita.text.pieces import MediaPiece, TextPiece
+from megatron_vita.text.tokenizer import load_tokenizer
 from tests.text.internvl_processor import internvl_processor
 from tests.text.published import FAMILIES, INTERNVL_SYSTEM, byte_level_bpe, save_family
 

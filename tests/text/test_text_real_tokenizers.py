@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
-from megatron_vita.text.load import load_tokenizer
 from megatron_vita.text.origin import text_of_folder
 from megatron_vita.text.pieces import EncodedTurn, TextPiece
+from megatron_vita.text.tokenizer import load_tokenizer
 from tests.convert.published import CONFIGS, GENERATION
 
 pytestmark = pytest.mark.full("downloads 17 MB for each tokenizer")

@@ -11,7 +11,7 @@ from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import MediaPart, TextPart, Turn
 from megatron_vita.text.pieces import EncodedTurn, MediaPiece, TextPiece
 from megatron_vita.text.template import TEMPLATES
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 TURNS = [
     Turn("system", [TextPart("be kind")]),

@@ -12,8 +12,8 @@ from tokenizers import models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel, Fuse, Metaspace
 
 from megatron_vita.errors import ConfigError
-from megatron_vita.text.load import load_tokenizer
-from megatron_vita.text.tokenizer import MEDIA_TOKENS, SPECIAL_TOKENS, Tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
+from megatron_vita.text.tokenizer_base import MEDIA_TOKENS, SPECIAL_TOKENS, Tokenizer
 from megatron_vita.text.train import train_sentencepiece
 from tests.text.published import byte_level_bpe
 

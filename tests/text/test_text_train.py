@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from megatron_vita.errors import DataError
-from megatron_vita.text.load import load_tokenizer
+from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.train import train_sentencepiece
 
 SENTENCE = "what is the shape colour of this picture red blue circle triangle yes no there a does contain 1234"

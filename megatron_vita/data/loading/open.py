@@ -5,7 +5,7 @@ from megatron_vita.data.datasets import Split, find_sources, sample_encoder
 from megatron_vita.data.loading.stream import PackStream
 from megatron_vita.data.planning.plan import read_plan
 from megatron_vita.data.planning.stamp import plan_path, plan_stamp
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 def open_split(

@@ -24,7 +24,7 @@ from megatron_vita.data.planning.token_counts import document_lengths
 from megatron_vita.data.shards.index import read_index
 from megatron_vita.errors import ConfigError, DataError
 from megatron_vita.rounding import ceil_div, round_up
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 class Rejected(NamedTuple):

@@ -11,7 +11,7 @@ from megatron_vita.data.planning.plan import FORMAT_VERSION
 from megatron_vita.data.shards.index import text_stamp
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.chat_format import ChatFormat
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 def plan_path(recipe: Recipe, split: Split) -> Path:

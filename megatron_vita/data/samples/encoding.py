@@ -12,7 +12,7 @@ from megatron_vita.media.tiling import Grid, Tiling, choose_grid, grids_of, num_
 from megatron_vita.media.video import VideoInfo, frame_times, num_frames
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.media_tokens import MediaFormat
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 class Medium(NamedTuple):

@@ -21,7 +21,7 @@ from megatron_vita.inference.requests import (
     ScoredToken,
 )
 from megatron_vita.inference.scheduler_output import SchedulerOutput
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 class _RowToSample(NamedTuple):

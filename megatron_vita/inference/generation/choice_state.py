@@ -8,7 +8,7 @@ from megatron_vita.inference.generation.beams import BeamHypothesis
 from megatron_vita.inference.generation.detokenizer import TextStream
 from megatron_vita.inference.generation.sampling import Penalties, SamplingRow, has_penalties
 from megatron_vita.inference.requests import FinishReason, OutputDelta, SamplingParams, ScoredToken
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 
 class ChoiceState:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_vita.text.tokenizer import Tokenizer
+from megatron_vita.text.tokenizer_base import Tokenizer
 
 _UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_WINDOW = 8
