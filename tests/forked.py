@@ -7,7 +7,6 @@ import select
 import socket
 import subprocess
 import sys
-from functools import cache
 from typing import Any
 
 import torch
@@ -96,9 +95,17 @@ def run_program(*arguments: str, **options: Any) -> "subprocess.CompletedProcess
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-@cache
+_servers: list[tuple[socket.socket, subprocess.Popen]] = []
+
+
 def fork_server() -> socket.socket:
-    """Start the server of forks; returns the socket for jobs, whose end is the server's."""
+    """Return the socket for jobs, whose end is the server's; start the server if there is none."""
+    if not _servers or _servers[-1][1].poll() is not None:
+        _servers.append(_start_server())
+    return _servers[-1][0]
+
+
+def _start_server() -> tuple[socket.socket, subprocess.Popen]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # pyarrow's own allocator and OpenBLAS keep threads, which a fork would lose
     single = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"}
@@ -111,5 +118,11 @@ def fork_server() -> socket.socket:
         start_new_session=True,
     )
     theirs.close()
-    atexit.register(server.kill)
-    return ours
+    atexit.register(_end_server, server, os.getpid())
+    return ours, server
+
+
+def _end_server(server: subprocess.Popen, owner: int) -> None:
+    """Kill a server at the exit of the process that started it, but not of that one's forks."""
+    if os.getpid() == owner:
+        server.kill()
