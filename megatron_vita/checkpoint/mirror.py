@@ -156,6 +156,7 @@ class Uploads:
         self._retry_steps = retry_steps
         self._waiting: Path | None = None
         self._retry_at = 0
+        self._problem = ""  # of the last attempt
         self._uploading: Path | None = None
         self._process: WriterProcess | None = None
 
@@ -177,16 +178,17 @@ class Uploads:
         Raises:
             SaveError: it cannot be uploaded; it is whole in its folder.
         """
-        for _ in range(LAST_ATTEMPTS + 1):
-            if self._process is not None:
-                self._end(step)
+        if self._process is not None:
+            self._end(step)
+        for _ in range(LAST_ATTEMPTS):
             if self._waiting is None:
                 return
             self._begin(self._waiting)
-        self.abort()
-        raise SaveError(
-            f"checkpoint.mirror {self._url}: the last checkpoint cannot be uploaded; it is in its folder"
-        )
+            self._end(step)
+        if self._waiting is not None:
+            raise SaveError(
+                f"checkpoint.mirror {self._url}: {self._waiting} cannot be uploaded: {self._problem}"
+            )
 
     def abort(self) -> None:
         """Give up the upload under way."""
@@ -207,6 +209,7 @@ class Uploads:
         if not error:
             logger.info("uploaded %s to %s", self._uploading, self._url)
             return
+        self._problem = error
         self._waiting = self._waiting or self._uploading
         self._retry_at = step + self._retry_steps
         logger.warning(
@@ -222,8 +225,12 @@ def _upload(url: str, checkpoint: Path, retention: Retention) -> Written:
     try:
         mirror = Mirror(url)
         mirror.put(checkpoint)
-        mirror.prune(retention)
     # Whatever a store's library raises: the run goes on.
     except Exception as error:
         return Written(error=str(error) or type(error).__name__)
+    try:
+        mirror.prune(retention)
+    # Such as for lack of permission to delete: the checkpoint is there.
+    except Exception as error:
+        logger.warning("%s: old checkpoints cannot be deleted: %s", url, error)
     return Written()

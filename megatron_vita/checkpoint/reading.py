@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from megatron_vita.checkpoint.index_file import parse_index
 from megatron_vita.checkpoint.manifest import FILES, INDEX, Span, check_bytes, check_files
@@ -88,6 +91,19 @@ class CheckedReader(FileSystemReader):
                 check_bytes(data, path=path, span=span)
             self._metadata = parse_index(data)
         return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for; UnpicklingError for an object that would run code."""
+        load_bytes = planner.load_bytes
+
+        def load_checked(item: ReadItem, value: io.BytesIO) -> None:
+            # torch's planner unpickles anything; megatron-core asks for no code only after it.
+            torch.load(value, weights_only=True)
+            value.seek(0)
+            load_bytes(item, value)
+
+        planner.load_bytes = load_checked
+        return super().read_data(plan, planner)
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
         span = self._spans.get(sinfo.relative_path, {}).get((sinfo.offset, sinfo.length))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import shutil
 import time
@@ -59,7 +60,11 @@ class Retention:
         if not self.best:
             return []
         scores = {name: scores_of(name).get(self.metric) for name in names}
-        scored = {name: score for name, score in scores.items() if score is not None}
+        scored = {
+            name: score
+            for name, score in scores.items()
+            if score is not None and math.isfinite(score)
+        }
         ranked = sorted(scored, key=lambda name: scored[name], reverse=self.mode == "max")
         return ranked[: self.best]
 

@@ -99,7 +99,7 @@ class Saver:
             Path of the checkpoint.
 
         Raises:
-            SaveError: on all ranks, if it cannot be written; nothing is left of it.
+            SaveError: on all ranks, if it cannot be written; the next save removes what is left of it.
         """
         save = self._save
         assert save is not None, "no save was started"

@@ -54,6 +54,7 @@ class TrainingConfig:
         0,
         "With full and block: recomputed layers per stage, from the last, that keep the output "
         "of attention, so that all but attention is recomputed; -1: all.",
+        ge=-1,
     )
     mlp_chunk_tokens: int = described(
         0,
@@ -86,7 +87,7 @@ class TrainingConfig:
     eval_iters: int = described(8, "Batches of global_batch_size packs in a validation.", ge=1)
     log_interval: int = described(1, "Steps between log lines.", ge=1)
     hang_seconds: float = described(
-        600.0,
+        1200.0,
         "Seconds without progress of a rank after which the run reports where all ranks are and "
         "ends with exit code 75; 0: never.",
         ge=0,
@@ -204,12 +205,6 @@ class TrainingConfig:
         """Check the options that need layers recomputed one by one."""
         kept = self.recompute_keep_attention_layers
         tokens = self.mlp_chunk_tokens
-        # By hand, after the check that full recomputation is on: -1 has a meaning of its own.
-        require(
-            kept >= -1,
-            f"training.recompute_keep_attention_layers is {kept}: a number of layers, or -1 for "
-            "all",
-        )
         one_by_one = self.recompute_granularity == "full" and self.recompute_method == "block"
         require(
             kept == 0 or one_by_one,

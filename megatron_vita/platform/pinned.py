@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 
 from megatron_vita.errors import PlatformError
+from megatron_vita.rounding import ceil_div
 
 _THREADS = 8  # to touch new pages: one thread clears only a few GiB/s
 # Version 1 of control groups writes "no limit" as a number close to 2^63.
 _UNLIMITED = 1 << 60
+_PAGE = 4 << 10
 _HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14  # of Linux
+# Advice of Linux.
+_DONTFORK = 10
+_DOFORK = 11
+_HUGEPAGE = 14
 _pinned: dict[int, int] = {}  # sizes of the buffers pinned here, by address
 
 
@@ -84,7 +89,7 @@ def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
         raise _refusal(sum(sizes), str(error)) from error
     # CUDA registers memory page by page, so that few large pages take less time.
     for buffer in buffers:
-        _ask_for_huge_pages(buffer)
+        _advise(buffer.data_ptr(), len(buffer), _HUGEPAGE, page=_HUGE_PAGE)
     if torch.cuda.is_available():
         # Registration would touch all pages from one thread: let several do it before.
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -94,14 +99,12 @@ def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
     return buffers
 
 
-def _ask_for_huge_pages(buffer: Tensor) -> None:
-    """Advise the kernel to use huge pages for the whole ones in a buffer; it may decline."""
-    start = -(-buffer.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    end = (buffer.data_ptr() + len(buffer)) // _HUGE_PAGE * _HUGE_PAGE
+def _advise(address: int, size: int, advice: int, *, page: int) -> None:
+    """Advise the kernel about the whole pages of a buffer; it may decline."""
+    start = ceil_div(address, page) * page
+    end = (address + size) // page * page
     if end > start:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE
-        )
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 def _pin(buffer: Tensor, *, total: int) -> None:
@@ -111,13 +114,17 @@ def _pin(buffer: Tensor, *, total: int) -> None:
     if code != 0:
         raise _refusal(total, f"cudaHostRegister gave error {code}")
     _pinned[address] = len(buffer)
+    # A fork, such as the writer of a checkpoint, would get a copy at once: pinned pages are not
+    # shared.
+    _advise(address, len(buffer), _DONTFORK, page=_PAGE)
     # Not at exit: CUDA may be shut down by then, and the end of the process unpins anyway.
     weakref.finalize(buffer, _unpin, runtime, address).atexit = False
 
 
 def _unpin(runtime: Any, address: int) -> None:
     runtime.cudaHostUnregister(address)
-    del _pinned[address]
+    # The memory goes back to the process's heap, which forks need.
+    _advise(address, _pinned.pop(address), _DOFORK, page=_PAGE)
 
 
 def pinned_bytes() -> int:

@@ -29,6 +29,7 @@ LAUNCHER_SECONDS = 10.0
 """Time for a launcher to notice that another rank has died, and to end the rest."""
 FIRST_SECONDS = 0.5  # in which a rank lets the machine's first one say what all of them meet
 OTHERS_SECONDS = 1.0
+LOG_SECONDS = 2.0  # in which a hanging rank writes its last line
 LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 """In messages of collectives whose other end is gone."""
 logger = logging.getLogger(__name__)
@@ -72,12 +73,18 @@ def end_hung(line: str) -> NoReturn:
     The exit code is HUNG, so that a launcher can tell it from an error that comes back.
     """
     is_first = _leave_mark(MARK)
+    code = HUNG if is_first or ERROR_FILE not in os.environ else 0
     if is_first:
+        # As the first failure of all: torchrun takes the oldest, and a killed rank has no file.
+        _write_error_file(line, timestamp=0)
+        # The log may be on the file system that hangs.
+        end = threading.Timer(LOG_SECONDS, os._exit, (code,))
+        end.daemon = True
+        end.start()
         logger.error("%s", line)
-        _write_error_file(line)
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(HUNG if is_first or ERROR_FILE not in os.environ else 0)
+    os._exit(code)
 
 
 def describe_failure(error: BaseException, *, checkpoints: str | None = None) -> str:
@@ -190,12 +197,14 @@ def _end_silently() -> NoReturn:
     os._exit(0)  # what is left of the process group cannot be left in order
 
 
-def _write_error_file(line: str) -> None:
-    """Write a line where torchrun looks for a traceback."""
+def _write_error_file(line: str, *, timestamp: int | None = None) -> None:
+    """Write a line where torchrun looks for a traceback; `timestamp` is now if it is None."""
     file = os.environ.get(ERROR_FILE)
     if not file:
         return
-    where = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    if timestamp is None:
+        timestamp = int(time.time())
+    where = {"py_callstack": line, "timestamp": str(timestamp)}
     _write(Path(file), json.dumps({"message": {"message": line, "extraInfo": where}}))
 
 

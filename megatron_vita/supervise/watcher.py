@@ -65,6 +65,7 @@ class Watcher:
         self._token = token
         self._folder = folder
         self._links: dict[int, _Link] = {}
+        self._is_reporting = False
 
     async def serve(self) -> None:
         """Listen, print the port, and watch until a hang has been reported."""
@@ -101,7 +102,9 @@ class Watcher:
             message = json.loads(line)
             link.heard = time.monotonic()
             if "state" in message:
-                view.state = message["state"]
+                # A report in the making adds to the states that led to it.
+                if not self._is_reporting:
+                    view.state = message["state"]
                 await _send(writer, {})
             elif "bye" in message:
                 link.has_left = True
@@ -123,6 +126,7 @@ class Watcher:
         return longest
 
     async def _report(self, seconds: float) -> None:
+        self._is_reporting = True
         await asyncio.gather(*(self._look_at(link) for link in self._links.values()))
         views = [self._links[rank].view for rank in sorted(self._links)]
         line = summarize(views, seconds=seconds)

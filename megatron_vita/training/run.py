@@ -26,6 +26,7 @@ from megatron_vita.errors import CheckpointError, DamagedCheckpointError
 from megatron_vita.model.build import build_chunks, freeze_parts
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
+from megatron_vita.rounding import ceil_div
 from megatron_vita.supervise.beacon import Beacon, Phase
 from megatron_vita.training import optimizer_state
 from megatron_vita.training.fitting import choose_levers
@@ -166,7 +167,7 @@ def open_run(recipe: Recipe) -> Run:
         shared_folder.check_shared(
             Path(recipe.checkpoint.save),
             size=checkpoint_bytes(recipe),
-            count=min(recipe.checkpoint.keep + 1, _checkpoints(recipe)),
+            count=min(_kept_at_most(recipe) + 1, _checkpoints(recipe)),
         )
         fetch_from_mirror(recipe)
     # Read once, after all ranks agreed on the newest checkpoint, and passed on.
@@ -204,7 +205,12 @@ def fetch_from_mirror(recipe: Recipe) -> None:
 
     def fetch() -> None:
         if not any(is_saved(path) for path in folder.iterdir()):
-            found = Mirror(recipe.checkpoint.mirror).fetch(folder)
+            try:
+                found = Mirror(recipe.checkpoint.mirror).fetch(folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint.mirror {recipe.checkpoint.mirror}: cannot be fetched: {error}"
+                ) from error
             if found:
                 logger.info("fetched %s from %s", found, recipe.checkpoint.mirror)
 
@@ -237,7 +243,16 @@ def restore_newest(run: Run, resume: ResumePoint) -> ResumePoint:
 
 def _checkpoints(recipe: Recipe) -> int:
     """Checkpoints that a run of all steps writes."""
-    return -(-recipe.training.train_iters // recipe.checkpoint.save_interval)
+    return ceil_div(recipe.training.train_iters, recipe.checkpoint.save_interval)
+
+
+def _kept_at_most(recipe: Recipe) -> int:
+    """Checkpoints that the rules of a whole run keep, if none is named by two of them."""
+    checkpoint = recipe.checkpoint
+    kept = checkpoint.keep + checkpoint.keep_best
+    if checkpoint.keep_every:
+        kept += recipe.training.train_iters // checkpoint.keep_every
+    return kept
 
 
 def _slowest_matmul() -> float:

@@ -1,5 +1,7 @@
 """Pending collectives are read from torch's record with their shapes and the ranks of their group."""
 
+import pickle
+
 import torch
 import torch.distributed as dist
 
@@ -30,6 +32,10 @@ def test_torch_records_what_is_read_here() -> None:
     """The fields that torch's record has; a new version may rename them."""
     platform.initialize_process()
     dist.all_reduce(torch.ones(2))
-    for collective in platform.pending_collectives():
-        assert collective["name"].endswith("all_reduce")
-        assert collective["ranks"] == [0]
+    trace = pickle.loads(torch._C._distributed_c10d._dump_fr_trace(includeStackTraces=False))
+    for recorded in trace["entries"]:
+        recorded |= {"state": "scheduled", "retired": False}  # as if it had not completed
+    last = parse_trace(trace)[-1]
+    assert last["name"].endswith("all_reduce")
+    assert (last["ranks"], last["sizes"]) == ([0], [[2]])
+    assert platform.pending_collectives() == []

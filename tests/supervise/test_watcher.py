@@ -48,9 +48,11 @@ def watching(settings: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], 
     assert process.stdout
     process.stdin.write(json.dumps(settings) + "\n")
     process.stdin.flush()
-    yield process, int(process.stdout.readline())
-    process.kill()
-    process.wait()
+    try:
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
 
 
 def greet(port: int, token: str) -> bytes:
@@ -164,9 +166,13 @@ def test_a_job_that_hangs_ends_with_a_report_of_the_rank_it_waits_for(
         ranks = [context.Process(target=_be_rank, args=(rank, port, kind)) for rank in (0, 1)]
         for rank in ranks:
             rank.start()
-        for rank in ranks:
-            rank.join(60)
-        assert process.wait(30) == 0
+        try:
+            for rank in ranks:
+                rank.join(60)
+            assert process.wait(30) == 0
+        finally:
+            for rank in ranks:
+                rank.kill()  # one that is stopped would be waited for at exit
     assert ranks[0].exitcode == HUNG
     assert ranks[1].exitcode in (HUNG, -signal.SIGKILL)
     (report,) = (tmp_path / "hangs").iterdir()

@@ -1,6 +1,7 @@
 """A save never stops a run and never costs the last good checkpoint; a damaged one is never loaded."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -15,9 +16,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import saver, store
+from megatron_vita.checkpoint.reading import CheckedReader
 from megatron_vita.checkpoint.retention import Retention, note_scores
 from megatron_vita.checkpoint.writing import Share, WriterProcess, Written
 from megatron_vita.config import load_recipe
@@ -170,6 +174,30 @@ def test_an_index_that_would_run_code_is_refused(run: Run, folder: Path, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_object_that_would_run_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Of an object among the tensors, torch's planner would unpickle anything."""
+    reader = CheckedReader(folder / "step_00000008", {})
+    taken: list[object] = []
+
+    class Planner(DefaultLoadPlanner):
+        def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+            taken.append(torch.load(value, weights_only=False))
+
+    planner = Planner()
+    reader.read_data(LoadPlan([]), planner).wait()
+    harmless = io.BytesIO()
+    torch.save({"step": 1}, harmless)
+    harmless.seek(0)
+    planner.load_bytes(None, harmless)  # type: ignore[arg-type]
+    assert taken == [{"step": 1}]
+    harmful = io.BytesIO()
+    torch.save(_Command(tmp_path / "ran"), harmful)
+    harmful.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        planner.load_bytes(None, harmful)  # type: ignore[arg-type]
+    assert not (tmp_path / "ran").exists()
+
+
 def test_nothing_is_begun_anew_where_no_checkpoint_is_whole(run: Run, folder: Path) -> None:
     flip(folder / "step_00000004" / TENSORS, 0.5)
     cut(folder / "step_00000008" / TENSORS, 1)
@@ -252,7 +280,8 @@ def test_a_run_goes_on_while_its_store_is_down_and_saves_once_it_is_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Step 4: nothing can be created; 5: a write fails; 8 and 12: `latest` cannot be written."""
+    """Step 4: nothing can be created; 5: a write fails; 8 and 9: the folder cannot be
+    published."""
     write, begin, publish = Share.write, saver._begin, saver.publish
     calls = {"begin": 0, "write": 0, "publish": 0}
 

@@ -35,7 +35,10 @@ class SaveCallback(Callback):
         self._waited = 0.0  # seconds that training waited for the save under way
 
     def before_step(self, run: Run) -> None:
-        """Report to all ranks whether this one is still writing."""
+        """Report to all ranks whether this one is still writing; begin an upload that waits."""
+        # Here, since scores of the step before, by which the store keeps checkpoints, are written.
+        if self._uploads is not None:
+            self._uploads.poll(run.step)
         run.meter.add(SAVING, float(self._saver.is_writing), reduce="max")
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
@@ -51,8 +54,6 @@ class SaveCallback(Callback):
         # No step follows in which it could be finished.
         if self._saver.is_active and self._hooks.knows_failure:
             self._finish(run)
-        if self._uploads is not None:
-            self._uploads.poll(run.step)
 
     def on_log(self, run: Run, metrics: StepMetrics) -> None:
         """Note the metric that `keep_best` compares, for the checkpoint of this step."""
@@ -80,6 +81,7 @@ class SaveCallback(Callback):
             self._uploads.abort()
 
     def _finish_uploads(self, run: Run) -> None:
+        run.enter("saving")
         if self._uploads is not None:
             self._uploads.finish(run.step)
 
@@ -102,6 +104,7 @@ class SaveCallback(Callback):
             self._put_off(run, error)
 
     def _begin(self, run: Run) -> None:
+        run.enter("saving")  # each attempt is progress
         self._started = time.monotonic()
         start_save(run, self._saver)
         self._waited = time.monotonic() - self._started

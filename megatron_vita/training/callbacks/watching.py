@@ -1,4 +1,4 @@
-"""Watch for hangs: a process beside the first rank hears from all ranks."""
+"""Watch for hangs: a process beside the first rank receives heartbeats from all ranks."""
 
 import json
 import logging
@@ -43,7 +43,10 @@ class WatchCallback(Callback):
         dist.broadcast_object_list(meeting, src=0)
         host, port, token = meeting[0]
         if not port:
-            raise PlatformError("the process that watches for hangs does not start")
+            raise PlatformError(
+                "the process that watches for hangs does not start; its error is above, and "
+                "training.hang_seconds 0 runs without it"
+            )
         patience = run.recipe.training.hang_seconds
         try:
             run.beacon = Beacon(
@@ -70,13 +73,13 @@ class WatchCallback(Callback):
         run.enter("callbacks")
 
     def on_end(self, run: Run) -> None:
-        """Take leave."""
+        """Disconnect from the watcher, and end it."""
         if run.beacon is not None:
             run.beacon.close()
             run.beacon = None
         if self._watcher is not None:
-            assert self._watcher.stdin
-            self._watcher.stdin.close()
+            # Closing its stdin would not end it: a forked writer of checkpoints has the pipe, too.
+            self._watcher.kill()
             self._watcher.wait()
 
     def _start_watcher(self, run: Run) -> tuple[str, int, str]:
