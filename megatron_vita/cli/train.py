@@ -38,10 +38,10 @@ def parse_arguments(arguments: list[str], *, name: str) -> argparse.Namespace:
 
 def main(arguments: list[str], *, name: str) -> int:
     """Train, and return the exit code; a user's error is one line, of one rank, and 1."""
-    options = parse_arguments(arguments, name=name)
     checkpoints = None
-    is_dry = options.dry_run or options.suggest
     try:
+        options = parse_arguments(arguments, name=name)  # may import plugins, for their names
+        is_dry = options.dry_run or options.suggest
         recipe = load_recipe(options.recipe, options.overrides)
         if not is_dry:
             _say(f"training {options.recipe}: importing PyTorch and megatron-core")

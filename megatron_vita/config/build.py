@@ -1,4 +1,7 @@
-"""Typed groups of fields from plain values: unknown names and wrong types are refused by name."""
+"""Typed groups of fields from plain values: unknown names and wrong types are refused by name.
+
+`path` is the dotted name of a group with a dot at its end; empty at the root.
+"""
 
 import dataclasses
 import difflib
@@ -18,7 +21,7 @@ def build[T](root: type[T], tree: Any) -> T:
     Raises:
         ConfigError: unknown field (the message names the nearest known one), wrong type or value.
     """
-    return cast(T, _Builder(root).build(root, tree, path=""))
+    return cast(T, _build(root, tree, path=""))
 
 
 def replaced[T](group: T, changes: Mapping[str, Any]) -> T:
@@ -31,93 +34,87 @@ def replaced[T](group: T, changes: Mapping[str, Any]) -> T:
     Raises:
         ConfigError: as `build`.
     """
-    return cast(T, _Builder(type(group)).replace(group, changes, path=""))
+    return cast(T, _replace(group, changes, path=""))
 
 
-class _Builder:
-    """Conversion of plain values to the fields of `root` and of the groups in it.
+def _build(cls: type, tree: Any, *, path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path or 'the recipe'} is {resolved(tree)!r}: a group of fields is needed"
+        )
+    values = _values(cls, tree, path)
+    for field in dataclasses.fields(cls):
+        has_default = not (field.default is field.default_factory is dataclasses.MISSING)
+        if field.name not in values and not has_default:
+            raise ConfigError(f"{path}{field.name} is missing")
+    return cls(**values)
 
-    `path` is the dotted name of a group with a dot at its end; empty at the root.
-    """
 
-    def __init__(self, root: type) -> None:
-        self._root = root
+def _replace(group: Any, changes: Mapping[str, Any], *, path: str) -> Any:
+    own = {name: value for name, value in changes.items() if "." not in name}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            nested.setdefault(head, {})[rest] = value
+    values = _values(type(group), own, path)
+    _check_names(type(group), nested, path)
+    for name, changed in nested.items():
+        # A group that is replaced as a whole may have some of its fields replaced as well.
+        inner = values.get(name, getattr(group, name))
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(f"{path}{name} is not a group of fields")
+        values[name] = _replace(inner, changed, path=f"{path}{name}.")
+    return dataclasses.replace(group, **values)
 
-    def build(self, cls: type, tree: Any, *, path: str) -> Any:
-        if not isinstance(tree, dict):
-            raise ConfigError(
-                f"{path or 'the recipe'} is {resolved(tree)!r}: a group of fields is needed"
-            )
-        values = self._values(cls, tree, path)
-        for field in dataclasses.fields(cls):
-            has_default = not (field.default is field.default_factory is dataclasses.MISSING)
-            if field.name not in values and not has_default:
-                raise ConfigError(f"{path}{field.name} is missing")
-        return cls(**values)
 
-    def replace(self, group: Any, changes: Mapping[str, Any], *, path: str) -> Any:
-        own = {name: value for name, value in changes.items() if "." not in name}
-        nested: dict[str, dict[str, Any]] = {}
-        for name, value in changes.items():
-            head, dot, rest = name.partition(".")
-            if dot:
-                nested.setdefault(head, {})[rest] = value
-        values = self._values(type(group), own, path)
-        self._check_names(type(group), nested, path)
-        for name, changed in nested.items():
-            # A group that is replaced as a whole may have some of its fields replaced as well.
-            inner = values.get(name, getattr(group, name))
-            if not dataclasses.is_dataclass(inner):
-                raise ConfigError(f"{path}{name} is not a group of fields")
-            values[name] = self.replace(inner, changed, path=f"{path}{name}.")
-        return dataclasses.replace(group, **values)
+def _values(cls: type, tree: Mapping[str, Any], path: str) -> dict[str, Any]:
+    _check_names(cls, tree, path)
+    hints = type_hints(cls)
+    return {name: _convert(hints[name], value, f"{path}{name}") for name, value in tree.items()}
 
-    def _values(self, cls: type, tree: Mapping[str, Any], path: str) -> dict[str, Any]:
-        self._check_names(cls, tree, path)
-        hints = type_hints(cls)
-        return {
-            name: self._convert(hints[name], value, f"{path}{name}") for name, value in tree.items()
-        }
 
-    def _check_names(self, cls: type, names: Mapping[str, Any], path: str) -> None:
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in names:
-            if name not in known:
-                raise ConfigError(f"unknown field {path}{name}; {self._hint(name, known, path)}")
+def _check_names(cls: type, names: Mapping[str, Any], path: str) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown field {path}{name}; {_hint(cls, name, known, path)}")
 
-    def _hint(self, name: str, known: list[str], path: str) -> str:
-        # A field at the top level is mostly one whose group was forgotten: `lr=1e-4`.
-        named = [] if path else [leaf for leaf in leaves(self._root) if leaf.endswith(f".{name}")]
-        if named:
-            return f"did you mean {' or '.join(named)}?"
-        if nearest := difflib.get_close_matches(str(name), known, n=1, cutoff=0.5):
-            return f"did you mean {path}{nearest[0]}?"
-        return f"known: {', '.join(known)}"
 
-    def _convert(self, hint: Any, value: Any, path: str) -> Any:
-        if dataclasses.is_dataclass(hint):
-            if isinstance(value, cast(type, hint)):
-                return value
-            short = getattr(hint, "SHORT", None)
-            if short and isinstance(value, str):
-                value = {short: value}
-            return self.build(cast(type, hint), value, path=f"{path}.")
-        origin = typing.get_origin(hint)
-        if origin is dict:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{path} is {resolved(value)!r}: a mapping is needed")
-            return resolved(value)
-        if origin is list:
-            if not isinstance(value, list):
-                raise ConfigError(f"{path} is {resolved(value)!r}: a list is needed")
-            (item,) = typing.get_args(hint)
-            return [self._convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
-        if origin in (typing.Union, types.UnionType):
-            # The only unions are of a type and None, or of a scalar and a list.
-            if is_null(value):
-                return None
-            return self._convert(_member_for(value, hint), value, path)
-        return _convert_scalar(hint, value, path)
+def _hint(cls: type, name: str, known: list[str], path: str) -> str:
+    # A field at the top level is mostly one whose group was forgotten: `lr=1e-4`.
+    named = [] if path else [leaf for leaf in leaves(cls) if leaf.endswith(f".{name}")]
+    if named:
+        return f"did you mean {' or '.join(named)}?"
+    if nearest := difflib.get_close_matches(str(name), known, n=1, cutoff=0.5):
+        return f"did you mean {path}{nearest[0]}?"
+    return f"known: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, cast(type, hint)):
+            return value
+        short = getattr(hint, "SHORT", None)
+        if short and isinstance(value, str):
+            value = {short: value}
+        return _build(cast(type, hint), value, path=f"{path}.")
+    origin = typing.get_origin(hint)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} is {resolved(value)!r}: a mapping is needed")
+        return resolved(value)
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{path} is {resolved(value)!r}: a list is needed")
+        (item,) = typing.get_args(hint)
+        return [_convert(item, entry, f"{path}[{i}]") for i, entry in enumerate(value)]
+    if origin in (typing.Union, types.UnionType):
+        # The only unions are of a type and None, or of a scalar and a list.
+        if is_null(value):
+            return None
+        return _convert(_member_for(value, hint), value, path)
+    return _convert_scalar(hint, value, path)
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[str]:

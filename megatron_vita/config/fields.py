@@ -10,6 +10,7 @@ import numbers
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from megatron_vita.errors import ConfigError
@@ -122,7 +123,8 @@ def check_fields(group: Any, prefix: str = "") -> None:
     hints = type_hints(cls)
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
-        if value is None:
+        hint = hints[field.name]
+        if value is None and NoneType in get_args(hint):
             continue
         name = f"{prefix}{field.name}"
         if prefix == "--":
@@ -132,8 +134,9 @@ def check_fields(group: Any, prefix: str = "") -> None:
             # A number of a request may have thousands of digits.
             message = f"{name} is {value!r:.40}: it must be {bounds}"
             require(is_right, message)
-        if known := choices_of(field, hints[field.name]):
-            values = value if isinstance(value, list) else [value]
+        if known := choices_of(field, hint):
+            is_list = isinstance(value, list) and get_origin(hint) is list
+            values = value if is_list else [value]
             message = f"{name} is {value!r}; known: {', '.join(known)}"
             require(all(value in known for value in values), message)
 

@@ -62,6 +62,7 @@ def shrink(recipe: Recipe, *, world_size: int, bf16: bool, data: Path) -> Recipe
         "data.num_workers": min(recipe.data.num_workers, 1),
         "data.plan": recipe.data.plan + SUFFIX,
         "checkpoint.save_interval": STEPS // 2,
+        "checkpoint.mirror": "",  # the real run's, from which this would resume
     }
     changes |= _shrink_schedule(recipe) | _shrink_training(recipe, parallel, world_size)
     for folder in FOLDERS:

@@ -84,7 +84,8 @@ def warn_of_differences(folder_format: FolderFormat, recipe: Recipe) -> None:
     for name, (trained, written) in settings.items():
         if trained != written:
             logger.warning(
-                "%s is %r, but format %s means %r: its users will not see what was trained",
+                "%s is %r, but format %s means %r: loaded from it, the model gets other "
+                "prompts or pixels than in training",
                 name,
                 trained,
                 folder_format.name,

@@ -102,12 +102,12 @@ def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, 
         )
     fresh = "projector" not in owner
     if fresh:
-        kind = replaced(ProjectorConfig(), {"kind": projector})
+        part = replaced(ProjectorConfig(), {"kind": projector})
     else:
-        kind = owner["projector"].model.projector
+        part = owner["projector"].model.projector
     model = ModelConfig(
         vision=owner["vision_model"].model.vision,
-        projector=kind,
+        projector=part,
         language=owner["language_model"].model.language,
     )
     return model, fresh

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
-from megatron_vita.config import DataConfig, ParallelConfig, Recipe, recipe_from_dict
+from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
@@ -118,13 +118,7 @@ def _compare(checkpoint: Path, theirs: "Reference", probes: list[Probe], ours: l
 def _our_logits(checkpoint: Path, recipe: Recipe, probes: list[Probe]) -> list[Tensor]:
     """fp32 logits [at most ROWS, V] after the last tokens of each probe."""
     platform.initialize_process()
-    changes = {
-        "parallel": ParallelConfig(),
-        "data": DataConfig(),
-        "training.bf16": False,
-        "training.fp8_recipe": "none",
-    }
-    recipe = recipe.replaced(changes)
+    recipe = Recipe(model=recipe.model)  # in fp32 on one rank, whatever it is trained with
     groups.initialize_groups(recipe.parallel)
     model = build_model(recipe).eval()
     store.load_weights([model], checkpoint)

@@ -286,15 +286,17 @@ def _chunk(recipe: Recipe, plan: LayerPlan) -> int:
     tokens = recipe.data.seq_length // recipe.parallel.context_parallel_size
     if tensors.mlp_working(plan) <= most:
         return 0
+    # 8-bit layers take pieces of equal length.
+    is_even = recipe.training.fp8_recipe != "none"
+    # One piece was tried above.
+    chunks = [c for c in CHUNKS if c < tokens and not (is_even and tokens % c)]
     # The largest piece that needs no more than attention does; the smallest if none does.
-    for chunk in CHUNKS:
-        if chunk >= tokens:
-            continue  # one piece, which was tried above
+    for chunk in chunks:
         pieces = ceil_div(tokens, chunk)
         if tensors.mlp_working(LayerPlan(kept=plan.kept, pieces=pieces)) <= most:
             return chunk
-    if tokens > CHUNKS[-1]:
-        return CHUNKS[-1]
+    if chunks:
+        return chunks[-1]
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Training or validation data of a recipe: its shards and indexes, plan and stream."""
+"""Datasets of a recipe: their shards, indexes and the encoder of their samples."""
 
 import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_vita.config import DatasetConfig, Recipe
 from megatron_vita.data.samples.encoding import SampleEncoder
@@ -13,9 +13,6 @@ from megatron_vita.data.shards.storage import Location, find_files, is_remote
 from megatron_vita.errors import ConfigError
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.tokenizer_base import Tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 Split = Literal["train", "validation"]
 REQUESTS = 16  # concurrent requests to an object store
@@ -110,8 +107,7 @@ def find_shards(dataset: DatasetConfig) -> list[Location]:
     paths = sorted(find_files(dataset.shards), key=lambda path: path.name)
     if not paths:
         raise ConfigError(
-            f"dataset {dataset.name}: {dataset.shards} finds no shards; make them: python -m "
-            "vita data shard"
+            f"dataset {dataset.name}: {dataset.shards} finds no shards; make them: vita data shard"
         )
     names = [path.name for path in paths]
     # Plans and ledgers know a shard by its file name alone.

@@ -194,7 +194,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         (
             "training.recompute_keep_attention_layers=-2",
-            "recompute_keep_attention_layers is -2.*full; it is none",
+            "recompute_keep_attention_layers is -2: it must be at least -1",
         ),
         ("training.mlp_chunk_tokens=-1", "mlp_chunk_tokens is -1: it must be at least 0"),
         (
@@ -325,7 +325,7 @@ def test_values_that_cannot_work_are_refused_with_what_would(
         ),
         (
             [*FULL, "training.recompute_keep_attention_layers=-2"],
-            "recompute_keep_attention_layers is -2: a number of layers, or -1 for all",
+            "recompute_keep_attention_layers is -2: it must be at least -1",
         ),
         (
             [*FULL, "training.recompute_num_layers=4", "training.recompute_keep_attention_layers=5"],
@@ -425,6 +425,12 @@ def test_the_entry_prints_help_and_fails_in_one_line(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.strip().endswith("cannot read the recipe: No such file or directory")
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_a_miniature_never_touches_the_copies_of_the_run(tmp_path: Path) -> None:
+    recipe = Recipe().replaced({"checkpoint.mirror": "s3://runs/one", "checkpoint.save": "ours"})
+    tiny = shrink(recipe, world_size=1, bf16=False, data=tmp_path)
+    assert (tiny.checkpoint.mirror, tiny.checkpoint.save) == ("", "ours-tiny")
 
 
 def test_a_miniature_in_fp32_has_an_optimizer_that_runs_everywhere(tmp_path: Path) -> None:

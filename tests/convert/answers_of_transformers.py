@@ -51,7 +51,7 @@ def _next_token(model: Any, ids: list[int], *, tokens: int) -> Tensor:
 def generated(
     model: Any, ids: list[int], *, max_new_tokens: int, tokens: int, **inputs: Tensor
 ) -> tuple[list[int], list[float]]:
-    """Text that `generate` decodes greedily after `ids`, without its end, and the log-probabilities of it
+    """Token ids that `generate` decodes greedily after `ids`, without its end, and the log-probabilities of it
     among the first `tokens` of the vocabulary, before penalties."""
     given = torch.tensor([ids])
     with torch.no_grad():

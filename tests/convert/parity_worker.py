@@ -21,7 +21,7 @@ from megatron_vita.layout.assignment import assign_tiles
 from megatron_vita.layout.slicing import slice_pack
 from megatron_vita.parallel import groups
 from megatron_vita.training.run import Run, assemble_run
-from tests.functional.layout_worker import save_tensors, whole_gradients
+from tests.functional.layout_worker import save_tensors, small_buckets, whole_gradients
 
 Outputs = list[Tensor]
 
@@ -33,7 +33,8 @@ def open_converted(checkpoint: Path, fields: dict, *, length: int) -> Run:
     data = DataConfig(seq_length=length)
     recipe = recipe.replaced({"parallel": parallel, "data": data, "training.bf16": False})
     groups.initialize_groups(recipe.parallel)
-    run = assemble_run(recipe)
+    with small_buckets():
+        run = assemble_run(recipe)
     store.load_weights(run.unwrapped_models, checkpoint)
     return run
 

@@ -19,9 +19,11 @@ from megatron_vita.costs.prediction import Prediction, predict
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 UNEVEN = {"7b-32k-cp2-fa4-none": "steps of 1.75, 2.09 and 2.14 s, at 124 of 140 GiB reserved"}
 """Cases whose time says little."""
-HELD_LONGER = {"7b-512k-tp2-fa4-keep-offload18": 3.3 * 1.75}
-"""GiB that attention's tensors took at a peak measured before they were freed early: 3.3 hidden states
-of a rank, see benchmarks/results/2026-11-28-fp8-512k.md."""
+FREED_SINCE = {"7b-512k-tp2-fa4-keep-offload18": 3.3 * 1.75}
+"""GiB of a measured peak that are freed earlier since: 3.3 hidden states of a rank. To be measured
+again; see benchmarks/results/2026-11-28-fp8-512k.md."""
+UNCOUNTED = {"7b-32k-tp2-fa4-fp8-tensorwise": "reserves 7 GiB less: inputs are kept in 8 bits"}
+"""Cases whose memory the cost model does not count."""
 
 
 def complete_cases() -> list[dict[str, Any]]:
@@ -56,12 +58,12 @@ def warm_up_gib(result: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize(
     "result",
-    [result for result in complete_cases() if "fp8" not in result["case"]],
+    [result for result in complete_cases() if result["case"] not in UNCOUNTED],
     ids=lambda result: result["case"],
 )
 def test_memory_is_within_5_percent_of_baselines(result: dict[str, Any]) -> None:
     found = prediction_of(result)
-    freed = HELD_LONGER.get(result["case"], 0)
+    freed = FREED_SINCE.get(result["case"], 0)
     assert found.peak_gib == pytest.approx(result["peak_gib"] - freed, rel=0.05)
     # libraries' share is not in what torch reserves
     assert found.device_gib - 3 == pytest.approx(result["reserved_gib"] - freed, rel=0.05)

@@ -116,6 +116,18 @@ def test_mlps_are_cut_until_attention_takes_more() -> None:
     assert fit(recipe_of(512), room_of(5000)).training.mlp_chunk_tokens == 0
 
 
+def test_pieces_of_8_bit_layers_are_equally_long() -> None:
+    """Of 104K tokens, pieces of 16K leave a rest, which 8-bit layers refuse."""
+    chunks: dict[str, set[int]] = {}
+    for name in ("none", "tensorwise"):
+        recipe = recipe_of(104).replaced({"training.fp8_recipe": name})
+        fitted = [smallest(recipe), *(fit(recipe, room_of(gib)) for gib in range(80, 140, 5))]
+        chunks[name] = {found.training.mlp_chunk_tokens for found in fitted if found}
+    assert 16384 in chunks["none"]
+    assert chunks["tensorwise"] - {0}
+    assert all(104 * 1024 % chunk == 0 for chunk in chunks["tensorwise"] - {0})
+
+
 def test_a_frozen_tower_and_a_text_model_are_not_recomputed() -> None:
     for fields in ({"training.freeze_vision_model": True}, {"model.text_only": True}):
         recipe = recipe_of(128).replaced(fields)

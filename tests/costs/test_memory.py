@@ -312,12 +312,14 @@ def test_the_host_holds_processes_and_the_tiles_of_packs_ahead() -> None:
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_a_save_takes_what_a_rank_writes_and_no_more(ranks: int) -> None:
-    """2 bytes of each weight and 12 of optimizer state, divided among the replicas."""
+@pytest.mark.parametrize(("ranks", "measured"), [(1, 6.8), (2, 5.0), (8, 0)])
+def test_a_save_takes_what_a_rank_writes_and_no_more(ranks: int, measured: float) -> None:
+    """2 bytes of each weight and 12 of optimizer state, divided among the replicas; fewer were
+    measured (benchmarks/results/2026-11-28-saving.md)."""
     recipe = Recipe(
         model=ModelConfig(text_only=True, language=LanguageConfig(num_layers=8, hidden_size=1024)),
         training=TrainingConfig(bf16=True),
     )
     estimate = saving_memory(recipe, 0, data_parallel=ranks) / model_parameters(recipe.model)
     assert estimate == pytest.approx(14 / ranks, rel=0.01)
+    assert measured <= estimate

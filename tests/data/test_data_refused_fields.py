@@ -53,6 +53,8 @@ def test_two_system_prompts_must_agree() -> None:
 def test_masks_of_parts_of_a_record_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(DataError, match=f"^{name} is "):
         sample_of({"conversations": TALK, name: value})
+    with pytest.raises(DataError, match=rf"^turn \d+\.?.*{name} is "):
+        sample_of({"conversations": [TALK[0], TALK[1] | {name: value}]})
     harmless: tuple[Any, ...] = (None, False, [], "")
     for neutral in harmless:
         assert sample_of({"conversations": TALK, name: neutral}) == sample_of(
@@ -89,6 +91,12 @@ def test_a_part_of_a_video_is_refused_by_name(record: dict[str, Any], name: str)
 def test_a_video_from_its_start_is_used_and_texts_may_have_ends(record: dict[str, Any]) -> None:
     roles = [turn["role"] for turn in sample_of(record)["messages"]]
     assert roles == ["user", "assistant"]
+
+
+def test_a_part_of_a_video_of_a_turn_is_refused_by_name() -> None:
+    asked = {"from": "human", "value": "What is it?", "video": "a.mp4", "start": 3, "end": 5}
+    with pytest.raises(DataError, match=r"^turn 0\.start is 3: a video is used whole"):
+        sample_of({"conversations": [asked, TALK[1]]})
 
 
 def test_times_of_a_clip_whose_content_comes_along_tell_its_origin() -> None:

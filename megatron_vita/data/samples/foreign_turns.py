@@ -17,7 +17,10 @@ from megatron_vita.data.samples.media_fields import (
     take_media,
     values_of,
 )
-from megatron_vita.data.samples.refused_fields import refuse_parts_of_videos
+from megatron_vita.data.samples.refused_fields import (
+    refuse_partly_trained,
+    refuse_parts_of_videos,
+)
 from megatron_vita.errors import DataError
 from megatron_vita.text.conversation import (
     LOSS_MARKS,
@@ -155,6 +158,9 @@ def _message(
     marks = _marks(fields)
     media = take_media(fields)
     refuse_unread(fields, media)
+    refuse_partly_trained(fields, f"{name}.")
+    if media["videos"]:
+        refuse_parts_of_videos(fields, f"{name}.")
     if isinstance(content, list):
         content, of_parts = _read_parts(content, name)
         if any(of_parts.values()):

@@ -47,10 +47,19 @@ def refuse_what_is_not_learnt(fields: Mapping[str, Any]) -> None:
     for name in ("loss", "train"):
         if fields.get(name) is False:
             raise DataError(f"{name} is False: the sample is not trained")
+    refuse_partly_trained(fields)
+
+
+def refuse_partly_trained(fields: Mapping[str, Any], where: str = "") -> None:
+    """Refuse masks and weights of parts of a record or a turn.
+
+    Raises:
+        DataError: naming the field, after `where`.
+    """
     for name, value in fields.items():
         if _PARTLY_TRAINED.fullmatch(str(name).lower()) and is_filled(value) and value is not False:
             raise DataError(
-                f"{name} is {value!r:.80}: turns are trained whole; give those that are not "
+                f"{where}{name} is {value!r:.80}: turns are trained whole; give those that are not "
                 '"loss": false (import has --ignore)'
             )
 
