@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def main() -> None:
     ends: dict[int, int] = {}
     with socket.socket(fileno=os.dup(0)) as jobs, _wakeups() as wakeups:
         jobs.setblocking(False)
-        while _wait_for(jobs, wakeups, ends):
+        while True:
+            _wait_for(jobs, wakeups, ends)
             message, descriptors, *_ = socket.recv_fds(jobs, LONGEST_MESSAGE, 4)
             if not message:
                 return
@@ -56,6 +58,8 @@ def main() -> None:
             if pid == 0:
                 wakeups.close()
                 jobs.close()
+                for other in ends.values():
+                    os.close(other)
                 _end_with_parent()
                 os._exit(_run(json.loads(message), descriptors))
             *streams, end = descriptors
@@ -66,7 +70,7 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _wakeups() -> Any:
+def _wakeups() -> Iterator[socket.socket]:
     """A socket that becomes readable when a child has ended."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
@@ -77,15 +81,15 @@ def _wakeups() -> Any:
         yield reader
 
 
-def _wait_for(jobs: socket.socket, wakeups: socket.socket, ends: dict[int, int]) -> bool:
-    """Report the ends of children until there is a job; returns True."""
+def _wait_for(jobs: socket.socket, wakeups: socket.socket, ends: dict[int, int]) -> None:
+    """Report the ends of children until there is a job."""
     while True:
         readable, *_ = select.select([jobs, wakeups], [], [])
         with contextlib.suppress(BlockingIOError):
             wakeups.recv(4096)
         _report_ends(ends)
         if jobs in readable:
-            return True
+            return
 
 
 def _report_ends(ends: dict[int, int]) -> None:

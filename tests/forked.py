@@ -17,7 +17,6 @@ ON_GPUS = torch.cuda.is_available()
 PRELOADED = (
     "data_tools.cli",
     "megatron_vita.convert.importing",
-    "megatron_vita.data",
     "megatron_vita.inference.engine.engine",
     "megatron_vita.inference.server.server",
     "megatron_vita.training.loop",
@@ -91,7 +90,11 @@ def run_program(*arguments: str, **options: Any) -> "subprocess.CompletedProcess
     """Run a program to its end, with its output as text."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with start_program(*arguments, **(pipes | options)) as process:
-        out, err = process.communicate()
+        try:
+            out, err = process.communicate()
+        except BaseException:  # such as the test's timeout: the end is not waited for
+            process.kill()
+            raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

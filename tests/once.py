@@ -29,12 +29,12 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
     folder = Path(os.environ[VARIABLE], name)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            # The place is the last one: files may hold paths of their neighbours.
+        done = folder.with_suffix(".done")
+        if not done.exists():
+            # Not made elsewhere and renamed: files may hold paths of their neighbours. A process
+            # that was killed leaves half a folder.
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            try:
-                make(folder)
-            except BaseException:
-                shutil.rmtree(folder)
-                raise
+            make(folder)
+            done.touch()
     return folder

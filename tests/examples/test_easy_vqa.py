@@ -1,8 +1,6 @@
 """The demo's data and grades are what they are said to be."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from examples.easy_vqa.prepare import (
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import CompletionOutput
 from tests.environment import ROOT
+from tests.forked import run_program
 
 
 @pytest.mark.parametrize(
@@ -73,12 +72,7 @@ def test_prepared_samples_are_what_shards_are_made_of(tmp_path: Path) -> None:
         recipe.replace("runs/demo/jsonl", str(tmp_path)).replace("runs/demo", str(tmp_path))
     )
     shard = ["shard", str(tmp_path / "stage2.yaml"), "--strict", "--workers", "0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "data_tools", *shard],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = run_program("-m", "data_tools", *shard, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for name in DATASETS:
         for split in ("train", "validation"):

@@ -61,7 +61,7 @@ def test_a_dry_run_shows_who_sits_where_and_what_each_rank_holds(dry: dict[str, 
         "weights | gradients | optimizer | activations | vision | temporary | peak | device | highest in",
         "training takes about",
         "its time is predicted for --device H100, H200",
-        # 2.667 B trained on a rank of stage 0: 12 bytes each, and a 16th of 14
+        # 2.667 B trained on a rank of stage 0: a 16th of 14 bytes each
         "writing a checkpoint takes about 17.4 GiB of a node's own memory, with 8 ranks a node",
         "next packs, least to most over the ranks that share them:",
         "stages would be loaded more evenly with parallel.num_layers_in_first_pipeline_stage=",

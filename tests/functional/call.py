@@ -15,11 +15,12 @@ from megatron_vita import platform
 
 def main() -> None:
     """Join the group, call the function, and leave the group."""
-    module, name, arguments = sys.argv[1:]
+    module, name, file = sys.argv[1:]
+    arguments, keywords = pickle.loads(Path(file).read_bytes())
     function = getattr(importlib.import_module(module), name)
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    function(*pickle.loads(Path(arguments).read_bytes()))
+    function(*arguments, **keywords)
     platform.destroy_process_group()
 
 

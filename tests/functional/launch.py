@@ -41,11 +41,11 @@ def torchrun(
 
 
 def run_ranks[**P](
-    function: Callable[P, None], processes: int, /, *arguments: P.args, **_: P.kwargs
+    function: Callable[P, None], processes: int, /, *arguments: P.args, **keywords: P.kwargs
 ) -> subprocess.CompletedProcess:
     """Call a function of a test module, with the same arguments, in each rank of a process group."""
     with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(pickle.dumps(arguments))
+        Path(file.name).write_bytes(pickle.dumps((arguments, keywords)))
         place = (function.__module__, function.__name__)
         return torchrun("call.py", *place, file.name, processes=processes)
 

@@ -7,8 +7,10 @@ by layout's name.
 
 import json
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,8 +29,6 @@ from tests.functional.synthetic import make_step, share_of, tiny_recipe
 STEPS = 3
 BUCKET = 5000
 """Gradients that are reduced, and gathered for a checkpoint, together: as many buckets as a real model has."""
-optimizer.BUCKET_SIZE = BUCKET
-optimizer.BUCKET_SIZE_PER_RANK = 0
 
 
 def my_batches(run: Run, step: int) -> list:
@@ -81,13 +81,19 @@ def open_layout(fields: dict, start: Path | None) -> Run:
     """A run at a layout, with the weights at `start` or with initial weights."""
     recipe = tiny_recipe(**fields)
     groups.initialize_groups(recipe.parallel)
-    run = assemble_run(recipe)
+    with small_buckets():
+        run = assemble_run(recipe)
     if recipe.parallel.use_distributed_optimizer:
         check_buckets(run)
     if start is not None:
         load_weights(run.unwrapped_models, store.find_checkpoint(start))
         run.optimizer.reload_model_params()
     return run
+
+
+def small_buckets() -> AbstractContextManager[object]:
+    """Have runs that are assembled meanwhile reduce gradients in buckets of `BUCKET`."""
+    return mock.patch.multiple(optimizer, BUCKET_SIZE=BUCKET, BUCKET_SIZE_PER_RANK=0)
 
 
 def check_buckets(run: Run) -> None:

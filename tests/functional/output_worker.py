@@ -23,7 +23,12 @@ from megatron_vita.parallel import groups
 from megatron_vita.training.optimizer import build_optimizer
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.step import train_step
-from tests.functional.layout_worker import my_batches, save_tensors, whole_gradients
+from tests.functional.layout_worker import (
+    my_batches,
+    save_tensors,
+    small_buckets,
+    whole_gradients,
+)
 from tests.functional.shard_checks import vocabulary_shards
 from tests.functional.synthetic import tiny_recipe
 
@@ -47,7 +52,8 @@ def open_case(case: dict, start: Path | None) -> Run:
     """A run with the weights at `start`, or with initial weights."""
     recipe = tiny_recipe_of(case)
     groups.initialize_groups(recipe.parallel)
-    run = assemble_run(recipe)
+    with small_buckets():
+        run = assemble_run(recipe)
     if start is not None:
         load_weights(run.unwrapped_models, store.find_checkpoint(start))
         run.optimizer.reload_model_params()

@@ -16,7 +16,7 @@ from megatron_vita.parallel import groups
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, assemble_run, restore, save_run
 from megatron_vita.training.step import train_step
-from tests.functional.layout_worker import my_batches, save_tensors
+from tests.functional.layout_worker import my_batches, save_tensors, small_buckets
 from tests.functional.synthetic import tiny_recipe
 
 
@@ -25,7 +25,8 @@ def open_run_at(fields: dict, folder: Path, *, start: Path) -> Run:
     `start`."""
     recipe = tiny_recipe(**fields).replaced({"checkpoint.save": str(folder)})
     groups.initialize_groups(recipe.parallel)
-    run = assemble_run(recipe)
+    with small_buckets():
+        run = assemble_run(recipe)
     if folder.exists():
         restore(run, ResumePoint.find(run.recipe))
     else:

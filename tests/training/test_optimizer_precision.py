@@ -16,7 +16,7 @@ from megatron_vita.training.optimizer import check_optimizer
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import assemble_run, restore, save_run
 from megatron_vita.training.step import train_step
-from tests.functional.layout_worker import my_batches
+from tests.functional.layout_worker import my_batches, small_buckets
 from tests.functional.synthetic import tiny_recipe
 from tests.training.fused_adam import installed, numpy_join, numpy_split
 
@@ -58,7 +58,8 @@ def open_under(setting: str, folder: Path) -> run.Run:
     recipe = tiny_recipe(bf16=True, num_layers=2, **SETTINGS[setting])
     recipe = recipe.replaced({"checkpoint.save": str(folder)})
     groups.initialize_groups(recipe.parallel)
-    opened = assemble_run(recipe)
+    with small_buckets():
+        opened = assemble_run(recipe)
     if folder.exists():
         restore(opened, ResumePoint.find(opened.recipe))
     return opened

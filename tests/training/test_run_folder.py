@@ -87,8 +87,9 @@ def test_events_and_metrics_of_all_starts_are_whole_lines_in_order(restarted: Pa
     assert rows[1]["train/loss"] > 0
     assert rows[4].keys() == {"event", "step", "time", "validation/loss", "validation/loss/held"}
     assert all(
-        0 < after["time"] - before["time"] < 600 for before, after in itertools.pairwise(rows)
+        0 <= after["time"] - before["time"] < 600 for before, after in itertools.pairwise(rows)
     )
+    assert len({row["time"] for row in rows}) > len(rows) / 2  # neighbours may share a millisecond
     assert rows[-1]["time"] == pytest.approx((restarted / "metrics.jsonl").stat().st_mtime, abs=60)
 
 
