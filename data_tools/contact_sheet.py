@@ -38,17 +38,17 @@ COLORS = {
 LEGEND = {"text": "no loss", "loss": "loss", "tile": "tile", "frame": "frame", "padding": "padding"}
 
 
-def draw_sheet(view: PackView, *, most_height: int = 0) -> Image.Image:
+def draw_sheet(view: PackView, *, max_height: int = 0) -> Image.Image:
     """Draw the contact sheet; long texts are cut in the middle, long lists of tiles at the end.
 
-    most_height: pixels from which on whole documents are left out and counted; 0: no limit.
+    max_height: height in pixels after which further documents are only counted; 0: no limit.
     """
     sheet = _Sheet()
     sheet.line(view.title, INK)
     sheet.legend()
     sheet.strip(view)
     for place, document in enumerate(view.documents):
-        if most_height and place and sheet.height >= most_height:
+        if max_height and place and sheet.height >= max_height:
             left_out = len(view.documents) - place
             sheet.line(f"and {counted(left_out, 'more document')}", FAINT, rule=True)
             break

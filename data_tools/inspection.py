@@ -22,11 +22,11 @@ from megatron_vita.text.vocabulary import open_tokenizer
 
 
 def inspect_pack(
-    recipe: Recipe, split: str, pack: int, *, png: Path | None, most_height: int = 0
+    recipe: Recipe, split: str, pack: int, *, png: Path | None, max_height: int = 0
 ) -> str:
     """Describe pack number `pack`, from 1, of a split's plan, and draw it if `png` names a file.
 
-    most_height: pixels of the picture from which on documents are left out; 0: no limit.
+    max_height: height in pixels after which further documents are only counted; 0: no limit.
     """
     if split not in get_args(Split):
         raise ConfigError(f"--split is {split!r}; known: {', '.join(get_args(Split))}")
@@ -43,7 +43,7 @@ def inspect_pack(
         names=names,
         title=f"{split} pack {pack}",
     )
-    return _show(view, png, most_height=most_height)
+    return _show(view, png, max_height=max_height)
 
 
 def inspect_sample(recipe: Recipe, sample: str, *, png: Path | None) -> str:
@@ -89,10 +89,10 @@ def _stream_of_sample(recipe: Recipe, shard: Path, key: str, *, tokenizer: Token
     )
 
 
-def _show(view: PackView, png: Path | None, *, most_height: int = 0) -> str:
+def _show(view: PackView, png: Path | None, *, max_height: int = 0) -> str:
     text = "\n".join(describe(view))
     if png is None:
         return text
     png.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(view, most_height=most_height).save(png)
+    draw_sheet(view, max_height=max_height).save(png)
     return f"{text}\ncontact sheet: {png}"

@@ -115,7 +115,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.easy_vqa", description=__doc__)
     parser.add_argument(
-        "--seed", type=int, default=SEED, help="seed of initial weights and order of samples"
+        "--seed",
+        type=int,
+        default=SEED,
+        help="seed of initial weights and order of samples; another one needs an empty runs/demo",
     )
     parser.add_argument(
         "--part",
@@ -142,7 +145,7 @@ def main(arguments: Sequence[str]) -> None:
     result = RUN / "result.json"
     write_result(result, figures, part=options.part, seed=options.seed, seconds=seconds)
     tqdm.write(
-        f"done in {seconds / 60:.1f} minutes; the report is {report.resolve()}, its figures are {result}"
+        f"done in {seconds / 60:.1f} minutes; the report is {report}, its figures are {result}"
     )
 
 

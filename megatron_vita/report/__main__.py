@@ -19,7 +19,7 @@ from megatron_vita.errors import VitaError
 from megatron_vita.report.reading import RunRecord, read_run
 from megatron_vita.report.runs import CaptionedPicture, write_report
 
-MOST_HEIGHT = 1200
+MAX_HEIGHT = 1200
 """Pixels of a pack's picture, from which on its documents are left out."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -69,7 +69,7 @@ def _picture(run: str, recipe: Recipe, pack: int, *, caption: str) -> CaptionedP
     with tempfile.TemporaryDirectory() as folder:
         png = Path(folder, "pack.png")
         try:
-            inspect_pack(recipe, "train", pack, png=png, most_height=MOST_HEIGHT)
+            inspect_pack(recipe, "train", pack, png=png, max_height=MAX_HEIGHT)
         except (VitaError, OSError) as error:
             return CaptionedPicture(run=run, caption=f"{caption}: {error}", url="")
         return CaptionedPicture(run=run, caption=caption, url=_data_url(png))
