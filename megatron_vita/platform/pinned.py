@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megatron_vita.errors import PlatformError
-from megatron_vita.rounding import ceil_div
 
 _THREADS = 8  # to touch new pages: one thread clears only a few GiB/s
 # Version 1 of control groups writes "no limit" as a number close to 2^63.
@@ -101,7 +100,7 @@ def host_buffers(sizes: Sequence[int]) -> list[Tensor]:
 
 def _advise(address: int, size: int, advice: int, *, page: int) -> None:
     """Advise the kernel about the whole pages of a buffer; it may decline."""
-    start = ceil_div(address, page) * page
+    start = -(-address // page) * page
     end = (address + size) // page * page
     if end > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
