@@ -1,0 +1,18 @@
+"""The records in docs/performance.md are those of the files."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import records
+
+
+def test_the_page_shows_all_records() -> None:
+    page = records.PAGE.read_text()
+    written = records.with_table(page, records.table(records.training_results()))
+    assert page == written, "run: PYTHONPATH=. python benchmarks/records.py --write"
+
+
+def test_a_table_is_replaced_and_the_rest_stays() -> None:
+    page = f"before\n{records.START}\nold\n{records.END}after\n"
+    assert records.with_table(page, "new") == f"before\n{records.START}\nnew\n{records.END}after\n"
