@@ -121,7 +121,11 @@ class Case:
         language = model["language"] | ({"num_layers": self.layers} if self.layers else {})
         tree: dict[str, Any] = {
             "model": model | {"language": language},
-            "data": {"seq_length": self.tokens, "train": [{"name": "random", "shards": "none"}]},
+            "data": {
+                "seq_length": self.tokens,
+                "train": [{"name": "random", "shards": "none"}],
+                "num_workers": 0,  # packs are made here
+            },
             "parallel": {
                 "tensor_model_parallel_size": self.tp,
                 "context_parallel_size": self.cp,
