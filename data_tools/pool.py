@@ -55,7 +55,7 @@ class WorkerOptions:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, "--")
+        check_fields(self, as_options=True)
 
 
 IN_PROCESS = WorkerOptions(workers=0)

@@ -60,7 +60,7 @@ class Reencode:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, "--")
+        check_fields(self, as_options=True)
 
     def __call__(self, kind: str, file: ShardMedia, *, prefix: str = "") -> ShardMedia:
         """Re-encode a medium; raises DataError if it cannot be decoded.

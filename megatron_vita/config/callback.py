@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron_vita.config.fields import described, require
+from megatron_vita.config.fields import Form, check_fields, described
+
+PATH = Form(pattern=r"[^\W\d]\w*(\.[^\W\d]\w*)+", name="my_module.MyCallback")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,14 +14,8 @@ class CallbackConfig:
 
     SHORT: ClassVar[str] = "path"
 
-    path: str = described(
-        doc="Module and class, my_module.MyCallback: installed, or in the working folder."
-    )
+    path: str = described(doc="Module and class, installed or in the working folder.", form=PATH)
     arguments: dict[str, Any] = described({}, "Keyword arguments of the class.")
 
     def __post_init__(self) -> None:
-        parts = self.path.split(".")
-        require(
-            len(parts) > 1 and all(part.isidentifier() for part in parts),
-            f"training.callbacks: path is {self.path!r}: my_module.MyCallback is needed",
-        )
+        check_fields(self, "training.callbacks: ")

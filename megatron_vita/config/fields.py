@@ -1,4 +1,4 @@
-"""Recipe fields with documentation and bounds: `lr: float = described(1e-4, "Peak rate.", gt=0)`.
+"""Recipe fields with documentation and rules: `lr: float = described(1e-4, "Peak rate.", gt=0)`.
 
 The choices of a field are those of its `Literal` type, or the names of a registry.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Bounds:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
+    multiple_of: int | None = None
 
     def allow(self, number: float) -> bool:
         """Return true if the number is in range; NaN never is."""
@@ -36,20 +38,22 @@ class Bounds:
             and (self.gt is None or number > self.gt)
             and (self.le is None or number <= self.le)
             and (self.lt is None or number < self.lt)
+            and (self.multiple_of is None or number % self.multiple_of == 0)
         )
 
     def __str__(self) -> str:
         """The bounds in words that continue `must be`: at least 1."""
-        if self.ge is not None and self.le is not None:
-            return f"from {_shown(self.ge)} to {_shown(self.le)}"
+        lower = _phrase("above", self.gt) or _phrase("at least", self.ge)
+        upper = _phrase("below", self.lt) or _phrase("at most", self.le)
         if self.gt == 0 and self.le is None:
             lower = "positive"
-        else:
-            lower = _phrase("above", self.gt) or _phrase("at least", self.ge)
-        upper = _phrase("below", self.lt) or _phrase("at most", self.le)
         if self.lt == math.inf:
             upper = "finite"
-        return " and ".join(filter(None, (lower, upper)))
+        if self.ge is not None and self.le is not None:
+            lower = f"from {_shown(self.ge)} to {_shown(self.le)}"
+            upper = ""
+        factor = _phrase("a multiple of", self.multiple_of)
+        return " and ".join(filter(None, (lower, upper, factor)))
 
 
 def _phrase(words: str, bound: float | None) -> str:
@@ -66,6 +70,18 @@ def _shown(bound: float) -> str:
     return f"{bound:g}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Form of a text, or of each text of a list."""
+
+    pattern: str
+    name: str
+
+    def allows(self, value: Any) -> bool:
+        """Return true for a text that the pattern matches as a whole."""
+        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+
 def described(
     default: Any = dataclasses.MISSING,
     doc: str = "",
@@ -74,26 +90,38 @@ def described(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    multiple_of: int | None = None,
     choices: Iterable[str] | None = None,
+    form: Form | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Any:
-    """Define a dataclass field with a default, documentation for `--help` and bounds.
+    """Define a dataclass field with a default, documentation for `--help` and what it may hold.
 
-    `check_fields` enforces bounds and choices.
+    `check_fields` enforces bounds, choices, forms and needs, and `--help` shows them.
 
     Args:
         default: a list or dict is copied for each instance; a class is called for each instance.
-        doc: one line, which a sentence with the bounds follows; a field without it is no option
+        doc: one line, which sentences with the bounds follow; a field without it is no option
             of a command line.
         ge, gt, le, lt: the number must be at least, above, at most, below this.
+        multiple_of: the number must be a multiple of this.
         choices: known values of a text field whose type is no `Literal`, read anew at each check.
+        form: pattern of a text, or of each text of a list.
+        needs: fields of the same group that must be set, or have a value ("kind=linear"), where
+            this one differs from its default.
     """
-    metadata: dict[str, Any] = {"choices": choices}
-    bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt)
+    metadata: dict[str, Any] = {"choices": choices, "form": form, "needs": needs}
+    rules = []
+    bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt, multiple_of=multiple_of)
     if bounds != Bounds():
         metadata["bounds"] = bounds
-        doc = doc and f"{doc} Must be {bounds}."
+        rules.append(f"Must be {bounds}.")
+    if form:
+        rules.append(f"Form: {form.name}.")
+    if needs:
+        rules.append(f"Needs {' and '.join(needs).replace('=', ' ')}.")
     if doc:
-        metadata["doc"] = doc
+        metadata["doc"] = " ".join((doc, *rules))
     # A list or group shared by two recipes would let one change the other.
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -108,37 +136,75 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check_fields(group: Any, prefix: str = "") -> None:
-    """Check the bounds and choices of a dataclass's fields; None is right for an optional field.
+def option_flag(field: str) -> str:
+    """Name of a field as an option of a command line: --time-limit."""
+    return f"--{field.replace('_', '-')}"
+
+
+def check_fields(group: Any, prefix: str = "", *, as_options: bool = False) -> None:
+    """Check what the fields of a dataclass declare; None is right for an optional field.
 
     Args:
         group: the instance.
-        prefix: what precedes the name of a field in messages, as "training."; "--" for fields
-            that are options of a command line.
+        prefix: what precedes the name of a field in messages, as "training.".
+        as_options: name fields as options of a command line.
 
     Raises:
         ConfigError: naming the field, its value and what would be right.
     """
-    cls: type = type(group)
-    hints = type_hints(cls)
-    for field in dataclasses.fields(group):
+    hints = type_hints(type(group))
+    fields = dataclasses.fields(group)
+    for field in fields:
         value = getattr(group, field.name)
         hint = hints[field.name]
         if value is None and NoneType in get_args(hint):
             continue
         name = f"{prefix}{field.name}"
-        if prefix == "--":
-            name = name.replace("_", "-")
-        if bounds := field.metadata.get("bounds"):
-            is_right = isinstance(value, numbers.Real) and bounds.allow(value)
-            # A number of a request may have thousands of digits.
-            message = f"{name} is {value!r:.40}: it must be {bounds}"
-            require(is_right, message)
-        if known := choices_of(field, hint):
-            is_list = isinstance(value, list) and get_origin(hint) is list
-            values = value if is_list else [value]
-            message = f"{name} is {value!r}; known: {', '.join(known)}"
-            require(all(value in known for value in values), message)
+        if as_options:
+            name = option_flag(field.name)
+        _check_value(field, hint, value, name)
+    # Only now: a wrong value of a field would be reported as one that another field needs.
+    for field in fields:
+        for needed in field.metadata.get("needs", ()):
+            _check_needed(group, field, needed, prefix)
+
+
+def _check_value(field: dataclasses.Field[Any], hint: Any, value: Any, name: str) -> None:
+    if bounds := field.metadata.get("bounds"):
+        is_right = isinstance(value, numbers.Real) and bounds.allow(value)
+        # A number of a request may have thousands of digits.
+        require(is_right, f"{name} is {value!r:.40}: it must be {bounds}")
+    is_list = isinstance(value, list) and get_origin(hint) is list
+    values = value if is_list else [value]
+    if known := choices_of(field, hint):
+        message = f"{name} is {value!r}; known: {', '.join(known)}"
+        require(all(value in known for value in values), message)
+    if form := field.metadata.get("form"):
+        for item in values:
+            verb = "holds" if is_list else "is"
+            require(form.allows(item), f"{name} {verb} {item!r}: {form.name} is needed")
+
+
+def _check_needed(group: Any, field: dataclasses.Field[Any], needed: str, prefix: str) -> None:
+    """Refuse a field without effect: whoever sets it expects one."""
+    value = getattr(group, field.name)
+    if value == _default_of(field):
+        return
+    name, _, wanted = needed.partition("=")
+    actual = getattr(group, name)
+    shown = value
+    if type_hints(type(group))[field.name] is str:
+        shown = repr(value)
+    message = f"{prefix}{field.name} is {shown}, which needs {prefix}{name}"
+    if wanted:
+        require(actual == wanted, f"{message} {wanted}; it is {actual}")
+    require(bool(actual), message)
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 @functools.cache

@@ -1,13 +1,13 @@
 """Tiling of images, sampling of video frames and normalization of pixels."""
 
-import re
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal, get_args
 
-from megatron_vita.config.fields import check_fields, described, require
+from megatron_vita.config.fields import Form, check_fields, described, require
 
 NormalizationName = Literal["imagenet", "clip", "siglip"]
+GRID = Form(pattern=r"[1-9]\d{0,2}x[1-9]\d{0,2}", name="COLSxROWS")
 NORMALIZATIONS: tuple[NormalizationName, ...] = get_args(NormalizationName)
 
 
@@ -23,8 +23,9 @@ class MediaConfig:
     )
     grids: list[str] = described(
         [],
-        "Allowed grids, as COLSxROWS; of equally good ones the first is taken; empty: all of "
+        "Allowed grids, as 2x1; of equally good ones the first is taken; empty: all of "
         "min_tiles to max_tiles.",
+        form=GRID,
     )
     min_tiles: int = described(1, "Minimum number of tiles of an image.", ge=1)
     max_tiles: int = described(12, "Maximum number of tiles of an image, without its thumbnail.")
@@ -48,11 +49,6 @@ class MediaConfig:
             f"media.min_tiles is {self.min_tiles} and media.max_tiles {self.max_tiles}: "
             "min_tiles <= max_tiles is needed",
         )
-        for grid in self.grids:
-            require(
-                re.fullmatch(r"[1-9]\d{0,2}x[1-9]\d{0,2}", str(grid)) is not None,
-                f"media.grids holds {grid!r}: COLSxROWS is needed, as 2x1",
-            )
         require(
             self.normalization in NORMALIZATIONS or _is_mean_and_deviation(self.normalization),
             f"media.normalization is {self.normalization!r}; known: {', '.join(NORMALIZATIONS)}, "

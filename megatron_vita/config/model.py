@@ -128,7 +128,7 @@ class LanguageConfig:
     ffn_hidden_size: int = described(13824, "Hidden size of the SwiGLU MLP.", ge=1)
     num_attention_heads: int = described(40, "Query heads.", ge=1)
     num_query_groups: int = described(8, "Key and value heads (GQA groups).", ge=1)
-    kv_channels: int = described(128, "Channels of a head.", ge=1)
+    kv_channels: int = described(128, "Channels of a head.", ge=1, multiple_of=2)
     vocab_size: int = described(
         152064,
         "Rows of the embedding matrix, at least the size of the tokenizer's vocabulary.",
@@ -154,11 +154,6 @@ class LanguageConfig:
             self.num_attention_heads % self.num_query_groups == 0,
             f"model.language.num_attention_heads {self.num_attention_heads} is not a multiple of "
             f"num_query_groups {self.num_query_groups}",
-        )
-        require(
-            self.kv_channels % 2 == 0,
-            f"model.language.kv_channels is {self.kv_channels}: rotary embeddings need an even "
-            "number",
         )
 
     def query_groups_of_rank(self, tensor_parallel_size: int) -> int:

@@ -79,30 +79,48 @@ class OptimizerConfig:
         "below. Needs CUDA, bf16 and use_distributed_optimizer.",
     )
     main_grads_dtype: Literal["fp32", "bf16"] = described(
-        "fp32", "Dtype for accumulating gradients over packs and reducing them."
+        "fp32",
+        "Dtype for accumulating gradients over packs and reducing them.",
+        needs=("use_precision_aware_optimizer",),
     )
     main_params_dtype: Literal["fp32", "fp16"] = described(
-        "fp32", "Dtype of main weights: fp32, or fp16 with a scale for each parameter."
+        "fp32",
+        "Dtype of main weights: fp32, or fp16 with a scale for each parameter.",
+        needs=("use_precision_aware_optimizer",),
     )
-    exp_avg_dtype: MomentType = described("fp32", "Dtype of the first moment.")
-    exp_avg_sq_dtype: MomentType = described("fp32", "Dtype of the second moment.")
+    exp_avg_dtype: MomentType = described(
+        "fp32", "Dtype of the first moment.", needs=("use_precision_aware_optimizer",)
+    )
+    exp_avg_sq_dtype: MomentType = described(
+        "fp32", "Dtype of the second moment.", needs=("use_precision_aware_optimizer",)
+    )
     store_param_remainders: bool = described(
         False,
         "Store only the 16 bits of fp32 main weights that the bf16 weights lack: the same values "
         "in half the memory.",
+        needs=("use_precision_aware_optimizer", "main_params_dtype=fp32"),
     )
     reduce_scatter_with_fp32_accumulation: bool = described(
-        False, "Reduce bf16 gradients over replicas by an all-to-all with fp32 accumulation."
+        False,
+        "Reduce bf16 gradients over replicas by an all-to-all with fp32 accumulation.",
+        needs=("main_grads_dtype=bf16",),
     )
     optimizer_cpu_offload: bool = described(
-        False, "Keep optimizer state in host memory and update its weights on the CPU."
+        False,
+        "Keep optimizer state in host memory and update its weights on the CPU.",
+        needs=("use_precision_aware_optimizer",),
     )
     optimizer_offload_fraction: float = described(
-        1.0, "Fraction of the parameters to offload with optimizer_cpu_offload.", gt=0, le=1
+        1.0,
+        "Fraction of the parameters to offload.",
+        gt=0,
+        le=1,
+        needs=("optimizer_cpu_offload",),
     )
     overlap_cpu_optimizer_d2h_h2d: bool = described(
         False,
         "Overlap CPU updates with the copies of gradients and weights, parameter by parameter.",
+        needs=("optimizer_cpu_offload",),
     )
 
     def __post_init__(self) -> None:
@@ -112,7 +130,6 @@ class OptimizerConfig:
             f"optimizer.min_lr is {self.min_lr} and lr {self.lr}: 0 <= min_lr <= lr is needed",
         )
         self._check_schedule()
-        self._check_types()
         self._check_offload()
 
     def _check_schedule(self) -> None:
@@ -133,42 +150,7 @@ class OptimizerConfig:
         """Return this configuration in plain fp32, for devices without Transformer Engine."""
         return replaced(self, FULL_PRECISION)
 
-    def _check_types(self) -> None:
-        # Fields without effect are refused: whoever sets them expects one.
-        for name in (
-            "main_grads_dtype",
-            "main_params_dtype",
-            "exp_avg_dtype",
-            "exp_avg_sq_dtype",
-        ):
-            value = getattr(self, name)
-            require(
-                value == "fp32" or self.use_precision_aware_optimizer,
-                f"optimizer.{name} is {value}, which needs optimizer.use_precision_aware_optimizer",
-            )
-        for name in ("store_param_remainders", "optimizer_cpu_offload"):
-            require(
-                not getattr(self, name) or self.use_precision_aware_optimizer,
-                f"optimizer.{name} needs optimizer.use_precision_aware_optimizer",
-            )
-        require(
-            not self.store_param_remainders or self.main_params_dtype == "fp32",
-            "optimizer.store_param_remainders needs main_params_dtype fp32, which is "
-            f"{self.main_params_dtype}",
-        )
-        require(
-            not self.reduce_scatter_with_fp32_accumulation or self.main_grads_dtype == "bf16",
-            "optimizer.reduce_scatter_with_fp32_accumulation needs main_grads_dtype bf16: fp32 "
-            "gradients are summed in fp32 without it",
-        )
-
     def _check_offload(self) -> None:
-        for name in ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d"):
-            require(
-                self.optimizer_cpu_offload or getattr(self, name) == FULL_PRECISION[name],
-                f"optimizer.{name} is {getattr(self, name)}, which needs "
-                "optimizer.optimizer_cpu_offload",
-            )
         if not self.optimizer_cpu_offload:
             return
         for name in (

@@ -33,8 +33,8 @@ class ParallelConfig:
     )
     hierarchical_context_parallel_sizes: list[int] = described(
         [],
-        "For a2a+p2p: [ranks of the all-to-all, ranks of the ring]; their product is "
-        "context_parallel_size.",
+        "[ranks of the all-to-all, ranks of the ring]; their product is context_parallel_size.",
+        needs=("cp_comm_type=a2a+p2p",),
     )
     vision_tensor_parallel: bool = described(
         False,
@@ -54,7 +54,9 @@ class ParallelConfig:
         False, "Overlap gradient reduction with the backward pass."
     )
     overlap_param_gather: bool = described(
-        False, "Overlap the all-gather of updated weights with the forward pass."
+        False,
+        "Overlap the all-gather of updated weights with the forward pass.",
+        needs=("overlap_grad_reduce", "use_distributed_optimizer"),
     )
     use_distributed_optimizer: bool = described(
         True, "Shard optimizer state over data-parallel ranks."
@@ -74,11 +76,6 @@ class ParallelConfig:
             "which is 1",
         )
         require(
-            not self.overlap_param_gather
-            or (self.overlap_grad_reduce and self.use_distributed_optimizer),
-            "parallel.overlap_param_gather needs overlap_grad_reduce and use_distributed_optimizer",
-        )
-        require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "parallel.sequence_parallel needs tensor_model_parallel_size of at least 2, which is 1",
         )
@@ -87,11 +84,6 @@ class ParallelConfig:
         sizes = self.hierarchical_context_parallel_sizes
         cp = self.context_parallel_size
         if self.cp_comm_type != "a2a+p2p":
-            require(
-                not sizes,
-                f"parallel.hierarchical_context_parallel_sizes is {sizes}, which needs "
-                f"cp_comm_type a2a+p2p; it is {self.cp_comm_type}",
-            )
             return
         # Two levels: an all-to-all inside a group, and a ring of groups. A level of one rank would
         # be one of the plain schemes.

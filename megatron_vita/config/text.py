@@ -1,12 +1,12 @@
 """Tokenizer and prompt format."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_vita.config.fields import check_fields, described, require
+from megatron_vita.config.fields import Form, check_fields, described
 
 TemplateName = Literal["chatml", "plain", "jinja"]
+DATE = Form(pattern=r"(\d{4}-\d{2}-\d{2})?", name="YYYY-MM-DD")
 TEMPLATES: tuple[TemplateName, ...] = get_args(TemplateName)
 
 
@@ -47,11 +47,8 @@ class TextConfig:
         "",
         "Date for jinja templates that write it, as 2026-01-31: required in training; empty in "
         "serving: today.",
+        form=DATE,
     )
 
     def __post_init__(self) -> None:
         check_fields(self, "text.")
-        require(
-            not self.date or re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.date) is not None,
-            f"text.date is {self.date!r}: YYYY-MM-DD is needed",
-        )

@@ -8,6 +8,9 @@ from megatron_vita.config.fields import check_fields, described, require
 
 RecomputeModule = Literal["core_attn", "mlp"]
 
+ONE_BY_ONE = ("recompute_granularity=full", "recompute_method=block")
+"""Fields with which layers are recomputed one by one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -38,23 +41,26 @@ class TrainingConfig:
     )
     recompute_method: Literal["block", "uniform"] = described(
         "block",
-        "With full: block (the first layers of each stage, one by one) or uniform (all, in "
-        "groups).",
+        "block (the first layers of each stage, one by one) or uniform (all, in groups).",
+        needs=("recompute_granularity=full",),
     )
     recompute_num_layers: int = described(
         0,
-        "With full: recomputed layers per stage for block (0: all), layers per group for uniform "
-        "(0: 1).",
+        "Recomputed layers per stage for block (0: all), layers per group for uniform (0: 1).",
         ge=0,
+        needs=("recompute_granularity=full",),
     )
     recompute_modules: list[RecomputeModule] = described(
-        ["core_attn"], "With selective: recomputed parts of each layer."
+        ["core_attn"],
+        "Recomputed parts of each layer.",
+        needs=("recompute_granularity=selective",),
     )
     recompute_keep_attention_layers: int = described(
         0,
-        "With full and block: recomputed layers per stage, from the last, that keep the output "
-        "of attention, so that all but attention is recomputed; -1: all.",
+        "Recomputed layers per stage, from the last, that keep the output of attention, so that "
+        "all but attention is recomputed; -1: all.",
         ge=-1,
+        needs=ONE_BY_ONE,
     )
     mlp_chunk_tokens: int = described(
         0,
@@ -64,10 +70,11 @@ class TrainingConfig:
     )
     activation_offload_fraction: float = described(
         0.0,
-        "With full and block: fraction of the recomputed layers per stage, from the first, whose "
-        "kept activations are offloaded to pinned host memory.",
+        "Fraction of the recomputed layers per stage, from the first, whose kept activations are "
+        "offloaded to pinned host memory.",
         ge=0,
         le=1,
+        needs=ONE_BY_ONE,
     )
     activation_offload_gib: float = described(
         0.0,
@@ -77,8 +84,9 @@ class TrainingConfig:
     recompute_vision: bool = described(False, "Recompute the vision tower.")
     recompute_vision_method: Literal["layers", "tiles"] = described(
         "layers",
-        "With recompute_vision: layers (keep each layer's input) or tiles (keep pixels alone and "
-        "run vision_tiles_at_once tiles through the whole tower again).",
+        "layers (keep each layer's input) or tiles (keep pixels alone and run "
+        "vision_tiles_at_once tiles through the whole tower again).",
+        needs=("recompute_vision",),
     )
     vision_tiles_at_once: int = described(
         64, "Tiles that a rank encodes in one forward pass of the tower.", ge=1
@@ -100,13 +108,19 @@ class TrainingConfig:
     wandb_project: str = described(
         "", "Project of Weights & Biases that gets all metrics; empty: none. Needs wandb."
     )
-    wandb_exp_name: str = described("", "Name of the run there; empty: one that it makes up.")
+    wandb_exp_name: str = described(
+        "", "Name of the run there; empty: one that it makes up.", needs=("wandb_project",)
+    )
     mlflow_experiment: str = described(
         "", "MLflow experiment that gets all metrics; empty: none. Needs mlflow-skinny."
     )
-    mlflow_run_name: str = described("", "Name of the run there; empty: one that it makes up.")
+    mlflow_run_name: str = described(
+        "", "Name of the run there; empty: one that it makes up.", needs=("mlflow_experiment",)
+    )
     mlflow_tracking_uri: str = described(
-        "", "MLflow's server or a local folder; empty: MLFLOW_TRACKING_URI says."
+        "",
+        "MLflow's server or a local folder; empty: MLFLOW_TRACKING_URI says.",
+        needs=("mlflow_experiment",),
     )
     callbacks: list[CallbackConfig] = described(
         [],
@@ -114,9 +128,12 @@ class TrainingConfig:
         "[{path: my_module.MyCallback, arguments: {threshold: 3}}].",
     )
     profile_step_start: int = described(
-        0, "First step recorded by torch.profiler, with a memory snapshot on CUDA; 0: none."
+        0,
+        "First step recorded by torch.profiler, with a memory snapshot on CUDA; 0: none.",
+        ge=0,
+        needs=("profile_dir",),
     )
-    profile_step_end: int = described(0, "Last recorded step.")
+    profile_step_end: int = described(0, "Last recorded step.", ge=0, needs=("profile_step_start",))
     profile_ranks: list[int] = described([0], "Ranks that record a profile.")
     profile_dir: str = described("", "Folder for traces and snapshots.")
 
@@ -126,19 +143,6 @@ class TrainingConfig:
         self._check_recompute()
         self._check_fit()
         self._check_profile()
-        self._check_trackers()
-
-    def _check_trackers(self) -> None:
-        for name, needed in (
-            ("wandb_exp_name", "wandb_project"),
-            ("mlflow_run_name", "mlflow_experiment"),
-            ("mlflow_tracking_uri", "mlflow_experiment"),
-        ):
-            value = getattr(self, name)
-            require(
-                not value or getattr(self, needed) != "",
-                f"training.{name} is {value!r}, which needs training.{needed}",
-            )
 
     def _check_fp8(self) -> None:
         name = self.fp8_recipe
@@ -161,57 +165,19 @@ class TrainingConfig:
         first = self.profile_step_start
         last = self.profile_step_end
         require(
-            0 <= first <= last,
-            f"training.profile_step_start is {first} and profile_step_end {last}: 0 <= start <= "
-            "end is needed",
-        )
-        require(
-            not first or self.profile_dir != "",
-            f"training.profile_step_start is {first}, which needs training.profile_dir, a folder",
-        )
-        require(
-            first > 0 or last == 0,
-            f"training.profile_step_end is {last}, which needs profile_step_start of at least 1",
+            first <= last,
+            f"training.profile_step_start is {first} and profile_step_end {last}: start <= end is "
+            "needed",
         )
 
     def _check_recompute(self) -> None:
-        granularity = self.recompute_granularity
-        # Fields without effect are refused: whoever sets them expects one.
-        full = {
-            "recompute_num_layers": 0,
-            "recompute_method": "block",
-            "recompute_keep_attention_layers": 0,
-        }
-        for name, idle in full.items():
-            value = getattr(self, name)
-            require(
-                value == idle or granularity == "full",
-                f"training.{name} is {value}, which needs recompute_granularity full; it is "
-                f"{granularity}",
-            )
         require(
             bool(self.recompute_modules),
             f"training.recompute_modules is []: at least one of "
             f"{', '.join(get_args(RecomputeModule))} is needed",
         )
-        require(
-            self.recompute_modules == ["core_attn"] or granularity == "selective",
-            f"training.recompute_modules is {self.recompute_modules}, which needs "
-            f"recompute_granularity selective; it is {granularity}",
-        )
-        self._check_levers()
-
-    def _check_levers(self) -> None:
-        """Check the options that need layers recomputed one by one."""
-        kept = self.recompute_keep_attention_layers
         tokens = self.mlp_chunk_tokens
         one_by_one = self.recompute_granularity == "full" and self.recompute_method == "block"
-        require(
-            kept == 0 or one_by_one,
-            f"training.recompute_keep_attention_layers is {kept}, which needs recompute_method "
-            f"block: layers that are recomputed one by one; it is {self.recompute_method}",
-        )
-        self._check_offload(one_by_one)
         selective = self.recompute_granularity == "selective" and "mlp" in self.recompute_modules
         require(
             tokens == 0 or one_by_one or selective,
@@ -219,21 +185,8 @@ class TrainingConfig:
             "recompute_granularity full with recompute_method block, or selective with mlp among "
             "recompute_modules",
         )
-        require(
-            self.recompute_vision_method == "layers" or self.recompute_vision,
-            f"training.recompute_vision_method is {self.recompute_vision_method}, which needs "
-            "recompute_vision",
-        )
-
-    def _check_offload(self, one_by_one: bool) -> None:
-        fraction = self.activation_offload_fraction
         most = self.activation_offload_gib
         require(
-            fraction == 0 or one_by_one,
-            f"training.activation_offload_fraction is {fraction}, which needs layers that are "
-            "recomputed one by one: recompute_granularity full with recompute_method block",
-        )
-        require(
-            most == 0 or fraction > 0 or self.fit_memory,
+            most == 0 or self.activation_offload_fraction > 0 or self.fit_memory,
             f"training.activation_offload_gib is {most}, which needs activation_offload_fraction",
         )

@@ -9,7 +9,7 @@ import pytest
 
 from data_tools.pool import WorkerOptions
 from megatron_vita.config import GenerationConfig, describe_fields
-from megatron_vita.config.fields import Bounds, check_fields, described, type_hints
+from megatron_vita.config.fields import Bounds, Form, check_fields, described, type_hints
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.requests import ADVISED, SamplingParams
 
@@ -21,6 +21,8 @@ WORDS: list[tuple[dict[str, float], str]] = [
     ({"ge": 0, "lt": 1}, "at least 0 and below 1"),
     ({"ge": -2, "le": 2}, "from -2 to 2"),
     ({"ge": 0, "lt": 1 << 63}, "at least 0 and below 2**63"),
+    ({"ge": 1, "multiple_of": 2}, "at least 1 and a multiple of 2"),
+    ({"ge": 0, "le": 8, "multiple_of": 4}, "from 0 to 8 and a multiple of 4"),
 ]
 NAMES = {"round": 1, "flat": 2}
 
@@ -34,6 +36,10 @@ class Settings:
     kind: Literal["one", "two"] = described("one", "A choice.")
     kinds: list[Literal["one", "two"]] = described(["one"], "Several.")
     shape: str = described("round", "A name of a registry.", choices=NAMES)
+    even: int = described(2, "An even number.", ge=0, multiple_of=2)
+    day: str = described("", "A date.", form=Form(pattern=r"(\d\d-\d\d)?", name="MM-DD"))
+    codes: list[str] = described([], "Codes.", form=Form(pattern="[A-Z]+", name="CAPITALS"))
+    style: str = described("", "With one.", needs=("kind=two", "most"))
 
     def __post_init__(self) -> None:
         check_fields(self, "group.")
@@ -59,6 +65,14 @@ def test_bounds_read_as_the_end_of_must_be(bounds: dict[str, float], words: str)
         ({"share": None}, "group.share is None: it must be above 0 and at most 1"),
         ({"kinds": ["one", "three"]}, "group.kinds is ['one', 'three']; known: one, two"),
         ({"shape": "square"}, "group.shape is 'square'; known: round, flat"),
+        ({"even": 3}, "group.even is 3: it must be at least 0 and a multiple of 2"),
+        ({"even": math.inf}, "group.even is inf: it must be at least 0 and a multiple of 2"),
+        ({"day": "01-02\n"}, r"group.day is '01-02\n': MM-DD is needed"),
+        ({"day": 12}, "group.day is 12: MM-DD is needed"),
+        ({"codes": ["A", "b"]}, "group.codes holds 'b': CAPITALS is needed"),
+        ({"style": "x"}, "group.style is 'x', which needs group.kind two; it is one"),
+        ({"style": "x", "kind": "two"}, "group.style is 'x', which needs group.most"),
+        ({"style": "x", "kind": "three"}, "group.kind is 'three'; known: one, two"),
     ],
 )
 def test_a_value_out_of_bounds_or_choices_is_refused_in_one_line(
@@ -77,6 +91,7 @@ def test_fields_of_a_command_line_are_refused_by_the_name_of_the_option() -> Non
 def test_values_at_the_bounds_and_an_optional_none_are_right() -> None:
     Settings(share=1.0, most=1, kinds=["one", "two"])
     Settings(share=1e-9, most=None, kinds=[])
+    Settings(even=0, day="12-31", codes=["A", "BC"], style="x", kind="two", most=1)
 
 
 def test_names_added_to_a_registry_later_are_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +105,8 @@ def test_help_names_choices_and_bounds() -> None:
     assert "kinds: list[one | two] = ['one']" in text
     assert "shape: round | flat = 'round'" in text
     assert "most: int | null = None\n      A limit. Must be at least 1." in text
+    assert "A date. Form: MM-DD." in text
+    assert "With one. Needs kind two and most." in text
 
 
 def test_a_recipe_may_advise_what_a_request_may_ask_for() -> None:

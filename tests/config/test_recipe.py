@@ -138,14 +138,17 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         ("parallel.num_layers_in_first_pipeline_stage=2", "is set, but there is one stage"),
         ("parallel.virtual_pipeline_model_parallel_size=2", "2 needs several pipeline stages"),
-        ("parallel.overlap_param_gather=true", "overlap_param_gather needs overlap_grad_reduce"),
+        (
+            "parallel.overlap_param_gather=true",
+            "overlap_param_gather is True, which needs parallel.overlap_grad_reduce",
+        ),
         (
             "training.recompute_granularity=all",
             "recompute_granularity is 'all'; known: none, full, selective",
         ),
         (
             "training.recompute_num_layers=2",
-            "recompute_num_layers is 2, which needs recompute_granularity full",
+            "recompute_num_layers is 2, which needs training.recompute_granularity full",
         ),
         ("optimizer.vision_lr_mult=0", "vision_lr_mult is 0.0: it must be positive"),
         ("parallel.context_parallel_size=3", "document_alignment 16 is not a multiple of 6"),
@@ -170,7 +173,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         (
             "parallel.hierarchical_context_parallel_sizes=[2, 2]",
-            r"needs cp_comm_type a2a\+p2p; it is p2p",
+            r"which needs parallel.cp_comm_type a2a\+p2p; it is p2p",
         ),
         (
             "parallel.vision_tensor_parallel=true",
@@ -181,16 +184,17 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ("training.recompute_method=all", "recompute_method is 'all'; known: block, uniform"),
         (
             "training.recompute_method=uniform",
-            "recompute_method is uniform, which needs recompute_granularity full",
+            "recompute_method is uniform, which needs training.recompute_granularity full",
         ),
         (
             "training.recompute_modules=[mlp]",
-            "which needs recompute_granularity selective; it is none",
+            "which needs training.recompute_granularity selective; it is none",
         ),
         ("training.recompute_modules=[moe]", "recompute_modules is .*; known: core_attn, mlp"),
         (
             "training.recompute_keep_attention_layers=-1",
-            "recompute_keep_attention_layers is -1, which needs recompute_granularity full; it is none",
+            "recompute_keep_attention_layers is -1, which needs training.recompute_granularity full; "
+            "it is none",
         ),
         (
             "training.recompute_keep_attention_layers=-2",
@@ -203,7 +207,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         (
             "training.recompute_vision_method=tiles",
-            "recompute_vision_method is tiles, which needs recompute_vision",
+            "recompute_vision_method is tiles, which needs training.recompute_vision",
         ),
         (
             "training.recompute_vision_method=pixels",
@@ -245,7 +249,8 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         (
             "optimizer.reduce_scatter_with_fp32_accumulation=true",
-            "reduce_scatter_with_fp32_accumulation needs main_grads_dtype bf16",
+            "reduce_scatter_with_fp32_accumulation is True, which needs optimizer.main_grads_dtype "
+            "bf16; it is fp32",
         ),
         (
             "optimizer.optimizer_offload_fraction=0.5",
@@ -305,7 +310,7 @@ def test_values_that_cannot_work_are_refused_with_what_would(
         ([*AWARE, "parallel.use_distributed_optimizer=false"], "needs parallel.use_distributed_optimizer"),
         (
             [*AWARE, "optimizer.store_param_remainders=true", "optimizer.main_params_dtype=fp16"],
-            "store_param_remainders needs main_params_dtype fp32, which is fp16",
+            "store_param_remainders is True, which needs optimizer.main_params_dtype fp32; it is fp16",
         ),
         (
             [*AWARE, "optimizer.optimizer_cpu_offload=true", "optimizer.exp_avg_dtype=bf16"],
@@ -333,7 +338,12 @@ def test_values_that_cannot_work_are_refused_with_what_would(
         ),
         (
             [*FULL, "training.recompute_method=uniform", "training.recompute_keep_attention_layers=-1"],
-            "recompute_keep_attention_layers is -1, which needs recompute_method block",
+            "recompute_keep_attention_layers is -1, which needs training.recompute_method block; it is uniform",
+        ),
+        (["training.activation_offload_fraction=0.5"], "fraction is 0.5, which needs training.recompute_granularity full"),
+        (
+            [*FULL, "training.recompute_method=uniform", "training.activation_offload_fraction=0.5"],
+            "fraction is 0.5, which needs training.recompute_method block",
         ),
         (["training.recompute_granularity=selective", "training.mlp_chunk_tokens=8"], "mlp among recompute_modules"),
         (["model.text_only=true", "training.freeze_language_model=true"], "nothing is left to train"),

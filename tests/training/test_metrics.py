@@ -300,10 +300,10 @@ def test_a_profile_covers_the_steps_asked_for_and_survives_a_failure(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"profile_step_start": 3}, "start is 3 and profile_step_end 0"),
+        ({"profile_step_start": 3, "profile_dir": "x"}, "start is 3 and profile_step_end 0"),
         ({"profile_step_start": 1, "profile_step_end": 2}, "needs training.profile_dir"),
-        ({"profile_step_end": 2}, "needs profile_step_start"),
-        ({"profile_step_start": -1}, "0 <= start <= end"),
+        ({"profile_step_end": 2}, "needs training.profile_step_start"),
+        ({"profile_step_start": -1}, "profile_step_start is -1: it must be at least 0"),
     ],
 )
 def test_a_profile_that_cannot_be_is_refused_by_field(fields: dict, message: str) -> None:
