@@ -12,11 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_vita.checkpoint import reading
+from megatron_vita.checkpoint import base, reading
 from megatron_vita.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megatron_vita.checkpoint.retention import Retention, is_saved
 from megatron_vita.checkpoint.saver import LATEST, Saver
-from megatron_vita.config import ModelConfig
+from megatron_vita.config import ModelConfig, Recipe, recipe_from_dict
 from megatron_vita.errors import CheckpointError, DamagedCheckpointError
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
@@ -188,6 +188,17 @@ def check_model(checkpoint: Path, *, saved: ModelConfig, model: ModelConfig) -> 
             )
 
 
+def recipe_of(checkpoint: Path) -> Recipe:
+    """Return the recipe of a checkpoint that holds a whole model.
+
+    Raises:
+        CheckpointError: it holds adapters alone, or its manifest cannot be read.
+    """
+    manifest = read_manifest(checkpoint)
+    base.check_whole(checkpoint, manifest)
+    return recipe_from_dict(manifest["recipe"])
+
+
 def load_state(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Fill a sharded `state` from a checkpoint written by any layout. Collective.
 
@@ -217,6 +228,19 @@ def load_weights(chunks: list[VitaModel], checkpoint: Path) -> None:
     """Load a model's weights from a checkpoint written by any layout. Collective."""
     state = load_state(checkpoint, {"model": model_state(chunks)})
     set_model_state(chunks, state["model"])
+
+
+def load_base(chunks: list[VitaModel], checkpoint: Path) -> None:
+    """Load a model's weights but for its adapters. Collective."""
+    state = load_state(checkpoint, {"model": base.base_state(model_state(chunks))})
+    set_model_state(chunks, state["model"])
+
+
+def load_adapters(chunks: list[VitaModel], checkpoint: Path, *, saved: Recipe) -> None:
+    """Load adapters, and the parts that were trained fully beside them by recipe `saved`.
+    Collective."""
+    state = {"model": base.adapters_state(model_state(chunks), saved)}
+    set_model_state(chunks, load_state(checkpoint, state)["model"])
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

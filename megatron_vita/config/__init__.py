@@ -8,6 +8,13 @@ from megatron_vita.config.data import DataConfig, DatasetConfig
 from megatron_vita.config.generation import GenerationConfig
 from megatron_vita.config.help import describe_fields
 from megatron_vita.config.load import load_recipe, recipe_from_dict
+from megatron_vita.config.lora import (
+    AdaptedMap,
+    LinearMap,
+    LoraConfig,
+    adapted_maps,
+    linear_maps,
+)
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.memory import LayerMemory, layer_memory
 from megatron_vita.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -20,6 +27,7 @@ from megatron_vita.config.text import TextConfig
 from megatron_vita.config.training import TrainingConfig
 
 __all__ = [
+    "AdaptedMap",
     "CallbackConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -27,6 +35,8 @@ __all__ = [
     "GenerationConfig",
     "LanguageConfig",
     "LayerMemory",
+    "LinearMap",
+    "LoraConfig",
     "MediaConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -38,8 +48,10 @@ __all__ = [
     "TextConfig",
     "TrainingConfig",
     "VisionConfig",
+    "adapted_maps",
     "describe_fields",
     "layer_memory",
+    "linear_maps",
     "load_recipe",
     "recipe_from_dict",
     "replaced",

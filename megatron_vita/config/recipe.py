@@ -10,6 +10,7 @@ from megatron_vita.config.checkpoint import CheckpointConfig
 from megatron_vita.config.data import DataConfig
 from megatron_vita.config.fields import described, require
 from megatron_vita.config.generation import GenerationConfig
+from megatron_vita.config.lora import LoraConfig, Part, adapted_maps
 from megatron_vita.config.media import MediaConfig
 from megatron_vita.config.model import ModelConfig
 from megatron_vita.config.optimizer import OptimizerConfig
@@ -43,6 +44,7 @@ class Recipe:
     training: TrainingConfig = described(
         TrainingConfig, "Length of the run, frozen parts, recomputation, validation, logging."
     )
+    lora: LoraConfig = described(LoraConfig, "Low-rank adapters (LoRA) beside frozen parts.")
     checkpoint: CheckpointConfig = described(CheckpointConfig, "Saving and loading of checkpoints.")
 
     def __post_init__(self) -> None:
@@ -58,6 +60,8 @@ class Recipe:
         self._check_layers()
         self._check_sequence()
         self._check_parts()
+        self._check_adapters()
+        self._check_adapter_dropout()
         self._check_checkpoints()
         self._check_schedule()
         self._check_optimizer()
@@ -264,10 +268,47 @@ class Recipe:
             "language model": training.freeze_language_model,
         }
         require(
-            not all(frozen.values()),
+            not all(frozen.values()) or self.lora.rank > 0,
             "training freezes the vision model, the projector and the language model, or "
             "model.text_only has none of the first two: nothing is left to train",
         )
+
+    def _check_adapter_dropout(self) -> None:
+        """Check that masks can be drawn again wherever layers are computed again."""
+        if not self.lora.dropout:
+            return
+        training = self.training
+        reason = ""
+        if any(a.linear.part != "language_model" for a in adapted_maps(self.model, self.lora)):
+            reason = "lora.targets names maps of other parts than the language model"
+        elif training.recompute_granularity == "full" and training.recompute_method == "uniform":
+            reason = "training.recompute_method is uniform; use block"
+        elif (
+            training.recompute_granularity == "selective"
+            and "mlp" in training.recompute_modules
+            and not training.mlp_chunk_tokens
+        ):
+            reason = "training.recompute_modules has mlp without training.mlp_chunk_tokens"
+        require(not reason, f"lora.dropout is {self.lora.dropout}, which needs 0 here: {reason}")
+
+    def is_frozen(self, part: Part) -> bool:
+        """Tell whether nothing in a part is trained: neither its weights nor adapters."""
+        adapted = any(a.linear.part == part for a in adapted_maps(self.model, self.lora))
+        return getattr(self.training, f"freeze_{part}") and not adapted
+
+    def _check_adapters(self) -> None:
+        for adapted in adapted_maps(self.model, self.lora):
+            part = adapted.linear.part
+            require(
+                getattr(self.training, f"freeze_{part}"),
+                f"lora.targets names maps of the {part}, such as {adapted.linear.name}, whose own weights are trained: "
+                f"set training.freeze_{part} to true, or name maps of other parts",
+            )
+            require(
+                part != "vision_model" or not self.parallel.vision_tensor_parallel,
+                f"lora.targets names maps of the vision_model, such as {adapted.linear.name}: adapters of a tower that "
+                "parallel.vision_tensor_parallel splits are not supported",
+            )
 
     @property
     def schedule_iters(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita.checkpoint import store, tokenizer_copy
-from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.config import Recipe
 from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.export_format import choose_format, config_fields, kept_folders
@@ -51,7 +51,7 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
         CheckpointError: the checkpoint or the format does not fit the model.
     """
     checkpoint = store.find_checkpoint(checkpoint)
-    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    recipe = store.recipe_of(checkpoint)
     kept = kept_folders(checkpoint, tokenizer=recipe.text.tokenizer)
     copied = checkpoint / tokenizer_copy.FOLDER
     trained_with = copied if like is None and copied.is_dir() else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vita.checkpoint import store
-from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.config import Recipe
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL
 from megatron_vita.convert.families.mapping import location_of
@@ -72,7 +72,7 @@ def export_megatron(checkpoint: Path, destination: Path) -> None:
     """Write the language model of a checkpoint as megatron-core's `torch_dist` of a GPTModel, for
     any TP and PP."""
     checkpoint = store.find_checkpoint(checkpoint)
-    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    recipe = store.recipe_of(checkpoint)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=CAUSAL.parts)
     transfers = export_transfers(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
-from megatron_vita.config import Recipe, recipe_from_dict
+from megatron_vita.config import Recipe
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
@@ -63,7 +63,7 @@ def compare_logits(checkpoint: Path, folder: Path | None) -> str:
     Says in sentences what was compared and what was not. CheckpointError if logits are no numbers,
     or not those of transformers, or if a question has other token ids by the folder's template.
     """
-    recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    recipe = store.recipe_of(checkpoint)
     needed = model_parameters(recipe.model) * 4 * (1 if folder is None else 2)
     free = psutil.virtual_memory().available
     if needed > 0.8 * free:

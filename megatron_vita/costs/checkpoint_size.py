@@ -19,5 +19,8 @@ def written_state_bytes(recipe: Recipe) -> int:
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Bytes of a checkpoint's tensors, whatever the layout. The tokenizer's copy and the metadata,
     some megabytes, are not counted."""
-    weights = model_parameters(recipe.model) * value_bytes(recipe)
-    return weights + trained_parameters(recipe) * written_state_bytes(recipe)
+    weights = model_parameters(recipe.model)
+    # Beside adapters, what is frozen is left out.
+    if recipe.lora.rank:
+        weights = trained_parameters(recipe)
+    return weights * value_bytes(recipe) + trained_parameters(recipe) * written_state_bytes(recipe)

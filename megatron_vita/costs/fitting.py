@@ -304,7 +304,7 @@ def _vision_choices(recipe: Recipe) -> list[Changes]:
     """Return the ways of recomputing the tower, the one that keeps most first."""
     training = recipe.training
     off = {"training.recompute_vision": False, "training.recompute_vision_method": "layers"}
-    if recipe.model.text_only or training.freeze_vision_model:
+    if recipe.model.text_only or recipe.is_frozen("vision_model"):
         return [off]
     at_once = min(training.vision_tiles_at_once, TILES_AT_ONCE)
     by_layers = off | {"training.recompute_vision": True}

@@ -75,14 +75,17 @@ def cost_weights(recipe: Recipe) -> tuple[int, int]:
     """Return the coefficients of `variable_cost`: FLOPs by squared padded length, and by tile."""
     attention, vision = forward_weights(recipe)
     # All tiles are encoded on the first stage, which runs a part of the layers.
-    of_tile = _passes(frozen=recipe.training.freeze_vision_model) * vision
+    of_tile = _tower_passes(recipe) * vision
     return 3 * attention // recipe.parallel.pipeline_model_parallel_size, of_tile
 
 
-def _passes(*, frozen: bool) -> int:
-    """Return a part's FLOPs over those of its forward, where nothing before it is trained."""
-    if frozen:
+def _tower_passes(recipe: Recipe) -> int:
+    """Return the tower's FLOPs over those of its forward; nothing before it is trained."""
+    if recipe.is_frozen("vision_model"):
         return 1
+    # Weights beside adapters need no gradients of their own.
+    if recipe.training.freeze_vision_model:
+        return 2
     return 3
 
 
@@ -147,10 +150,11 @@ def training_flops(
         passes = 2
     vision = 0
     if not recipe.model.text_only:
-        tower = _passes(frozen=training.freeze_vision_model)
+        tower = _tower_passes(recipe)
         joint = 3
         if training.freeze_projector:
-            joint = 1 if training.freeze_vision_model else 2
+            before = recipe.is_frozen("vision_model") and recipe.is_frozen("projector")
+            joint = 1 if before else 2
         vision = tower * tower_flops(recipe.model.vision) + joint * projector_flops(recipe.model)
     return TrainingFlops(
         linear=passes * linear_flops(language, sum(lengths)),

@@ -175,7 +175,6 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
     normed = 0
     if language.qk_layernorm:
         normed = query + keys // 2
-    frozen = recipe.training.freeze_language_model
     hidden = whole
     gathered = 0
     if parallel.sequence_parallel:
@@ -183,7 +182,7 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
         gathered = whole
     # Gradients of frozen weights are not made.
     weight = 0
-    if not frozen:
+    if not recipe.training.freeze_language_model:
         weight = mlp * language.hidden_size * size
     return LayerTensors(
         hidden=hidden,
@@ -194,7 +193,8 @@ def layer_tensors(recipe: Recipe) -> LayerTensors:
         mlp=tokens * mlp * size,
         weight=weight,
         context=_context_buffers(recipe, keys_of_slice=tokens * keys * size),
-        frozen=frozen,
+        # Adapters read the same inputs as the maps beside them.
+        frozen=recipe.is_frozen("language_model"),
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_vita.config import LanguageConfig, ModelConfig, Recipe, VisionConfig
+from megatron_vita.costs.adapters import stage_adapters, whole_adapters
 from megatron_vita.rounding import ceil_div
 
 
@@ -95,6 +96,7 @@ class StageParameters:
     embedding: int = 0
     layers: int = 0
     output: int = 0
+    adapters: int = 0  # of all parts
 
     @property
     def language(self) -> int:
@@ -104,12 +106,12 @@ class StageParameters:
     @property
     def total(self) -> int:
         """Parameters of all parts."""
-        return self.vision + self.projector + self.language
+        return self.vision + self.projector + self.language + self.adapters
 
     def trainable(self, recipe: Recipe) -> int:
         """Count the parameters that the recipe does not freeze."""
         training = recipe.training
-        count = 0
+        count = self.adapters
         if not training.freeze_vision_model:
             count += self.vision
         if not training.freeze_projector:
@@ -131,7 +133,10 @@ def stage_parameters(recipe: Recipe, stage: int) -> StageParameters:
     last = stage == stages - 1
     vocabulary = ceil_div(model.language.vocab_size, tp) * model.language.hidden_size
     tied = not model.language.untie_embeddings_and_output_weights
-    parts = {"layers": layers * (layer.split // tp + layer.whole)}
+    parts = {
+        "layers": layers * (layer.split // tp + layer.whole),
+        "adapters": stage_adapters(recipe, stage),
+    }
     if first and not model.text_only:
         parts["vision"] = _vision(recipe)
         parts["projector"] = projector(model)
@@ -166,7 +171,8 @@ def model_parameters(model: ModelConfig) -> int:
 
 def trained_parameters(recipe: Recipe) -> int:
     """Count the whole model's trained parameters, each once."""
-    return _whole_parts(recipe.model).trainable(recipe)
+    weights = _whole_parts(recipe.model).trainable(recipe)
+    return weights + whole_adapters(recipe)
 
 
 def _whole_parts(model: ModelConfig) -> StageParameters:

@@ -296,7 +296,7 @@ class _Stage:
         # is recomputed.
         passes = 1.0
         attention_passes = 1.0
-        if not training.freeze_vision_model:
+        if not recipe.is_frozen("vision_model"):
             again = int(training.recompute_vision)
             passes += again + 2
             attention_passes += again + BACKWARD_ATTENTION

@@ -1,6 +1,7 @@
 """Device memory of vision tower and projector, on the rank with the most tiles."""
 
 from megatron_vita.config import Recipe, VisionConfig
+from megatron_vita.costs.adapters import part_adapters
 from megatron_vita.costs.layer_memory import value_bytes
 from megatron_vita.costs.parameters import stage_parameters
 from megatron_vita.rounding import ceil_div
@@ -17,7 +18,7 @@ def vision_kept(recipe: Recipe, tiles: int) -> int:
     Nothing where all is frozen.
     """
     training = recipe.training
-    if training.freeze_vision_model and training.freeze_projector:
+    if recipe.is_frozen("vision_model") and recipe.is_frozen("projector"):
         return 0
     values = _kept_of_tile(recipe, layer=_layer_kept(recipe))
     if _from_pixels(recipe):
@@ -45,7 +46,7 @@ def vision_working(recipe: Recipe, tiles: int) -> int:
         if at_once < tiles_of_rank(recipe, tiles):
             sums = _trained(recipe) * 4
         sums += _trained(recipe) * value_bytes(recipe)
-    elif recipe.training.recompute_vision and not recipe.training.freeze_vision_model:
+    elif recipe.training.recompute_vision and not recipe.is_frozen("vision_model"):
         recomputed = vision.tokens * _layer_kept(recipe)
     return at_once * (vision.tokens * values + recomputed) * value_bytes(recipe) + sums
 
@@ -60,7 +61,7 @@ def _from_pixels(recipe: Recipe) -> bool:
 def _trained(recipe: Recipe) -> int:
     """Count the trained parameters of tower and projector on one rank."""
     parameters = stage_parameters(recipe, 0)
-    trained = 0
+    trained = part_adapters(recipe, "vision_model") + part_adapters(recipe, "projector")
     if not recipe.training.freeze_vision_model:
         trained += parameters.vision
     if not recipe.training.freeze_projector:
@@ -79,7 +80,7 @@ def _kept_of_tile(recipe: Recipe, *, layer: int) -> int:
     hidden = model.projector_hidden_size
     vision = model.vision
     values = vision.image_token_length * (8 * vision.hidden_size + 2 * hidden)
-    if recipe.training.freeze_vision_model:
+    if recipe.is_frozen("vision_model"):
         return values
     return values + vision.num_layers * vision.tokens * layer + 3 * vision.image_size**2
 

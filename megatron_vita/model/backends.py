@@ -4,6 +4,8 @@
 layer with FlashAttention-4's kernels as core attention. All write the same checkpoint.
 """
 
+import dataclasses
+import functools
 import logging
 from typing import Any, Protocol
 
@@ -107,11 +109,40 @@ class TorchBackend:
         )
 
 
+def _fused_layer(*, qk_layernorm: bool, separate_norms: bool) -> ModuleSpec:
+    """Return megatron-core's Transformer Engine layer.
+
+    separate_norms: norms are modules of their own, so that adapters see the linear maps' inputs;
+        the checkpoint is the same.
+    """
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+    if separate_norms:
+        # Imported here, as Transformer Engine is an optional package.
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        provider = TESpecProvider()
+        submodules = layer.submodules
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = provider.layer_norm()
+        submodules.self_attention.submodules.linear_qkv = provider.column_parallel_linear()
+        mlp = dataclasses.replace(
+            submodules.mlp.keywords["submodules"], linear_fc1=provider.column_parallel_linear()
+        )
+        submodules.mlp = functools.partial(submodules.mlp.func, submodules=mlp)
+        submodules.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
+    return layer
+
+
 class TransformerEngineBackend:
     """Transformer Engine's layers in THD layout."""
 
     name: str = "te"
     fused = True
+
+    def __init__(self, *, separate_norms: bool = False) -> None:
+        self.separate_norms = separate_norms
 
     def block_spec(self, num_layers: int, *, qk_layernorm: bool) -> ModuleSpec:
         """Return megatron-core's Transformer Engine layer, with attention that refuses to run
@@ -119,7 +150,7 @@ class TransformerEngineBackend:
         # Imported here, as Transformer Engine is an optional package.
         from megatron_vita.model.fused_attention import FusedAttention
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer = _fused_layer(qk_layernorm=qk_layernorm, separate_norms=self.separate_norms)
         layer.submodules.self_attention.submodules.core_attention = FusedAttention
         return layer
 
@@ -155,18 +186,21 @@ class FlashBackend:
     name: str = "fa4"
     fused = True
 
-    def __init__(self, kernel: AttentionKernel | None = None) -> None:
+    def __init__(
+        self, kernel: AttentionKernel | None = None, *, separate_norms: bool = False
+    ) -> None:
         if kernel is None:
             from megatron_vita.model.fa4 import FlashAttention4
 
             kernel = FlashAttention4()
         self.kernel = kernel
+        self.separate_norms = separate_norms
 
     def block_spec(
         self, num_layers: int, *, qk_layernorm: bool
     ) -> ModuleSpec | TransformerBlockSubmodules:
         """Return megatron-core's Transformer Engine layer with our core attention."""
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+        layer = _fused_layer(qk_layernorm=qk_layernorm, separate_norms=self.separate_norms)
         layer.submodules.self_attention.submodules.core_attention = FlashAttention
         return layer
 
@@ -214,12 +248,12 @@ def choose_backend(recipe: Recipe) -> AttentionBackend:
 
         # Some combinations of GPU, package and head width compute wrong numbers without an error.
         check_fa4(**_attention_shape(recipe))
-        return FlashBackend()
+        return FlashBackend(separate_norms=recipe.lora.rank > 0)
     if name == "te":
         from megatron_vita.model.fused_attention import check_fused_attention
 
         check_fused_attention(**_attention_shape(recipe))
-        return TransformerEngineBackend()
+        return TransformerEngineBackend(separate_norms=recipe.lora.rank > 0)
     return TorchBackend()
 
 

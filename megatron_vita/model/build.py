@@ -14,6 +14,7 @@ from megatron_vita import platform
 from megatron_vita.config import LanguageConfig, ParallelConfig, Recipe, layer_memory
 from megatron_vita.errors import ConfigError
 from megatron_vita.model.backends import AttentionBackend, TorchBackend, choose_backend
+from megatron_vita.model.lora import adapters_of, add_adapters
 from megatron_vita.model.rotary import scale_rotary_positions
 from megatron_vita.model.vita import VisionOptions, VitaModel
 from megatron_vita.parallel import groups
@@ -191,9 +192,20 @@ def _build_chunk(
     model.initialize_vision(recipe.training.seed)
     model.to(platform.device())
     model.initialize_language(recipe.training.seed)
+    # After the parts' own initialization, which knows no adapters.
+    add_adapters(model, recipe)
+    if recipe.lora.dropout:
+        _number_passes(model)
+    model.to(platform.device())
     if recipe.training.bf16:
         return model.bfloat16()
     return model
+
+
+def _number_passes(model: VitaModel) -> None:
+    """Let layers number the masks of their adapters' dropout."""
+    for layer in model.language_model.decoder.layers:
+        layer.dropouts = tuple(adapter.dropout for _, adapter in adapters_of(layer))
 
 
 def _assemble_chunk(
@@ -222,7 +234,7 @@ def _assemble_chunk(
 
 
 def freeze_parts(model: VitaModel, recipe: Recipe) -> None:
-    """Disable the gradients of the parts that the recipe freezes."""
+    """Disable the gradients of the parts that the recipe freezes, but for their adapters."""
     frozen = {
         "vision_model": recipe.training.freeze_vision_model,
         "projector": recipe.training.freeze_projector,
@@ -232,3 +244,5 @@ def freeze_parts(model: VitaModel, recipe: Recipe) -> None:
     for name, freeze in frozen.items():
         if freeze and hasattr(model, name):
             getattr(model, name).requires_grad_(False)
+    for _, adapter in adapters_of(model):
+        adapter.requires_grad_(True)

@@ -69,14 +69,15 @@ def _fill_matrix(tensor: ShardedTensor, *, draw: Draw, rows: int | None, seed: i
     for start in range(first_row // height * height, last_row, height):
         stop = min(start + height, rows_drawn)
         block = torch.empty(stop - start, columns, device=shard.device)
-        draw(block, generator=_generator(f"{name}/{start}", shard.device))
+        draw(block, generator=generator_of(f"{name}/{start}", shard.device))
         low = max(start, first_row)
         high = min(stop, last_row)
         part = block[low - start : high - start, first_column : first_column + shard.shape[1]]
         shard[low - first_row : high - first_row].copy_(part)
 
 
-def _generator(name: str, device: torch.device) -> torch.Generator:
+def generator_of(name: str, device: torch.device) -> torch.Generator:
+    """Return a generator whose numbers follow from a name alone, on one kind of device."""
     # Not `hash`, which differs from process to process. 63 bits: seeds are signed.
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
     return torch.Generator(device).manual_seed(number)

@@ -7,6 +7,7 @@ Parameter names are GPTModel's, so checkpoints of either fit the other.
 
 from typing import Any
 
+import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import (
@@ -106,6 +107,10 @@ class LanguageModel(LanguageModule):
         """
         if embeddings is not None:
             embeddings = embeddings.unsqueeze(1)
+            # Recomputed layers and pipeline stages go back only through an input with a gradient,
+            # which nothing before adapters may have.
+            if self.training and torch.is_grad_enabled() and not embeddings.requires_grad:
+                embeddings.requires_grad_()
             if not self.config.sequence_parallel:
                 # Without SP all TP ranks run the same rows and receive the same gradient, of which
                 # each takes its part: a sum over TP would multiply it by the number of ranks.

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vita.config import LayerMemory
+from megatron_vita.model.lora import AdapterDropout, adapter_of
 from megatron_vita.model.offload import ActivationStore, LayerActivations
 from megatron_vita.model.pieces import PieceGradients, split_evenly
 from megatron_vita.model.projection import without_output
@@ -93,6 +94,8 @@ class RecomputingLayer(TransformerLayer):
 
     memory = LayerMemory()
     store: ActivationStore | None = None  # where some layers of the rank keep theirs on the host
+    dropouts: tuple[AdapterDropout, ...] = ()  # of its adapters, where they drop anything
+    passes = 0  # forward passes in training, which number the masks of adapters' dropout
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,6 +115,9 @@ class RecomputingLayer(TransformerLayer):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the layer: rows [s, 1, H] -> [s, 1, H], and None for an unused context."""
+        if self._trains:
+            self.passes += 1
+            self.begin_pass(self.passes)
         if not (self.memory.recompute and self._trains):
             return super().forward(
                 hidden_states,
@@ -130,6 +136,11 @@ class RecomputingLayer(TransformerLayer):
         if not (self.memory.mlp_rows and not self.memory.recompute and self._trains):
             return super()._forward_mlp(hidden_states, *args, **kwargs)
         return _RecomputedMLP.apply(hidden_states, self)
+
+    def begin_pass(self, number: int) -> None:
+        """Set the number of the pass whose dropout masks adapters draw next."""
+        for dropout in self.dropouts:
+            dropout.begin(number)
 
     def open_activations(self) -> LayerActivations:
         """Return the record of one forward pass's kept activations."""
@@ -196,7 +207,11 @@ class RecomputingLayer(TransformerLayer):
         group = None
         if config.sequence_parallel:
             group = mlp.tp_group
-        return without_output(activated, mlp.linear_fc2, group=group)
+        branch = without_output(activated, mlp.linear_fc2, group=group)
+        adapter = adapter_of(mlp.linear_fc2)
+        if adapter is None:
+            return branch
+        return adapter(activated, branch)
 
     def _pieces(self, rows: Tensor) -> tuple[Tensor, ...]:
         return split_evenly(rows, at_most=self.memory.mlp_rows or len(rows))
@@ -208,6 +223,7 @@ class _RecomputedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer, context: LayerContext) -> Tensor:
         ctx.layer = layer
+        ctx.number = layer.passes
         ctx.context = context
         # The copy to the host starts here, so that it runs beside the whole forward pass.
         ctx.activations = activations = layer.open_activations()
@@ -234,6 +250,7 @@ class _RecomputedLayer(torch.autograd.Function):
         attention = ctx.attention
         activations = ctx.activations
         hidden = ctx.hidden.requires_grad_()
+        layer.begin_pass(ctx.number)
         # `ctx` outlives this call: without these references, tensors are freed after their last
         # use.
         ctx.hidden = ctx.attention = ctx.activations = None
@@ -268,6 +285,7 @@ class _RecomputedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, layer: RecomputingLayer) -> Tensor:
         ctx.layer = layer
+        ctx.number = layer.passes
         ctx.save_for_backward(hidden)
         return layer.add_mlp(hidden)
 
@@ -276,6 +294,7 @@ class _RecomputedMLP(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         layer = ctx.layer
+        layer.begin_pass(ctx.number)
         # Backward passes run outside megatron-core's block, which enters the context forward.
         with layer.get_inner_quantization_context():
             return layer.backpropagate_mlp(hidden, grads[0]), None

@@ -15,6 +15,7 @@ from megatron_vita.layout.slicing import PackSlice
 from megatron_vita.model.backends import AttentionBackend
 from megatron_vita.model.initial_weights import set_initial_weights
 from megatron_vita.model.language import LanguageModel
+from megatron_vita.model.lora import with_adapters
 from megatron_vita.model.pieces import checkpoint_pieces, split_evenly
 from megatron_vita.model.projector import Projector
 from megatron_vita.model.vision import build_tower
@@ -203,8 +204,15 @@ class VitaModel(MegatronModule):
         not used.
         """
         assert not sharded_offsets
+        assert not prefix, "adapters have names of the whole model"
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        kept = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+        return with_adapters(kept, self, metadata=metadata or {})
+
+    def set_passes(self, number: int) -> None:
+        """Set the number of packs that went through the layers, which numbers dropout masks."""
+        for layer in self.language_model.decoder.layers:
+            layer.passes = number
 
     def initialize_language(self, seed: int) -> None:
         """Initialize this stage's part of the language model, the same at every layout."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.config.run_files import run_folder
+from megatron_vita.costs.adapters import whole_adapters
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.costs.host_memory import host_memory
 from megatron_vita.costs.memory import GIB, full_pack, rank_memory
@@ -91,7 +92,7 @@ def _devices(world_size: int, matmul_rate: float) -> str:
 
 
 def _parameters(recipe: Recipe) -> str:
-    whole = model_parameters(recipe.model)
+    whole = model_parameters(recipe.model) + whole_adapters(recipe)
     trained = trained_parameters(recipe)
     stages = range(recipe.parallel.pipeline_model_parallel_size)
     most = max(stage_parameters(recipe, stage).total for stage in stages)

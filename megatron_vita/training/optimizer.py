@@ -23,6 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron_vita import platform
 from megatron_vita.config import OptimizerConfig, Recipe
 from megatron_vita.errors import PlatformError
+from megatron_vita.model.lora import ADAPTER
 from megatron_vita.model.vita import VitaModel
 from megatron_vita.parallel import groups
 from megatron_vita.training.schedule import build_schedule
@@ -115,7 +116,7 @@ def build_optimizer(
         overlap_param_gather=recipe.parallel.overlap_param_gather,
         **_precision(optimizer),
     )
-    overrides = get_standard_config_overrides(config) | vision_rates(recipe)
+    overrides = get_standard_config_overrides(config) | special_rates(recipe)
     built = get_megatron_optimizer(config, chunks, config_overrides=overrides)
     schedule = build_schedule(built, recipe)
     core = chunks[0].config  # one object for all chunks
@@ -143,7 +144,27 @@ def _precision(optimizer: OptimizerConfig) -> dict[str, Any]:
     return fields | {name: getattr(optimizer, name) for name in others}
 
 
-def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
+def special_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
+    """Return the learning rates of parameters that have another one than the rest."""
+    return _vision_rates(recipe) | _adapter_rates(recipe)
+
+
+def _adapter_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
+    """Return the learning rate of the adapters, whatever part they are in."""
+    if not recipe.lora.rank:
+        return {}
+    optimizer = recipe.optimizer
+    factor = (recipe.lora.lr or optimizer.lr) / optimizer.lr
+    predicate = ParamWithNamePredicate(name=ADAPTER, fn=lambda _, name: _is_adapter(name))
+    rate = ParamGroupOverride(max_lr=factor * optimizer.lr, min_lr=factor * optimizer.min_lr)
+    return {ParamKey(with_name_predicate=predicate): rate}
+
+
+def _is_adapter(name: str) -> bool:
+    return f".{ADAPTER}." in name
+
+
+def _vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     """Return the learning rates of the vision tower's layers, where they differ from the rest.
 
     Depth counts from 0 (patches, positions and class token) over 1 (first layer) to the number of
@@ -158,7 +179,9 @@ def vision_rates(recipe: Recipe) -> dict[ParamKey, ParamGroupOverride]:
     for depth in range(layers + 1):
         factor = optimizer.vision_lr_mult * optimizer.vision_lr_decay ** (layers + 1 - depth)
         part = f"vision_model.layers.{depth - 1}." if depth else "vision_model.embeddings."
-        predicate = ParamWithNamePredicate(name=part, fn=lambda _, name, part=part: part in name)
+        predicate = ParamWithNamePredicate(
+            name=part, fn=lambda _, name, part=part: part in name and not _is_adapter(name)
+        )
         rates[ParamKey(with_name_predicate=predicate)] = ParamGroupOverride(
             max_lr=factor * optimizer.lr, min_lr=factor * optimizer.min_lr
         )

@@ -21,7 +21,7 @@ from megatron_vita.platform.remainders import (
     save_remainders_as_fp32,
     split_weights,
 )
-from megatron_vita.training.optimizer import vision_rates
+from megatron_vita.training.optimizer import special_rates
 from megatron_vita.training.optimizer_shards import owned_shards
 
 save_remainders_as_fp32()
@@ -224,7 +224,7 @@ def _load(
 def _rates(recipe: Recipe) -> list[tuple[float, float]]:
     """Return highest and lowest rate of each kind of group, in an order independent of their
     values."""
-    others = [(rate["max_lr"], rate["min_lr"]) for rate in vision_rates(recipe).values()]
+    others = [(rate["max_lr"], rate["min_lr"]) for rate in special_rates(recipe).values()]
     return [(recipe.optimizer.lr, recipe.optimizer.min_lr), *others]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.base import BASE
 from megatron_vita.config import Recipe
 from megatron_vita.data.planning.plan import PackPlan
 from megatron_vita.errors import CheckpointError, ConfigError
@@ -20,6 +21,10 @@ FIXED = (
     "training.freeze_vision_model",
     "training.freeze_projector",
     "training.freeze_language_model",
+    "lora.rank",
+    "lora.alpha",
+    "lora.rslora",
+    "lora.targets",
 )
 
 
@@ -33,6 +38,8 @@ class ResumePoint:
     plan_digest: str = ""  # of the consumed packs; empty if unknown
     recipe: dict[str, Any] = field(default_factory=dict)  # of the saved run, as plain values
     damaged: list[dict[str, Any]] = field(default_factory=list)  # fields of `Damage`
+    # Path and stamp of the weights that the checkpoint's adapters belong to.
+    base: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, recipe: Recipe, *, damaged: Mapping[str, str] | None = None) -> "ResumePoint":
@@ -64,6 +71,7 @@ class ResumePoint:
             plan_digest=manifest.get("plan_digest", ""),
             recipe=manifest["recipe"],
             damaged=manifest.get("damaged", []),
+            base=manifest.get(BASE, {}),
         )
 
 

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita import platform
-from megatron_vita.checkpoint import shared_folder, store
+from megatron_vita.checkpoint import base, shared_folder, store
 from megatron_vita.checkpoint.mirror import Mirror
 from megatron_vita.checkpoint.retention import Retention, is_saved
 from megatron_vita.checkpoint.saver import Saver, by_first
@@ -72,6 +72,7 @@ class Run:
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on the slowest device; 0: unknown
     step: int = 0
     consumed_packs: int = 0
+    base_stamp: str = ""  # of the weights beside adapters, which checkpoints leave out
 
     def record(
         self,
@@ -334,12 +335,15 @@ def _manifest(run: Run) -> dict[str, Any]:
     digest = ""
     if run.train_stream:
         digest = run.train_stream.plan.digest_before(run.consumed_packs)
-    return {
+    values = {
         "consumed_packs": run.consumed_packs,
         "plan_digest": digest,
         "recipe": dataclasses.asdict(run.recipe),
         "damaged": [damage._asdict() for damage in run.read_damage()],
     }
+    if run.recipe.lora.rank:
+        values[base.BASE] = {"path": run.recipe.checkpoint.load, "stamp": run.base_stamp}
+    return values
 
 
 def finish_param_gather(run: Run) -> None:
@@ -354,16 +358,25 @@ def finish_param_gather(run: Run) -> None:
 
 def _state(run: Run, *, loading: bool) -> dict[str, Any]:
     model = store.model_state(run.unwrapped_models)
+    if run.recipe.lora.rank:
+        model = base.trained_state(model, run.unwrapped_models)
     optimizer = optimizer_state.sharded_state(run.optimizer, model, loading=loading)
     return {"model": model, "optimizer": optimizer, "schedule": run.schedule.state_dict()}
 
 
 def restore(run: Run, resume: ResumePoint) -> None:
     """Resume from a checkpoint, or load the weights that the recipe starts from. Collective."""
+    adapts = run.recipe.lora.rank > 0
+    # Checkpoints of adapters leave out the weights beside them.
+    if run.recipe.checkpoint.load and (adapts or resume.checkpoint is None):
+        _start_from(run, store.find_checkpoint(run.recipe.checkpoint.load))
+    if adapts:
+        state = store.model_state(run.unwrapped_models)
+        run.base_stamp = base.stamp_of(base.base_state(state))
     if resume.checkpoint is not None:
         _resume(run, resume, resume.checkpoint)
-    elif run.recipe.checkpoint.load:
-        _start_from(run, store.find_checkpoint(run.recipe.checkpoint.load))
+    elif run.recipe.lora.load:
+        _load_adapters(run, store.find_checkpoint(run.recipe.lora.load))
 
 
 def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
@@ -371,6 +384,9 @@ def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
     saved = recipe_from_dict(resume.recipe)
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
     check_parts(saved, run.recipe)
+    if run.recipe.lora.rank:
+        path = run.recipe.checkpoint.load
+        base.check_base(checkpoint, resume.base, stamp=run.base_stamp, path=path)
     state = store.load_state(checkpoint, _state(run, loading=True))
     store.set_model_state(run.unwrapped_models, state["model"])
     try:
@@ -381,6 +397,8 @@ def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint}: {error}") from error
     run.schedule.load_state_dict(state["schedule"])
     run.step = resume.step
+    for model in run.unwrapped_models:
+        model.set_passes(resume.step * run.microbatches)
     run.consumed_packs = resume.consumed_packs
     run.ledger = Ledger(Damage(**damage) for damage in resume.damaged)
     logger.info("resumed from %s after step %d, pack %d", checkpoint, run.step, run.consumed_packs)
@@ -388,11 +406,25 @@ def _resume(run: Run, resume: ResumePoint, checkpoint: Path) -> None:
         logger.info("resumed with changes: %s", "; ".join(changes))
 
 
+def _load_adapters(run: Run, checkpoint: Path) -> None:
+    logger.info("loading adapters of %s", checkpoint)
+    manifest = store.read_manifest(checkpoint)
+    saved = recipe_from_dict(manifest["recipe"])
+    store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
+    base.check_adapters(checkpoint, saved=saved, recipe=run.recipe)
+    known = manifest.get(base.BASE, {})
+    # Adapters of other programs have none.
+    if known.get("stamp"):
+        base.check_base(checkpoint, known, stamp=run.base_stamp, path=run.recipe.checkpoint.load)
+    store.load_adapters(run.unwrapped_models, checkpoint, saved=saved)
+    run.optimizer.reload_model_params()
+
+
 def _start_from(run: Run, checkpoint: Path) -> None:
     logger.info("loading weights of %s", checkpoint)
-    saved = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+    saved = store.recipe_of(checkpoint)
     store.check_model(checkpoint, saved=saved.model, model=run.recipe.model)
-    store.load_weights(run.unwrapped_models, checkpoint)
+    store.load_base(run.unwrapped_models, checkpoint)
     # Its fp32 copies were made of the initial weights.
     run.optimizer.reload_model_params()
     logger.info("weights from %s", checkpoint)

@@ -56,6 +56,7 @@ def tiny_recipe(**layout: Any) -> Recipe:
         "model": recipe.model,
         "model.language": recipe.model.language,
         "optimizer": recipe.optimizer,
+        "lora": recipe.lora,
     }
     for name, value in layout.items():
         owner = next(path for path, group in groups.items() if hasattr(group, name))

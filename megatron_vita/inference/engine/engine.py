@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
-from megatron_vita.config import ParallelConfig, Recipe, recipe_from_dict
+from megatron_vita.config import ParallelConfig, Recipe
 from megatron_vita.data.datasets import sample_encoder
 from megatron_vita.errors import ConfigError, DataError, EngineError
 from megatron_vita.inference.engine.block_pool import BlockPool
@@ -97,7 +97,7 @@ class Engine:
         """Load a checkpoint of any layout; `tokenizer` replaces the recorded path."""
         platform.initialize_process()
         checkpoint = store.find_checkpoint(path)
-        recipe = recipe_from_dict(store.read_manifest(checkpoint)["recipe"])
+        recipe = store.recipe_of(checkpoint)
         found = tokenizer or find_tokenizer(checkpoint, recipe.text.tokenizer)
         recipe = recipe.replaced({"text.tokenizer": found})
         return cls(

@@ -1,0 +1,51 @@
+"""Parameter counts of adapters, whose matrices follow the maps beside them over TP and PP."""
+
+from megatron_vita.config import AdaptedMap, Recipe, adapted_maps
+from megatron_vita.config.lora import Part
+
+_ROW_PARALLEL = ("linear_proj", "linear_fc2")
+
+
+def whole_adapters(recipe: Recipe) -> int:
+    """Count the parameters of all adapters, each once."""
+    return sum(_of_map(adapted, recipe, tp=1) for adapted in _adapted(recipe))
+
+
+def stage_adapters(recipe: Recipe, stage: int) -> int:
+    """Count the parameters of adapters on one rank of pipeline stage `stage`."""
+    tp = recipe.parallel.tensor_model_parallel_size
+    counts = recipe.parallel.layers_of_stages(recipe.model.language.num_layers)
+    first = sum(counts[:stage])
+    total = 0
+    for adapted in _adapted(recipe):
+        layer = adapted.linear.layer
+        if layer is None:
+            here = stage == 0
+        else:
+            here = first <= layer < first + counts[stage]
+        if here:
+            total += _of_map(adapted, recipe, tp=tp)
+    return total
+
+
+def part_adapters(recipe: Recipe, part: Part) -> int:
+    """Count the parameters of a part's adapters, each once."""
+    adapted = [each for each in _adapted(recipe) if each.linear.part == part]
+    return sum(_of_map(each, recipe, tp=1) for each in adapted)
+
+
+def _adapted(recipe: Recipe) -> list[AdaptedMap]:
+    return adapted_maps(recipe.model, recipe.lora)
+
+
+def _of_map(adapted: AdaptedMap, recipe: Recipe, *, tp: int) -> int:
+    """Count A and B of a map's adapters on a rank: the side where the map is split is split too."""
+    linear = adapted.linear
+    inputs = linear.inputs * len(adapted.chosen)
+    outputs = linear.outputs
+    if linear.part == "language_model":
+        if linear.name.endswith(_ROW_PARALLEL):
+            inputs //= tp
+        else:
+            outputs //= tp
+    return recipe.lora.rank * (inputs + outputs)

@@ -1,0 +1,210 @@
+"""Checkpoints of adapters hold what is trained alone, and resume at another layout on the same
+base."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import base, store
+from megatron_vita.config import Recipe
+from megatron_vita.errors import CheckpointError
+from megatron_vita.parallel import groups
+from megatron_vita.training.resume import ResumePoint
+from megatron_vita.training.run import Run, assemble_run, restore, save_run
+from megatron_vita.training.step import train_step
+from tests.functional.launch import run_ranks
+from tests.functional.layout_worker import my_batches
+from tests.functional.synthetic import tiny_recipe
+
+FIELDS = {
+    "freeze_language_model": True,
+    "freeze_vision_model": True,
+    "rank": 3,
+    "targets": ["q_proj", "v_proj", "mlp.*_proj", "vision_model.*.qkv"],
+}
+OTHER_LAYOUT = {
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "recompute_granularity": "full",
+}
+
+
+def recipe_in(folder: Path, **fields: object) -> Recipe:
+    """A recipe that saves to `folder`, from the base beside it."""
+    places = {
+        "checkpoint.save": str(folder),
+        "checkpoint.load": str(folder.parent / "base"),
+        "text.tokenizer": "",
+    }
+    return tiny_recipe(**FIELDS, **fields).replaced(places)
+
+
+def open_run(recipe: Recipe) -> Run:
+    groups.initialize_groups(recipe.parallel)
+    run = assemble_run(recipe)
+    restore(run, ResumePoint.find(recipe))
+    return run
+
+
+def save_base(folder: Path, *, seed: int) -> None:
+    """Write a whole model's initial weights as a checkpoint."""
+    recipe = tiny_recipe(seed=seed)
+    groups.initialize_groups(recipe.parallel)
+    run = assemble_run(recipe)
+    state = {"model": store.model_state(run.unwrapped_models)}
+    manifest = {"recipe": dataclasses.asdict(recipe), "consumed_packs": 0}
+    store.save_checkpoint(folder, step=0, state=state, manifest=manifest, keep=1)
+
+
+def train(run: Run, steps: range) -> list[tuple[float, float]]:
+    metrics = [train_step(run, iter(my_batches(run, step))) for step in steps]
+    return [(m.loss, m.grad_norm) for m in metrics]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[float, float]]]:
+    """A checkpoint after two steps, and what the third one reports."""
+    platform.initialize_process()
+    folder = tmp_path_factory.mktemp("adapters") / "run"
+    save_base(folder.parent / "base", seed=5)
+    run = open_run(recipe_in(folder))
+    train(run, range(2))
+    save_run(run)
+    return folder, train(run, range(2, 3))
+
+
+def keys_in(checkpoint: Path) -> set[str]:
+    return set(FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(trained: tuple[Path, list]) -> None:
+    checkpoint = store.find_checkpoint(trained[0])
+    weights = {key for key in keys_in(checkpoint) if key.startswith(("language", "vision", "proj"))}
+    assert {key for key in weights if not key.startswith("projector.")} == {
+        key for key in weights if ".lora." in key
+    }
+    assert "projector.fc1.weight" in weights
+    assert "vision_model.layers.1.attention.qkv.lora.b" in weights
+    assert store.read_manifest(checkpoint)[base.BASE]["path"].endswith("/base")
+
+
+def test_a_resumed_run_has_the_digits_of_an_uninterrupted_one(trained: tuple[Path, list]) -> None:
+    folder, third = trained
+    run = open_run(recipe_in(folder))
+    assert run.step == 2
+    assert train(run, range(2, 3)) == third
+
+
+def resave(folder: Path, into: Path) -> None:
+    """Resume at another layout and save at once."""
+    run = open_run(recipe_in(folder, **OTHER_LAYOUT))
+    run.recipe = run.recipe.replaced({"checkpoint.save": str(into)})
+    save_run(run)
+
+
+def tensors_in(run: Run) -> dict[str, torch.Tensor]:
+    """Trained weights and Adam's moments of a run."""
+    found = {}
+    moments = run.optimizer.chained_optimizers[0].optimizer.state
+    for number, values in enumerate(moments.values()):
+        found |= {f"{number}.{name}": value for name, value in values.items()}
+    weights = run.unwrapped_model.named_parameters()
+    return found | {name: p.detach() for name, p in weights if p.requires_grad}
+
+
+def test_another_layout_resumes_with_the_same_bits(trained: tuple[Path, list]) -> None:
+    folder, _ = trained
+    into = folder.parent / "resaved"
+    run_ranks(resave, 2, folder, into)
+    before = tensors_in(open_run(recipe_in(folder)))
+    after = tensors_in(open_run(recipe_in(into)))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+
+
+def test_adapters_of_another_base_are_refused(trained: tuple[Path, list]) -> None:
+    folder, _ = trained
+    other = folder.parent / "other"
+    save_base(other, seed=6)
+    changed = recipe_in(folder).replaced({"checkpoint.load": str(other)})
+    with pytest.raises(CheckpointError, match=r"belong to another base: .*base, stamp .*other, st"):
+        open_run(changed)
+    fresh = recipe_in(folder).replaced({"checkpoint.load": ""})
+    with pytest.raises(CheckpointError, match=r"initial weights of training\.seed"):
+        open_run(fresh)
+
+
+def test_adapters_alone_are_no_weights_to_start_from(trained: tuple[Path, list]) -> None:
+    folder, _ = trained
+    recipe = recipe_in(folder.parent / "next").replaced({"checkpoint.load": str(folder)})
+    with pytest.raises(CheckpointError, match=r"holds adapters alone, of .*base; merge"):
+        open_run(recipe)
+
+
+@pytest.mark.parametrize("change", ["element", "swap"])
+def test_the_stamp_tells_weights_apart(trained: tuple[Path, list], change: str) -> None:
+    run = open_run(recipe_in(trained[0].parent / "fresh"))
+    state = base.base_state(store.model_state(run.unwrapped_models))
+    assert base.stamp_of(state) == run.base_stamp
+    weight = run.unwrapped_model.language_model.decoder.layers[2].mlp.linear_fc2.weight.data
+    if change == "element":
+        weight[3, 4] += 1e-6
+    else:
+        weight[[0, 1]] = weight[[1, 0]]
+    assert base.stamp_of(state) != run.base_stamp
+
+
+DROPPED = {"rank": 3, "dropout": 0.4, "freeze_language_model": True}
+KEPT = {"recompute_granularity": "full", "recompute_keep_attention_layers": -1}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"recompute_granularity": "full"}),
+        ({}, KEPT | {"activation_offload_fraction": 0.5}),
+        (
+            KEPT | {"mlp_chunk_tokens": 48},
+            {"recompute_granularity": "full", "mlp_chunk_tokens": 48},
+        ),
+    ],
+)
+def test_recomputed_layers_drop_the_same_elements(first: dict, second: dict) -> None:
+    platform.initialize_process()
+    reports = []
+    for levers in (first, second):
+        recipe = tiny_recipe(**DROPPED, **levers)
+        groups.initialize_groups(recipe.parallel)
+        reports.append(train(assemble_run(recipe), range(2)))
+    for before, after in zip(*reports, strict=True):
+        assert after == pytest.approx(before, rel=1e-6)
+    groups.initialize_groups(recipe.parallel)
+    plain = train(assemble_run(recipe.replaced({"lora.dropout": 0.0})), range(2))
+    # B is 0 at first, so that nothing is seen of A's input before the second step.
+    assert plain[1][0] != pytest.approx(reports[0][1][0], rel=1e-5)
+
+
+def test_masks_differ_by_pass_and_call_and_are_drawn_again() -> None:
+    platform.initialize_process()
+    recipe = tiny_recipe(**DROPPED)
+    groups.initialize_groups(recipe.parallel)
+    dropout = assemble_run(recipe).unwrapped_model.language_model.decoder.layers[0].dropouts[0]
+    rows = torch.ones(1000, 8)
+
+    def masks(number: int) -> list[torch.Tensor]:
+        dropout.begin(number)
+        return [dropout(rows), dropout(rows)]
+
+    first, second = masks(1)
+    assert first.mean() == pytest.approx(1.0, abs=0.05)
+    assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    again, other = masks(1), masks(2)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    for mask in (second, *other):
+        assert not torch.equal(first, mask)
