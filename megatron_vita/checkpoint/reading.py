@@ -102,7 +102,7 @@ class CheckedReader(FileSystemReader):
             value.seek(0)
             load_bytes(item, value)
 
-        planner.load_bytes = load_checked
+        planner.load_bytes = load_checked  # type: ignore[method-assign, assignment]
         return super().read_data(plan, planner)
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:

@@ -102,12 +102,12 @@ def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, 
         )
     fresh = "projector" not in owner
     if fresh:
-        part = replaced(ProjectorConfig(), {"kind": projector})
+        config = replaced(ProjectorConfig(), {"kind": projector})
     else:
-        part = owner["projector"].model.projector
+        config = owner["projector"].model.projector
     model = ModelConfig(
         vision=owner["vision_model"].model.vision,
-        projector=part,
+        projector=config,
         language=owner["language_model"].model.language,
     )
     return model, fresh

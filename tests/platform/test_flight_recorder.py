@@ -32,7 +32,8 @@ def test_torch_records_what_is_read_here() -> None:
     """The fields that torch's record has; a new version may rename them."""
     platform.initialize_process()
     dist.all_reduce(torch.ones(2))
-    trace = pickle.loads(torch._C._distributed_c10d._dump_fr_trace(includeStackTraces=False))
+    dump = torch._C._distributed_c10d._dump_fr_trace  # type: ignore[attr-defined]
+    trace = pickle.loads(dump(includeStackTraces=False))
     for recorded in trace["entries"]:
         recorded |= {"state": "scheduled", "retired": False}  # as if it had not completed
     last = parse_trace(trace)[-1]

@@ -188,13 +188,13 @@ def test_an_object_that_would_run_code_is_refused(folder: Path, tmp_path: Path) 
     harmless = io.BytesIO()
     torch.save({"step": 1}, harmless)
     harmless.seek(0)
-    planner.load_bytes(None, harmless)  # type: ignore[arg-type]
+    planner.load_bytes(None, harmless)
     assert taken == [{"step": 1}]
     harmful = io.BytesIO()
     torch.save(_Command(tmp_path / "ran"), harmful)
     harmful.seek(0)
     with pytest.raises(pickle.UnpicklingError):
-        planner.load_bytes(None, harmful)  # type: ignore[arg-type]
+        planner.load_bytes(None, harmful)
     assert not (tmp_path / "ran").exists()
 
 
