@@ -136,6 +136,59 @@ def to_megatron(
     typer.echo(f"{destination}: written")
 
 
+@app.command()
+def merge_lora(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint of adapters, or a folder of such (the newest).")
+    ],
+    destination: Annotated[Path, typer.Argument(help="Checkpoint of the whole model to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint of the base (default: where it was in training)."),
+    ] = None,
+) -> None:
+    """Add adapters to the weights of their base."""
+    from megatron_vita.convert.adapters import merge_adapters
+
+    merge_adapters(source, destination, base=base)
+    typer.echo(f"{destination}: written")
+
+
+@app.command()
+def to_peft(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint of adapters, or a folder of such (the newest).")
+    ],
+    destination: Annotated[Path, typer.Argument(help="PEFT's folder to write.")],
+    folder_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Folder format of the base that they will be loaded on (default: causal, or internvl-hf where "
+            "other parts have adapters).",
+        ),
+    ] = "",
+) -> None:
+    """Export adapters as PEFT's folder."""
+    from megatron_vita.convert.peft import export_adapters
+
+    count = export_adapters(source, destination, folder_format=folder_format)
+    typer.echo(f"{destination}: adapters of {count} maps")
+
+
+@app.command()
+def from_peft(
+    source: Annotated[Path, typer.Argument(help="PEFT's folder.")],
+    destination: Annotated[Path, typer.Argument(help="Checkpoint of adapters to write.")],
+    base: Annotated[Path, typer.Option(help="Checkpoint of the model that they belong to.")],
+) -> None:
+    """Import adapters from PEFT's folder."""
+    from megatron_vita.convert.peft import import_adapters
+
+    count = import_adapters(source, destination, base=base)
+    typer.echo(f"{destination}: adapters of {count} maps")
+
+
 def run(arguments: list[str], *, name: str = MODULE) -> int:
     """Run one command and return its exit code; a user's error is one line."""
     return run_command(app, arguments, name=name)

@@ -42,6 +42,7 @@ class Prompt:
     images: Sequence[MediaFile] = ()
     videos: Sequence[MediaFile] = ()
     cache_salt: bytes = b""  # only prompts with the same one share computed blocks
+    adapter: str = ""  # name of the adapter that answers; empty: the base model
 
     @classmethod
     def ask(
@@ -78,6 +79,7 @@ class PreparedPrompt:
     videos: list[VideoFrames]
     tile_digests: list[bytes]  # what each tile shows, as far as the cache must know
     cache_salt: bytes = b""
+    adapter: str = ""
 
     @property
     def tokens(self) -> int:
@@ -95,12 +97,15 @@ class PreparedPrompt:
         """Prefix cache keys of the full blocks of the prompt followed by the generated tokens
         `said`.
 
-        A key is a hash of the cache salt, of all preceding tokens and tiles, and of the block's
+        A key is a hash of the cache salt, of the adapter, of all preceding tokens and tiles, and of the block's
         own.
         """
         ids = np.concatenate([self.document.input_ids, np.array(said, dtype=np.int64)])
         placements = self.document.placements
         key = self.cache_salt
+        # Its keys and values differ from those of the base.
+        if self.adapter:
+            key = hashlib.sha256(repr((self.adapter, key)).encode()).digest()
         keys = []
         for start in range(0, len(ids) - block_tokens + 1, block_tokens):
             stop = start + block_tokens
@@ -169,6 +174,7 @@ def prepare_prompt(
             digest for each in zip(document.media, files, strict=True) for digest in _digests(*each)
         ],
         cache_salt=prompt.cache_salt,
+        adapter=prompt.adapter,
     )
 
 

@@ -42,6 +42,8 @@ class SchedulerOutput:
     block_tables: dict[int, list[int]] = field(default_factory=dict)
     # sequence -> blocks to append to its table
     new_blocks: dict[int, list[int]] = field(default_factory=dict)
+    # sequence -> number of its adapter, of those that have one
+    adapters: dict[int, int] = field(default_factory=dict)
     copy_blocks: list[tuple[int, int]] = field(default_factory=list)  # (source, destination)
     # (sequence, start, stop): tokens whose tiles are to be decoded ahead
     prefetch: list[tuple[int, int, int]] = field(default_factory=list)

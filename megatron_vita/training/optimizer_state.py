@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
+from megatron_vita.costs.parameters import stage_parameters
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.platform.remainders import (
     has_param_remainders,
@@ -38,7 +39,8 @@ def check_state_can_be_saved(recipe: Recipe) -> None:
     """
     stages = recipe.parallel.pipeline_model_parallel_size
     sharded = recipe.parallel.use_distributed_optimizer and not HAVE_APEX_OR_TE
-    if recipe.checkpoint.save and sharded and stages > 1 and recipe.training.freeze_language_model:
+    idle = any(stage_parameters(recipe, s).trainable(recipe) == 0 for s in range(stages))
+    if recipe.checkpoint.save and sharded and idle:
         raise ConfigError(
             f"parallel.use_distributed_optimizer is true with pipeline_model_parallel_size {stages} and "
             "training.freeze_language_model: without Transformer Engine or apex the state of stages that train nothing "

@@ -42,14 +42,15 @@ ADAPTED = {
     },
 }
 FEW = [
-    ("language", ("tp2",)),
-    ("language", ("pp2vpp2", "uniform")),
     ("everywhere", ("tp2sp", "kept_in_pieces", "from_pixels", "overlapped")),
     ("everywhere", ("pp2", "replicated", "attention_kept")),
+    ("some", ("tp2",)),
     ("some", ("cp2", "mlp_pieces")),
-    ("some", ("dp2", "overlapped", "half_offloaded")),
 ]
 MORE = [
+    ("language", ("tp2",)),
+    ("language", ("pp2vpp2", "uniform")),
+    ("some", ("dp2", "overlapped", "half_offloaded")),
     ("language", ("tp2sp", "cp2", "half_offloaded", "overlapped", "qwen3")),
     ("language", ("tp2sp", "pp2vpp2", "mlp")),
     ("everywhere", ("tp2", "pp2first1", "full")),

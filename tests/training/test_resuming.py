@@ -202,7 +202,17 @@ def test_state_that_could_not_be_saved_is_refused_at_the_start(
     monkeypatch.setattr(optimizer_state, "HAVE_APEX_OR_TE", False)
     with pytest.raises(ConfigError, match="set use_distributed_optimizer to false"):
         optimizer_state.check_state_can_be_saved(load_recipe(halfway, [stages, frozen, sharded]))
+    # Adapters of the first stage alone leave the second one without anything trained.
+    adapters = [stages, frozen, sharded, "lora.rank=2"]
+    with pytest.raises(ConfigError, match="set use_distributed_optimizer to false"):
+        optimizer_state.check_state_can_be_saved(
+            load_recipe(
+                halfway,
+                [*adapters, "lora.targets=[layers.0.*]", "training.freeze_vision_model=true"],
+            )
+        )
     for fine in (
+        adapters,
         [stages, sharded],
         [frozen, sharded],
         [stages, frozen, "parallel.use_distributed_optimizer=false"],

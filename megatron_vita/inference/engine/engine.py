@@ -4,7 +4,7 @@ deltas."""
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
 from megatron_vita.inference.prompt import MediaFile, PreparedPrompt, Prompt, prepare_prompt
 from megatron_vita.inference.requests import CompletionOutput, OutputDelta, SamplingParams
+from megatron_vita.inference.runner.adapters import ServedAdapters, load_adapters
 from megatron_vita.inference.runner.cache_size import build_cache
 from megatron_vita.inference.scheduler_output import SchedulerOutput
 from megatron_vita.inference.vision import decode_pool
@@ -54,9 +55,13 @@ class Engine:
         *,
         options: EngineOptions | None = None,
         checkpoint: Path | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         """Load the weights of a checkpoint, or initialize them. The process group must exist, and hold
-        one replica without pipeline stages."""
+        one replica without pipeline stages.
+
+        adapters: checkpoints of adapters by the name that prompts choose them with.
+        """
         _check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
         self.recipe = recipe
@@ -73,6 +78,7 @@ class Engine:
         if checkpoint is not None:
             store.load_weights([self.model], checkpoint)
             logger.info("weights from %s", checkpoint)
+        self.adapters = load_adapters(self.model, recipe, adapters or {})
         self.max_context = self.options.max_context or recipe.data.seq_length
         group = groups.host_group("main")
         self._channel = None if group is None else StepChannel(group)
@@ -93,6 +99,7 @@ class Engine:
         tokenizer: str | None = None,
         parallel: ParallelConfig | None = None,
         options: EngineOptions | None = None,
+        adapters: Mapping[str, Path] | None = None,
     ) -> "Engine":
         """Load a checkpoint of any layout; `tokenizer` replaces the recorded path."""
         platform.initialize_process()
@@ -101,7 +108,10 @@ class Engine:
         found = tokenizer or find_tokenizer(checkpoint, recipe.text.tokenizer)
         recipe = recipe.replaced({"text.tokenizer": found})
         return cls(
-            recipe.with_layout(parallel or ParallelConfig()), options=options, checkpoint=checkpoint
+            recipe.with_layout(parallel or ParallelConfig()),
+            options=options,
+            checkpoint=checkpoint,
+            adapters=adapters,
         )
 
     def _start(self) -> None:
@@ -126,6 +136,7 @@ class Engine:
             readers=self._readers,
             max_blocks=longest,
             graphs=options.cuda_graphs,
+            adapters=self.adapters,
         )
         self.worker.warm_up()
         self.layout = cache.layout
@@ -183,6 +194,7 @@ class Engine:
 
         Raises:
             DataError: it can never be answered: it is longer than the context or the cache.
+            ConfigError: its adapter is not here.
         """
         if prepared.tokens >= self.max_context:
             raise DataError(
@@ -210,12 +222,21 @@ class Engine:
             self.layout.block_tokens, rows_per_tile=self.encoder.vision.image_token_length
         )
         request = Request(
-            number=next(self._numbers), prepared=prepared, sampling=sampling, keys=keys
+            number=next(self._numbers),
+            prepared=prepared,
+            sampling=sampling,
+            keys=keys,
+            adapter=self._adapter_number(prepared.adapter),
         )
         self._outputs.open(request)
         self._requests[request.number] = request
         self._scheduler.add(request)
         return request.number
+
+    def _adapter_number(self, name: str) -> int:
+        if self.adapters is None:
+            return ServedAdapters([]).number_of(name)
+        return self.adapters.number_of(name)
 
     def cancel(self, number: int) -> None:
         """End a request's answers; their last deltas come with the next step."""
@@ -354,6 +375,7 @@ class Engine:
             finished=changes.finished,
             new=changes.new,
             block_tables=changes.block_tables,
+            adapters=changes.adapters,
             copy_blocks=changes.copy_blocks,
             prefetch=changes.prefetch,
         )

@@ -29,6 +29,7 @@ class Request:
     prepared: PreparedPrompt
     sampling: SamplingParams
     keys: list[bytes]  # hashes of the prompt's full blocks
+    adapter: int = 0  # its number; 0: the base model
     # text side: one state for each of the n answers, or a beam search over all of them
     choices: list[ChoiceState] = field(default_factory=list)
     beams: BeamSearch | None = None

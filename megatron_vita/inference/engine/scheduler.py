@@ -158,6 +158,7 @@ class Scheduler:
         self._changes.finished.append(sequence.number)
         # a fork that no step has seen yet
         self._changes.block_tables.pop(sequence.number, None)
+        self._changes.adapters.pop(sequence.number, None)
         if not request.sequences and request in self._running:
             self._running.remove(request)
 
@@ -187,6 +188,7 @@ class Scheduler:
             child.blocks += self._allocate(request, 1)
             self._changes.copy_blocks.append((parent.blocks[full], child.blocks[full]))
         self._changes.block_tables[child.number] = list(child.blocks)
+        self._note_adapter(request, child)
         return child
 
     def cache_blocks(self, sequence: Sequence, keys: list[bytes]) -> None:
@@ -269,6 +271,11 @@ class Scheduler:
             )
         )
         self._changes.block_tables[sequence.number] = list(sequence.blocks)
+        self._note_adapter(request, sequence)
+
+    def _note_adapter(self, request: Request, sequence: Sequence) -> None:
+        if request.adapter:
+            self._changes.adapters[sequence.number] = request.adapter
 
     @property
     def _chunk_tokens(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.data.samples.encoding import SampleEncoder
+from megatron_vita.inference.runner.adapters import NO_ADAPTER, ServedAdapters
 from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
 from megatron_vita.inference.runner.cuda_graphs import GraphPool
 from megatron_vita.inference.runner.decode_runner import DecodeRunner
@@ -69,6 +70,7 @@ class Worker:
         readers: DecodePool,
         max_blocks: int,
         graphs: bool = True,
+        adapters: ServedAdapters | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -77,12 +79,20 @@ class Worker:
             model, recipe=recipe, encoder=encoder, readers=readers, graphs=self.graphs
         )
         self.decoder = DecodeRunner(
-            model.language_model, cache, max_blocks=max_blocks, graphs=self.graphs
+            model.language_model,
+            cache,
+            max_blocks=max_blocks,
+            graphs=self.graphs,
+            adapters=adapters,
         )
         self.prefill_graphs: PrefillGraphs | None = None
         if self.graphs:
-            self.prefill_graphs = PrefillGraphs(model.language_model, cache, graphs=self.graphs)
+            self.prefill_graphs = PrefillGraphs(
+                model.language_model, cache, graphs=self.graphs, adapters=adapters
+            )
+        self.adapters = adapters
         self._tables: dict[int, Tensor] = {}
+        self._adapter_of: dict[int, int] = {}  # numbers of adapters by sequence
         self._prompts: dict[int, NewSequence] = {}
 
     @torch.no_grad()
@@ -112,10 +122,13 @@ class Worker:
         if step.prefill:
             result = self._prefill(step.prefill)
         elif step.decode:
-            result = StepResult(logits=self.decoder.run(step.decode, tables=self._tables))
+            result = StepResult(logits=self._decode(step))
         if step.awaiting_tiles:
             return replace(result, ready=self._ready(step))
         return result
+
+    def _decode(self, step: SchedulerOutput) -> Tensor:
+        return self.decoder.run(step.decode, tables=self._tables, adapters=self._adapter_of)
 
     def _ready(self, step: SchedulerOutput) -> list[int]:
         """Awaited sequences whose tiles are decoded on all ranks."""
@@ -135,6 +148,7 @@ class Worker:
     def _keep_books(self, step: SchedulerOutput) -> None:
         for sequence in step.finished:
             self._tables.pop(sequence, None)
+            self._adapter_of.pop(sequence, None)
             self._prompts.pop(sequence, None)
             self.features.forget(sequence)
             self.decoder.forget(sequence)
@@ -144,6 +158,7 @@ class Worker:
         for sequence, blocks in step.block_tables.items():
             self._tables[sequence] = torch.tensor(blocks, dtype=torch.int64)
             self.decoder.forget(sequence)
+        self._adapter_of |= step.adapters
         for sequence, blocks in step.new_blocks.items():
             self._tables[sequence] = torch.cat(
                 [self._tables[sequence], torch.tensor(blocks, dtype=torch.int64)]
@@ -160,13 +175,25 @@ class Worker:
         failed = self._write_features(hidden, pack)
         if pack.is_short and self.prefill_graphs is not None:
             places, slots = self._stored(pack)
-            hidden = self.prefill_graphs.run(hidden, places=places, slots=slots)
+            hidden = self.prefill_graphs.run(
+                hidden, places=places, slots=slots, adapters=self._adapter_rows(pack)
+            )
         else:
+            if self.adapters is not None:
+                self.adapters.rows = self._adapter_rows(pack).to(platform.device())
             hidden = model.run_layers(hidden, attention=self._attention(pack))
         for piece in pieces:
             if piece.ends_prompt:
                 self.features.forget(piece.sequence)
         return StepResult(logits=self._logits(hidden.squeeze(1), pack), failed=failed)
+
+    def _adapter_rows(self, pack: _PackedPrompts) -> Tensor:
+        """Numbers of the adapters of this rank's rows [t], on the host."""
+        bounds = [*pack.starts, len(pack.ids)]
+        numbers = torch.empty_like(pack.ids)
+        for piece, start, stop in zip(pack.pieces, pack.starts, bounds[1:], strict=True):
+            numbers[start:stop] = self._adapter_of.get(piece.sequence, NO_ADAPTER)
+        return numbers[pack.mine]
 
     def _lay_out(self, pieces: list[PrefillChunk]) -> _PackedPrompts:
         ranks = groups.rank_layout().cp_size

@@ -1,9 +1,12 @@
 """Decode steps in few batch sizes, so that CUDA graphs can replay the forward pass."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from megatron_vita import platform
+from megatron_vita.inference.runner.adapters import NO_ADAPTER, ServedAdapters
 from megatron_vita.inference.runner.attention import DecodeAttention
 from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
 from megatron_vita.inference.runner.kv_cache import KeyValueCache
@@ -12,7 +15,7 @@ from megatron_vita.layout.blocks import SCRATCH_BLOCK
 from megatron_vita.model.language import LanguageModel
 from megatron_vita.parallel import groups
 
-_FIELDS = ("ids", "positions", "slots", "lengths")
+_FIELDS = ("ids", "positions", "slots", "lengths", "adapters")
 
 
 class DecodeBuffers:
@@ -49,20 +52,28 @@ class DecodeRunner:
         *,
         max_blocks: int,
         graphs: GraphPool | None,
+        adapters: ServedAdapters | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.max_blocks = max_blocks
         self.graphs = graphs
+        self.adapters = adapters
         self._batches: dict[int, DecodeBuffers] = {}
 
-    def run(self, rows: list[tuple[int, int, int]], *, tables: dict[int, Tensor]) -> Tensor:
+    def run(
+        self,
+        rows: list[tuple[int, int, int]],
+        *,
+        tables: dict[int, Tensor],
+        adapters: Mapping[int, int],
+    ) -> Tensor:
         """Logits [B, V] for rows of (sequence, token, position), whose block tables are in
-        `tables`."""
+        `tables`, and whose adapters' numbers in `adapters` if they have one."""
         batch = self._batch_for(len(rows))
         layout = self.cache.layout
         # of padding: no keys
-        inputs = [[0, 0, SCRATCH_BLOCK * layout.page_tokens, 0]] * len(batch.shown)
+        inputs = [[0, 0, SCRATCH_BLOCK * layout.page_tokens, 0, NO_ADAPTER]] * len(batch.shown)
         for row, (sequence, token, position) in enumerate(rows):
             blocks = tables[sequence]
             batch.set_table(row, sequence, blocks)
@@ -72,6 +83,7 @@ class DecodeRunner:
                 position,
                 inputs[row][2] if slot is None else slot,
                 layout.local_tokens(position + 1),
+                adapters.get(sequence, NO_ADAPTER),
             ]
         # One pinned copy for all inputs of a step.
         batch.host.copy_(torch.tensor(inputs).T)
@@ -100,7 +112,9 @@ class DecodeRunner:
         return self._batches[size]
 
     def _forward(self, batch: DecodeBuffers) -> Tensor:
-        ids, positions, slots, lengths = batch.device
+        ids, positions, slots, lengths, adapters = batch.device
+        if self.adapters is not None:
+            self.adapters.rows = adapters
         attention = DecodeAttention(
             cache=self.cache,
             rotation=Rotation.at(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_vita import platform
+from megatron_vita.inference.runner.adapters import ServedAdapters
 from megatron_vita.inference.runner.attention import PrefillAttention, PromptPiece, held_places
 from megatron_vita.inference.runner.cuda_graphs import Graph, GraphPool
 from megatron_vita.inference.runner.kv_cache import KeyValueCache
@@ -24,23 +25,34 @@ def padded_length(length: int) -> int | None:
 class PrefillGraphs:
     """The layers over whole prompts of each of LENGTHS."""
 
-    def __init__(self, model: LanguageModel, cache: KeyValueCache, *, graphs: GraphPool) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KeyValueCache,
+        *,
+        graphs: GraphPool,
+        adapters: ServedAdapters | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.graphs = graphs
-        self._graphs: dict[int, tuple[Tensor, Tensor, Graph]] = {}  # embeddings, slots, graph
+        self.adapters = adapters
+        # embeddings, slots, numbers of adapters, graph
+        self._graphs: dict[int, tuple[Tensor, Tensor, Tensor, Graph]] = {}
 
-    def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor) -> Tensor:
+    def run(self, hidden: Tensor, *, places: Tensor, slots: Tensor, adapters: Tensor) -> Tensor:
         """Last hidden states of embeddings [t, 1, H]: this rank's rows of a prompt of one of
         LENGTHS.
 
-        Keys at positions `places` of the prompt are stored at `slots`.
+        Keys at positions `places` of the prompt are stored at `slots`; `adapters` [t] are the
+        numbers of the rows' adapters.
         """
         length = len(hidden) * groups.context_group().size()
         if length not in self._graphs:
             self.record(length)
-        embeddings, all_slots, graph = self._graphs[length]
+        embeddings, all_slots, numbers, graph = self._graphs[length]
         embeddings.copy_(hidden)
+        numbers.copy_(adapters)
         # The graph stores every row; padding and other ranks' rows go to the scratch block.
         everywhere = torch.full((length,), SCRATCH_BLOCK * self.cache.layout.page_tokens)
         everywhere[places] = slots
@@ -76,5 +88,11 @@ class PrefillGraphs:
         )
         shape = (length // ranks, 1, self.model.config.hidden_size)
         embeddings = torch.zeros(shape, dtype=self.model.config.params_dtype, device=device)
-        graph = self.graphs.record(lambda: self.model.run_layers(embeddings, attention=attention))
-        self._graphs[length] = (embeddings, slots, graph)
+        numbers = torch.zeros(length // ranks, dtype=torch.int64, device=device)
+
+        def run_layers() -> Tensor:
+            if self.adapters is not None:
+                self.adapters.rows = numbers
+            return self.model.run_layers(embeddings, attention=attention)
+
+        self._graphs[length] = (embeddings, slots, numbers, self.graphs.record(run_layers))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vita.commands import add_options, describe_missing, from_arguments
-from megatron_vita.errors import PlatformError, VitaError
+from megatron_vita.errors import ConfigError, PlatformError, VitaError
 from megatron_vita.inference.engine.options import EngineOptions
 from megatron_vita.inference.server.limits import Limits
 
@@ -48,6 +48,14 @@ def parse_arguments(
     )
     parser.add_argument(
         "--model-name", help="name of the model for clients (default: the checkpoint's name)"
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="adapters of the language model (a checkpoint of adapters), which requests choose by the model NAME "
+        "(repeatable)",
     )
     parser.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
     parser.add_argument(
@@ -97,7 +105,34 @@ def load_engine(arguments: argparse.Namespace) -> "Engine":
         tokenizer=arguments.tokenizer,
         parallel=ParallelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp),
         options=from_arguments(EngineOptions, arguments),
+        adapters=named_adapters(arguments.lora, model=model_name_of(arguments)),
     )
+
+
+def model_name_of(arguments: argparse.Namespace) -> str:
+    """Return the name of the base model for clients."""
+    return arguments.model_name or Path(arguments.checkpoint).resolve().name
+
+
+def named_adapters(given: list[str], *, model: str) -> dict[str, Path]:
+    """Parse options of the form NAME=FOLDER.
+
+    Args:
+        given: the options.
+        model: name of the base model, which no adapter may have.
+
+    Raises:
+        ConfigError: another form, or a name that is given twice.
+    """
+    adapters: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise ConfigError(f"--lora is {text!r}: NAME=FOLDER is needed")
+        if name in adapters or name == model:
+            raise ConfigError(f"--lora is {text!r}: another model is named {name!r}")
+        adapters[name] = Path(folder)
+    return adapters
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -139,7 +174,8 @@ def _serve(
 
     remote = RemoteFetcher(seconds=limits.fetch_seconds) if arguments.allow_remote_media else None
     options = ServerOptions(
-        model_name=arguments.model_name or Path(arguments.checkpoint).resolve().name,
+        model_name=model_name_of(arguments),
+        adapters=list(named_adapters(arguments.lora, model=model_name_of(arguments))),
         limits=dataclasses.replace(
             limits, prompt_tokens=min(limits.prompt_tokens, engine.max_context)
         ),

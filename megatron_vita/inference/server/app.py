@@ -43,6 +43,7 @@ class ServerOptions:
     """Model name, limits, access and defaults of a server."""
 
     model_name: str
+    adapters: Sequence[str] = ()  # models beside it, of the same weights with adapters
     limits: Limits = Limits()
     keys: Sequence[str] = ()
     media_roots: Sequence[Path] = ()
@@ -68,6 +69,7 @@ def build_app(service: EngineService, options: ServerOptions) -> FastAPI:
         pool=pool,
         probing=probing,
         model_name=options.model_name,
+        adapters=options.adapters,
         defaults=options.defaults,
         # With a single key the limit per key would only lower the common one.
         has_several_keys=len(set(options.keys)) > 1,
@@ -103,13 +105,16 @@ def _add_small_paths(
 ) -> None:
     page = _PAGE.read_text(encoding="utf-8")
     headers = _page_headers(page)
-    model = {
-        "id": chat.model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "megatron_vita",
-        # vLLM's name for the context length, which some clients read.
-        "max_model_len": chat.limits.prompt_tokens,
+    models = {
+        name: {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "megatron_vita",
+            # vLLM's name for the context length, which some clients read.
+            "max_model_len": chat.limits.prompt_tokens,
+        }
+        for name in chat.model_names
     }
     # Load balancers probe with HEAD.
     shown = partial(app.api_route, methods=["GET", "HEAD"])
@@ -120,15 +125,13 @@ def _add_small_paths(
 
     @shown("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": list(models.values())}
 
     @shown("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
-        if name != chat.model_name:
-            raise HTTPException(
-                404, f"the model {name!r:.200} is not here: this server has {chat.model_name!r}"
-            )
-        return model
+        if name not in models:
+            raise HTTPException(404, chat.describe_missing_model(name))
+        return models[name]
 
     @shown("/health")
     async def show_health() -> Response:

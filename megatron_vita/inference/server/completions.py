@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +71,7 @@ class ChatEndpoint:
     model_name: str
     defaults: SamplingParams
     has_several_keys: bool
+    adapters: Sequence[str] = ()
     draining: bool = False
     open_requests: int = field(default=0, init=False)
     _of_key: Counter[bytes] = field(default_factory=Counter, init=False)  # open requests
@@ -97,6 +98,16 @@ class ChatEndpoint:
             status = counted.status or CLIENT_GONE
             self.metrics.requests.labels(status).inc()
             note(scope, status=status)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may give: of the model, and of its adapters."""
+        return (self.model_name, *self.adapters)
+
+    def describe_missing_model(self, name: str) -> str:
+        """Return the message about a model that is not here."""
+        known = ", ".join(repr(each) for each in self.model_names)
+        return f"the model {name!r:.200} is not here: this server has {known}"
 
     @property
     def is_busy(self) -> bool:
@@ -254,8 +265,8 @@ class _Exchange:
             The builder of its response, and the stream of its output deltas.
         """
         endpoint = self._endpoint
-        if request.model != endpoint.model_name:
-            message = f"the model {request.model!r:.200} is not here: this server has {endpoint.model_name!r}"
+        if request.model not in endpoint.model_names:
+            message = endpoint.describe_missing_model(request.model)
             raise APIError(message, status=404, param="model", code="model_not_found")
         sampling = sampling_of(
             request,
@@ -267,7 +278,7 @@ class _Exchange:
         max_frames = max_frames_of(request, limits=endpoint.limits)
         prepared = await self._prepare(request, max_frames)
         builder = ResponseBuilder(
-            model=endpoint.model_name,
+            model=request.model,
             prepared=prepared,
             token_bytes=endpoint.service.engine.tokenizer.token_bytes,
             with_logprobs=bool(request.logprobs),
@@ -287,6 +298,7 @@ class _Exchange:
             images=images,
             videos=videos,
             cache_salt=cache_salt(key_of(self._request.scope), request.cache_salt),
+            adapter="" if request.model == endpoint.model_name else request.model,
         )
         prepare = partial(endpoint.service.engine.prepare, prompt)
         # Waiting for decoder processes must not use up the threads that all other requests need.

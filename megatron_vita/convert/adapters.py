@@ -1,0 +1,245 @@
+"""Checkpoints of adapters as files: reading, writing, and merging into their base."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vita.checkpoint import store
+from megatron_vita.checkpoint.base import BASE, check_base, stamp_of_parts
+from megatron_vita.checkpoint.manifest import FORMAT_VERSION, MANIFEST, TENSORS
+from megatron_vita.config import AdaptedMap, LoraConfig, Recipe, adapted_maps, recipe_from_dict
+from megatron_vita.convert.families.adapters import Matrices, update_of
+from megatron_vita.convert.families.mapping import TensorLocation, location_of
+from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.formats.tensors import check_finite
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
+from megatron_vita.convert.formats.torch_dist_writer import TensorChunk, write_distributed
+from megatron_vita.convert.progress import ProgressBar
+from megatron_vita.convert.shapes import stored_shapes
+from megatron_vita.errors import CheckpointError
+from megatron_vita.model.lora import ADAPTER
+
+ALL_PARTS = ("vision_model", "projector", "language_model")
+_OF_TENSORS = (".metadata", "common.pt", "metadata.json", MANIFEST, "model.yaml")
+"""Files that describe a checkpoint's tensors, beside those that hold them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCheckpoint:
+    """A checkpoint that holds adapters, and what was trained beside them, alone."""
+
+    path: Path
+    recipe: Recipe
+    base: dict[str, str]  # path and stamp
+    source: DistSource
+
+    @classmethod
+    def open(cls, path: Path) -> "AdapterCheckpoint":
+        """Open a checkpoint of adapters, or the newest one in a folder.
+
+        Raises:
+            CheckpointError: it holds no adapters.
+        """
+        checkpoint = store.find_checkpoint(path)
+        manifest = store.read_manifest(checkpoint)
+        recipe = recipe_from_dict(manifest["recipe"])
+        if BASE not in manifest:
+            raise CheckpointError(f"{checkpoint}: holds a whole model, no adapters")
+        source = DistSource(checkpoint)
+        return cls(path=checkpoint, recipe=recipe, base=manifest[BASE], source=source)
+
+    @property
+    def adapted(self) -> list[AdaptedMap]:
+        """The maps that have adapters."""
+        return adapted_maps(self.recipe.model, self.recipe.lora)
+
+    def read(self, adapted: AdaptedMap) -> Matrices:
+        """Return `a` and `b` of a map's adapters in fp32."""
+        keys = [f"{adapted.linear.name}.{ADAPTER}.{name}" for name in ("a", "b")]
+        a, b = (self._read(key) for key in keys)
+        return a, b
+
+    def _read(self, key: str) -> Tensor:
+        if key not in self.source.infos:
+            raise CheckpointError(f"{self.path}: has no tensor {key}")
+        tensor = self.source.read(TensorLocation(key))
+        check_finite(tensor, name=key, file=self.path)
+        return tensor.float()
+
+    def trained_beside(self) -> set[str]:
+        """Return the keys of weights that were trained fully beside the adapters."""
+        infix = f".{ADAPTER}."
+        beginnings = tuple(f"{part}." for part in ALL_PARTS)
+        return {key for key in self.source.infos if key.startswith(beginnings) and infix not in key}
+
+
+def write_adapters(
+    destination: Path,
+    recipe: Recipe,
+    *,
+    base: dict[str, str],
+    matrices: Callable[[AdaptedMap], Matrices],
+) -> None:
+    """Write a checkpoint of adapters alone, completely or not at all.
+
+    Args:
+        destination: folder to write.
+        recipe: model and adapters.
+        base: path and stamp of the weights that they belong to; an empty stamp is not checked.
+        matrices: returns `a` and `b` of a map's adapters.
+    """
+    chunks = []
+    for adapted in adapted_maps(recipe.model, recipe.lora):
+        for name, tensor in zip(("a", "b"), matrices(adapted), strict=True):
+            key = f"{adapted.linear.name}.{ADAPTER}.{name}"
+            chunks.append(_small_chunk(key, tensor.contiguous()))
+    with new_folder(destination) as folder:
+        write_distributed(folder, chunks)
+        _write_manifest(folder, recipe, {BASE: base})
+
+
+def _small_chunk(key: str, tensor: Tensor) -> TensorChunk:
+    return TensorChunk(
+        location=TensorLocation(key),
+        rows=None,
+        whole=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        make=lambda: tensor,
+        done=lambda: None,
+    )
+
+
+def _write_manifest(folder: Path, recipe: Recipe, more: dict[str, Any]) -> None:
+    values = {
+        "format_version": FORMAT_VERSION,
+        "step": 0,
+        "consumed_packs": 0,
+        "recipe": dataclasses.asdict(recipe),
+    }
+    (folder / MANIFEST).write_text(json.dumps(values | more))
+
+
+def merge_adapters(adapters: Path, destination: Path, *, base: Path | None = None) -> None:
+    """Write a checkpoint of the whole model, with the adapters added to its weights.
+
+    Args:
+        adapters: checkpoint of adapters, or a folder of such.
+        destination: folder to write.
+        base: checkpoint of the weights beside them; None for the one they were trained on.
+
+    Raises:
+        CheckpointError: the base is missing or another one.
+    """
+    opened = AdapterCheckpoint.open(adapters)
+    if base is None and not opened.base["path"]:
+        raise CheckpointError(
+            f"{opened.path}: was trained on initial weights, which no checkpoint holds: name one "
+            "with --base"
+        )
+    whole = store.find_checkpoint(base or opened.base["path"])
+    recipe = store.recipe_of(whole)
+    store.check_model(whole, saved=recipe.model, model=opened.recipe.model)
+    merge = _Merge(adapters=opened, base=DistSource(whole))
+    merge.check_stamp(whole)
+    with new_folder(destination) as folder:
+        _copy_other_files(whole, folder)
+        with ProgressBar("merging", nbytes=merge.nbytes) as progress:
+            write_distributed(folder, list(merge.chunks(progress)))
+        _write_manifest(folder, recipe.replaced({"lora": LoraConfig()}), {})
+
+
+def _copy_other_files(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's tokenizer and the files of its origin."""
+    for path in checkpoint.iterdir():
+        if path.name in _OF_TENSORS or path.suffix == TENSORS:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+class _Merge:
+    """Weights of a base with adapters added, one tensor or layer at a time."""
+
+    def __init__(self, *, adapters: AdapterCheckpoint, base: DistSource) -> None:
+        self.adapters = adapters
+        self.base = base
+        self.shapes = stored_shapes(adapters.recipe.model, parts=_parts(adapters.recipe))
+        self.beside = adapters.trained_beside()
+        self.adapted = {
+            location_of(f"{adapted.linear.name}.weight"): adapted for adapted in adapters.adapted
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(self.base.infos[key].nbytes for key in self.shapes)
+
+    def locations(self) -> Iterator[TensorLocation]:
+        """Yield the places of all tensors, layer by layer where they are stacked."""
+        for key in self.shapes:
+            if ".decoder.layers." in key:
+                for layer in range(self.adapters.recipe.model.language.num_layers):
+                    yield TensorLocation(key, layer)
+            else:
+                yield TensorLocation(key)
+
+    def check_stamp(self, whole: Path) -> None:
+        """Check that the base is the one that the adapters were trained on.
+
+        Raises:
+            CheckpointError: it is another.
+        """
+        # Adapters of other programs have no stamp.
+        if not self.adapters.base["stamp"]:
+            return
+        dtype = torch.bfloat16 if self.adapters.recipe.training.bf16 else torch.float32
+        stamp = stamp_of_parts(
+            (place.key, place.layer, self.base.read(place).to(dtype)) for place in self.locations()
+        )
+        check_base(self.adapters.path, self.adapters.base, stamp=stamp, path=str(whole))
+
+    def chunks(self, progress: ProgressBar) -> Iterator[TensorChunk]:
+        """Yield what is to be written."""
+        for place in self.locations():
+            yield self._chunk(place, progress)
+
+    def _chunk(self, place: TensorLocation, progress: ProgressBar) -> TensorChunk:
+        info = self.base.infos[place.key]
+
+        def done() -> None:
+            self.base.release(place)
+            progress.advance(info.nbytes // (info.shape[0] if place.layer is not None else 1))
+
+        return TensorChunk(
+            location=place,
+            rows=None,
+            whole=info.shape,
+            dtype=info.dtype,
+            make=lambda: self._merged(place).to(info.dtype).contiguous(),
+            done=done,
+        )
+
+    def _merged(self, place: TensorLocation) -> Tensor:
+        if place.key in self.beside:
+            return self.adapters.source.read(place)
+        weight = self.base.read(place)
+        adapted = self.adapted.get(place)
+        if adapted is None:
+            return weight
+        update = update_of(adapted, *self.adapters.read(adapted))
+        return weight.float() + self.adapters.recipe.lora.scale * update.view(weight.shape)
+
+
+def _parts(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.model.text_only:
+        return ("language_model",)
+    return ALL_PARTS

@@ -1,0 +1,266 @@
+"""Adapters in the folder form of PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vita.checkpoint import store
+from megatron_vita.config import AdaptedMap, LinearMap, Recipe, linear_maps
+from megatron_vita.convert.adapters import AdapterCheckpoint, write_adapters
+from megatron_vita.convert.families.adapters import Matrices, join_adapter, split_adapter
+from megatron_vita.convert.families.folder_formats import (
+    CAUSAL,
+    INTERNVL_HF,
+    FolderFormat,
+    format_named,
+)
+from megatron_vita.convert.folders import new_folder
+from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
+from megatron_vita.errors import CheckpointError, ConfigError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_IN_MEMORY = {  # beginnings of names in files, and in transformers' models
+    INTERNVL_HF.name: {
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+}
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layers_to_transform": (None, []),
+    "layer_replication": (None, []),
+    "megatron_config": (None,),
+    "use_qalora": (False, None),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+}
+"""Fields that change what adapters compute, and their values that are known here."""
+
+
+class _Names:
+    """Names of single maps in a format's model, by their names here."""
+
+    def __init__(self, recipe: Recipe, folder_format: FolderFormat) -> None:
+        self.format = folder_format
+        table = {rule.ours: rule for rule in folder_format.table(recipe.model)}
+        renamed = _IN_MEMORY.get(folder_format.name, {})
+        self.theirs: dict[str, str] = {}
+        self.joint: set[str] = set()  # of our maps that the format joins too
+        for linear in linear_maps(recipe.model):
+            rule = table.get(f"{linear.name}.weight")
+            if rule is None:
+                continue
+            if len(rule.theirs) != len(linear.pieces):
+                self.joint.add(linear.name)
+                continue
+            for piece, name in zip(linear.pieces, rule.theirs, strict=True):
+                self.theirs[piece.name] = _renamed(name.removesuffix(".weight"), renamed)
+
+    def of(self, linear: LinearMap, piece: str) -> str:
+        """Return the name of a map's piece.
+
+        Raises:
+            CheckpointError: the format has no such map.
+        """
+        if piece in self.theirs:
+            return self.theirs[piece]
+        reason = "has no such map"
+        if linear.name in self.joint:
+            reason = "joins query, key and value in one map, which have adapters of their own here"
+        raise CheckpointError(
+            f"format {self.format.name}: {reason}: {piece}; name another with --format"
+        )
+
+
+def _renamed(name: str, beginnings: dict[str, str]) -> str:
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def export_adapters(adapters: Path, destination: Path, *, folder_format: str = "") -> int:
+    """Write adapters as PEFT's folder, completely or not at all; return their number.
+
+    Args:
+        adapters: checkpoint of adapters, or a folder of such.
+        destination: folder to write.
+        folder_format: of the base that they will be loaded on; empty: the language model alone, or
+            transformers' InternVL where other parts have adapters.
+
+    Raises:
+        CheckpointError: weights beside the adapters were trained, or the format lacks a map.
+    """
+    opened = AdapterCheckpoint.open(adapters)
+    if beside := opened.trained_beside():
+        raise CheckpointError(
+            f"{opened.path}: {min(beside)} and {len(beside) - 1} others were trained fully beside the adapters, for "
+            "which PEFT's folder has no place; write the whole model: merge-lora, then to-hf"
+        )
+    chosen = _format_for(opened, folder_format)
+    names = _Names(opened.recipe, chosen)
+    tensors: dict[str, Tensor] = {}
+    for adapted in opened.adapted:
+        for piece, (a, b) in split_adapter(adapted, *opened.read(adapted)).items():
+            name = names.of(adapted.linear, piece)
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    with new_folder(destination) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config = _config_of(opened, names)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return len(tensors) // 2
+
+
+def _format_for(opened: AdapterCheckpoint, name: str) -> FolderFormat:
+    if name:
+        return format_named(name)
+    if all(adapted.linear.part == "language_model" for adapted in opened.adapted):
+        return CAUSAL
+    return INTERNVL_HF
+
+
+def _config_of(opened: AdapterCheckpoint, names: _Names) -> dict[str, Any]:
+    lora = opened.recipe.lora
+    chosen = {
+        names.theirs[adapted.linear.pieces[i].name]
+        for adapted in opened.adapted
+        for i in adapted.chosen
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if names.format is CAUSAL else None,
+        "base_model_name_or_path": opened.base["path"] or None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": _shortest(chosen, set(names.theirs.values())),
+    }
+
+
+def _shortest(chosen: set[str], known: set[str]) -> list[str]:
+    """Return last names where they choose the same maps, else full names."""
+    ends = {name.rpartition(".")[2] for name in chosen}
+    if {name for name in known if name.rpartition(".")[2] in ends} == chosen:
+        return sorted(ends)
+    return sorted(chosen)
+
+
+def import_adapters(folder: Path, destination: Path, *, base: Path) -> int:
+    """Write PEFT's folder of adapters as a checkpoint of adapters; return their number.
+
+    Args:
+        folder: PEFT's folder.
+        destination: checkpoint to write.
+        base: checkpoint of the weights that they belong to.
+
+    Raises:
+        CheckpointError: the folder's adapters are of another kind, or not of this model.
+    """
+    config = _read_config(folder)
+    whole = store.find_checkpoint(base)
+    recipe = store.recipe_of(whole)
+    source = SafetensorsSource(folder / WEIGHTS)
+    found = _maps_in(source, recipe)
+    adapted_recipe = _recipe_with(recipe, config, list(found))
+    theirs = {piece: f"{_PREFIX}{name}" for piece, name in found.items()}
+
+    def matrices(adapted: AdaptedMap) -> Matrices:
+        pieces = [adapted.linear.pieces[i].name for i in adapted.chosen]
+        read = {piece: _read_matrices(source, theirs[piece], config["r"]) for piece in pieces}
+        return join_adapter(adapted, read)
+
+    write_adapters(
+        destination, adapted_recipe, base={"path": str(whole), "stamp": ""}, matrices=matrices
+    )
+    return len(found)
+
+
+def _read_matrices(source: SafetensorsSource, name: str, rank: int) -> Matrices:
+    a = source.read(f"{name}.lora_A.weight").float()
+    b = source.read(f"{name}.lora_B.weight").float()
+    if len(a) != rank or b.shape[1] != rank:
+        raise CheckpointError(
+            f"{source.infos[f'{name}.lora_A.weight'].file}: {name} has rank {len(a)}, not {rank} as "
+            f"{CONFIG} says"
+        )
+    return a, b
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    for name, known in _MUST_BE.items():
+        value = config.get(name, known[-1])
+        if value not in known:
+            raise CheckpointError(f"{path}: {name} is {value!r}; only {known[0]!r} is supported")
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise CheckpointError(f"{path}: r is {config.get('r')!r}: a positive integer is needed")
+    return dict(config)
+
+
+def _maps_in(source: SafetensorsSource, recipe: Recipe) -> dict[str, str]:
+    """Return PEFT's names of the adapted maps by ours, in the format that has all of them.
+
+    Raises:
+        CheckpointError: no format has all, or a tensor is no adapter's.
+    """
+    names = {_map_of(tensor, source) for tensor in source.infos}
+    for folder_format in (CAUSAL, INTERNVL_HF):
+        known = _Names(recipe, folder_format).theirs
+        ours = {theirs: piece for piece, theirs in known.items()}
+        if names <= ours.keys():
+            return {ours[name]: name for name in sorted(names)}
+    unknown = min(names - ours.keys())
+    raise CheckpointError(
+        f"{source.infos[f'{_PREFIX}{unknown}.lora_A.weight'].file}: adapts {unknown}, which is no map of the base as "
+        f"{CAUSAL.name} or {INTERNVL_HF.name}"
+    )
+
+
+def _map_of(tensor: str, source: SafetensorsSource) -> str:
+    for ending in (".lora_A.weight", ".lora_B.weight"):
+        if tensor.startswith(_PREFIX) and tensor.endswith(ending):
+            name = tensor.removeprefix(_PREFIX).removesuffix(ending)
+            if all(f"{_PREFIX}{name}.lora_{x}.weight" in source.infos for x in "AB"):
+                return name
+    raise CheckpointError(f"{source.infos[tensor].file}: {tensor} is no matrix of an adapter")
+
+
+def _recipe_with(recipe: Recipe, config: dict[str, Any], pieces: list[str]) -> Recipe:
+    lora = {
+        "lora.rank": config["r"],
+        "lora.alpha": float(config["lora_alpha"]),
+        "lora.rslora": bool(config.get("use_rslora")),
+        "lora.targets": pieces,
+    }
+    frozen = dict.fromkeys(
+        [f"training.freeze_{part}" for part in ("vision_model", "projector", "language_model")],
+        True,
+    )
+    try:
+        return recipe.replaced(lora | frozen)
+    except ConfigError as error:
+        raise CheckpointError(f"adapters of {CONFIG}: {error}") from error

@@ -1,0 +1,157 @@
+"""Adapters of a served language model, several in one forward pass.
+
+The matrices of all adapters of a linear map are laid side by side: A x has a few columns for each
+adapter, and each row of the batch keeps those of its own. So a batch may mix adapters freely, and
+CUDA graphs need know nothing of which row has which.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_vita import platform
+from megatron_vita.checkpoint import base, store
+from megatron_vita.config import Recipe, adapted_maps, recipe_from_dict, replaced
+from megatron_vita.errors import CheckpointError, ConfigError
+from megatron_vita.model.lora import Adapter, attach, named_linears
+from megatron_vita.model.vita import VitaModel
+
+logger = logging.getLogger(__name__)
+
+NO_ADAPTER = 0
+"""Number of rows of the base model; adapters are counted from 1."""
+
+
+class ServedAdapters:
+    """The adapters of an engine by name, and which one each row of a forward pass has."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        # [t], on the device: set before each forward pass of t rows.
+        self.rows: Tensor = torch.empty(0, dtype=torch.int64)
+
+    def number_of(self, name: str) -> int:
+        """Return the number of an adapter; that of the base for an empty name.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if not name:
+            return NO_ADAPTER
+        if name not in self.names:
+            known = ", ".join(self.names) or "none"
+            raise ConfigError(f"adapter {name!r:.200} is not here; known: {known}")
+        return self.names.index(name) + 1
+
+
+class StackedAdapter(nn.Module):
+    """Adapters of one linear map side by side."""
+
+    a: Tensor
+    b: Tensor
+    owner: Tensor
+
+    def __init__(self, adapters: Mapping[int, Adapter], served: ServedAdapters) -> None:
+        """`adapters`: those of the map by their numbers, at least one."""
+        super().__init__()
+        self._served = served
+        self._reduce = next(iter(adapters.values())).reduce
+        a = [adapter.a.detach() for adapter in adapters.values()]
+        b = [adapter.output_weight().detach() * adapter.scale for adapter in adapters.values()]
+        owner = [torch.full((len(x.a),), number) for number, x in adapters.items()]
+        for name, parts, axis in (("a", a, 0), ("b", b, 1), ("owner", owner, 0)):
+            self.register_buffer(name, torch.cat(parts, dim=axis), persistent=False)
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add the updates of each row's adapter to the map's output: [t, 1, in], [t, 1, out]."""
+        hidden = self._reduce(F.linear(x, self.a)).flatten(0, -2)
+        own = self._served.rows[:, None] == self.owner  # [t, columns]
+        updated = torch.addmm(output.flatten(0, -2), hidden * own, self.b.t())
+        return updated.view(*output.shape)
+
+
+def load_adapters(
+    model: VitaModel, recipe: Recipe, folders: Mapping[str, Path]
+) -> ServedAdapters | None:
+    """Load adapters beside a model's weights; None if there are none. Collective.
+
+    Args:
+        model: the base, with its weights.
+        recipe: of the base, at the layout that it is served with.
+        folders: checkpoints of adapters by name, or folders of such.
+
+    Raises:
+        CheckpointError: adapters are missing, of another base, or of other parts than the language
+            model.
+    """
+    if not folders:
+        return None
+    served = ServedAdapters(list(folders))
+    by_map: dict[str, dict[int, Adapter]] = {}
+    for number, (name, folder) in enumerate(folders.items(), start=1):
+        for adapter in _load(model, recipe, store.find_checkpoint(folder)):
+            by_map.setdefault(adapter.name, {})[number] = adapter
+        logger.info("adapter %s from %s", name, folder)
+    dtype = torch.bfloat16 if recipe.training.bf16 else torch.float32
+    linears = dict(named_linears(model))
+    for name, adapters in by_map.items():
+        stacked = StackedAdapter(adapters, served).to(platform.device())
+        for matrix in ("a", "b"):
+            setattr(stacked, matrix, getattr(stacked, matrix).to(dtype))
+        attach(linears[name], stacked)
+    return served
+
+
+def _load(model: VitaModel, recipe: Recipe, checkpoint: Path) -> list[Adapter]:
+    """Load the adapters of one checkpoint, in fp32 on the host."""
+    manifest = store.read_manifest(checkpoint)
+    if base.BASE not in manifest:
+        raise CheckpointError(f"{checkpoint}: holds a whole model, no adapters")
+    saved = recipe_from_dict(manifest["recipe"])
+    _check(checkpoint, saved, recipe)
+    _check_base(checkpoint, manifest[base.BASE], model=model, saved=saved, recipe=recipe)
+    adapters = [
+        Adapter(adapted, rank=saved.lora.rank, scale=saved.lora.scale, sequence_parallel=False)
+        for adapted in adapted_maps(saved.model, saved.lora)
+    ]
+    metadata = store.sharding_metadata()
+    state = {adapter.name: adapter.sharded_state(metadata=metadata) for adapter in adapters}
+    loaded = store.load_state(checkpoint, {"model": state})["model"]
+    for adapter in adapters:
+        adapter.load_state_dict(loaded[adapter.name])
+    return adapters
+
+
+def _check(checkpoint: Path, saved: Recipe, recipe: Recipe) -> None:
+    """Check that adapters are of this language model, and that nothing else was trained."""
+    alone = {"text_only": True}
+    store.check_model(
+        checkpoint, saved=replaced(saved.model, alone), model=replaced(recipe.model, alone)
+    )
+    for part in ("vision_model", "projector"):
+        if saved.model.text_only:
+            break
+        if not saved.is_frozen(part):
+            raise CheckpointError(
+                f"{checkpoint}: its run trained the {part} too, and only adapters of the language model can be served "
+                "beside others: merge it (vita convert merge-lora), and serve the result"
+            )
+
+
+def _check_base(
+    checkpoint: Path, known: Mapping[str, str], *, model: VitaModel, saved: Recipe, recipe: Recipe
+) -> None:
+    """Check the stamp of the base, where it can be compared. Collective."""
+    same_weights = (
+        saved.model.text_only == recipe.model.text_only
+        and saved.training.bf16 == recipe.training.bf16
+    )
+    if not known.get("stamp") or not same_weights:
+        logger.warning("%s: it cannot be checked that its adapters are of this base", checkpoint)
+        return
+    stamp = base.stamp_of(base.base_state(store.model_state([model])))
+    base.check_base(checkpoint, known, stamp=stamp, path="the checkpoint that is served")

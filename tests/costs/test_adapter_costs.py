@@ -1,0 +1,99 @@
+"""Costs of adapters: parameters, memory, FLOPs and checkpoints, from a recipe alone."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vita.config import Recipe, load_recipe
+from megatron_vita.costs.adapters import part_adapters, stage_adapters, whole_adapters
+from megatron_vita.costs.checkpoint_size import checkpoint_bytes
+from megatron_vita.costs.devices import H100
+from megatron_vita.costs.fitting import GIB, Room, fit_memory
+from megatron_vita.costs.flops import training_flops
+from megatron_vita.costs.layer_memory import layer_tensors
+from megatron_vita.costs.memory import full_pack, rank_memory
+from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "long_vita"
+SEVEN_B = {
+    "model.language.num_layers": 28,
+    "model.language.hidden_size": 3584,
+    "model.language.ffn_hidden_size": 18944,
+    "model.language.num_attention_heads": 28,
+    "model.language.num_query_groups": 4,
+    "training.bf16": True,
+    "training.freeze_language_model": True,
+    "training.freeze_vision_model": True,
+}
+RANK = 16
+QKV = 3 * 3584 + 3584 + 2 * 512
+PROJECTION = 2 * 3584
+GATE_AND_UP = 2 * (3584 + 18944)
+DOWN = 18944 + 3584
+
+
+def adapted(**changes: object) -> Recipe:
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    return Recipe().replaced(SEVEN_B | {"lora.rank": RANK} | named)
+
+
+def test_all_linear_maps_of_qwen_7b_have_40_million_parameters_at_rank_16() -> None:
+    """PEFT prints 40,370,176 for Qwen2.5-7B with all seven targets."""
+    recipe = adapted(training__freeze_projector=True)
+    assert whole_adapters(recipe) == RANK * 28 * (QKV + PROJECTION + GATE_AND_UP + DOWN)
+    assert whole_adapters(recipe) == trained_parameters(recipe) == 40_370_176
+    assert stage_adapters(recipe, 0) == whole_adapters(recipe)
+
+
+def test_tensor_parallelism_splits_the_side_that_the_map_splits() -> None:
+    recipe = adapted(parallel__tensor_model_parallel_size=2)
+    split = (
+        3 * 3584 + (3584 + 2 * 512) // 2 + 3584 // 2 + 3584 + 2 * 3584 + 18944 + 18944 // 2 + 3584
+    )
+    assert stage_adapters(recipe, 0) == RANK * 28 * split
+
+
+def test_a_stage_has_the_adapters_of_its_layers() -> None:
+    changes = {
+        "parallel__pipeline_model_parallel_size": 2,
+        "lora__targets": ["layers.3.*.down_proj", "layers.20.*.o_proj", "projector.fc1"],
+        "training__freeze_projector": True,
+    }
+    recipe = adapted(**changes)
+    fc1 = 4 * 1024 + recipe.model.projector_hidden_size
+    assert stage_adapters(recipe, 0) == RANK * (DOWN + fc1)
+    assert stage_adapters(recipe, 1) == RANK * PROJECTION
+    assert part_adapters(recipe, "projector") == RANK * fc1
+    assert stage_parameters(recipe, 1).adapters == RANK * PROJECTION
+
+
+def test_frozen_weights_have_no_gradients_and_layers_keep_their_inputs() -> None:
+    recipe = adapted()
+    plain = recipe.replaced({"lora": type(recipe.lora)()})
+    memory = rank_memory(recipe, 0, data_parallel=1, load=full_pack(recipe))
+    assert memory.weights < 2 * 1.01 * model_parameters(recipe.model)
+    assert memory.gradients + memory.optimizer < GIB
+    with_adapters = layer_tensors(recipe)
+    without = layer_tensors(plain)
+    assert with_adapters.weight == without.weight == 0
+    assert with_adapters.kept("everything") > without.kept("everything")
+    trained = recipe.replaced({"lora": plain.lora, "training.freeze_language_model": False})
+    assert with_adapters.kept("everything") == layer_tensors(trained).kept("everything")
+    lengths = [1024]
+    flops = [training_flops(each, lengths, tiles=0, loss_tokens=100) for each in (recipe, trained)]
+    assert flops[0].linear * 3 == flops[1].linear * 2
+
+
+def test_a_checkpoint_of_adapters_is_small() -> None:
+    recipe = adapted(training__freeze_projector=True)
+    assert checkpoint_bytes(recipe) == 40_370_176 * (2 + 12)
+
+
+@pytest.mark.parametrize("tokens", [32768, 524288])
+def test_one_gpu_of_80_gb_has_room_for_half_a_million_tokens(tokens: int) -> None:
+    recipe = load_recipe(
+        EXAMPLES / "7b" / "lora.yaml", [f"data.seq_length={tokens}", "training.fit_memory=false"]
+    )
+    room = Room(device=int(H100.memory_gib * GIB), host=125 * GIB)
+    assert fit_memory(recipe, room, data_parallel=1, device=H100) is not None
+    assert recipe.lora.rank == 16
