@@ -21,6 +21,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_vita.supervise.last_words import read_last_words
 from megatron_vita.supervise.ranks import describe_restart, noted_checkpoints
 
 LAUNCHER = "torch.distributed.elastic"
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> int:
             rank, failure = error.get_first_failure()
             if not Path(failure.error_file).exists():  # the rank could not say why
                 restart = describe_restart(noted_checkpoints(Path(options.log_dir)))
-                reason = f"rank {rank} {_describe_death(failure)}"
+                reason = f"rank {rank} {_describe_death(failure, logs=Path(options.log_dir))}"
                 if signals.has_killed:
                     reason = "interrupted again: stopped at once, without saving"
                 logger.error("%s; %s", reason, restart)
@@ -97,11 +98,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _describe_death(failure: ProcessFailure) -> str:
-    if failure.exitcode >= 0:
-        return f"ended with exit code {failure.exitcode}"
-    hint = ", often for lack of host memory" if -failure.exitcode == signal.SIGKILL else ""
-    return f"was killed by {failure.signal_name()}{hint}"
+def _describe_death(failure: ProcessFailure, *, logs: Path) -> str:
+    death = f"ended with exit code {failure.exitcode}"
+    if failure.exitcode < 0:
+        death = f"was killed by {failure.signal_name()}"
+    if -failure.exitcode == signal.SIGKILL:
+        death += " (often for lack of host memory)"
+    return death + read_last_words(logs, local_rank=failure.local_rank)
 
 
 def _exit_code(code: int) -> int:

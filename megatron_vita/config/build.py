@@ -40,7 +40,7 @@ def replaced[T](group: T, changes: Mapping[str, Any]) -> T:
 def _build(cls: type, tree: Any, *, path: str) -> Any:
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path or 'the recipe'} is {resolved(tree)!r}: a group of fields is needed"
+            f"{path.removesuffix('.') or 'the recipe'} is {resolved(tree)!r}: a group of fields is needed"
         )
     values = _values(cls, tree, path)
     for field in dataclasses.fields(cls):

@@ -1,6 +1,8 @@
 """Load recipes from YAML files with dotted overrides (`optimizer.lr=3e-4`)."""
 
 import copy
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         return build(Recipe, tree)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{_origin(str(error), overrides) or path}: {error}") from error
+
+
+def _origin(message: str, overrides: Sequence[str]) -> str:
+    """Name the override that a message is about; "" if it is about none."""
+    for override in reversed(overrides):  # the last one of a field is the one that counts
+        name = override.partition("=")[0]
+        group = name.partition(".")[0]
+        is_named = re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message)
+        if is_named or message.startswith(f"unknown field {group};"):
+            return f"override {override!r}"
+    return ""
 
 
 def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def from_hf(
     projector: Annotated[
         str,
         typer.Option(
-            help="Kind of the projector to initialize if no source has one: long_vita or internvl."
+            help="Kind of the projector to initialize if no source has one: long_vita, or internvl, "
+            "whose exports transformers loads."
         ),
     ] = "long_vita",
     ignore_field: Annotated[

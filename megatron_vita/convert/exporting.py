@@ -1,6 +1,7 @@
 """Export of a distributed checkpoint to a Hugging Face folder."""
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.export_format import choose_format, config_fields, kept_folders
 from megatron_vita.convert.export_prompts import complete_folder
-from megatron_vita.convert.families.folder_formats import FolderFormat, format_named
+from megatron_vita.convert.families.folder_formats import LONG_VITA, FolderFormat, format_named
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
@@ -28,6 +29,7 @@ from megatron_vita.convert.transfers import Rows, Transfer, export_transfers
 from megatron_vita.errors import CheckpointError
 
 LARGEST_FILE = 5 << 30  # bytes
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,14 @@ def export_checkpoint(
         CheckpointError: the checkpoint cannot be exported to this format.
     """
     plan = plan_export(checkpoint, folder_format=folder_format, like=like)
+    if plan.folder_format is LONG_VITA and plan.like is None:
+        logger.warning(
+            "%s: transformers has no class for format %s, the only one for model.projector.kind "
+            "%s: the folder has weights and config for Long-VITA's own code",
+            destination,
+            LONG_VITA.name,
+            LONG_VITA.projector,
+        )
     with new_folder(destination) as folder:
         _write_sidecar_files(plan, folder)
         _replace_tokenizer(plan, folder)

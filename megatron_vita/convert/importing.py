@@ -16,7 +16,12 @@ from megatron_vita.config import (
     Recipe,
     replaced,
 )
-from megatron_vita.convert.families.folder_formats import ALL_PARTS, CAUSAL, INTERNVL_HF
+from megatron_vita.convert.families.folder_formats import (
+    ALL_PARTS,
+    CAUSAL,
+    INTERNVL_HF,
+    LONG_VITA,
+)
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.initialized_parts import InitializedProjector, ResizeVocab
@@ -73,6 +78,7 @@ def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
         planned = import_transfers(rules, infos=source.wanted(), shapes=shapes, source=source.path)
         transfers += [(transfer, source.tensors) for transfer in planned]
     if fresh:
+        _tell_of_projector(model)
         # The projector takes the type of the other weights.
         made = InitializedProjector(model, dtype=transfers[-1][0].dtype)
         planned = import_transfers(
@@ -82,6 +88,18 @@ def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
     assert_complete(transfers, shapes)
     recipe = _recipe_of(model, sources, prompts)
     return ImportPlan(recipe=recipe, sources=sources, transfers=transfers, prompts=prompts)
+
+
+def _tell_of_projector(model: ModelConfig) -> None:
+    """Warn before the training of a model that transformers could not load afterwards."""
+    if model.projector.kind == LONG_VITA.projector:
+        logger.warning(
+            "the projector is initialized, of kind %s: the trained model is exported in format %s, "
+            "which transformers cannot load; --projector %s makes one that it can",
+            model.projector.kind,
+            LONG_VITA.name,
+            INTERNVL_HF.projector,
+        )
 
 
 def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, bool]:

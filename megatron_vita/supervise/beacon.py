@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vita.supervise.last_words import open_state_file
 from megatron_vita.supervise.ranks import end_hung
 
 Phase = Literal[
@@ -73,7 +74,7 @@ class Beacon:
         self._main = threading.main_thread().ident
         # Without a name: nothing is left of it, however the rank ends.
         self._stacks = os.memfd_create("stacks", os.MFD_CLOEXEC)
-        self._notes = os.memfd_create("state", os.MFD_CLOEXEC)
+        self._notes = open_state_file()
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
         hello = {"rank": rank, "token": token, "host": socket.gethostname(), "pid": os.getpid()}
         files = f"/proc/{os.getpid()}/fd"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vita.errors import VitaError
+from megatron_vita.supervise.last_words import ERROR_FILE
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 MARK = "failed"
 HUNG = 75
 """Exit code of a job that hangs; sysexits.h has it for failures that may pass (EX_TEMPFAIL)."""

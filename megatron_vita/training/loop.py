@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_vita import platform
 from megatron_vita.config import Recipe
 from megatron_vita.errors import StoppedError
+from megatron_vita.supervise.last_words import keep_last_words
 from megatron_vita.training.batches import train_batches
 from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.callbacks.build import build_hooks
@@ -38,6 +39,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> None:
     """
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
+    keep_last_words()
     check_packages(recipe)
     callbacks = [*callbacks, *import_callbacks(recipe.training.callbacks)]
     with RunLog(dist.get_rank()) as log:

@@ -111,7 +111,7 @@ def test_a_recipe_survives_the_way_through_plain_values() -> None:
         ("training: {bf16: 1}", "training.bf16 is 1: bool is needed"),
         ("data: {train: {name: x}}", "data.train is .*: a list is needed"),
         ("data: {train: [{name: x}]}", r"data.train\[0\].shards is missing"),
-        ("model: 3", "model. is 3: a group of fields is needed"),
+        ("model: 3", "model is 3: a group of fields is needed"),
         ("[1, 2]", "a recipe is a mapping"),
         ("a: [", "not YAML"),
         ("format_version: 99", "format_version is 99"),

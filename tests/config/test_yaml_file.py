@@ -139,7 +139,7 @@ def test_an_override_has_the_type_of_its_field(
     ("override", "message"),
     [
         ("data.train=[{name: t", r"data\.train is '\[\{name: t': a list is needed"),
-        ("data=%", "data. is '%': a group of fields is needed"),
+        ("data=%", "data is '%': a group of fields is needed"),
         ("training.train_iters=010", r"training\.train_iters is '010': int is needed"),
         ("training.train_iters=1:30", r"training\.train_iters is '1:30': int is needed"),
         ("training.train_iters=yes", r"training\.train_iters is 'yes': int is needed"),
@@ -155,14 +155,26 @@ def test_an_override_has_the_type_of_its_field(
         ("training.bf16=maybe", r"training\.bf16 is 'maybe': bool is needed"),
         ("data.plan=null", r"data\.plan is None: str is needed"),
         ("data.plan=[a]", r"data\.plan is \['a'\]: str is needed"),
+        ("data={plan: [a]}", r"data\.plan is \['a'\]: str is needed"),
+        ("data.train=[{shards: x}]", r"data\.train\[0\]\.name is missing"),
+        ("media.max_tile=4", r"unknown field media\.max_tile; did you mean media\.max_tiles\?"),
+        ("medias.max_tiles=4", r"unknown field medias; did you mean media\?"),
+        ("media.max_tiles=0", r"media\.min_tiles is 1 and media\.max_tiles 0: "),
+        ("training.train_iters=-1", r"training\.train_iters is -1: it must be at least 1"),
     ],
 )
-def test_an_override_of_another_type_is_refused_in_one_line(
+def test_an_override_that_is_wrong_is_named_in_one_line(
     tmp_path: Path, override: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        load(tmp_path, "media: {}", override)
+    with pytest.raises(ConfigError, match=f": {message}") as error:
+        load(tmp_path, "media: {}", "media.normalization=siglip", override)
+    assert str(error.value).startswith(f"override {override!r}: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_wrong_value_of_the_file_is_not_blamed_on_an_override(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^\S*recipe\.yaml: data\.plan is None"):
+        load(tmp_path, "data: {plan: null}", "data.seq_length=64", "media.max_tiles=4")
 
 
 def test_bad_yaml_is_refused_in_one_line_with_its_line(tmp_path: Path) -> None:

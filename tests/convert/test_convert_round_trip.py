@@ -211,3 +211,18 @@ def test_the_command_line_converts_and_verifies_both_ways(
     assert_same_folder(folder, tmp_path / "again")
     assert main(["from-hf", str(folder), str(tmp_path / "ours")]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("projector", ["long_vita", "internvl"])
+def test_a_new_model_that_transformers_cannot_load_is_told_of_before_and_after_training(
+    projector: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [save(model_of("qwen2"), tmp_path / "llm"), save_vision(tmp_path / "vit")]
+    import_weights(parts, tmp_path / "ours", projector=projector)
+    told = "--projector internvl makes one that it can" in caplog.text
+    caplog.clear()
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    told_again = "transformers has no class for format long-vita" in caplog.text
+    expected = projector == "long_vita"
+    assert told == expected
+    assert told_again == expected

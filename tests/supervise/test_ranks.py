@@ -1,7 +1,9 @@
 """The end of ranks under torchrun, and what is printed of it. The ranks import no torch."""
 
+import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -18,11 +20,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from megatron_vita import launch
 from megatron_vita.errors import ConfigError
+from megatron_vita.supervise.last_words import read_last_words
 from megatron_vita.supervise.ranks import describe_failure, describe_restart
 from tests.environment import ROOT
 
 BEGINNING = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from megatron_vita.errors import ConfigError
 from megatron_vita.supervise.ranks import note_checkpoints, report_failure
@@ -49,6 +52,27 @@ KILLED = """
         os.kill(os.getpid(), signal.SIGKILL)
     (here / "ready").touch()
     raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:1")
+"""
+AT_WORK = """
+    import logging
+    from megatron_vita.supervise.last_words import keep_last_words, open_state_file
+    logging.basicConfig(force=True, level=logging.WARNING, format="%(levelname)s %(message)s")
+    keep_last_words()
+    state = open_state_file()
+    if rank == 0:
+        time.sleep(60)
+    for step, phase in ((100, "optimizer"), (8, "loading")):
+        os.pwrite(state, json.dumps({"step": step, "phase": phase}).encode() + b"\\n", 0)
+    logging.warning("a longer line: 3 samples cannot be read")
+    logging.warning("shard 7 is\\nslow")
+    child = os.fork()
+    if not child:
+        logging.warning("a line of a child")
+        os.kill(os.getpid(), signal.SIGABRT)
+    os.waitpid(child, 0)
+    def in_native_code():
+        os.kill(os.getpid(), signal.SIGNAL)
+    in_native_code()
 """
 STOPPED = """
     def save(number, frame):
@@ -153,11 +177,43 @@ def test_a_rank_that_is_killed_is_named_with_where_the_run_goes_on(
     goes_on = f"the same command goes on from {tmp_path}/checkpoints/step_00000020"
     assert ended.code == 128 + signal.SIGKILL
     assert ended.lines[-1] == (
-        f"rank 1 was killed by SIGKILL, often for lack of host memory; {goes_on}"
+        f"rank 1 was killed by SIGKILL (often for lack of host memory); {goes_on}"
     )
     (survivor,) = ended.lines[:-1]
     assert survivor.startswith("rank 0: another rank has died, which the launcher names: [gloo")
     assert survivor.endswith(goes_on)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, r"SIGKILL \(often for lack of host memory\) in step 8, loading; "),
+        (signal.SIGSEGV, r"SIGSEGV in step 8, loading at in_native_code \(.*/worker.py:\d+\); "),
+        (signal.SIGTERM, "SIGTERM in step 8, loading; "),
+    ],
+)
+def test_a_rank_that_dies_is_named_with_its_place_and_last_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, said: str
+) -> None:
+    ended = start(tmp_path, AT_WORK.replace("signal.SIGNAL", f"signal.{number.name}"), capfd)
+    assert ended.code == 128 + number
+    line = (
+        rf"rank 1 was killed by {said}its last line: \S+ WARNING shard 7 is slow; the same command"
+    )
+    assert re.match(line, ended.lines[-1])
+
+
+def test_a_rank_that_kept_no_words_has_none(tmp_path: Path) -> None:
+    assert read_last_words(tmp_path, local_rank=0) == ""
+    folder = tmp_path / "id" / "attempt_0" / "0"
+    folder.mkdir(parents=True)
+    assert read_last_words(tmp_path, local_rank=0) == ""
+    (folder / "state").write_text("not JSON")
+    assert read_last_words(tmp_path, local_rank=0) == ""
+    (folder / "state").write_text(json.dumps({"step": 0, "phase": "starting"}) + "\n")
+    (folder / "last_line").write_text("x" * 1000)
+    said = read_last_words(tmp_path, local_rank=0)
+    assert said == f" before its first step; its last line: {'x' * 300}"
 
 
 def test_an_interrupt_of_all_ranks_is_one_line(

@@ -88,10 +88,9 @@ class RequireKey:
             await self._app(scope, receive, send)
 
     def _is_known(self, digest: bytes) -> bool:
-        """Compare with all keys in constant time."""
-        # all are compared
-        # All keys are compared, so that the time does not depend on which one matches.
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+        """Compare with all keys, so that the time does not depend on which one matches."""
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches)
 
 
 class RefuseForeignPages:
