@@ -135,6 +135,10 @@ def _format_for(opened: AdapterCheckpoint, name: str) -> FolderFormat:
 
 def _config_of(opened: AdapterCheckpoint, names: _Names) -> dict[str, Any]:
     lora = opened.recipe.lora
+    alpha = lora.alpha
+    # Other readers want a whole number.
+    if alpha == int(alpha):
+        alpha = int(alpha)
     chosen = {
         names.theirs[adapted.linear.pieces[i].name]
         for adapted in opened.adapted
@@ -145,7 +149,7 @@ def _config_of(opened: AdapterCheckpoint, names: _Names) -> dict[str, Any]:
         "task_type": "CAUSAL_LM" if names.format is CAUSAL else None,
         "base_model_name_or_path": opened.base["path"] or None,
         "r": lora.rank,
-        "lora_alpha": lora.alpha,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
         "use_dora": False,

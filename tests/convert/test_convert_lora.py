@@ -137,9 +137,13 @@ def test_a_round_trip_through_the_folder_changes_no_bit(case: Case, tmp_path: Pa
 
 def peft_folder(case: Case, folder: Path, **fields: Any) -> PeftModel:
     """Adapters that PEFT itself made and saved."""
-    wanted = {"r": 4, "lora_alpha": 5, "target_modules": ["q_proj", "up_proj"]} | fields
+    wanted: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "up_proj"],
+    } | fields
     model = get_peft_model(case.base_model(), LoraConfig(**wanted, init_lora_weights=False))
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return model.eval()
 
 

@@ -108,7 +108,7 @@ def resave(folder: Path, into: Path) -> None:
 
 def tensors_in(run: Run) -> dict[str, torch.Tensor]:
     """Trained weights and Adam's moments of a run."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     moments = run.optimizer.chained_optimizers[0].optimizer.state
     for number, values in enumerate(moments.values()):
         found |= {f"{number}.{name}": value for name, value in values.items()}
@@ -208,3 +208,41 @@ def test_masks_differ_by_pass_and_call_and_are_drawn_again() -> None:
     assert torch.equal(second, again[1])
     for mask in (second, *other):
         assert not torch.equal(first, mask)
+
+
+def test_a_new_run_starts_from_adapters_and_what_was_trained_beside(
+    trained: tuple[Path, list],
+) -> None:
+    folder, _ = trained
+    saved = open_run(recipe_in(folder))
+    recipe = recipe_in(folder.parent / "continued").replaced({"lora.load": str(folder)})
+    run = open_run(recipe)
+    assert run.step == 0
+    before = dict(saved.unwrapped_model.named_parameters())
+    for name, parameter in run.unwrapped_model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert before["projector.fc1.weight"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lora.rank": 4}, r"lora\.rank is 3 there and 4 in the recipe"),
+        ({"lora.alpha": 5.0}, r"lora\.alpha is 32\.0 there and 5\.0 in the recipe"),
+        ({"lora.targets": ["q_proj"]}, r"lora\.targets are .* other maps than \['q_proj'\]"),
+    ],
+)
+def test_adapters_of_another_kind_are_no_start(
+    trained: tuple[Path, list], change: dict, reason: str
+) -> None:
+    folder, _ = trained
+    recipe = recipe_in(folder.parent / "continued").replaced({"lora.load": str(folder)})
+    with pytest.raises(CheckpointError, match=reason):
+        open_run(recipe.replaced(change))
+
+
+def test_the_same_maps_by_other_names_are_the_same_adapters(trained: tuple[Path, list]) -> None:
+    folder, _ = trained
+    names = ["model.*.q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "vision_model.*.qkv"]
+    changes = {"lora.load": str(folder), "lora.targets": names}
+    assert open_run(recipe_in(folder.parent / "renamed").replaced(changes)).step == 0

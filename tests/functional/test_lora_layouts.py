@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.functional.test_layouts import (
 from tests.scale import scaled
 
 PLAIN = layout_of("untied")
-ADAPTED = {
+ADAPTED: dict[str, dict[str, Any]] = {
     # The usual recipe of vision-language models: the tower trained fully beside.
     "language": {"freeze_language_model": True, "rank": 3, "alpha": 6.0},
     "everywhere": {

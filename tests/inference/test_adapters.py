@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,16 @@ from tests.functional.launch import run_ranks
 from tests.inference.tiny import picture, prompts, tiny_engine, tiny_recipe
 
 GREEDY = SamplingParams(max_new_tokens=8, logprobs=1, ignore_eos=True)
-SMALL = {"chunk_tokens": 24, "busy_chunk_tokens": 8, "page_tokens": 4, "cache_tokens": 2048}
-FROZEN = {
+SMALL: dict[str, Any] = {
+    "chunk_tokens": 24,
+    "busy_chunk_tokens": 8,
+    "page_tokens": 4,
+    "cache_tokens": 2048,
+}
+FROZEN: dict[str, Any] = {
     f"training.freeze_{part}": True for part in ("vision_model", "projector", "language_model")
 }
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "red": {"lora.rank": 3, "lora.alpha": 2.0},
     "green": {"lora.rank": 5, "lora.targets": ["q_proj", "v_proj", "down_proj"], "lora.rslora": True},
     "blue": {"lora.rank": 2, "lora.targets": ["layers.1.*_proj", "layers.1.*.o_proj"]},
@@ -74,7 +80,7 @@ def merged_engine(folder: Path) -> Engine:
     opened = AdapterCheckpoint.open(folder)
     linears = dict(named_linears(engine.model))
     for adapted in opened.adapted:
-        weight = linears[adapted.linear.name].weight
+        weight = linears[adapted.linear.name].get_parameter("weight")
         update = update_of(adapted, *opened.read(adapted))
         weight += opened.recipe.lora.scale * update.view(weight.shape)
     return engine

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ IN_PEFT = {  # beginnings of our names of maps, and of PEFT's
     "vision_model.layers.": "model.vision_tower.encoder.layer.",
     "projector.fc": "model.multi_modal_projector.linear_",
 }
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "language": {"targets": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]},
     "some pieces": {"targets": ["q_proj", "v_proj", "up_proj", "layers.1.*.o_proj"], "rslora": True},
     "all parts": {"targets": ["*"], "alpha": 3.0},
@@ -44,7 +45,14 @@ CASES = {
 
 
 def recipe_of(case: str, **memory: object) -> Recipe:
-    fields = {"rank": 3, "alpha": 6.0, "global_batch_size": 1, **FROZEN, **CASES[case], **memory}
+    fields: dict[str, Any] = {
+        "rank": 3,
+        "alpha": 6.0,
+        "global_batch_size": 1,
+        **FROZEN,
+        **CASES[case],
+        **memory,
+    }
     rate = fields.pop("lr", 0.0)
     return tiny_recipe(**fields).replaced({"model.projector.kind": "internvl", "lora.lr": rate})
 
@@ -89,7 +97,7 @@ def peft_model(model: torch.nn.Module, recipe: Recipe) -> PeftModel:
     lora = recipe.lora
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         use_rslora=lora.rslora,
         target_modules=names,
         init_lora_weights=False,
