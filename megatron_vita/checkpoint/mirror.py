@@ -10,15 +10,17 @@ import functools
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from megatron_vita.checkpoint.manifest import MANIFEST, SCORES
 from megatron_vita.checkpoint.retention import Retention, is_name
 from megatron_vita.checkpoint.saver import LATEST
-from megatron_vita.checkpoint.writing import WriterProcess, Written
+from megatron_vita.checkpoint.writing import Progress, WriterProcess, Written
 from megatron_vita.errors import ConfigError, SaveError
 from megatron_vita.files import atomic_write, publish
 from megatron_vita.stores import with_retries
@@ -44,16 +46,23 @@ class Mirror:
             raise ConfigError(f"checkpoint.mirror {url!r}: {error}") from error
         self._root = root.rstrip("/")
 
-    def put(self, checkpoint: Path) -> None:
+    def put(self, checkpoint: Path, *, note_progress: Callable[[], None] = lambda: None) -> None:
         """Upload a checkpoint.
+
+        note_progress: called after each part of a file.
 
         Raises:
             OSError: the store fails, after retries.
         """
+        self._remove_parts()
+        progress = _ProgressCallback(note_progress)
         files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
         # In this order a reader finds a manifest only where all files are.
         for path in sorted(files, key=lambda path: path.name == MANIFEST):
-            self._put_file(path, f"{checkpoint.name}/{path.relative_to(checkpoint)}")
+            name = f"{checkpoint.name}/{path.relative_to(checkpoint)}"
+            self._put_file(path, name, progress=progress)
+            # Some stores report no parts.
+            note_progress()
         self._write(LATEST, checkpoint.name.encode())
 
     def prune(self, retention: Retention) -> None:
@@ -133,11 +142,55 @@ class Mirror:
     def _write(self, name: str, data: bytes) -> None:
         with_retries(lambda: self._store.pipe_file(self._path(name), data), name)
 
-    def _put_file(self, path: Path, name: str) -> None:
+    def _remove_parts(self) -> None:
+        """Remove the parts of files whose upload was killed: S3 keeps and bills them for ever.
+
+        The stores of other clouds remove them after a week.
+        """
+        if not isinstance(self._store, _PartialUploads):
+            return
+        bucket, _, folder = self._root.partition("/")
+        try:
+            for upload in with_retries(
+                lambda: self._store.list_multipart_uploads(bucket), self.url
+            ):
+                name = upload["Key"].removeprefix(f"{folder}/" if folder else "")
+                if is_name(name.partition("/")[0]):
+                    self._store.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+        # Such as for lack of the right to list them: nothing that an upload needs.
+        except Exception as error:
+            logger.warning("%s: parts of uploads are not removed: %s", self.url, error)
+
+    def _put_file(self, path: Path, name: str, *, progress: Callback) -> None:
         # Object stores have no folders, and do nothing here.
         parent = self._path(name).rpartition("/")[0]
         with_retries(lambda: self._store.makedirs(parent, exist_ok=True), name)
-        with_retries(lambda: self._store.put_file(str(path), self._path(name)), name)
+        target = self._path(name)
+        with_retries(lambda: self._store.put_file(str(path), target, callback=progress), name)
+
+
+class _ProgressCallback(Callback):
+    """fsspec's report of each part of a file."""
+
+    def __init__(self, note_progress: Callable[[], None]) -> None:
+        super().__init__()
+        self._note_progress = note_progress
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Note that some bytes are there."""
+        super().relative_update(inc)
+        self._note_progress()
+
+
+@runtime_checkable
+class _PartialUploads(Protocol):
+    """A store of fsspec that tells and removes unfinished uploads, as s3fs does."""
+
+    def list_multipart_uploads(self, bucket: str) -> list[dict[str, str]]:
+        """Return key and id of each upload that has begun and not ended."""
+
+    def abort_mpu(self, bucket: str, key: str, mpu: str) -> None:
+        """Remove the parts of an upload."""
 
 
 class Uploads:
@@ -147,13 +200,22 @@ class Uploads:
         url: the object store.
         retention: the rules by which checkpoints are kept there.
         retry_steps: steps after which an upload that failed is tried again.
+        on_progress: called while `finish` waits for an upload that goes on.
     """
 
-    def __init__(self, url: str, *, retention: Retention, retry_steps: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        retention: Retention,
+        retry_steps: int,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         Mirror(url)  # refuse an address that cannot be used, before the first step
         self._url = url
         self._retention = retention
         self._retry_steps = retry_steps
+        self._on_progress = on_progress
         self._waiting: Path | None = None
         self._retry_at = 0
         self._problem = ""  # of the last attempt
@@ -199,12 +261,15 @@ class Uploads:
     def _begin(self, checkpoint: Path) -> None:
         self._uploading = checkpoint
         self._waiting = None
-        self._process = WriterProcess(lambda: _upload(self._url, checkpoint, self._retention))
+        progress = Progress()
+        self._process = WriterProcess(
+            lambda: _upload(self._url, checkpoint, self._retention, progress), progress=progress
+        )
 
     def _end(self, step: int) -> None:
         """Wait for the process, and log what became of the upload."""
         assert self._process is not None
-        error = self._process.result().error
+        error = self._process.result(self._on_progress).error
         self._process = None
         if not error:
             logger.info("uploaded %s to %s", self._uploading, self._url)
@@ -221,10 +286,10 @@ class Uploads:
         )
 
 
-def _upload(url: str, checkpoint: Path, retention: Retention) -> Written:
+def _upload(url: str, checkpoint: Path, retention: Retention, progress: Progress) -> Written:
     try:
         mirror = Mirror(url)
-        mirror.put(checkpoint)
+        mirror.put(checkpoint, note_progress=progress.note)
     # Whatever a store's library raises: the run goes on.
     except Exception as error:
         return Written(error=str(error) or type(error).__name__)

@@ -16,15 +16,16 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 
+from megatron_vita import platform
 from megatron_vita.checkpoint.manifest import Span, spans_of_small_files, write_manifest
 from megatron_vita.checkpoint.retention import Retention, name_of, note_scores, remove
 from megatron_vita.checkpoint.space import HALVES, bytes_in, check_space, describe_lack, free_bytes
 from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
-from megatron_vita.checkpoint.writing import PlannedSave, Share, WriterProcess, Written
+from megatron_vita.checkpoint.writing import PlannedSave, Progress, Share, WriterProcess, Written
 from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.files import atomic_write, publish, sync
 from megatron_vita.parallel import groups
-from megatron_vita.platform.saving import use_local_results_queue
+from megatron_vita.platform.saving import planning_without_copies, use_local_results_queue
 
 use_local_results_queue()
 LATEST = "latest"
@@ -41,6 +42,7 @@ class Saver:
         tokenizer: path of a tokenizer to copy into each checkpoint; empty for none.
         size: estimated bytes of the tensors of all ranks; 0 if unknown.
         in_background: write in a process beside each rank.
+        on_progress: called while this rank waits for writing that goes on.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class Saver:
         tokenizer: str = "",
         size: int = 0,
         in_background: bool = False,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self._retention = retention
         self._tokenizer = tokenizer
         self._size = size
         self._in_background = in_background
+        self._on_progress = on_progress
         self._save: _Save | None = None
         self._scores: dict[int, dict[str, float]] = {}  # by step
 
@@ -90,6 +94,7 @@ class Saver:
         if self._in_background:
             self._save.write_in_background()
         else:
+            share.note_progress = self._on_progress
             self._save.written = share.write()
 
     def finish(self) -> Path:
@@ -105,7 +110,8 @@ class Saver:
         assert save is not None, "no save was started"
         self._save = None
         if save.process is not None:
-            save.written = save.process.result()
+            save.written = save.process.result(self._on_progress)
+        platform.wait_for_all()
         gathered: list[Any] | None = None
         if dist.get_rank() == 0:
             gathered = [None] * dist.get_world_size()
@@ -184,27 +190,28 @@ class _Save:
         """Copy the share to the host and start the process that writes it."""
         try:
             self.share.copy_to_host()
-            self.process = WriterProcess(self.share.write)
+            progress = Progress()
+            self.share.note_progress = progress.note
+            self.process = WriterProcess(self.share.write, progress=progress)
         # For lack of memory, on this rank alone: the others hear of it when they finish.
         except (OSError, RuntimeError, MemoryError) as error:
             self.written = Written(error=str(error))
 
 
 def by_first(action: Callable[[], None]) -> None:
-    """Run `action` on the first rank while the others wait. Collective.
+    """Run `action` on the first rank while the others wait, however long. Collective.
 
     Raises:
         SaveError: on all ranks, if it fails with an OSError or a CheckpointError.
     """
-    problem = [""]
+    problem = ""
     if dist.get_rank() == 0:
         try:
             action()
         except (OSError, CheckpointError) as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise SaveError(problem[0])
+            problem = str(error) or type(error).__name__
+    if problem := platform.share_from_first(problem):
+        raise SaveError(problem)
 
 
 def _begin(temporary: Path, *, size: int) -> None:
@@ -220,15 +227,16 @@ def _plan(state: dict[str, Any], temporary: Path) -> Share:
     """Divide the tensors among the ranks that hold them, and return this rank's share. Collective."""
     replicas = groups.data_parallel_group(with_context_parallel=True)
     planned = PlannedSave()
-    dist_checkpointing.save(
-        state,
-        str(temporary),
-        sharded_strategy=FullyParallelSaveStrategyWrapper(planned, replicas),
-        # The strategy checks it itself, after it has decided which rank writes which tensor.
-        validate_access_integrity=False,
-        async_sharded_save=True,
-        async_strategy="mcore",
-    )
+    with planning_without_copies():
+        dist_checkpointing.save(
+            state,
+            str(temporary),
+            sharded_strategy=FullyParallelSaveStrategyWrapper(planned, replicas),
+            # The strategy checks it itself, after it has decided which rank writes which tensor.
+            validate_access_integrity=False,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
     return planned.share
 
 

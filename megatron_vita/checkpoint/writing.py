@@ -2,9 +2,11 @@
 
 import gc
 import io
+import mmap
 import multiprocessing
 import os
 import signal
+import struct
 import warnings
 import zlib
 from collections.abc import Callable
@@ -23,6 +25,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_vita.checkpoint.manifest import Span
 from megatron_vita.supervise.processes import end_with_parent
 
+PROGRESS_SECONDS = 1.0
+"""Interval at which a waiting rank looks whether its process goes on."""
+_COUNT = struct.Struct("q")
 NICENESS = 10
 """Added to that of a writer process, so that it does not slow the step."""
 
@@ -42,6 +47,7 @@ class Share:
 
     writer: FileSystemWriterAsync
     metadata: Metadata | None  # of the whole checkpoint; on the first rank alone
+    note_progress: Callable[[], None] = lambda: None  # called after each tensor
 
     def copy_to_host(self) -> None:
         """Copy the tensors to host memory, so that the next step may change the device's."""
@@ -60,6 +66,7 @@ class Share:
                     written.spans[name] = []
                     for item, data in (*objects, *tensors):
                         self._write_item(file, data, item=item, name=name, written=written)
+                        self.note_progress()
                     file.flush()
                     os.fsync(file.fileno())
         # Whatever it is, all ranks have to know of it: they wait for this one.
@@ -72,7 +79,7 @@ class Share:
     ) -> None:
         stream = _CheckedStream(file)
         if isinstance(data, torch.Tensor):
-            data = data.cpu()
+            data = _without_rest(data.cpu())
         result = _write_item(
             self.writer.transforms,
             stream,
@@ -83,6 +90,13 @@ class Share:
         )
         written.results.append(result)
         written.spans[name].append(stream.span)
+
+
+def _without_rest(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is all of its storage, which torch writes as a whole."""
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+        return tensor
+    return tensor.clone()
 
 
 class PlannedSave(TorchDistSaveShardedStrategy):
@@ -98,15 +112,35 @@ class PlannedSave(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
+class Progress:
+    """Count of what a process has done, in memory that its parent sees."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _COUNT.size)
+
+    @property
+    def count(self) -> int:
+        """Number of calls of `note`."""
+        count: int = _COUNT.unpack_from(self._memory)[0]
+        return count
+
+    def note(self) -> None:
+        """Add one; called by one process alone."""
+        _COUNT.pack_into(self._memory, 0, self.count + 1)
+
+
 class WriterProcess:
     """A process that writes for a rank while the rank goes on, and dies with it.
 
     It is forked: it has the rank's memory as it is now, without a copy.
 
-    write: returns what it has written.
+    Args:
+        write: returns what it has written.
+        progress: what `write` notes its progress with.
     """
 
-    def __init__(self, write: Callable[[], Written]) -> None:
+    def __init__(self, write: Callable[[], Written], *, progress: Progress | None = None) -> None:
+        self._progress = progress or Progress()
         context = multiprocessing.get_context("fork")
         self._pipe, pipe = context.Pipe(duplex=False)
         self._process = context.Process(
@@ -124,8 +158,17 @@ class WriterProcess:
         """True until `result` returns at once."""
         return not self._pipe.poll()
 
-    def result(self) -> Written:
-        """Wait for the process, and return what it has written."""
+    def result(self, on_progress: Callable[[], None] = lambda: None) -> Written:
+        """Wait for the process, and return what it has written.
+
+        on_progress: called now and then while the process goes on.
+        """
+        seen = self._progress.count
+        while not self._pipe.poll(PROGRESS_SECONDS):
+            count = self._progress.count
+            if count != seen:
+                on_progress()
+            seen = count
         try:
             written: Written = self._pipe.recv()
         except EOFError:
@@ -150,6 +193,8 @@ def _write_and_tell(write: Callable[[], Written], pipe: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A fork has none of the threads that torch would give work to, and would wait for them.
+    torch.set_num_threads(1)
     pipe.send(write())
     # At once: nothing that the rank has open is this process's to close.
     os._exit(0)

@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import _world
 
 from megatron_vita.config import ParallelConfig
 from megatron_vita.layout.slicing import RankLayout
+from megatron_vita.supervise.hang import READING_AHEAD
 
 _GROUP_FIELDS = (
     "tensor_model_parallel_size",
@@ -85,7 +86,7 @@ def _make_host_groups(parallel: ParallelConfig, *, with_gloo: bool) -> None:
     for purpose in get_args(HostPurpose):
         # `new_group` is collective: every rank creates the groups of all replicas, in one order.
         for replica in ranks.get_ranks("tp-cp-pp"):
-            group = dist.new_group(replica, backend="gloo")
+            group = dist.new_group(replica, backend="gloo", group_desc=READING_AHEAD)
             if dist.get_rank() in replica:
                 _host_groups[purpose] = group
 

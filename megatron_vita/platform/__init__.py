@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_vita.errors import PlatformError
-from megatron_vita.platform.flight_recorder import pending_collectives, record_collectives
+from megatron_vita.platform.flight_recorder import pending_collectives
 from megatron_vita.platform.machine import (
     MemoryUse,
     device_memory,
@@ -21,6 +21,13 @@ from megatron_vita.platform.machine import (
     measure_matmul,
     memory_use,
     synchronize,
+)
+from megatron_vita.platform.meeting import (
+    announce,
+    open_session,
+    share_from_first,
+    wait_for_all,
+    wait_outside,
 )
 from megatron_vita.platform.packages import (
     has_flash_attention_4,
@@ -42,6 +49,7 @@ if not torch.cuda.is_available():
 
 __all__ = [
     "MemoryUse",
+    "announce",
     "available_host_memory",
     "destroy_process_group",
     "device",
@@ -55,7 +63,10 @@ __all__ = [
     "on_cuda",
     "pending_collectives",
     "set_up_logging",
+    "share_from_first",
     "synchronize",
+    "wait_for_all",
+    "wait_outside",
 ]
 
 
@@ -81,7 +92,6 @@ def initialize_process(timeout_minutes: float = 30) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    record_collectives()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if on_cuda():
         torch.cuda.set_device(local_rank)
@@ -103,6 +113,7 @@ def initialize_process(timeout_minutes: float = 30) -> None:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         **world,
     )
+    open_session()
 
 
 def _refuse_unlaunched_ranks() -> None:

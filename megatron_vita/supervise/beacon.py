@@ -50,7 +50,8 @@ class Beacon:
         patience: seconds without an answer after which the watcher counts as lost; the rank then
             watches itself, and ends after as long without progress.
         pending: returns descriptions of the collectives that this rank waits for.
-        awaited: returns the samples of a pack that this rank waits for, by its number in the step.
+        awaited: returns the samples of a pack that this rank waits for, by its number in the step,
+            or in the validation.
     """
 
     def __init__(
@@ -62,14 +63,16 @@ class Beacon:
         interval: float,
         patience: float,
         pending: Callable[[], list[dict[str, Any]]] = list,
-        awaited: Callable[[int], Sequence[str]] = lambda _: (),
+        awaited: Callable[[int, bool], Sequence[str]] = lambda number, held_out: (),
     ) -> None:
         self._rank = rank
         self._interval = interval
         self._patience = patience
         self._pending = pending
         self._awaited = awaited
-        self._state: dict[str, Any] = {"step": 0, "micro_batch": 0, "phase": "starting", "keys": []}
+        self._state: dict[str, Any] = {
+            "step": 0, "micro_batch": 0, "phase": "starting", "keys": [], "held_out": False,
+        }  # fmt: skip
         self._changed = time.monotonic()
         self._main = threading.main_thread().ident
         # Without a name: nothing is left of it, however the rank ends.
@@ -94,14 +97,16 @@ class Beacon:
         step: int | None = None,
         micro_batch: int | None = None,
         keys: Sequence[str] | None = None,
+        held_out: bool | None = None,
     ) -> None:
-        """Note what the rank does from now on; what is not given stays.
+        """Note what the rank does from now on, which counts as progress; what is not given stays.
 
         Args:
             phase: part of the step.
             step: number of the step, from 1.
             micro_batch: number of the pack in the step, from 1.
             keys: samples of the pack.
+            held_out: the packs are those of a validation.
         """
         state = dict(self._state, phase=phase)
         if step is not None:
@@ -110,6 +115,8 @@ class Beacon:
             state |= {"micro_batch": micro_batch, "keys": []}
         if keys is not None:
             state["keys"] = keys
+        if held_out is not None:
+            state |= {"held_out": held_out, "micro_batch": 0, "keys": []}
         # One assignment: the thread never sees half of a state.
         self._state = state
         self._changed = time.monotonic()
@@ -158,9 +165,7 @@ class Beacon:
             elif "inspect" in wanted:
                 _send(stream, {"inspected": inspect_process(**wanted["inspect"])})
             elif "end" in wanted:
-                for pid in wanted["kill"]:
-                    kill(pid)
-                end_hung(wanted["end"])
+                end_hung(wanted["end"], others=wanted["kill"])
             else:
                 return
 
@@ -179,7 +184,8 @@ class Beacon:
         found: list[str] = []
         # In a thread: the file system that the pack waits for may hold the samples' names, too.
         asking = threading.Thread(
-            target=lambda: found.extend(self._awaited(state["micro_batch"])), daemon=True
+            target=lambda: found.extend(self._awaited(state["micro_batch"], state["held_out"])),
+            daemon=True,
         )
         asking.start()
         asking.join(KEY_SECONDS)

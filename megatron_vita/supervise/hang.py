@@ -7,6 +7,8 @@ from typing import Any
 
 PRESSURE = 20.0
 """Percent of time lost to waiting for memory, above which a host is said to swap."""
+READING_AHEAD = "reading ahead"
+"""Description of the groups in which ranks agree on packs before the step asks for them."""
 _STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "Z": "has died"}
 _NO_ANSWER = "does not answer: native code holds its interpreter"
 _DOING = {
@@ -40,12 +42,25 @@ class RankView:
     def where(self) -> str:
         """Step, micro-batch and phase, with the collective that it waits for."""
         text = f"step {self.state.get('step')}"
+        if self.state.get("held_out"):
+            text += ", validation"
         if self.state.get("micro_batch"):
             text += f", micro-batch {self.state['micro_batch']}"
         text += f", {self.state.get('phase')}"
-        if self.pending:
-            text += f", in {describe_collective(self.pending[-1])}"
+        if self.collective is not None:
+            text += f", in {describe_collective(self.collective)}"
         return text
+
+    @property
+    def collective(self) -> dict[str, Any] | None:
+        """Collective that the main thread waits in: the oldest that is not completed, since the
+        later ones of its group are queued behind it; None outside of any."""
+        waits_for_pack = self.state.get("phase") == "loading"
+        for collective in self.pending:
+            # Another thread reads packs ahead; its waits hold up the step only where that waits.
+            if waits_for_pack or not collective["group"].endswith(READING_AHEAD):
+                return collective
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +79,7 @@ def find_culprits(views: Sequence[RankView]) -> list[Culprit]:
     """
     if silent := [view for view in views if view.is_silent]:
         return [Culprit(rank=view.rank, reason=_reason_for_silence(view)) for view in silent]
-    busy = [view for view in views if not view.pending]
+    busy = [view for view in views if view.collective is None]
     if busy:
         longest = max(view.idle for view in busy)
         # A rank that has just gone on is not the one: it is on its way to the collective.
@@ -98,7 +113,8 @@ def _find_disagreement(views: Sequence[RankView]) -> Iterator[Culprit]:
     """Find ranks whose collective is not the one that the rest of its group is in."""
     by_group: dict[str, list[tuple[RankView, dict[str, Any]]]] = defaultdict(list)
     for view in views:
-        by_group[view.pending[-1]["group"]].append((view, view.pending[-1]))
+        assert view.collective is not None, "those outside of collectives are told before"
+        by_group[view.collective["group"]].append((view, view.collective))
     for members in by_group.values():
         # What most are in is right; of two, what the lower rank is in.
         signatures = Counter(_signature(collective) for _, collective in members)
@@ -118,9 +134,10 @@ def _find_absent(
 ) -> Iterator[Culprit]:
     for view in views:
         if view.rank in collective["ranks"] and view.rank not in present:
+            assert view.collective is not None, "those outside of collectives are told before"
             yield Culprit(
                 rank=view.rank,
-                reason=f"is in {describe_collective(view.pending[-1])} while others wait for it in "
+                reason=f"is in {describe_collective(view.collective)} while others wait for it in "
                 f"{describe_collective(collective)}",
             )
 

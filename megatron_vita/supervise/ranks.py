@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -67,10 +68,12 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
     return 1
 
 
-def end_hung(line: str) -> NoReturn:
+def end_hung(line: str, *, others: Sequence[int] = ()) -> NoReturn:
     """End this rank from any thread, because its job hangs. One rank of each machine says why.
 
     The exit code is HUNG, so that a launcher can tell it from an error that comes back.
+
+    others: processes of ranks that cannot end by themselves, which are killed.
     """
     is_first = _leave_mark(MARK)
     code = HUNG if is_first or ERROR_FILE not in os.environ else 0
@@ -84,6 +87,10 @@ def end_hung(line: str) -> NoReturn:
         logger.error("%s", line)
         sys.stdout.flush()
         sys.stderr.flush()
+    # Last: a launcher takes the first rank to end for the cause.
+    for pid in others:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     os._exit(code)
 
 

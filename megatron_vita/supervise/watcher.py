@@ -65,7 +65,7 @@ class Watcher:
         self._token = token
         self._folder = folder
         self._links: dict[int, _Link] = {}
-        self._is_reporting = False
+        self.is_reporting = False
 
     async def serve(self) -> None:
         """Listen, print the port, and watch until a hang has been reported."""
@@ -103,7 +103,7 @@ class Watcher:
             link.heard = time.monotonic()
             if "state" in message:
                 # A report in the making adds to the states that led to it.
-                if not self._is_reporting:
+                if not self.is_reporting:
                     view.state = message["state"]
                 await _send(writer, {})
             elif "bye" in message:
@@ -112,21 +112,24 @@ class Watcher:
                 link.answers.put_nowait(message)
 
     def _stuck_for(self) -> float:
-        """Return how long some rank has made no progress or been silent, if that is too long."""
+        """Return how long no rank has made progress, if that is too long.
+
+        Ranks wait for a slow one without being stuck: the job hangs when none goes on.
+        """
         now = time.monotonic()
         watched = [link for link in self._links.values() if not link.has_left]
         for link in watched:
             link.view.silent = now - link.heard
-        longest = max((link.view.idle for link in watched), default=0.0)
-        if longest <= self._patience:
+        shortest = min((link.view.idle for link in watched), default=0.0)
+        if shortest <= self._patience:
             return 0.0
         # A rank's last message may have come long after its main thread began to wait.
         for link in watched:
             link.view.is_silent = link.view.silent > self._patience / 3
-        return longest
+        return shortest
 
     async def _report(self, seconds: float) -> None:
-        self._is_reporting = True
+        self.is_reporting = True
         await asyncio.gather(*(self._look_at(link) for link in self._links.values()))
         views = [self._links[rank].view for rank in sorted(self._links)]
         line = summarize(views, seconds=seconds)
@@ -181,18 +184,23 @@ class Watcher:
         return str(path)
 
     async def _end(self, line: str) -> None:
-        """Let all ranks end, and kill those of this host that cannot."""
+        """Let all ranks end, and have those killed that cannot.
+
+        Those of this host after the others have ended: a launcher takes the first to end for the
+        cause.
+        """
+        here = socket.gethostname()
         silent = [link.view for link in self._links.values() if link.view.is_silent]
         for link in self._links.values():
             if not link.view.is_silent and not link.has_left:
-                there = [view.pid for view in silent if view.host == link.view.host]
+                there = [view.pid for view in silent if here != view.host == link.view.host]
                 try:
                     await _send(link.writer, {"end": line, "kill": there})
                 except OSError:
                     continue
         await asyncio.sleep(END_SECONDS)
         for link in self._links.values():
-            if link.view.host == socket.gethostname():
+            if link.view.host == here:
                 kill(link.view.pid)
 
 
@@ -211,10 +219,14 @@ async def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
 
 
 async def _watch(settings: dict[str, Any]) -> None:
-    watching = asyncio.create_task(Watcher(**settings).serve())
+    watcher = Watcher(**settings)
+    watching = asyncio.create_task(watcher.serve())
     # The pipe ends with the first rank, however it ends.
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     await asyncio.wait([watching, ended], return_when=asyncio.FIRST_COMPLETED)
+    # The first rank may be the first to end because of a hang.
+    if watcher.is_reporting:
+        await watching
     os._exit(0)
 
 

@@ -62,13 +62,19 @@ def validation_batches(run: Run) -> tuple["FinalBatches", int]:
     They are the first of the held-out plan, the same each time.
     """
     assert run.validation_stream is not None
+    ids = held_out_packs(run)
+    # A ledger of its own: damage of held-out packs is not the run's, and not saved.
+    batches = _final_batches(run, run.validation_stream, ids, purpose="validation", ledger=Ledger())
+    return batches, len(ids)
+
+
+def held_out_packs(run: Run) -> range:
+    """Return the numbers of this replica's packs of a validation."""
+    assert run.validation_stream is not None
     group = groups.data_parallel_group()
     count = packs_of_validation(run.recipe, len(run.validation_stream), replicas=group.size())
     first = group.rank() * count
-    ids = range(first, first + count)
-    # A ledger of its own: damage of held-out packs is not the run's, and not saved.
-    batches = _final_batches(run, run.validation_stream, ids, purpose="validation", ledger=Ledger())
-    return batches, count
+    return range(first, first + count)
 
 
 def _final_batches(

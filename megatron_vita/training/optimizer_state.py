@@ -22,6 +22,7 @@ from megatron_vita.platform.remainders import (
     save_remainders_as_fp32,
     split_weights,
 )
+from megatron_vita.platform.saving import without_collection
 from megatron_vita.training.optimizer import special_rates
 from megatron_vita.training.optimizer_shards import owned_shards
 
@@ -53,6 +54,7 @@ def sharded_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, loadin
     if loading:
         _allocate_adam_state(optimizer)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_collection())
         for part in _of_sharded(optimizer):
             stack.enter_context(owned_shards(part))
         state = optimizer.sharded_state_dict(

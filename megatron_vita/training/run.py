@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Run:
     hooks: "Hooks | None" = None
     beacon: Beacon | None = None  # tells the watcher where this rank is; None: nobody watches
     matmul_rate: float = 0.0  # FLOP/s of large matrix products on the slowest device; 0: unknown
+    data_seconds: float = 0.0  # that this rank has waited for packs
     step: int = 0
     consumed_packs: int = 0
     base_stamp: str = ""  # of the weights beside adapters, which checkpoints leave out
@@ -284,7 +286,9 @@ def assemble_run(recipe: Recipe) -> Run:
     )
 
 
-def open_saver(recipe: Recipe, *, in_background: bool) -> Saver:
+def open_saver(
+    recipe: Recipe, *, in_background: bool, on_progress: Callable[[], None] = lambda: None
+) -> Saver:
     """Return the saver of a recipe's runs."""
     return Saver(
         Path(recipe.checkpoint.save),
@@ -292,6 +296,7 @@ def open_saver(recipe: Recipe, *, in_background: bool) -> Saver:
         tokenizer=recipe.text.tokenizer,
         size=checkpoint_bytes(recipe),
         in_background=in_background,
+        on_progress=on_progress,
     )
 
 

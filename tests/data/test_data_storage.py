@@ -40,16 +40,7 @@ def _stop_fork_server() -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyStore]:
     server = FaultyStore()
-    settings = {
-        "AWS_ENDPOINT_URL": server.url,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            settings | {"AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1"}
-        ).items():
-            patch.setenv(name, value)
+    with server.as_s3(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(stores, "FIRST_PAUSE", 0.01)
         _stop_fork_server()
         yield server

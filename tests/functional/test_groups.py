@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_vita.config import ParallelConfig
 from megatron_vita.parallel import groups
-from tests.functional.launch import ON_GPUS, run_ranks
+from tests.functional.launch import ON_GPUS, run_ranks, torchrun
 
 CHANGES = 8
 
@@ -34,3 +34,7 @@ def test_changes_of_layout_start_no_threads_that_stay(tmp_path: Path) -> None:
     run_ranks(count_threads, 2, file)
     threads = json.loads(file.read_text())
     assert threads[-2:] == threads[2:4]  # of the same layouts, after one and after three rounds
+
+
+def test_ranks_wait_for_the_first_one_longer_than_a_collective_may_take() -> None:
+    torchrun("slow_first_worker.py", processes=2)

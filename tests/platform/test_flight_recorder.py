@@ -6,37 +6,49 @@ import torch
 import torch.distributed as dist
 
 from megatron_vita import platform
-from megatron_vita.platform.flight_recorder import parse_trace
+from megatron_vita.platform.flight_recorder import members_of_groups, merge_traces, parse_trace
 
 
 def entry(**fields: object) -> dict[str, object]:
     known = {"profiling_name": "gloo:all_reduce", "input_sizes": [[3, 4]], "state": "scheduled"}
     numbers = {"is_p2p": False, "collective_seq_id": 4, "p2p_seq_id": 0, "retired": False}
+    numbers |= {"time_created_ns": 1}
     return known | numbers | {"process_group": ("0", "default_pg")} | fields
 
 
 def test_members_of_the_default_group_and_of_others_are_known() -> None:
-    config = {"": {"ranks": "[0, 1, 2]"}, "5": {"ranks": "[0, 2]"}}
+    members = {"0": [0, 1, 2], "5": [0, 2]}
     entries = [entry(), entry(process_group=("5", "TP"), is_p2p=True, p2p_seq_id=9)]
-    world, other = parse_trace({"pg_config": config, "entries": entries})
+    world, other = parse_trace({"entries": entries}, members=members)
     assert (world["ranks"], world["number"], world["sizes"]) == ([0, 1, 2], 4, [[3, 4]])
     assert (other["ranks"], other["number"], other["group"]) == ([0, 2], 9, "5 TP")
 
 
 def test_what_is_completed_is_left_out() -> None:
     entries = [entry(state="completed"), entry(retired=True)]
-    assert parse_trace({"pg_config": {}, "entries": entries}) == []
+    assert parse_trace({"entries": entries}, members={}) == []
+
+
+def test_records_of_nccl_and_of_other_groups_are_one_list_by_time() -> None:
+    nccl = {"entries": [entry(profiling_name="nccl:all_reduce", time_created_ns=5)]}
+    others = [entry(time_created_ns=3), entry(profiling_name="gloo:gather", time_created_ns=9)]
+    merged = merge_traces([{"entries": others}, nccl], members={})
+    assert [pending["name"] for pending in merged] == [
+        "gloo:all_reduce", "nccl:all_reduce", "gloo:gather",
+    ]  # fmt: skip
 
 
 def test_torch_records_what_is_read_here() -> None:
     """The fields that torch's record has; a new version may rename them."""
     platform.initialize_process()
+    # A later group takes the place of the first one in torch's list of members.
+    dist.destroy_process_group(dist.new_group([0], group_desc="another"))
     dist.all_reduce(torch.ones(2))
     dump = torch._C._distributed_c10d._dump_fr_trace  # type: ignore[attr-defined]
     trace = pickle.loads(dump(includeStackTraces=False))
     for recorded in trace["entries"]:
         recorded |= {"state": "scheduled", "retired": False}  # as if it had not completed
-    last = parse_trace(trace)[-1]
+    last = parse_trace(trace, members=members_of_groups())[-1]
     assert last["name"].endswith("all_reduce")
     assert (last["ranks"], last["sizes"]) == ([0], [[2]])
     assert platform.pending_collectives() == []

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from megatron_vita.supervise.hang import RankView, find_culprits, summarize, unrecorded_wait
+from megatron_vita.supervise.hang import (
+    READING_AHEAD,
+    RankView,
+    find_culprits,
+    summarize,
+    unrecorded_wait,
+)
 
 
 def collective(name: str, number: int, sizes: list[list[int]], ranks: list[int]) -> dict[str, Any]:
@@ -61,6 +67,30 @@ def test_the_rank_whose_collective_is_another_than_that_of_most_is_named() -> No
     (culprit,) = find_culprits(views)
     assert culprit.rank == 1
     assert "all_reduce 8 [2] of dp while others are in all_reduce 7 [3, 4] of dp" in culprit.reason
+
+
+def test_a_rank_waits_in_the_oldest_of_its_collectives() -> None:
+    """NCCL's are begun ahead: of those queued behind, ranks may have begun different numbers."""
+    views = [view(0, pending=[REDUCE, LATER]), view(1, pending=[REDUCE]), view(2, pending=[LATER])]
+    (culprit,) = find_culprits(views)
+    assert culprit.rank == 2
+
+
+def test_reading_ahead_holds_up_no_step_that_does_not_wait_for_its_pack() -> None:
+    ahead = collective("all_reduce", 3, [[1]], [0, 1]) | {"group": f"9 {READING_AHEAD}"}
+    stuck = view(1, pending=[ahead], state={"phase": "forward"}, place="acquire (a.py:1)")
+    (culprit,) = find_culprits([view(0, pending=[ahead, REDUCE]), stuck])
+    assert culprit.rank == 1
+    assert "stays in forward" in culprit.reason
+    loading = {"phase": "loading"}
+    reader = view(1, state=loading, place="get (queue.py:1)")
+    (culprit,) = find_culprits([view(0, pending=[ahead], state=loading), reader])
+    assert "waits for its loader" in culprit.reason
+
+
+def test_a_pack_of_a_validation_is_told_as_such() -> None:
+    stuck = view(1, state={"phase": "loading", "held_out": True}, place="get (queue.py:1)")
+    assert "step 5, validation, micro-batch 2, loading" in summarize([stuck], seconds=60)
 
 
 def test_the_rank_that_waits_in_another_group_is_named() -> None:

@@ -1,6 +1,7 @@
 """The watcher hears only from its ranks, ends with the process that started it, and ends a job that
 hangs with a report of the rank that the others wait for."""
 
+import asyncio
 import ctypes
 import json
 import multiprocessing
@@ -19,7 +20,9 @@ from typing import Any
 import pytest
 
 from megatron_vita.supervise.beacon import Beacon
+from megatron_vita.supervise.hang import RankView
 from megatron_vita.supervise.ranks import HUNG
+from megatron_vita.supervise.watcher import Watcher, _Link
 from tests.environment import environment_with
 
 SETTINGS = {"patience": 60.0, "token": "secret", "folder": "", "is_one_host": True}
@@ -144,7 +147,7 @@ def _be_rank(rank: int, port: int, kind: str) -> None:
         interval=PATIENCE / 10,
         patience=PATIENCE,
         pending=lambda: [WAITING] if rank == 0 else [],
-        awaited=lambda number: [f"awaited_{number}"],
+        awaited=lambda number, held_out: [f"awaited_{number}"],
     )
     beacon.enter("loading", step=5)
     time.sleep(PATIENCE / 4)
@@ -155,6 +158,23 @@ def _be_rank(rank: int, port: int, kind: str) -> None:
     if rank == 1:
         HANGS[kind][0]()
     time.sleep(60)
+
+
+def test_a_job_does_not_hang_while_one_rank_goes_on() -> None:
+    watcher = Watcher(patience=10.0, token="", folder="", is_one_host=True)
+    now = time.monotonic()
+    for rank, idle in ((0, 500.0), (1, 2.0)):
+        view = RankView(rank=rank, host="a", pid=rank, state={"phase": "saving", "idle": idle})
+        watcher._links[rank] = _Link(
+            view=view,
+            files={},
+            writer=None,  # type: ignore[arg-type]
+            heard=now,
+            answers=asyncio.Queue(),
+        )
+    assert watcher._stuck_for() == 0
+    watcher._links[1].view.state["idle"] = 20.0
+    assert watcher._stuck_for() == pytest.approx(20.0, abs=1)
 
 
 @pytest.mark.parametrize("kind", HANGS)

@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from megatron_vita import platform, stores
 from megatron_vita.checkpoint import mirror as mirror_module
+from megatron_vita.checkpoint import writing
 from megatron_vita.checkpoint.mirror import Mirror, Uploads
 from megatron_vita.checkpoint.retention import Retention, note_scores
-from megatron_vita.checkpoint.writing import Written
+from megatron_vita.checkpoint.writing import Progress, WriterProcess, Written
 from megatron_vita.config import load_recipe
 from megatron_vita.errors import ConfigError, SaveError
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import open_run
+from tests.data.s3_server import FaultyStore
 from tests.functional.toy_run import make_toy_run
 
 RULE = Retention(last=2, every=30, best=1, metric="loss")
@@ -141,8 +144,72 @@ def test_the_last_upload_says_so_if_it_cannot_be(
     monkeypatch.setattr(mirror_module, "_upload", lambda *_: Written(error="the store is down"))
     uploads = Uploads(f"file://{tmp_path / 'store'}", retention=RULE, retry_steps=10)
     uploads.add(put_checkpoint(tmp_path / "local", 10))
-    with pytest.raises(SaveError, match="the last checkpoint cannot be uploaded"):
+    with pytest.raises(SaveError, match="step_00000010 cannot be uploaded: the store is down"):
         uploads.finish(10)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[FaultyStore]:
+    server = FaultyStore()
+    with server.as_s3():
+        fsspec.filesystem("s3").mkdir("runs")
+        yield server
+    server.close()
+
+
+def test_a_store_that_is_down_is_tried_again_and_then_has_the_checkpoint(
+    tmp_path: Path, s3: FaultyStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = put_checkpoint(tmp_path / "local", 10)
+    uploads = Uploads("s3://runs/one", retention=RULE, retry_steps=2)
+    s3.is_down = True
+    uploads.add(checkpoint)
+    uploads.poll(10)
+    wait_for(uploads, 11)
+    s3.is_down = False
+    assert "step_00000010 is not uploaded to s3://runs/one" in caplog.text
+    assert "the next attempt is after step 13" in caplog.text
+    uploads.poll(13)
+    uploads.finish(13)
+    fetched = Mirror("s3://runs/one").fetch(tmp_path / "new")
+    assert fetched is not None
+    assert contents(fetched) == contents(checkpoint)
+
+
+def test_the_parts_of_an_upload_that_was_killed_are_removed_and_no_others(
+    tmp_path: Path, s3: FaultyStore
+) -> None:
+    files = fsspec.filesystem("s3", skip_instance_cache=True)
+    for key in ("two/step_00000010/__0_0.distcp", "two/other.tar", "twos/step_00000010/a"):
+        files.call_s3("create_multipart_upload", Bucket="runs", Key=key)
+    Mirror("s3://runs/two").put(put_checkpoint(tmp_path / "local", 20))
+    left = sorted(upload["Key"] for upload in files.list_multipart_uploads("runs"))
+    assert left == ["two/other.tar", "twos/step_00000010/a"]
+
+
+def test_an_upload_notes_its_progress_file_by_file(tmp_path: Path, store: Mirror) -> None:
+    noted: list[None] = []
+    store.put(put_checkpoint(tmp_path / "local", 10), note_progress=lambda: noted.append(None))
+    assert len(noted) >= 5
+
+
+def test_a_wait_for_a_process_that_goes_on_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "PROGRESS_SECONDS", 0.02)
+    progress = Progress()
+
+    def write() -> Written:
+        for _ in range(10):
+            time.sleep(0.05)
+            progress.note()
+        time.sleep(0.3)
+        return Written()
+
+    noted: list[float] = []
+    process = WriterProcess(write, progress=progress)
+    process.result(lambda: noted.append(time.monotonic()))
+    assert 3 <= len(noted) <= 10
+    # none while it does nothing
+    assert time.monotonic() - noted[-1] > 0.2
 
 
 def test_a_run_whose_disk_is_lost_goes_on_from_the_store(tmp_path: Path) -> None:

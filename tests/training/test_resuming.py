@@ -22,7 +22,7 @@ from megatron_vita.data.loading.ledger import Ledger
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.parallel.sharded_state import sharded_tensors
 from megatron_vita.training import optimizer, optimizer_shards, optimizer_state
-from megatron_vita.training.batches import train_batches
+from megatron_vita.training.batches import train_batches, validation_batches
 from megatron_vita.training.callbacks.watching import awaited_samples
 from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint, check_parts
@@ -370,10 +370,15 @@ def test_a_plan_is_continued_from_where_the_run_stands_or_later(
 
 
 def test_the_samples_of_a_pack_that_does_not_come_are_known(halfway: Path) -> None:
-    run = resumed(halfway)
+    run = resumed(halfway, "training.eval_interval=4")
     batches = train_batches(run)
     try:
         for number in (1, 2):
-            assert awaited_samples(run, number) == next(batches).sample_keys
+            assert awaited_samples(run, number, held_out=False) == next(batches).sample_keys
     finally:
         batches.close()
+    held_out, _ = validation_batches(run)
+    try:
+        assert awaited_samples(run, 1, held_out=True) == next(held_out).sample_keys
+    finally:
+        held_out.close()

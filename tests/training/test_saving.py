@@ -1,6 +1,7 @@
 """A save never stops a run and never costs the last good checkpoint; a damaged one is never loaded."""
 
 import errno
+import gc
 import io
 import json
 import multiprocessing
@@ -9,7 +10,7 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, open_run, open_saver, restore_newest, start_save
 from tests.functional.toy_run import make_toy_run
+from tests.training.damage import DAMAGE, TENSORS, cut, flip
 
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]
-TENSORS = "__0_0.distcp"
 
 
 @pytest.fixture(scope="module")
@@ -61,83 +62,6 @@ def folder(run: Run, tmp_path: Path) -> Iterator[Path]:
 
 def weights(run: Run) -> list[torch.Tensor]:
     return [p.detach().clone() for p in run.unwrapped_model.parameters()]
-
-
-def flip(path: Path, place: float) -> None:
-    """Change one byte at a share of a file's length."""
-    data = bytearray(path.read_bytes())
-    data[min(int(len(data) * place), len(data) - 1)] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path: Path, count: int) -> None:
-    path.write_bytes(path.read_bytes()[:-count])
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-
-
-def put_zeros(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[8192:12288] = bytes(4096)
-    path.write_bytes(data)
-
-
-def exchange_tensors(path: Path) -> None:
-    """Exchange the bytes of two tensors of the same size: each is intact, in the other's place."""
-    spans = json.loads((path.parent / "manifest.json").read_text())["files"][TENSORS]
-    lengths = [length for _, length, _ in spans]
-    data = bytearray(path.read_bytes())
-    for first in range(len(spans)):
-        for second in range(first + 1, len(spans)):
-            a, b = (slice(spans[i][0], spans[i][0] + spans[i][1]) for i in (first, second))
-            if lengths[first] == lengths[second] and data[a] != data[b]:
-                data[a], data[b] = data[b], data[a]
-                path.write_bytes(data)
-                return
-    pytest.fail("no two tensors of one size")
-
-
-def replace_by_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def take_from_step_4(path: Path) -> None:
-    shutil.copyfile(path.parent.parent / "step_00000004" / path.name, path)
-
-
-DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "tensors missing": (TENSORS, Path.unlink),
-    "tensors cut": (TENSORS, lambda path: cut(path, 1)),
-    "tensors cut in half": (TENSORS, lambda path: cut(path, path.stat().st_size // 2)),
-    "tensors empty": (TENSORS, lambda path: path.write_bytes(b"")),
-    "tensors lengthened": (TENSORS, lambda path: path.write_bytes(path.read_bytes() + b"\0")),
-    "tensors a folder": (TENSORS, replace_by_folder),
-    "first byte of tensors": (TENSORS, lambda path: flip(path, 0)),
-    "byte inside of tensors": (TENSORS, lambda path: flip(path, 0.5)),
-    "last byte of tensors": (TENSORS, lambda path: flip(path, 1)),
-    "page of zeros in tensors": (TENSORS, put_zeros),
-    "two tensors exchanged": (TENSORS, exchange_tensors),
-    "tensors of another step": (TENSORS, take_from_step_4),
-    "index missing": (".metadata", Path.unlink),
-    "index cut": (".metadata", lambda path: cut(path, 5)),
-    "byte of index": (".metadata", lambda path: flip(path, 0.3)),
-    "format missing": ("metadata.json", Path.unlink),
-    "format altered": ("metadata.json", lambda path: edit(path, "torch_dist", "torch_diss")),
-    "tokenizer altered": ("tokenizer.model", lambda path: flip(path, 0.5)),
-    "manifest missing": ("manifest.json", Path.unlink),
-    "manifest cut": ("manifest.json", lambda path: cut(path, 20)),
-    "manifest a list": ("manifest.json", lambda path: path.write_text("[]")),
-    "position altered": (
-        "manifest.json",
-        lambda path: edit(path, '"consumed_packs": 32', '"consumed_packs": 28'),
-    ),
-    "checkpoint missing": ("", shutil.rmtree),
-}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -243,6 +167,29 @@ def test_what_is_saved_in_the_background_is_the_state_at_the_start(run: Run, fol
     assert run.step == 9
     for found, wanted in zip(weights(run), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_nothing_on_the_host_is_copied_while_training_waits_for_a_save(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[int] = []
+    clone = torch.Tensor.clone
+
+    def counted(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        copied.append(tensor.numel())
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", counted)
+    monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("collects all garbage"))
+    background = open_saver(run.recipe, in_background=True)
+    run.step = 9
+    start_save(run, background)
+    monkeypatch.undo()
+    assert sum(copied) < 100
+    path = background.finish()
+    # of each tensor its own elements alone
+    size = (folder / "step_00000008" / TENSORS).stat().st_size
+    assert (path / TENSORS).stat().st_size == pytest.approx(size, rel=0.02)
 
 
 def test_a_writer_that_is_killed_costs_only_its_save(

@@ -2,10 +2,12 @@
 
 import logging
 import time
+from functools import partial
 
 import torch.distributed as dist
 
 from megatron_vita.checkpoint.mirror import Uploads
+from megatron_vita.checkpoint.saver import by_first
 from megatron_vita.checkpoint.store import latest_name
 from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.callbacks.callback import Callback
@@ -28,11 +30,16 @@ class SaveCallback(Callback):
 
     def __init__(self, run: Run, hooks: Hooks) -> None:
         self._hooks = hooks
-        self._saver = open_saver(run.recipe, in_background=run.recipe.checkpoint.async_save)
+        self._saver = open_saver(
+            run.recipe,
+            in_background=run.recipe.checkpoint.async_save,
+            on_progress=partial(run.enter, "saving"),
+        )
         self._uploads = _open_uploads(run)
         self._retry_at = 0  # step; 0: nothing to try again
         self._started = 0.0
         self._waited = 0.0  # seconds that training waited for the save under way
+        self._has_failed = False  # an error has ended the run on this rank, perhaps alone
 
     def before_step(self, run: Run) -> None:
         """Report to all ranks whether this one is still writing; begin an upload that waits."""
@@ -65,25 +72,39 @@ class SaveCallback(Callback):
             self._saver.note_scores({checkpoint.best_metric: value}, step=run.step)
 
     def on_stop(self, run: Run) -> None:
-        """Wait for the upload of what a run that was told to stop has saved."""
+        """Wait on all ranks for the upload of what a run that was told to stop has saved.
+
+        A launcher ends a job whose ranks end before others.
+        """
         self._finish_uploads(run)
 
+    def on_error(self, run: Run, error: BaseException) -> None:
+        """Note that other ranks may not come to the end of the run."""
+        self._has_failed = True
+
     def on_end(self, run: Run) -> None:
-        """Wait for the last upload; give up a save that an error has left under way.
+        """Wait on all ranks for the last upload; give up a save that an error has left under way.
 
         Raises:
-            SaveError: the last checkpoint cannot be uploaded.
+            SaveError: on all ranks, if the last checkpoint cannot be uploaded.
         """
         self._saver.abort()
-        if run.step == run.recipe.training.train_iters:
+        is_last = run.step == run.recipe.training.train_iters
+        if is_last and self._has_failed:
+            self._finish_own_uploads(run.step)
+        elif is_last:
             self._finish_uploads(run)
         if self._uploads is not None:
             self._uploads.abort()
 
     def _finish_uploads(self, run: Run) -> None:
         run.enter("saving")
+        if run.recipe.checkpoint.mirror:
+            by_first(partial(self._finish_own_uploads, run.step))
+
+    def _finish_own_uploads(self, step: int) -> None:
         if self._uploads is not None:
-            self._uploads.finish(run.step)
+            self._uploads.finish(step)
 
     def _start(self, run: Run) -> None:
         if self._saver.is_active:
@@ -160,6 +181,7 @@ def _open_uploads(run: Run) -> Uploads | None:
         checkpoint.mirror,
         retention=retention_of(run.recipe),
         retry_steps=checkpoint.retry_steps,
+        on_progress=partial(run.enter, "saving"),
     )
 
 

@@ -22,12 +22,13 @@ class ValidationCallback(Callback):
         is_last = run.step == training.train_iters
         if not is_last and (metrics.stops or run.step % training.eval_interval):
             return
-        run.enter("validation")
+        run.enter("validation", held_out=True)
         # Opened for each validation: its packs are the same ones again from the first.
         batches, count = validation_batches(run)
         try:
             result = validate(run, batches, num_microbatches=count)
         finally:
             batches.close()
+        run.enter("callbacks", held_out=False)
         self._hooks.call("on_validation", result)
         self._hooks.call("on_log", result)

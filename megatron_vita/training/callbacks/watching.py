@@ -6,7 +6,6 @@ import os
 import secrets
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from megatron_vita.config.run_files import run_folder
 from megatron_vita.errors import PlatformError
 from megatron_vita.parallel import groups
 from megatron_vita.supervise.beacon import Beacon
+from megatron_vita.training.batches import held_out_packs
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
@@ -56,7 +56,7 @@ class WatchCallback(Callback):
                 interval=min(patience / 10, MOST_SECONDS),
                 patience=patience,
                 pending=platform.pending_collectives,
-                awaited=partial(awaited_samples, run),
+                awaited=lambda number, held_out: awaited_samples(run, number, held_out=held_out),
             )
         # Such as a firewall: no reason not to train.
         except OSError as error:
@@ -112,8 +112,11 @@ class WatchCallback(Callback):
         return host, port, token
 
 
-def awaited_samples(run: Run, number: int) -> list[str]:
-    """Return the samples of this replica's pack `number` of the step, from 1."""
+def awaited_samples(run: Run, number: int, *, held_out: bool) -> list[str]:
+    """Return the samples of this replica's pack `number` of the step, or of the validation, from
+    1."""
+    if held_out and run.validation_stream is not None:
+        return run.validation_stream.keys_of(held_out_packs(run)[number - 1])
     if run.train_stream is None:
         return []
     group = groups.data_parallel_group()
