@@ -100,6 +100,17 @@ class TrainingConfig:
         "ends with exit code 75; 0: never.",
         ge=0,
     )
+    slow_rank_steps: int = described(
+        100,
+        "Steps between comparisons of the ranks' times, which name slow ones in the log; 0: none.",
+        ge=0,
+    )
+    slow_rank_factor: float = described(
+        1.5,
+        "Times as long as the median of its pipeline stage that a slow rank takes, without its "
+        "waits for others.",
+        gt=1,
+    )
     run_dir: str = described(
         "",
         "Folder of the run's recipe, environment, log and metrics.jsonl; empty: checkpoint.save.",

@@ -14,6 +14,8 @@ from megatron_vita.report.reading import RunRecord, Segment
 LAST = 20
 """Steps over which the loss at the end is a mean."""
 LISTED = 20
+_SLOW = "speed/slow_rank"
+_SLOW_PARTS = ("data", "compute", "communication")
 RESTART = "#8a8f98"
 OWN_PARTS = ("train", "validation", "speed", "data", "memory", "event", "step", "time")
 
@@ -53,6 +55,7 @@ def _sections(
     for heading, names in (("Speed", _SPEED), ("Memory", _MEMORY), ("Data", _DATA)):
         yield _section(heading, _charts(runs, names))
     yield _section("Recorded", _charts(runs, {name: name for name in _recorded(runs)}))
+    yield _slow_ranks(runs)
     yield _damage(runs)
     yield _pictures(pictures)
     yield f'<section class="left"><h2>Starts</h2>{_starts(runs)}</section>'
@@ -268,6 +271,21 @@ def _damage(runs: Sequence[RunRecord]) -> str:
     if not parts:
         return ""
     return f'<section class="left"><h2>Damaged samples</h2>{"".join(parts)}</section>'
+
+
+def _slow_ranks(runs: Sequence[RunRecord]) -> str:
+    """The ranks that were named as slow, and what their time went to."""
+    rows = []
+    for run in runs:
+        for step, rank in run.series(_SLOW)[-LISTED:]:
+            values = run.steps[step]
+            shares = [f"{values.get(f'{_SLOW}_{part}_share', 0.0):.0%}" for part in _SLOW_PARTS]
+            factor = f"{values.get(f'{_SLOW}_factor', 0.0):.2g}"
+            rows.append([escape(run.name), f"{step:,}", f"{rank:.0f}", factor, *shares])
+    if not rows:
+        return ""
+    columns = ["run", "step", "rank", "times the median", *_SLOW_PARTS]
+    return f'<section class="left"><h2>Slow ranks</h2>{table(columns, rows)}</section>'
 
 
 def _pictures(pictures: Sequence[CaptionedPicture]) -> str:

@@ -7,6 +7,7 @@ from megatron_vita.config import Recipe
 NOT_LEVERS = {
     "training": {
         "train_iters", "global_batch_size", "seed", "eval_interval", "eval_iters", "hang_seconds", "log_interval",
+        "slow_rank_steps", "slow_rank_factor",
         "callbacks", "run_dir", "wandb_project", "wandb_exp_name", "mlflow_experiment",
         "mlflow_run_name", "mlflow_tracking_uri", "tensorboard_dir", "profile_step_start",
         "profile_step_end", "profile_ranks", "profile_dir", "freeze_vision_model",

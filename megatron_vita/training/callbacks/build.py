@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch.distributed as dist
+
 from megatron_vita.config.run_files import run_folder
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.console import LogCallback
@@ -12,6 +14,7 @@ from megatron_vita.training.callbacks.mlflow import MlflowCallback
 from megatron_vita.training.callbacks.profiling import ProfileCallback
 from megatron_vita.training.callbacks.recording import RecordCallback
 from megatron_vita.training.callbacks.saving import SaveCallback
+from megatron_vita.training.callbacks.slow_ranks import SlowRankCallback
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.callbacks.validation import ValidationCallback
 from megatron_vita.training.callbacks.wandb import WandbCallback
@@ -58,6 +61,10 @@ def _parts_of_the_loop(run: Run, hooks: Hooks) -> Iterator[Callback]:
     recipe = run.recipe
     if recipe.training.hang_seconds:
         yield WatchCallback()
+    if recipe.training.slow_rank_steps and dist.get_world_size() > 1:
+        yield SlowRankCallback(
+            steps=recipe.training.slow_rank_steps, factor=recipe.training.slow_rank_factor
+        )
     yield RecordCallback(hooks)
     yield DamageCallback(run)
     if recipe.training.profile_step_start:
