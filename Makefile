@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 QUICK := tests/layout tests/config tests/costs tests/text tests/test_import_rules.py \
 	tests/training/test_training.py::test_the_newest_checkpoints_are_kept_and_latest_names_the_last
 
-.PHONY: demo quick test test-all test-gpu lint clean
+.PHONY: demo quick test test-all test-gpu lint docs clean
 
 demo: $(VENV)
 	$(RUN) -m examples.easy_vqa
@@ -35,6 +35,11 @@ lint: $(VENV)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# The manual as a site, in site/.
+docs: $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements-docs.txt
+	$(RUN) -m mkdocs build --strict
+
 # The pins of requirements.txt, and this folder itself for the command `vita`.
 $(VENV): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -43,4 +48,4 @@ $(VENV): requirements.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

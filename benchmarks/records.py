@@ -10,8 +10,7 @@ from typing import Any
 
 BASELINES = Path(__file__).parent / "baselines"
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-START = "<!-- records: written by benchmarks/records.py -->\n"
-END = "<!-- end of records -->\n"
+MARKS = ("<!-- records: written by benchmarks/records.py -->\n", "<!-- end of records -->\n")
 
 
 def training_results(folder: Path = BASELINES) -> list[dict[str, Any]]:
@@ -49,11 +48,12 @@ def _row(result: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def with_table(page: str, records: str) -> str:
-    """Replace the table between the two marks of a page."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{records}\n{END}{after}"
+def with_table(page: str, records: str, *, marks: tuple[str, str] = MARKS) -> str:
+    """Replace what is between two marks of a page."""
+    start, end = marks
+    before, _, rest = page.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n{records}\n{end}{after}"
 
 
 def main() -> None:

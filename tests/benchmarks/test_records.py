@@ -14,5 +14,6 @@ def test_the_page_shows_all_records() -> None:
 
 
 def test_a_table_is_replaced_and_the_rest_stays() -> None:
-    page = f"before\n{records.START}\nold\n{records.END}after\n"
-    assert records.with_table(page, "new") == f"before\n{records.START}\nnew\n{records.END}after\n"
+    start, end = records.MARKS
+    page = f"before\n{start}\nold\n{end}after\n"
+    assert records.with_table(page, "new") == f"before\n{start}\nnew\n{end}after\n"

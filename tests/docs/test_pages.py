@@ -1,0 +1,95 @@
+"""Pages link to files and headings that exist, name fields and options that exist, and are in the
+site's menu."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vita.config import Recipe
+from megatron_vita.config.help import describe_fields
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
+GROUPS = r"model\.(?:vision|projector|language)|parallel|data|media|text|optimizer|training|checkpoint|generation|lora"
+FIELD = re.compile(rf"`(({GROUPS})\.[a-z][\w.]*)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]+")
+NOT_OURS = {
+    "--standalone", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
+    "--max-restarts",  # torchrun
+    "--nodes", "--time", "--account", "--partition", "--requeue", "--signal",  # Slurm
+    "--gpus", "--shm-size", "--tag", "--file", "--build-arg",  # Docker
+    "--env",  # SkyPilot
+    "--no-build-isolation", "--force-reinstall", "--no-deps",  # pip
+    "--head",  # ray
+}  # fmt: skip
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings, as GitHub and mkdocs make them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        there = page
+        if target:
+            there = (page.parent / target).resolve()
+        # made while the site is built
+        if there == ROOT / "docs" / "fields.md":
+            continue
+        assert there.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor[1:] in anchors(there), f"{page.name} links to {target}{anchor}"
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_fields_that_pages_name_exist(page: Path) -> None:
+    known = {entry.strip().partition(":")[0] for entry in describe_fields(Recipe)}
+    files = {path.name for path in ROOT.glob("megatron_vita/**/*.py")}
+    for name, _ in FIELD.findall(page.read_text(encoding="utf-8")):
+        is_file = name.rpartition("/")[2] in files or name.endswith((".py", ".yaml", ".json"))
+        in_list = name.replace(".train.", ".train[].")
+        assert is_file or in_list.rstrip(".") in known or _is_module(name), f"{page.name}: {name}"
+
+
+def _is_module(name: str) -> bool:
+    """Tell whether a dotted name is a module of the package or begins with one."""
+    path = ROOT / "megatron_vita" / name.replace(".", "/")
+    return (
+        path.is_dir() or path.with_suffix(".py").exists() or path.parent.with_suffix(".py").exists()
+    )
+
+
+@functools.cache
+def words_of_code() -> set[str]:
+    """All words of the project's Python files, with dashes."""
+    folders = ("megatron_vita", "data_tools", "benchmarks", "tests", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return {
+        word for file in files for word in re.findall(r"[\w-]+", file.read_text(encoding="utf-8"))
+    }
+
+
+OURS = [page for page in sorted(ROOT.glob("docs/*.md")) if page.name != "migration.md"]
+
+
+@pytest.mark.parametrize("page", OURS, ids=lambda page: page.name)
+def test_options_that_pages_name_exist(page: Path) -> None:
+    for option in set(OPTION.findall(page.read_text(encoding="utf-8"))) - NOT_OURS:
+        # Declared as it is, or derived from the name of a field: --max-context from max_context.
+        name = option.removeprefix("--")
+        known = {option, name.replace("-", "_"), name.removeprefix("no-").replace("-", "_")}
+        assert known & words_of_code(), f"{page.name}: {option}"
+
+
+def test_every_page_is_in_the_menu_once() -> None:
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = re.findall(r"[\w-]+\.md", str(menu))
+    made = {"index.md", "fields.md"}
+    assert sorted(pages) == sorted({path.name for path in ROOT.glob("docs/*.md")} | made)
