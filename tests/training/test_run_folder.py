@@ -299,6 +299,14 @@ def test_wandb_and_mlflow_get_all_metrics_and_one_run_over_restarts(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    waited: list[bool] = []
+    log_batch = MlflowClient.log_batch
+
+    def noted(client: MlflowClient, *arguments: Any, synchronous: bool) -> Any:
+        waited.append(synchronous)
+        return log_batch(client, *arguments, synchronous=synchronous)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", noted)
     fields = [
         "data.num_workers=0", "training.eval_interval=2", "checkpoint.save_interval=2",
         f"checkpoint.save={tmp_path / 'run'}", "training.wandb_project=vita",
@@ -321,6 +329,8 @@ def test_wandb_and_mlflow_get_all_metrics_and_one_run_over_restarts(
     assert sorted(loss.step for loss in losses) == [1, 2, 3, 3, 4]
     held_out = client.get_metric_history(run.info.run_id, "validation/loss.held")
     assert [loss.step for loss in held_out] == [2, 4]
+    assert waited
+    assert not any(waited)  # no step waits for files or a server
 
 
 @pytest.mark.parametrize(

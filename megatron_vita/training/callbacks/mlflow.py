@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class MlflowCallback(Callback):
-    """Sends all scalars from rank 0; a restart goes on with the same run.
+    """Sends all scalars from rank 0 in the background; a restart goes on with the same run.
 
-    A server gets them in the background. `train/loss/SOURCE` is `train/loss.SOURCE` there: in a
-    local folder `train/loss` is a file, which can hold no others.
+    `train/loss/SOURCE` is `train/loss.SOURCE` there: in a local folder `train/loss` is a file, which
+    can hold no others.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class MlflowCallback(Callback):
             Metric(_name_there(name), value, now, metrics.step)
             for name, value in metrics.scalars().items()
         ]
-        self._pending = self._client.log_batch(self._run_id, values, synchronous=self._is_local)
+        # Also to a folder: it appends to a file for each metric, which takes milliseconds.
+        self._pending = self._client.log_batch(self._run_id, values, synchronous=False)
 
     def on_error(self, run: Run, error: BaseException) -> None:
         """Mark the run as failed."""
