@@ -152,7 +152,8 @@ def check_fields(group: Any, prefix: str = "", *, as_options: bool = False) -> N
     Raises:
         ConfigError: naming the field, its value and what would be right.
     """
-    hints = type_hints(type(group))
+    cls: type = type(group)
+    hints = type_hints(cls)
     fields = dataclasses.fields(group)
     for field in fields:
         value = getattr(group, field.name)
@@ -192,8 +193,9 @@ def _check_needed(group: Any, field: dataclasses.Field[Any], needed: str, prefix
         return
     name, _, wanted = needed.partition("=")
     actual = getattr(group, name)
+    cls: type = type(group)
     shown = value
-    if type_hints(type(group))[field.name] is str:
+    if type_hints(cls)[field.name] is str:
         shown = repr(value)
     message = f"{prefix}{field.name} is {shown}, which needs {prefix}{name}"
     if wanted:

@@ -13,7 +13,7 @@ from megatron_vita.config.fields import Bounds, Form, check_fields, described, t
 from megatron_vita.errors import ConfigError
 from megatron_vita.inference.requests import ADVISED, SamplingParams
 
-WORDS: list[tuple[dict[str, float], str]] = [
+WORDS: list[tuple[dict[str, Any], str]] = [
     ({"ge": 1}, "at least 1"),
     ({"gt": 0}, "positive"),
     ({"gt": 0, "lt": math.inf}, "positive and finite"),
@@ -46,7 +46,7 @@ class Settings:
 
 
 @pytest.mark.parametrize(("bounds", "words"), WORDS)
-def test_bounds_read_as_the_end_of_must_be(bounds: dict[str, float], words: str) -> None:
+def test_bounds_read_as_the_end_of_must_be(bounds: dict[str, Any], words: str) -> None:
     assert str(Bounds(**bounds)) == words
 
 

@@ -1,4 +1,4 @@
-"""What transformers makes of questions about texts, images and videos: prompt ids and pixels."""
+"""Prompt ids and pixels that transformers gives for questions about texts, images and videos."""
 
 import io
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Run by torchrun: logits and gradients of converted checkpoints at several layouts.
 
-Arguments: folder, JSON list of cases, JSON of {name: fields of `parallel`}.
+Arguments: folder, JSON list of [case, layout] pairs, JSON of {layout: fields of `parallel`}.
 """
 
 import json
@@ -90,13 +90,13 @@ def run_case(folder: Path, name: str, fields: dict) -> None:
 def main() -> None:
     """Arguments: see above."""
     folder = Path(sys.argv[1])
-    cases = json.loads(sys.argv[2])
+    pairs = json.loads(sys.argv[2])
     layouts = json.loads(sys.argv[3])
     platform.initialize_process()
     platform.set_up_logging(dist.get_rank())
-    for name, fields in layouts.items():
-        for case in cases:
-            run_case(folder / case, name, fields)
+    # Those with the same groups together.
+    for case, name in sorted(pairs, key=lambda pair: pair[1]):
+        run_case(folder / case, name, layouts[name])
     platform.destroy_process_group()
 
 

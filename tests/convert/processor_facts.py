@@ -1,5 +1,5 @@
-"""What transformers' AutoProcessor makes of questions to InternVL: token ids and pixels, recorded in
-`processor_facts.json`, since it needs torchvision.
+"""Token ids and pixels that transformers' AutoProcessor gives for questions to InternVL, recorded
+in `processor_facts.json`, since it needs torchvision.
 
 `python -m tests.convert.processor_facts` records them anew where torchvision is installed.
 """
@@ -31,7 +31,7 @@ _SHORT = re.compile(r"<IMG_CONTEXT x (\d+)>")
 
 
 class Seen(NamedTuple):
-    """What a model is given: the prompt's text with its special tokens, and pixels uint8 [N, n]."""
+    """Inputs of a model: the prompt's text with its special tokens, and pixels uint8 [N, n]."""
 
     text: str
     pixels: np.ndarray

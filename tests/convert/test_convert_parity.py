@@ -31,6 +31,7 @@ from tests.convert.toy_folders import (
     tower_of,
 )
 from tests.functional.launch import torchrun
+from tests.scale import scaled
 
 HERE = Path(__file__).parent
 LENGTH = 32
@@ -41,10 +42,34 @@ LAYOUTS = {
     "tp2sp": TP | {"sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
 }
-
-
+TOGETHER = LAYOUTS | {"tp2together": TP | {"vision_tensor_parallel": True}}
 MIXED = ["clip", "siglip-ragged", "internvit-large"]
-TOGETHER = TP | {"vision_tensor_parallel": True}
+# Each family at a layout, each layout with tied and untied weights, with and without a tower.
+FAMILY_PAIRS = scaled(
+    [
+        ("qwen2", "tp2"),
+        ("qwen2-tied", "pp2"),
+        ("qwen3", "tp2sp"),
+        ("llama-one-group", "tp2sp"),
+        ("llama-tied", "tp2"),
+        ("internvl-hf", "tp2"),
+        ("internvl-hf-tied", "pp2"),
+        ("internvl-hf-large", "tp2sp"),
+        ("internvl-chat", "pp2"),
+    ],
+    full=list(itertools.product(FAMILIES, LAYOUTS)),
+)
+MIXED_PAIRS = scaled(
+    [
+        ("clip", "tp2together"),
+        ("clip", "pp2"),
+        ("siglip-ragged", "tp2sp"),
+        ("siglip-ragged", "tp2together"),
+        ("internvit-large", "tp2"),
+        ("internvit-large", "tp2together"),
+    ],
+    full=list(itertools.product(MIXED, TOGETHER)),
+)
 
 
 def their_model(family: str) -> nn.Module:
@@ -101,11 +126,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_case(case, "single", {})
     for name in MIXED:
         mix(name, folder / name, language=folder / "qwen2" / "theirs")
-    cases = [*FAMILIES, *MIXED]
-    layouts = LAYOUTS | {"tp2together": TOGETHER}
-    torchrun(
-        HERE / "parity_worker.py", str(folder), json.dumps(cases), json.dumps(layouts), processes=2
-    )
+    pairs = json.dumps([*FAMILY_PAIRS, *MIXED_PAIRS])
+    torchrun(HERE / "parity_worker.py", str(folder), pairs, json.dumps(TOGETHER), processes=2)
     return folder
 
 
@@ -117,8 +139,7 @@ def mix(name: str, case: Path, *, language: Path) -> None:
     run_case(case, "single", {})
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "tp2together"])
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize(("name", "layout"), MIXED_PAIRS)
 def test_parts_put_together_are_the_same_model_at_any_layout(
     folder: Path, name: str, layout: str
 ) -> None:
@@ -140,7 +161,8 @@ def test_parts_put_together_are_the_same_model_at_any_layout(
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
-        *itertools.product(FAMILIES, ["single", *LAYOUTS]),
+        *((family, "single") for family in FAMILIES),
+        *FAMILY_PAIRS,
         *((family, "single") for family in SCALED),
     ],
 )

@@ -1,8 +1,8 @@
 """Dry runs of all recipes of examples/long_vita at their real sizes, on a few samples of real
 lengths.
 
-Argument: a folder. Writes found.json: the dry run's result and its seconds for each recipe and
-world size.
+Arguments: a folder, JSON of {size: world sizes}. Writes found.json: the dry run's result and its
+seconds for each recipe and world size.
 """
 
 import io
@@ -23,7 +23,6 @@ from megatron_vita.training.dry_report import describe
 from megatron_vita.training.dry_run import dry_run
 
 RECIPES = Path(__file__).parents[2] / "examples" / "long_vita"
-WORLDS = {"7b": [32, 256], "14b": [64, 512], "72b": [256, 512]}
 FILM_SECONDS = 4200
 
 
@@ -81,6 +80,7 @@ def open_recipe(path: Path, folder: Path, *, packs: int) -> Recipe:
 def main() -> None:
     """Plans each stage once and dry-runs it for each size of model."""
     folder = Path(sys.argv[1])
+    worlds = json.loads(sys.argv[2])
     samples = write_samples(folder / "raw")
     train_sentencepiece([samples.read_text()] * 3, folder / "words.model", vocab_size=330)
     make_shards(
@@ -98,7 +98,7 @@ def main() -> None:
         if not (Path(recipe.data.plan) / "train.arrow").exists():
             index_shards(recipe)
             list(write_plans(recipe, strict=True))
-        for world_size in WORLDS[path.parent.name]:
+        for world_size in worlds[path.parent.name]:
             start = time.perf_counter()
             report = dry_run(recipe, world_size=world_size)
             found[f"{path.parent.name} {path.stem} {world_size}"] = {

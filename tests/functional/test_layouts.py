@@ -38,7 +38,7 @@ PLAIN = [
 ]
 COVERING = covering_layouts()
 EIGHT = [layout_of("tp2sp", "cp2", "pp2", "overlapped", "full")]
-SAMPLED = random.Random(2026).sample(COVERING, 6)
+SAMPLED = random.Random(2026).sample(COVERING, 2)
 LAYOUTS = [*PLAIN, *scaled(SAMPLED, full=[*COVERING, *EIGHT])]
 LAYOUTS = [layout for layout in LAYOUTS if layout.world <= MOST_PROCESSES]
 

@@ -13,6 +13,7 @@ from megatron_vita.checkpoint.store import load_weights
 from tests.functional.launch import torchrun
 from tests.functional.layout_worker import save_tensors
 from tests.functional.output_worker import TIED, open_case, step_of_case
+from tests.scale import scaled
 
 SMOOTH: dict[str, dict] = {"output": {"label_smoothing": 0.1, "z_loss": 0.01}}
 FULL = {"full_logits": True}
@@ -32,10 +33,19 @@ LAYOUTS: dict[str, dict] = {
     "cp2": CP,
     "pp2": PP,
 }
+# Each shape over a stage or a shard, each layout with tied and untied weights.
+CHOSEN = {
+    "untied": ["cp2", "pp2"],
+    "tied": ["tp2", "pp2"],
+    "untied_97": ["tp2", "tp2_sp"],
+    "tied_97": ["tp2_sp", "cp2"],
+    "frozen": ["tp2_sp"],
+}
+ALL = {shape: list(LAYOUTS) for shape in SHAPES}
 CASES: dict[str, tuple[str, dict]] = {
-    f"{shape}_{layout}": (shape, case | {"parallel": parallel})
-    for shape, case in SHAPES.items()
-    for layout, parallel in LAYOUTS.items()
+    f"{shape}_{layout}": (shape, SHAPES[shape] | {"parallel": LAYOUTS[layout]})
+    for shape, layouts in scaled(CHOSEN, full=ALL).items()
+    for layout in layouts
 }
 CASES["full_tp2_sp"] = (
     "tied_97",

@@ -1,5 +1,6 @@
 """Videos read in parts: the same frames as by decoding everything, from far fewer."""
 
+import functools
 import io
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -38,9 +39,14 @@ FORMATS = [
 ]
 
 
+@functools.cache
+def texture(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 200, shape, dtype=np.uint8)
+
+
 def scene(picture: np.ndarray, index: int) -> None:
     """A texture that drifts, and a bright patch that jumps."""
-    noise = np.random.default_rng(7).integers(0, 200, picture.shape, dtype=np.uint8)
+    noise = texture(picture.shape)
     picture[:] = np.roll(noise, (index, 2 * index), axis=(0, 1))
     place = 7 * index % 40
     picture[place : place + 16, place : place + 16] = 250
@@ -57,25 +63,27 @@ def film(
     return clip(file_format, codec, frames=frames, gop=gop, paint=scene, **options)
 
 
-def every_frame(data: bytes) -> Iterator[tuple[float, np.ndarray]]:
-    """Time, from the first frame on, and tile of all frames of a video, decoded from its beginning
-    to its end."""
+@functools.lru_cache(maxsize=2)
+def every_frame(data: bytes) -> list[tuple[float, np.ndarray]]:
+    """Time, from the first frame on, and pixels of all frames of a video, decoded from its
+    beginning to its end."""
     with av.open(io.BytesIO(data)) as container:
         frames = [
             (frame.pts * frame.time_base, frame.to_ndarray(format="rgb24"))
             for frame in container.decode(video=0)
         ]
-    for time, pixels in frames:
-        yield (
-            float(time - frames[0][0]),
-            letterboxed(Pixels(pixels, 1), (SIZE, SIZE), mean_color("imagenet")),
-        )
+    return [(float(time - frames[0][0]), pixels) for time, pixels in frames]
+
+
+def tile_of(pixels: np.ndarray) -> np.ndarray:
+    return letterboxed(Pixels(pixels, 1), (SIZE, SIZE), mean_color("imagenet"))
 
 
 def shown_at(data: bytes, times: list[float]) -> list[np.ndarray]:
-    frames = list(every_frame(data))
+    frames = every_frame(data)
     return [
-        max((f for f in frames if f[0] <= time + 5e-4), key=lambda f: f[0])[1] for time in times
+        tile_of(max((f for f in frames if f[0] <= time + 5e-4), key=lambda f: f[0])[1])
+        for time in times
     ]
 
 
@@ -209,12 +217,12 @@ def test_frames_of_uneven_duration_are_found_by_their_time_stamps(file_format: s
     assert info.frames == 80
     assert info.duration == pytest.approx(stamps[79] / 25, abs=2)
     times = frame_times(info, max_fps=1, max_frames=99)
-    frames = list(every_frame(data))
+    frames = every_frame(data)
     assert np.allclose([time for time, _ in frames], np.array(stamps[:80]) / 25, atol=1e-3)
     found = decode_frames(data, "clip", times=times, tile_size=SIZE)
     for time, tile in zip(times, found, strict=True):
         shown = max(index for index in range(80) if stamps[index] / 25 <= time + 5e-4)
-        assert (tile == frames[shown][1]).all()
+        assert (tile == tile_of(frames[shown][1])).all()
 
 
 @pytest.mark.parametrize("file_format", ["mp4", "matroska", "mpegts"])
@@ -226,12 +234,12 @@ def test_a_video_of_twelve_hours_is_read_at_its_key_frames(
     info = probe_video(data, "long")
     assert info.duration == pytest.approx(12 * 3600, rel=0.01)
     times = frame_times(info, max_fps=1, max_frames=16)
-    frames = list(every_frame(data))
+    frames = every_frame(data)
     decoded.clear()
     found = decode_frames(data, "long", times=times, tile_size=SIZE)
     assert len(decoded) < 16 * 17
     for time, tile in zip(times, found, strict=True):
-        assert (tile == frames[int((time + 5e-4) // 30)][1]).all()
+        assert (tile == tile_of(frames[int((time + 5e-4) // 30)][1])).all()
 
 
 @pytest.fixture
