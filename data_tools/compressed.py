@@ -1,4 +1,4 @@
-"""Compressed files of samples, which no tool reads: they are refused by name, never passed over."""
+"""Compressed files of samples, which no tool reads: they are refused by name, never skipped."""
 
 from pathlib import Path
 

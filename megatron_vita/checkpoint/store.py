@@ -94,7 +94,7 @@ def latest_checkpoint(
         reason = damaged.get(path.name) or _damage_of(path)
         if not reason:
             for line in skipped:
-                logger.warning("%s: passed over: %s", folder, line)
+                logger.warning("%s: skipped: %s", folder, line)
             return path
         skipped.append(reason)
     if skipped:

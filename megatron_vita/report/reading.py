@@ -94,7 +94,7 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def _parse(lines: Iterable[bytes]) -> Iterator[Row]:
-    """The rows of whole lines; a line that a kill has torn is passed over."""
+    """Rows of the complete lines; a line that a kill has torn is skipped."""
     for line in lines:
         try:
             row = json.loads(line)

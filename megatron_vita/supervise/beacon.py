@@ -125,7 +125,7 @@ class Beacon:
         os.pwrite(self._notes, note + b"\n", 0)
 
     def close(self) -> None:
-        """Take leave of the watcher, and end the thread."""
+        """Sign off from the watcher, and end the thread."""
         self._closed.set()
         self._thread.join(self._interval + 1)
         with contextlib.suppress(OSError):

@@ -117,7 +117,7 @@ def test_mlps_are_cut_until_attention_takes_more() -> None:
 
 
 def test_pieces_of_8_bit_layers_are_equally_long() -> None:
-    """Of 104K tokens, pieces of 16K leave a rest, which 8-bit layers refuse."""
+    """104K tokens are no multiple of pieces of 16K, and 8-bit layers refuse a shorter last one."""
     chunks: dict[str, set[int]] = {}
     for name in ("none", "tensorwise"):
         recipe = recipe_of(104).replaced({"training.fp8_recipe": name})

@@ -85,7 +85,7 @@ def test_parts_of_a_film_are_neither_too_short_nor_too_long(
 def test_a_damaged_medium_is_black_and_named_and_others_are_there(readers: Recorder) -> None:
     source = decoder(readers, ("bad", IMAGE), ("a", IMAGE))
     source.begin(5, range(1, 26))
-    assert source.ready([5], patience=10) == [5]
+    assert source.ready([5], timeout=10) == [5]
     pixels, failed = source.take([(5, 1), (5, 14)])
     assert pixels[:, 0, 0, 0].tolist() == [0, 1]
     assert failed == {5: "bad: damaged"}

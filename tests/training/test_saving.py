@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_named_and_the_whole_one_before_it_is_loaded(
     resumed = restore_newest(run, ResumePoint.find(run.recipe))
     assert (run.step, run.consumed_packs) == (4, 16)
     assert resumed.checkpoint == folder / "step_00000004"
-    assert "passed over" in caplog.text
+    assert "skipped" in caplog.text
     assert f"step_00000008/{name}".rstrip("/") in caplog.text
 
 
@@ -99,7 +99,7 @@ def test_an_index_that_would_run_code_is_refused(run: Run, folder: Path, tmp_pat
 
 
 def test_an_object_that_would_run_code_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Of an object among the tensors, torch's planner would unpickle anything."""
+    """torch's planner would unpickle anything that stands for an object among the tensors."""
     reader = CheckedReader(folder / "step_00000008", {})
     taken: list[object] = []
 

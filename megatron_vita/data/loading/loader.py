@@ -140,79 +140,79 @@ class _Pool:
         self.pending: deque[_Job] = deque()
         self._stream = stream
         self._limit = sample_seconds
-        # Once for all readers and their replacements: a stream holds the names of all shards.
+        # Once for all processes and their replacements: a stream holds the names of all shards.
         self._pickled = pickle.dumps(stream, protocol=5)
         self._context = fork_server(__name__)
         self._startup_failures = 0
-        self._readers = [self._new_reader() for _ in range(num_workers)]
+        self._processes = [self._new_process() for _ in range(num_workers)]
 
-    def _new_reader(self) -> _LoaderProcess:
+    def _new_process(self) -> _LoaderProcess:
         return _LoaderProcess(self._context, self._pickled)
 
     def assign(self) -> None:
-        """Assign waiting jobs to idle readers."""
-        for reader in self._readers:
-            if reader.job is None and self.pending:
-                reader.give(self.pending.popleft())
+        """Assign waiting jobs to idle processes."""
+        for process in self._processes:
+            if process.job is None and self.pending:
+                process.give(self.pending.popleft())
 
     def serve(self) -> None:
-        """Wait for a message, an exit or a timeout of a reader, and handle it."""
+        """Wait for a message, an exit or a timeout of a process, and handle it."""
         self.assign()
-        busy = {reader.pipe: reader for reader in self._readers if reader.job is not None}
+        busy = {process.pipe: process for process in self._processes if process.job is not None}
         # An exit closes the pipe, so that waiting for messages covers it.
         ready = wait(list(busy), timeout=max(min(map(self._seconds_left, busy.values())), 0))
         for pipe in ready:
             assert isinstance(pipe, Connection)
             self._on_message(busy[pipe])
         if not ready:
-            for reader in busy.values():
-                if self._seconds_left(reader) < 0:
-                    self._on_timeout(reader)
+            for process in busy.values():
+                if self._seconds_left(process) < 0:
+                    self._on_timeout(process)
 
-    def _seconds_left(self, reader: _LoaderProcess) -> float:
-        """Seconds until a reader's timeout."""
+    def _seconds_left(self, process: _LoaderProcess) -> float:
+        """Seconds until a process's timeout."""
         limit = self._limit
-        if not reader.ready:
+        if not process.ready:
             limit = max(limit, STARTUP_SECONDS)
-        return limit - reader.progress.idle_seconds
+        return limit - process.progress.idle_seconds
 
-    def _on_message(self, reader: _LoaderProcess) -> None:
-        job = reader.job
+    def _on_message(self, process: _LoaderProcess) -> None:
+        job = process.job
         assert job is not None
         try:
-            message = receive_message(reader.pipe)
+            message = receive_message(process.pipe)
             if isinstance(message, Ready):
-                reader.ready = True
+                process.ready = True
                 return
             if isinstance(message, SentPack):
-                message.batch.tiles = torch.from_numpy(receive_array(reader.pipe, message.shape))
+                message.batch.tiles = torch.from_numpy(receive_array(process.pipe, message.shape))
                 job.result = ReadPack(message.batch, message.damages)
             else:
                 job.result = message
-            reader.job = None
+            process.job = None
             self._startup_failures = 0
         except (EOFError, OSError, RuntimeError):
-            self._on_exit(reader)
+            self._on_exit(process)
 
-    def _on_timeout(self, reader: _LoaderProcess) -> None:
-        if (document := reader.progress.document) is None:
+    def _on_timeout(self, process: _LoaderProcess) -> None:
+        if (document := process.progress.document) is None:
             self._note_startup_failure(
                 f"were silent for {self._limit:g} seconds", most=MAX_STARTUP_FAILURES
             )
         else:
-            self._mask(reader, document, f"no progress within data.sample_seconds {self._limit:g}")
-        self._replace(reader)
+            self._mask(process, document, f"no progress within data.sample_seconds {self._limit:g}")
+        self._replace(process)
 
-    def _on_exit(self, reader: _LoaderProcess) -> None:
-        job = reader.job
+    def _on_exit(self, process: _LoaderProcess) -> None:
+        job = process.job
         assert job is not None
-        code = reader.exit_code(seconds=10)
+        code = process.exit_code(seconds=10)
         at_startup = MAX_STARTUP_FAILURES
         on_sample = MAX_CRASHES_PER_SAMPLE
         if code in EXTERNAL_KILLS:
             at_startup = MAX_STARTUP_KILLS
             on_sample = MAX_KILLS_PER_SAMPLE
-        if (document := reader.progress.document) is None:
+        if (document := process.progress.document) is None:
             self._note_startup_failure(f"ended (exit code {code})", most=at_startup)
         else:
             job.crashes[document] += 1
@@ -220,12 +220,12 @@ class _Pool:
                 deaths = (
                     f"{job.crashes[document]} processes ended while they read it (exit code {code})"
                 )
-                self._mask(reader, document, deaths)
-        self._replace(reader)
+                self._mask(process, document, deaths)
+        self._replace(process)
 
     def _note_startup_failure(self, what: str, *, most: int) -> None:
-        # Another reader that works shows that processes can run here.
-        some_read = any(reader.progress.document is not None for reader in self._readers)
+        # Another process that works shows that processes can run here.
+        some_read = any(process.progress.document is not None for process in self._processes)
         if some_read:
             self._startup_failures = 0
         else:
@@ -235,20 +235,20 @@ class _Pool:
                 f"{self._startup_failures} loader processes {what} before they read anything"
             )
 
-    def _mask(self, reader: _LoaderProcess, document: int, reason: str) -> None:
-        job = reader.job
+    def _mask(self, process: _LoaderProcess, document: int, reason: str) -> None:
+        job = process.job
         assert job is not None
         job.damages.append(self._stream.damage(job.task.pack_id, document, reason))
         job.task = job.task._replace(skip=job.task.skip | {document})
 
-    def _replace(self, reader: _LoaderProcess) -> None:
-        job = reader.job
+    def _replace(self, process: _LoaderProcess) -> None:
+        job = process.job
         assert job is not None
-        reader.kill()
-        self._readers[self._readers.index(reader)] = self._new_reader()
+        process.kill()
+        self._processes[self._processes.index(process)] = self._new_process()
         # In front: packs are delivered in order, so that later ones wait for this one.
         self.pending.appendleft(job)
 
     def close(self) -> None:
-        for reader in self._readers:
-            reader.kill()
+        for process in self._processes:
+            process.kill()

@@ -132,7 +132,7 @@ class Worker:
 
     def _ready(self, step: SchedulerOutput) -> list[int]:
         """Awaited sequences whose tiles are decoded on all ranks."""
-        here = self.features.decoder.ready(step.awaiting_tiles, patience=step.tile_wait_seconds)
+        here = self.features.decoder.ready(step.awaiting_tiles, timeout=step.tile_wait_seconds)
         flags = torch.tensor(
             [sequence in here for sequence in step.awaiting_tiles], dtype=torch.uint8
         )

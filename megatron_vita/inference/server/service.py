@@ -174,9 +174,9 @@ class EngineService:
     def _take_commands(self) -> None:
         """Run queued commands for a bounded time; an idle engine waits for the next one."""
         idle_at = self._used + IDLE_SECONDS
-        patience = 0.0 if self.engine.has_work else max(idle_at - time.monotonic(), 0.0)
+        timeout = 0.0 if self.engine.has_work else max(idle_at - time.monotonic(), 0.0)
         try:
-            command = self._commands.get(timeout=patience)
+            command = self._commands.get(timeout=timeout)
         except queue.Empty:
             return
         command()

@@ -106,10 +106,10 @@ class TileDecoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.readers.close()
 
-    def ready(self, sequences: Sequence[int], *, patience: float = 0.0) -> list[int]:
-        """Sequences whose submitted tiles have all finished or failed; waits up to `patience`
+    def ready(self, sequences: Sequence[int], *, timeout: float = 0.0) -> list[int]:
+        """Sequences whose submitted tiles have all finished or failed; waits up to `timeout`
         seconds for the first."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while True:
             open_runs = {sequence: self._open_runs(sequence) for sequence in sequences}
             found = [sequence for sequence, runs in open_runs.items() if not runs]
