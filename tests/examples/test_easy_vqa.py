@@ -44,11 +44,17 @@ def test_a_caption_says_what_questions_and_answers_tell_and_nothing_else(
     assert caption(Question(text, answer, 0) for text, answer in facts) == said
 
 
-def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> None:
-    prepare(tmp_path)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder)
+    return folder
+
+
+def test_training_data_is_the_published_training_split_alone(prepared: Path) -> None:
     rows = [
         json.loads(line)
-        for path in tmp_path.glob("*.jsonl")
+        for path in prepared.glob("*.jsonl")
         for line in path.read_text().splitlines()
     ]
     questions = [row for row in rows if "\n" in row["messages"][0]["content"]]
@@ -56,17 +62,18 @@ def test_training_data_is_the_published_training_split_alone(tmp_path: Path) -> 
     assert all(row["images"][0].startswith("train/images/") for row in rows)
     train, held_out = (
         {json.loads(line)["images"][0] for kind in ("captions", *DATASETS)
-         for line in (tmp_path / f"{kind}-{split}.jsonl").read_text().splitlines()}
+         for line in (prepared / f"{kind}-{split}.jsonl").read_text().splitlines()}
         for split in ("train", "validation")
     )  # fmt: skip
     assert len(held_out) == 100
     assert not train & held_out
 
 
-def test_prepared_samples_are_what_shards_are_made_of(tmp_path: Path) -> None:
-    prepare(tmp_path)
-    for path in tmp_path.glob("*.jsonl"):
-        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+def test_prepared_samples_are_what_shards_are_made_of(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "media").symlink_to((prepared / "media").resolve())
+    for path in prepared.glob("*.jsonl"):
+        first = path.read_text().splitlines(keepends=True)[:3]
+        (tmp_path / path.name).write_text("".join(first))
     recipe = (ROOT / "examples" / "easy_vqa" / "stage2.yaml").read_text()
     (tmp_path / "stage2.yaml").write_text(
         recipe.replace("runs/demo/jsonl", str(tmp_path)).replace("runs/demo", str(tmp_path))
