@@ -89,7 +89,9 @@ def upright(data: bytes) -> Image.Image:
 
 def cells(image: Image.Image, thumbnail: Image.Image) -> np.ndarray:
     """The thumbnail and the cells of the grid that suits the image."""
-    cols, rows = GRID if image.width > image.height else GRID[::-1]
+    cols, rows = GRID
+    if image.width <= image.height:
+        rows, cols = GRID
     canvas = np.asarray(image.resize((cols * SIDE, rows * SIDE), Image.Resampling.BICUBIC))
     parts = (
         canvas.reshape(rows, SIDE, cols, SIDE, 3)

@@ -55,7 +55,9 @@ class Encoder:
             tiles += frames
             media.append(self._wrapped("vid") * len(frames))
         ids, labels = self._text(record, iter(media))
-        stacked = np.stack(tiles) if tiles else np.zeros((0, 3, SIDE, SIDE), np.uint8)
+        stacked = np.zeros((0, 3, SIDE, SIDE), np.uint8)
+        if tiles:
+            stacked = np.stack(tiles)
         return {"key": sample["__key__"], "ids": ids, "labels": labels, "tiles": stacked}
 
     def _text(self, record: Sample, media: Iterator[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +70,10 @@ class Encoder:
             for i, part in enumerate(
                 message["content"].replace("<video>", "<image>").split("<image>")
             ):
-                words += (next(media) if i else []) + self._encode(part)
+                # A placeholder stands between two parts.
+                if i > 0:
+                    words += next(media)
+                words += self._encode(part)
             words += [self._id("<|im_end|>"), *self._encode("\n")]
             ids += opening + words
             loss += [False] * len(opening) + [scored] * len(words)
@@ -180,7 +185,10 @@ def summaries(pack: Sample) -> Sample:
     for key, length, count in zip(pack["keys"], pack["lengths"], pack["counts"], strict=True):
         tiles = pack["tiles"][first : first + min(count, 2), :, 120:330, 8:440].double()
         sums = (int(pack[name][start : start + length].sum()) for name in ("ids", "labels"))
-        facts[key] = [*sums, count, float(tiles.mean()) if count else 0.0]
+        mean = 0.0
+        if count:
+            mean = float(tiles.mean())
+        facts[key] = [*sums, count, mean]
         start = start + length
         first = first + count
     return facts

@@ -74,7 +74,10 @@ def write_shard(
 def _sample(kind: str, number: int, noise: np.random.Generator) -> dict:
     # logarithms of median token counts
     words = {"text": 5.3, "math": 5.6, "long": 9.2}.get(kind, 4.8)
-    answer = int(np.exp(noise.normal(words, 0.8 if kind != "long" else 1.0))) + 4
+    spread = 0.8
+    if kind == "long":
+        spread = 1.0
+    answer = int(np.exp(noise.normal(words, spread))) + 4
     images = {"caption": 1, "document": 1, "images": int(noise.integers(2, 7))}.get(kind, 0)
     films = int(kind == "film")
     sizes = SIDES[noise.integers(0, len(SIDES) - (kind != "document"), images)]
@@ -84,7 +87,9 @@ def _sample(kind: str, number: int, noise: np.random.Generator) -> dict:
         *[(Kind.VIDEO, 0)] * films,
         (Kind.LOSS, answer),
     ]
-    duration = float(np.clip(np.exp(noise.normal(4.2, 1.0)), 5, 7200)) if films else 0.0
+    duration = 0.0
+    if films:
+        duration = float(np.clip(np.exp(noise.normal(4.2, 1.0)), 5, 7200))
     return {
         "key": f"{number:08d}", "is_text": False, "record": "",
         "piece_kinds": [int(k) for k, _ in pieces], "piece_tokens": [tokens for _, tokens in pieces],

@@ -127,7 +127,9 @@ def measure(run: Run) -> str:
     count = sum(p.numel() for p in run.unwrapped_model.parameters())
     host, device = (max(each) / count for each in zip(*peaks, strict=True))
     estimate = saving_memory(run.recipe, 0, data_parallel=ranks) / count
-    kind = "distributed" if run.recipe.parallel.use_distributed_optimizer else "replicated"
+    kind = "replicated"
+    if run.recipe.parallel.use_distributed_optimizer:
+        kind = "distributed"
     buckets = sum(len(buffer.buckets) for chunk in run.chunks for buffer in chunk.buffers)
     numbers = (
         f"{host:.1f} | {estimate:.1f} | {device:.1f} | {seconds:.1f} | {waited:.2f} | {done:.1f}"

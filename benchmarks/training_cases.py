@@ -106,19 +106,28 @@ class Case:
         """The given name, or one of all that sets the case apart, fit for a file."""
         if self.case:
             return self.case
-        layers = f"{self.layers}-layers" if self.layers else ""
-        packs = f"{self.packs}-packs" if self.packs > 1 else ""
-        tiles = f"{self.tiles}-tiles" if self.tiles else ""
-        length = f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else str(self.tokens)
-        documents = f"{self.documents}-documents"
-        parts = [self.model, layers, length, documents, tiles, packs, self.layout]
-        parts += [self.peer or self.backend, *(lever.split(".")[-1] for lever in self.levers)]
+        length = str(self.tokens)
+        if self.tokens % 1024 == 0:
+            length = f"{self.tokens // 1024}k"
+        parts = [self.model]
+        if self.layers:
+            parts.append(f"{self.layers}-layers")
+        parts += [length, f"{self.documents}-documents"]
+        if self.tiles:
+            parts.append(f"{self.tiles}-tiles")
+        if self.packs > 1:
+            parts.append(f"{self.packs}-packs")
+        parts += [self.layout, self.peer or self.backend]
+        parts += [lever.split(".")[-1] for lever in self.levers]
+        # Names of layouts and levers hold signs that not all file systems take.
         return re.sub(r"[^\w.+-]+", "-", "-".join(part for part in parts if part)).strip("-")
 
     def recipe(self) -> Recipe:
         """The recipe, with the levers last."""
         model = MODELS[self.model]
-        language = model["language"] | ({"num_layers": self.layers} if self.layers else {})
+        language = dict(model["language"])
+        if self.layers:
+            language["num_layers"] = self.layers
         tree: dict[str, Any] = {
             "model": model | {"language": language},
             "data": {

@@ -66,7 +66,9 @@ def _start(cases: list[Case], out: Path, *, timeout: float) -> int | None:
     too long."""
     options = out / "cases.options"
     options.write_text(json.dumps([asdict(case) for case in cases]))
-    worker = "training_peer.py" if cases[0].peer else "training_worker.py"
+    worker = "training_worker.py"
+    if cases[0].peer:
+        worker = "training_peer.py"
     command = [*launcher(cases[0].gpus), str(HERE / worker), str(options), str(out)]
     try:
         return _run(

@@ -110,6 +110,9 @@ def describe(case: Case, content: PackContent) -> dict[str, Any]:
     flops = pack_flops(
         case.recipe(), content.lengths, tiles=content.tiles, loss_tokens=content.rows
     )
+    model = case.model
+    if case.layers:
+        model = f"{model}, {case.layers} layers"
     return {
         "case": case.name,
         "device": torch.cuda.get_device_name() if platform.on_cuda() else "CPU",
@@ -119,7 +122,7 @@ def describe(case: Case, content: PackContent) -> dict[str, Any]:
         "packs": packs,
         "tiles": content.tiles,
         "scored_rows": content.rows,
-        "model": case.model + (f", {case.layers} layers" if case.layers else ""),
+        "model": model,
         "layout": case.layout,
         "backend": case.peer or case.backend,
         "levers": case.levers,

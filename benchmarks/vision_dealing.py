@@ -181,7 +181,9 @@ def measure(parallel: dict, *, duplicated: bool, tiny: bool) -> dict[str, float]
     watch_vision(run.unwrapped_model, clock)
     if duplicated:
         duplicate_vision(run.unwrapped_model, pack)
-    batch = pack if duplicated else dealt_to_this_rank(pack)
+    batch = pack
+    if not duplicated:
+        batch = dealt_to_this_rank(pack)
     steps = []
     with watched_exchange(clock, sent):
         for _ in range(WARM_UP + STEPS):
@@ -264,8 +266,14 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     chosen = layouts(dist.get_world_size())
     for i, (name, parallel) in enumerate(chosen.items()):
-        for duplicated in (False, True) if i < 2 else (False,):
-            key = f"{name}, duplicated" if duplicated else name
+        # Duplicated towers are measured at the first two layouts alone.
+        kinds = [False]
+        if i < 2:
+            kinds.append(True)
+        for duplicated in kinds:
+            key = name
+            if duplicated:
+                key = f"{name}, duplicated"
             results[key] = measure(parallel, duplicated=duplicated, tiny=arguments.scale == "tiny")
             gc.collect()
             torch.cuda.empty_cache()
