@@ -1,5 +1,6 @@
 """The peer of the training benchmark: transformers' InternVL of the same shape with FSDP2, activation
-checkpointing and AdamW in fp32, and Liger's kernels where they are installed.
+checkpointing and AdamW in fp32, and Liger's kernels where they are installed; for a recipe with
+adapters, PEFT's on one GPU.
 
 Started by training.py for cases with `peer: transformers`; a pack of one document on each GPU.
 """
@@ -20,7 +21,7 @@ from transformers.models.internvl import InternVLVisionConfig
 from transformers.models.qwen2 import Qwen2Config
 
 from megatron_vita import platform
-from megatron_vita.config import LanguageConfig, Recipe, VisionConfig
+from megatron_vita.config import LanguageConfig, Recipe, VisionConfig, adapted_maps
 
 IMAGE_TOKEN = 7
 IMAGE_SHARE = 0.6
@@ -78,12 +79,40 @@ def build(recipe: Recipe) -> nn.Module:
         model = InternVLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
+    if recipe.lora.rank:
+        return with_adapters(model, recipe)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(platform.device().type, (dist.get_world_size(),))
     layers = [*model.model.vision_tower.encoder.layer, *model.model.language_model.layers]
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
+
+
+def with_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model with PEFT's adapters in its language model, unsharded, in the type of the recipe."""
+    # Imported here: only this comparison needs it.
+    from peft import LoraConfig, get_peft_model
+
+    adapted = adapted_maps(recipe.model, recipe.lora)
+    pieces = [each.linear.pieces[i].name for each in adapted for i in each.chosen]
+    names = sorted({name.rpartition(".")[2] for name in pieces})
+    config = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=int(recipe.lora.alpha),
+        target_modules=rf".*language_model\..*\.({'|'.join(names)})",
+    )
+    whole = get_peft_model(model.to(type_of(recipe)), config, autocast_adapter_dtype=False)
+    if not recipe.training.freeze_projector:
+        for name, parameter in whole.named_parameters():
+            if "multi_modal_projector" in name:
+                parameter.requires_grad_()
+    return whole
+
+
+def type_of(recipe: Recipe) -> torch.dtype:
+    """Type of weights and activations."""
+    return torch.bfloat16 if recipe.training.bf16 else torch.float32
 
 
 def make_inputs(recipe: Recipe) -> dict[str, Tensor]:
@@ -116,13 +145,16 @@ def measure(case: Case, out: Path) -> dict[str, Any]:
     content = PackContent([case.tokens], len(inputs["pixel_values"]), rows)
     measurement = Measurement(case, out, content, liger=liger, estimated_gib=None)
     model = build(recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=platform.on_cuda())
+    if recipe.lora.rank:  # no FSDP casts them
+        inputs["pixel_values"] = inputs["pixel_values"].to(type_of(recipe))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=platform.on_cuda())
     measurement.note_static_memory()
 
     def step() -> StepResult:
         loss = model(**inputs).loss
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return StepResult(loss.item(), _whole(norm))

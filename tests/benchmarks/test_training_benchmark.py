@@ -74,6 +74,24 @@ def test_the_peer_is_measured_by_the_same_keys(result: dict, tmp_path: Path) -> 
     assert found["loss"] == pytest.approx(math.log(512), rel=0.1)
 
 
+ADAPTERS = [
+    "lora.rank=4",
+    "training.freeze_language_model=true",
+    "training.freeze_vision_model=true",
+]
+
+
+def test_adapters_are_measured_here_and_in_the_peer(tmp_path: Path) -> None:
+    import training_peer
+
+    few = TINY | {"documents": 1, "warm_up": 0, "steps": 1, "levers": ADAPTERS, "profile": False}
+    ours = training_worker.measure(Case(**few), tmp_path / "ours.json")
+    theirs = training_peer.measure(Case(**few, peer="transformers"), tmp_path / "peer.json")
+    for found in (ours, theirs):
+        assert found["status"] == "complete"
+        assert found["loss"] == pytest.approx(math.log(512), rel=0.1)
+
+
 def test_a_profile_counts_milliseconds_by_kind(result: dict) -> None:
     spent = result["profile"]["milliseconds"]
     assert {"matmul", "attention", "elementwise"} <= spent.keys()
