@@ -34,7 +34,11 @@ def members_of_groups() -> dict[str, list[int]]:
     The record's own list has them for NCCL alone: gloo's groups are all listed under one name.
     """
     names = _world.pg_names
-    return {names[group]: sorted(ranks) for group, ranks in _world.pg_group_ranks.items()}
+    return {
+        names[group]: sorted(ranks)
+        for group, ranks in _world.pg_group_ranks.items()
+        if group in names  # not the mark for groups that this rank is no member of
+    }
 
 
 def merge_traces(

@@ -2,8 +2,10 @@
 
 import pickle
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 from megatron_vita import platform
 from megatron_vita.platform.flight_recorder import members_of_groups, merge_traces, parse_trace
@@ -36,6 +38,14 @@ def test_records_of_nccl_and_of_other_groups_are_one_list_by_time() -> None:
     assert [pending["name"] for pending in merged] == [
         "gloo:all_reduce", "nccl:all_reduce", "gloo:gather",
     ]  # fmt: skip
+
+
+def test_groups_without_this_rank_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform.initialize_process()
+    # What torch notes of a group on the ranks that are not in it.
+    monkeypatch.setitem(_world.pg_group_ranks, dist.GroupMember.NON_GROUP_MEMBER, {1: 0})
+    assert [0] in members_of_groups().values()
+    assert platform.pending_collectives() == []
 
 
 def test_torch_records_what_is_read_here() -> None:
