@@ -10,7 +10,7 @@ export OMP_NUM_THREADS := 1
 QUICK := tests/layout tests/config tests/costs tests/text tests/test_import_rules.py \
 	tests/training/test_training.py::test_the_newest_checkpoints_are_kept_and_latest_names_the_last
 
-.PHONY: demo quick test test-all test-gpu lint docs clean
+.PHONY: demo quick test test-all test-gpu faults lint docs clean
 
 demo: $(VENV)
 	$(RUN) -m examples.easy_vqa
@@ -29,6 +29,11 @@ test-all: lint
 # On a machine with GPUs and Transformer Engine (requirements-gpu.txt); RUN=python3 takes the python that has them.
 test-gpu:
 	$(RUN) -m pytest -q -rs tests/gpu tests/functional tests/examples/test_long_vita.py
+
+# Faults that a run must survive, a row for each kind; COUNT=1 tries each once.
+COUNT ?= 10
+faults: $(VENV)
+	$(RUN) -m tests.faults --count $(COUNT) $(if $(OUT),--out $(OUT))
 
 lint: $(VENV)
 	$(RUN) -m ruff check .

@@ -33,7 +33,7 @@ def complete_cases() -> list[dict[str, Any]]:
     return [
         result
         for result in results
-        if result["status"] == "complete"
+        if result.get("status") == "complete"  # other files hold other measurements
         and not result["options"].get("peer")
         and find_device(result["device"])
     ]
