@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from multiprocessing import util
+from multiprocessing import forkserver, util
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,9 @@ def _start_rank(job: dict[str, Any], rank: int) -> int:
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     os.environ |= {"TORCHELASTIC_RUN_ID": "fork_server"}
     warnings.simplefilter("ignore")
+    # Now, while the rank has no threads and `_spawn` can fork: loader processes come from this
+    # server, and one that is started anew imports torch first, as each of them does then.
+    forkserver.ensure_running()
     os._exit(_run_program(job["arguments"]))
 
 

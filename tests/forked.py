@@ -20,10 +20,6 @@ PRELOADED = (
     "megatron_vita.inference.engine.engine",
     "megatron_vita.inference.server.server",
     "megatron_vita.training.loop",
-    # What a first step and a first checkpoint import.
-    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
-    "numpy.random",
-    "torch._dynamo",
     "webdataset",
 )
 
