@@ -7,6 +7,7 @@ torchrun kills ranks 30 seconds after Ctrl-C or SIGTERM; here they may finish th
 """
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -80,6 +81,9 @@ def main(arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
     signals = SignalForwarder()
     signals.install(options)
+    if ":" in str(options.nnodes):
+        # A store of the agents is named once, and would be gone with the first rank's machine.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="vita_launch_") as folder:
         options.log_dir = options.log_dir or folder
         try:

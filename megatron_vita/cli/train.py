@@ -82,6 +82,11 @@ def _train(recipe: Recipe) -> None:
     note_checkpoints(recipe.checkpoint.save)
     from megatron_vita import platform  # imports torch: after the recipe has been checked
     from megatron_vita.training.loop import train
+    from megatron_vita.training.spares import announce_done, take_part
 
+    if "RANK" in os.environ and not take_part(recipe):
+        return
     train(recipe)
+    if recipe.parallel.elastic and "RANK" in os.environ:
+        announce_done()
     platform.destroy_process_group()

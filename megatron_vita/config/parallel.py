@@ -61,6 +61,11 @@ class ParallelConfig:
     use_distributed_optimizer: bool = described(
         True, "Shard optimizer state over data-parallel ranks."
     )
+    elastic: bool = described(
+        False,
+        "Train on as many of the ranks as make whole replicas that divide the global batch, and "
+        "let the others wait; for torchrun --nnodes MIN:MAX, where ranks come and go.",
+    )
     attention_backend: AttentionBackendName = described(
         "auto",
         "torch, te (Transformer Engine), fa4 (its layers with FlashAttention-4, Hopper or "

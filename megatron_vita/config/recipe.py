@@ -17,6 +17,7 @@ from megatron_vita.config.optimizer import OptimizerConfig
 from megatron_vita.config.parallel import ParallelConfig
 from megatron_vita.config.text import TextConfig
 from megatron_vita.config.training import TrainingConfig
+from megatron_vita.errors import ConfigError
 from megatron_vita.rounding import ceil_div
 
 FORMAT_VERSION = 1
@@ -365,6 +366,26 @@ class Recipe:
             self.parallel.use_distributed_optimizer,
             "optimizer.use_precision_aware_optimizer needs parallel.use_distributed_optimizer",
         )
+
+    def ranks_in_use(self, available: int) -> int:
+        """Number of the `available` ranks that train: all, or with `parallel.elastic` the most that
+        make whole replicas that divide the global batch.
+
+        Raises:
+            ConfigError: with `parallel.elastic`, they do not make one replica.
+        """
+        if not self.parallel.elastic:
+            return available
+        replica = self.parallel.replica_size
+        for data_parallel in range(available // replica, 0, -1):
+            try:
+                self.data_parallel_size(data_parallel * replica)
+            except ConfigError:
+                continue
+            return data_parallel * replica
+        # Says what is wrong with the least.
+        self.data_parallel_size(min(available, replica))
+        raise AssertionError("unreachable")
 
     def data_parallel_size(self, world_size: int) -> int:
         """Number of data-parallel replicas in a world of `world_size` ranks.

@@ -548,3 +548,22 @@ def test_a_served_layout_need_not_divide_packs_but_weights() -> None:
     assert Recipe().with_layout(parallel).parallel.context_parallel_size == 3
     with pytest.raises(ConfigError, match="num_attention_heads 40 is not a multiple of"):
         Recipe().with_layout(ParallelConfig(tensor_model_parallel_size=3))
+
+
+@pytest.mark.parametrize(
+    ("available", "used"),
+    [(8, 8), (7, 4), (6, 4), (4, 4), (3, 2), (2, 2)],
+)
+def test_an_elastic_job_uses_whole_replicas_that_divide_the_batch(
+    available: int, used: int
+) -> None:
+    fields = {"parallel.tensor_model_parallel_size": 2, "training.global_batch_size": 8}
+    recipe = Recipe().replaced(fields)
+    assert recipe.ranks_in_use(available) == available
+    assert recipe.replaced({"parallel.elastic": True}).ranks_in_use(available) == used
+
+
+def test_an_elastic_job_of_less_than_a_replica_is_refused() -> None:
+    fields = {"parallel.tensor_model_parallel_size": 4, "parallel.elastic": True}
+    with pytest.raises(ConfigError, match="3 ranks are not a multiple of 4"):
+        Recipe().replaced(fields).ranks_in_use(3)

@@ -20,6 +20,7 @@ from tests.faults.damage import damage_checkpoints
 from tests.faults.hangs import hang_jobs
 from tests.faults.kills import kill_runs
 from tests.faults.layouts import change_layouts
+from tests.faults.nodes import lose_nodes
 from tests.faults.rows import Row, as_table, write_rows
 
 GROUPS: dict[str, Callable[[int, Path], list[Row]]] = {
@@ -27,6 +28,7 @@ GROUPS: dict[str, Callable[[int, Path], list[Row]]] = {
     "hangs": hang_jobs,
     "kills": kill_runs,
     "layouts": change_layouts,
+    "nodes": lose_nodes,
 }
 
 
