@@ -82,7 +82,7 @@ def merged_engine(folder: Path) -> Engine:
     for adapted in opened.adapted:
         weight = linears[adapted.linear.name].get_parameter("weight")
         update = update_of(adapted, *opened.read(adapted))
-        weight += opened.recipe.lora.scale * update.view(weight.shape)
+        weight.add_(opened.recipe.lora.scale * update.view(weight.shape))
     return engine
 
 

@@ -1,6 +1,7 @@
 """Pending collectives are read from torch's record with their shapes and the ranks of their group."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def test_records_of_nccl_and_of_other_groups_are_one_list_by_time() -> None:
 def test_groups_without_this_rank_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     platform.initialize_process()
     # What torch notes of a group on the ranks that are not in it.
-    monkeypatch.setitem(_world.pg_group_ranks, dist.GroupMember.NON_GROUP_MEMBER, {1: 0})
+    ranks_of_groups: dict[Any, Any] = _world.pg_group_ranks
+    monkeypatch.setitem(ranks_of_groups, dist.GroupMember.NON_GROUP_MEMBER, {1: 0})
     assert [0] in members_of_groups().values()
     assert platform.pending_collectives() == []
 

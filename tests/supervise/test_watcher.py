@@ -168,7 +168,7 @@ def test_a_job_does_not_hang_while_one_rank_goes_on() -> None:
         watcher._links[rank] = _Link(
             view=view,
             files={},
-            writer=None,  # type: ignore[arg-type]
+            writer=None,
             heard=now,
             answers=asyncio.Queue(),
         )

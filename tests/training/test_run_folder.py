@@ -302,9 +302,9 @@ def test_wandb_and_mlflow_get_all_metrics_and_one_run_over_restarts(
     waited: list[bool] = []
     log_batch = MlflowClient.log_batch
 
-    def noted(client: MlflowClient, *arguments: Any, synchronous: bool) -> Any:
-        waited.append(synchronous)
-        return log_batch(client, *arguments, synchronous=synchronous)
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        waited.append(keywords["synchronous"])
+        return log_batch(*arguments, **keywords)
 
     monkeypatch.setattr(MlflowClient, "log_batch", noted)
     fields = [
