@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
 
@@ -55,10 +56,13 @@ class FaultyStore:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_MAX_ATTEMPTS": "1",
         }
+        # fsspec keeps its clients, with the address of an earlier server.
+        S3FileSystem.clear_instance_cache()
         with pytest.MonkeyPatch.context() as patch:
             for name, value in settings.items():
                 patch.setenv(name, value)
             yield
+        S3FileSystem.clear_instance_cache()
 
     def _cut(self, body: Iterable[bytes]) -> Iterator[bytes]:
         """Half of a body, then the end of the connection."""
