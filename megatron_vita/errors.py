@@ -42,6 +42,10 @@ class SaveError(CheckpointError):
     """A checkpoint cannot be written, for a reason that may pass, such as a full disk."""
 
 
+class ClaimedError(CheckpointError):
+    """A later job has taken over the folder that a job saves to."""
+
+
 class StoppedError(VitaError):
     """A run was stopped by a signal before its last step."""
 

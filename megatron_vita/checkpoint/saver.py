@@ -17,12 +17,13 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 
 from megatron_vita import platform
+from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.manifest import Span, spans_of_small_files, write_manifest
 from megatron_vita.checkpoint.retention import Retention, name_of, note_scores, remove
 from megatron_vita.checkpoint.space import HALVES, bytes_in, check_space, describe_lack, free_bytes
 from megatron_vita.checkpoint.tokenizer_copy import copy_tokenizer
 from megatron_vita.checkpoint.writing import PlannedSave, Progress, Share, WriterProcess, Written
-from megatron_vita.errors import CheckpointError, SaveError
+from megatron_vita.errors import CheckpointError, ClaimedError, SaveError
 from megatron_vita.files import atomic_write, publish, sync
 from megatron_vita.parallel import groups
 from megatron_vita.platform.saving import planning_without_copies, use_local_results_queue
@@ -42,6 +43,7 @@ class Saver:
         tokenizer: path of a tokenizer to copy into each checkpoint; empty for none.
         size: estimated bytes of the tensors of all ranks; 0 if unknown.
         in_background: write in a process beside each rank.
+        claim: the job's claim to the folder, which is checked before anything is changed there.
         on_progress: called while this rank waits for writing that goes on.
     """
 
@@ -53,6 +55,7 @@ class Saver:
         tokenizer: str = "",
         size: int = 0,
         in_background: bool = False,
+        claim: Claim | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
@@ -60,6 +63,7 @@ class Saver:
         self._tokenizer = tokenizer
         self._size = size
         self._in_background = in_background
+        self._claim = claim
         self._on_progress = on_progress
         self._save: _Save | None = None
         self._scores: dict[int, dict[str, float]] = {}  # by step
@@ -85,10 +89,11 @@ class Saver:
 
         Raises:
             SaveError: on all ranks, if nothing can be written there.
+            ClaimedError: on all ranks, if a later job saves there.
         """
         assert self._save is None, "the save before it is finished first"
         temporary = self.folder / f".{name_of(step)}.incomplete"
-        by_first(lambda: _begin(temporary, size=self._size))
+        by_first(lambda: self._begin(temporary))
         share = _plan(state, temporary)
         self._save = _Save(step=step, temporary=temporary, share=share, manifest=manifest)
         if self._in_background:
@@ -105,6 +110,7 @@ class Saver:
 
         Raises:
             SaveError: on all ranks, if it cannot be written; the next save removes what is left of it.
+            ClaimedError: on all ranks, if a later job saves there.
         """
         save = self._save
         assert save is not None, "no save was started"
@@ -136,8 +142,22 @@ class Saver:
             self._save.process.close()
         self._save = None
 
+    def _begin(self, temporary: Path) -> None:
+        """On the first rank: create the folder to write to, after removing what a killed job left
+        behind."""
+        self._check_claim()
+        for left_behind in self.folder.glob(HALVES):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        check_space(self.folder, size=self._size)
+        temporary.mkdir(parents=True)
+
+    def _check_claim(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
+
     def _publish(self, save: "_Save", written: list[Written]) -> None:
         """On the first rank: complete the checkpoint, make it the latest, and delete old ones."""
+        self._check_claim()
         reason = next((part.error for part in written if part.error), "")
         try:
             if not reason:
@@ -203,24 +223,18 @@ def by_first(action: Callable[[], None]) -> None:
 
     Raises:
         SaveError: on all ranks, if it fails with an OSError or a CheckpointError.
+        ClaimedError: on all ranks, if it fails with one.
     """
     problem = ""
     if dist.get_rank() == 0:
         try:
             action()
         except (OSError, CheckpointError) as error:
-            problem = str(error) or type(error).__name__
+            kind = ClaimedError if isinstance(error, ClaimedError) else SaveError
+            problem = f"{kind.__name__}: {str(error) or type(error).__name__}"
     if problem := platform.share_from_first(problem):
-        raise SaveError(problem)
-
-
-def _begin(temporary: Path, *, size: int) -> None:
-    """Create the folder to write to, after removing what a killed job left behind."""
-    folder = temporary.parent
-    for left_behind in folder.glob(HALVES):
-        shutil.rmtree(left_behind, ignore_errors=True)
-    check_space(folder, size=size)
-    temporary.mkdir(parents=True)
+        kind_name, _, text = problem.partition(": ")
+        raise {kind.__name__: kind for kind in (ClaimedError, SaveError)}[kind_name](text)
 
 
 def _plan(state: dict[str, Any], temporary: Path) -> Share:

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import base, shared_folder, store
+from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.mirror import Mirror
 from megatron_vita.checkpoint.retention import Retention, is_saved
 from megatron_vita.checkpoint.saver import Saver, by_first
@@ -287,7 +288,11 @@ def assemble_run(recipe: Recipe) -> Run:
 
 
 def open_saver(
-    recipe: Recipe, *, in_background: bool, on_progress: Callable[[], None] = lambda: None
+    recipe: Recipe,
+    *,
+    in_background: bool,
+    claim: Claim | None = None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Saver:
     """Return the saver of a recipe's runs."""
     return Saver(
@@ -296,6 +301,7 @@ def open_saver(
         tokenizer=recipe.text.tokenizer,
         size=checkpoint_bytes(recipe),
         in_background=in_background,
+        claim=claim,
         on_progress=on_progress,
     )
 

@@ -22,12 +22,15 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from megatron_vita import platform
 from megatron_vita.checkpoint import saver, store
+from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.reading import CheckedReader
 from megatron_vita.checkpoint.retention import Retention, note_scores
 from megatron_vita.checkpoint.writing import Share, WriterProcess, Written
 from megatron_vita.config import load_recipe
-from megatron_vita.errors import CheckpointError, ConfigError, SaveError
+from megatron_vita.errors import CheckpointError, ClaimedError, ConfigError, SaveError
+from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
+from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, open_run, open_saver, restore_newest, start_save
 from tests.functional.toy_run import make_toy_run
@@ -229,7 +232,7 @@ def test_a_run_goes_on_while_its_store_is_down_and_saves_once_it_is_back(
 ) -> None:
     """Step 4: nothing can be created; 5: a write fails; 8 and 9: the folder cannot be
     published."""
-    write, begin, publish = Share.write, saver._begin, saver.publish
+    write, begin, publish = Share.write, saver.Saver._begin, saver.publish
     calls = {"begin": 0, "write": 0, "publish": 0}
 
     def failing_begin(*args: Any, **keywords: Any) -> None:
@@ -248,7 +251,7 @@ def test_a_run_goes_on_while_its_store_is_down_and_saves_once_it_is_back(
             raise OSError(errno.EIO, "Input/output error")
         publish(*args)
 
-    monkeypatch.setattr(saver, "_begin", failing_begin)
+    monkeypatch.setattr(saver.Saver, "_begin", failing_begin)
     monkeypatch.setattr(Share, "write", failing_write)
     monkeypatch.setattr(saver, "publish", failing_publish)
     monkeypatch.setattr("megatron_vita.training.callbacks.saving.LAST_PAUSES", (0.0, 0.0))
@@ -352,3 +355,35 @@ def test_rules_that_could_not_hold_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe_path, overrides)
+
+
+class TakeOver(Callback):
+    """Another job, which begins in the same folder after the third step."""
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        if run.step == 3:
+            Claim(Path(run.recipe.checkpoint.save)).take()
+
+
+def test_a_job_whose_folder_a_later_one_took_over_ends_and_changes_nothing_there(
+    recipe_path: Path, tmp_path: Path
+) -> None:
+    fields = ["training.train_iters=8", "checkpoint.save_interval=2", "checkpoint.keep=1"]
+    fields += ["checkpoint.async_save=false", f"checkpoint.save={tmp_path / 'run'}"]
+    with pytest.raises(ClaimedError, match=r"another job saves here since .* ends without saving"):
+        train(load_recipe(recipe_path, [*QUIET, *fields]), callbacks=[TakeOver()])
+    assert [path.name for path in (tmp_path / "run").glob("*step_*")] == ["step_00000002"]
+    # The later one goes on from there, and saves.
+    train(load_recipe(recipe_path, [*QUIET, *fields]))
+    assert (tmp_path / "run" / "latest").read_text() == "step_00000008"
+
+
+def test_a_claim_that_somebody_has_removed_is_made_again(tmp_path: Path) -> None:
+    claim = Claim(tmp_path)
+    claim.take()
+    (tmp_path / "job").unlink()
+    claim.check()
+    claim.check()
+    Claim(tmp_path).take()
+    with pytest.raises(ClaimedError):
+        claim.check()

@@ -3,9 +3,11 @@
 import logging
 import time
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.mirror import Uploads
 from megatron_vita.checkpoint.saver import by_first
 from megatron_vita.checkpoint.store import latest_name
@@ -30,9 +32,11 @@ class SaveCallback(Callback):
 
     def __init__(self, run: Run, hooks: Hooks) -> None:
         self._hooks = hooks
+        self._claim = Claim(Path(run.recipe.checkpoint.save))
         self._saver = open_saver(
             run.recipe,
             in_background=run.recipe.checkpoint.async_save,
+            claim=self._claim,
             on_progress=partial(run.enter, "saving"),
         )
         self._uploads = _open_uploads(run)
@@ -40,6 +44,10 @@ class SaveCallback(Callback):
         self._started = 0.0
         self._waited = 0.0  # seconds that training waited for the save under way
         self._has_failed = False  # an error has ended the run on this rank, perhaps alone
+
+    def on_start(self, run: Run) -> None:
+        """Take the folder over: a job that still saves there ends at its next save."""
+        by_first(self._claim.take)
 
     def before_step(self, run: Run) -> None:
         """Report to all ranks whether this one is still writing; begin an upload that waits."""
