@@ -192,8 +192,10 @@ def _run_program(arguments: list[str]) -> int:
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # The resource tracker closes its own.
+        with contextlib.suppress(ValueError):
+            stream.flush()
     return code
 
 
@@ -236,7 +238,12 @@ def _spawn(path: bytes, arguments: list[str], kept: list[int]) -> int:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
     atexit._clear()
-    os._exit(_run_program(["-c", arguments[-1]]))
+    code = 1
+    try:
+        code = _run_program(["-c", arguments[-1]])
+    finally:
+        # Whatever happens, this process must not go on as the one that it was forked from.
+        os._exit(code)
 
 
 if __name__ == "__main__":
