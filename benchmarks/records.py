@@ -51,6 +51,9 @@ def _row(result: dict[str, Any]) -> str:
 def with_table(page: str, records: str, *, marks: tuple[str, str] = MARKS) -> str:
     """Replace what is between two marks of a page."""
     start, end = marks
+    for mark in marks:
+        if mark not in page:
+            raise ValueError(f"the page has no line {mark.strip()!r}")
     before, _, rest = page.partition(start)
     _, _, after = rest.partition(end)
     return f"{before}{start}\n{records}\n{end}{after}"

@@ -34,11 +34,13 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def _origin(message: str, overrides: Sequence[str]) -> str:
     """Name the override that a message is about; "" if it is about none."""
+    # After it come suggestions, which name other fields.
+    message, _, _ = message.partition("; did you mean")
     for override in reversed(overrides):  # the last one of a field is the one that counts
         name = override.partition("=")[0]
         group = name.partition(".")[0]
         is_named = re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message)
-        if is_named or message.startswith(f"unknown field {group};"):
+        if is_named or message == f"unknown field {group}":
             return f"override {override!r}"
     return ""
 

@@ -96,8 +96,8 @@ class TrainingConfig:
     log_interval: int = described(1, "Steps between log lines.", ge=1)
     hang_seconds: float = described(
         1200.0,
-        "Seconds without progress of a rank after which the run reports where all ranks are and "
-        "ends with exit code 75; 0: never.",
+        "Seconds in which no rank makes progress, after which the run reports where all ranks are "
+        "and ends with exit code 75; 0: never.",
         ge=0,
     )
     slow_rank_steps: int = described(

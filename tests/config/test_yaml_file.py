@@ -175,6 +175,8 @@ def test_an_override_that_is_wrong_is_named_in_one_line(
 def test_a_wrong_value_of_the_file_is_not_blamed_on_an_override(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^\S*recipe\.yaml: data\.plan is None"):
         load(tmp_path, "data: {plan: null}", "data.seq_length=64", "media.max_tiles=4")
+    with pytest.raises(ConfigError, match=r"^\S*recipe\.yaml: unknown field lr; did you mean"):
+        load(tmp_path, "lr: 1", "optimizer.lr=2")
 
 
 def test_bad_yaml_is_refused_in_one_line_with_its_line(tmp_path: Path) -> None:

@@ -145,11 +145,15 @@ def requeued(folder: Path) -> bool:
     return notes.exists() and notes.read_text() == "requeue 20042\n"
 
 
-def test_slurm_starts_the_launcher_on_each_node(tmp_path: Path, slurm: dict[str, str]) -> None:
-    assert finish(start(tmp_path, slurm)) == (0, "")
+@pytest.mark.parametrize(("settings", "ranks"), [({}, 8), ({"RANKS": "4"}, 4)])
+def test_slurm_starts_the_launcher_on_each_node(
+    tmp_path: Path, slurm: dict[str, str], settings: dict[str, str], ranks: int
+) -> None:
+    assert finish(start(tmp_path, {**slurm, **settings})) == (0, "")
     for rank in range(2):
         (line,) = (tmp_path / f"launcher_{rank}.txt").read_text().splitlines()
         assert f"--nnodes 2 --node_rank {rank} --master_addr node1 --master_port 20042" in line
+        assert f"--nproc_per_node {ranks} " in line
         assert line.endswith("pretrain_vita.py recipe.yaml training.bf16=true")
     assert not requeued(tmp_path)
 
