@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     signals = SignalForwarder()
     signals.install(options)
     if ":" in str(options.nnodes):
-        # A store of the agents is named once, and would be gone with the first rank's machine.
+        # By default all rounds use the store of the first round's rank 0, whose machine may be lost.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="vita_launch_") as folder:
         options.log_dir = options.log_dir or folder

@@ -26,7 +26,7 @@ class Claim:
         self._path = folder / NAME
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         self._text = f"{began} on {socket.gethostname()}, process {os.getpid()}"
-        # Two starts may have the same process, of containers for instance.
+        # A process number is not unique: in containers both starts may have the same.
         self._token = secrets.token_hex(8)
 
     def take(self) -> None:
@@ -42,13 +42,13 @@ class Claim:
             ClaimedError: one has.
         """
         try:
-            token, text = self._path.read_text(encoding="utf-8").splitlines()
-        # Somebody has tidied up: nobody else claims it.
+            token, _, text = self._path.read_text("utf-8", errors="replace").partition("\n")
+        # Removed by hand, so no later job has claimed it.
         except FileNotFoundError:
             self.take()
             return
         if token != self._token:
             raise ClaimedError(
-                f"{self._path.parent}: another job saves here since {text}; this one ({self._text}) "
+                f"{self._path.parent}: another job saves here since {text.strip()}; this one ({self._text}) "
                 "ends without saving. Give each run a checkpoint.save of its own"
             )

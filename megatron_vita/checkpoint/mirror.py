@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import fsspec
 from fsspec.callbacks import Callback
 
+from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.manifest import MANIFEST, SCORES
 from megatron_vita.checkpoint.retention import Retention, is_name
 from megatron_vita.checkpoint.saver import LATEST
@@ -200,6 +201,7 @@ class Uploads:
         url: the object store.
         retention: the rules by which checkpoints are kept there.
         retry_steps: steps after which an upload that failed is tried again.
+        claim: the job's claim to its folder; one that has lost it changes nothing in the store.
         on_progress: called while `finish` waits for an upload that goes on.
     """
 
@@ -209,12 +211,14 @@ class Uploads:
         *,
         retention: Retention,
         retry_steps: int,
+        claim: Claim | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         Mirror(url)  # refuse an address that cannot be used, before the first step
         self._url = url
         self._retention = retention
         self._retry_steps = retry_steps
+        self._claim = claim
         self._on_progress = on_progress
         self._waiting: Path | None = None
         self._retry_at = 0
@@ -232,7 +236,11 @@ class Uploads:
         if self._process is not None and not self._process.is_writing:
             self._end(step)
         if self._process is None and self._waiting is not None and step >= self._retry_at:
-            self._begin(self._waiting)
+            # This rank alone is here: an error must not end it.
+            try:
+                self._begin(self._waiting)
+            except (OSError, MemoryError) as error:
+                self._note_failure(str(error) or type(error).__name__, step)
 
     def finish(self, step: int) -> None:
         """Wait until the newest checkpoint is there.
@@ -263,7 +271,8 @@ class Uploads:
         self._waiting = None
         progress = Progress()
         self._process = WriterProcess(
-            lambda: _upload(self._url, checkpoint, self._retention, progress), progress=progress
+            lambda: _upload(self._url, checkpoint, self._retention, progress, claim=self._claim),
+            progress=progress,
         )
 
     def _end(self, step: int) -> None:
@@ -271,14 +280,17 @@ class Uploads:
         assert self._process is not None
         error = self._process.result(self._on_progress).error
         self._process = None
-        if not error:
+        if error:
+            self._note_failure(error, step)
+        else:
             logger.info("uploaded %s to %s", self._uploading, self._url)
-            return
+
+    def _note_failure(self, error: str, step: int) -> None:
         self._problem = error
         self._waiting = self._waiting or self._uploading
         self._retry_at = step + self._retry_steps
         logger.warning(
-            "%s is not uploaded to %s: %s; the next attempt is after step %d",
+            "%s is not uploaded to %s: %s; the next attempt is after step %d, or at the end of the run",
             self._uploading,
             self._url,
             error,
@@ -286,8 +298,17 @@ class Uploads:
         )
 
 
-def _upload(url: str, checkpoint: Path, retention: Retention, progress: Progress) -> Written:
+def _upload(
+    url: str,
+    checkpoint: Path,
+    retention: Retention,
+    progress: Progress,
+    *,
+    claim: Claim | None = None,
+) -> Written:
     try:
+        if claim is not None:
+            claim.check()
         mirror = Mirror(url)
         mirror.put(checkpoint, note_progress=progress.note)
     # Whatever a store's library raises: the run goes on.

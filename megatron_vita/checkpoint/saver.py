@@ -117,7 +117,7 @@ class Saver:
         self._save = None
         if save.process is not None:
             save.written = save.process.result(self._on_progress)
-        platform.wait_for_all()
+        platform.store_barrier()
         gathered: list[Any] | None = None
         if dist.get_rank() == 0:
             gathered = [None] * dist.get_world_size()
@@ -225,16 +225,23 @@ def by_first(action: Callable[[], None]) -> None:
         SaveError: on all ranks, if it fails with an OSError or a CheckpointError.
         ClaimedError: on all ranks, if it fails with one.
     """
-    problem = ""
+    name = ""
+    text = ""
+    unexpected: Exception | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except (OSError, CheckpointError) as error:
-            kind = ClaimedError if isinstance(error, ClaimedError) else SaveError
-            problem = f"{kind.__name__}: {str(error) or type(error).__name__}"
-    if problem := platform.share_from_first(problem):
-        kind_name, _, text = problem.partition(": ")
-        raise {kind.__name__: kind for kind in (ClaimedError, SaveError)}[kind_name](text)
+        # Whatever it is, the others must hear of it: they wait without a limit.
+        except Exception as error:
+            name = ClaimedError.__name__ if isinstance(error, ClaimedError) else SaveError.__name__
+            text = str(error) or type(error).__name__
+            if not isinstance(error, (OSError, CheckpointError)):
+                unexpected = error
+    name, text = platform.broadcast_from_first([name, text])
+    if unexpected is not None:
+        raise unexpected
+    if name:
+        raise {kind.__name__: kind for kind in (ClaimedError, SaveError)}[name](text)
 
 
 def _plan(state: dict[str, Any], temporary: Path) -> Share:

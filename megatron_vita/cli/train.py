@@ -50,6 +50,7 @@ def main(arguments: list[str], *, name: str) -> int:
             or int(os.environ.get("WORLD_SIZE", "0"))
             or recipe.parallel.replica_size
         )
+        world_size = recipe.ranks_in_use(world_size)
         if options.scale == "tiny":
             from data_tools.miniature import open_miniature
 
@@ -82,11 +83,10 @@ def _train(recipe: Recipe) -> None:
     note_checkpoints(recipe.checkpoint.save)
     from megatron_vita import platform  # imports torch: after the recipe has been checked
     from megatron_vita.training.loop import train
-    from megatron_vita.training.spares import announce_done, take_part
+    from megatron_vita.training.spares import spares_end, take_part
 
-    if "RANK" in os.environ and not take_part(recipe):
+    if not take_part(recipe):
         return
-    train(recipe)
-    if recipe.parallel.elastic and "RANK" in os.environ:
-        announce_done()
+    with spares_end(recipe):
+        train(recipe)
     platform.destroy_process_group()

@@ -22,19 +22,19 @@ from megatron_vita.platform.machine import (
     memory_use,
     synchronize,
 )
-from megatron_vita.platform.meeting import (
-    announce,
-    open_session,
-    share_from_first,
-    wait_for_all,
-    wait_outside,
-)
 from megatron_vita.platform.packages import (
     has_flash_attention_4,
     has_transformer_engine,
     refuse_unrelated_apex,
 )
 from megatron_vita.platform.pinned import available_host_memory
+from megatron_vita.platform.store_sync import (
+    agree_on_keys,
+    broadcast_from_first,
+    set_key,
+    store_barrier,
+    wait_for_key,
+)
 
 refuse_unrelated_apex()
 # They announce megatron-core's own deprecations and packages that are optional here.
@@ -49,8 +49,8 @@ if not torch.cuda.is_available():
 
 __all__ = [
     "MemoryUse",
-    "announce",
     "available_host_memory",
+    "broadcast_from_first",
     "destroy_process_group",
     "device",
     "device_memory",
@@ -62,11 +62,11 @@ __all__ = [
     "memory_use",
     "on_cuda",
     "pending_collectives",
+    "set_key",
     "set_up_logging",
-    "share_from_first",
+    "store_barrier",
     "synchronize",
-    "wait_for_all",
-    "wait_outside",
+    "wait_for_key",
 ]
 
 
@@ -113,7 +113,7 @@ def initialize_process(timeout_minutes: float = 30) -> None:
         timeout=datetime.timedelta(minutes=timeout_minutes),
         **world,
     )
-    open_session()
+    agree_on_keys()
 
 
 def _refuse_unlaunched_ranks() -> None:

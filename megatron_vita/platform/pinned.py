@@ -1,6 +1,7 @@
 """Pinned host memory, asynchronous copies to the device, and the free memory of the host."""
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from megatron_vita.errors import PlatformError
 _THREADS = 8  # to touch new pages: one thread clears only a few GiB/s
 # Version 1 of control groups writes "no limit" as a number close to 2^63.
 _UNLIMITED = 1 << 60
-_PAGE = 4 << 10
+_PAGE = mmap.PAGESIZE
 _HUGE_PAGE = 2 << 20
 # Advice of Linux.
 _DONTFORK = 10

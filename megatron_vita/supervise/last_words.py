@@ -63,7 +63,8 @@ def keep_last_words() -> None:
 
 def _keep_crash(path: Path) -> None:
     global _crash_file
-    if _crash_file is None:
+    # Where somebody asked for stacks, as by PYTHONFAULTHANDLER, they stay where they are wanted.
+    if _crash_file is None and not faulthandler.is_enabled():
         _crash_file = path.open("w")
         faulthandler.enable(_crash_file)
         # The crash of a forked loader is not the rank's.

@@ -31,8 +31,13 @@ LAUNCHER_SECONDS = 10.0
 FIRST_SECONDS = 0.5  # in which a rank lets the machine's first one say what all of them meet
 OTHERS_SECONDS = 1.0
 LOG_SECONDS = 2.0  # in which a hanging rank writes its last line
-LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
-"""In messages of collectives whose other end is gone."""
+LOST_PEER = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection was likely closed",
+)
+"""In messages of collectives, and of waits at the store, whose other end is gone."""
 logger = logging.getLogger(__name__)
 
 

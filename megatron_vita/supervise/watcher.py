@@ -53,8 +53,8 @@ class Watcher:
     """Hears from ranks and finds that the job hangs.
 
     Args:
-        patience: seconds without progress, or without a message, of a rank that hangs.
-        token: word that ranks must know.
+        patience: seconds without progress of any rank, or without a message of one.
+        token: secret that ranks send.
         folder: folder of the run, for the report; empty for none.
         is_one_host: all ranks are on this host; nothing else can connect.
     """

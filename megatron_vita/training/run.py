@@ -75,6 +75,7 @@ class Run:
     data_seconds: float = 0.0  # that this rank has waited for packs
     step: int = 0
     consumed_packs: int = 0
+    claim: Claim | None = None  # to the folder that the run saves to
     base_stamp: str = ""  # of the weights beside adapters, which checkpoints leave out
 
     def record(
@@ -167,12 +168,16 @@ def open_run(recipe: Recipe) -> Run:
     # Measured first, while the device is idle and its memory free.
     matmul_rate = _slowest_matmul()
     optimizer_state.check_state_can_be_saved(recipe)
+    claim = None
     if recipe.checkpoint.save:
         shared_folder.check_shared(
             Path(recipe.checkpoint.save),
             size=checkpoint_bytes(recipe),
             count=min(_kept_at_most(recipe) + 1, _checkpoints(recipe)),
         )
+        # Before the newest checkpoint is chosen: an earlier job could save and delete meanwhile.
+        claim = Claim(Path(recipe.checkpoint.save))
+        by_first(claim.take)
         fetch_from_mirror(recipe)
     # Read once, after all ranks agreed on the newest checkpoint, and passed on.
     resume = ResumePoint.find(recipe)
@@ -191,6 +196,7 @@ def open_run(recipe: Recipe) -> Run:
     logger.info("building the model")
     run = assemble_run(recipe)
     run.matmul_rate = matmul_rate
+    run.claim = claim
     resumed = restore_newest(run, resume)
     if resumed is not resume:
         streams = open_streams(recipe, resume=resumed, tile_share=share, replicas=replicas)

@@ -25,6 +25,7 @@ NOT_OURS = {
     "--env",  # SkyPilot
     "--no-build-isolation", "--force-reinstall", "--no-deps",  # pip
     "--head",  # ray
+    "--model_args", "--batch_size",  # lmms-eval
 }  # fmt: skip
 
 

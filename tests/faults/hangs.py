@@ -26,20 +26,23 @@ def hang_jobs(count: int, folder: Path) -> list[Row]:
             place = folder / f"{kind.replace(' ', '_')}_{number}"
             place.mkdir()
             seconds, is_right = _hang(kind, place)
-            reported.append(seconds)
-            row.count(is_right and seconds < MOST_SECONDS)
-        row.seconds = round(sum(reported) / count, 2)
+            if seconds is not None:
+                reported.append(seconds)
+            row.count(is_right and seconds is not None and seconds < MOST_SECONDS)
+        if reported:
+            row.seconds = round(sum(reported) / len(reported), 2)
         rows.append(row)
     return rows
 
 
-def _hang(kind: str, folder: Path) -> tuple[float, bool]:
-    """Return the seconds from the hang to its report, and whether the report is right."""
+def _hang(kind: str, folder: Path) -> tuple[float | None, bool]:
+    """Return the seconds from the hang to its report, None if there is none, and whether the report
+    is right."""
     ended = run_hanging(kind, folder)
     reports = list((folder / "hangs").glob("*"))
     if len(reports) != 1 or ended.returncode != HUNG:
         sys.stderr.write(f"hang {kind}: {reports}, exit {ended.returncode}\n{ended.stderr[-2000:]}")
-        return float("inf"), False
+        return None, False
     text = reports[0].read_text()
     seconds = reports[0].stat().st_mtime - float((folder / "began").read_text())
     is_named = re.search(rf"rank 1 on \S+ {HANGS[kind].said}", text.splitlines()[0]) is not None

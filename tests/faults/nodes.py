@@ -114,9 +114,10 @@ def cable() -> Iterator[tuple[Link, Link]]:
     """Two namespaces that are joined by a cable."""
     ends = [Link(f"vita{os.getpid()}{i}", f"10.77.0.{i + 1}") for i in range(2)]
     near, far = ends
-    for link in ends:
-        ip("netns", "add", link.name)
-    try:
+    with contextlib.ExitStack() as stack:
+        for link in ends:
+            ip("netns", "add", link.name)
+            stack.callback(ip, "netns", "del", link.name)
         ip("link", "add", near.name, "netns", near.name, "type", "veth",
            "peer", "name", far.name, "netns", far.name)  # fmt: skip
         for link in ends:
@@ -124,9 +125,6 @@ def cable() -> Iterator[tuple[Link, Link]]:
             ip("-n", link.name, "link", "set", link.name, "up")
             ip("-n", link.name, "link", "set", "lo", "up")
         yield near, far
-    finally:
-        for link in ends:
-            ip("netns", "del", link.name)
 
 
 def ip(*arguments: str) -> None:
@@ -170,6 +168,9 @@ class Node:
 
     def kill(self) -> None:
         """Kill all of its processes at once, as a power failure does."""
+        # Its number may be another process's by now.
+        if self._process.poll() is not None:
+            return
         with contextlib.suppress(psutil.NoSuchProcess):
             launcher = psutil.Process(self._process.pid)
             for process in [launcher, *launcher.children(recursive=True)]:

@@ -5,7 +5,6 @@ Arguments: recipe, file for the records, fields of each `Fault` as JSON, overrid
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -24,13 +23,12 @@ from megatron_vita.checkpoint.saver import Saver
 from megatron_vita.checkpoint.writing import Share
 from megatron_vita.config import load_recipe
 from megatron_vita.data.batch import Batch
-from megatron_vita.training import loop, optimizer
+from megatron_vita.training import loop
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
+from tests.functional.recorded import kill_all, record_steps, use_small_buckets
 
-# as many buckets as a real model has
-optimizer.BUCKET_SIZE = 5000
-optimizer.BUCKET_SIZE_PER_RANK = 0
+use_small_buckets()
 
 
 @dataclass(kw_only=True)
@@ -60,16 +58,6 @@ class Fault:
         timer = threading.Timer(self.delay, self.strike)
         timer.daemon = True
         timer.start()
-
-
-def kill_all(rank: psutil.Process) -> None:
-    """Kill the launcher of a rank and all of its processes, this one last."""
-    launcher = rank.parent()
-    assert launcher is not None
-    for process in [launcher, *launcher.children(recursive=True)]:
-        if process.pid != os.getpid():
-            process.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def before_step(step: int, action: Callable[[], None]) -> None:
@@ -142,11 +130,14 @@ def in_loader(fault: Fault) -> None:
     """Kill the loader processes of a rank, or of all; the run itself goes on."""
 
     def kill_readers() -> None:
-        if fault.victim in (-1, dist.get_rank()):
-            for child in psutil.Process().children(recursive=True):
-                # Readers are the children of a fork server; its own death costs no more.
-                if child.ppid() != os.getpid():
-                    child.kill()
+        if fault.victim not in (-1, dist.get_rank()):
+            return
+        # They are the children of a fork server; its own death costs no more.
+        children = psutil.Process().children(recursive=True)
+        loaders = [child for child in children if child.ppid() != os.getpid()]
+        assert loaders, "there is no loader process to kill"
+        for loader in loaders:
+            loader.kill()
 
     before_step(fault.step, kill_readers)
 
@@ -158,27 +149,6 @@ PLACES = {
     "upload": in_upload,
     "loader": in_loader,
 }
-
-
-def record_steps(records: str) -> None:
-    """Write a line for each step of this rank."""
-    train_step = loop.train_step
-
-    def recorded(run: Run, batches: Iterator[Batch]) -> StepMetrics:
-        seen = []
-
-        def watched() -> Iterator[Batch]:
-            for batch in batches:
-                seen.append(batch.pack_id)
-                yield batch
-
-        metrics = train_step(run, watched())
-        row = {"step": metrics.step, "loss": metrics.loss, "packs": seen}
-        with Path(f"{records}.{dist.get_rank()}").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return metrics
-
-    loop.train_step = recorded
 
 
 def main() -> None:

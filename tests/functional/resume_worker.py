@@ -7,7 +7,6 @@ step ("step:7"), while a checkpoint is written ("saving:8") or before it is the 
 the last rank ("usr1:7"), or "never".
 """
 
-import json
 import os
 import signal
 import sys
@@ -24,23 +23,17 @@ from megatron_vita.checkpoint import saver
 from megatron_vita.checkpoint.saver import Saver
 from megatron_vita.config import load_recipe
 from megatron_vita.data.batch import Batch
-from megatron_vita.training import loop, optimizer
+from megatron_vita.training import loop
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run
+from tests.functional.recorded import kill_all, record_steps, use_small_buckets
 
-# as many buckets as a real model has
-optimizer.BUCKET_SIZE = 5000
-optimizer.BUCKET_SIZE_PER_RANK = 0
+use_small_buckets()
 
 
 def die() -> None:
-    """Kill torchrun and all of its processes, this one last."""
-    me = psutil.Process()
-    launcher = me.parent()
-    for process in [launcher, *launcher.children(recursive=True)]:
-        if process != me:
-            process.kill()
-    me.kill()
+    """Kill torchrun and all of its processes."""
+    kill_all(psutil.Process())
 
 
 def be_told_to_stop(run: Run, how: str) -> None:
@@ -54,31 +47,16 @@ def be_told_to_stop(run: Run, how: str) -> None:
 
 
 def main() -> None:
-    """Wrap a step to record it, and the writing of a checkpoint to die in the middle of it."""
+    """Record the steps, and wrap them and the writing of a checkpoint to die in the middle of it."""
     recipe, records, death, *overrides = sys.argv[1:]
     where, _, at = death.partition(":")
-    train_step = loop.train_step
+    record_steps(records)
+    recorded_step = loop.train_step
     start = Saver.start
     publish = saver.publish
 
-    def recorded_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
-        seen = []
-
-        def watched() -> Iterator[Batch]:
-            for batch in batches:
-                seen.append(batch.pack_id)
-                yield batch
-
-        metrics = train_step(run, watched())
-        row = {
-            "step": metrics.step,
-            "loss": metrics.loss,
-            "grad_norm": metrics.grad_norm,
-            "packs": seen,
-        }
-        row["damaged"] = metrics.damaged
-        with Path(f"{records}.{dist.get_rank()}").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def dying_step(run: Run, batches: Iterator[Batch]) -> StepMetrics:
+        metrics = recorded_step(run, batches)
         if where == "step" and metrics.step == int(at) and dist.get_rank() == 0:
             die()
         if where in ("term", "usr1") and metrics.step == int(at):
@@ -95,7 +73,7 @@ def main() -> None:
         if where == "publishing" and target.name == f"step_{int(at):08d}":
             die()
 
-    loop.train_step = recorded_step
+    loop.train_step = dying_step
     Saver.start = dying_start  # type: ignore[method-assign]
     saver.publish = dying_publish
     loop.train(load_recipe(recipe, overrides))

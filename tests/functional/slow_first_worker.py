@@ -19,14 +19,21 @@ def main() -> None:
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=LIMIT), dist.group.WORLD)
     by_first(lambda: time.sleep(2 * LIMIT))
     time.sleep(2 * LIMIT * dist.get_rank())
-    platform.wait_for_all()
-    assert platform.share_from_first(f"rank {dist.get_rank()}") == "rank 0"
+    platform.store_barrier()
+    assert platform.broadcast_from_first(f"rank {dist.get_rank()}") == "rank 0"
 
     def fail() -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(SaveError, match=r"^No space left on device$"):
         by_first(fail)
+
+    def be_wrong() -> None:
+        raise ValueError("not foreseen")
+
+    # The others hear of it, too.
+    with pytest.raises((ValueError, SaveError), match=r"^not foreseen$"):
+        by_first(be_wrong)
     platform.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from megatron_vita import platform, stores
 from megatron_vita.checkpoint import mirror as mirror_module
 from megatron_vita.checkpoint import writing
+from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.mirror import Mirror, Uploads
 from megatron_vita.checkpoint.retention import Retention, note_scores
 from megatron_vita.checkpoint.writing import Progress, WriterProcess, Written
@@ -107,6 +108,10 @@ def test_an_address_that_cannot_be_used_is_refused() -> None:
         Mirror("nowhere://a/b")
 
 
+def store_is_down(*_: Any, **__: Any) -> Written:
+    return Written(error="the store is down")
+
+
 def wait_for(uploads: Uploads, step: int) -> None:
     """Poll until the upload under way has ended, and another has begun if one is due."""
     process = uploads._process
@@ -119,7 +124,7 @@ def wait_for(uploads: Uploads, step: int) -> None:
 def test_an_upload_that_fails_is_tried_again_and_the_newest_is_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mirror_module, "_upload", lambda *_: Written(error="the store is down"))
+    monkeypatch.setattr(mirror_module, "_upload", store_is_down)
     uploads = Uploads(f"file://{tmp_path / 'store'}", retention=RULE, retry_steps=10)
     first = put_checkpoint(tmp_path / "local", 10)
     uploads.add(first)
@@ -141,7 +146,7 @@ def test_an_upload_that_fails_is_tried_again_and_the_newest_is_next(
 def test_the_last_upload_says_so_if_it_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_module, "_upload", lambda *_: Written(error="the store is down"))
+    monkeypatch.setattr(mirror_module, "_upload", store_is_down)
     uploads = Uploads(f"file://{tmp_path / 'store'}", retention=RULE, retry_steps=10)
     uploads.add(put_checkpoint(tmp_path / "local", 10))
     with pytest.raises(SaveError, match="step_00000010 cannot be uploaded: the store is down"):
@@ -227,3 +232,21 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_store(tmp_path: Path) -> None
     assert run.step == 4
     found = contents(folder / "step_00000004")
     assert {name: found[name] for name in expected} == expected
+
+
+def test_a_job_that_has_lost_its_claim_changes_nothing_in_the_store(
+    store: Mirror, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim = Claim(tmp_path / "run")
+    claim.take()
+    uploads = Uploads(store.url, retention=RULE, retry_steps=10, claim=claim)
+    uploads.add(put_checkpoint(tmp_path / "run", 10))
+    uploads.finish(10)
+    Claim(tmp_path / "run").take()
+    uploads.add(put_checkpoint(tmp_path / "run", 20))
+    with pytest.raises(SaveError, match="another job saves here since"):
+        uploads.finish(20)
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [
+        "latest",
+        "step_00000010",
+    ]

@@ -387,3 +387,14 @@ def test_a_claim_that_somebody_has_removed_is_made_again(tmp_path: Path) -> None
     Claim(tmp_path).take()
     with pytest.raises(ClaimedError):
         claim.check()
+
+
+@pytest.mark.parametrize("content", ["", "one line", "a\nb\nc\n"])
+def test_a_claim_that_is_cut_or_foreign_counts_as_another_job_s(
+    tmp_path: Path, content: str
+) -> None:
+    claim = Claim(tmp_path)
+    claim.take()
+    (tmp_path / "job").write_text(content)
+    with pytest.raises(ClaimedError):
+        claim.check()

@@ -3,11 +3,9 @@
 import logging
 import time
 from functools import partial
-from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.mirror import Uploads
 from megatron_vita.checkpoint.saver import by_first
 from megatron_vita.checkpoint.store import latest_name
@@ -32,11 +30,10 @@ class SaveCallback(Callback):
 
     def __init__(self, run: Run, hooks: Hooks) -> None:
         self._hooks = hooks
-        self._claim = Claim(Path(run.recipe.checkpoint.save))
         self._saver = open_saver(
             run.recipe,
             in_background=run.recipe.checkpoint.async_save,
-            claim=self._claim,
+            claim=run.claim,
             on_progress=partial(run.enter, "saving"),
         )
         self._uploads = _open_uploads(run)
@@ -44,10 +41,6 @@ class SaveCallback(Callback):
         self._started = 0.0
         self._waited = 0.0  # seconds that training waited for the save under way
         self._has_failed = False  # an error has ended the run on this rank, perhaps alone
-
-    def on_start(self, run: Run) -> None:
-        """Take the folder over: a job that still saves there ends at its next save."""
-        by_first(self._claim.take)
 
     def before_step(self, run: Run) -> None:
         """Report to all ranks whether this one is still writing; begin an upload that waits."""
@@ -189,6 +182,7 @@ def _open_uploads(run: Run) -> Uploads | None:
         checkpoint.mirror,
         retention=retention_of(run.recipe),
         retry_steps=checkpoint.retry_steps,
+        claim=run.claim,
         on_progress=partial(run.enter, "saving"),
     )
 

@@ -37,11 +37,11 @@ class WatchCallback(Callback):
 
     def on_start(self, run: Run) -> None:
         """Start the watcher on the first rank, and tell it of every rank. Collective."""
-        meeting: list[tuple[str, int, str]] = [("", 0, "")]
+        place: list[tuple[str, int, str]] = [("", 0, "")]
         if dist.get_rank() == 0:
-            meeting = [self._start_watcher(run)]
-        dist.broadcast_object_list(meeting, src=0)
-        host, port, token = meeting[0]
+            place = [self._start_watcher(run)]
+        dist.broadcast_object_list(place, src=0)
+        host, port, token = place[0]
         if not port:
             raise PlatformError(
                 "the process that watches for hangs does not start; its error is above, and "

@@ -1,4 +1,4 @@
-"""Waits of all ranks for one another through the job's store, which have no limit of time.
+"""Barrier and broadcast through the process group's store, without a time limit.
 
 A collective fails after the limit of its group; an upload or a save to a busy file system may take
 longer.
@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,64 +22,66 @@ CONNECT = datetime.timedelta(minutes=10)
 
 
 @dataclass
-class _Session:
-    """Names of the keys of one process group: a store may outlive the ranks that it serves."""
+class _Keys:
+    """Names of keys of one process group: a store may outlive the ranks that it serves."""
 
     token: str = ""
     numbers: "itertools.count[int]" = field(default_factory=itertools.count)
 
-    def next_key(self) -> str:
+    def next(self) -> str:
         """Return a key that is new, and the same on all ranks."""
-        return f"meeting/{self.token}/{next(self.numbers)}"
+        return f"store_sync/{self.token}/{next(self.numbers)}"
 
 
-_session = _Session()
+_keys = _Keys()
 
 
-def open_session() -> None:
+def agree_on_keys() -> None:
     """Agree on the names of keys, once the process group is there. Collective."""
     tokens = [secrets.token_hex(8)]
     dist.broadcast_object_list(tokens, src=0)
-    _session.token = tokens[0]
-    _session.numbers = itertools.count()
+    _keys.token = tokens[0]
+    _keys.numbers = itertools.count()
 
 
-def share_from_first(text: str) -> str:
-    """Return the first rank's `text` on all ranks, however long it takes to come. Collective."""
+def broadcast_from_first(value: Any) -> Any:
+    """Return the first rank's value of JSON on all ranks, however long it takes to come.
+    Collective."""
     store = _store()
-    key = _session.next_key()
+    key = _keys.next()
     if dist.get_rank() == 0:
-        store.set(key, json.dumps(text))
-        return text
+        store.set(key, json.dumps(value))
+        return value
     store.wait([key], LONGEST)
-    shared: str = json.loads(store.get(key))
-    return shared
+    return json.loads(store.get(key))
 
 
-def wait_for_all() -> None:
+def store_barrier() -> None:
     """Wait until all ranks are here, however long it takes. Collective."""
     store = _store()
-    key = _session.next_key()
+    key = _keys.next()
     if store.add(f"{key}/count", 1) == dist.get_world_size():
         store.set(f"{key}/all", "")
     store.wait([f"{key}/all"], LONGEST)
 
 
-def announce(word: str) -> None:
-    """Let processes outside of the group go on that wait for `word`; from the first rank."""
-    if dist.get_rank() == 0:
-        _connect().set(word, "")
+def set_key(key: str) -> None:
+    """Set a key for processes outside of the group that wait for it."""
+    store = _connect()
+    store.set(key, "")
+    # Answered only after the key is there: the store may end with this process.
+    store.wait([key], CONNECT)
 
 
-def wait_outside(word: str) -> None:
-    """Wait for `word` in a process that is not in the group.
+def wait_for_key(key: str) -> None:
+    """Wait for a key in a process that is not in the group.
 
     Raises:
         PlatformError: the group's store is gone.
     """
     try:
-        _connect().wait([word], LONGEST)
-    except (RuntimeError, dist.DistError) as error:
+        _connect().wait([key], LONGEST)
+    except RuntimeError as error:
         raise PlatformError(f"the ranks that train are gone: {error}") from error
 
 
