@@ -36,7 +36,7 @@ def trained_state(state: dict[str, Any], chunks: list[VitaModel]) -> dict[str, A
     for number, chunk in enumerate(chunks):
         names = {name for name, p in chunk.named_parameters() if p.requires_grad}
         of_chunk = state[str(number)]
-        trained[str(number)] = {name: of_chunk[name] for name in of_chunk.keys() & names}
+        trained[str(number)] = {name: value for name, value in of_chunk.items() if name in names}
     return trained
 
 
@@ -123,12 +123,13 @@ def check_base(checkpoint: Path, known: Mapping[str, str], *, stamp: str, path: 
     if known.get("stamp") != stamp:
         raise CheckpointError(
             f"{checkpoint}: its adapters belong to another base: {named(known.get('path', ''))}, stamp "
-            f"{known.get('stamp')}; checkpoint.load is {named(path)}, stamp {stamp}"
+            f"{known.get('stamp')}; the base given here is {named(path)}, stamp {stamp}"
         )
 
 
 def check_adapters(checkpoint: Path, *, saved: Recipe, recipe: Recipe) -> None:
-    """Check that a checkpoint's adapters are those of a recipe: maps, rank and scale.
+    """Check that a checkpoint's adapters are those of a recipe: maps, rank and scale, and that what
+    was trained beside them is trained on.
 
     Raises:
         CheckpointError: names the field that differs.
@@ -145,6 +146,19 @@ def check_adapters(checkpoint: Path, *, saved: Recipe, recipe: Recipe) -> None:
             f"{checkpoint}: lora.targets are {saved.lora.targets} there, which are other maps than "
             f"{recipe.lora.targets} in the recipe"
         )
+    for part in get_args(Part):
+        field = f"freeze_{part}"
+        was_trained = not getattr(saved.training, field) and _has_part(saved, part)
+        if was_trained and getattr(recipe.training, field):
+            raise CheckpointError(
+                f"{checkpoint}: its run trained the {part} too, but training.{field} is true in the "
+                "recipe, whose checkpoints would leave it out: set it to false, or merge first "
+                "(vita convert merge-lora)"
+            )
+
+
+def _has_part(recipe: Recipe, part: Part) -> bool:
+    return part == "language_model" or not recipe.model.text_only
 
 
 def named(path: str) -> str:

@@ -280,7 +280,9 @@ class Recipe:
             return
         training = self.training
         reason = ""
-        if any(a.linear.part != "language_model" for a in adapted_maps(self.model, self.lora)):
+        if training.fit_memory:
+            reason = "training.fit_memory does not count its masks"
+        elif any(a.linear.part != "language_model" for a in adapted_maps(self.model, self.lora)):
             reason = "lora.targets names maps of other parts than the language model"
         elif training.recompute_granularity == "full" and training.recompute_method == "uniform":
             reason = "training.recompute_method is uniform; use block"
@@ -290,7 +292,7 @@ class Recipe:
             and not training.mlp_chunk_tokens
         ):
             reason = "training.recompute_modules has mlp without training.mlp_chunk_tokens"
-        require(not reason, f"lora.dropout is {self.lora.dropout}, which needs 0 here: {reason}")
+        require(not reason, f"lora.dropout is {self.lora.dropout}, but must be 0: {reason}")
 
     def is_frozen(self, part: Part) -> bool:
         """Tell whether nothing in a part is trained: neither its weights nor adapters."""

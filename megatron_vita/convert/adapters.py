@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.base import BASE, check_base, stamp_of_parts
-from megatron_vita.checkpoint.manifest import FORMAT_VERSION, MANIFEST, TENSORS
-from megatron_vita.config import AdaptedMap, LoraConfig, Recipe, adapted_maps, recipe_from_dict
+from megatron_vita.checkpoint.manifest import FORMAT_VERSION, MANIFEST, SCORES, TENSORS
+from megatron_vita.checkpoint.tokenizer_copy import FILE, FOLDER, copy_tokenizer
+from megatron_vita.config import AdaptedMap, Recipe, adapted_maps, recipe_from_dict
 from megatron_vita.convert.families.adapters import Matrices, update_of
 from megatron_vita.convert.families.mapping import TensorLocation, location_of
 from megatron_vita.convert.folders import new_folder
@@ -27,8 +28,8 @@ from megatron_vita.errors import CheckpointError
 from megatron_vita.model.lora import ADAPTER
 
 ALL_PARTS = ("vision_model", "projector", "language_model")
-_OF_TENSORS = (".metadata", "common.pt", "metadata.json", MANIFEST, "model.yaml")
-"""Files that describe a checkpoint's tensors, beside those that hold them."""
+_OF_TENSORS = (".metadata", "common.pt", "metadata.json", MANIFEST, SCORES, "model.yaml")
+"""Files that describe a checkpoint's tensors and its training, beside those that hold them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +151,31 @@ def merge_adapters(adapters: Path, destination: Path, *, base: Path | None = Non
     merge.check_stamp(whole)
     with new_folder(destination) as folder:
         _copy_other_files(whole, folder)
+        _take_tokenizer(opened.path, folder)
         with ProgressBar("merging", nbytes=merge.nbytes) as progress:
             write_distributed(folder, list(merge.chunks(progress)))
-        _write_manifest(folder, recipe.replaced({"lora": LoraConfig()}), {})
+        _write_manifest(folder, _recipe_of_merged(recipe, opened.recipe), {})
+
+
+def _take_tokenizer(adapters: Path, folder: Path) -> None:
+    """Put the tokenizer that adapters were trained with in the place of the base's, if they have
+    one."""
+    own = [adapters / name for name in (FOLDER, FILE) if (adapters / name).exists()]
+    if not own:
+        return
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    (folder / FILE).unlink(missing_ok=True)
+    copy_tokenizer(own[0], folder)
+
+
+def _recipe_of_merged(base: Recipe, adapters: Recipe) -> Recipe:
+    """Return the base's recipe with what the adapters were trained on: prompts, media, length."""
+    fields = {name: getattr(adapters, name) for name in ("text", "media", "generation")}
+    return base.replaced({**fields, "data.seq_length": adapters.data.seq_length})
 
 
 def _copy_other_files(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint's tokenizer and the files of its origin."""
+    """Copy the tokenizer of a base and the files of its origin, but for what describes its training."""
     for path in checkpoint.iterdir():
         if path.name in _OF_TENSORS or path.suffix == TENSORS:
             continue

@@ -19,6 +19,7 @@ from megatron_vita.convert.families.folder_formats import (
 )
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
+from megatron_vita.convert.formats.tensors import check_finite
 from megatron_vita.errors import CheckpointError, ConfigError
 
 CONFIG = "adapter_config.json"
@@ -40,12 +41,17 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
     "layer_replication": (None, []),
     "megatron_config": (None,),
     "use_qalora": (False, None),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    # Others subtract the initial update from the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 """Fields that change what adapters compute, and their values that are known here."""
 
@@ -107,7 +113,7 @@ def export_adapters(adapters: Path, destination: Path, *, folder_format: str = "
     opened = AdapterCheckpoint.open(adapters)
     if beside := opened.trained_beside():
         raise CheckpointError(
-            f"{opened.path}: {min(beside)} and {len(beside) - 1} others were trained fully beside the adapters, for "
+            f"{opened.path}: {len(beside)} tensors, such as {min(beside)}, were trained fully beside the adapters, for "
             "which PEFT's folder has no place; write the whole model: merge-lora, then to-hf"
         )
     chosen = _format_for(opened, folder_format)
@@ -189,8 +195,14 @@ def import_adapters(folder: Path, destination: Path, *, base: Path) -> int:
     theirs = {piece: f"{_PREFIX}{name}" for piece, name in found.items()}
 
     def matrices(adapted: AdaptedMap) -> Matrices:
-        pieces = [adapted.linear.pieces[i].name for i in adapted.chosen]
-        read = {piece: _read_matrices(source, theirs[piece], config["r"]) for piece in pieces}
+        read = {}
+        for piece in (adapted.linear.pieces[i] for i in adapted.chosen):
+            read[piece.name] = _read_matrices(
+                source,
+                theirs[piece.name],
+                a_shape=(config["r"], adapted.linear.inputs),
+                b_shape=(piece.outputs, config["r"]),
+            )
         return join_adapter(adapted, read)
 
     write_adapters(
@@ -199,15 +211,28 @@ def import_adapters(folder: Path, destination: Path, *, base: Path) -> int:
     return len(found)
 
 
-def _read_matrices(source: SafetensorsSource, name: str, rank: int) -> Matrices:
-    a = source.read(f"{name}.lora_A.weight").float()
-    b = source.read(f"{name}.lora_B.weight").float()
-    if len(a) != rank or b.shape[1] != rank:
-        raise CheckpointError(
-            f"{source.infos[f'{name}.lora_A.weight'].file}: {name} has rank {len(a)}, not {rank} as "
-            f"{CONFIG} says"
-        )
-    return a, b
+def _read_matrices(
+    source: SafetensorsSource, name: str, *, a_shape: tuple[int, int], b_shape: tuple[int, int]
+) -> Matrices:
+    """Read A and B of a map in fp32.
+
+    Raises:
+        CheckpointError: they have other shapes than the rank and the base's map need, or numbers
+            that are not finite.
+    """
+    read = []
+    for letter, shape in (("A", a_shape), ("B", b_shape)):
+        tensor_name = f"{name}.lora_{letter}.weight"
+        file = source.infos[tensor_name].file
+        tensor = source.read(tensor_name).float()
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{file}: {tensor_name} is {list(tensor.shape)}; {list(shape)} is needed for r of "
+                f"{CONFIG} and the base's map"
+            )
+        check_finite(tensor, name=tensor_name, file=file)
+        read.append(tensor)
+    return read[0], read[1]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -217,11 +242,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     for name, known in _MUST_BE.items():
-        value = config.get(name, known[-1])
-        if value not in known:
+        value = config.get(name)
+        if name in config and value not in known:
             raise CheckpointError(f"{path}: {name} is {value!r}; only {known[0]!r} is supported")
+    if "peft_type" not in config:
+        raise CheckpointError(f"{path}: has no peft_type; 'LORA' is supported")
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise CheckpointError(f"{path}: r is {config.get('r')!r}: a positive integer is needed")
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise CheckpointError(f"{path}: lora_alpha is {alpha!r}: a positive number is needed")
     return dict(config)
 
 
@@ -232,12 +262,16 @@ def _maps_in(source: SafetensorsSource, recipe: Recipe) -> dict[str, str]:
         CheckpointError: no format has all, or a tensor is no adapter's.
     """
     names = {_map_of(tensor, source) for tensor in source.infos}
+    lacking: list[set[str]] = []
     for folder_format in (CAUSAL, INTERNVL_HF):
         known = _Names(recipe, folder_format).theirs
         ours = {theirs: piece for piece, theirs in known.items()}
         if names <= ours.keys():
             return {ours[name]: name for name in sorted(names)}
-    unknown = min(names - ours.keys())
+        lacking.append(names - ours.keys())
+    # Of the format that has most of them.
+    fewest = sorted(lacking, key=len)[0]
+    unknown = min(fewest)
     raise CheckpointError(
         f"{source.infos[f'{_PREFIX}{unknown}.lora_A.weight'].file}: adapts {unknown}, which is no map of the base as "
         f"{CAUSAL.name} or {INTERNVL_HF.name}"

@@ -209,7 +209,15 @@ def _load(
     """
     # By pairs of rates, in the same order for both recipes: `check_parts` made sure that the kinds
     # of groups are the same.
-    rates = dict(zip(_rates(saved), _rates(recipe), strict=True))
+    pairs = list(zip(_rates(saved), _rates(recipe), strict=True))
+    rates = dict(pairs)
+    for then, now in pairs:
+        if rates[then] != now:
+            raise CheckpointError(
+                f"kinds of parameters that had one learning rate, {then[0]:g}, in the run to be resumed "
+                f"would have {rates[then][0]:g} and {now[0]:g}, which its state cannot tell apart: keep "
+                "lora.lr and the multipliers of learning rates, or start another run from its weights"
+            )
     for group in _saved_groups(state):
         group["max_lr"], group["min_lr"] = rates[group["max_lr"], group["min_lr"]]
         group["betas"] = (recipe.optimizer.adam_beta1, recipe.optimizer.adam_beta2)

@@ -192,3 +192,24 @@ def test_a_whole_model_holds_no_adapters(case: Case, tmp_path: Path) -> None:
         export_adapters(case.folder / "base", tmp_path / "peft")
     with pytest.raises(CheckpointError, match="holds adapters alone"):
         export_checkpoint(case.folder / "adapters", tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": RANK + 1}, r"lora_A.weight is \[3, \d+\]; \[4, \d+\] is needed"),
+        ({"use_bdlora": True}, "use_bdlora is True"),
+    ],
+)
+def test_a_folder_of_other_adapters_than_ours_is_refused_by_field(
+    case: Case, tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    folder = tmp_path / "peft"
+    export_adapters(case.folder / "adapters", folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=told):
+        import_adapters(folder, tmp_path / "back", base=case.folder / "base")
+    assert not (tmp_path / "back").exists()

@@ -11,6 +11,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_vita import platform
 from megatron_vita.checkpoint import base, store
 from megatron_vita.config import Recipe
+from megatron_vita.convert.adapters import AdapterCheckpoint, merge_adapters
+from megatron_vita.convert.families.mapping import TensorLocation
+from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.errors import CheckpointError
 from megatron_vita.parallel import groups
 from megatron_vita.training.resume import ResumePoint
@@ -246,3 +249,43 @@ def test_the_same_maps_by_other_names_are_the_same_adapters(trained: tuple[Path,
     names = ["model.*.q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "vision_model.*.qkv"]
     changes = {"lora.load": str(folder), "lora.targets": names}
     assert open_run(recipe_in(folder.parent / "renamed").replaced(changes)).step == 0
+
+
+def test_merging_takes_what_was_trained_beside_adapters_and_refuses_another_base(
+    trained: tuple[Path, list], tmp_path: Path
+) -> None:
+    folder = trained[0]
+    merge_adapters(folder, tmp_path / "merged")
+    opened = AdapterCheckpoint.open(folder)
+    place = TensorLocation("projector.fc1.weight")
+    merged = DistSource(tmp_path / "merged").read(place)
+    assert torch.equal(merged, opened.source.read(place))
+    assert not torch.equal(
+        merged, DistSource(store.find_checkpoint(opened.base["path"])).read(place)
+    )
+    recipe = store.recipe_of(tmp_path / "merged")
+    assert (recipe.data.seq_length, recipe.text) == (
+        opened.recipe.data.seq_length,
+        opened.recipe.text,
+    )
+    save_base(tmp_path / "other", seed=6)
+    with pytest.raises(CheckpointError, match=r"another base: .*/base, stamp .*/other/step"):
+        merge_adapters(folder, tmp_path / "wrong", base=tmp_path / "other")
+
+
+def test_adapters_beside_which_more_was_trained_than_is_now_are_refused(
+    trained: tuple[Path, list], tmp_path: Path
+) -> None:
+    folder = trained[0]
+    recipe = recipe_in(tmp_path / "next", freeze_projector=True)
+    places = {"lora.load": str(folder), "checkpoint.load": str(folder.parent / "base")}
+    with pytest.raises(CheckpointError, match=r"trained the projector too, but training.freeze_pro"):
+        open_run(recipe.replaced(places))
+
+
+def test_rates_that_a_resumed_state_cannot_tell_apart_are_refused(
+    trained: tuple[Path, list],
+) -> None:
+    recipe = recipe_in(trained[0]).replaced({"lora.lr": 0.5})
+    with pytest.raises(CheckpointError, match=r"had one learning rate, .* would have"):
+        open_run(recipe)

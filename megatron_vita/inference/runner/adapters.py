@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_vita import platform
 from megatron_vita.checkpoint import base, store
 from megatron_vita.config import Recipe, adapted_maps, recipe_from_dict, replaced
+from megatron_vita.config.lora import Part
 from megatron_vita.errors import CheckpointError, ConfigError
 from megatron_vita.model.lora import Adapter, attach, named_linears
 from megatron_vita.model.vita import VitaModel
@@ -132,14 +133,25 @@ def _check(checkpoint: Path, saved: Recipe, recipe: Recipe) -> None:
     store.check_model(
         checkpoint, saved=replaced(saved.model, alone), model=replaced(recipe.model, alone)
     )
-    for part in ("vision_model", "projector"):
-        if saved.model.text_only:
-            break
+    parts: tuple[Part, ...] = ("vision_model", "projector")
+    for part in () if saved.model.text_only else parts:
         if not saved.is_frozen(part):
             raise CheckpointError(
                 f"{checkpoint}: its run trained the {part} too, and only adapters of the language model can be served "
                 "beside others: merge it (vita convert merge-lora), and serve the result"
             )
+    differing = [
+        name for name in ("text", "media") if getattr(saved, name) != getattr(recipe, name)
+    ]
+    if saved.data.seq_length > recipe.data.seq_length:
+        differing.append(f"data.seq_length ({saved.data.seq_length})")
+    if differing:
+        logger.warning(
+            "%s: was trained with another %s; prompts, media and context are those of the base that is "
+            "served (--max-context)",
+            checkpoint,
+            " and ".join(differing),
+        )
 
 
 def _check_base(

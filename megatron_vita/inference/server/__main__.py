@@ -54,7 +54,7 @@ def parse_arguments(
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="adapters of the language model (a checkpoint of adapters), which requests choose by the model NAME "
+        help="checkpoint of adapters (LoRA) to serve beside the model; requests choose it by NAME as their model "
         "(repeatable)",
     )
     parser.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
