@@ -36,14 +36,8 @@ from megatron_vita.costs.host_memory import saving_memory
 from megatron_vita.parallel import groups
 from megatron_vita.training import optimizer
 from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import (
-    Run,
-    assemble_run,
-    open_saver,
-    restore,
-    save_run,
-    start_save,
-)
+from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.run_state import open_saver, restore, save_run, start_save
 
 
 def language(layers: int, hidden: int) -> LanguageConfig:

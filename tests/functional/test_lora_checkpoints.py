@@ -17,7 +17,8 @@ from megatron_vita.convert.formats.torch_dist_reader import DistSource
 from megatron_vita.errors import CheckpointError
 from megatron_vita.parallel import groups
 from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, assemble_run, restore, save_run
+from megatron_vita.training.run import Run, assemble_run
+from megatron_vita.training.run_state import restore, save_run
 from megatron_vita.training.step import train_step
 from tests.functional.launch import run_ranks
 from tests.functional.layout_worker import my_batches
@@ -279,7 +280,9 @@ def test_adapters_beside_which_more_was_trained_than_is_now_are_refused(
     folder = trained[0]
     recipe = recipe_in(tmp_path / "next", freeze_projector=True)
     places = {"lora.load": str(folder), "checkpoint.load": str(folder.parent / "base")}
-    with pytest.raises(CheckpointError, match=r"trained the projector too, but training.freeze_pro"):
+    with pytest.raises(
+        CheckpointError, match=r"trained the projector too, but training.freeze_pro"
+    ):
         open_run(recipe.replaced(places))
 
 

@@ -14,7 +14,8 @@ from megatron_vita.platform.remainders import join_weights, split_weights
 from megatron_vita.training import optimizer_state, run
 from megatron_vita.training.optimizer import check_optimizer
 from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import assemble_run, restore, save_run
+from megatron_vita.training.run import assemble_run
+from megatron_vita.training.run_state import restore, save_run
 from megatron_vita.training.step import train_step
 from tests.functional.layout_worker import my_batches, small_buckets
 from tests.functional.synthetic import tiny_recipe

@@ -26,7 +26,8 @@ from megatron_vita.training.batches import train_batches, validation_batches
 from megatron_vita.training.callbacks.watching import awaited_samples
 from megatron_vita.training.loop import train
 from megatron_vita.training.resume import ResumePoint, check_parts
-from megatron_vita.training.run import Run, open_run, save_run
+from megatron_vita.training.run import Run, open_run
+from megatron_vita.training.run_state import save_run
 from megatron_vita.training.streams import open_streams
 from tests.forked import run_program
 from tests.functional.toy_run import data_tools, make_toy_run

@@ -32,7 +32,8 @@ from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.resume import ResumePoint
-from megatron_vita.training.run import Run, open_run, open_saver, restore_newest, start_save
+from megatron_vita.training.run import Run, open_run
+from megatron_vita.training.run_state import open_saver, restore_newest, start_save
 from tests.functional.toy_run import make_toy_run
 from tests.training.damage import DAMAGE, TENSORS, cut, flip
 

@@ -13,7 +13,8 @@ from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.callbacks.callback import Callback
 from megatron_vita.training.callbacks.hooks import Hooks
 from megatron_vita.training.metrics import SAVING, StepMetrics
-from megatron_vita.training.run import Run, open_saver, retention_of, start_save
+from megatron_vita.training.run import Run
+from megatron_vita.training.run_state import open_saver, retention_of, start_save
 
 LAST_PAUSES = (1.0, 4.0)
 """Seconds before each further attempt to save the last step, after which there is none to come."""
