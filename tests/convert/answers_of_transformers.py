@@ -45,7 +45,7 @@ def assert_same_answer(
 @torch.no_grad()
 def _next_token(model: Any, ids: list[int], *, tokens: int) -> Tensor:
     """Log-probabilities [tokens] after `ids`, from a whole forward pass; padding rows are cut off."""
-    return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].log_softmax(-1)
+    return model(input_ids=torch.tensor([ids])).logits[0, -1, :tokens].double().log_softmax(-1)
 
 
 def generated(
@@ -61,7 +61,7 @@ def generated(
         )  # fmt: skip
     said = found.sequences[0, len(ids) :].tolist()
     logprobs = [
-        float(logits[0, :tokens].log_softmax(-1)[token])
+        float(logits[0, :tokens].double().log_softmax(-1)[token])
         for logits, token in zip(found.logits, said, strict=True)
     ]
     ends = model.generation_config.eos_token_id

@@ -23,6 +23,7 @@ from megatron_vita.inference.generation.sampling import (
     SamplingRow,
     has_penalties,
     likeliest_tokens,
+    log_probabilities,
     process_logits,
     sample_tokens,
     uniform_number,
@@ -239,6 +240,16 @@ def test_the_rounding_of_another_layout_changes_no_draw() -> None:
         for options in ({}, {"top_k": 2}, {"top_p": 0.99}):
             one = draw(step=step, temperature=1.0, **options)
             assert ids(logits, [one]) == ids(other, [one])
+
+
+@pytest.mark.parametrize("shift", [0.0, 25.0, -1e4])
+@pytest.mark.parametrize("certain", [0.0, 12.0])
+def test_logprobs_of_a_large_vocabulary_are_exact(certain: float, shift: float) -> None:
+    logits = random_logits(4, vocab=151_936) + shift
+    logits[:, 7] += certain
+    logits[1, 100:] = -math.inf
+    expected = logits.double().log_softmax(dim=-1)
+    torch.testing.assert_close(log_probabilities(logits).double(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_logprobs_are_of_the_models_own_distribution() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_vita.inference.generation.sampling import (
     likeliest_tokens,
+    log_probabilities,
     refuse_unless_finite,
     upload,
 )
@@ -97,7 +98,7 @@ class BeamSearch:
         """Best continuations, each with the row that it continues: enough for `num_beams` that do
         not end."""
         vocab_size = logits.shape[-1]
-        logprobs = logits.float().log_softmax(dim=-1)
+        logprobs = log_probabilities(logits)
         totals = [beam.total if beam else 0.0 for beam in self._live]
         sums = (logprobs + upload(totals, like=logprobs).unsqueeze(1)).flatten()
         # Even if every beam ends with every end token, as many candidates remain that do not end.

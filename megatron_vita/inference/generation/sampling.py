@@ -98,6 +98,14 @@ def sample_tokens(logits: Tensor, params: Sequence[SamplingRow]) -> list[ScoredT
     return found
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-probabilities [R, V] of logits [R, V], in fp32 and exact to 1e-6."""
+    # log_softmax adds up a row's exponentials one after another on the CPU, which is off by 1e-5
+    # at 50,000 tokens; sum() adds pairwise.
+    below_best = logits.float() - logits.amax(dim=-1, keepdim=True)
+    return below_best - below_best.exp().sum(dim=-1, keepdim=True).log()
+
+
 def likeliest_tokens(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Top-k of rows [R, V] with ties broken by the lower id: values and ids [R, count], best first.
 
@@ -248,7 +256,7 @@ def _highest(rows: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
 def _scores(logits: Tensor, tokens: Tensor, *, width: int) -> Tensor:
     """Log-probabilities of `tokens` [R], then ids and log-probabilities of the likeliest tokens:
     [R, 1 + 2 * width]."""
-    logprobs = logits.log_softmax(dim=-1)
+    logprobs = log_probabilities(logits)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).double()
     if width == 0:
         return chosen
