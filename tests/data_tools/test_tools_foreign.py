@@ -14,7 +14,8 @@ from data_tools.importing import ImportJob, import_samples
 from data_tools.pool import WorkerOptions
 from megatron_vita.media.data_urls import inline_content, is_inline
 from megatron_vita.text.conversation import MediaPart, TextPart, check_messages
-from tests.data_tools.foreign_layouts import FILES, LAYOUTS, Case, Truth, make_cases
+from tests.data_tools.foreign_cases import Case, make_cases
+from tests.data_tools.foreign_layouts import FILES, LAYOUTS, Truth
 
 CASES = 300
 Result = dict[str, Any] | str  # a sample, or why there is none
