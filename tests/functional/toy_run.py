@@ -13,6 +13,8 @@ from data_tools.cli import app
 from tests.once import made_once
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
+QUICK = ["data.num_workers=0", "training.eval_interval=0", "checkpoint.save=''"]
+"""Overrides for a run without loader processes, validation and checkpoints."""
 
 
 def write_samples(folder: Path, count: int) -> Path:

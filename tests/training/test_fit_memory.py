@@ -11,15 +11,8 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.training import fitting, loop
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import Run
-from tests.functional.toy_run import make_toy_run
 
 GIB = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    platform.initialize_process()
-    return make_toy_run(tmp_path_factory.mktemp("toy"))
 
 
 def test_a_resumed_run_chooses_anew_and_a_run_that_cannot_fit_says_what_would(

@@ -25,21 +25,9 @@ from megatron_vita.training.metrics import count_batch, measure_memory
 from megatron_vita.training.run import Run, assemble_run
 from megatron_vita.training.wording import count
 from tests.functional.synthetic import make_pack, tiny_recipe
-from tests.functional.toy_run import make_toy_run
+from tests.functional.toy_run import QUICK
 
-FAST = [
-    "data.num_workers=0",
-    "training.eval_interval=0",
-    "checkpoint.save=''",
-    "training.tensorboard_dir=''",
-    "training.train_iters=3",
-]
-
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    platform.initialize_process()
-    return make_toy_run(tmp_path_factory.mktemp("toy"))
+FAST = [*QUICK, "training.tensorboard_dir=''", "training.train_iters=3"]
 
 
 class Ranks:

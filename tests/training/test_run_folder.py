@@ -17,7 +17,6 @@ import wandb
 from mlflow import MlflowClient
 from wandb.proto import wandb_internal_pb2
 
-from megatron_vita import platform
 from megatron_vita.config import TrainingConfig, load_recipe
 from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.errors import CallbackError, ConfigError, PlatformError
@@ -29,15 +28,7 @@ from megatron_vita.training.callbacks import Callback, optional
 from megatron_vita.training.loop import train
 from megatron_vita.training.run import Run
 from megatron_vita.training.run_folder import RunLog
-from tests.functional.toy_run import make_toy_run
-
-FAST = ["data.num_workers=0", "training.eval_interval=0", "checkpoint.save=''"]
-
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    platform.initialize_process()
-    return make_toy_run(tmp_path_factory.mktemp("toy"))
+from tests.functional.toy_run import QUICK
 
 
 class FailsAt(Callback):
@@ -145,7 +136,7 @@ def test_log_and_environment_are_added_to_by_each_start(restarted: Path) -> None
 def test_the_folder_may_be_another_than_that_of_checkpoints(
     recipe_path: Path, tmp_path: Path
 ) -> None:
-    fields = [*FAST, "training.train_iters=1", f"training.run_dir={tmp_path / 'run'}"]
+    fields = [*QUICK, "training.train_iters=1", f"training.run_dir={tmp_path / 'run'}"]
     train(load_recipe(recipe_path, fields))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         *("environment.jsonl", "log.txt", "metrics.jsonl", "recipe.yaml")
@@ -217,7 +208,7 @@ def test_a_terminal_shows_a_bar_and_a_file_shows_lines(
         stream = kind()
         monkeypatch.setattr(sys, "stderr", stream)
         folder = tmp_path / kind.__name__
-        fields = [*FAST, "training.train_iters=3", f"training.run_dir={folder}"]
+        fields = [*QUICK, "training.train_iters=3", f"training.run_dir={folder}"]
         train(load_recipe(recipe_path, [*fields, "training.eval_interval=3"]))
         shown[kind] = stream.getvalue()
         assert (folder / "log.txt").read_text().count("grad norm") == 3
@@ -340,7 +331,7 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_built(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, package: str
 ) -> None:
     monkeypatch.setattr(optional.importlib.util, "find_spec", lambda _: None)
-    recipe = load_recipe(recipe_path, [*FAST, f"training.{field}=vita", "text.tokenizer=nowhere"])
+    recipe = load_recipe(recipe_path, [*QUICK, f"training.{field}=vita", "text.tokenizer=nowhere"])
     with pytest.raises(PlatformError, match=rf"training.{field} is 'vita', .* install {package}$"):
         train(recipe)
 

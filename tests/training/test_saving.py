@@ -20,30 +20,18 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from megatron_vita import platform
 from megatron_vita.checkpoint import saver, store
-from megatron_vita.checkpoint.claim import Claim
 from megatron_vita.checkpoint.reading import CheckedReader
-from megatron_vita.checkpoint.retention import Retention, note_scores
 from megatron_vita.checkpoint.writing import Share, WriterProcess, Written
 from megatron_vita.config import load_recipe
-from megatron_vita.errors import CheckpointError, ClaimedError, ConfigError, SaveError
-from megatron_vita.training.callbacks import Callback
+from megatron_vita.errors import CheckpointError, SaveError
 from megatron_vita.training.loop import train
-from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.resume import ResumePoint
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.run_state import open_saver, restore_newest, start_save
-from tests.functional.toy_run import make_toy_run
 from tests.training.damage import DAMAGE, TENSORS, cut, flip
 
 QUIET = ["data.num_workers=0", "training.eval_interval=0"]
-
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    platform.initialize_process()
-    return make_toy_run(tmp_path_factory.mktemp("saving"))
 
 
 @pytest.fixture(scope="module")
@@ -282,54 +270,6 @@ def test_the_last_save_ends_a_run_that_cannot_do_it(
         train(load_recipe(recipe_path, [*QUIET, *where]))
 
 
-def put_checkpoints(folder: Path, scores: dict[int, float | None]) -> None:
-    for step, score in scores.items():
-        checkpoint = folder / f"step_{step:08d}"
-        checkpoint.mkdir()
-        (checkpoint / "manifest.json").touch()
-        if score is not None:
-            note_scores(checkpoint, {"validation/loss": score})
-
-
-@pytest.mark.parametrize(
-    ("rule", "kept"),
-    [
-        (Retention(last=2), [50, 60]),
-        (Retention(last=1, every=20), [20, 40, 60]),
-        (Retention(last=1, best=2, metric="validation/loss"), [20, 50, 60]),
-        (Retention(last=1, best=1, metric="validation/loss", mode="max"), [10, 60]),
-        (Retention(last=1, every=30, best=1, metric="validation/loss"), [20, 30, 60]),
-        (Retention(last=1, best=3, metric="train/loss"), [60]),
-    ],
-)
-def test_a_checkpoint_is_kept_if_any_rule_names_it(
-    tmp_path: Path, rule: Retention, kept: list[int]
-) -> None:
-    put_checkpoints(tmp_path, {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.5, 60: None})
-    rule.prune(tmp_path, newest=tmp_path / "step_00000060")
-    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == kept
-
-
-def test_a_folder_without_a_manifest_is_not_among_the_last_ones(tmp_path: Path) -> None:
-    put_checkpoints(tmp_path, {10: None, 20: None, 30: None})
-    (tmp_path / "step_00000020" / "manifest.json").unlink()
-    Retention(last=2).prune(tmp_path, newest=tmp_path / "step_00000030")
-    assert (tmp_path / "step_00000010").exists()
-
-
-def test_a_validation_after_a_save_scores_its_checkpoint(recipe_path: Path, tmp_path: Path) -> None:
-    overrides = [
-        "training.eval_interval=2", "training.train_iters=4", "data.num_workers=0",
-        "checkpoint.save_interval=2", "checkpoint.keep_best=1", f"checkpoint.save={tmp_path}",
-    ]  # fmt: skip
-    train(load_recipe(recipe_path, overrides))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
-    losses = {row["step"]: row["validation/loss"] for row in rows if row["event"] == "validation"}
-    for step, loss in losses.items():
-        scores = json.loads((tmp_path / f"step_{step:08d}" / "scores.json").read_text())
-        assert scores["validation/loss"] == pytest.approx(loss, rel=1e-6)
-
-
 def test_a_watched_run_goes_through_and_leaves_no_process(
     recipe_path: Path, tmp_path: Path
 ) -> None:
@@ -338,64 +278,3 @@ def test_a_watched_run_goes_through_and_leaves_no_process(
     train(load_recipe(recipe_path, [*QUIET, *where, "training.hang_seconds=60"]))
     assert set(psutil.Process().children(recursive=True)) <= before
     assert not (tmp_path / "saved" / "hangs").exists()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["checkpoint.keep_best=2", "training.eval_interval=0"], "needs training.eval_interval"),
-        (["checkpoint.mirror=s3://b/run", "checkpoint.save=''"], "needs checkpoint.save"),
-        (["checkpoint.keep_every=5", "checkpoint.save=''"], "needs checkpoint.save"),
-        (["checkpoint.retry_steps=0"], "must be at least 1"),
-        (["checkpoint.keep_best=-1"], "must be at least 0"),
-        (["checkpoint.best_mode=best"], "best_mode"),
-    ],
-)
-def test_rules_that_could_not_hold_are_refused(
-    recipe_path: Path, overrides: list[str], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load_recipe(recipe_path, overrides)
-
-
-class TakeOver(Callback):
-    """Another job, which begins in the same folder after the third step."""
-
-    def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        if run.step == 3:
-            Claim(Path(run.recipe.checkpoint.save)).take()
-
-
-def test_a_job_whose_folder_a_later_one_took_over_ends_and_changes_nothing_there(
-    recipe_path: Path, tmp_path: Path
-) -> None:
-    fields = ["training.train_iters=8", "checkpoint.save_interval=2", "checkpoint.keep=1"]
-    fields += ["checkpoint.async_save=false", f"checkpoint.save={tmp_path / 'run'}"]
-    with pytest.raises(ClaimedError, match=r"another job saves here since .* ends without saving"):
-        train(load_recipe(recipe_path, [*QUIET, *fields]), callbacks=[TakeOver()])
-    assert [path.name for path in (tmp_path / "run").glob("*step_*")] == ["step_00000002"]
-    # The later one goes on from there, and saves.
-    train(load_recipe(recipe_path, [*QUIET, *fields]))
-    assert (tmp_path / "run" / "latest").read_text() == "step_00000008"
-
-
-def test_a_claim_that_somebody_has_removed_is_made_again(tmp_path: Path) -> None:
-    claim = Claim(tmp_path)
-    claim.take()
-    (tmp_path / "job").unlink()
-    claim.check()
-    claim.check()
-    Claim(tmp_path).take()
-    with pytest.raises(ClaimedError):
-        claim.check()
-
-
-@pytest.mark.parametrize("content", ["", "one line", "a\nb\nc\n"])
-def test_a_claim_that_is_cut_or_foreign_counts_as_another_job_s(
-    tmp_path: Path, content: str
-) -> None:
-    claim = Claim(tmp_path)
-    claim.take()
-    (tmp_path / "job").write_text(content)
-    with pytest.raises(ClaimedError):
-        claim.check()

@@ -2,11 +2,7 @@
 
 import dataclasses
 import logging
-import math
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,43 +10,28 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_vita import platform
-from megatron_vita.checkpoint import retention, shared_folder, space, store
-from megatron_vita.checkpoint.retention import Retention
+from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe, load_recipe
-from megatron_vita.costs.checkpoint_size import checkpoint_bytes
 from megatron_vita.data.batch import Batch
 from megatron_vita.errors import (
     CheckpointError,
     ConfigError,
     DamagedCheckpointError,
     DataError,
-    StoppedError,
     VitaError,
 )
-from megatron_vita.training import loop, stop_signal
+from megatron_vita.training import loop
 from megatron_vita.training.callbacks import validation
 from megatron_vita.training.callbacks.tensorboard import TensorBoardCallback
 from megatron_vita.training.loop import train
 from megatron_vita.training.metrics import StepMetrics
 from megatron_vita.training.run import Run, open_run
 from megatron_vita.training.step import train_step
-from tests.functional.toy_run import data_tools, make_toy_run
+from tests.functional.toy_run import QUICK, data_tools, make_toy_run
 
 PARTS = ("vision_model", "projector", "language_model")
 NO_RUN = cast(Run, None)
-FAST = [
-    "data.num_workers=0",
-    "training.eval_interval=0",
-    "checkpoint.save=''",
-    "training.train_iters=2",
-]
-
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    platform.initialize_process()
-    return make_toy_run(tmp_path_factory.mktemp("toy"))
+FAST = [*QUICK, "training.train_iters=2"]
 
 
 @pytest.fixture(scope="module")
@@ -88,46 +69,6 @@ def test_each_frozen_part_keeps_its_weights_and_the_others_move(recipe_path: Pat
             assert torch.equal(before[name], parameter) == name.startswith(frozen), name
 
 
-def put_checkpoint(folder: Path, name: str) -> None:
-    """A folder that counts as a complete checkpoint."""
-    (folder / name).mkdir()
-    (folder / name / "manifest.json").touch()
-
-
-def test_a_checkpoint_just_saved_is_kept_when_later_ones_exist(tmp_path: Path) -> None:
-    for step in (2, 4, 6, 8):
-        put_checkpoint(tmp_path, f"step_{step:08d}")
-    Retention(last=1).prune(tmp_path, newest=tmp_path / "step_00000004")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"step_{step:08d}" for step in (4, 6, 8)
-    ]
-
-
-def test_only_what_was_saved_under_its_own_name_is_removed(tmp_path: Path) -> None:
-    others = ["step_00000002_best", "step_00000002.tar", "best"]
-    for name in ("step_00000002", "step_00000004", "step_00000006", *others):
-        put_checkpoint(tmp_path, name)
-    (tmp_path / "step_00000003").symlink_to("best")
-    Retention(last=2).prune(tmp_path, newest=tmp_path / "step_00000006")
-    left = ["step_00000003", "step_00000004", "step_00000006", *others]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
-
-
-def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing_and_is_no_checkpoint_any_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def busy(path: Path) -> None:
-        raise OSError("device or resource busy")
-
-    for step in (2, 4):
-        put_checkpoint(tmp_path, f"step_{step:08d}")
-    with monkeypatch.context() as patch:
-        patch.setattr(retention.shutil, "rmtree", busy)
-        Retention(last=1).prune(tmp_path, newest=tmp_path / "step_00000004")
-    assert "step_00000002: cannot be removed: device or resource busy" in caplog.text
-    assert not (tmp_path / "step_00000002").exists()
-
-
 def test_a_checkpoint_that_is_due_is_saved_before_validation_can_fail(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,153 +83,6 @@ def test_a_checkpoint_that_is_due_is_saved_before_validation_can_fail(
             )
         )
     assert (tmp_path / "latest").read_text() == "step_00000002"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_run_that_is_told_to_stop_saves_after_its_step_and_says_so(
-    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    def told(run: Run, batches: Iterator[Batch]) -> StepMetrics:
-        if run.step == 1:
-            for _ in range(2):  # a launcher and a supervisor
-                os.kill(os.getpid(), number)
-        return train_step(run, batches)
-
-    monkeypatch.setenv(stop_signal.LAUNCHED, "torchrun")
-    monkeypatch.setattr(loop, "train_step", told)
-    monkeypatch.setattr(
-        validation, "validation_batches", lambda _: pytest.fail("there is no time for it")
-    )
-    before = signal.getsignal(number)
-    fields = ["training.train_iters=4", "training.eval_interval=2", f"checkpoint.save={tmp_path}"]
-    with pytest.raises(
-        StoppedError, match=rf"told to stop \({number.name}\) after step 2 of 4: saved"
-    ):
-        train(load_recipe(recipe_path, [*FAST, *fields]))
-    assert (tmp_path / "latest").read_text() == "step_00000002"
-    assert signal.getsignal(number) == before
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
-    recipe_path: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint.save .*/file/checkpoints: cannot be written"
-    ):
-        open_run(
-            load_recipe(
-                recipe_path, [*FAST, f"checkpoint.save={tmp_path / 'file' / 'checkpoints'}"]
-            )
-        )
-
-
-@pytest.mark.parametrize(
-    ("probe", "newest", "problem"),
-    [
-        ("absent", "", "is not the folder that the first rank has"),
-        (
-            "probe",
-            "step_00000008",
-            "the newest checkpoint is none, and step_00000008 for the first rank",
-        ),
-        ("probe", "", ""),
-    ],
-)
-def test_a_folder_that_differs_from_the_first_ranks_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: str, newest: str, problem: str
-) -> None:
-    monkeypatch.setattr(shared_folder, "VISIBLE_SECONDS", 0.1)
-    (tmp_path / "probe").touch()
-    found = shared_folder._look_for(tmp_path, probe, newest)
-    assert (problem in found) if problem else not found
-    assert [file.name for file in tmp_path.iterdir()] == ["probe"]
-
-
-def test_a_disk_without_room_for_a_checkpoint_is_refused_with_bytes_needed_and_free(
-    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = load_recipe(recipe_path, [*FAST, f"checkpoint.save={tmp_path}"])
-    needed = checkpoint_bytes(recipe)
-    monkeypatch.setattr(space, "free_bytes", lambda _: needed - 1)
-    with pytest.raises(
-        CheckpointError,
-        match=rf"checkpoint.save {tmp_path}: no space .* \({needed} bytes\), and .* \({needed - 1} bytes\) are free",
-    ):
-        open_run(recipe)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_room_for_fewer_checkpoints_than_are_kept_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(space, "free_bytes", lambda _: 2500)
-    (tmp_path / "step_00000004").mkdir()
-    shared_folder.check_shared(tmp_path, size=1000, count=3)
-    assert not caplog.text
-    shared_folder.check_shared(tmp_path, size=1000, count=4)
-    assert "will be full: 4 checkpoints" in caplog.text
-    assert "need 3.0 kB more, and 2.5 kB are free" in caplog.text
-
-
-def test_halves_of_killed_saves_count_as_room(tmp_path: Path) -> None:
-    (tmp_path / ".step_00000004.incomplete").mkdir()
-    free = space.room_in(tmp_path)
-    (tmp_path / ".step_00000004.incomplete" / "half").write_bytes(bytes(1 << 20))
-    assert abs(space.room_in(tmp_path) - free) < 1 << 19 or os.environ.get("PYTEST_XDIST_WORKER")
-
-
-def test_a_rank_that_cannot_write_there_is_heard_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(shared_folder, "VISIBLE_SECONDS", 0.1)
-    (tmp_path / "probe").touch()
-    monkeypatch.setattr(Path, "touch", refuse)
-    assert "Permission denied" in shared_folder._look_for(tmp_path, "probe", "")
-
-
-def test_a_run_is_killed_by_a_signal_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    raised: list[int] = []
-    monkeypatch.setattr(signal, "raise_signal", raised.append)
-    monkeypatch.setattr(stop_signal, "REPEAT_SECONDS", 0.05)
-    with stop_signal.StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (stop.received, raised) == ("SIGUSR1", [])
-        time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert raised == [signal.SIGTERM]
-
-
-@pytest.mark.parametrize("launched", [False, True])
-def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch, launched: bool) -> None:
-    monkeypatch.delenv(stop_signal.LAUNCHED, raising=False)
-    if launched:
-        monkeypatch.setenv(stop_signal.LAUNCHED, "torchrun")
-    with stop_signal.StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == "SIGINT"
-        if launched:  # torchrun passes on what the terminal sent to all
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_a_latest_checkpoint_that_cannot_be_read_is_no_matter_of_writing_and_leaves_no_file(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "latest").mkdir()
-    with pytest.raises(CheckpointError, match=rf"checkpoint.save {tmp_path}: .*latest"):
-        shared_folder.check_shared(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
-
-
-def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:
-    shared_folder.check_shared(tmp_path / "new" / "checkpoints")
-    assert list((tmp_path / "new" / "checkpoints").iterdir()) == []
 
 
 def test_scalars_that_were_written_after_the_checkpoint_go_and_the_last_are_there_at_once(
@@ -343,70 +137,6 @@ def test_a_text_only_run_trains_on_what_has_no_media_and_may_start_from_a_whole_
     for name, parameter in run.unwrapped_model.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
     train(recipe)
-
-
-def test_learning_rate_rises_linearly_and_falls_by_a_cosine(recipe_path: Path) -> None:
-    recipe = load_recipe(
-        recipe_path,
-        [
-            *FAST,
-            "training.train_iters=10",
-            "optimizer.lr_warmup_fraction=0.2",
-            "optimizer.min_lr=1e-4",
-        ],
-    )
-    run = open_run(recipe)
-    rates = []
-    for _ in range(10):
-        rates.append(run.optimizer.param_groups[0]["lr"])
-        run.schedule.step(1)
-    peak = recipe.optimizer.lr
-    low = recipe.optimizer.min_lr
-    cosine = [
-        low + (peak - low) * (1 + math.cos(math.pi * (step - 2) / 8)) / 2 for step in range(2, 10)
-    ]
-    assert rates == pytest.approx([0.0, peak / 2, *cosine])
-
-
-def test_the_vision_towers_rate_falls_from_its_last_layer_to_its_first(recipe_path: Path) -> None:
-    overrides = [
-        *FAST,
-        "optimizer.vision_lr_mult=0.1",
-        "optimizer.vision_lr_decay=0.9",
-        "model.vision.num_layers=3",
-    ]
-    run = open_run(
-        load_recipe(
-            recipe_path, [*overrides, "training.train_iters=10", "optimizer.lr_warmup_fraction=0.1"]
-        )
-    )
-    run.schedule.step(1)
-    rates: dict = {}
-    for group in run.optimizer.param_groups:
-        for parameter in group["params"]:
-            rates.setdefault(round(group["lr"] / run.recipe.optimizer.lr, 6), 0)
-            rates[round(group["lr"] / run.recipe.optimizer.lr, 6)] += parameter.numel()
-
-    def size(part: str) -> int:
-        return sum(
-            p.numel() for name, p in run.unwrapped_model.named_parameters() if name.startswith(part)
-        )
-
-    depths = ["embeddings.", "layers.0.", "layers.1.", "layers.2."]
-    expected = {
-        round(0.1 * 0.9 ** (4 - i), 6): size(f"vision_model.{part}")
-        for i, part in enumerate(depths)
-    }
-    assert rates == expected | {1.0: size("projector") + size("language_model")}
-
-
-def test_vectors_and_biases_are_spared_weight_decay(recipe_path: Path) -> None:
-    run = open_run(load_recipe(recipe_path, [*FAST, "optimizer.weight_decay=0.1"]))
-    spared = sum(
-        p.numel() for g in run.optimizer.param_groups if g["wd_mult"] == 0 for p in g["params"]
-    )
-    named = run.unwrapped_model.named_parameters()
-    assert spared == sum(p.numel() for name, p in named if p.dim() == 1 or name.endswith("bias"))
 
 
 def test_tensorboard_holds_losses_of_sources_and_of_held_out_packs(trained: Recipe) -> None:
