@@ -21,7 +21,7 @@ from megatron_vita.text.conversation import check_messages
 from megatron_vita.text.origin import text_of_folder
 from megatron_vita.text.tokenizer import load_tokenizer
 from tests.convert.published import CONFIGS, GENERATION
-from tests.text.test_text_published import SYSTEM, text_ids
+from tests.text.published_chat import SYSTEM, text_ids
 
 pytestmark = pytest.mark.full("downloads 17 MB for each tokenizer")
 
