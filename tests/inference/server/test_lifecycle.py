@@ -3,34 +3,23 @@ of them."""
 
 import asyncio
 import json
-import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from megatron_vita.errors import DataError, EngineError
+from megatron_vita.errors import DataError
 from megatron_vita.inference.prompt import Prompt
 from megatron_vita.inference.requests import SamplingParams
 from megatron_vita.inference.server.limits import Limits
-from megatron_vita.inference.server.service import EngineFailedError, EngineService, RequestStream
-from tests.forked import start_program
+from megatron_vita.inference.server.service import EngineService
+from tests.inference.server.clients import LONG, in_thread, read_all, slow
 from tests.inference.server.fake_engine import FakeEngine, FakePrepared
 from tests.inference.server.running_server import RunningServer, body, refusal, running, wait_until
-
-LONG = "x" * 4000
-FOLDER = Path(__file__).parent
-
-
-def slow(**fields: Any) -> FakeEngine:
-    """Answers take minutes."""
-    return FakeEngine(reply=LONG, step_seconds=0.02, **fields)
 
 
 def is_empty(server: RunningServer) -> bool:
@@ -196,19 +185,6 @@ def assert_refused_or_closed(client: httpx.Client) -> None:
         return
 
 
-def in_thread(work: Any) -> Any:
-    """Starts `work`; the returned function waits for its result, in a list."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
-    thread.start()
-
-    def result() -> list[Any]:
-        thread.join(30)
-        return results
-
-    return result
-
-
 def test_answers_that_take_too_long_are_cut_off_when_the_server_stops() -> None:
     with running(slow(), limits=Limits(drain_seconds=0.3)) as server:
         answers = in_thread(lambda: server.chat())
@@ -273,109 +249,6 @@ def test_bodies_that_are_still_read_when_the_time_to_end_is_over_get_503() -> No
     assert '"stopping"' in answer
 
 
-def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
-    with running(slow(fails_after=20)) as server:
-        answers = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
-        plain, stream = (answer()[0] for answer in answers)
-        assert "rank 1 is gone" in refusal(plain, 503)["message"]
-        last = stream.text.strip().split("\n\n")[-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
-        wait_until(lambda: server.server.service.failure is not None)
-    assert "rank 1 is gone" in (server.server.service.failure or "")
-
-
-def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_503_and_the_server_ends() -> (
-    None
-):
-    engine = slow()
-    with running(engine) as server:
-        open_requests = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
-        wait_until(lambda: len(engine.requests) == 2)
-        engine.step_seconds = 120
-        time.sleep(0.1)
-        waiting = in_thread(server.chat)  # the engine's thread does not look for it
-        wait_until(lambda: server.client.get("/health").json()["open_requests"] == 3)
-        engine.tell_loss(EngineError("a rank is gone: rank 1"))
-        plain, stream, late = (answer()[0] for answer in (*open_requests, waiting))
-        for answer in (plain, late):
-            assert "EngineError: a rank is gone: rank 1" in refusal(answer, 503)["message"]
-        last = stream.text.strip().split("\n\n")[-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
-        wait_until(lambda: server.server.should_exit)
-        began = time.monotonic()
-    assert time.monotonic() - began < 5
-
-
-def test_when_a_rank_is_lost_bodies_that_are_still_read_get_503_with_the_reason() -> None:
-    engine = FakeEngine()
-    with (
-        running(engine) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection,
-    ):
-        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
-        connection.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
-        wait_until(lambda: server.client.get("/health").json()["open_bodies"] == 1)
-        began = time.monotonic()
-        engine.tell_loss(EngineError("a rank is gone: rank 1"))
-        answer = connection.makefile().read()
-    assert time.monotonic() - began < 8
-    assert " 503 " in answer
-    assert '"engine_failed"' in answer
-
-
-def test_when_a_rank_is_lost_while_the_server_stops_the_engine_is_waited_for_no_longer() -> None:
-    engine = FakeEngine(step_seconds=60)
-    service = EngineService(engine)
-
-    async def stop() -> None:
-        service.start()
-        await service.submit(engine.prepare(Prompt.ask("hello")), SamplingParams())
-        asyncio.get_running_loop().call_later(
-            0.3, engine.tell_loss, EngineError("a rank is gone: rank 1")
-        )
-        await asyncio.wait_for(service.stop(), 5)
-
-    asyncio.run(stop())
-    assert "rank 1" in (service.failure or "")
-
-
-@pytest.mark.parametrize("fails", [True, False])
-def test_a_client_that_left_before_its_request_was_added_does_not_hide_the_end_of_the_engine(
-    fails: bool,
-) -> None:
-    engine = FakeEngine(reply=LONG, step_seconds=0.5, fails_after=1 if fails else None)
-    told = threading.Event()
-    service = EngineService(engine, on_failure=told.set)
-
-    async def leave_early() -> None:
-        service.start()
-        stream = await service.submit(
-            engine.prepare(Prompt.ask("hello")), SamplingParams(max_new_tokens=4000)
-        )
-        await asyncio.to_thread(wait_until, lambda: engine.steps == 1)
-        leaving = asyncio.create_task(
-            service.submit(engine.prepare(Prompt.ask("bye")), SamplingParams())
-        )
-        await asyncio.sleep(0.1)
-        leaving.cancel()
-        if not fails:
-            await service.stop()
-        with pytest.raises(EngineFailedError, match="rank 1 is gone" if fails else "is stopping"):
-            await asyncio.wait_for(_read(stream), 5)
-        if fails:
-            await asyncio.to_thread(told.wait, 5)
-
-    asyncio.run(leave_early())
-    assert told.is_set() == fails
-    assert engine.closed != fails
-    assert bool(service.failure) == fails
-
-
-async def _read(stream: RequestStream) -> None:
-    async for _ in stream:
-        pass
-
-
 class SlowToRefuse(FakeEngine):
     """Takes longer to refuse a prompt than it takes to send the next one."""
 
@@ -413,7 +286,7 @@ def test_answers_go_on_under_a_steady_stream_of_refused_requests() -> None:
     engine = SlowToRefuse(reply="abc")
 
     async def answer(service: EngineService) -> None:
-        await _read(
+        await read_all(
             await service.submit(
                 engine.prepare(Prompt.ask("good")), SamplingParams(max_new_tokens=3)
             )
@@ -432,70 +305,3 @@ def test_other_ranks_hear_of_the_first_under_a_steady_stream_of_refused_requests
         await asyncio.to_thread(wait_until, lambda: engine.idles > 2, 4)
 
     under_refusals(engine, idle)
-
-
-def start_process(*arguments: str) -> tuple[subprocess.Popen[str], httpx.Client]:
-    """A server process with the engine of the tests, when it listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    script = str(FOLDER / "serve_fake.py")
-    process = start_program(script, str(port), *arguments, stderr=subprocess.PIPE)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30)
-
-    def listens() -> bool:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        try:
-            return client.get("/health").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    wait_until(listens, 120)
-    return process, client
-
-
-def test_the_process_ends_with_1_and_a_reason_when_the_engine_fails() -> None:
-    process, client = start_process("--fails-after", "5")
-    assert (
-        "rank 1 is gone"
-        in refusal(client.post("/v1/chat/completions", json=body(LONG)), 503)["message"]
-    )
-    _, log = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "the server ends because the engine failed: RuntimeError: rank 1 is gone" in log
-
-
-def test_the_process_ends_with_1_where_its_engine_does_not_end() -> None:
-    process, client = start_process("--step-seconds", "100")
-    answers = in_thread(lambda: client.post("/v1/chat/completions", json=body()))
-    wait_until(lambda: client.get("/health").json()["step_seconds"] > 0)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)  # whoever says it twice does not want to wait
-    assert refusal(answers()[0], 503)["code"] == "stopping"
-    _, log = process.communicate(timeout=5)
-    assert process.returncode == 1, log
-    assert "the server ends before its engine" in log
-
-
-def test_a_second_sigint_cuts_answers_off_and_ends_an_engine_that_can_end() -> None:
-    process, client = start_process("--step-seconds", "0.05")
-    answers = in_thread(lambda: client.post("/v1/chat/completions", json=body(LONG)))
-    wait_until(lambda: client.get("/health").json()["running"] == 1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    assert refusal(answers()[0], 503)["code"] == "stopping"
-    _, log = process.communicate(timeout=5)
-    assert process.returncode == 0, log
-
-
-def test_the_process_finishes_its_answers_and_ends_with_0_at_sigterm() -> None:
-    process, client = start_process("--step-seconds", "0.02")
-    answers = in_thread(lambda: client.post("/v1/chat/completions", json=body("w" * 50)))
-    wait_until(lambda: client.get("/health").json()["running"] == 1)
-    process.send_signal(signal.SIGTERM)
-    assert answers()[0].json()["choices"][0]["message"]["content"] == "w" * 50
-    _, log = process.communicate(timeout=30)
-    assert process.returncode == 0, log
-    assert "the server has stopped" in log
