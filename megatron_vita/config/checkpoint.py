@@ -31,9 +31,11 @@ class CheckpointConfig:
         ge=1,
     )
     keep_every: int = described(
-        0, "Steps whose multiples are kept besides, such as 5000; 0: none.", ge=0
+        0, "Steps whose multiples are kept besides, such as 5000; 0: none.", ge=0, needs=("save",)
     )
-    keep_best: int = described(0, "Checkpoints with the best `best_metric` kept besides.", ge=0)
+    keep_best: int = described(
+        0, "Checkpoints with the best `best_metric` kept besides.", ge=0, needs=("save",)
+    )
     best_metric: str = described(
         "validation/loss", "Metric that `keep_best` compares, as metrics.jsonl names it."
     )
@@ -44,6 +46,7 @@ class CheckpointConfig:
         "",
         "Folder of an object store (s3://bucket/run) to which complete checkpoints are copied "
         "while training goes on, and from which a run without any in `save` resumes; empty: none.",
+        needs=("save",),
     )
     load: str = described(
         "", "Checkpoint that provides the initial weights, such as the previous stage's."

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from megatron_vita.errors import ConfigError
 
+NEED = re.compile(r"(\w+)(?:(=|>)(.+))?")
+"""A needed field: its name, and the value that it must have or exceed."""
 POWER_FROM = 1 << 20
 """Powers of two from this one on are shown as such in messages."""
 
@@ -93,11 +95,12 @@ def described(
     multiple_of: int | None = None,
     choices: Iterable[str] | None = None,
     form: Form | None = None,
+    min_length: int = 0,
     needs: tuple[str, ...] = (),
 ) -> Any:
     """Define a dataclass field with a default, documentation for `--help` and what it may hold.
 
-    `check_fields` enforces bounds, choices, forms and needs, and `--help` shows them.
+    `check_fields` enforces bounds, choices, forms, lengths and needs, and `--help` shows them.
 
     Args:
         default: a list or dict is copied for each instance; a class is called for each instance.
@@ -107,10 +110,16 @@ def described(
         multiple_of: the number must be a multiple of this.
         choices: known values of a text field whose type is no `Literal`, read anew at each check.
         form: pattern of a text, or of each text of a list.
-        needs: fields of the same group that must be set, or have a value ("kind=linear"), where
-            this one differs from its default.
+        min_length: fewest items of a list.
+        needs: fields of the same group that must be set, have a value ("kind=linear") or exceed one
+            ("size>1"), where this one differs from its default.
     """
-    metadata: dict[str, Any] = {"choices": choices, "form": form, "needs": needs}
+    metadata: dict[str, Any] = {
+        "choices": choices,
+        "form": form,
+        "min_length": min_length,
+        "needs": needs,
+    }
     rules = []
     bounds = Bounds(ge=ge, gt=gt, le=le, lt=lt, multiple_of=multiple_of)
     if bounds != Bounds():
@@ -118,8 +127,11 @@ def described(
         rules.append(f"Must be {bounds}.")
     if form:
         rules.append(f"Form: {form.name}.")
+    if min_length:
+        rules.append(f"Items: {_phrase('at least', min_length)}.")
     if needs:
-        rules.append(f"Needs {' and '.join(needs).replace('=', ' ')}.")
+        words = " and ".join(needs).replace("=", " ").replace(">", " above ")
+        rules.append(f"Needs {words}.")
     if doc:
         metadata["doc"] = " ".join((doc, *rules))
     # A list or group shared by two recipes would let one change the other.
@@ -175,6 +187,9 @@ def _check_value(field: dataclasses.Field[Any], hint: Any, value: Any, name: str
         is_right = isinstance(value, numbers.Real) and bounds.allow(value)
         # A number of a request may have thousands of digits.
         require(is_right, f"{name} is {value!r:.40}: it must be {bounds}")
+    if fewest := field.metadata.get("min_length"):
+        has_enough = isinstance(value, list) and len(value) >= fewest
+        require(has_enough, f"{name} is {value!r}: it must have at least {fewest} item")
     is_list = isinstance(value, list) and get_origin(hint) is list
     values = value if is_list else [value]
     if known := choices_of(field, hint):
@@ -191,16 +206,27 @@ def _check_needed(group: Any, field: dataclasses.Field[Any], needed: str, prefix
     value = getattr(group, field.name)
     if value == _default_of(field):
         return
-    name, _, wanted = needed.partition("=")
+    name, relation, wanted = _parsed(needed)
     actual = getattr(group, name)
     cls: type = type(group)
     shown = value
     if type_hints(cls)[field.name] is str:
         shown = repr(value)
     message = f"{prefix}{field.name} is {shown}, which needs {prefix}{name}"
-    if wanted:
+    if relation == "=":
         require(actual == wanted, f"{message} {wanted}; it is {actual}")
-    require(bool(actual), message)
+    elif relation == ">":
+        require(actual > int(wanted), f"{message} above {wanted}; it is {actual}")
+    else:
+        require(bool(actual), message)
+
+
+def _parsed(needed: str) -> tuple[str, str, str]:
+    """Split a need into name, relation and value; the last two are empty for a field to be set."""
+    found = NEED.fullmatch(needed)
+    assert found, needed
+    name, relation, wanted = found.groups(default="")
+    return name, relation, wanted
 
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:

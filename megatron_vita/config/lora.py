@@ -32,6 +32,7 @@ class LoraConfig:
         "Names of linear maps that have adapters, Megatron's or Hugging Face's, with * for any text: linear_qkv "
         "(q_proj, k_proj, v_proj), linear_proj (o_proj), linear_fc1 (gate_proj, up_proj), linear_fc2 (down_proj), "
         "vision_model.*, projector.*. A name is matched whole or from a dot on. Parts with adapters must be frozen.",
+        min_length=1,
         needs=("rank",),
     )
     dropout: float = described(
@@ -50,10 +51,6 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "lora.")
-        require(
-            not self.rank or bool(self.targets),
-            "lora.targets is empty, but lora.rank is not 0: name a map",
-        )
 
     @property
     def scale(self) -> float:

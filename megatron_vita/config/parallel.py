@@ -24,7 +24,9 @@ class ParallelConfig:
         1, "Context parallelism: ranks that split each document (CP).", ge=1
     )
     sequence_parallel: bool = described(
-        False, "Split activations outside attention and MLP along the sequence over TP."
+        False,
+        "Split activations outside attention and MLP along the sequence over TP.",
+        needs=("tensor_model_parallel_size>1",),
     )
     cp_comm_type: CpCommType = described(
         "p2p",
@@ -40,6 +42,7 @@ class ParallelConfig:
         False,
         "Split the vision tower over TP, if it is too large to replicate; tiles are then "
         "assigned over CP alone.",
+        needs=("tensor_model_parallel_size>1",),
     )
     virtual_pipeline_model_parallel_size: int = described(
         1, "Interleaved chunks of layers in each stage (VPP).", ge=1
@@ -75,15 +78,6 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "parallel.")
         self._check_hierarchy()
-        require(
-            not self.vision_tensor_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.vision_tensor_parallel needs tensor_model_parallel_size of at least 2, "
-            "which is 1",
-        )
-        require(
-            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
-            "parallel.sequence_parallel needs tensor_model_parallel_size of at least 2, which is 1",
-        )
 
     def _check_hierarchy(self) -> None:
         sizes = self.hierarchical_context_parallel_sizes

@@ -245,12 +245,6 @@ def _check_adapter_dropout(recipe: "Recipe") -> None:
 
 def _check_checkpoints(recipe: "Recipe") -> None:
     checkpoint = recipe.checkpoint
-    for name in ("mirror", "keep_best", "keep_every"):
-        value = getattr(checkpoint, name)
-        require(
-            not value or checkpoint.save != "",
-            f"checkpoint.{name} is {value}, which needs checkpoint.save, a folder",
-        )
     # Nothing would have a score, and nothing would be kept for it.
     require(
         not checkpoint.keep_best

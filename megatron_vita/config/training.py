@@ -1,7 +1,7 @@
 """Length of a run, frozen parts, recomputation, validation and logging. Names are Megatron's."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from megatron_vita.config.callback import CallbackConfig
 from megatron_vita.config.fields import check_fields, described, require
@@ -23,8 +23,9 @@ class TrainingConfig:
     fp8_recipe: Literal["none", "tensorwise", "blockwise"] = described(
         "none",
         "8-bit linear layers of the language model by Transformer Engine, in both passes: none, "
-        "tensorwise (a scale for each tensor) or blockwise (for each 128 values). Needs bf16 and "
+        "tensorwise (a scale for each tensor) or blockwise (for each 128 values), with "
         "attention_backend te or fa4.",
+        needs=("bf16",),
     )
     freeze_vision_model: bool = described(False, "Freeze the vision tower.")
     freeze_projector: bool = described(False, "Freeze the projector.")
@@ -53,6 +54,7 @@ class TrainingConfig:
     recompute_modules: list[RecomputeModule] = described(
         ["core_attn"],
         "Recomputed parts of each layer.",
+        min_length=1,
         needs=("recompute_granularity=selective",),
     )
     recompute_keep_attention_layers: int = described(
@@ -150,17 +152,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "training.")
-        self._check_fp8()
         self._check_recompute()
         self._check_fit()
         self._check_profile()
-
-    def _check_fp8(self) -> None:
-        name = self.fp8_recipe
-        require(
-            name == "none" or self.bf16,
-            f"training.fp8_recipe {name} needs training.bf16, the type of everything else",
-        )
 
     def _check_fit(self) -> None:
         # The other levers need one of these two, so that their own checks catch the rest.
@@ -182,11 +176,6 @@ class TrainingConfig:
         )
 
     def _check_recompute(self) -> None:
-        require(
-            bool(self.recompute_modules),
-            f"training.recompute_modules is []: at least one of "
-            f"{', '.join(get_args(RecomputeModule))} is needed",
-        )
         tokens = self.mlp_chunk_tokens
         one_by_one = self.recompute_granularity == "full" and self.recompute_method == "block"
         selective = self.recompute_granularity == "selective" and "mlp" in self.recompute_modules

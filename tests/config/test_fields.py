@@ -40,6 +40,8 @@ class Settings:
     day: str = described("", "A date.", form=Form(pattern=r"(\d\d-\d\d)?", name="MM-DD"))
     codes: list[str] = described([], "Codes.", form=Form(pattern="[A-Z]+", name="CAPITALS"))
     style: str = described("", "With one.", needs=("kind=two", "most"))
+    halves: bool = described(False, "Of an even number.", needs=("even>2",))
+    parts: list[str] = described(["a"], "Parts.", min_length=1)
 
     def __post_init__(self) -> None:
         check_fields(self, "group.")
@@ -73,6 +75,9 @@ def test_bounds_read_as_the_end_of_must_be(bounds: dict[str, Any], words: str) -
         ({"style": "x"}, "group.style is 'x', which needs group.kind two; it is one"),
         ({"style": "x", "kind": "two"}, "group.style is 'x', which needs group.most"),
         ({"style": "x", "kind": "three"}, "group.kind is 'three'; known: one, two"),
+        ({"halves": True}, "group.halves is True, which needs group.even above 2; it is 2"),
+        ({"parts": []}, "group.parts is []: it must have at least 1 item"),
+        ({"parts": "a"}, "group.parts is 'a': it must have at least 1 item"),
     ],
 )
 def test_a_value_out_of_bounds_or_choices_is_refused_in_one_line(
@@ -92,6 +97,7 @@ def test_values_at_the_bounds_and_an_optional_none_are_right() -> None:
     Settings(share=1.0, most=1, kinds=["one", "two"])
     Settings(share=1e-9, most=None, kinds=[])
     Settings(even=0, day="12-31", codes=["A", "BC"], style="x", kind="two", most=1)
+    Settings(even=4, halves=True, parts=["a"])
 
 
 def test_names_added_to_a_registry_later_are_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +113,8 @@ def test_help_names_choices_and_bounds() -> None:
     assert "most: int | null = None\n      A limit. Must be at least 1." in text
     assert "A date. Form: MM-DD." in text
     assert "With one. Needs kind two and most." in text
+    assert "Of an even number. Needs even above 2." in text
+    assert "Parts. Items: at least 1." in text
 
 
 def test_a_recipe_may_advise_what_a_request_may_ask_for() -> None:

@@ -74,7 +74,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ("parallel.context_parallel_size=0", "context_parallel_size is 0: it must be at least 1"),
         (
             "parallel.sequence_parallel=true",
-            "sequence_parallel needs tensor_model_parallel_size of at least 2",
+            "sequence_parallel is True, which needs parallel.tensor_model_parallel_size above 1; it is 1",
         ),
         (
             "parallel.attention_backend=flash",
@@ -96,7 +96,7 @@ def test_wrong_recipes_are_refused_by_field_and_value(
         ),
         (
             "parallel.vision_tensor_parallel=true",
-            "vision_tensor_parallel needs tensor_model_parallel_size of at least 2",
+            "vision_tensor_parallel is True, which needs parallel.tensor_model_parallel_size above 1",
         ),
         ("parallel.attention_backend=te", "attention_backend te needs training.bf16"),
         ("parallel.attention_backend=fa4", "attention_backend fa4 needs training.bf16"),
@@ -109,6 +109,11 @@ def test_wrong_recipes_are_refused_by_field_and_value(
             "training.recompute_modules=[mlp]",
             "which needs training.recompute_granularity selective; it is none",
         ),
+        (
+            "training.recompute_modules=[]",
+            r"recompute_modules is \[\]: it must have at least 1 item",
+        ),
+        ("lora.targets=[]", r"lora.targets is \[\]: it must have at least 1 item"),
         ("training.recompute_modules=[moe]", "recompute_modules is .*; known: core_attn, mlp"),
         (
             "training.recompute_keep_attention_layers=-1",
@@ -212,7 +217,7 @@ def test_values_that_cannot_work_are_refused_with_what_would(
             "attention_backend is fa4, but parallel.cp_comm_type is a2a: fa4 gathers keys",
         ),
         (["training.fp8_recipe=delayed"], "fp8_recipe is 'delayed'; known: none, tensorwise, blockwise"),
-        (["training.fp8_recipe=tensorwise"], "fp8_recipe tensorwise needs training.bf16"),
+        (["training.fp8_recipe=tensorwise"], "fp8_recipe is tensorwise, which needs training.bf16"),
         (
             ["training.fp8_recipe=tensorwise", "training.bf16=true", "parallel.attention_backend=torch"],
             "fp8_recipe is tensorwise, but parallel.attention_backend is torch",
