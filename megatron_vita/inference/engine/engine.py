@@ -1,5 +1,4 @@
-"""The engine: takes requests, runs one forward pass of all ranks per step, and returns output
-deltas."""
+"""The engine: takes requests, runs a forward pass of all ranks per step, returns output deltas."""
 
 import dataclasses
 import itertools
@@ -7,16 +6,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.checkpoint.tokenizer_copy import find_tokenizer
 from megatron_vita.config import ParallelConfig, Recipe
 from megatron_vita.data.datasets import sample_encoder
-from megatron_vita.errors import ConfigError, DataError, EngineError
+from megatron_vita.errors import DataError, EngineError
 from megatron_vita.inference.engine.block_pool import BlockPool
-from megatron_vita.inference.engine.channel import StepChannel
 from megatron_vita.inference.engine.options import (
     NO_USAGE,
     EngineOptions,
@@ -24,7 +20,8 @@ from megatron_vita.inference.engine.options import (
     Usage,
 )
 from megatron_vita.inference.engine.output_processor import OutputProcessor, join_deltas
-from megatron_vita.inference.engine.rank_monitor import RankMonitor, lost_rank_as_engine_error
+from megatron_vita.inference.engine.rank_monitor import lost_rank_as_engine_error
+from megatron_vita.inference.engine.ranks import EngineRanks, check_layout
 from megatron_vita.inference.engine.request import Request
 from megatron_vita.inference.engine.scheduler import Scheduler, SchedulerConfig
 from megatron_vita.inference.engine.worker import StepResult, Worker
@@ -57,12 +54,17 @@ class Engine:
         checkpoint: Path | None = None,
         adapters: Mapping[str, Path] | None = None,
     ) -> None:
-        """Load the weights of a checkpoint, or initialize them. The process group must exist, and hold
-        one replica without pipeline stages.
+        """Load the weights of a checkpoint, or initialize them.
 
-        adapters: checkpoints of adapters by the name that prompts choose them with.
+        The process group must exist, and hold one replica without pipeline stages.
+
+        Args:
+            recipe: the model, and its layout.
+            options: sizes and limits; None for the defaults.
+            checkpoint: folder of the weights; None for initial ones.
+            adapters: checkpoints of adapters by the name that prompts choose them with.
         """
-        _check_layout(recipe.parallel)
+        check_layout(recipe.parallel)
         groups.initialize_groups(recipe.parallel)
         self.recipe = recipe
         self.options = options or EngineOptions()
@@ -80,14 +82,7 @@ class Engine:
             logger.info("weights from %s", checkpoint)
         self.adapters = load_adapters(self.model, recipe, adapters or {})
         self.max_context = self.options.max_context or recipe.data.seq_length
-        group = groups.host_group("main")
-        self._channel = None if group is None else StepChannel(group)
-        # The monitor's thread may report a loss before `on_lost_rank` sets a callback.
-        self._lost: list[EngineError] = []
-        self._report_loss: Callable[[EngineError], None] = self._lost.append
-        self._monitor = None
-        if group is not None:
-            self._monitor = RankMonitor(group, on_loss=self._on_lost_rank)
+        self._ranks = EngineRanks(groups.host_group("main"))
         self._closed = False
         self._start()
 
@@ -198,13 +193,15 @@ class Engine:
         """
         if prepared.tokens >= self.max_context:
             raise DataError(
-                f"the prompt has {prepared.tokens} tokens; with an answer at most {self.max_context} are possible"
+                f"the prompt has {prepared.tokens} tokens; with an answer at most "
+                f"{self.max_context} are possible"
             )
         check_ids(prepared.document.input_ids, rows=self.recipe.model.language.vocab_size)
         width = max(sampling.n, sampling.num_beams)
         if width > self.options.max_running:
             raise DataError(
-                f"{width} answers at a time are asked for; at most {self.options.max_running} are possible"
+                f"{width} answers at a time are asked for; at most {self.options.max_running} are "
+                "possible"
             )
         # The length limit is lowered here once, so that the scheduler can reserve blocks for the
         # longest possible outputs and never has to preempt a request.
@@ -214,8 +211,8 @@ class Engine:
         )
         if room < 1:
             raise DataError(
-                f"a prompt of {prepared.tokens} tokens with {width} answers at a time takes more than "
-                f"the whole cache, which has {self.cache_tokens} tokens"
+                f"a prompt of {prepared.tokens} tokens with {width} answers at a time takes more "
+                f"than the whole cache, which has {self.cache_tokens} tokens"
             )
         sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         keys = prepared.block_keys(
@@ -348,18 +345,14 @@ class Engine:
         self._leave()
 
     def on_lost_rank(self, callback: Callable[[EngineError], None]) -> None:
-        """Have `callback` called when another rank is gone. Any thread may call it, since a step may
-        be waiting for that rank inside a kernel."""
-        self._report_loss = callback
-        for error in self._lost:  # lost before there was a callback
-            callback(error)
+        """Have `callback` called when another rank is gone.
 
-    def _on_lost_rank(self, rank: int) -> None:
-        self._report_loss(EngineError(f"the engine cannot go on: a rank is gone: rank {rank}"))
+        Any thread may call it, since a step may be waiting for that rank inside a kernel.
+        """
+        self._ranks.on_loss(callback)
 
     def _leave(self) -> None:
-        if self._monitor is not None:
-            self._monitor.close()
+        self._ranks.close()
         self.worker.close()
 
     @property
@@ -380,8 +373,7 @@ class Engine:
             prefetch=changes.prefetch,
         )
         with lost_rank_as_engine_error():
-            if self._channel is not None:
-                self._channel.send(step)
+            self._ranks.send(step)
             return self.worker.execute(step)
 
     def receive_step(self) -> SchedulerOutput:
@@ -390,28 +382,10 @@ class Engine:
         Raises:
             EngineError: rank 0 is gone.
         """
-        assert self._channel is not None, "an engine of one rank has no workers"
-        with lost_rank_as_engine_error():
-            return self._channel.receive()
+        return self._ranks.receive()
 
     def _process(self, step: SchedulerOutput, result: StepResult) -> list[OutputDelta]:
         self._scheduler.note_ready(result.ready)
         if result.logits is None:
             return []
         return self._outputs.process(step, result.logits, failed=result.failed)
-
-
-def _check_layout(parallel: ParallelConfig) -> None:
-    if parallel.pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            f"parallel.pipeline_model_parallel_size is {parallel.pipeline_model_parallel_size}: serving splits a model "
-            "over tensor_model_parallel_size and context_parallel_size alone; checkpoints of any layout can be read"
-        )
-    if parallel.sequence_parallel:
-        raise ConfigError("parallel.sequence_parallel is true: serving does without; leave it out")
-    world = dist.get_world_size()
-    if parallel.replica_size != world:
-        raise ConfigError(
-            f"there are {world} processes, and tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
-            f"context_parallel_size {parallel.context_parallel_size} is {parallel.replica_size}: they must be equal"
-        )
