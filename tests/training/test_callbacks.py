@@ -80,7 +80,7 @@ def test_hooks_are_called_in_the_order_of_a_runs_events(recipe_path: Path, tmp_p
     assert watcher.seen == [
         *("on_start 0", "before_step 0", *packs, "after_step 1", "on_log"),
         *("before_step 1", *packs, "after_step 2", "on_log"),
-        *("on_save 2", "on_validation 2", "on_log", "on_end 2"),
+        *("on_save 2", "on_validation 2", "on_log", "on_complete 2", "on_end 2"),
     ]
 
 

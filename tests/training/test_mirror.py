@@ -1,9 +1,11 @@
 """Checkpoints are copied to an object store while a run goes on, and come back from there whole."""
 
 import itertools
+import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from megatron_vita.checkpoint.mirror import Mirror, Uploads
 from megatron_vita.checkpoint.retention import Retention, note_scores
 from megatron_vita.checkpoint.writing import Progress, WriterProcess, Written
 from megatron_vita.config import load_recipe
-from megatron_vita.errors import ConfigError, SaveError
+from megatron_vita.errors import CallbackError, ConfigError, SaveError
+from megatron_vita.training.callbacks import Callback
 from megatron_vita.training.loop import train
-from megatron_vita.training.run import open_run
+from megatron_vita.training.metrics import StepMetrics
+from megatron_vita.training.run import Run, open_run
 from tests.data.s3_server import FaultyStore
 from tests.functional.toy_run import make_toy_run
 
@@ -232,6 +236,64 @@ def test_a_run_whose_disk_is_lost_goes_on_from_the_store(tmp_path: Path) -> None
     assert run.step == 4
     found = contents(folder / "step_00000004")
     assert {name: found[name] for name in expected} == expected
+
+
+class AtLastStep(Callback):
+    """Keeps the run, and may fail after its only step."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+        self.run: Run | None = None
+
+    def on_start(self, run: Run) -> None:
+        self.run = run
+
+    def after_step(self, run: Run, metrics: StepMetrics) -> None:
+        if self.fails:
+            raise ValueError("no more")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_upload_is_watched_for_hangs(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    watched: list[bool] = []
+    callback = AtLastStep(fails=fails)
+    finish = Uploads.finish
+
+    def noting(uploads: Uploads, step: int) -> None:
+        watched.append(callback.run.beacon is not None)
+        finish(uploads, step)
+
+    monkeypatch.setattr(Uploads, "finish", noting)
+    recipe = load_recipe(recipe_path, [*one_step(tmp_path), "training.hang_seconds=60"])
+    ending: Any = nullcontext()
+    if fails:
+        ending = pytest.raises(CallbackError, match="no more")
+    with ending:
+        train(recipe, callbacks=[callback])
+    assert watched == [True]
+    assert callback.run.beacon is None
+    assert (tmp_path / "store" / "latest").read_text() == "step_00000001"
+
+
+def test_a_run_whose_last_upload_fails_is_recorded_as_failed(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror_module, "_upload", store_is_down)
+    with pytest.raises(SaveError, match="cannot be uploaded: the store is down"):
+        train(load_recipe(recipe_path, one_step(tmp_path)))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["event"] for row in rows] == ["start", "step", "save", "error"]
+    assert "cannot be uploaded" in rows[-1]["error"]
+
+
+def one_step(folder: Path) -> list[str]:
+    """Overrides for a run of one step, whose checkpoint is uploaded."""
+    return [
+        *("data.num_workers=0", "training.eval_interval=0", "training.train_iters=1"),
+        *(f"checkpoint.save={folder / 'run'}", f"checkpoint.mirror=file://{folder / 'store'}"),
+    ]
 
 
 def test_a_job_that_has_lost_its_claim_changes_nothing_in_the_store(

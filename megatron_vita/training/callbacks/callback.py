@@ -58,6 +58,9 @@ class Callback:
     def on_save(self, run: "Run", path: Path) -> None:
         """Follow the writing of a complete checkpoint."""
 
+    def on_complete(self, run: "Run") -> None:
+        """Follow the last of all steps; called before `on_end` of any callback."""
+
     def on_stop(self, run: "Run") -> None:
         """Follow the last step of a run that was told to stop; it has been saved."""
 

@@ -31,6 +31,7 @@ class FolderCallback(Callback):
         self._folder = folder
         self._log = log
         self._metrics: TextIO | None = None
+        self._has_failed = False
 
     def on_start(self, run: Run) -> None:
         """Begin a segment, after what is whole of an earlier one.
@@ -73,12 +74,13 @@ class FolderCallback(Callback):
 
     def on_error(self, run: Run, error: BaseException) -> None:
         """Note the error."""
+        self._has_failed = True
         text = " ".join(str(error).split()) or type(error).__name__
         self._write("error", run.step, {"error": text})
 
     def on_end(self, run: Run) -> None:
-        """Note that all steps are done, if they are, and close the file."""
-        if run.step == run.recipe.training.train_iters:
+        """Note that all steps are done, if they are and nothing has failed, and close the file."""
+        if run.step == run.recipe.training.train_iters and not self._has_failed:
             self._write("end", run.step, {})
         if self._metrics is not None:
             self._metrics.close()

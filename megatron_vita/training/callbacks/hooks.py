@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Hooks:
     """The callbacks of a run, in the order in which their hooks are called.
 
-    As a context: `on_start` at its beginning; at its end `on_stop` or `on_error`, and `on_end`. An
-    error in a hook is kept until all ranks know of it, and then raised on all of them.
+    As a context: `on_start` at its beginning; at its end `on_complete`, `on_stop` or `on_error`, and
+    then `on_end`. An error in a hook is kept until all ranks know of it, and then raised on all.
     """
 
     def __init__(self, run: "Run", callbacks: Sequence[Callback]) -> None:
@@ -91,7 +91,11 @@ class Hooks:
     def __enter__(self) -> "Hooks":
         self._check_same()
         self.call("on_start")
-        self._agree_or_end()
+        try:
+            self._agree()
+        except CallbackError as error:
+            self._end_failed(error)
+            raise
         return self
 
     def __exit__(
@@ -103,16 +107,18 @@ class Hooks:
         if error is not None:
             self._end_failed(error)
             return
-        self._agree_or_end()  # on what followed the last step
+        try:
+            self._complete()
+        except BaseException as failure:  # also Ctrl-C, since uploads may take long
+            self._end_failed(failure)
+            raise
         self.call("on_end")
         self._agree()
 
-    def _agree_or_end(self) -> None:
-        try:
-            self._agree()
-        except CallbackError as error:
-            self._end_failed(error)
-            raise
+    def _complete(self) -> None:
+        self._agree()  # on what followed the last step
+        self.call("on_complete")
+        self._agree()
 
     def _end_failed(self, error: BaseException) -> None:
         if isinstance(error, StoppedError):

@@ -41,7 +41,7 @@ class SaveCallback(Callback):
         self._retry_at = 0  # step; 0: nothing to try again
         self._started = 0.0
         self._waited = 0.0  # seconds that training waited for the save under way
-        self._has_failed = False  # an error has ended the run on this rank, perhaps alone
+        self._has_waited_for_uploads = False
 
     def before_step(self, run: Run) -> None:
         """Report to all ranks whether this one is still writing; begin an upload that waits."""
@@ -73,6 +73,14 @@ class SaveCallback(Callback):
         if value is not None:
             self._saver.note_scores({checkpoint.best_metric: value}, step=run.step)
 
+    def on_complete(self, run: Run) -> None:
+        """Wait on all ranks for the upload of the last checkpoint.
+
+        Raises:
+            SaveError: on all ranks, if it cannot be uploaded.
+        """
+        self._finish_uploads(run)
+
     def on_stop(self, run: Run) -> None:
         """Wait on all ranks for the upload of what a run that was told to stop has saved.
 
@@ -81,25 +89,24 @@ class SaveCallback(Callback):
         self._finish_uploads(run)
 
     def on_error(self, run: Run, error: BaseException) -> None:
-        """Note that other ranks may not come to the end of the run."""
-        self._has_failed = True
+        """Upload the last checkpoint of a run whose end has failed, unless that is the error.
+
+        Other ranks may not come here.
+        """
+        is_last = run.step == run.recipe.training.train_iters
+        if is_last and not self._has_waited_for_uploads:
+            self._saver.abort()
+            run.enter("saving")
+            self._finish_own_uploads(run.step)
 
     def on_end(self, run: Run) -> None:
-        """Wait on all ranks for the last upload; give up a save that an error has left under way.
-
-        Raises:
-            SaveError: on all ranks, if the last checkpoint cannot be uploaded.
-        """
+        """Give up what an error has left under way."""
         self._saver.abort()
-        is_last = run.step == run.recipe.training.train_iters
-        if is_last and self._has_failed:
-            self._finish_own_uploads(run.step)
-        elif is_last:
-            self._finish_uploads(run)
         if self._uploads is not None:
             self._uploads.abort()
 
     def _finish_uploads(self, run: Run) -> None:
+        self._has_waited_for_uploads = True
         run.enter("saving")
         if run.recipe.checkpoint.mirror:
             by_first(partial(self._finish_own_uploads, run.step))
