@@ -263,7 +263,7 @@ class Uploads:
     def abort(self) -> None:
         """Give up the upload under way."""
         if self._process is not None:
-            self._process.close()
+            self._process.kill()
         self._process = None
 
     def _begin(self, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -93,17 +93,12 @@ class CheckedReader(FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for; UnpicklingError for an object that would run code."""
-        load_bytes = planner.load_bytes
+        """Read what the plan asks for.
 
-        def load_checked(item: ReadItem, value: io.BytesIO) -> None:
-            # torch's planner unpickles anything; megatron-core asks for no code only after it.
-            torch.load(value, weights_only=True)
-            value.seek(0)
-            load_bytes(item, value)
-
-        planner.load_bytes = load_checked  # type: ignore[method-assign, assignment]
-        return super().read_data(plan, planner)
+        Raises:
+            UnpicklingError: an object would run code.
+        """
+        return super().read_data(plan, cast(LoadPlanner, _CheckingPlanner(planner)))
 
     def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
         span = self._spans.get(sinfo.relative_path, {}).get((sinfo.offset, sinfo.length))
@@ -112,6 +107,25 @@ class CheckedReader(FileSystemReader):
         data = _read(file.fileno(), offset=sinfo.offset, length=sinfo.length)
         check_bytes(data, path=self.folder / sinfo.relative_path, span=span)
         return io.BytesIO(data)
+
+
+class _CheckingPlanner:
+    """A planner that refuses objects that would run code.
+
+    torch's planner unpickles anything; megatron-core asks for no code only after it.
+    """
+
+    def __init__(self, planner: LoadPlanner) -> None:
+        self._planner = planner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._planner, name)
+
+    def load_bytes(self, item: ReadItem, value: io.BytesIO) -> None:
+        """Load an object, if it is made of plain values and tensors."""
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        self._planner.load_bytes(item, value)
 
 
 def _read(descriptor: int, *, offset: int, length: int) -> bytes:

@@ -139,7 +139,7 @@ class Saver:
     def abort(self) -> None:
         """Give up the save under way; the next one removes what it has written."""
         if self._save is not None and self._save.process is not None:
-            self._save.process.close()
+            self._save.process.kill()
         self._save = None
 
     def _begin(self, temporary: Path) -> None:

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vita.checkpoint.manifest import Span
-from megatron_vita.supervise.processes import end_with_parent
+from megatron_vita.supervise.processes import WorkerProcess
 
 PROGRESS_SECONDS = 1.0
-"""Interval at which a waiting rank looks whether its process goes on."""
+"""Interval at which a waiting rank checks the progress of its process."""
 _COUNT = struct.Struct("q")
 NICENESS = 10
 """Added to that of a writer process, so that it does not slow the step."""
@@ -129,10 +129,10 @@ class Progress:
         _COUNT.pack_into(self._memory, 0, self.count + 1)
 
 
-class WriterProcess:
-    """A process that writes for a rank while the rank goes on, and dies with it.
+class WriterProcess(WorkerProcess):
+    """A process that writes for a rank while the rank goes on, and ends together with it.
 
-    It is forked: it has the rank's memory as it is now, without a copy.
+    It is forked from the rank, so that it has the rank's memory as it is now, without a copy.
 
     Args:
         write: returns what it has written.
@@ -141,22 +141,15 @@ class WriterProcess:
 
     def __init__(self, write: Callable[[], Written], *, progress: Progress | None = None) -> None:
         self._progress = progress or Progress()
-        context = multiprocessing.get_context("fork")
-        self._pipe, pipe = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=_write_and_tell, args=(write, pipe), name="checkpoint writer", daemon=True
-        )
         with warnings.catch_warnings():
             # Python warns of threads, whose locks the child would wait for; it takes none of them.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
-        # So that the pipe ends when the process does.
-        pipe.close()
+            super().__init__(multiprocessing.get_context("fork"), _write_and_send, write)
 
     @property
     def is_writing(self) -> bool:
         """True until `result` returns at once."""
-        return not self._pipe.poll()
+        return not self.pipe.poll()
 
     def result(self, on_progress: Callable[[], None] = lambda: None) -> Written:
         """Wait for the process, and return what it has written.
@@ -164,34 +157,25 @@ class WriterProcess:
         on_progress: called now and then while the process goes on.
         """
         seen = self._progress.count
-        while not self._pipe.poll(PROGRESS_SECONDS):
+        while not self.pipe.poll(PROGRESS_SECONDS):
             count = self._progress.count
             if count != seen:
                 on_progress()
             seen = count
         try:
-            written: Written = self._pipe.recv()
+            written: Written = self.pipe.recv()
         except EOFError:
-            self._process.join()
-            written = Written(error=f"the writer process ended with code {self._process.exitcode}")
-        self.close()
+            written = Written(error=f"the writer process ended with code {self.exit_code()}")
+        self.kill()
         return written
 
-    def close(self) -> None:
-        """Kill the process if it has not ended."""
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
 
-
-def _write_and_tell(write: Callable[[], Written], pipe: Connection) -> None:
-    end_with_parent()
+def _write_and_send(pipe: Connection, write: Callable[[], Written]) -> None:
     # A collection would run destructors of the rank's objects on the device.
     gc.disable()
     os.nice(NICENESS)
-    # Ctrl-C reaches every process of a terminal; the rank decides what becomes of the save.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    # A scheduler may send it to all processes of a job; the rank decides what becomes of the save.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A fork has none of the threads that torch would give work to, and would wait for them.
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Child processes that may be killed at any time, and that end together with their parent.
 
-Loader processes and the workers of `data_tools` are `WorkerProcess`es, each with its own rules for
-time limits and blame. The processes that decode media for an engine come from a fork server of
+Loader processes, the workers of `data_tools` and the writers of checkpoints are `WorkerProcess`es,
+each with its own rules for time limits and blame. The processes that decode media for an engine come from a fork server of
 their own (`inference/vision/decode_worker.py`), since Python's fork server is one per process, takes
 no environment, and is not restarted when it dies.
 """
@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkContext, ForkServerContext
 from typing import Any
 
 
@@ -32,13 +32,17 @@ class WorkerProcess:
     """A child process and the pipe to it, which its death closes.
 
     Args:
-        context: the fork server to start from.
-        target: a function at the top level of a module, called with its end of the pipe.
+        context: what starts the process: a fork server, or a fork of this process as it is now.
+        target: called with its end of the pipe; for a fork server, a function at the top level of
+            a module.
         arguments: further arguments of `target`.
     """
 
     def __init__(
-        self, context: ForkServerContext, target: Callable[..., None], *arguments: Any
+        self,
+        context: ForkServerContext | ForkContext,
+        target: Callable[..., None],
+        *arguments: Any,
     ) -> None:
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_run, args=(target, theirs, *arguments), daemon=True)

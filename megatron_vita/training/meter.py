@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,13 @@ from megatron_vita.errors import ConfigError
 
 Reduce = Literal["sum", "mean", "max", "min"]
 _SIGNS: dict[str, int] = {"max": 1, "min": -1}  # a minimum is the negated maximum of the negated
+
+
+@dataclass(kw_only=True)
+class Timing:
+    """Seconds that a block has taken, once it has ended."""
+
+    seconds: float = 0.0
 
 
 class Meter:
@@ -59,14 +67,15 @@ class Meter:
         self._values[name] = value
 
     @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
+    def timing(self, name: str) -> Iterator[Timing]:
         """Add the seconds that a block takes on the host; reduced to the largest sum of a rank."""
+        timing = Timing()
         start = time.perf_counter()
         try:
-            yield
+            yield timing
         finally:
-            before = self._values.get(name, 0.0)
-            self._values[name] = before + time.perf_counter() - start
+            timing.seconds = time.perf_counter() - start
+            self._values[name] = self._values.get(name, 0.0) + timing.seconds
             self._counts[name] = 1
             self._reduces[name] = "max"
 

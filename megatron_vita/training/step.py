@@ -98,10 +98,9 @@ class StepContext:
         """Return the next pack, and measure the time waited for it."""
         number = next(self.numbers)
         self.run.enter("loading", micro_batch=number)
-        began = time.perf_counter()
-        with self.meter.timing(DATA_SECONDS):
+        with self.meter.timing(DATA_SECONDS) as wait:
             batch = next(batches)
-        self.run.data_seconds += time.perf_counter() - began
+        self.run.data_seconds += wait.seconds
         self.run.enter("forward", micro_batch=number, keys=batch.sample_keys)
         return batch
 

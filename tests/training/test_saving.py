@@ -18,7 +18,9 @@ import psutil
 import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from megatron_vita.checkpoint import saver, store
 from megatron_vita.checkpoint.reading import CheckedReader
@@ -90,28 +92,30 @@ def test_an_index_that_would_run_code_is_refused(run: Run, folder: Path, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_object_that_would_run_code_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_an_object_that_would_run_code_is_refused(tmp_path: Path) -> None:
     """torch's planner would unpickle anything that stands for an object among the tensors."""
-    reader = CheckedReader(folder / "step_00000008", {})
+    reader = CheckedReader(tmp_path, {})
     taken: list[object] = []
 
     class Planner(DefaultLoadPlanner):
         def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
             taken.append(torch.load(value, weights_only=False))
 
-    planner = Planner()
-    reader.read_data(LoadPlan([]), planner).wait()
-    harmless = io.BytesIO()
-    torch.save({"step": 1}, harmless)
-    harmless.seek(0)
-    planner.load_bytes(None, harmless)
+    def read(name: str, content: object) -> None:
+        torch.save(content, tmp_path / name)
+        size = (tmp_path / name).stat().st_size
+        place = MetadataIndex(name)
+        reader.storage_data[place] = _StorageInfo(name, offset=0, length=size)
+        none = torch.Size([])
+        item = ReadItem(LoadItemType.BYTE_IO, place, none, place, none, none)
+        reader.read_data(LoadPlan([item]), Planner()).wait()
+
+    read("harmless", {"step": 1})
     assert taken == [{"step": 1}]
-    harmful = io.BytesIO()
-    torch.save(_Command(tmp_path / "ran"), harmful)
-    harmful.seek(0)
     with pytest.raises(pickle.UnpicklingError):
-        planner.load_bytes(None, harmful)
+        read("harmful", _Command(tmp_path / "ran"))
     assert not (tmp_path / "ran").exists()
+    assert len(taken) == 1
 
 
 def test_nothing_is_begun_anew_where_no_checkpoint_is_whole(run: Run, folder: Path) -> None:
