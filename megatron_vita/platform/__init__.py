@@ -102,7 +102,7 @@ def initialize_process(timeout_minutes: float = 30) -> None:
     world: dict[str, Any] = {}
     if "RANK" not in os.environ:
         _refuse_unlaunched_ranks()
-        # A store in this process: a world of one needs no address to meet at.
+        # A store in this process: a world of one rank needs no rendezvous.
         store = torch.distributed.HashStore()
         world = {"store": store, "rank": 0, "world_size": 1}
     if on_cuda():

@@ -1,8 +1,8 @@
-"""The state of a rank, sent to the watcher of its job by a thread, whatever the rank waits for.
+"""State of a rank, sent to the watcher of its job by a thread, whatever the rank waits for.
 
-The channel is a TCP connection of its own: a collective that hangs does not touch it. Messages are
-lines of JSON. A rank sends its state; the watcher answers, and may ask where the rank is, about a
-process of the rank's host, or that it ends.
+The channel is a TCP connection of its own, which a hanging collective does not block. Messages are
+lines of JSON. A rank sends its state; the watcher answers, and may ask for the rank's stacks, for
+the state of another process on its host, or for the rank to end.
 """
 
 import contextlib
@@ -31,10 +31,11 @@ Phase = Literal[
 STACK_SIGNAL = signal.SIGUSR2
 """Makes a rank write its stacks to its stack file, also while native code holds the interpreter."""
 FRAMES = 4
-"""Innermost frames of the main thread that are told in one line."""
+"""Number of innermost frames of the main thread in a one-line report."""
 MOST_KEYS = 100
+"""Most sample keys in a message."""
 KEY_SECONDS = 2.0
-"""Time to find the samples of a pack that has not come."""
+"""Time to look up the samples of a pack that has not arrived."""
 _PROC = Path("/proc")
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,10 @@ class Beacon:
     Args:
         rank: number of this rank.
         address: host and port of the watcher.
-        token: word that the watcher expects.
+        token: secret that the watcher expects.
         interval: seconds between two messages.
-        patience: seconds without an answer after which the watcher counts as lost; the rank then
-            watches itself, and ends after as long without progress.
+        timeout: seconds without an answer after which the watcher counts as lost; the rank then
+            watches itself, and ends after the same time without progress.
         pending: returns descriptions of the collectives that this rank waits for.
         awaited: returns the samples of a pack that this rank waits for, by its number in the step,
             or in the validation.
@@ -61,13 +62,13 @@ class Beacon:
         address: tuple[str, int],
         token: str,
         interval: float,
-        patience: float,
+        timeout: float,
         pending: Callable[[], list[dict[str, Any]]] = list,
         awaited: Callable[[int, bool], Sequence[str]] = lambda number, held_out: (),
     ) -> None:
         self._rank = rank
         self._interval = interval
-        self._patience = patience
+        self._timeout = timeout
         self._pending = pending
         self._awaited = awaited
         self._state: dict[str, Any] = {
@@ -86,7 +87,7 @@ class Beacon:
             "state_file": f"{files}/{self._notes}",
         }
         self._closed = threading.Event()
-        self._socket = socket.create_connection(address, timeout=patience)
+        self._socket = socket.create_connection(address, timeout=timeout)
         self._thread = threading.Thread(target=self._run, name="beacon", daemon=True)
         self._thread.start()
 
@@ -99,7 +100,7 @@ class Beacon:
         keys: Sequence[str] | None = None,
         held_out: bool | None = None,
     ) -> None:
-        """Note what the rank does from now on, which counts as progress; what is not given stays.
+        """Note what the rank does from now on, which counts as progress; omitted values stay.
 
         Args:
             phase: part of the step.
@@ -149,7 +150,7 @@ class Beacon:
             self._watch_alone()
 
     def _answer(self, stream: Any) -> None:
-        """Do what the watcher asks for, until it asks for nothing.
+        """Serve the watcher's requests until it has none.
 
         Raises:
             OSError: the watcher does not answer.
@@ -177,7 +178,7 @@ class Beacon:
         return state | {"keys": list(state["keys"][:MOST_KEYS])}
 
     def _keys_now(self) -> list[str]:
-        """Return the samples of the pack in use, or of the one that is waited for."""
+        """Return the samples of the current pack, or of the one that the rank waits for."""
         state = self._state
         if state["keys"] or state["phase"] != "loading":
             return list(state["keys"][:MOST_KEYS])
@@ -201,14 +202,13 @@ class Beacon:
             return {"place": place, "all": file.read()}
 
     def _watch_alone(self) -> None:
-        """End this rank if it stays behind: the first rank's host may be lost, and the watcher with
-        it."""
+        """End this rank if it makes no progress: the watcher may be lost with the first rank's host."""
         while not self._closed.wait(self._interval):
             state = self._describe()
-            if state["idle"] > self._patience:
+            if state["idle"] > self._timeout:
                 end_hung(
-                    f"rank {self._rank}: no progress for {state['idle']:.0f} s, and no watcher; step {state['step']}, "
-                    f"{state['phase']}, at {self._stacks_now()['place']}"
+                    f"rank {self._rank}: no progress for {state['idle']:.0f} s, and no watcher; "
+                    f"step {state['step']}, {state['phase']}, at {self._stacks_now()['place']}"
                 )
 
 
@@ -216,9 +216,9 @@ def inspect_process(pid: int, *, stack_file: str, state_file: str) -> dict[str, 
     """Describe a rank of this host that does not answer.
 
     Returns:
-        last: its state as it noted it last; empty if that cannot be read.
-        state: letter of Linux for it, such as T (stopped) or D (waits for a device); empty if the
-            process is gone.
+        last: the state that it noted last; empty if that cannot be read.
+        state: Linux's letter for the process, such as T (stopped) or D (waits for a device); empty
+            if the process is gone.
         pressure: percent of the last 10 seconds in which all processes of the host waited for
             memory.
         stacks: what the process wrote to its stack file when asked to.

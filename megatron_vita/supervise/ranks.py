@@ -1,9 +1,9 @@
-"""The end of a rank that fails: one line from one rank of a machine, which torchrun repeats.
+"""End of a rank that fails: one line from one rank of a machine, which torchrun repeats.
 
 torchrun gives each rank a file for its error, TORCHELASTIC_ERROR_FILE, in a folder of its own; the
-folders of a machine's ranks lie in one. The first rank to fail leaves a mark there. It alone says
-why, and ends with exit code 1. Those that fail after it, mostly because it is gone, end silently:
-with exit code 0, since torchrun shows a block of lines for each other one.
+folders of a machine's ranks lie in one. The first rank that fails creates a file there, the mark.
+It alone reports why, and ends with exit code 1. Ranks that fail after it, mostly because it is
+gone, end silently, with exit code 0: torchrun would show a block of lines for any other.
 """
 
 import json
@@ -28,25 +28,29 @@ HUNG = 75
 NOTE = "checkpoints"
 LAUNCHER_SECONDS = 10.0
 """Time for a launcher to notice that another rank has died, and to end the rest."""
-FIRST_SECONDS = 0.5  # in which a rank lets the machine's first one say what all of them meet
+FIRST_SECONDS = 0.5
+"""Time for the machine's first rank to report an error that all ranks have."""
 OTHERS_SECONDS = 1.0
-LOG_SECONDS = 2.0  # in which a hanging rank writes its last line
+"""Time for the machine's other ranks to end after the one that reports."""
+LOG_SECONDS = 2.0
+"""Time for a hanging rank to write its last log line."""
 LOST_PEER = (
     "gloo/transport",
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection was likely closed",
 )
-"""In messages of collectives, and of waits at the store, whose other end is gone."""
+"""Parts of the messages of collectives, and of waits at the store, whose peer is gone."""
 logger = logging.getLogger(__name__)
 
 
 def report_failure(error: BaseException, *, checkpoints: str | None = None) -> int:
-    """Say in one line why this rank ends, and return its exit code. If another rank of this machine
-    has done so, end at once instead.
+    """Report in one line why this rank ends, and return its exit code.
 
-    checkpoints: the folder that a run saves to, for the line to say where the same command goes
-        on; None where nothing was trained.
+    If another rank of this machine has reported already, this one ends at once instead.
+
+    checkpoints: folder that the run saves to, so that the line tells where the same command
+        resumes; None where nothing was trained.
     """
     is_told_to_end = False
     if ERROR_FILE in os.environ:
@@ -74,11 +78,11 @@ def report_failure(error: BaseException, *, checkpoints: str | None = None) -> i
 
 
 def end_hung(line: str, *, others: Sequence[int] = ()) -> NoReturn:
-    """End this rank from any thread, because its job hangs. One rank of each machine says why.
+    """End this rank from any thread, because its job hangs; one rank of each machine reports it.
 
-    The exit code is HUNG, so that a launcher can tell it from an error that comes back.
+    The exit code is HUNG, so that a launcher can tell it from an error that would recur.
 
-    others: processes of ranks that cannot end by themselves, which are killed.
+    others: process ids of ranks that cannot end by themselves, which are killed.
     """
     is_first = _leave_mark(MARK)
     code = HUNG if is_first or ERROR_FILE not in os.environ else 0
@@ -92,7 +96,7 @@ def end_hung(line: str, *, others: Sequence[int] = ()) -> NoReturn:
         logger.error("%s", line)
         sys.stdout.flush()
         sys.stderr.flush()
-    # Last: a launcher takes the first rank to end for the cause.
+    # Last, since a launcher takes the first rank that ends for the cause.
     for pid in others:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
@@ -100,8 +104,8 @@ def end_hung(line: str, *, others: Sequence[int] = ()) -> NoReturn:
 
 
 def describe_failure(error: BaseException, *, checkpoints: str | None = None) -> str:
-    """Describe why a rank ends, in one line. Unless it is a user's error, the line also says where
-    the same command resumes."""
+    """Describe in one line why a rank ends, and, unless it is a user's error, where the same command
+    resumes."""
     if isinstance(error, VitaError):
         return _one_line(error)
     if isinstance(error, KeyboardInterrupt):
@@ -117,7 +121,7 @@ def describe_failure(error: BaseException, *, checkpoints: str | None = None) ->
 
 
 def describe_restart(checkpoints: str) -> str:
-    """Say where a run that saves to the folder `checkpoints` goes on when it is started again."""
+    """Describe where a run that saves to the folder `checkpoints` resumes when started again."""
     if not checkpoints:
         return "the same command starts from the beginning: checkpoint.save is empty"
     try:
@@ -128,16 +132,15 @@ def describe_restart(checkpoints: str) -> str:
 
 
 def note_checkpoints(folder: str) -> None:
-    """Leave word of the folder that this run saves to, for the launcher to name it when a rank is
-    killed."""
+    """Record the folder that this run saves to, for the launcher's report of a killed rank."""
     file = os.environ.get(ERROR_FILE)
     if file and folder and os.environ.get("LOCAL_RANK") == "0":
         _write(Path(file).parent.parent / NOTE, str(Path(folder).absolute()))
 
 
 def noted_checkpoints(logs: Path) -> str:
-    """Folder of checkpoints that ranks noted in a launcher's folder; empty if they did not get that
-    far."""
+    """Return the folder of checkpoints that ranks have recorded in a launcher's folder; empty if
+    none has."""
     notes = sorted(logs.rglob(NOTE), key=lambda note: note.stat().st_mtime_ns)
     if notes:
         return notes[-1].read_text()
@@ -153,7 +156,7 @@ def _has_lost_peer(error: BaseException) -> bool:
 
 
 def _leave_mark(name: str) -> bool:
-    """Create a file for the ranks of this machine to see; false if it is there."""
+    """Create a file that the ranks of this machine see; return false if it exists."""
     file = os.environ.get(ERROR_FILE)
     if not file:
         return True
@@ -168,7 +171,7 @@ def _leave_mark(name: str) -> bool:
 
 
 def _marks() -> list[str]:
-    """Names of the marks of this machine's ranks; none without torchrun."""
+    """Return the names of the marks of this machine's ranks; none without torchrun."""
     file = os.environ.get(ERROR_FILE)
     if not file:
         return []
@@ -176,7 +179,7 @@ def _marks() -> list[str]:
 
 
 def _has_failed() -> bool:
-    """Return true if a rank of this machine has said why it ends."""
+    """Return true if a rank of this machine has reported why it ends."""
     return MARK in _marks()
 
 
@@ -189,8 +192,10 @@ def _have_others_ended() -> bool:
 
 
 def _wait_for_cause() -> bool:
-    """After the loss of a peer, wait until its rank has said why, or torchrun, which takes the first
-    rank to end for the cause, has noticed its death and ends this one. Whether it does."""
+    """Wait, after the loss of a peer, until its rank has reported why or torchrun ends this one.
+
+    torchrun takes the first rank that ends for the cause. Returns true if it ends this one.
+    """
     told = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: told.set())
     _wait_until(lambda: told.is_set() or _has_failed(), seconds=LAUNCHER_SECONDS)
@@ -210,7 +215,7 @@ def _end_silently() -> NoReturn:
 
 
 def _write_error_file(line: str, *, timestamp: int | None = None) -> None:
-    """Write a line where torchrun looks for a traceback; `timestamp` is now if it is None."""
+    """Write a line where torchrun reads tracebacks; `timestamp` None is the current time."""
     file = os.environ.get(ERROR_FILE)
     if not file:
         return

@@ -1,10 +1,10 @@
-"""The watcher of a job: a process beside the first rank that hears from all ranks.
+"""Watcher of a job: a process beside the first rank that receives the states of all ranks.
 
     python -m megatron_vita.supervise.watcher < settings
 
-It reads a line of JSON from stdin (the arguments of `Watcher`), prints
-its port, and ends when stdin does, which is when the first rank has ended. It imports nothing
-heavy, and shares nothing with a rank that could hang.
+It reads a line of JSON from stdin (the arguments of `Watcher`), prints its port, and ends when stdin
+is closed, which is when the first rank has ended. It imports nothing heavy, and shares nothing with
+a rank that could hang.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from megatron_vita.supervise.hang import RankView, summarize, unrecorded_wait, w
 
 FOLDER = "hangs"
 ANSWER_SECONDS = 5.0
-"""Time for a rank to say where it is."""
+"""Time for a rank to report its stacks."""
 MESSAGE_BYTES = 1 << 26
-"""Most of one message: the stacks of a rank with many threads are long."""
+"""Maximum length of a message: the stacks of a rank with many threads are long."""
 END_SECONDS = 2.0
 """Time for ranks to end by themselves."""
 
@@ -50,18 +50,18 @@ class _Link:
 
 
 class Watcher:
-    """Hears from ranks and finds that the job hangs.
+    """Receiver of the ranks' states, which detects that the job hangs.
 
     Args:
-        patience: seconds without progress of any rank, or without a message of one.
+        timeout: seconds without progress of any rank, or without a message of one.
         token: secret that ranks send.
         folder: folder of the run, for the report; empty for none.
         is_one_host: all ranks are on this host; nothing else can connect.
     """
 
-    def __init__(self, *, patience: float, token: str, folder: str, is_one_host: bool) -> None:
+    def __init__(self, *, timeout: float, token: str, folder: str, is_one_host: bool) -> None:
         self._is_one_host = is_one_host
-        self._patience = patience
+        self._timeout = timeout
         self._token = token
         self._folder = folder
         self._links: dict[int, _Link] = {}
@@ -75,14 +75,14 @@ class Watcher:
         sys.stdout.write(f"{server.sockets[0].getsockname()[1]}\n")
         sys.stdout.flush()
         while not (stuck := self._stuck_for()):
-            await asyncio.sleep(self._patience / 20)
+            await asyncio.sleep(self._timeout / 20)
         await self._report(stuck)
 
     async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._hear_rank(reader, writer)
         except (OSError, ValueError):
-            writer.close()  # it is gone: what it said last stands
+            writer.close()  # the rank is gone: its last state stays
 
     async def _hear_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = json.loads(await reader.readline())
@@ -102,7 +102,7 @@ class Watcher:
             message = json.loads(line)
             link.heard = time.monotonic()
             if "state" in message:
-                # A report in the making adds to the states that led to it.
+                # While a report is made, the states that caused it are kept.
                 if not self.is_reporting:
                     view.state = message["state"]
                 await _send(writer, {})
@@ -112,20 +112,20 @@ class Watcher:
                 link.answers.put_nowait(message)
 
     def _stuck_for(self) -> float:
-        """Return how long no rank has made progress, if that is too long.
+        """Return the seconds without progress of any rank, if they exceed the timeout; else 0.
 
-        Ranks wait for a slow one without being stuck: the job hangs when none goes on.
+        Ranks that wait for a slow one do not hang: the job does when none makes progress.
         """
         now = time.monotonic()
         watched = [link for link in self._links.values() if not link.has_left]
         for link in watched:
             link.view.silent = now - link.heard
         shortest = min((link.view.idle for link in watched), default=0.0)
-        if shortest <= self._patience:
+        if shortest <= self._timeout:
             return 0.0
         # A rank's last message may have come long after its main thread began to wait.
         for link in watched:
-            link.view.is_silent = link.view.silent > self._patience / 3
+            link.view.is_silent = link.view.silent > self._timeout / 3
         return shortest
 
     async def _report(self, seconds: float) -> None:

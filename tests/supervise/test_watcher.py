@@ -25,8 +25,8 @@ from megatron_vita.supervise.ranks import HUNG
 from megatron_vita.supervise.watcher import Watcher, _Link
 from tests.environment import environment_with
 
-SETTINGS = {"patience": 60.0, "token": "secret", "folder": "", "is_one_host": True}
-PATIENCE = 2.0
+SETTINGS = {"timeout": 60.0, "token": "secret", "folder": "", "is_one_host": True}
+TIMEOUT = 2.0
 WAITING = {"name": "all_reduce", "number": 7, "sizes": [[3, 4]], "group": "dp", "ranks": [0, 1]}
 
 
@@ -100,7 +100,7 @@ def test_the_watcher_imports_nothing_heavy() -> None:
 
 
 def _be_alone(port: int) -> None:
-    beacon = Beacon(3, address=("127.0.0.1", port), token="", interval=0.1, patience=0.5)
+    beacon = Beacon(3, address=("127.0.0.1", port), token="", interval=0.1, timeout=0.5)
     beacon.enter("backward", step=7)
     time.sleep(60)
 
@@ -144,13 +144,13 @@ def _be_rank(rank: int, port: int, kind: str) -> None:
         rank,
         address=("127.0.0.1", port),
         token="secret",
-        interval=PATIENCE / 10,
-        patience=PATIENCE,
+        interval=TIMEOUT / 10,
+        timeout=TIMEOUT,
         pending=lambda: [WAITING] if rank == 0 else [],
         awaited=lambda number, held_out: [f"awaited_{number}"],
     )
     beacon.enter("loading", step=5)
-    time.sleep(PATIENCE / 4)
+    time.sleep(TIMEOUT / 4)
     if rank == 1 and kind == "loader":
         beacon.enter("loading", micro_batch=3)
         _wait_for_a_pack()
@@ -161,7 +161,7 @@ def _be_rank(rank: int, port: int, kind: str) -> None:
 
 
 def test_a_job_does_not_hang_while_one_rank_goes_on() -> None:
-    watcher = Watcher(patience=10.0, token="", folder="", is_one_host=True)
+    watcher = Watcher(timeout=10.0, token="", folder="", is_one_host=True)
     now = time.monotonic()
     for rank, idle in ((0, 500.0), (1, 2.0)):
         view = RankView(rank=rank, host="a", pid=rank, state={"phase": "saving", "idle": idle})
@@ -182,7 +182,7 @@ def test_a_job_that_hangs_ends_with_a_report_of_the_rank_it_waits_for(
     tmp_path: Path, kind: str
 ) -> None:
     context = multiprocessing.get_context("fork")
-    with watching(SETTINGS | {"patience": PATIENCE, "folder": str(tmp_path)}) as (process, port):
+    with watching(SETTINGS | {"timeout": TIMEOUT, "folder": str(tmp_path)}) as (process, port):
         ranks = [context.Process(target=_be_rank, args=(rank, port, kind)) for rank in (0, 1)]
         for rank in ranks:
             rank.start()

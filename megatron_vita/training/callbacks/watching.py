@@ -47,14 +47,14 @@ class WatchCallback(Callback):
                 "the process that watches for hangs does not start; its error is above, and "
                 "training.hang_seconds 0 runs without it"
             )
-        patience = run.recipe.training.hang_seconds
+        timeout = run.recipe.training.hang_seconds
         try:
             run.beacon = Beacon(
                 dist.get_rank(),
                 address=(host, port),
                 token=token,
-                interval=min(patience / 10, MOST_SECONDS),
-                patience=patience,
+                interval=min(timeout / 10, MOST_SECONDS),
+                timeout=timeout,
                 pending=platform.pending_collectives,
                 awaited=lambda number, held_out: awaited_samples(run, number, held_out=held_out),
             )
@@ -88,7 +88,7 @@ class WatchCallback(Callback):
         token = secrets.token_hex(16)
         is_one_host = os.environ.get("LOCAL_WORLD_SIZE", "1") == str(dist.get_world_size())
         settings = {
-            "patience": run.recipe.training.hang_seconds,
+            "timeout": run.recipe.training.hang_seconds,
             "token": token,
             "folder": str(Path(folder).absolute()) if folder else "",
             "is_one_host": is_one_host,
@@ -107,7 +107,7 @@ class WatchCallback(Callback):
         self._watcher.stdin.write(json.dumps(settings) + "\n")
         self._watcher.stdin.flush()
         port = int(self._watcher.stdout.readline() or 0)
-        # Where the ranks have met already, every rank can reach it.
+        # The host of the rendezvous: every rank has reached it already.
         host = "127.0.0.1" if is_one_host else os.environ["MASTER_ADDR"]
         return host, port, token
 
