@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from model_shapes import QWEN2_7B
 
 from megatron_vita.config import LanguageConfig, ModelConfig
 from megatron_vita.convert.families.language_config import write_language
@@ -31,13 +32,7 @@ from megatron_vita.convert.transfers import Transfer
 
 def shape(layers: int) -> LanguageConfig:
     """Shape of Qwen2.5-7B with so many layers."""
-    return LanguageConfig(
-        num_layers=layers,
-        hidden_size=3584,
-        ffn_hidden_size=18944,
-        num_attention_heads=28,
-        num_query_groups=4,
-    )
+    return LanguageConfig(**QWEN2_7B | {"num_layers": layers})
 
 
 def write_model(folder: Path, layers: int) -> int:

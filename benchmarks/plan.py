@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from model_shapes import QWEN2_7B
 
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.data.planning.plan import read_plan
@@ -118,11 +119,9 @@ def make_mix(folder: Path, samples: int) -> None:
 def recipe_of(folder: Path, length: int, **data: object) -> Recipe:
     """A 7B model's recipe at a length."""
     datasets = [{"name": kind, "shards": f"{folder}/{kind}/*.tar"} for kind in MIX]
-    language = {"num_layers": 28, "hidden_size": 3584, "ffn_hidden_size": 18944, "num_attention_heads": 28,
-                "num_query_groups": 4, "kv_channels": 128, "vocab_size": 152064}  # fmt: skip
     return recipe_from_dict(
         {
-            "model": {"language": language},
+            "model": {"language": QWEN2_7B},
             "text": {"tokenizer": str(folder / "toy.model")},
             "media": {"max_tiles": 12, "max_frames": LENGTHS[length]},
             "data": {

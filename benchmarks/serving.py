@@ -26,7 +26,6 @@ from serving_shapes import ROWS_OF_FRAME, SHAPES, causal_flops
 from megatron_vita import platform
 from megatron_vita.config import (
     DataConfig,
-    LanguageConfig,
     ModelConfig,
     ParallelConfig,
     Recipe,
@@ -68,18 +67,13 @@ class RandomPixels(TileDecoder):
 
 def recipe_of(shape: str, *, tp: int, cp: int, longest: int) -> Recipe:
     """The recipe of a shape with InternViT-300M (in small for `tiny`)."""
-    layers, hidden, ffn, heads, groups, width = SHAPES[shape]
     tokenizer = Path(tempfile.gettempdir()) / f"benchmark-{dist.get_rank()}.model"
     train_sentencepiece(["a film of what is in this picture"] * 50, tokenizer, vocab_size=300)
     small = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
     return Recipe(
         model=ModelConfig(
             vision=VisionConfig(**(small if shape == "tiny" else {})),  # type: ignore[arg-type]
-            language=LanguageConfig(
-                num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=heads,
-                num_query_groups=groups, kv_channels=width, vocab_size=1024 if shape == "tiny" else 152064,
-                init_method_std=0.02,
-            ),
+            language=SHAPES[shape],
         ),
         text=TextConfig(tokenizer=str(tokenizer)),
         data=DataConfig(seq_length=longest + 4096),

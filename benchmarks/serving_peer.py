@@ -24,11 +24,18 @@ IMAGE_TOKEN = 7
 
 def build(shape: str) -> InternVLForConditionalGeneration:
     """The model on the GPU in bf16."""
-    layers, hidden, ffn, heads, groups, _ = SHAPES[shape]
+    language = SHAPES[shape]
     text = Qwen2Config(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads,
-        num_key_value_heads=groups, vocab_size=152064, max_position_embeddings=1 << 20, rope_theta=1e6,
-    )  # fmt: skip
+        num_hidden_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        intermediate_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_key_value_heads=language.num_query_groups,
+        # As large in the tiny shape, since ids of prompts are drawn up to it.
+        vocab_size=152064,
+        max_position_embeddings=1 << 20,
+        rope_theta=language.rotary_base,
+    )
     vision = InternVLVisionConfig(
         num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=[448, 448],
         patch_size=[14, 14],

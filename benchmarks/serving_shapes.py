@@ -1,11 +1,22 @@
 """Shapes of the models that serving is measured at."""
 
+from model_shapes import QWEN2_7B
+
+from megatron_vita.config import LanguageConfig
+
 SHAPES = {
-    "tiny": (2, 64, 128, 4, 2, 16),
-    "qwen2.5-7b": (28, 3584, 18944, 28, 4, 128),
-    "qwen2.5-14b": (48, 5120, 13824, 40, 8, 128),
+    "tiny": LanguageConfig(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        vocab_size=1024,
+    ),
+    "qwen2.5-7b": LanguageConfig(**QWEN2_7B),
+    "qwen2.5-14b": LanguageConfig(),
 }
-"""Layers, hidden size, feed-forward size, query heads, key-value heads, width of a head."""
 
 ROWS_OF_FRAME = 258
 """Tokens of a frame: 256 placeholders between two marks."""
@@ -13,6 +24,9 @@ ROWS_OF_FRAME = 258
 
 def causal_flops(shape: str, length: int) -> float:
     """Multiplications and additions of the language model over a prompt."""
-    layers, hidden, ffn, heads, groups, width = SHAPES[shape]
-    matrices = hidden * width * (2 * heads + 2 * groups) + 3 * hidden * ffn
-    return layers * (2.0 * matrices * length + 2.0 * heads * width * length**2)
+    model = SHAPES[shape]
+    queries = model.num_attention_heads * model.kv_channels
+    keys = model.num_query_groups * model.kv_channels
+    attention = model.hidden_size * (2 * queries + 2 * keys)
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size
+    return model.num_layers * (2.0 * (attention + mlp) * length + 2.0 * queries * length**2)

@@ -6,53 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model_shapes import QWEN2_7B, QWEN2_HALF_B, QWEN3_8B, TINY, TINY_TOWER
+
 from megatron_vita.config import Recipe, recipe_from_dict
 from megatron_vita.config.yaml_file import read_yaml, resolved
 from megatron_vita.errors import ConfigError
 
-QWEN2_7B = {
-    "num_layers": 28,
-    "hidden_size": 3584,
-    "ffn_hidden_size": 18944,
-    "num_attention_heads": 28,
-    "num_query_groups": 4,
-}
-QWEN3_8B = {
-    "num_layers": 36,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 12288,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "vocab_size": 151936,
-    "qk_layernorm": True,
-    "add_qkv_bias": False,
-}
-QWEN2_HALF_B = {
-    "num_layers": 24,
-    "hidden_size": 896,
-    "ffn_hidden_size": 4864,
-    "num_attention_heads": 14,
-    "num_query_groups": 2,
-    "kv_channels": 64,
-    "vocab_size": 151936,
-    "untie_embeddings_and_output_weights": False,
-}
-TINY = {
-    "num_layers": 2,
-    "hidden_size": 64,
-    "ffn_hidden_size": 128,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "kv_channels": 8,
-    "vocab_size": 512,
-}
-TINY_TOWER = {
-    "image_size": 56,
-    "num_layers": 2,
-    "hidden_size": 64,
-    "ffn_hidden_size": 128,
-    "num_attention_heads": 4,
-}
 MODELS: dict[str, dict[str, Any]] = {
     # InternViT-300M is the default tower, Qwen2.5-14B the default language model
     "7b": {"language": QWEN2_7B},

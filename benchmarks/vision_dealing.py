@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 2 benchmarks/vision_dealing.py [--out FILE.json] [--scale tiny]
 
 Qwen2.5-7B's shape with InternViT-300M, random weights, packs of 32K tokens of which 60 % are image
-tokens. Prints a
-table: time of a step, of vision in forward and backward, of the exchange of feature rows, bytes
-sent, and memory beside what `costs/` estimated. On four GPUs: TP2 x CP2 and hierarchical CP.
+tokens. Prints a table: time of a step, of vision in forward and backward, of the exchange of feature
+rows, bytes sent, and memory beside what `costs/` estimated. On four GPUs: TP2 x CP2 and hierarchical
+CP.
 `--scale tiny` runs it anywhere, for a look.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from model_shapes import QWEN2_7B, TINY, TINY_TOWER
 from packs import dealt_to_this_rank, make_pack
 
 from megatron_vita import platform
@@ -63,21 +64,9 @@ def layouts(world: int) -> dict[str, dict]:
 
 def make_recipe(parallel: dict, *, tiny: bool) -> Recipe:
     """The benchmark's recipe, or one that a laptop can run."""
-    language = LanguageConfig(
-        num_layers=28,
-        hidden_size=3584,
-        ffn_hidden_size=18944,
-        num_attention_heads=28,
-        num_query_groups=4,
-    )
-    model = ModelConfig(language=language)
+    model = ModelConfig(language=LanguageConfig(**QWEN2_7B))
     if tiny:
-        model = ModelConfig(
-            vision=VisionConfig(image_size=56, num_layers=2, hidden_size=64, ffn_hidden_size=128,
-                                num_attention_heads=4),
-            language=LanguageConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=8,
-                                    num_query_groups=4, kv_channels=8, vocab_size=512),
-        )  # fmt: skip
+        model = ModelConfig(vision=VisionConfig(**TINY_TOWER), language=LanguageConfig(**TINY))
     return Recipe(
         model=model,
         data=DataConfig(seq_length=2048 if tiny else 32768, train=[DatasetConfig(name="random", shards="none")]),

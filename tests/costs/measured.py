@@ -18,6 +18,13 @@ from megatron_vita.config import (
 )
 from megatron_vita.costs.memory import PackLoad
 
+QWEN_7B: dict[str, Any] = {
+    "num_layers": 28,
+    "hidden_size": 3584,
+    "ffn_hidden_size": 18944,
+    "num_attention_heads": 28,
+    "num_query_groups": 4,
+}
 FULL = {"recompute_granularity": "full"}
 MLP = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -39,13 +46,7 @@ class Measured:
 
     def recipe(self) -> Recipe:
         """The recipe that was run."""
-        language = LanguageConfig(
-            num_layers=self.layers,
-            hidden_size=3584,
-            ffn_hidden_size=18944,
-            num_attention_heads=28,
-            num_query_groups=4,
-        )
+        language = LanguageConfig(**QWEN_7B | {"num_layers": self.layers})
         return Recipe(
             model=ModelConfig(language=language),
             data=DataConfig(seq_length=self.length),

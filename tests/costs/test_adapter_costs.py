@@ -13,14 +13,11 @@ from megatron_vita.costs.flops import training_flops
 from megatron_vita.costs.layer_memory import layer_tensors
 from megatron_vita.costs.memory import full_pack, rank_memory
 from megatron_vita.costs.parameters import model_parameters, stage_parameters, trained_parameters
+from tests.costs.measured import QWEN_7B
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "long_vita"
 SEVEN_B = {
-    "model.language.num_layers": 28,
-    "model.language.hidden_size": 3584,
-    "model.language.ffn_hidden_size": 18944,
-    "model.language.num_attention_heads": 28,
-    "model.language.num_query_groups": 4,
+    **{f"model.language.{name}": value for name, value in QWEN_7B.items()},
     "training.bf16": True,
     "training.freeze_language_model": True,
     "training.freeze_vision_model": True,
