@@ -1,8 +1,9 @@
-"""Launches training as torchrun does, and names a rank that dies in one line.
+"""Launch training as torchrun does, and report a rank that dies in one line.
 
-python -m megatron_vita.launch [torchrun's options] pretrain_vita.py RECIPE.yaml [group.field=value ...]
+    python -m megatron_vita.launch [torchrun's options] pretrain_vita.py RECIPE.yaml
+        [group.field=value ...]
 
-torchrun ends with its own traceback below what a rank said; here the rank's line is the last one.
+torchrun prints its own traceback below a rank's last line; here the rank's line is the last one.
 torchrun kills ranks 30 seconds after Ctrl-C or SIGTERM; here they may finish their step and save.
 """
 
@@ -45,8 +46,8 @@ class SignalForwarder:
         self._received_at = 0.0
 
     def install(self, options: Namespace) -> None:
-        """Take signals over from torchrun, unless it is to start ranks again that end: it would
-        start those that were told to stop."""
+        """Take over signals from torchrun, unless it restarts ranks that end: it would restart those
+        that were told to stop."""
         if options.max_restarts:
             return
         names = {number.name for number in FORWARDED}
@@ -69,7 +70,7 @@ class SignalForwarder:
             self.received = number
             self._received_at = now
         for rank in ranks:
-            # One that has ended meanwhile needs no signal.
+            # A rank that has ended meanwhile needs no signal.
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
@@ -82,7 +83,8 @@ def main(arguments: list[str]) -> int:
     signals = SignalForwarder()
     signals.install(options)
     if ":" in str(options.nnodes):
-        # By default all rounds use the store of the first round's rank 0, whose machine may be lost.
+        # By default all rendezvous use the store of the first one's rank 0, whose machine may be
+        # lost.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="vita_launch_") as folder:
         options.log_dir = options.log_dir or folder
@@ -90,7 +92,7 @@ def main(arguments: list[str]) -> int:
             run.run(options)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if not Path(failure.error_file).exists():  # the rank could not say why
+            if not Path(failure.error_file).exists():  # the rank could not report why
                 restart = describe_restart(noted_checkpoints(Path(options.log_dir)))
                 reason = f"rank {rank} {_describe_death(failure, logs=Path(options.log_dir))}"
                 if signals.has_killed:

@@ -23,7 +23,8 @@ def parse_index(data: bytes) -> Metadata:
     """Return the index that torch has pickled.
 
     Raises:
-        pickle.UnpicklingError: it is no index, or names what none needs, which could run code.
+        pickle.UnpicklingError: it is not an index, or names a class that no index needs, which could
+            run code.
     """
     index = _IndexUnpickler(io.BytesIO(data)).load()
     if not isinstance(index, Metadata):

@@ -1,7 +1,7 @@
 """Copies of a run's checkpoints in an object store, through fsspec.
 
-    <url>/step_00000500/   the files of the checkpoint; its manifest is there once all others are
-    <url>/latest           name of the newest complete one; updated last
+    <url>/step_00000500/   the files of the checkpoint; its manifest is uploaded last
+    <url>/latest           name of the newest complete checkpoint; updated after its manifest
 
 The first rank uploads, in a process of its own, while training goes on.
 """
@@ -178,14 +178,14 @@ class _ProgressCallback(Callback):
         self._note_progress = note_progress
 
     def relative_update(self, inc: int = 1) -> None:
-        """Note that some bytes are there."""
+        """Note the progress of a transfer."""
         super().relative_update(inc)
         self._note_progress()
 
 
 @runtime_checkable
 class _PartialUploads(Protocol):
-    """A store of fsspec that tells and removes unfinished uploads, as s3fs does."""
+    """fsspec store that lists and removes unfinished uploads, as s3fs does."""
 
     def list_multipart_uploads(self, bucket: str) -> list[dict[str, str]]:
         """Return key and id of each upload that has begun and not ended."""
@@ -195,7 +195,7 @@ class _PartialUploads(Protocol):
 
 
 class Uploads:
-    """Uploads of a run's checkpoints, one at a time; of those that wait, the newest is next.
+    """Uploads of a run's checkpoints, one at a time; of several pending ones only the newest.
 
     Args:
         url: the object store.
@@ -227,7 +227,7 @@ class Uploads:
         self._process: WriterProcess | None = None
 
     def add(self, checkpoint: Path) -> None:
-        """Upload a checkpoint once the one under way is there."""
+        """Upload a checkpoint, after the upload under way."""
         self._waiting = checkpoint
         self._retry_at = 0
 
@@ -243,7 +243,7 @@ class Uploads:
                 self._note_failure(str(error) or type(error).__name__, step)
 
     def finish(self, step: int) -> None:
-        """Wait until the newest checkpoint is there.
+        """Wait until the newest checkpoint is uploaded.
 
         Raises:
             SaveError: it cannot be uploaded; it is whole in its folder.
@@ -276,7 +276,7 @@ class Uploads:
         )
 
     def _end(self, step: int) -> None:
-        """Wait for the process, and log what became of the upload."""
+        """Wait for the process, and log the result of the upload."""
         assert self._process is not None
         error = self._process.result(self._on_progress).error
         self._process = None
@@ -316,7 +316,7 @@ def _upload(
         return Written(error=str(error) or type(error).__name__)
     try:
         mirror.prune(retention)
-    # Such as for lack of permission to delete: the checkpoint is there.
+    # Such as for lack of permission to delete: the new checkpoint is uploaded.
     except Exception as error:
         logger.warning("%s: old checkpoints cannot be deleted: %s", url, error)
     return Written()

@@ -36,12 +36,12 @@ class Retention:
     def prune(self, folder: Path, *, newest: Path) -> None:
         """Delete the checkpoints up to `newest` that no rule names.
 
-        Later steps (of a run resumed from before them) are kept, and so is anything not named
-        step_N or linked there, such as a copy, and what is not complete.
+        Later steps (of a run resumed from before them) and incomplete checkpoints are kept, and so
+        is anything that is not named step_N, such as a copy, or is a link.
         """
         saved = sorted(path for path in folder.iterdir() if is_saved(path))
         earlier = [path for path in saved if path.name <= newest.name]
-        # What is not complete must not count among the last: it is nothing to go on from.
+        # Incomplete ones must not count among the last: no run can resume from them.
         complete = [path.name for path in earlier if (path / MANIFEST).exists()]
         for name in self.unnamed(complete, lambda name: read_scores(folder / name)):
             remove(folder / name)

@@ -31,7 +31,7 @@ from megatron_vita.platform.saving import planning_without_copies, use_local_res
 use_local_results_queue()
 LATEST = "latest"
 FULL = 1 << 16
-"""Bytes that are free where nothing fits any more."""
+"""A file system with fewer free bytes counts as full."""
 
 
 class Saver:

@@ -1,5 +1,5 @@
-"""Patches of megatron-core's checkpoints: no manager process, no copies of what is on the host, no
-collection of garbage, and a reader of our own."""
+"""Patches of megatron-core's checkpoints: no manager process, no copies of host tensors, no garbage
+collection, and a reader of our own."""
 
 import gc
 import queue

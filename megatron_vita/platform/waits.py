@@ -21,7 +21,7 @@ class CollectiveWaits:
         self.seconds = 0.0
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start to measure."""
 
         def timed(work: Work, *arguments: Any, **keywords: Any) -> Any:
             if threading.current_thread() is not threading.main_thread():
@@ -35,5 +35,5 @@ class CollectiveWaits:
         _work.wait = timed
 
     def stop(self) -> None:
-        """End to measure."""
+        """Stop measuring."""
         _work.wait = _wait

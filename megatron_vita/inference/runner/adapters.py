@@ -24,11 +24,11 @@ from megatron_vita.model.vita import VitaModel
 logger = logging.getLogger(__name__)
 
 NO_ADAPTER = 0
-"""Number of rows of the base model; adapters are counted from 1."""
+"""Adapter number of rows that use the base model alone; adapters are numbered from 1."""
 
 
 class ServedAdapters:
-    """The adapters of an engine by name, and which one each row of a forward pass has."""
+    """The adapters of an engine by name, and the adapter of each row of a forward pass."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names

@@ -12,7 +12,7 @@ from megatron_vita.layout.blocks import BlockLayout, consecutive
 from megatron_vita.rounding import ceil_div
 
 GATHERED_TOKENS = 1 << 19
-"""Keys that are brought together at a time where a sequence's pages do not lie side by side."""
+"""Number of keys gathered at a time where a sequence's pages are not consecutive."""
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
 

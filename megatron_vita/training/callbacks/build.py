@@ -25,10 +25,10 @@ from megatron_vita.training.run_folder import RunLog
 
 
 def build_hooks(run: Run, callbacks: Sequence[Callback] = (), *, log: RunLog) -> Hooks:
-    """The run's folder, the given callbacks, and those that the recipe's settings ask for.
+    """Assemble the callbacks of the run's folder, of the caller, and of the recipe's settings.
 
-    So metrics that others record after a step are in its log, which precedes saving; what can fail
-    comes after saving.
+    In this order, metrics that the caller's callbacks record after a step are in its log, which
+    precedes saving; validation, which may fail, follows saving.
     """
     hooks = Hooks(run, ())
     folder = run_folder(run.recipe)

@@ -1,4 +1,4 @@
-"""The log of a run: a line for each logged step and each validation, and a bar on a terminal."""
+"""Log of a run: a line for each logged step and validation, and a progress bar on a terminal."""
 
 import logging
 import sys
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 
 class LogCallback(Callback):
-    """One line every `log_interval` steps, with the time that is left, and one a validation.
+    """Log line every `log_interval` steps, with the remaining time, and after each validation.
 
-    On a terminal a progress bar takes the place of the lines of steps.
+    On a terminal a progress bar replaces the lines of steps.
     """
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self._bar: tqdm[Any] | None = None
-        self._brief = ["first step"]  # the bar shows what is in it
+        self._brief = ["first step"]  # content that the bar shows
         self._stack = ExitStack()
 
     def on_start(self, run: Run) -> None:
@@ -80,7 +80,7 @@ class LogCallback(Callback):
         self._pace.mark("save")
 
     def on_end(self, run: Run) -> None:
-        """Leave the terminal as it was."""
+        """Close the progress bar."""
         self._stack.close()
         if self._bar is not None:
             self._bar.close()

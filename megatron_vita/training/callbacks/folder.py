@@ -1,4 +1,4 @@
-"""The run's folder: recipe, environment, log, and metrics as lines of JSON."""
+"""Record of a run in its folder: recipe, environment, log, and metrics as lines of JSON."""
 
 import json
 import math
@@ -34,7 +34,7 @@ class FolderCallback(Callback):
         self._has_failed = False
 
     def on_start(self, run: Run) -> None:
-        """Begin a segment, after what is whole of an earlier one.
+        """Append to what earlier starts have recorded, without a torn last line.
 
         Raises:
             PlatformError: the folder cannot be written.
@@ -96,7 +96,7 @@ class FolderCallback(Callback):
 
 
 def _plain(value: Any) -> Any:
-    """A value with the digits that it can be relied on for."""
+    """Round a float to its reliable digits; None for one that is not finite."""
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

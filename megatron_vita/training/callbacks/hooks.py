@@ -32,10 +32,10 @@ class Hooks:
         self.callbacks = list(callbacks)
         self._run = run
         self._error: Exception | None = None
-        self._message = ""  # what `_error` is, for other ranks
+        self._message = ""  # description of `_error` for other ranks
         self._failed: list[Callback] = []
         self._overriding: dict[str, list[Callback]] = {}
-        self._known = False  # some rank's error has been heard of
+        self._known = False  # all ranks know that a hook has failed on some rank
 
     @property
     def has_failed(self) -> bool:
@@ -49,7 +49,7 @@ class Hooks:
         return self._known
 
     def overriding(self, hook: str) -> list[Callback]:
-        """The callbacks that have an own `hook`; found once, when it is first called."""
+        """Return the callbacks that override `hook`; looked up once."""
         if hook not in self._overriding:
             base = getattr(Callback, hook)
             self._overriding[hook] = [

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class MlflowCallback(Callback):
-    """Sends all scalars from rank 0 in the background; a restart goes on with the same run.
+    """Writer of all scalars from rank 0 in the background; a restart continues the same run.
 
     `train/loss/SOURCE` is `train/loss.SOURCE` there: in a local folder `train/loss` is a file, which
     can hold no others.
@@ -42,7 +42,7 @@ class MlflowCallback(Callback):
         self._pending: Any = None
 
     def on_start(self, run: Run) -> None:
-        """Begin or go on."""
+        """Create the run in MLflow, or continue the one of an earlier start."""
         if dist.get_rank() != 0:
             return
         if self._is_local:  # the package otherwise refuses plain folders

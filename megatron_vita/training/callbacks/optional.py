@@ -1,4 +1,4 @@
-"""Packages that some callbacks need and a run does not."""
+"""Optional packages of callbacks, and the runs that trackers know."""
 
 import importlib.util
 import json
@@ -27,14 +27,14 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def known_run(folder: Path | None, tracker: str) -> str:
-    """The id under which a tracker knows the run that lies in a folder; empty if none does."""
+    """Return a tracker's id of the run in a folder; empty if the tracker has none."""
     if folder is None or not (folder / TRACKERS).exists():
         return ""
     return json.loads((folder / TRACKERS).read_text()).get(tracker, "")
 
 
 def note_run(folder: Path | None, tracker: str, run_id: str) -> None:
-    """Keep a tracker's id, so that later starts go on with the same run."""
+    """Record a tracker's id of the run, so that later starts continue it."""
     if folder is None:
         return
     path = folder / TRACKERS

@@ -17,7 +17,7 @@ from megatron_vita.training.run import Run
 from megatron_vita.training.run_state import open_saver, retention_of, start_save
 
 LAST_PAUSES = (1.0, 4.0)
-"""Seconds before each further attempt to save the last step, after which there is none to come."""
+"""Seconds before each further attempt to save the last step, which no later step can retry."""
 logger = logging.getLogger(__name__)
 
 
@@ -44,8 +44,8 @@ class SaveCallback(Callback):
         self._has_waited_for_uploads = False
 
     def before_step(self, run: Run) -> None:
-        """Report to all ranks whether this one is still writing; begin an upload that waits."""
-        # Here, since scores of the step before, by which the store keeps checkpoints, are written.
+        """Report to all ranks whether this one is still writing; start a pending upload."""
+        # Not in `after_step`: retention in the store needs the step's scores, noted after it.
         if self._uploads is not None:
             self._uploads.poll(run.step)
         run.meter.add(SAVING, float(self._saver.is_writing), reduce="max")

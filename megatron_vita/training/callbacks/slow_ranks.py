@@ -1,4 +1,4 @@
-"""Ranks that are slower than the others, named with what their time goes to."""
+"""Detection of ranks that are slower than the others, with the causes of their time."""
 
 import logging
 import socket
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RankTimes:
-    """Seconds of a rank over some steps, and what they went to.
+    """Seconds of a rank over some steps, by cause.
 
     stage: pipeline stage; stages have different work.
     data: waiting for packs.
@@ -43,12 +43,12 @@ class RankTimes:
 
     @property
     def compute(self) -> float:
-        """Seconds of everything else than data and communication."""
+        """Seconds of everything except data and communication."""
         return self.own - self.data
 
     @property
     def shares(self) -> dict[str, float]:
-        """Fractions of the time, by what it went to."""
+        """Fractions of the time, by cause."""
         parts = {
             "data": self.data, "compute": self.compute, "communication": self.communication,
         }  # fmt: skip
@@ -68,7 +68,7 @@ def find_slow_ranks(ranks: Sequence[RankTimes], *, factor: float) -> list[SlowRa
     slow = []
     for stage in sorted({times.stage for times in ranks}):
         members = [times for times in ranks if times.stage == stage]
-        # Of two, the faster one.
+        # The lower middle, so that of two ranks the slower one can exceed it.
         middle = statistics.median_low(times.own for times in members)
         slow += [
             SlowRank(times=times, factor=times.own / middle)
@@ -96,17 +96,17 @@ class SlowRankCallback(Callback):
         self._waited_before = 0.0
 
     def on_start(self, run: Run) -> None:
-        """Begin to measure waits for collectives."""
+        """Start to measure waits for collectives."""
         self._waits.start()
 
     def before_step(self, run: Run) -> None:
-        """Begin to measure the step. Validation and saving are not in it."""
+        """Start to measure the step, without validation and saving."""
         self._data_before = run.data_seconds
         self._waited_before = self._waits.seconds
         self._began = time.perf_counter()
 
     def after_step(self, run: Run, metrics: StepMetrics) -> None:
-        """Add the step; compare the ranks if it is time to. Collective then."""
+        """Add the step's times; compare the ranks, a collective, every so many steps."""
         self._seconds += time.perf_counter() - self._began
         self._data += run.data_seconds - self._data_before
         self._communication += self._waits.seconds - self._waited_before
@@ -132,7 +132,7 @@ class SlowRankCallback(Callback):
             metrics.values |= _as_metrics(slow[0])
 
     def on_end(self, run: Run) -> None:
-        """End to measure."""
+        """Stop measuring waits for collectives."""
         self._waits.stop()
 
     def _tell(self, slow: Sequence[SlowRank], *, step: int, steps: int) -> None:

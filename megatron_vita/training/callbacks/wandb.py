@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class WandbCallback(Callback):
-    """Sends all scalars from rank 0, drawn over `step`; a restart goes on with the same run.
+    """Writer of all scalars from rank 0, plotted over `step`; a restart continues the same run.
 
     Environment variables of the package (WANDB_MODE=offline, WANDB_ENTITY, WANDB_API_KEY ...) apply.
     """

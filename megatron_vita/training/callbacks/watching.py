@@ -23,7 +23,7 @@ from megatron_vita.training.run import Run
 from megatron_vita.training.streams import packs_of_replicas
 
 MOST_SECONDS = 2.0
-"""Most time between two messages of a rank."""
+"""Maximum time between two messages of a rank."""
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +36,7 @@ class WatchCallback(Callback):
         self._watcher: subprocess.Popen[str] | None = None
 
     def on_start(self, run: Run) -> None:
-        """Start the watcher on the first rank, and tell it of every rank. Collective."""
+        """Start the watcher on the first rank, and connect every rank to it. Collective."""
         place: list[tuple[str, int, str]] = [("", 0, "")]
         if dist.get_rank() == 0:
             place = [self._start_watcher(run)]
@@ -58,7 +58,7 @@ class WatchCallback(Callback):
                 pending=platform.pending_collectives,
                 awaited=lambda number, held_out: awaited_samples(run, number, held_out=held_out),
             )
-        # Such as a firewall: no reason not to train.
+        # Such as a firewall's, which is no reason to end the run.
         except OSError as error:
             logger.warning(
                 "rank %d is not watched for hangs: %s:%d: %s", dist.get_rank(), host, port, error
