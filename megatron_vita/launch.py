@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_vita.supervise.last_words import read_last_words
-from megatron_vita.supervise.ranks import describe_restart, noted_checkpoints
+from megatron_vita.supervise.rank_failure import describe_restart, noted_checkpoints
 
 LAUNCHER = "torch.distributed.elastic"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

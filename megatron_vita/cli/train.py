@@ -11,7 +11,7 @@ import time
 
 from megatron_vita.config import Recipe, describe_fields, load_recipe
 from megatron_vita.costs.options import add_options
-from megatron_vita.supervise.ranks import note_checkpoints, report_failure
+from megatron_vita.supervise.rank_failure import note_checkpoints, report_failure
 
 
 def parse_arguments(arguments: list[str], *, name: str) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_vita.supervise.last_words import open_state_file
-from megatron_vita.supervise.ranks import end_hung
+from megatron_vita.supervise.rank_failure import end_hung
 
 Phase = Literal[
     "starting", "loading", "forward", "backward", "optimizer", "metrics", "validation", "saving",

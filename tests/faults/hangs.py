@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_vita.supervise.ranks import HUNG
+from megatron_vita.supervise.rank_failure import HUNG
 from tests.faults.rows import Row
 from tests.functional.hang_job import processes_left, run_hanging
 from tests.functional.hang_kinds import HANG_SECONDS, HANGS

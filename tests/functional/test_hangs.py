@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vita.supervise.ranks import HUNG
+from megatron_vita.supervise.rank_failure import HUNG
 from tests.functional.hang_job import processes_left, run_hanging
 from tests.functional.hang_kinds import HANG_SECONDS, HANGS
 from tests.functional.launch import ON_GPUS

@@ -21,7 +21,7 @@ import pytest
 
 from megatron_vita.supervise.beacon import Beacon
 from megatron_vita.supervise.hang import RankView
-from megatron_vita.supervise.ranks import HUNG
+from megatron_vita.supervise.rank_failure import HUNG
 from megatron_vita.supervise.watcher import Watcher, _Link
 from tests.environment import environment_with
 

@@ -21,14 +21,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from megatron_vita import launch
 from megatron_vita.errors import ConfigError
 from megatron_vita.supervise.last_words import read_last_words
-from megatron_vita.supervise.ranks import describe_failure, describe_restart
+from megatron_vita.supervise.rank_failure import describe_failure, describe_restart
 from tests.environment import ROOT
 
 BEGINNING = """
 import json, os, signal, sys, time
 from pathlib import Path
 from megatron_vita.errors import ConfigError
-from megatron_vita.supervise.ranks import note_checkpoints, report_failure
+from megatron_vita.supervise.rank_failure import note_checkpoints, report_failure
 
 rank = int(os.environ["RANK"])
 here = Path(__file__).parent
