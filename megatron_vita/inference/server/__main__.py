@@ -54,8 +54,8 @@ def parse_arguments(
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="checkpoint of adapters (LoRA) to serve beside the model; requests choose it by NAME as their model "
-        "(repeatable)",
+        help="checkpoint of adapters (LoRA) to serve beside the model; requests choose it by NAME "
+        "as their model (repeatable)",
     )
     parser.add_argument("--tokenizer", help="tokenizer to use in place of the checkpoint's")
     parser.add_argument(
@@ -74,6 +74,12 @@ def parse_arguments(
         action="store_true",
         help="download media that requests name by public http(s) URLs",
     )
+    _add_engine_options(parser)
+    add_options(parser.add_argument_group("limits"), Limits)
+    return parser.parse_args(arguments)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--tensor-model-parallel-size",
@@ -87,8 +93,6 @@ def parse_arguments(
         help="ranks that share the tokens of a sequence (default: all remaining ranks)",
     )
     add_options(engine, EngineOptions)
-    add_options(parser.add_argument_group("limits"), Limits)
-    return parser.parse_args(arguments)
 
 
 def load_engine(arguments: argparse.Namespace) -> "Engine":
