@@ -103,8 +103,8 @@ def latest_checkpoint(
 
 
 def from_first(find: Callable[[], str]) -> str:
-    """Return what `find` finds on the first rank, whose view counts. Collective, if there is a
-    process group.
+    """Return the first rank's result of `find` on all ranks. Collective, if there is a process
+    group.
 
     Raises:
         CheckpointError: on all ranks, as `find` raises it on the first.

@@ -170,7 +170,7 @@ def _report_stage(
     first = stage * ranks
     with _fake_world(recipe, rank=first, world_size=world_size):
         built = sum(p.numel() for chunk in build_on_meta(recipe) for p in chunk.parameters())
-    # The costs are derived from a recipe alone; here they are held to the model itself.
+    # The costs are derived from a recipe alone; here they are checked against the model itself.
     assert built == parameters.total, (
         f"stage {stage}: {built} parameters were built, {parameters.total} planned"
     )

@@ -1,4 +1,4 @@
-"""Time that a run still takes: a smoothed time of a step, and those of saving and validation."""
+"""Remaining time of a run, from a smoothed time of a step and the times of saving and validation."""
 
 import time
 from typing import Literal
@@ -11,7 +11,7 @@ SMOOTHING = 0.05
 
 
 class Pace:
-    """Divides the time of a run into steps, saving, validation and the rest, without a gap."""
+    """Division of the time of a run into steps, saving, validation and the rest, without a gap."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._steps = recipe.training.train_iters

@@ -1,4 +1,4 @@
-"""The folder of a run: its recipe, environment, log and metrics, over all of its starts."""
+"""Folder of a run: its recipe, environment, log and metrics, over all of its starts."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def note_start(folder: Path, recipe: Recipe, *, step: int, environment: dict[str, Any]) -> None:
-    """Write what a start of a run runs and runs on; called on one rank.
+    """Write the recipe and the environment of a start of a run; called on one rank.
 
     The recipe of an earlier start is kept beside it where it differs, named by the step that it was
     used until.
@@ -39,7 +39,7 @@ def _write_recipe(folder: Path, recipe: Recipe, step: int) -> None:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append a line of JSON, after what is whole of the lines before."""
+    """Append a line of JSON after the complete lines; a torn one is cut."""
     cut_torn_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -76,7 +76,7 @@ class RunLog:
         self._handler.close()
 
     def open(self, folder: Path) -> None:
-        """Write what waits, and all that comes."""
+        """Write the waiting lines, and all later ones."""
         name = f"log_rank_{self._rank:05d}.txt" if self._rank else LOG
         file = _LogFile(folder / name, delay=True, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -86,7 +86,7 @@ class RunLog:
 
 
 class _LogFile(logging.FileHandler):
-    """Gives up, with one warning, where a line cannot be written."""
+    """File handler that stops with one warning when a line cannot be written."""
 
     _is_broken = False
 

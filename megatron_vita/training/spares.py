@@ -1,4 +1,4 @@
-"""Ranks of an elastic job that make no whole replica: they wait until the job's ranks change.
+"""Spare ranks of an elastic job, beyond the last whole replica: they wait until its ranks change.
 
 torchrun starts all ranks again when one is lost or another machine joins. Until then a spare must
 neither end, since its machine would leave the job, nor join the process group.
@@ -18,13 +18,13 @@ logger = logging.getLogger(__name__)
 
 
 def take_part(recipe: Recipe) -> bool:
-    """Tell whether this rank trains; the process group that it will join has only those that do.
+    """Return true if this rank trains, and set up its process group without the spares.
 
-    Returns for a spare once the others are done.
+    A spare waits here until the others are done, and returns false.
 
     Raises:
         ConfigError: the ranks do not make one replica.
-        PlatformError: the others are gone before they were done.
+        PlatformError: the others have gone before they were done.
     """
     if not recipe.parallel.elastic or "RANK" not in os.environ:
         return True
@@ -45,7 +45,7 @@ def take_part(recipe: Recipe) -> bool:
 
 @contextlib.contextmanager
 def spares_end(recipe: Recipe) -> Iterator[None]:
-    """Let the spares end with the block, however it does."""
+    """Let the spares end when the block ends, also by an error."""
     try:
         yield
     finally:

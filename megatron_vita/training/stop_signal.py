@@ -51,7 +51,7 @@ class StopRequest:
         is_soon = now - self._received_at <= REPEAT_SECONDS
         if not (self._may_be_the_same(number) and is_soon):
             is_interrupt = number == signal.SIGINT
-            # The sender insists: do what the signal does without a handler of ours.
+            # The sender insists: restore the signal's effect without this handler.
             signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
             signal.raise_signal(number)
 
