@@ -19,7 +19,7 @@ RULE = "damaged file named, weights and position of the whole checkpoint before 
 
 
 class _Lines(logging.Handler):
-    """What is logged."""
+    """Text in the log."""
 
     def __init__(self) -> None:
         super().__init__()

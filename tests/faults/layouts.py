@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 """Ranks and overrides of each layout."""
 MOST_DIFFERENCE = 1e-6
-"""Of a loss, relative to that of the run at one layout."""
+"""Difference of a loss from that of the run at one layout, as a fraction."""
 
 
 def change_layouts(count: int, folder: Path) -> list[Row]:

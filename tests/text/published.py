@@ -89,7 +89,7 @@ INTERNVL_SYSTEM = (
     "你是书生·万象，英文名是InternVL，"  # noqa: RUF001
     "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
-"""What OpenGVLab's own layout says where a conversation has no system turn (`internvl2_5`)."""
+"""System turn of OpenGVLab's own layout for conversations without one (`internvl2_5`)."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ PUBLISHED_ENDS = {
     "qwen3": [151645, 151643],
 }
 OPENINGS = {"llama3": "", "llama3.1": "", "qwen3": "<think>\n\n</think>\n\n"}
-"""What a template writes before the last answer."""
+"""Text that a template writes before the last answer."""
 TALK = [
     {"role": "user", "content": "What is this? \n\n\n  12345,67 e\u0301 é ﬁ\u00a0x"},
     {"role": "assistant", "content": "A cat.\n\n  it sat\ton the mat"},

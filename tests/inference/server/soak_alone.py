@@ -33,11 +33,11 @@ class Remains:
     """Memory and objects left after so many requests."""
 
     kilobytes: float
-    """Of Python's memory."""
+    """Growth of Python's memory."""
     megabytes: float
-    """Of the whole process: between the least of three rounds and the least of the next three."""
+    """Growth of the process: from the least of three rounds to the least of the next three."""
     health: dict[str, object]
-    """What the server says of itself at last."""
+    """Last metrics of the server."""
 
 
 def remains(server: RunningServer, *, requests: int) -> Remains:

@@ -28,9 +28,7 @@ def test_when_the_engine_fails_all_requests_get_503_with_the_reason() -> None:
     assert "rank 1 is gone" in (server.server.service.failure or "")
 
 
-def test_when_a_rank_is_lost_inside_a_kernel_that_never_ends_all_requests_get_503_and_the_server_ends() -> (
-    None
-):
+def test_a_rank_lost_inside_a_kernel_ends_all_requests_with_503_and_the_server() -> None:
     engine = slow()
     with running(engine) as server:
         open_requests = [in_thread(lambda s=s: server.chat(stream=s)) for s in (False, True)]
