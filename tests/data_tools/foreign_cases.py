@@ -12,8 +12,8 @@ from tests.data_tools.foreign_layouts import (
     Record,
     Truth,
     make_truth,
-    picture,
 )
+from tests.data_tools.imports import picture
 
 
 @dataclass

@@ -6,24 +6,17 @@ Qwen-VL, FineVision, M3IT, and of webdatasets turned into Parquet.
 """
 
 import base64
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
-from PIL import Image
+from tests.data_tools.imports import picture
 
 WORDS = ("the", "cat", "sat", "on", "red", "mat", "two", "birds", "near", "old", "trees")
 COLORS = ("red", "green", "blue", "white")
 Record = dict[str, Any]
-
-
-def picture(color: str, form: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (12, 8), color).save(buffer, form)
-    return buffer.getvalue()
 
 
 PICTURES = {f"photos/{color}.png": picture(color) for color in COLORS}

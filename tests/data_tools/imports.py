@@ -12,6 +12,7 @@ from data_tools.cli import main
 
 
 def picture(color: str = "red", format: str = "PNG") -> bytes:
+    """An image file of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), color).save(buffer, format)
     return buffer.getvalue()

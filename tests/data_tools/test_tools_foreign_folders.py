@@ -14,7 +14,8 @@ import pytest
 from data_tools.formats.base import Setting
 from data_tools.importing import ImportJob, import_samples
 from data_tools.pool import WorkerOptions
-from tests.data_tools.foreign_layouts import COLORS, picture, words
+from tests.data_tools.foreign_layouts import COLORS, words
+from tests.data_tools.imports import picture
 
 CASES = 60  # of each kind
 QUESTION = "What is to be seen?"
