@@ -1,7 +1,7 @@
 """The job that saves to a folder: the last one that began.
 
 Two jobs in one folder would remove each other's checkpoints: a run that was started twice, or the
-part of an elastic job that was cut off and goes on by itself.
+part of an elastic job that was cut off and continues alone.
 """
 
 import os

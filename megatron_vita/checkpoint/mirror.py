@@ -3,7 +3,7 @@
     <url>/step_00000500/   the files of the checkpoint; its manifest is uploaded last
     <url>/latest           name of the newest complete checkpoint; updated after its manifest
 
-The first rank uploads, in a process of its own, while training goes on.
+The first rank uploads, in a process of its own, while training continues.
 """
 
 import functools
@@ -202,7 +202,7 @@ class Uploads:
         retention: the rules by which checkpoints are kept there.
         retry_steps: steps after which an upload that failed is tried again.
         claim: the job's claim to its folder; one that has lost it changes nothing in the store.
-        on_progress: called while `finish` waits for an upload that goes on.
+        on_progress: called while `finish` waits for an upload that makes progress.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ def _upload(
             claim.check()
         mirror = Mirror(url)
         mirror.put(checkpoint, note_progress=progress.note)
-    # Whatever a store's library raises: the run goes on.
+    # Whatever a store's library raises must not end the run.
     except Exception as error:
         return Written(error=str(error) or type(error).__name__)
     try:

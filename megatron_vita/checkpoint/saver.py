@@ -44,7 +44,7 @@ class Saver:
         size: estimated bytes of the tensors of all ranks; 0 if unknown.
         in_background: write in a process beside each rank.
         claim: the job's claim to the folder, which is checked before anything is changed there.
-        on_progress: called while this rank waits for writing that goes on.
+        on_progress: called while this rank waits for a write that makes progress.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _Save:
             progress = Progress()
             self.share.note_progress = progress.note
             self.process = WriterProcess(self.share.write, progress=progress)
-        # For lack of memory, on this rank alone: the others hear of it when they finish.
+        # For lack of memory, on this rank alone: `finish` reports it to the others.
         except (OSError, RuntimeError, MemoryError) as error:
             self.written = Written(error=str(error))
 
@@ -231,7 +231,7 @@ def by_first(action: Callable[[], None]) -> None:
     if dist.get_rank() == 0:
         try:
             action()
-        # Whatever it is, the others must hear of it: they wait without a limit.
+        # Any error must reach the others, which wait without a limit.
         except Exception as error:
             name = ClaimedError.__name__ if isinstance(error, ClaimedError) else SaveError.__name__
             text = str(error) or type(error).__name__

@@ -69,7 +69,7 @@ class Share:
                         self.note_progress()
                     file.flush()
                     os.fsync(file.fileno())
-        # Whatever it is, all ranks have to know of it: they wait for this one.
+        # Any error must reach all ranks, which wait for this one.
         except Exception as error:
             written.error = str(error) or type(error).__name__
         return written
@@ -130,7 +130,7 @@ class Progress:
 
 
 class WriterProcess(WorkerProcess):
-    """A process that writes for a rank while the rank goes on, and ends together with it.
+    """Process that writes for a rank while the rank continues, and ends together with it.
 
     It is forked from the rank, so that it has the rank's memory as it is now, without a copy.
 
@@ -154,7 +154,7 @@ class WriterProcess(WorkerProcess):
     def result(self, on_progress: Callable[[], None] = lambda: None) -> Written:
         """Wait for the process, and return what it has written.
 
-        on_progress: called now and then while the process goes on.
+        on_progress: called now and then while the process makes progress.
         """
         seen = self._progress.count
         while not self.pipe.poll(PROGRESS_SECONDS):
@@ -174,7 +174,7 @@ def _write_and_send(pipe: Connection, write: Callable[[], Written]) -> None:
     # A collection would run destructors of the rank's objects on the device.
     gc.disable()
     os.nice(NICENESS)
-    # A scheduler may send it to all processes of a job; the rank decides what becomes of the save.
+    # A scheduler may send it to all processes of a job; the rank decides about the save.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A fork has none of the threads that torch would give work to, and would wait for them.

@@ -18,7 +18,7 @@ class CheckpointConfig:
         500, "Steps between checkpoints; the last step is always saved.", ge=1
     )
     async_save: bool = described(
-        True, "Write in a process beside each rank while training goes on; false: wait for it."
+        True, "Write in a process beside each rank while training continues; false: wait for it."
     )
     retry_steps: int = described(
         10,
@@ -45,7 +45,7 @@ class CheckpointConfig:
     mirror: str = described(
         "",
         "Folder of an object store (s3://bucket/run) to which complete checkpoints are copied "
-        "while training goes on, and from which a run without any in `save` resumes; empty: none.",
+        "while training continues, and from which a run without any in `save` resumes; empty: none.",
         needs=("save",),
     )
     load: str = described(

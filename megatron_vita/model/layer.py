@@ -270,7 +270,7 @@ class _RecomputedLayer(torch.autograd.Function):
         torch.autograd.backward(projected, grad)
         del projected
         # Kept attention: its backward needs no second forward, only queries, keys and values,
-        # through whose projections its gradients go on to the layer's input.
+        # through whose projections its gradients continue to the layer's input.
         if attention is not None:
             with torch.enable_grad(), layer.get_inner_quantization_context():
                 parts = layer.project(hidden, context)

@@ -204,7 +204,7 @@ def _lines(runs: Sequence[RunRecord], name: str, *, held_out: bool = False) -> l
 
 
 def _restarts(runs: Sequence[RunRecord]) -> list[Mark]:
-    """The steps at which runs went on after an interruption."""
+    """Return the steps at which runs resumed."""
     return [
         Mark(
             step=segment.start,

@@ -113,7 +113,7 @@ def _find_disagreement(views: Sequence[RankView]) -> Iterator[Culprit]:
     """Find ranks whose collective is not the one that the rest of its group is in."""
     by_group: dict[str, list[tuple[RankView, dict[str, Any]]]] = defaultdict(list)
     for view in views:
-        assert view.collective is not None, "those outside of collectives are told before"
+        assert view.collective is not None, "ranks outside of collectives are reported before"
         by_group[view.collective["group"]].append((view, view.collective))
     for members in by_group.values():
         # What most are in is right; of two, what the lower rank is in.
@@ -134,7 +134,7 @@ def _find_absent(
 ) -> Iterator[Culprit]:
     for view in views:
         if view.rank in collective["ranks"] and view.rank not in present:
-            assert view.collective is not None, "those outside of collectives are told before"
+            assert view.collective is not None, "ranks outside of collectives are reported before"
             yield Culprit(
                 rank=view.rank,
                 reason=f"is in {describe_collective(view.collective)} while others wait for it in "
@@ -178,14 +178,14 @@ def summarize(views: Sequence[RankView], *, seconds: float) -> str:
     if not culprits:
         first = views[0]
         return f"no progress for {seconds:.0f} s, and no rank differs: all are in {first.where}"
-    told = []
+    lines = []
     for culprit in culprits[:4]:
         view = by_rank[culprit.rank]
         samples = ", ".join(view.state.get("keys", [])[:3])
         text = f"rank {view.rank} on {view.host} {culprit.reason}; {view.where}"
-        told.append(f"{text}; samples {samples}" if samples else text)
+        lines.append(f"{text}; samples {samples}" if samples else text)
     more = f"; {len(culprits) - 4} more ranks" if len(culprits) > 4 else ""
-    return f"no progress for {seconds:.0f} s: {'; '.join(told)}{more}"
+    return f"no progress for {seconds:.0f} s: {'; '.join(lines)}{more}"
 
 
 def write_report(views: Sequence[RankView], *, seconds: float) -> str:

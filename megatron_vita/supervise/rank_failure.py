@@ -128,7 +128,7 @@ def describe_restart(checkpoints: str) -> str:
         newest = (Path(checkpoints) / "latest").read_text().strip()
     except OSError:  # also where the folder is not there yet
         return f"the same command starts from the beginning: {checkpoints} has no checkpoint"
-    return f"the same command goes on from {Path(checkpoints) / newest}"
+    return f"the same command resumes from {Path(checkpoints) / newest}"
 
 
 def note_checkpoints(folder: str) -> None:
@@ -196,10 +196,10 @@ def _wait_for_cause() -> bool:
 
     torchrun takes the first rank that ends for the cause. Returns true if it ends this one.
     """
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
-    _wait_until(lambda: told.is_set() or _has_failed(), seconds=LAUNCHER_SECONDS)
-    return told.is_set()
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    _wait_until(lambda: terminated.is_set() or _has_failed(), seconds=LAUNCHER_SECONDS)
+    return terminated.is_set()
 
 
 def _wait_until(condition: Callable[[], bool], *, seconds: float) -> None:

@@ -221,7 +221,7 @@ async def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
 async def _watch(settings: dict[str, Any]) -> None:
     watcher = Watcher(**settings)
     watching = asyncio.create_task(watcher.serve())
-    # The pipe ends with the first rank, however it ends.
+    # The pipe is closed when the first rank ends, in any way.
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     await asyncio.wait([watching, ended], return_when=asyncio.FIRST_COMPLETED)
     # The first rank may be the first to end because of a hang.

@@ -82,7 +82,7 @@ def _final_batches(
 ) -> "FinalBatches":
     data = run.recipe.data
     # Documents known to be damaged are not read again: one may have killed its reader. Made lazily,
-    # since the ledger grows while the run goes on.
+    # since the ledger grows during the run.
     tasks = (
         PackTask(
             pack, frozenset(damage.document for damage in ledger.of_pack(pack) if damage.is_masked)

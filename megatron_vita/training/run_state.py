@@ -41,7 +41,7 @@ def restore_newest(run: "Run", resume: ResumePoint) -> ResumePoint:
             restore(run, resume)
             return resume
         except DamagedCheckpointError as error:
-            # Weights to start from are the recipe's choice: no others stand for them.
+            # The recipe names the weights to start from: no others may replace them.
             if resume.checkpoint is None:
                 raise
             damaged[resume.checkpoint.name] = str(error)

@@ -174,14 +174,14 @@ def test_a_rank_that_is_killed_is_named_with_where_the_run_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ended = start(tmp_path, KILLED, capfd)
-    goes_on = f"the same command goes on from {tmp_path}/checkpoints/step_00000020"
+    resumes = f"the same command resumes from {tmp_path}/checkpoints/step_00000020"
     assert ended.code == 128 + signal.SIGKILL
     assert ended.lines[-1] == (
-        f"rank 1 was killed by SIGKILL (often for lack of host memory); {goes_on}"
+        f"rank 1 was killed by SIGKILL (often for lack of host memory); {resumes}"
     )
     (survivor,) = ended.lines[:-1]
     assert survivor.startswith("rank 0: another rank has died, which the launcher names: [gloo")
-    assert survivor.endswith(goes_on)
+    assert survivor.endswith(resumes)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_an_interrupt_of_all_ranks_is_one_line(
     ended = start(tmp_path, "    raise KeyboardInterrupt", capfd)
     assert ended.code == 128 + signal.SIGINT
     assert [line.partition(": ")[2] for line in ended.lines] == [
-        f"interrupted; the same command goes on from {tmp_path}/checkpoints/step_00000020"
+        f"interrupted; the same command resumes from {tmp_path}/checkpoints/step_00000020"
     ]
 
 
@@ -284,7 +284,7 @@ def test_a_second_interrupt_of_the_launcher_stops_its_ranks_at_once(
     assert time.monotonic() - began < 120
     assert ended.code == 128 + signal.SIGINT
     assert ended.lines == [
-        "interrupted again: stopped at once, without saving; the same command goes on from "
+        "interrupted again: stopped at once, without saving; the same command resumes from "
         f"{tmp_path}/checkpoints/step_00000020"
     ]
 
@@ -294,7 +294,7 @@ def test_a_bug_shows_its_traceback_once_and_ends_with_one_line(
 ) -> None:
     ended = start(tmp_path, '    raise ValueError("no\\nsuch thing")', capfd)
     assert sum(line.startswith("Traceback") for line in ended.lines) == 1
-    assert "ValueError: no such thing; the same command goes on from" in ended.lines[-1]
+    assert "ValueError: no such thing; the same command resumes from" in ended.lines[-1]
 
 
 def test_where_a_run_starts_again_is_said(tmp_path: Path) -> None:

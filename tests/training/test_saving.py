@@ -259,7 +259,7 @@ def test_a_run_goes_on_while_its_store_is_down_and_saves_once_it_is_back(
     ]  # fmt: skip
     assert "Permission denied" in lines[0]
     assert "There is no checkpoint yet" in lines[0]
-    assert "No space left on device; nothing is left of it. Training goes on" in lines[1]
+    assert "No space left on device; nothing is left of it. Training continues" in lines[1]
     assert "the next attempt is after step 9. The last checkpoint is step_00000006" in lines[3]
     assert store.latest_checkpoint(folder) == folder / "step_00000012"
 

@@ -106,7 +106,7 @@ class PackPlan:
 
         It does not depend on the numbers of datasets and shards, which a continued plan may change.
         """
-        # Saving asks with ascending packs: the hash goes on from the last one.
+        # Saving asks with ascending packs: the hash continues from the last one.
         rows = self.documents_before(pack_id)
         if rows < self._hashed:
             self._hashed = 0

@@ -250,7 +250,7 @@ class Engine:
         """Run one forward pass, and return what it adds to answers.
 
         Raises:
-            EngineError: the engine cannot go on.
+            EngineError: the engine cannot continue.
         """
         deltas = self._ended_early
         self._ended_early = []

@@ -43,7 +43,7 @@ class RequestStream:
     choices: int
     usage: Usage | None = None
     number: int | None = None  # the engine's; of the engine's thread
-    left: int = 0  # answers that go on; of the engine's thread
+    left: int = 0  # unfinished answers; used by the engine's thread
     arrivals: asyncio.Queue[OutputDelta | EngineFailedError] = field(default_factory=asyncio.Queue)
 
     async def __aiter__(self) -> AsyncIterator[OutputDelta]:

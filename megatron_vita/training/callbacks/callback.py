@@ -68,4 +68,4 @@ class Callback:
         """Follow an error that ends the run on this rank."""
 
     def on_end(self, run: "Run") -> None:
-        """Release resources when the loop ends, however it ends."""
+        """Release resources when the loop ends, with or without an error."""

@@ -18,7 +18,7 @@ from megatron_vita.training.pace import Pace, clock
 from megatron_vita.training.run import Run
 
 STEP_LINE = "step_line"
-"""Attribute of the log records of steps, which a bar stands for on a terminal."""
+"""Attribute of the log records of steps, which a progress bar replaces on a terminal."""
 _BAR = "{percentage:3.0f}% {bar} step {n_fmt}/{total_fmt} | {postfix[0]}"
 logger = logging.getLogger(__name__)
 

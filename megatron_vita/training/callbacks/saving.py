@@ -154,7 +154,7 @@ class SaveCallback(Callback):
         """Warn of a save that failed, and choose the step to try again."""
         self._retry_at = run.step + run.recipe.checkpoint.retry_steps
         logger.warning(
-            "step %d: not saved: %s. Training goes on; the next attempt is after step %d. %s",
+            "step %d: not saved: %s. Training continues; the next attempt is after step %d. %s",
             run.step,
             error,
             self._retry_at,

@@ -29,7 +29,7 @@ class WandbCallback(Callback):
         self._run: Any = None
 
     def on_start(self, run: Run) -> None:
-        """Begin or go on."""
+        """Create the run in Weights & Biases, or continue the one of an earlier start."""
         if dist.get_rank() != 0:
             return
         import wandb

@@ -222,8 +222,8 @@ class FakeEngine:
             completion_tokens_total=self.completion_tokens,
         )
 
-    def on_lost_rank(self, told: Callable[[EngineError], None]) -> None:
-        self.tell_loss = told
+    def on_lost_rank(self, callback: Callable[[EngineError], None]) -> None:
+        self.tell_loss = callback
 
     def close(self) -> None:
         self._own_thread()
