@@ -20,6 +20,8 @@ PRELOADED = (
     "megatron_vita.inference.engine.engine",
     "megatron_vita.inference.server.server",
     "megatron_vita.training.loop",
+    # which the first optimizer of a process would import
+    "torch._dynamo",
     "webdataset",
 )
 

@@ -76,8 +76,8 @@ def test_programs_end_with_the_process_that_asked_for_them() -> None:
     assert not psutil.pid_exists(pid)
 
 
-def test_the_server_imports_neither_the_compiler_nor_writers_of_metrics() -> None:
+def test_the_server_imports_the_compiler_for_optimizers_and_no_writers_of_metrics() -> None:
     code = "import json, sys; print(json.dumps(sorted(sys.modules)))"
     modules = set(json.loads(run_program("-c", code).stdout))
-    assert "megatron_vita.training.loop" in modules
-    assert modules.isdisjoint({"torch._dynamo", "torch._inductor", "tensorboard", "wandb"})
+    assert modules >= {"megatron_vita.training.loop", "torch._dynamo"}
+    assert modules.isdisjoint({"tensorboard", "wandb"})

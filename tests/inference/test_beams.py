@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_vita.errors import LogitsError
 from megatron_vita.inference.generation.beams import BeamHypothesis, BeamSearch
 from megatron_vita.inference.requests import SamplingParams
+from tests.scale import scaled
 
 PROMPT = [5, 9, 3, 17]
 VOCAB = 24
@@ -54,7 +55,7 @@ def logprobs_of(model: LlamaForCausalLM, tokens: list[int]) -> Tensor:
 def test_answers_and_scores_are_those_of_transformers(
     ends: list[int], beams: int, count: int, length_penalty: float
 ) -> None:
-    for seed in range(3):
+    for seed in range(scaled(1, full=3)):
         model = tiny_llama(seed)
         expected = model.generate(
             torch.tensor([PROMPT]), num_beams=beams, num_return_sequences=count, length_penalty=length_penalty,

@@ -19,7 +19,10 @@ MEGABYTES = 5
 
 @pytest.mark.parametrize(
     ("engine", "requests"),
-    [("fake", 1000), ("tiny", scaled(10 * len(KINDS), full=1000))],
+    [
+        ("fake", scaled(20 * len(KINDS), full=1000)),
+        ("tiny", scaled(10 * len(KINDS), full=1000)),
+    ],
 )
 def test_mixed_requests_end_as_they_should_and_leave_nothing(engine: str, requests: int) -> None:
     ended = run_program(str(SCRIPT), engine, str(requests))
