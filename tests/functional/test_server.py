@@ -96,6 +96,7 @@ def is_up(client: httpx.Client, processes: list[subprocess.Popen[str]]) -> bool:
         return False
 
 
+@pytest.mark.alone
 def test_one_process_answers_with_its_limits_and_ends_with_0_at_sigterm(checkpoints: Path) -> None:
     with service(
         checkpoints, ranks=1, arguments=("--output-tokens", "5", "--max-context", "100")
