@@ -25,7 +25,7 @@ from megatron_vita.errors import DataError
 from megatron_vita.text.vocabulary import open_tokenizer
 from tests.data_tools.fuzz import odd_texts, tars, write_lines, write_tars
 from tests.data_tools.fuzz_media import damaged, images, videos
-from tests.data_tools.toy_jsonl import write_world
+from tests.data_tools.toy_jsonl import train_tokenizer, write_world
 from tests.indexes import index_of
 from tests.scale import scaled
 
@@ -40,11 +40,8 @@ QUICK = ("--workers", "2", "--time-limit", "30")
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A tokenizer and a recipe for shards in `toy`."""
-    path = write_world(tmp_path)
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
-        == 0
-    )
+    write_world(tmp_path)
+    train_tokenizer(tmp_path)
     recipe = (tmp_path / "recipe.yaml").read_text()
     (tmp_path / "recipe.yaml").write_text(recipe.replace("seq_length: 256", "seq_length: 4096"))
     return tmp_path

@@ -9,24 +9,16 @@ from PIL import Image
 from data_tools import contact_sheet
 from data_tools.cli import main
 from megatron_vita.data.planning.plan import read_plan
-from tests.data_tools.toy_jsonl import sample, write_world
+from tests.data_tools.toy_jsonl import sample, train_tokenizer, write_shards, write_world
 
 TILES = contact_sheet.TILES_LEFT
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    path = write_world(tmp_path)
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
-        == 0
-    )
-    assert (
-        main(
-            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
-        )
-        == 0
-    )
+    write_world(tmp_path)
+    train_tokenizer(tmp_path)
+    write_shards(tmp_path)
     assert main(["index", str(tmp_path / "recipe.yaml")]) == 0
     return tmp_path
 
@@ -244,16 +236,8 @@ def test_frames_are_shown_with_their_times_in_a_colour_of_their_own(
     turns = sample(0)["messages"]
     film = {"messages": [turns[0] | {"content": "<video>\nHm?"}, turns[1]], "videos": ["film"]}
     path.write_text(path.read_text() + json.dumps(film) + "\n")
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
-        == 0
-    )
-    assert (
-        main(
-            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
-        )
-        == 0
-    )
+    train_tokenizer(tmp_path)
+    write_shards(tmp_path)
     for command in ("index", "plan"):
         assert main([command, str(tmp_path / "recipe.yaml")]) == 0
     capsys.readouterr()

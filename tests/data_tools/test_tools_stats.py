@@ -16,26 +16,15 @@ from megatron_vita.config import load_recipe
 from megatron_vita.report import charts
 from megatron_vita.report.charts import histogram, stacked_bar
 from megatron_vita.text.vocabulary import open_tokenizer
-from tests.data_tools.toy_jsonl import write_world
+from tests.data_tools.toy_jsonl import train_tokenizer, write_shards, write_world
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """Twelve samples, the second dataset the same with half the ratio, a plan of the first."""
-    path = write_world(tmp_path)
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
-        == 0
-    )
-    arguments = [
-        "shard",
-        str(path),
-        "--media",
-        str(tmp_path / "media"),
-        "--out",
-        str(tmp_path / "toy"),
-    ]
-    assert main([*arguments, "--samples-per-shard", "5"]) == 0
+    write_world(tmp_path)
+    train_tokenizer(tmp_path)
+    write_shards(tmp_path, "--samples-per-shard", "5")
     recipe = tmp_path / "recipe.yaml"
     second = f"{{name: again, shards: '{tmp_path}/toy/*.tar', ratio: 0.5, cap: 4}}"
     recipe.write_text(recipe.read_text().replace("/*.tar'}]", f"/*.tar'}}, {second}]"))
@@ -158,16 +147,8 @@ def test_a_sample_that_cannot_be_read_says_why(recipe: Path) -> None:
 def test_what_samples_say_is_not_taken_for_html(tmp_path: Path) -> None:
     path = write_world(tmp_path, count=1)
     path.write_text(path.read_text().replace("Which number", "<script>alert(1)<\\/script> Which"))
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "310"])
-        == 0
-    )
-    assert (
-        main(
-            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
-        )
-        == 0
-    )
+    train_tokenizer(tmp_path, vocab_size=310)
+    write_shards(tmp_path)
     assert main(["index", str(tmp_path / "recipe.yaml")]) == 0
     assert (
         main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "stats.html")]) == 0
@@ -180,17 +161,9 @@ def test_what_samples_say_is_not_taken_for_html(tmp_path: Path) -> None:
 def test_without_an_index_stats_says_what_to_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_world(tmp_path)
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
-        == 0
-    )
-    assert (
-        main(
-            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
-        )
-        == 0
-    )
+    write_world(tmp_path)
+    train_tokenizer(tmp_path)
+    write_shards(tmp_path)
     assert main(["stats", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "x.html")]) == 1
     assert "vita data index" in capsys.readouterr().err
 

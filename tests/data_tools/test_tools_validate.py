@@ -26,7 +26,7 @@ from megatron_vita.data.shards.tar import SampleWriter, ShardMedia
 from megatron_vita.errors import DataError
 from megatron_vita.media.images import open_image
 from megatron_vita.media.video import frame_times
-from tests.data_tools.toy_jsonl import write_world
+from tests.data_tools.toy_jsonl import train_tokenizer, write_shards, write_world
 from tests.indexes import index_of
 from tests.media.video_files import damage
 
@@ -72,11 +72,8 @@ def write(path: Path, media: dict[str, dict[str, list[ShardMedia]]]) -> None:
 def shard(tmp_path: Path) -> Path:
     """Shard of five samples, one with a truncated image, one with a video that cannot be decoded at
     all."""
-    path = write_world(tmp_path)
-    assert (
-        main(["tokenizer", str(path), "--out", str(tmp_path / "toy.model"), "--vocab-size", "320"])
-        == 0
-    )
+    write_world(tmp_path)
+    train_tokenizer(tmp_path)
     (tmp_path / "toy").mkdir()
     good = (tmp_path / "media/0.png").read_bytes()
     whole = film()
@@ -305,13 +302,8 @@ def test_what_another_recipe_s_sampling_found_is_kept(
 
 
 def test_good_shards_give_code_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_world(tmp_path)
-    assert (
-        main(
-            ["shard", str(path), "--media", str(tmp_path / "media"), "--out", str(tmp_path / "toy")]
-        )
-        == 0
-    )
+    write_world(tmp_path)
+    write_shards(tmp_path)
     assert main(["validate", str(tmp_path / "toy/toy-000000.tar")]) == 0
     assert "12 samples in 1 shard; 0 bad" in capsys.readouterr().out
 

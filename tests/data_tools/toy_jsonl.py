@@ -1,10 +1,12 @@
-"""A small JSONL file with pictures beside it, and a recipe for what becomes of it."""
+"""A small JSONL file with pictures beside it, a recipe, and the shards made of it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from data_tools.cli import main
 
 
 def sample(number: int) -> dict[str, Any]:
@@ -34,3 +36,16 @@ def write_world(root: Path, count: int = 12) -> Path:
         f"data: {{train: [{{name: toy, shards: '{root}/toy/*.tar'}}], plan: {root}/plan, seq_length: 256}}\n"
     )
     return path
+
+
+def train_tokenizer(root: Path, *, vocab_size: int = 320) -> None:
+    """Train the tokenizer that the recipe of a world names."""
+    out = str(root / "toy.model")
+    command = ["tokenizer", str(root / "toy.jsonl"), "--out", out, "--vocab-size", str(vocab_size)]
+    assert main(command) == 0
+
+
+def write_shards(root: Path, *options: str) -> None:
+    """Write the shards that the recipe of a world names."""
+    folders = ["--media", str(root / "media"), "--out", str(root / "toy")]
+    assert main(["shard", str(root / "toy.jsonl"), *folders, *options]) == 0
