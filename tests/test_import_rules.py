@@ -73,7 +73,7 @@ MAY_IMPORT["api"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"cli"}
 SUB_PACKAGES = {
-    "convert": ("families", "formats"),
+    "convert": ("exported", "families", "formats"),
     "data": ("samples", "shards", "planning", "loading"),
     "data_tools": ("formats",),
     "evaluation": ("adapters",),

@@ -38,7 +38,7 @@ def from_hf(
         str,
         typer.Option(
             help="Kind of the projector to initialize if no source has one: long_vita, or internvl, "
-            "whose exports transformers loads."
+            "whose exports transformers and vLLM load without the code in them."
         ),
     ] = "long_vita",
     ignore_field: Annotated[
@@ -84,6 +84,7 @@ def to_hf(
     verify: Verify = False,
 ) -> None:
     """Convert a distributed checkpoint to a Hugging Face folder."""
+    from megatron_vita.convert.export_code import has_our_code
     from megatron_vita.convert.exporting import export_checkpoint
 
     plan = export_checkpoint(source, destination, folder_format=folder_format, like=like)
@@ -91,6 +92,11 @@ def to_hf(
         f"{destination}: {readable_bytes(sum(transfer.nbytes for transfer in plan.transfers))}, "
         f"{plan.folder_format.name}"
     )
+    if has_our_code(plan.config):
+        typer.echo(
+            "open it with AutoModelForImageTextToText and AutoProcessor of transformers, "
+            "trust_remote_code=True"
+        )
     if verify:
         from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
         from megatron_vita.convert.verify import compare_logits, compare_tensors

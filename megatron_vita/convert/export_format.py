@@ -72,6 +72,31 @@ def _default_format(model: ModelConfig) -> FolderFormat:
     return INTERNVL_HF
 
 
+def prospect(model: ModelConfig) -> str:
+    """Say of a model from parts which format its exports will have, and who loads that."""
+    chosen = _default_format(model)
+    if (reason := _misfit(chosen, model)) is not None:
+        return f"no format holds all of the model ({reason}): its parts are exported alone, by --format"
+    if chosen is LONG_VITA:
+        return (
+            f"exports have format {LONG_VITA.name}, which transformers opens with the modelling "
+            "files in them (trust_remote_code=True), and vLLM and others do not; "
+            f"--projector {INTERNVL_HF.projector} makes a model that they open"
+        )
+    return f"exports have format {chosen.name}, which transformers, vLLM and others open"
+
+
+def _misfit(folder_format: FolderFormat, model: ModelConfig) -> str | None:
+    """What a new folder of a format could not say of a model; None if it holds the whole model."""
+    names = {name for rule in folder_format.table(model) for name in rule.theirs}
+    try:
+        said = folder_format.read(Config(folder_format.write(model, {}), CONFIG), names)
+    except CheckpointError as error:
+        return str(error)
+    field = _difference(folder_format, said, model)
+    return None if field is None else f"format {folder_format.name} cannot say {field}"
+
+
 def _fits(folder_format: FolderFormat, model: ModelConfig) -> bool:
     """Tell whether a format holds exactly the parts of the model."""
     return folder_format.parts == (CAUSAL.parts if model.text_only else ALL_PARTS)

@@ -8,13 +8,16 @@ from typing import Any
 
 from megatron_vita.config import GenerationConfig, Recipe
 from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.export_code import media_token_ids, takes_our_code, write_code
 from megatron_vita.convert.families.folder_formats import INTERNVL_CHAT, INTERNVL_HF, FolderFormat
 from megatron_vita.convert.families.generation import GENERATION, read_generation
 from megatron_vita.convert.families.pixels import chat_tiling, processor_files
 from megatron_vita.convert.prompts import CONTEXT, NAMES, append_tokens
 from megatron_vita.convert.sidecar_files import has_tokenizer
 from megatron_vita.text.chat_format import ChatFormat
+from megatron_vita.text.media_tokens import MEDIA_FORMATS
 from megatron_vita.text.origin import INTERNVL_SYSTEMS
+from megatron_vita.text.own_template import OwnTemplate, takes_lists
 from megatron_vita.text.tokenizer import load_tokenizer
 from megatron_vita.text.tokenizer_base import Tokenizer
 from megatron_vita.text.vocabulary import tokens_needed
@@ -29,6 +32,18 @@ _FLATTENED = (  # contents that are lists become texts, as InternVL's processor 
     "{% if part.type == 'image' %}{% set said.text = said.text + '<IMG_CONTEXT>\n' %}"
     "{% elif part.type == 'video' %}{% set said.text = said.text + '<video>\n' %}"
     "{% else %}{% set said.text = said.text + part.text %}{% endif %}{% endfor %}{% endif %}"
+    "{% set flat.messages = flat.messages + [dict(m, content=said.text)] %}{% endfor %}"
+    "{% set messages = flat.messages %}"
+)
+_TAGGED = (  # contents that are lists become texts with tags, as our own processor reads them
+    "{% set flat = namespace(messages=[]) %}{% for m in messages %}"
+    "{% set said = namespace(text='', medium=false) %}"
+    "{% if m.content is string %}{% set said.text = m.content %}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}"
+    "{% if said.medium and not part.text.startswith('\n') %}{% set said.text = said.text + '\n' %}{% endif %}"
+    "{% set said.text = said.text + part.text %}"
+    "{% else %}{% set said.text = said.text + ('<image>' if part.type == 'image' else '<video>') %}{% endif %}"
+    "{% set said.medium = part.type != 'text' %}{% endfor %}{% endif %}"
     "{% set flat.messages = flat.messages + [dict(m, content=said.text)] %}{% endfor %}"
     "{% set messages = flat.messages %}"
 )
@@ -50,11 +65,16 @@ def complete_folder(
     if folder_format in (INTERNVL_HF, INTERNVL_CHAT):
         warn_of_differences(folder_format, recipe)
     fields = _media_fields(folder_format, recipe, config)
+    our_code = takes_our_code(folder_format, config)
+    if our_code:
+        _warn(folder_format, recipe, {"text.media_format": "long_vita"})
+        fields |= write_code(folder, recipe)
     if folder_format is INTERNVL_HF:
         for name, content in processor_files(recipe.media, recipe.model.vision, folder).items():
             _write(folder / name, content)
     if "language_model" not in folder_format.parts:
         return fields
+    fields |= _context_length(config, recipe)
     if not has_tokenizer(folder):
         if recipe.text.tokenizer:
             logger.warning(
@@ -66,22 +86,43 @@ def complete_folder(
     # Read from the copied folder, which is what transformers will read.
     needed = tokens_needed(recipe.text, text_only=recipe.model.text_only)
     tokenizer = load_tokenizer(folder, added=needed)
-    _complete_tokenizer(folder, tokenizer, folder_format=folder_format, recipe=recipe)
+    _complete_tokenizer(
+        folder, tokenizer, folder_format=folder_format, recipe=recipe, our_code=our_code
+    )
+    if our_code:
+        fields["media_token_ids"] = media_token_ids(tokenizer, recipe.text.media_format)
     _complete_generation(folder, tokenizer, recipe)
     if folder_format is INTERNVL_HF:
         fields["image_token_id"] = tokenizer.special_id(CONTEXT)
     return fields
 
 
+def _context_length(config: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Length of training as the context of a new config, which names none."""
+    nested = next((name for name in ("text_config", "llm_config") if name in config), None)
+    language = config if nested is None else config[nested]
+    if "max_position_embeddings" in language:
+        return {}
+    length = {"max_position_embeddings": recipe.data.seq_length}
+    return length if nested is None else {nested: language | length}
+
+
 def warn_of_differences(folder_format: FolderFormat, recipe: Recipe) -> None:
     """Warn of settings that InternVL's formats have no fields for."""
-    settings = {
-        "text.media_format": (recipe.text.media_format, "internvl"),
-        "media.tiling": (recipe.media.tiling, "dynamic"),
-        "media.grids": (recipe.media.grids, []),
-        "media.video_fit": (recipe.media.video_fit, "squash"),
+    written = {
+        "text.media_format": "internvl",
+        "media.tiling": "dynamic",
+        "media.grids": [],
+        "media.video_fit": "squash",
     }
-    for name, (trained, written) in settings.items():
+    _warn(folder_format, recipe, written)
+
+
+def _warn(folder_format: FolderFormat, recipe: Recipe, settings: dict[str, Any]) -> None:
+    """Warn of settings of a recipe that differ from those of a format."""
+    for name, written in settings.items():
+        group, field = name.split(".")
+        trained = getattr(getattr(recipe, group), field)
         if trained != written:
             logger.warning(
                 "%s is %r, but format %s means %r: loaded from it, the model gets other "
@@ -134,7 +175,12 @@ def _system_field(system: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete_tokenizer(
-    folder: Path, tokenizer: Tokenizer, *, folder_format: FolderFormat, recipe: Recipe
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    folder_format: FolderFormat,
+    recipe: Recipe,
+    our_code: bool,
 ) -> None:
     """Write special tokens, the token names that a processor looks up, and the chat template."""
     # InternVL's processor looks tokens up by these names; without them it cannot be loaded.
@@ -149,8 +195,18 @@ def _complete_tokenizer(
     # A language model's own template knows no lists of parts, which the processor passes to it.
     if folder_format is INTERNVL_HF and template and CONTEXT not in template:
         template = _FLATTENED + template
+    if our_code and template and not _takes_lists(tokenizer, recipe):
+        template = _TAGGED + template
     if template != tokenizer.chat_template:
         _write_template(folder, template)
+
+
+def _takes_lists(tokenizer: Tokenizer, recipe: Recipe) -> bool:
+    """Tell whether the template of the recipe's prompts takes contents as lists of parts."""
+    if recipe.text.template != "jinja":
+        return False
+    media_format = MEDIA_FORMATS[recipe.text.media_format]
+    return takes_lists(OwnTemplate(tokenizer, media_format, recipe.text.date))
 
 
 def _with_system(system: str, template: str) -> str:

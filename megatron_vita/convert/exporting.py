@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from megatron_vita.convert import sidecar_files
 from megatron_vita.convert.config_file import CONFIG, Config
 from megatron_vita.convert.export_format import choose_format, config_fields, kept_folders
 from megatron_vita.convert.export_prompts import complete_folder
-from megatron_vita.convert.families.folder_formats import LONG_VITA, FolderFormat, format_named
+from megatron_vita.convert.families.folder_formats import FolderFormat, format_named
+from megatron_vita.convert.families.mapping import location_of
 from megatron_vita.convert.folders import new_folder
 from megatron_vita.convert.formats.safetensors_reader import SafetensorsSource
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
@@ -60,9 +61,13 @@ def plan_export(checkpoint: Path, *, folder_format: str, like: Path | None) -> E
     chosen, like = choose_format(kept, recipe.model, folder_format=folder_format, like=like)
     source = DistSource(checkpoint)
     shapes = stored_shapes(recipe.model, parts=chosen.parts)
-    transfers = export_transfers(
-        chosen.table(recipe.model), infos=source.infos, shapes=shapes, source=checkpoint
-    )
+    rules = chosen.table(recipe.model)
+    if foreign := {location_of(rule.ours).key for rule in rules} - shapes.keys():
+        raise CheckpointError(
+            f"format {chosen.name} is of other models: this one has no tensor {min(foreign)}; export its "
+            "parts alone, by --format"
+        )
+    transfers = export_transfers(rules, infos=source.infos, shapes=shapes, source=checkpoint)
     # A mapping that omits a tensor would silently export an incomplete model.
     if lost := shapes.keys() - {transfer.location.key for transfer in transfers}:
         raise CheckpointError(
@@ -91,14 +96,6 @@ def export_checkpoint(
         CheckpointError: the checkpoint cannot be exported to this format.
     """
     plan = plan_export(checkpoint, folder_format=folder_format, like=like)
-    if plan.folder_format is LONG_VITA and plan.like is None:
-        logger.warning(
-            "%s: transformers has no class for format %s, the only one for model.projector.kind "
-            "%s: the folder has weights and config for Long-VITA's own code",
-            destination,
-            LONG_VITA.name,
-            LONG_VITA.projector,
-        )
     with new_folder(destination) as folder:
         _write_sidecar_files(plan, folder)
         _replace_tokenizer(plan, folder)
@@ -108,7 +105,7 @@ def export_checkpoint(
         if plan.like is None or config != Config.read(plan.like).values:
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         _write_tensors(plan, folder)
-    return plan
+    return replace(plan, config=config)
 
 
 def _write_sidecar_files(plan: ExportPlan, folder: Path) -> None:

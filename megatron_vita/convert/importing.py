@@ -16,16 +16,23 @@ from megatron_vita.config import (
     Recipe,
     replaced,
 )
+from megatron_vita.convert.export_code import has_our_code
+from megatron_vita.convert.export_format import prospect
 from megatron_vita.convert.families.folder_formats import (
     ALL_PARTS,
     CAUSAL,
     INTERNVL_HF,
-    LONG_VITA,
 )
 from megatron_vita.convert.families.mapping import Rule
 from megatron_vita.convert.formats.tensors import TensorSource
 from megatron_vita.convert.initialized_parts import InitializedProjector, ResizeVocab
-from megatron_vita.convert.prompts import Prompts, append_tokens, check_image_token, read_prompts
+from megatron_vita.convert.prompts import (
+    Prompts,
+    append_tokens,
+    check_image_token,
+    check_media_tokens,
+    read_prompts,
+)
 from megatron_vita.convert.shapes import stored_shapes
 from megatron_vita.convert.sources import OpenedSource, open_source
 from megatron_vita.convert.transfers import Transfer, import_transfers
@@ -91,15 +98,10 @@ def plan_import(sources: list[OpenedSource], *, projector: str) -> ImportPlan:
 
 
 def _tell_of_projector(model: ModelConfig) -> None:
-    """Warn before the training of a model that transformers could not load afterwards."""
-    if model.projector.kind == LONG_VITA.projector:
-        logger.warning(
-            "the projector is initialized, of kind %s: the trained model is exported in format %s, "
-            "which transformers cannot load; --projector %s makes one that it can",
-            model.projector.kind,
-            LONG_VITA.name,
-            INTERNVL_HF.projector,
-        )
+    """Say before anything is trained who will load the exports of a model from parts."""
+    logger.warning(
+        "the projector is initialized, of kind %s: %s", model.projector.kind, prospect(model)
+    )
 
 
 def _combine(sources: list[OpenedSource], projector: str) -> tuple[ModelConfig, bool]:
@@ -147,6 +149,8 @@ def _prompts_of(language: OpenedSource, model: ModelConfig) -> Prompts:
     )
     if language.folder_format is INTERNVL_HF and prompts.tokenizer is not None:
         check_image_token(language.config, prompts.tokenizer)
+    if has_our_code(language.config.values) and prompts.tokenizer is not None:
+        check_media_tokens(language.config, prompts)
     return prompts
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_vita.config import TextConfig, replaced
 from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.export_code import has_our_code, media_token_ids
 from megatron_vita.convert.families.folder_formats import (
     INTERNVL_CHAT,
     INTERNVL_HF,
@@ -88,6 +89,9 @@ def read_prompts(
 
 def _text_of(folder_format: FolderFormat, config: Config, folder: Path) -> TextConfig:
     text = text_of_folder(folder)
+    # Our own exports carry the template of their prompts.
+    if folder_format is LONG_VITA and has_our_code(config.values):
+        return dataclasses.replace(text, media_format="long_vita")
     if folder_format is LONG_VITA:  # trained without the default system turn of Qwen's template
         return dataclasses.replace(text, template="chatml", media_format="long_vita")
     if folder_format is INTERNVL_HF:
@@ -106,6 +110,15 @@ def check_image_token(config: Config, tokenizer: Tokenizer) -> None:
     found = tokenizer.special_id(CONTEXT)
     if said is not None and said != found:
         raise config.wrong("image_token_id", f"the tokenizer has {CONTEXT} at {found}")
+
+
+def check_media_tokens(config: Config, prompts: Prompts) -> None:
+    """Raise CheckpointError unless `media_token_ids` of one of our exports are the tokenizer's."""
+    assert prompts.tokenizer is not None
+    said = config.get("media_token_ids")
+    found = media_token_ids(prompts.tokenizer, prompts.text.media_format)
+    if said != found:
+        raise config.wrong("media_token_ids", f"the tokenizer has the placeholders at {found}")
 
 
 def append_tokens(folder: Path, tokenizer: Tokenizer, *, names: dict[str, str]) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from megatron_vita.config import GenerationConfig, MediaConfig, ModelConfig
 from megatron_vita.convert.config_file import CONFIG, Config
+from megatron_vita.convert.export_code import has_our_code
 from megatron_vita.convert.families.folder_formats import LONG_VITA, FolderFormat, format_of
 from megatron_vita.convert.families.generation import read_generation
-from megatron_vita.convert.families.pixels import Processors, read_media
+from megatron_vita.convert.families.pixels import PROCESSOR, Processors, read_media
 from megatron_vita.convert.families.rotary_config import warn_of_dynamic
+from megatron_vita.convert.families.vita_processor import read_vita_processor
 from megatron_vita.convert.formats.safetensors_writer import SafetensorsWriter
 from megatron_vita.convert.formats.tensors import TensorInfo, TensorSource, same_bits
 from megatron_vita.convert.formats.weight_files import open_weights
@@ -122,6 +124,11 @@ def _refuse_adapter(folder: Path) -> None:
 def _media_of(opened: OpenedSource, ignored: Collection[str]) -> MediaConfig:
     """Media settings of a folder. Long-VITA's own folders have none: its preprocessing is our
     default."""
+    if has_our_code(opened.config.values):
+        settings = Config.read(opened.path, PROCESSOR)
+        media = read_vita_processor(settings, opened.model.vision)
+        settings.refuse_unread(ignored)
+        return media
     if "vision_model" not in opened.folder_format.parts or opened.folder_format is LONG_VITA:
         return MediaConfig()
     processors = Processors.read(opened.path)

@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron_vita import platform
 from megatron_vita.checkpoint import store
 from megatron_vita.config import Recipe
+from megatron_vita.convert.config_file import Config
+from megatron_vita.convert.export_code import has_our_code
 from megatron_vita.convert.exporting import read_ours
 from megatron_vita.convert.formats.tensors import TensorSource, same_bits
 from megatron_vita.convert.formats.torch_dist_reader import DistSource
@@ -145,7 +147,8 @@ def _forward(model: VitaModel, probe: Probe, recipe: Recipe) -> Tensor:
 class Reference:
     """transformers' model of a folder.
 
-    Without a model, `lacks` says why: loading it would run code of the folder.
+    Without a model, `lacks` says why: loading it would run code of the folder. The modelling files
+    of our own exports are run from this package, not from the folder.
     """
 
     folder: Path | None
@@ -157,6 +160,8 @@ class Reference:
         """Load a folder or a GGUF file in fp32."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+        from megatron_vita.convert.exported.modeling_vita import VitaForConditionalGeneration
+
         if folder is None:
             return cls(folder=None, lacks="the format holds no language model")
         place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -164,6 +169,9 @@ class Reference:
         if folder.suffix == GGUF:
             path = folder.parent
             place["gguf_file"] = folder.name
+        if folder.is_dir() and has_our_code(Config.read(folder).values):
+            ours = VitaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+            return cls(folder=folder, model=ours.eval())
         try:
             config = AutoConfig.from_pretrained(path, **place)
             whole = hasattr(config, "vision_config")

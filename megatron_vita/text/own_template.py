@@ -90,7 +90,7 @@ class OwnTemplate:
             turns,
             tokenizer=self.tokenizer,
             media_format=self.media_format,
-            takes_lists=_takes_lists(self),
+            takes_lists=takes_lists(self),
             date=self.date,
             first=first,
         )
@@ -133,7 +133,7 @@ def _end_of_turn(template: OwnTemplate) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _takes_lists(template: OwnTemplate) -> bool:
+def takes_lists(template: OwnTemplate) -> bool:
     """Return true if the template writes a placeholder for an image in a list of parts."""
     parts = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
     try:

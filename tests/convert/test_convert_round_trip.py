@@ -20,6 +20,7 @@ from megatron_vita.convert import exporting
 from megatron_vita.convert.__main__ import run as main
 from megatron_vita.convert.exporting import export_checkpoint
 from megatron_vita.convert.importing import import_weights
+from megatron_vita.errors import CheckpointError
 from tests.convert.toy_folders import (
     LANGUAGE,
     SCALED,
@@ -29,6 +30,7 @@ from tests.convert.toy_folders import (
     save_chat,
     save_vision,
     tensors_of,
+    tower_of,
 )
 
 FAMILIES = [*LANGUAGE, *SCALED, *WHOLE, "internvl-chat", "internvl-chat-large"]
@@ -213,16 +215,32 @@ def test_the_command_line_converts_and_verifies_both_ways(
     assert "exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("projector", ["long_vita", "internvl"])
-def test_a_new_model_that_transformers_cannot_load_is_told_of_before_and_after_training(
-    projector: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("projector", "tower", "said"),
+    [
+        ("long_vita", "internvit", "modelling files in them (trust_remote_code=True), and vLLM"),
+        ("long_vita", "internvit", "--projector internvl makes a model that they open"),
+        ("internvl", "internvit", "format internvl-hf, which transformers, vLLM and others open"),
+        ("long_vita", "clip", "no format holds all of the model (format long-vita cannot say"),
+        ("internvl", "siglip", "no format holds all of the model (format internvl-hf cannot say"),
+    ],
+)
+def test_who_opens_the_exports_of_a_new_model_is_said_before_training(
+    projector: str, tower: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = save(model_of("qwen2"), tmp_path / "llm")
+    tower_of(tower).save_pretrained(tmp_path / "tower")
+    import_weights([llm, tmp_path / "tower"], tmp_path / "ours", projector=projector)
+    assert said in caplog.text
+    if "no format" in said:
+        with pytest.raises(CheckpointError, match=r"has no tensor .*export its parts alone"):
+            export_checkpoint(tmp_path / "ours", tmp_path / "back")
+
+
+def test_the_command_line_says_how_an_export_with_code_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     parts = [save(model_of("qwen2"), tmp_path / "llm"), save_vision(tmp_path / "vit")]
-    import_weights(parts, tmp_path / "ours", projector=projector)
-    told = "--projector internvl makes one that it can" in caplog.text
-    caplog.clear()
-    export_checkpoint(tmp_path / "ours", tmp_path / "back")
-    told_again = "transformers has no class for format long-vita" in caplog.text
-    expected = projector == "long_vita"
-    assert told == expected
-    assert told_again == expected
+    assert main(["from-hf", *map(str, parts), str(tmp_path / "ours")]) == 0
+    assert main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    assert "AutoModelForImageTextToText and AutoProcessor" in capsys.readouterr().out

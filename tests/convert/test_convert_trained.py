@@ -37,6 +37,7 @@ from tests.convert.asked_of_transformers import (
     of_processor,
     of_text,
 )
+from tests.convert.exported_code import of_export, opened_with_code
 from tests.convert.published_models import (
     CHAT,
     TEXT,
@@ -51,6 +52,7 @@ from tests.convert.published_models import (
     tower_beside_language,
 )
 from tests.convert.toy_folders import tensors_of
+from tests.functional.launch import run_ranks
 from tests.functional.toy_run import data_tools
 from tests.media.picture_files import file_of, photograph
 from tests.media.video_files import clip
@@ -129,6 +131,68 @@ def test_internvl_trained_one_step_answers_alike_in_transformers(tmp_path: Path)
         return of_processor(processor_of(tokenizer), question)
 
     assert_trained_and_exported_answers_alike(hf, tmp_path, WITH_MEDIA, reference)
+
+
+@pytest.mark.parametrize("projector", ["long_vita", pytest.param("internvl", marks=full_run)])
+def test_a_model_from_parts_trained_one_step_answers_alike_in_transformers(
+    projector: str, tmp_path: Path
+) -> None:
+    """The first with the modelling files of its export."""
+    tower_beside_language(tmp_path, "internvit")
+    ours = tmp_path / "ours"
+    import_weights([tmp_path / "llm", tmp_path / "tower"], ours, projector=projector)
+    run = trained_one_step(ours, tmp_path, text_only=False)
+    export_checkpoint(ours, tmp_path / "before")
+    export_checkpoint(run, tmp_path / "back")
+    before = tensors_of(tmp_path / "before")
+    moved = [n for n, t in tensors_of(tmp_path / "back").items() if not torch.equal(t, before[n])]
+    assert len(moved) > len(before) // 2
+    engine = Engine.from_checkpoint(run, options=OPTIONS)
+    model, reference = opened_export(tmp_path / "back", projector, videos=tmp_path)
+    assert_answers_are_transformers(engine, model, WITH_MEDIA, reference)
+
+
+AT_TP2_PP2 = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "parallel.pipeline_model_parallel_size=2",
+)
+
+
+def train_at(recipe: str, save: str) -> None:
+    """Run in each rank: the run of a recipe file at TP2, PP2."""
+    train(load_recipe(recipe, [*AT_TP2_PP2, f"checkpoint.save={save}"]))
+
+
+@pytest.mark.full("four processes")
+def test_a_run_at_tp2_pp2_is_exported_as_that_of_one_process(tmp_path: Path) -> None:
+    tower_beside_language(tmp_path, "internvit")
+    ours = tmp_path / "ours"
+    import_weights([tmp_path / "llm", tmp_path / "tower"], ours, projector="long_vita")
+    one = trained_one_step(ours, tmp_path, text_only=False)
+    run_ranks(train_at, 4, str(tmp_path / "recipe.yaml"), str(tmp_path / "sharded"))
+    export_checkpoint(one, tmp_path / "one")
+    export_checkpoint(tmp_path / "sharded", tmp_path / "other")
+    before = tensors_of(tmp_path / "one")
+    after = tensors_of(tmp_path / "other")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=2e-5, rtol=0, msg=name)
+    for file in (tmp_path / "one").iterdir():
+        exported = tmp_path / "other" / file.name
+        # of the same number of bytes, and equal but for the last digits of weights
+        assert exported.stat().st_size == file.stat().st_size, file.name
+        if file.suffix != ".safetensors":
+            assert exported.read_bytes() == file.read_bytes(), file.name
+
+
+def opened_export(folder: Path, projector: str, *, videos: Path) -> tuple[nn.Module, Reference]:
+    """Model of an export, and what its processor makes of a question."""
+    if projector == "long_vita":
+        model, own = opened_with_code(folder)
+        return model, lambda question: of_export(own, question, videos=videos)
+    processor = processor_of(AutoTokenizer.from_pretrained(folder))
+    return opened(folder), lambda question: of_processor(processor, question)
 
 
 @full_run

@@ -147,9 +147,12 @@ def _whole_table(
 
 
 def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
-    """Read Long-VITA's config: that of Qwen2 with a field `visual` for the vision tower."""
-    # The model type is Long-VITA's own, but all language fields are Qwen2's.
-    language = config.named("qwen2")
+    """Read Long-VITA's config: that of the language model with a field `visual` for the tower.
+
+    Published folders hold a Qwen2; `language_model_type` is a field of our exports.
+    """
+    language = config.named(config.must_be("language_model_type", tuple(FAMILIES), "qwen2"))
+    config.disregard(("media_token_ids",))  # compared with the tokenizer's by the import
     return ModelConfig(
         vision=read_internvit(config.part("visual")),
         projector=ProjectorConfig(kind="long_vita"),
@@ -158,8 +161,12 @@ def _read_long_vita(config: Config, tensors: Collection[str]) -> ModelConfig:
 
 
 def _write_long_vita(model: ModelConfig, base: Fields) -> Fields:
-    # The base's own model type is restored below; `write_language` knows Qwen2's alone.
-    fields = write_language(model.language, base | {"model_type": "qwen2"})
+    # A published config does not name its language model's type, which is Qwen2.
+    is_published = bool(base) and "language_model_type" not in base
+    family = "qwen2" if is_published else base.get("language_model_type")
+    fields = write_language(model.language, base | {"model_type": family})
+    if not is_published:
+        fields["language_model_type"] = fields["model_type"]
     return fields | {
         "architectures": base.get("architectures", ["LongVITAForCausalLM"]),
         "model_type": base.get("model_type", "long_vita"),

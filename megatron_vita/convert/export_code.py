@@ -1,0 +1,52 @@
+"""Modelling files in exports of the format long-vita, for which transformers has no class."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vita.config import Recipe
+from megatron_vita.convert import exported
+from megatron_vita.convert.families.folder_formats import LONG_VITA, FolderFormat
+from megatron_vita.convert.families.pixels import PROCESSOR
+from megatron_vita.convert.families.vita_processor import vita_processor
+from megatron_vita.text.tokenizer_base import Tokenizer
+
+FILES = ("configuration_vita.py", "modeling_vita.py", "processing_vita.py")
+_MODEL = "modeling_vita.VitaForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_vita.VitaConfig",
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForCausalLM": _MODEL,
+    "AutoProcessor": "processing_vita.VitaProcessor",
+}
+"""Classes of the modelling files, by transformers' classes that look for them."""
+_CONTEXTS = {
+    "long_vita": ("<IMG_CONTEXT>", "<PATCH_CONTEXT>", "<VID_CONTEXT>"),
+    "internvl": ("<IMG_CONTEXT>",),
+}
+
+
+def has_our_code(config: Mapping[str, Any]) -> bool:
+    """Return true if a config.json names our modelling files."""
+    return config.get("auto_map") == AUTO_MAP
+
+
+def takes_our_code(folder_format: FolderFormat, config: Mapping[str, Any]) -> bool:
+    """Return true if an export gets our modelling files: it names no others."""
+    return folder_format is LONG_VITA and config.get("auto_map") in (None, AUTO_MAP)
+
+
+def write_code(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Write modelling files and processor settings; returns fields for config.json."""
+    for name in FILES:
+        shutil.copyfile(Path(exported.__file__).with_name(name), folder / name)
+    settings = vita_processor(recipe.media, recipe.model.vision)
+    (folder / PROCESSOR).write_text(json.dumps(settings, indent=2) + "\n")
+    return {"auto_map": AUTO_MAP, "architectures": ["VitaForConditionalGeneration"]}
+
+
+def media_token_ids(tokenizer: Tokenizer, media_format: str) -> list[int]:
+    """Ids of the placeholders of a media format, for config.json."""
+    return [tokenizer.special_id(name) for name in _CONTEXTS[media_format]]
