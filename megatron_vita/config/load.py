@@ -7,25 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vita.config.build import build
+from megatron_vita.config.named_layouts import layout_tree
 from megatron_vita.config.recipe import Recipe
 from megatron_vita.config.yaml_file import parse_override, read_yaml, resolved
 from megatron_vita.errors import ConfigError
+
+LAYOUT = "parallel.layout"
+"""Field that stands for many others."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file and apply `group.field=value` overrides.
 
     A file may name base recipes, relative to itself: `base: [stage.yaml, model.yaml]`. Fields of
-    later bases replace those of earlier ones, and its own fields replace all of theirs. The value
-    of an override is parsed as YAML if it is a list, a mapping or quoted, else taken literally.
+    later bases replace those of earlier ones, and its own fields replace all of theirs. The fields
+    of a layout (`parallel.layout`) replace those of bases; given as an override, those of the file
+    too. The value of an override is parsed as YAML if it is a list, a mapping or quoted, else taken
+    literally.
 
     Raises:
         ConfigError: missing file, invalid YAML, duplicate key, unknown field (the message names the
             nearest known one) or invalid value.
     """
     tree = _read_tree(Path(path))
-    for override in overrides:
-        _apply_override(tree, override)
+    _apply_overrides(tree, overrides)
     try:
         return build(Recipe, tree)
     except ConfigError as error:
@@ -63,6 +68,9 @@ def _read_tree(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         if (file := path.parent / base).resolve() in readers:
             raise ConfigError(f"{path}: base {base} includes this file again: a cycle")
         _merge(merged, _read_tree(file, readers))
+    parallel = tree.get("parallel")
+    if isinstance(parallel, dict):
+        _merge_layout(merged, parallel.get("layout"), where=str(path))
     _merge(merged, tree)
     return merged
 
@@ -83,9 +91,26 @@ def recipe_from_dict(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
     """
     # Overrides are written into the tree, which is the caller's.
     tree = copy.deepcopy(tree)
+    _apply_overrides(tree, overrides)
+    return build(Recipe, tree)
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        name, _, layout = override.partition("=")
+        if name == LAYOUT:
+            _merge_layout(tree, parse_override(layout), where=f"override {override!r}")
+    # After all of a layout's fields, wherever its name stands among the overrides.
     for override in overrides:
         _apply_override(tree, override)
-    return build(Recipe, tree)
+
+
+def _merge_layout(tree: dict[str, Any], name: Any, *, where: str) -> None:
+    """Replace fields of a recipe by those of a layout; `where` says who names it."""
+    try:
+        _merge(tree, layout_tree(name))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

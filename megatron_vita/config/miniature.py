@@ -93,7 +93,7 @@ def _shrink_parallel(parallel: ParallelConfig, world_size: int) -> ParallelConfi
     while world_size % math.prod(sizes.values()):
         largest = max(names, key=lambda name: sizes[name])
         sizes[largest] //= 2
-    changes: dict[str, Any] = dict(sizes)
+    changes: dict[str, Any] = {"layout": "", **sizes}
     # Given numbers of layers are of the full model; the few layers of the miniature split evenly.
     changes |= {"num_layers_in_first_pipeline_stage": 0, "num_layers_in_last_pipeline_stage": 0}
     if sizes["pipeline_model_parallel_size"] == 1:

@@ -14,6 +14,12 @@ CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 class ParallelConfig:
     """Tensor, pipeline and context parallelism; data parallelism takes the remaining ranks."""
 
+    layout: str = described(
+        "",
+        "Name of a layout (docs/layouts.md), as 7b-stage3-8x80 for 8 GPUs of 80 GB: parallel sizes "
+        "and memory levers in the place of those of base recipes; fields beside it, and overrides, "
+        "replace its own.",
+    )
     tensor_model_parallel_size: int = described(
         1, "Tensor parallelism: ranks that split each weight matrix (TP).", ge=1
     )

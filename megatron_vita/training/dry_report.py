@@ -18,7 +18,7 @@ from megatron_vita.errors import ConfigError
 from megatron_vita.rounding import ceil_div
 from megatron_vita.sizes import readable_bytes
 from megatron_vita.training.dry_run import DryRun, PackReport
-from megatron_vita.training.wording import count, describe_layout
+from megatron_vita.training.wording import count, describe_layout, describe_named_layout
 
 Row = Sequence[str]
 
@@ -40,6 +40,8 @@ def _layout(recipe: Recipe, report: DryRun, ranks_per_node: int) -> Iterator[str
     parallel = recipe.parallel
     tp = parallel.tensor_model_parallel_size
     cp = parallel.context_parallel_size
+    if named := describe_named_layout(recipe):
+        yield named
     yield describe_layout(recipe, world_size=report.world_size)
     yield "  rank = ((stage x DP + replica) x CP + context) x TP + tensor"
     for i, stage in enumerate(report.stages):

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from megatron_vita.config import Recipe
+from megatron_vita.config.named_layouts import layout_fields
 
 NOT_LEVERS = {
     "training": {
@@ -39,6 +40,20 @@ def describe_layout(recipe: Recipe, *, world_size: int) -> str:
     if parallel.use_distributed_optimizer:
         parts.append("distributed optimizer")
     return f"layout of {world_size} ranks: {', '.join(parts)}"
+
+
+def describe_named_layout(recipe: Recipe) -> str:
+    """Format the name of the layout that the recipe takes, and the fields that differ from it."""
+    name = recipe.parallel.layout
+    if not name:
+        return ""
+    changed = []
+    for field, value in layout_fields(name).items():
+        group, _, attribute = field.partition(".")
+        ours = getattr(getattr(recipe, group), attribute)
+        if ours != value:
+            changed.append(f"{field} {ours} instead of {value}")
+    return f"layout {name}" + (f", but {', '.join(changed)}" if changed else "")
 
 
 def describe_levers(recipe: Recipe) -> str:

@@ -1,0 +1,106 @@
+"""`parallel.layout` stands for parallel sizes and memory levers, after bases and before the rest."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from megatron_vita.config import Recipe, load_recipe, recipe_from_dict
+from megatron_vita.config.named_layouts import known_layouts
+from megatron_vita.errors import ConfigError
+from megatron_vita.training import dry_report
+from megatron_vita.training.wording import describe_named_layout
+
+BASE = {
+    "parallel": {"tensor_model_parallel_size": 8, "sequence_parallel": True},
+    "training": {"global_batch_size": 64, "recompute_granularity": "selective"},
+    "data": {"seq_length": 131072},
+}
+NAME = "7b-stage3-8x80"
+TP = "tensor_model_parallel_size"
+
+
+def recipe_of(folder: Path, *overrides: str, **parallel: object) -> Recipe:
+    """A recipe on a base, with its own fields of `parallel` and overrides."""
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (folder / "own.yaml").write_text(yaml.safe_dump({"base": "base.yaml", "parallel": parallel}))
+    return load_recipe(folder / "own.yaml", list(overrides))
+
+
+def fields_of(recipe: Recipe, names: list[str]) -> dict[str, object]:
+    groups = {name: name.split(".") for name in names}
+    return {name: getattr(getattr(recipe, group), field) for name, (group, field) in groups.items()}
+
+
+@pytest.mark.parametrize("way", ["in the file", "as an override"])
+def test_a_layout_replaces_all_its_fields_of_the_bases(way: str, tmp_path: Path) -> None:
+    if way == "in the file":
+        recipe = recipe_of(tmp_path, layout=NAME)
+    else:
+        recipe = recipe_of(tmp_path, f"parallel.layout={NAME}", tensor_model_parallel_size=4)
+    expected = known_layouts()[NAME]
+    assert fields_of(recipe, list(expected)) == expected
+    assert recipe.parallel.layout == NAME
+    assert recipe.training.global_batch_size == 64
+
+
+def test_own_fields_and_overrides_replace_those_of_a_layout(tmp_path: Path) -> None:
+    own = {"layout": NAME, "context_parallel_size": 1}
+    recipe = recipe_of(tmp_path, "training.recompute_vision=true", **own)
+    assert recipe.parallel.context_parallel_size == 1
+    assert recipe.training.recompute_vision
+    # wherever the name stands among the overrides
+    late = recipe_of(tmp_path, f"parallel.{TP}=1", "parallel.sequence_parallel=false",
+                     f"parallel.layout={NAME}")  # fmt: skip
+    assert late.parallel.tensor_model_parallel_size == 1
+
+
+def test_a_later_layout_leaves_nothing_of_an_earlier_one(tmp_path: Path) -> None:
+    other = "7b-stage3-16x80"
+    recipe = recipe_of(tmp_path, f"parallel.layout={other}", layout=NAME)
+    expected = known_layouts()[other]
+    assert fields_of(recipe, list(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("7b-stage3-8x81", "did you mean 7b-stage3-8x80 or"),
+        ("7b-stage9-8x80", "did you mean"),
+        ("fast", "is 'fast', which is no layout of docs/layouts.md"),
+    ],
+)
+def test_an_unknown_layout_is_refused_with_near_names(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        recipe_of(tmp_path, layout=name)
+    assert "own.yaml: parallel.layout is" in str(caught.value)
+    with pytest.raises(ConfigError, match=f"override 'parallel.layout={name}'.*{said}"):
+        recipe_of(tmp_path, f"parallel.layout={name}")
+
+
+def test_an_empty_name_is_no_layout(tmp_path: Path) -> None:
+    assert recipe_of(tmp_path, layout="").parallel.tensor_model_parallel_size == 8
+    recipe = recipe_of(tmp_path, "parallel.layout=''", "parallel.sequence_parallel=false")
+    assert recipe.parallel.tensor_model_parallel_size == 8
+
+
+def test_what_a_checkpoint_says_of_its_layout_changes_nothing() -> None:
+    tree = {"parallel": {"layout": NAME, TP: 1}}
+    assert recipe_from_dict(tree).parallel.tensor_model_parallel_size == 1
+
+
+def test_a_dry_run_begins_with_the_name_of_the_layout(tmp_path: Path) -> None:
+    report = SimpleNamespace(world_size=8, data_parallel=1, stages=[])
+    lines = dry_report._layout(recipe_of(tmp_path, layout=NAME), report, 8)
+    assert next(lines) == f"layout {NAME}"
+    assert next(lines).startswith("layout of 8 ranks: TP ")
+
+
+def test_a_description_names_what_differs_from_the_layout(tmp_path: Path) -> None:
+    assert describe_named_layout(recipe_of(tmp_path)) == ""
+    assert describe_named_layout(recipe_of(tmp_path, layout=NAME)) == f"layout {NAME}"
+    changed = recipe_of(tmp_path, layout=NAME, context_parallel_size=1)
+    before = known_layouts()[NAME]["parallel.context_parallel_size"]
+    said = f"layout {NAME}, but parallel.context_parallel_size 1 instead of {before}"
+    assert describe_named_layout(changed) == said
