@@ -29,14 +29,17 @@ from megatron_vita.data.samples.refused_fields import (
 from megatron_vita.errors import DataError
 
 DEFAULT_PROMPT = "Describe it."
-CHAT_FIELDS = ("messages", "conversations", "conversation", "texts")
+CHAT_FIELDS = ("messages", "conversations", "conversation", "texts", "chatml")
 PAIRS = (
     ("question", "answer"),
     ("query", "response"),
     ("instruction", "output"),
+    ("instruction", "response"),
+    ("input", "output"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("user", "assistant"),
+    ("message_1", "message_2"),
 )
 CAPTIONS = ("caption", "text", "txt")
 SYSTEMS = (
@@ -46,6 +49,8 @@ SYSTEMS = (
     "system_instruction",
     "meta_instruction",
 )
+_REST = ("input", "context")
+"""Rest of an instruction: Alpaca's name for it, and Dolly's."""
 _CONTEXT = ("input", "history", "choices", "options", "context", "passage", "hint")
 """Fields that belong to a question: without them it would be another one."""
 _WHICH = (
@@ -209,6 +214,9 @@ def _find_turns(fields: Mapping[str, Any]) -> _Turns | None:
     if name := next((name for name in CHAT_FIELDS if fields.get(name) == []), None):
         raise DataError(f"{name} is an empty list: at least one turn is needed")
     pairs = [pair for pair in PAIRS if set(pair) <= fields.keys()]
+    # Beside an instruction, an input is the rest of it.
+    if "instruction" in fields and len(pairs) > 1:
+        pairs = [pair for pair in pairs if pair != ("input", "output")]
     if len(pairs) > 1:
         told = " and ".join("/".join(pair) for pair in pairs)
         raise DataError(f"{told} are both given: one question and one answer are needed")
@@ -224,10 +232,10 @@ def _turns_of_fields(fields: Mapping[str, Any], asker: str, answerer: str) -> _T
     for name in (asker, answerer):
         if not isinstance(fields[name], str):
             raise DataError(f"{name} is {fields[name]!r:.80}: text is needed, one for a question")
-    # Alpaca's `input` is the rest of the instruction.
-    if asker == "instruction" and isinstance(fields.get("input"), str):
-        used.add("input")
-        question = "\n".join(filter(None, (question, fields["input"])))
+    rest = next((name for name in _REST if is_filled(fields.get(name))), "")
+    if asker == "instruction" and isinstance(fields.get(rest), str):
+        used.add(rest)
+        question = "\n".join(filter(None, (question, fields[rest])))
     turns: list[Any] = []
     if is_filled(fields.get("history")):
         used.add("history")

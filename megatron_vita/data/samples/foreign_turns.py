@@ -63,8 +63,8 @@ class Chat(NamedTuple):
 def read_chat(turns: Any) -> Chat:
     """Convert turns to messages.
 
-    Turns are {from, value}, {role, content}, or pairs such as {user, assistant}; text that holds a
-    JSON list of these is parsed.
+    Turns are {from, value}, {role, content}, or pairs such as {user, assistant}, or texts of the
+    user and the assistant in turn; text that holds a JSON list of these is parsed.
 
     Raises:
         DataError: naming the turn, for anything else. Unknown roles are left to `check_messages`.
@@ -72,6 +72,8 @@ def read_chat(turns: Any) -> Chat:
     turns = _decoded(turns)
     if not isinstance(turns, list):
         raise DataError(f"the conversation is {type(turns).__name__}: a list of turns is needed")
+    if turns and all(isinstance(turn, str) for turn in turns):
+        turns = _in_turn(turns)
     messages: list[dict[str, Any]] = []
     media: Media = {field: [] for field in FIELDS}
     for i, turn in enumerate(turns):
@@ -127,6 +129,17 @@ def _decoded(turns: Any) -> Any:
         except DataError as error:
             raise DataError(f"the conversation is not a list, but text: {error}") from error
     return turns
+
+
+def _in_turn(texts: list[str]) -> list[dict[str, str]]:
+    """Give texts to the user and the assistant in turn, as LIMA has them."""
+    if len(texts) % 2:
+        raise DataError(
+            f"the conversation is a list of {len(texts)} texts: one more is needed, or one less, "
+            "for each question to have its answer"
+        )
+    roles = ("user", "assistant")
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
 def _read_turn(turn: Any, name: str) -> list[tuple[dict[str, Any], Media]]:
