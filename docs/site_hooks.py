@@ -2,11 +2,12 @@
 pages of the site.
 
 In the checkout these files lie beside docs/, and pages link to them there. The links are rewritten
-for the site; those to other files of the project lead nowhere in it and become plain text.
+for the site, with their anchors; those to other files of the project lead nowhere in it and become
+plain text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -24,13 +25,17 @@ MOVED = {
     "SECURITY.md": "SECURITY.md",
 }
 """Files of the project's folder, by their names in the site."""
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)]+)\)")
+LINK = re.compile(
+    r"\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]"  # which may hold an image
+    r"\((?![a-z]+:|#)(?P<target>[^)#\s]+)(?P<anchor>#[^)\s]+)?\)"
+)
+"""A link to a file of the project."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files that do not lie in docs/."""
     for name, moved in MOVED.items():
-        text = (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, moved, content=text))
     files.append(File.generated(config, "fields.md", content="\n".join(fields_page())))
     for pattern in COPIED:
@@ -54,14 +59,37 @@ def fields_page() -> Iterator[str]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links to files beside docs/."""
-    if page.file.src_uri.startswith("benchmarks/"):
+    """Rewrite links to files beside docs/, and those of pages that lie beside it."""
+    name = page.file.src_uri
+    if name.startswith("benchmarks/"):
         return markdown  # relative to each other already
 
-    def rewrite(link: re.Match[str]) -> str:
-        text, target = link.groups()
-        if files.get_file_from_path(target):
-            return f"[{text}]({target})"
-        return text
+    def is_known(target: str) -> bool:
+        return files.get_file_from_path(target) is not None
 
-    return OUTSIDE.sub(rewrite, markdown)
+    return rewritten(markdown, is_beside=name in MOVED.values(), is_known=is_known)
+
+
+def rewritten(markdown: str, *, is_beside: bool, is_known: Callable[[str], bool]) -> str:
+    """Rewrite the links of a page.
+
+    Args:
+        markdown: the page.
+        is_beside: the page lies beside docs/ in the checkout, and not in it.
+        is_known: tells whether the site has a file of a name.
+    """
+
+    def rewrite(link: re.Match[str]) -> str:
+        target = link["target"]
+        if is_beside:
+            place = target.removeprefix("docs/")
+        elif target.startswith("../"):
+            place = target.removeprefix("../")
+        else:
+            return link[0]  # to a page of the same folder
+        place = MOVED.get(place, place)
+        if is_known(place):
+            return f"[{link['text']}]({place}{link['anchor'] or ''})"
+        return link["text"]
+
+    return LINK.sub(rewrite, markdown)

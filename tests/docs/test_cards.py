@@ -1,7 +1,9 @@
 """The page of cards has each recipe once, and names tests and sizes that exist."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +37,28 @@ def test_tests_that_cards_name_exist() -> None:
         path = ROOT / file
         assert path.exists(), file
         assert not name or f"def {name}(" in path.read_text(encoding="utf-8"), name
+
+
+def steps_cell(record: dict[str, Any]) -> str:
+    """What a card says of measured steps."""
+    thousands = record["tokens"] // 1024
+    tokens = f"{thousands // 1024}M" if thousands >= 1024 else f"{thousands}K"
+    documents = f"{record['documents']} document" + "s" * (record["documents"] > 1)
+    return (
+        f"{record['model'].upper()}, {tokens} tokens, {documents}, {record['tiles']:,} tiles: "
+        f"{record['tflops_per_gpu']:.0f} TFLOP/s/GPU, "
+        f"{record['gpus']} x {record['device'].removeprefix('NVIDIA ')}"
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_numbers_of_gpu_steps_are_those_of_their_record(recipe: str) -> None:
+    steps = ROWS[recipe].split(" | ")[2]
+    if steps == "no":
+        return
+    link = re.fullmatch(r"\[(.*)\]\(\.\./(benchmarks/baselines/[\w-]+\.json)\)", steps)
+    assert link, f"{recipe}: {steps}: a link to a record is needed"
+    record = json.loads((ROOT / link[2]).read_text(encoding="utf-8"))
+    assert link[1] == steps_cell(record)
+    assert record["status"] == "complete"
+    assert recipe.startswith(record["model"])
