@@ -245,7 +245,6 @@ class _Exchange:
         )
         del body
         builder, stream = await self._begin(request)
-        # with media in base64, while answers may take minutes
         # The messages hold media in base64, while an answer may take minutes.
         request = request.model_copy(update={"messages": []})
         try:
