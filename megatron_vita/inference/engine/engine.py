@@ -361,7 +361,7 @@ class Engine:
         return self.encoder.chat.stop_ids
 
     def _execute(self, step: SchedulerOutput) -> StepResult:
-        # Bookkeeping rides along with the step: one message per step keeps all ranks in lockstep.
+        # Sent with the step: one message for each step keeps the bookkeeping of all ranks equal.
         changes = self._scheduler.take_changes()
         step = dataclasses.replace(
             step,

@@ -85,7 +85,7 @@ class OutputProcessor:
         ended = [chunk.sequence for chunk in step.prefill if chunk.ends_prompt]
         rows = ended or [sequence for sequence, _, _ in step.decode]
         # Rows that pad the vocabulary are no tokens.
-        tokens_only = logits[:, : self._tokenizer.vocab_size]  # no rows that pad the vocabulary
+        tokens_only = logits[:, : self._tokenizer.vocab_size]
         return deltas + self._sample(tokens_only, [owners.get(sequence) for sequence in rows])
 
     def cancel(self, request: Request) -> list[OutputDelta]:

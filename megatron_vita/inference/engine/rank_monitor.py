@@ -1,5 +1,4 @@
-"""Detects that another rank is gone, even while this one waits for it inside a kernel that would
-never end."""
+"""Detection of a lost rank, even while this one waits for it inside a kernel that would never end."""
 
 import contextlib
 import hmac
